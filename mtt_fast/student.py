@@ -1,0 +1,147 @@
+"""What the engine asks of a model: its gradient, and the directional derivative of that gradient (design: one step).
+
+The generic student below answers for any network and any loss through `torch.func`. A hand-written student for one
+architecture answers the same two questions; wrapped students (`InMicrobatches`) answer them by asking another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
+
+
+class Network(Protocol):
+    """A pure function of flat parameters: ConvNet, FlatModule, or anything of the same shape."""
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    @property
+    def mixes_samples(self) -> bool: ...
+
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor: ...
+
+
+class GradientTangent(NamedTuple):
+    """Derivative at θ in direction v of the loss and its gradient (g is the gradient to θ, H the Hessian)."""
+
+    v_dot_g: Tensor  # ()
+    hessian_v: Tensor  # (P,)
+    images: Tensor  # (b, C, H, W): ∂(v·g)/∂x
+    labels: Tensor | None  # (b, classes): ∂(v·g)/∂y; None for class indices
+
+
+class Student(Protocol):
+    """One step's gradient and its derivative; the loss is a mean over the samples of the batch."""
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (loss (), ∇θ loss (P,)) at `theta`."""
+        ...
+
+    def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
+        """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,)."""
+        ...
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes)."""
+    return F.cross_entropy(logits, labels)
+
+
+def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
+    """Mean cross-entropy against softmax(`label_logits`) (b, classes): learned soft labels, as DATM keeps them."""
+    return F.cross_entropy(logits, label_logits.softmax(dim=1))
+
+
+@dataclass(frozen=True)
+class GenericStudent:
+    """Any network and loss, by `torch.func.jvp` of `torch.func.grad`: forward over reverse, no double backward."""
+
+    network: Network
+    loss: Loss = cross_entropy
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Student.gradient`."""
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            loss = self.loss(self.network(leaf, images), labels)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), gradient
+
+    def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
+        """See `Student.gradient_jvp`."""
+        soft = labels.is_floating_point()
+
+        def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+            return self.loss(self.network(theta, images), labels)
+
+        gradient_and_loss = torch.func.grad_and_value(loss_of, argnums=(0, 1, 2) if soft else (0, 1))
+        _, (gradients, v_dot_g) = torch.func.jvp(lambda at: gradient_and_loss(at, images, labels), (theta,), (v,))
+        return GradientTangent(v_dot_g, gradients[0], gradients[1], gradients[2] if soft else None)
+
+
+@dataclass(frozen=True)
+class InMicrobatches:
+    """A student that cuts each batch into pieces of at most `size` samples and asks `student` for each: exact.
+
+    The loss is a mean over samples, so the loss and its gradients are the weighted sums of the pieces'.
+    """
+
+    student: Student
+    size: int
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Student.gradient`."""
+        total_loss, total = theta.new_zeros(()), torch.zeros_like(theta)
+        for piece, weight in self._pieces(len(images)):
+            loss, gradient = self.student.gradient(theta, images[piece], labels[piece])
+            total_loss.add_(loss, alpha=weight)
+            total.add_(gradient, alpha=weight)
+        return total_loss, total
+
+    def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
+        """See `Student.gradient_jvp`."""
+        v_dot_g, hessian_v = theta.new_zeros(()), torch.zeros_like(theta)
+        to_images = torch.empty_like(images)
+        to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
+        for piece, weight in self._pieces(len(images)):
+            part = self.student.gradient_jvp(theta, images[piece], labels[piece], v)
+            v_dot_g.add_(part.v_dot_g, alpha=weight)
+            hessian_v.add_(part.hessian_v, alpha=weight)
+            torch.mul(part.images, weight, out=to_images[piece])
+            if to_labels is not None and part.labels is not None:
+                torch.mul(part.labels, weight, out=to_labels[piece])
+        return GradientTangent(v_dot_g, hessian_v, to_images, to_labels)
+
+    def _pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
+        for begin in range(0, batch, self.size):
+            end = min(begin + self.size, batch)
+            yield slice(begin, end), (end - begin) / batch
+
+
+def student_for(network: Network, loss: Loss = cross_entropy, microbatch: int | None = None) -> Student:
+    """Return the student that answers for `network`, in pieces of at most `microbatch` samples if given.
+
+    Raises `InputError` if pieces are asked of a network whose samples depend on each other (batch norm).
+    """
+    student: Student = GenericStudent(network, loss)
+    if microbatch is None:
+        return student
+    if microbatch < 1:
+        raise InputError(f"microbatch: expected at least 1, found {microbatch}")
+    if network.mixes_samples:
+        raise InputError(
+            "microbatch: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
+            "use instance norm, evaluation mode, or no micro-batches"
+        )
+    return InMicrobatches(student, microbatch)

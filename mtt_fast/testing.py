@@ -1,0 +1,109 @@
+"""Oracles that share no code with the engine: whole-graph autograd, as the public code computes the meta-gradient.
+
+For tests, benchmarks, and users who want to see for themselves. Memory grows with N: use small cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class MetaGradient(NamedTuple):
+    """Result of one meta-gradient: the student's end (P,), the loss, and its gradients (None where not floating)."""
+
+    end: Tensor
+    loss: Tensor
+    images: Tensor
+    labels: Tensor | None
+    lr: Tensor
+    start: Tensor
+
+
+def reference_convnet(in_channels: int, num_classes: int, image_size: int, width: int, depth: int) -> nn.Module:
+    """Return ConvNet as an ordinary `nn.Module`, as the public code builds it; random parameters."""
+    layers: list[nn.Module] = []
+    side = image_size
+    for block in range(depth):
+        wide = block == 0 and in_channels == 1
+        layers += [
+            nn.Conv2d(width if block else in_channels, width, 3, padding=3 if wide else 1),
+            nn.GroupNorm(width, width),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+        ]
+        side = (side + (4 if wide else 0)) // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, num_classes))
+
+
+def module_function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return f(theta, images) that runs `module` with the flat parameters `theta`, by plain slicing."""
+    shapes = {name: value.shape for name, value in module.named_parameters()}
+
+    def call(theta: Tensor, images: Tensor) -> Tensor:
+        values, begin = {}, 0
+        for name, shape in shapes.items():
+            values[name] = theta[begin : begin + shape.numel()].reshape(shape)
+            begin += shape.numel()
+        return torch.func.functional_call(module, values, (images,))
+
+    return call
+
+
+def whole_graph(
+    network: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    batches: Sequence[Tensor],
+    *,
+    augment: Callable[[Tensor, int], Tensor] | None = None,
+    label_logits: bool = False,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> MetaGradient:
+    """Differentiate |θ_N − θ*|² / |θ_0 − θ*|² through N recorded SGD steps (the denominator held constant).
+
+    `augment(images, n)` is step n's, with its random numbers fixed. Shapes as in `mtt_fast.unroll`.
+    """
+    theta_0, pixels, rate = (value.detach().clone().requires_grad_() for value in (start, images, lr))
+    soft = labels.is_floating_point()
+    targets = labels.detach().clone().requires_grad_(soft)
+    theta, velocity = theta_0, torch.zeros_like(start)
+    for n, index in enumerate(batches):
+        seen = pixels[index] if augment is None else augment(pixels[index], n)
+        wanted = targets[index]
+        log_p = F.log_softmax(network(theta, seen), dim=1)
+        if not soft:
+            loss = F.nll_loss(log_p, wanted)
+        else:
+            loss = -((F.softmax(wanted, dim=1) if label_logits else wanted) * log_p).sum(1).mean()
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        velocity = momentum * velocity + gradient + weight_decay * theta
+        theta = theta - (rate[n] if rate.dim() else rate) * velocity
+    distance = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
+    wanted_gradients = [theta_0, pixels, rate] + ([targets] if soft else [])
+    to_start, to_images, to_lr, *to_labels = torch.autograd.grad(distance, wanted_gradients)
+    return MetaGradient(
+        theta.detach(), distance.detach(), to_images, to_labels[0] if to_labels else None, to_lr, to_start
+    )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return |found − expected| / |expected| in the Euclidean norm, computed in float64."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raise `AssertionError` naming `name` unless the relative error is at most `tolerance` (NaN fails)."""
+    error = relative_error(found, expected)
+    if not error <= tolerance:
+        raise AssertionError(f"{name}: relative error {error:.3e}, allowed {tolerance:.1e}")

@@ -1,0 +1,230 @@
+"""N student steps, and the exact meta-gradient through all of them in the memory of one.
+
+Forward, keep only the parameters θ_0 … θ_N. Backward, walk the steps in reverse with the adjoint λ of the parameters:
+everything that one step contributes is one directional derivative of its ordinary gradient (docs/adjoint.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augment import Augment
+from mtt_fast.errors import InputError
+from mtt_fast.memory import microbatch_for
+from mtt_fast.student import (
+    Loss,
+    Network,
+    Student,
+    cross_entropy,
+    cross_entropy_from_logits,
+    student_for,
+)
+
+LabelKind = Literal["indices", "probabilities", "logits"]
+
+
+def unroll(
+    net: Network,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    batches: Tensor | Sequence[Tensor],
+    augment: Augment | None = None,
+    microbatch: int | None = None,
+    memory_budget: int | str | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    *,
+    label_kind: LabelKind | None = None,
+    loss: Loss | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
+
+    Any function of any rows of the path can be differentiated, with exact gradients to `theta`, `images`, floating
+    `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The graph kept is the path itself:
+    peak memory is that of one step of one micro-batch, whatever N. Differentiable once.
+
+    Args:
+        net: the student's network, `net(theta, images) -> logits`.
+        theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
+        images: all synthetic images (n, C, H, W).
+        labels: class indices (n,), or soft labels (n, classes).
+        lr: learning rate, scalar tensor, or one a step (N,).
+        batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again.
+        augment: its numbers are drawn here, once a step in order, and used again by the backward sweep.
+        microbatch: at most so many samples at once; exact for networks that do not mix samples.
+        memory_budget: choose `microbatch` so that the unroll's own peak stays below this, bytes or "6GiB".
+        momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors of P.
+        weight_decay: SGD weight decay (as torch.optim.SGD).
+        label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
+        loss: mean loss of a batch from logits and labels instead of cross-entropy.
+        generator: source of the augmentation's random numbers.
+
+    Raises:
+        InputError: shapes, dtypes, indices or options that do not fit each other.
+    """
+    indices = _checked_batches(batches, images)
+    _check_tensors(theta, images, labels, lr, len(indices), net)
+    if microbatch is not None and memory_budget is not None:
+        raise InputError("unroll: expected microbatch or memory_budget, found both; give one")
+    if memory_budget is not None:
+        largest = max(len(index) for index in indices)
+        microbatch = microbatch_for(
+            net, memory_budget, theta.dtype, images, batch=largest, steps=len(indices), momentum=momentum != 0
+        )
+    step = _Steps(
+        student=student_for(net, loss or _loss_for(labels, label_kind), microbatch),
+        batches=indices,
+        augment=augment,
+        draws=tuple(augment.draw(images.detach()[index], generator) if augment else None for index in indices),
+        momentum=momentum,
+        weight_decay=weight_decay,
+    )
+    return _Unroll.apply(step, theta, images, labels, lr)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What both sweeps need to know besides the tensors that are differentiated."""
+
+    student: Student
+    batches: tuple[Tensor, ...]
+    augment: Augment | None
+    draws: tuple[Any, ...]
+    momentum: float
+    weight_decay: float
+
+    def augmented(self, images: Tensor, n: int) -> Tensor:
+        """The images that step n sees, from the batch's own."""
+        return self.augment(images, self.draws[n]) if self.augment else images
+
+
+class _Unroll(torch.autograd.Function):
+    """One node in the user's graph for all N steps."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: _Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        count = len(steps.batches)
+        rates = _rates(lr, count, theta)
+        path = theta.new_empty(count + 1, len(theta))
+        path[0] = theta
+        # with momentum the update is no longer a function of one step, so its velocities are kept as well
+        velocities = theta.new_empty(count, len(theta)) if steps.momentum else None
+        for n, index in enumerate(steps.batches):
+            seen = steps.augmented(images[index], n).to(theta.dtype)
+            _, update = steps.student.gradient(path[n], seen, labels[index])
+            if steps.weight_decay:
+                update.add_(path[n], alpha=steps.weight_decay)
+            if velocities is not None:
+                if n > 0:
+                    update.add_(velocities[n - 1], alpha=steps.momentum)
+                velocities[n] = update
+            torch.addcmul(path[n], update, rates[n], value=-1, out=path[n + 1])
+        ctx.steps = steps
+        ctx.save_for_backward(images, labels, lr, path, velocities)
+        return path
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_path: Tensor) -> tuple[Tensor | None, ...]:
+        steps: _Steps = ctx.steps
+        images, labels, lr, path, velocities = ctx.saved_tensors
+        _, _, wants_images, wants_labels, _ = ctx.needs_input_grad
+        rates = _rates(lr, len(steps.batches), path)
+        grad_images = torch.zeros_like(images) if wants_images else None
+        grad_labels = torch.zeros_like(labels) if wants_labels else None
+        grad_rates = torch.zeros_like(rates)
+
+        adjoint = grad_path[-1].clone()  # λ_{n+1}, of the parameters
+        pull = torch.zeros_like(adjoint) if velocities is not None else None  # of the velocity, from later steps
+        for n in reversed(range(len(steps.batches))):
+            index = steps.batches[n]
+            # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
+            # direction: it stays defined at α = 0 and gives λ·g_n, which dα needs, for nothing
+            if pull is None:
+                direction, size = adjoint, -rates[n]
+            else:
+                direction, size = torch.addcmul(pull, adjoint, rates[n], value=-1), torch.ones_like(rates[n])
+            with torch.enable_grad():
+                batch = images[index].detach().requires_grad_(wants_images)
+                seen = steps.augmented(batch, n).to(path.dtype)
+            tangent = steps.student.gradient_jvp(path[n], seen.detach(), labels[index], direction)
+
+            if velocities is None:
+                grad_rates[n] = -(tangent.v_dot_g + steps.weight_decay * torch.dot(direction, path[n]))
+            else:
+                grad_rates[n] = -torch.dot(adjoint, velocities[n])
+                pull = steps.momentum * direction
+            if grad_images is not None:
+                (to_batch,) = torch.autograd.grad(seen, batch, size * tangent.images)
+                grad_images.index_add_(0, index, to_batch)
+            if grad_labels is not None and tangent.labels is not None:
+                grad_labels.index_add_(0, index, (size * tangent.labels).to(labels.dtype))
+            curvature = tangent.hessian_v
+            if steps.weight_decay:
+                curvature = torch.add(curvature, direction, alpha=steps.weight_decay)
+            adjoint = torch.addcmul(adjoint, curvature, size).add_(grad_path[n])
+
+        grad_lr = (grad_rates if lr.dim() else grad_rates.sum()).to(lr.dtype)
+        return None, adjoint, grad_images, grad_labels, grad_lr
+
+
+def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
+    """One learning rate a step (N,), in the dtype and on the device of the parameters."""
+    return lr.detach().to(like).expand(steps)
+
+
+def _loss_for(labels: Tensor, kind: LabelKind | None) -> Loss:
+    found = "probabilities" if labels.is_floating_point() else "indices"
+    if kind is None or kind == found:
+        return cross_entropy
+    if kind == "logits" and labels.is_floating_point():
+        return cross_entropy_from_logits
+    raise InputError(f"unroll label_kind '{kind}': does not fit labels of dtype {labels.dtype}; use '{found}'")
+
+
+def _checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
+    rows = tuple(batches.unbind(0)) if isinstance(batches, Tensor) else tuple(batches)
+    if not rows:
+        raise InputError("unroll batches: expected at least one step, found none")
+    for n, row in enumerate(rows):
+        if row.dim() != 1 or len(row) == 0 or row.is_floating_point() or row.dtype == torch.bool:
+            raise InputError(
+                f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
+            )
+        # on an accelerator the look-up itself checks, without a wait for the device
+        if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < len(images):
+            raise InputError(
+                f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
+            )
+    return tuple(row.to(images.device, torch.long) for row in rows)
+
+
+def _check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:
+    if theta.shape != (net.num_parameters,) or not theta.is_floating_point():
+        raise InputError(
+            f"unroll theta: expected ({net.num_parameters},) floating-point parameters of the network, "
+            f"found {theta.dtype} of shape {tuple(theta.shape)}"
+        )
+    if not images.is_floating_point() or len(labels) != len(images):
+        raise InputError(
+            f"unroll images, labels: expected floating-point images and as many labels, found {images.dtype} of shape "
+            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
+        )
+    if labels.dim() != (2 if labels.is_floating_point() else 1):
+        raise InputError(
+            f"unroll labels: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    if lr.dim() > 1 or (lr.dim() == 1 and len(lr) != steps):
+        raise InputError(f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}")
+    devices = {tensor.device for tensor in (theta, images, labels, lr)}
+    if len(devices) > 1:
+        raise InputError(f"unroll: expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")
