@@ -56,7 +56,11 @@ class FlatModule:
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
         """Return the module's output for `images` under the parameters `theta` (P,)."""
         parameters = dict(zip(self.layout.names, self.layout.split(theta), strict=True))
-        output = functional_call(self._module, parameters, (images,))
+        buffers = {
+            name: buffer.to(theta) if buffer.is_floating_point() else buffer.to(theta.device)
+            for name, buffer in self._module.named_buffers()
+        }
+        output = functional_call(self._module, parameters | buffers, (images,))
         if not isinstance(output, Tensor):
             raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
         return output

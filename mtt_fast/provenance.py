@@ -1,0 +1,60 @@
+"""What ran and where: versions, device and peak memory, for every record that is written."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib import metadata
+
+import torch
+
+from mtt_fast.errors import InputError
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result can depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("mtt-fast", "torch", "triton", "kornia", "numpy", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device as a reader would name it: the GPU's model, or the processor with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak so far: of the CUDA allocator on a GPU, of the resident process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is the GPU if there is one. Raises `InputError` if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu")
+    return device
