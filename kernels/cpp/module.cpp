@@ -1,0 +1,39 @@
+// mtt_fast.kernels._native: the kernels as Python functions. Tensors come in by DLPack, so nothing links to torch.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+
+#include "distance.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace nanobind::detail {
+template <>
+struct dtype_traits<BFloat16> {
+    static constexpr dlpack::dtype value{static_cast<uint8_t>(dlpack::dtype_code::Bfloat), 16, 1};
+    static constexpr auto name = const_name("bfloat16");
+};
+}  // namespace nanobind::detail
+
+template <typename T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <typename T>
+void define_squared_distance(nb::module_& module) {
+    module.def(
+        "squared_distance",
+        [](const Vector<T>& a, const Vector<T>& b, int threads) {
+            if (a.size() != b.size()) throw std::invalid_argument("squared_distance: sizes differ");
+            nb::gil_scoped_release release;
+            return squared_distance(a.data(), b.data(), a.size(), threads);
+        },
+        "a"_a.noconvert(), "b"_a.noconvert(), "threads"_a);
+}
+
+NB_MODULE(_native, module) {
+    define_squared_distance<float>(module);
+    define_squared_distance<double>(module);
+    define_squared_distance<BFloat16>(module);
+}

@@ -1,0 +1,65 @@
+"""What every test stands on: fixed seeds, two threads, poisoned memory, and clear reasons for a skip."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+THREADS = 2
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(THREADS)
+    # The same examples every time, and no limit on the time of one: a shared machine may pause anywhere.
+    hypothesis.settings.register_profile("mtt_fast", deadline=None, derandomize=True, print_blob=True)
+    hypothesis.settings.load_profile("mtt_fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (third-party code draws from it)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden() -> Path:
+    """The folder of golden cases, which lies beside the repository."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"the golden cases are not here: no folder {folder}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what mtt_fast allocates without a value with NaN: an element that no kernel writes then fails the test."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoning(getattr(owner, name)))
+
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_and_poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] == "mtt_fast" and (tensor.is_floating_point() or tensor.is_complex()):
+            tensor.detach().fill_(float("nan"))
+        return tensor
+
+    return allocate_and_poison
