@@ -1,0 +1,86 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from mtt_fast.data import cifar, digits, folder, imagenet, mnist, tiny_imagenet
+from mtt_fast.data.image_data import ImageData
+from mtt_fast.data.packing import Source, packed
+from mtt_fast.errors import InputError
+
+NAMES = (*cifar.FACTS, *mnist.FACTS, "Tiny", "ImageNet", *imagenet.SUBSETS, "digits", "folder")
+
+
+def load(
+    dataset: str,
+    *,
+    data_path: str | Path = "data",
+    subset: str | None = None,
+    res: int | None = None,
+    download: bool = False,
+    progress: bool = True,
+) -> ImageData:
+    """Return the data set `dataset`, looked for below `data_path`.
+
+    `dataset` is one of `NAMES`, in any case, or the path of an image folder; "folder" is the image folder `data_path`.
+    `subset` picks ten classes of ImageNet. `res` is the side to which images are resized; data sets of one fixed size
+    do without. `download` fetches CIFAR10, CIFAR100, MNIST and FashionMNIST where they are missing.
+    The images are decoded once, with a progress bar, into `data_path`/packed/NAME.safetensors, and memory-mapped from
+    then on, until the names, sizes or times of the source files change.
+    Raises `InputError` for an unknown name, and for files that are missing, broken or do not fit together.
+    """
+    source = _source(dataset, Path(data_path).expanduser(), subset, res, download, progress)
+    return packed(source, Path(data_path).expanduser() / "packed", progress)
+
+
+def _source(
+    dataset: str, data_path: Path, subset: str | None, res: int | None, download: bool, progress: bool
+) -> Source:
+    name = {known.casefold(): known for known in NAMES}.get(dataset.casefold())
+    if res is not None and res < 1:
+        raise InputError(f"--res: expected a positive number of pixels, found {res}; leave it out for the default")
+    if subset is not None and name != "ImageNet":
+        raise InputError(f"--subset: expected only with --dataset ImageNet, found with {dataset}; leave it out")
+    match name:
+        case "CIFAR10" | "CIFAR100":
+            _check_size(name, 32, res)
+            return cifar.source(name, data_path, res, download, progress)
+        case "MNIST" | "FashionMNIST":
+            _check_size(name, 28, res)
+            return mnist.source(name, data_path, download, progress)
+        case "digits":
+            _check_size(name, 8, res)
+            return digits.source()
+        case "Tiny":
+            return tiny_imagenet.source(data_path, res)
+        case "ImageNet":
+            return imagenet.source(data_path, _subset(subset) if subset else None, res)
+        case "folder":
+            return folder.source(data_path, res)
+        case str():
+            return imagenet.source(data_path, name, res)
+    path = Path(dataset).expanduser()
+    if path.is_dir() or os.sep in dataset:
+        return folder.source(path, res)
+    raise _unknown("--dataset", dataset, NAMES, ", or the path of an image folder")
+
+
+def _subset(subset: str) -> str:
+    if subset.casefold() in imagenet.SUBSETS:
+        return subset.casefold()
+    raise _unknown("--subset", subset, tuple(imagenet.SUBSETS), "")
+
+
+def _check_size(name: str, size: int, res: int | None) -> None:
+    if res not in (None, size):
+        raise InputError(f"--res: expected {size} or nothing, the size of {name}, found {res}; leave it out")
+
+
+def _unknown(option: str, name: str, known: tuple[str, ...], otherwise: str) -> InputError:
+    spelling = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(name.casefold(), spelling, n=1)
+    hint = f"did you mean {spelling[near[0]]}?" if near else "choose one of these"
+    return InputError(f"{option}: expected one of {', '.join(known)}{otherwise}, found {name!r}; {hint}")

@@ -1,0 +1,61 @@
+"""Fetching one file whose checksum is known."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mtt_fast.errors import InputError
+from mtt_fast.files import atomic_path
+
+_BLOCK = 1 << 18
+_PATIENCE = 60  # seconds without a byte
+
+
+def fetch(url: str, path: Path, *, md5: str, progress: bool) -> None:
+    """Download `url` to `path`; the name appears only when the content is whole and has the checksum `md5`.
+
+    Raises `InputError` if the server cannot be reached, stops early or sends something else; nothing is left behind
+    then.
+    """
+    digest = hashlib.md5(usedforsecurity=False)  # what the publishers give: it tells damage, not malice
+    mend = f"try again, or fetch it by hand to {path}"
+    try:
+        response = urllib.request.urlopen(url, timeout=_PATIENCE)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise InputError(f"--download: {url}: expected an answer, found none ({error}); {mend}") from error
+    size = int(response.headers.get("Content-Length") or 0)
+    with (
+        response,
+        atomic_path(path) as temporary,
+        open(temporary, "wb") as file,
+        tqdm(
+            total=size or None,
+            desc=f"fetching {path.name}",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        ) as bar,
+    ):
+        while True:
+            try:
+                block = response.read(_BLOCK)
+            except (OSError, http.client.HTTPException) as error:  # not one of atomic_path's: the disk is fine
+                raise InputError(
+                    f"--download: {url}: the transfer broke off after {file.tell()} bytes ({error}); {mend}"
+                ) from error
+            if not block:
+                break
+            file.write(block)
+            digest.update(block)
+            bar.update(len(block))
+        if file.tell() < size:
+            raise InputError(f"--download: {url}: expected {size} bytes, found only {file.tell()}; {mend}")
+        if digest.hexdigest() != md5:
+            raise InputError(
+                f"--download: {url}: expected the checksum (md5) {md5}, found {digest.hexdigest()}; {mend}"
+            )

@@ -1,0 +1,160 @@
+"""What every data set becomes: two splits of uint8 images with labels, and the facts that belong to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+
+_BLOCK = 4096  # images looked at together, so that a memory-mapped data set is never copied whole
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their classes, in one fixed order."""
+
+    images: Tensor  # uint8 (n, C, H, W), memory-mapped where the data set has a packed file: read it, do not write it
+    labels: Tensor  # int64 (n,), each in [0, num_classes)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set ready to use.
+
+    `mean` and `std`, one value a channel, are those of images scaled to [0, 1]. `fingerprint` is a digest of the
+    content (images, labels, class names, mean, std): equal on every machine for equal data, different as soon as a
+    byte differs. `path` is the packed safetensors file, or None where there is none.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    test: Split
+    fingerprint: str
+    path: Path | None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def from_tensors(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    name: str = "tensors",
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageData:
+    """Wrap (images uint8 (n, C, H, W), integer labels (n,)) of two splits, without a file.
+
+    Without `class_names` the classes are called "0", "1", …; without `mean` and `std` they are computed from `train`.
+    Raises `InputError` if dtypes, shapes or labels do not fit together.
+    """
+    train_split, test_split = _split("train", *train), _split("test", *test)
+    shape = tuple(train_split.images.shape[1:])
+    if tuple(test_split.images.shape[1:]) != shape:
+        raise InputError(
+            f"test images: expected shape (n, {shape}) as in train, found {tuple(test_split.images.shape)}; resize "
+            "one of them"
+        )
+    if class_names is None:
+        class_names = [str(label) for label in range(int(train_split.labels.max()) + 1)]
+    check_labels(name, train_split.labels, test_split.labels, class_names)
+    computed = channel_statistics(train_split.images) if mean is None or std is None else None
+    mean, std = tuple(mean or computed[0]), tuple(std or computed[1])  # type: ignore[index]
+    check_statistics(name, mean, std, shape[0])
+    digest = fingerprint(train_split, test_split, class_names, mean, std)
+    return ImageData(name, tuple(class_names), mean, std, train_split, test_split, digest, None)
+
+
+def _split(part: str, images: Tensor, labels: Tensor) -> Split:
+    if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
+        raise InputError(
+            f"{part} images: expected uint8 (n, C, H, W) with n > 0, found {images.dtype} {tuple(images.shape)}; "
+            "from floats in [0, 1] use (255 * images).round().byte()"
+        )
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        raise InputError(
+            f"{part} labels: expected {len(images)} integers, one an image, found {labels.dtype} "
+            f"{tuple(labels.shape)}; "
+            "give class indices"
+        )
+    return Split(images, labels.long())
+
+
+def check_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[str]) -> None:
+    """Raise `InputError` unless all labels name a class, both splits hold images, and each class can be learnt."""
+    for part, labels in (("training", train), ("test", test)):
+        if not len(labels):
+            raise InputError(f"{name}: expected {part} images, found none; get the data set again")
+        if int(labels.min()) < 0 or int(labels.max()) >= len(class_names):
+            raise InputError(
+                f"{name}: expected {part} labels in [0, {len(class_names)}), found {int(labels.min())} to "
+                f"{int(labels.max())}; "
+                "get the data set again, or give the labels' class names"
+            )
+    counts = torch.bincount(train, minlength=len(class_names))
+    if not counts.all():
+        empty = class_names[int((counts == 0).nonzero()[0])]
+        raise InputError(
+            f"{name}: expected training images of every class, found none of {empty!r}; add some or drop the class"
+        )
+
+
+def check_statistics(name: str, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Raise `InputError` unless there are one mean and one positive standard deviation a channel."""
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        raise InputError(
+            f"{name}: expected {channels} means and {channels} positive deviations, found {tuple(mean)} and "
+            f"{tuple(std)}; "
+            "give one of each per channel"
+        )
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, standard deviation) of each channel of uint8 `images` (n, C, H, W), scaled to [0, 1].
+
+    Counted, not summed in floating point, so the result is exact and the same on every machine.
+    """
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for block in torch.split(images, _BLOCK):
+        for channel in range(images.shape[1]):
+            counts[channel] += torch.bincount(block[:, channel].flatten(), minlength=256)
+    share = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
+    level = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ level
+    variance = (share * (level - mean[:, None]) ** 2).sum(1)
+    std = variance.sqrt().where(variance > 0, 1.0)  # a constant channel is left as it is
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def fingerprint(
+    train: Split, test: Split, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
+) -> str:
+    """Return the digest (32 hex digits) that `ImageData.fingerprint` describes."""
+    digest = hashlib.blake2b(digest_size=16)
+    facts = [tuple(train.images.shape), tuple(test.images.shape), list(class_names), list(mean), list(std)]
+    digest.update(json.dumps(facts).encode())
+    for split in (train, test):
+        digest.update(split.labels.contiguous().numpy().data)
+        for block in torch.split(split.images, _BLOCK):
+            digest.update(block.contiguous().numpy().data)
+    return digest.hexdigest()

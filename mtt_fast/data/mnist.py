@@ -1,0 +1,137 @@
+"""MNIST and FashionMNIST: four idx files, plain or gzipped."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mtt_fast.data.download import fetch
+from mtt_fast.data.packing import Contents, Part, Source, key_of
+from mtt_fast.errors import InputError
+
+# image and label file of the training split, then of the test split
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+@dataclass(frozen=True)
+class _Facts:
+    url: str  # the mirror that torchvision names too
+    md5: tuple[str, str, str, str]  # of the .gz files, in the order of FILES
+    class_names: tuple[str, ...]
+    mean: float  # these two: the public code's
+    std: float
+
+
+FACTS = {
+    "MNIST": _Facts(
+        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+        md5=(
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+        ),
+        class_names=tuple("0123456789"),
+        mean=0.1307,
+        std=0.3081,
+    ),
+    "FashionMNIST": _Facts(
+        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        md5=(
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+        ),
+        class_names=(
+            "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+        ),
+        mean=0.2861,
+        std=0.3530,
+    ),
+}  # fmt: skip
+
+
+def source(name: str, data_path: Path, download: bool, progress: bool, url: str | None = None) -> Source:
+    """Describe MNIST or FashionMNIST (`name`) below `data_path`, 1x28x28; `url` takes the place of the official folder.
+
+    Raises `InputError` if a file is missing, is no idx file of the right kind, or is shorter than its header says.
+    """
+    facts = FACTS[name]
+    files = _find(name, data_path)
+    if files is None and download:
+        fetch_all(name, data_path / name / "raw", url or facts.url, progress)
+        files = _find(name, data_path)
+    if files is None:
+        raise InputError(
+            f"{name}: expected {FILES[0]} and its three companions (plain or .gz) in {data_path}, "
+            f"{data_path / name} or "
+            f"{data_path / name / 'raw'}, found none of these places complete; add --download, or mend --data_path"
+        )
+
+    def read() -> Contents:
+        images, labels = read_split(files[0], files[1])
+        test_images, test_labels = read_split(files[2], files[3])
+        if test_images.shape[1:] != images.shape[1:]:
+            raise InputError(
+                f"{files[2]}: expected images of {images.shape[2:]} pixels as in {files[0].name}, "
+                f"found {test_images.shape[2:]}; get the files again"
+            )
+        shape = (1, images.shape[2], images.shape[3])
+        return Contents(facts.class_names, shape, Part(labels, [images]), Part(test_labels, [test_images]))
+
+    return Source(name, name, key_of(data_path, files, name), read, (facts.mean,), (facts.std,))
+
+
+def _find(name: str, data_path: Path) -> list[Path] | None:
+    for folder in (data_path / name / "raw", data_path / name, data_path):  # the first is torchvision's
+        files = [next((f for f in (folder / file, folder / f"{file}.gz") if f.is_file()), None) for file in FILES]
+        found = [file for file in files if file]
+        if len(found) == len(FILES):
+            return found
+    return None
+
+
+def fetch_all(name: str, folder: Path, url: str, progress: bool) -> None:
+    """Download the four files of `name`, except those already there."""
+    for file, md5 in zip(FILES, FACTS[name].md5, strict=True):
+        path = folder / f"{file}.gz"
+        if not path.is_file():
+            fetch(f"{url}{file}.gz", path, md5=md5, progress=progress)
+
+
+def read_split(
+    images: Path, labels: Path
+) -> tuple[np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Return (images uint8 (n, 1, H, W), labels int64 (n,))."""
+    pixels, classes = _read_idx(images, dimensions=3), _read_idx(labels, dimensions=1)
+    if len(pixels) != len(classes):
+        raise InputError(
+            f"{labels}: expected {len(pixels)} labels as {images.name} has images, found {len(classes)}; get both again"
+        )
+    n, height, width = pixels.shape
+    return pixels.reshape(n, 1, height, width), classes.reshape(n).astype(np.int64)
+
+
+def _read_idx(path: Path, dimensions: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Read an idx file: 0, 0, 8 (unsigned bytes), number of dimensions, each side (4 bytes, big-endian), values."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: expected a whole (gzip) file, found a broken one ({error}); get it again") from error
+    magic = bytes((0, 0, 8, dimensions))
+    if raw[:4] != magic or len(raw) < 4 + 4 * dimensions:
+        raise InputError(
+            f"{path}: expected an idx file that begins with {magic.hex()}, found {raw[:4].hex()}; get it again"
+        )
+    shape = struct.unpack_from(f">{dimensions}I", raw, 4)
+    begin = 4 + 4 * dimensions
+    expected = begin + int(np.prod(shape, dtype=object))
+    if len(raw) != expected:
+        raise InputError(f"{path}: expected {expected} bytes for its {shape} values, found {len(raw)}; get it again")
+    return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape)

@@ -1,0 +1,195 @@
+"""One data set, one file: decoded once into safetensors, afterwards only memory-mapped.
+
+A reader (cifar.py, folder.py, …) describes its data set as a `Source`: a key that is cheap to compute from the files it
+would read, and a function that reads them. `packed` opens the file if it was made from the same key, and makes it if
+not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mtt_fast.data.image_data import ImageData, Split, channel_statistics, check_labels, fingerprint
+from mtt_fast.errors import InputError
+from mtt_fast.files import atomic_path, load_tensors
+
+VERSION = 1  # of the packed files; raise it when the same source packs to something else
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split while it is read: all labels, and the images in blocks, decoded as they are asked for."""
+
+    labels: np.ndarray[Any, np.dtype[np.int64]]  # (n,)
+    blocks: Iterable[np.ndarray[Any, np.dtype[np.uint8]]]  # (k, C, H, W) each, n images in all
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A whole data set while it is read."""
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    train: Part
+    test: Part
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that was found, but not read yet.
+
+    `stem` names its packed file; `key` says what would go in. `mean` and `std` None: computed from the training images.
+    """
+
+    name: str
+    stem: str
+    key: str
+    read: Callable[[], Contents]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def key_of(root: Path, files: Iterable[Path], *settings: object) -> str:
+    """Return a digest of the names (below `root`), sizes and modification times of `files`, and of `settings`.
+
+    No file is opened. Raises `InputError` if one cannot be found.
+    """
+    digest = hashlib.blake2b(json.dumps([VERSION, *map(str, settings)]).encode(), digest_size=16)
+    prefix = len(str(root)) + 1
+    for file in files:
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror}); restore it, or remove its link") from error
+        digest.update(
+            f"{str(file)[prefix:]}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+def packed(source: Source, folder: Path, progress: bool) -> ImageData:
+    """Return the data set of `source` from its packed file in `folder`, made first if missing, broken or out of date.
+
+    Two processes may do so at once: each writes a file of its own, and the last to finish gives it the name.
+    Raises `InputError` if the source is bad or the file cannot be written; then nothing is left half-written.
+    """
+    path = folder / f"{source.stem}.safetensors"
+    if (data := _open(path, source.key)) is not None:
+        return data
+    _pack(source, path, progress)
+    data = _open(path, source.key)
+    if data is None:
+        raise InputError(
+            f"{path}: expected the file just packed, found another; is a second job packing from other files?"
+        )
+    return data
+
+
+def _open(path: Path, key: str) -> ImageData | None:
+    """Map the packed file; None, with a warning, if it cannot be used (a cache may be made again)."""
+    if not path.exists():
+        return None
+    try:
+        tensors, metadata = load_tensors(path)
+        if metadata["key"] != key:
+            log.warning("%s: its source files or settings have changed; packing them again", path)
+            return None
+        return ImageData(
+            name=metadata["name"],
+            class_names=tuple(json.loads(metadata["class_names"])),
+            mean=tuple(json.loads(metadata["mean"])),
+            std=tuple(json.loads(metadata["std"])),
+            train=Split(tensors["train.images"], tensors["train.labels"]),
+            test=Split(tensors["test.images"], tensors["test.labels"]),
+            fingerprint=metadata["fingerprint"],
+            path=path,
+        )
+    except (InputError, KeyError, ValueError) as error:
+        log.warning("%s: %s; packing its source again", path, error)
+        return None
+
+
+def _pack(source: Source, path: Path, progress: bool) -> None:
+    """Stream the source into a safetensors file: labels, then images, then the header, for which room was left.
+
+    Nothing but a few blocks is ever in memory, so the 63 GB of ImageNet at 128 pixels need no more of it than MNIST.
+    """
+    contents = source.read()
+    parts = {"train": contents.train, "test": contents.test}
+    labels = {name: torch.from_numpy(part.labels) for name, part in parts.items()}
+    check_labels(source.name, labels["train"], labels["test"], contents.class_names)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{name}.labels": ("I64", (len(part.labels),)) for name, part in parts.items()
+    } | {f"{name}.images": ("U8", (len(part.labels), *contents.image_shape)) for name, part in parts.items()}
+    facts = {"name": source.name, "key": source.key, "class_names": json.dumps(contents.class_names)}
+    room = (
+        len(_header(shapes, facts)) + 1024 + 64 * contents.image_shape[0]
+    )  # for mean, std and fingerprint, known last
+    room += -room % 8  # the format wants aligned data
+
+    total = sum(len(part.labels) for part in parts.values())
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "rb+") as file,
+        tqdm(total=total, desc=f"packing {source.name}", unit="image", disable=None if progress else True) as bar,
+    ):
+        file.seek(room)
+        for part in parts.values():
+            file.write(part.labels.astype("<i8").data)
+        for part in parts.values():
+            for block in part.blocks:
+                file.write(np.ascontiguousarray(block).data)
+                bar.update(len(block))
+        file.flush()
+        splits = _splits(temporary, room, shapes)
+        mean, std = source.mean, source.std
+        if mean is None or std is None:
+            mean, std = channel_statistics(splits["train"].images)
+        facts["mean"], facts["std"] = json.dumps(mean), json.dumps(std)
+        facts["fingerprint"] = fingerprint(splits["train"], splits["test"], contents.class_names, mean, std)
+        _write_header(file, _header(shapes, facts), room)
+
+
+def _header(shapes: dict[str, tuple[str, tuple[int, ...]]], facts: dict[str, str]) -> bytes:
+    """Return the safetensors header: its length, and JSON with metadata and where each tensor lies."""
+    header: dict[str, object] = {"__metadata__": facts}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + int(np.prod(shape)) * (8 if dtype == "I64" else 1)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_header(file: BinaryIO, header: bytes, room: int) -> None:
+    text = header[8:].ljust(room - 8)  # the format allows spaces behind the JSON
+    file.seek(0)
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _splits(path: Path, offset: int, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Split]:
+    """Map the tensors of a file whose header is not there yet."""
+    arrays = {}
+    for name, (dtype, shape) in shapes.items():
+        arrays[name] = torch.from_numpy(np.memmap(path, "<i8" if dtype == "I64" else np.uint8, "c", offset, shape))
+        offset += arrays[name].nbytes
+    return {name: Split(arrays[f"{name}.images"], arrays[f"{name}.labels"]) for name in ("train", "test")}
+
+
+def stack_labels(counts: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the labels of images sorted by class: 0 `counts[0]` times, 1 `counts[1]` times, …"""
+    return np.repeat(np.arange(len(counts), dtype=np.int64), counts)

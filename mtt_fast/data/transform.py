@@ -1,0 +1,84 @@
+"""From images in [0, 1] to what networks see: normalised by channel, or ZCA-whitened."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtt_fast.data.image_data import ImageData
+from mtt_fast.errors import InputError
+from mtt_fast.files import read_header
+from mtt_fast.whitening import Whitening
+
+_EPS = 0.1  # the public code's; a distilled set can be compared with others only at the same value
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """(x − mean) / std with one value a channel; the interface is that of `Whitening`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Normalise `images` (n, C, H, W), floating point in [0, 1], on any device; dtype and device stay."""
+        mean, std = self._columns(images)
+        return (images - mean) / std
+
+    def invert(self, images: Tensor) -> Tensor:
+        """Undo `apply`: back to pictures in [0, 1]."""
+        mean, std = self._columns(images)
+        return images * std + mean
+
+    def _columns(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not images.is_floating_point() or images.shape[1] != len(self.mean):
+            raise InputError(
+                f"images: expected floating point in [0, 1] with {len(self.mean)} channels, found {images.dtype} "
+                f"{tuple(images.shape)}; use images.float() / 255, of the data set that the normalisation belongs to"
+            )
+        mean, std = (
+            torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        return mean, std
+
+
+def transform_for(data: ImageData, zca: bool) -> Normalisation | Whitening:
+    """Return the map from [0, 1] images of `data` to what its networks are trained on.
+
+    With `zca`, a whitening fitted on the un-normalised training images in [0, 1]; it takes a while, so it is kept
+    beside the packed file, as NAME.zca.safetensors, and read the next time if data and eps are still those it was
+    fitted on. Raises `InputError` for images too large to whiten.
+    """
+    if not zca:
+        return Normalisation(data.mean, data.std)
+    belongs_to = {"fingerprint": data.fingerprint, "eps": str(_EPS)}
+    path = data.path.with_suffix(".zca.safetensors") if data.path else None
+    if path and (kept := _read(path, belongs_to)):
+        return kept
+    whitening = Whitening.fit(data.train.images.float() / 255, eps=_EPS)
+    if path:
+        try:
+            whitening.save(path, belongs_to)
+        except InputError as error:  # the whitening itself is good: the next run only has to fit it again
+            log.warning("%s", error)
+    return whitening
+
+
+def _read(path: Path, belongs_to: dict[str, str]) -> Whitening | None:
+    if not path.exists():
+        return None
+    try:
+        _, metadata = read_header(path)
+        if metadata == belongs_to:
+            return Whitening.load(path)
+        log.warning("%s: fitted on other data; fitting it again", path)
+    except InputError as error:
+        log.warning("%s; fitting it again", error)
+    return None
