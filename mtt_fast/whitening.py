@@ -13,7 +13,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors
 
 # A covariance of 12,288 values an image (3x64x64) takes 0.6 GB, and its decomposition minutes; one of 3x128x128 takes
-# 10 GB and most of a day.
+# 10 GB, and hours.
 LARGEST_IMAGE = 12_288
 
 
@@ -85,6 +85,10 @@ class Whitening:
                 f"{tuple(whitening.inverse.shape)}; delete it and fit again"
             )
         return whitening
+
+    def to(self, device: torch.device | str) -> Whitening:
+        """Return the transform with its matrices on `device`, so that it applies there without copies."""
+        return Whitening(self.mean.to(device), self.matrix.to(device), self.inverse.to(device))
 
     def _rows(self, images: Tensor) -> Tensor:
         """Return `images` as rows (n, D), in at least the precision of the fit, as kornia computes."""

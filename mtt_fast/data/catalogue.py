@@ -32,8 +32,8 @@ def load(
     then on, until the names, sizes or times of the source files change.
     Raises `InputError` for an unknown name, and for files that are missing, broken or do not fit together.
     """
-    source = _source(dataset, Path(data_path).expanduser(), subset, res, download, progress)
-    return packed(source, Path(data_path).expanduser() / "packed", progress)
+    root = Path(data_path).expanduser().absolute()
+    return packed(_source(dataset, root, subset, res, download, progress), root / "packed", progress)
 
 
 def _source(

@@ -113,8 +113,7 @@ def source(name: str, data_path: Path, res: int | None, download: bool, progress
         raise InputError(
             f"{name}: expected {facts.python.folder}/, {facts.binary.folder}/, {facts.python.archive}, "
             f"{facts.binary.archive} or an image folder (train/CLASS/, test/CLASS/) in {data_path} or "
-            f"{data_path / name}, "
-            "found none; add --download, or mend --data_path"
+            f"{data_path / name}, found none; add --download, or mend --data_path"
         )
     return found
 
@@ -235,8 +234,7 @@ def _from_pickle(raw: bytes, labels_key: Any, place: Path) -> tuple[_Images, _La
     ):
         raise InputError(
             f"{place}: expected 'data' of bytes (n, {_PIXELS}) and a list of n {labels_key!r}, found "
-            f"{sorted(map(str, batch))}; "
-            "get its archive again"
+            f"{sorted(map(str, batch))}; get its archive again"
         )
     return pixels.reshape(-1, *_SHAPE), np.array(labels, np.int64)
 

@@ -12,7 +12,7 @@ from mtt_fast.errors import InputError
 
 TEST_FOLDERS = ("test", "val", "valid")
 
-Classes = Mapping[str, Sequence[Path]]  # a class's folder name -> its image files
+Classes = Mapping[str, Sequence[str]]  # a class's folder name -> its image files
 
 
 def source(root: Path, res: int | None) -> Source:
@@ -57,7 +57,7 @@ def find_splits(root: Path) -> tuple[Path, Path]:
     )
 
 
-def list_classes(folder: Path) -> dict[str, list[Path]]:
+def list_classes(folder: Path) -> dict[str, list[str]]:
     """Return the images below each folder in `folder`, by folder name, both sorted."""
     return {child.name: list_images(child) for child in class_folders(folder)}
 

@@ -99,8 +99,9 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
     Looked for in `data_path` and its sub-folders ImageNet/ and imagenet/, for a subset also in those that fastai's
     archives unpack to (imagenette/, imagenette2/, imagenette2-320/, imagenette2-160/): train/WNID/… and val/WNID/…, of
     which the latter is the test split. The shorter side is resized to `res`, bilinear and antialiased, on bytes; then
-    the centre is cropped. (The public code resizes after normalising; linear, so the same up to rounding to whole grey
-    values.) Raises `InputError` if classes are missing.
+    the centre is cropped. (The public code resizes the normalised tensors: the same up to rounding to whole grey
+    values, if its torchvision antialiases tensors, as it does by default since 0.17.)
+    Raises `InputError` if classes are missing.
     """
     size = res or _RES
     names = SUBSETS[subset] if subset else None
@@ -147,12 +148,10 @@ def _find(data_path: Path, subset: str | None) -> Path:
     if subset:
         raise InputError(
             f"{subset}: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders "
-            f"{', '.join(places[1:])}, found "
-            f"no training folder for {len(missing)} of {len(wnids)} classes ({', '.join(missing[:3])}…); mend "
-            "--data_path"
+            f"{', '.join(places[1:])}, found no training folder for {len(missing)} of {len(wnids)} classes "
+            f"({', '.join(missing[:3])}…); mend --data_path"
         )
     raise InputError(
         f"ImageNet: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders {', '.join(places[1:])}, "
-        "found none; "
-        "mend --data_path (sort the validation images into class folders first)"
+        "found none; mend --data_path (sort the validation images into class folders first)"
     )

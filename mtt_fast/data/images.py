@@ -21,30 +21,30 @@ _GREY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[str]:
     """Return the image files in `folder` and below, sorted; hidden ones are left out."""
-    return sorted(
-        Path(parent, name)
+    return sorted(  # of strings: a million `Path`s would take seconds to make and to sort
+        os.path.join(parent, name)
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if name.lower().endswith(SUFFIXES) and not name.startswith(".")
     )
 
 
-def is_grey(path: Path) -> bool:
+def is_grey(path: str) -> bool:
     """Whether the file holds one channel of grey; reads its header only."""
     with _opened(path) as image:
         return image.mode in _GREY
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(path: str) -> tuple[int, int]:
     """Return (height, width); reads the file's header only."""
     with _opened(path) as image:
         return image.height, image.width
 
 
 def decode(
-    paths: Sequence[Path], shape: tuple[int, int, int], resize: bool
+    paths: Sequence[str], shape: tuple[int, int, int], resize: bool
 ) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
     """Yield the images in the order of `paths`, in blocks uint8 (k, C, H, W) with `shape` = (C, H, W).
 
@@ -67,7 +67,7 @@ def decode(
 
 
 def _decode_chunk(
-    paths: Sequence[Path], shape: tuple[int, int, int], resize: bool
+    paths: Sequence[str], shape: tuple[int, int, int], resize: bool
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     block = np.empty((len(paths), *shape), np.uint8)
     for image, path in zip(block, paths, strict=True):
@@ -75,7 +75,7 @@ def _decode_chunk(
     return block
 
 
-def _decode_one(path: Path, shape: tuple[int, int, int], resize: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _decode_one(path: str, shape: tuple[int, int, int], resize: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
     channels, height, width = shape
     with _opened(path) as image:
         try:
@@ -85,9 +85,8 @@ def _decode_one(path: Path, shape: tuple[int, int, int], resize: bool) -> np.nda
     if picture.size != (width, height):
         if not resize:
             raise InputError(
-                f"{path}: expected {width}x{height} pixels as in the other images, found "
-                f"{picture.width}x{picture.height}; "
-                "give --res to resize them all"
+                f"{path}: expected {width}x{height} pixels as in the other images, "
+                f"found {picture.width}x{picture.height}; give --res to resize them all"
             )
         picture = _cover(picture, width, height)
     return np.asarray(picture).reshape(height, width, channels).transpose(2, 0, 1)
@@ -102,7 +101,7 @@ def _cover(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(path: str) -> Image.Image:
     try:
         image = Image.open(path)
     except Exception as error:
@@ -115,5 +114,5 @@ def _opened(path: Path) -> Image.Image:
     return image
 
 
-def _broken(path: Path, error: Exception) -> InputError:
+def _broken(path: str, error: Exception) -> InputError:
     return InputError(f"{path}: expected an image, found a broken one ({error}); replace or delete it")

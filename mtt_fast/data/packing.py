@@ -1,8 +1,7 @@
 """One data set, one file: decoded once into safetensors, afterwards only memory-mapped.
 
 A reader (cifar.py, folder.py, …) describes its data set as a `Source`: a key that is cheap to compute from the files it
-would read, and a function that reads them. `packed` opens the file if it was made from the same key, and makes it if
-not.
+would read, and a function that reads them. `packed` opens the file if it was made from that key, or makes it.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Source:
     std: tuple[float, ...] | None = None
 
 
-def key_of(root: Path, files: Iterable[Path], *settings: object) -> str:
+def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
     """Return a digest of the names (below `root`), sizes and modification times of `files`, and of `settings`.
 
     No file is opened. Raises `InputError` if one cannot be found.
@@ -118,9 +117,11 @@ def _open(path: Path, key: str) -> ImageData | None:
             fingerprint=metadata["fingerprint"],
             path=path,
         )
-    except (InputError, KeyError, ValueError) as error:
-        log.warning("%s: %s; packing its source again", path, error)
-        return None
+    except InputError as error:
+        log.warning("%s; packing its source again", error)
+    except KeyError as error:
+        log.warning("%s: no packed data set, %s is missing; packing its source again", path, error)
+    return None
 
 
 def _pack(source: Source, path: Path, progress: bool) -> None:
@@ -136,9 +137,7 @@ def _pack(source: Source, path: Path, progress: bool) -> None:
         f"{name}.labels": ("I64", (len(part.labels),)) for name, part in parts.items()
     } | {f"{name}.images": ("U8", (len(part.labels), *contents.image_shape)) for name, part in parts.items()}
     facts = {"name": source.name, "key": source.key, "class_names": json.dumps(contents.class_names)}
-    room = (
-        len(_header(shapes, facts)) + 1024 + 64 * contents.image_shape[0]
-    )  # for mean, std and fingerprint, known last
+    room = len(_header(shapes, facts)) + 1024 + 64 * contents.image_shape[0]  # mean, std, fingerprint are known last
     room += -room % 8  # the format wants aligned data
 
     total = sum(len(part.labels) for part in parts.values())

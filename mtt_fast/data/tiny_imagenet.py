@@ -33,8 +33,7 @@ def source(data_path: Path, res: int | None) -> Source:
         odd = sorted(set(wnids) ^ set(train))
         raise InputError(
             f"{root / 'train'}: expected the classes of wnids.txt, found {len(odd)} in only one of them "
-            f"({', '.join(odd[:3])}); "
-            "unpack the data set again"
+            f"({', '.join(odd[:3])}); unpack the data set again"
         )
     annotations = root / "val" / "val_annotations.txt"
     own_layout = annotations.is_file() and (root / "val" / "images").is_dir()
@@ -53,9 +52,9 @@ def source(data_path: Path, res: int | None) -> Source:
     )
 
 
-def _annotated(annotations: Path, wnids: list[str]) -> dict[str, list[Path]]:
+def _annotated(annotations: Path, wnids: list[str]) -> dict[str, list[str]]:
     """Return the validation images by class, from lines "file, WordNet id, box" parted by tabs."""
-    classes: dict[str, list[Path]] = {wnid: [] for wnid in wnids}
+    classes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
     for number, line in enumerate(_read(annotations).splitlines(), 1):
         name, wnid = [*line.split("\t"), ""][:2]
         if wnid not in classes:
@@ -63,11 +62,11 @@ def _annotated(annotations: Path, wnids: list[str]) -> dict[str, list[Path]]:
                 f"{annotations}: line {number}: expected an image and its class in train/, found {line[:60]!r}; "
                 "unpack it again"
             )
-        classes[wnid].append(annotations.parent / "images" / name)
+        classes[wnid].append(str(annotations.parent / "images" / name))
     return classes
 
 
-def _rearranged(val: Path) -> dict[str, list[Path]]:
+def _rearranged(val: Path) -> dict[str, list[str]]:
     return {wnid: files for wnid, files in list_classes(val).items() if wnid != "images" or files}
 
 

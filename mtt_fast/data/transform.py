@@ -62,7 +62,7 @@ def transform_for(data: ImageData, zca: bool) -> Normalisation | Whitening:
     path = data.path.with_suffix(".zca.safetensors") if data.path else None
     if path and (kept := _read(path, belongs_to)):
         return kept
-    whitening = Whitening.fit(data.train.images.float() / 255, eps=_EPS)
+    whitening = Whitening.fit(data.train.images.float().div_(255), eps=_EPS)
     if path:
         try:
             whitening.save(path, belongs_to)
