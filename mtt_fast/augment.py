@@ -177,6 +177,11 @@ class SiameseAugment:
         return _OPERATIONS[draws.operation][0](images, *draws.numbers)
 
 
+def augment_by_strategy(strategy: str) -> SiameseAugment | None:
+    """Return the augmentation of `strategy`, or None for "none"."""
+    return None if strategy.lower() == "none" else SiameseAugment(strategy)
+
+
 def _device(generator: torch.Generator | None) -> torch.device:
     return generator.device if generator is not None else torch.device("cpu")
 

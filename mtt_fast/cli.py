@@ -1,0 +1,158 @@
+"""From a command line to an options dataclass, and from an exception to one line and an exit status."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import difflib
+import logging
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mtt_fast.errors import InputError
+from mtt_fast.interrupts import Stopped
+
+Options = TypeVar("Options")
+
+log = logging.getLogger("mtt_fast")
+
+RETIRED = {
+    "load_all": "trajectories are memory-mapped; nothing is loaded whole",
+    "max_files": "there is one file an expert; limit them with --max_experts",
+    "save_interval": "every expert is saved as soon as it is trained",
+    "force_save": "every evaluation is saved",
+}
+"""Flags of the public code that have no work left to do: accepted, named in the log, and ignored."""
+
+
+def parse(kind: type[Options], argv: Sequence[str], prog: str, defaults: dict[str, Any] | None = None) -> Options:
+    """Return an instance of the dataclass `kind` from `argv`; `defaults` replace its own.
+
+    Names may be written with - or _. Raises `InputError` for an unknown flag or a default that `kind` does not have.
+    """
+    import tyro  # here, since only the commands need it
+
+    kept = _without_retired(argv)
+    try:
+        options, unknown = tyro.cli(
+            kind,
+            prog=prog,
+            args=kept,
+            default=apply(kind(), defaults or {}, "defaults"),
+            return_unknown_args=True,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if unknown:
+        names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        raise InputError(f"{unknown[0]}: unknown option{did_you_mean(unknown[0].lstrip('-').replace('-', '_'), names, '--')}; see --help")
+    return options
+
+
+def parse_known(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
+    """Return an instance of the dataclass `kind` from those flags in `argv` that it has; ignore the others."""
+    import tyro
+
+    words = [word for word in argv if word not in ("-h", "--help")]
+    return tyro.cli(kind, prog=prog, args=words, return_unknown_args=True)[0]
+
+
+def apply(options: Options, values: dict[str, Any], source: str) -> Options:
+    """Return `options` with `values` from `source` (a file's name). Raises `InputError` for unknown names or wrong types."""
+    known = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"{source}: unknown option '{name}'{did_you_mean(name, list(known))}")
+        if known[name] is not None and not isinstance(value, type(known[name])) and not (
+            isinstance(known[name], float) and isinstance(value, int)
+        ):
+            raise InputError(f"{source}: option {name}: expected {type(known[name]).__name__}, found {value!r}")
+    return dataclasses.replace(options, **values)  # type: ignore[type-var]
+
+
+def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Return " (did you mean …?)" for the known name closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the table in a TOML file. Raises `InputError` if it is missing or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a TOML file of options") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML ({error})") from error
+
+
+def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    0 done; 2 a mistake in the input, a full disk or no memory, told in one line; 128 + signal stopped on request with
+    everything saved.
+    """
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("matplotlib", "PIL", "tensorboard"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    _keep_freed_memory()
+    try:
+        with logging_redirect_tqdm():
+            job(sys.argv[1:] if argv is None else argv)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is saved", file=sys.stderr)
+        return 130
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the free space", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print("error: out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _without_retired(argv: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    dropping = False
+    for word in argv:
+        name = word.removeprefix("--").split("=")[0].replace("-", "_")
+        if word.startswith("--"):
+            dropping = name in RETIRED
+            if dropping:
+                log.info("--%s is ignored: %s", name, RETIRED[name])
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to reuse freed blocks: returning 50 MB activations to the system at every layer halves the speed."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(mmap_threshold, 2**31 - 1)
+    mallopt(trim_threshold, 2**31 - 1)

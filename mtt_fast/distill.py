@@ -1,0 +1,590 @@
+"""Distil a data set by matching training trajectories: `python -m mtt_fast.distill`.
+
+The paper's algorithm 1. Missing experts are trained first. Everything is written to a run folder from which the run
+continues, whatever stopped it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtt_fast import cli
+from mtt_fast.augment import augment_by_strategy
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.evaluate import (
+    REAL_IMAGES_LR,
+    Accuracy,
+    EvaluationProtocol,
+    as_training_images,
+    evaluate,
+    random_subset,
+)
+from mtt_fast.experts import ExpertTraining, checked, train_missing_experts
+from mtt_fast.files import write_json
+from mtt_fast.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.matching import matching_loss
+from mtt_fast.memory import parse_bytes
+from mtt_fast.options import CommonOptions, RealImages, at_least, buffer_folder, real_images
+from mtt_fast.pictures import save_curves, save_grid
+from mtt_fast.provenance import choose_device, device_name, peak_memory_bytes, versions
+from mtt_fast.recipes import recipe_options
+from mtt_fast.run_folder import (
+    SUMMARY,
+    MetricsLog,
+    State,
+    load_checkpoint,
+    only_user,
+    read_config,
+    save_checkpoint,
+    write_config,
+)
+from mtt_fast.seeding import generator_for
+from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.unroll import unroll
+from mtt_fast.whitening import Whitening
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "python -m mtt_fast.distill"
+DEFAULT_RECIPE = "digits"
+PIXEL_MOMENTUM = 0.5
+_GIVE_UP_AFTER = 25  # iterations without a finite gradient
+
+
+@dataclass(frozen=True)
+class DistillOptions(CommonOptions):
+    """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
+
+    recipe: str | None = None
+    """a named setting (python -m mtt_fast.recipes lists them); other flags override it"""
+    config: str | None = None
+    """a TOML file of options; other flags override it"""
+    out: str | None = None
+    """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
+    resume: bool = False
+    """continue the run in --out (or that of --recipe), with its own options; say --Iteration to extend it"""
+
+    ipc: int = 1
+    """synthetic images a class"""
+    Iteration: int = 5000
+    """iterations (updates of the images)"""
+    syn_steps: int = 20
+    """N: student steps in each iteration"""
+    expert_epochs: int = 3
+    """M: expert epochs that the student has to match"""
+    max_start_epoch: int = 25
+    """T+: the student starts at an expert epoch below this"""
+    batch_syn: int | None = None
+    """synthetic images in a student step; without it, all of them"""
+    lr_img: float = 1000.0
+    """learning rate of the pixels"""
+    lr_lr: float = 1e-5
+    """learning rate of the student's learning rate"""
+    lr_teacher: float = 0.01
+    """the student's learning rate at the start"""
+    pix_init: Literal["real", "noise"] = "real"
+    """start from real images or from noise"""
+    no_aug: bool = False
+    """no augmentation during distillation (evaluation keeps it)"""
+
+    eval_it: int = 100
+    """iterations between evaluations"""
+    num_eval: int = 5
+    """networks in an evaluation"""
+    epoch_eval_train: int = 1000
+    """epochs of each"""
+
+    buffer_path: str = "buffers"
+    """where the experts' trajectories are"""
+    num_experts: int = 100
+    """experts to train if there are fewer"""
+    max_experts: int | None = None
+    """use only so many experts"""
+    train_epochs: int = 50
+    """epochs of experts that are trained first"""
+    expert_lr: float = 0.01
+    """learning rate of experts that are trained first"""
+    mom: float = 0.0
+    """their momentum"""
+    l2: float = 0.0
+    """their weight decay"""
+    decay: bool = False
+    """divide their learning rate by ten after half of the epochs"""
+    batch_real: int = 256
+    """their batch size"""
+
+    memory_budget: str | None = None
+    """cut student batches so that a step stays below this, e.g. 6GiB; the result is the same"""
+    microbatch: int | None = None
+    """cut student batches into pieces of so many images; the result is the same"""
+    save_seconds: float = 60.0
+    """time between checkpoints"""
+
+    def folder(self) -> Path:
+        """Return the run folder."""
+        return Path(self.out or Path("runs") / (self.recipe or f"{Path(self.subset or self.dataset).name}-ipc{self.ipc}"))
+
+    def experts(self) -> ExpertTraining:
+        """Return how missing experts are trained."""
+        return checked(
+            ExpertTraining(
+                self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_real, self.strategy
+            )
+        )
+
+    def protocol(self) -> EvaluationProtocol:
+        """Return the evaluation protocol."""
+        return EvaluationProtocol(epochs=self.epoch_eval_train, batch_size=self.batch_train, augment=self.strategy)
+
+    def check(self) -> None:
+        """Raise `InputError` for the first option that cannot be."""
+        complaint = at_least(
+            1,
+            ipc=self.ipc,
+            syn_steps=self.syn_steps,
+            expert_epochs=self.expert_epochs,
+            max_start_epoch=self.max_start_epoch,
+            batch_syn=self.batch_syn,
+            eval_it=self.eval_it,
+            num_eval=self.num_eval,
+            num_experts=self.num_experts,
+            max_experts=self.max_experts,
+            microbatch=self.microbatch,
+            batch_train=self.batch_train,
+        ) or at_least(
+            0,
+            Iteration=self.Iteration,
+            lr_img=self.lr_img,
+            lr_lr=self.lr_lr,
+            epoch_eval_train=self.epoch_eval_train,
+            save_seconds=self.save_seconds,
+        )
+        if complaint:
+            raise InputError(complaint)
+        if not 0 < self.lr_teacher < math.inf:
+            raise InputError(f"--lr_teacher {self.lr_teacher}: expected more than 0")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+            if self.microbatch is not None:
+                raise InputError("--microbatch, --memory_budget: expected one of them, found both")
+        augment_by_strategy(self.strategy)
+        self.experts()
+
+
+_NOT_PART_OF_THE_RESULT = {
+    "recipe", "config", "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path",
+    "buffer_path", "device", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
+}  # fmt: skip
+"""Options that may differ when a run goes on."""
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The flags that decide where the other options' defaults come from."""
+
+    recipe: str | None = None
+    config: str | None = None
+    out: str | None = None
+    resume: bool = False
+    dataset: str | None = None
+
+
+def parse_options(argv: Sequence[str]) -> DistillOptions:
+    """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags."""
+    chosen = cli.parse_known(_Selection, argv, PROGRAM)
+    defaults: dict[str, Any] = {}
+    if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
+        chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
+    if chosen.resume:
+        folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
+        config = read_config(folder)
+        if config is None:
+            raise InputError(f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume")
+        defaults |= config | {"resume": True, "out": str(folder)}
+    elif chosen.recipe is not None:
+        defaults |= recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
+    if chosen.config is not None:
+        defaults |= cli.read_toml(Path(chosen.config))
+    options = cli.parse(DistillOptions, argv, PROGRAM, defaults)
+    options.check()
+    return options
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options = parse_options(argv)
+    folder = options.folder()
+    device = choose_device(options.device)
+    _check_same_run(folder, options)
+    summary = _finished(folder, options)
+    if summary:
+        log.info("%s is finished: %s", folder, summary["text"])
+        return
+    data = options.load_data()
+    network = options.network(data)
+    if options.batch_syn and options.batch_syn > options.ipc * data.num_classes:
+        raise InputError(
+            f"--batch_syn {options.batch_syn}: expected at most the {options.ipc * data.num_classes} synthetic images there are "
+            f"({options.ipc} for each of {data.num_classes} classes); leave it out to use all"
+        )
+    real = real_images(data, options.zca, device)
+    with only_user(folder):
+        experts = _experts(options, real, network)
+        if read_config(folder) is None or options.resume:
+            write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)))
+        command = shlex.join([*PROGRAM.split(), *argv])
+        distill(options, folder, real, network, experts, command)
+
+
+def _check_same_run(folder: Path, options: DistillOptions) -> None:
+    before = read_config(folder)
+    if before is None:
+        return
+    for name, value in dataclasses.asdict(options).items():
+        if name not in _NOT_PART_OF_THE_RESULT and before.get(name) != value:
+            raise InputError(
+                f"{folder}: holds a run with --{name} {before.get(name)}, not {value}; choose another --out "
+                f"(or delete the folder)"
+            )
+
+
+def _finished(folder: Path, options: DistillOptions) -> dict[str, Any] | None:
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return summary if summary["iterations"] >= options.Iteration else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: broken; delete it, and the same command writes it again") from error
+
+
+def _experts(options: DistillOptions, real: RealImages, network: ConvNet) -> TrajectoryStore:
+    needed = options.max_start_epoch + options.expert_epochs
+    folder = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
+    store = TrajectoryStore(folder) if folder.is_dir() else None
+    if (store is None or len(store) == 0) and needed > options.train_epochs:
+        raise InputError(
+            f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
+            f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
+        )
+    if store is None or len(store) < (options.max_experts or options.num_experts):
+        store = train_missing_experts(folder, options.num_experts, real, network, options.experts(), seed=options.seed)
+    for expert in range(len(store)):
+        check_compatible(
+            store.metadata(expert),
+            layout=network.layout.describe(),
+            fingerprint=real.data.fingerprint,
+            whitening=real.whitening,
+            needed_epochs=needed,
+            epochs=store.epochs(expert),
+            where=str(folder),
+        )
+    return store
+
+
+def distill(
+    options: DistillOptions, folder: Path, real: RealImages, network: ConvNet, experts: TrajectoryStore, command: str
+) -> None:
+    """Run iterations from the last checkpoint, or from the start, to the end; write everything to `folder`.
+
+    Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; `InputError` if the
+    distillation has diverged for good.
+    """
+    device = real.train.labels.device
+    state = load_checkpoint(folder, device) or _initial_state(options, real)
+    if state.iteration:
+        log.info("continuing %s at iteration %d", folder, state.iteration)
+    metrics = MetricsLog(folder, state.iteration)
+    job = _Job(options, folder, real, network, experts, metrics)
+    saved = time.monotonic()
+    try:
+        with stop_request() as stop, _progress(options, state) as bar:
+            while True:
+                due = state.iteration % options.eval_it == 0 or state.iteration == options.Iteration
+                if due and metrics.find("evaluation", state.iteration) is None:
+                    _evaluate(job, state, stop)
+                    save_checkpoint(folder, state)
+                if state.iteration >= options.Iteration:
+                    break
+                began = time.monotonic()
+                _iterate(job, state)
+                seconds = time.monotonic() - began
+                state.seconds += seconds
+                bar.set_postfix(_postfix(options, state, metrics, seconds), refresh=False)
+                bar.update()
+                if stop or time.monotonic() - saved > options.save_seconds:
+                    save_checkpoint(folder, state)
+                    saved = time.monotonic()
+                if stop:
+                    raise Stopped("stopped by a signal", stop.signum)
+            _summarise(job, state, command, stop)
+    except Stopped as stopped:
+        save_checkpoint(folder, state)
+        raise Stopped(
+            f"stopped at iteration {state.iteration} of {options.Iteration}, everything is saved; continue with: "
+            f"{PROGRAM} --out {shlex.quote(str(folder))} --resume",
+            stopped.signum,
+        ) from None
+    finally:
+        metrics.close()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same over all iterations."""
+
+    options: DistillOptions
+    folder: Path
+    real: RealImages
+    network: ConvNet
+    experts: TrajectoryStore
+    metrics: MetricsLog
+
+
+def _initial_state(options: DistillOptions, real: RealImages) -> State:
+    generator = generator_for(options.seed, "initial images")
+    start = random_subset(real.train, real.data.num_classes, options.ipc, generator)
+    images = start.pixels
+    if options.pix_init == "noise":
+        images = torch.randn(images.shape, generator=generator).to(images.device)
+    lr = torch.tensor(options.lr_teacher, device=images.device)
+    return State(0, images, start.labels.clone(), lr, torch.zeros_like(images), torch.zeros_like(lr))
+
+
+def _iterate(job: _Job, state: State) -> None:
+    """One iteration of the paper's algorithm 1: match one segment of one expert, update the images and the rate."""
+    options = job.options
+    generator = generator_for(options.seed, "iteration", state.iteration)
+    expert = _expert_of(options, len(job.experts), state.iteration)
+    epoch = int(torch.randint(options.max_start_epoch, (), generator=generator))
+    start = job.experts.read(expert, epoch).to(state.lr.device)
+    target = job.experts.read(expert, epoch + options.expert_epochs).to(state.lr.device)
+    images = state.images.detach().requires_grad_()
+    lr = state.lr.detach().requires_grad_()
+    path = unroll(
+        job.network,
+        start,
+        images,
+        state.labels,
+        lr,
+        student_batches(len(images), options.batch_syn, options.syn_steps, generator),
+        augment=None if options.no_aug else augment_by_strategy(options.strategy),
+        microbatch=options.microbatch,
+        memory_budget=options.memory_budget,
+        generator=generator,
+    )
+    loss = matching_loss(path[-1], start, target)
+    loss.backward()
+    assert images.grad is not None and lr.grad is not None
+    value = float(loss)
+    state.iteration += 1
+    if math.isfinite(value) and bool(images.grad.isfinite().all()) and bool(lr.grad.isfinite()):
+        _update(options, state, images.grad, lr.grad)
+        job.metrics.write("step", state.iteration, loss=value, lr=float(state.lr), start_epoch=epoch, expert=expert)
+    else:
+        _skip(job, state, value)
+
+
+def _expert_of(options: DistillOptions, available: int, iteration: int) -> int:
+    """Visit the experts in random order, each once before any comes again."""
+    count = min(options.max_experts or available, available)
+    order = torch.randperm(count, generator=generator_for(options.seed, "expert order", iteration // count))
+    return int(order[iteration % count])
+
+
+def student_batches(count: int, batch: int | None, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """Return the indices of each student step as the public code draws them.
+
+    A random permutation of all `count` images is cut into chunks of `batch` (all if None) which are used from the end,
+    so that a shorter last chunk comes first; a new permutation follows when they are used up.
+    """
+    batches: list[Tensor] = []
+    while len(batches) < steps:
+        batches += reversed(torch.randperm(count, generator=generator).split(batch or count))
+    return batches[:steps]
+
+
+def _update(options: DistillOptions, state: State, images_gradient: Tensor, lr_gradient: Tensor) -> None:
+    """SGD with momentum on pixels and learning rate; the learning rate stays positive."""
+    state.images_velocity.mul_(PIXEL_MOMENTUM).add_(images_gradient)
+    state.images.sub_(state.images_velocity, alpha=options.lr_img)
+    state.lr_velocity.mul_(PIXEL_MOMENTUM).add_(lr_gradient)
+    proposed = state.lr - options.lr_lr * state.lr_velocity
+    if proposed > 0:
+        state.lr = proposed
+        return
+    if not state.lr_kept:
+        log.warning(
+            "iteration %d: the update would make the student's learning rate negative (%.3g); it is kept at %.3g. "
+            "If this goes on, lower --lr_lr",
+            state.iteration, float(proposed), float(state.lr),
+        )  # fmt: skip
+    state.lr_kept += 1
+    state.lr_velocity.zero_()
+
+
+def _skip(job: _Job, state: State, loss: float) -> None:
+    """Count an iteration whose gradient is not finite; give up if no other kind comes any more."""
+    state.skipped += 1
+    if state.skipped == 1:
+        log.warning(
+            "iteration %d: the student diverged (loss %s) and the step is skipped. If this goes on, lower --lr_img, --lr_lr or "
+            "--lr_teacher",
+            state.iteration, loss,
+        )  # fmt: skip
+    job.metrics.write("skip", state.iteration, skipped=state.skipped)
+    kinds = [record["kind"] for record in job.metrics.records if record["kind"] in ("step", "skip")]
+    if kinds[-_GIVE_UP_AFTER:] == ["skip"] * _GIVE_UP_AFTER:
+        raise InputError(
+            f"{job.folder}: {_GIVE_UP_AFTER} iterations in a row diverged at a student's learning rate of {float(state.lr):.3g}; "
+            "the last checkpoint is good; start again with a smaller --lr_lr, --lr_img or --lr_teacher and another --out"
+        )
+
+
+def _distilled(job: _Job, state: State) -> SyntheticDataset:
+    data, transform = job.real.data, job.real.transform
+    return SyntheticDataset(
+        state.images.detach().clone(),
+        state.labels,
+        state.lr,
+        class_names=data.class_names,
+        mean=data.mean,
+        std=data.std,
+        whitening=transform if isinstance(transform, Whitening) else None,
+        recipe=dataclasses.asdict(job.options) | {"iterations": state.iteration},
+        versions=versions(),
+    )
+
+
+def _evaluate(job: _Job, state: State, stop: StopRequest) -> None:
+    """Test fresh networks on the images as they are now, and write images and pictures."""
+    began = time.monotonic()
+    options, synthetic = job.options, _distilled(job, state)
+    images = as_training_images(synthetic, state.lr.device)
+    result = evaluate(
+        job.network,
+        lambda _: images,
+        job.real.test,
+        float(state.lr),
+        options.protocol(),
+        networks=options.num_eval,
+        seed=options.seed,
+        place=(state.iteration,),
+        stop=stop,
+    )
+    state.seconds_evaluation += time.monotonic() - began
+    log.info("iteration %d: %s", state.iteration, result)
+    best = max((record["accuracy_mean"] for record in job.metrics.records if record["kind"] == "evaluation"), default=-1.0)
+    if result.mean > best:
+        synthetic.save(job.folder / "best.safetensors")
+    synthetic.save(job.folder / "synthetic.safetensors")
+    name = "initial.png" if state.iteration == 0 else "images.png"
+    title = f"{job.real.data.name}, {options.ipc} a class, iteration {state.iteration}: {100 * result.mean:.1f} %"
+    save_grid(job.folder / name, synthetic.pictures(), state.labels, job.real.data.class_names, title)
+    job.metrics.write(
+        "evaluation", state.iteration, accuracy_mean=result.mean, accuracy_std=result.std, networks=len(result.values)
+    )
+    save_curves(job.folder / "curves.png", job.metrics.records)
+
+
+def _summarise(job: _Job, state: State, command: str, stop: StopRequest) -> None:
+    """Compare with random real images and the experts, and write summary.json: the run is finished."""
+    options, metrics = job.options, job.metrics
+    baseline = metrics.find("baseline") or _evaluate_baseline(job, state, stop)
+    evaluations = [record for record in metrics.records if record["kind"] == "evaluation"]
+    last, best = evaluations[-1], max(evaluations, key=lambda record: float(record["accuracy_mean"]))
+    final = Accuracy(tuple(job.experts.metadata(expert).accuracy[-1] for expert in range(len(job.experts))))
+    text = (
+        f"distilled {_percent(last)}, random real images {_percent(baseline)}, "
+        f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
+    )
+    device = state.lr.device
+    save_curves(job.folder / "curves.png", metrics.records, float(baseline["accuracy_mean"]))
+    write_json(
+        job.folder / SUMMARY,
+        {
+            "text": text,
+            "accuracy": {
+                "distilled": _accuracy_record(last),
+                "random_real_images": _accuracy_record(baseline) | {"lr": REAL_IMAGES_LR},
+                "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
+                "best_evaluation_chosen_on_the_test_images": _accuracy_record(best) | {"iteration": best["iteration"]},
+            },
+            "iterations": state.iteration,
+            "skipped_iterations": state.skipped,
+            "learning_rate_kept": state.lr_kept,
+            "learning_rate": float(state.lr),
+            "seconds": {"iterations": state.seconds, "evaluations": state.seconds_evaluation},
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "device": device_name(device),
+            "versions": versions(),
+            "command": command,
+            "options": dataclasses.asdict(options),
+        },
+    )
+    log.info("%s: %s", job.folder, text)
+
+
+def _evaluate_baseline(job: _Job, state: State, stop: StopRequest) -> dict[str, Any]:
+    """Measure random real images, as many as the synthetic ones and drawn anew for each network."""
+    began = time.monotonic()
+    options, real = job.options, job.real
+    result = evaluate(
+        job.network,
+        lambda generator: random_subset(real.train, real.data.num_classes, options.ipc, generator),
+        real.test,
+        REAL_IMAGES_LR,
+        options.protocol(),
+        networks=options.num_eval,
+        seed=options.seed,
+        name="random real images",
+        stop=stop,
+    )
+    state.seconds_evaluation += time.monotonic() - began
+    job.metrics.write(
+        "baseline", state.iteration, accuracy_mean=result.mean, accuracy_std=result.std, networks=len(result.values)
+    )
+    return job.metrics.records[-1]
+
+
+def _accuracy_record(record: dict[str, Any]) -> dict[str, Any]:
+    return {"mean": record["accuracy_mean"], "std": record["accuracy_std"], "n": record["networks"]}
+
+
+def _percent(record: dict[str, Any]) -> str:
+    return f"{100 * record['accuracy_mean']:.2f} % ± {100 * record['accuracy_std']:.2f}"
+
+
+def _progress(options: DistillOptions, state: State) -> tqdm:
+    return tqdm(total=options.Iteration, initial=state.iteration, desc="distil", unit="it", smoothing=0.05)
+
+
+def _postfix(options: DistillOptions, state: State, metrics: MetricsLog, seconds: float) -> dict[str, str]:
+    batch = options.batch_syn or len(state.images)
+    shown = {"lr": f"{float(state.lr):.4g}", "images/s": f"{options.syn_steps * batch / seconds:.0f}"}
+    if metrics.records and "loss" in metrics.records[-1]:
+        shown = {"loss": f"{metrics.records[-1]['loss']:.4f}"} | shown
+    if state.skipped or state.lr_kept:
+        shown |= {"skipped": str(state.skipped), "lr kept": str(state.lr_kept)}
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

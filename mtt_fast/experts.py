@@ -1,0 +1,238 @@
+"""Train experts on real images and record their parameters after every epoch: `python -m mtt_fast.experts`.
+
+The first half of the method ("buffer.py" in the public code): plain SGD with augmentation, constant learning rate.
+Expert i depends only on (seed, i), and is written as soon as it is trained, so a stopped run continues where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from mtt_fast import cli
+from mtt_fast.augment import augment_by_strategy
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.options import CommonOptions, RealImages, at_least, buffer_folder, real_images
+from mtt_fast.provenance import choose_device, versions
+from mtt_fast.seeding import generator_for
+from mtt_fast.student import student_for
+from mtt_fast.training import Sgd, accuracy, train_epoch
+from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert
+
+log = logging.getLogger(__name__)
+
+STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExpertTraining:
+    """How experts are trained; whatever is here must be the same for all experts of a folder."""
+
+    train_epochs: int = 50
+    lr: float = 0.01
+    mom: float = 0.0
+    l2: float = 0.0
+    decay: bool = False
+    batch_size: int = 256
+    augment: str = "color_crop_cutout_flip_scale_rotate"
+
+
+@dataclass(frozen=True)
+class ExpertOptions(CommonOptions):
+    """Train experts and record their trajectories."""
+
+    num_experts: int = 100
+    """how many experts"""
+    train_epochs: int = 50
+    """epochs of each"""
+    lr_teacher: float = 0.01
+    """learning rate of the experts"""
+    mom: float = 0.0
+    """momentum"""
+    l2: float = 0.0
+    """weight decay"""
+    decay: bool = False
+    """divide the learning rate by ten after half of the epochs"""
+    buffer_path: str = "buffers"
+    """where the trajectories are written: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
+    batch_real: Annotated[int | None, tyro.conf.Suppress] = None
+    """of the public code's command, where it changes nothing"""
+    store_dtype: str = "float32"
+    """of the recorded parameters: float32, or bfloat16 at half the size"""
+
+    def training(self) -> ExpertTraining:
+        """Return how these options train an expert. Raises `InputError` for values that cannot be."""
+        return checked(
+            ExpertTraining(
+                self.train_epochs, self.lr_teacher, self.mom, self.l2, self.decay, self.batch_train,
+                self.strategy,
+            )
+        )  # fmt: skip
+
+
+def checked(training: ExpertTraining) -> ExpertTraining:
+    """Return `training`, or raise `InputError` for values that cannot be."""
+    complaint = at_least(1, train_epochs=training.train_epochs, batch_train=training.batch_size) or at_least(
+        0, mom=training.mom, l2=training.l2
+    )
+    if complaint or not training.lr > 0:
+        raise InputError(complaint or f"expert learning rate {training.lr}: expected more than 0")
+    return training
+
+
+def train_missing_experts(
+    folder: Path,
+    count: int,
+    images: RealImages,
+    network: ConvNet,
+    training: ExpertTraining,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> TrajectoryStore:
+    """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
+
+    Raises `InputError` if an expert that is there was trained otherwise, `Stopped` on Ctrl-C or SIGTERM.
+    """
+    hyperparameters = dataclasses.asdict(training)
+    present = TrajectoryStore(folder) if folder.is_dir() else None
+    if present is not None and len(present):
+        _check_same_training(present.metadata(0), hyperparameters, images, network, seed, folder)
+    missing = [index for index in range(count) if present is None or index not in present.indices]
+    if missing:
+        log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
+    with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch", disable=not missing) as bar:
+        for index in missing:
+            bar.set_description(f"expert {index}")
+            parameters, accuracies = train_expert(images, network, training, seed=seed, index=index, bar=bar, stop=stop)
+            metadata = ExpertMetadata(
+                network=describe_network(network),
+                layout=network.layout.describe(),
+                dataset=images.data.name,
+                fingerprint=images.data.fingerprint,
+                whitening=images.whitening,
+                hyperparameters=hyperparameters,
+                seed=seed,
+                accuracy=accuracies,
+                versions=versions(),
+            )
+            write_expert(folder, index, parameters, metadata, dtype)
+    return TrajectoryStore(folder)
+
+
+def train_expert(
+    images: RealImages,
+    network: ConvNet,
+    training: ExpertTraining,
+    *,
+    seed: int,
+    index: int,
+    bar: tqdm | None = None,
+    stop: StopRequest | None = None,
+) -> tuple[torch.Tensor, list[float]]:
+    """Return one expert's parameters (train_epochs + 1, P), float32, CPU, and its test accuracy at each of them."""
+    generator = generator_for(seed, "expert", index)
+    theta = network.init(generator).to(images.train.labels.device)
+    velocity = torch.zeros_like(theta)
+    student = student_for(network)
+    augment = augment_by_strategy(training.augment)
+    parameters = torch.empty(training.train_epochs + 1, network.num_parameters)
+    parameters[0] = theta
+    accuracies = [accuracy(network, theta, images.test)]
+    lr = training.lr
+    for epoch in range(training.train_epochs):
+        if stop:
+            raise Stopped(f"stopped in expert {index}; the experts before it are saved; the same command continues", stop.signum)
+        loss = train_epoch(
+            student,
+            theta,
+            velocity,
+            images.train,
+            Sgd(lr, training.mom, training.l2, training.batch_size),
+            augment,
+            generator,
+        )
+        parameters[epoch + 1] = theta
+        accuracies.append(accuracy(network, theta, images.test))
+        if training.decay and epoch == training.train_epochs // 2 + 1:
+            lr *= 0.1
+            velocity.zero_()  # the public code makes a new optimiser here
+        if bar is not None:
+            bar.set_postfix(loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False)
+            bar.update()
+    return parameters, accuracies
+
+
+def describe_network(network: ConvNet) -> dict[str, Any]:
+    """Return the network as a record."""
+    return {"kind": type(network).__name__, **dataclasses.asdict(network)}
+
+
+def _check_same_training(
+    metadata: ExpertMetadata,
+    hyperparameters: dict[str, Any],
+    images: RealImages,
+    network: ConvNet,
+    seed: int,
+    folder: Path,
+) -> None:
+    wanted = hyperparameters | {
+        "seed": seed,
+        "whitening": images.whitening,
+        "data set": images.data.fingerprint,
+        "network": network.layout.describe(),
+    }
+    found = metadata.hyperparameters | {
+        "seed": metadata.seed,
+        "whitening": metadata.whitening,
+        "data set": metadata.fingerprint,
+        "network": metadata.layout,
+    }
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{folder}: holds experts trained with {name} {found.get(name)}, not {value}; "
+                "choose another --buffer_path, or train as many as are there with the same options"
+            )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options = cli.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
+    if options.num_experts < 1:
+        raise InputError(f"--num_experts {options.num_experts}: expected at least 1")
+    if options.store_dtype not in STORE_DTYPES:
+        raise InputError(f"--store_dtype {options.store_dtype}: expected {' or '.join(STORE_DTYPES)}")
+    training = options.training()
+    device = choose_device(options.device)
+    data = options.load_data()
+    network = options.network(data)
+    folder = buffer_folder(options.buffer_path, data, options.model, options.zca)
+    images = real_images(data, options.zca, device)
+    store = train_missing_experts(
+        folder,
+        options.num_experts,
+        images,
+        network,
+        training,
+        seed=options.seed,
+        dtype=STORE_DTYPES[options.store_dtype],
+    )
+    final = torch.tensor([store.metadata(expert).accuracy[-1] for expert in range(len(store))])
+    spread = f" ± {final.std():.4f}" if len(final) > 1 else ""
+    log.info("%d experts in %s, test accuracy %.4f%s", len(store), folder, final.mean(), spread)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,106 @@
+"""Options that the jobs share, with the names, meanings and defaults of the public MTT code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from mtt_fast.convnet import ConvNet
+from mtt_fast.data import ImageData, Normalisation, Split, load, transform_for
+from mtt_fast.models import network_by_name
+from mtt_fast.training import Images
+from mtt_fast.whitening import Whitening
+
+TrueOrFalse = Annotated[bool, tyro.conf.FlagConversionOff]
+"""A flag that takes the word True or False, as some of the public code's do."""
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Which images, which network, where, and with which random numbers."""
+
+    dataset: str = "CIFAR10"
+    """digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, Tiny, ImageNet, or an image folder (train/CLASS/…, test/CLASS/…)"""
+    subset: str | None = None
+    """of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk, imageyellow"""
+    res: int | None = None
+    """resolution in pixels, where the data set has no one size"""
+    data_path: str = "data"
+    """where the data sets lie"""
+    download: bool = False
+    """fetch the data set if it is missing (MNIST, FashionMNIST, CIFAR10, CIFAR100)"""
+    zca: bool = False
+    """whiten the images (ZCA, eps 0.1) instead of normalising them"""
+    model: str = "ConvNet"
+    """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, …"""
+    batch_train: int = 256
+    """batch size for training networks"""
+    dsa: TrueOrFalse = True
+    """differentiable siamese augmentation"""
+    dsa_strategy: str = "color_crop_cutout_flip_scale_rotate"
+    """its operations, one of which is drawn for each step"""
+    seed: int = 0
+    """every random number follows from it"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+
+    def load_data(self) -> ImageData:
+        """Return the images that the options name."""
+        return load(self.dataset, data_path=self.data_path, subset=self.subset, res=self.res, download=self.download)
+
+    def network(self, data: ImageData) -> ConvNet:
+        """Return the network that the options name, for `data`."""
+        return network_by_name(self.model, data.image_shape, data.num_classes)
+
+    @property
+    def strategy(self) -> str:
+        """The augmentation's operations, or "none"."""
+        return self.dsa_strategy if self.dsa else "none"
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """A data set on the device, as networks see it, with the transform that makes it so."""
+
+    data: ImageData
+    transform: Normalisation | Whitening
+    train: Images
+    test: Images
+
+    @property
+    def whitening(self) -> str:
+        """Which input space this is: "zca" or "none"; the data's fingerprint decides the rest."""
+        return "zca" if isinstance(self.transform, Whitening) else "none"
+
+
+def real_images(data: ImageData, zca: bool, device: torch.device) -> RealImages:
+    """Put `data` on `device` as uint8; each batch is normalised or whitened when it is used."""
+    transform = transform_for(data, zca)
+    if isinstance(transform, Whitening):
+        transform = transform.to(device)
+
+    def on_device(split: Split) -> Images:
+        return Images(split.images.to(device), split.labels.to(device), transform.apply)
+
+    return RealImages(data, transform, on_device(data.train), on_device(data.test))
+
+
+def at_least(minimum: float, **values: float | None) -> str | None:
+    """Return the first complaint about an option in `values` (None passes) below `minimum`, or None."""
+    for name, value in values.items():
+        if value is not None and not value >= minimum:
+            return f"--{name} {value}: expected at least {minimum:g}"
+    return None
+
+
+def buffer_folder(buffer_path: str, data: ImageData, model: str, zca: bool) -> Path:
+    """Return the folder of the experts, laid out as the public code does: PATH/CIFAR10_NO_ZCA/ConvNet."""
+    if data.name.upper().startswith("CIFAR"):
+        name = data.name if zca else f"{data.name}_NO_ZCA"
+    else:
+        name = f"{data.name}_ZCA" if zca else data.name
+    return Path(buffer_path) / name / model

@@ -1,0 +1,107 @@
+"""Pictures for people: a labelled grid of images, and the curves of a run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mtt_fast.files import atomic_path
+
+_LONGEST_ROW = 10
+_SMALLEST_TILE = 96  # pixels on the screen
+_GAP = 6
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """Return one picture (C, H, W) in [0, 1], C 1 or 3, as an 8-bit image."""
+    values = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    return Image.fromarray(values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0)))
+
+
+def save_grid(
+    path: str | os.PathLike[str], pictures: Tensor, labels: Tensor, class_names: Sequence[str], title: str = ""
+) -> None:
+    """Write pictures (n, C, H, W) in [0, 1] as a grid with class names, atomically.
+
+    One image a class: ten classes a row, names above. More: a class a row, its first ten images.
+    Small images are enlarged by a whole factor, without smoothing.
+    """
+    by_class = [[int(i) for i in (labels == label).nonzero()[:_LONGEST_ROW, 0]] for label in range(len(class_names))]
+    rows: list[list[tuple[str, int]]]
+    if max(map(len, by_class)) <= 1:
+        present = [(name, found[0]) for name, found in zip(class_names, by_class, strict=True) if found]
+        rows = [present[begin : begin + _LONGEST_ROW] for begin in range(0, len(present), _LONGEST_ROW)]
+    else:
+        rows = [
+            [(name if column == 0 else "", index) for column, index in enumerate(found)]
+            for name, found in zip(class_names, by_class, strict=True)
+            if found
+        ]
+    factor = max(1, math.ceil(_SMALLEST_TILE / pictures.shape[-1]))
+    width, height = pictures.shape[-1] * factor, pictures.shape[-2] * factor
+    font = ImageFont.load_default(size=14)
+    caption = 20
+    header = 28 if title else 0
+    columns = max(map(len, rows))
+    canvas = Image.new(
+        "RGB", (_GAP + columns * (width + _GAP), header + _GAP + len(rows) * (height + caption + _GAP)), _PAPER
+    )
+    draw = ImageDraw.Draw(canvas)
+    draw.text((_GAP, 6), title, fill=_INK, font=font)
+    for row, tiles in enumerate(rows):
+        top = header + _GAP + row * (height + caption + _GAP)
+        for column, (name, index) in enumerate(tiles):
+            left = _GAP + column * (width + _GAP)
+            draw.text((left, top), _shortened(name, width, font), fill=_INK, font=font)
+            tile = as_image(pictures[index]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left, top + caption))
+    with atomic_path(path) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
+def _shortened(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    while name and font.getlength(name) > width:
+        name = name[:-1]
+    return name
+
+
+def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]], baseline: float | None = None) -> None:
+    """Write loss, learning rate and accuracy over the iterations as one figure, atomically.
+
+    `records` are the lines of metrics.jsonl; `baseline` is the accuracy of as many random real images, or None.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only the jobs draw
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    loss, rate, accuracy = figure.subplots(1, 3)
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    iterations = [record["iteration"] for record in steps]
+    loss.plot(iterations, [record["loss"] for record in steps], linewidth=0.8)
+    loss.set(title="matching loss", xlabel="iteration")
+    rate.plot(iterations, [record["lr"] for record in steps], linewidth=1.2)
+    rate.set(title="student's learning rate", xlabel="iteration")
+    accuracy.errorbar(
+        [record["iteration"] for record in evaluations],
+        [record["accuracy_mean"] for record in evaluations],
+        [record["accuracy_std"] for record in evaluations],
+        marker="o",
+        capsize=3,
+        label="distilled",
+    )
+    if baseline is not None:
+        accuracy.axhline(baseline, color="grey", linestyle="--", label="random real images")
+    accuracy.set(title="test accuracy of fresh networks", xlabel="iteration")
+    accuracy.legend(frameon=False)
+    for axes in (loss, rate, accuracy):
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)

@@ -1,0 +1,131 @@
+"""The folder of one distillation: its options, its checkpoint, its metrics. Whatever stops the run, it can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from mtt_fast.cli import read_toml
+from mtt_fast.errors import InputError
+from mtt_fast.files import load_tensors, save_tensors, write_text
+
+CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
+
+
+@contextlib.contextmanager
+def only_user(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the run while the block lasts. Raises `InputError` if one is in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(f"{folder}: another process is writing to this run; wait for it or choose another --out") from error
+
+
+def write_config(folder: Path, options: dict[str, Any]) -> None:
+    """Write options (text, numbers, booleans; None is left out) as TOML."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in options.items() if value is not None]
+    write_text(folder / CONFIG, "\n".join(lines) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the options that the run was started with, or None if there is no run in `folder`."""
+    return read_toml(folder / CONFIG) if (folder / CONFIG).exists() else None
+
+
+@dataclass
+class State:
+    """All that a distillation carries from one iteration to the next."""
+
+    iteration: int  # completed ones
+    images: Tensor  # (n, C, H, W) float32
+    labels: Tensor  # (n,) int64
+    lr: Tensor  # () float32
+    images_velocity: Tensor
+    lr_velocity: Tensor
+    skipped: int = 0  # iterations whose loss or gradient was not finite
+    lr_kept: int = 0  # iterations whose update would have made the learning rate negative
+    seconds: float = 0.0
+    seconds_evaluation: float = 0.0
+
+
+_TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
+_NUMBERS = ("iteration", "skipped", "lr_kept", "seconds", "seconds_evaluation")
+
+
+def save_checkpoint(folder: Path, state: State) -> None:
+    """Write `state`, atomically."""
+    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    save_tensors(folder / CHECKPOINT, {name: getattr(state, name) for name in _TENSORS}, {"numbers": json.dumps(numbers)})
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> State | None:
+    """Return the last saved state on `device`, or None if there is none. Raises `InputError` if it is broken."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    tensors, metadata = load_tensors(path)
+    try:
+        return State(
+            **{name: tensors[name].to(device, copy=True) for name in _TENSORS}, **json.loads(metadata["numbers"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events of a run, from a given iteration on.
+
+    What was written after that iteration, by a run that was killed before its next checkpoint, is dropped first.
+    """
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this job writes events
+
+        self._path = folder / METRICS
+        self.records = [record for record in _read_records(self._path) if record["iteration"] <= iteration]
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._events = SummaryWriter(str(folder / "events"), purge_step=iteration + 1)
+
+    def write(self, kind: str, iteration: int, **values: float | int) -> None:
+        """Append one record. `kind` is "step", "evaluation" or "baseline"."""
+        record = {"kind": kind, "iteration": iteration, **values}
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, iteration)
+
+    def find(self, kind: str, iteration: int | None = None) -> dict[str, Any] | None:
+        """Return the first record of `kind` (at `iteration`, if given), or None."""
+        for record in self.records:
+            if record["kind"] == kind and iteration in (None, record["iteration"]):
+                return record
+        return None
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        self._events.close()
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # the line under way when the process was killed
+            break
+    return records

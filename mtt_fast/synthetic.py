@@ -1,0 +1,143 @@
+"""The distilled set: images, labels and learning rate, with all that is needed to use them, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.data import Normalisation
+from mtt_fast.errors import InputError
+from mtt_fast.files import atomic_path, load_tensors, save_tensors
+from mtt_fast.whitening import Whitening
+
+_FORMAT = "mtt_fast.synthetic.1"
+
+
+@dataclass(frozen=True)
+class SyntheticDataset:
+    """A distilled set, class-major.
+
+    `images` (n, C, H, W) float32 are in the networks' input space: normalised, or whitened if `whitening` is there.
+    `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
+    `lr` () is the learning rate that was learned with them. `mean` and `std` undo the normalisation.
+    `recipe` holds the options it was made with; `versions` the software's.
+    """
+
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    whitening: Whitening | None = None
+    label_kind: str = "indices"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def pictures(self) -> Tensor:
+        """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
+        transform = self.whitening or Normalisation(self.mean, self.std)
+        return transform.invert(self.images).clamp(0, 1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, atomically."""
+        tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
+        if self.whitening:
+            tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
+        record = {
+            name: getattr(self, name) for name in ("class_names", "mean", "std", "label_kind", "recipe", "versions")
+        }
+        save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
+        """Read what `save` wrote. Raises `InputError` if the file is missing, broken or something else."""
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != _FORMAT:
+            raise InputError(f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}")
+        record = json.loads(metadata["record"])
+        white = {name: tensors[f"whitening.{name}"] for name in ("mean", "matrix", "inverse") if f"whitening.{name}" in tensors}
+        for name in ("class_names", "mean", "std"):
+            record[name] = tuple(record[name])
+        return cls(
+            tensors["images"], tensors["labels"], tensors["lr"], whitening=Whitening(**white) if white else None, **record
+        )
+
+    def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write the set for other software and return the files.
+
+        kind "mtt": images_best.pt, labels_best.pt and lr_best.pt, as the public code and its successors read them;
+        kind "png": CLASS/NNN.png, the pictures. Raises `InputError` for another kind.
+        """
+        folder = Path(folder)
+        if kind == "mtt":
+            parts = {"images_best.pt": self.images, "labels_best.pt": self.labels, "lr_best.pt": self.lr}
+            for name, tensor in parts.items():
+                with atomic_path(folder / name) as temporary:
+                    torch.save(tensor.detach().cpu().clone(), temporary)
+            return [folder / name for name in parts]
+        if kind == "png":
+            return self._export_pictures(folder)
+        raise InputError(f"export: expected kind 'mtt' or 'png', found '{kind}'")
+
+    def _export_pictures(self, folder: Path) -> list[Path]:
+        from mtt_fast.pictures import as_image
+
+        classes = self.labels.argmax(1) if self.labels.dim() == 2 else self.labels
+        written: list[Path] = []
+        for number, (picture, label) in enumerate(zip(self.pictures(), classes.tolist(), strict=True)):
+            path = folder / f"{label:03d}-{_file_name(self.class_names[label])}" / f"{number:05d}.png"
+            with atomic_path(path) as temporary:
+                as_image(picture).save(temporary, format="PNG")
+            written.append(path)
+        return written
+
+    def to(self, device: torch.device | str) -> SyntheticDataset:
+        """Return the set with images, labels and lr on `device`."""
+        return dataclasses.replace(
+            self, images=self.images.to(device), labels=self.labels.to(device), lr=self.lr.to(device)
+        )
+
+
+def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read images_*.pt and the labels_*.pt beside it, as the public code and its successors write them.
+
+    Returns images (n, C, H, W) float32 in the networks' input space; labels, integers (n,) or floating (n, classes);
+    and the scalar of lr_*.pt if that file is there. The files are read with `weights_only`: nothing in them is run.
+    Raises `InputError` if one is missing or broken, or they do not fit.
+    """
+    path = Path(images_path)
+    if "images" not in path.name:
+        raise InputError(f"{path}: expected a name like images_best.pt, beside its labels_best.pt")
+    images = _load_tensor(path)
+    labels = _load_tensor(path.with_name(path.name.replace("images", "labels")))
+    lr_path = path.with_name(path.name.replace("images", "lr"))
+    lr = _load_tensor(lr_path) if lr_path.exists() else None
+    if images.dim() != 4 or not images.is_floating_point() or len(images) != len(labels):
+        raise InputError(
+            f"{path}: expected images (n, C, H, W) with n labels, found {tuple(images.shape)} and labels {tuple(labels.shape)}"
+        )
+    return images.float(), labels.float() if labels.is_floating_point() else labels.long(), lr
+
+
+def _load_tensor(path: Path) -> Tensor:
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except Exception as error:  # torch raises many kinds for a broken or foreign pickle
+        raise InputError(f"{path}: expected a tensor saved by torch.save, found a broken or foreign file") from error
+    if not isinstance(value, Tensor):
+        raise InputError(f"{path}: expected a tensor, found {type(value).__name__}")
+    return value.detach()
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
