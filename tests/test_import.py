@@ -1,0 +1,46 @@
+"""Importing mtt_fast is silent, cheap beside `import torch`, and leaves the GPU alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RUNS = 5
+SHARE = 0.1  # of the time of `import torch`
+HEAVY = {"kornia", "matplotlib", "PIL", "psutil", "pynvml", "scipy", "sklearn", "tensorboard", "tqdm", "triton", "tyro"}
+
+IMPORT = """
+import json, sys, time
+begin = time.perf_counter()
+import torch
+torch_done = time.perf_counter()
+before = {name.partition(".")[0] for name in sys.modules}
+import mtt_fast
+done = time.perf_counter()
+report = json.dumps({
+    "share": (done - torch_done) / (torch_done - begin),
+    "packages": sorted({name.partition(".")[0] for name in sys.modules} - before),
+    "cuda": torch.cuda.is_initialized(),
+})
+open(sys.argv[1], "w").write(report)
+"""
+
+
+def measure_import(report: Path) -> dict[str, Any]:
+    """Import the package in a new process. Its findings come by a file, so that whatever it prints is seen."""
+    command = [sys.executable, "-c", IMPORT, str(report)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    findings: dict[str, Any] = json.loads(report.read_text())
+    return findings | {"printed": answer.stdout + answer.stderr}
+
+
+def test_import_is_silent_cheap_and_leaves_the_gpu_alone(tmp_path: Path) -> None:
+    runs = [measure_import(tmp_path / "report") for _ in range(RUNS)]
+    for run in runs:
+        assert run["printed"] == ""
+        assert not run["cuda"]
+        assert HEAVY.isdisjoint(run["packages"]), "imported with the package; import it where it is used"
+    assert min(run["share"] for run in runs) < SHARE  # the least disturbed of the runs
