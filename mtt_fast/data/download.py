@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def fetch(url: str, path: Path, *, md5: str, progress: bool) -> None:
     try:
         response = urllib.request.urlopen(url, timeout=_PATIENCE)
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise InputError(f"--download: {url}: expected an answer, found none ({error}); {mend}") from error
     size = int(response.headers.get("Content-Length") or 0)
     with (

@@ -78,8 +78,10 @@ def from_tensors(
     if class_names is None:
         class_names = [str(label) for label in range(int(train_split.labels.max()) + 1)]
     check_labels(name, train_split.labels, test_split.labels, class_names)
-    computed = channel_statistics(train_split.images) if mean is None or std is None else None
-    mean, std = tuple(mean or computed[0]), tuple(std or computed[1])  # type: ignore[index]
+    if mean is None or std is None:
+        computed = channel_statistics(train_split.images)
+        mean, std = mean or computed[0], std or computed[1]
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
     check_statistics(name, mean, std, shape[0])
     digest = fingerprint(train_split, test_split, class_names, mean, std)
     return ImageData(name, tuple(class_names), mean, std, train_split, test_split, digest, None)

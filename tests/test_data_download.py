@@ -1,0 +1,143 @@
+"""Downloads from a server on this machine: whole and checked, or nothing."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.server
+import importlib.util
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mtt_fast.data import cifar, mnist
+from mtt_fast.data.download import fetch
+from mtt_fast.data.packing import packed
+from mtt_fast.errors import InputError
+
+CONTENT = bytes(range(256)) * 4000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; a path that begins with /short/ breaks off in the middle, /endless/ names no length."""
+
+    files: dict[str, bytes]
+
+    def do_GET(self) -> None:
+        content = self.files.get(self.path.rsplit("/", 1)[1])
+        if content is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        if not self.path.startswith("/endless/"):
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if self.path.startswith("/short/") else content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def files() -> dict[str, bytes]:
+    return {"a.bin": CONTENT}
+
+
+@pytest.fixture
+def server(files: dict[str, bytes]) -> Iterator[str]:
+    handler = type("Serving", (Handler,), {"files": files})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}/"
+        httpd.shutdown()
+        thread.join()
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def fails(url: str, folder: Path, message: str, checksum: str = md5(CONTENT)) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        fetch(url, folder / "a.bin", md5=checksum, progress=False)
+    assert "\n" not in str(raised.value)
+    assert "by hand to" in str(raised.value)
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("below", ["", "endless/"])
+def test_a_whole_file_arrives(server: str, tmp_path: Path, below: str) -> None:
+    fetch(f"{server}{below}a.bin", tmp_path / "new" / "a.bin", md5=md5(CONTENT), progress=True)
+    assert (tmp_path / "new" / "a.bin").read_bytes() == CONTENT
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_a_wrong_checksum_leaves_nothing(server: str, tmp_path: Path) -> None:
+    fails(f"{server}a.bin", tmp_path, r"expected the checksum \(md5\) 0000, found", "0000")
+
+
+def test_an_interrupted_transfer_leaves_nothing(server: str, tmp_path: Path) -> None:
+    fails(f"{server}short/a.bin", tmp_path, f"({len(CONTENT)} bytes, found only {len(CONTENT) // 2}|broke off)")
+
+
+def test_a_refused_connection_or_page_leaves_nothing(server: str, tmp_path: Path) -> None:
+    fails(f"{server}b.bin", tmp_path, "expected an answer, found none.*404")
+    fails("http://127.0.0.1:1/a.bin", tmp_path, "expected an answer, found none")
+
+
+def test_a_failed_download_keeps_the_file_before_it(server: str, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(InputError):
+        fetch(f"{server}short/a.bin", tmp_path / "a.bin", md5=md5(CONTENT), progress=False)
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+
+
+def other_test(name: str) -> ModuleType:
+    """Import a neighbouring test module, for its fabricated files."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_cifar_is_fetched_once_and_read(
+    server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = other_test("test_data_cifar")
+    archive = made.archived(made.python_folder(tmp_path / "made", "CIFAR10"))
+    files[archive.name] = archive.read_bytes()
+    home = tmp_path / "data"
+    with pytest.raises(InputError, match="expected the checksum"):
+        cifar.source("CIFAR10", home, None, True, False, url=server)  # it is not the real archive
+    assert not list(home.iterdir())
+    facts = replace(cifar.FACTS["CIFAR10"], md5=md5(files[archive.name]))
+    monkeypatch.setitem(cifar.FACTS, "CIFAR10", facts)
+    source = cifar.source("CIFAR10", home, None, True, False, url=server)
+    made.check(packed(source, home / "packed", False), "CIFAR10")
+    files.clear()
+    again = cifar.source("CIFAR10", home, None, True, False, url=server)
+    assert again.key == source.key
+
+
+def test_mnist_is_fetched_and_only_what_is_missing(
+    server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = other_test("test_data_mnist")
+    for path in made.files(tmp_path / "made").iterdir():
+        files[f"{path.name}.gz"] = gzip.compress(path.read_bytes())
+    a, b, c, d = (md5(files[f"{name}.gz"]) for name in mnist.FILES)
+    monkeypatch.setitem(mnist.FACTS, "MNIST", replace(mnist.FACTS["MNIST"], md5=(a, b, c, d)))
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / f"{mnist.FILES[0]}.gz").write_bytes(files.pop(f"{mnist.FILES[0]}.gz"))  # which the server now lacks
+    source = mnist.source("MNIST", tmp_path / "data", True, False, url=server)
+    made.check(packed(source, tmp_path / "data" / "packed", False))

@@ -1,0 +1,231 @@
+"""Image folders: exact pixels and order, one size or resized, and every mistake named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mtt_fast.data import load
+from mtt_fast.errors import InputError
+
+Array = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def noise(seed: int, height: int = 6, width: int = 6, channels: int = 3) -> Array:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+    return pixels if channels > 1 else pixels[..., 0]
+
+
+def write(path: Path, pixels: Array) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def folder(root: Path, test: str = "test", channels: int = 3, suffix: str = ".png") -> Path:
+    """Two classes, 3 + 2 training images, 1 + 1 test images; the pixels of each are `noise` of its number."""
+    for number, place in enumerate(["train/b/2", "train/b/10", "train/a/x", "train/a/deep/er/y", "train/a/z"]):
+        write(root / f"{place}{suffix}", noise(number, channels=channels))
+    write(root / test / "a" / f"t{suffix}", noise(5, channels=channels))
+    write(root / test / "b" / f"t{suffix}", noise(6, channels=channels))
+    return root
+
+
+def chw(pixels: Array) -> torch.Tensor:
+    return torch.tensor(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".ppm", ".PNG"])
+@pytest.mark.parametrize("test", ["test", "val", "valid"])
+def test_pixels_labels_and_order(tmp_path: Path, suffix: str, test: str) -> None:
+    data = load(str(folder(tmp_path / "pets", test, suffix=suffix)), data_path=tmp_path / "cache", progress=False)
+    assert data.name == "folder-pets"
+    assert data.class_names == ("a", "b")
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert data.test.labels.tolist() == [0, 1]
+    # sorted by path: a/deep/er/y, a/x, a/z, b/10, b/2
+    assert torch.equal(data.train.images, torch.stack([chw(noise(number)) for number in (3, 2, 4, 1, 0)]))
+    assert torch.equal(data.test.images, torch.stack([chw(noise(5)), chw(noise(6))]))
+    assert data.path
+    assert data.path.parent == tmp_path / "cache" / "packed"
+
+
+def test_folder_means_the_data_path(tmp_path: Path) -> None:
+    by_name = load("folder", data_path=folder(tmp_path / "pets"), progress=False)
+    by_path = load(str(tmp_path / "pets"), data_path=tmp_path, progress=False)
+    assert by_name.fingerprint == by_path.fingerprint
+    assert by_name.class_names == ("a", "b"), "the packed/ folder is no class"
+
+
+def test_more_images_than_a_task_holds_keep_their_order(tmp_path: Path) -> None:
+    for number in range(150):
+        write(tmp_path / "train" / "a" / f"{number:03}.png", np.full((2, 2, 3), number, np.uint8))
+    write(tmp_path / "test" / "a" / "0.png", noise(0, 2, 2))
+    data = load("folder", data_path=tmp_path, progress=False)
+    assert data.train.images[:, 0, 0, 0].tolist() == list(range(150))
+
+
+def test_jpeg_and_webp_are_read_as_pillow_reads_them(tmp_path: Path) -> None:
+    folder(tmp_path, suffix=".jpg")
+    photo = write(tmp_path / "train" / "a" / "w.webp", noise(9))
+    data = load("folder", data_path=tmp_path, progress=False)
+    with Image.open(tmp_path / "test" / "a" / "t.jpg") as picture:
+        assert torch.equal(data.test.images[0], chw(np.asarray(picture.convert("RGB"))))
+    with Image.open(photo) as picture:
+        assert torch.equal(data.train.images[1], chw(np.asarray(picture.convert("RGB"))))
+
+
+def test_all_grey_gives_one_channel_and_any_colour_three(tmp_path: Path) -> None:
+    data = load("folder", data_path=folder(tmp_path / "grey", channels=1), progress=False)
+    assert data.image_shape == (1, 6, 6)
+    assert torch.equal(data.test.images[0], chw(noise(5, channels=1)))
+    mixed = folder(tmp_path / "mixed", channels=1)
+    write(mixed / "test" / "b" / "u.png", noise(7))
+    data = load("folder", data_path=mixed, progress=False)
+    assert data.image_shape == (3, 6, 6)
+    assert torch.equal(data.test.images[0], chw(noise(5, channels=1)).expand(3, 6, 6))
+
+
+def test_statistics_are_those_of_the_training_images(tmp_path: Path) -> None:
+    data = load("folder", data_path=folder(tmp_path), progress=False)
+    scaled = data.train.images.double() / 255
+    assert data.mean == pytest.approx(scaled.mean((0, 2, 3)).tolist(), abs=1e-12)
+    assert data.std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12), (9, 6), (3, 5), (6, 6), (7, 400)], ids=str)
+def test_resize_covers_then_crops_the_centre(tmp_path: Path, height: int, width: int) -> None:
+    pixels = noise(1, height, width)
+    folder(tmp_path)
+    write(tmp_path / "test" / "a" / "t.png", pixels)
+    data = load("folder", data_path=tmp_path, res=6, progress=False)
+    assert data.name.endswith("-6")
+    high, wide = (6, 6 * width // height) if height <= width else (6 * height // width, 6)
+    picture = Image.fromarray(pixels).resize((wide, high), Image.Resampling.BILINEAR)
+    top, left = round((high - 6) / 2), round((wide - 6) / 2)
+    expected = chw(np.asarray(picture)[top : top + 6, left : left + 6])
+    assert torch.equal(data.test.images[0], expected)
+
+
+def test_another_resolution_is_another_file(tmp_path: Path) -> None:
+    folder(tmp_path)
+    small, large = (load("folder", data_path=tmp_path, res=res, progress=False) for res in (4, 8))
+    assert (small.image_shape, large.image_shape) == ((3, 4, 4), (3, 8, 8))
+    assert small.path != large.path
+    assert small.fingerprint != large.fingerprint
+
+
+def test_two_folders_of_one_name_do_not_share_a_file(tmp_path: Path) -> None:
+    paths = {
+        load(str(folder(tmp_path / where / "pets")), data_path=tmp_path, progress=False).path for where in ("x", "y")
+    }
+    assert len(paths) == 2
+
+
+def test_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load("folder", data_path=folder(tmp_path), progress=False)
+
+    def never(*_: object) -> None:
+        raise AssertionError("opened an image again")
+
+    monkeypatch.setattr(Image, "open", never)
+    again = load("folder", data_path=tmp_path, progress=False)
+    assert torch.equal(first.train.images, again.train.images)
+    monkeypatch.chdir(tmp_path)
+    assert load("folder", data_path=".", progress=False).fingerprint == first.fingerprint, "however the path is written"
+
+
+@pytest.mark.parametrize("change", ["edit", "add", "remove", "rename"])
+def test_a_changed_source_is_packed_again(tmp_path: Path, change: str) -> None:
+    first = load("folder", data_path=folder(tmp_path), progress=False)
+    image = tmp_path / "train" / "a" / "z.png"
+    match change:
+        case "edit":
+            write(image, noise(99))
+            os.utime(image, ns=(1, 1))
+        case "add":
+            write(image.with_name("new.png"), noise(99))
+        case "remove":
+            image.unlink()
+        case "rename":
+            image.rename(image.parent.parent / "b" / "z.png")
+    again = load("folder", data_path=tmp_path, progress=False)
+    assert again.fingerprint != first.fingerprint
+    assert len(again.train.images) == 5 + {"add": 1, "remove": -1}.get(change, 0)
+
+
+def fails(tmp_path: Path, message: str, **options: Any) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        load("folder", data_path=tmp_path, progress=False, **options)
+    assert "\n" not in str(raised.value)
+    packed = tmp_path / "packed"
+    assert not packed.exists() or not list(packed.iterdir())
+
+
+def test_broken_image_is_named(tmp_path: Path) -> None:
+    path = folder(tmp_path) / "train" / "b" / "2.png"
+    whole = path.read_bytes()
+    for content in (b"", b"not a picture", whole[:20], whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        fails(tmp_path, r"train/b/2\.png: expected an image, found a broken one")
+
+
+def test_truncated_jpeg_is_named(tmp_path: Path) -> None:
+    path = folder(tmp_path, suffix=".jpg") / "test" / "b" / "t.jpg"
+    path.write_bytes(path.read_bytes()[:-40])
+    fails(tmp_path, r"test/b/t\.jpg: expected an image, found a broken one")
+
+
+def test_deep_grey_is_refused_not_clipped(tmp_path: Path) -> None:
+    folder(tmp_path)
+    Image.fromarray(np.full((6, 6), 40000, np.uint16)).save(tmp_path / "train" / "a" / "z.png")
+    fails(tmp_path, r"z\.png: expected 8 bits a channel")
+
+
+def test_sizes_that_differ_need_res(tmp_path: Path) -> None:
+    folder(tmp_path)
+    write(tmp_path / "train" / "b" / "2.png", noise(1, 6, 7))
+    fails(tmp_path, r"b/2\.png: expected 6x6 pixels.*found 7x6; give --res")
+    assert load("folder", data_path=tmp_path, res=6, progress=False).image_shape == (3, 6, 6)
+
+
+def test_classes_that_differ_are_named(tmp_path: Path) -> None:
+    folder(tmp_path)
+    write(tmp_path / "test" / "c" / "t.png", noise(1))
+    fails(tmp_path, r"same classes.*found 1 in only one of them \(c\)")
+
+
+@pytest.mark.parametrize(("split", "word"), [("train", "training"), ("test", "test")])
+def test_empty_class_is_named(tmp_path: Path, split: str, word: str) -> None:
+    for part in ("train", "test"):
+        (folder(tmp_path) / part / "c").mkdir()
+    write(tmp_path / ("test" if split == "train" else "train") / "c" / "t.png", noise(1))
+    (tmp_path / split / "c" / "notes.txt").touch()
+    (tmp_path / split / "c" / "._t.png").touch()
+    fails(tmp_path, f"expected {word} images .* of every class, found none of 'c'")
+
+
+def test_missing_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere: expected an image folder"):
+        load(str(tmp_path / "nowhere"), data_path=tmp_path)
+    fails(tmp_path, r"expected train/ and one of test/, val/, valid/.*found nothing")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    fails(tmp_path, r"train: expected a folder a class, found nothing")
+    write(tmp_path / "train" / "loose.png", noise(0))
+    fails(tmp_path, r"train: expected a folder a class, found loose\.png; move the images")
+
+
+def test_dangling_link_is_named(tmp_path: Path) -> None:
+    (folder(tmp_path) / "train" / "a" / "link.png").symlink_to(tmp_path / "gone.png")
+    fails(tmp_path, r"link\.png: cannot be read")
+
+
+def test_resolution_must_be_positive(tmp_path: Path) -> None:
+    fails(folder(tmp_path), "--res: expected a positive number", res=0)

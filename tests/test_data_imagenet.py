@@ -1,0 +1,185 @@
+"""ImageNet, its subsets and Tiny ImageNet in the layouts in which people have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mtt_fast.data import load
+from mtt_fast.data.imagenet import SUBSETS
+from mtt_fast.errors import InputError
+
+# The public code's class numbers: the rank of each id among ImageNet's sorted 1000.
+RANKS = {
+    "imagenette": [0, 217, 482, 491, 497, 566, 569, 571, 574, 701],
+    "imagewoof": [193, 182, 258, 162, 155, 167, 159, 273, 207, 229],
+    "imagemeow": [281, 282, 283, 284, 285, 291, 292, 290, 289, 287],
+    "imagesquawk": [84, 130, 88, 144, 145, 22, 96, 9, 100, 89],
+    "imagefruit": [953, 954, 949, 950, 951, 957, 952, 945, 943, 948],
+    "imageyellow": [309, 986, 954, 951, 987, 779, 599, 291, 72, 11],
+}
+
+
+def flat(path: Path, level: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> None:
+    """Write an image of one colour, so that no resizing changes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, (level, level // 2, 0) if mode == "RGB" else level).save(path)
+
+
+def tree(root: Path, wnids: Sequence[str]) -> Path:
+    """Write one PNG a class and split, called .JPEG as in ImageNet; its red is the class's place in `wnids`."""
+    for number, wnid in enumerate(wnids):
+        for split in ("train", "val"):
+            path = root / split / wnid / f"{wnid}_1.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (6, 4), (number % 256, number // 256, 0)).save(path, format="PNG")
+    return root
+
+
+def ids(subset: str) -> list[str]:
+    return list(SUBSETS[subset])
+
+
+def test_ids_and_ranks_have_the_same_order() -> None:
+    pairs = sorted(
+        {pair for subset in SUBSETS for pair in zip(RANKS[subset], ids(subset), strict=True)} | {(999, "n15075141")}
+    )
+    wnids = [wnid for _, wnid in pairs]
+    assert wnids == sorted(wnids)
+    assert len(set(wnids)) == len(pairs) == 58
+    assert all(len(names) == len(set(names.values())) == 10 for names in SUBSETS.values())
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_subsets_come_in_the_public_order_from_a_larger_tree(tmp_path: Path, subset: str) -> None:
+    tree(tmp_path / "ImageNet", sorted({*ids(subset), *ids("imagenette"), *ids("imagewoof"), "n09999999"}))
+    everything = sorted(path.name for path in (tmp_path / "ImageNet" / "train").iterdir())
+    (tmp_path / "ImageNet" / "test").mkdir()  # the official test images have no labels
+    data = load("ImageNet", subset=subset.upper(), data_path=tmp_path, res=4, progress=False)
+    assert data.class_names == tuple(SUBSETS[subset].values())
+    assert data.name == f"{subset}-4"
+    assert data.train.labels.tolist() == data.test.labels.tolist() == list(range(10))
+    assert data.train.images[:, 0, 0, 0].tolist() == [everything.index(wnid) for wnid in ids(subset)]
+    assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("below", [".", "imagenette", "imagenette2", "imagenette2-320", "imagenette2-160"])
+def test_fastai_folders_by_the_subsets_own_name(tmp_path: Path, below: str) -> None:
+    tree(tmp_path / below, ids("imagenette"))
+    data = load("ImageNette", data_path=tmp_path, progress=False)
+    assert (data.name, data.image_shape) == ("imagenette-128", (3, 128, 128))
+    assert data.train.images[:, 0, 64, 64].tolist() == list(range(10))
+    woof = tree(tmp_path / "woof", ids("imagewoof"))
+    data = load("imagewoof", data_path=woof, res=4, progress=False)
+    assert data.train.images[:, 0, 0, 0].tolist() == list(range(10)), "not sorted: the public order"
+
+
+def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> None:
+    root = tree(tmp_path, ids("imagenette"))
+    ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None] * 5, (16, 48, 3))
+    Image.fromarray(np.ascontiguousarray(ramp)).save(root / "train" / "n01440764" / "n01440764_1.JPEG", format="PNG")
+    image = load("imagenette", data_path=tmp_path, res=8, progress=False).train.images[0]
+    expected = Image.fromarray(np.ascontiguousarray(ramp)).resize((24, 8), Image.Resampling.BILINEAR)
+    assert torch.equal(image.permute(1, 2, 0), torch.tensor(np.asarray(expected)[:, 8:16]))
+
+
+def test_all_of_imagenet(tmp_path: Path) -> None:
+    wnids = [f"n{number:08}" for number in range(1000)]
+    data = load("imagenet", data_path=tree(tmp_path, wnids), res=2, progress=False)
+    assert data.name == "ImageNet-2"
+    assert data.class_names == tuple(wnids)
+    assert data.train.labels.tolist() == list(range(1000))
+    assert torch.equal(data.test.images[:, 0, 0, 0] + 256 * data.test.images[:, 1, 0, 0].int(), data.test.labels)
+
+
+def fails(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        load(dataset, data_path=root, progress=False, **options)
+    assert "\n" not in str(raised.value)
+    assert not list(root.glob("packed/*"))
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    fails(tmp_path, r"ImageNet: expected train/WNID/ and val/WNID/")
+    fails(tmp_path, r"imagemeow: expected train/WNID/.*for 10 of 10 classes", subset="imagemeow")
+    fails(tmp_path, r"--subset: expected one of .*'imagenet'; did you mean imagenette", subset="imagenet")
+    tree(tmp_path, ids("imagenette")[:-1])
+    fails(tmp_path, r"for 1 of 10 classes \(n03888257…\)", subset="imagenette")
+    fails(tmp_path, r"expected ImageNet's 1000 class folders, found 9; give --subset")
+    tree(tmp_path, ids("imagenette"))
+    (tmp_path / "val" / "n03888257" / "n03888257_1.JPEG").unlink()
+    fails(tmp_path, r"expected test images .*found none of 'n03888257'", subset="imagenette")
+
+
+WNIDS = ("n01443537", "n01629819", "n02085620")
+
+
+def tiny(root: Path, rearranged: str | None = None) -> Path:
+    """Write three classes of Tiny ImageNet: 2 training and 1 validation image each, the second training image grey."""
+    root = root / "tiny-imagenet-200"
+    for number, wnid in enumerate(WNIDS):
+        flat(root / "train" / wnid / "images" / f"{wnid}_0.JPEG", 40 * number, (64, 64))
+        flat(root / "train" / wnid / "images" / f"{wnid}_1.JPEG", 40 * number + 20, (64, 64), "L")
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t62\t62\n")
+    lines = []
+    for number, wnid in reversed(list(enumerate(WNIDS))):
+        place = root / "val" / (rearranged.format(wnid) if rearranged else "images")
+        flat(place / f"val_{7 - number}.JPEG", 40 * number + 10, (64, 64))
+        lines.append(f"val_{7 - number}.JPEG\t{wnid}\t0\t32\t44\t62\n")
+    if rearranged:
+        (root / "val" / "images").mkdir(exist_ok=True)  # what a rearranging script leaves
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "test" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("\n".join(reversed(WNIDS)) + "\n")
+    words = ["n01443537\tgoldfish, Carassius auratus", "n01629819\tcrane, a bird", "n02085620\tcrane, another"]
+    (root / "words.txt").write_text("\n".join(words) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("layout", [None, "{}", "{}/images"])
+def test_tiny_in_its_layouts(tmp_path: Path, layout: str | None) -> None:
+    root = tiny(tmp_path, layout)
+    if layout:
+        (root / "val" / "val_annotations.txt").unlink()
+    data = load("tiny", data_path=tmp_path, progress=False)
+    assert (data.name, data.image_shape) == ("Tiny", (3, 64, 64))
+    assert data.class_names == ("goldfish", "n01629819", "n02085620"), "a word that two classes share names neither"
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.test.labels.tolist() == [0, 1, 2]
+    assert data.test.images[:, 0].float().mean((1, 2)).tolist() == pytest.approx([10, 50, 90], abs=2)
+    assert data.train.images[:, 0].float().mean((1, 2)).tolist() == pytest.approx([0, 20, 40, 60, 80, 100], abs=2)
+    grey = data.train.images[1::2]
+    assert torch.equal(grey[:, 0], grey[:, 2])
+    assert data.mean == (0.485, 0.456, 0.406)
+    assert load("Tiny", data_path=root, progress=False).fingerprint == data.fingerprint, "the folder itself will do"
+
+
+def test_tiny_at_another_resolution(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    data = load("Tiny", data_path=tmp_path, res=32, progress=False)
+    assert (data.name, data.image_shape) == ("Tiny-32", (3, 32, 32))
+
+
+def test_mistakes_of_tiny_are_named(tmp_path: Path) -> None:
+    fails(tmp_path, r"Tiny: expected tiny-imagenet-200/.*tiny-imagenet-200\.zip", "Tiny")
+    root = tiny(tmp_path)
+    annotations = root / "val" / "val_annotations.txt"
+    whole = annotations.read_text()
+    annotations.write_text(whole + "val_9.JPEG\tn99999999\t0\n")
+    fails(tmp_path, r"val_annotations\.txt: line 4: .*n99999999", "Tiny")
+    annotations.write_text(whole + "nonsense\n")
+    fails(tmp_path, r"line 4: expected an image and its class", "Tiny")
+    annotations.write_text(whole.replace("val_7", "val_8"))
+    fails(tmp_path, r"val_8\.JPEG: cannot be read", "Tiny")
+    annotations.write_text(whole.splitlines()[0] + "\n")
+    fails(tmp_path, r"expected test images .*found none of 'n01443537'", "Tiny")
+    annotations.write_bytes(b"\xff\xfe\x00")
+    fails(tmp_path, r"val_annotations\.txt: expected text", "Tiny")
+    (root / "wnids.txt").write_text("n01443537\n")
+    fails(tmp_path, r"expected the classes of wnids\.txt, found 2 in only one of them", "Tiny")
