@@ -393,7 +393,7 @@ def _iterate(job: _Job, state: State) -> None:
     loss = matching_loss(path[-1], start, target)
     loss.backward()
     assert images.grad is not None and lr.grad is not None
-    value = float(loss)
+    value = float(loss.detach())
     state.iteration += 1
     if math.isfinite(value) and bool(images.grad.isfinite().all()) and bool(lr.grad.isfinite()):
         _update(options, state, images.grad, lr.grad)

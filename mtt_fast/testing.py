@@ -96,14 +96,17 @@ def whole_graph(
     )
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return |found − expected| / |expected| in the Euclidean norm, computed in float64."""
+def relative_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Return |found − expected| / max(|expected|, `floor`) in the Euclidean norm, computed in float64."""
     found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return float((found - expected).norm() / expected.norm().clamp_min(max(floor, torch.finfo(torch.float64).tiny)))
 
 
-def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Raise `AssertionError` naming `name` unless the relative error is at most `tolerance` (NaN fails)."""
-    error = relative_error(found, expected)
+def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float, floor: float = 0.0) -> None:
+    """Raise `AssertionError` naming `name` unless the relative error is at most `tolerance` (NaN fails).
+
+    `floor` is the smallest magnitude that counts, for values that may be zero but for rounding.
+    """
+    error = relative_error(found, expected, floor)
     if not error <= tolerance:
         raise AssertionError(f"{name}: relative error {error:.3e}, allowed {tolerance:.1e}")

@@ -102,8 +102,8 @@ class _Steps:
     weight_decay: float
 
     def augmented(self, images: Tensor, n: int) -> Tensor:
-        """The images that step n sees, from the batch's own."""
-        return self.augment(images, self.draws[n]) if self.augment else images
+        """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
+        return (self.augment(images, self.draws[n]) if self.augment else images).contiguous()
 
 
 class _Unroll(torch.autograd.Function):

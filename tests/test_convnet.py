@@ -1,0 +1,98 @@
+"""ConvNet against the same network built of `torch.nn`, which shares no code with it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mtt_fast import ConvNet, InputError
+from mtt_fast.models import network_by_name
+from mtt_fast.testing import assert_close, module_function, reference_convnet
+
+SHAPES = [
+    pytest.param((3, 10, 32, 8, 3), id="cifar"),
+    pytest.param((1, 10, 28, 4, 3), id="mnist-padding-3"),
+    pytest.param((1, 7, 8, 5, 2), id="digits"),
+    pytest.param((3, 4, 19, 3, 2), id="odd-size"),
+    pytest.param((2, 3, 8, 6, 3), id="down-to-1x1"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_module(shape: tuple[int, int, int, int, int]) -> None:
+    net = ConvNet(*shape)
+    module = reference_convnet(*shape)
+    theta = torch.randn(net.num_parameters, dtype=torch.float64)
+    images = torch.randn(5, shape[0], shape[2], shape[2], dtype=torch.float64)
+    assert net.num_parameters == sum(parameter.numel() for parameter in module.parameters())
+    assert_close("logits", net(theta, images), module_function(module)(theta, images), 1e-12)
+
+
+def test_rectangular_images() -> None:
+    net = ConvNet(image_size=(16, 24), width=4, depth=2, num_classes=3)
+    logits = net(net.init(), torch.randn(2, 3, 16, 24))
+    assert logits.shape == (2, 3)
+    assert net.feature_size == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("net", "parameters"),
+    [
+        (ConvNet(3, 10, 32), 320_010),
+        (ConvNet(3, 100, 32), 504_420),
+        (ConvNet(3, 200, 64, depth=4), 857_160),
+        (ConvNet(3, 10, 128, depth=5), 615_690),
+        (ConvNet(3, 1000, 64, depth=4), 2_496_360),
+    ],
+)
+def test_parameter_counts_are_those_of_the_public_code(net: ConvNet, parameters: int) -> None:
+    assert net.num_parameters == parameters
+
+
+def test_init_has_the_default_distribution_of_torch() -> None:
+    net = ConvNet(width=64)
+    theta = net.init(torch.Generator().manual_seed(3))
+    module = reference_convnet(3, 10, 32, 64, 3)
+    for ours, theirs in zip(net.layout.split(theta), module.parameters(), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.abs().max() <= 1.05 * theirs.abs().max() + 1e-12
+        if ours.numel() > 1000:
+            bound = 1 / math.sqrt(ours[0].numel())
+            assert float(ours.std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+            assert float(ours.detach().mean()) == pytest.approx(0, abs=0.05 * bound)
+        elif ours.numel() == 64 and theirs.std() == 0:  # affine of a norm
+            assert torch.equal(ours, theirs.detach())
+
+
+def test_init_repeats_with_the_generator() -> None:
+    net = ConvNet(width=4)
+    first, second, other = (net.init(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_gradients_of_both_orders_and_modes() -> None:
+    net = ConvNet(in_channels=2, num_classes=2, image_size=5, width=2, depth=2)
+    theta = (net.init().double() + 0.1).requires_grad_()
+    images = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(net, (theta, images))
+    assert torch.autograd.gradgradcheck(net, (theta, images))
+
+
+def test_errors_name_the_cause() -> None:
+    with pytest.raises(InputError, match="depth 4.*leave nothing"):
+        ConvNet(image_size=8, depth=4)
+    with pytest.raises(InputError, match="width: expected at least 1, found 0"):
+        ConvNet(width=0)
+    with pytest.raises(InputError, match="expected a flat vector of shape"):
+        ConvNet(width=4)(torch.zeros(7), torch.zeros(1, 3, 32, 32))
+
+
+def test_names_of_the_public_code() -> None:
+    assert network_by_name("ConvNet", (3, 32, 32), 10) == ConvNet(3, 10, 32)
+    assert network_by_name("ConvNetD4", (3, 64, 64), 200) == ConvNet(3, 200, 64, depth=4)
+    assert network_by_name("ConvNetD2W64", (1, 8, 8), 10) == ConvNet(1, 10, 8, width=64, depth=2)
+    with pytest.raises(InputError, match="--model ResNet99"):
+        network_by_name("ResNet99", (3, 32, 32), 10)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mtt_fast import FlatModule, InputError, matching_loss, unroll
+from mtt_fast.testing import assert_close, whole_graph
+
+
+def small_module(norm: nn.Module | None = None) -> nn.Sequential:
+    layers = [nn.Conv2d(2, 4, 3), norm or nn.Identity(), nn.GELU(), nn.Flatten(), nn.Linear(4 * 16, 3)]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("norm", [None, nn.GroupNorm(2, 4), nn.BatchNorm2d(4)], ids=["none", "group", "batch"])
+def test_meta_gradient_of_a_third_party_module(norm: nn.Module | None) -> None:
+    module = small_module(norm)
+    net = FlatModule(module)
+    start = net.init()
+    target = start + 0.05 * torch.randn_like(start)
+    images = torch.randn(5, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    labels, lr = torch.tensor([0, 1, 2, 0, 1]), torch.tensor(0.3, dtype=torch.float64)
+    batches = torch.tensor([[0, 1, 2], [2, 3, 4]])
+    matching_loss(unroll(net, start, images, labels, lr, batches)[-1], start, target).backward()
+
+    def plain(theta: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        fresh = copy.deepcopy(module)
+        for part in fresh.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.track_running_stats, part.running_mean, part.running_var = False, None, None
+                part.num_batches_tracked = None
+        values, begin = {}, 0
+        for name, value in module.named_parameters():
+            values[name] = theta[begin : begin + value.numel()].view_as(value)
+            begin += value.numel()
+        return torch.func.functional_call(fresh, values, (seen,))  # type: ignore[no-any-return]
+
+    expected = whole_graph(plain, start, target, images, labels, lr, list(batches))
+    assert images.grad is not None
+    assert_close("images", images.grad, expected.images, 1e-9)
+
+
+def test_wrapping_leaves_the_module_alone() -> None:
+    module = small_module(nn.BatchNorm2d(4))
+    before = copy.deepcopy(module.state_dict())
+    net = FlatModule(module)
+    net(net.init(), torch.randn(3, 2, 6, 6, dtype=torch.float64))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_equals_the_module_in_evaluation_mode() -> None:
+    module = small_module(nn.BatchNorm2d(4)).eval()
+    net, images = FlatModule(module), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    assert torch.equal(net(net.init(), images), module(images))
+    assert not net.mixes_samples
+
+
+def test_batch_statistics_cannot_be_cut() -> None:
+    net = FlatModule(small_module(nn.BatchNorm2d(4)))
+    assert net.mixes_samples
+    with pytest.raises(InputError, match="batch norm uses batch statistics"):
+        unroll(
+            net,
+            net.init(),
+            torch.randn(4, 2, 6, 6),
+            torch.zeros(4, dtype=torch.long),
+            torch.tensor(0.1),
+            [torch.arange(4)],
+            microbatch=2,
+        )
+
+
+def test_active_dropout_is_refused() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 2))
+    with pytest.raises(InputError, match="layer 1 draws random numbers"):
+        FlatModule(module)
+    FlatModule(module.eval())
