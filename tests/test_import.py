@@ -10,7 +10,7 @@ from typing import Any
 
 RUNS = 5
 SHARE = 0.1  # of the time of `import torch`
-HEAVY = {"kornia", "matplotlib", "PIL", "psutil", "pynvml", "scipy", "sklearn", "tensorboard", "tqdm", "triton", "tyro"}
+HEAVY = {"kornia", "matplotlib", "PIL", "pynvml", "scipy", "sklearn", "tensorboard", "tqdm", "triton", "tyro"}
 
 IMPORT = """
 import json, sys, time
