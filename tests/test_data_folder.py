@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from mtt_fast.data import load
+from mtt_fast.data.folder import image_source
+from mtt_fast.data.packing import packed
 from mtt_fast.errors import InputError
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
@@ -61,6 +63,13 @@ def test_folder_means_the_data_path(tmp_path: Path) -> None:
     by_path = load(str(tmp_path / "pets"), data_path=tmp_path, progress=False)
     assert by_name.fingerprint == by_path.fingerprint
     assert by_name.class_names == ("a", "b"), "the packed/ folder is no class"
+
+
+def test_test_images_follow_the_classes_of_training(tmp_path: Path) -> None:
+    a, b = (str(write(tmp_path / f"{name}.png", noise(seed))) for seed, name in enumerate("ab"))
+    source = image_source("x", tmp_path, {"a": [a], "b": [b]}, {"b": [b], "a": [a]}, resize=False)
+    data = packed(source, tmp_path, False)
+    assert torch.equal(data.train.images, data.test.images)
 
 
 def test_more_images_than_a_task_holds_keep_their_order(tmp_path: Path) -> None:

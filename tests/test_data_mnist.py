@@ -64,6 +64,15 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert again.fingerprint != first.fingerprint
 
 
+def test_a_relative_path_finds_what_an_absolute_one_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load("MNIST", data_path=files(tmp_path), progress=False)
+    assert first.path
+    packed_at = first.path.stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    assert load("MNIST", data_path=".", progress=False).path == first.path
+    assert first.path.stat().st_mtime_ns == packed_at
+
+
 def fails(root: Path, message: str, **options: Any) -> None:
     with pytest.raises(InputError, match=message) as raised:
         load("MNIST", data_path=root, progress=False, **options)

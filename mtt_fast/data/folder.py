@@ -88,7 +88,8 @@ def image_source(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Source:
-    """Describe a data set of image files by class; class i is the i-th of `train`, called `class_names[i]`.
+    """Describe a data set of image files by class; class i is the i-th of `train`, called `class_names[i]`,
+    or by its folder.
 
     `channels` and `size` None: found out from the images. `resize`: see `images.decode`.
     """

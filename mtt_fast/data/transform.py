@@ -62,6 +62,7 @@ def transform_for(data: ImageData, zca: bool) -> Normalisation | Whitening:
     path = data.path.with_suffix(".zca.safetensors") if data.path else None
     if path and (kept := _read(path, belongs_to)):
         return kept
+    log.info("%s: fitting the ZCA whitening to %d images", data.name, len(data.train.images))
     whitening = Whitening.fit(data.train.images.float().div_(255), eps=_EPS)
     if path:
         try:
