@@ -1,10 +1,230 @@
-"""Every operation in plain torch: what it is, on any device and in any precision. Speed is the twins' business."""
+"""Every operation in plain torch: what it is, on any device and in any precision. Speed is the twins' business.
+
+A dot is the derivative in one direction of the parameters, a bar the gradient of the loss, and a bar with a dot the
+derivative of that gradient in the direction. The arguments were checked by `mtt_fast.kernels`.
+"""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .formats import LabelKind, in_format_of
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return Σ (a − b)² in float64. `a`, `b`: (P,). The arguments were checked by `mtt_fast.kernels`."""
+    """Return Σ (a − b)² in float64. `a`, `b`: (P,)."""
     return (a.double() - b.double()).square().sum()
+
+
+# ------------------------------------------------------------------------------------- norm, ReLU, pool
+# h = (y − mean) rstd, u = γ h + β, z = max(u, 0), p = 2×2 means of z. A bar or a dot of mean and rstd is never handed
+# over: whoever differentiates again must see how they depend on y.
+
+
+def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return p (B, C, H//2, W//2), mean (B, C), rstd (B, C). `y`: (B, C, H, W); `gamma`, `beta`: (C,)."""
+    mean, rstd = _statistics(y, eps)
+    u = _normalised(y, mean, rstd) * _channel(gamma) + _channel(beta)
+    return _pool(u * (u > 0), y), mean, rstd
+
+
+def norm_relu_pool_backward(
+    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ȳ (B, C, H, W), γ̄ (C,), β̄ (C,). `p_bar`: (B, C, H//2, W//2)."""
+    h = _normalised(y, mean, rstd)
+    u_bar = _unpool(p_bar, y) * (h * _channel(gamma) + _channel(beta) > 0)
+    h_bar = u_bar * _channel(gamma)
+    y_bar = _plane(rstd) * (h_bar - _mean(h_bar) - h * _mean(h * h_bar))
+    return in_format_of(y, y_bar), (u_bar * h).sum((0, 2, 3)), u_bar.sum((0, 2, 3))
+
+
+def norm_relu_pool_dual(
+    y: Tensor, y_dot: Tensor, gamma: Tensor, beta: Tensor, gamma_dot: Tensor, beta_dot: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return p, ṗ (B, C, H//2, W//2) and mean, rstd, k1 = E[ẏ], k2 = E[h ẏ] (B, C)."""
+    mean, rstd = _statistics(y, eps)
+    h = _normalised(y, mean, rstd)
+    k1, k2 = y_dot.mean((2, 3)), (h * y_dot).mean((2, 3))
+    h_dot = _normalised_dot(h, y_dot, rstd, k1, k2)
+    u = h * _channel(gamma) + _channel(beta)
+    u_dot = h * _channel(gamma_dot) + h_dot * _channel(gamma) + _channel(beta_dot)
+    return _pool(u * (u > 0), y), _pool(u_dot * (u > 0), y), mean, rstd, k1, k2
+
+
+def norm_relu_pool_dual_backward(
+    y: Tensor,
+    y_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    gamma_dot: Tensor,
+    beta_dot: Tensor,
+    p_bar: Tensor,
+    p_bar_dot: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ȳ, ȳ̇ (B, C, H, W) and γ̄̇, β̄̇ (C,), the derivatives of what `norm_relu_pool_backward` returns."""
+    h = _normalised(y, mean, rstd)
+    h_dot = _normalised_dot(h, y_dot, rstd, k1, k2)
+    mask = h * _channel(gamma) + _channel(beta) > 0
+    u_bar, u_bar_dot = _unpool(p_bar, y) * mask, _unpool(p_bar_dot, y) * mask
+    h_bar = u_bar * _channel(gamma)
+    h_bar_dot = u_bar * _channel(gamma_dot) + u_bar_dot * _channel(gamma)
+    along = _mean(h * h_bar)
+    q = h_bar - _mean(h_bar) - h * along
+    q_dot = h_bar_dot - _mean(h_bar_dot) - h_dot * along - h * _mean(h_dot * h_bar + h * h_bar_dot)
+    y_bar = _plane(rstd) * q
+    y_bar_dot = _plane(rstd) * (q_dot - _plane(rstd * k2) * q)  # the derivative of rstd is −rstd² k2
+    gamma_bar_dot = (u_bar_dot * h + u_bar * h_dot).sum((0, 2, 3))
+    return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), gamma_bar_dot, u_bar_dot.sum((0, 2, 3))
+
+
+def _statistics(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean = y.mean((2, 3))
+    return mean, ((y - _plane(mean)).square().mean((2, 3)) + eps).rsqrt()
+
+
+def _normalised(y: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (y - _plane(mean)) * _plane(rstd)
+
+
+def _normalised_dot(h: Tensor, y_dot: Tensor, rstd: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
+    return _plane(rstd) * (y_dot - _plane(k1) - h * _plane(k2))
+
+
+def _pool(z: Tensor, y: Tensor) -> Tensor:
+    return in_format_of(y, F.avg_pool2d(z, 2))
+
+
+def _unpool(p_bar: Tensor, y: Tensor) -> Tensor:
+    """Spread each quarter of `p_bar` over its four pixels; an odd last row or column took no part in the pool."""
+    height, width = p_bar.shape[2:]
+    spread = y.new_zeros(y.shape)
+    spread[:, :, : 2 * height, : 2 * width] = p_bar.repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    return spread
+
+
+def _mean(planes: Tensor) -> Tensor:
+    return planes.mean((2, 3), keepdim=True)
+
+
+def _plane(number: Tensor) -> Tensor:
+    return number[:, :, None, None]  # (B, C) -> (B, C, 1, 1)
+
+
+def _channel(number: Tensor) -> Tensor:
+    return number[:, None, None]  # (C,) -> (C, 1, 1)
+
+
+# ------------------------------------------------------------------------------------- convolution 3×3
+# Stride 1, no bias: in front of an instance norm a bias only shifts what the norm takes away again, so it has no effect
+# and its gradients are exactly zero.
+
+
+def conv3x3(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2). `x`: (B, C, H, W); `weight`: (K, C, 3, 3)."""
+    return in_format_of(x, F.conv2d(x, weight, padding=padding))
+
+
+def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Return x̄ = Wᵀ∗ȳ (B, C, H, W)."""
+    return in_format_of(y_bar, F.conv_transpose2d(y_bar, weight, padding=padding))
+
+
+def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int) -> Tensor:
+    """Return W̄ = ȳ ⋆ x (K, C, 3, 3)."""
+    shape = torch.Size((y_bar.shape[1], x.shape[1], 3, 3))
+    return torch.nn.grad.conv2d_weight(x, shape, y_bar, padding=padding).contiguous()
+
+
+def conv3x3_dual(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """Return y = W∗x and ẏ = Ẇ∗x + W∗ẋ. `x_dot` None is zero: images do not move with the parameters."""
+    y_dot = conv3x3(x, weight_dot, padding)
+    if x_dot is not None:
+        y_dot = y_dot + conv3x3(x_dot, weight, padding)
+    return conv3x3(x, weight, padding), y_dot
+
+
+def conv3x3_dual_input_gradient(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """Return x̄ = Wᵀ∗ȳ and x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇ (B, C, H, W)."""
+    x_bar_dot = conv3x3_input_gradient(y_bar, weight_dot, padding) + conv3x3_input_gradient(y_bar_dot, weight, padding)
+    return conv3x3_input_gradient(y_bar, weight, padding), x_bar_dot
+
+
+def conv3x3_dual_image_gradient(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+) -> Tensor:
+    """Return x̄̇ alone: below the first layer nobody asks for x̄."""
+    return conv3x3_input_gradient(y_bar, weight_dot, padding) + conv3x3_input_gradient(y_bar_dot, weight, padding)
+
+
+def conv3x3_dual_weight_gradient(
+    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int
+) -> Tensor:
+    """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3). `x_dot` None is zero."""
+    weight_bar_dot = conv3x3_weight_gradient(x, y_bar_dot, padding)
+    return weight_bar_dot if x_dot is None else weight_bar_dot + conv3x3_weight_gradient(x_dot, y_bar, padding)
+
+
+# ------------------------------------------------------------------------------------- linear, cross-entropy
+# o = f Aᵀ + c, π = softmax(o), loss = −Σ t log π / B. Probabilities that are being learned need not sum to one.
+
+
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the mean loss () and f̄ (B, D), Ā (K, D), c̄ (K,). `features`: (B, D); `labels`: (B,) or (B, K)."""
+    log_pi = F.linear(features, weight, bias).log_softmax(1)
+    target = _target(labels, label_kind, log_pi)
+    o_bar = (log_pi.exp() * target.sum(1, keepdim=True) - target) / len(features)
+    loss = -(target * log_pi).sum() / len(features)
+    return loss, o_bar @ weight, o_bar.T @ features, o_bar.sum(0)
+
+
+def linear_cross_entropy_dual(
+    features: Tensor,
+    features_dot: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_dot: Tensor,
+    bias_dot: Tensor,
+    labels: Tensor,
+    label_kind: LabelKind,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the loss's derivative (), f̄, f̄̇ (B, D), Ā̇ (K, D), c̄̇ (K,), and the labels' (B, K), None for indices."""
+    batch = len(features)
+    pi = F.linear(features, weight, bias).softmax(1)
+    target = _target(labels, label_kind, pi)
+    mass = target.sum(1, keepdim=True)
+    o_dot = F.linear(features, weight_dot, bias_dot) + F.linear(features_dot, weight)
+    log_pi_dot = o_dot - (pi * o_dot).sum(1, keepdim=True)
+    o_bar = (pi * mass - target) / batch
+    o_bar_dot = pi * mass * log_pi_dot / batch
+    labels_bar_dot = None
+    if label_kind == "probabilities":
+        labels_bar_dot = -log_pi_dot / batch
+    elif label_kind == "logits":  # through t = softmax(labels)
+        labels_bar_dot = target * ((target * log_pi_dot).sum(1, keepdim=True) - log_pi_dot) / batch
+    return (
+        -(target * log_pi_dot).sum() / batch,
+        o_bar @ weight,
+        o_bar_dot @ weight + o_bar @ weight_dot,
+        o_bar_dot.T @ features + o_bar.T @ features_dot,
+        o_bar_dot.sum(0),
+        labels_bar_dot,
+    )
+
+
+def _target(labels: Tensor, label_kind: LabelKind, like: Tensor) -> Tensor:
+    if label_kind == "indices":
+        return torch.zeros_like(like).scatter_(1, labels[:, None], 1)
+    return (labels.softmax(1) if label_kind == "logits" else labels).to(like.dtype)

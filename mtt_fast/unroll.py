@@ -87,7 +87,23 @@ def unroll(
         momentum=momentum,
         weight_decay=weight_decay,
     )
-    return _Unroll.apply(step, theta, images, labels, lr)  # type: ignore[no-any-return]
+    path, *rows = _Unroll.apply(step, theta, images, labels, lr)
+    path = path.as_subclass(_Path)
+    path.rows = tuple(rows)
+    return path  # type: ignore[no-any-return]
+
+
+class _Path(Tensor):
+    """A path whose single rows remember that they are rows.
+
+    The gradient of an ordinary `path[-1]` is as large as the path, and all zeros but for one row.
+    """
+
+    rows: tuple[Tensor, ...]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from a path is an ordinary tensor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.rows[index] if isinstance(index, int) else super().__getitem__(index)
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,10 @@ class _Unroll(torch.autograd.Function):
     """One node in the user's graph for all N steps."""
 
     @staticmethod
-    def forward(ctx: Any, steps: _Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, steps: _Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return the path (N + 1, P), and its rows again, each an output (and a gradient) of its own."""
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
         path = theta.new_empty(count + 1, len(theta))
@@ -129,11 +148,12 @@ class _Unroll(torch.autograd.Function):
             torch.addcmul(path[n], update, rates[n], value=-1, out=path[n + 1])
         ctx.steps = steps
         ctx.save_for_backward(images, labels, lr, path, velocities)
-        return path
+        ctx.set_materialize_grads(False)
+        return path, *path.unbind()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_path: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_path: Tensor | None, *grad_rows: Tensor | None) -> tuple[Tensor | None, ...]:
         steps: _Steps = ctx.steps
         images, labels, lr, path, velocities = ctx.saved_tensors
         _, _, wants_images, wants_labels, _ = ctx.needs_input_grad
@@ -142,7 +162,13 @@ class _Unroll(torch.autograd.Function):
         grad_labels = torch.zeros_like(labels) if wants_labels else None
         grad_rates = torch.zeros_like(rates)
 
-        adjoint = grad_path[-1].clone()  # λ_{n+1}, of the parameters
+        def incoming(n: int) -> Tensor | float:
+            """What the user's loss says of row n: as a row of the path, and as a row by itself."""
+            of_path = 0.0 if grad_path is None else grad_path[n]
+            of_row = grad_rows[n]
+            return of_path if of_row is None else of_path + of_row
+
+        adjoint = torch.zeros_like(path[0]) + incoming(len(steps.batches))  # λ_{n+1}, of the parameters
         pull = torch.zeros_like(adjoint) if velocities is not None else None  # of the velocity, from later steps
         for n in reversed(range(len(steps.batches))):
             index = steps.batches[n]
@@ -170,7 +196,7 @@ class _Unroll(torch.autograd.Function):
             curvature = tangent.hessian_v
             if steps.weight_decay:
                 curvature = torch.add(curvature, direction, alpha=steps.weight_decay)
-            adjoint = torch.addcmul(adjoint, curvature, size).add_(grad_path[n])
+            adjoint = torch.addcmul(adjoint, curvature, size).add_(incoming(n))
 
         grad_lr = (grad_rates if lr.dim() else grad_rates.sum()).to(lr.dtype)
         return None, adjoint, grad_images, grad_labels, grad_lr
