@@ -13,8 +13,26 @@ if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which wo
     raise ImportError("import mtt_fast.kernels, not kernels")
 
 from . import native, reference
+from .formats import LabelKind, memory_format
 
-__all__ = ["native_available", "squared_distance"]
+__all__ = [
+    "LabelKind",
+    "conv3x3",
+    "conv3x3_dual",
+    "conv3x3_dual_image_gradient",
+    "conv3x3_dual_input_gradient",
+    "conv3x3_dual_weight_gradient",
+    "conv3x3_input_gradient",
+    "conv3x3_weight_gradient",
+    "linear_cross_entropy",
+    "linear_cross_entropy_dual",
+    "native_available",
+    "norm_relu_pool",
+    "norm_relu_pool_backward",
+    "norm_relu_pool_dual",
+    "norm_relu_pool_dual_backward",
+    "squared_distance",
+]
 
 
 def native_available() -> bool:
@@ -44,3 +62,256 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu" and native.available:
         return native.squared_distance(a, b)
     return reference.squared_distance(a, b)
+
+
+def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return 2×2 averages of relu(γ h + β), with h = `y` normalised over each plane, and the planes' mean and rstd.
+
+    `y` (B, C, H, W), contiguous or channels_last, as is p (B, C, H//2, W//2); `gamma`, `beta` (C,); mean, rstd (B, C).
+    rstd is 1/√(variance + eps). An odd last row or column counts in the statistics and is not pooled.
+    All of one floating dtype and device. Raises `ValueError` for anything else.
+    """
+    _check("norm_relu_pool", y, planes={"y": y}, channels={"gamma": gamma, "beta": beta})
+    return reference.norm_relu_pool(y, gamma, beta, eps)
+
+
+def norm_relu_pool_backward(
+    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients ȳ (B, C, H, W), γ̄ (C,), β̄ (C,) that follow from `p_bar` (B, C, H//2, W//2).
+
+    The other arguments are those and the results of `norm_relu_pool`. ReLU's derivative at 0 is 0.
+    Raises `ValueError` as `norm_relu_pool` does.
+    """
+    numbers = {"mean": mean, "rstd": rstd}
+    _check("norm_relu_pool_backward", y, {"y": y}, {"gamma": gamma, "beta": beta}, numbers, {"p_bar": p_bar})
+    return reference.norm_relu_pool_backward(y, mean, rstd, gamma, beta, p_bar)
+
+
+def norm_relu_pool_dual(
+    y: Tensor, y_dot: Tensor, gamma: Tensor, beta: Tensor, gamma_dot: Tensor, beta_dot: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return p and its derivative ṗ in the direction (`y_dot`, `gamma_dot`, `beta_dot`), and numbers of the planes.
+
+    Those are mean, rstd, k1 = E[ẏ] and k2 = E[h ẏ], each (B, C), for `norm_relu_pool_dual_backward`.
+    Shapes, formats, errors: `norm_relu_pool`.
+    """
+    channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
+    _check("norm_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, channels)
+    return reference.norm_relu_pool_dual(y, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
+
+
+def norm_relu_pool_dual_backward(
+    y: Tensor,
+    y_dot: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    gamma_dot: Tensor,
+    beta_dot: Tensor,
+    p_bar: Tensor,
+    p_bar_dot: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ȳ, ȳ̇ (B, C, H, W), γ̄̇, β̄̇ (C,): the gradient to y, and the directional derivatives of the gradients.
+
+    The arguments are those and the results of `norm_relu_pool_dual`, the gradient `p_bar` (B, C, H//2, W//2) and its
+    derivative `p_bar_dot`. Shapes, formats, errors: `norm_relu_pool`.
+    """
+    _check(
+        "norm_relu_pool_dual_backward",
+        y,
+        planes={"y": y, "y_dot": y_dot},
+        channels={"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot},
+        numbers={"mean": mean, "rstd": rstd, "k1": k1, "k2": k2},
+        pooled={"p_bar": p_bar, "p_bar_dot": p_bar_dot},
+    )
+    return reference.norm_relu_pool_dual_backward(
+        y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot
+    )
+
+
+def conv3x3(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`.
+
+    `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous. Stride 1, and no bias: a bias in
+    front of an instance norm has no effect, and its gradients are exactly zero. One floating dtype and device.
+    Raises `ValueError` for anything else.
+    """
+    _check_conv("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
+    return reference.conv3x3(x, weight, padding)
+
+
+def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
+    _check_conv("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
+    return reference.conv3x3_input_gradient(y_bar, weight, padding)
+
+
+def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int) -> Tensor:
+    """Return W̄ = ȳ ⋆ x (K, C, 3, 3), contiguous, from `y_bar`, the gradient to the result of `conv3x3`."""
+    _check_pair("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
+    return reference.conv3x3_weight_gradient(x, y_bar, padding)
+
+
+def conv3x3_dual(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """Return y = W∗x and its derivative ẏ = Ẇ∗x + W∗ẋ. `x_dot` None stands for zero (images).
+
+    Shapes, formats, errors: `conv3x3`.
+    """
+    inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+    _check_conv("conv3x3_dual", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
+    return reference.conv3x3_dual(x, x_dot, weight, weight_dot, padding)
+
+
+def conv3x3_dual_input_gradient(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """Return x̄ = Wᵀ∗ȳ and its derivative x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇, each (B, C, H, W) in the memory format of `y_bar`."""
+    weights = {"weight": weight, "weight_dot": weight_dot}
+    _check_conv("conv3x3_dual_input_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
+    return reference.conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+
+
+def conv3x3_dual_image_gradient(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+) -> Tensor:
+    """Return x̄̇ of `conv3x3_dual_input_gradient` alone: below the first layer nobody asks for x̄."""
+    weights = {"weight": weight, "weight_dot": weight_dot}
+    _check_conv("conv3x3_dual_image_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
+    return reference.conv3x3_dual_image_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+
+
+def conv3x3_dual_weight_gradient(
+    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int
+) -> Tensor:
+    """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3), contiguous. `x_dot` None stands for zero. Errors: `conv3x3`."""
+    inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+    _check_pair("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
+    return reference.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding)
+
+
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the mean cross-entropy () of a linear classifier and its gradients: f̄ (B, D), Ā (K, D), c̄ (K,).
+
+    `features` (B, D), `weight` (K, D), `bias` (K,); `labels`: indices (B,) int64, or (B, K): probabilities, which need
+    not sum to one, or logits, of which the softmax is taken. Raises `ValueError` for other shapes or dtypes.
+    """
+    _check_classifier("linear_cross_entropy", [features], [weight], [bias], labels, label_kind)
+    return reference.linear_cross_entropy(features, weight, bias, labels, label_kind)
+
+
+def linear_cross_entropy_dual(
+    features: Tensor,
+    features_dot: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_dot: Tensor,
+    bias_dot: Tensor,
+    labels: Tensor,
+    label_kind: LabelKind,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the loss's derivative () in the direction of the dots, f̄, and the derivatives f̄̇, Ā̇, c̄̇ of the gradients.
+
+    Last comes that of the gradient to the labels (B, K), None for indices. Shapes, errors: `linear_cross_entropy`.
+    """
+    _check_classifier(
+        "linear_cross_entropy_dual",
+        [features, features_dot],
+        [weight, weight_dot],
+        [bias, bias_dot],
+        labels,
+        label_kind,
+    )
+    return reference.linear_cross_entropy_dual(
+        features, features_dot, weight, bias, weight_dot, bias_dot, labels, label_kind
+    )
+
+
+def _check(
+    op: str,
+    y: Tensor,
+    planes: dict[str, Tensor],
+    channels: dict[str, Tensor],
+    numbers: dict[str, Tensor] | None = None,
+    pooled: dict[str, Tensor] | None = None,
+) -> None:
+    """Hold the arguments of a plane operation to the shapes that follow from `y`, and to its dtype, device and format."""
+    if y.dim() != 4 or min(y.shape[:2]) < 1 or min(y.shape[2:]) < 2:
+        raise ValueError(f"{op}: expected y (B, C, H, W) of at least 2×2 pixels, found {tuple(y.shape)}")
+    batch, width, height, breadth = y.shape
+    _check_tensors(op, y, planes, y.shape, like_format=y)
+    _check_tensors(op, y, channels, (width,))
+    _check_tensors(op, y, numbers or {}, (batch, width))
+    _check_tensors(op, y, pooled or {}, (batch, width, height // 2, breadth // 2), like_format=y)
+
+
+def _check_conv(
+    op: str, padding: int, inputs: dict[str, Tensor], weights: dict[str, Tensor], channel_axis: int
+) -> None:
+    """`channel_axis`: the weights' axis that meets the inputs' channels; 1 forward, 0 backward."""
+    first, weight = next(iter(inputs.values())), next(iter(weights.values()))
+    if (
+        first.dim() != 4
+        or weight.dim() != 4
+        or weight.shape[2:] != (3, 3)
+        or weight.shape[channel_axis] != first.shape[1]
+    ):
+        raise ValueError(
+            f"{op}: expected (B, C, H, W) and 3×3 weights of as many channels, found {tuple(first.shape)}, {tuple(weight.shape)}"
+        )
+    grown = 2 * (padding - 1) * (1 if channel_axis == 1 else -1)
+    if padding < 0 or min(first.shape[2:]) + grown < 1:
+        raise ValueError(f"{op}: padding {padding} leaves nothing of {tuple(first.shape)}")
+    _check_tensors(op, first, inputs, first.shape, like_format=first)
+    _check_tensors(op, first, weights, weight.shape, like_format=None)
+
+
+def _check_pair(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    x, y_bar = inputs["x"], outputs["y_bar"]
+    if x.dim() != 4 or y_bar.dim() != 4:
+        raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y_bar.shape)}")
+    _check_tensors(op, x, inputs, x.shape, like_format=x)
+    grown = (len(x), y_bar.shape[1], *(side + 2 * padding - 2 for side in x.shape[2:]))
+    _check_tensors(op, x, outputs, grown, like_format=y_bar)
+
+
+def _check_classifier(
+    op: str, features: list[Tensor], weights: list[Tensor], biases: list[Tensor], labels: Tensor, label_kind: LabelKind
+) -> None:
+    first = features[0]
+    if first.dim() != 2 or biases[0].dim() != 1:
+        raise ValueError(
+            f"{op}: expected features (B, D) and bias (K,), found {tuple(first.shape)}, {tuple(biases[0].shape)}"
+        )
+    (batch, width), classes = first.shape, len(biases[0])
+    _check_tensors(op, first, {"features": first, "features_dot": features[-1]}, (batch, width))
+    _check_tensors(op, first, {"weight": weights[0], "weight_dot": weights[-1]}, (classes, width))
+    _check_tensors(op, first, {"bias": biases[0], "bias_dot": biases[-1]}, (classes,))
+    wanted = (batch,) if label_kind == "indices" else (batch, classes)
+    if labels.shape != wanted or labels.is_floating_point() != (label_kind != "indices"):
+        raise ValueError(f"{op}: expected {label_kind} {wanted}, found {labels.dtype} of shape {tuple(labels.shape)}")
+
+
+def _check_tensors(
+    op: str, first: Tensor, tensors: dict[str, Tensor], shape: tuple[int, ...], like_format: Tensor | None = None
+) -> None:
+    """Of one shape, dtype and device with `first`, without a graph, and contiguous or in the format of `like_format`."""
+    for name, tensor in tensors.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, found {tuple(tensor.shape)}")
+        if tensor.dtype != first.dtype or not tensor.is_floating_point():
+            raise ValueError(f"{op}: expected {name} of floating dtype {first.dtype}, found {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: expected one device, found {name} on {tensor.device} and {first.device}")
+        if tensor.requires_grad:
+            raise ValueError(f"{op}: is not differentiable, found {name} that requires grad; detach it")
+        wanted = torch.contiguous_format if like_format is None else memory_format(like_format)
+        if not tensor.is_contiguous(memory_format=wanted):
+            raise ValueError(f"{op}: expected {name} {str(wanted)[6:]}, found strides {tensor.stride()}")

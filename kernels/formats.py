@@ -1,0 +1,26 @@
+"""What the operations agree on about their arguments: memory formats, and kinds of labels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LabelKind = Literal["indices", "probabilities", "logits"]
+"""Labels are class indices (B,), probabilities (B, K), or logits (B, K) of which the softmax is taken."""
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return the format of `tensor` (B, C, H, W); contiguous where both fit. Raises `ValueError` if neither does."""
+    for candidate in (torch.contiguous_format, torch.channels_last):
+        if tensor.is_contiguous(memory_format=candidate):
+            return candidate
+    raise ValueError(
+        f"expected a contiguous or channels_last tensor, found shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+    )
+
+
+def in_format_of(model: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` in the memory format of `model`, itself if it is so already."""
+    return tensor.contiguous(memory_format=memory_format(model))
