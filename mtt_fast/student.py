@@ -86,7 +86,9 @@ class GenericStudent:
             return self.loss(self.network(theta, images), labels)
 
         gradient_and_loss = torch.func.grad_and_value(loss_of, argnums=(0, 1, 2) if soft else (0, 1))
-        _, (gradients, v_dot_g) = torch.func.jvp(lambda at: gradient_and_loss(at, images, labels), (theta,), (v,))
+        # a copy: the tangent of a view is as large as what it is a view of, here all N + 1 rows of a path
+        at = theta.clone()
+        _, (gradients, v_dot_g) = torch.func.jvp(lambda theta: gradient_and_loss(theta, images, labels), (at,), (v,))
         return GradientTangent(v_dot_g, gradients[0], gradients[1], gradients[2] if soft else None)
 
 
