@@ -106,7 +106,9 @@ def _color(images: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
 def _uniform(count: int) -> Callable[[Tensor, torch.Generator | None], tuple[Tensor, ...]]:
     def draw(images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
         return tuple(
-            torch.rand(len(images), generator=generator, device=_device(generator), dtype=images.dtype).to(images.device)
+            torch.rand(len(images), generator=generator, device=_device(generator), dtype=images.dtype).to(
+                images.device
+            )
             for _ in range(count)
         )
 

@@ -53,7 +53,9 @@ def parse(kind: type[Options], argv: Sequence[str], prog: str, defaults: dict[st
         raise InputError(str(error)) from error
     if unknown:
         names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-        raise InputError(f"{unknown[0]}: unknown option{did_you_mean(unknown[0].lstrip('-').replace('-', '_'), names, '--')}; see --help")
+        raise InputError(
+            f"{unknown[0]}: unknown option{did_you_mean(unknown[0].lstrip('-').replace('-', '_'), names, '--')}; see --help"
+        )
     return options
 
 
@@ -71,8 +73,10 @@ def apply(options: Options, values: dict[str, Any], source: str) -> Options:
     for name, value in values.items():
         if name not in known:
             raise InputError(f"{source}: unknown option '{name}'{did_you_mean(name, list(known))}")
-        if known[name] is not None and not isinstance(value, type(known[name])) and not (
-            isinstance(known[name], float) and isinstance(value, int)
+        if (
+            known[name] is not None
+            and not isinstance(value, type(known[name]))
+            and not (isinstance(known[name], float) and isinstance(value, int))
         ):
             raise InputError(f"{source}: option {name}: expected {type(known[name]).__name__}, found {value!r}")
     return dataclasses.replace(options, **values)  # type: ignore[type-var]
@@ -119,12 +123,18 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the free space", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the free space",
+            file=sys.stderr,
+        )
         return 2
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        print("error: out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result", file=sys.stderr)
+        print(
+            "error: out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

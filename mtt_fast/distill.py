@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,24 +25,22 @@ from tqdm import tqdm
 from mtt_fast import cli
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.convnet import ConvNet
+from mtt_fast.distill_options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import (
     REAL_IMAGES_LR,
     Accuracy,
-    EvaluationProtocol,
     as_training_images,
     evaluate,
     random_subset,
 )
-from mtt_fast.experts import ExpertTraining, checked, train_missing_experts
+from mtt_fast.experts import train_missing_experts
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.matching import matching_loss
-from mtt_fast.memory import parse_bytes
-from mtt_fast.options import CommonOptions, RealImages, at_least, buffer_folder, real_images
+from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.pictures import save_curves, save_grid
 from mtt_fast.provenance import choose_device, device_name, peak_memory_bytes, versions
-from mtt_fast.recipes import recipe_options
 from mtt_fast.run_folder import (
     SUMMARY,
     MetricsLog,
@@ -61,169 +59,8 @@ from mtt_fast.whitening import Whitening
 
 log = logging.getLogger(__name__)
 
-PROGRAM = "python -m mtt_fast.distill"
-DEFAULT_RECIPE = "digits"
 PIXEL_MOMENTUM = 0.5
 _GIVE_UP_AFTER = 25  # iterations without a finite gradient
-
-
-@dataclass(frozen=True)
-class DistillOptions(CommonOptions):
-    """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
-
-    recipe: str | None = None
-    """a named setting (python -m mtt_fast.recipes lists them); other flags override it"""
-    config: str | None = None
-    """a TOML file of options; other flags override it"""
-    out: str | None = None
-    """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
-    resume: bool = False
-    """continue the run in --out (or that of --recipe), with its own options; say --Iteration to extend it"""
-
-    ipc: int = 1
-    """synthetic images a class"""
-    Iteration: int = 5000
-    """iterations (updates of the images)"""
-    syn_steps: int = 20
-    """N: student steps in each iteration"""
-    expert_epochs: int = 3
-    """M: expert epochs that the student has to match"""
-    max_start_epoch: int = 25
-    """T+: the student starts at an expert epoch below this"""
-    batch_syn: int | None = None
-    """synthetic images in a student step; without it, all of them"""
-    lr_img: float = 1000.0
-    """learning rate of the pixels"""
-    lr_lr: float = 1e-5
-    """learning rate of the student's learning rate"""
-    lr_teacher: float = 0.01
-    """the student's learning rate at the start"""
-    pix_init: Literal["real", "noise"] = "real"
-    """start from real images or from noise"""
-    no_aug: bool = False
-    """no augmentation during distillation (evaluation keeps it)"""
-
-    eval_it: int = 100
-    """iterations between evaluations"""
-    num_eval: int = 5
-    """networks in an evaluation"""
-    epoch_eval_train: int = 1000
-    """epochs of each"""
-
-    buffer_path: str = "buffers"
-    """where the experts' trajectories are"""
-    num_experts: int = 100
-    """experts to train if there are fewer"""
-    max_experts: int | None = None
-    """use only so many experts"""
-    train_epochs: int = 50
-    """epochs of experts that are trained first"""
-    expert_lr: float = 0.01
-    """learning rate of experts that are trained first"""
-    mom: float = 0.0
-    """their momentum"""
-    l2: float = 0.0
-    """their weight decay"""
-    decay: bool = False
-    """divide their learning rate by ten after half of the epochs"""
-    batch_real: int = 256
-    """their batch size"""
-
-    memory_budget: str | None = None
-    """cut student batches so that a step stays below this, e.g. 6GiB; the result is the same"""
-    microbatch: int | None = None
-    """cut student batches into pieces of so many images; the result is the same"""
-    save_seconds: float = 60.0
-    """time between checkpoints"""
-
-    def folder(self) -> Path:
-        """Return the run folder."""
-        return Path(self.out or Path("runs") / (self.recipe or f"{Path(self.subset or self.dataset).name}-ipc{self.ipc}"))
-
-    def experts(self) -> ExpertTraining:
-        """Return how missing experts are trained."""
-        return checked(
-            ExpertTraining(
-                self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_real, self.strategy
-            )
-        )
-
-    def protocol(self) -> EvaluationProtocol:
-        """Return the evaluation protocol."""
-        return EvaluationProtocol(epochs=self.epoch_eval_train, batch_size=self.batch_train, augment=self.strategy)
-
-    def check(self) -> None:
-        """Raise `InputError` for the first option that cannot be."""
-        complaint = at_least(
-            1,
-            ipc=self.ipc,
-            syn_steps=self.syn_steps,
-            expert_epochs=self.expert_epochs,
-            max_start_epoch=self.max_start_epoch,
-            batch_syn=self.batch_syn,
-            eval_it=self.eval_it,
-            num_eval=self.num_eval,
-            num_experts=self.num_experts,
-            max_experts=self.max_experts,
-            microbatch=self.microbatch,
-            batch_train=self.batch_train,
-        ) or at_least(
-            0,
-            Iteration=self.Iteration,
-            lr_img=self.lr_img,
-            lr_lr=self.lr_lr,
-            epoch_eval_train=self.epoch_eval_train,
-            save_seconds=self.save_seconds,
-        )
-        if complaint:
-            raise InputError(complaint)
-        if not 0 < self.lr_teacher < math.inf:
-            raise InputError(f"--lr_teacher {self.lr_teacher}: expected more than 0")
-        if self.memory_budget is not None:
-            parse_bytes(self.memory_budget)
-            if self.microbatch is not None:
-                raise InputError("--microbatch, --memory_budget: expected one of them, found both")
-        augment_by_strategy(self.strategy)
-        self.experts()
-
-
-_NOT_PART_OF_THE_RESULT = {
-    "recipe", "config", "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path",
-    "buffer_path", "device", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
-}  # fmt: skip
-"""Options that may differ when a run goes on."""
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """The flags that decide where the other options' defaults come from."""
-
-    recipe: str | None = None
-    config: str | None = None
-    out: str | None = None
-    resume: bool = False
-    dataset: str | None = None
-
-
-def parse_options(argv: Sequence[str]) -> DistillOptions:
-    """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags."""
-    chosen = cli.parse_known(_Selection, argv, PROGRAM)
-    defaults: dict[str, Any] = {}
-    if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
-        chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
-    if chosen.resume:
-        folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
-        config = read_config(folder)
-        if config is None:
-            raise InputError(f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume")
-        defaults |= config | {"resume": True, "out": str(folder)}
-    elif chosen.recipe is not None:
-        defaults |= recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
-    if chosen.config is not None:
-        defaults |= cli.read_toml(Path(chosen.config))
-    options = cli.parse(DistillOptions, argv, PROGRAM, defaults)
-    options.check()
-    return options
 
 
 def main(argv: Sequence[str]) -> None:
@@ -257,7 +94,7 @@ def _check_same_run(folder: Path, options: DistillOptions) -> None:
     if before is None:
         return
     for name, value in dataclasses.asdict(options).items():
-        if name not in _NOT_PART_OF_THE_RESULT and before.get(name) != value:
+        if name not in NOT_PART_OF_THE_RESULT and before.get(name) != value:
             raise InputError(
                 f"{folder}: holds a run with --{name} {before.get(name)}, not {value}; choose another --out "
                 f"(or delete the folder)"
@@ -392,7 +229,8 @@ def _iterate(job: _Job, state: State) -> None:
     )
     loss = matching_loss(path[-1], start, target)
     loss.backward()
-    assert images.grad is not None and lr.grad is not None
+    assert images.grad is not None
+    assert lr.grad is not None
     value = float(loss.detach())
     state.iteration += 1
     if math.isfinite(value) and bool(images.grad.isfinite().all()) and bool(lr.grad.isfinite()):
@@ -491,17 +329,30 @@ def _evaluate(job: _Job, state: State, stop: StopRequest) -> None:
     )
     state.seconds_evaluation += time.monotonic() - began
     log.info("iteration %d: %s", state.iteration, result)
-    best = max((record["accuracy_mean"] for record in job.metrics.records if record["kind"] == "evaluation"), default=-1.0)
+    best = max(
+        (record["accuracy_mean"] for record in job.metrics.records if record["kind"] == "evaluation"), default=-1.0
+    )
     if result.mean > best:
         synthetic.save(job.folder / "best.safetensors")
     synthetic.save(job.folder / "synthetic.safetensors")
-    name = "initial.png" if state.iteration == 0 else "images.png"
-    title = f"{job.real.data.name}, {options.ipc} a class, iteration {state.iteration}: {100 * result.mean:.1f} %"
-    save_grid(job.folder / name, synthetic.pictures(), state.labels, job.real.data.class_names, title)
     job.metrics.write(
         "evaluation", state.iteration, accuracy_mean=result.mean, accuracy_std=result.std, networks=len(result.values)
     )
-    save_curves(job.folder / "curves.png", job.metrics.records)
+    _draw(job, state, synthetic)
+
+
+def _draw(job: _Job, state: State, synthetic: SyntheticDataset) -> None:
+    """Write images.png (what the run began with, and the images as they are now) and curves.png."""
+    options, metrics = job.options, job.metrics
+    began = dataclasses.replace(synthetic, images=_initial_state(options, job.real).images)
+    panels = []
+    for iteration, pictures in {0: began.pictures(), state.iteration: synthetic.pictures()}.items():
+        title = f"{options.pix_init} images" if iteration == 0 else f"distilled, {iteration} iterations"
+        record = metrics.find("evaluation", iteration)
+        accuracy = f": networks trained on them reach {_percent(record)}" if record else ""
+        panels.append((f"{job.real.data.name}, {options.ipc} a class, {title}{accuracy}", pictures))
+    save_grid(job.folder / "images.png", panels, state.labels, job.real.data.class_names)
+    save_curves(job.folder / "curves.png", metrics.records)
 
 
 def _summarise(job: _Job, state: State, command: str, stop: StopRequest) -> None:

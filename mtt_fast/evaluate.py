@@ -178,9 +178,7 @@ class EvaluateOptions(CommonOptions):
         )
         if complaint:
             raise InputError(complaint)
-        return EvaluationProtocol(
-            epochs=self.epoch_eval_train, batch_size=self.batch_train, augment=self.strategy
-        )
+        return EvaluationProtocol(epochs=self.epoch_eval_train, batch_size=self.batch_train, augment=self.strategy)
 
 
 def main(argv: Sequence[str]) -> None:

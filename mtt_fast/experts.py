@@ -28,7 +28,7 @@ from mtt_fast.provenance import choose_device, versions
 from mtt_fast.seeding import generator_for
 from mtt_fast.student import student_for
 from mtt_fast.training import Sgd, accuracy, train_epoch
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert
+from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,10 @@ def train_missing_experts(
     missing = [index for index in range(count) if present is None or index not in present.indices]
     if missing:
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
-    with stop_request() as stop, tqdm(total=len(missing) * training.train_epochs, unit="epoch", disable=not missing) as bar:
+    with (
+        stop_request() as stop,
+        tqdm(total=len(missing) * training.train_epochs, unit="epoch", disable=not missing) as bar,
+    ):
         for index in missing:
             bar.set_description(f"expert {index}")
             parameters, accuracies = train_expert(images, network, training, seed=seed, index=index, bar=bar, stop=stop)
@@ -153,7 +156,9 @@ def train_expert(
     lr = training.lr
     for epoch in range(training.train_epochs):
         if stop:
-            raise Stopped(f"stopped in expert {index}; the experts before it are saved; the same command continues", stop.signum)
+            raise Stopped(
+                f"stopped in expert {index}; the experts before it are saved; the same command continues", stop.signum
+            )
         loss = train_epoch(
             student,
             theta,

@@ -126,7 +126,9 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], d
             for name, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: expected a safetensors file, found a broken header; make it again or restore a copy") from error
+        raise InputError(
+            f"{path}: expected a safetensors file, found a broken header; make it again or restore a copy"
+        ) from error
     expected = max((entry.end for entry in entries.values()), default=8 + length)
     if size < expected:
         raise InputError(f"{path}: truncated: expected {expected} bytes, found {size}; delete it and make it again")

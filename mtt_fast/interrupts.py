@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 
-class Stopped(Exception):  # noqa: N818 - a request honoured, not an error
+class Stopped(Exception):
     """Work stopped early on request, with everything saved. `signum` is the signal; the message says how to go on."""
 
     def __init__(self, message: str, signum: int) -> None:

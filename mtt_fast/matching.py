@@ -17,7 +17,8 @@ class _SquaredDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return squared_distance(a.detach().contiguous(), b.detach().contiguous())
+        distance: Tensor = squared_distance(a.detach().contiguous(), b.detach().contiguous())
+        return distance
 
     @staticmethod
     @torch.autograd.function.once_differentiable

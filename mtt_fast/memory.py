@@ -28,7 +28,9 @@ def parse_bytes(amount: int | str) -> int:
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
         if match is None or match[2].upper() not in _UNITS:
-            raise InputError(f"memory budget '{amount}': expected a number of bytes or one with KB, MB, GB, KiB, MiB or GiB, e.g. 6GiB")
+            raise InputError(
+                f"memory budget '{amount}': expected a number of bytes or one with KB, MB, GB, KiB, MiB or GiB, e.g. 6GiB"
+            )
         found, unit = float(match[1]), match[2].upper()
     if found <= 0:
         raise InputError(f"memory budget {amount}: expected more than nothing")
@@ -76,7 +78,7 @@ def forward_bytes(net: Network, image_shape: torch.Size, dtype: torch.dtype) -> 
     image = torch.empty((1, *image_shape), dtype=dtype, device="meta")
     with _CountOutputs() as counted, torch.no_grad():
         net(theta, image)
-    return counted.bytes
+    return int(counted.bytes)
 
 
 class _CountOutputs(TorchDispatchMode):

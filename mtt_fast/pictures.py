@@ -15,7 +15,7 @@ from mtt_fast.files import atomic_path
 
 _LONGEST_ROW = 10
 _SMALLEST_TILE = 96  # pixels on the screen
-_GAP = 6
+_GAP, _CAPTION, _HEADER = 6, 20, 34
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -26,9 +26,12 @@ def as_image(picture: Tensor) -> Image.Image:
 
 
 def save_grid(
-    path: str | os.PathLike[str], pictures: Tensor, labels: Tensor, class_names: Sequence[str], title: str = ""
+    path: str | os.PathLike[str],
+    panels: Sequence[tuple[str, Tensor]],
+    labels: Tensor,
+    class_names: Sequence[str],
 ) -> None:
-    """Write pictures (n, C, H, W) in [0, 1] as a grid with class names, atomically.
+    """Write panels, each a title and pictures (n, C, H, W) in [0, 1], one above the other with class names, atomically.
 
     One image a class: ten classes a row, names above. More: a class a row, its first ten images.
     Small images are enlarged by a whole factor, without smoothing.
@@ -44,26 +47,34 @@ def save_grid(
             for name, found in zip(class_names, by_class, strict=True)
             if found
         ]
+    drawn = [_panel(title, pictures, rows) for title, pictures in panels]
+    canvas = Image.new("RGB", (max(image.width for image in drawn), sum(image.height for image in drawn)), _PAPER)
+    top = 0
+    for image in drawn:
+        canvas.paste(image, (0, top))
+        top += image.height
+    with atomic_path(path) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
+def _panel(title: str, pictures: Tensor, rows: Sequence[Sequence[tuple[str, int]]]) -> Image.Image:
+    """Draw one panel; each tile of `rows` is a name above the picture of that index."""
     factor = max(1, math.ceil(_SMALLEST_TILE / pictures.shape[-1]))
     width, height = pictures.shape[-1] * factor, pictures.shape[-2] * factor
-    font = ImageFont.load_default(size=14)
-    caption = 20
-    header = 28 if title else 0
+    font, title_font = ImageFont.load_default(size=14), ImageFont.load_default(size=17)
+    pitch = height + _CAPTION + _GAP
     columns = max(map(len, rows))
-    canvas = Image.new(
-        "RGB", (_GAP + columns * (width + _GAP), header + _GAP + len(rows) * (height + caption + _GAP)), _PAPER
-    )
-    draw = ImageDraw.Draw(canvas)
-    draw.text((_GAP, 6), title, fill=_INK, font=font)
+    image = Image.new("RGB", (_GAP + columns * (width + _GAP), _HEADER + len(rows) * pitch + _GAP), _PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((_GAP, _GAP), title, fill=_INK, font=title_font)
     for row, tiles in enumerate(rows):
-        top = header + _GAP + row * (height + caption + _GAP)
+        top = _HEADER + row * pitch
         for column, (name, index) in enumerate(tiles):
             left = _GAP + column * (width + _GAP)
             draw.text((left, top), _shortened(name, width, font), fill=_INK, font=font)
             tile = as_image(pictures[index]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(tile, (left, top + caption))
-    with atomic_path(path) as temporary:
-        canvas.save(temporary, format="PNG")
+            image.paste(tile, (left, top + _CAPTION))
+    return image
 
 
 def _shortened(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -28,7 +28,9 @@ def only_user(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout as error:
-        raise InputError(f"{folder}: another process is writing to this run; wait for it or choose another --out") from error
+        raise InputError(
+            f"{folder}: another process is writing to this run; wait for it or choose another --out"
+        ) from error
 
 
 def write_config(folder: Path, options: dict[str, Any]) -> None:
@@ -65,7 +67,9 @@ _NUMBERS = ("iteration", "skipped", "lr_kept", "seconds", "seconds_evaluation")
 def save_checkpoint(folder: Path, state: State) -> None:
     """Write `state`, atomically."""
     numbers = {name: getattr(state, name) for name in _NUMBERS}
-    save_tensors(folder / CHECKPOINT, {name: getattr(state, name) for name in _TENSORS}, {"numbers": json.dumps(numbers)})
+    save_tensors(
+        folder / CHECKPOINT, {name: getattr(state, name) for name in _TENSORS}, {"numbers": json.dumps(numbers)}
+    )
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> State | None:
@@ -75,9 +79,8 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         return None
     tensors, metadata = load_tensors(path)
     try:
-        return State(
-            **{name: tensors[name].to(device, copy=True) for name in _TENSORS}, **json.loads(metadata["numbers"])
-        )
+        values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in _TENSORS}
+        return State(**values | json.loads(metadata["numbers"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 

@@ -24,12 +24,18 @@ class Network(Protocol):
     """A pure function of flat parameters: ConvNet, FlatModule, or anything of the same shape."""
 
     @property
-    def num_parameters(self) -> int: ...
+    def num_parameters(self) -> int:
+        """P."""
+        ...
 
     @property
-    def mixes_samples(self) -> bool: ...
+    def mixes_samples(self) -> bool:
+        """True where a sample's output depends on the others (batch statistics)."""
+        ...
 
-    def __call__(self, theta: Tensor, images: Tensor) -> Tensor: ...
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return logits (b, classes) of `images` (b, C, H, W) under the parameters `theta` (P,)."""
+        ...
 
 
 class GradientTangent(NamedTuple):
@@ -88,7 +94,8 @@ class GenericStudent:
         gradient_and_loss = torch.func.grad_and_value(loss_of, argnums=(0, 1, 2) if soft else (0, 1))
         # a copy: the tangent of a view is as large as what it is a view of, here all N + 1 rows of a path
         at = theta.clone()
-        _, (gradients, v_dot_g) = torch.func.jvp(lambda theta: gradient_and_loss(theta, images, labels), (at,), (v,))
+        derivative = torch.func.jvp(lambda theta: gradient_and_loss(theta, images, labels), (at,), (v,))[1]
+        gradients, v_dot_g = derivative
         return GradientTangent(v_dot_g, gradients[0], gradients[1], gradients[2] if soft else None)
 
 

@@ -61,13 +61,23 @@ class SyntheticDataset:
         """Read what `save` wrote. Raises `InputError` if the file is missing, broken or something else."""
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != _FORMAT:
-            raise InputError(f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}")
+            raise InputError(
+                f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}"
+            )
         record = json.loads(metadata["record"])
-        white = {name: tensors[f"whitening.{name}"] for name in ("mean", "matrix", "inverse") if f"whitening.{name}" in tensors}
+        white = {
+            name: tensors[f"whitening.{name}"]
+            for name in ("mean", "matrix", "inverse")
+            if f"whitening.{name}" in tensors
+        }
         for name in ("class_names", "mean", "std"):
             record[name] = tuple(record[name])
         return cls(
-            tensors["images"], tensors["labels"], tensors["lr"], whitening=Whitening(**white) if white else None, **record
+            tensors["images"],
+            tensors["labels"],
+            tensors["lr"],
+            whitening=Whitening(**white) if white else None,
+            **record,
         )
 
     def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:

@@ -50,7 +50,7 @@ def module_function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         for name, shape in shapes.items():
             values[name] = theta[begin : begin + shape.numel()].reshape(shape)
             begin += shape.numel()
-        return torch.func.functional_call(module, values, (images,))
+        return torch.func.functional_call(module, values, (images,))  # type: ignore[no-any-return]
 
     return call
 

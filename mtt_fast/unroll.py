@@ -100,7 +100,8 @@ class _Path(Tensor):
     """
 
     rows: tuple[Tensor, ...]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from a path is an ordinary tensor
+    # what is computed from a path is an ordinary tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.rows[index] if isinstance(index, int) else super().__getitem__(index)
@@ -250,7 +251,9 @@ def _check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, st
             f"{tuple(labels.shape)}"
         )
     if lr.dim() > 1 or (lr.dim() == 1 and len(lr) != steps):
-        raise InputError(f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}")
+        raise InputError(
+            f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}"
+        )
     devices = {tensor.device for tensor in (theta, images, labels, lr)}
     if len(devices) > 1:
         raise InputError(f"unroll: expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")

@@ -82,7 +82,7 @@ def test_gradients_of_both_orders_and_modes() -> None:
 
 
 def test_errors_name_the_cause() -> None:
-    with pytest.raises(InputError, match="depth 4.*leave nothing"):
+    with pytest.raises(InputError, match=r"depth 4.*leave nothing"):
         ConvNet(image_size=8, depth=4)
     with pytest.raises(InputError, match="width: expected at least 1, found 0"):
         ConvNet(width=0)

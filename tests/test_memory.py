@@ -86,7 +86,7 @@ def test_the_largest_micro_batch_that_fits() -> None:
     assert smaller is not None
     assert larger is not None
     assert 1 <= smaller < larger < 50
-    with pytest.raises(InputError, match="expected at least .*MiB for 5 steps of 50 images; raise it"):
+    with pytest.raises(InputError, match=r"expected at least .*MiB for 5 steps of 50 images; raise it"):
         size("1MiB")
 
 

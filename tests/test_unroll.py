@@ -108,10 +108,27 @@ def test_random_cases_equal_whole_graph_autograd(case: dict[str, Any]) -> None:
     lr = torch.rand(len(batches), dtype=torch.float64) if case["rates"] else torch.tensor(0.2, dtype=torch.float64)
     common = {"momentum": case["momentum"], "weight_decay": case["weight_decay"]}
     expected = whole_graph(
-        module_function(module), start, target, images, labels, lr, batches, label_logits=case["labels"] == "logits", **common
+        module_function(module),
+        start,
+        target,
+        images,
+        labels,
+        lr,
+        batches,
+        label_logits=case["labels"] == "logits",
+        **common,
     )
     found = meta_gradient(
-        net, start, target, images, labels, lr, batches, label_kind=case["labels"], microbatch=case["microbatch"], **common
+        net,
+        start,
+        target,
+        images,
+        labels,
+        lr,
+        batches,
+        label_kind=case["labels"],
+        microbatch=case["microbatch"],
+        **common,
     )
     assert_same(found, expected, 1e-9)
 
@@ -146,7 +163,9 @@ def test_numerical_derivative_of_the_whole_unroll() -> None:
         direction = torch.randn_like(gradient)
         ends = []
         for step in (1e-6, -1e-6):
-            moved = [leaf.detach() + (step * direction if place == position else 0) for place, leaf in enumerate(leaves)]
+            moved = [
+                leaf.detach() + (step * direction if place == position else 0) for place, leaf in enumerate(leaves)
+            ]
             ends.append((cotangent * rows(*moved)).sum())
         assert_close(f"leaf {position}", (gradient * direction).sum(), (ends[0] - ends[1]) / 2e-6, 1e-6)
 
@@ -187,11 +206,16 @@ def test_augmentation_repeats_its_draws_in_the_backward_sweep() -> None:
 def test_float32_is_as_close_to_the_truth_as_whole_graph_autograd_in_float32() -> None:
     net, module = ConvNet(width=32), module_function(reference_convnet(3, 10, 32, 32, 3))
     start = net.init(torch.Generator().manual_seed(1))
-    target = start + 0.01 * torch.randn(len(start))
-    arguments = (start, target, torch.randn(20, 3, 32, 32), torch.arange(20) % 10, torch.tensor(0.02))
-    batches = torch.stack([torch.randperm(20)[:10] for _ in range(5)])
-    truth = whole_graph(module, *(value.double() if value.is_floating_point() else value for value in arguments), batches)
-    theirs, ours = whole_graph(module, *arguments, batches), meta_gradient(net, *arguments, batches)
+    case: dict[str, Any] = {
+        "start": start,
+        "target": start + 0.01 * torch.randn(len(start)),
+        "images": torch.randn(20, 3, 32, 32),
+        "labels": torch.arange(20) % 10,
+        "lr": torch.tensor(0.02),
+        "batches": torch.stack([torch.randperm(20)[:10] for _ in range(5)]),
+    }
+    doubled = {name: value.double() if value.is_floating_point() else value for name, value in case.items()}
+    truth, theirs, ours = whole_graph(module, **doubled), whole_graph(module, **case), meta_gradient(net, **case)
     for name in ("end", "loss", "images", "lr", "start"):
         wanted = getattr(truth, name)
         allowed = 2 * relative_error(getattr(theirs, name), wanted) + 1e-7
@@ -200,7 +224,9 @@ def test_float32_is_as_close_to_the_truth_as_whole_graph_autograd_in_float32() -
 
 def test_same_seed_twice_is_bit_identical() -> None:
     results = [
-        meta_gradient(**small_case(torch.float32, 6), augment=SiameseAugment(), generator=torch.Generator().manual_seed(2))
+        meta_gradient(
+            **small_case(torch.float32, 6), augment=SiameseAugment(), generator=torch.Generator().manual_seed(2)
+        )
         for _ in range(2)
     ]
     for name in FIELDS:

@@ -31,7 +31,9 @@ def recipe_about(name: str) -> dict[str, str]:
 def _read(name: str) -> dict[str, Any]:
     names = recipe_names()
     if name not in names:
-        raise InputError(f"--recipe {name}: no such recipe{did_you_mean(name, names)}; python -m mtt_fast.recipes lists them")
+        raise InputError(
+            f"--recipe {name}: no such recipe{did_you_mean(name, names)}; python -m mtt_fast.recipes lists them"
+        )
     with resources.as_file(_folder() / f"{name}.toml") as path:
         return read_toml(path)
 

@@ -1,0 +1,186 @@
+"""The options of a distillation: the public code's flags, recipes, option files, and the run to resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mtt_fast import cli
+from mtt_fast.augment import augment_by_strategy
+from mtt_fast.errors import InputError
+from mtt_fast.evaluate import EvaluationProtocol
+from mtt_fast.experts import ExpertTraining, checked
+from mtt_fast.memory import parse_bytes
+from mtt_fast.options import CommonOptions, at_least
+from mtt_fast.recipes import recipe_options
+from mtt_fast.run_folder import read_config
+
+PROGRAM = "python -m mtt_fast.distill"
+DEFAULT_RECIPE = "digits"
+
+
+@dataclass(frozen=True)
+class DistillOptions(CommonOptions):
+    """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
+
+    recipe: str | None = None
+    """a named setting (python -m mtt_fast.recipes lists them); other flags override it"""
+    config: str | None = None
+    """a TOML file of options; other flags override it"""
+    out: str | None = None
+    """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
+    resume: bool = False
+    """continue the run in --out (or that of --recipe), with its own options; say --Iteration to extend it"""
+
+    ipc: int = 1
+    """synthetic images a class"""
+    Iteration: int = 5000
+    """iterations (updates of the images)"""
+    syn_steps: int = 20
+    """N: student steps in each iteration"""
+    expert_epochs: int = 3
+    """M: expert epochs that the student has to match"""
+    max_start_epoch: int = 25
+    """T+: the student starts at an expert epoch below this"""
+    batch_syn: int | None = None
+    """synthetic images in a student step; without it, all of them"""
+    lr_img: float = 1000.0
+    """learning rate of the pixels"""
+    lr_lr: float = 1e-5
+    """learning rate of the student's learning rate"""
+    lr_teacher: float = 0.01
+    """the student's learning rate at the start"""
+    pix_init: Literal["real", "noise"] = "real"
+    """start from real images or from noise"""
+    no_aug: bool = False
+    """no augmentation during distillation (evaluation keeps it)"""
+
+    eval_it: int = 100
+    """iterations between evaluations"""
+    num_eval: int = 5
+    """networks in an evaluation"""
+    epoch_eval_train: int = 1000
+    """epochs of each"""
+
+    buffer_path: str = "buffers"
+    """where the experts' trajectories are"""
+    num_experts: int = 100
+    """experts to train if there are fewer"""
+    max_experts: int | None = None
+    """use only so many experts"""
+    train_epochs: int = 50
+    """epochs of experts that are trained first"""
+    expert_lr: float = 0.01
+    """learning rate of experts that are trained first"""
+    mom: float = 0.0
+    """their momentum"""
+    l2: float = 0.0
+    """their weight decay"""
+    decay: bool = False
+    """divide their learning rate by ten after half of the epochs"""
+    batch_real: int = 256
+    """their batch size"""
+
+    memory_budget: str | None = None
+    """cut student batches so that a step stays below this, e.g. 6GiB; the result is the same"""
+    microbatch: int | None = None
+    """cut student batches into pieces of so many images; the result is the same"""
+    save_seconds: float = 60.0
+    """time between checkpoints"""
+
+    def folder(self) -> Path:
+        """Return the run folder."""
+        return Path(
+            self.out or Path("runs") / (self.recipe or f"{Path(self.subset or self.dataset).name}-ipc{self.ipc}")
+        )
+
+    def experts(self) -> ExpertTraining:
+        """Return how missing experts are trained."""
+        return checked(
+            ExpertTraining(
+                self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_real, self.strategy
+            )
+        )
+
+    def protocol(self) -> EvaluationProtocol:
+        """Return the evaluation protocol."""
+        return EvaluationProtocol(epochs=self.epoch_eval_train, batch_size=self.batch_train, augment=self.strategy)
+
+    def check(self) -> None:
+        """Raise `InputError` for the first option that cannot be."""
+        complaint = at_least(
+            1,
+            ipc=self.ipc,
+            syn_steps=self.syn_steps,
+            expert_epochs=self.expert_epochs,
+            max_start_epoch=self.max_start_epoch,
+            batch_syn=self.batch_syn,
+            eval_it=self.eval_it,
+            num_eval=self.num_eval,
+            num_experts=self.num_experts,
+            max_experts=self.max_experts,
+            microbatch=self.microbatch,
+            batch_train=self.batch_train,
+        ) or at_least(
+            0,
+            Iteration=self.Iteration,
+            lr_img=self.lr_img,
+            lr_lr=self.lr_lr,
+            epoch_eval_train=self.epoch_eval_train,
+            save_seconds=self.save_seconds,
+        )
+        if complaint:
+            raise InputError(complaint)
+        if not 0 < self.lr_teacher < math.inf:
+            raise InputError(f"--lr_teacher {self.lr_teacher}: expected more than 0")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+            if self.microbatch is not None:
+                raise InputError("--microbatch, --memory_budget: expected one of them, found both")
+        augment_by_strategy(self.strategy)
+        self.experts()
+
+
+NOT_PART_OF_THE_RESULT = {
+    "recipe", "config", "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path",
+    "buffer_path", "device", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
+}  # fmt: skip
+"""Options that may differ when a run goes on."""
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The flags that decide where the other options' defaults come from."""
+
+    recipe: str | None = None
+    config: str | None = None
+    out: str | None = None
+    resume: bool = False
+    dataset: str | None = None
+
+
+def parse_options(argv: Sequence[str]) -> DistillOptions:
+    """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags."""
+    chosen = cli.parse_known(_Selection, argv, PROGRAM)
+    defaults: dict[str, Any] = {}
+    if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
+        chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
+    if chosen.resume:
+        folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
+        config = read_config(folder)
+        if config is None:
+            raise InputError(
+                f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
+            )
+        defaults |= config | {"resume": True, "out": str(folder)}
+    elif chosen.recipe is not None:
+        defaults |= recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
+    if chosen.config is not None:
+        defaults |= cli.read_toml(Path(chosen.config))
+    options = cli.parse(DistillOptions, argv, PROGRAM, defaults)
+    options.check()
+    return options
