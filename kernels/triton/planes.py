@@ -1,0 +1,55 @@
+"""A batch of planes (B, C, H, W) as the kernels see it: its shape, its memory format, and what its sums are taken in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..formats import memory_format
+
+OFFSETS = 2**31  # a sample is addressed by int64, and what lies within a few samples by int32
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Shape and format of a tensor in one of the two memory formats."""
+
+    samples: int
+    channels: int
+    height: int
+    width: int
+    memory_format: torch.memory_format
+
+    @classmethod
+    def of(cls, tensor: Tensor, *alike: Tensor | None) -> Planes:
+        """Read them off `tensor`. Raises `ValueError` unless it, and all `alike` in the same way, are in one format."""
+        shared = memory_format(tensor)
+        for other in alike:
+            if other is not None and not other.is_contiguous(memory_format=shared):
+                raise ValueError(f"expected tensors all {str(shared)[6:]}, found one with strides {other.stride()}")
+        planes = cls(*tensor.shape, shared)
+        if planes.sample_size >= OFFSETS:
+            raise ValueError(f"expected less than 2³¹ elements a sample, found shape {tuple(tensor.shape)}")
+        return planes
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the channels of a pixel lie side by side; otherwise the pixels of a channel do."""
+        return self.memory_format == torch.channels_last
+
+    @property
+    def sample_size(self) -> int:
+        """Elements of one sample."""
+        return self.channels * self.height * self.width
+
+    def empty(self, like: Tensor, channels: int, height: int, width: int) -> Tensor:
+        """Allocate planes of this format, with the samples, type and device of `like`."""
+        shape = (len(like), channels, height, width)
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which sums over tensors of `dtype` are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
