@@ -1,0 +1,306 @@
+"""The main job end to end on the embedded digits at toy size: files, stops, continuations, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mtt_fast import SyntheticDataset, cli
+from mtt_fast.distill import main, student_batches
+from mtt_fast.distill_options import parse_options
+from mtt_fast.files import load_tensors
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
+    "--syn_steps 3 --Iteration 6 --eval_it 3 --num_eval 2 --epoch_eval_train 2 --batch_real 512 --lr_img 10 "
+    "--save_seconds 0"
+).split()
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a data and a buffer folder in which two toy experts are trained."""
+    folder = tmp_path_factory.mktemp("experts")
+    flags = ["--data_path", str(folder / "data"), "--buffer_path", str(folder / "buffers")]
+    assert cli.run(main, [*TOY, *flags, "--Iteration", "0", "--out", str(folder / "run")]) == 0
+    return flags
+
+
+def run(*arguments: str) -> int:
+    return cli.run(main, arguments)
+
+
+def images_of(folder: Path) -> torch.Tensor:
+    return SyntheticDataset.load(folder / "synthetic.safetensors").images
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(*TOY, *experts, "--out", str(out)) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    for kind in ("distilled", "random_real_images", "experts"):
+        assert 0 < summary["accuracy"][kind]["mean"] <= 1
+        assert summary["accuracy"][kind]["n"] == 2
+    assert summary["iterations"] == 6
+    assert summary["peak_memory_bytes"] > 2**20
+    assert summary["versions"]["torch"] == torch.__version__
+    assert "--syn_steps 3" in summary["command"]
+    kinds = [record["kind"] for record in metrics_of(out)]
+    assert kinds == [
+        "evaluation",
+        "step",
+        "step",
+        "step",
+        "evaluation",
+        "step",
+        "step",
+        "step",
+        "evaluation",
+        "baseline",
+    ]
+    distilled = SyntheticDataset.load(out / "synthetic.safetensors")
+    assert distilled.images.shape == (10, 1, 8, 8)
+    assert distilled.labels.tolist() == list(range(10))
+    assert distilled.recipe["lr_img"] == 10
+    assert float(distilled.lr) == pytest.approx(metrics_of(out)[-3]["lr"])
+    for name in ("images.png", "curves.png"):
+        with Image.open(out / name) as picture:
+            assert picture.width > 500
+    assert any((out / "events").iterdir())
+    assert not list(out.glob(".*.partial"))
+
+
+def test_a_finished_run_is_not_repeated(experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "run"
+    flags = [*TOY, *experts, "--out", str(out)]
+    assert run(*flags) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    caplog.set_level("INFO")
+    assert run(*flags) == 0
+    assert "is finished: distilled" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_resumed_is_bit_identical_to_uninterrupted(experts: list[str], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*TOY, *experts, "--out", str(whole)) == 0
+    assert run(*TOY, *experts, "--out", str(parts), "--Iteration", "3") == 0
+    assert run("--out", str(parts), "--resume", "--Iteration", "6") == 0
+    assert torch.equal(images_of(whole), images_of(parts))
+    steps = [[record for record in metrics_of(out) if record["kind"] == "step"] for out in (whole, parts)]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_from_outside_and_continued(experts: list[str], tmp_path: Path, signum: signal.Signals) -> None:
+    flags = [*TOY, *experts, "--Iteration", "400", "--eval_it", "400"]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    command = [sys.executable, "-m", "mtt_fast.distill", *flags, "--out", str(stopped)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = stopped / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("step") > 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=60)
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + signum
+        assert f"continue with: python -m mtt_fast.distill --out {stopped} --resume" in said
+    done = int(json.loads(load_tensors(stopped / "checkpoint.safetensors")[1]["numbers"])["iteration"])
+    assert 5 <= done < 400
+    assert not (stopped / "summary.json").exists()
+    end = str(done + 4)
+    assert run("--out", str(stopped), "--resume", "--Iteration", end) == 0
+    assert run(*flags, "--out", str(whole), "--Iteration", end) == 0
+    assert torch.equal(images_of(whole), images_of(stopped))
+    steps = [record["iteration"] for record in metrics_of(stopped) if record["kind"] == "step"]
+    assert steps == list(range(1, done + 5))
+
+
+def test_a_learning_rate_that_would_turn_negative_is_kept(
+    experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(*TOY, *experts, "--out", str(tmp_path / "run"), "--lr_lr", "1e6") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["learning_rate_kept"] > 0
+    assert summary["learning_rate"] > 0
+    assert "would make the student's learning rate negative" in caplog.text
+    assert all(record["lr"] > 0 for record in metrics_of(tmp_path / "run") if record["kind"] == "step")
+
+
+def test_a_diverged_student_is_skipped_and_told(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    assert run(*TOY, *experts, "--out", str(out), "--lr_teacher", "1e38", "--Iteration", "40", "--eval_it", "40") == 2
+    assert "25 iterations in a row diverged" in capsys.readouterr().err
+    assert "the student diverged" in caplog.text
+    tensors, _ = load_tensors(out / "checkpoint.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    assert not (out / "summary.json").exists()
+
+
+def test_noise_no_augmentation_micro_batches_and_whitening(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--pix_init", "noise", "--no_aug", "--microbatch", "3", "--batch_syn", "7", "--zca", "--Iteration", "2"]
+    assert run(*TOY, *experts, "--out", str(out), *flags) == 0
+    distilled = SyntheticDataset.load(out / "synthetic.safetensors")
+    assert distilled.whitening is not None
+    pictures = distilled.pictures()
+    assert 0 <= float(pictures.min()) <= float(pictures.max()) <= 1
+
+
+def test_memory_budget_gives_the_same_run(experts: list[str], tmp_path: Path) -> None:
+    for name, flags in (("all", []), ("cut", ["--microbatch", "4"])):
+        assert run(*TOY, *experts, "--out", str(tmp_path / name), "--Iteration", "1", *flags) == 0
+    torch.testing.assert_close(images_of(tmp_path / "all"), images_of(tmp_path / "cut"), rtol=1e-3, atol=1e-4)
+
+
+def test_student_batches_are_the_public_codes() -> None:
+    batches = student_batches(10, 4, 8, torch.Generator().manual_seed(0))
+    # 4 + 4 + 2, used from the end; then a new permutation
+    assert [len(batch) for batch in batches] == [2, 4, 4, 2, 4, 4, 2, 4]
+    for begin in (0, 3):
+        assert sorted(torch.cat(batches[begin : begin + 3]).tolist()) == list(range(10))
+    assert [len(batch) for batch in student_batches(10, None, 2, torch.Generator())] == [10, 10]
+
+
+def test_options_come_from_the_recipe_then_the_file_then_the_flags(tmp_path: Path) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text("lr_img = 5\nsyn-steps = 7\n".replace("-", "_"))
+    options = parse_options(["--recipe", "digits", "--config", str(config), "--syn-steps", "9"])
+    assert (options.dataset, options.lr_img, options.syn_steps) == ("digits", 5, 9)
+    assert parse_options([]).recipe == "digits"
+    public = parse_options(["--dataset", "CIFAR10"])  # the public code's defaults
+    assert (public.recipe, public.syn_steps, public.lr_img, public.max_start_epoch) == (None, 20, 1000.0, 25)
+
+
+MISTAKES = [
+    pytest.param(["--recipe", "digit"], r"no such recipe \(did you mean digits\?\)", id="recipe"),
+    pytest.param(["--syn_stepz", "3"], r"unknown option \(did you mean --syn_steps\?\)", id="flag"),
+    pytest.param(["--dataset", "CIFAR11"], r"CIFAR11", id="data-set"),
+    pytest.param(["--data_path", "nowhere", "--dataset", "CIFAR10"], r"nowhere", id="no-data"),
+    pytest.param(["--batch_syn", "11"], r"--batch_syn 11: expected at most the 10 synthetic images", id="batch"),
+    pytest.param(["--max_start_epoch", "3"], r"--max_start_epoch.*epoch 4", id="beyond-the-experts"),
+    pytest.param(["--model", "ConvNetD9"], r"depth 9", id="too-deep"),
+    pytest.param(["--ipc", "5000"], r"--ipc 5000: class 0 has only", id="too-many"),
+    pytest.param(["--Iteration", "-1"], r"--Iteration -1: expected at least 0", id="negative"),
+    pytest.param(["--lr_teacher", "0"], r"--lr_teacher 0.0: expected more than 0", id="rate"),
+    pytest.param(["--memory_budget", "much"], r"memory budget 'much'", id="budget-text"),
+    pytest.param(["--memory_budget", "1KiB"], r"memory budget 1KiB: expected at least", id="budget"),
+    pytest.param(["--dsa_strategy", "blur"], r"--dsa_strategy blur", id="augmentation"),
+    pytest.param(["--device", "cuda:99"], r"--device cuda:99", id="device"),
+    pytest.param(["--device", "toaster"], r"--device toaster", id="no-device"),
+    pytest.param(["--config", "missing.toml"], r"missing.toml: cannot be read", id="config"),
+    pytest.param(["--resume"], r"there is no run in", id="nothing-to-resume"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_mistakes_are_told_in_one_line(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    out = tmp_path / "run"
+    assert run(*TOY, *experts, "--out", str(out), *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert not (out / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "flags", "message"),
+    [
+        ("digits/ConvNetD1W5", ["--model", "ConvNetD1W5"], "the expert is of another network"),
+        ("digits_ZCA/ConvNetD1W4", ["--zca"], "whitened otherwise: expected zca, found none"),
+    ],
+)
+def test_experts_of_something_else_are_refused(
+    experts: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    shutil.copytree(Path(experts[-1]) / "digits" / "ConvNetD1W4", tmp_path / "buffers" / folder)
+    flags = [*TOY, *experts, *flags, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
+    assert run(*flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_truncated_trajectory_is_named(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(experts[-1], tmp_path / "buffers")
+    broken = next((tmp_path / "buffers").rglob("expert_0001.safetensors"))
+    broken.write_bytes(broken.read_bytes()[:-100])
+    assert run(*TOY, *experts, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")) == 2
+    assert "expert_0001.safetensors: truncated" in capsys.readouterr().err
+
+
+def test_a_run_with_other_options_is_not_overwritten(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = [*TOY, *experts, "--out", str(out)]
+    assert run(*flags) == 0
+    before = (out / "synthetic.safetensors").read_bytes()
+    assert run(*flags, "--lr_img", "11") == 2
+    assert "holds a run with --lr_img 10.0, not 11.0; choose another --out" in capsys.readouterr().err
+    assert (out / "synthetic.safetensors").read_bytes() == before
+
+
+def test_a_broken_checkpoint_is_named(experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run(*TOY, *experts, "--out", str(out)) == 0
+    checkpoint = out / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+    assert run("--out", str(out), "--resume", "--Iteration", "8") == 2
+    assert "checkpoint.safetensors: truncated" in capsys.readouterr().err
+
+
+FULL_DISK = """
+import resource, sys
+from mtt_fast import cli
+from mtt_fast.distill import main
+import mtt_fast.evaluate, matplotlib.backends.backend_agg, torch.utils.tensorboard
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.exit(cli.run(main, sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_told_and_nothing_is_half_written(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = [*TOY, *experts, "--out", str(out)]
+    assert run(*flags, "--Iteration", "3") == 0
+    before = (out / "synthetic.safetensors").read_bytes()
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FULL_DISK, *flags],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert "cannot be written" in found.stderr
+    assert (out / "synthetic.safetensors").read_bytes() == before
+    assert not list(out.glob(".*.partial"))
+    assert run(*flags) == 0  # with space again, it goes on
