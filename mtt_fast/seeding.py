@@ -6,12 +6,12 @@ run repeats without saved generator states, and expert 7 is the same whether or 
 
 from __future__ import annotations
 
-import numpy as np
+import hashlib
+
 import torch
 
 
 def generator_for(seed: int, purpose: str, *place: int) -> torch.Generator:
     """Return a CPU generator determined by (`seed`, `purpose`, `place`), independent of all others."""
-    entropy = [seed, *purpose.encode(), *place]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
+    digest = hashlib.blake2b(repr((seed, purpose, place)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -23,7 +23,11 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(ARCHIVE) as archive:
         for member in archive:
             parts = Path(member.name).parts[-3:]
-            if member.isfile() and len(parts) == 3 and int(Path(parts[2]).stem) < {"train": TRAIN, "test": TEST}[parts[0]]:
+            if (
+                member.isfile()
+                and len(parts) == 3
+                and int(Path(parts[2]).stem) < {"train": TRAIN, "test": TEST}[parts[0]]
+            ):
                 archive.extract(member, folder, filter="data")
     return next(path.parent for path in folder.rglob("train"))
 

@@ -1,0 +1,181 @@
+"""The evaluation protocol against a plain loop; sources; soft labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtt_fast import ConvNet, SyntheticDataset, cli
+from mtt_fast.data import load
+from mtt_fast.evaluate import Accuracy, EvaluationProtocol, main, random_subset, train_network
+from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.training import Images
+
+NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
+TOY = "--model ConvNetD1W4 --num_eval 2 --epoch_eval_train 3".split()
+
+
+def test_equals_the_public_protocol_written_out() -> None:
+    pixels, labels = torch.randn(12, 1, 6, 6), torch.arange(12) % 3
+    start = NET.init(torch.Generator().manual_seed(0))
+    protocol = EvaluationProtocol(epochs=6, augment="none")
+    end = train_network(NET, start, Images(pixels, labels), 0.1, protocol, torch.Generator().manual_seed(1))
+
+    module = reference_convnet(1, 3, 6, 4, 1)
+    torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
+    lr = 0.1
+    optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(6 + 1):  # one more than asked, as in the public code
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(module(pixels), labels).backward()
+        optimiser.step()
+        if epoch == 6 // 2 + 1:
+            lr *= 0.1
+            optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    flat = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
+    assert_close("parameters", end - start, flat - start, 1e-4)
+
+
+def test_mean_and_deviation() -> None:
+    result = Accuracy((0.5, 0.6, 0.7))
+    assert result.mean == pytest.approx(0.6)
+    assert result.std == pytest.approx(0.1)
+    assert Accuracy((0.5,)).std == 0
+    assert str(result) == "60.00 % ± 10.00 (n = 3)"
+
+
+def test_random_subset_is_class_major_and_real() -> None:
+    real = Images(torch.arange(40.0).view(40, 1, 1, 1), torch.arange(40) % 4)
+    chosen = random_subset(real, 4, 3, torch.Generator().manual_seed(0))
+    assert chosen.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len(chosen.pixels.unique()) == 12
+    assert torch.equal(chosen.pixels.flatten().long() % 4, chosen.labels)
+
+
+def distilled(**changes: Any) -> SyntheticDataset:
+    data = load("digits", data_path="data", progress=False)
+    arguments: dict[str, Any] = {
+        "images": torch.randn(10, 1, 8, 8),
+        "labels": torch.arange(10),
+        "lr": torch.tensor(0.02),
+        "class_names": data.class_names,
+        "mean": data.mean,
+        "std": data.std,
+        "recipe": {"dataset": "digits", "model": "ConvNetD1W4", "num_eval": 2, "epoch_eval_train": 3},
+    }
+    return SyntheticDataset(**arguments | changes)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def result_of(*arguments: str) -> dict[str, Any]:
+    assert cli.run(main, [*arguments, "--out", "result.json"]) == 0
+    result: dict[str, Any] = json.loads(Path("result.json").read_text())
+    return result
+
+
+def test_a_file_brings_its_own_settings() -> None:
+    distilled().save("set.safetensors")
+    result = result_of("set.safetensors")
+    assert result["accuracy"]["n"] == 2
+    assert result["protocol"]["epochs"] == 3
+    assert result["lr"] == pytest.approx(0.02)
+    assert result_of("set.safetensors", "--num_eval", "1")["accuracy"]["n"] == 1
+
+
+def test_random_real_images() -> None:
+    result = result_of("random", "--dataset", "digits", "--ipc", "2", *TOY)
+    assert result["lr"] == 0.01
+    assert 0 < result["accuracy"]["mean"] < 1
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
+def test_files_of_the_public_code(labels: str) -> None:
+    synthetic = distilled()
+    hard = torch.nn.functional.one_hot(synthetic.labels, 10).float()
+    stored = {"indices": synthetic.labels, "probabilities": hard, "logits": 40 * hard - 20}[labels]
+    torch.save(synthetic.images, "images_best.pt")
+    torch.save(stored.requires_grad_(stored.is_floating_point()), "labels_best.pt")
+    result = result_of("images_best.pt", "--dataset", "digits", "--lr_teacher", "0.02", *TOY)
+    # the three say the same of the images; only rounding differs
+    synthetic.save("set.safetensors")
+    assert result["accuracy"]["mean"] == pytest.approx(result_of("set.safetensors", *TOY)["accuracy"]["mean"], abs=0.01)
+
+
+def test_export_and_evaluation_of_the_exported() -> None:
+    synthetic = distilled()
+    assert [path.name for path in synthetic.export("mtt", "exported")] == [
+        "images_best.pt",
+        "labels_best.pt",
+        "lr_best.pt",
+    ]
+    assert torch.equal(torch.load("exported/images_best.pt", weights_only=True), synthetic.images)
+    result = result_of("exported/images_best.pt", "--dataset", "digits", *TOY)
+    assert result["lr"] == pytest.approx(0.02)
+    assert len(synthetic.export("png", "pictures")) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a run's folder, a file, or the word random"),
+        (["nothing"], "nothing: cannot be read"),
+        (["folder"], "synthetic.safetensors: cannot be read"),
+        (["text.safetensors"], "expected a safetensors file"),
+        (["other.safetensors"], "expected a distilled set"),
+        (["images_x.pt", "--dataset", "digits"], "labels_x.pt: cannot be read"),
+        (["images_text.pt", "--dataset", "digits"], "found a broken or foreign file"),
+        (["images_size.pt", "--dataset", "digits"], "expected images (1, 8, 8) of digits, found (3, 4, 4)"),
+        (["random", "--dataset", "digits", "--num_eval", "0"], "--num_eval 0: expected at least 1"),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    from mtt_fast.files import save_tensors
+
+    Path("folder").mkdir()
+    Path("text.safetensors").write_text("hello")
+    save_tensors("other.safetensors", {"x": torch.zeros(2)})
+    torch.save(torch.zeros(10, 1, 8, 8), "images_x.pt")
+    Path("images_text.pt").write_text("hello")
+    torch.save(torch.zeros(2, 3, 4, 4), "images_size.pt")
+    torch.save(torch.zeros(2, dtype=torch.long), "labels_size.pt")
+    assert cli.run(main, arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return (Path("touched").touch, ())
+
+
+def test_a_hostile_pickle_does_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(Hostile(), "images_best.pt")
+    torch.save(torch.zeros(1, dtype=torch.long), "labels_best.pt")
+    assert cli.run(main, ["images_best.pt", "--dataset", "digits"]) == 2
+    assert "broken or foreign" in capsys.readouterr().err
+    assert not Path("touched").exists()
+
+
+def test_the_distilled_set_survives_its_file() -> None:
+    from mtt_fast import Whitening
+
+    whitening = Whitening.fit(torch.rand(20, 1, 8, 8))
+    before = distilled(whitening=whitening, labels=torch.randn(10, 10), label_kind="logits", versions={"torch": "x"})
+    before.save("set.safetensors")
+    after = SyntheticDataset.load("set.safetensors")
+    for name in ("images", "labels", "lr"):
+        assert torch.equal(getattr(before, name), getattr(after, name))
+    assert after.whitening is not None
+    assert torch.equal(after.whitening.inverse, whitening.inverse)
+    assert (after.label_kind, after.class_names, after.mean) == ("logits", before.class_names, before.mean)
+    assert (after.recipe, after.versions) == (before.recipe, before.versions)
+    real = torch.rand(3, 1, 8, 8)
+    shown = distilled(whitening=whitening, images=whitening.apply(real)).pictures()
+    torch.testing.assert_close(shown, real, rtol=0, atol=1e-3)

@@ -1,0 +1,157 @@
+"""Experts: the algorithm against torch.optim, independence of (seed, index), continuation, mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtt_fast import ConvNet, TrajectoryStore, cli
+from mtt_fast.data import from_tensors
+from mtt_fast.experts import ExpertTraining, main, train_expert
+from mtt_fast.files import load_tensors
+from mtt_fast.options import RealImages, real_images
+from mtt_fast.testing import assert_close, reference_convnet
+
+TOY = "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 2 --batch_train 512".split()
+NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
+
+
+@pytest.fixture
+def images() -> RealImages:
+    def split(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randint(0, 256, (count, 1, 6, 6), dtype=torch.uint8), torch.arange(count) % 3
+
+    return real_images(from_tensors(split(30), split(9)), zca=False, device=torch.device("cpu"))
+
+
+def run(folder: Path, *flags: str) -> int:
+    return cli.run(main, [*TOY, "--data_path", str(folder / "data"), "--buffer_path", str(folder / "buffers"), *flags])
+
+
+def buffers(folder: Path) -> Path:
+    return folder / "buffers" / "digits" / "ConvNetD1W4"
+
+
+@pytest.mark.parametrize(("mom", "l2", "decay"), [(0.0, 0.0, False), (0.9, 0.01, False), (0.9, 0.0, True)])
+def test_equals_a_plain_loop_with_torch_optim(images: RealImages, mom: float, l2: float, decay: bool) -> None:
+    training = ExpertTraining(train_epochs=5, lr=0.05, mom=mom, l2=l2, decay=decay, batch_size=30, augment="none")
+    parameters, accuracies = train_expert(images, NET, training, seed=3, index=1)
+    module = reference_convnet(1, 3, 6, 4, 1)
+    torch.nn.utils.vector_to_parameters(parameters[0].clone(), module.parameters())
+    pixels, labels = images.train.batch(slice(None))  # one batch holds all: its order does not matter
+    lr = training.lr
+    optimiser = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
+    for epoch in range(5):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(module(pixels), labels).backward()
+        optimiser.step()
+        if decay and epoch == 5 // 2 + 1:
+            lr *= 0.1
+            optimiser = torch.optim.SGD(module.parameters(), lr, momentum=mom, weight_decay=l2)
+        flat = torch.nn.utils.parameters_to_vector(module.parameters())
+        assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], flat.detach() - parameters[0], 1e-4)
+    seen, truth = images.test.batch(slice(None))
+    assert accuracies[-1] == pytest.approx(float((module(seen).argmax(1) == truth).float().mean()))
+
+
+def test_an_expert_depends_on_seed_and_index_alone(images: RealImages) -> None:
+    training = ExpertTraining(train_epochs=2, batch_size=7)
+    first, _ = train_expert(images, NET, training, seed=0, index=4)
+    train_expert(images, NET, training, seed=0, index=3)
+    again, _ = train_expert(images, NET, training, seed=0, index=4)
+    assert torch.equal(first, again)
+    for seed, index in ((0, 5), (1, 4)):
+        assert not torch.equal(first, train_expert(images, NET, training, seed=seed, index=index)[0])
+
+
+def test_the_command_and_what_it_records(tmp_path: Path) -> None:
+    assert run(tmp_path) == 0
+    store = TrajectoryStore(buffers(tmp_path))
+    assert (len(store), store.epochs(0)) == (3, 2)
+    metadata = store.metadata(0)
+    assert len(metadata.accuracy) == 3
+    assert metadata.dataset == "digits"
+    assert metadata.hyperparameters["lr"] == 0.01
+    assert metadata.layout.startswith("features.0.weight:4x1x3x3;")
+    store.verify(2)
+    assert not torch.equal(store.read(0, 1), store.read(0, 2))
+
+
+def test_missing_experts_alone_are_trained_again(tmp_path: Path) -> None:
+    assert run(tmp_path) == 0
+    paths = sorted(buffers(tmp_path).iterdir())
+    before = [load_tensors(path)[0]["parameters"].clone() for path in paths]
+    paths[1].unlink()
+    kept = paths[0].stat().st_mtime_ns
+    assert run(tmp_path) == 0
+    for path, parameters in zip(paths, before, strict=True):
+        assert torch.equal(load_tensors(path)[0]["parameters"], parameters)
+    assert paths[0].stat().st_mtime_ns == kept
+
+
+def test_bfloat16_at_half_the_size(tmp_path: Path) -> None:
+    assert run(tmp_path) == 0
+    assert run(tmp_path, "--store_dtype", "bfloat16", "--buffer_path", str(tmp_path / "half")) == 0
+    exact = TrajectoryStore(buffers(tmp_path)).read(0, 2)
+    rounded = TrajectoryStore(tmp_path / "half" / "digits" / "ConvNetD1W4").read(0, 2)
+    assert torch.equal(rounded, exact.bfloat16().float())
+
+
+def test_stopped_and_continued(tmp_path: Path) -> None:
+    flags = ["--num_experts", "40", "--train_epochs", "20"]
+    command = [sys.executable, "-m", "mtt_fast.buffer", *TOY, *flags]
+    command += ["--data_path", str(tmp_path / "data"), "--buffer_path", str(tmp_path / "buffers")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 120
+    while not (buffers(tmp_path) / "expert_0001.safetensors").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues" in said
+    done = len(TrajectoryStore(buffers(tmp_path)))
+    assert 2 <= done < 40
+    assert run(tmp_path, "--num_experts", str(done + 1), "--train_epochs", "20") == 0
+    assert len(TrajectoryStore(buffers(tmp_path))) == done + 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr_teacher", "0.1"], "holds experts trained with lr 0.01, not 0.1"),
+        (["--train_epochs", "3"], "holds experts trained with train_epochs 2, not 3"),
+        (["--seed", "1"], "holds experts trained with seed 0, not 1"),
+        (["--num_experts", "0"], "--num_experts 0: expected at least 1"),
+        (["--store_dtype", "int4"], "--store_dtype int4: expected float32 or bfloat16"),
+        (["--lr_teacher", "-1"], "expert learning rate -1.0: expected more than 0"),
+        (["--lr_teacher", "1e30", "--buffer_path", "other"], "are not finite; train with a smaller --lr_teacher"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path) == 0
+    before = [path.read_bytes() for path in sorted(buffers(tmp_path).iterdir())]
+    assert run(tmp_path, *flags) == 2
+    assert message in capsys.readouterr().err
+    assert [path.read_bytes() for path in sorted(buffers(tmp_path).iterdir())] == before
+
+
+def test_flags_of_the_public_code_without_a_use_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert run(tmp_path, "--save_interval", "10", "--num-experts", "1", "--dsa", "True") == 0
+    assert "--save_interval is ignored: every expert is saved" in caplog.text
