@@ -72,7 +72,8 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
     All of one floating dtype and device. Raises `ValueError` for anything else.
     """
     _check("norm_relu_pool", y, planes={"y": y}, channels={"gamma": gamma, "beta": beta})
-    return reference.norm_relu_pool(y, gamma, beta, eps)
+    twin = native.norm_relu_pool if native.runs(y) else reference.norm_relu_pool
+    return twin(y, gamma, beta, eps)
 
 
 def norm_relu_pool_backward(
@@ -85,7 +86,8 @@ def norm_relu_pool_backward(
     """
     numbers = {"mean": mean, "rstd": rstd}
     _check("norm_relu_pool_backward", y, {"y": y}, {"gamma": gamma, "beta": beta}, numbers, {"p_bar": p_bar})
-    return reference.norm_relu_pool_backward(y, mean, rstd, gamma, beta, p_bar)
+    twin = native.norm_relu_pool_backward if native.runs(y) else reference.norm_relu_pool_backward
+    return twin(y, mean, rstd, gamma, beta, p_bar)
 
 
 def norm_relu_pool_dual(
@@ -98,7 +100,8 @@ def norm_relu_pool_dual(
     """
     channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
     _check("norm_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, channels)
-    return reference.norm_relu_pool_dual(y, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
+    twin = native.norm_relu_pool_dual if native.runs(y) else reference.norm_relu_pool_dual
+    return twin(y, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
 
 
 def norm_relu_pool_dual_backward(
@@ -128,9 +131,8 @@ def norm_relu_pool_dual_backward(
         numbers={"mean": mean, "rstd": rstd, "k1": k1, "k2": k2},
         pooled={"p_bar": p_bar, "p_bar_dot": p_bar_dot},
     )
-    return reference.norm_relu_pool_dual_backward(
-        y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot
-    )
+    twin = native.norm_relu_pool_dual_backward if native.runs(y) else reference.norm_relu_pool_dual_backward
+    return twin(y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot)
 
 
 def conv3x3(x: Tensor, weight: Tensor, padding: int) -> Tensor:
@@ -242,7 +244,7 @@ def _check(
     numbers: dict[str, Tensor] | None = None,
     pooled: dict[str, Tensor] | None = None,
 ) -> None:
-    """Hold the arguments of a plane operation to the shapes that follow from `y`, and to its dtype, device and format."""
+    """Hold the arguments of a plane operation to what follows from `y`: shapes, dtype, device, format."""
     if y.dim() != 4 or min(y.shape[:2]) < 1 or min(y.shape[2:]) < 2:
         raise ValueError(f"{op}: expected y (B, C, H, W) of at least 2×2 pixels, found {tuple(y.shape)}")
     batch, width, height, breadth = y.shape
@@ -264,7 +266,8 @@ def _check_conv(
         or weight.shape[channel_axis] != first.shape[1]
     ):
         raise ValueError(
-            f"{op}: expected (B, C, H, W) and 3×3 weights of as many channels, found {tuple(first.shape)}, {tuple(weight.shape)}"
+            f"{op}: expected (B, C, H, W) and 3×3 weights of as many channels, "
+            f"found {tuple(first.shape)}, {tuple(weight.shape)}"
         )
     grown = 2 * (padding - 1) * (1 if channel_axis == 1 else -1)
     if padding < 0 or min(first.shape[2:]) + grown < 1:
@@ -302,7 +305,7 @@ def _check_classifier(
 def _check_tensors(
     op: str, first: Tensor, tensors: dict[str, Tensor], shape: tuple[int, ...], like_format: Tensor | None = None
 ) -> None:
-    """Of one shape, dtype and device with `first`, without a graph, and contiguous or in the format of `like_format`."""
+    """Of `shape`, of the dtype and device of `first`, with no graph, contiguous or in the format of `like_format`."""
     for name, tensor in tensors.items():
         if tensor.shape != shape:
             raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, found {tuple(tensor.shape)}")

@@ -12,12 +12,12 @@ LabelKind = Literal["indices", "probabilities", "logits"]
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """Return the format of `tensor` (B, C, H, W); contiguous where both fit. Raises `ValueError` if neither does."""
-    for candidate in (torch.contiguous_format, torch.channels_last):
+    """Return the format of `tensor` (B, C, H, W); channels_last where both fit. Raises `ValueError` if neither does."""
+    for candidate in (torch.channels_last, torch.contiguous_format):
         if tensor.is_contiguous(memory_format=candidate):
             return candidate
     raise ValueError(
-        f"expected a contiguous or channels_last tensor, found shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+        f"expected contiguous or channels_last, found {tuple(tensor.shape)} with strides {tensor.stride()}"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from .formats import LabelKind, in_format_of
 
@@ -138,8 +139,8 @@ def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int) -> Tenso
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int) -> Tensor:
     """Return W̄ = ȳ ⋆ x (K, C, 3, 3)."""
-    shape = torch.Size((y_bar.shape[1], x.shape[1], 3, 3))
-    return torch.nn.grad.conv2d_weight(x, shape, y_bar, padding=padding).contiguous()
+    weight_bar: Tensor = conv2d_weight(x, (y_bar.shape[1], x.shape[1], 3, 3), y_bar, padding=padding)
+    return weight_bar.contiguous()
 
 
 def conv3x3_dual(

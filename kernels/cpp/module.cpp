@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "distance.h"
+#include "planes_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -36,4 +37,5 @@ NB_MODULE(_native, module) {
     define_squared_distance<float>(module);
     define_squared_distance<double>(module);
     define_squared_distance<BFloat16>(module);
+    define_planes(module);
 }

@@ -2,23 +2,51 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <thread>
 #include <vector>
 
-// Call body(block) once for each block in [0, blocks), from at most `threads` threads, the caller's among them.
-// Starting a thread costs some 50 us, so each gets at least `grain` blocks, and none is started for fewer.
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+// The thread pool that torch itself uses (GNU OpenMP's), looked up in the running process because each torch ships its
+// own copy. A second set of threads would fight with it for the cores: OpenMP's go on spinning after each of torch's
+// loops. Null where torch uses something else.
+using RunOnPool = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+inline RunOnPool pool() {
+#if defined(__linux__)
+    static const auto found = reinterpret_cast<RunOnPool>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
+// Call body(block) once for each block in [0, blocks), from at most `threads` threads, the caller's among them. `grain`
+// blocks are worth a thread of their own: starting one costs some 50 us.
 template <typename Body>
 void parallel_for(std::size_t blocks, std::size_t grain, int threads, const Body& body) {
     const std::size_t useful = std::max<std::size_t>(1, blocks / grain);
     const std::size_t workers = std::min<std::size_t>(static_cast<std::size_t>(std::max(threads, 1)), useful);
-    const auto share = [&](std::size_t worker) {
-        const std::size_t end = (worker + 1) * blocks / workers;
-        for (std::size_t block = worker * blocks / workers; block < end; ++block) body(block);
+    std::atomic<std::size_t> next{0};
+    // whoever comes takes the next share, so all is done even if the pool gives fewer threads
+    const auto work = [&] {
+        for (std::size_t worker = next++; worker < workers; worker = next++) {
+            const std::size_t end = (worker + 1) * blocks / workers;
+            for (std::size_t block = worker * blocks / workers; block < end; ++block) body(block);
+        }
     };
-    std::vector<std::thread> started;
-    started.reserve(workers - 1);
-    for (std::size_t worker = 1; worker < workers; ++worker) started.emplace_back(share, worker);
-    share(0);
-    for (std::thread& thread : started) thread.join();
+    if (workers == 1) {
+        work();
+    } else if (const RunOnPool run = pool()) {
+        run([](void* data) { (*static_cast<decltype(work)*>(data))(); }, const_cast<void*>(static_cast<const void*>(&work)),
+            static_cast<unsigned>(workers), 0);
+    } else {
+        std::vector<std::thread> started;
+        for (std::size_t worker = 1; worker < workers; ++worker) started.emplace_back(work);
+        work();
+        for (std::thread& thread : started) thread.join();
+    }
 }

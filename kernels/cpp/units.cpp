@@ -1,0 +1,22 @@
+#include "units.h"
+
+namespace {
+
+template <typename T>
+PlaneUnit<T> widest_plane_unit() {
+#ifdef WITH_X86_UNITS
+    if (__builtin_cpu_supports("avx512f")) return plane_unit_avx512<T>();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return plane_unit_avx2<T>();
+#endif
+    return plane_unit_generic<T>();
+}
+
+}  // namespace
+
+template <typename T>
+const PlaneUnit<T>& plane_unit() {
+    static const PlaneUnit<T> unit = widest_plane_unit<T>();
+    return unit;
+}
+template const PlaneUnit<float>& plane_unit();
+template const PlaneUnit<double>& plane_unit();

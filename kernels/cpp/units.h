@@ -1,0 +1,31 @@
+// Some files are compiled once for each vector unit, with UNIT defined as its name (CMakeLists.txt). Each puts out a
+// table of its functions; units.cpp takes the table of the widest unit that the processor has. So one binary is fast
+// on a new machine and still starts on an old one.
+#pragma once
+
+#include <cstddef>
+
+#include "planes.h"
+
+template <typename T>
+struct PlaneUnit {
+    std::size_t channels;  // of one group
+    void (*forward)(const PlaneForward<T>&, std::size_t sample, std::size_t group);
+    void (*dual_forward)(const PlaneForward<T>&, std::size_t sample, std::size_t group);
+    void (*backward)(const PlaneBackward<T>&, std::size_t sample, std::size_t group);
+    void (*dual_backward)(const PlaneBackward<T>&, std::size_t sample, std::size_t group);
+};
+
+template <typename T>
+const PlaneUnit<T>& plane_unit();
+
+#define UNIT_JOIN(name, unit) name##_##unit
+#define UNIT_EXPAND(name, unit) UNIT_JOIN(name, unit)
+#define UNIT_NAME(name) UNIT_EXPAND(name, UNIT)
+
+template <typename T>
+PlaneUnit<T> plane_unit_generic();
+template <typename T>
+PlaneUnit<T> plane_unit_avx2();
+template <typename T>
+PlaneUnit<T> plane_unit_avx512();

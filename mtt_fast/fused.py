@@ -1,0 +1,120 @@
+"""ConvNet's gradient and its directional derivative, scheduled by hand over `mtt_fast.kernels`: no autograd graph.
+
+The formulas are derived in docs/adjoint.md. Of each block a step keeps the input x, the convolution's output y, their
+tangents, and a few numbers a plane; nothing else that is as large as an image. A dot is the derivative in direction v, a
+bar the gradient of the loss. The biases of the convolutions have no effect, since an instance norm follows: their
+gradients are exactly zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtt_fast import kernels
+from mtt_fast.convnet import NORM_EPS, ConvNet
+from mtt_fast.kernels import LabelKind
+from mtt_fast.student import GradientTangent
+
+
+@dataclass(frozen=True)
+class FusedConvNetStudent:
+    """A `Student` for `ConvNet` under cross-entropy, with labels of one kind; float32 or float64."""
+
+    network: ConvNet
+    label_kind: LabelKind = "indices"
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Student.gradient`."""
+        *blocks, classifier = self._parts(theta)
+        gradient = torch.zeros_like(theta)
+        *block_gradients, classifier_gradient = self._parts(gradient)
+        x = _channels_last(images)
+        kept = []
+        for block, (weight, _, gamma, beta) in enumerate(blocks):
+            y = kernels.conv3x3(x, weight, self._padding(block))
+            pooled, mean, rstd = kernels.norm_relu_pool(y, gamma, beta, NORM_EPS)
+            kept.append((x, y, mean, rstd))
+            x = pooled
+
+        loss, f_bar, *found = kernels.linear_cross_entropy(_features(x), *classifier, labels, self.label_kind)
+        _assign(classifier_gradient, found)
+        x_bar = _channels_last(f_bar.view(x.shape))
+
+        for block in reversed(range(len(blocks))):
+            (weight, _, gamma, beta), padding = blocks[block], self._padding(block)
+            x, y, mean, rstd = kept.pop()
+            y_bar, gamma_bar, beta_bar = kernels.norm_relu_pool_backward(y, mean, rstd, gamma, beta, x_bar)
+            del y
+            weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, padding)
+            if block > 0:
+                x_bar = kernels.conv3x3_input_gradient(y_bar, weight, padding)
+            to_weight, _, to_gamma, to_beta = block_gradients[block]
+            _assign((to_weight, to_gamma, to_beta), (weight_bar, gamma_bar, beta_bar))
+        return loss, gradient
+
+    def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
+        """See `Student.gradient_jvp`."""
+        *blocks, classifier = self._parts(theta)
+        *block_dots, classifier_dot = self._parts(v)
+        hessian_v = torch.zeros_like(theta)
+        *block_results, classifier_result = self._parts(hessian_v)
+        x, x_dot = _channels_last(images), None
+        kept = []
+        for block, ((weight, _, gamma, beta), (weight_dot, _, gamma_dot, beta_dot)) in enumerate(
+            zip(blocks, block_dots, strict=True)
+        ):
+            y, y_dot = kernels.conv3x3_dual(x, x_dot, weight, weight_dot, self._padding(block))
+            norm = (gamma, beta, gamma_dot, beta_dot)
+            pooled, pooled_dot, *numbers = kernels.norm_relu_pool_dual(y, y_dot, *norm, NORM_EPS)
+            kept.append((x, x_dot, y, y_dot, numbers))
+            x, x_dot = pooled, pooled_dot
+
+        assert x_dot is not None
+        v_dot_g, f_bar, f_bar_dot, *found, labels_bar_dot = kernels.linear_cross_entropy_dual(
+            _features(x), _features(x_dot), *classifier, *classifier_dot, labels, self.label_kind
+        )
+        _assign(classifier_result, found)
+        x_bar, x_bar_dot = _channels_last(f_bar.view(x.shape)), _channels_last(f_bar_dot.view(x.shape))
+
+        for block in reversed(range(len(blocks))):
+            weight, _, gamma, beta = blocks[block]
+            weight_dot, _, gamma_dot, beta_dot = block_dots[block]
+            padding = self._padding(block)
+            x, x_dot, y, y_dot, numbers = kept.pop()
+            y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = kernels.norm_relu_pool_dual_backward(
+                y, y_dot, *numbers, gamma, beta, gamma_dot, beta_dot, x_bar, x_bar_dot
+            )
+            del y, y_dot
+            weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding)
+            if block > 0:
+                x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+            else:
+                x_bar_dot = kernels.conv3x3_dual_image_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+            to_weight, _, to_gamma, to_beta = block_results[block]
+            _assign((to_weight, to_gamma, to_beta), (weight_bar_dot, gamma_bar_dot, beta_bar_dot))
+        return GradientTangent(v_dot_g, hessian_v, x_bar_dot.contiguous(), labels_bar_dot)
+
+    def _parts(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
+        """Views of (weight, bias, gamma, beta) of each block, then of the classifier's (weight, bias)."""
+        parameters = self.network.layout.split(theta)
+        blocks = [tuple(parameters[4 * block : 4 * block + 4]) for block in range(self.network.depth)]
+        return [*blocks, tuple(parameters[-2:])]
+
+    def _padding(self, block: int) -> int:
+        return self.network.first_padding if block == 0 else 1
+
+
+def _features(pooled: Tensor) -> Tensor:
+    return pooled.contiguous().flatten(1)  # (b, C, h, w) -> (b, C·h·w), in the public code's order
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _assign(places: tuple[Tensor, ...], values: list[Tensor] | tuple[Tensor, ...]) -> None:
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
