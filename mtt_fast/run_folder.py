@@ -22,10 +22,15 @@ CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", 
 
 @contextlib.contextmanager
 def only_user(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the run while the block lasts. Raises `InputError` if one is in."""
+    """Keep other processes out of the run while the block lasts, and clear what a killed one left half-written.
+
+    Raises `InputError` if another process is in.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
+            for leftover in folder.glob(".*.partial"):
+                leftover.unlink()
             yield
     except Timeout as error:
         raise InputError(

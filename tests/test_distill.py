@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, cli
@@ -269,6 +270,20 @@ def test_a_run_with_other_options_is_not_overwritten(
     assert run(*flags, "--lr_img", "11") == 2
     assert "holds a run with --lr_img 10.0, not 11.0; choose another --out" in capsys.readouterr().err
     assert (out / "synthetic.safetensors").read_bytes() == before
+
+
+def test_one_process_a_run_and_leftovers_are_cleared(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".summary.json.x.partial").write_text("half of a su")
+    flags = [*TOY, *experts, "--out", str(out), "--Iteration", "0"]
+    with FileLock(out / ".lock"):
+        assert run(*flags) == 2
+    assert "another process is writing to this run" in capsys.readouterr().err
+    assert run(*flags) == 0
+    assert not list(out.glob(".*.partial"))
 
 
 def test_a_broken_checkpoint_is_named(experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
