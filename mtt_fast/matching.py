@@ -30,6 +30,8 @@ class _SquaredDistance(torch.autograd.Function):
 def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     """Return |θ_N − θ*|² / |θ_0 − θ*|², the paper's equation 2, as a float64 scalar.
 
+    Computed in the dtype and on the device of `end`, and accumulated in float64.
+
     `end` is the student's θ_N (P,); `start` and `target` are the expert's epochs θ_0 and θ* (P,), constants: the
     gradient flows to `end` alone, as in the public code. Raises `InputError` if the expert did not move.
     """
@@ -38,7 +40,7 @@ def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
             f"matching_loss: expected three vectors of one shape, found end {tuple(end.shape)}, start {tuple(start.shape)}, "
             f"target {tuple(target.shape)}"
         )
-    start, target = start.detach(), target.detach()
+    start, target = start.detach().to(end), target.detach().to(end)
     moved = squared_distance(start.contiguous(), target.contiguous())
     if moved == 0:
         raise InputError("matching_loss: start and target are equal, so the expert did not move between the two epochs")

@@ -33,7 +33,7 @@ def unroll(
     theta: Tensor,
     images: Tensor,
     labels: Tensor,
-    lr: Tensor,
+    lr: Tensor | float,
     batches: Tensor | Sequence[Tensor],
     augment: Augment | None = None,
     microbatch: int | None = None,
@@ -56,7 +56,7 @@ def unroll(
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
         images: all synthetic images (n, C, H, W).
         labels: class indices (n,), or soft labels (n, classes).
-        lr: learning rate, scalar tensor, or one a step (N,).
+        lr: learning rate, a scalar (tensor), or one a step (N,).
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again.
         augment: its numbers are drawn here, once a step in order, and used again by the backward sweep.
         microbatch: at most so many samples at once; exact for networks that do not mix samples.
@@ -71,6 +71,7 @@ def unroll(
         InputError: shapes, dtypes, indices or options that do not fit each other.
     """
     indices = _checked_batches(batches, images)
+    lr = torch.as_tensor(lr, dtype=None if isinstance(lr, Tensor) else theta.dtype, device=theta.device)
     _check_tensors(theta, images, labels, lr, len(indices), net)
     if microbatch is not None and memory_budget is not None:
         raise InputError("unroll: expected microbatch or memory_budget, found both; give one")
@@ -122,6 +123,11 @@ class _Steps:
         """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
         return (self.augment(images, self.draws[n]) if self.augment else images).contiguous()
 
+    def wanted(self, labels: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+        """The labels of step n, in the types that losses expect."""
+        chosen = labels[self.batches[n]]
+        return chosen.to(dtype) if chosen.is_floating_point() else chosen.long()
+
 
 class _Unroll(torch.autograd.Function):
     """One node in the user's graph for all N steps."""
@@ -139,7 +145,7 @@ class _Unroll(torch.autograd.Function):
         velocities = theta.new_empty(count, len(theta)) if steps.momentum else None
         for n, index in enumerate(steps.batches):
             seen = steps.augmented(images[index], n).to(theta.dtype)
-            _, update = steps.student.gradient(path[n], seen, labels[index])
+            _, update = steps.student.gradient(path[n], seen, steps.wanted(labels, n, theta.dtype))
             if steps.weight_decay:
                 update.add_(path[n], alpha=steps.weight_decay)
             if velocities is not None:
@@ -182,7 +188,8 @@ class _Unroll(torch.autograd.Function):
             with torch.enable_grad():
                 batch = images[index].detach().requires_grad_(wants_images)
                 seen = steps.augmented(batch, n).to(path.dtype)
-            tangent = steps.student.gradient_jvp(path[n], seen.detach(), labels[index], direction)
+            wanted = steps.wanted(labels, n, path.dtype)
+            tangent = steps.student.gradient_jvp(path[n], seen.detach(), wanted, direction)
 
             if velocities is None:
                 grad_rates[n] = -(tangent.v_dot_g + steps.weight_decay * torch.dot(direction, path[n]))
@@ -199,7 +206,7 @@ class _Unroll(torch.autograd.Function):
                 curvature = torch.add(curvature, direction, alpha=steps.weight_decay)
             adjoint = torch.addcmul(adjoint, curvature, size).add_(incoming(n))
 
-        grad_lr = (grad_rates if lr.dim() else grad_rates.sum()).to(lr.dtype)
+        grad_lr = (grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)).to(lr.dtype)
         return None, adjoint, grad_images, grad_labels, grad_lr
 
 
@@ -250,7 +257,7 @@ def _check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, st
             f"unroll labels: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
             f"{tuple(labels.shape)}"
         )
-    if lr.dim() > 1 or (lr.dim() == 1 and len(lr) != steps):
+    if lr.dim() > 1 or lr.numel() not in (1, steps):
         raise InputError(
             f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}"
         )

@@ -170,6 +170,24 @@ def test_numerical_derivative_of_the_whole_unroll() -> None:
         assert_close(f"leaf {position}", (gradient * direction).sum(), (ends[0] - ends[1]) / 2e-6, 1e-6)
 
 
+def test_mixed_precision_of_the_arguments_and_forms_of_the_learning_rate() -> None:
+    case = small_case()
+    exact = meta_gradient(**case)
+    mixed = case | {
+        "images": case["images"].float(),
+        "target": case["target"].float(),
+        "labels": torch.nn.functional.one_hot(case["labels"], 4).float(),
+        "lr": case["lr"].view(1),
+    }
+    found = meta_gradient(**mixed)
+    assert (found.images.dtype, found.lr.shape, found.end.dtype) == (torch.float32, (1,), torch.float64)
+    for name in ("end", "images", "lr", "start"):
+        assert_close(name, getattr(found, name).flatten(), getattr(exact, name).flatten(), 1e-5)
+    indices = case["labels"].int()
+    path = unroll(case["net"], case["start"], case["images"], indices, 0.1, case["batches"])
+    assert torch.equal(path[-1], exact.end)
+
+
 def test_any_rows_of_the_path_can_be_differentiated() -> None:
     case = small_case()
     weights = torch.randn(4, len(case["start"]), dtype=torch.float64)
