@@ -83,8 +83,12 @@ def main(argv: Sequence[str]) -> None:
     real = real_images(data, options.zca, device)
     with only_user(folder):
         experts = _experts(options, real, network)
-        if read_config(folder) is None or options.resume:
-            write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)))
+        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)))
+        log.info(
+            "%s: %d synthetic images of %s, %s with %d parameters, %d experts, on %s",
+            folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, len(experts),
+            device_name(device),
+        )  # fmt: skip
         command = shlex.join([*PROGRAM.split(), *argv])
         distill(options, folder, real, network, experts, command)
 
@@ -145,9 +149,16 @@ def distill(
     distillation has diverged for good.
     """
     device = real.train.labels.device
-    state = load_checkpoint(folder, device) or _initial_state(options, real)
-    if state.iteration:
-        log.info("continuing %s at iteration %d", folder, state.iteration)
+    state = load_checkpoint(folder, device)
+    if state is None:
+        state = _initial_state(options, real, min(options.max_experts or len(experts), len(experts)))
+    elif len(experts) < state.experts:
+        raise InputError(
+            f"{folder}: the run was started with {state.experts} experts, found {len(experts)}; "
+            f"say --num_experts {state.experts}, or give back its --buffer_path"
+        )
+    else:
+        log.info("continuing at iteration %d", state.iteration)
     metrics = MetricsLog(folder, state.iteration)
     job = _Job(options, folder, real, network, experts, metrics)
     saved = time.monotonic()
@@ -195,21 +206,21 @@ class _Job:
     metrics: MetricsLog
 
 
-def _initial_state(options: DistillOptions, real: RealImages) -> State:
+def _initial_state(options: DistillOptions, real: RealImages, experts: int) -> State:
     generator = generator_for(options.seed, "initial images")
     start = random_subset(real.train, real.data.num_classes, options.ipc, generator)
     images = start.pixels
     if options.pix_init == "noise":
         images = torch.randn(images.shape, generator=generator).to(images.device)
     lr = torch.tensor(options.lr_teacher, device=images.device)
-    return State(0, images, start.labels.clone(), lr, torch.zeros_like(images), torch.zeros_like(lr))
+    return State(0, experts, images, start.labels.clone(), lr, torch.zeros_like(images), torch.zeros_like(lr))
 
 
 def _iterate(job: _Job, state: State) -> None:
     """One iteration of the paper's algorithm 1: match one segment of one expert, update the images and the rate."""
     options = job.options
     generator = generator_for(options.seed, "iteration", state.iteration)
-    expert = _expert_of(options, len(job.experts), state.iteration)
+    expert = _expert_of(options.seed, state.experts, state.iteration)
     epoch = int(torch.randint(options.max_start_epoch, (), generator=generator))
     start = job.experts.read(expert, epoch).to(state.lr.device)
     target = job.experts.read(expert, epoch + options.expert_epochs).to(state.lr.device)
@@ -240,10 +251,9 @@ def _iterate(job: _Job, state: State) -> None:
         _skip(job, state, value)
 
 
-def _expert_of(options: DistillOptions, available: int, iteration: int) -> int:
+def _expert_of(seed: int, count: int, iteration: int) -> int:
     """Visit the experts in random order, each once before any comes again."""
-    count = min(options.max_experts or available, available)
-    order = torch.randperm(count, generator=generator_for(options.seed, "expert order", iteration // count))
+    order = torch.randperm(count, generator=generator_for(seed, "expert order", iteration // count))
     return int(order[iteration % count])
 
 
@@ -344,7 +354,7 @@ def _evaluate(job: _Job, state: State, stop: StopRequest) -> None:
 def _draw(job: _Job, state: State, synthetic: SyntheticDataset) -> None:
     """Write images.png (what the run began with, and the images as they are now) and curves.png."""
     options, metrics = job.options, job.metrics
-    began = dataclasses.replace(synthetic, images=_initial_state(options, job.real).images)
+    began = dataclasses.replace(synthetic, images=_initial_state(options, job.real, state.experts).images)
     panels = []
     for iteration, pictures in {0: began.pictures(), state.iteration: synthetic.pictures()}.items():
         title = f"{options.pix_init} images" if iteration == 0 else f"distilled, {iteration} iterations"

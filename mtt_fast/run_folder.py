@@ -54,6 +54,7 @@ class State:
     """All that a distillation carries from one iteration to the next."""
 
     iteration: int  # completed ones
+    experts: int  # how many take turns; those trained since the start of the run stay out of it
     images: Tensor  # (n, C, H, W) float32
     labels: Tensor  # (n,) int64
     lr: Tensor  # () float32
@@ -66,7 +67,7 @@ class State:
 
 
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
-_NUMBERS = ("iteration", "skipped", "lr_kept", "seconds", "seconds_evaluation")
+_NUMBERS = ("iteration", "experts", "skipped", "lr_kept", "seconds", "seconds_evaluation")
 
 
 def save_checkpoint(folder: Path, state: State) -> None:

@@ -108,6 +108,22 @@ def test_resumed_is_bit_identical_to_uninterrupted(experts: list[str], tmp_path:
     assert steps[0] == steps[1]
 
 
+def test_experts_trained_meanwhile_do_not_change_a_run(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(experts[-1], tmp_path / "buffers")
+    flags = [*TOY, *experts, "--buffer_path", str(tmp_path / "buffers")]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*flags, "--out", str(whole)) == 0
+    assert run(*flags, "--out", str(parts), "--Iteration", "3") == 0
+    assert run("--out", str(parts), "--resume", "--Iteration", "6", "--num_experts", "4") == 0
+    assert torch.equal(images_of(whole), images_of(parts))
+    for path in (tmp_path / "buffers").rglob("expert_000[123].safetensors"):
+        path.unlink()
+    assert run("--out", str(parts), "--resume", "--Iteration", "7", "--num_experts", "1") == 2
+    assert "the run was started with 2 experts, found 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_from_outside_and_continued(experts: list[str], tmp_path: Path, signum: signal.Signals) -> None:
     flags = [*TOY, *experts, "--Iteration", "400", "--eval_it", "400"]
