@@ -73,6 +73,14 @@ def test_out_of_memory_is_told_with_its_remedy(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("error: out of memory; set a smaller --memory_budget")
 
 
+def test_what_runs_here() -> None:
+    command = [sys.executable, "-m", "mtt_fast.env"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"torch                      {torch.__version__}" in found
+    assert "student of ConvNet" in found
+    assert subprocess.run([*command, "--x"], capture_output=True, timeout=60, check=False).returncode == 2
+
+
 @pytest.mark.parametrize("job", ["experts", "buffer", "distill", "evaluate"])
 def test_help(job: str) -> None:
     command = [sys.executable, "-m", f"mtt_fast.{job}", "--help"]

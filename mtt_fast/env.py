@@ -1,0 +1,37 @@
+"""What this installation can do here, and which code runs: `python -m mtt_fast.env`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from mtt_fast import cli
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import native_available
+from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.student import student_for
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print versions, devices, kernels, and the student that ConvNet gets."""
+    if argv:
+        raise InputError(f"{argv[0]}: python -m mtt_fast.env takes no options")
+    lines = versions()
+    lines["processor"] = device_name(torch.device("cpu"))
+    devices = [device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    lines["CUDA devices"] = ", ".join(devices) or "none"
+    lines["device auto"] = str(choose_device("auto"))
+    lines["native CPU kernels"] = (
+        "in use" if native_available() else "not in use: not compiled, or turned off by MTT_FAST_NATIVE=0"
+    )
+    lines["student of ConvNet"] = type(student_for(ConvNet())).__name__
+    lines["student of other networks"] = "GenericStudent"
+    for name, value in lines.items():
+        print(f"{name:26} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
