@@ -23,13 +23,15 @@ from tqdm import tqdm
 
 from mtt_fast import cli
 from mtt_fast.augment import augment_by_strategy
+from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.kernels import LabelKind
 from mtt_fast.options import CommonOptions, RealImages, at_least, real_images
 from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.seeding import generator_for
-from mtt_fast.student import Network, student_for
+from mtt_fast.student import Network
 from mtt_fast.synthetic import SyntheticDataset, load_public_pair
 from mtt_fast.training import Images, Sgd, accuracy, train_epoch
 
@@ -90,7 +92,8 @@ def train_network(
     As in the public code, `epochs` + 1 epochs are run, and after number `epochs` // 2 + 1 the rate is divided by ten
     and the momentum starts anew.
     """
-    student = student_for(network)
+    kind: LabelKind = "probabilities" if images.labels.is_floating_point() else "indices"
+    student = student_for(network, theta.device, kind)
     theta, velocity = theta.clone(), torch.zeros_like(theta)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
     augment = augment_by_strategy(protocol.augment)

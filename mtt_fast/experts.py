@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from mtt_fast import cli
 from mtt_fast.augment import augment_by_strategy
+from mtt_fast.choice import student_for
 from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.options import CommonOptions, RealImages, at_least, buffer_folder, real_images
 from mtt_fast.provenance import choose_device, versions
 from mtt_fast.seeding import generator_for
-from mtt_fast.student import student_for
 from mtt_fast.training import Sgd, accuracy, train_epoch
 from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
@@ -148,7 +148,7 @@ def train_expert(
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
     velocity = torch.zeros_like(theta)
-    student = student_for(network)
+    student = student_for(network, theta.device)
     augment = augment_by_strategy(training.augment)
     parameters = torch.empty(training.train_epochs + 1, network.num_parameters)
     parameters[0] = theta

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtt_fast import kernels
+import mtt_fast.kernels as kernels
 from mtt_fast.convnet import NORM_EPS, ConvNet
 from mtt_fast.kernels import LabelKind
 from mtt_fast.student import GradientTangent

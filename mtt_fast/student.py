@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast.errors import InputError
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
 
@@ -136,21 +134,3 @@ class InMicrobatches:
         for begin in range(0, batch, self.size):
             end = min(begin + self.size, batch)
             yield slice(begin, end), (end - begin) / batch
-
-
-def student_for(network: Network, loss: Loss = cross_entropy, microbatch: int | None = None) -> Student:
-    """Return the student that answers for `network`, in pieces of at most `microbatch` samples if given.
-
-    Raises `InputError` if pieces are asked of a network whose samples depend on each other (batch norm).
-    """
-    student: Student = GenericStudent(network, loss)
-    if microbatch is None:
-        return student
-    if microbatch < 1:
-        raise InputError(f"microbatch: expected at least 1, found {microbatch}")
-    if network.mixes_samples:
-        raise InputError(
-            "microbatch: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
-            "use instance norm, evaluation mode, or no micro-batches"
-        )
-    return InMicrobatches(student, microbatch)

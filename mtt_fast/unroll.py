@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtt_fast.augment import Augment
+from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
+from mtt_fast.kernels import LabelKind
 from mtt_fast.memory import microbatch_for
-from mtt_fast.student import (
-    Loss,
-    Network,
-    Student,
-    cross_entropy,
-    cross_entropy_from_logits,
-    student_for,
-)
-
-LabelKind = Literal["indices", "probabilities", "logits"]
+from mtt_fast.student import Loss, Network, Student
 
 
 def unroll(
@@ -81,7 +74,7 @@ def unroll(
             net, memory_budget, theta.dtype, images, batch=largest, steps=len(indices), momentum=momentum != 0
         )
     step = _Steps(
-        student=student_for(net, loss or _loss_for(labels, label_kind), microbatch),
+        student=student_for(net, theta.device, _kind_of(labels, label_kind), loss, microbatch),
         batches=indices,
         augment=augment,
         draws=tuple(augment.draw(images.detach()[index], generator) if augment else None for index in indices),
@@ -215,13 +208,13 @@ def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
     return lr.detach().to(like).expand(steps)
 
 
-def _loss_for(labels: Tensor, kind: LabelKind | None) -> Loss:
-    found = "probabilities" if labels.is_floating_point() else "indices"
-    if kind is None or kind == found:
-        return cross_entropy
-    if kind == "logits" and labels.is_floating_point():
-        return cross_entropy_from_logits
-    raise InputError(f"unroll label_kind '{kind}': does not fit labels of dtype {labels.dtype}; use '{found}'")
+def _kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
+    soft = labels.is_floating_point()
+    if kind is None:
+        return "probabilities" if soft else "indices"
+    if (kind == "indices") == soft:
+        raise InputError(f"unroll label_kind '{kind}': does not fit labels of dtype {labels.dtype}")
+    return kind
 
 
 def _checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
