@@ -1,7 +1,7 @@
 """Dataset distillation by matching training trajectories: the exact meta-gradient in the memory of one step.
 
 The engine is `unroll`, `matching_loss` and `ConvNet` or `FlatModule`; the jobs are `python -m mtt_fast.experts`,
-`mtt_fast.distill` and `mtt_fast.evaluate`. Names are imported when they are first used.
+`mtt_fast.distill` and `mtt_fast.evaluate`. What lies on disk is imported when it is first named.
 """
 
 from __future__ import annotations
@@ -9,30 +9,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mtt_fast.augment import SiameseAugment
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.flat_module import FlatModule
+from mtt_fast.matching import matching_loss
+from mtt_fast.unroll import unroll
+
 if TYPE_CHECKING:
-    from mtt_fast.augment import SiameseAugment
-    from mtt_fast.convnet import ConvNet
-    from mtt_fast.errors import InputError
-    from mtt_fast.flat_module import FlatModule
-    from mtt_fast.matching import matching_loss
     from mtt_fast.synthetic import SyntheticDataset
     from mtt_fast.trajectories import TrajectoryStore
-    from mtt_fast.unroll import unroll
     from mtt_fast.whitening import Whitening
 
 __version__ = "0.1.0"
-
-_HOME = {
-    "ConvNet": "convnet",
-    "FlatModule": "flat_module",
-    "InputError": "errors",
-    "SiameseAugment": "augment",
-    "SyntheticDataset": "synthetic",
-    "TrajectoryStore": "trajectories",
-    "Whitening": "whitening",
-    "matching_loss": "matching",
-    "unroll": "unroll",
-}
 
 __all__ = [
     "ConvNet",
@@ -46,13 +35,13 @@ __all__ = [
     "unroll",
 ]
 
+_LATER = {"SyntheticDataset": "synthetic", "TrajectoryStore": "trajectories", "Whitening": "whitening"}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _LATER:
         raise AttributeError(f"module 'mtt_fast' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"mtt_fast.{_HOME[name]}"), name)
-    globals()[name] = value  # also over the submodule that the import has just bound under the same name
-    return value
+    return getattr(importlib.import_module(f"mtt_fast.{_LATER[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.errors import InputError
-from mtt_fast.student import Network
+from mtt_fast.student import Network, Student
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-# Peak of the generic step's jvp of grad, in units of what one forward pass allocates: 4.6 to 6.6 measured on ConvNet,
-# depth 3 to 5 at 32 to 128 pixels; the rest is what glibc's allocator keeps between them.
-_STEP_OVER_FORWARD = 9
 _VECTORS_BESIDE_PATH = 10  # θ, v, g, H v, λ and their temporaries
 _COPIES_OF_A_BATCH = 8  # batch, augmented batch, their gradients and the augmentation's temporaries
 
@@ -39,6 +34,7 @@ def parse_bytes(amount: int | str) -> int:
 
 def microbatch_for(
     net: Network,
+    student: Student,
     budget: int | str,
     dtype: torch.dtype,
     images: Tensor,
@@ -49,8 +45,7 @@ def microbatch_for(
 ) -> int | None:
     """Return the largest micro-batch with which `unroll` stays below `budget`; None if the whole `batch` fits.
 
-    The estimate covers what `unroll` allocates itself: the path, the gradients, and one micro-batch of one generic
-    step, whose activations are counted by a forward pass on the meta device.
+    The estimate covers what `unroll` allocates itself: the path, the gradients, and one micro-batch of one step.
     Raises `InputError` if not even one sample fits, with the budget that would do, or if the network cannot be cut.
     """
     allowed, bytes_each = parse_bytes(budget), dtype.itemsize
@@ -58,7 +53,7 @@ def microbatch_for(
     fixed = bytes_each * (
         vectors * net.num_parameters + images.numel() + _COPIES_OF_A_BATCH * batch * images[0].numel()
     )
-    each = _STEP_OVER_FORWARD * forward_bytes(net, images.shape[1:], dtype)
+    each = student.sample_bytes(images.shape[1:], dtype)
     fits = (allowed - fixed) // each
     if fits >= batch:
         return None
@@ -70,28 +65,3 @@ def microbatch_for(
             + "; raise it, or lower batch_syn or syn_steps"
         )
     return int(fits)
-
-
-def forward_bytes(net: Network, image_shape: torch.Size, dtype: torch.dtype) -> int:
-    """Return the bytes that the operations of one sample's forward pass put out (views excluded), without computing them."""
-    theta = torch.empty(net.num_parameters, dtype=dtype, device="meta")
-    image = torch.empty((1, *image_shape), dtype=dtype, device="meta")
-    with _CountOutputs() as counted, torch.no_grad():
-        net(theta, image)
-    return int(counted.bytes)
-
-
-class _CountOutputs(TorchDispatchMode):
-    """Add up the bytes of every tensor that an operation newly allocates."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, Tensor):
-                    self.bytes += tensor.numel() * tensor.element_size()
-        return result

@@ -18,7 +18,7 @@ from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.memory import microbatch_for
-from mtt_fast.student import Loss, Network, Student
+from mtt_fast.student import Loss, Network, Student, in_microbatches
 
 
 def unroll(
@@ -68,13 +68,14 @@ def unroll(
     _check_tensors(theta, images, labels, lr, len(indices), net)
     if microbatch is not None and memory_budget is not None:
         raise InputError("unroll: expected microbatch or memory_budget, found both; give one")
+    student = student_for(net, theta.device, _kind_of(labels, label_kind), loss)
     if memory_budget is not None:
         largest = max(len(index) for index in indices)
         microbatch = microbatch_for(
-            net, memory_budget, theta.dtype, images, batch=largest, steps=len(indices), momentum=momentum != 0
+            net, student, memory_budget, theta.dtype, images, batch=largest, steps=len(indices), momentum=momentum != 0
         )
     step = _Steps(
-        student=student_for(net, theta.device, _kind_of(labels, label_kind), loss, microbatch),
+        student=student if microbatch is None else in_microbatches(student, net, microbatch),
         batches=indices,
         augment=augment,
         draws=tuple(augment.draw(images.detach()[index], generator) if augment else None for index in indices),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mtt_fast import ConvNet, FlatModule, InputError
-from mtt_fast.memory import forward_bytes, microbatch_for, parse_bytes
+from mtt_fast.memory import microbatch_for, parse_bytes
+from mtt_fast.student import GenericStudent, forward_bytes
 
 MIB = 2**20
 
@@ -79,7 +80,7 @@ def test_the_largest_micro_batch_that_fits() -> None:
     net, images = ConvNet(width=16), torch.zeros(50, 3, 32, 32)
 
     def size(budget: int | str) -> int | None:
-        return microbatch_for(net, budget, torch.float32, images, batch=50, steps=5)
+        return microbatch_for(net, GenericStudent(net), budget, torch.float32, images, batch=50, steps=5)
 
     assert size("10GiB") is None
     smaller, larger = size("40MiB"), size("60MiB")
@@ -93,9 +94,9 @@ def test_the_largest_micro_batch_that_fits() -> None:
 def test_batch_statistics_need_the_whole_batch() -> None:
     net = FlatModule(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten()))
     images = torch.zeros(50, 3, 32, 32)
-    assert microbatch_for(net, "1GiB", torch.float32, images, batch=50, steps=2) is None
+    assert microbatch_for(net, GenericStudent(net), "1GiB", torch.float32, images, batch=50, steps=2) is None
     with pytest.raises(InputError, match="batch statistics: the batch cannot be cut"):
-        microbatch_for(net, "10MiB", torch.float32, images, batch=50, steps=2)
+        microbatch_for(net, GenericStudent(net), "10MiB", torch.float32, images, batch=50, steps=2)
 
 
 def test_forward_bytes_of_a_small_network() -> None:
