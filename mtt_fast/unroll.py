@@ -156,9 +156,8 @@ class _Unroll(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_path: Tensor | None, *grad_rows: Tensor | None) -> tuple[Tensor | None, ...]:
         steps: _Steps = ctx.steps
-        images, labels, lr, path, velocities = (
-            saved if saved is None else saved.detach() for saved in ctx.saved_tensors
-        )
+        images, labels, lr, path = (saved.detach() for saved in ctx.saved_tensors[:4])
+        velocities: Tensor | None = ctx.saved_tensors[4]
         _, _, wants_images, wants_labels, _ = ctx.needs_input_grad
         rates = _rates(lr, len(steps.batches), path)
         grad_images = torch.zeros_like(images) if wants_images else None
