@@ -1,4 +1,4 @@
-"""The operations of `reference.py` for CUDA, written in Triton.
+"""The operations of `reference.py` for CUDA, written in Triton: so far norm, ReLU and pool.
 
 Importing this package imports neither Triton nor anything of CUDA. The first use of an operation does, and raises
 `ImportError` where Triton is missing: a GPU is never left idle in silence. Like the other twins these functions are not
@@ -12,32 +12,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .convolution import conv3x3_dual, conv3x3_dual_input_gradient, conv3x3_dual_weight_gradient
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
         norm_relu_pool_dual,
         norm_relu_pool_dual_backward,
     )
-    from .vector import scaled_add, squared_distance
 
 __all__ = [
-    "conv3x3_dual",
-    "conv3x3_dual_input_gradient",
-    "conv3x3_dual_weight_gradient",
     "norm_relu_pool",
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
-    "scaled_add",
-    "squared_distance",
 ]
-
-_FAMILIES = {"conv3x3": "convolution", "norm_relu_pool": "norm", "scaled_add": "vector", "squared_distance": "vector"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    family = next(module for prefix, module in _FAMILIES.items() if name.startswith(prefix))
-    return getattr(importlib.import_module(f".{family}", __package__), name)
+    return getattr(importlib.import_module(".norm", __package__), name)

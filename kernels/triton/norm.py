@@ -20,29 +20,29 @@ from .planes import Planes, accumulator
 
 @triton.jit
 def _block(C: tl.constexpr, CHANNELS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Sample (int64), channels (CHANNELS, 1) and which of them exist."""
+    """Sample (int64), channels (CHANNELS, 1, 1) and which of them exist."""
     blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     program = tl.program_id(0)
-    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)[:, None, None]
     return (program // blocks).to(tl.int64), c, c < C
 
 
 @triton.jit
-def _corner(
+def _row(
     c: tl.tensor,
     start: tl.tensor,
-    CORNER: tl.constexpr,
+    ROW: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Where one corner of the windows lies within a sample, and whether it exists: (CHANNELS, WINDOWS)."""
-    window = start + tl.arange(0, WINDOWS)[None, :]
+    """Where the upper or lower pixels of the windows lie in a sample, and which exist: (CHANNELS, WINDOWS, 2)."""
+    window = start + tl.arange(0, WINDOWS)[None, :, None]
     columns: tl.constexpr = (W + 1) // 2
-    row = 2 * (window // columns) + CORNER // 2
-    column = 2 * (window % columns) + CORNER % 2
+    row = 2 * (window // columns) + ROW
+    column = 2 * (window % columns) + tl.arange(0, 2)[None, None, :]
     pixel = row * W + column
     offset = pixel * C + c if CHANNELS_LAST else c * (H * W) + pixel
     return offset, (c < C) & (row < H) & (column < W)
@@ -58,8 +58,8 @@ def _pooled(
     CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Where the pooled value of the windows lies within a sample, and whether it exists: (CHANNELS, WINDOWS)."""
-    window = start + tl.arange(0, WINDOWS)[None, :]
+    """Where the pooled values of the windows lie in a sample, and which exist: (CHANNELS, WINDOWS, 1)."""
+    window = start + tl.arange(0, WINDOWS)[None, :, None]
     columns: tl.constexpr = (W + 1) // 2
     row = window // columns
     column = window % columns
@@ -79,18 +79,17 @@ def _load_windows(
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The four corners, in ACC. All are loaded before any store, or the loads of two walks could not be merged."""
-    offset0, mask0 = _corner(c, start, 0, C, H, W, CHANNELS_LAST, WINDOWS)
-    offset1, mask1 = _corner(c, start, 1, C, H, W, CHANNELS_LAST, WINDOWS)
-    offset2, mask2 = _corner(c, start, 2, C, H, W, CHANNELS_LAST, WINDOWS)
-    offset3, mask3 = _corner(c, start, 3, C, H, W, CHANNELS_LAST, WINDOWS)
-    return (
-        tl.load(pointer + offset0, mask0, 0).to(ACC),
-        tl.load(pointer + offset1, mask1, 0).to(ACC),
-        tl.load(pointer + offset2, mask2, 0).to(ACC),
-        tl.load(pointer + offset3, mask3, 0).to(ACC),
-    )
+) -> tuple[tl.tensor, tl.tensor]:
+    """Both rows, in ACC. They are loaded before anything is stored, or the loads of two walks could not be merged."""
+    upper, upper_mask = _row(c, start, 0, C, H, W, CHANNELS_LAST, WINDOWS)
+    lower, lower_mask = _row(c, start, 1, C, H, W, CHANNELS_LAST, WINDOWS)
+    return tl.load(pointer + upper, upper_mask, 0).to(ACC), tl.load(pointer + lower, lower_mask, 0).to(ACC)
+
+
+@triton.jit
+def _sum(tile: tl.tensor) -> tl.tensor:
+    """(CHANNELS, WINDOWS, 2) -> (CHANNELS, 1, 1)."""
+    return tl.sum(tl.sum(tile, 2, keep_dims=True), 1, keep_dims=True)
 
 
 @triton.jit
@@ -115,31 +114,31 @@ def _forward(
     y += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
 
-    total = tl.zeros((CHANNELS, WINDOWS), ACC)
+    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        total += (ys[0] + ys[1]) + (ys[2] + ys[3])
-    mu = tl.sum(total, 1, keep_dims=True) / (H * W)
+        total += ys[0] + ys[1]
+    mu = _sum(total) / (H * W)
 
-    total = tl.zeros((CHANNELS, WINDOWS), ACC)
+    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        for corner in tl.static_range(4):
-            _, mask = _corner(c, start, corner, C, H, W, CHANNELS_LAST, WINDOWS)
-            deviation = tl.where(mask, ys[corner] - mu, 0)
+        for row in tl.static_range(2):
+            _, mask = _row(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
+            deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
-    r = 1 / tl.sqrt(tl.sum(total, 1, keep_dims=True) / (H * W) + EPS)
+    r = 1 / tl.sqrt(_sum(total) / (H * W) + EPS)
 
     g = tl.load(gamma + c, exists, 0).to(ACC)
     b = tl.load(beta + c, exists, 0).to(ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        pooled = tl.zeros((CHANNELS, WINDOWS), ACC)
-        for corner in tl.static_range(4):
-            u = g * ((ys[corner] - mu) * r) + b
+        pooled = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+        for row in tl.static_range(2):
+            u = g * ((ys[row] - mu) * r) + b
             pooled += tl.where(u > 0, u, 0)
         offset, mask = _pooled(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        tl.store(p + offset, pooled * 0.25, mask)
+        tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
     tl.store(mean + sample * C + c, mu, exists)
     tl.store(rstd + sample * C + c, r, exists)
 
@@ -174,20 +173,20 @@ def _backward(
     g = tl.load(gamma + c, exists, 0).to(ACC)
     b = tl.load(beta + c, exists, 0).to(ACC)
 
-    beta_sum = tl.zeros((CHANNELS, WINDOWS), ACC)
-    gamma_sum = tl.zeros((CHANNELS, WINDOWS), ACC)
+    beta_sum = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    gamma_sum = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
         offset, mask = _pooled(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
-        for corner in tl.static_range(4):
-            h = (ys[corner] - mu) * r
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
             u_bar = tl.where(g * h + b > 0, share, 0)
             beta_sum += u_bar
             gamma_sum += u_bar * h
-    beta_total = tl.sum(beta_sum, 1, keep_dims=True)
-    gamma_total = tl.sum(gamma_sum, 1, keep_dims=True)
+    beta_total = _sum(beta_sum)
+    gamma_total = _sum(gamma_sum)
     h_bar_mean = g * beta_total / (H * W)
     hh_bar_mean = g * gamma_total / (H * W)
 
@@ -195,10 +194,10 @@ def _backward(
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         offset, mask = _pooled(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
-        for corner in tl.static_range(4):
-            h = (ys[corner] - mu) * r
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
             u_bar = tl.where(g * h + b > 0, share, 0)
-            offset, mask = _corner(c, start, corner, C, H, W, CHANNELS_LAST, WINDOWS)
+            offset, mask = _row(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
             tl.store(y_bar + offset, r * (g * u_bar - h_bar_mean - h * hh_bar_mean), mask)
     tl.store(gamma_bar + plane, gamma_total, exists)
     tl.store(beta_bar + plane, beta_total, exists)
@@ -234,28 +233,28 @@ def _dual(
     p += sample * (C * (H // 2) * (W // 2))
     p_dot += sample * (C * (H // 2) * (W // 2))
 
-    total = tl.zeros((CHANNELS, WINDOWS), ACC)
-    total_dot = tl.zeros((CHANNELS, WINDOWS), ACC)
+    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    total_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         yds = _load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        total += (ys[0] + ys[1]) + (ys[2] + ys[3])
-        total_dot += (yds[0] + yds[1]) + (yds[2] + yds[3])
-    mu = tl.sum(total, 1, keep_dims=True) / (H * W)
-    mu_dot = tl.sum(total_dot, 1, keep_dims=True) / (H * W)
+        total += ys[0] + ys[1]
+        total_dot += yds[0] + yds[1]
+    mu = _sum(total) / (H * W)
+    mu_dot = _sum(total_dot) / (H * W)
 
-    total = tl.zeros((CHANNELS, WINDOWS), ACC)
-    total_dot = tl.zeros((CHANNELS, WINDOWS), ACC)
+    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    total_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         yds = _load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        for corner in tl.static_range(4):
-            _, mask = _corner(c, start, corner, C, H, W, CHANNELS_LAST, WINDOWS)
-            deviation = tl.where(mask, ys[corner] - mu, 0)
+        for row in tl.static_range(2):
+            _, mask = _row(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
+            deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
-            total_dot += deviation * (yds[corner] - mu_dot)  # E[h] = 0: the same sum, with less to cancel
-    r = 1 / tl.sqrt(tl.sum(total, 1, keep_dims=True) / (H * W) + EPS)
-    h_y_dot = r * (tl.sum(total_dot, 1, keep_dims=True) / (H * W))
+            total_dot += deviation * (yds[row] - mu_dot)  # E[h] = 0: the same sum, with less to cancel
+    r = 1 / tl.sqrt(_sum(total) / (H * W) + EPS)
+    h_y_dot = r * (_sum(total_dot) / (H * W))
 
     g = tl.load(gamma + c, exists, 0).to(ACC)
     b = tl.load(beta + c, exists, 0).to(ACC)
@@ -264,17 +263,17 @@ def _dual(
     for start in range(0, TOTAL, WINDOWS):
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         yds = _load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        pooled = tl.zeros((CHANNELS, WINDOWS), ACC)
-        pooled_dot = tl.zeros((CHANNELS, WINDOWS), ACC)
-        for corner in tl.static_range(4):
-            h = (ys[corner] - mu) * r
-            h_dot = r * (yds[corner] - mu_dot - h * h_y_dot)
+        pooled = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+        pooled_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
+            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
         offset, mask = _pooled(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        tl.store(p + offset, pooled * 0.25, mask)
-        tl.store(p_dot + offset, pooled_dot * 0.25, mask)
+        tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
+        tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
     plane = sample * C + c
     tl.store(mean + plane, mu, exists)
     tl.store(rstd + plane, r, exists)
@@ -325,19 +324,19 @@ def _dual_backward(
     g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
 
     # Everything that the tangent needs of a plane follows from four sums: of ū, ūh, ū̇ and ū̇h + ūḣ.
-    beta_sum = tl.zeros((CHANNELS, WINDOWS), ACC)
-    gamma_sum = tl.zeros((CHANNELS, WINDOWS), ACC)
-    beta_sum_dot = tl.zeros((CHANNELS, WINDOWS), ACC)
-    gamma_sum_dot = tl.zeros((CHANNELS, WINDOWS), ACC)
+    beta_sum = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    gamma_sum = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    beta_sum_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    gamma_sum_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = _load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         yds = _load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         offset, mask = _pooled(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
-        for corner in tl.static_range(4):
-            h = (ys[corner] - mu) * r
-            h_dot = r * (yds[corner] - mu_dot - h * h_y_dot)
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
+            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
             active = g * h + b > 0
             u_bar = tl.where(active, share, 0)
             u_bar_dot = tl.where(active, share_dot, 0)
@@ -345,10 +344,10 @@ def _dual_backward(
             gamma_sum += u_bar * h
             beta_sum_dot += u_bar_dot
             gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
-    beta_total = tl.sum(beta_sum, 1, keep_dims=True)
-    gamma_total = tl.sum(gamma_sum, 1, keep_dims=True)
-    beta_total_dot = tl.sum(beta_sum_dot, 1, keep_dims=True)
-    gamma_total_dot = tl.sum(gamma_sum_dot, 1, keep_dims=True)
+    beta_total = _sum(beta_sum)
+    gamma_total = _sum(gamma_sum)
+    beta_total_dot = _sum(beta_sum_dot)
+    gamma_total_dot = _sum(gamma_sum_dot)
     h_bar_mean = g * beta_total / (H * W)
     along = g * gamma_total / (H * W)
     h_bar_mean_dot = (g_dot * beta_total + g * beta_total_dot) / (H * W)
@@ -360,15 +359,15 @@ def _dual_backward(
         offset, mask = _pooled(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
-        for corner in tl.static_range(4):
-            h = (ys[corner] - mu) * r
-            h_dot = r * (yds[corner] - mu_dot - h * h_y_dot)
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
+            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
             active = g * h + b > 0
             u_bar = tl.where(active, share, 0)
             u_bar_dot = tl.where(active, share_dot, 0)
             q = g * u_bar - h_bar_mean - h * along
             q_dot = g_dot * u_bar + g * u_bar_dot - h_bar_mean_dot - h_dot * along - h * along_dot
-            offset, mask = _corner(c, start, corner, C, H, W, CHANNELS_LAST, WINDOWS)
+            offset, mask = _row(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
             tl.store(y_bar + offset, r * q, mask)
             tl.store(y_bar_dot + offset, r * (q_dot - r * h_y_dot * q), mask)  # the derivative of r is −r² k2
     tl.store(gamma_bar_dot + plane, gamma_total_dot, exists)
