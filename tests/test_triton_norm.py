@@ -74,7 +74,7 @@ except ValueError as error:
 """
 
 
-def compare(shapes: list[tuple[int, ...]], device: str, **environment: str) -> str:
+def compare(shapes: list[tuple[int, int, int, int]], device: str, **environment: str) -> str:
     command = [sys.executable, "-W", "ignore", "-c", COMPARISON, repr(shapes), device]
     found = subprocess.run(
         command, capture_output=True, text=True, timeout=250, env=os.environ | environment, check=False
@@ -130,8 +130,8 @@ def recording(modules: list[ModuleType], architecture: str) -> Iterator[list[Lau
     def record(kernel: Any, programs: int, *arguments: Tensor | int | float | None, **constants: Any) -> None:
         launches.append(Launch(kernel, arguments, constants))
 
-    patches = [patch.object(module, "launch", record) for module in modules]
-    patches += [patch.object(module, "architecture", lambda device: architecture) for module in modules]
+    patches: list[Any] = [patch.object(module, "launch", record) for module in modules]
+    patches += [patch.object(module, "architecture", return_value=architecture) for module in modules]
     for each in patches:
         each.start()
     try:
@@ -181,12 +181,13 @@ def arguments(name: str, shape: tuple[int, int, int, int], form: torch.memory_fo
 
     y, p_bar = planes(height, width), planes(height // 2, width // 2)
     number, channel = torch.empty(batch, channels, device="meta"), torch.empty(channels, device="meta")
-    return {
+    of: dict[str, list[Tensor | float]] = {
         "norm_relu_pool": [y, channel, channel, 1e-5],
         "norm_relu_pool_backward": [y, number, number, channel, channel, p_bar],
         "norm_relu_pool_dual": [y, y, *[channel] * 4, 1e-5],
         "norm_relu_pool_dual_backward": [y, y, *[number] * 4, *[channel] * 4, p_bar, p_bar],
-    }[name]
+    }
+    return of[name]
 
 
 @pytest.mark.slow

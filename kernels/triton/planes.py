@@ -29,7 +29,8 @@ class Planes:
         for other in alike:
             if other is not None and not other.is_contiguous(memory_format=shared):
                 raise ValueError(f"expected tensors all {str(shared)[6:]}, found one with strides {other.stride()}")
-        planes = cls(*tensor.shape, shared)
+        samples, channels, height, width = tensor.shape
+        planes = cls(samples, channels, height, width, shared)
         if planes.sample_size >= OFFSETS:
             raise ValueError(f"expected less than 2³¹ elements a sample, found shape {tuple(tensor.shape)}")
         return planes
