@@ -147,6 +147,7 @@ class DistillOptions(CommonOptions):
 
 NOT_PART_OF_THE_RESULT = {
     "recipe", "config", "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path",
+    "packed_path",
     "buffer_path", "device", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
 }  # fmt: skip
 """Options that may differ when a run goes on."""

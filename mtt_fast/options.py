@@ -31,6 +31,8 @@ class CommonOptions:
     """resolution in pixels, where the data set has no one size"""
     data_path: str = "data"
     """where the data sets lie"""
+    packed_path: str | None = None
+    """where they are kept packed, if not in DATA_PATH/packed (which may be read-only)"""
     download: bool = False
     """fetch the data set if it is missing (MNIST, FashionMNIST, CIFAR10, CIFAR100)"""
     zca: bool = False
@@ -50,7 +52,14 @@ class CommonOptions:
 
     def load_data(self) -> ImageData:
         """Return the images that the options name."""
-        return load(self.dataset, data_path=self.data_path, subset=self.subset, res=self.res, download=self.download)
+        return load(
+            self.dataset,
+            data_path=self.data_path,
+            subset=self.subset,
+            res=self.res,
+            download=self.download,
+            packed_path=self.packed_path,
+        )
 
     def network(self, data: ImageData) -> ConvNet:
         """Return the network that the options name, for `data`."""

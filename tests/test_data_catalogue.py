@@ -64,6 +64,12 @@ def test_digits(tmp_path: Path) -> None:
     assert data.train.images.max() == 255
 
 
+def test_packed_elsewhere(tmp_path: Path) -> None:
+    data = load("digits", data_path=tmp_path / "originals", packed_path=tmp_path / "packed", progress=False)
+    assert data.path == tmp_path / "packed" / "digits.safetensors"
+    assert not (tmp_path / "originals").exists()
+
+
 def test_digits_need_scikit_learn_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(InputError, match=r"digits: expected scikit-learn.*pip install 'mtt-fast\[demo\]'"):

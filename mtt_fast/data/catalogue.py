@@ -21,6 +21,7 @@ def load(
     subset: str | None = None,
     res: int | None = None,
     download: bool = False,
+    packed_path: str | Path | None = None,
     progress: bool = True,
 ) -> ImageData:
     """Return the data set `dataset`, looked for below `data_path`.
@@ -28,12 +29,13 @@ def load(
     `dataset` is one of `NAMES`, in any case, or the path of an image folder; "folder" is the image folder `data_path`.
     `subset` picks ten classes of ImageNet. `res` is the side to which images are resized; data sets of one fixed size
     do without. `download` fetches CIFAR10, CIFAR100, MNIST and FashionMNIST where they are missing.
-    The images are decoded once, with a progress bar, into `data_path`/packed/NAME.safetensors, and memory-mapped from
-    then on, until the names, sizes or times of the source files change.
+    The images are decoded once, with a progress bar, into `packed_path`/NAME.safetensors, and memory-mapped from then
+    on, until the names, sizes or times of the source files change; without `packed_path`, into `data_path`/packed.
     Raises `InputError` for an unknown name, and for files that are missing, broken or do not fit together.
     """
     root = Path(data_path).expanduser().absolute()
-    return packed(_source(dataset, root, subset, res, download, progress), root / "packed", progress)
+    packed_root = Path(packed_path).expanduser().absolute() if packed_path else root / "packed"
+    return packed(_source(dataset, root, subset, res, download, progress), packed_root, progress)
 
 
 def _source(
