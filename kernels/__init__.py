@@ -143,19 +143,22 @@ def conv3x3(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     Raises `ValueError` for anything else.
     """
     _check_conv("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
-    return reference.conv3x3(x, weight, padding)
+    twin = native.conv3x3 if native.runs(x) else reference.conv3x3
+    return twin(x, weight, padding)
 
 
 def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int) -> Tensor:
     """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
     _check_conv("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
-    return reference.conv3x3_input_gradient(y_bar, weight, padding)
+    twin = native.conv3x3_input_gradient if native.runs(y_bar) else reference.conv3x3_input_gradient
+    return twin(y_bar, weight, padding)
 
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int) -> Tensor:
     """Return W̄ = ȳ ⋆ x (K, C, 3, 3), contiguous, from `y_bar`, the gradient to the result of `conv3x3`."""
     _check_pair("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
-    return reference.conv3x3_weight_gradient(x, y_bar, padding)
+    twin = native.conv3x3_weight_gradient if native.runs(x) else reference.conv3x3_weight_gradient
+    return twin(x, y_bar, padding)
 
 
 def conv3x3_dual(
@@ -167,7 +170,8 @@ def conv3x3_dual(
     """
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     _check_conv("conv3x3_dual", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
-    return reference.conv3x3_dual(x, x_dot, weight, weight_dot, padding)
+    twin = native.conv3x3_dual if native.runs(x) else reference.conv3x3_dual
+    return twin(x, x_dot, weight, weight_dot, padding)
 
 
 def conv3x3_dual_input_gradient(
@@ -176,7 +180,8 @@ def conv3x3_dual_input_gradient(
     """Return x̄ = Wᵀ∗ȳ and its derivative x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇, each (B, C, H, W) in the memory format of `y_bar`."""
     weights = {"weight": weight, "weight_dot": weight_dot}
     _check_conv("conv3x3_dual_input_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
-    return reference.conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+    twin = native.conv3x3_dual_input_gradient if native.runs(y_bar) else reference.conv3x3_dual_input_gradient
+    return twin(y_bar, y_bar_dot, weight, weight_dot, padding)
 
 
 def conv3x3_dual_image_gradient(
@@ -185,7 +190,8 @@ def conv3x3_dual_image_gradient(
     """Return x̄̇ of `conv3x3_dual_input_gradient` alone: below the first layer nobody asks for x̄."""
     weights = {"weight": weight, "weight_dot": weight_dot}
     _check_conv("conv3x3_dual_image_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
-    return reference.conv3x3_dual_image_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+    twin = native.conv3x3_dual_image_gradient if native.runs(y_bar) else reference.conv3x3_dual_image_gradient
+    return twin(y_bar, y_bar_dot, weight, weight_dot, padding)
 
 
 def conv3x3_dual_weight_gradient(
@@ -194,7 +200,8 @@ def conv3x3_dual_weight_gradient(
     """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3), contiguous. `x_dot` None stands for zero. Errors: `conv3x3`."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     _check_pair("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
-    return reference.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding)
+    twin = native.conv3x3_dual_weight_gradient if native.runs(x) else reference.conv3x3_dual_weight_gradient
+    return twin(x, x_dot, y_bar, y_bar_dot, padding)
 
 
 def linear_cross_entropy(

@@ -64,9 +64,10 @@ def norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_dual`."""
     p, p_dot, numbers = _pooled(y), _pooled(y), _numbers(y, 4)
+    mean, rstd, k1, k2 = numbers
     arguments = (_last(y), _last(y_dot), gamma, beta, gamma_dot, beta_dot, eps, _last(p), _last(p_dot))
     _module().norm_relu_pool_dual(*arguments, *numbers, torch.get_num_threads())
-    return in_format_of(y, p), in_format_of(y, p_dot), *numbers
+    return in_format_of(y, p), in_format_of(y, p_dot), mean, rstd, k1, k2
 
 
 def norm_relu_pool_dual_backward(
@@ -93,6 +94,89 @@ def norm_relu_pool_dual_backward(
     return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), gamma_sum.sum(0), beta_sum.sum(0)
 
 
+# Images have so few channels that the nine taps of all of them are one row of a small matrix product; everything else
+# goes through Winograd's transform (cpp/conv.h).
+_FEW_CHANNELS = 3
+
+
+def conv3x3(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3`."""
+    y, threads = _grown(x, len(weight), 2 * padding - 2), torch.get_num_threads()
+    if x.shape[1] <= _FEW_CHANNELS:
+        _module().patches(_last(x), weight, padding, _last(y), threads)
+    else:
+        _module().winograd(_last(x), None, weight, None, padding, False, _last(y), None, threads)
+    return in_format_of(x, y)
+
+
+def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_input_gradient`."""
+    x_bar = _grown(y_bar, weight.shape[1], 2 - 2 * padding)
+    _module().winograd(_last(y_bar), None, weight, None, 2 - padding, True, _last(x_bar), None, torch.get_num_threads())
+    return in_format_of(y_bar, x_bar)
+
+
+def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_weight_gradient`."""
+    weight_bar = x.new_empty(y_bar.shape[1], x.shape[1], 3, 3)
+    threads = torch.get_num_threads()
+    if x.shape[1] <= _FEW_CHANNELS:
+        _module().patches_weight_gradient(_last(x), _last(y_bar), padding, weight_bar, threads)
+    else:
+        _module().winograd_weight_gradient(_last(x), None, _last(y_bar), None, padding, weight_bar, threads)
+    return weight_bar
+
+
+def conv3x3_dual(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.conv3x3_dual`."""
+    if x_dot is None:
+        return conv3x3(x, weight, padding), conv3x3(x, weight_dot, padding)
+    y, y_dot = (_grown(x, len(weight), 2 * padding - 2) for _ in range(2))
+    _module().winograd(
+        *(_last(x), _last(x_dot), weight, weight_dot, padding, False, _last(y), _last(y_dot), torch.get_num_threads())
+    )
+    return in_format_of(x, y), in_format_of(x, y_dot)
+
+
+def conv3x3_dual_input_gradient(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.conv3x3_dual_input_gradient`."""
+    x_bar, x_bar_dot = (_grown(y_bar, weight.shape[1], 2 - 2 * padding) for _ in range(2))
+    outputs = (_last(x_bar), _last(x_bar_dot))
+    _module().winograd(
+        *(_last(y_bar), _last(y_bar_dot), weight, weight_dot, 2 - padding, True, *outputs, torch.get_num_threads())
+    )
+    return in_format_of(y_bar, x_bar), in_format_of(y_bar, x_bar_dot)
+
+
+def conv3x3_dual_image_gradient(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_dual_image_gradient`."""
+    if weight.shape[1] > _FEW_CHANNELS:
+        return conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)[1]
+    x_bar_dot = _grown(y_bar, weight.shape[1], 2 - 2 * padding)
+    _module().patches_input_gradient(
+        *(_last(y_bar), _last(y_bar_dot), weight, weight_dot, padding, _last(x_bar_dot), torch.get_num_threads())
+    )
+    return in_format_of(y_bar, x_bar_dot)
+
+
+def conv3x3_dual_weight_gradient(
+    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`."""
+    if x_dot is None:
+        return conv3x3_weight_gradient(x, y_bar_dot, padding)
+    weight_bar_dot = x.new_empty(y_bar.shape[1], x.shape[1], 3, 3)
+    operands = (_last(x), _last(x_dot), _last(y_bar), _last(y_bar_dot))
+    _module().winograd_weight_gradient(*operands, padding, weight_bar_dot, torch.get_num_threads())
+    return weight_bar_dot
+
+
 def _module() -> ModuleType:
     assert _native is not None, "the native kernels are not installed"
     return _native
@@ -110,6 +194,12 @@ def _pooled(y: Tensor) -> Tensor:
     batch, channels, height, width = y.shape
     shape = (batch, channels, height // 2, width // 2)
     return torch.empty(shape, dtype=y.dtype, memory_format=torch.channels_last)
+
+
+def _grown(like: Tensor, channels: int, by: int) -> Tensor:
+    batch, _, height, width = like.shape
+    shape = (batch, channels, height + by, width + by)
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
 
 
 def _numbers(y: Tensor, count: int) -> list[Tensor]:

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "conv_module.h"
 #include "distance.h"
 #include "planes_module.h"
 
@@ -38,4 +39,5 @@ NB_MODULE(_native, module) {
     define_squared_distance<double>(module);
     define_squared_distance<BFloat16>(module);
     define_planes(module);
+    define_conv(module);
 }

@@ -13,6 +13,7 @@
 #define VECTOR_BYTES 16
 #endif
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
@@ -44,25 +45,31 @@ INLINE Pack<T> broadcast(T value) {
     return {all, all};
 }
 
+template <typename T>
+INLINE Vector<T> load_vector(const T* from) {
+    Vector<T> vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
 // The first `count` lanes from memory, zeros behind them.
 template <typename T>
 INLINE Pack<T> load(const T* from, std::size_t count) {
-    Pack<T> pack{};
-    if (count == Pack<T>::lanes) {
-        std::memcpy(&pack, from, sizeof pack);
-    } else {
-        std::memcpy(&pack, from, count * sizeof(T));
-    }
-    return pack;
+    constexpr std::size_t half = Pack<T>::lanes / 2;
+    if (count == Pack<T>::lanes) return {load_vector(from), load_vector(from + half)};
+    T part[Pack<T>::lanes] = {};
+    std::memcpy(part, from, count * sizeof(T));
+    return {load_vector(part), load_vector(part + half)};
 }
 
 template <typename T>
 INLINE void store(T* to, const Pack<T>& pack, std::size_t count) {
-    if (count == Pack<T>::lanes) {
-        std::memcpy(to, &pack, sizeof pack);
-    } else {
-        std::memcpy(to, &pack, count * sizeof(T));
-    }
+    constexpr std::size_t half = Pack<T>::lanes / 2;
+    T part[Pack<T>::lanes];
+    T* whole = count == Pack<T>::lanes ? to : part;
+    std::memcpy(whole, &pack.low, sizeof pack.low);
+    std::memcpy(whole + half, &pack.high, sizeof pack.high);
+    if (whole == part) std::memcpy(to, part, count * sizeof(T));
 }
 
 template <typename T>

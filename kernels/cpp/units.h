@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "conv.h"
 #include "planes.h"
 
 template <typename T>
@@ -19,6 +20,21 @@ struct PlaneUnit {
 template <typename T>
 const PlaneUnit<T>& plane_unit();
 
+template <typename T>
+struct ConvUnit {
+    std::size_t lanes;  // filters of one panel
+    void (*winograd_forward)(const WinogradForward<T>&, std::size_t block, T* scratch);
+    void (*winograd_dual_forward)(const WinogradForward<T>&, std::size_t block, T* scratch);
+    void (*winograd_sum_transform)(const WinogradSum<T>&, std::size_t tile);
+    void (*winograd_sum_multiply)(const WinogradSum<T>&, std::size_t place, std::size_t filter);
+    void (*patches_forward)(const Patches<T>&, std::size_t sample, T* scratch);
+    void (*patches_weight_gradient)(const Patches<T>&, std::size_t sample, T* scratch);
+    void (*patches_input_gradient)(const Patches<T>&, std::size_t sample, T* scratch);
+};
+
+template <typename T>
+const ConvUnit<T>& conv_unit();
+
 #define UNIT_JOIN(name, unit) name##_##unit
 #define UNIT_EXPAND(name, unit) UNIT_JOIN(name, unit)
 #define UNIT_NAME(name) UNIT_EXPAND(name, UNIT)
@@ -29,3 +45,10 @@ template <typename T>
 PlaneUnit<T> plane_unit_avx2();
 template <typename T>
 PlaneUnit<T> plane_unit_avx512();
+
+template <typename T>
+ConvUnit<T> conv_unit_generic();
+template <typename T>
+ConvUnit<T> conv_unit_avx2();
+template <typename T>
+ConvUnit<T> conv_unit_avx512();

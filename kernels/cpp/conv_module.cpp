@@ -1,0 +1,326 @@
+// The convolutions as Python functions: weights are transformed, blocks shared among threads. Tensors are channels-last,
+// so (B, H, W, C) and contiguous in memory; those that hold results were allocated by the caller.
+#include "conv_module.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "parallel.h"
+#include "units.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <typename T>
+using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Input = Array<const T>;
+
+void expect(bool condition) {
+    if (!condition) throw std::invalid_argument("conv3x3: sizes do not fit each other");
+}
+
+// Memory without a value that starts a cache line and is kept for the next call.
+template <typename T>
+class Buffer {
+public:
+    T* at_least(std::size_t count) {
+        if (count > size_) {
+            memory_.reset();
+            memory_.reset(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
+            size_ = count;
+        }
+        return memory_.get();
+    }
+
+private:
+    struct Free {
+        void operator()(T* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    std::size_t size_ = 0;
+};
+
+template <typename T>
+T* scratch(std::size_t count) {
+    static thread_local Buffer<T> buffer;
+    return buffer.at_least(count);
+}
+
+std::size_t rounded(std::size_t count, std::size_t lanes) { return (count + lanes - 1) / lanes * lanes; }
+
+// The nine weights from channel c to filter k of the convolution that is computed: that of the gradient to the input is
+// the given one turned around, from filters to channels.
+template <typename T>
+struct Weights {
+    const T* values;  // (K, C, 3, 3), or (C, K, 3, 3) if turned
+    std::size_t channels, filters;
+    bool turned;
+
+    T operator()(std::size_t k, std::size_t c, std::size_t tap) const {
+        return turned ? values[(c * filters + k) * 9 + 8 - tap] : values[(k * channels + c) * 9 + tap];
+    }
+};
+
+// u = G w Gᵀ in panels of `lanes` filters: (panels, 16, C, lanes)
+template <typename T>
+void transform_weights(const Weights<T>& w, std::size_t lanes, int threads, T* u) {
+    const std::size_t panels = rounded(w.filters, lanes) / lanes;
+    parallel_for(panels * w.channels, 64, threads, [&](std::size_t block) {
+        const std::size_t panel = block / w.channels, c = block % w.channels;
+        for (std::size_t lane = 0; lane < lanes; ++lane) {
+            const std::size_t k = panel * lanes + lane;
+            T half[12];
+            for (std::size_t j = 0; j < 3; ++j) {
+                const T g0 = k < w.filters ? w(k, c, j) : T(0), g1 = k < w.filters ? w(k, c, 3 + j) : T(0);
+                const T g2 = k < w.filters ? w(k, c, 6 + j) : T(0);
+                half[j] = g0;
+                half[3 + j] = (g0 + g1 + g2) / 2;
+                half[6 + j] = (g0 - g1 + g2) / 2;
+                half[9 + j] = g2;
+            }
+            for (std::size_t i = 0; i < 4; ++i) {
+                const T* h = half + 3 * i;
+                const T row[4] = {h[0], (h[0] + h[1] + h[2]) / 2, (h[0] - h[1] + h[2]) / 2, h[2]};
+                for (std::size_t j = 0; j < 4; ++j) {
+                    u[((panel * 16 + 4 * i + j) * w.channels + c) * lanes + lane] = row[j];
+                }
+            }
+        }
+    });
+}
+
+// w_bar = Gᵀ sum G: (16, C, K rounded) -> (K, C, 3, 3)
+template <typename T>
+void transform_weight_gradient(const ConvShape& s, std::size_t lanes, int threads, const T* sum, T* w_bar) {
+    const std::size_t filters = rounded(s.filters, lanes), place = s.channels * filters;
+    parallel_for(s.filters, 8, threads, [&](std::size_t k) {
+        for (std::size_t c = 0; c < s.channels; ++c) {
+            const T* from = sum + c * filters + k;
+            T half[12];
+            for (std::size_t j = 0; j < 4; ++j) {
+                const T m0 = from[j * place], m1 = from[(4 + j) * place], m2 = from[(8 + j) * place], m3 = from[(12 + j) * place];
+                half[j] = m0 + (m1 + m2) / 2;
+                half[4 + j] = (m1 - m2) / 2;
+                half[8 + j] = (m1 + m2) / 2 + m3;
+            }
+            T* to = w_bar + (k * s.channels + c) * 9;
+            for (std::size_t i = 0; i < 3; ++i) {
+                const T* h = half + 4 * i;
+                to[3 * i] = h[0] + (h[1] + h[2]) / 2;
+                to[3 * i + 1] = (h[1] - h[2]) / 2;
+                to[3 * i + 2] = (h[1] + h[2]) / 2 + h[3];
+            }
+        }
+    });
+}
+
+template <typename T>
+ConvShape conv_shape(const Input<T>& x, std::size_t filters, std::ptrdiff_t padding) {
+    expect(x.ndim() == 4);
+    ConvShape s{x.shape(0), x.shape(1), x.shape(2), x.shape(3), 0, 0, filters, padding};
+    const std::ptrdiff_t height = std::ptrdiff_t(s.height) + 2 * padding - 2, width = std::ptrdiff_t(s.width) + 2 * padding - 2;
+    expect(height > 0 && width > 0);
+    s.out_height = std::size_t(height);
+    s.out_width = std::size_t(width);
+    return s;
+}
+
+std::size_t output_size(const ConvShape& s) { return s.batch * s.out_height * s.out_width * s.filters; }
+
+template <typename T>
+const T* data_of(const std::optional<Input<T>>& array, std::size_t size) {
+    expect(!array || array->size() == size);
+    return array ? array->data() : nullptr;
+}
+
+// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot. `turned`: W is that of a convolution whose input gradient
+// this is, (C, K, 3, 3), and the padding 2 minus its own.
+template <typename T>
+void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& weight,
+              const std::optional<Input<T>>& weight_dot, std::ptrdiff_t padding, bool turned, Array<T> y,
+              std::optional<Array<T>> y_dot, int threads) {
+    expect(weight.ndim() == 4);
+    const ConvShape s = conv_shape<T>(x, weight.shape(turned ? 1 : 0), padding);
+    const bool dual = x_dot.has_value();
+    expect(weight.size() == s.channels * s.filters * 9 && y.size() == output_size(s));
+    expect(dual == weight_dot.has_value() && dual == y_dot.has_value() && (!dual || y_dot->size() == y.size()));
+    const T *x_dot_data = data_of<T>(x_dot, x.size()), *weight_dot_data = data_of<T>(weight_dot, weight.size());
+    const ConvUnit<T>& unit = conv_unit<T>();
+
+    nb::gil_scoped_release release;
+    const std::size_t each = 16 * s.channels * rounded(s.filters, unit.lanes);
+    static thread_local Buffer<T> transformed;
+    T* u = transformed.at_least(2 * each);
+    transform_weights(Weights<T>{weight.data(), s.channels, s.filters, turned}, unit.lanes, threads, u);
+    if (dual) transform_weights(Weights<T>{weight_dot_data, s.channels, s.filters, turned}, unit.lanes, threads, u + each);
+    const std::vector<T> zeros(s.channels);
+    const WinogradForward<T> arguments{s,        x.data(),     x_dot_data, u,
+                                       u + each, zeros.data(), y.data(),   dual ? y_dot->data() : nullptr};
+    const auto kernel = dual ? unit.winograd_dual_forward : unit.winograd_forward;
+    const std::size_t needed = (dual ? 32 : 16) * kTiles * (s.channels + unit.lanes);
+    parallel_for((s.tiles() + kTiles - 1) / kTiles, 1, threads,
+                 [&](std::size_t block) { kernel(arguments, block, scratch<T>(needed)); });
+}
+
+// w_bar = y_bar ⋆ x, or with the dots  y_bar_dot ⋆ x + y_bar ⋆ x_dot
+template <typename T>
+void winograd_weight_gradient(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& y_bar,
+                              const std::optional<Input<T>>& y_bar_dot, std::ptrdiff_t padding, Array<T> w_bar, int threads) {
+    expect(y_bar.ndim() == 4);
+    const ConvShape s = conv_shape<T>(x, y_bar.shape(3), padding);
+    expect(y_bar.size() == output_size(s) && w_bar.size() == s.channels * s.filters * 9);
+    expect(x_dot.has_value() == y_bar_dot.has_value());
+    const T *x_dot_data = data_of<T>(x_dot, x.size()), *y_bar_dot_data = data_of<T>(y_bar_dot, y_bar.size());
+    const ConvUnit<T>& unit = conv_unit<T>();
+
+    nb::gil_scoped_release release;
+    const std::size_t filters = rounded(s.filters, unit.lanes), duals = x_dot_data != nullptr ? 2 : 1;
+    const std::size_t v = 16 * kTilesSummed * s.channels, z = 16 * kTilesSummed * filters, sum = 16 * s.channels * filters;
+    static thread_local Buffer<T> buffer;
+    T* memory = buffer.at_least(duals * (v + z) + sum);
+    const std::vector<T> zeros(std::max(s.channels, s.filters));
+    WinogradSum<T> block{s,
+                         0,
+                         0,
+                         x.data(),
+                         x_dot_data,
+                         y_bar.data(),
+                         y_bar_dot_data,
+                         zeros.data(),
+                         memory + sum,
+                         memory + sum + (duals - 1) * v,
+                         memory + sum + duals * v,
+                         memory + sum + duals * v + (duals - 1) * z,
+                         memory};
+    std::fill(memory, memory + sum, T(0));
+    const std::size_t panels = filters / unit.lanes;
+    for (; block.first_tile < s.tiles(); block.first_tile += kTilesSummed) {
+        block.tiles = std::min(kTilesSummed, s.tiles() - block.first_tile);
+        parallel_for(block.tiles, 16, threads, [&](std::size_t tile) { unit.winograd_sum_transform(block, tile); });
+        parallel_for(16 * panels, 1, threads, [&](std::size_t part) {
+            unit.winograd_sum_multiply(block, part / panels, part % panels * unit.lanes);
+        });
+    }
+    transform_weight_gradient(s, unit.lanes, threads, memory, w_bar.data());
+}
+
+// y = W∗x for few channels
+template <typename T>
+void patches(const Input<T>& x, const Input<T>& weight, std::ptrdiff_t padding, Array<T> y, int threads) {
+    const ConvShape s = conv_shape<T>(x, weight.shape(0), padding);
+    const std::size_t taps = 9 * s.channels;
+    expect(weight.size() == taps * s.filters && y.size() == output_size(s));
+    const ConvUnit<T>& unit = conv_unit<T>();
+
+    nb::gil_scoped_release release;
+    std::vector<T> panels(taps * rounded(s.filters, unit.lanes));
+    for (std::size_t k = 0; k < s.filters; ++k) {
+        for (std::size_t i = 0; i < taps; ++i) {  // (panels, taps, lanes), the channel last in a tap
+            const std::size_t tap = i / s.channels, c = i % s.channels;
+            panels[(k / unit.lanes * taps + i) * unit.lanes + k % unit.lanes] =
+                weight.data()[(k * s.channels + c) * 9 + tap];
+        }
+    }
+    Patches<T> arguments{};
+    arguments.shape = s;
+    arguments.x = x.data();
+    arguments.w = panels.data();
+    arguments.y = y.data();
+    parallel_for(s.batch, 1, threads, [&](std::size_t sample) {
+        unit.patches_forward(arguments, sample, scratch<T>(s.out_width * taps));
+    });
+}
+
+// w_bar = y_bar ⋆ x for few channels: a sum for each sample, then over the samples in their order
+template <typename T>
+void patches_weight_gradient(const Input<T>& x, const Input<T>& y_bar, std::ptrdiff_t padding, Array<T> w_bar, int threads) {
+    expect(y_bar.ndim() == 4);
+    const ConvShape s = conv_shape<T>(x, y_bar.shape(3), padding);
+    const std::size_t taps = 9 * s.channels;
+    expect(y_bar.size() == output_size(s) && w_bar.size() == taps * s.filters);
+    const ConvUnit<T>& unit = conv_unit<T>();
+
+    nb::gil_scoped_release release;
+    const std::size_t filters = rounded(s.filters, unit.lanes);
+    static thread_local Buffer<T> buffer;
+    Patches<T> arguments{};
+    arguments.shape = s;
+    arguments.x = x.data();
+    arguments.y_bar = y_bar.data();
+    arguments.w_bar = buffer.at_least(s.batch * taps * filters);
+    parallel_for(s.batch, 1, threads, [&](std::size_t sample) {
+        unit.patches_weight_gradient(arguments, sample, scratch<T>(s.out_height * s.out_width * taps));
+    });
+    std::vector<T> sum(taps * filters);
+    for (std::size_t sample = 0; sample < s.batch; ++sample) {
+        const T* from = arguments.w_bar + sample * taps * filters;
+        for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += from[i];
+    }
+    for (std::size_t k = 0; k < s.filters; ++k) {
+        for (std::size_t i = 0; i < taps; ++i) {
+            w_bar.data()[(k * s.channels + i % s.channels) * 9 + i / s.channels] = sum[i * filters + k];
+        }
+    }
+}
+
+// x_bar_dot = W_dotᵀ∗y_bar + Wᵀ∗y_bar_dot for few channels
+template <typename T>
+void patches_input_gradient(const Input<T>& y_bar, const Input<T>& y_bar_dot, const Input<T>& weight,
+                            const Input<T>& weight_dot, std::ptrdiff_t padding, Array<T> x_bar_dot, int threads) {
+    const ConvShape s = conv_shape<T>(Input<T>(x_bar_dot), weight.shape(0), padding);
+    const std::size_t taps = 9 * s.channels;
+    expect(y_bar.size() == output_size(s) && y_bar_dot.size() == output_size(s));
+    expect(weight.size() == taps * s.filters && weight_dot.size() == weight.size());
+    const ConvUnit<T>& unit = conv_unit<T>();
+
+    nb::gil_scoped_release release;
+    const std::size_t taps_rounded = rounded(taps, unit.lanes);
+    std::vector<T> panels(taps_rounded * s.filters), panels_dot(panels.size());
+    for (std::size_t k = 0; k < s.filters; ++k) {
+        for (std::size_t i = 0; i < taps; ++i) {  // (panels, K, lanes)
+            const std::size_t from = (k * s.channels + i % s.channels) * 9 + i / s.channels;
+            const std::size_t to = (i / unit.lanes * s.filters + k) * unit.lanes + i % unit.lanes;
+            panels[to] = weight.data()[from];
+            panels_dot[to] = weight_dot.data()[from];
+        }
+    }
+    std::fill(x_bar_dot.data(), x_bar_dot.data() + x_bar_dot.size(), T(0));
+    Patches<T> arguments{};
+    arguments.shape = s;
+    arguments.y_bar = y_bar.data();
+    arguments.y_bar_dot = y_bar_dot.data();
+    arguments.w_taps = panels.data();
+    arguments.w_taps_dot = panels_dot.data();
+    arguments.x_bar = x_bar_dot.data();
+    parallel_for(s.batch, 1, threads, [&](std::size_t sample) {
+        unit.patches_input_gradient(arguments, sample, scratch<T>(s.out_width * taps_rounded));
+    });
+}
+
+template <typename T>
+void define(nb::module_& module) {
+    module.def("winograd", winograd<T>, "x"_a.noconvert(), "x_dot"_a.none(), "weight"_a.noconvert(), "weight_dot"_a.none(),
+               "padding"_a, "turned"_a, "y"_a.noconvert(), "y_dot"_a.none(), "threads"_a);
+    module.def("winograd_weight_gradient", winograd_weight_gradient<T>, "x"_a.noconvert(), "x_dot"_a.none(),
+               "y_bar"_a.noconvert(), "y_bar_dot"_a.none(), "padding"_a, "w_bar"_a.noconvert(), "threads"_a);
+    module.def("patches", patches<T>);
+    module.def("patches_weight_gradient", patches_weight_gradient<T>);
+    module.def("patches_input_gradient", patches_input_gradient<T>);
+}
+
+}  // namespace
+
+void define_conv(nb::module_& module) {
+    define<float>(module);
+    define<double>(module);
+}
