@@ -1,4 +1,6 @@
-"""The operations of `reference.py` for CUDA, written in Triton: so far norm, ReLU and pool.
+"""The operations of `reference.py` for CUDA, written in Triton.
+
+The primal convolutions and the classifier are not here: they are torch's (cuDNN, cuBLAS).
 
 Importing this package imports neither Triton nor anything of CUDA. The first use of an operation does, and raises
 `ImportError` where Triton is missing: a GPU is never left idle in silence. Like the other twins these functions are not
@@ -12,22 +14,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .convolution import (
+        conv3x3_dual,
+        conv3x3_dual_image_gradient,
+        conv3x3_dual_input_gradient,
+        conv3x3_dual_weight_gradient,
+    )
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
         norm_relu_pool_dual,
         norm_relu_pool_dual_backward,
     )
+    from .vector import descend, squared_distance
 
 __all__ = [
+    "conv3x3_dual",
+    "conv3x3_dual_image_gradient",
+    "conv3x3_dual_input_gradient",
+    "conv3x3_dual_weight_gradient",
+    "descend",
     "norm_relu_pool",
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "squared_distance",
 ]
+
+_FAMILIES = {"conv3x3": "convolution", "norm": "norm", "descend": "vector", "squared": "vector"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(".norm", __package__), name)
+    family = next(module for prefix, module in _FAMILIES.items() if name.startswith(prefix))
+    return getattr(importlib.import_module(f".{family}", __package__), name)

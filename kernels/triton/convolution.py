@@ -286,6 +286,7 @@ def _launch_dual(
 ) -> None:
     inputs, outputs = Planes.of(x), Planes.of(y_dot)
     row = _configuration("conv3x3_dual", x, precision)
+    row["OUTPUTS"] = min(row["OUTPUTS"], max(16, triton.next_power_of_2(outputs.channels)))  # images have three
     _check_offsets(row["PIXELS"], inputs, outputs)
     effective = _effective(x.dtype, precision)
     if effective == "bf16":  # once here, not in every program
