@@ -1,0 +1,42 @@
+"""The one entry: `python -m bench COMMAND …`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from bench.parsing import parse
+from mtt_fast import cli
+from mtt_fast.errors import InputError
+
+COMMANDS = {
+    "meta_step": "one iteration of the method by every engine: time, memory, error",
+    "memory_scaling": "peak memory against steps, batch and resolution, beside the plan's prediction",
+    "kernels": "bandwidth and arithmetic of each operation, beside the device's own",
+    "experts": "training on real images, beside an ordinary module and optimiser",
+    "evaluate": "training on distilled images, beside the same",
+    "trajectories": "time to the first sample and memory of the store, beside the public format",
+    "profile": "a trace of one iteration for Perfetto or chrome://tracing",
+    "render": "tables and plots from the records, into README.md",
+}
+"""Each is a module of this package, with `Options` and `main(options, command)`."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line `argv`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m bench COMMAND [--help]\n")
+        for name, about in COMMANDS.items():
+            print(f"  {name:16}{about}")
+        return
+    name = argv[0].replace("-", "_")
+    if name not in COMMANDS:
+        raise InputError(f"{argv[0]}: no such benchmark{cli.did_you_mean(name, list(COMMANDS))}; see python -m bench")
+    benchmark = importlib.import_module(f"bench.{name}")
+    prog = f"python -m bench {name}"
+    benchmark.main(parse(benchmark.Options, argv[1:], prog), " ".join([prog, *argv[1:]]))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,80 @@
+"""Cases for the engines: random images and labels, a fresh network, and a target that training reaches from there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.engines import Case
+from bench.settings import Setting
+from mtt_fast.convnet import ConvNet
+from mtt_fast.files import save_tensors
+from mtt_fast.student import GenericStudent
+
+_LR = 0.01  # of the experts, and of the students of most settings
+_TARGET_BATCH = 32
+
+
+def make_case(setting: Setting, seed: int = 0) -> Case:
+    """Return a case in float64, on the CPU.
+
+    The target lies as many steps away as the student takes, on other images at twice the rate: a direction that
+    training takes, since in a random one the Hessian terms would seem smaller than they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    net = setting.net
+    assert isinstance(net.image_size, int)
+    start = net.init(generator)
+    others = torch.randn(_TARGET_BATCH, net.in_channels, net.image_size, net.image_size, generator=generator)
+    target, student = start, GenericStudent(net)
+    labels = torch.randint(net.num_classes, (_TARGET_BATCH,), generator=generator)
+    for _ in range(setting.steps):
+        target = target - 2 * _LR * student.gradient(target, others, labels)[1]
+    images = torch.randn(setting.images, *others.shape[1:], generator=generator)
+    batches = [torch.randperm(setting.images, generator=generator)[: setting.batch] for _ in range(setting.steps)]
+    return Case(
+        net=net,
+        start=start.double(),
+        target=target.double(),
+        images=images.double(),
+        labels=torch.arange(setting.images) % net.num_classes,
+        lr=torch.tensor(_LR, dtype=torch.float64),
+        batches=torch.stack(batches),
+    )
+
+
+def small_setting(setting: Setting) -> Setting:
+    """Return the smallest case of the same depth that has several channels, pixels, steps and batches."""
+    net = setting.net
+    small = ConvNet(net.in_channels, min(net.num_classes, 4), 2 ** (net.depth + 1), width=6, depth=net.depth)
+    return Setting(small, images=5, steps=3, batch=4)
+
+
+def to(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
+    """Return the case in `dtype` on `device`."""
+
+    def moved(value: Tensor) -> Tensor:
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+    return Case(case.net, **{name: moved(value) for name, value in _tensors(case).items()})
+
+
+def save_case(case: Case, path: Path) -> dict[str, Any]:
+    """Write the case's tensors to `path`; return what `load_case` needs."""
+    save_tensors(path, _tensors(case))
+    return {"net": asdict(case.net), "path": str(path)}
+
+
+def load_case(net: dict[str, Any], path: str) -> Case:
+    """Return the case that `save_case` wrote."""
+    from safetensors.torch import load_file
+
+    return Case(ConvNet(**net), **load_file(path))
+
+
+def _tensors(case: Case) -> dict[str, Tensor]:
+    return {name: getattr(case, name) for name in ("start", "target", "images", "labels", "lr", "batches")}

@@ -1,0 +1,199 @@
+"""The ways to the meta-gradient that are compared: each a function from a case to the gradients of images and rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.flops import (
+    DOUBLE_BACKWARD,
+    DOUBLE_BACKWARD_TO_IMAGES,
+    GENERIC_MIXED_STEP,
+    MIXED_STEP,
+    PLAIN_GRADIENT,
+    Passes,
+)
+from bench.workers import named_function
+from mtt_fast import matching_loss, testing, unroll
+from mtt_fast.choice import student_for
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.fused import FusedConvNetStudent
+from mtt_fast.student import GenericStudent, GradientTangent, cross_entropy
+
+
+@dataclass(frozen=True)
+class Case:
+    """One iteration: from `start` (P,) through N steps on `images[batches[n]]`, towards `target` (P,)."""
+
+    net: ConvNet
+    start: Tensor
+    target: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    batches: Tensor  # (N, b)
+
+
+class Gradients(NamedTuple):
+    """Of the matching loss."""
+
+    images: Tensor
+    lr: Tensor
+
+
+Run = Callable[..., Gradients]
+"""Called with the case, and with `microbatch` or `memory_budget` if the engine takes them."""
+
+
+def whole_graph(case: Case) -> Gradients:
+    """What the public code does: record all N steps, then differentiate."""
+    found = testing.whole_graph(
+        _module_function(case), case.start, case.target, case.images, case.labels, case.lr, list(case.batches)
+    )
+    return Gradients(found.images, found.lr)
+
+
+def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
+    """Exact: the parameters of all steps are kept, and each step is recorded again and differentiated twice, alone."""
+    network, adjoint, path = _module_function(case), *_plain_sweep(case, microbatch)
+    to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
+    for n in reversed(range(len(case.batches))):
+        hessian_v = torch.zeros_like(adjoint)
+        for index in case.batches[n].split(microbatch or case.batches.shape[1]):
+            share = len(index) / case.batches.shape[1]
+            theta, images = path[n].clone().requires_grad_(), case.images[index].requires_grad_()
+            loss = share * F.cross_entropy(network(theta, images), case.labels[index])
+            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+            along = gradient @ adjoint
+            to_theta, to_batch = torch.autograd.grad(along, (theta, images))
+            hessian_v += to_theta
+            to_images.index_add_(0, index, to_batch, alpha=-float(case.lr))
+            to_lr -= along.detach()
+        adjoint = adjoint - case.lr * hessian_v
+    return Gradients(to_images, to_lr)
+
+
+def truncated(case: Case) -> Gradients:
+    """TESLA's: the last adjoint stands for that of every step, so every Hessian is left out. Not exact."""
+    network, adjoint, path = _module_function(case), *_plain_sweep(case)
+    to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
+    for n, index in enumerate(case.batches):
+        theta, images = path[n].clone().requires_grad_(), case.images[index].requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(network(theta, images), case.labels[index]), theta, create_graph=True
+        )
+        along = gradient @ adjoint
+        (to_batch,) = torch.autograd.grad(along, images)
+        to_images.index_add_(0, index, to_batch, alpha=-float(case.lr))
+        to_lr -= along.detach()
+    return Gradients(to_images, to_lr)
+
+
+def generic(case: Case, **cut: Any) -> Gradients:
+    """mtt_fast with the step that works for any network, by torch.func."""
+    return _unrolled(case, loss=cross_entropy, **cut)  # a loss of one's own takes the generic step
+
+
+def fused(case: Case, **cut: Any) -> Gradients:
+    """mtt_fast as its users run it, with the step by hand over the kernels."""
+    student = student_for(case.net, case.images.device)
+    if not isinstance(student, FusedConvNetStudent):
+        raise InputError(f"mtt_fast takes {type(student).__name__} here: there are no kernels for {case.images.device}")
+    return _unrolled(case, **cut)
+
+
+def compiled(case: Case) -> Gradients:
+    """The generic step, forward and mixed, each through torch.compile."""
+    student = GenericStudent(case.net)
+    adjoint, path = _plain_sweep(case)
+    to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
+    for n in reversed(range(len(case.batches))):
+        index = case.batches[n]
+        tangent: GradientTangent = _compiled_step(
+            student, path[n].clone(), case.images[index], case.labels[index], adjoint
+        )
+        to_images.index_add_(0, index, tangent.images, alpha=-float(case.lr))
+        to_lr -= tangent.v_dot_g
+        adjoint = adjoint - case.lr * tangent.hessian_v
+    return Gradients(to_images, to_lr)
+
+
+@torch.compile(dynamic=False)
+def _compiled_step(
+    student: GenericStudent, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor
+) -> GradientTangent:
+    return student.gradient_jvp(theta, images, labels, v)
+
+
+def _unrolled(case: Case, **options: Any) -> Gradients:
+    images, lr = (value.detach().clone().requires_grad_() for value in (case.images, case.lr))
+    path = unroll(case.net, case.start, images, case.labels, lr, case.batches, **options)
+    matching_loss(path[-1], start=case.start, target=case.target).backward()
+    assert images.grad is not None
+    assert lr.grad is not None
+    return Gradients(images.grad, lr.grad)
+
+
+def _module_function(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    net, size = case.net, case.net.image_size
+    assert isinstance(size, int)
+    module = testing.reference_convnet(net.in_channels, net.num_classes, size, net.width, net.depth)
+    return testing.module_function(module.to(case.images))
+
+
+def _plain_sweep(case: Case, microbatch: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss's gradient to the last parameters, and the parameters θ_0 … θ_{N−1}."""
+    network, theta, path = _module_function(case), case.start, []
+    for batch in case.batches:
+        path.append(theta)
+        gradient = torch.zeros_like(theta)
+        for index in batch.split(microbatch or len(batch)):
+            leaf = theta.detach().requires_grad_()
+            loss = F.cross_entropy(network(leaf, case.images[index]), case.labels[index])
+            gradient += len(index) / len(batch) * torch.autograd.grad(loss, leaf)[0]
+        theta = theta - case.lr * gradient
+    return 2 * (theta - case.target) / (case.start - case.target).square().sum(), path
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an engine is run, what it has to compute, and what is claimed of it."""
+
+    run: Run
+    passes: tuple[Passes, ...] = ()
+    """none if nobody knows"""
+    tuned: bool = True
+    """whether glibc keeps freed memory for it, as it does for mtt_fast's commands"""
+    exact: bool = True
+    cuts: bool = False
+    """whether it takes `microbatch` and `memory_budget`"""
+
+
+ENGINES = {
+    "whole_graph": Engine(whole_graph, (PLAIN_GRADIENT, DOUBLE_BACKWARD), tuned=False),
+    "whole_graph-tuned": Engine(whole_graph, (PLAIN_GRADIENT, DOUBLE_BACKWARD)),
+    "checkpointed": Engine(checkpointed, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD)),
+    "truncated": Engine(truncated, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD_TO_IMAGES), exact=False),
+    "generic": Engine(generic, (PLAIN_GRADIENT, GENERIC_MIXED_STEP), cuts=True),
+    "compiled": Engine(compiled, (PLAIN_GRADIENT, GENERIC_MIXED_STEP)),
+    "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True),
+    "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True),
+}
+
+
+def engine_named(name: str) -> Engine:
+    """Return the engine called `name`, or the function at MODULE:FUNCTION as one. Raises `InputError` for neither."""
+    if name in ENGINES:
+        return ENGINES[name]
+    if ":" in name:
+        try:
+            return Engine(named_function(name))
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"--engines {name}: cannot be imported ({error}); expected MODULE:FUNCTION") from error
+    raise InputError(f"--engines {name}: no such engine; one of {', '.join(ENGINES)}, or MODULE:FUNCTION of your own")

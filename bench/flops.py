@@ -1,0 +1,44 @@
+"""How many floating-point operations an engine needs, from the shapes of convolutions and classifier alone."""
+
+from __future__ import annotations
+
+import math
+
+from mtt_fast.convnet import ConvNet
+
+Passes = tuple[int, int]
+"""How often a step does the work of a forward pass, and how often it is spared the first layer's share of it.
+
+A layer's forward pass, its gradient to the input and its gradient to the weight cost the same, F. A plain gradient is
+3F, less the first layer's input gradient (nobody asks for the images' own): (3, 1).
+"""
+
+PLAIN_GRADIENT: Passes = (3, 1)
+# Whole graph, backward through that gradient: the tangent-like sum W∗ẋ + Ẇ∗x (2, no ẋ at the images), both terms of the
+# input's gradient (2), both of the weight's (2, of which the first layer has one).
+DOUBLE_BACKWARD: Passes = (6, 2)
+# Only to the images: neither of the weight's.
+DOUBLE_BACKWARD_TO_IMAGES: Passes = (4, 1)
+# By hand: forward 1, tangent 2, gradient to the inputs 1, its tangent 2, tangent of the weight's gradient 2.
+MIXED_STEP: Passes = (8, 3)
+# torch.func computes the primal's own gradients to weights and images too, which nobody needs.
+GENERIC_MIXED_STEP: Passes = (9, 2)
+
+
+def forward_flops(net: ConvNet) -> tuple[int, int]:
+    """Return the operations (two a multiply-add) of one sample's forward pass, and the first layer's part of them."""
+    height, width = (net.image_size,) * 2 if isinstance(net.image_size, int) else net.image_size
+    layers = []
+    for block in range(net.depth):
+        grown = 2 * (net.first_padding - 1) if block == 0 else 0
+        height, width = height + grown, width + grown
+        layers.append(2 * 9 * (net.width if block else net.in_channels) * net.width * height * width)
+        height, width = height // 2, width // 2
+    classifier = 2 * net.width * math.prod(net.feature_size) * net.num_classes
+    return sum(layers) + classifier, layers[0]
+
+
+def iteration_flops(net: ConvNet, steps: int, batch: int, *passes: Passes) -> int:
+    """Return the operations of `steps` steps of `batch` images that make all of `passes`."""
+    whole, first = forward_flops(net)
+    return steps * batch * sum(count * whole - spared * first for count, spared in passes)

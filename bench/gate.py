@@ -1,0 +1,41 @@
+"""The gate that an engine passes before it is timed: exact in float64, and no worse than autograd in float32."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.cases import make_case, small_setting, to
+from bench.engines import Engine, whole_graph
+from bench.settings import Setting
+from mtt_fast.testing import relative_error
+
+FLOAT64_TOLERANCE = 1e-9
+FLOAT32_FACTOR = 2.0
+"""Times the float32 error of whole-graph autograd: two correct engines that round differently part at ReLU's kinks."""
+FLOAT32_FLOOR = 1e-6
+_CUT = 3  # images at once, of the small case's batches of 4
+
+
+def float64_error(engine: Engine, setting: Setting, device: torch.device, *, cut: bool = False) -> float:
+    """Return the larger relative error of image and rate gradient on a small case, against whole-graph autograd.
+
+    With `cut` the engine has to cut each batch.
+    """
+    case = to(make_case(small_setting(setting)), torch.float64, device)
+    found = engine.run(case, **({"microbatch": _CUT} if cut else {}))
+    expected = whole_graph(case)
+    return max(relative_error(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+def complaint(float64: float, float32: float, allowed_float32: float | None) -> str | None:
+    """Return why an engine with these errors may not be timed, or None. NaN may not."""
+    if not float64 <= FLOAT64_TOLERANCE:
+        return f"wrong: float64 error {float64:.1e}, allowed {FLOAT64_TOLERANCE:.0e}"
+    if allowed_float32 is not None and not float32 <= allowed_float32:
+        return f"wrong: float32 error {float32:.1e}, allowed {allowed_float32:.1e}"
+    return None
+
+
+def allowed_float32(of_autograd: float) -> float:
+    """Return the float32 error that an engine may have where autograd has `of_autograd`."""
+    return max(FLOAT32_FACTOR * of_autograd, FLOAT32_FLOOR)

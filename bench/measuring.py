@@ -1,0 +1,172 @@
+"""How things are measured: seconds in turns, peak memory above a baseline, and what the device can do at best."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from mtt_fast.errors import InputError
+
+
+class Spread(TypedDict):
+    """Of repeated measurements."""
+
+    median: float
+    least: float
+    most: float
+    n: int
+
+
+class Peak(TypedDict):
+    """Bytes above the baseline: resident on a CPU, in PyTorch's allocator on a GPU; `device` as NVML sees the GPU."""
+
+    bytes: int
+    device: int | None
+
+
+def spread(values: list[float]) -> Spread:
+    """Return the median of `values` and how far they lie apart."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values), "n": len(values)}
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until `device` has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Return how long one call of `run` takes."""
+    synchronise(device)
+    began = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - began
+
+
+def turn(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one call in this process's turn.
+
+    On a GPU the processes share the memory: what was cached goes back after the turn, so an untimed call fetches it
+    again before.
+    """
+    if device.type != "cuda":
+        return seconds(run, device)
+    run()
+    taken = seconds(run, device)
+    torch.cuda.empty_cache()
+    return taken
+
+
+def in_turns(
+    repetitions: int, subjects: Iterable[str], measure: Callable[[str], float], failed: Callable[[str, Exception], None]
+) -> dict[str, Spread]:
+    """Measure every subject once, then all again, `repetitions` times: a slow minute of the machine hits all alike.
+
+    A subject whose measurement raises is told to `failed` and left out.
+    """
+    found: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(repetitions):
+        for name in list(found):
+            try:
+                found[name].append(measure(name))
+            except Exception as error:
+                failed(name, error)
+                del found[name]
+    return {name: spread(values) for name, values in found.items()}
+
+
+def peak_above_baseline(run: Callable[[], Any], device: torch.device) -> Peak:
+    """Return the peak memory of one call of `run` above what is in use before. Libraries must be loaded already.
+
+    Raises `InputError` where a CPU's peak cannot be measured (Linux's /proc only).
+    """
+    if device.type == "cuda":
+        return _peak_on_gpu(run, device)
+    _give_back_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew from what is resident
+    except OSError as error:
+        raise InputError("peak memory on a CPU: expected Linux's /proc/self/clear_refs; use a GPU or Linux") from error
+    before = resident_bytes("VmHWM")
+    run()
+    return {"bytes": resident_bytes("VmHWM") - before, "device": None}
+
+
+def _give_back_freed_memory() -> None:
+    """What glibc keeps of memory freed before would hide as much of the peak."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes(what: str = "VmRSS") -> int:
+    """Return this process's resident memory (VmRSS) or its peak (VmHWM), from Linux's /proc."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(what))
+
+
+def _peak_on_gpu(run: Callable[[], Any], device: torch.device) -> Peak:
+    synchronise(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    allocated, used = torch.cuda.memory_allocated(device), used_on_gpu(device)
+    run()
+    synchronise(device)
+    # the allocator has not given anything back yet, so what NVML sees now is its peak
+    after = used_on_gpu(device)
+    return {"bytes": torch.cuda.max_memory_allocated(device) - allocated, "device": after - used}
+
+
+def used_on_gpu(device: torch.device) -> int:
+    """Return the bytes in use on the GPU, by every process, as NVML counts them."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def driver_version() -> str:
+    """Return the version of the NVIDIA driver."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def set_precision(device: torch.device, precision: str) -> None:
+    """Have a GPU multiply float32 numbers as tf32, as the public code runs, or fp32. A CPU knows fp32 only."""
+    if precision not in ("fp32", "tf32"):
+        raise InputError(f"--precision {precision}: expected fp32 or tf32")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def matrix_product_peak(device: torch.device, size: int | None = None) -> float:
+    """Return the FLOP/s of the best of ten products of square matrices: what the device does at best, now."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    result = torch.empty_like(a)
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b, out=result), device) for _ in range(10))
+
+
+def copy_peak(device: torch.device, size: int | None = None) -> float:
+    """Return the bytes/s, read and written, of the best of ten copies of a block larger than any cache."""
+    size = size or (2**30 if device.type == "cuda" else 2**28)
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+    return 2 * size / min(seconds(lambda: target.copy_(source), device) for _ in range(10))

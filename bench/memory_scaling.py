@@ -1,0 +1,126 @@
+"""Peak memory of one iteration against the steps N, the batch b and the resolution, beside the plan's prediction.
+
+Each point is the first iteration of a fresh process. The prediction is the smallest budget under which mtt_fast leaves
+a batch whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from bench.cases import make_case, small_setting, to
+from bench.engines import Engine, engine_named
+from bench.measuring import peak_above_baseline
+from bench.parsing import CommonOptions, integers
+from bench.records import write_record
+from bench.render import table
+from bench.settings import Setting, Shape
+from bench.workers import Worker, WorkerError
+from mtt_fast.choice import student_for
+from mtt_fast.errors import InputError
+from mtt_fast.memory import microbatch_for
+from mtt_fast.student import GenericStudent
+
+log = logging.getLogger("mtt_fast")
+
+_ENGINES = ("fused", "generic")
+_RESOLUTION = 2**16  # bytes, to which the prediction is found
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions, Shape):
+    """Measure the peak memory of an iteration as N, b and the resolution grow, one at a time."""
+
+    engine: str = "fused"
+    """fused or generic"""
+    vary_steps: str = "5,10,20,40"
+    """values of N"""
+    vary_batch: str = "25,50,100,200"
+    """values of b"""
+    vary_size: str = "32,64,96"
+    """values of the resolution"""
+
+
+def main(options: Options, command: str) -> None:
+    """Measure, print the table, write the record."""
+    device, base = options.torch_device(), options.resolve()
+    if options.engine not in _ENGINES:
+        raise InputError(f"--engine {options.engine}: expected {' or '.join(_ENGINES)}")
+    rows = []
+    for varied in ("steps", "batch", "size"):
+        for value in integers(getattr(options, f"vary_{varied}"), f"--vary_{varied}"):
+            setting = _changed(base, varied, value)
+            row: dict[str, Any] = {
+                "varied": varied, "steps": setting.steps, "batch": setting.batch, "size": setting.net.image_size, "problem": None,
+                "planned": planned_bytes(setting, options.engine, device),
+            }  # fmt: skip
+            try:
+                with Worker(build, engine=options.engine, device=str(device), setting=asdict(setting)) as worker:
+                    row["peak"] = worker.ask(peak)
+                row["ratio"] = row["peak"]["bytes"] / row["planned"]
+            except WorkerError as error:
+                row["problem"] = str(error)
+            log.info("%s %d: %s", varied, value, row["problem"] or row["peak"])
+            rows.append(row)
+    conditions = {"case": str(base), "engine": options.engine}
+    print(table("memory_scaling", conditions, rows))
+    name = options.name or f"memory_scaling-{options.engine}-{options.label()}-{device.type}"
+    write_record(options.out, name, "memory_scaling", device, conditions, rows, command)
+
+
+def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:
+    """Return the smallest budget under which mtt_fast does the setting's batches in one piece."""
+    net = setting.net
+    student = GenericStudent(net) if engine == "generic" else student_for(net, device)
+    assert isinstance(net.image_size, int)
+    images = torch.empty(setting.images, net.in_channels, net.image_size, net.image_size, device="meta")
+
+    def whole(budget: int) -> bool:
+        try:
+            return not microbatch_for(
+                net, student, budget, torch.float32, images, batch=setting.batch, steps=setting.steps
+            )
+        except InputError:
+            return False
+
+    below, enough = 1, 2**40
+    while enough - below > _RESOLUTION:
+        middle = (below + enough) // 2
+        below, enough = (below, middle) if whole(middle) else (middle, enough)
+    return enough
+
+
+@dataclass(frozen=True)
+class State:
+    """What a worker holds."""
+
+    engine: Engine
+    setting: Setting
+    device: torch.device
+
+
+def build(engine: str, device: str, setting: dict[str, Any]) -> State:
+    """In a worker: return its state, with libraries loaded by a small iteration."""
+    net = Shape().resolve().net
+    state = State(
+        engine_named(engine), Setting(**setting | {"net": replace(net, **setting["net"])}), torch.device(device)
+    )
+    state.engine.run(to(make_case(small_setting(state.setting)), torch.float32, state.device))
+    return state
+
+
+def peak(state: State) -> dict[str, Any]:
+    """In a worker: return the peak memory of one iteration."""
+    case = to(make_case(state.setting), torch.float32, state.device)
+    return dict(peak_above_baseline(lambda: state.engine.run(case), state.device))
+
+
+def _changed(base: Setting, varied: str, value: int) -> Setting:
+    if varied == "size":
+        return replace(base, net=replace(base.net, image_size=value))
+    changed = replace(base, steps=value) if varied == "steps" else replace(base, batch=value)
+    return replace(changed, images=max(base.images, changed.batch))

@@ -1,0 +1,236 @@
+"""One iteration of the method by every engine: time, memory, and error of the gradient, in one run.
+
+Each engine has a process of its own. It first passes the gate, then its memory is measured, and then all that passed
+are timed in turn. What an engine cannot do is told in its row, and the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gate
+from bench.cases import load_case, make_case, save_case, to
+from bench.engines import ENGINES, Case, Engine, checkpointed, engine_named
+from bench.floor import Convolution, convolutions, run_all
+from bench.flops import MIXED_STEP, PLAIN_GRADIENT, iteration_flops
+from bench.measuring import Peak, in_turns, matrix_product_peak, peak_above_baseline, set_precision, turn
+from bench.parsing import CommonOptions
+from bench.records import write_record
+from bench.render import table
+from bench.settings import Setting, Shape
+from bench.shares import share_of_operations
+from bench.workers import Worker, WorkerError
+from mtt_fast.files import save_tensors
+from mtt_fast.memory import parse_bytes
+from mtt_fast.testing import relative_error
+
+log = logging.getLogger("mtt_fast")
+
+FLOOR = "convolutions alone"
+_TRUTH_MICROBATCH = 32  # the float64 truth is computed in pieces, so that it fits where the engines do
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions, Shape):
+    """Time one iteration of the method by every engine."""
+
+    engines: str = ",".join(ENGINES)
+    """which, in this order; also MODULE:FUNCTION, a function of your own from a case to the gradients"""
+    memory_budget: str = "400MiB"
+    """of fused-budget"""
+    precision: str = "tf32"
+    """of a GPU's float32 products: tf32 as the public code runs, or fp32"""
+    floor: bool = True
+    """also time the convolutions alone"""
+
+
+def main(options: Options, command: str) -> None:
+    """Measure, print the table, write the record."""
+    device, setting = options.torch_device(), options.resolve()
+    parse_bytes(options.memory_budget)
+    names = options.engines.split(",")
+    engines = {name: engine_named(name) for name in names}
+    common: dict[str, Any] = {"device": str(device), "precision": options.precision}
+    set_precision(device, options.precision)
+    log.info("%s, on %s", setting, device)
+    with tempfile.TemporaryDirectory(prefix="mtt_fast-bench-") as folder:
+        case = save_case(make_case(setting), Path(folder) / "case.safetensors") | common
+        truth = str(Path(folder) / "truth.safetensors")
+        with Worker(build_case, **case) as worker:
+            worker.ask(write_truth, path=truth)
+        rows, workers = {}, {}
+        try:
+            for name, engine in engines.items():
+                rows[name] = {"engine": name, "exact": engine.exact, "tuned": engine.tuned, "problem": None}
+                try:
+                    workers[name] = Worker(
+                        build_engine, tuned=engine.tuned, case=case, engine=name, budget=options.memory_budget
+                    )
+                    rows[name] |= workers[name].ask(check, truth=truth)
+                    _hold_to_gate(rows, name)
+                except WorkerError as error:
+                    _give_up(rows, workers, name, error)
+                log.info("%s: %s", name, rows[name]["problem"] or f"error {rows[name]['error']:.1e}")
+            if options.floor:
+                rows[FLOOR] = {"engine": FLOOR, "exact": True, "tuned": True, "problem": None}
+                workers[FLOOR] = Worker(build_floor, shape=_shape(options), **common)
+            found = in_turns(
+                options.repetitions,
+                workers,
+                lambda name: float(workers[name].ask(timed)),
+                lambda name, error: _give_up(rows, workers, name, error),
+            )
+            for name in [name for name in found if rows[name].get("peak")]:
+                rows[name]["shares"] = workers[name].ask(shares)
+        finally:
+            for worker in workers.values():
+                worker.close()
+    peak = matrix_product_peak(device)
+    for name, row in rows.items():
+        row["seconds"] = found.get(name)
+        row["flops"] = _flops(name, engines, setting)
+    _compare(rows, peak)
+    conditions = {
+        "case": str(setting),
+        "dtype": "float32" if device.type == "cpu" else options.precision,
+        "budget": options.memory_budget,
+        "matrix_product_flops": peak,
+        "load": os.getloadavg()[0],
+    }
+    record = (options.name or f"meta_step-{options.label()}-{device.type}", "meta_step", device, conditions)
+    print(table("meta_step", conditions, list(rows.values())))
+    write_record(options.out, *record, list(rows.values()), command)
+
+
+def build_case(net: dict[str, Any], path: str, device: str, precision: str) -> Case:
+    """In a worker: return the case, in float64."""
+    set_precision(torch.device(device), precision)
+    return to(load_case(net, path), torch.float64, torch.device(device))
+
+
+def write_truth(case: Case, path: str) -> None:
+    """In a worker: write the case's gradients, exact in float64, to `path`."""
+    truth = checkpointed(case, microbatch=min(_TRUTH_MICROBATCH, case.batches.shape[1]))
+    save_tensors(Path(path), truth._asdict())
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine's worker holds: the case in float32, and how the engine is to be called."""
+
+    engine: Engine
+    case: Case
+    cut: dict[str, Any]
+
+    def run(self) -> Any:
+        """One iteration."""
+        return self.engine.run(self.case, **self.cut)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.case.images.device
+
+
+def build_engine(case: dict[str, Any], engine: str, budget: str) -> EngineState:
+    """In a worker: return its state."""
+    cut = {"memory_budget": budget} if engine.endswith("-budget") else {}
+    return EngineState(engine_named(engine), to(build_case(**case), torch.float32, torch.device(case["device"])), cut)
+
+
+def check(state: EngineState, truth: str) -> dict[str, Any]:
+    """In a worker: return the errors in float64 (small case) and in float32, and the peak memory of one iteration."""
+    from safetensors.torch import load_file
+
+    net, (steps, batch) = state.case.net, state.case.batches.shape
+    setting = Setting(net, len(state.case.images), steps, batch)
+    float64 = gate.float64_error(state.engine, setting, state.device, cut=bool(state.cut))
+    found = []
+    peak: Peak = peak_above_baseline(lambda: found.append(state.run()), state.device)
+    error = relative_error(found[0].images.cpu(), load_file(truth)["images"])
+    return {"error_float64": float64, "error": error, "peak": peak}
+
+
+def timed(state: EngineState | FloorState) -> float:
+    """In a worker: return the seconds of one iteration."""
+    return turn(state.run, state.device)
+
+
+def shares(state: EngineState) -> dict[str, float]:
+    """In a worker: return the shares of an iteration's operations."""
+    return share_of_operations(state.run, state.device)
+
+
+@dataclass(frozen=True)
+class FloorState:
+    """What the worker of the floor holds."""
+
+    convolutions: list[Convolution]
+    steps: int
+    device: torch.device
+
+    def run(self) -> None:
+        """The convolutions of one iteration."""
+        for _ in range(self.steps):
+            run_all(self.convolutions)
+
+
+def build_floor(shape: dict[str, Any], device: str, precision: str) -> FloorState:
+    """In a worker: return the convolutions of the setting."""
+    set_precision(torch.device(device), precision)
+    setting = Shape(**shape).resolve()
+    return FloorState(convolutions(setting, torch.device(device)), setting.steps, torch.device(device))
+
+
+def _shape(options: Shape) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in Shape.__dataclass_fields__}
+
+
+def _hold_to_gate(rows: dict[str, dict[str, Any]], name: str) -> None:
+    """Raise `WorkerError` if the engine's errors are larger than they may be. What claims no exactness passes."""
+    row = rows[name]
+    if not row["exact"]:
+        return
+    # the bound is autograd's error, by the first engine here that is plain autograd
+    autograd = next(
+        (
+            rows[plain]["error"]
+            for plain in ("whole_graph", "whole_graph-tuned", "checkpointed")
+            if "error" in rows.get(plain, {})
+        ),
+        None,
+    )
+    allowed = None if autograd is None else gate.allowed_float32(autograd)
+    row["allowed_error"] = allowed
+    wrong = gate.complaint(row["error_float64"], row["error"], allowed)
+    if wrong:
+        raise WorkerError(wrong)
+
+
+def _give_up(rows: dict[str, dict[str, Any]], workers: dict[str, Worker], name: str, error: Exception) -> None:
+    rows[name]["problem"] = str(error)
+    if name in workers:
+        workers.pop(name).close()
+
+
+def _flops(name: str, engines: dict[str, Engine], setting: Setting) -> int | None:
+    passes = (PLAIN_GRADIENT, MIXED_STEP) if name == FLOOR else engines[name].passes
+    return iteration_flops(setting.net, setting.steps, setting.batch, *passes) if passes else None
+
+
+def _compare(rows: dict[str, dict[str, Any]], peak: float) -> None:
+    """Fill in what relates a row to another, or to the device's peak."""
+    medians = {name: row["seconds"]["median"] for name, row in rows.items() if row["seconds"]}
+    for name, median in medians.items():
+        row = rows[name]
+        row["speedup"] = medians["whole_graph"] / median if "whole_graph" in medians else None
+        row["speedup_tuned"] = medians["whole_graph-tuned"] / median if "whole_graph-tuned" in medians else None
+        row["share_of_peak"] = row["flops"] / median / peak if row["flops"] else None
+        row["floor_share"] = medians[FLOOR] / median if FLOOR in medians else None

@@ -1,0 +1,245 @@
+"""Tables and plots from the records: `python -m bench render`.
+
+In README.md, what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` becomes the table of the record NAME.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.records import read_record
+from mtt_fast.errors import InputError
+from mtt_fast.files import write_text
+
+log = logging.getLogger("mtt_fast")
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+"""A title, and what stands under it in a row."""
+
+_MARKED = re.compile(r"(<!-- bench:(?P<name>\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make Markdown tables and PNG plots of the records, and bring README.md up to date."""
+
+    results: str = "bench/results"
+    """folder of the records; NAME.md and NAME.png are written beside NAME.json"""
+    readme: str | None = "README.md"
+    """file with markers to fill in; None for no file"""
+
+
+def main(options: Options, command: str) -> None:
+    """Render every record, then the marked places of the README."""
+    folder = Path(options.results)
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError(f"{folder}: holds no records; make one, e.g. with python -m bench meta_step")
+    tables = {}
+    for path in paths:
+        record = read_record(path)
+        tables[path.stem] = rendered(record)
+        write_text(path.with_suffix(".md"), tables[path.stem])
+        draw(record, path.with_suffix(".png"))
+    if options.readme:
+        readme = Path(options.readme)
+        write_text(readme, filled_in(readme.read_text(encoding="utf-8"), tables, readme))
+    log.info("%s: %d records", folder, len(paths))
+
+
+def filled_in(text: str, tables: dict[str, str], where: Path) -> str:
+    """Return `text` with each marked place holding its record's table. Raises `InputError` for an unknown record."""
+
+    def replaced(match: re.Match[str]) -> str:
+        if match["name"] not in tables:
+            raise InputError(f"{where}: marker bench:{match['name']}: no such record; there are {', '.join(tables)}")
+        return f"{match[1]}{tables[match['name']]}{match[3]}"
+
+    return _MARKED.sub(replaced, text)
+
+
+def rendered(record: dict[str, Any]) -> str:
+    """Return a record's table, with the conditions under it."""
+    versions = record["versions"]
+    dirty = " with changes" if record.get("dirty") else ""
+    return (
+        f"{table(record['benchmark'], record['conditions'], record['rows'])}\n"
+        f"{record['device']}, torch {versions.get('torch')}, {str(record.get('time'))[:10]}, "
+        f"commit {str(record.get('commit'))[:8]}{dirty}: `{record.get('command')}`\n"
+    )
+
+
+def table(benchmark: str, conditions: dict[str, Any], rows: list[Row]) -> str:
+    """Return the rows of a benchmark as a Markdown table; columns that are empty in all rows are left out."""
+    cells = [[title, *(_cell(show, row) for row in rows)] for title, show in TABLES[benchmark]]
+    cells = [column for column in cells if any(column[1:])]
+    widths = [max(map(len, column)) for column in cells]
+    lines = [
+        "| " + " | ".join(column[i].ljust(width) for column, width in zip(cells, widths, strict=True)) + " |"
+        for i in range(len(rows) + 1)
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    about = "; ".join(f"{name.replace('_', ' ')} {_condition(name, value)}" for name, value in conditions.items())
+    return "\n".join([lines[0], rule, *lines[1:], "", about]) + "\n"
+
+
+def _cell(show: Callable[[Row], str], row: Row) -> str:
+    try:
+        return show(row)
+    except (KeyError, TypeError):  # the row has no such number: it failed, or nobody measured it
+        return ""
+
+
+def _condition(name: str, value: Any) -> str:
+    if name.endswith("_flops"):
+        return f"{value / 1e9:.0f} GFLOP/s"
+    if name.endswith("_bytes_per_second"):
+        return f"{value / 1e9:.1f} GB/s"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _seconds(key: str = "seconds") -> Callable[[Row], str]:
+    def show(row: Row) -> str:
+        found = row[key]
+        unit, scale = ("s", 1.0) if found["median"] >= 1 else ("ms", 1e3)
+        low, middle, high = (f"{found[name] * scale:.3g}" for name in ("least", "median", "most"))
+        return f"{middle} {unit} ({low} to {high}, n = {found['n']})"
+
+    return show
+
+
+def _mebibytes(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{_at(row, key) / 2**20:,.0f} MiB"
+
+
+def _number(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: form.format(_at(row, key))
+
+
+def _at(row: Row, key: str) -> Any:
+    for part in key.split("."):
+        row = row[part]
+    if row is None:
+        raise KeyError(key)
+    return row
+
+
+def _text(key: str) -> Callable[[Row], str]:
+    return lambda row: str(row[key] or "")
+
+
+def _engine(row: Row) -> str:
+    return f"{row['engine']}{'' if row['exact'] else ' (approximate)'}"
+
+
+_TIMES: list[Column] = [("time (least to most)", _seconds())]
+
+TABLES: dict[str, list[Column]] = {
+    "meta_step": [
+        ("engine", _engine),
+        *_TIMES,
+        ("faster than whole_graph", _number("speedup", "{:.2f}×")),
+        ("than whole_graph-tuned", _number("speedup_tuned", "{:.2f}×")),
+        ("peak memory", _mebibytes("peak.bytes")),
+        ("on the device", _mebibytes("peak.device")),
+        ("image gradient's error", _number("error", "{:.1e}")),
+        ("allowed", _number("allowed_error", "{:.1e}")),
+        ("error in float64", _number("error_float64", "{:.0e}")),
+        ("TFLOP", lambda row: f"{row['flops'] / 1e12:.2f}"),
+        ("of peak", _number("share_of_peak", "{:.0%}")),
+        ("torch's convolutions alone", _number("floor_share", "{:.0%}")),
+        ("own convolutions", _number("shares.convolutions", "{:.0%}")),
+        ("other operations", _number("shares.other operations", "{:.0%}")),
+        ("rest", _number("shares.rest", "{:.0%}")),
+        ("not timed because", _text("problem")),
+    ],
+    "memory_scaling": [
+        ("varied", _text("varied")),
+        ("N", _text("steps")),
+        ("b", _text("batch")),
+        ("pixels", _text("size")),
+        ("peak memory", _mebibytes("peak.bytes")),
+        ("on the device", _mebibytes("peak.device")),
+        ("planned", _mebibytes("planned")),
+        ("measured / planned", _number("ratio", "{:.2f}")),
+        ("not measured because", _text("problem")),
+    ],
+    "kernels": [
+        ("operation", _text("operation")),
+        ("shape", _text("shape")),
+        *_TIMES,
+        ("GB/s", lambda row: f"{row['bytes_per_second'] / 1e9:.1f}"),
+        ("of copy", _number("share_of_copy", "{:.0%}")),
+        ("GFLOP/s", lambda row: f"{row['flops_per_second'] / 1e9:.0f}"),
+        ("of product", _number("share_of_product", "{:.0%}")),
+        ("error", _number("error", "{:.1e}")),
+        ("error in float64", _number("error_float64", "{:.0e}")),
+        ("not timed because", _text("problem")),
+    ],
+    "training": [
+        ("loop", _text("loop")),
+        *_TIMES,
+        ("images/s", _number("images_per_second", "{:,.0f}")),
+        ("an epoch of 50,000", _number("epoch_seconds", "{:.3g} s")),
+        ("faster than plain", _number("speedup", "{:.2f}×")),
+        ("than plain-tuned", _number("speedup_tuned", "{:.2f}×")),
+        ("peak memory", _mebibytes("peak.bytes")),
+        ("error in float64", _number("error_float64", "{:.0e}")),
+        ("not timed because", _text("problem")),
+    ],
+    "trajectories": [
+        ("reader", _text("reader")),
+        ("to the first sample (least to most)", _seconds("first")),
+        ("each further sample", _seconds("further")),
+        ("resident memory", _mebibytes("resident")),
+        ("on disk", _mebibytes("disk")),
+        ("not timed because", _text("problem")),
+    ],
+}
+
+_LABELS = {"meta_step": "engine", "kernels": "operation", "training": "loop", "trajectories": "reader"}
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw a record: memory against what was varied, or a bar of time for each row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    (_draw_memory if record["benchmark"] == "memory_scaling" else _draw_times)(figure, record)
+    figure.suptitle(str(record["conditions"].get("case", record["name"])), fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_times(figure: Any, record: dict[str, Any]) -> None:
+    axes, label = figure.subplots(), _LABELS[record["benchmark"]]
+    key = "first" if record["benchmark"] == "trajectories" else "seconds"
+    rows = [row for row in record["rows"] if row.get(key)][::-1]
+    names = [" ".join([str(row[label]), str(row.get("shape") or "")]).strip() for row in rows]
+    middles = [row[key]["median"] for row in rows]
+    around = [
+        [row[key]["median"] - row[key]["least"] for row in rows],
+        [row[key]["most"] - row[key]["median"] for row in rows],
+    ]
+    axes.barh(range(len(rows)), middles, xerr=around, color="#4477aa", ecolor="#222222")
+    axes.set_yticks(range(len(rows)), names, fontsize=8 if len(rows) < 15 else 5)
+    axes.set_xlabel("seconds: median, least and most")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_memory(figure: Any, record: dict[str, Any]) -> None:
+    rows = [row for row in record["rows"] if row.get("peak")]
+    varied = list(dict.fromkeys(row["varied"] for row in rows))
+    for axes, name in zip(figure.subplots(1, max(1, len(varied)), squeeze=False)[0], varied, strict=False):
+        those = sorted((row for row in rows if row["varied"] == name), key=lambda row: int(row[name]))
+        places = [row[name] for row in those]
+        axes.plot(places, [row["peak"]["bytes"] / 2**20 for row in those], "o-", label="measured")
+        axes.plot(places, [row["planned"] / 2**20 for row in those], "s--", label="planned")
+        axes.set(xlabel=name, ylabel="peak memory, MiB", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7)

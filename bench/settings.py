@@ -1,0 +1,92 @@
+"""What is benchmarked: the shapes of the paper's settings by name, or given one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mtt_fast.cli import did_you_mean
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.models import network_by_name
+from mtt_fast.recipes import recipe_options
+
+_IMAGES = {"CIFAR10": (3, 32, 10), "CIFAR100": (3, 32, 100), "Tiny": (3, 64, 200), "ImageNet": (3, 128, 10)}
+"""Channels, pixels and classes by the recipes' name of the data set (ImageNet: its ten-class subsets)."""
+
+# a benchmark's name, its recipe, and what differs from that: nobody has published 50 images a class at 128 pixels
+_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{data}-ipc{ipc}": (f"{data}-ipc{ipc}", {}) for data in ("cifar10", "cifar100", "tiny") for ipc in (1, 10, 50)},
+    "imagenet128-ipc1": ("imagenette-ipc1", {}),
+    "imagenet128-ipc10": ("imagenette-ipc10", {}),
+    "imagenet128-ipc50": ("imagenette-ipc10", {"ipc": 50, "batch_syn": None}),
+}
+SETTINGS = tuple(_RECIPES)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One iteration's shape: a network, the number of synthetic images, N steps of batches of b."""
+
+    net: ConvNet
+    images: int
+    steps: int
+    batch: int
+
+    def __str__(self) -> str:
+        net = self.net
+        return (
+            f"ConvNet depth {net.depth} width {net.width}, {net.in_channels}×{net.image_size}×{net.image_size}, "
+            f"{net.num_classes} classes, N = {self.steps}, b = {self.batch}"
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A setting by name, and what to change of it."""
+
+    setting: str = "cifar10-ipc10"
+    """cifar10-ipc1/10/50, cifar100-…, tiny-…, imagenet128-…"""
+    steps: int | None = None
+    """N, student steps in an iteration"""
+    batch: int | None = None
+    """b, images in a student step"""
+    size: int | None = None
+    """resolution in pixels"""
+    depth: int | None = None
+    """blocks of the network"""
+    width: int | None = None
+    """channels of the network"""
+
+    def resolve(self) -> Setting:
+        """Return the setting. Raises `InputError` for an unknown name or a number below 1."""
+        given = {name: getattr(self, name) for name in ("steps", "batch", "size", "depth", "width")}
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value}: expected at least 1")
+        found = named(self.setting)
+        shape = {"image_size": self.size, "depth": self.depth, "width": self.width}
+        net = replace(found.net, **{name: value for name, value in shape.items() if value is not None})
+        batch = self.batch or found.batch
+        return Setting(net, max(found.images, batch), self.steps or found.steps, batch)
+
+    def label(self) -> str:
+        """Return a name for files: the setting's, and what was changed."""
+        changed = [
+            f"{name}{value}" for name in ("steps", "batch", "size", "depth", "width") if (value := getattr(self, name))
+        ]
+        return "-".join([self.setting, *changed])
+
+
+def named(name: str) -> Setting:
+    """Return the setting called `name`. Raises `InputError` for an unknown one."""
+    if name not in _RECIPES:
+        raise InputError(
+            f"--setting {name}: no such setting{did_you_mean(name, SETTINGS)}; one of {', '.join(SETTINGS)}"
+        )
+    recipe, changes = _RECIPES[name]
+    options = recipe_options(recipe) | changes
+    channels, size, classes = _IMAGES[options["dataset"]]
+    net = network_by_name(options["model"], (channels, size, size), classes)
+    images = options["ipc"] * classes
+    return Setting(net, images, options["syn_steps"], options.get("batch_syn") or images)

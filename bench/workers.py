@@ -1,0 +1,129 @@
+"""Worker processes: each holds one thing to be measured, stays alive, and does what it is asked when it is its turn.
+
+A process of its own, since allocator settings, compiled code and peak memory belong to a process; alive between turns,
+so that repetitions of what is compared can alternate. Questions and answers are lines of JSON: a question names a
+function and its arguments, and the function gets the worker's state first. `python -m bench.workers` is the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""Have glibc keep freed memory, as mtt_fast's commands do by themselves. Without it: as an ordinary script runs."""
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SHARE_OF_FREE_MEMORY = 0.8  # that a worker may take: an engine that wants more fails, and not the whole machine
+
+
+class WorkerError(Exception):
+    """What a worker was asked to do failed; the message is one line."""
+
+
+class Worker:
+    """A process that holds `build(**arguments)`."""
+
+    def __init__(self, build: Callable[..., Any], *, tuned: bool = True, **arguments: Any) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "bench.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | (TUNED if tuned else {}),
+        )
+        try:
+            self.ask(build, **arguments)
+        except WorkerError:
+            self.close()
+            raise
+
+    def ask(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        """Return what `function(state, **arguments)` returns there. Raises `WorkerError` if it fails."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        question = {"function": f"{function.__module__}:{function.__qualname__}", "arguments": arguments}
+        try:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise WorkerError(f"the process ended with status {self._process.wait()} (−9: killed for want of memory)")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer["result"]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def serve(questions: TextIO, answers: TextIO) -> None:
+    """Answer questions until there are no more. The first builds the state that the later ones get."""
+    state, built = None, False
+    for line in questions:
+        question = json.loads(line)
+        try:
+            function = named_function(question["function"])
+            if built:
+                result = function(state, **question["arguments"])
+            else:
+                state, built, result = function(**question["arguments"]), True, None
+            answer = {"result": result}
+        except Exception as error:  # whatever an engine does wrong fills its row; the others go on
+            answer = {"error": f"{type(error).__name__}: {_first_line(error)}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def named_function(name: str) -> Any:
+    """Return what `MODULE:NAME` stands for."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]
+
+
+@contextlib.contextmanager
+def _answers_apart() -> Iterator[TextIO]:
+    """What this process prints goes to stderr, so that answers alone are on its stdout."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        yield answers
+
+
+def _limit_memory() -> None:
+    """On Linux, let an allocation fail before the machine is full."""
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo", encoding="utf-8") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        resource.setrlimit(resource.RLIMIT_DATA, (int(_SHARE_OF_FREE_MEMORY * free),) * 2)
+
+
+if __name__ == "__main__":
+    _limit_memory()
+    with _answers_apart() as answers:
+        serve(sys.stdin, answers)
