@@ -77,17 +77,18 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
 
 
 def norm_relu_pool_backward(
-    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor
+    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients ȳ (B, C, H, W), γ̄ (C,), β̄ (C,) that follow from `p_bar` (B, C, H//2, W//2).
 
-    The other arguments are those and the results of `norm_relu_pool`. ReLU's derivative at 0 is 0.
-    Raises `ValueError` as `norm_relu_pool` does.
+    The other arguments are those and the results of `norm_relu_pool`. ReLU's derivative at 0 is 0. With `reuse`, `y`
+    is needed no more, and ȳ may take its memory. Raises `ValueError` as `norm_relu_pool` does.
     """
     numbers = {"mean": mean, "rstd": rstd}
     _check("norm_relu_pool_backward", y, {"y": y}, {"gamma": gamma, "beta": beta}, numbers, {"p_bar": p_bar})
-    twin = native.norm_relu_pool_backward if native.runs(y) else reference.norm_relu_pool_backward
-    return twin(y, mean, rstd, gamma, beta, p_bar)
+    if native.runs(y):
+        return native.norm_relu_pool_backward(y, mean, rstd, gamma, beta, p_bar, reuse)
+    return reference.norm_relu_pool_backward(y, mean, rstd, gamma, beta, p_bar)
 
 
 def norm_relu_pool_dual(
@@ -117,11 +118,14 @@ def norm_relu_pool_dual_backward(
     beta_dot: Tensor,
     p_bar: Tensor,
     p_bar_dot: Tensor,
+    *,
+    reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ȳ, ȳ̇ (B, C, H, W), γ̄̇, β̄̇ (C,): the gradient to y, and the directional derivatives of the gradients.
 
     The arguments are those and the results of `norm_relu_pool_dual`, the gradient `p_bar` (B, C, H//2, W//2) and its
-    derivative `p_bar_dot`. Shapes, formats, errors: `norm_relu_pool`.
+    derivative `p_bar_dot`. With `reuse`, `y` and `y_dot` are needed no more, and the results may take their memory.
+    Shapes, formats, errors: `norm_relu_pool`.
     """
     _check(
         "norm_relu_pool_dual_backward",
@@ -131,8 +135,10 @@ def norm_relu_pool_dual_backward(
         numbers={"mean": mean, "rstd": rstd, "k1": k1, "k2": k2},
         pooled={"p_bar": p_bar, "p_bar_dot": p_bar_dot},
     )
-    twin = native.norm_relu_pool_dual_backward if native.runs(y) else reference.norm_relu_pool_dual_backward
-    return twin(y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot)
+    arguments = (y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot)
+    if native.runs(y):
+        return native.norm_relu_pool_dual_backward(*arguments, reuse)
+    return reference.norm_relu_pool_dual_backward(*arguments)
 
 
 def conv3x3(x: Tensor, weight: Tensor, padding: int) -> Tensor:

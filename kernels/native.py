@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from types import ModuleType
 
@@ -49,10 +50,10 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
 
 
 def norm_relu_pool_backward(
-    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor
+    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
-    y_bar, (gamma_sum, beta_sum) = _like(y), _numbers(y, 2)
+    y_bar, (gamma_sum, beta_sum) = _over(y, reuse), _numbers(y, 2)
     _module().norm_relu_pool_backward(
         _last(y), mean, rstd, gamma, beta, _last(p_bar), _last(y_bar), gamma_sum, beta_sum, torch.get_num_threads()
     )
@@ -83,9 +84,10 @@ def norm_relu_pool_dual_backward(
     beta_dot: Tensor,
     p_bar: Tensor,
     p_bar_dot: Tensor,
+    reuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_dual_backward`."""
-    y_bar, y_bar_dot, (gamma_sum, beta_sum) = _like(y), _like(y), _numbers(y, 2)
+    y_bar, y_bar_dot, (gamma_sum, beta_sum) = _over(y, reuse), _over(y_dot, reuse), _numbers(y, 2)
     arguments = (_last(y), _last(y_dot), mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot)
     results = (_last(y_bar), _last(y_bar_dot), gamma_sum, beta_sum)
     _module().norm_relu_pool_dual_backward(
@@ -186,20 +188,38 @@ def _last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # (B, H, W, C), contiguous
 
 
-def _like(y: Tensor) -> Tensor:
-    return torch.empty_like(y, memory_format=torch.channels_last)
+# Results of at least so many bytes take memory that the module keeps from one call to the next (cpp/pool.h).
+_LARGE = 1 << 20
+
+
+def _empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return a tensor without a value, channels_last, (B, C, H, W), of the dtype of `like`."""
+    size = math.prod(shape) * like.element_size()
+    if size < _LARGE:
+        return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+    batch, channels, height, width = shape
+    memory: Tensor = _module().memory(size)
+    return memory.view(like.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _over(y: Tensor, reuse: bool) -> Tensor:
+    """Return where the gradient to `y` goes: a pixel is read for the last time before its gradient is written."""
+    if not (reuse and y.is_contiguous(memory_format=torch.channels_last)):
+        return _empty(y, (y.shape[0], y.shape[1], y.shape[2], y.shape[3]))
+    torch.autograd.graph.increment_version(y)
+    return y
 
 
 def _pooled(y: Tensor) -> Tensor:
     batch, channels, height, width = y.shape
     shape = (batch, channels, height // 2, width // 2)
-    return torch.empty(shape, dtype=y.dtype, memory_format=torch.channels_last)
+    return _empty(y, shape)
 
 
 def _grown(like: Tensor, channels: int, by: int) -> Tensor:
     batch, _, height, width = like.shape
     shape = (batch, channels, height + by, width + by)
-    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+    return _empty(like, shape)
 
 
 def _numbers(y: Tensor, count: int) -> list[Tensor]:

@@ -50,7 +50,7 @@ class FusedConvNetStudent:
         for block in reversed(range(len(blocks))):
             (weight, _, gamma, beta), padding = blocks[block], self._padding(block)
             x, y, mean, rstd = kept.pop()
-            y_bar, gamma_bar, beta_bar = kernels.norm_relu_pool_backward(y, mean, rstd, gamma, beta, x_bar)
+            y_bar, gamma_bar, beta_bar = kernels.norm_relu_pool_backward(y, mean, rstd, gamma, beta, x_bar, reuse=True)
             del y
             weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, padding)
             if block > 0:
@@ -89,7 +89,7 @@ class FusedConvNetStudent:
             padding = self._padding(block)
             x, x_dot, y, y_dot, numbers = kept.pop()
             y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = kernels.norm_relu_pool_dual_backward(
-                y, y_dot, *numbers, gamma, beta, gamma_dot, beta_dot, x_bar, x_bar_dot
+                y, y_dot, *numbers, gamma, beta, gamma_dot, beta_dot, x_bar, x_bar_dot, reuse=True
             )
             del y, y_dot
             weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding)

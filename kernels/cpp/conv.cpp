@@ -181,36 +181,40 @@ INLINE std::size_t rounded(std::size_t filters) {
     return (filters + Pack<T>::lanes - 1) / Pack<T>::lanes * Pack<T>::lanes;
 }
 
-template <typename T>
-void winograd_sum_transform(const WinogradSum<T>& a, std::size_t t) {
-    const std::size_t channels = a.shape.channels, filters = rounded<T>(a.shape.filters);
-    const std::size_t v = t * channels, v_stride = kTilesSummed * channels;
-    const std::size_t z = t * filters, z_stride = kTilesSummed * filters;
-    transform_input(a.shape, a.x, a.zeros, a.first_tile + t, a.v + v, v_stride);
-    transform_output_gradient(a.shape, a.y_bar, a.zeros, a.first_tile + t, a.z + z, z_stride);
-    if (a.x_dot != nullptr) {
-        transform_input(a.shape, a.x_dot, a.zeros, a.first_tile + t, a.v_dot + v, v_stride);
-        transform_output_gradient(a.shape, a.y_bar_dot, a.zeros, a.first_tile + t, a.z_dot + z, z_stride);
-    }
-}
-
-template <typename T>
-void winograd_sum_multiply(const WinogradSum<T>& a, std::size_t place, std::size_t filter) {
+template <bool dual, typename T>
+void winograd_sum(const WinogradSum<T>& a, std::size_t part, T* scratch) {
     constexpr std::size_t lanes = Pack<T>::lanes;
-    const std::size_t channels = a.shape.channels, filters = rounded<T>(a.shape.filters);
-    const std::size_t v = place * kTilesSummed * channels, z = place * kTilesSummed * filters + filter;
-    for_rows(channels, [&](std::size_t c, auto rows) INLINE_LAMBDA {
-        T* sum = a.sum + (place * channels + c) * filters + filter;
-        Pack<T> sums[rows.value];
-        for (std::size_t r = 0; r < rows.value; ++r) sums[r] = load(sum + r * filters, lanes);
-        if (a.x_dot == nullptr) {
-            multiply(a.v + v + c, 1, channels, a.z + z, filters, lanes, a.tiles, sums);
-        } else {
-            multiply(a.v + v + c, 1, channels, a.z_dot + z, filters, lanes, a.tiles, sums);
-            multiply(a.v_dot + v + c, 1, channels, a.z + z, filters, lanes, a.tiles, sums);
+    const ConvShape& shape = a.shape;
+    const std::size_t channels = shape.channels, filters = rounded<T>(shape.filters);
+    const std::size_t v_stride = kTilesSummed * channels, z_stride = kTilesSummed * filters;
+    T *v = scratch, *z = v + 16 * v_stride, *v_dot = z + 16 * z_stride, *z_dot = v_dot + 16 * v_stride;
+    T* total = a.sums + part * 16 * channels * filters;
+    const std::size_t end = (part + 1) * shape.tiles() / a.parts;
+    for (std::size_t first = part * shape.tiles() / a.parts; first < end; first += kTilesSummed) {
+        const std::size_t tiles = end - first < kTilesSummed ? end - first : kTilesSummed;
+        for (std::size_t t = 0; t < tiles; ++t) {
+            transform_input(shape, a.x, a.zeros, first + t, v + t * channels, v_stride);
+            transform_output_gradient(shape, a.y_bar, a.zeros, first + t, z + t * filters, z_stride);
+            if constexpr (dual) {
+                transform_input(shape, a.x_dot, a.zeros, first + t, v_dot + t * channels, v_stride);
+                transform_output_gradient(shape, a.y_bar_dot, a.zeros, first + t, z_dot + t * filters, z_stride);
+            }
         }
-        for (std::size_t r = 0; r < rows.value; ++r) store(sum + r * filters, sums[r], lanes);
-    });
+        for (std::size_t place = 0; place < 16; ++place) {
+            for (std::size_t filter = 0; filter < filters; filter += lanes) {
+                const std::size_t at_z = place * z_stride + filter;
+                for_rows(channels, [&](std::size_t c, auto rows) INLINE_LAMBDA {
+                    const std::size_t at_v = place * v_stride + c;
+                    T* sum = total + (place * channels + c) * filters + filter;
+                    Pack<T> sums[rows.value];
+                    for (std::size_t r = 0; r < rows.value; ++r) sums[r] = load(sum + r * filters, lanes);
+                    multiply(v + at_v, 1, channels, (dual ? z_dot : z) + at_z, filters, lanes, tiles, sums);
+                    if constexpr (dual) multiply(v_dot + at_v, 1, channels, z + at_z, filters, lanes, tiles, sums);
+                    for (std::size_t r = 0; r < rows.value; ++r) store(sum + r * filters, sums[r], lanes);
+                });
+            }
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- patches
@@ -317,8 +321,8 @@ ConvUnit<T> UNIT_NAME(conv_unit)() {
     return {Pack<T>::lanes,
             winograd_forward<false, T>,
             winograd_forward<true, T>,
-            winograd_sum_transform<T>,
-            winograd_sum_multiply<T>,
+            winograd_sum<false, T>,
+            winograd_sum<true, T>,
             patches_forward<T>,
             patches_weight_gradient<T>,
             patches_input_gradient<T>};

@@ -11,8 +11,10 @@
 
 #include <cstddef>
 
-constexpr std::size_t kTiles = 24;          // of one block of the forward transform: both operands stay in the L2 cache
-constexpr std::size_t kTilesSummed = 128;  // of one block of the weight gradient
+constexpr std::size_t kTiles = 24;         // of one block of the forward transform: both operands stay in the L2 cache
+constexpr std::size_t kTilesSummed = 128;  // that are transformed before their products are summed
+constexpr std::size_t kTilesOfPart = 512;  // at least, of one part of the weight gradient: a part is one thread's
+constexpr std::size_t kMostParts = 16;     // each needs a sum of its own
 
 struct ConvShape {
     std::size_t batch, height, width, channels;         // of x
@@ -34,18 +36,18 @@ struct WinogradForward {
     T *y, *y_dot;        // (B, H', W', K)
 };
 
-// One block of the sum over tiles, in two phases, each of independent parts.
+// W_bar = y_bar ⋆ x, or with the dots  y_bar_dot ⋆ x + y_bar ⋆ x_dot: the sum over one part of the tiles.
 template <typename T>
 struct WinogradSum {
     ConvShape shape;
-    std::size_t first_tile, tiles;
+    std::size_t parts;
     const T *x, *x_dot, *y_bar, *y_bar_dot;
-    const T* zeros;                   // (max(C, K),)
-    T *v, *v_dot, *z, *z_dot;         // (16, kTilesSummed, C) of x, (16, kTilesSummed, K rounded up to lanes) of y_bar
-    T* sum;                           // (16, C, K rounded up to lanes)
+    const T* zeros;  // (max(C, K),)
+    T* sums;         // (parts, 16, C, K rounded up to lanes), zeroed
 };
 
-// y = W∗x for few channels; W_bar a sample; x_bar = W_dotᵀ∗y_bar + Wᵀ∗y_bar_dot (either pair may be null).
+// For few channels: y = W∗x; W_bar = y_bar ⋆ x of one sample; x_bar = W_dotᵀ∗y_bar + Wᵀ∗y_bar_dot. Each reads and writes
+// what it names.
 template <typename T>
 struct Patches {
     ConvShape shape;

@@ -99,12 +99,19 @@ void transform_weights(const Weights<T>& w, std::size_t lanes, int threads, T* u
     });
 }
 
-// w_bar = Gᵀ sum G: (16, C, K rounded) -> (K, C, 3, 3)
+// w_bar = Gᵀ (Σ sums) G: (parts, 16, C, K rounded) -> (K, C, 3, 3). The parts are added in their order, into the first.
 template <typename T>
-void transform_weight_gradient(const ConvShape& s, std::size_t lanes, int threads, const T* sum, T* w_bar) {
+void transform_weight_gradient(const ConvShape& s, std::size_t lanes, std::size_t parts, int threads, T* sum, T* w_bar) {
     const std::size_t filters = rounded(s.filters, lanes), place = s.channels * filters;
-    parallel_for(s.filters, 8, threads, [&](std::size_t k) {
-        for (std::size_t c = 0; c < s.channels; ++c) {
+    parallel_for(s.channels, 4, threads, [&](std::size_t c) {
+        for (std::size_t part = 1; part < parts; ++part) {
+            for (std::size_t row = 0; row < 16; ++row) {
+                T* to = sum + row * place + c * filters;
+                const T* from = to + part * 16 * place;
+                for (std::size_t k = 0; k < s.filters; ++k) to[k] += from[k];
+            }
+        }
+        for (std::size_t k = 0; k < s.filters; ++k) {
             const T* from = sum + c * filters + k;
             T half[12];
             for (std::size_t j = 0; j < 4; ++j) {
@@ -184,34 +191,19 @@ void winograd_weight_gradient(const Input<T>& x, const std::optional<Input<T>>& 
     const ConvUnit<T>& unit = conv_unit<T>();
 
     nb::gil_scoped_release release;
-    const std::size_t filters = rounded(s.filters, unit.lanes), duals = x_dot_data != nullptr ? 2 : 1;
-    const std::size_t v = 16 * kTilesSummed * s.channels, z = 16 * kTilesSummed * filters, sum = 16 * s.channels * filters;
+    const bool dual = x_dot_data != nullptr;
+    const std::size_t filters = rounded(s.filters, unit.lanes), each = 16 * s.channels * filters;
+    const std::size_t parts = std::clamp<std::size_t>(s.tiles() / kTilesOfPart, 1, kMostParts);
+    const std::size_t needed = (dual ? 32 : 16) * kTilesSummed * (s.channels + filters);
     static thread_local Buffer<T> buffer;
-    T* memory = buffer.at_least(duals * (v + z) + sum);
+    T* sums = buffer.at_least(parts * each);
+    std::fill(sums, sums + parts * each, T(0));
     const std::vector<T> zeros(std::max(s.channels, s.filters));
-    WinogradSum<T> block{s,
-                         0,
-                         0,
-                         x.data(),
-                         x_dot_data,
-                         y_bar.data(),
-                         y_bar_dot_data,
-                         zeros.data(),
-                         memory + sum,
-                         memory + sum + (duals - 1) * v,
-                         memory + sum + duals * v,
-                         memory + sum + duals * v + (duals - 1) * z,
-                         memory};
-    std::fill(memory, memory + sum, T(0));
-    const std::size_t panels = filters / unit.lanes;
-    for (; block.first_tile < s.tiles(); block.first_tile += kTilesSummed) {
-        block.tiles = std::min(kTilesSummed, s.tiles() - block.first_tile);
-        parallel_for(block.tiles, 16, threads, [&](std::size_t tile) { unit.winograd_sum_transform(block, tile); });
-        parallel_for(16 * panels, 1, threads, [&](std::size_t part) {
-            unit.winograd_sum_multiply(block, part / panels, part % panels * unit.lanes);
-        });
-    }
-    transform_weight_gradient(s, unit.lanes, threads, memory, w_bar.data());
+    const WinogradSum<T> arguments{s,         parts, x.data(), x_dot_data, y_bar.data(), y_bar_dot_data,
+                                   zeros.data(), sums};
+    const auto kernel = dual ? unit.winograd_dual_sum : unit.winograd_sum;
+    parallel_for(parts, 1, threads, [&](std::size_t part) { kernel(arguments, part, scratch<T>(needed)); });
+    transform_weight_gradient(s, unit.lanes, parts, threads, sums, w_bar.data());
 }
 
 // y = W∗x for few channels

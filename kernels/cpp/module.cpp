@@ -7,6 +7,7 @@
 #include "conv_module.h"
 #include "distance.h"
 #include "planes_module.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -34,7 +35,20 @@ void define_squared_distance(nb::module_& module) {
         "a"_a.noconvert(), "b"_a.noconvert(), "threads"_a);
 }
 
+// A tensor of `size` bytes without a value, which goes back to the pool when nobody holds it any more.
+nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>> memory(std::size_t size) {
+    static Pool& pool = *new Pool;  // never destroyed: tensors may outlive the module
+    struct Held {
+        Pool::Block block;
+        ~Held() { pool.give_back(block); }
+    };
+    Held* held = new Held{pool.take(size)};
+    const nb::capsule owner(held, [](void* held) noexcept { delete static_cast<Held*>(held); });
+    return {held->block.memory, {size}, owner};
+}
+
 NB_MODULE(_native, module) {
+    module.def("memory", memory, "size"_a);
     define_squared_distance<float>(module);
     define_squared_distance<double>(module);
     define_squared_distance<BFloat16>(module);

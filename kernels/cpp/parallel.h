@@ -30,12 +30,13 @@ template <typename Body>
 void parallel_for(std::size_t blocks, std::size_t grain, int threads, const Body& body) {
     const std::size_t useful = std::max<std::size_t>(1, blocks / grain);
     const std::size_t workers = std::min<std::size_t>(static_cast<std::size_t>(std::max(threads, 1)), useful);
+    const std::size_t shares = workers == 1 ? 1 : std::min(blocks, 8 * workers);
     std::atomic<std::size_t> next{0};
-    // whoever comes takes the next share, so all is done even if the pool gives fewer threads
+    // whoever is free takes the next share: a thread that others keep from its core does less
     const auto work = [&] {
-        for (std::size_t worker = next++; worker < workers; worker = next++) {
-            const std::size_t end = (worker + 1) * blocks / workers;
-            for (std::size_t block = worker * blocks / workers; block < end; ++block) body(block);
+        for (std::size_t taken = next++; taken < shares; taken = next++) {
+            const std::size_t end = (taken + 1) * blocks / shares;
+            for (std::size_t block = taken * blocks / shares; block < end; ++block) body(block);
         }
     };
     if (workers == 1) {

@@ -25,8 +25,8 @@ struct ConvUnit {
     std::size_t lanes;  // filters of one panel
     void (*winograd_forward)(const WinogradForward<T>&, std::size_t block, T* scratch);
     void (*winograd_dual_forward)(const WinogradForward<T>&, std::size_t block, T* scratch);
-    void (*winograd_sum_transform)(const WinogradSum<T>&, std::size_t tile);
-    void (*winograd_sum_multiply)(const WinogradSum<T>&, std::size_t place, std::size_t filter);
+    void (*winograd_sum)(const WinogradSum<T>&, std::size_t part, T* scratch);
+    void (*winograd_dual_sum)(const WinogradSum<T>&, std::size_t part, T* scratch);
     void (*patches_forward)(const Patches<T>&, std::size_t sample, T* scratch);
     void (*patches_weight_gradient)(const Patches<T>&, std::size_t sample, T* scratch);
     void (*patches_input_gradient)(const Patches<T>&, std::size_t sample, T* scratch);
