@@ -54,13 +54,14 @@ def _faster(kind: str, x: Tensor, weight: Tensor, y: Tensor, padding: int, devic
     candidates = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         tensors = [value.contiguous(memory_format=memory_format) for value in (x, weight, y)]
-        run = _operation(kind, *tensors, padding=padding)
+        run = _operation(kind, tensors, padding)
         run()
         candidates.append((min(seconds(run, device) for _ in range(2)), run))
     return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
-def _operation(kind: str, x: Tensor, weight: Tensor, y: Tensor, padding: int) -> Callable[[], Any]:
+def _operation(kind: str, tensors: list[Tensor], padding: int) -> Callable[[], Any]:
+    x, weight, y = tensors
     shape = ([1, 1], [padding, padding], [1, 1])  # stride, padding, dilation
     if kind == "forward":
         return lambda: torch.convolution(x, weight, None, *shape, False, [0, 0], 1)

@@ -18,6 +18,9 @@ from mtt_fast.provenance import device_name, versions
 
 log = logging.getLogger("mtt_fast")
 
+TRACE = ".trace.json"
+"""How the names of traces end, which are no records."""
+
 _ROOT = Path(__file__).resolve().parents[1]
 
 

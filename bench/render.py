@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.records import read_record
+from bench.records import TRACE, read_record
 from mtt_fast.errors import InputError
 from mtt_fast.files import write_text
 
@@ -38,7 +38,7 @@ class Options:
 def main(options: Options, command: str) -> None:
     """Render every record, then the marked places of the README."""
     folder = Path(options.results)
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(path for path in folder.glob("*.json") if not path.name.endswith(TRACE))
     if not paths:
         raise InputError(f"{folder}: holds no records; make one, e.g. with python -m bench meta_step")
     tables = {}

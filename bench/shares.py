@@ -1,4 +1,4 @@
-"""Where an iteration of the fused step spends its time: every operation of mtt_fast.kernels timed where it is called."""
+"""Where an iteration of the fused step spends its time: every operation of mtt_fast.kernels seen where it is called."""
 
 from __future__ import annotations
 
@@ -13,55 +13,57 @@ import torch
 from bench.measuring import seconds, synchronise
 from mtt_fast import kernels
 
+Operation = Callable[..., Any]
+_COMPUTE = ("conv", "norm", "linear", "squared")  # how their names begin
+
 
 @contextlib.contextmanager
-def timed_operations(device: torch.device) -> Iterator[dict[str, float]]:
-    """Within, add up the seconds of each operation, by name. On a GPU each is waited for, which takes time itself."""
-    found: dict[str, float] = defaultdict(float)
-    operations = {
-        name: value for name in kernels.__all__ if callable(value := getattr(kernels, name)) and _computes(name)
-    }
+def wrapped_operations(wrap: Callable[[str, Operation], Operation]) -> Iterator[None]:
+    """Within, call `wrap(name, operation)` in place of each operation of mtt_fast.kernels."""
+    operations = {name: getattr(kernels, name) for name in kernels.__all__ if name.startswith(_COMPUTE)}
     try:
         for name, operation in operations.items():
-            setattr(kernels, name, _timed(name, operation, device, found))
-        yield found
+            setattr(kernels, name, functools.wraps(operation)(wrap(name, operation)))
+        yield
     finally:
         for name, operation in operations.items():
             setattr(kernels, name, operation)
 
 
+def labelled(name: str, operation: Operation) -> Operation:
+    """Return `operation` with its name in a profile."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(f"kernels.{name}"):
+            return operation(*args, **kwargs)
+
+    return call
+
+
 def share_of_operations(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Return the share of one call of `run` of convolutions, of other operations and of the rest; nothing if none ran."""
-    with timed_operations(device) as operations:
+    """Return the share of one call of `run` of convolutions, of other operations and of the rest; nothing if none ran.
+
+    On a GPU each operation is waited for, which takes time itself.
+    """
+    taken: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, operation: Operation) -> Operation:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result: list[Any] = []
+            synchronise(device)
+            taken[name] += seconds(lambda: result.append(operation(*args, **kwargs)), device)
+            return result[0]
+
+        return call
+
+    with wrapped_operations(timed):
         whole = seconds(run, device)
-    if not operations:
+    if not taken:
         return {}
-    convolutions = sum(taken for name, taken in operations.items() if name.startswith("conv"))
-    others = sum(operations.values()) - convolutions
+    convolutions = sum(value for name, value in taken.items() if name.startswith("conv"))
+    others = sum(taken.values()) - convolutions
     return {
         "convolutions": convolutions / whole,
         "other operations": others / whole,
         "rest": 1 - (convolutions + others) / whole,
     }
-
-
-def _computes(name: str) -> bool:
-    return name.startswith(("conv", "norm", "linear", "squared"))
-
-
-def _timed(
-    name: str, operation: Callable[..., Any], device: torch.device, found: dict[str, float]
-) -> Callable[..., Any]:
-    @functools.wraps(operation)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        result = None
-
-        def run() -> None:
-            nonlocal result
-            result = operation(*args, **kwargs)
-
-        synchronise(device)
-        found[name] += seconds(run, device)
-        return result
-
-    return call

@@ -66,7 +66,7 @@ def test_peak_grows_with_the_steps_by_the_parameters_alone() -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize(("budget", "native"), [("40MiB", "1"), ("60MiB", "1"), ("80MiB", "0"), ("160MiB", "0")])
+@pytest.mark.parametrize(("budget", "native"), [("30MiB", "1"), ("40MiB", "1"), ("80MiB", "0"), ("160MiB", "0")])
 def test_the_budget_holds(budget: str, native: str) -> None:
     environment = {"MTT_FAST_NATIVE": native}
     assert peak_bytes(3, 40, budget, **environment) <= parse_bytes(budget) < peak_bytes(3, 40, **environment)

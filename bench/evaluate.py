@@ -1,0 +1,23 @@
+"""Training on distilled images, as an evaluation does: mtt_fast beside an ordinary module and optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.training import TrainingOptions, compare
+from mtt_fast.evaluate import REAL_IMAGES_LR, EvaluationProtocol
+from mtt_fast.training import Sgd
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions):
+    """Time an epoch of an evaluation's training. Of the shape, the network counts."""
+
+    images: int = 100
+    """in the distilled set"""
+
+
+def main(options: Options, command: str) -> None:
+    """Measure, print the table, write the record."""
+    usual = EvaluationProtocol()
+    compare(options, "evaluate", Sgd(REAL_IMAGES_LR, usual.momentum, usual.weight_decay, options.batch_train), command)

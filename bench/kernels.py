@@ -1,0 +1,197 @@
+"""Each operation of mtt_fast.kernels at the shapes of a setting, beside the device's copy and matrix product."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measuring import copy_peak, in_turns, matrix_product_peak, seconds, set_precision
+from bench.parsing import CommonOptions
+from bench.records import write_record
+from bench.render import table
+from bench.settings import Setting, Shape
+from mtt_fast import kernels
+from mtt_fast.convnet import NORM_EPS
+from mtt_fast.kernels import reference
+from mtt_fast.testing import relative_error
+
+log = logging.getLogger("mtt_fast")
+
+FLOAT64_TOLERANCE = 1e-9
+FLOAT32_TOLERANCE = 1e-3  # a unit that rounding carries over ReLU's kink changes a gradient by more than rounding
+_LEAST_SECONDS = 0.02  # an operation is repeated within a measurement until it takes so long
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions, Shape):
+    """Time each kernel at the shapes of a setting."""
+
+    precision: str = "tf32"
+    """of a GPU's float32 products: tf32, or fp32"""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation at one shape: its arguments, and what it has to move and to compute at the least."""
+
+    name: str
+    shape: str
+    arguments: tuple[Any, ...]
+    moved: int
+    """bytes: each input read once, each output written once"""
+    flops: int
+
+    def run(self) -> Any:
+        """Call it once."""
+        return getattr(kernels, self.name)(*self.arguments)
+
+
+def main(options: Options, command: str) -> None:
+    """Measure, print the table, write the record."""
+    device, setting = options.torch_device(), options.resolve()
+    set_precision(device, options.precision)
+    found = {f"{op.name} {op.shape}": op for op in operations(setting, device)}
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, int] = {}
+    for name, operation in found.items():
+        rows[name] = {"operation": operation.name, "shape": operation.shape, "problem": None, "seconds": None}
+        try:
+            rows[name] |= errors(operation)
+            calls[name] = 1 + int(_LEAST_SECONDS / seconds(operation.run, device))
+        except Exception as error:  # its row says so, and the others go on
+            rows[name]["problem"] = f"{type(error).__name__}: {error}"
+            continue
+        if not (rows[name]["error_float64"] <= FLOAT64_TOLERANCE and rows[name]["error"] <= FLOAT32_TOLERANCE):
+            rows[name]["problem"] = "wrong"
+            del calls[name]
+    copy, product = copy_peak(device), matrix_product_peak(device)
+
+    def measure(name: str) -> float:
+        def several() -> None:
+            for _ in range(calls[name]):
+                found[name].run()
+
+        return seconds(several, device) / calls[name]
+
+    timings = in_turns(options.repetitions, calls, measure, lambda name, error: rows[name].update(problem=str(error)))
+    for name, timing in timings.items():
+        operation, median = found[name], timing["median"]
+        bandwidth, speed = operation.moved / median, operation.flops / median
+        rows[name] |= {
+            "seconds": timing, "bytes_per_second": bandwidth, "share_of_copy": bandwidth / copy,
+            "flops_per_second": speed or None, "share_of_product": speed / product if speed else None,
+        }  # fmt: skip
+    conditions = {"case": str(setting), "copy_bytes_per_second": copy, "matrix_product_flops": product}
+    print(table("kernels", conditions, list(rows.values())))
+    name = options.name or f"kernels-{options.label()}-{device.type}"
+    write_record(options.out, name, "kernels", device, conditions, list(rows.values()), command)
+
+
+def errors(operation: Operation, function: Callable[..., Any] | None = None) -> dict[str, float]:
+    """Return the operation's largest relative errors against its definition in float64, in float64 and in float32.
+
+    `function` stands for the operation if given.
+    """
+    function = function or getattr(kernels, operation.name)
+    wide = [_in_float64(argument) for argument in operation.arguments]
+    expected = _tensors(getattr(reference, operation.name)(*wide))
+
+    def error(arguments: list[Any]) -> float:
+        pairs = zip(_tensors(function(*arguments)), expected, strict=True)
+        return max(relative_error(mine, theirs, floor=1e-6) for mine, theirs in pairs)
+
+    return {"error_float64": error(wide), "error": error(list(operation.arguments))}
+
+
+def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
+    """Yield every operation at every shape that a step of the setting calls it with."""
+    net, batch = setting.net, setting.batch
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        found = torch.randn(shape, generator=generator, device=device)
+        planes = len(shape) == 4 and shape[2:] != (3, 3)
+        return found.contiguous(memory_format=torch.channels_last) if planes else found
+
+    assert isinstance(net.image_size, int)
+    size = net.image_size
+    for block in range(net.depth):
+        channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
+        x, x_dot = random(batch, channels, size, size), random(batch, channels, size, size)
+        weight, weight_dot = random(net.width, channels, 3, 3) / 10, random(net.width, channels, 3, 3) / 10
+        size += 2 * padding - 2
+        y, y_dot, y_bar, y_bar_dot = (random(batch, net.width, size, size) for _ in range(4))
+        one = 2 * weight.numel() * batch * size * size  # one convolution
+        ins, outs = x.nbytes, y.nbytes
+        shape = f"{batch}×{channels}→{net.width}×{size}²"
+        x_dot_or_none = x_dot if block else None  # images have no tangent
+        dots = 1 if block else 0
+        yield Operation("conv3x3", shape, (x, weight, padding), ins + outs, one)
+        yield Operation("conv3x3_weight_gradient", shape, (x, y_bar, padding), ins + outs, one)
+        yield Operation(
+            "conv3x3_dual",
+            shape,
+            (x, x_dot_or_none, weight, weight_dot, padding),
+            (1 + dots) * ins + 2 * outs,
+            (2 + dots) * one,
+        )
+        yield Operation(
+            "conv3x3_dual_weight_gradient", shape, (x, x_dot_or_none, y_bar, y_bar_dot, padding),
+            (1 + dots) * ins + 2 * outs, (1 + dots) * one,
+        )  # fmt: skip
+        both = (y_bar, y_bar_dot, weight, weight_dot, padding)
+        if block:
+            yield Operation("conv3x3_input_gradient", shape, (y_bar, weight, padding), ins + outs, one)
+            yield Operation("conv3x3_dual_input_gradient", shape, both, 2 * (ins + outs), 3 * one)
+        else:
+            yield Operation("conv3x3_dual_image_gradient", shape, both, ins + 2 * outs, 2 * one)
+
+        gamma, beta, gamma_dot, beta_dot = (random(net.width) for _ in range(4))
+        plane_shape = f"{batch}×{net.width}×{size}²"
+        pooled, mean, rstd = kernels.norm_relu_pool(y, gamma, beta, NORM_EPS)
+        p_bar, p_bar_dot = torch.randn_like(pooled), torch.randn_like(pooled)
+        small = pooled.nbytes
+        yield Operation("norm_relu_pool", plane_shape, (y, gamma, beta, NORM_EPS), outs + small, 0)
+        yield Operation(
+            "norm_relu_pool_backward", plane_shape, (y, mean, rstd, gamma, beta, p_bar), 2 * outs + small, 0
+        )
+        norm = (gamma, beta, gamma_dot, beta_dot)
+        yield Operation("norm_relu_pool_dual", plane_shape, (y, y_dot, *norm, NORM_EPS), 2 * (outs + small), 0)
+        numbers = kernels.norm_relu_pool_dual(y, y_dot, *norm, NORM_EPS)[2:]
+        yield Operation(
+            "norm_relu_pool_dual_backward", plane_shape, (y, y_dot, *numbers, *norm, p_bar, p_bar_dot),
+            4 * outs + 2 * small, 0,
+        )  # fmt: skip
+        size //= 2
+
+    features = net.width * size * size
+    f, f_dot, labels = (
+        random(batch, features),
+        random(batch, features),
+        torch.arange(batch, device=device) % net.num_classes,
+    )
+    a, c, a_dot, c_dot = (
+        random(net.num_classes, features), random(net.num_classes), random(net.num_classes, features), random(net.num_classes),
+    )  # fmt: skip
+    one, shape = 2 * batch * a.numel(), f"{batch}×{features}→{net.num_classes}"
+    plain = (f, a / 30, c, labels, "indices")
+    yield Operation("linear_cross_entropy", shape, plain, 2 * (f.nbytes + a.nbytes), 3 * one)
+    dual = (f, f_dot, a / 30, c, a_dot / 30, c_dot, labels, "indices")
+    yield Operation("linear_cross_entropy_dual", shape, dual, 4 * f.nbytes + 3 * a.nbytes, 8 * one)
+    theta = random(net.num_parameters)
+    other = random(net.num_parameters)
+    yield Operation("squared_distance", f"{net.num_parameters}", (theta, other), 2 * theta.nbytes, 0)
+
+
+def _in_float64(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    results = result if isinstance(result, tuple) else (result,)
+    return [value for value in results if isinstance(value, Tensor)]

@@ -1,0 +1,55 @@
+"""A trace of one iteration, to be opened with ui.perfetto.dev or chrome://tracing."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from bench.cases import make_case, to
+from bench.engines import engine_named
+from bench.measuring import set_precision, synchronise
+from bench.parsing import CommonOptions
+from bench.records import TRACE
+from bench.settings import Shape
+from bench.shares import labelled, wrapped_operations
+
+log = logging.getLogger("mtt_fast")
+
+_LINES = 15
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions, Shape):
+    """Write a trace of one iteration, after as many untimed ones as --repetitions says."""
+
+    repetitions: int = 1
+    """iterations before the one that is traced"""
+    out: str = "runs/profile"
+    """folder of the trace"""
+    engine: str = "fused"
+    """which engine"""
+    precision: str = "tf32"
+    """of a GPU's float32 products: tf32, or fp32"""
+
+
+def main(options: Options, command: str) -> None:
+    """Trace, print what took longest, write the file."""
+    device, setting = options.torch_device(), options.resolve()
+    set_precision(device, options.precision)
+    engine, case = engine_named(options.engine), to(make_case(setting), torch.float32, device)
+    for _ in range(options.repetitions):
+        engine.run(case)
+    on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with wrapped_operations(labelled), torch.profiler.profile(activities=[ProfilerActivity.CPU, *on_gpu]) as found:
+        engine.run(case)
+        synchronise(device)
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=_LINES))
+    path = Path(options.out) / f"{options.name or f'{options.engine}-{options.label()}-{device.type}'}{TRACE}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.export_chrome_trace(str(path))
+    log.info("%s: open it with ui.perfetto.dev or chrome://tracing (%s)", path, command)

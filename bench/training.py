@@ -1,0 +1,189 @@
+"""Training on images, by mtt_fast and by an ordinary module and optimiser: what `experts` and `evaluate` compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gate import FLOAT64_TOLERANCE
+from bench.measuring import in_turns, peak_above_baseline, turn
+from bench.parsing import CommonOptions
+from bench.records import write_record
+from bench.render import table
+from bench.settings import Setting, Shape
+from bench.workers import Worker, WorkerError
+from mtt_fast import testing
+from mtt_fast.augment import augment_by_strategy
+from mtt_fast.choice import student_for
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.experts import ExpertTraining
+from mtt_fast.testing import relative_error
+from mtt_fast.training import Images, Sgd, train_epoch
+
+_EPOCH = 50_000  # images of CIFAR that an expert sees in an epoch
+Loop = Callable[[ConvNet, Tensor, Images, Sgd, str, torch.Generator], Tensor]
+"""From initial parameters (P,), images, and hyper-parameters to the parameters after one epoch."""
+
+
+def plain_loop(
+    net: ConvNet, start: Tensor, images: Images, sgd: Sgd, augment: str, generator: torch.Generator
+) -> Tensor:
+    """Train as a script does: nn.Module, torch.optim.SGD, loss.backward(). The augmentation is mtt_fast's own."""
+    assert isinstance(net.image_size, int)
+    module = testing.reference_convnet(net.in_channels, net.num_classes, net.image_size, net.width, net.depth).to(start)
+    torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
+    optimiser = torch.optim.SGD(module.parameters(), sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+    augmentation = augment_by_strategy(augment)
+    order = torch.randperm(len(images), generator=generator).to(start.device)
+    for index in order.split(sgd.batch_size):
+        seen, labels = images.batch(index)
+        if augmentation:
+            seen = augmentation(seen, augmentation.draw(seen, generator))
+        optimiser.zero_grad()
+        F.cross_entropy(module(seen), labels).backward()
+        optimiser.step()
+    return torch.nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+def mtt_fast_loop(
+    net: ConvNet, start: Tensor, images: Images, sgd: Sgd, augment: str, generator: torch.Generator
+) -> Tensor:
+    """Train as mtt_fast's experts and evaluations do."""
+    theta, velocity = start.clone(), torch.zeros_like(start)
+    student = student_for(net, start.device)
+    train_epoch(student, theta, velocity, images, sgd, augment_by_strategy(augment), generator)
+    return theta
+
+
+LOOPS: dict[str, tuple[Loop, bool]] = {
+    "plain": (plain_loop, False),
+    "plain-tuned": (plain_loop, True),
+    "mtt_fast": (mtt_fast_loop, True),
+}
+"""The loop, and whether glibc keeps freed memory for it."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions(CommonOptions, Shape):
+    """What both benchmarks of training are told; the shape's N and b mean nothing here."""
+
+    images: int = 1024
+    """in the epoch that is timed"""
+    batch_train: int = 256
+    """batch size"""
+    augment: bool = True
+    """augment as the method does"""
+
+
+def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) -> None:
+    """Time one epoch by every loop in turn, print the table, write the record."""
+    device, setting = options.torch_device(), options.resolve()
+    if min(options.images, options.batch_train) < 1:
+        raise InputError("--images, --batch_train: expected at least 1")
+    strategy = ExpertTraining().augment if options.augment else "none"
+    task = {"net": asdict(setting.net), "images": options.images, "sgd": asdict(sgd), "augment": strategy}
+    rows: dict[str, dict[str, Any]] = {}
+    workers: dict[str, Worker] = {}
+
+    def give_up(name: str, error: Exception) -> None:
+        rows[name]["problem"] = str(error)
+        if name in workers:
+            workers.pop(name).close()
+
+    try:
+        for name, (_, tuned) in LOOPS.items():
+            rows[name] = {"loop": name, "problem": None, "seconds": None}
+            try:
+                workers[name] = Worker(build, tuned=tuned, loop=name, device=str(device), **task)
+                rows[name] |= workers[name].ask(check)
+                if not rows[name]["error_float64"] <= FLOAT64_TOLERANCE:
+                    raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")
+            except WorkerError as error:
+                give_up(name, error)
+        timings = in_turns(options.repetitions, workers, lambda name: float(workers[name].ask(timed)), give_up)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    for name, timing in timings.items():
+        median = timing["median"]
+        rows[name] |= {
+            "seconds": timing,
+            "images_per_second": options.images / median,
+            "epoch_seconds": _EPOCH / options.images * median if benchmark == "experts" else None,
+            "speedup": timings["plain"]["median"] / median if "plain" in timings else None,
+            "speedup_tuned": timings["plain-tuned"]["median"] / median if "plain-tuned" in timings else None,
+        }
+    conditions = {
+        "case": f"{options.images} images, batches of {options.batch_train}, augmentation {strategy}, {setting.net}"
+    }
+    print(table("training", conditions, list(rows.values())))
+    name = options.name or f"{benchmark}-{options.label()}-{device.type}"
+    write_record(options.out, name, "training", device, conditions, list(rows.values()), command)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a worker holds."""
+
+    loop: Loop
+    net: ConvNet
+    start: Tensor
+    images: Images
+    sgd: Sgd
+    augment: str
+
+    def run(self) -> Tensor:
+        """One epoch."""
+        return self.loop(self.net, self.start, self.images, self.sgd, self.augment, torch.Generator().manual_seed(0))
+
+
+def build(loop: str, device: str, net: dict[str, Any], images: int, sgd: dict[str, Any], augment: str) -> State:
+    """In a worker: return its state."""
+    network, place = ConvNet(**net), torch.device(device)
+    assert isinstance(network.image_size, int)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, network.in_channels, network.image_size, network.image_size, generator=generator)
+    labels = torch.arange(images) % network.num_classes
+    start = network.init(generator).to(place)
+    return State(LOOPS[loop][0], network, start, Images(pixels.to(place), labels.to(place)), Sgd(**sgd), augment)
+
+
+def check(state: State) -> dict[str, Any]:
+    """In a worker: return the loop's float64 error on a small case, and the peak memory of an epoch."""
+    error = float64_error(state.loop, state.sgd, state.start.device)
+    return {"error_float64": error, "peak": peak_above_baseline(state.run, state.start.device)}
+
+
+def timed(state: State) -> float:
+    """In a worker: return the seconds of one epoch."""
+    return turn(state.run, state.start.device)
+
+
+def float64_error(loop: Loop, sgd: Sgd, device: torch.device) -> float:
+    """Return the relative error of a small epoch's displacement, in float64, against autograd written out."""
+    setting = Setting(ConvNet(3, 4, 8, width=6, depth=2), images=10, steps=1, batch=4)
+    net, generator = setting.net, torch.Generator().manual_seed(1)
+    small = Sgd(sgd.lr, sgd.momentum, sgd.weight_decay, setting.batch)
+    pixels = torch.randn(setting.images, 3, 8, 8, generator=generator, dtype=torch.float64).to(device)
+    images = Images(pixels, torch.arange(setting.images, device=device) % 4)
+    start = net.init(generator).double().to(device)
+    found = loop(net, start, images, small, "none", torch.Generator().manual_seed(2))
+
+    network = testing.module_function(testing.reference_convnet(3, 4, 8, 6, 2).to(start))
+    theta, velocity = start, torch.zeros_like(start)
+    for index in (
+        torch.randperm(setting.images, generator=torch.Generator().manual_seed(2)).to(device).split(small.batch_size)
+    ):
+        leaf = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(network(leaf, images.pixels[index]), images.labels[index]), leaf
+        )
+        velocity = small.momentum * velocity + gradient + small.weight_decay * theta
+        theta = theta - small.lr * velocity
+    return relative_error(found - start, theta - start)

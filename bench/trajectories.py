@@ -1,0 +1,136 @@
+"""Reading experts: mtt_fast's store beside torch.load of the public code's buffers.
+
+Each time in a new process, since what an iteration waits for first is the whole file there, and two rows here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measuring import Spread, resident_bytes, spread
+from bench.parsing import CommonOptions
+from bench.records import write_record
+from bench.render import table
+from bench.settings import Shape
+from bench.workers import Worker, WorkerError
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+
+_EXPERT_EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions, Shape):
+    """Time how long the first sample of a trajectory takes. Of the shape, the network counts."""
+
+    experts: int = 5
+    """in a file of the public layout (which holds ten by default)"""
+    epochs: int = 50
+    """of each expert"""
+
+
+def main(options: Options, command: str) -> None:
+    """Write experts in both formats, measure, print the table, write the record."""
+    device, net = options.torch_device(), options.resolve().net
+    if min(options.experts, options.epochs - _EXPERT_EPOCHS) < 1:
+        raise InputError(f"--experts, --epochs: expected at least 1 and {_EXPERT_EPOCHS + 1}")
+    last = {"expert": options.experts - 1, "epoch": options.epochs - _EXPERT_EPOCHS}
+    with tempfile.TemporaryDirectory(prefix="mtt_fast-bench-") as folder:
+        places = write_both(Path(folder), net, options.experts, options.epochs)
+        rows = []
+        for reader, place in places.items():
+            row: dict[str, Any] = {
+                "reader": reader,
+                "problem": None,
+                "disk": sum(file.stat().st_size for file in _files(place)),
+            }
+            try:
+                row |= measured(reader, place, last, options.repetitions)
+            except WorkerError as error:
+                row["problem"] = str(error)
+            rows.append(row)
+        samples = [row.pop("sample", None) for row in rows]
+        if len({tuple(sample) for sample in samples if sample}) != 1:
+            raise InputError("trajectories: the two formats gave different parameters; nothing is recorded")
+    megabytes = 4 * net.num_parameters / 1e6
+    conditions = {
+        "case": f"{options.experts} experts, {options.epochs} epochs, {megabytes:.1f} MB of parameters each time"
+    }
+    print(table("trajectories", conditions, rows))
+    name = options.name or f"trajectories-{options.label()}-cpu"
+    write_record(options.out, name, "trajectories", device, conditions, rows, command)
+
+
+def write_both(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[str, Path]:
+    """Write the same random experts in both formats; return where, by the reader's name.
+
+    The public layout: a list of experts, each a list of epochs, each a list of the network's parameter tensors.
+    """
+    generator, public = torch.Generator().manual_seed(0), []
+    for expert in range(experts):
+        parameters = torch.randn(epochs + 1, net.num_parameters, generator=generator)
+        metadata = ExpertMetadata(
+            network={"kind": "ConvNet", **dataclasses.asdict(net)}, layout=net.layout.describe(), dataset="random",
+            fingerprint="random", whitening="none", hyperparameters={}, seed=0, accuracy=[0.0] * (epochs + 1), versions={},
+        )  # fmt: skip
+        write_expert(folder / "store", expert, parameters, metadata)
+        public.append([[part.clone() for part in net.layout.split(row)] for row in parameters])
+    torch.save(public, folder / "replay_buffer_0.pt")
+    return {"torch.load": folder / "replay_buffer_0.pt", "TrajectoryStore": folder / "store"}
+
+
+def measured(reader: str, place: Path, last: dict[str, int], repetitions: int) -> dict[str, Any]:
+    """Return the times and the memory of reading one sample, each time in a new process."""
+    first, further, resident, sample = [], [], 0, []
+    for _ in range(repetitions):
+        with Worker(build, reader=reader, place=str(place)) as worker:
+            found = worker.ask(read_sample, **last)
+            again = worker.ask(read_sample, expert=0, epoch=0)
+        first.append(found["seconds"])
+        further.append(again["seconds"])
+        resident, sample = found["resident"], found["sample"]
+    times: dict[str, Spread] = {"first": spread(first), "further": spread(further)}
+    return {**times, "resident": resident, "sample": sample}
+
+
+@dataclass
+class State:
+    """What a worker holds: a reader that opens its file or folder when it is first asked."""
+
+    open: Callable[[], Callable[[int, int], Tensor]]
+    read: Callable[[int, int], Tensor] | None = None
+
+
+def build(reader: str, place: str) -> State:
+    """In a worker: return its state."""
+    return State((lambda: _open_public(place)) if reader == "torch.load" else (lambda: TrajectoryStore(place).read))
+
+
+def read_sample(state: State, expert: int, epoch: int) -> dict[str, Any]:
+    """In a worker: return the time and memory for the start and target of one iteration, and their sums as a check."""
+    before, began = resident_bytes(), time.perf_counter()
+    if state.read is None:
+        state.read = state.open()
+    start, target = state.read(expert, epoch), state.read(expert, epoch + _EXPERT_EPOCHS)
+    taken = time.perf_counter() - began
+    sums = [float(row.double().sum()) for row in (start, target)]
+    return {"seconds": taken, "resident": max(0, resident_bytes() - before), "sample": sums}
+
+
+def _open_public(path: str) -> Callable[[int, int], Tensor]:
+    buffers = torch.load(path)
+    return lambda expert, epoch: torch.cat([part.reshape(-1) for part in buffers[expert][epoch]])
+
+
+def _files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else list(place.iterdir())
