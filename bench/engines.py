@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,26 +110,22 @@ def fused(case: Case, **cut: Any) -> Gradients:
 
 
 def compiled(case: Case) -> Gradients:
-    """The generic step, forward and mixed, each through torch.compile."""
-    student = GenericStudent(case.net)
+    """The generic mixed step through torch.compile; the plain gradients as they are."""
+    step = _compiled_step(GenericStudent(case.net))
     adjoint, path = _plain_sweep(case)
     to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
     for n in reversed(range(len(case.batches))):
         index = case.batches[n]
-        tangent: GradientTangent = _compiled_step(
-            student, path[n].clone(), case.images[index], case.labels[index], adjoint
-        )
+        tangent = step(path[n].clone(), case.images[index], case.labels[index], adjoint)
         to_images.index_add_(0, index, tangent.images, alpha=-float(case.lr))
         to_lr -= tangent.v_dot_g
         adjoint = adjoint - case.lr * tangent.hessian_v
     return Gradients(to_images, to_lr)
 
 
-@torch.compile(dynamic=False)
-def _compiled_step(
-    student: GenericStudent, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor
-) -> GradientTangent:
-    return student.gradient_jvp(theta, images, labels, v)
+@functools.cache
+def _compiled_step(student: GenericStudent) -> Callable[[Tensor, Tensor, Tensor, Tensor], GradientTangent]:
+    return torch.compile(student.gradient_jvp, dynamic=False)  # here, since the compiler takes seconds to import
 
 
 def _unrolled(case: Case, **options: Any) -> Gradients:

@@ -17,12 +17,12 @@ PLAIN_GRADIENT: Passes = (3, 1)
 # Whole graph, backward through that gradient: the tangent-like sum W∗ẋ + Ẇ∗x (2, no ẋ at the images), both terms of the
 # input's gradient (2), both of the weight's (2, of which the first layer has one).
 DOUBLE_BACKWARD: Passes = (6, 2)
-# Only to the images: neither of the weight's.
-DOUBLE_BACKWARD_TO_IMAGES: Passes = (4, 1)
+# Only to the images: of the weight's terms torch computes one all the same.
+DOUBLE_BACKWARD_TO_IMAGES: Passes = (5, 2)
 # By hand: forward 1, tangent 2, gradient to the inputs 1, its tangent 2, tangent of the weight's gradient 2.
 MIXED_STEP: Passes = (8, 3)
-# torch.func computes the primal's own gradients to weights and images too, which nobody needs.
-GENERIC_MIXED_STEP: Passes = (9, 2)
+# torch.func computes the primal's own gradients to weights and images too, and takes the images' ẋ = 0 for a number.
+GENERIC_MIXED_STEP: Passes = (9, 0)
 
 
 def forward_flops(net: ConvNet) -> tuple[int, int]:

@@ -84,8 +84,10 @@ case $stage in
         exit $status
         ;;
     2)
-        for setting in cifar10-ipc10 imagenet128-ipc10; do
-            bench "kernels-$setting" kernels --setting $setting
+        settings=(cifar10-ipc10 imagenet128-ipc10)
+        if [ -n "$rehearse" ]; then settings=(cifar10-ipc10); fi
+        for setting in "${settings[@]}"; do
+            bench "kernels-$setting" kernels --setting "$setting"
         done
         ;;
     3)

@@ -1,0 +1,392 @@
+"""Every benchmark at toy size, the GPU's stages rehearsed, and the gate: what is wrong must not be timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from bench import flops, gate, kernels, training
+from bench.__main__ import main
+from bench.cases import make_case, to
+from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, fused, whole_graph
+from bench.measuring import in_turns, peak_above_baseline, spread
+from bench.render import filled_in, table
+from bench.settings import SETTINGS, Setting, Shape, named
+from bench.shares import share_of_operations
+from bench.workers import Worker, WorkerError
+from mtt_fast import ConvNet, InputError, cli
+from mtt_fast.testing import relative_error
+from mtt_fast.training import Images, Sgd
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+TOY = "--size 16 --depth 2 --width 4 --repetitions 2 --device cpu".split()
+STEP = "--steps 2 --batch 3".split()
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # in workers: a toy is slower on several
+
+
+def bench(*words: str) -> None:
+    assert cli.run(main, words) == 0
+
+
+def stage(number: str, out: Path, status: int = 0, **environment: str) -> str:
+    """Rehearse a stage of bench/gpu.sh; return what it printed."""
+    found = subprocess.run(
+        ["bash", "bench/gpu.sh", number, str(out), "--rehearse"], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+    )  # fmt: skip
+    assert found.returncode == status, found.stderr
+    return found.stdout + found.stderr
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    record = json.loads((folder / f"{name}.json").read_text())
+    assert {"commit", "dirty", "versions", "device", "command", "time"} <= record.keys()
+    assert record["versions"]["torch"] == torch.__version__
+    rows: list[dict[str, Any]] = record["rows"]
+    return rows
+
+
+# ------------------------------------------------------------------ engines and their gate
+
+
+def doubled(case: Case) -> Gradients:
+    """An engine that is wrong."""
+    images, lr = whole_graph(case)
+    return Gradients(2 * images, lr)
+
+
+def wrong_in_float32(case: Case) -> Gradients:
+    """An engine that is right where the small case looks."""
+    images, lr = whole_graph(case)
+    return Gradients(images if images.dtype == torch.float64 else images * (1 + 1e-3), lr)
+
+
+TINY = Setting(ConvNet(3, 10, 16, width=4, depth=2), images=10, steps=2, batch=3)
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "compiled"])
+def test_engines_that_claim_to_be_exact_are(name: str) -> None:
+    engine = ENGINES[name]
+    error = gate.float64_error(engine, TINY, CPU, cut=engine.cuts)
+    assert (error <= gate.FLOAT64_TOLERANCE) == engine.exact
+
+
+def test_the_gate_closes_on_a_wrong_engine() -> None:
+    error = gate.float64_error(Engine(doubled), TINY, CPU)
+    assert error == pytest.approx(1)
+    assert gate.complaint(error, 0.0, None) == "wrong: float64 error 1.0e+00, allowed 1e-09"
+    assert gate.complaint(0.0, 3e-3, gate.allowed_float32(1e-3)) == "wrong: float32 error 3.0e-03, allowed 2.0e-03"
+    assert gate.complaint(float("nan"), 0.0, None) is not None
+    assert gate.complaint(0.0, float("nan"), 1.0) is not None
+    assert gate.complaint(1e-12, 1.9e-3, gate.allowed_float32(1e-3)) is None
+
+
+def test_the_truth_in_pieces_is_the_truth() -> None:
+    case = make_case(TINY)
+    for mine, theirs in zip(checkpointed(case, microbatch=2), whole_graph(case), strict=True):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+class CountOperations(TorchDispatchMode):
+    """Adds up what torch's own formulas say of each operation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        self.count += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        return result
+
+
+@pytest.mark.parametrize("name", ["whole_graph", "checkpointed", "truncated", "generic"])
+def test_operations_are_counted_as_torch_counts_them(name: str) -> None:
+    setting = Setting(ConvNet(3, 10, 16, width=4, depth=3), images=10, steps=2, batch=3)
+    case = to(make_case(setting), torch.float32, CPU)
+    with CountOperations() as counted:
+        ENGINES[name].run(case)
+    formula = flops.iteration_flops(setting.net, setting.steps, setting.batch, *ENGINES[name].passes)
+    assert counted.count == pytest.approx(formula, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_follow_the_recipes(name: str) -> None:
+    setting = named(name)
+    assert setting.images >= setting.batch
+    assert setting.images == int(name.rpartition("ipc")[2]) * setting.net.num_classes
+
+
+def test_the_papers_numbers() -> None:
+    assert (named("cifar100-ipc50").steps, named("cifar100-ipc50").batch) == (80, 125)
+    assert str(named("imagenet128-ipc50")) == "ConvNet depth 5 width 128, 3×128×128, 10 classes, N = 20, b = 500"
+    assert Shape("cifar10-ipc10", steps=10).label() == "cifar10-ipc10-steps10"
+    with pytest.raises(InputError, match=r"did you mean cifar10-ipc1"):
+        named("cifar-ipc1")
+    with pytest.raises(InputError, match="--batch 0: expected at least 1"):
+        Shape(batch=0).resolve()
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def test_turns_alternate_and_a_failure_is_left_out() -> None:
+    order, told = [], []
+
+    def measure(name: str) -> float:
+        order.append(name)
+        if name == "b" and len(order) > 3:
+            raise RuntimeError("no")
+        return float(len(order))
+
+    found = in_turns(3, ["a", "b"], measure, lambda name, error: told.append((name, str(error))))
+    assert order == ["a", "b", "a", "b", "a"]
+    assert found == {"a": spread([1, 3, 5])}
+    assert told == [("b", "no")]
+
+
+@linux
+def test_the_peak_is_what_was_allocated_meanwhile() -> None:
+    def allocate() -> None:
+        torch.ones(16 * 2**20).sum()  # 64 MiB, gone at the end
+
+    found = peak_above_baseline(allocate, CPU)
+    assert 60 * 2**20 < found["bytes"] < 80 * 2**20
+
+
+def test_shares_of_an_iteration_add_up() -> None:
+    case = to(make_case(TINY), torch.float32, CPU)
+    found = share_of_operations(lambda: fused(case), CPU)
+    assert sum(found.values()) == pytest.approx(1)
+    assert min(found.values()) > 0
+    assert share_of_operations(lambda: whole_graph(case), CPU) == {}
+
+
+def build_number(number: int) -> list[int]:
+    return [number]
+
+
+def add_to(state: list[int], number: int) -> int:
+    state[0] += number
+    print("noise on stdout")
+    return state[0]
+
+
+def end(state: list[int]) -> None:
+    os._exit(3)
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    with Worker(build_number, number=40) as found:
+        yield found
+
+
+def test_a_worker_keeps_its_state_and_survives_a_failure(worker: Worker) -> None:
+    assert worker.ask(add_to, number=1) == 41
+    with pytest.raises(WorkerError, match="TypeError: unsupported operand"):
+        worker.ask(add_to, number="1")
+    assert worker.ask(add_to, number=1) == 42
+    with pytest.raises(WorkerError, match="ended with status 3"):
+        worker.ask(end)
+
+
+# ------------------------------------------------------------------ the commands
+
+
+@linux
+def test_meta_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = "tests.test_bench:wrong_in_float32"
+    words = ["--engines", f"whole_graph,fused-budget,{wrong}", "--memory-budget", "2MiB", "--no-floor"]
+    bench("meta_step", *TOY, *STEP, *words, "--out", str(tmp_path), "--name", "found")
+    rows = {row["engine"]: row for row in rows_of(tmp_path, "found")}
+
+    for name in ("whole_graph", "fused-budget"):
+        assert rows[name]["problem"] is None
+        assert rows[name]["error"] <= rows[name]["allowed_error"]
+        assert rows[name]["seconds"]["n"] == 2
+        assert rows[name]["speedup"] > 0
+        assert rows[name]["peak"]["bytes"] >= 0
+        assert 0 < rows[name]["share_of_peak"] < 1
+    assert rows["whole_graph"]["speedup"] == 1
+    assert not rows["whole_graph"]["tuned"]
+    assert sum(rows["fused-budget"]["shares"].values()) == pytest.approx(1)
+
+    assert rows[wrong]["problem"].startswith("wrong: float32 error 1.0e-03")
+    assert rows[wrong]["seconds"] is None
+    assert "speedup" not in rows[wrong]
+    assert "wrong: float32 error 1.0e-03" in capsys.readouterr().out
+
+
+@linux
+def test_memory_scaling(tmp_path: Path) -> None:
+    vary = "--vary-steps 2 --vary-batch 100 --vary-size 32".split()
+    bench("memory_scaling", *TOY, *STEP, *vary, "--out", str(tmp_path), "--name", "found")
+    rows = {row["varied"]: row for row in rows_of(tmp_path, "found")}
+    assert (rows["batch"]["batch"], rows["size"]["size"]) == (100, 32)
+    assert rows["batch"]["peak"]["bytes"] > rows["steps"]["peak"]["bytes"]
+    assert rows["batch"]["planned"] > rows["steps"]["planned"]
+    assert 0 < rows["batch"]["peak"]["bytes"] < 2 * rows["batch"]["planned"]
+
+
+def test_kernels_and_their_stage(tmp_path: Path) -> None:
+    stage("2", tmp_path)
+    rows = rows_of(tmp_path, "kernels-cifar10-ipc10")
+    assert {row["operation"] for row in rows} >= {"conv3x3_dual", "norm_relu_pool_dual_backward", "squared_distance"}
+    for row in rows:
+        assert row["problem"] is None
+        assert row["error_float64"] <= kernels.FLOAT64_TOLERANCE
+        assert row["bytes_per_second"] > 0
+    assert "kernels" not in stage("2", tmp_path)  # what is recorded is not measured again
+
+
+def test_a_wrong_kernel_shows() -> None:
+    operation = next(op for op in kernels.operations(TINY, CPU) if op.name == "conv3x3")
+    right = kernels.errors(operation)
+    wrong = kernels.errors(operation, lambda *arguments: 1.01 * operation.function()(*arguments))
+    assert right["error_float64"] <= kernels.FLOAT64_TOLERANCE
+    assert right["error"] <= kernels.FLOAT32_TOLERANCE
+    assert wrong["error_float64"] == pytest.approx(0.01)
+
+
+def test_a_wrong_training_loop_shows() -> None:
+    def forgets_momentum(
+        net: ConvNet, start: torch.Tensor, images: Images, sgd: Sgd, augment: str, generator: torch.Generator
+    ) -> torch.Tensor:
+        return training.mtt_fast_loop(
+            net, start, images, Sgd(sgd.lr, 0.0, sgd.weight_decay, sgd.batch_size), augment, generator
+        )
+
+    sgd = Sgd(0.1, 0.9, 5e-4)
+    for loop, _ in training.LOOPS.values():
+        assert training.float64_error(loop, sgd, CPU) <= gate.FLOAT64_TOLERANCE
+    assert training.float64_error(forgets_momentum, sgd, CPU) > 0.1
+
+
+def test_trajectories(tmp_path: Path) -> None:
+    bench(
+        "trajectories",
+        *TOY,
+        "--width",
+        "64",
+        "--experts",
+        "4",
+        "--epochs",
+        "20",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "found",
+    )
+    rows = {row["reader"]: row for row in rows_of(tmp_path, "found")}
+    for row in rows.values():
+        assert row["problem"] is None
+        assert row["first"]["n"] == 1
+        assert "sample" not in row
+    parameters = 4 * 21 * 4 * ConvNet(3, 10, 16, 64, 2).num_parameters
+    assert rows["torch.load"]["disk"] >= parameters
+    assert rows["TrajectoryStore"]["resident"] < rows["torch.load"]["resident"]
+
+
+def test_profile(tmp_path: Path) -> None:
+    bench("profile", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
+    events = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]
+    assert "kernels.norm_relu_pool_dual_backward" in {event.get("name") for event in events}
+
+
+@linux
+@pytest.mark.parametrize(("benchmark", "images"), [("experts", "32"), ("evaluate", "8")])
+def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(training.LOOPS, "plain-tuned")  # for time: the same loop again
+    bench(benchmark, *TOY, "--images", images, "--out", str(tmp_path), "--name", "found")
+    rows = {row["loop"]: row for row in rows_of(tmp_path, "found")}
+    assert list(rows) == ["plain", "mtt_fast"]
+    for row in rows.values():
+        assert row["problem"] is None
+        assert row["error_float64"] <= gate.FLOAT64_TOLERANCE
+        assert row["images_per_second"] == pytest.approx(int(images) / row["seconds"]["median"])
+    assert rows["plain"]["speedup"] == 1
+
+
+@pytest.mark.parametrize(("number", "runs"), [("5", ["cifar10-ipc1"]), ("6", ["imagenette-ipc1", "imagenette-ipc10"])])
+def test_stages_of_distillation_rehearsed(number: str, runs: list[str], tmp_path: Path) -> None:
+    stage(number, tmp_path)
+    for run in runs:
+        summary = json.loads((tmp_path / f"{run}.summary.json").read_text())
+        assert summary["accuracy"]["distilled"]["n"] == 1
+
+
+def test_a_stage_out_of_time_says_so(tmp_path: Path) -> None:
+    assert "stage 2: out of time" in stage("2", tmp_path, status=75, SECONDS_MOST="0")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["kernals"], "no such benchmark (did you mean kernels?)"),
+        (["kernels", "--bacth", "3"], "--bacth: unknown option (did you mean --batch?)"),
+        (["meta_step", "--engines", "quick"], "--engines quick: no such engine"),
+        (["meta_step", "--repetitions", "0"], "--repetitions 0: expected at least 1"),
+        (["memory_scaling", "--vary-steps", "5,x"], "--vary_steps 5,x: expected numbers"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(main, words) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("error: ")
+    assert message in told
+    assert "\n" not in told
+
+
+# ------------------------------------------------------------------ tables
+
+
+def test_render_fills_in_the_marked_places(tmp_path: Path) -> None:
+    times = {"median": 2.0, "least": 1.5, "most": 2.5, "n": 3}
+    rows = [
+        {"engine": "fused", "exact": True, "seconds": times, "speedup": 4.0, "error": 1e-6, "problem": None},
+        {"engine": "own", "exact": True, "seconds": None, "problem": "does not fit"},
+    ]
+    record = {
+        "name": "one", "benchmark": "meta_step", "conditions": {"case": "toy"}, "rows": rows, "device": "a device",
+        "versions": {"torch": "1"}, "commit": "abcdef0123", "dirty": False, "time": "2026-01-01", "command": "measured so",
+    }  # fmt: skip
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    (tmp_path / "two.trace.json").write_text("{}")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:one -->\nold\n<!-- /bench -->\nafter\n")
+    assert cli.run(main, ["render", "--results", str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "| fused  | 2 s (1.5 to 2.5, n = 3) | 4.00×" in text
+    assert "does not fit" in text
+    assert "commit abcdef01: `measured so`" in text
+    assert "old" not in text
+    assert text.startswith("before\n<!-- bench:one -->\n")
+    assert text.endswith("<!-- /bench -->\nafter\n")
+    assert (tmp_path / "one.png").stat().st_size > 1000
+
+    assert cli.run(main, ["render", "--results", str(tmp_path), "--readme", str(readme)]) == 0
+    assert readme.read_text() == text  # again changes nothing
+    with pytest.raises(InputError, match="marker bench:three: no such record; there are one"):
+        filled_in("<!-- bench:three -->\n<!-- /bench -->", {"one": ""}, readme)
+
+
+def test_what_no_row_has_is_no_column() -> None:
+    found = table("training", {}, [{"loop": "plain", "seconds": None, "problem": "no memory"}])
+    assert found.splitlines()[0] == "| loop  | not timed because |"
