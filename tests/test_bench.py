@@ -283,6 +283,8 @@ def test_trajectories(tmp_path: Path) -> None:
     bench(
         "trajectories",
         *TOY,
+        "--repetitions",
+        "1",
         "--width",
         "64",
         "--experts",
