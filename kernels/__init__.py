@@ -328,6 +328,9 @@ def _check_tensors(
             raise ValueError(f"{op}: expected one device, found {name} on {tensor.device} and {first.device}")
         if tensor.requires_grad:
             raise ValueError(f"{op}: is not differentiable, found {name} that requires grad; detach it")
-        wanted = torch.contiguous_format if like_format is None else memory_format(like_format)
+        try:
+            wanted = torch.contiguous_format if like_format is None else memory_format(like_format)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
         if not tensor.is_contiguous(memory_format=wanted):
             raise ValueError(f"{op}: expected {name} {str(wanted)[6:]}, found strides {tensor.stride()}")

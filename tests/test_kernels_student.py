@@ -1,0 +1,361 @@
+"""The operations of a student step: definitions against autograd in float64, native twins against the definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import kernels
+from mtt_fast.kernels import native, reference
+from mtt_fast.kernels.formats import memory_format
+from mtt_fast.testing import assert_close
+
+EPS = 1e-5
+FORMATS = [torch.contiguous_format, torch.channels_last]
+needs_native = pytest.mark.skipif(not native.available, reason="the native kernels are not installed or turned off")
+
+PLANES = [
+    (2, 3, 4, 4),
+    (1, 1, 2, 3),  # a 1×1 plane after the pool, an odd side
+    (3, 5, 7, 5),
+    (2, 37, 6, 3),  # a part of a vector of channels
+    (1, 129, 9, 8),
+]
+CONVOLUTIONS = [  # batch, channels, height, width, filters, padding
+    (2, 3, 4, 4, 5, 1),
+    (2, 1, 5, 7, 3, 3),  # padding 3 of one-channel images
+    (1, 2, 3, 3, 40, 0),
+    (2, 4, 3, 5, 4, 0),
+    (2, 40, 6, 3, 33, 1),
+    (5, 130, 9, 8, 37, 2),
+    (3, 5, 2, 1, 2, 1),  # a tile hangs over
+    (80, 6, 16, 16, 4, 1),  # several parts of the sum over tiles
+]
+
+
+@pytest.fixture(params=["native", "reference"])
+def either_twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "native" and not native.available:
+        pytest.skip("the native kernels are not installed or turned off")
+    monkeypatch.setattr(native, "available", request.param == "native")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+_jvp: Any = torch.func.jvp  # its type leaves out what it returns
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, layout: torch.memory_format | None = None) -> Tensor:
+    tensor = torch.randn(shape, dtype=torch.float64).to(dtype)
+    return tensor if layout is None else tensor.contiguous(memory_format=layout)
+
+
+def plane_arguments(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format
+) -> dict[str, Any]:
+    batch, channels, height, width = shape
+    pooled = (batch, channels, height // 2, width // 2)
+    return {
+        **{name: draw(*shape, dtype=dtype, layout=layout) for name in ("y", "y_dot")},
+        **{name: draw(channels, dtype=dtype) for name in ("gamma", "beta", "gamma_dot", "beta_dot")},
+        **{name: draw(*pooled, dtype=dtype, layout=layout) for name in ("p_bar", "p_bar_dot")},
+    }
+
+
+def plane_results(ops: Any, given: dict[str, Any], **options: bool) -> dict[str, Tensor]:
+    """All four operations, by name of the result."""
+    y, y_dot, gamma, beta = given["y"], given["y_dot"], given["gamma"], given["beta"]
+    dots = (given["gamma_dot"], given["beta_dot"])
+    bars = (given["p_bar"], given["p_bar_dot"])
+    primal = ops.norm_relu_pool(y, gamma, beta, EPS)
+    dual = ops.norm_relu_pool_dual(y, y_dot, gamma, beta, *dots, EPS)
+    # `reuse` destroys what it is given
+    back = ops.norm_relu_pool_backward(y.clone(), *primal[1:], gamma, beta, bars[0], **options)
+    dual_back = ops.norm_relu_pool_dual_backward(
+        y.clone(), y_dot.clone(), *dual[2:], gamma, beta, *dots, *bars, **options
+    )
+    names = ["p", "mean", "rstd", "dual p", "p_dot", "dual mean", "dual rstd", "k1", "k2"]
+    names += ["y_bar", "gamma_bar", "beta_bar", "dual y_bar", "y_bar_dot", "gamma_bar_dot", "beta_bar_dot"]
+    return dict(zip(names, primal + dual + back + dual_back, strict=True))
+
+
+def block(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.avg_pool2d(F.relu(F.group_norm(y, y.shape[1], gamma, beta, EPS)), 2)
+
+
+@pytest.mark.usefixtures("either_twin")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", PLANES, ids=str)
+def test_planes_are_what_autograd_makes_of_the_block(
+    shape: tuple[int, int, int, int], layout: torch.memory_format
+) -> None:
+    given = plane_arguments(shape, torch.float64, layout)
+    found = plane_results(kernels, given)
+
+    def gradients(y: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor) -> Any:
+        return torch.func.vjp(block, y, gamma, beta)[1](p_bar)
+
+    at = (given["y"].contiguous(), given["gamma"], given["beta"])  # torch's group norm takes no other under jvp
+    along = (given["y_dot"].contiguous(), given["gamma_dot"], given["beta_dot"])
+    p, p_dot = _jvp(block, at, along)
+    bars, bars_dot = _jvp(gradients, (*at, given["p_bar"]), (*along, given["p_bar_dot"]))
+    expected = {"p": p, "dual p": p, "p_dot": p_dot, "y_bar": bars[0], "dual y_bar": bars[0], "gamma_bar": bars[1]}
+    expected |= {
+        "beta_bar": bars[2],
+        "y_bar_dot": bars_dot[0],
+        "gamma_bar_dot": bars_dot[1],
+        "beta_bar_dot": bars_dot[2],
+    }
+    for name, value in expected.items():
+        assert_close(name, found[name], value, 1e-10, floor=1e-3)  # where the ReLU lets a pool through whole: a true 0
+    for name in ("p", "p_dot", "y_bar", "y_bar_dot"):
+        assert found[name].is_contiguous(memory_format=layout)
+
+
+def test_the_planes_derivatives_are_numerical_ones() -> None:
+    given = plane_arguments((2, 3, 5, 4), torch.float64, torch.contiguous_format)
+    step = 1e-6
+    ends = []
+    for sign in (step, -step):
+        y, gamma, beta, p_bar = (given[name] + sign * given[f"{name}_dot"] for name in ("y", "gamma", "beta", "p_bar"))
+        p, mean, rstd = reference.norm_relu_pool(y, gamma, beta, EPS)
+        ends.append((p, *reference.norm_relu_pool_backward(y, mean, rstd, gamma, beta, p_bar)))
+    found = plane_results(reference, given)
+    for name, after, before in zip(("p_dot", "y_bar_dot", "gamma_bar_dot", "beta_bar_dot"), *ends, strict=True):
+        assert_close(name, found[name], (after - before) / (2 * step), 1e-7)
+
+
+@needs_native
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", PLANES, ids=str)
+def test_native_planes_are_the_definition(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format, reuse: bool
+) -> None:
+    given = plane_arguments(shape, dtype, layout)
+    exact = plane_results(reference, {name: value.double() for name, value in given.items()})
+    for name, found in plane_results(kernels, given, reuse=reuse).items():
+        assert found.dtype == dtype
+        assert_close(name, found, exact[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
+
+
+@pytest.mark.usefixtures("either_twin")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_the_relu_passes_nothing_at_zero(layout: torch.memory_format) -> None:
+    given = plane_arguments((2, 20, 4, 4), torch.float64, layout)
+    given["gamma"] = torch.zeros(20, dtype=torch.float64)
+    given["beta"] = torch.zeros(20, dtype=torch.float64)  # u is 0 everywhere, exactly, though u_dot is not
+    for name, value in plane_results(kernels, given).items():
+        if name not in ("mean", "rstd", "dual mean", "dual rstd", "k1", "k2"):
+            assert torch.count_nonzero(value) == 0, name
+
+
+@pytest.mark.usefixtures("either_twin")
+def test_a_constant_plane_is_finite() -> None:
+    given = plane_arguments((2, 20, 4, 5), torch.float32, torch.channels_last)
+    given["y"] = torch.full_like(given["y"], 3)
+    for name, value in plane_results(kernels, given).items():
+        assert torch.isfinite(value).all(), name
+
+
+def convolution_arguments(
+    case: tuple[int, ...], dtype: torch.dtype = torch.float64, layout: torch.memory_format = torch.channels_last
+) -> dict[str, Any]:
+    batch, channels, height, width, filters, padding = case
+    grown = (batch, filters, height + 2 * padding - 2, width + 2 * padding - 2)
+    return {
+        **{name: draw(batch, channels, height, width, dtype=dtype, layout=layout) for name in ("x", "x_dot")},
+        **{name: draw(filters, channels, 3, 3, dtype=dtype) for name in ("weight", "weight_dot")},
+        **{name: draw(*grown, dtype=dtype, layout=layout) for name in ("y_bar", "y_bar_dot")},
+        "padding": padding,
+    }
+
+
+def convolution_results(ops: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+    x, x_dot, weight, weight_dot, y_bar, y_bar_dot, padding = given.values()
+    y, y_dot = ops.conv3x3_dual(x, x_dot, weight, weight_dot, padding)
+    x_bar, x_bar_dot = ops.conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+    image_y, image_y_dot = ops.conv3x3_dual(x, None, weight, weight_dot, padding)
+    return {
+        "conv3x3": ops.conv3x3(x, weight, padding),
+        "input_gradient": ops.conv3x3_input_gradient(y_bar, weight, padding),
+        "weight_gradient": ops.conv3x3_weight_gradient(x, y_bar, padding),
+        "y": y,
+        "y_dot": y_dot,
+        "y of images": image_y,
+        "y_dot of images": image_y_dot,
+        "x_bar": x_bar,
+        "x_bar_dot": x_bar_dot,
+        "image gradient": ops.conv3x3_dual_image_gradient(y_bar, y_bar_dot, weight, weight_dot, padding),
+        "weight_bar_dot": ops.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding),
+        "weight_bar_dot of images": ops.conv3x3_dual_weight_gradient(x, None, y_bar, y_bar_dot, padding),
+    }
+
+
+@pytest.mark.usefixtures("either_twin")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_are_what_autograd_makes_of_conv2d(case: tuple[int, ...], layout: torch.memory_format) -> None:
+    given = convolution_arguments(case, layout=layout)
+    x, x_dot, weight, weight_dot, y_bar, y_bar_dot, padding = given.values()
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, padding=padding)
+
+    def gradients(x: Tensor, weight: Tensor, y_bar: Tensor) -> Any:
+        return torch.func.vjp(convolve, x, weight)[1](y_bar)
+
+    y, y_dot = _jvp(convolve, (x, weight), (x_dot, weight_dot))
+    still = torch.zeros_like(x)
+    _, image_y_dot = _jvp(convolve, (x, weight), (still, weight_dot))
+    (x_bar, weight_bar), (x_bar_dot, weight_bar_dot) = _jvp(
+        gradients, (x, weight, y_bar), (x_dot, weight_dot, y_bar_dot)
+    )
+    _, (_, image_weight_dot) = _jvp(gradients, (x, weight, y_bar), (still, weight_dot, y_bar_dot))
+    expected = [y, x_bar, weight_bar, y, y_dot, y, image_y_dot, x_bar, x_bar_dot, x_bar_dot, weight_bar_dot]
+    found = convolution_results(kernels, given)
+    for (name, value), wanted in zip(found.items(), [*expected, image_weight_dot], strict=True):
+        assert_close(name, value, wanted, 1e-12)
+        backward = name.startswith(("x_bar", "input", "image g"))
+        weights, model = name.startswith("weight"), y_bar if backward else x
+        assert value.is_contiguous() if weights else value.is_contiguous(memory_format=memory_format(model))
+
+
+@needs_native
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_native_convolutions_in_float32(case: tuple[int, ...]) -> None:
+    given = convolution_arguments(case, torch.float32)
+    exact = convolution_results(reference, {k: v if k == "padding" else v.double() for k, v in given.items()})
+    for name, found in convolution_results(kernels, given).items():
+        assert found.dtype == torch.float32
+        assert_close(name, found, exact[name], 3e-6)
+
+
+@needs_native
+def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+    planes = plane_arguments((9, 70, 8, 9), torch.float32, torch.channels_last)
+    convolutions = [convolution_arguments(case, torch.float32) for case in CONVOLUTIONS]
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        found = [*plane_results(kernels, planes).values()]
+        for given in convolutions:
+            found += convolution_results(native, given).values()
+        results.append(found)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_large_results_are_written_whole_into_memory_that_was_used_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    empty = native._empty
+
+    def poisoned(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        tensor: Tensor = empty(like, shape).fill_(float("nan"))
+        taken.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(native, "_empty", poisoned)
+    x, weight = draw(9, 3, 32, 33, dtype=torch.float32), draw(40, 3, 3, 3, dtype=torch.float32)
+    for _ in range(2):
+        y = kernels.conv3x3(x, weight, 1)
+        assert y.nbytes > native._LARGE
+        assert_close("y", y, F.conv2d(x, weight, padding=1), 1e-5)
+        del y
+    assert taken[0] == taken[-1]
+
+
+@pytest.mark.usefixtures("either_twin")
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "logits"])
+def test_the_classifier_is_what_autograd_makes_of_cross_entropy(kind: Any) -> None:
+    features, features_dot = draw(5, 7), draw(5, 7)
+    parameters, dots = (draw(4, 7), draw(4)), (draw(4, 7), draw(4))
+    logits = draw(5, 4)
+    labels = {"indices": logits.argmax(1), "probabilities": logits.abs(), "logits": logits}[kind]  # not on the simplex
+
+    def loss_of(features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(features, weight, bias), labels.softmax(1) if kind == "logits" else labels)
+
+    wanted = (0, 1, 2) if kind == "indices" else (0, 1, 2, 3)
+    gradients_and_loss: Any = torch.func.grad_and_value(loss_of, argnums=wanted)
+    at, along = (features, *parameters), (features_dot, *dots)
+    (gradients, loss), (gradients_dot, loss_dot) = _jvp(lambda *at: gradients_and_loss(*at, labels), at, along)
+
+    found = kernels.linear_cross_entropy(features, *parameters, labels, kind)
+    for name, value, expected in zip(("loss", "features", "weight", "bias"), found, (loss, *gradients), strict=False):
+        assert_close(name, value, expected, 1e-12)
+    v_dot_g, f_bar, *found_dots = kernels.linear_cross_entropy_dual(
+        features, features_dot, *parameters, *dots, labels, kind
+    )
+    assert_close("v_dot_g", v_dot_g, loss_dot, 1e-12)
+    assert_close("f_bar", f_bar, gradients[0], 1e-12)
+    assert (found_dots[-1] is None) == (kind == "indices")
+    for name, value, expected in zip(("features", "weight", "bias", "labels"), found_dots, gradients_dot, strict=False):
+        assert value is not None
+        assert_close(name, value, expected, 1e-12)
+
+
+def refused(op: str, reason: str, *arguments: Any) -> Any:
+    return pytest.param(op, arguments, reason, id=f"{op}-{reason.replace(' ', '-')}")
+
+
+ZEROS, CHANNEL, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(4), torch.zeros(5, 4, 3, 3)
+
+
+@pytest.mark.usefixtures("either_twin")
+@pytest.mark.parametrize(
+    ("op", "arguments", "reason"),
+    [
+        refused("norm_relu_pool", "strides", ZEROS[:, :, ::2], CHANNEL, CHANNEL, EPS),
+        refused("norm_relu_pool", "beta of shape", ZEROS, CHANNEL, torch.zeros(3), EPS),
+        refused("norm_relu_pool", "at least 2×2", ZEROS[:, :, :1].contiguous(), CHANNEL, CHANNEL, EPS),
+        refused("norm_relu_pool", "float64", ZEROS, CHANNEL.double(), CHANNEL, EPS),
+        refused("norm_relu_pool", "int64", ZEROS.long(), CHANNEL.long(), CHANNEL.long(), EPS),
+        refused("norm_relu_pool", "one device", ZEROS, CHANNEL.to("meta"), CHANNEL, EPS),
+        refused("norm_relu_pool", "requires grad", ZEROS, CHANNEL.clone().requires_grad_(), CHANNEL, EPS),
+        refused(
+            "norm_relu_pool_backward",
+            "p_bar of shape",
+            *(ZEROS, torch.zeros(2, 4), torch.zeros(2, 4), CHANNEL, CHANNEL, ZEROS),
+        ),
+        refused(
+            "norm_relu_pool_dual",
+            "y_dot channels_last",
+            *(ZEROS.contiguous(memory_format=torch.channels_last), ZEROS, CHANNEL, CHANNEL, CHANNEL, CHANNEL, EPS),
+        ),
+        refused("conv3x3", "strides", ZEROS.transpose(2, 3), WEIGHT, 1),
+        refused("conv3x3", "strides", ZEROS, WEIGHT.contiguous(memory_format=torch.channels_last), 1),
+        refused("conv3x3", "as many channels", ZEROS, torch.zeros(4, 5, 3, 3), 1),
+        refused("conv3x3", "leaves nothing", ZEROS[:, :, :2].contiguous(), WEIGHT, 0),
+        refused("conv3x3_dual", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
+        refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),
+        refused("conv3x3_weight_gradient", "y_bar of shape", ZEROS, ZEROS, 0),
+        refused(
+            "linear_cross_entropy", "found", ZEROS[0, 0], torch.zeros(3, 6), torch.zeros(3), torch.zeros(6), "indices"
+        ),
+        refused(
+            "linear_cross_entropy",
+            "weight of shape",
+            ZEROS[0, 0],
+            WEIGHT[0, 0],
+            torch.zeros(3),
+            torch.zeros(6),
+            "indices",
+        ),
+    ],
+)
+def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{op}: .*{reason}"):
+        getattr(kernels, op)(*arguments)
