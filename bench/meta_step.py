@@ -63,6 +63,7 @@ def main(options: Options, command: str) -> None:
     common: dict[str, Any] = {"device": str(device), "precision": options.precision}
     set_precision(device, options.precision)
     log.info("%s, on %s", setting, device)
+    peak = matrix_product_peak(device)
     with tempfile.TemporaryDirectory(prefix="mtt_fast-bench-") as folder:
         case = save_case(make_case(setting), Path(folder) / "case.safetensors") | common
         truth = options.truth or str(Path(folder) / "truth.safetensors")
@@ -97,7 +98,7 @@ def main(options: Options, command: str) -> None:
         finally:
             for worker in workers.values():
                 worker.close()
-    peak = matrix_product_peak(device)
+    peak = max(peak, matrix_product_peak(device))  # on a shared machine the better of two moments
     for name, row in rows.items():
         row["seconds"] = found.get(name)
         row["flops"] = _flops(name, engines, setting)
