@@ -18,7 +18,7 @@ import torch
 
 from bench import gate
 from bench.cases import load_case, make_case, save_case, to
-from bench.engines import ENGINES, Case, Engine, checkpointed, engine_named
+from bench.engines import ENGINES, Case, Engine, checkpointed, engine_named, fused
 from bench.floor import Convolution, convolutions, run_all
 from bench.flops import MIXED_STEP, PLAIN_GRADIENT, iteration_flops
 from bench.measuring import Peak, in_turns, matrix_product_peak, peak_above_baseline, set_precision, turn
@@ -93,7 +93,7 @@ def main(options: Options, command: str) -> None:
                 lambda name: float(workers[name].ask(timed)),
                 lambda name, error: _give_up(rows, workers, name, error),
             )
-            for name in [name for name in found if rows[name].get("peak")]:
+            for name in [name for name in found if name in engines and engines[name].run is fused]:
                 rows[name]["shares"] = workers[name].ask(shares)
         finally:
             for worker in workers.values():
