@@ -6,17 +6,22 @@ arguments and choose the twin. They are not differentiable: the engine wraps the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which would be a second set of modules
     raise ImportError("import mtt_fast.kernels, not kernels")
 
-from . import native, reference
-from .formats import LabelKind, memory_format
+from . import native, reference, triton
+from .formats import LabelKind, Precision, memory_format
 
 __all__ = [
     "LabelKind",
+    "Precision",
     "conv3x3",
     "conv3x3_dual",
     "conv3x3_dual_image_gradient",
@@ -40,6 +45,18 @@ def native_available() -> bool:
     return native.available
 
 
+def _twin(operation: str, tensor: Tensor, precision: Precision | None = None) -> Callable[..., Any]:
+    """Return the implementation of `operation` for tensors like `tensor`: the fastest there is.
+
+    `precision` is that of a product's factors, for the operations that have any. The native twins know `fp32` alone.
+    """
+    if native.runs(tensor) and hasattr(native, operation) and precision in (None, "fp32"):
+        found: Callable[..., Any] = getattr(native, operation)
+        return found
+    found = getattr(triton if tensor.is_cuda and operation in triton.__all__ else reference, operation)
+    return found if precision is None else partial(found, precision=precision)
+
+
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """Return |a − b|², accumulated in float64, as a float64 scalar on the device of `a`.
 
@@ -59,9 +76,8 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"squared_distance: expected contiguous vectors, found strides {a.stride()}, {b.stride()}")
     if a.requires_grad or b.requires_grad:
         raise ValueError("squared_distance: is not differentiable, found a vector that requires grad; detach it")
-    if a.device.type == "cpu" and native.available:
-        return native.squared_distance(a, b)
-    return reference.squared_distance(a, b)
+    distance: Tensor = _twin("squared_distance", a)(a, b)
+    return distance
 
 
 def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +88,8 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
     All of one floating dtype and device. Raises `ValueError` for anything else.
     """
     _check("norm_relu_pool", y, planes={"y": y}, channels={"gamma": gamma, "beta": beta})
-    twin = native.norm_relu_pool if native.runs(y) else reference.norm_relu_pool
-    return twin(y, gamma, beta, eps)
+    p, mean, rstd = _twin("norm_relu_pool", y)(y, gamma, beta, eps)
+    return p, mean, rstd
 
 
 def norm_relu_pool_backward(
@@ -86,9 +102,8 @@ def norm_relu_pool_backward(
     """
     numbers = {"mean": mean, "rstd": rstd}
     _check("norm_relu_pool_backward", y, {"y": y}, {"gamma": gamma, "beta": beta}, numbers, {"p_bar": p_bar})
-    if native.runs(y):
-        return native.norm_relu_pool_backward(y, mean, rstd, gamma, beta, p_bar, reuse)
-    return reference.norm_relu_pool_backward(y, mean, rstd, gamma, beta, p_bar)
+    y_bar, gamma_bar, beta_bar = _twin("norm_relu_pool_backward", y)(y, mean, rstd, gamma, beta, p_bar, reuse)
+    return y_bar, gamma_bar, beta_bar
 
 
 def norm_relu_pool_dual(
@@ -101,8 +116,9 @@ def norm_relu_pool_dual(
     """
     channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
     _check("norm_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, channels)
-    twin = native.norm_relu_pool_dual if native.runs(y) else reference.norm_relu_pool_dual
-    return twin(y, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
+    p, p_dot, *numbers = _twin("norm_relu_pool_dual", y)(y, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
+    mean, rstd, k1, k2 = numbers
+    return p, p_dot, mean, rstd, k1, k2
 
 
 def norm_relu_pool_dual_backward(
@@ -136,39 +152,45 @@ def norm_relu_pool_dual_backward(
         pooled={"p_bar": p_bar, "p_bar_dot": p_bar_dot},
     )
     arguments = (y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot)
-    if native.runs(y):
-        return native.norm_relu_pool_dual_backward(*arguments, reuse)
-    return reference.norm_relu_pool_dual_backward(*arguments)
+    y_bar, y_bar_dot, *sums = _twin("norm_relu_pool_dual_backward", y)(*arguments, reuse)
+    gamma_bar_dot, beta_bar_dot = sums
+    return y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot
 
 
-def conv3x3(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`.
 
     `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous. Stride 1, and no bias: a bias in
     front of an instance norm has no effect, and its gradients are exactly zero. One floating dtype and device.
+    `precision`: what float32 factors are rounded to before they are multiplied; sums are float32, and float64 stays so.
     Raises `ValueError` for anything else.
     """
     _check_conv("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
-    twin = native.conv3x3 if native.runs(x) else reference.conv3x3
-    return twin(x, weight, padding)
+    y: Tensor = _twin("conv3x3", x, precision)(x, weight, padding)
+    return y
 
 
-def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int) -> Tensor:
+def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
     _check_conv("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
-    twin = native.conv3x3_input_gradient if native.runs(y_bar) else reference.conv3x3_input_gradient
-    return twin(y_bar, weight, padding)
+    x_bar: Tensor = _twin("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
+    return x_bar
 
 
-def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int) -> Tensor:
+def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W̄ = ȳ ⋆ x (K, C, 3, 3), contiguous, from `y_bar`, the gradient to the result of `conv3x3`."""
     _check_pair("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
-    twin = native.conv3x3_weight_gradient if native.runs(x) else reference.conv3x3_weight_gradient
-    return twin(x, y_bar, padding)
+    weight_bar: Tensor = _twin("conv3x3_weight_gradient", x, precision)(x, y_bar, padding)
+    return weight_bar
 
 
 def conv3x3_dual(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """Return y = W∗x and its derivative ẏ = Ẇ∗x + W∗ẋ. `x_dot` None stands for zero (images).
 
@@ -176,38 +198,56 @@ def conv3x3_dual(
     """
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     _check_conv("conv3x3_dual", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
-    twin = native.conv3x3_dual if native.runs(x) else reference.conv3x3_dual
-    return twin(x, x_dot, weight, weight_dot, padding)
+    y, y_dot = _twin("conv3x3_dual", x, precision)(x, x_dot, weight, weight_dot, padding)
+    return y, y_dot
 
 
 def conv3x3_dual_input_gradient(
-    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """Return x̄ = Wᵀ∗ȳ and its derivative x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇, each (B, C, H, W) in the memory format of `y_bar`."""
     weights = {"weight": weight, "weight_dot": weight_dot}
     _check_conv("conv3x3_dual_input_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
-    twin = native.conv3x3_dual_input_gradient if native.runs(y_bar) else reference.conv3x3_dual_input_gradient
-    return twin(y_bar, y_bar_dot, weight, weight_dot, padding)
+    twin = _twin("conv3x3_dual_input_gradient", y_bar, precision)
+    x_bar, x_bar_dot = twin(y_bar, y_bar_dot, weight, weight_dot, padding)
+    return x_bar, x_bar_dot
 
 
 def conv3x3_dual_image_gradient(
-    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Return x̄̇ of `conv3x3_dual_input_gradient` alone: below the first layer nobody asks for x̄."""
     weights = {"weight": weight, "weight_dot": weight_dot}
     _check_conv("conv3x3_dual_image_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
-    twin = native.conv3x3_dual_image_gradient if native.runs(y_bar) else reference.conv3x3_dual_image_gradient
-    return twin(y_bar, y_bar_dot, weight, weight_dot, padding)
+    twin = _twin("conv3x3_dual_image_gradient", y_bar, precision)
+    x_bar_dot: Tensor = twin(y_bar, y_bar_dot, weight, weight_dot, padding)
+    return x_bar_dot
 
 
 def conv3x3_dual_weight_gradient(
-    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int
+    x: Tensor,
+    x_dot: Tensor | None,
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3), contiguous. `x_dot` None stands for zero. Errors: `conv3x3`."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     _check_pair("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
-    twin = native.conv3x3_dual_weight_gradient if native.runs(x) else reference.conv3x3_dual_weight_gradient
-    return twin(x, x_dot, y_bar, y_bar_dot, padding)
+    twin = _twin("conv3x3_dual_weight_gradient", x, precision)
+    weight_bar_dot: Tensor = twin(x, x_dot, y_bar, y_bar_dot, padding)
+    return weight_bar_dot
 
 
 def linear_cross_entropy(
@@ -219,7 +259,9 @@ def linear_cross_entropy(
     not sum to one, or logits, of which the softmax is taken. Raises `ValueError` for other shapes or dtypes.
     """
     _check_classifier("linear_cross_entropy", [features], [weight], [bias], labels, label_kind)
-    return reference.linear_cross_entropy(features, weight, bias, labels, label_kind)
+    twin = _twin("linear_cross_entropy", features)
+    loss, features_bar, weight_bar, bias_bar = twin(features, weight, bias, labels, label_kind)
+    return loss, features_bar, weight_bar, bias_bar
 
 
 def linear_cross_entropy_dual(
@@ -244,7 +286,7 @@ def linear_cross_entropy_dual(
         labels,
         label_kind,
     )
-    return reference.linear_cross_entropy_dual(
+    return _twin("linear_cross_entropy_dual", features)(  # type: ignore[no-any-return]
         features, features_dot, weight, bias, weight_dot, bias_dot, labels, label_kind
     )
 

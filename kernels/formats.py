@@ -1,4 +1,4 @@
-"""What the operations agree on about their arguments: memory formats, and kinds of labels."""
+"""What the operations agree on about their arguments: memory formats, kinds of labels, precisions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 LabelKind = Literal["indices", "probabilities", "logits"]
 """Labels are class indices (B,), probabilities (B, K), or logits (B, K) of which the softmax is taken."""
+
+Precision = Literal["fp32", "tf32", "bf16"]
+"""What float32 factors of a product are rounded to; sums are float32 always. float64 tensors stay float64."""
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

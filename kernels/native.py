@@ -50,7 +50,7 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
 
 
 def norm_relu_pool_backward(
-    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool
+    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
     y_bar, (gamma_sum, beta_sum) = _over(y, reuse), _numbers(y, 2)
@@ -84,7 +84,7 @@ def norm_relu_pool_dual_backward(
     beta_dot: Tensor,
     p_bar: Tensor,
     p_bar_dot: Tensor,
-    reuse: bool,
+    reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_dual_backward`."""
     y_bar, y_bar_dot, (gamma_sum, beta_sum) = _over(y, reuse), _over(y_dot, reuse), _numbers(y, 2)

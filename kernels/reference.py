@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from .formats import LabelKind, in_format_of
+from .formats import LabelKind, Precision, in_format_of
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
 
 
 def norm_relu_pool_backward(
-    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor
+    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ȳ (B, C, H, W), γ̄ (C,), β̄ (C,). `p_bar`: (B, C, H//2, W//2)."""
+    """Return ȳ (B, C, H, W), γ̄ (C,), β̄ (C,). `p_bar`: (B, C, H//2, W//2). `reuse` is a permission not taken."""
     h = _normalised(y, mean, rstd)
     u_bar = _unpool(p_bar, y) * (h * _channel(gamma) + _channel(beta) > 0)
     h_bar = u_bar * _channel(gamma)
@@ -68,6 +68,7 @@ def norm_relu_pool_dual_backward(
     beta_dot: Tensor,
     p_bar: Tensor,
     p_bar_dot: Tensor,
+    reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ȳ, ȳ̇ (B, C, H, W) and γ̄̇, β̄̇ (C,), the derivatives of what `norm_relu_pool_backward` returns."""
     h = _normalised(y, mean, rstd)
@@ -127,53 +128,78 @@ def _channel(number: Tensor) -> Tensor:
 # and its gradients are exactly zero.
 
 
-def conv3x3(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2). `x`: (B, C, H, W); `weight`: (K, C, 3, 3)."""
-    return in_format_of(x, F.conv2d(x, weight, padding=padding))
+    return in_format_of(x, F.conv2d(rounded(x, precision), rounded(weight, precision), padding=padding))
 
 
-def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int) -> Tensor:
+def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return x̄ = Wᵀ∗ȳ (B, C, H, W)."""
-    return in_format_of(y_bar, F.conv_transpose2d(y_bar, weight, padding=padding))
+    x_bar = F.conv_transpose2d(rounded(y_bar, precision), rounded(weight, precision), padding=padding)
+    return in_format_of(y_bar, x_bar)
 
 
-def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int) -> Tensor:
+def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W̄ = ȳ ⋆ x (K, C, 3, 3)."""
-    weight_bar: Tensor = conv2d_weight(x, (y_bar.shape[1], x.shape[1], 3, 3), y_bar, padding=padding)
+    shape = (y_bar.shape[1], x.shape[1], 3, 3)
+    weight_bar: Tensor = conv2d_weight(rounded(x, precision), shape, rounded(y_bar, precision), padding=padding)
     return weight_bar.contiguous()
 
 
 def conv3x3_dual(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision = "fp32"
 ) -> tuple[Tensor, Tensor]:
     """Return y = W∗x and ẏ = Ẇ∗x + W∗ẋ. `x_dot` None is zero: images do not move with the parameters."""
-    y_dot = conv3x3(x, weight_dot, padding)
+    y_dot = conv3x3(x, weight_dot, padding, precision)
     if x_dot is not None:
-        y_dot = y_dot + conv3x3(x_dot, weight, padding)
-    return conv3x3(x, weight, padding), y_dot
+        y_dot = y_dot + conv3x3(x_dot, weight, padding, precision)
+    return conv3x3(x, weight, padding, precision), y_dot
 
 
 def conv3x3_dual_input_gradient(
-    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """Return x̄ = Wᵀ∗ȳ and x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇ (B, C, H, W)."""
-    x_bar_dot = conv3x3_input_gradient(y_bar, weight_dot, padding) + conv3x3_input_gradient(y_bar_dot, weight, padding)
-    return conv3x3_input_gradient(y_bar, weight, padding), x_bar_dot
+    x_bar = conv3x3_input_gradient(y_bar, weight, padding, precision)
+    return x_bar, conv3x3_dual_image_gradient(y_bar, y_bar_dot, weight, weight_dot, padding, precision)
 
 
 def conv3x3_dual_image_gradient(
-    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Return x̄̇ alone: below the first layer nobody asks for x̄."""
-    return conv3x3_input_gradient(y_bar, weight_dot, padding) + conv3x3_input_gradient(y_bar_dot, weight, padding)
+    along_weight = conv3x3_input_gradient(y_bar, weight_dot, padding, precision)
+    return along_weight + conv3x3_input_gradient(y_bar_dot, weight, padding, precision)
 
 
 def conv3x3_dual_weight_gradient(
-    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int
+    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, precision: Precision = "fp32"
 ) -> Tensor:
     """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3). `x_dot` None is zero."""
-    weight_bar_dot = conv3x3_weight_gradient(x, y_bar_dot, padding)
-    return weight_bar_dot if x_dot is None else weight_bar_dot + conv3x3_weight_gradient(x_dot, y_bar, padding)
+    weight_bar_dot = conv3x3_weight_gradient(x, y_bar_dot, padding, precision)
+    return (
+        weight_bar_dot if x_dot is None else weight_bar_dot + conv3x3_weight_gradient(x_dot, y_bar, padding, precision)
+    )
+
+
+def rounded(factor: Tensor, precision: Precision) -> Tensor:
+    """Return `factor` as a tensor core sees it: tf32 keeps 10 bits of a float32's mantissa, bf16 seven, ties to even."""
+    if factor.dtype != torch.float32 or precision == "fp32":
+        return factor
+    if precision == "bf16":
+        return factor.bfloat16().float()
+    bits = factor.view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & -0x2000).view(torch.float32)
 
 
 # ------------------------------------------------------------------------------------- linear, cross-entropy

@@ -7,17 +7,13 @@ other way: results (term, output channel) are sums over pixels, cut into parts t
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from ..formats import Precision
 from .configurations import Configuration, configuration
 from .entry import architecture, launch, tl, triton
 from .planes import OFFSETS, Planes, accumulator
-
-Precision = Literal["fp32", "tf32", "bf16"]
-"""What the factors of a product are rounded to; sums are float32 always. float64 tensors stay float64."""
 
 NARROW = 16  # channels up to which an input counts as images
 
