@@ -50,7 +50,7 @@ def _twin(operation: str, tensor: Tensor, precision: Precision | None = None) ->
 
     `precision` is that of a product's factors, for the operations that have any. The native twins know `fp32` alone.
     """
-    if native.runs(tensor) and hasattr(native, operation) and precision in (None, "fp32"):
+    if native.has(operation, tensor) and precision in (None, "fp32"):
         found: Callable[..., Any] = getattr(native, operation)
         return found
     found = getattr(triton if tensor.is_cuda and operation in triton.__all__ else reference, operation)

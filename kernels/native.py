@@ -33,9 +33,10 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     return torch.tensor(_module().squared_distance(a, b, torch.get_num_threads()), dtype=torch.float64)
 
 
-def runs(tensor: Tensor) -> bool:
-    """Return whether the twins below are there for a tensor of this device and dtype."""
-    return available and tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+def has(operation: str, tensor: Tensor) -> bool:
+    """Return whether there is a twin of `operation` below for a tensor of this device and dtype."""
+    dtypes = (torch.float32, torch.float64, *((torch.bfloat16,) if operation == "squared_distance" else ()))
+    return available and operation in globals() and tensor.device.type == "cpu" and tensor.dtype in dtypes
 
 
 # The twins below are channels-last throughout: oneDNN's convolutions are fastest there, and the channels are the lanes
