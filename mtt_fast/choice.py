@@ -6,7 +6,7 @@ import torch
 
 from mtt_fast.convnet import ConvNet
 from mtt_fast.fused import FusedConvNetStudent
-from mtt_fast.kernels import LabelKind, native_available
+from mtt_fast.kernels import LabelKind, Precision, native_available
 from mtt_fast.student import (
     GenericStudent,
     Loss,
@@ -22,13 +22,15 @@ def student_for(
     device: torch.device,
     label_kind: LabelKind = "indices",
     loss: Loss | None = None,
+    precision: Precision = "fp32",
 ) -> Student:
     """Return the student for `network` on `device`: the fused one for `ConvNet` where its kernels are, else the generic.
 
     Without a `loss` it is cross-entropy with labels of `label_kind`; a loss of the user's own takes the generic one.
+    `precision` is the fused student's; the generic one's is what torch's own settings say.
     """
     if isinstance(network, ConvNet) and loss is None and kernels_for(device):
-        return FusedConvNetStudent(network, label_kind)
+        return FusedConvNetStudent(network, label_kind, precision)
     default = cross_entropy_from_logits if label_kind == "logits" else cross_entropy
     return GenericStudent(network, loss or default)
 

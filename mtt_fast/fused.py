@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.convnet import NORM_EPS, ConvNet
-from mtt_fast.kernels import LabelKind
+from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.student import GradientTangent
 
 # Peak of a step over the tensors it holds: 1.13 measured at 32 to 128 pixels, for the convolutions' work space, and up
@@ -25,10 +25,14 @@ _OVER_LIVE = 1.45
 
 @dataclass(frozen=True)
 class FusedConvNetStudent:
-    """A `Student` for `ConvNet` under cross-entropy, with labels of one kind; float32 or float64."""
+    """A `Student` for `ConvNet` under cross-entropy, with labels of one kind; float32 or float64.
+
+    `precision` is that of the factors of float32 convolutions; the twins of a CPU know fp32 alone.
+    """
 
     network: ConvNet
     label_kind: LabelKind = "indices"
+    precision: Precision = "fp32"
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Student.gradient`."""
@@ -38,7 +42,7 @@ class FusedConvNetStudent:
         x = _channels_last(images)
         kept = []
         for block, (weight, _, gamma, beta) in enumerate(blocks):
-            y = kernels.conv3x3(x, weight, self._padding(block))
+            y = kernels.conv3x3(x, weight, self._padding(block), self.precision)
             pooled, mean, rstd = kernels.norm_relu_pool(y, gamma, beta, NORM_EPS)
             kept.append((x, y, mean, rstd))
             x = pooled
@@ -52,9 +56,9 @@ class FusedConvNetStudent:
             x, y, mean, rstd = kept.pop()
             y_bar, gamma_bar, beta_bar = kernels.norm_relu_pool_backward(y, mean, rstd, gamma, beta, x_bar, reuse=True)
             del y
-            weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, padding)
+            weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, padding, self.precision)
             if block > 0:
-                x_bar = kernels.conv3x3_input_gradient(y_bar, weight, padding)
+                x_bar = kernels.conv3x3_input_gradient(y_bar, weight, padding, self.precision)
             to_weight, _, to_gamma, to_beta = block_gradients[block]
             _assign((to_weight, to_gamma, to_beta), (weight_bar, gamma_bar, beta_bar))
         return loss, gradient
@@ -70,7 +74,7 @@ class FusedConvNetStudent:
         for block, ((weight, _, gamma, beta), (weight_dot, _, gamma_dot, beta_dot)) in enumerate(
             zip(blocks, block_dots, strict=True)
         ):
-            y, y_dot = kernels.conv3x3_dual(x, x_dot, weight, weight_dot, self._padding(block))
+            y, y_dot = kernels.conv3x3_dual(x, x_dot, weight, weight_dot, self._padding(block), self.precision)
             norm = (gamma, beta, gamma_dot, beta_dot)
             pooled, pooled_dot, *numbers = kernels.norm_relu_pool_dual(y, y_dot, *norm, NORM_EPS)
             kept.append((x, x_dot, y, y_dot, numbers))
@@ -92,11 +96,12 @@ class FusedConvNetStudent:
                 y, y_dot, *numbers, gamma, beta, gamma_dot, beta_dot, x_bar, x_bar_dot, reuse=True
             )
             del y, y_dot
-            weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding)
+            weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, self.precision)
+            backwards = (y_bar, y_bar_dot, weight, weight_dot, padding, self.precision)
             if block > 0:
-                x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+                x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(*backwards)
             else:
-                x_bar_dot = kernels.conv3x3_dual_image_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+                x_bar_dot = kernels.conv3x3_dual_image_gradient(*backwards)
             to_weight, _, to_gamma, to_beta = block_results[block]
             _assign((to_weight, to_gamma, to_beta), (weight_bar_dot, gamma_bar_dot, beta_bar_dot))
         return GradientTangent(v_dot_g, hessian_v, x_bar_dot.contiguous(), labels_bar_dot)

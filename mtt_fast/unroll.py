@@ -16,7 +16,7 @@ from torch import Tensor
 from mtt_fast.augment import Augment
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import LabelKind
+from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.memory import microbatch_for
 from mtt_fast.student import Loss, Network, Student, in_microbatches
 
@@ -37,6 +37,7 @@ def unroll(
     label_kind: LabelKind | None = None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
@@ -59,6 +60,8 @@ def unroll(
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: mean loss of a batch from logits and labels instead of cross-entropy.
         generator: source of the augmentation's random numbers.
+        precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32" or "bf16"; sums are
+            float32. Any other network takes torch's own settings.
 
     Raises:
         InputError: shapes, dtypes, indices or options that do not fit each other.
@@ -68,7 +71,7 @@ def unroll(
     _check_tensors(theta, images, labels, lr, len(indices), net)
     if microbatch is not None and memory_budget is not None:
         raise InputError("unroll: expected microbatch or memory_budget, found both; give one")
-    student = student_for(net, theta.device, _kind_of(labels, label_kind), loss)
+    student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
     if memory_budget is not None:
         largest = max(len(index) for index in indices)
         microbatch = microbatch_for(
