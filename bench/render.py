@@ -1,6 +1,7 @@
 """Tables and plots from the records: `python -m bench render`.
 
-In README.md, what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` becomes the table of the record NAME.
+In README.md and docs/performance.md, what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` becomes the table of
+the record NAME.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ _MARKED = re.compile(r"(<!-- bench:(?P<name>\S+) -->\n).*?(<!-- /bench -->)", re
 
 @dataclass(frozen=True)
 class Options:
-    """Make Markdown tables and PNG plots of the records, and bring README.md up to date."""
+    """Make Markdown tables and PNG plots of the records, and bring the documents that quote them up to date."""
 
     results: str = "bench/results"
     """folder of the records; NAME.md and NAME.png are written beside NAME.json"""
-    readme: str | None = "README.md"
-    """file with markers to fill in; None for no file"""
+    documents: str = "README.md,docs/performance.md"
+    """files with markers to fill in, joined by commas; "" for none"""
 
 
 def main(options: Options, command: str) -> None:
-    """Render every record, then the marked places of the README."""
+    """Render every record, then the marked places of the documents."""
     folder = Path(options.results)
     paths = sorted(path for path in folder.glob("*.json") if not path.name.endswith(TRACE))
     if not paths:
@@ -47,9 +48,8 @@ def main(options: Options, command: str) -> None:
         tables[path.stem] = rendered(record)
         write_text(path.with_suffix(".md"), tables[path.stem])
         draw(record, path.with_suffix(".png"))
-    if options.readme:
-        readme = Path(options.readme)
-        write_text(readme, filled_in(readme.read_text(encoding="utf-8"), tables, readme))
+    for document in map(Path, filter(None, options.documents.split(","))):
+        write_text(document, filled_in(document.read_text(encoding="utf-8"), tables, document))
     log.info("%s: %d records", folder, len(paths))
 
 

@@ -373,7 +373,7 @@ def test_render_fills_in_the_marked_places(tmp_path: Path) -> None:
     (tmp_path / "two.trace.json").write_text("{}")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:one -->\nold\n<!-- /bench -->\nafter\n")
-    assert cli.run(main, ["render", "--results", str(tmp_path), "--readme", str(readme)]) == 0
+    assert cli.run(main, ["render", "--results", str(tmp_path), "--documents", str(readme)]) == 0
     text = readme.read_text()
     assert "| fused  | 2 s (1.5 to 2.5, n = 3) | 4.00×" in text
     assert "does not fit" in text
@@ -383,7 +383,7 @@ def test_render_fills_in_the_marked_places(tmp_path: Path) -> None:
     assert text.endswith("<!-- /bench -->\nafter\n")
     assert (tmp_path / "one.png").stat().st_size > 1000
 
-    assert cli.run(main, ["render", "--results", str(tmp_path), "--readme", str(readme)]) == 0
+    assert cli.run(main, ["render", "--results", str(tmp_path), "--documents", str(readme)]) == 0
     assert readme.read_text() == text  # again changes nothing
     with pytest.raises(InputError, match="marker bench:three: no such record; there are one"):
         filled_in("<!-- bench:three -->\n<!-- /bench -->", {"one": ""}, readme)
