@@ -51,7 +51,9 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
 def small_setting(setting: Setting) -> Setting:
     """Return the smallest case of the same depth that has several channels, pixels, steps and batches."""
     net = setting.net
-    small = ConvNet(net.in_channels, min(net.num_classes, 4), 2 ** (net.depth + 1), width=6, depth=net.depth)
+    small = ConvNet(
+        net.in_channels, min(net.num_classes, 4), 2 ** (net.depth + 1), width=6, depth=net.depth, norm=net.norm
+    )
     return Setting(small, images=5, steps=3, batch=4)
 
 

@@ -140,7 +140,7 @@ def _unrolled(case: Case, **options: Any) -> Gradients:
 def _module_function(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     net, size = case.net, case.net.image_size
     assert isinstance(size, int)
-    module = testing.reference_convnet(net.in_channels, net.num_classes, size, net.width, net.depth)
+    module = testing.reference_convnet(net.in_channels, net.num_classes, size, net.width, net.depth, net.norm)
     return testing.module_function(module.to(case.images))
 
 

@@ -65,8 +65,10 @@ class Shape:
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1")
         found = named(self.setting)
-        shape = {"image_size": self.size, "depth": self.depth, "width": self.width}
-        net = replace(found.net, **{name: value for name, value in shape.items() if value is not None})
+        net = found.net
+        net = replace(
+            net, image_size=self.size or net.image_size, depth=self.depth or net.depth, width=self.width or net.width
+        )
         batch = self.batch or found.batch
         return Setting(net, max(found.images, batch), self.steps or found.steps, batch)
 

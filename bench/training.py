@@ -36,7 +36,8 @@ def plain_loop(
 ) -> Tensor:
     """Train as a script does: nn.Module, torch.optim.SGD, loss.backward(). The augmentation is mtt_fast's own."""
     assert isinstance(net.image_size, int)
-    module = testing.reference_convnet(net.in_channels, net.num_classes, net.image_size, net.width, net.depth).to(start)
+    shape = (net.in_channels, net.num_classes, net.image_size, net.width, net.depth)
+    module = testing.reference_convnet(*shape, net.norm).to(start)
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
     optimiser = torch.optim.SGD(module.parameters(), sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     augmentation = augment_by_strategy(augment)

@@ -97,6 +97,38 @@ def norm_relu_pool_dual_backward(
     return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), gamma_sum.sum(0), beta_sum.sum(0)
 
 
+def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
+    """See `mtt_fast.kernels.bias_relu_pool`."""
+    p = _pooled(y)
+    _module().bias_relu_pool(_last(y), beta, _last(p), torch.get_num_threads())
+    return in_format_of(y, p)
+
+
+def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.bias_relu_pool_backward`."""
+    y_bar, (beta_sum,) = _over(y, reuse), _numbers(y, 1)
+    _module().bias_relu_pool_backward(_last(y), beta, _last(p_bar), _last(y_bar), beta_sum, torch.get_num_threads())
+    return in_format_of(y, y_bar), beta_sum.sum(0)
+
+
+def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.bias_relu_pool_dual`."""
+    p, p_dot = _pooled(y), _pooled(y)
+    arguments = (_last(y), _last(y_dot), beta, beta_dot, _last(p), _last(p_dot))
+    _module().bias_relu_pool_dual(*arguments, torch.get_num_threads())
+    return in_format_of(y, p), in_format_of(y, p_dot)
+
+
+def bias_relu_pool_dual_backward(
+    y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, reuse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mtt_fast.kernels.bias_relu_pool_dual_backward`."""
+    y_bar, y_bar_dot, (beta_sum,) = _over(y, reuse), _over(y, False), _numbers(y, 1)
+    arguments = (_last(y), beta, _last(p_bar), _last(p_bar_dot), _last(y_bar), _last(y_bar_dot), beta_sum)
+    _module().bias_relu_pool_dual_backward(*arguments, torch.get_num_threads())
+    return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), beta_sum.sum(0)
+
+
 # Images have so few channels that the nine taps of all of them are one row of a small matrix product; everything else
 # goes through Winograd's transform (cpp/conv.h).
 _FEW_CHANNELS = 3

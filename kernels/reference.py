@@ -99,6 +99,41 @@ def _normalised_dot(h: Tensor, y_dot: Tensor, rstd: Tensor, k1: Tensor, k2: Tens
     return _plane(rstd) * (y_dot - _plane(k1) - h * _plane(k2))
 
 
+# ------------------------------------------------------------------------------------- bias, ReLU, pool
+# u = y + β, z = max(u, 0), p = 2×2 means of z: the same block without its norm. All is linear but for the ReLU's mask,
+# so the derivatives need y and β for that alone.
+
+
+def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
+    """Return p (B, C, H//2, W//2). `y`: (B, C, H, W); `beta`: (C,)."""
+    u = y + _channel(beta)
+    return _pool(u * (u > 0), y)
+
+
+def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
+    """Return ȳ (B, C, H, W), β̄ (C,). `p_bar`: (B, C, H//2, W//2). `reuse` is a permission not taken."""
+    y_bar = _unpool(p_bar, y) * (y + _channel(beta) > 0)
+    return in_format_of(y, y_bar), y_bar.sum((0, 2, 3))
+
+
+def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p, ṗ (B, C, H//2, W//2)."""
+    u_dot = y_dot + _channel(beta_dot)
+    return bias_relu_pool(y, beta), _pool(u_dot * (y + _channel(beta) > 0), y)
+
+
+def bias_relu_pool_dual_backward(
+    y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, reuse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ȳ, ȳ̇ (B, C, H, W) and β̄̇ (C,), the last two the derivatives of what `bias_relu_pool_backward` returns."""
+    y_bar, _ = bias_relu_pool_backward(y, beta, p_bar)
+    y_bar_dot, beta_bar_dot = bias_relu_pool_backward(y, beta, p_bar_dot)
+    return y_bar, y_bar_dot, beta_bar_dot
+
+
+# ------------------------------------------------------------------------------------- planes and channels
+
+
 def _pool(z: Tensor, y: Tensor) -> Tensor:
     return in_format_of(y, F.avg_pool2d(z, 2))
 
@@ -125,7 +160,7 @@ def _channel(number: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- convolution 3×3
 # Stride 1, no bias: in front of an instance norm a bias only shifts what the norm takes away again, so it has no effect
-# and its gradients are exactly zero.
+# and its gradients are exactly zero. Without a norm `bias_relu_pool` adds it.
 
 
 def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:

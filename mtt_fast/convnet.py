@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,18 @@ from mtt_fast.layout import ParameterLayout
 
 NORM_EPS = 1e-5
 
+Norm = Literal["instance", "none"]
+
 
 @dataclass(frozen=True)
 class ConvNet:
-    """[conv 3×3 → instance norm → ReLU → average pool 2×2] × depth, then a linear classifier.
+    """[conv 3×3 → norm → ReLU → average pool 2×2] × depth, then a linear classifier.
 
-    The instance norm is affine (a group norm with one group a channel, eps 1e-5). Padding is 1, but 3 in the first
-    layer for one-channel images, as in the public code, where it makes MNIST's 28×28 into 32×32.
+    The norm is an affine instance norm (a group norm with one group a channel, eps 1e-5), or there is none. Padding is
+    1, but 3 in the first layer for one-channel images, as in the public code, where it makes MNIST's 28×28 into 32×32.
     The parameters are one vector `theta` (P,), in the public code's order, so its trajectories load unchanged.
 
-    Raises `InputError` if `depth` poolings leave nothing of `image_size`.
+    Raises `InputError` if `depth` poolings leave nothing of `image_size`, and for a norm of another name.
     """
 
     in_channels: int = 3
@@ -32,11 +35,14 @@ class ConvNet:
     image_size: int | tuple[int, int] = 32
     width: int = 128
     depth: int = 3
+    norm: Norm = "instance"
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "num_classes", "width", "depth"):
             if getattr(self, name) < 1:
                 raise InputError(f"ConvNet {name}: expected at least 1, found {getattr(self, name)}")
+        if self.norm not in get_args(Norm):
+            raise InputError(f"ConvNet norm: expected {' or '.join(get_args(Norm))}, found {self.norm}")
         if min(self.feature_size) < 1:
             raise InputError(
                 f"ConvNet depth {self.depth}: {self.depth} poolings leave nothing of {self.image_size}-pixel images; "
@@ -45,7 +51,7 @@ class ConvNet:
 
     @property
     def mixes_samples(self) -> bool:
-        """False: instance norm never does, so a batch may be cut into micro-batches exactly."""
+        """False: an instance norm never does, so a batch may be cut into micro-batches exactly."""
         return False
 
     @property
@@ -66,11 +72,12 @@ class ConvNet:
         """Names (those of the public code's module) and shapes, in flat order."""
         shapes: dict[str, tuple[int, ...]] = {}
         for block in range(self.depth):
-            conv, norm = 4 * block, 4 * block + 1
+            conv = block * (4 if self.norm == "instance" else 3)  # the module's layers: conv, norm if any, ReLU, pool
             shapes[f"features.{conv}.weight"] = (self.width, self.width if block else self.in_channels, 3, 3)
             shapes[f"features.{conv}.bias"] = (self.width,)
-            shapes[f"features.{norm}.weight"] = (self.width,)
-            shapes[f"features.{norm}.bias"] = (self.width,)
+            if self.norm == "instance":
+                shapes[f"features.{conv + 1}.weight"] = (self.width,)
+                shapes[f"features.{conv + 1}.bias"] = (self.width,)
         shapes["classifier.weight"] = (self.num_classes, self.width * math.prod(self.feature_size))
         shapes["classifier.bias"] = (self.num_classes,)
         return ParameterLayout(tuple(shapes), tuple(shapes.values()))
@@ -104,11 +111,22 @@ class ConvNet:
 
         Functional: differentiable to any order, in forward and reverse mode, and usable under `torch.func`.
         """
-        parameters = self.layout.split(theta)
+        *blocks, classifier = self.split(theta)
         features = images
-        for block in range(self.depth):
-            weight, bias, gamma, beta = parameters[4 * block : 4 * block + 4]
+        for block, (weight, bias, *norm) in enumerate(blocks):
             features = F.conv2d(features, weight, bias, padding=self.first_padding if block == 0 else 1)
-            features = F.group_norm(features, self.width, gamma, beta, NORM_EPS)
+            if norm:
+                gamma, beta = norm
+                features = F.group_norm(features, self.width, gamma, beta, NORM_EPS)
             features = F.avg_pool2d(F.relu(features), 2)
-        return F.linear(features.flatten(1), *parameters[-2:])
+        return F.linear(features.flatten(1), *classifier)
+
+    def split(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return views of each block's parameters, and last of the classifier's weight and bias.
+
+        A block's are the weight and bias of its convolution, and those of its norm if it has one.
+        """
+        parameters = self.layout.split(theta)
+        each = len(parameters[:-2]) // self.depth
+        blocks = [tuple(parameters[each * block : each * (block + 1)]) for block in range(self.depth)]
+        return [*blocks, tuple(parameters[-2:])]

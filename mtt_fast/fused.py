@@ -2,8 +2,7 @@
 
 The formulas are derived in docs/adjoint.md. Of each block a step keeps the input x, the convolution's output y, their
 tangents, and a few numbers a plane; nothing else that is as large as an image. A dot is the derivative in direction v, a
-bar the gradient of the loss. The biases of the convolutions have no effect, since an instance norm follows: their
-gradients are exactly zero.
+bar the gradient of the loss. What follows the convolution is in block_ends.py.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.convnet import NORM_EPS, ConvNet
+from mtt_fast.block_ends import BLOCK_ENDS, Tensors
+from mtt_fast.convnet import ConvNet
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.student import GradientTangent
 
@@ -36,15 +36,16 @@ class FusedConvNetStudent:
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Student.gradient`."""
-        *blocks, classifier = self._parts(theta)
+        end, (blocks, classifier) = BLOCK_ENDS[self.network.norm], self._parts(theta)
         gradient = torch.zeros_like(theta)
-        *block_gradients, classifier_gradient = self._parts(gradient)
+        block_gradients, classifier_gradient = self._parts(gradient)
         x = _channels_last(images)
         kept = []
-        for block, (weight, _, gamma, beta) in enumerate(blocks):
+        for block, (weight, affine) in enumerate(blocks):
             y = kernels.conv3x3(x, weight, self._padding(block), self.precision)
-            pooled, mean, rstd = kernels.norm_relu_pool(y, gamma, beta, NORM_EPS)
-            kept.append((x, y, mean, rstd))
+            pooled, kept_of_y = end.forward(y, affine)
+            del y
+            kept.append((x, kept_of_y))
             x = pooled
 
         loss, f_bar, *found = kernels.linear_cross_entropy(_features(x), *classifier, labels, self.label_kind)
@@ -52,32 +53,31 @@ class FusedConvNetStudent:
         x_bar = _channels_last(f_bar.view(x.shape))
 
         for block in reversed(range(len(blocks))):
-            (weight, _, gamma, beta), padding = blocks[block], self._padding(block)
-            x, y, mean, rstd = kept.pop()
-            y_bar, gamma_bar, beta_bar = kernels.norm_relu_pool_backward(y, mean, rstd, gamma, beta, x_bar, reuse=True)
-            del y
+            (weight, affine), padding = blocks[block], self._padding(block)
+            x, kept_of_y = kept.pop()
+            y_bar, affine_bar = end.backward(kept_of_y, affine, x_bar)
+            del kept_of_y
             weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, padding, self.precision)
             if block > 0:
                 x_bar = kernels.conv3x3_input_gradient(y_bar, weight, padding, self.precision)
-            to_weight, _, to_gamma, to_beta = block_gradients[block]
-            _assign((to_weight, to_gamma, to_beta), (weight_bar, gamma_bar, beta_bar))
+            to_weight, to_affine = block_gradients[block]
+            _assign((to_weight, *to_affine), (weight_bar, *affine_bar))
         return loss, gradient
 
     def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        *blocks, classifier = self._parts(theta)
-        *block_dots, classifier_dot = self._parts(v)
+        end, (blocks, classifier), (block_dots, classifier_dot) = (
+            BLOCK_ENDS[self.network.norm], self._parts(theta), self._parts(v)
+        )  # fmt: skip
         hessian_v = torch.zeros_like(theta)
-        *block_results, classifier_result = self._parts(hessian_v)
+        block_results, classifier_result = self._parts(hessian_v)
         x, x_dot = _channels_last(images), None
-        kept = []
-        for block, ((weight, _, gamma, beta), (weight_dot, _, gamma_dot, beta_dot)) in enumerate(
-            zip(blocks, block_dots, strict=True)
-        ):
+        kept: list[tuple[Tensor, Tensor | None, Tensors]] = []
+        for block, ((weight, affine), (weight_dot, affine_dot)) in enumerate(zip(blocks, block_dots, strict=True)):
             y, y_dot = kernels.conv3x3_dual(x, x_dot, weight, weight_dot, self._padding(block), self.precision)
-            norm = (gamma, beta, gamma_dot, beta_dot)
-            pooled, pooled_dot, *numbers = kernels.norm_relu_pool_dual(y, y_dot, *norm, NORM_EPS)
-            kept.append((x, x_dot, y, y_dot, numbers))
+            pooled, pooled_dot, kept_of_y = end.dual(y, y_dot, affine, affine_dot)
+            del y, y_dot
+            kept.append((x, x_dot, kept_of_y))
             x, x_dot = pooled, pooled_dot
 
         assert x_dot is not None
@@ -88,22 +88,18 @@ class FusedConvNetStudent:
         x_bar, x_bar_dot = _channels_last(f_bar.view(x.shape)), _channels_last(f_bar_dot.view(x.shape))
 
         for block in reversed(range(len(blocks))):
-            weight, _, gamma, beta = blocks[block]
-            weight_dot, _, gamma_dot, beta_dot = block_dots[block]
-            padding = self._padding(block)
-            x, x_dot, y, y_dot, numbers = kept.pop()
-            y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = kernels.norm_relu_pool_dual_backward(
-                y, y_dot, *numbers, gamma, beta, gamma_dot, beta_dot, x_bar, x_bar_dot, reuse=True
-            )
-            del y, y_dot
+            (weight, affine), (weight_dot, affine_dot), padding = blocks[block], block_dots[block], self._padding(block)
+            x, x_dot, kept_of_y = kept.pop()
+            y_bar, y_bar_dot, affine_bar_dot = end.dual_backward(kept_of_y, affine, affine_dot, x_bar, x_bar_dot)
+            del kept_of_y
             weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, self.precision)
             backwards = (y_bar, y_bar_dot, weight, weight_dot, padding, self.precision)
             if block > 0:
                 x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(*backwards)
             else:
                 x_bar_dot = kernels.conv3x3_dual_image_gradient(*backwards)
-            to_weight, _, to_gamma, to_beta = block_results[block]
-            _assign((to_weight, to_gamma, to_beta), (weight_bar_dot, gamma_bar_dot, beta_bar_dot))
+            to_weight, to_affine = block_results[block]
+            _assign((to_weight, *to_affine), (weight_bar_dot, *affine_bar_dot))
         return GradientTangent(v_dot_g, hessian_v, x_bar_dot.contiguous(), labels_bar_dot)
 
     def sample_bytes(self, image_shape: torch.Size, dtype: torch.dtype) -> int:
@@ -118,11 +114,14 @@ class FusedConvNetStudent:
             peak = max(peak, kept + outputs + inputs)
         return int(_OVER_LIVE * peak * dtype.itemsize)
 
-    def _parts(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
-        """Views of (weight, bias, gamma, beta) of each block, then of the classifier's (weight, bias)."""
-        parameters = self.network.layout.split(theta)
-        blocks = [tuple(parameters[4 * block : 4 * block + 4]) for block in range(self.network.depth)]
-        return [*blocks, tuple(parameters[-2:])]
+    def _parts(self, theta: Tensor) -> tuple[list[tuple[Tensor, Tensors]], Tensors]:
+        """Views of the convolution's weight and the affine parameters of each block, and of the classifier's two.
+
+        In front of an instance norm the convolution's bias has no effect, so its gradient is exactly zero.
+        """
+        *blocks, classifier = self.network.split(theta)
+        affine = 2 if self.network.norm == "instance" else 1
+        return [(block[0], block[affine:]) for block in blocks], classifier
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1
@@ -136,6 +135,6 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _assign(places: tuple[Tensor, ...], values: list[Tensor] | tuple[Tensor, ...]) -> None:
+def _assign(places: Tensors, values: list[Tensor] | Tensors) -> None:
     for place, value in zip(places, values, strict=True):
         place.copy_(value)

@@ -38,7 +38,7 @@ class CommonOptions:
     zca: bool = False
     """whiten the images (ZCA, eps 0.1) instead of normalising them"""
     model: str = "ConvNet"
-    """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, …"""
+    """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, ConvNetNN (no norm), …"""
     batch_train: int = 256
     """batch size for training networks"""
     dsa: TrueOrFalse = True

@@ -5,6 +5,7 @@ For tests, benchmarks, and users who want to see for themselves. Memory grows wi
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,20 +26,24 @@ class MetaGradient(NamedTuple):
     start: Tensor
 
 
-def reference_convnet(in_channels: int, num_classes: int, image_size: int, width: int, depth: int) -> nn.Module:
-    """Return ConvNet as an ordinary `nn.Module`, as the public code builds it; random parameters."""
+def reference_convnet(
+    in_channels: int, num_classes: int, image_size: int, width: int, depth: int, norm: str = "instance"
+) -> nn.Module:
+    """Return ConvNet as an ordinary `nn.Module`, as the public code builds it; random parameters.
+
+    `norm` is "instance" or "none". The parameters bear the public code's names.
+    """
     layers: list[nn.Module] = []
     side = image_size
     for block in range(depth):
         wide = block == 0 and in_channels == 1
-        layers += [
-            nn.Conv2d(width if block else in_channels, width, 3, padding=3 if wide else 1),
-            nn.GroupNorm(width, width),
-            nn.ReLU(),
-            nn.AvgPool2d(2),
-        ]
+        layers.append(nn.Conv2d(width if block else in_channels, width, 3, padding=3 if wide else 1))
+        if norm == "instance":
+            layers.append(nn.GroupNorm(width, width))
+        layers += [nn.ReLU(), nn.AvgPool2d(2)]
         side = (side + (4 if wide else 0)) // 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, num_classes))
+    classifier = nn.Linear(width * side * side, num_classes)
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*layers), flatten=nn.Flatten(), classifier=classifier))
 
 
 def module_function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

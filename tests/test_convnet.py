@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from mtt_fast import ConvNet, InputError
+from mtt_fast.convnet import Norm
 from mtt_fast.models import network_by_name
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 
@@ -20,13 +22,19 @@ SHAPES = [
 ]
 
 
+NORMS: list[Norm] = ["instance", "none"]
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_module(shape: tuple[int, int, int, int, int]) -> None:
-    net = ConvNet(*shape)
-    module = reference_convnet(*shape)
+def test_equals_the_module(shape: tuple[int, int, int, int, int], norm: Norm) -> None:
+    net = ConvNet(*shape, norm)
+    module = reference_convnet(*shape, norm)
     theta = torch.randn(net.num_parameters, dtype=torch.float64)
     images = torch.randn(5, shape[0], shape[2], shape[2], dtype=torch.float64)
-    assert net.num_parameters == sum(parameter.numel() for parameter in module.parameters())
+    parameters = dict(module.named_parameters())
+    assert net.layout.names == tuple(parameters)
+    assert net.layout.shapes == tuple(parameter.shape for parameter in parameters.values())
     assert_close("logits", net(theta, images), module_function(module)(theta, images), 1e-12)
 
 
@@ -51,10 +59,18 @@ def test_parameter_counts_are_those_of_the_public_code(net: ConvNet, parameters:
     assert net.num_parameters == parameters
 
 
-def test_init_has_the_default_distribution_of_torch() -> None:
-    net = ConvNet(width=64)
+def test_names_without_a_norm_are_those_of_the_public_code() -> None:
+    """Its module counts convolution, ReLU and pool: three layers a block."""
+    names = ConvNet(depth=2, width=4, norm="none").layout.names
+    assert names[:4] == ("features.0.weight", "features.0.bias", "features.3.weight", "features.3.bias")
+    assert names[4:] == ("classifier.weight", "classifier.bias")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_init_has_the_default_distribution_of_torch(norm: Norm) -> None:
+    net = ConvNet(width=64, norm=norm)
     theta = net.init(torch.Generator().manual_seed(3))
-    module = reference_convnet(3, 10, 32, 64, 3)
+    module = reference_convnet(3, 10, 32, 64, 3, norm)
     for ours, theirs in zip(net.layout.split(theta), module.parameters(), strict=True):
         assert ours.shape == theirs.shape
         assert ours.abs().max() <= 1.05 * theirs.abs().max() + 1e-12
@@ -73,8 +89,9 @@ def test_init_repeats_with_the_generator() -> None:
     assert not torch.equal(first, other)
 
 
-def test_gradients_of_both_orders_and_modes() -> None:
-    net = ConvNet(in_channels=2, num_classes=2, image_size=5, width=2, depth=2)
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_of_both_orders_and_modes(norm: Norm) -> None:
+    net = ConvNet(in_channels=2, num_classes=2, image_size=5, width=2, depth=2, norm=norm)
     theta = (net.init().double() + 0.1).requires_grad_()
     images = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(net, (theta, images))
@@ -86,6 +103,8 @@ def test_errors_name_the_cause() -> None:
         ConvNet(image_size=8, depth=4)
     with pytest.raises(InputError, match="width: expected at least 1, found 0"):
         ConvNet(width=0)
+    with pytest.raises(InputError, match="norm: expected instance or none, found batch"):
+        ConvNet(norm="batch")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected a flat vector of shape"):
         ConvNet(width=4)(torch.zeros(7), torch.zeros(1, 3, 32, 32))
 
@@ -94,5 +113,16 @@ def test_names_of_the_public_code() -> None:
     assert network_by_name("ConvNet", (3, 32, 32), 10) == ConvNet(3, 10, 32)
     assert network_by_name("ConvNetD4", (3, 64, 64), 200) == ConvNet(3, 200, 64, depth=4)
     assert network_by_name("ConvNetD2W64", (1, 8, 8), 10) == ConvNet(1, 10, 8, width=64, depth=2)
-    with pytest.raises(InputError, match="--model ResNet99"):
-        network_by_name("ResNet99", (3, 32, 32), 10)
+    assert network_by_name("ConvNetNN", (3, 32, 32), 10) == ConvNet(3, 10, 32, norm="none")
+    assert network_by_name("ConvNetIN", (3, 32, 32), 10) == ConvNet(3, 10, 32)
+    assert network_by_name("ConvNetD3W32NN", (1, 28, 28), 10) == ConvNet(1, 10, 28, width=32, norm="none")
+    for name in ("ResNet99", "ConvNetBN", "ConvNetNND3"):
+        with pytest.raises(InputError, match=f"--model {name}"):
+            network_by_name(name, (3, 32, 32), 10)
+
+
+def test_a_record_from_before_there_was_a_norm_is_of_the_instance_norm() -> None:
+    net = ConvNet(width=4)
+    record = dataclasses.asdict(net)
+    assert record.pop("norm") == "instance"
+    assert ConvNet(**record) == net

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtt_fast import ConvNet
+from mtt_fast.convnet import Norm
 from mtt_fast.fused import FusedConvNetStudent
 from mtt_fast.kernels import native
 from mtt_fast.student import GenericStudent, cross_entropy, cross_entropy_from_logits
@@ -76,6 +77,10 @@ def assert_same_as_generic(net: ConvNet, batch: int, label_kind: Any, seed: int 
         (ConvNet(3, 5, 11, 33, 3), 1),  # 1×1 planes after the last pool, one sample
         (ConvNet(2, 2, 5, 40, 1), 2),
         (ConvNet(1, 2, 1, 3, 1), 2),
+        (ConvNet(3, 10, 16, 32, 3, "none"), 2),
+        (ConvNet(1, 4, 28, 5, 3, "none"), 2),
+        (ConvNet(2, 3, (9, 14), 7, 2, "none"), 3),
+        (ConvNet(3, 5, 11, 33, 3, "none"), 1),
     ],
     ids=str,
 )
@@ -83,18 +88,19 @@ def test_equals_the_generic_student(net: ConvNet, batch: int, label_kind: str) -
     assert_same_as_generic(net, batch, label_kind)
 
 
-@settings(max_examples=30)
+@settings(max_examples=45)
 @given(
     channels=st.sampled_from([1, 2, 3]),
     depth=st.integers(1, 3),
     extra=st.tuples(st.integers(0, 5), st.integers(0, 5)),
     width=st.integers(1, 20),
     batch=st.integers(1, 4),
+    norm=st.sampled_from(["instance", "none"]),
     label_kind=st.sampled_from(["indices", "probabilities", "logits"]),
     seed=st.integers(0, 1000),
 )
 def test_equals_the_generic_student_at_random(
-    channels: int, depth: int, extra: tuple[int, int], width: int, batch: int, label_kind: str, seed: int
+    channels: int, depth: int, extra: tuple[int, int], width: int, batch: int, norm: Norm, label_kind: str, seed: int
 ) -> None:
     size = (2**depth + extra[0], 2**depth + extra[1])
-    assert_same_as_generic(ConvNet(channels, 3, size, width, depth), batch, label_kind, seed)
+    assert_same_as_generic(ConvNet(channels, 3, size, width, depth, norm), batch, label_kind, seed)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mtt_fast import ConvNet, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast.convnet import Norm
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, relative_error, whole_graph
 
 GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "rgb128-d5-n2", "cifar-d3-n5"]
@@ -48,7 +49,7 @@ def test_golden_cases(golden: Any, name: str, microbatch: int | None) -> None:
     with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
         case = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         facts = file.metadata()
-    net = ConvNet(*(int(facts[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")))
+    net = ConvNet(**{key: int(facts[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")})  # type: ignore[arg-type]
     assert net.layout.describe() == facts["parameters"]
     labels = case["labels"]
     found = meta_gradient(
@@ -80,7 +81,14 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     index = st.integers(0, count - 1)
     steps = draw(st.integers(1, 4))
     return {
-        "shape": (draw(st.sampled_from([1, 2, 3])), draw(st.integers(2, 5)), size, draw(st.integers(1, 5)), depth),
+        "shape": (
+            draw(st.sampled_from([1, 2, 3])),
+            draw(st.integers(2, 5)),
+            size,
+            draw(st.integers(1, 5)),
+            depth,
+            draw(st.sampled_from(["instance", "none"])),
+        ),
         "count": count,
         # unequal lengths, repeated indices, one image alone
         "batches": draw(st.lists(st.lists(index, min_size=1, max_size=5), min_size=steps, max_size=steps)),
@@ -93,11 +101,11 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60)
+@settings(max_examples=90)
 @given(cases())
 def test_random_cases_equal_whole_graph_autograd(case: dict[str, Any]) -> None:
     torch.manual_seed(case["seed"])
-    channels, classes, size, _, _ = case["shape"]
+    channels, classes, size, *_ = case["shape"]
     net, module = ConvNet(*case["shape"]), reference_convnet(*case["shape"])
     start = 0.5 * torch.randn(net.num_parameters, dtype=torch.float64)
     target = start + 0.1 * torch.randn_like(start)
@@ -221,8 +229,9 @@ def test_augmentation_repeats_its_draws_in_the_backward_sweep() -> None:
     assert_same(found, expected, 1e-9)
 
 
-def test_float32_is_as_close_to_the_truth_as_whole_graph_autograd_in_float32() -> None:
-    net, module = ConvNet(width=32), module_function(reference_convnet(3, 10, 32, 32, 3))
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_float32_is_as_close_to_the_truth_as_whole_graph_autograd_in_float32(norm: Norm) -> None:
+    net, module = ConvNet(width=32, norm=norm), module_function(reference_convnet(3, 10, 32, 32, 3, norm))
     start = net.init(torch.Generator().manual_seed(1))
     case: dict[str, Any] = {
         "start": start,

@@ -8,6 +8,22 @@
 
 namespace {
 
+// One group of channels of one sample, whose planes a block walks through: `first` is its first channel, `count` how many
+// there are. Offsets are from the beginning of a tensor.
+template <typename T>
+struct Group {
+    std::size_t first, count;
+    std::size_t number;         // of a number a plane, (B, C)
+    std::size_t pixel, pooled;  // of the first pixel of the planes, and of the pooled planes
+
+    Group(const PlaneShape& shape, std::size_t sample, std::size_t group)
+        : first(group * Pack<T>::lanes),
+          count(shape.channels - first < Pack<T>::lanes ? shape.channels - first : Pack<T>::lanes),
+          number(sample * shape.channels + first),
+          pixel(sample * shape.height * shape.width * shape.channels + first),
+          pooled(sample * (shape.height / 2) * (shape.width / 2) * shape.channels + first) {}
+};
+
 // The numbers of one plane, a lane a channel.
 template <typename T>
 struct Norm {
@@ -43,29 +59,44 @@ INLINE void sum_plane(const PlaneShape& shape, Pack<T> (&sums)[2], const Term& t
     }
 }
 
+// 2×2 means to `p`, and to `p_dot` of a dual. `add(pixel, z, z_dot)` adds a pixel's value and its derivative.
+template <bool dual, typename T, typename Add>
+INLINE void pool(const PlaneShape& shape, const Group<T>& at, T* p, T* p_dot, const Add& add) {
+    const std::size_t rows = shape.height / 2, columns = shape.width / 2;
+    for (std::size_t i = 0; i < rows; ++i) {
+        for (std::size_t j = 0; j < columns; ++j) {
+            Pack<T> z{}, z_dot{};
+            for (std::size_t corner = 0; corner < 4; ++corner) {
+                add((2 * i + corner / 2) * shape.width + 2 * j + corner % 2, z, z_dot);
+            }
+            const std::size_t to = at.pooled + (i * columns + j) * shape.channels;
+            store(p + to, z * T(0.25), at.count);
+            if constexpr (dual) store(p_dot + to, z_dot * T(0.25), at.count);
+        }
+    }
+}
+
 template <bool dual, typename T>
 void forward(const PlaneForward<T>& a, std::size_t sample, std::size_t group) {
-    const std::size_t first = group * Pack<T>::lanes, channels = a.shape.channels;
-    const std::size_t n = channels - first < Pack<T>::lanes ? channels - first : Pack<T>::lanes;
-    const std::size_t pixels = a.shape.height * a.shape.width, plane = sample * channels + first;
-    const T* y = a.y + sample * pixels * channels + first;
-    const T* y_dot = dual ? a.y_dot + sample * pixels * channels + first : nullptr;
-    const T share = T(1) / T(pixels);
+    const Group<T> at(a.shape, sample, group);
+    const std::size_t first = at.first, n = at.count, channels = a.shape.channels, plane = at.number;
+    const T *y = a.y + at.pixel, *y_dot = dual ? a.y_dot + at.pixel : nullptr;
+    const T share = T(1) / T(a.shape.height * a.shape.width);
 
     Norm<T> norm{};
     norm.gamma = load(a.gamma + first, n);
     norm.beta = load(a.beta + first, n);
     Pack<T> sums[2];
-    sum_plane(a.shape, sums, [&](std::size_t at, Pack<T>(&row)[2]) {
-        row[0] += load(y + at * channels, n);
-        if constexpr (dual) row[1] += load(y_dot + at * channels, n);
+    sum_plane(a.shape, sums, [&](std::size_t pixel, Pack<T>(&row)[2]) {
+        row[0] += load(y + pixel * channels, n);
+        if constexpr (dual) row[1] += load(y_dot + pixel * channels, n);
     });
     norm.mean = sums[0] * share;
     norm.k1 = sums[1] * share;
-    sum_plane(a.shape, sums, [&](std::size_t at, Pack<T>(&row)[2]) {
-        const Pack<T> centred = load(y + at * channels, n) - norm.mean;
+    sum_plane(a.shape, sums, [&](std::size_t pixel, Pack<T>(&row)[2]) {
+        const Pack<T> centred = load(y + pixel * channels, n) - norm.mean;
         row[0] += centred * centred;
-        if constexpr (dual) row[1] += centred * load(y_dot + at * channels, n);
+        if constexpr (dual) row[1] += centred * load(y_dot + pixel * channels, n);
     });
     norm.rstd = inverse_root(sums[0] * share + broadcast(T(a.eps)));
     store(a.mean + plane, norm.mean, n);
@@ -78,35 +109,21 @@ void forward(const PlaneForward<T>& a, std::size_t sample, std::size_t group) {
         store(a.k2 + plane, norm.k2, n);
     }
 
-    const std::size_t rows = a.shape.height / 2, columns = a.shape.width / 2;
-    for (std::size_t i = 0; i < rows; ++i) {
-        for (std::size_t j = 0; j < columns; ++j) {
-            Pack<T> z{}, z_dot{};
-            for (std::size_t corner = 0; corner < 4; ++corner) {
-                const std::size_t at = (2 * i + corner / 2) * a.shape.width + 2 * j + corner % 2;
-                const Pack<T> h = norm.h(load(y + at * channels, n)), u = norm.u(h);
-                z += where_positive(u, u);
-                if constexpr (dual) {
-                    z_dot += where_positive(u, norm.u_dot(h, norm.h_dot(h, load(y_dot + at * channels, n))));
-                }
-            }
-            const std::size_t to = ((sample * rows + i) * columns + j) * channels + first;
-            store(a.p + to, z * T(0.25), n);
-            if constexpr (dual) store(a.p_dot + to, z_dot * T(0.25), n);
-        }
-    }
+    pool<dual>(a.shape, at, a.p, a.p_dot, [&](std::size_t pixel, Pack<T>& z, Pack<T>& z_dot) INLINE_LAMBDA {
+        const Pack<T> h = norm.h(load(y + pixel * channels, n)), u = norm.u(h);
+        z += where_positive(u, u);
+        if constexpr (dual) z_dot += where_positive(u, norm.u_dot(h, norm.h_dot(h, load(y_dot + pixel * channels, n))));
+    });
 }
 
 template <bool dual, typename T>
 void backward(const PlaneBackward<T>& a, std::size_t sample, std::size_t group) {
-    const std::size_t first = group * Pack<T>::lanes, channels = a.shape.channels;
-    const std::size_t n = channels - first < Pack<T>::lanes ? channels - first : Pack<T>::lanes;
+    const Group<T> at(a.shape, sample, group);
+    const std::size_t first = at.first, n = at.count, channels = a.shape.channels, plane = at.number;
     const std::size_t height = a.shape.height, width = a.shape.width, rows = height / 2, columns = width / 2;
-    const std::size_t plane = sample * channels + first, begin = sample * height * width * channels + first;
-    const T *y = a.y + begin, *y_dot = dual ? a.y_dot + begin : nullptr;
-    T *y_bar = a.y_bar + begin, *y_bar_dot = dual ? a.y_bar_dot + begin : nullptr;
-    const T* p_bar = a.p_bar + sample * rows * columns * channels + first;
-    const T* p_bar_dot = dual ? a.p_bar_dot + sample * rows * columns * channels + first : nullptr;
+    const T *y = a.y + at.pixel, *y_dot = dual ? a.y_dot + at.pixel : nullptr;
+    T *y_bar = a.y_bar + at.pixel, *y_bar_dot = dual ? a.y_bar_dot + at.pixel : nullptr;
+    const T *p_bar = a.p_bar + at.pooled, *p_bar_dot = dual ? a.p_bar_dot + at.pooled : nullptr;
     const T share = T(1) / T(height * width);
 
     Norm<T> norm{};
@@ -126,15 +143,15 @@ void backward(const PlaneBackward<T>& a, std::size_t sample, std::size_t group) 
     for (std::size_t i = 0; i < 2 * rows; ++i) {
         Pack<T> u_row{}, uh_row{}, u_dot_row{}, uh_dot_row{};
         for (std::size_t j = 0; j < 2 * columns; ++j) {
-            const std::size_t at = (i * width + j) * channels, pooled = (i / 2 * columns + j / 2) * channels;
-            const Pack<T> h = norm.h(load(y + at, n)), u = norm.u(h);
+            const std::size_t pixel = (i * width + j) * channels, pooled = (i / 2 * columns + j / 2) * channels;
+            const Pack<T> h = norm.h(load(y + pixel, n)), u = norm.u(h);
             const Pack<T> u_bar = where_positive(u, load(p_bar + pooled, n) * T(0.25));
             u_row += u_bar;
             uh_row += u_bar * h;
             if constexpr (dual) {
                 const Pack<T> u_bar_dot = where_positive(u, load(p_bar_dot + pooled, n) * T(0.25));
                 u_dot_row += u_bar_dot;
-                uh_dot_row += u_bar_dot * h + u_bar * norm.h_dot(h, load(y_dot + at, n));
+                uh_dot_row += u_bar_dot * h + u_bar * norm.h_dot(h, load(y_dot + pixel, n));
             }
         }
         u_sum += u_row;
@@ -151,28 +168,72 @@ void backward(const PlaneBackward<T>& a, std::size_t sample, std::size_t group) 
     const Pack<T> rstd_dot = norm.rstd * norm.k2;  // of either sign: d rstd = −rstd² k2
     for (std::size_t i = 0; i < height; ++i) {
         for (std::size_t j = 0; j < width; ++j) {
-            const std::size_t at = (i * width + j) * channels, pooled = (i / 2 * columns + j / 2) * channels;
+            const std::size_t pixel = (i * width + j) * channels, pooled = (i / 2 * columns + j / 2) * channels;
             const bool in_pool = i < 2 * rows && j < 2 * columns;
-            const Pack<T> h = norm.h(load(y + at, n)), u = norm.u(h);
+            const Pack<T> h = norm.h(load(y + pixel, n)), u = norm.u(h);
             const Pack<T> u_bar = in_pool ? where_positive(u, load(p_bar + pooled, n) * T(0.25)) : Pack<T>{};
             const Pack<T> q = norm.gamma * u_bar - mean_h_bar - h * along;
-            store(y_bar + at, norm.rstd * q, n);
+            store(y_bar + pixel, norm.rstd * q, n);
             if constexpr (dual) {
-                const Pack<T> h_dot = norm.h_dot(h, load(y_dot + at, n));
+                const Pack<T> h_dot = norm.h_dot(h, load(y_dot + pixel, n));
                 const Pack<T> u_bar_dot = in_pool ? where_positive(u, load(p_bar_dot + pooled, n) * T(0.25)) : Pack<T>{};
                 const Pack<T> h_bar_dot = norm.gamma_dot * u_bar + norm.gamma * u_bar_dot;
                 const Pack<T> q_dot = h_bar_dot - mean_h_bar_dot - h_dot * along - h * along_dot;
-                store(y_bar_dot + at, norm.rstd * (q_dot - rstd_dot * q), n);
+                store(y_bar_dot + pixel, norm.rstd * (q_dot - rstd_dot * q), n);
             }
         }
     }
+}
+
+template <bool dual, typename T>
+void bias_forward(const BiasForward<T>& a, std::size_t sample, std::size_t group) {
+    const Group<T> at(a.shape, sample, group);
+    const std::size_t n = at.count, channels = a.shape.channels;
+    const T *y = a.y + at.pixel, *y_dot = dual ? a.y_dot + at.pixel : nullptr;
+    const Pack<T> beta = load(a.beta + at.first, n), beta_dot = dual ? load(a.beta_dot + at.first, n) : Pack<T>{};
+    pool<dual>(a.shape, at, a.p, a.p_dot, [&](std::size_t pixel, Pack<T>& z, Pack<T>& z_dot) INLINE_LAMBDA {
+        const Pack<T> u = load(y + pixel * channels, n) + beta;
+        z += where_positive(u, u);
+        if constexpr (dual) z_dot += where_positive(u, load(y_dot + pixel * channels, n) + beta_dot);
+    });
+}
+
+template <bool dual, typename T>
+void bias_backward(const BiasBackward<T>& a, std::size_t sample, std::size_t group) {
+    const Group<T> at(a.shape, sample, group);
+    const std::size_t n = at.count, channels = a.shape.channels;
+    const std::size_t height = a.shape.height, width = a.shape.width, rows = height / 2, columns = width / 2;
+    const Pack<T> beta = load(a.beta + at.first, n);
+    Pack<T> sum{};  // a sum of row sums, as in sum_plane
+    for (std::size_t i = 0; i < height; ++i) {
+        Pack<T> row{};
+        for (std::size_t j = 0; j < width; ++j) {
+            const std::size_t pixel = at.pixel + (i * width + j) * channels;
+            const std::size_t pooled = at.pooled + (i / 2 * columns + j / 2) * channels;
+            const bool in_pool = i < 2 * rows && j < 2 * columns;
+            const Pack<T> u = load(a.y + pixel, n) + beta;
+            const Pack<T> u_bar = in_pool ? where_positive(u, load(a.p_bar + pooled, n) * T(0.25)) : Pack<T>{};
+            store(a.y_bar + pixel, u_bar, n);
+            if constexpr (dual) {
+                const Pack<T> u_bar_dot = in_pool ? where_positive(u, load(a.p_bar_dot + pooled, n) * T(0.25)) : Pack<T>{};
+                store(a.y_bar_dot + pixel, u_bar_dot, n);
+                row += u_bar_dot;
+            } else {
+                row += u_bar;
+            }
+        }
+        sum += row;
+    }
+    store(a.beta_sum + at.number, sum, n);
 }
 
 }  // namespace
 
 template <typename T>
 PlaneUnit<T> UNIT_NAME(plane_unit)() {
-    return {Pack<T>::lanes, forward<false, T>, forward<true, T>, backward<false, T>, backward<true, T>};
+    return {Pack<T>::lanes,        forward<false, T>,       forward<true, T>,
+            backward<false, T>,    backward<true, T>,       bias_forward<false, T>,
+            bias_forward<true, T>, bias_backward<false, T>, bias_backward<true, T>};
 }
 template PlaneUnit<float> UNIT_NAME(plane_unit)<float>();
 template PlaneUnit<double> UNIT_NAME(plane_unit)<double>();

@@ -15,6 +15,10 @@ struct PlaneUnit {
     void (*dual_forward)(const PlaneForward<T>&, std::size_t sample, std::size_t group);
     void (*backward)(const PlaneBackward<T>&, std::size_t sample, std::size_t group);
     void (*dual_backward)(const PlaneBackward<T>&, std::size_t sample, std::size_t group);
+    void (*bias_forward)(const BiasForward<T>&, std::size_t sample, std::size_t group);
+    void (*bias_dual_forward)(const BiasForward<T>&, std::size_t sample, std::size_t group);
+    void (*bias_backward)(const BiasBackward<T>&, std::size_t sample, std::size_t group);
+    void (*bias_dual_backward)(const BiasBackward<T>&, std::size_t sample, std::size_t group);
 };
 
 template <typename T>
