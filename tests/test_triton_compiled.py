@@ -121,9 +121,9 @@ def check(launches: list[Launch], architecture: str, folder: Path) -> list[Usage
 @each_architecture
 def test_norm_relu_pool(architecture: str, tmp_path: Path) -> None:
     """The planes of 32×32 images' first and last block, and those of 128×128 images' first."""
-    from mtt_fast.kernels.triton import norm
+    from mtt_fast.kernels.triton import norm, windows
 
-    with recording([norm], architecture) as launches:
+    with recording([windows], architecture) as launches:
         for side in (8, 32, 128):
             for form in FORMATS:
                 y, p_bar = (numbers(4, WIDTH, size, size, form=form) for size in (side, side // 2))
@@ -133,6 +133,25 @@ def test_norm_relu_pool(architecture: str, tmp_path: Path) -> None:
                 norm.norm_relu_pool_dual(y, y, *[channel] * 4, 1e-5)
                 norm.norm_relu_pool_dual_backward(y, y, *[plane] * 4, *[channel] * 4, p_bar, p_bar)
     assert len(launches) == 3 * 2 * 4
+    check(launches, architecture, tmp_path)
+
+
+@pytest.mark.slow
+@each_architecture
+def test_bias_relu_pool(architecture: str, tmp_path: Path) -> None:
+    """The smallest and the largest of those planes: the rows for the others are these too."""
+    from mtt_fast.kernels.triton import bias, windows
+
+    with recording([windows], architecture) as launches:
+        for side in (8, 128):
+            for form in FORMATS:
+                y, p_bar = (numbers(4, WIDTH, size, size, form=form) for size in (side, side // 2))
+                beta = numbers(WIDTH)
+                bias.bias_relu_pool(y, beta)
+                bias.bias_relu_pool_backward(y, beta, p_bar)
+                bias.bias_relu_pool_dual(y, y, beta, beta)
+                bias.bias_relu_pool_dual_backward(y, beta, p_bar, p_bar)
+    assert len(launches) == 2 * 2 * 4
     check(launches, architecture, tmp_path)
 
 

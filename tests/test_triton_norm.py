@@ -1,7 +1,8 @@
-"""Triton's norm, ReLU and pool against their definition: interpreted, and on a GPU where there is one."""
+"""Triton's norm or bias, ReLU and pool against their definition: interpreted, and on a GPU where there is one."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -41,6 +42,8 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
             y, y_dot = planes(*shape), planes(*shape)
             gamma, beta, gamma_dot, beta_dot = (torch.randn(C, dtype=dtype).to(device) for _ in range(4))
             gamma[0] = beta[0] = 0  # every u of this channel is exactly 0, where ReLU has its kink
+            z = y.clone(memory_format=torch.preserve_format)
+            z[:, 0] = 0  # here too, without a norm
             p_bar, p_bar_dot = planes(B, C, H // 2, W // 2), planes(B, C, H // 2, W // 2)
             mean, rstd, k1, k2 = reference.norm_relu_pool_dual(
                 y, y_dot, gamma, beta, gamma_dot, beta_dot, 1e-5)[2:]
@@ -50,8 +53,14 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
                 "norm_relu_pool_dual": (y, y_dot, gamma, beta, gamma_dot, beta_dot, 1e-5),
                 "norm_relu_pool_dual_backward":
                     (y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot),
+                "bias_relu_pool": (z, beta),
+                "bias_relu_pool_backward": (z, beta, p_bar),
+                "bias_relu_pool_dual": (z, y_dot, beta, beta_dot),
+                "bias_relu_pool_dual_backward": (z, beta, p_bar, p_bar_dot),
             }.items():
                 found, expected = (getattr(twin, name)(*arguments) for twin in (triton, reference))
+                if name == "bias_relu_pool":
+                    found, expected = (found,), (expected,)
                 assert len(found) == len(expected)
                 for place, (ours, wanted) in enumerate(zip(found, expected)):
                     error = float((ours - wanted).norm() / wanted.norm().clamp_min(1e-3))
@@ -71,6 +80,17 @@ def compare(shapes: list[tuple[int, int, int, int]], device: str, **environment:
     )
     assert found.returncode == 0, found.stderr
     return found.stdout
+
+
+def test_takes_what_the_definition_takes() -> None:
+    """The dispatch hands both the same arguments."""
+    from mtt_fast.kernels import reference, triton
+
+    shared = [name for name in triton.__all__ if hasattr(reference, name)]
+    assert len(shared) >= 13
+    for name in shared:
+        twins = (inspect.signature(getattr(module, name)).parameters for module in (triton, reference))
+        assert list(next(twins)) == list(next(twins)), name
 
 
 def test_equals_the_definition_interpreted() -> None:

@@ -14,6 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bias import (
+        bias_relu_pool,
+        bias_relu_pool_backward,
+        bias_relu_pool_dual,
+        bias_relu_pool_dual_backward,
+    )
     from .convolution import (
         conv3x3_dual,
         conv3x3_dual_image_gradient,
@@ -29,6 +35,10 @@ if TYPE_CHECKING:
     from .vector import descend, squared_distance
 
 __all__ = [
+    "bias_relu_pool",
+    "bias_relu_pool_backward",
+    "bias_relu_pool_dual",
+    "bias_relu_pool_dual_backward",
     "conv3x3_dual",
     "conv3x3_dual_image_gradient",
     "conv3x3_dual_input_gradient",
@@ -41,7 +51,7 @@ __all__ = [
     "squared_distance",
 ]
 
-_FAMILIES = {"conv3x3": "convolution", "norm": "norm", "descend": "vector", "squared": "vector"}
+_FAMILIES = {"bias": "bias", "conv3x3": "convolution", "norm": "norm", "descend": "vector", "squared": "vector"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,137 @@
+"""Bias, ReLU and 2×2 average pooling in one pass, and its derivatives: a block without norm.
+
+One walk over the planes, in the windows of windows.py. A derivative is taken along with the primal's value, in the same
+walk; without one the kernels' dots are None.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .entry import tl, triton
+from .planes import Planes, accumulator
+from .windows import block_of, empty_numbers, empty_pool, launch_windows, load_windows, plane_sum, pooled_of, row_of
+
+
+@triton.jit
+def _forward(
+    y: tl.tensor,  # (B, C, H, W)
+    y_dot: tl.tensor | None,
+    beta: tl.tensor,  # (C,)
+    beta_dot: tl.tensor | None,
+    p: tl.tensor,  # (B, C, H//2, W//2)
+    p_dot: tl.tensor | None,
+    ACC: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> None:
+    TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
+    sample, c, exists = block_of(C, CHANNELS)
+    begin = sample * (C * H * W)
+    begin_pooled = sample * (C * (H // 2) * (W // 2))
+    b = tl.load(beta + c, exists, 0).to(ACC)
+    if y_dot is not None:
+        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+
+    for start in range(0, TOTAL, WINDOWS):
+        ys = load_windows(y + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        pooled = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+        for row in tl.static_range(2):
+            u = ys[row] + b
+            pooled += tl.where(u > 0, u, 0)
+        tl.store(p + begin_pooled + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
+        if y_dot is not None:
+            yds = load_windows(y_dot + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+            pooled_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+            for row in tl.static_range(2):
+                pooled_dot += tl.where(ys[row] + b > 0, yds[row] + b_dot, 0)
+            tl.store(p_dot + begin_pooled + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
+
+
+@triton.jit
+def _backward(
+    y: tl.tensor,  # (B, C, H, W)
+    beta: tl.tensor,  # (C,)
+    p_bar: tl.tensor,  # (B, C, H//2, W//2)
+    p_bar_dot: tl.tensor | None,
+    y_bar: tl.tensor,  # (B, C, H, W)
+    y_bar_dot: tl.tensor | None,
+    beta_sum: tl.tensor,  # (B, C), of ū, or of its derivative if there is one: the sum over samples is the caller's
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> None:
+    ACC: tl.constexpr = beta_sum.dtype.element_ty
+    TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
+    sample, c, exists = block_of(C, CHANNELS)
+    begin = sample * (C * H * W)
+    begin_pooled = sample * (C * (H // 2) * (W // 2))
+    b = tl.load(beta + c, exists, 0).to(ACC)
+
+    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    for start in range(0, TOTAL, WINDOWS):
+        ys = load_windows(y + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        # Zero outside the pool, so windows that are not whole add nothing to the sums.
+        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        share = tl.load(p_bar + begin_pooled + offset, mask, 0).to(ACC) * 0.25
+        if p_bar_dot is not None:
+            share_dot = tl.load(p_bar_dot + begin_pooled + offset, mask, 0).to(ACC) * 0.25
+        for row in tl.static_range(2):
+            active = ys[row] + b > 0
+            u_bar = tl.where(active, share, 0)
+            offset, mask = row_of(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
+            tl.store(y_bar + begin + offset, u_bar, mask)
+            if p_bar_dot is not None:
+                u_bar = tl.where(active, share_dot, 0)
+                tl.store(y_bar_dot + begin + offset, u_bar, mask)
+            total += u_bar
+    tl.store(beta_sum + sample * C + c, plane_sum(total), exists)
+
+
+def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
+    """See `mtt_fast.kernels.bias_relu_pool`."""
+    planes = Planes.of(y)
+    p = empty_pool(y, planes)
+    launch_windows(_forward, "bias_relu_pool", planes, y, None, beta, None, p, None, ACC=_accumulator(y))
+    return p
+
+
+def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.bias_relu_pool_backward`. `reuse` is a permission not taken, here and below."""
+    planes = Planes.of(y, p_bar)
+    y_bar, beta_sum = torch.empty_like(y), empty_numbers(y)
+    launch_windows(_backward, "bias_relu_pool_backward", planes, y, beta, p_bar, None, y_bar, None, beta_sum)
+    return y_bar, beta_sum.sum(0)
+
+
+def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.bias_relu_pool_dual`."""
+    planes = Planes.of(y, y_dot)
+    p, p_dot = (empty_pool(y, planes) for _ in range(2))
+    arguments = (y, y_dot, beta, beta_dot, p, p_dot)
+    launch_windows(_forward, "bias_relu_pool_dual", planes, *arguments, ACC=_accumulator(y))
+    return p, p_dot
+
+
+def bias_relu_pool_dual_backward(
+    y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, reuse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mtt_fast.kernels.bias_relu_pool_dual_backward`."""
+    planes = Planes.of(y, p_bar, p_bar_dot)
+    y_bar, y_bar_dot, beta_sum = torch.empty_like(y), torch.empty_like(y), empty_numbers(y)
+    arguments = (y, beta, p_bar, p_bar_dot, y_bar, y_bar_dot, beta_sum)
+    launch_windows(_backward, "bias_relu_pool_dual_backward", planes, *arguments)
+    return y_bar, y_bar_dot, beta_sum.sum(0)
+
+
+def _accumulator(y: Tensor) -> tl.dtype:
+    return tl.float64 if accumulator(y.dtype) == torch.float64 else tl.float32

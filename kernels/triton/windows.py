@@ -1,0 +1,126 @@
+"""Planes in 2×2 windows: where a window's pixels and its pooled value lie, and the launch of a kernel that walks so.
+
+A program owns a block of channels of one sample and walks over their planes, WINDOWS at a time, so that a thread holds
+what it pools. An odd last row or column makes windows that are not whole, which have no pooled value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configurations import Configuration, configuration
+from .entry import architecture, launch, tl, triton
+from .planes import Planes, accumulator
+
+
+@triton.jit
+def block_of(C: tl.constexpr, CHANNELS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Sample (int64), channels (CHANNELS, 1, 1) and which of them exist."""
+    blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    program = tl.program_id(0)
+    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)[:, None, None]
+    return (program // blocks).to(tl.int64), c, c < C
+
+
+@triton.jit
+def row_of(
+    c: tl.tensor,
+    start: tl.tensor,
+    ROW: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Where the upper or lower pixels of the windows lie in a sample, and which exist: (CHANNELS, WINDOWS, 2)."""
+    window = start + tl.arange(0, WINDOWS)[None, :, None]
+    columns: tl.constexpr = (W + 1) // 2
+    row = 2 * (window // columns) + ROW
+    column = 2 * (window % columns) + tl.arange(0, 2)[None, None, :]
+    pixel = row * W + column
+    offset = pixel * C + c if CHANNELS_LAST else c * (H * W) + pixel
+    return offset, (c < C) & (row < H) & (column < W)
+
+
+@triton.jit
+def pooled_of(
+    c: tl.tensor,
+    start: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Where the pooled values of the windows lie in a sample, and which exist: (CHANNELS, WINDOWS, 1)."""
+    window = start + tl.arange(0, WINDOWS)[None, :, None]
+    columns: tl.constexpr = (W + 1) // 2
+    row = window // columns
+    column = window % columns
+    pixel = row * (W // 2) + column
+    offset = pixel * C + c if CHANNELS_LAST else c * ((H // 2) * (W // 2)) + pixel
+    return offset, (c < C) & (row < H // 2) & (column < W // 2)
+
+
+@triton.jit
+def load_windows(
+    pointer: tl.tensor,
+    ACC: tl.constexpr,
+    c: tl.tensor,
+    start: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Both rows, in ACC. They are loaded before anything is stored, or the loads of two walks could not be merged."""
+    upper, upper_mask = row_of(c, start, 0, C, H, W, CHANNELS_LAST, WINDOWS)
+    lower, lower_mask = row_of(c, start, 1, C, H, W, CHANNELS_LAST, WINDOWS)
+    return tl.load(pointer + upper, upper_mask, 0).to(ACC), tl.load(pointer + lower, lower_mask, 0).to(ACC)
+
+
+@triton.jit
+def plane_sum(tile: tl.tensor) -> tl.tensor:
+    """(CHANNELS, WINDOWS, 2) -> (CHANNELS, 1, 1)."""
+    return tl.sum(tl.sum(tile, 2, keep_dims=True), 1, keep_dims=True)
+
+
+def empty_pool(y: Tensor, planes: Planes) -> Tensor:
+    """Allocate the pooled planes of `y`."""
+    return planes.empty(y, planes.channels, planes.height // 2, planes.width // 2)
+
+
+def empty_numbers(y: Tensor) -> Tensor:
+    """Allocate a number for each plane of `y`, (B, C): float32 for bfloat16."""
+    return torch.empty(y.shape[:2], dtype=accumulator(y.dtype), device=y.device)
+
+
+def launch_windows(
+    kernel: Any, operation: str, planes: Planes, y: Tensor, *rest: Tensor | None, **constants: Any
+) -> None:
+    """Run `kernel` for each block of channels of each sample, with the row of `operation` in the table."""
+    row = _configuration(operation, planes, architecture(y.device))
+    launch(
+        kernel,
+        planes.samples * triton.cdiv(planes.channels, row["CHANNELS"]),
+        y,
+        *rest,
+        **constants,
+        C=planes.channels,
+        H=planes.height,
+        W=planes.width,
+        CHANNELS_LAST=planes.channels_last,
+        **row,
+    )
+
+
+def _configuration(operation: str, planes: Planes, architecture: str) -> Configuration:
+    """One row for each format and number of windows, which is rounded up to a power of four."""
+    windows = triton.cdiv(planes.height, 2) * triton.cdiv(planes.width, 2)
+    size = next(size for size in (16, 64, 256, 1024, 4096) if windows <= size or size == 4096)
+    return configuration(operation, f"{str(planes.memory_format)[6:]}-{size}", architecture)
