@@ -113,7 +113,7 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
 
 
 def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
-    """Yield every operation at every shape that a step of the setting calls it with."""
+    """Yield every operation at every shape that a step of the setting calls it with, with a norm and without."""
     net, batch = setting.net, setting.batch
     generator = torch.Generator(device).manual_seed(0)
 
@@ -171,6 +171,11 @@ def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
             "norm_relu_pool_dual_backward", plane_shape, (y, y_dot, *numbers, *norm, p_bar, p_bar_dot),
             4 * outs + 2 * small, 0,
         )  # fmt: skip
+        bars = (p_bar, p_bar_dot)
+        yield Operation("bias_relu_pool", plane_shape, (y, beta), outs + small, 0)
+        yield Operation("bias_relu_pool_backward", plane_shape, (y, beta, p_bar), 2 * outs + small, 0)
+        yield Operation("bias_relu_pool_dual", plane_shape, (y, y_dot, beta, beta_dot), 2 * (outs + small), 0)
+        yield Operation("bias_relu_pool_dual_backward", plane_shape, (y, beta, *bars), 3 * outs + 2 * small, 0)
         size //= 2
 
     features = net.width * size * size

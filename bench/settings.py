@@ -36,7 +36,7 @@ class Setting:
     def __str__(self) -> str:
         net = self.net
         return (
-            f"ConvNet depth {net.depth} width {net.width}, {net.in_channels}×{net.image_size}×{net.image_size}, "
+            f"ConvNet depth {net.depth} width {net.width}{' without norm' if net.norm == 'none' else ''}, {net.in_channels}×{net.image_size}×{net.image_size}, "
             f"{net.num_classes} classes, N = {self.steps}, b = {self.batch}"
         )
 

@@ -66,9 +66,8 @@ class FusedConvNetStudent:
 
     def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        end, (blocks, classifier), (block_dots, classifier_dot) = (
-            BLOCK_ENDS[self.network.norm], self._parts(theta), self._parts(v)
-        )  # fmt: skip
+        end, (blocks, classifier) = BLOCK_ENDS[self.network.norm], self._parts(theta)
+        block_dots, classifier_dot = self._parts(v)
         hessian_v = torch.zeros_like(theta)
         block_results, classifier_result = self._parts(hessian_v)
         x, x_dot = _channels_last(images), None

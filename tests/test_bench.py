@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def test_engines_that_claim_to_be_exact_are(name: str) -> None:
     engine = ENGINES[name]
     error = gate.float64_error(engine, TINY, CPU, cut=engine.cuts)
     assert (error <= gate.FLOAT64_TOLERANCE) == engine.exact
+
+
+def test_engines_are_exact_without_a_norm() -> None:
+    setting = replace(TINY, net=replace(TINY.net, norm="none"))
+    for name in ("whole_graph", "generic", "fused"):
+        assert gate.float64_error(ENGINES[name], setting, CPU, cut=ENGINES[name].cuts) <= gate.FLOAT64_TOLERANCE, name
 
 
 def test_the_gate_closes_on_a_wrong_engine() -> None:
