@@ -22,6 +22,7 @@ from .formats import LabelKind, Precision, memory_format
 __all__ = [
     "LabelKind",
     "Precision",
+    "adjoint_step",
     "bias_relu_pool",
     "bias_relu_pool_backward",
     "bias_relu_pool_dual",
@@ -40,6 +41,7 @@ __all__ = [
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "sgd_step",
     "squared_distance",
 ]
 
@@ -82,6 +84,49 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError("squared_distance: is not differentiable, found a vector that requires grad; detach it")
     distance: Tensor = _twin("squared_distance", a)(a, b)
     return distance
+
+
+def sgd_step(
+    theta: Tensor,
+    gradient: Tensor,
+    rate: Tensor,
+    out: Tensor,
+    velocity: Tensor | None = None,
+    velocity_out: Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """Write θ − `rate` · u to `out` and return it, with u = `momentum` · `velocity` + `gradient` + `weight_decay` · θ.
+
+    That is a step of torch.optim.SGD; u is the new velocity, and goes to `velocity_out` if given. No `velocity` stands
+    for zero. `theta` and the other vectors (P,), contiguous, `rate` (), all of one floating dtype and device. `out` may
+    be `theta` itself, and `velocity_out` `velocity`. Raises `ValueError` for anything else.
+    """
+    vectors = {"theta": theta, "gradient": gradient, "out": out, "velocity": velocity, "velocity_out": velocity_out}
+    _check_vectors("sgd_step", vectors, {"rate": rate})
+    arguments = (theta, gradient, rate, out, velocity, velocity_out, momentum, weight_decay)
+    return _twin("sgd_step", theta)(*arguments)  # type: ignore[no-any-return]
+
+
+def adjoint_step(
+    adjoint: Tensor,
+    hessian_v: Tensor,
+    direction: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    incoming: Tensor | None = None,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """Write λ + `scale` · (H v + `weight_decay` · v) + `incoming` to `out` and return it: `sgd_step` walked back.
+
+    λ is `adjoint`, that of the parameters after the step, v the `direction`. No `incoming` stands for zero. `adjoint`
+    and the other vectors (P,), contiguous, `scale` (), all of one floating dtype and device. `out` may be any of the
+    arguments. Raises `ValueError` for anything else.
+    """
+    vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
+    _check_vectors("adjoint_step", vectors, {"scale": scale})
+    arguments = (adjoint, hessian_v, direction, scale, out, incoming, weight_decay)
+    return _twin("adjoint_step", adjoint)(*arguments)  # type: ignore[no-any-return]
 
 
 def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,8 +348,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the mean cross-entropy () of a linear classifier and its gradients: f̄ (B, D), Ā (K, D), c̄ (K,).
 
-    `features` (B, D), `weight` (K, D), `bias` (K,); `labels`: indices (B,) int64, or (B, K): probabilities, which need
-    not sum to one, or logits, of which the softmax is taken. Raises `ValueError` for other shapes or dtypes.
+    `features` (B, D), `weight` (K, D), `bias` (K,), contiguous, of one floating dtype and device; `labels`: indices
+    (B,) int64, or (B, K) of that dtype: probabilities, which need not sum to one, or logits, of which the softmax is
+    taken. Raises `ValueError` for anything else, and for an index that is no class; on an accelerator, where nothing
+    waits for the values, such an index makes the loss NaN or fails as torch's own look-ups do.
     """
     _check_classifier("linear_cross_entropy", [features], [weight], [bias], labels, label_kind)
     twin = _twin("linear_cross_entropy", features)
@@ -337,6 +384,13 @@ def linear_cross_entropy_dual(
     return _twin("linear_cross_entropy_dual", features)(  # type: ignore[no-any-return]
         features, features_dot, weight, bias, weight_dot, bias_dot, labels, label_kind
     )
+
+
+def _check_vectors(op: str, vectors: dict[str, Tensor | None], scalars: dict[str, Tensor]) -> None:
+    given = {name: vector for name, vector in vectors.items() if vector is not None}
+    first = next(iter(given.values()))
+    _check_tensors(op, first, given, (first.numel(),))
+    _check_tensors(op, first, scalars, ())
 
 
 def _check(
@@ -392,17 +446,29 @@ def _check_classifier(
     op: str, features: list[Tensor], weights: list[Tensor], biases: list[Tensor], labels: Tensor, label_kind: LabelKind
 ) -> None:
     first = features[0]
-    if first.dim() != 2 or biases[0].dim() != 1:
+    if first.dim() != 2 or len(first) < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
         raise ValueError(
-            f"{op}: expected features (B, D) and bias (K,), found {tuple(first.shape)}, {tuple(biases[0].shape)}"
+            f"{op}: expected features (B, D) and bias (K,) of at least one sample and class, "
+            f"found {tuple(first.shape)}, {tuple(biases[0].shape)}"
         )
     (batch, width), classes = first.shape, len(biases[0])
     _check_tensors(op, first, {"features": first, "features_dot": features[-1]}, (batch, width))
     _check_tensors(op, first, {"weight": weights[0], "weight_dot": weights[-1]}, (classes, width))
     _check_tensors(op, first, {"bias": biases[0], "bias_dot": biases[-1]}, (classes,))
-    wanted = (batch,) if label_kind == "indices" else (batch, classes)
-    if labels.shape != wanted or labels.is_floating_point() != (label_kind != "indices"):
-        raise ValueError(f"{op}: expected {label_kind} {wanted}, found {labels.dtype} of shape {tuple(labels.shape)}")
+    if label_kind != "indices":
+        _check_tensors(op, first, {label_kind: labels}, (batch, classes))
+        return
+    if labels.shape != (batch,) or labels.dtype != torch.int64 or not labels.is_contiguous():
+        raise ValueError(
+            f"{op}: expected int64 indices ({batch},), contiguous, found {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if labels.device != first.device:
+        raise ValueError(f"{op}: expected one device, found indices on {labels.device} and {first.device}")
+    # on an accelerator the look-up itself checks, without a wait for the device
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"{op}: expected indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}"
+        )
 
 
 def _check_tensors(

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .formats import in_format_of
+from .formats import LabelKind, in_format_of
 
 
 def _load() -> ModuleType | None:
@@ -37,6 +37,81 @@ def has(operation: str, tensor: Tensor) -> bool:
     """Return whether there is a twin of `operation` below for a tensor of this device and dtype."""
     dtypes = (torch.float32, torch.float64, *((torch.bfloat16,) if operation == "squared_distance" else ()))
     return available and operation in globals() and tensor.device.type == "cpu" and tensor.dtype in dtypes
+
+
+def sgd_step(
+    theta: Tensor,
+    gradient: Tensor,
+    rate: Tensor,
+    out: Tensor,
+    velocity: Tensor | None,
+    velocity_out: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    """See `mtt_fast.kernels.sgd_step`."""
+    factors = (momentum, weight_decay, torch.get_num_threads())
+    _module().sgd_step(theta, gradient, rate.item(), out, velocity, velocity_out, *factors)
+    torch.autograd.graph.increment_version([out] if velocity_out is None else [out, velocity_out])
+    return out
+
+
+def adjoint_step(
+    adjoint: Tensor,
+    hessian_v: Tensor,
+    direction: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    incoming: Tensor | None,
+    weight_decay: float,
+) -> Tensor:
+    """See `mtt_fast.kernels.adjoint_step`."""
+    decayed = direction if weight_decay else None  # what plays no part is not read
+    arguments = (adjoint, hessian_v, decayed, scale.item(), out, incoming, weight_decay)
+    _module().adjoint_step(*arguments, torch.get_num_threads())
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+# The products of the classifier are torch's: at a student's shapes its library comes close to what the processor can do.
+# What lies between them is one pass over the logits, which become the gradients to them.
+
+
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `mtt_fast.kernels.linear_cross_entropy`."""
+    o = features.mm(weight.t())
+    loss, bias_bar = features.new_empty(()), torch.empty_like(bias)
+    _module().cross_entropy(o, bias, *_labels(labels, label_kind), loss, bias_bar, torch.get_num_threads())
+    return loss, o.mm(weight), o.t().mm(features), bias_bar
+
+
+def linear_cross_entropy_dual(
+    features: Tensor,
+    features_dot: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_dot: Tensor,
+    bias_dot: Tensor,
+    labels: Tensor,
+    label_kind: LabelKind,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """See `mtt_fast.kernels.linear_cross_entropy_dual`."""
+    o = features.mm(weight.t())
+    o_dot = features.mm(weight_dot.t()).addmm_(features_dot, weight.t())
+    loss_dot, bias_bar_dot = features.new_empty(()), torch.empty_like(bias)
+    labels_bar_dot = None if label_kind == "indices" else torch.empty_like(labels)
+    results = (loss_dot, bias_bar_dot, labels_bar_dot, torch.get_num_threads())
+    _module().cross_entropy_dual(o, o_dot, bias, bias_dot, *_labels(labels, label_kind), *results)
+    features_bar_dot = o_dot.mm(weight).addmm_(o, weight_dot)
+    weight_bar_dot = o_dot.t().mm(features).addmm_(o.t(), features_dot)
+    return loss_dot, o.mm(weight), features_bar_dot, weight_bar_dot, bias_bar_dot, labels_bar_dot
+
+
+def _labels(labels: Tensor, label_kind: LabelKind) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Return indices or soft labels, and whether the target is the softmax of the latter."""
+    return (labels, None, False) if label_kind == "indices" else (None, labels, label_kind == "logits")
 
 
 # The twins below are channels-last throughout: oneDNN's convolutions are fastest there, and the channels are the lanes

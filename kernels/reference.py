@@ -19,6 +19,39 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() - b.double()).square().sum()
 
 
+def sgd_step(
+    theta: Tensor,
+    gradient: Tensor,
+    rate: Tensor,
+    out: Tensor,
+    velocity: Tensor | None,
+    velocity_out: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    """Write u = μ velocity + g + ω θ to `velocity_out` and θ − `rate` u to `out`. All (P,), `rate` ()."""
+    update = gradient + weight_decay * theta
+    if velocity is not None:
+        update = update + momentum * velocity
+    if velocity_out is not None:
+        velocity_out.copy_(update)
+    return out.copy_(theta - rate * update)
+
+
+def adjoint_step(
+    adjoint: Tensor,
+    hessian_v: Tensor,
+    direction: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    incoming: Tensor | None,
+    weight_decay: float,
+) -> Tensor:
+    """Write λ + `scale` (H v + ω v) + `incoming` to `out`. All (P,), `scale` ()."""
+    stepped = adjoint + scale * (hessian_v + weight_decay * direction)
+    return out.copy_(stepped if incoming is None else stepped + incoming)
+
+
 # ------------------------------------------------------------------------------------- norm, ReLU, pool
 # h = (y − mean) rstd, u = γ h + β, z = max(u, 0), p = 2×2 means of z. A bar or a dot of mean and rstd is never handed
 # over: whoever differentiates again must see how they depend on y.
@@ -289,4 +322,4 @@ def linear_cross_entropy_dual(
 def _target(labels: Tensor, label_kind: LabelKind, like: Tensor) -> Tensor:
     if label_kind == "indices":
         return torch.zeros_like(like).scatter_(1, labels[:, None], 1)
-    return (labels.softmax(1) if label_kind == "logits" else labels).to(like.dtype)
+    return labels.softmax(1) if label_kind == "logits" else labels

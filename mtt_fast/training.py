@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augment import Augment
+from mtt_fast.kernels import sgd_step
 from mtt_fast.student import Network, Student
 
 _TEST_BATCH = 500
@@ -60,18 +61,24 @@ def train_epoch(
     tensor on the device.
     """
     order = torch.randperm(len(images), generator=generator).to(theta.device)
-    total = theta.new_zeros(())
+    total, rate = theta.new_zeros(()), theta.new_full((), sgd.lr)
+    moving = velocity if sgd.momentum else None
     for index in order.split(sgd.batch_size):
         seen, labels = images.batch(index)
         if augment:
             seen = augment(seen, augment.draw(seen, generator))
         loss, gradient = student.gradient(theta, seen, labels)
         total += loss * len(index)
-        if sgd.weight_decay:
-            gradient.add_(theta, alpha=sgd.weight_decay)
-        if sgd.momentum:
-            gradient = velocity.mul_(sgd.momentum).add_(gradient)
-        theta.sub_(gradient, alpha=sgd.lr)
+        sgd_step(
+            theta,
+            gradient.contiguous(),
+            rate,
+            out=theta,
+            velocity=moving,
+            velocity_out=moving,
+            momentum=sgd.momentum,
+            weight_decay=sgd.weight_decay,
+        )
     return total / len(images)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mtt_fast.augment import Augment
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.kernels import LabelKind, Precision, adjoint_step, sgd_step
 from mtt_fast.memory import microbatch_for
 from mtt_fast.student import Loss, Network, Student, in_microbatches
 
@@ -142,14 +142,19 @@ class _Unroll(torch.autograd.Function):
         velocities = theta.new_empty(count, len(theta)) if steps.momentum else None
         for n, index in enumerate(steps.batches):
             seen = steps.augmented(images[index], n).to(theta.dtype)
-            _, update = steps.student.gradient(path[n], seen, steps.wanted(labels, n, theta.dtype))
-            if steps.weight_decay:
-                update.add_(path[n], alpha=steps.weight_decay)
-            if velocities is not None:
-                if n > 0:
-                    update.add_(velocities[n - 1], alpha=steps.momentum)
-                velocities[n] = update
-            torch.addcmul(path[n], update, rates[n], value=-1, out=path[n + 1])
+            _, gradient = steps.student.gradient(path[n], seen, steps.wanted(labels, n, theta.dtype))
+            before = velocities[n - 1] if velocities is not None and n > 0 else None
+            after = velocities[n] if velocities is not None else None
+            sgd_step(
+                path[n],
+                gradient.contiguous(),
+                rates[n],
+                out=path[n + 1],
+                velocity=before,
+                velocity_out=after,
+                momentum=steps.momentum,
+                weight_decay=steps.weight_decay,
+            )
         ctx.steps = steps
         ctx.save_for_backward(images, labels, lr, path, velocities)
         ctx.set_materialize_grads(False)
@@ -167,14 +172,17 @@ class _Unroll(torch.autograd.Function):
         grad_labels = torch.zeros_like(labels) if wants_labels else None
         grad_rates = torch.zeros_like(rates)
 
-        def incoming(n: int) -> Tensor | float:
+        def incoming(n: int) -> Tensor | None:
             """What the user's loss says of row n: as a row of the path, and as a row by itself."""
-            of_path = 0.0 if grad_path is None else grad_path[n]
             of_row = grad_rows[n]
-            return of_path if of_row is None else of_path + of_row
+            if grad_path is None:
+                return None if of_row is None else of_row.contiguous()
+            return grad_path[n].contiguous() if of_row is None else grad_path[n] + of_row
 
-        adjoint = torch.zeros_like(path[0]) + incoming(len(steps.batches))  # λ_{n+1}, of the parameters
-        pull = torch.zeros_like(adjoint) if velocities is not None else None  # of the velocity, from later steps
+        adjoint = torch.zeros_like(path[0])  # λ_{n+1}, of the parameters
+        if (of_end := incoming(len(steps.batches))) is not None:
+            adjoint.copy_(of_end)
+        pull = torch.zeros_like(adjoint) if velocities is not None else None  # ν, of the velocity
         for n in reversed(range(len(steps.batches))):
             index = steps.batches[n]
             # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
@@ -182,7 +190,8 @@ class _Unroll(torch.autograd.Function):
             if pull is None:
                 direction, size = adjoint, -rates[n]
             else:
-                direction, size = torch.addcmul(pull, adjoint, rates[n], value=-1), torch.ones_like(rates[n])
+                direction, size = pull.mul_(steps.momentum), torch.ones_like(rates[n])
+                direction.addcmul_(adjoint, rates[n], value=-1)
             with torch.enable_grad():
                 batch = images[index].detach().requires_grad_(wants_images)
                 seen = steps.augmented(batch, n).to(path.dtype)
@@ -193,16 +202,20 @@ class _Unroll(torch.autograd.Function):
                 grad_rates[n] = -(tangent.v_dot_g + steps.weight_decay * torch.dot(direction, path[n]))
             else:
                 grad_rates[n] = -torch.dot(adjoint, velocities[n])
-                pull = steps.momentum * direction
             if grad_images is not None:
                 (to_batch,) = torch.autograd.grad(seen, batch, size * tangent.images)
                 grad_images.index_add_(0, index, to_batch)
             if grad_labels is not None and tangent.labels is not None:
                 grad_labels.index_add_(0, index, (size * tangent.labels).to(labels.dtype))
-            curvature = tangent.hessian_v
-            if steps.weight_decay:
-                curvature = torch.add(curvature, direction, alpha=steps.weight_decay)
-            adjoint = torch.addcmul(adjoint, curvature, size).add_(incoming(n))
+            adjoint_step(
+                adjoint,
+                tangent.hessian_v.contiguous(),
+                direction,
+                size,
+                out=adjoint,
+                incoming=incoming(n),
+                weight_decay=steps.weight_decay,
+            )
 
         grad_lr = (grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)).to(lr.dtype)
         return None, adjoint, grad_images, grad_labels, grad_lr

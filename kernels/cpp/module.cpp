@@ -5,9 +5,11 @@
 #include <stdexcept>
 
 #include "conv_module.h"
+#include "cross_entropy_module.h"
 #include "distance.h"
 #include "planes_module.h"
 #include "pool.h"
+#include "steps_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -54,4 +56,6 @@ NB_MODULE(_native, module) {
     define_squared_distance<BFloat16>(module);
     define_planes(module);
     define_conv(module);
+    define_cross_entropy(module);
+    define_steps(module);
 }

@@ -1,8 +1,9 @@
-// Pack<T>: two vector registers of neighbouring channels, as wide as this translation unit's instruction set has them.
+// Pack<T>: two vector registers of neighbouring numbers, as wide as this translation unit's instruction set has them.
 // Only for files that are compiled once for each vector unit (CMakeLists.txt): everything is internal to the file.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 #if defined(__AVX512F__)
@@ -52,12 +53,13 @@ INLINE Vector<T> load_vector(const T* from) {
     return vector;
 }
 
-// The first `count` lanes from memory, zeros behind them.
+// The first `count` lanes from memory, `behind` in those behind them.
 template <typename T>
-INLINE Pack<T> load(const T* from, std::size_t count) {
+INLINE Pack<T> load(const T* from, std::size_t count, T behind = 0) {
     constexpr std::size_t half = Pack<T>::lanes / 2;
     if (count == Pack<T>::lanes) return {load_vector(from), load_vector(from + half)};
-    T part[Pack<T>::lanes] = {};
+    T part[Pack<T>::lanes];
+    for (T& lane : part) lane = behind;
     std::memcpy(part, from, count * sizeof(T));
     return {load_vector(part), load_vector(part + half)};
 }
@@ -98,6 +100,74 @@ template <typename T>
 INLINE Pack<T> where_positive(const Pack<T>& condition, const Pack<T>& value) {
     const Vector<T> zero{};
     return {condition.low > zero ? value.low : zero, condition.high > zero ? value.high : zero};
+}
+
+// The larger of the two; `b` where they do not compare.
+template <typename T>
+INLINE Pack<T> larger(const Pack<T>& a, const Pack<T>& b) {
+    return {a.low > b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
+}
+
+// 1 in one lane and 0 in the others; 0 in all if there is no such lane.
+template <typename T>
+INLINE Pack<T> one_hot(std::size_t lane) {
+    T part[Pack<T>::lanes] = {};
+    if (lane < Pack<T>::lanes) part[lane] = 1;
+    return load(part, Pack<T>::lanes);
+}
+
+template <typename T>
+INLINE T sum_of_lanes(const Pack<T>& pack) {
+    T part[Pack<T>::lanes], sum = 0;
+    store(part, pack, Pack<T>::lanes);
+    for (const T lane : part) sum += lane;
+    return sum;
+}
+
+template <typename T>
+INLINE T largest_lane(const Pack<T>& pack) {
+    T part[Pack<T>::lanes];
+    store(part, pack, Pack<T>::lanes);
+    T largest = part[0];
+    for (const T lane : part) largest = lane > largest ? lane : largest;
+    return largest;
+}
+
+// What eˣ takes in T. A float plus `rounder` has the nearest integer to it in its last bits.
+template <typename T>
+struct Exponential;
+template <>
+struct Exponential<float> {
+    typedef std::int32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr int mantissa = 23, terms = 7;
+    static constexpr std::int32_t one = 0x3F800000;
+    static constexpr float rounder = 0x1.8p23f, least = -87.3f;
+    static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
+};
+template <>
+struct Exponential<double> {
+    typedef std::int64_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    static constexpr int mantissa = 52, terms = 13;
+    static constexpr std::int64_t one = 0x3FF0000000000000;
+    static constexpr double rounder = 0x1.8p52, least = -708.3;
+    static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+};
+
+// eˣ for x ≤ 0: 2ⁿ eʳ with |r| ≤ ln 2 / 2, whose series ends where it no longer counts. 0 below the least x whose eˣ is
+// a normal number; NaN stays NaN.
+template <typename T>
+INLINE Vector<T> exp_of(Vector<T> x) {
+    using E = Exponential<T>;
+    const Vector<T> shifted = x * T(1.4426950408889634) + E::rounder, n = shifted - E::rounder;
+    const Vector<T> r = x - n * E::ln2_high - n * E::ln2_low;
+    Vector<T> series = Vector<T>{} + T(1);
+    for (int term = E::terms; term > 0; --term) series = series * (r * (T(1) / T(term))) + T(1);
+    const typename E::Bits power = (reinterpret_cast<typename E::Bits>(shifted) << E::mantissa) + E::one;
+    return x < E::least ? Vector<T>{} : series * reinterpret_cast<Vector<T>>(power);
+}
+template <typename T>
+INLINE Pack<T> exp_of(const Pack<T>& x) {
+    return {exp_of<T>(x.low), exp_of<T>(x.high)};
 }
 
 }  // namespace

@@ -6,7 +6,9 @@
 #include <cstddef>
 
 #include "conv.h"
+#include "cross_entropy.h"
 #include "planes.h"
+#include "steps.h"
 
 template <typename T>
 struct PlaneUnit {
@@ -39,6 +41,24 @@ struct ConvUnit {
 template <typename T>
 const ConvUnit<T>& conv_unit();
 
+template <typename T>
+struct CrossEntropyUnit {
+    void (*primal)(const CrossEntropy<T>&, std::size_t sample);
+    void (*dual)(const CrossEntropy<T>&, std::size_t sample);
+};
+
+template <typename T>
+const CrossEntropyUnit<T>& cross_entropy_unit();
+
+template <typename T>
+struct StepUnit {
+    void (*sgd)(const SgdStep<T>&, std::size_t begin, std::size_t end);
+    void (*adjoint)(const AdjointStep<T>&, std::size_t begin, std::size_t end);
+};
+
+template <typename T>
+const StepUnit<T>& step_unit();
+
 #define UNIT_JOIN(name, unit) name##_##unit
 #define UNIT_EXPAND(name, unit) UNIT_JOIN(name, unit)
 #define UNIT_NAME(name) UNIT_EXPAND(name, UNIT)
@@ -56,3 +76,17 @@ template <typename T>
 ConvUnit<T> conv_unit_avx2();
 template <typename T>
 ConvUnit<T> conv_unit_avx512();
+
+template <typename T>
+CrossEntropyUnit<T> cross_entropy_unit_generic();
+template <typename T>
+CrossEntropyUnit<T> cross_entropy_unit_avx2();
+template <typename T>
+CrossEntropyUnit<T> cross_entropy_unit_avx512();
+
+template <typename T>
+StepUnit<T> step_unit_generic();
+template <typename T>
+StepUnit<T> step_unit_avx2();
+template <typename T>
+StepUnit<T> step_unit_avx512();
