@@ -192,9 +192,23 @@ def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
     yield Operation("linear_cross_entropy", shape, plain, 2 * (f.nbytes + a.nbytes), 3 * one)
     dual = (f, f_dot, a / 30, c, a_dot / 30, c_dot, labels, "indices")
     yield Operation("linear_cross_entropy_dual", shape, dual, 4 * f.nbytes + 3 * a.nbytes, 8 * one)
-    theta = random(net.num_parameters)
-    other = random(net.num_parameters)
-    yield Operation("squared_distance", f"{net.num_parameters}", (theta, other), 2 * theta.nbytes, 0)
+    learned = (*dual[:-2], random(batch, net.num_classes), "logits")
+    yield Operation("linear_cross_entropy_dual", f"{shape} logits", learned, 4 * f.nbytes + 3 * a.nbytes, 8 * one)
+
+    yield from _vector_operations([random(net.num_parameters) for _ in range(6)])
+
+
+def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
+    """Yield what is done with flat vectors alone: as plain as it can be, then with all there is."""
+    a, b, c, d, *out = vectors
+    rate, shape, one = a.new_full((), 0.01), f"{len(a)}", a.nbytes
+    yield Operation("sgd_step", shape, (a, b, rate, out[0], None, None, 0.0, 0.0), 3 * one, 0)
+    momentum = (a, b, rate, out[0], c, out[1], 0.9, 5e-4)
+    yield Operation("sgd_step", f"{shape} momentum, decay", momentum, 5 * one, 0)
+    yield Operation("adjoint_step", shape, (a, b, c, rate, out[0], None, 0.0), 3 * one, 0)
+    incoming = (a, b, c, rate, out[0], d, 5e-4)
+    yield Operation("adjoint_step", f"{shape} incoming, decay", incoming, 5 * one, 0)
+    yield Operation("squared_distance", shape, (a, b), 2 * one, 0)
 
 
 def _in_float64(argument: Any) -> Any:

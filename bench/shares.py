@@ -14,7 +14,7 @@ from bench.measuring import seconds, synchronise
 from mtt_fast import kernels
 
 Operation = Callable[..., Any]
-_COMPUTE = ("bias", "conv", "linear", "norm", "squared")  # how their names begin
+_COMPUTE = ("adjoint", "bias", "conv", "linear", "norm", "sgd", "squared")  # how their names begin
 
 
 @contextlib.contextmanager

@@ -466,9 +466,7 @@ def _check_classifier(
         raise ValueError(f"{op}: expected one device, found indices on {labels.device} and {first.device}")
     # on an accelerator the look-up itself checks, without a wait for the device
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"{op}: expected indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}"
-        )
+        raise ValueError(f"{op}: expected indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}")
 
 
 def _check_tensors(

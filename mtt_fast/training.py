@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import mtt_fast.kernels as kernels
 from mtt_fast.augment import Augment
-from mtt_fast.kernels import sgd_step
 from mtt_fast.student import Network, Student
 
 _TEST_BATCH = 500
@@ -69,7 +69,7 @@ def train_epoch(
             seen = augment(seen, augment.draw(seen, generator))
         loss, gradient = student.gradient(theta, seen, labels)
         total += loss * len(index)
-        sgd_step(
+        kernels.sgd_step(
             theta,
             gradient.contiguous(),
             rate,

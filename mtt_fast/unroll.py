@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mtt_fast.kernels as kernels
 from mtt_fast.augment import Augment
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import LabelKind, Precision, adjoint_step, sgd_step
+from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.memory import microbatch_for
 from mtt_fast.student import Loss, Network, Student, in_microbatches
 
@@ -145,7 +146,7 @@ class _Unroll(torch.autograd.Function):
             _, gradient = steps.student.gradient(path[n], seen, steps.wanted(labels, n, theta.dtype))
             before = velocities[n - 1] if velocities is not None and n > 0 else None
             after = velocities[n] if velocities is not None else None
-            sgd_step(
+            kernels.sgd_step(
                 path[n],
                 gradient.contiguous(),
                 rates[n],
@@ -182,16 +183,16 @@ class _Unroll(torch.autograd.Function):
         adjoint = torch.zeros_like(path[0])  # λ_{n+1}, of the parameters
         if (of_end := incoming(len(steps.batches))) is not None:
             adjoint.copy_(of_end)
-        pull = torch.zeros_like(adjoint) if velocities is not None else None  # ν, of the velocity
+        velocity_adjoint = torch.zeros_like(adjoint) if velocities is not None else None  # ν
         for n in reversed(range(len(steps.batches))):
             index = steps.batches[n]
             # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
             # direction: it stays defined at α = 0 and gives λ·g_n, which dα needs, for nothing
-            if pull is None:
+            if velocity_adjoint is None:
                 direction, size = adjoint, -rates[n]
             else:
-                direction, size = pull.mul_(steps.momentum), torch.ones_like(rates[n])
-                direction.addcmul_(adjoint, rates[n], value=-1)
+                direction = velocity_adjoint.mul_(steps.momentum).addcmul_(adjoint, rates[n], value=-1)
+                size = torch.ones_like(rates[n])
             with torch.enable_grad():
                 batch = images[index].detach().requires_grad_(wants_images)
                 seen = steps.augmented(batch, n).to(path.dtype)
@@ -207,7 +208,7 @@ class _Unroll(torch.autograd.Function):
                 grad_images.index_add_(0, index, to_batch)
             if grad_labels is not None and tangent.labels is not None:
                 grad_labels.index_add_(0, index, (size * tangent.labels).to(labels.dtype))
-            adjoint_step(
+            kernels.adjoint_step(
                 adjoint,
                 tangent.hessian_v.contiguous(),
                 direction,

@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from mtt_fast.kernels import LabelKind
+
 triton = pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
 
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages")
 ALIGNED = [["tt.divisibility", 16]]  # what the launcher finds of pointers at run time; torch aligns its allocations
 
@@ -185,7 +187,25 @@ def test_vectors(architecture: str, tmp_path: Path) -> None:
 
     with recording([vector], architecture) as launches:
         a = numbers(1003)
-        vector.descend(a, a, numbers())
+        vector.sgd_step(a, a, numbers(), a, None, None, 0.0, 0.0)
+        vector.sgd_step(a, a, numbers(), a, a, a, 0.9, 5e-4)
+        vector.adjoint_step(a, a, a, numbers(), a, a, 5e-4)
         vector.squared_distance(a, a)
-    assert len(launches) == 3
+    assert len(launches) == 5
+    check(launches, architecture, tmp_path)
+
+
+@each_architecture
+def test_the_classifier(architecture: str, tmp_path: Path) -> None:
+    """A row has all its classes in one tile, so a thousand of them, and labels that need the most, spill first."""
+    from mtt_fast.kernels.triton import classifier
+
+    with recording([classifier], architecture) as launches:
+        for classes, kind in ((10, "indices"), (200, "probabilities"), (1000, "indices"), (1000, "logits")):
+            features, weight, bias = numbers(100, 64), numbers(classes, 64), numbers(classes)
+            labels = numbers(100, classes) if kind != "indices" else torch.empty(100, dtype=torch.long, device="meta")
+            given = (labels, cast(LabelKind, kind))
+            classifier.linear_cross_entropy(features, weight, bias, *given)
+            classifier.linear_cross_entropy_dual(features, features, weight, bias, weight, bias, *given)
+    assert len(launches) == 4 * 2
     check(launches, architecture, tmp_path)

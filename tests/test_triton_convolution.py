@@ -1,4 +1,4 @@
-"""Triton's convolutions and vector kernels against their definition: interpreted, and on a GPU where there is one."""
+"""Triton's convolutions, classifier and vector kernels against their definition: interpreted, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def test_equal_the_definition_interpreted() -> None:
     for operation in ("dual", "dual_input_gradient", "dual_image_gradient", "dual_weight_gradient"):
         for dtype in ("float32", "float64"):
             assert any(f"'conv3x3_{operation}'" in line and dtype in line for line in lines)
+    for operation in ("linear_cross_entropy", "linear_cross_entropy_dual"):
+        assert len([line for line in lines if f"'{operation}'" in line]) == 2 * 4 * 3  # dtypes, shapes, kinds of labels
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Triton's convolutions and vector kernels against their definition: `python triton_comparison.py DEVICE`.
+"""Triton's convolutions, classifier and vector kernels against their definition: `python triton_comparison.py DEVICE`.
 
 A program of its own, since a process either interprets Triton's kernels (TRITON_INTERPRET=1, DEVICE cpu) or compiles
 them (DEVICE cuda). It prints a line for each case that passed.
@@ -15,6 +15,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from mtt_fast.kernels import LabelKind, Precision
+
 # What the interpreter cannot do, and why.
 UNINTERPRETED = {
     "bf16": "it multiplies the bits of bfloat16 numbers as if they were integers",
@@ -28,6 +30,12 @@ SHAPES = [
     (3, 17, 33, 1, 1, 1),  # 1×1 planes, several samples a tile, more outputs than a tile
     (2, 3, 70, 9, 7, 0),  # more results than a tile in both directions
     (13, 2, 3, 5, 3, 1),  # the weight gradient's sum in several parts, the last one short
+]
+CLASSIFIERS = [  # (B, D, K)
+    (5, 7, 4),
+    (1, 3, 1),  # one sample, one class
+    (3, 2, 37),  # a part of a tile in both directions
+    (2, 3, 1000),
 ]
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
 
@@ -111,6 +119,39 @@ def mixed_formats(device: str) -> None:
         check("mixed formats", ours, reference.conv3x3_dual_weight_gradient(*arguments), TOLERANCES["fp32"])
 
 
+def classifiers(device: str, dtype: torch.dtype) -> None:
+    from mtt_fast.kernels import reference, triton
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, dtype=dtype).to(device)
+
+    for (batch, width, classes), kind in itertools.product(CLASSIFIERS, get_args(LabelKind)):
+        features, features_dot = (draw(batch, width) for _ in range(2))
+        weight, weight_dot = (draw(classes, width) for _ in range(2))
+        bias, bias_dot = (draw(classes) for _ in range(2))
+        bias[-1] += 1e4  # what overflows if the maximum is not taken out
+        soft = draw(batch, classes)
+        labels = {"indices": soft.argmax(1), "probabilities": 1.5 * soft.relu(), "logits": 3 * soft}[kind]
+        primal = (features, weight, bias, labels)
+        dual = (features, features_dot, weight, bias, weight_dot, bias_dot, labels)
+        for name, arguments in (("linear_cross_entropy", primal), ("linear_cross_entropy_dual", dual)):
+            wide = [each.double() if each.is_floating_point() else each for each in arguments]
+            exact = [each for each in getattr(reference, name)(*wide, kind) if each is not None]
+            found = [each for each in getattr(triton, name)(*arguments, kind) if each is not None]
+            again = [each for each in getattr(triton, name)(*arguments, kind) if each is not None]
+            for place, (ours, second, wanted) in enumerate(zip(found, again, exact, strict=True)):
+                case = f"{name}, {(batch, width, classes)}, {kind}, {dtype}, result {place}"
+                assert (ours.shape, ours.dtype) == (wanted.shape, dtype), case
+                assert torch.equal(ours, second), f"{case} differs from one run to the next"
+                error = float((ours.double() - wanted).norm() / wanted.norm().clamp_min(1e-2))
+                assert error <= (1e-13 if dtype == torch.float64 else 1e-5), f"{case}: error {error}"
+            print("passed:", (name, (batch, width, classes), kind, str(dtype)))
+
+    unknown = torch.tensor([0, classes], device=device)
+    primal = (features[:1].expand(2, -1).contiguous(), weight, bias, unknown)
+    assert triton.linear_cross_entropy(*primal, "indices")[0].isnan(), "the loss of a label that is no class"
+
+
 def vectors(device: str) -> None:
     from mtt_fast.kernels import reference, triton
 
@@ -123,12 +164,21 @@ def vectors(device: str) -> None:
         assert distance.dtype == torch.float64
         assert torch.equal(distance, triton.squared_distance(a, b))
         torch.testing.assert_close(distance, expected, rtol=1e-13, atol=0)
-        rate = torch.tensor(0.03, dtype=dtype, device=device)
         tolerance = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 1e-2}[dtype]
-        expected = (a.double() - rate.double() * b.double()).to(dtype)
-        torch.testing.assert_close(triton.descend(a, b, rate), expected, rtol=tolerance, atol=tolerance)
-        assert triton.descend(a, b, rate, out=a) is a  # in place
-        torch.testing.assert_close(a, expected, rtol=tolerance, atol=tolerance)
+        close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+        rate, c = torch.tensor(0.03, dtype=dtype, device=device), torch.randn(size).to(device, dtype)
+        for velocity, decay in ((None, 0.0), (None, 0.0503), (c, 0.0503)):
+            ours, theirs = ([torch.empty_like(each) for each in (a, a)] for _ in range(2))
+            for twin, (out, moved) in ((triton, ours), (reference, theirs)):
+                assert twin.sgd_step(a, b, rate, out, velocity, moved, 0.9, decay) is out
+            for found, wanted in zip(ours, theirs, strict=True):
+                close(found, wanted)
+            for twin, (out, _) in ((triton, ours), (reference, theirs)):
+                assert twin.adjoint_step(a, b, c, rate, out, velocity, decay) is out
+            close(ours[0], theirs[0])
+        reference.adjoint_step(a, b, a, rate, theirs[0], c, 0.0503)
+        assert triton.adjoint_step(a, b, a, rate, a, c, 0.0503) is a  # in place
+        close(a, theirs[0])
         print("passed: vectors", size, dtype)
 
 
@@ -150,8 +200,6 @@ def refusals(device: str) -> None:
 
 
 def main(device: str) -> None:
-    from mtt_fast.kernels.triton.convolution import Precision
-
     precisions = get_args(Precision)
     assert set(UNINTERPRETED) <= set(precisions), "the list of what the interpreter cannot do is out of date"
     torch.backends.cudnn.allow_tf32 = False
@@ -166,6 +214,8 @@ def main(device: str) -> None:
             if not (interpreted and precision in UNINTERPRETED):
                 convolutions(device, torch.float32, precision, shape, form)
     mixed_formats(device)
+    for dtype in (torch.float64, torch.float32):
+        classifiers(device, dtype)
     vectors(device)
     refusals(device)
 

@@ -1,6 +1,6 @@
 """The operations of `reference.py` for CUDA, written in Triton.
 
-The primal convolutions and the classifier are not here: they are torch's (cuDNN, cuBLAS).
+The primal convolutions and the classifier's products are not here: they are torch's (cuDNN, cuBLAS).
 
 Importing this package imports neither Triton nor anything of CUDA. The first use of an operation does, and raises
 `ImportError` where Triton is missing: a GPU is never left idle in silence. Like the other twins these functions are not
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         bias_relu_pool_dual,
         bias_relu_pool_dual_backward,
     )
+    from .classifier import linear_cross_entropy, linear_cross_entropy_dual
     from .convolution import (
         conv3x3_dual,
         conv3x3_dual_image_gradient,
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
         norm_relu_pool_dual,
         norm_relu_pool_dual_backward,
     )
-    from .vector import descend, squared_distance
+    from .vector import adjoint_step, sgd_step, squared_distance
 
 __all__ = [
+    "adjoint_step",
     "bias_relu_pool",
     "bias_relu_pool_backward",
     "bias_relu_pool_dual",
@@ -43,15 +45,25 @@ __all__ = [
     "conv3x3_dual_image_gradient",
     "conv3x3_dual_input_gradient",
     "conv3x3_dual_weight_gradient",
-    "descend",
+    "linear_cross_entropy",
+    "linear_cross_entropy_dual",
     "norm_relu_pool",
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "sgd_step",
     "squared_distance",
 ]
 
-_FAMILIES = {"bias": "bias", "conv3x3": "convolution", "norm": "norm", "descend": "vector", "squared": "vector"}
+_FAMILIES = {
+    "adjoint": "vector",
+    "bias": "bias",
+    "conv3x3": "convolution",
+    "linear": "classifier",
+    "norm": "norm",
+    "sgd": "vector",
+    "squared": "vector",
+}
 
 
 def __getattr__(name: str) -> Any:
