@@ -107,7 +107,7 @@ void dual(const CrossEntropy<T>& a, std::size_t sample) {
     for_each_pack<T>(a.classes, [&](std::size_t k, std::size_t n) {
         pi_o_dot += exp_of(softmax.log_of(load(o + k, n, kNothing<T>))) * load(o_dot + k, n);
     });
-    const Pack<T> shift = broadcast(sum_of_lanes(pi_o_dot));  // log_pi_dot = o_dot − shift
+    const Pack<T> shift = broadcast(sum_of_lanes(pi_o_dot));  // log_pi_dot = o_dot - shift
     for_each_pack<T>(a.classes, [&](std::size_t k, std::size_t n) {
         t_log_pi_dot += target.at(k, n) * (load(o_dot + k, n) - shift);
     });
