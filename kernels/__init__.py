@@ -17,9 +17,10 @@ if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which wo
     raise ImportError("import mtt_fast.kernels, not kernels")
 
 from . import native, reference, triton
-from .formats import LabelKind, Precision, memory_format
+from .formats import WARP_PARAMETERS, LabelKind, Precision, memory_format
 
 __all__ = [
+    "WARP_PARAMETERS",
     "LabelKind",
     "Precision",
     "adjoint_step",
@@ -27,6 +28,8 @@ __all__ = [
     "bias_relu_pool_backward",
     "bias_relu_pool_dual",
     "bias_relu_pool_dual_backward",
+    "colour_warp_mask",
+    "colour_warp_mask_transpose",
     "conv3x3",
     "conv3x3_dual",
     "conv3x3_dual_image_gradient",
@@ -393,6 +396,39 @@ def _check_vectors(op: str, vectors: dict[str, Tensor | None], scalars: dict[str
     _check_tensors(op, first, scalars, ())
 
 
+def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
+    """Return y = A x + b of each image x: its colours moved, then its pixels, then a rectangle of it set to zero.
+
+    `images` (B, C, H, W), contiguous, of any floating dtype; `parameters` (B, 13), float64 for float64 images and else
+    float32, with the columns `WARP_PARAMETERS`. All are distances from the identity: zeros leave an image as it is. In
+    turn, for each image:
+
+    - colour: x + brightness; x + saturation · (x − the mean of the pixel's channels); x + contrast · (x − the mean of x).
+    - warp: pixel (i, j) is interpolated linearly at (i + row_by_row · i' + row_by_column · j' + row_shift,
+      j + column_by_row · i' + column_by_column · j' + column_shift), where (i', j') is (i, j) from the centre of the
+      image, ((H − 1)/2, (W − 1)/2), and all are pixels; outside the image are zeros. Whole displacements are exact.
+    - mask: rows top … bottom − 1 of columns left … right − 1 are zero.
+
+    The warp must have an inverse; its singular parameters are found out on a CPU alone, where it costs no wait.
+    Raises `ValueError` for anything else, and for a tensor that requires grad.
+    """
+    _check_warp("colour_warp_mask", "images", images, parameters)
+    y: Tensor = _twin("colour_warp_mask", images)(images, parameters)
+    return y
+
+
+def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
+    """Return x̄ = Aᵀ ȳ (B, C, H, W), the gradient to the images from `y_bar`, that to the result of `colour_warp_mask`.
+
+    Shapes, dtypes, errors: `colour_warp_mask`. On a GPU each pixel looks among the targets of the inverse's reach: with
+    r the largest sum of magnitudes in a row of the inverse, at most ⌈2r⌉² pixels, 3 × 3 for turns by at most 15 degrees
+    of square images and for scales of at least 1/1.2.
+    """
+    _check_warp("colour_warp_mask_transpose", "y_bar", y_bar, parameters)
+    x_bar: Tensor = _twin("colour_warp_mask_transpose", y_bar)(y_bar, parameters)
+    return x_bar
+
+
 def _check(
     op: str,
     y: Tensor,
@@ -467,6 +503,23 @@ def _check_classifier(
     # on an accelerator the look-up itself checks, without a wait for the device
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"{op}: expected indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}")
+
+
+def _check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
+    if images.dim() != 4 or min(images.shape[1:]) < 1:
+        raise ValueError(f"{op}: expected {name} (B, C, H, W), found {tuple(images.shape)}")
+    _check_tensors(op, images, {name: images}, images.shape)
+    wanted = torch.float64 if images.dtype == torch.float64 else torch.float32
+    model = torch.empty(0, dtype=wanted, device=images.device)
+    _check_tensors(op, model, {"parameters": parameters}, (len(images), len(WARP_PARAMETERS)))
+    if parameters.device.type == "cpu":
+        number = dict(zip(WARP_PARAMETERS, parameters.unbind(1), strict=True))
+        determinant = (1 + number["row_by_row"]) * (1 + number["column_by_column"])
+        determinant = determinant - number["row_by_column"] * number["column_by_row"]
+        if not bool((determinant.abs() > 0).all()):
+            raise ValueError(
+                f"{op}: expected warps that have an inverse, found determinants down to {determinant.abs().min()}"
+            )
 
 
 def _check_tensors(

@@ -1,4 +1,4 @@
-"""What the operations agree on about their arguments: memory formats, kinds of labels, precisions."""
+"""What the operations agree on about their arguments: formats, kinds of labels, precisions, columns of parameters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ LabelKind = Literal["indices", "probabilities", "logits"]
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """What float32 factors of a product are rounded to; sums are float32 always. float64 tensors stay float64."""
+
+
+WARP_PARAMETERS = (
+    "brightness",
+    "saturation",
+    "contrast",
+    "row_by_row",
+    "row_by_column",
+    "row_shift",
+    "column_by_row",
+    "column_by_column",
+    "column_shift",
+    "top",
+    "bottom",
+    "left",
+    "right",
+)
+"""The numbers of one image in `colour_warp_mask`, in the order of the columns; all zeros are the identity."""
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

@@ -287,6 +287,23 @@ def conv3x3_dual_weight_gradient(
     return weight_bar_dot
 
 
+# Planes of few channels are what images are, so these take them as they lie: contiguous.
+
+
+def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
+    """See `mtt_fast.kernels.colour_warp_mask`."""
+    y = _memory(images, images.shape)
+    _module().colour_warp_mask(images, parameters, y, torch.get_num_threads())
+    return y
+
+
+def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
+    """See `mtt_fast.kernels.colour_warp_mask_transpose`."""
+    x_bar = _memory(y_bar, y_bar.shape)
+    _module().colour_warp_mask_transpose(y_bar, parameters, x_bar, torch.get_num_threads())
+    return x_bar
+
+
 def _module() -> ModuleType:
     assert _native is not None, "the native kernels are not installed"
     return _native
@@ -302,12 +319,17 @@ _LARGE = 1 << 20
 
 def _empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Return a tensor without a value, channels_last, (B, C, H, W), of the dtype of `like`."""
+    batch, channels, height, width = shape
+    return _memory(like, (batch, height, width, channels)).permute(0, 3, 1, 2)
+
+
+def _memory(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor without a value, contiguous, of the dtype of `like`."""
     size = math.prod(shape) * like.element_size()
     if size < _LARGE:
-        return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
-    batch, channels, height, width = shape
+        return torch.empty(shape, dtype=like.dtype)
     memory: Tensor = _module().memory(size)
-    return memory.view(like.dtype).view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return memory.view(like.dtype).view(shape)
 
 
 def _over(y: Tensor, reuse: bool) -> Tensor:

@@ -6,12 +6,14 @@ derivative of that gradient in the direction. The arguments were checked by `mtt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from .formats import LabelKind, Precision, in_format_of
+from .formats import WARP_PARAMETERS, LabelKind, Precision, in_format_of
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -323,3 +325,74 @@ def _target(labels: Tensor, label_kind: LabelKind, like: Tensor) -> Tensor:
     if label_kind == "indices":
         return torch.zeros_like(like).scatter_(1, labels[:, None], 1)
     return labels.softmax(1) if label_kind == "logits" else labels
+
+
+# ------------------------------------------------------------------------------------- colour, warp, mask
+# One affine function of the pixels of each image, y = A x + b. All its parameters are distances from the identity, so
+# that nothing is lost where they are small, and zeros change nothing. The place that a target pixel is sampled at is kept
+# as a whole pixel and the remainder: their sum would round the remainder, more so the larger the image.
+
+
+def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
+    """Return A x + b (B, C, H, W). `images`: (B, C, H, W); `parameters`: (B, 13)."""
+    number = _numbers(parameters)
+    x = images.to(parameters.dtype)
+    x = x + number["brightness"]
+    x = x + number["saturation"] * (x - x.mean(1, keepdim=True))
+    x = x + number["contrast"] * (x - x.mean((1, 2, 3), keepdim=True))
+    pixels, y = x.flatten(2), torch.zeros_like(x).flatten(2)
+    for place, weight in _corners(number, x):
+        y += weight * pixels.gather(2, place)
+    return (y.view(x.shape) * _visible(number, x)).to(images.dtype)
+
+
+def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
+    """Return x̄ = Aᵀ ȳ (B, C, H, W). `y_bar`: (B, C, H, W); `parameters`: (B, 13)."""
+    number = _numbers(parameters)
+    y = y_bar.to(parameters.dtype) * _visible(number, y_bar)
+    pixels, x = y.flatten(2), torch.zeros_like(y).flatten(2)
+    for place, weight in _corners(number, y):
+        x.scatter_add_(2, place, weight * pixels)
+    x = x.view(y.shape)
+    # each takes a multiple of a projection away, which is its own transpose
+    x = x + number["contrast"] * (x - x.mean((1, 2, 3), keepdim=True))
+    x = x + number["saturation"] * (x - x.mean(1, keepdim=True))
+    return x.to(y_bar.dtype)
+
+
+def _numbers(parameters: Tensor) -> dict[str, Tensor]:
+    return dict(zip(WARP_PARAMETERS, parameters[:, :, None, None, None].unbind(1), strict=True))  # (B, 1, 1, 1) each
+
+
+def _corners(number: dict[str, Tensor], like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The four pixels around each target's source: (B, C, H·W) where they lie, (B, 1, H·W) their weights."""
+    batch, channels, height, width = like.shape
+    i, j = _grid(number, height, width)
+    below, beside = i - (height - 1) / 2, j - (width - 1) / 2  # the centre of the image
+    down = number["row_by_row"] * below + number["row_by_column"] * beside + number["row_shift"]
+    right = number["column_by_row"] * below + number["column_by_column"] * beside + number["column_shift"]
+    for row, row_weight in _neighbours(i, down, height):
+        for column, column_weight in _neighbours(j, right, width):
+            place = (row * width + column).view(batch, 1, -1).expand(-1, channels, -1)
+            yield place, (row_weight * column_weight).view(batch, 1, -1)
+
+
+def _neighbours(target: Tensor, displacement: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Along one axis: the pixel before and the pixel behind the source, with their weights, zero outside the image."""
+    whole = displacement.floor()
+    share = displacement - whole
+    for pixel, weight in ((target + whole, 1 - share), (target + whole + 1, share)):
+        yield pixel.clamp(0, size - 1).long(), weight * ((pixel >= 0) & (pixel < size))
+
+
+def _visible(number: dict[str, Tensor], like: Tensor) -> Tensor:
+    i, j = _grid(number, *like.shape[2:])
+    rows = (i >= number["top"]) & (i < number["bottom"])
+    return ~(rows & (j >= number["left"]) & (j < number["right"]))
+
+
+def _grid(number: dict[str, Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The rows (H, 1) and the columns (W,) of the pixels."""
+    like = number["top"]
+    i, j = (torch.arange(size, dtype=like.dtype, device=like.device) for size in (height, width))
+    return i[:, None], j

@@ -2,6 +2,10 @@
 
 An augmentation is two functions: `draw` makes the random numbers of one step, and calling it with those numbers is a
 deterministic, differentiable function of the images. The backward sweep calls it again with the same numbers.
+
+Every operation is one affine function of the pixels with other parameters (`mtt_fast.kernels.colour_warp_mask`):
+`augment_parameters` makes them from the draws, `augment_with` applies them. What is applied does not depend on which
+operation was drawn, so a CUDA graph that holds `augment_with` can be replayed with the parameters of any.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mtt_fast.kernels as kernels
 from mtt_fast.errors import InputError
 
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
@@ -34,113 +39,10 @@ class Augment(Protocol):
 
 
 class Draws(NamedTuple):
-    """One step's operation, `color` … `rotate`, and its per-sample random numbers in the order they were drawn."""
+    """One step's operation, `color` … `rotate`, and its per-sample random numbers (b,) in the order they were drawn."""
 
     operation: str
     numbers: tuple[Tensor, ...]
-
-
-def brightness(images: Tensor, u: Tensor) -> Tensor:
-    """Add (u − ½)·1.0 to each image; u (b,) in [0, 1)."""
-    return images + (_per_sample(u, images) - 0.5) * BRIGHTNESS
-
-
-def saturation(images: Tensor, u: Tensor) -> Tensor:
-    """Scale each pixel's distance from its mean over channels by 2u; u (b,) in [0, 1)."""
-    mean = images.mean(dim=1, keepdim=True)
-    return (images - mean) * (_per_sample(u, images) * SATURATION) + mean
-
-
-def contrast(images: Tensor, u: Tensor) -> Tensor:
-    """Scale each image's distance from its own mean by u + ½; u (b,) in [0, 1)."""
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    return (images - mean) * (_per_sample(u, images) + CONTRAST) + mean
-
-
-def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Shift each image by integers, pixel (i, j) from (i + down, j + right), with zeros from outside; (b,) each."""
-    rows = _grid(images, dim=2) + down.view(-1, 1)
-    columns = _grid(images, dim=3) + right.view(-1, 1)
-    height, width = images.shape[2:]
-    inside = _outer((rows >= 0) & (rows < height), (columns >= 0) & (columns < width))
-    samples = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-    moved = images.permute(0, 2, 3, 1)[
-        samples, rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)
-    ]
-    return moved.permute(0, 3, 1, 2) * inside.unsqueeze(1)
-
-
-def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Set a square of half the size, centred at (row, column), to zero, clipped at the border; (b,) each."""
-    height, width = images.shape[2:]
-    rows = _hole(_grid(images, dim=2), row, int(height * CUTOUT_SHARE + 0.5), height)
-    columns = _hole(_grid(images, dim=3), column, int(width * CUTOUT_SHARE + 0.5), width)
-    return images * ~_outer(rows, columns).unsqueeze(1)
-
-
-def flip(images: Tensor, u: Tensor) -> Tensor:
-    """Mirror left and right the images with u < ½; u (b,) in [0, 1)."""
-    return torch.where(_per_sample(u, images) < 0.5, images.flip(3), images)
-
-
-def scale(images: Tensor, u: Tensor, w: Tensor) -> Tensor:
-    """Sample each image on a grid scaled by 1/1.2 … 1.2 along each axis (first number: along x); u, w (b,) in [0, 1)."""
-    smallest = 1 / LARGEST_SCALE
-    along_x = u * (LARGEST_SCALE - smallest) + smallest
-    along_y = w * (LARGEST_SCALE - smallest) + smallest
-    zero = torch.zeros_like(u)
-    return _warp(images, [[along_x, zero, zero], [zero, along_y, zero]])
-
-
-def rotate(images: Tensor, u: Tensor) -> Tensor:
-    """Rotate the sampling grid by (u − ½)·30 degrees; u (b,) in [0, 1)."""
-    angle = (u - 0.5) * 2 * LARGEST_DEGREES / 180 * torch.pi
-    zero = torch.zeros_like(u)
-    return _warp(images, [[angle.cos(), -angle.sin(), zero], [angle.sin(), angle.cos(), zero]])
-
-
-def _color(images: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    return contrast(saturation(brightness(images, u), v), w)
-
-
-def _uniform(count: int) -> Callable[[Tensor, torch.Generator | None], tuple[Tensor, ...]]:
-    def draw(images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.rand(len(images), generator=generator, device=_device(generator), dtype=images.dtype).to(
-                images.device
-            )
-            for _ in range(count)
-        )
-
-    return draw
-
-
-def _draw_shift(images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-    reach = [int(side * CROP_SHARE + 0.5) for side in images.shape[2:]]
-    return tuple(_integers(-by, by + 1, images, generator) for by in reach)
-
-
-def _draw_centre(images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-    # an even-sized hole has one more possible centre than there are pixels
-    sizes = [(side, int(side * CUTOUT_SHARE + 0.5)) for side in images.shape[2:]]
-    return tuple(_integers(0, side + (1 - hole % 2), images, generator) for side, hole in sizes)
-
-
-def _integers(low: int, high: int, images: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randint(low, high, (len(images),), generator=generator, device=_device(generator)).to(images.device)
-
-
-_OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, torch.Generator | None], tuple[Tensor, ...]]]] = {
-    "color": (_color, _uniform(3)),
-    "brightness": (brightness, _uniform(1)),
-    "saturation": (saturation, _uniform(1)),
-    "contrast": (contrast, _uniform(1)),
-    "crop": (crop, _draw_shift),
-    "cutout": (cutout, _draw_centre),
-    "flip": (flip, _uniform(1)),
-    "scale": (scale, _uniform(2)),
-    "rotate": (rotate, _uniform(1)),
-}
 
 
 @dataclass(frozen=True)
@@ -172,11 +74,11 @@ class SiameseAugment:
         """Choose the operation for one step and draw its numbers for a batch like `images` (b, C, H, W)."""
         operations = self.operations
         chosen = int(torch.randint(len(operations), (), generator=generator, device=_device(generator)))
-        return Draws(operations[chosen], _OPERATIONS[operations[chosen]][1](images, generator))
+        return Draws(operations[chosen], _OPERATIONS[operations[chosen]].draw(images, generator))
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Apply the drawn operation to `images` (b, C, H, W)."""
-        return _OPERATIONS[draws.operation][0](images, *draws.numbers)
+        return augment_with(images, augment_parameters(draws, images.shape))
 
 
 def augment_by_strategy(strategy: str) -> SiameseAugment | None:
@@ -184,32 +86,265 @@ def augment_by_strategy(strategy: str) -> SiameseAugment | None:
     return None if strategy.lower() == "none" else SiameseAugment(strategy)
 
 
+# ------------------------------------------------------------------ from draws to parameters
+
+
+def augment_parameters(draws: Draws, shape: torch.Size) -> Tensor:
+    """Return what `augment_with` needs to do as `draws` say to images of `shape` (b, C, H, W).
+
+    (b, 13), float64, on the device of the draws, with the columns `mtt_fast.kernels.WARP_PARAMETERS`.
+    """
+    numbers = [number.double() for number in draws.numbers]
+    parameters = numbers[0].new_zeros(shape[0], len(kernels.WARP_PARAMETERS))
+    for name, values in _OPERATIONS[draws.operation].parameters(shape, *numbers).items():
+        parameters[:, kernels.WARP_PARAMETERS.index(name)] = values
+    return parameters
+
+
+_Parameters = dict[str, Tensor]  # those that are not zero, by name, (b,) each
+
+
+def _brightness(shape: torch.Size, u: Tensor) -> _Parameters:
+    return {"brightness": (u - 0.5) * BRIGHTNESS}
+
+
+def _saturation(shape: torch.Size, u: Tensor) -> _Parameters:
+    return {"saturation": u * SATURATION - 1}
+
+
+def _contrast(shape: torch.Size, u: Tensor) -> _Parameters:
+    return {"contrast": u + CONTRAST - 1}
+
+
+def _color(shape: torch.Size, u: Tensor, v: Tensor, w: Tensor) -> _Parameters:
+    return _brightness(shape, u) | _saturation(shape, v) | _contrast(shape, w)
+
+
+def _crop(shape: torch.Size, down: Tensor, right: Tensor) -> _Parameters:
+    return {"row_shift": down, "column_shift": right}
+
+
+def _cutout(shape: torch.Size, row: Tensor, column: Tensor) -> _Parameters:
+    top, bottom = _hole(row, shape[2])
+    left, right = _hole(column, shape[3])
+    return {"top": top, "bottom": bottom, "left": left, "right": right}
+
+
+def _hole(centre: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    size = _hole_size(side)
+    first = centre - size // 2
+    # the reference clamps indices into the image instead of dropping them, so a hole beyond the border still
+    # zeroes the border's own row
+    return first.clamp(0, side - 1), (first + size - 1).clamp(0, side - 1) + 1
+
+
+def _flip(shape: torch.Size, u: Tensor) -> _Parameters:
+    return {"column_by_column": torch.where(u < 0.5, -2.0, 0.0)}
+
+
+def _scale(shape: torch.Size, u: Tensor, w: Tensor) -> _Parameters:
+    smallest = 1 / LARGEST_SCALE
+    along_x, along_y = (number * (LARGEST_SCALE - smallest) + smallest for number in (u, w))
+    return {"column_by_column": along_x - 1, "row_by_row": along_y - 1}
+
+
+def _rotate(shape: torch.Size, u: Tensor) -> _Parameters:
+    angle = (u - 0.5) * 2 * LARGEST_DEGREES / 180 * torch.pi
+    # a turn of the image as a square, so an oblong one is sheared too; a line of pixels has no other side to turn to
+    height, width = (max(side - 1, 1) for side in shape[2:])
+    return {
+        "row_by_row": angle.cos() - 1,
+        "row_by_column": angle.sin() * height / width,
+        "column_by_row": -angle.sin() * width / height,
+        "column_by_column": angle.cos() - 1,
+    }
+
+
+# ------------------------------------------------------------------ draws
+
+
+def _uniform(count: int) -> Callable[[Tensor, torch.Generator | None], tuple[Tensor, ...]]:
+    def draw(images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.rand(len(images), generator=generator, device=_device(generator), dtype=images.dtype)
+            for _ in range(count)
+        )
+
+    return draw
+
+
+def _draw_shift(images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+    reach = [int(side * CROP_SHARE + 0.5) for side in images.shape[2:]]
+    return tuple(_integers(-by, by + 1, images, generator) for by in reach)
+
+
+def _draw_centre(images: Tensor, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+    # an even-sized hole has one more possible centre than there are pixels
+    ends = [side + (1 - _hole_size(side) % 2) for side in images.shape[2:]]
+    return tuple(_integers(0, end, images, generator) for end in ends)
+
+
+def _hole_size(side: int) -> int:
+    return int(side * CUTOUT_SHARE + 0.5)
+
+
+def _integers(low: int, high: int, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(low, high, (len(images),), generator=generator, device=_device(generator))
+
+
 def _device(generator: torch.Generator | None) -> torch.device:
     return generator.device if generator is not None else torch.device("cpu")
 
 
-def _per_sample(u: Tensor, images: Tensor) -> Tensor:
-    return u.to(images.dtype).view(-1, 1, 1, 1)
+class _Operation(NamedTuple):
+    """What `color` … `rotate` draws for images (b, C, H, W), and what that makes of the parameters."""
+
+    draw: Callable[[Tensor, torch.Generator | None], tuple[Tensor, ...]]
+    parameters: Callable[..., _Parameters]
 
 
-def _grid(images: Tensor, dim: int) -> Tensor:
-    return torch.arange(images.shape[dim], device=images.device)
+_OPERATIONS = {
+    "color": _Operation(_uniform(3), _color),
+    "brightness": _Operation(_uniform(1), _brightness),
+    "saturation": _Operation(_uniform(1), _saturation),
+    "contrast": _Operation(_uniform(1), _contrast),
+    "crop": _Operation(_draw_shift, _crop),
+    "cutout": _Operation(_draw_centre, _cutout),
+    "flip": _Operation(_uniform(1), _flip),
+    "scale": _Operation(_uniform(2), _scale),
+    "rotate": _Operation(_uniform(1), _rotate),
+}
 
 
-def _hole(grid: Tensor, centre: Tensor, size: int, side: int) -> Tensor:
-    """Mask (b, side) of the clipped indices centre − size//2 … centre − size//2 + size − 1."""
-    first = centre.view(-1, 1) - size // 2
-    # the reference clamps indices into the image instead of dropping them, so a hole beyond the border still
-    # zeroes the border's own row
-    low, high = first.clamp(0, side - 1), (first + size - 1).clamp(0, side - 1)
-    return (grid >= low) & (grid <= high)
+# ------------------------------------------------------------------ the operations by name
 
 
-def _outer(rows: Tensor, columns: Tensor) -> Tensor:
-    return rows.unsqueeze(2) & columns.unsqueeze(1)
+def brightness(images: Tensor, u: Tensor) -> Tensor:
+    """Add (u − ½)·1.0 to each image; u (b,) in [0, 1)."""
+    return _applied("brightness", images, u)
 
 
-def _warp(images: Tensor, matrix: list[list[Tensor]]) -> Tensor:
-    affine = torch.stack([torch.stack(row, dim=1) for row in matrix], dim=1).to(images.dtype)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=True)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+def saturation(images: Tensor, u: Tensor) -> Tensor:
+    """Scale each pixel's distance from its mean over channels by 2u; u (b,) in [0, 1)."""
+    return _applied("saturation", images, u)
+
+
+def contrast(images: Tensor, u: Tensor) -> Tensor:
+    """Scale each image's distance from its own mean by u + ½; u (b,) in [0, 1)."""
+    return _applied("contrast", images, u)
+
+
+def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Shift each image by integers, pixel (i, j) from (i + down, j + right), with zeros from outside; (b,) each."""
+    return _applied("crop", images, down, right)
+
+
+def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Set a square of half the size, centred at (row, column), to zero, clipped at the border; (b,) each."""
+    return _applied("cutout", images, row, column)
+
+
+def flip(images: Tensor, u: Tensor) -> Tensor:
+    """Mirror left and right the images with u < ½; u (b,) in [0, 1)."""
+    return _applied("flip", images, u)
+
+
+def scale(images: Tensor, u: Tensor, w: Tensor) -> Tensor:
+    """Sample each image on a grid scaled by 1/1.2 … 1.2 along each axis (first number: along x); u, w (b,) in [0, 1)."""
+    return _applied("scale", images, u, w)
+
+
+def rotate(images: Tensor, u: Tensor) -> Tensor:
+    """Rotate the sampling grid by (u − ½)·30 degrees; u (b,) in [0, 1)."""
+    return _applied("rotate", images, u)
+
+
+def _applied(operation: str, images: Tensor, *numbers: Tensor) -> Tensor:
+    return augment_with(images, augment_parameters(Draws(operation, numbers), images.shape))
+
+
+# ------------------------------------------------------------------ the operation
+
+
+def augment_with(images: Tensor, parameters: Tensor) -> Tensor:
+    """Return `images` (b, C, H, W) augmented by `parameters` (b, 13), as `augment_parameters` makes them.
+
+    Differentiable in the images, forward and backward, any number of times, and under `torch.func`. For parameters in
+    float32 (float64 for float64 images) on the images' device nothing is copied or awaited, as a CUDA graph needs it.
+    Raises `InputError` for parameters that require grad, and `ValueError` as `mtt_fast.kernels.colour_warp_mask` does.
+    """
+    if parameters.requires_grad:
+        raise InputError("augment_with parameters: not differentiable, found some that require grad; detach them")
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    result: Tensor = _Affine.apply(images, parameters.to(images.device, dtype))
+    return result
+
+
+class _Affine(torch.autograd.Function):
+    """y = A x + b, with A and b fixed by the parameters."""
+
+    @staticmethod
+    def forward(images: Tensor, parameters: Tensor) -> Tensor:
+        return kernels.colour_warp_mask(images.detach().contiguous(), parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        _keep(ctx, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor, None]:
+        return _Transpose.apply(y_bar, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, images_dot: Tensor, _: None) -> Tensor:
+        return _linear(images_dot, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *arguments: Tensor) -> tuple[Tensor, int]:
+        return _over_samples(_Affine, info.batch_size, dims, arguments)
+
+
+class _Transpose(torch.autograd.Function):
+    """x̄ = Aᵀ ȳ."""
+
+    @staticmethod
+    def forward(y_bar: Tensor, parameters: Tensor) -> Tensor:
+        return kernels.colour_warp_mask_transpose(y_bar.detach().contiguous(), parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        _keep(ctx, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor, None]:
+        return _linear(x, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, y_bar_dot: Tensor, _: None) -> Tensor:
+        return _Transpose.apply(y_bar_dot, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *arguments: Tensor) -> tuple[Tensor, int]:
+        return _over_samples(_Transpose, info.batch_size, dims, arguments)
+
+
+def _keep(ctx: Any, parameters: Tensor) -> None:
+    ctx.save_for_backward(parameters)
+    ctx.save_for_forward(parameters)
+
+
+def _linear(images: Tensor, parameters: Tensor) -> Tensor:
+    """A x: without the brightness, in column 0, nothing is added."""
+    return _Affine.apply(images, F.pad(parameters[:, 1:], (1, 0)))  # type: ignore[no-any-return]
+
+
+def _over_samples(
+    function: Any, count: int, dims: tuple[int | None, ...], arguments: tuple[Tensor, ...]
+) -> tuple[Tensor, int]:
+    """Apply `function` to `count` batches at once, as one batch: samples are independent of each other."""
+    batches = [
+        argument.expand(count, *argument.shape) if dim is None else argument.movedim(dim, 0)
+        for argument, dim in zip(arguments, dims, strict=True)
+    ]
+    found = function.apply(*(batch.flatten(0, 1) for batch in batches))
+    return found.unflatten(0, batches[0].shape[:2]), 0

@@ -6,13 +6,12 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <vector>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "units.h"
 
 namespace nb = nanobind;
@@ -27,33 +26,6 @@ using Input = Array<const T>;
 
 void expect(bool condition) {
     if (!condition) throw std::invalid_argument("conv3x3: sizes do not fit each other");
-}
-
-// Memory without a value that starts a cache line and is kept for the next call.
-template <typename T>
-class Buffer {
-public:
-    T* at_least(std::size_t count) {
-        if (count > size_) {
-            memory_.reset();
-            memory_.reset(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
-            size_ = count;
-        }
-        return memory_.get();
-    }
-
-private:
-    struct Free {
-        void operator()(T* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-    };
-    std::unique_ptr<T, Free> memory_;
-    std::size_t size_ = 0;
-};
-
-template <typename T>
-T* scratch(std::size_t count) {
-    static thread_local Buffer<T> buffer;
-    return buffer.at_least(count);
 }
 
 std::size_t rounded(std::size_t count, std::size_t lanes) { return (count + lanes - 1) / lanes * lanes; }

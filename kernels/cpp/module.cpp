@@ -10,6 +10,7 @@
 #include "planes_module.h"
 #include "pool.h"
 #include "steps_module.h"
+#include "warp_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -58,4 +59,5 @@ NB_MODULE(_native, module) {
     define_conv(module);
     define_cross_entropy(module);
     define_steps(module);
+    define_warp(module);
 }

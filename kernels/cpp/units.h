@@ -9,6 +9,7 @@
 #include "cross_entropy.h"
 #include "planes.h"
 #include "steps.h"
+#include "warp.h"
 
 template <typename T>
 struct PlaneUnit {
@@ -59,6 +60,15 @@ struct StepUnit {
 template <typename T>
 const StepUnit<T>& step_unit();
 
+template <typename T>
+struct WarpUnit {
+    void (*forward)(const Warp<T>&, std::size_t sample, const WarpScratch<T>&);
+    void (*transpose)(const Warp<T>&, std::size_t sample, const WarpScratch<T>&);
+};
+
+template <typename T>
+const WarpUnit<T>& warp_unit();
+
 #define UNIT_JOIN(name, unit) name##_##unit
 #define UNIT_EXPAND(name, unit) UNIT_JOIN(name, unit)
 #define UNIT_NAME(name) UNIT_EXPAND(name, UNIT)
@@ -90,3 +100,10 @@ template <typename T>
 StepUnit<T> step_unit_avx2();
 template <typename T>
 StepUnit<T> step_unit_avx512();
+
+template <typename T>
+WarpUnit<T> warp_unit_generic();
+template <typename T>
+WarpUnit<T> warp_unit_avx2();
+template <typename T>
+WarpUnit<T> warp_unit_avx512();
