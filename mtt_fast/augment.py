@@ -285,7 +285,8 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(images: Tensor, parameters: Tensor) -> Tensor:
-        return kernels.colour_warp_mask(images.detach().contiguous(), parameters)
+        y: Tensor = kernels.colour_warp_mask(images.detach().contiguous(), parameters)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -309,7 +310,8 @@ class _Transpose(torch.autograd.Function):
 
     @staticmethod
     def forward(y_bar: Tensor, parameters: Tensor) -> Tensor:
-        return kernels.colour_warp_mask_transpose(y_bar.detach().contiguous(), parameters)
+        x_bar: Tensor = kernels.colour_warp_mask_transpose(y_bar.detach().contiguous(), parameters)
+        return x_bar
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -209,3 +209,18 @@ def test_the_classifier(architecture: str, tmp_path: Path) -> None:
             classifier.linear_cross_entropy_dual(features, features, weight, bias, weight, bias, *given)
     assert len(launches) == 4 * 2
     check(launches, architecture, tmp_path)
+
+
+@pytest.mark.slow
+@each_architecture
+def test_colour_warp_mask(architecture: str, tmp_path: Path) -> None:
+    """One channel and three, at the sides of the smallest and of large images, in float32 and bfloat16."""
+    from mtt_fast.kernels.triton import warp
+
+    with recording([warp], architecture) as launches:
+        for channels, side, dtype in ((1, 28, torch.float32), (3, 32, torch.float32), (3, 128, torch.bfloat16)):
+            images, parameters = numbers(4, channels, side, side).to(dtype), numbers(4, 13)
+            warp.colour_warp_mask(images, parameters)
+            warp.colour_warp_mask_transpose(images, parameters)
+    assert len(launches) == 3 * 2 * 2
+    check(launches, architecture, tmp_path)

@@ -1,4 +1,4 @@
-"""Triton's convolutions, classifier and vector kernels against their definition: interpreted, and on a GPU where there is one."""
+"""Triton's convolutions, classifier, vector and image kernels against their definition: interpreted, and on a GPU."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def test_equal_the_definition_interpreted() -> None:
             assert any(f"'conv3x3_{operation}'" in line and dtype in line for line in lines)
     for operation in ("linear_cross_entropy", "linear_cross_entropy_dual"):
         assert len([line for line in lines if f"'{operation}'" in line]) == 2 * 4 * 3  # dtypes, shapes, kinds of labels
+    assert len([line for line in lines if "'colour_warp_mask" in line]) == 4 * 3 * 2
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Triton's convolutions, classifier and vector kernels against their definition: `python triton_comparison.py DEVICE`.
+"""Triton's convolutions, classifier, vector and image kernels, held to their definition: `triton_comparison.py DEVICE`.
 
 A program of its own, since a process either interprets Triton's kernels (TRITON_INTERPRET=1, DEVICE cpu) or compiles
 them (DEVICE cuda). It prints a line for each case that passed.
@@ -38,6 +38,10 @@ CLASSIFIERS = [  # (B, D, K)
     (2, 3, 1000),
 ]
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
+
+# (B, C, H, W): one channel, blocks of pixels that are not whole, more channels than an image's, a line of pixels
+IMAGES = [(2, 1, 5, 6), (4, 3, 19, 17), (2, 5, 4, 3), (1, 3, 1, 8)]
+LARGE_IMAGES = [(4, 3, 32, 32), (4, 3, 128, 128), (4, 1, 28, 28), (3, 3, 33, 63)]
 
 # ‖found − expected‖ / ‖expected‖
 TOLERANCES = {"fp32": 3e-6, "tf32": 2e-3, "bf16": 2e-2}
@@ -182,6 +186,26 @@ def vectors(device: str) -> None:
         print("passed: vectors", size, dtype)
 
 
+def warps(device: str, shape: tuple[int, int, int, int]) -> None:
+    """Each sample has parameters of its own: a turn, all at once, none, and a whole displacement under a mask."""
+    from mtt_fast.kernels import reference, triton
+
+    batch, _, height, width = shape
+    turned = [0, 0, 0, -0.03, 0.26, 0, -0.26, -0.03, 0, 0, 0, 0, 0]
+    everything = [0.3, -0.4, 0.5, -0.16, 0.1, 0.7, -0.2, 0.2, -1.3, 1, 3, 0, 2]
+    shifted = [0, 0, 0, 0, 0, 1, 0, -2, -1, 0, height, 1, width]
+    rows = [turned, everything, [0] * 13, shifted][:batch]
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        images, parameters = torch.randn(shape).to(device, dtype), torch.tensor(rows, dtype=wide, device=device)
+        for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
+            ours, truth = getattr(triton, name), getattr(reference, name)
+            expected = truth(images.double(), parameters.double()).to(dtype)
+            check((name, shape, str(dtype)), partial(ours, images, parameters), expected, tolerance)
+            if batch > 2:
+                assert torch.equal(ours(images, parameters)[2], images[2]), "zeros are the identity"
+
+
 def refusals(device: str) -> None:
     from mtt_fast.kernels import triton
 
@@ -217,6 +241,8 @@ def main(device: str) -> None:
     for dtype in (torch.float64, torch.float32):
         classifiers(device, dtype)
     vectors(device)
+    for images in IMAGES if interpreted else IMAGES + LARGE_IMAGES:
+        warps(device, images)
     refusals(device)
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         norm_relu_pool_dual_backward,
     )
     from .vector import adjoint_step, sgd_step, squared_distance
+    from .warp import colour_warp_mask, colour_warp_mask_transpose
 
 __all__ = [
     "adjoint_step",
@@ -41,6 +42,8 @@ __all__ = [
     "bias_relu_pool_backward",
     "bias_relu_pool_dual",
     "bias_relu_pool_dual_backward",
+    "colour_warp_mask",
+    "colour_warp_mask_transpose",
     "conv3x3_dual",
     "conv3x3_dual_image_gradient",
     "conv3x3_dual_input_gradient",
@@ -58,6 +61,7 @@ __all__ = [
 _FAMILIES = {
     "adjoint": "vector",
     "bias": "bias",
+    "colour": "warp",
     "conv3x3": "convolution",
     "linear": "classifier",
     "norm": "norm",
