@@ -150,12 +150,12 @@ def _scale(shape: torch.Size, u: Tensor, w: Tensor) -> _Parameters:
 
 def _rotate(shape: torch.Size, u: Tensor) -> _Parameters:
     angle = (u - 0.5) * 2 * LARGEST_DEGREES / 180 * torch.pi
-    # a turn of the image as a square, so an oblong one is sheared too; a line of pixels has no other side to turn to
-    height, width = (max(side - 1, 1) for side in shape[2:])
+    # the image is turned as if it were square, so an oblong one is sheared too; a line of pixels stays in its line
+    height, width = (side - 1 for side in shape[2:])
     return {
         "row_by_row": angle.cos() - 1,
-        "row_by_column": angle.sin() * height / width,
-        "column_by_row": -angle.sin() * width / height,
+        "row_by_column": angle.sin() * (height / max(width, 1)),
+        "column_by_row": -angle.sin() * (width / max(height, 1)),
         "column_by_column": angle.cos() - 1,
     }
 
