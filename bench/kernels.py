@@ -16,6 +16,7 @@ from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
+from mtt_fast.augment import SiameseAugment, augment_parameters
 from mtt_fast.convnet import NORM_EPS
 from mtt_fast.kernels import reference
 from mtt_fast.testing import relative_error
@@ -124,6 +125,11 @@ def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
 
     assert isinstance(net.image_size, int)
     size = net.image_size
+    images = random(batch, net.in_channels, size, size).contiguous()
+    turns = SiameseAugment("rotate").draw(images, generator)
+    turned = (images, augment_parameters(turns, images.shape).float())
+    for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
+        yield Operation(name, f"{batch}×{net.in_channels}×{size}²", turned, 2 * images.nbytes, 0)
     for block in range(net.depth):
         channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
         x, x_dot = random(batch, channels, size, size), random(batch, channels, size, size)

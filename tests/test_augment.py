@@ -179,6 +179,15 @@ def test_images_of_any_layout_and_precision(dtype: torch.dtype) -> None:
     assert gradient.dtype == dtype
 
 
+def test_a_transpose_by_gathering_visits_nine_pixels_at_most() -> None:
+    images = torch.zeros(2000, 3, 32, 32)
+    for name in _PLAIN:
+        draws = SiameseAugment(name).draw(images, torch.Generator().manual_seed(0))
+        warp = augment_parameters(draws, images.shape)[:, [3, 4, 6, 7]].view(-1, 2, 2) + torch.eye(2)
+        reach = float(torch.linalg.inv(warp).abs().sum(2).max())
+        assert reach < (1.5 if name in ("scale", "rotate") else 1 + 1e-12)
+
+
 def test_parameters_are_not_differentiable() -> None:
     with pytest.raises(InputError, match="require grad; detach them"):
         augment_with(torch.zeros(1, 3, 4, 4), torch.zeros(1, 13, requires_grad=True))
