@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -16,12 +17,14 @@ public:
         std::size_t size;
     };
 
-    // At least `size` bytes without a value: the smallest free block that is large enough, or a new one.
+    // At least `size` bytes without a value: the smallest free block that is large enough, or a new one. Of several the
+    // last that came back, which may still be in the cache.
     Block take(std::size_t size) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const auto found = free_.lower_bound(size);
+        const auto smallest = free_.lower_bound(size);
         Block block{nullptr, size};
-        if (found != free_.end()) {
+        if (smallest != free_.end()) {
+            const auto found = std::prev(free_.upper_bound(smallest->first));
             block = {found->second, found->first};
             kept_ -= block.size;
             free_.erase(found);
