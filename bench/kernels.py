@@ -151,6 +151,13 @@ def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
             (2 + dots) * one,
         )
         yield Operation(
+            "conv3x3_tangent",
+            shape,
+            (x, x_dot_or_none, weight, weight_dot, padding),
+            (1 + dots) * ins + outs,
+            (1 + dots) * one,
+        )
+        yield Operation(
             "conv3x3_dual_weight_gradient", shape, (x, x_dot_or_none, y_bar, y_bar_dot, padding),
             (1 + dots) * ins + 2 * outs, (1 + dots) * one,
         )  # fmt: skip
@@ -158,8 +165,7 @@ def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
         if block:
             yield Operation("conv3x3_input_gradient", shape, (y_bar, weight, padding), ins + outs, one)
             yield Operation("conv3x3_dual_input_gradient", shape, both, 2 * (ins + outs), 3 * one)
-        else:
-            yield Operation("conv3x3_dual_image_gradient", shape, both, ins + 2 * outs, 2 * one)
+        yield Operation("conv3x3_input_gradient_tangent", shape, both, ins + 2 * outs, 2 * one)
 
         gamma, beta, gamma_dot, beta_dot = (random(net.width) for _ in range(4))
         plane_shape = f"{batch}×{net.width}×{size}²"

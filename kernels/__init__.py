@@ -32,10 +32,11 @@ __all__ = [
     "colour_warp_mask_transpose",
     "conv3x3",
     "conv3x3_dual",
-    "conv3x3_dual_image_gradient",
     "conv3x3_dual_input_gradient",
     "conv3x3_dual_weight_gradient",
     "conv3x3_input_gradient",
+    "conv3x3_input_gradient_tangent",
+    "conv3x3_tangent",
     "conv3x3_weight_gradient",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
@@ -298,6 +299,21 @@ def conv3x3_dual(
     return y, y_dot
 
 
+def conv3x3_tangent(
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Return ẏ of `conv3x3_dual` alone, where y is known."""
+    inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+    _check_conv("conv3x3_tangent", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
+    y_dot: Tensor = _twin("conv3x3_tangent", x, precision)(x, x_dot, weight, weight_dot, padding)
+    return y_dot
+
+
 def conv3x3_dual_input_gradient(
     y_bar: Tensor,
     y_bar_dot: Tensor,
@@ -314,7 +330,7 @@ def conv3x3_dual_input_gradient(
     return x_bar, x_bar_dot
 
 
-def conv3x3_dual_image_gradient(
+def conv3x3_input_gradient_tangent(
     y_bar: Tensor,
     y_bar_dot: Tensor,
     weight: Tensor,
@@ -322,10 +338,10 @@ def conv3x3_dual_image_gradient(
     padding: int,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Return x̄̇ of `conv3x3_dual_input_gradient` alone: below the first layer nobody asks for x̄."""
+    """Return x̄̇ of `conv3x3_dual_input_gradient` alone, where x̄ is known or, below the first layer, asked by nobody."""
     weights = {"weight": weight, "weight_dot": weight_dot}
-    _check_conv("conv3x3_dual_image_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
-    twin = _twin("conv3x3_dual_image_gradient", y_bar, precision)
+    _check_conv("conv3x3_input_gradient_tangent", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
+    twin = _twin("conv3x3_input_gradient_tangent", y_bar, precision)
     x_bar_dot: Tensor = twin(y_bar, y_bar_dot, weight, weight_dot, padding)
     return x_bar_dot
 

@@ -250,6 +250,16 @@ def conv3x3_dual(
     return in_format_of(x, y), in_format_of(x, y_dot)
 
 
+def conv3x3_tangent(x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_tangent`."""
+    if x_dot is None:
+        return conv3x3(x, weight_dot, padding)
+    y_dot = _grown(x, len(weight), 2 * padding - 2)
+    operands = (_last(x), _last(x_dot), weight, weight_dot)
+    _module().winograd(*operands, padding, False, None, _last(y_dot), torch.get_num_threads())
+    return in_format_of(x, y_dot)
+
+
 def conv3x3_dual_input_gradient(
     y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
 ) -> tuple[Tensor, Tensor]:
@@ -262,16 +272,16 @@ def conv3x3_dual_input_gradient(
     return in_format_of(y_bar, x_bar), in_format_of(y_bar, x_bar_dot)
 
 
-def conv3x3_dual_image_gradient(
+def conv3x3_input_gradient_tangent(
     y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int
 ) -> Tensor:
-    """See `mtt_fast.kernels.conv3x3_dual_image_gradient`."""
-    if weight.shape[1] > _FEW_CHANNELS:
-        return conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)[1]
-    x_bar_dot = _grown(y_bar, weight.shape[1], 2 - 2 * padding)
-    _module().patches_input_gradient(
-        *(_last(y_bar), _last(y_bar_dot), weight, weight_dot, padding, _last(x_bar_dot), torch.get_num_threads())
-    )
+    """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
+    x_bar_dot, threads = _grown(y_bar, weight.shape[1], 2 - 2 * padding), torch.get_num_threads()
+    operands = (_last(y_bar), _last(y_bar_dot), weight, weight_dot)
+    if weight.shape[1] <= _FEW_CHANNELS:
+        _module().patches_input_gradient(*operands, padding, _last(x_bar_dot), threads)
+    else:
+        _module().winograd(*operands, 2 - padding, True, None, _last(x_bar_dot), threads)
     return in_format_of(y_bar, x_bar_dot)
 
 

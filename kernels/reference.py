@@ -216,13 +216,19 @@ def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: P
     return weight_bar.contiguous()
 
 
+def conv3x3_tangent(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision = "fp32"
+) -> Tensor:
+    """Return ẏ = Ẇ∗x + W∗ẋ. `x_dot` None is zero: images do not move with the parameters."""
+    y_dot = conv3x3(x, weight_dot, padding, precision)
+    return y_dot if x_dot is None else y_dot + conv3x3(x_dot, weight, padding, precision)
+
+
 def conv3x3_dual(
     x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """Return y = W∗x and ẏ = Ẇ∗x + W∗ẋ. `x_dot` None is zero: images do not move with the parameters."""
-    y_dot = conv3x3(x, weight_dot, padding, precision)
-    if x_dot is not None:
-        y_dot = y_dot + conv3x3(x_dot, weight, padding, precision)
+    """Return y = W∗x and ẏ = Ẇ∗x + W∗ẋ."""
+    y_dot = conv3x3_tangent(x, x_dot, weight, weight_dot, padding, precision)
     return conv3x3(x, weight, padding, precision), y_dot
 
 
@@ -236,10 +242,10 @@ def conv3x3_dual_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return x̄ = Wᵀ∗ȳ and x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇ (B, C, H, W)."""
     x_bar = conv3x3_input_gradient(y_bar, weight, padding, precision)
-    return x_bar, conv3x3_dual_image_gradient(y_bar, y_bar_dot, weight, weight_dot, padding, precision)
+    return x_bar, conv3x3_input_gradient_tangent(y_bar, y_bar_dot, weight, weight_dot, padding, precision)
 
 
-def conv3x3_dual_image_gradient(
+def conv3x3_input_gradient_tangent(
     y_bar: Tensor,
     y_bar_dot: Tensor,
     weight: Tensor,
@@ -247,7 +253,7 @@ def conv3x3_dual_image_gradient(
     padding: int,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Return x̄̇ alone: below the first layer nobody asks for x̄."""
+    """Return x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇ (B, C, H, W)."""
     along_weight = conv3x3_input_gradient(y_bar, weight_dot, padding, precision)
     return along_weight + conv3x3_input_gradient(y_bar_dot, weight, padding, precision)
 

@@ -96,7 +96,7 @@ class FusedConvNetStudent:
             if block > 0:
                 x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(*backwards)
             else:
-                x_bar_dot = kernels.conv3x3_dual_image_gradient(*backwards)
+                x_bar_dot = kernels.conv3x3_input_gradient_tangent(*backwards)
             to_weight, to_affine = block_results[block]
             _assign((to_weight, *to_affine), (weight_bar_dot, *affine_bar_dot))
         return GradientTangent(v_dot_g, hessian_v, x_bar_dot.contiguous(), labels_bar_dot)

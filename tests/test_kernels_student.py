@@ -275,7 +275,9 @@ def convolution_results(ops: Any, given: dict[str, Any]) -> dict[str, Tensor]:
         "y_dot of images": image_y_dot,
         "x_bar": x_bar,
         "x_bar_dot": x_bar_dot,
-        "image gradient": ops.conv3x3_dual_image_gradient(y_bar, y_bar_dot, weight, weight_dot, padding),
+        "y_dot alone": ops.conv3x3_tangent(x, x_dot, weight, weight_dot, padding),
+        "y_dot of images alone": ops.conv3x3_tangent(x, None, weight, weight_dot, padding),
+        "x_bar_dot alone": ops.conv3x3_input_gradient_tangent(y_bar, y_bar_dot, weight, weight_dot, padding),
         "weight_bar_dot": ops.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding),
         "weight_bar_dot of images": ops.conv3x3_dual_weight_gradient(x, None, y_bar, y_bar_dot, padding),
     }
@@ -301,11 +303,25 @@ def test_convolutions_are_what_autograd_makes_of_conv2d(case: tuple[int, ...], l
         gradients, (x, weight, y_bar), (x_dot, weight_dot, y_bar_dot)
     )
     _, (_, image_weight_dot) = _jvp(gradients, (x, weight, y_bar), (still, weight_dot, y_bar_dot))
-    expected = [y, x_bar, weight_bar, y, y_dot, y, image_y_dot, x_bar, x_bar_dot, x_bar_dot, weight_bar_dot]
+    expected = [
+        y,
+        x_bar,
+        weight_bar,
+        y,
+        y_dot,
+        y,
+        image_y_dot,
+        x_bar,
+        x_bar_dot,
+        y_dot,
+        image_y_dot,
+        x_bar_dot,
+        weight_bar_dot,
+    ]
     found = convolution_results(kernels, given)
     for (name, value), wanted in zip(found.items(), [*expected, image_weight_dot], strict=True):
         assert_close(name, value, wanted, 1e-12)
-        backward = name.startswith(("x_bar", "input", "image g"))
+        backward = name.startswith(("x_bar", "input"))
         weights, model = name.startswith("weight"), y_bar if backward else x
         assert value.is_contiguous() if weights else value.is_contiguous(memory_format=memory_format(model))
 
@@ -530,6 +546,7 @@ SOFT = torch.zeros(6, 3)
         refused("conv3x3", "as many channels", ZEROS, torch.zeros(4, 5, 3, 3), 1),
         refused("conv3x3", "leaves nothing", ZEROS[:, :, :2].contiguous(), WEIGHT, 0),
         refused("conv3x3_dual", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
+        refused("conv3x3_tangent", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
         refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),
         refused("conv3x3_weight_gradient", "y_bar of shape", ZEROS, ZEROS, 0),
         refused(

@@ -170,13 +170,14 @@ def test_conv3x3(architecture: str, precision: Any, tmp_path: Path) -> None:
                 x, y = numbers(4, 3, side, side, form=form), numbers(4, WIDTH, side, side, form=form)
                 weight = numbers(WIDTH, 3, 3, 3)
                 convolution.conv3x3_dual(x, None, weight, weight, 1, precision)
-                convolution.conv3x3_dual_image_gradient(y, y, weight, weight, 1, precision)
+                convolution.conv3x3_input_gradient_tangent(y, y, weight, weight, 1, precision)
                 convolution.conv3x3_dual_weight_gradient(x, None, y, y, 1, precision)
                 x = numbers(4, WIDTH, side // 2, side // 2, form=form)
                 weight = numbers(WIDTH, WIDTH, 3, 3)
                 convolution.conv3x3_dual(x, x, weight, weight, 1, precision)  # the input gradient is the same kernel
+                convolution.conv3x3_tangent(x, x, weight, weight, 1, precision)
                 convolution.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
-    assert len(launches) == 3 * 5
+    assert len(launches) == 3 * 6
     for usage in check(launches, architecture, tmp_path):
         assert usage.tensor_cores == (precision != "fp32"), usage
 

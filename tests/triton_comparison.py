@@ -99,8 +99,10 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
     for name, arguments in (
         ("conv3x3_dual", (x, x_dot, *weights)),
         ("conv3x3_dual", (x, None, *weights)),
+        ("conv3x3_tangent", (x, x_dot, *weights)),
+        ("conv3x3_tangent", (x, None, *weights)),
         ("conv3x3_dual_input_gradient", (y_bar, y_bar_dot, *weights)),
-        ("conv3x3_dual_image_gradient", (y_bar, y_bar_dot, *weights)),
+        ("conv3x3_input_gradient_tangent", (y_bar, y_bar_dot, *weights)),
         ("conv3x3_dual_weight_gradient", (x, x_dot, y_bar, y_bar_dot)),
         ("conv3x3_dual_weight_gradient", (x, None, y_bar, y_bar_dot)),
     ):

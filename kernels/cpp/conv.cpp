@@ -140,16 +140,16 @@ INLINE void transform_output(const ConvShape& shape, const T* m, std::size_t str
     }
 }
 
-template <bool dual, typename T>
+template <bool primal, bool tangent, typename T>
 void winograd_forward(const WinogradForward<T>& a, std::size_t block, T* scratch) {
     constexpr std::size_t lanes = Pack<T>::lanes;
     const ConvShape& shape = a.shape;
     const std::size_t first = block * kTiles, left = shape.tiles() - first, tiles = left < kTiles ? left : kTiles;
     const std::size_t channels = shape.channels, v_stride = kTiles * channels, m_stride = kTiles * lanes;
-    T *v = scratch, *v_dot = v + 16 * v_stride, *m = v_dot + (dual ? 16 * v_stride : 0), *m_dot = m + 16 * m_stride;
+    T *v = scratch, *v_dot = v + 16 * v_stride, *m = v_dot + (tangent ? 16 * v_stride : 0), *m_dot = m + 16 * m_stride;
     for (std::size_t t = 0; t < tiles; ++t) {
         transform_input(shape, a.x, a.zeros, first + t, v + t * channels, v_stride);
-        if constexpr (dual) transform_input(shape, a.x_dot, a.zeros, first + t, v_dot + t * channels, v_stride);
+        if constexpr (tangent) transform_input(shape, a.x_dot, a.zeros, first + t, v_dot + t * channels, v_stride);
     }
     for (std::size_t filter = 0; filter < shape.filters; filter += lanes) {
         for (std::size_t place = 0; place < 16; ++place) {
@@ -157,10 +157,12 @@ void winograd_forward(const WinogradForward<T>& a, std::size_t block, T* scratch
             for_rows(tiles, [&](std::size_t t, auto rows) INLINE_LAMBDA {
                 const T* from = v + place * v_stride + t * channels;
                 const std::size_t to = place * m_stride + t * lanes;
-                Pack<T> sums[rows.value] = {};
-                multiply(from, channels, 1, a.u + panel, lanes, lanes, channels, sums);
-                for (std::size_t r = 0; r < rows.value; ++r) store(m + to + r * lanes, sums[r], lanes);
-                if constexpr (dual) {
+                if constexpr (primal) {
+                    Pack<T> sums[rows.value] = {};
+                    multiply(from, channels, 1, a.u + panel, lanes, lanes, channels, sums);
+                    for (std::size_t r = 0; r < rows.value; ++r) store(m + to + r * lanes, sums[r], lanes);
+                }
+                if constexpr (tangent) {
                     const T* from_dot = v_dot + place * v_stride + t * channels;
                     Pack<T> sums_dot[rows.value] = {};
                     multiply(from, channels, 1, a.u_dot + panel, lanes, lanes, channels, sums_dot);
@@ -170,8 +172,8 @@ void winograd_forward(const WinogradForward<T>& a, std::size_t block, T* scratch
             });
         }
         for (std::size_t t = 0; t < tiles; ++t) {
-            transform_output(shape, m + t * lanes, m_stride, first + t, filter, a.y);
-            if constexpr (dual) transform_output(shape, m_dot + t * lanes, m_stride, first + t, filter, a.y_dot);
+            if constexpr (primal) transform_output(shape, m + t * lanes, m_stride, first + t, filter, a.y);
+            if constexpr (tangent) transform_output(shape, m_dot + t * lanes, m_stride, first + t, filter, a.y_dot);
         }
     }
 }
@@ -319,8 +321,9 @@ void patches_input_gradient(const Patches<T>& a, std::size_t sample, T* scratch)
 template <typename T>
 ConvUnit<T> UNIT_NAME(conv_unit)() {
     return {Pack<T>::lanes,
-            winograd_forward<false, T>,
-            winograd_forward<true, T>,
+            winograd_forward<true, false, T>,
+            winograd_forward<true, true, T>,
+            winograd_forward<false, true, T>,
             winograd_sum<false, T>,
             winograd_sum<true, T>,
             patches_forward<T>,

@@ -26,7 +26,7 @@ struct ConvShape {
     std::size_t tiles() const { return batch * tile_rows() * tile_columns(); }
 };
 
-// y = W∗x. With the dots: also y_dot = W_dot∗x + W∗x_dot.
+// y = W∗x. With the dots: also y_dot = W_dot∗x + W∗x_dot, or that alone.
 template <typename T>
 struct WinogradForward {
     ConvShape shape;

@@ -122,18 +122,25 @@ const T* data_of(const std::optional<Input<T>>& array, std::size_t size) {
     return array ? array->data() : nullptr;
 }
 
-// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot. `turned`: W is that of a convolution whose input gradient
-// this is, (C, K, 3, 3), and the padding 2 minus its own.
+template <typename T>
+T* room_for(std::optional<Array<T>>& array, std::size_t size) {
+    expect(!array || array->size() == size);
+    return array ? array->data() : nullptr;
+}
+
+// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only what there is room for. `turned`: W is that of a
+// convolution whose input gradient this is, (C, K, 3, 3), and the padding 2 minus its own.
 template <typename T>
 void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& weight,
-              const std::optional<Input<T>>& weight_dot, std::ptrdiff_t padding, bool turned, Array<T> y,
-              std::optional<Array<T>> y_dot, int threads) {
+              const std::optional<Input<T>>& weight_dot, std::ptrdiff_t padding, bool turned,
+              std::optional<Array<T>> y, std::optional<Array<T>> y_dot, int threads) {
     expect(weight.ndim() == 4);
     const ConvShape s = conv_shape<T>(x, weight.shape(turned ? 1 : 0), padding);
     const bool dual = x_dot.has_value();
-    expect(weight.size() == s.channels * s.filters * 9 && y.size() == output_size(s));
-    expect(dual == weight_dot.has_value() && dual == y_dot.has_value() && (!dual || y_dot->size() == y.size()));
+    expect(weight.size() == s.channels * s.filters * 9 && (y || y_dot));
+    expect(dual == weight_dot.has_value() && dual == y_dot.has_value());
     const T *x_dot_data = data_of<T>(x_dot, x.size()), *weight_dot_data = data_of<T>(weight_dot, weight.size());
+    T *y_data = room_for<T>(y, output_size(s)), *y_dot_data = room_for<T>(y_dot, output_size(s));
     const ConvUnit<T>& unit = conv_unit<T>();
 
     nb::gil_scoped_release release;
@@ -143,9 +150,10 @@ void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Inp
     transform_weights(Weights<T>{weight.data(), s.channels, s.filters, turned}, unit.lanes, threads, u);
     if (dual) transform_weights(Weights<T>{weight_dot_data, s.channels, s.filters, turned}, unit.lanes, threads, u + each);
     const std::vector<T> zeros(s.channels);
-    const WinogradForward<T> arguments{s,        x.data(),     x_dot_data, u,
-                                       u + each, zeros.data(), y.data(),   dual ? y_dot->data() : nullptr};
-    const auto kernel = dual ? unit.winograd_dual_forward : unit.winograd_forward;
+    const WinogradForward<T> arguments{s, x.data(), x_dot_data, u, u + each, zeros.data(), y_data, y_dot_data};
+    const auto kernel = !dual    ? unit.winograd_forward
+                        : y_data ? unit.winograd_dual_forward
+                                 : unit.winograd_tangent_forward;
     const std::size_t needed = (dual ? 32 : 16) * kTiles * (s.channels + unit.lanes);
     parallel_for((s.tiles() + kTiles - 1) / kTiles, 1, threads,
                  [&](std::size_t block) { kernel(arguments, block, scratch<T>(needed)); });
@@ -274,7 +282,7 @@ void patches_input_gradient(const Input<T>& y_bar, const Input<T>& y_bar_dot, co
 template <typename T>
 void define(nb::module_& module) {
     module.def("winograd", winograd<T>, "x"_a.noconvert(), "x_dot"_a.none(), "weight"_a.noconvert(), "weight_dot"_a.none(),
-               "padding"_a, "turned"_a, "y"_a.noconvert(), "y_dot"_a.none(), "threads"_a);
+               "padding"_a, "turned"_a, "y"_a.none(), "y_dot"_a.none(), "threads"_a);
     module.def("winograd_weight_gradient", winograd_weight_gradient<T>, "x"_a.noconvert(), "x_dot"_a.none(),
                "y_bar"_a.noconvert(), "y_bar_dot"_a.none(), "padding"_a, "w_bar"_a.noconvert(), "threads"_a);
     module.def("patches", patches<T>);

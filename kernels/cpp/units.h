@@ -32,6 +32,7 @@ struct ConvUnit {
     std::size_t lanes;  // filters of one panel
     void (*winograd_forward)(const WinogradForward<T>&, std::size_t block, T* scratch);
     void (*winograd_dual_forward)(const WinogradForward<T>&, std::size_t block, T* scratch);
+    void (*winograd_tangent_forward)(const WinogradForward<T>&, std::size_t block, T* scratch);
     void (*winograd_sum)(const WinogradSum<T>&, std::size_t part, T* scratch);
     void (*winograd_dual_sum)(const WinogradSum<T>&, std::size_t part, T* scratch);
     void (*patches_forward)(const Patches<T>&, std::size_t sample, T* scratch);

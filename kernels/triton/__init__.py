@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
     from .convolution import (
         conv3x3_dual,
-        conv3x3_dual_image_gradient,
         conv3x3_dual_input_gradient,
         conv3x3_dual_weight_gradient,
+        conv3x3_input_gradient_tangent,
+        conv3x3_tangent,
     )
     from .norm import (
         norm_relu_pool,
@@ -45,9 +46,10 @@ __all__ = [
     "colour_warp_mask",
     "colour_warp_mask_transpose",
     "conv3x3_dual",
-    "conv3x3_dual_image_gradient",
     "conv3x3_dual_input_gradient",
     "conv3x3_dual_weight_gradient",
+    "conv3x3_input_gradient_tangent",
+    "conv3x3_tangent",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
     "norm_relu_pool",

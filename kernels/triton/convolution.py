@@ -196,6 +196,21 @@ def conv3x3_dual(
     return y, y_dot
 
 
+def conv3x3_tangent(
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "tf32",
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_tangent`."""
+    planes = Planes.of(x, x_dot)
+    y_dot = planes.empty(x, len(weight), planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
+    _launch_dual(x, x_dot, _terms_last(weight), _terms_last(weight_dot), None, y_dot, padding, precision)
+    return y_dot
+
+
 def conv3x3_dual_input_gradient(
     y_bar: Tensor,
     y_bar_dot: Tensor,
@@ -211,7 +226,7 @@ def conv3x3_dual_input_gradient(
     return x_bar, x_bar_dot
 
 
-def conv3x3_dual_image_gradient(
+def conv3x3_input_gradient_tangent(
     y_bar: Tensor,
     y_bar_dot: Tensor,
     weight: Tensor,
@@ -219,7 +234,7 @@ def conv3x3_dual_image_gradient(
     padding: int,
     precision: Precision = "tf32",
 ) -> Tensor:
-    """See `mtt_fast.kernels.conv3x3_dual_image_gradient`."""
+    """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
     x_bar_dot = _empty_input(y_bar, y_bar_dot, weight, padding)
     turned = (_terms_last(_turned(weight)), _terms_last(_turned(weight_dot)))
     _launch_dual(y_bar, y_bar_dot, *turned, None, x_bar_dot, 2 - padding, precision)
@@ -281,7 +296,7 @@ def _launch_dual(
     precision: Precision,
 ) -> None:
     inputs, outputs = Planes.of(x), Planes.of(y_dot)
-    row = _configuration("conv3x3_dual", x, precision)
+    row = _configuration("conv3x3_tangent" if y is None else "conv3x3_dual", x, precision)
     row["OUTPUTS"] = min(row["OUTPUTS"], max(16, triton.next_power_of_2(outputs.channels)))  # images have three
     _check_offsets(row["PIXELS"], inputs, outputs)
     effective = _effective(x.dtype, precision)
