@@ -34,7 +34,7 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
     target, student = start, GenericStudent(net)
     labels = torch.randint(net.num_classes, (_TARGET_BATCH,), generator=generator)
     for _ in range(setting.steps):
-        target = target - 10 * _LR * student.gradient(target, others, labels)[1]
+        target = target - 10 * _LR * student.gradient(target, others, labels).theta
     images = torch.randn(setting.images, *others.shape[1:], generator=generator)
     batches = [torch.randperm(setting.images, generator=generator)[: setting.batch] for _ in range(setting.steps)]
     return Case(

@@ -18,12 +18,15 @@ Tensors = tuple[Tensor, ...]
 
 
 class BlockEnd(NamedTuple):
-    """Four functions of y (B, C, H, W), the convolution's result. Those that go back destroy what was kept for them."""
+    """Four functions of y (B, C, H, W), the convolution's result.
+
+    What is kept begins with y. Those that go back destroy it; `backward` only if it may.
+    """
 
     forward: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]]
     """y, affine -> p (B, C, H//2, W//2), kept"""
-    backward: Callable[[Tensors, Tensors, Tensor], tuple[Tensor, Tensors]]
-    """kept, affine, p̄ -> ȳ, the gradients of affine"""
+    backward: Callable[[Tensors, Tensors, Tensor, bool], tuple[Tensor, Tensors]]
+    """kept, affine, p̄, may kept be destroyed -> ȳ, the gradients of affine"""
     dual: Callable[[Tensor, Tensor, Tensors, Tensors], tuple[Tensor, Tensor, Tensors]]
     """y, ẏ, affine, its dots -> p, ṗ, kept"""
     dual_backward: Callable[[Tensors, Tensors, Tensors, Tensor, Tensor], tuple[Tensor, Tensor, Tensors]]
@@ -35,8 +38,8 @@ def _norm_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
     return p, (y, *numbers)
 
 
-def _norm_backward(kept: Tensors, affine: Tensors, p_bar: Tensor) -> tuple[Tensor, Tensors]:
-    y_bar, *affine_bar = kernels.norm_relu_pool_backward(*kept, *affine, p_bar, reuse=True)
+def _norm_backward(kept: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
+    y_bar, *affine_bar = kernels.norm_relu_pool_backward(*kept, *affine, p_bar, reuse=reuse)
     return y_bar, tuple(affine_bar)
 
 
@@ -57,8 +60,8 @@ def _bias_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
     return kernels.bias_relu_pool(y, *affine), (y,)
 
 
-def _bias_backward(kept: Tensors, affine: Tensors, p_bar: Tensor) -> tuple[Tensor, Tensors]:
-    y_bar, beta_bar = kernels.bias_relu_pool_backward(*kept, *affine, p_bar, reuse=True)
+def _bias_backward(kept: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
+    y_bar, beta_bar = kernels.bias_relu_pool_backward(*kept, *affine, p_bar, reuse=reuse)
     return y_bar, (beta_bar,)
 
 

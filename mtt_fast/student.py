@@ -43,6 +43,18 @@ class Network(Protocol):
         ...
 
 
+Kept = list[Any]
+"""Activations of one step that its student can use again; what they are is known to that student alone."""
+
+
+class StepGradient(NamedTuple):
+    """The loss and its gradient at θ, and what was kept on the way."""
+
+    loss: Tensor  # ()
+    theta: Tensor  # (P,)
+    kept: Kept | None
+
+
 class GradientTangent(NamedTuple):
     """Derivative at θ in direction v of the loss and its gradient (g is the gradient to θ, H the Hessian)."""
 
@@ -55,12 +67,17 @@ class GradientTangent(NamedTuple):
 class Student(Protocol):
     """One step's gradient and its derivative; the loss is a mean over the samples of the batch."""
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (loss (), ∇θ loss (P,)) at `theta`."""
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
+        """Return the loss () and ∇θ loss (P,) at `theta`; with `keep` also activations, if the student keeps any."""
         ...
 
-    def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
-        """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,)."""
+    def gradient_jvp(
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
+    ) -> GradientTangent:
+        """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,).
+
+        `kept` is what `gradient` kept of the same step, if it did: it saves computing that again, and is used up.
+        """
         ...
 
     def sample_bytes(self, image_shape: torch.Size, dtype: torch.dtype) -> int:
@@ -85,15 +102,17 @@ class GenericStudent:
     network: Network
     loss: Loss = cross_entropy
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Student.gradient`."""
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
+        """See `Student.gradient`. Keeps nothing: `torch.func` has no way to take it up."""
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
             loss = self.loss(self.network(leaf, images), labels)
             (gradient,) = torch.autograd.grad(loss, leaf)
-        return loss.detach(), gradient
+        return StepGradient(loss.detach(), gradient, None)
 
-    def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
+    def gradient_jvp(
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
+    ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         soft = labels.is_floating_point()
 
@@ -122,22 +141,26 @@ class InMicrobatches:
     student: Student
     size: int
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        total_loss, total = theta.new_zeros(()), torch.zeros_like(theta)
+        total_loss, total, kept = theta.new_zeros(()), torch.zeros_like(theta), []
         for piece, weight in self._pieces(len(images)):
-            loss, gradient = self.student.gradient(theta, images[piece], labels[piece])
-            total_loss.add_(loss, alpha=weight)
-            total.add_(gradient, alpha=weight)
-        return total_loss, total
+            part = self.student.gradient(theta, images[piece], labels[piece], keep)
+            total_loss.add_(part.loss, alpha=weight)
+            total.add_(part.theta, alpha=weight)
+            kept.append(part.kept)
+        return StepGradient(total_loss, total, kept if keep else None)
 
-    def gradient_jvp(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
+    def gradient_jvp(
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
+    ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         v_dot_g, hessian_v = theta.new_zeros(()), torch.zeros_like(theta)
         to_images = torch.empty_like(images)
         to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
         for piece, weight in self._pieces(len(images)):
-            part = self.student.gradient_jvp(theta, images[piece], labels[piece], v)
+            of_piece = kept.pop(0) if kept else None
+            part = self.student.gradient_jvp(theta, images[piece], labels[piece], v, of_piece)
             v_dot_g.add_(part.v_dot_g, alpha=weight)
             hessian_v.add_(part.hessian_v, alpha=weight)
             torch.mul(part.images, weight, out=to_images[piece])

@@ -67,7 +67,7 @@ def train_epoch(
         seen, labels = images.batch(index)
         if augment:
             seen = augment(seen, augment.draw(seen, generator))
-        loss, gradient = student.gradient(theta, seen, labels)
+        loss, gradient, _ = student.gradient(theta, seen, labels)
         total += loss * len(index)
         kernels.sgd_step(
             theta,

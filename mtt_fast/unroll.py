@@ -143,7 +143,7 @@ class _Unroll(torch.autograd.Function):
         velocities = theta.new_empty(count, len(theta)) if steps.momentum else None
         for n, index in enumerate(steps.batches):
             seen = steps.augmented(images[index], n).to(theta.dtype)
-            _, gradient = steps.student.gradient(path[n], seen, steps.wanted(labels, n, theta.dtype))
+            _, gradient, _ = steps.student.gradient(path[n], seen, steps.wanted(labels, n, theta.dtype))
             before = velocities[n - 1] if velocities is not None and n > 0 else None
             after = velocities[n] if velocities is not None else None
             kernels.sgd_step(

@@ -57,5 +57,5 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool) ->
     if found.labels is not None:
         assert_close("labels", found.labels, expected[2], 1e-10)
     of_pieces = InMicrobatches(GenericStudent(NET), size).gradient(theta, images, labels)
-    assert_close("loss", of_pieces[0], loss, 1e-12)
-    assert_close("gradient", of_pieces[1], gradient, 1e-12)
+    assert_close("loss", of_pieces.loss, loss, 1e-12)
+    assert_close("gradient", of_pieces.theta, gradient, 1e-12)
