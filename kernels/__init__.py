@@ -6,7 +6,7 @@ arguments and choose the twin. They are not differentiable: the engine wraps the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,11 @@ if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which wo
     raise ImportError("import mtt_fast.kernels, not kernels")
 
 from . import native, reference, triton
-from .formats import WARP_PARAMETERS, LabelKind, Precision, memory_format
+from .formats import WARP_PARAMETERS, ConvLayer, LabelKind, Precision, memory_format
 
 __all__ = [
     "WARP_PARAMETERS",
+    "ConvLayer",
     "LabelKind",
     "Precision",
     "adjoint_step",
@@ -38,6 +39,7 @@ __all__ = [
     "conv3x3_input_gradient_tangent",
     "conv3x3_tangent",
     "conv3x3_weight_gradient",
+    "conv3x3_work_bytes",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
     "native_available",
@@ -360,6 +362,17 @@ def conv3x3_dual_weight_gradient(
     twin = _twin("conv3x3_dual_weight_gradient", x, precision)
     weight_bar_dot: Tensor = twin(x, x_dot, y_bar, y_bar_dot, padding)
     return weight_bar_dot
+
+
+def conv3x3_work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> int:
+    """Return the bytes that a step's convolutions keep beside their results: all operations above, on all `layers`.
+
+    On the CPU they are kept from one call to the next, some for each of torch's threads. Elsewhere, and for the
+    definitions, only the library that convolves knows what it takes, and 0 is returned.
+    """
+    if device.type != "cpu" or not native.has("conv3x3", torch.empty(0, dtype=dtype)):
+        return 0
+    return native.conv3x3_work_bytes(batch, layers, dtype)
 
 
 def linear_cross_entropy(

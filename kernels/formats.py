@@ -1,8 +1,8 @@
-"""What the operations agree on about their arguments: formats, kinds of labels, precisions, columns of parameters."""
+"""What the operations agree on about their arguments: formats, kinds of labels, precisions, layers, columns of parameters."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,26 @@ WARP_PARAMETERS = (
     "right",
 )
 """The numbers of one image in `colour_warp_mask`, in the order of the columns; all zeros are the identity."""
+
+
+class ConvLayer(NamedTuple):
+    """A 3×3 convolution of (B, channels, height, width)."""
+
+    channels: int
+    height: int
+    width: int
+    filters: int
+    padding: int
+
+    @property
+    def out_height(self) -> int:
+        """Rows of the result."""
+        return self.height + 2 * self.padding - 2
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the result."""
+        return self.width + 2 * self.padding - 2
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .formats import LabelKind, in_format_of
+from .formats import ConvLayer, LabelKind, in_format_of
 
 
 def _load() -> ModuleType | None:
@@ -312,6 +313,12 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     x_bar = _memory(y_bar, y_bar.shape)
     _module().colour_warp_mask_transpose(y_bar, parameters, x_bar, torch.get_num_threads())
     return x_bar
+
+
+def conv3x3_work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype) -> int:
+    """See `mtt_fast.kernels.conv3x3_work_bytes`."""
+    of_dtype = {torch.float32: _module().step_work_float32, torch.float64: _module().step_work_float64}[dtype]
+    return int(of_dtype(batch, [tuple(layer) for layer in layers], _FEW_CHANNELS, torch.get_num_threads()))
 
 
 def _module() -> ModuleType:

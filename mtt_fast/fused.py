@@ -10,6 +10,7 @@ block's result p. With those the derivative needs no convolution of a primal: it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,8 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.block_ends import BLOCK_ENDS, Tensors
 from mtt_fast.convnet import ConvNet
-from mtt_fast.kernels import LabelKind, Precision
-from mtt_fast.student import GradientTangent, Kept, StepGradient
-
-# Peak of a step over the tensors it holds: 1.13 measured at 32 to 128 pixels, for the convolutions' work space, and up
-# to 1.44 with what glibc's allocator keeps between them.
-_OVER_LIVE = 1.45
+from mtt_fast.kernels import ConvLayer, LabelKind, Precision
+from mtt_fast.student import GradientTangent, Kept, StepBytes, StepGradient
 
 
 @dataclass(frozen=True)
@@ -123,17 +120,46 @@ class FusedConvNetStudent:
             _assign((to_weight, *to_affine), (weight_bar_dot, *affine_bar_dot))
         return GradientTangent(v_dot_g, hessian_v, x_bar_dot.contiguous(), labels_bar_dot)
 
-    def sample_bytes(self, image_shape: torch.Size, dtype: torch.dtype) -> int:
-        """See `Student.sample_bytes`: what the blocks keep, and ȳ and ȳ̇ of the block whose backward is under way."""
-        height, width = (side + 2 * (self.network.first_padding - 1) for side in image_shape[1:])
-        inputs, kept, peak = image_shape.numel(), 0, 0
-        for _ in range(self.network.depth):
-            outputs = 2 * self.network.width * height * width  # y and ẏ
-            kept += inputs + outputs
-            height, width = height // 2, width // 2
-            inputs = 2 * self.network.width * height * width
-            peak = max(peak, kept + outputs + inputs)
-        return int(_OVER_LIVE * peak * dtype.itemsize)
+    @property
+    def passes(self) -> tuple[int, int]:
+        """See `Student.passes`: 3 F and 8 F, of which two are the primal's."""
+        return 11, 9
+
+    def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
+        """See `Student.step_bytes`. Follows the schedule above, with results that are written over what was read."""
+        layers = self._layers(image_shape)
+        each = batch * dtype.itemsize
+        features = each * self.network.width * math.prod(self.network.feature_size)
+        # of each block: x but for the images, y, and what its end puts out
+        xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
+        ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
+        pooled = [*xs[1:], features]
+        small = each * image_shape.numel() + dtype.itemsize * self.network.num_parameters  # channels last; the result
+        forward_sweep = sum(xs) + sum(ys) + 3 * features
+        tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not held
+        backward_sweep = [
+            2 * (sum(xs[: block + 1]) + ys[block] + pooled[block]) + tangents * sum(ys[:block])
+            for block in range(len(layers))
+        ]
+        backward_sweep[-1] += 5 * features  # of the classifier, p, f̄ and ȳ's in both formats, with their tangents
+        return StepBytes(
+            gradient=forward_sweep + small,
+            gradient_keeping=forward_sweep + ys[0] + small,  # ȳ is not written over y
+            gradient_jvp=max(backward_sweep) + small,
+            gradient_jvp_kept=max(backward_sweep) - sum(ys) + small,
+            kept=sum(ys) + sum(pooled),
+            work=kernels.work_bytes(batch, layers, dtype, device),
+        )
+
+    def _layers(self, image_shape: torch.Size) -> list[ConvLayer]:
+        channels, height, width = image_shape
+        layers = []
+        for block in range(self.network.depth):
+            padding = self._padding(block)
+            layers.append(ConvLayer(channels, height, width, self.network.width, padding))
+            channels = self.network.width
+            height, width = ((side + 2 * padding - 2) // 2 for side in (height, width))
+        return layers
 
     def _parts(self, theta: Tensor) -> tuple[list[tuple[Tensor, Tensors]], Tensors]:
         """Views of the convolution's weight and the affine parameters of each block, and of the classifier's two.

@@ -55,6 +55,17 @@ class StepGradient(NamedTuple):
     kept: Kept | None
 
 
+class StepBytes(NamedTuple):
+    """Peak memory of one step beyond its arguments and what lies kept already, in bytes."""
+
+    gradient: int
+    gradient_keeping: int  # what is kept included
+    gradient_jvp: int
+    gradient_jvp_kept: int  # with what was kept
+    kept: int  # by one step; 0 if the student keeps nothing
+    work: int  # stays between calls
+
+
 class GradientTangent(NamedTuple):
     """Derivative at θ in direction v of the loss and its gradient (g is the gradient to θ, H the Hessian)."""
 
@@ -80,8 +91,13 @@ class Student(Protocol):
         """
         ...
 
-    def sample_bytes(self, image_shape: torch.Size, dtype: torch.dtype) -> int:
-        """Return what `gradient_jvp` needs at its peak for each sample (C, H, W) of `dtype`, in bytes."""
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Cost of one step in both sweeps, in units of the convolutions of one forward pass: as it is, with all kept."""
+        ...
+
+    def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
+        """Return what a step on `batch` samples (C, H, W) of `dtype` takes."""
         ...
 
 

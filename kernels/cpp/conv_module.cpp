@@ -3,9 +3,12 @@
 #include "conv_module.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -27,6 +30,11 @@ using Input = Array<const T>;
 void expect(bool condition) {
     if (!condition) throw std::invalid_argument("conv3x3: sizes do not fit each other");
 }
+
+// What stays between calls, in elements: one calling thread's, and each thread's scratch.
+struct Work {
+    std::size_t shared, scratch;
+};
 
 std::size_t rounded(std::size_t count, std::size_t lanes) { return (count + lanes - 1) / lanes * lanes; }
 
@@ -128,6 +136,23 @@ T* room_for(std::optional<Array<T>>& array, std::size_t size) {
     return array ? array->data() : nullptr;
 }
 
+Work winograd_work(const ConvShape& s, std::size_t lanes, bool dual) {
+    return {2 * 16 * s.channels * rounded(s.filters, lanes), (dual ? 32 : 16) * kTiles * (s.channels + lanes)};
+}
+
+std::size_t parts_of(const ConvShape& s) { return std::clamp<std::size_t>(s.tiles() / kTilesOfPart, 1, kMostParts); }
+
+Work winograd_sum_work(const ConvShape& s, std::size_t lanes, bool dual) {
+    const std::size_t filters = rounded(s.filters, lanes);
+    return {parts_of(s) * 16 * s.channels * filters, (dual ? 32 : 16) * kTilesSummed * (s.channels + filters)};
+}
+
+// Of patches_weight_gradient, which needs the most: the scratch holds a sample's patches.
+Work patches_work(const ConvShape& s, std::size_t lanes) {
+    const std::size_t taps = 9 * s.channels;
+    return {s.batch * taps * rounded(s.filters, lanes), s.out_height * s.out_width * taps};
+}
+
 // y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only what there is room for. `turned`: W is that of a
 // convolution whose input gradient this is, (C, K, 3, 3), and the padding 2 minus its own.
 template <typename T>
@@ -144,9 +169,10 @@ void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Inp
     const ConvUnit<T>& unit = conv_unit<T>();
 
     nb::gil_scoped_release release;
-    const std::size_t each = 16 * s.channels * rounded(s.filters, unit.lanes);
+    const Work work = winograd_work(s, unit.lanes, dual);
+    const std::size_t each = work.shared / 2;
     static thread_local Buffer<T> transformed;
-    T* u = transformed.at_least(2 * each);
+    T* u = transformed.at_least(work.shared);
     transform_weights(Weights<T>{weight.data(), s.channels, s.filters, turned}, unit.lanes, threads, u);
     if (dual) transform_weights(Weights<T>{weight_dot_data, s.channels, s.filters, turned}, unit.lanes, threads, u + each);
     const std::vector<T> zeros(s.channels);
@@ -154,9 +180,8 @@ void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Inp
     const auto kernel = !dual    ? unit.winograd_forward
                         : y_data ? unit.winograd_dual_forward
                                  : unit.winograd_tangent_forward;
-    const std::size_t needed = (dual ? 32 : 16) * kTiles * (s.channels + unit.lanes);
     parallel_for((s.tiles() + kTiles - 1) / kTiles, 1, threads,
-                 [&](std::size_t block) { kernel(arguments, block, scratch<T>(needed)); });
+                 [&](std::size_t block) { kernel(arguments, block, scratch<T>(work.scratch)); });
 }
 
 // w_bar = y_bar ⋆ x, or with the dots  y_bar_dot ⋆ x + y_bar ⋆ x_dot
@@ -172,17 +197,16 @@ void winograd_weight_gradient(const Input<T>& x, const std::optional<Input<T>>& 
 
     nb::gil_scoped_release release;
     const bool dual = x_dot_data != nullptr;
-    const std::size_t filters = rounded(s.filters, unit.lanes), each = 16 * s.channels * filters;
-    const std::size_t parts = std::clamp<std::size_t>(s.tiles() / kTilesOfPart, 1, kMostParts);
-    const std::size_t needed = (dual ? 32 : 16) * kTilesSummed * (s.channels + filters);
+    const std::size_t parts = parts_of(s);
+    const Work work = winograd_sum_work(s, unit.lanes, dual);
     static thread_local Buffer<T> buffer;
-    T* sums = buffer.at_least(parts * each);
-    std::fill(sums, sums + parts * each, T(0));
+    T* sums = buffer.at_least(work.shared);
+    std::fill(sums, sums + work.shared, T(0));
     const std::vector<T> zeros(std::max(s.channels, s.filters));
     const WinogradSum<T> arguments{s,         parts, x.data(), x_dot_data, y_bar.data(), y_bar_dot_data,
                                    zeros.data(), sums};
     const auto kernel = dual ? unit.winograd_dual_sum : unit.winograd_sum;
-    parallel_for(parts, 1, threads, [&](std::size_t part) { kernel(arguments, part, scratch<T>(needed)); });
+    parallel_for(parts, 1, threads, [&](std::size_t part) { kernel(arguments, part, scratch<T>(work.scratch)); });
     transform_weight_gradient(s, unit.lanes, parts, threads, sums, w_bar.data());
 }
 
@@ -224,14 +248,15 @@ void patches_weight_gradient(const Input<T>& x, const Input<T>& y_bar, std::ptrd
 
     nb::gil_scoped_release release;
     const std::size_t filters = rounded(s.filters, unit.lanes);
+    const Work work = patches_work(s, unit.lanes);
     static thread_local Buffer<T> buffer;
     Patches<T> arguments{};
     arguments.shape = s;
     arguments.x = x.data();
     arguments.y_bar = y_bar.data();
-    arguments.w_bar = buffer.at_least(s.batch * taps * filters);
+    arguments.w_bar = buffer.at_least(work.shared);
     parallel_for(s.batch, 1, threads, [&](std::size_t sample) {
-        unit.patches_weight_gradient(arguments, sample, scratch<T>(s.out_height * s.out_width * taps));
+        unit.patches_weight_gradient(arguments, sample, scratch<T>(work.scratch));
     });
     std::vector<T> sum(taps * filters);
     for (std::size_t sample = 0; sample < s.batch; ++sample) {
@@ -279,8 +304,37 @@ void patches_input_gradient(const Input<T>& y_bar, const Input<T>& y_bar_dot, co
     });
 }
 
+// Bytes that all of one step's calls keep: layers in rows of (channels, height, width, filters, padding), of which those
+// of at most `few` channels take patches. A buffer is as large as its largest use.
 template <typename T>
-void define(nb::module_& module) {
+std::size_t step_work(std::size_t batch, const std::vector<std::array<std::size_t, 5>>& layers, std::size_t few,
+                      int threads) {
+    const std::size_t lanes = conv_unit<T>().lanes;
+    Work transformed{}, sums{}, patches{};
+    const auto grow = [](Work& work, const Work& by) {
+        work = {std::max(work.shared, by.shared), std::max(work.scratch, by.scratch)};
+    };
+    for (const auto& [channels, height, width, filters, padding] : layers) {
+        const std::size_t grown = 2 * padding;
+        const ConvShape s{batch, height, width, channels, height + grown - 2, width + grown - 2, filters,
+                          std::ptrdiff_t(padding)};
+        const ConvShape back{batch, s.out_height, s.out_width, filters, height, width, channels, 2 - s.padding};
+        if (channels <= few) {
+            grow(patches, patches_work(s, lanes));
+        } else {
+            grow(transformed, winograd_work(s, lanes, true));
+            grow(transformed, winograd_work(back, lanes, true));
+            grow(sums, winograd_sum_work(s, lanes, true));
+        }
+    }
+    const std::size_t scratch = std::max({transformed.scratch, sums.scratch, patches.scratch});
+    const std::size_t shared = transformed.shared + sums.shared + patches.shared;
+    return sizeof(T) * (shared + scratch * std::size_t(std::max(threads, 1)));
+}
+
+template <typename T>
+void define(nb::module_& module, const char* step_work_name) {
+    module.def(step_work_name, step_work<T>);
     module.def("winograd", winograd<T>, "x"_a.noconvert(), "x_dot"_a.none(), "weight"_a.noconvert(), "weight_dot"_a.none(),
                "padding"_a, "turned"_a, "y"_a.none(), "y_dot"_a.none(), "threads"_a);
     module.def("winograd_weight_gradient", winograd_weight_gradient<T>, "x"_a.noconvert(), "x_dot"_a.none(),
@@ -293,6 +347,6 @@ void define(nb::module_& module) {
 }  // namespace
 
 void define_conv(nb::module_& module) {
-    define<float>(module);
-    define<double>(module);
+    define<float>(module, "step_work_float32");
+    define<double>(module, "step_work_float64");
 }

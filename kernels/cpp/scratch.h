@@ -12,6 +12,7 @@ public:
     T* at_least(std::size_t count) {
         if (count > size_) {
             memory_.reset();
+            size_ = 0;
             memory_.reset(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
             size_ = count;
         }
