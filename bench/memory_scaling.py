@@ -1,7 +1,6 @@
 """Peak memory of one iteration against the steps N, the batch b and the resolution, beside the plan's prediction.
 
-Each point is the first iteration of a fresh process. The prediction is the smallest budget under which mtt_fast leaves
-a batch whole.
+Each point is the first iteration of a fresh process, with whole batches and nothing kept. The prediction is the plan's.
 """
 
 from __future__ import annotations
@@ -20,15 +19,13 @@ from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from bench.workers import Worker, WorkerError
-from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.memory import microbatch_for
-from mtt_fast.student import GenericStudent
+from mtt_fast.memory import plan
+from mtt_fast.student import cross_entropy
 
 log = logging.getLogger("mtt_fast")
 
 _ENGINES = ("fused", "generic")
-_RESOLUTION = 2**16  # bytes, to which the prediction is found
 
 
 @dataclass(frozen=True)
@@ -73,25 +70,15 @@ def main(options: Options, command: str) -> None:
 
 
 def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:
-    """Return the smallest budget under which mtt_fast does the setting's batches in one piece."""
+    """Return the peak that mtt_fast predicts for an iteration of `engine`."""
     net = setting.net
-    student = GenericStudent(net) if engine == "generic" else student_for(net, device)
     assert isinstance(net.image_size, int)
-    images = torch.empty(setting.images, net.in_channels, net.image_size, net.image_size, device="meta")
-
-    def whole(budget: int) -> bool:
-        try:
-            return not microbatch_for(
-                net, student, budget, torch.float32, images, batch=setting.batch, steps=setting.steps
-            )
-        except InputError:
-            return False
-
-    below, enough = 1, 2**40
-    while enough - below > _RESOLUTION:
-        middle = (below + enough) // 2
-        below, enough = (below, middle) if whole(middle) else (middle, enough)
-    return enough
+    shape = (setting.images, net.in_channels, net.image_size, net.image_size)
+    loss = cross_entropy if engine == "generic" else None  # a loss of the user's own takes the generic student
+    planned = plan(
+        net, images=shape, steps=setting.steps, batch=setting.batch, memory_budget=None, device=device, loss=loss
+    )
+    return planned.peak_bytes
 
 
 @dataclass(frozen=True)

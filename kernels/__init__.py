@@ -39,7 +39,6 @@ __all__ = [
     "conv3x3_input_gradient_tangent",
     "conv3x3_tangent",
     "conv3x3_weight_gradient",
-    "conv3x3_work_bytes",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
     "native_available",
@@ -47,14 +46,21 @@ __all__ = [
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "release_memory",
     "sgd_step",
     "squared_distance",
+    "work_bytes",
 ]
 
 
 def native_available() -> bool:
     """Return whether the compiled CPU twins are in use: installed, and not turned off by `MTT_FAST_NATIVE=0`."""
     return native.available
+
+
+def release_memory() -> None:
+    """Give back to the system what the native twins keep from one call to the next and nobody uses."""
+    native.release_memory()
 
 
 def _twin(operation: str, tensor: Tensor, precision: Precision | None = None) -> Callable[..., Any]:
@@ -364,7 +370,7 @@ def conv3x3_dual_weight_gradient(
     return weight_bar_dot
 
 
-def conv3x3_work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> int:
+def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> int:
     """Return the bytes that a step's convolutions keep beside their results: all operations above, on all `layers`.
 
     On the CPU they are kept from one call to the next, some for each of torch's threads. Elsewhere, and for the
@@ -372,7 +378,7 @@ def conv3x3_work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dty
     """
     if device.type != "cpu" or not native.has("conv3x3", torch.empty(0, dtype=dtype)):
         return 0
-    return native.conv3x3_work_bytes(batch, layers, dtype)
+    return native.work_bytes(batch, layers, dtype)
 
 
 def linear_cross_entropy(

@@ -315,10 +315,16 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     return x_bar
 
 
-def conv3x3_work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype) -> int:
-    """See `mtt_fast.kernels.conv3x3_work_bytes`."""
+def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype) -> int:
+    """See `mtt_fast.kernels.work_bytes`."""
     of_dtype = {torch.float32: _module().step_work_float32, torch.float64: _module().step_work_float64}[dtype]
     return int(of_dtype(batch, [tuple(layer) for layer in layers], _FEW_CHANNELS, torch.get_num_threads()))
+
+
+def release_memory() -> None:
+    """See `mtt_fast.kernels.release_memory`."""
+    if _native is not None:
+        _native.release_memory()
 
 
 def _module() -> ModuleType:

@@ -1,6 +1,6 @@
 """Dataset distillation by matching training trajectories: the exact meta-gradient in the memory of one step.
 
-The engine is `unroll`, `matching_loss` and `ConvNet` or `FlatModule`; the jobs are `python -m mtt_fast.experts`,
+The engine is `unroll`, `matching_loss` and `ConvNet` or `FlatModule`, and `plan` tells what a run will take; the jobs are `python -m mtt_fast.experts`,
 `mtt_fast.distill` and `mtt_fast.evaluate`. What lies on disk is imported when it is first named.
 """
 
@@ -14,6 +14,7 @@ from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.flat_module import FlatModule
 from mtt_fast.matching import matching_loss
+from mtt_fast.memory import Plan, plan
 from mtt_fast.unroll import unroll
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ __all__ = [
     "ConvNet",
     "FlatModule",
     "InputError",
+    "Plan",
     "SiameseAugment",
     "SyntheticDataset",
     "TrajectoryStore",
     "Whitening",
     "matching_loss",
+    "plan",
     "unroll",
 ]
 

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from mtt_fast.errors import InputError
 from mtt_fast.interrupts import Stopped
+from mtt_fast.memory import is_out_of_memory
 
 Options = TypeVar("Options")
 
@@ -129,7 +128,7 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
         )
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         print(
             "error: out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result",
@@ -151,10 +150,6 @@ def _without_retired(argv: Sequence[str]) -> list[str]:
         if not dropping:
             kept.append(word)
     return kept
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _keep_freed_memory() -> None:

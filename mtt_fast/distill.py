@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from mtt_fast.experts import train_missing_experts
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.matching import matching_loss
+from mtt_fast.memory import Plan, plan, with_smaller_pieces
 from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.pictures import save_curves, save_grid
 from mtt_fast.provenance import choose_device, device_name, peak_memory_bytes, versions
@@ -161,6 +162,8 @@ def distill(
         log.info("continuing at iteration %d", state.iteration)
     metrics = MetricsLog(folder, state.iteration)
     job = _Job(options, folder, real, network, experts, metrics)
+    steps = _planned(job, state)
+    log.info("%s", steps)
     saved = time.monotonic()
     try:
         with stop_request() as stop, _progress(options, state) as bar:
@@ -172,7 +175,7 @@ def distill(
                 if state.iteration >= options.Iteration:
                     break
                 began = time.monotonic()
-                _iterate(job, state)
+                steps = _iterate(job, state, steps)
                 seconds = time.monotonic() - began
                 state.seconds += seconds
                 bar.set_postfix(_postfix(options, state, metrics, seconds), refresh=False)
@@ -216,8 +219,49 @@ def _initial_state(options: DistillOptions, real: RealImages, experts: int) -> S
     return State(0, experts, images, start.labels.clone(), lr, torch.zeros_like(images), torch.zeros_like(lr))
 
 
-def _iterate(job: _Job, state: State) -> None:
-    """One iteration of the paper's algorithm 1: match one segment of one expert, update the images and the rate."""
+def _planned(job: _Job, state: State) -> Plan:
+    """How the student steps of each iteration fit into memory."""
+    options = job.options
+    return plan(
+        job.network,
+        images=state.images,
+        steps=options.syn_steps,
+        batch=options.batch_syn,
+        memory_budget=options.memory_budget,
+        microbatch=options.microbatch,
+        device=state.images.device,
+        augment=not options.no_aug and augment_by_strategy(options.strategy) is not None,
+    )
+
+
+class _Found(NamedTuple):
+    """The loss of one iteration and its gradients, and what it matched."""
+
+    loss: float
+    images: Tensor
+    lr: Tensor
+    start_epoch: int
+    expert: int
+
+
+def _iterate(job: _Job, state: State, steps: Plan) -> Plan:
+    """One iteration of the paper's algorithm 1: match one segment of one expert, update the images and the rate.
+
+    Returns the plan for the next one: a smaller one, if memory ran out.
+    """
+    found, steps = with_smaller_pieces(steps, lambda steps: _match(job, state, steps))
+    state.iteration += 1
+    if math.isfinite(found.loss) and bool(found.images.isfinite().all()) and bool(found.lr.isfinite()):
+        _update(job.options, state, found.images, found.lr)
+        matched = {"start_epoch": found.start_epoch, "expert": found.expert}
+        job.metrics.write("step", state.iteration, loss=found.loss, lr=float(state.lr), **matched)
+    else:
+        _skip(job, state, found.loss)
+    return steps
+
+
+def _match(job: _Job, state: State, steps: Plan) -> _Found:
+    """Train a student as `steps` says, and see how far it ends from the expert. The state alone decides the result."""
     options = job.options
     generator = generator_for(options.seed, "iteration", state.iteration)
     expert = _expert_of(options.seed, state.experts, state.iteration)
@@ -234,21 +278,14 @@ def _iterate(job: _Job, state: State) -> None:
         lr,
         student_batches(len(images), options.batch_syn, options.syn_steps, generator),
         augment=None if options.no_aug else augment_by_strategy(options.strategy),
-        microbatch=options.microbatch,
-        memory_budget=options.memory_budget,
+        plan=steps,
         generator=generator,
     )
     loss = matching_loss(path[-1], start, target)
     loss.backward()
     assert images.grad is not None
     assert lr.grad is not None
-    value = float(loss.detach())
-    state.iteration += 1
-    if math.isfinite(value) and bool(images.grad.isfinite().all()) and bool(lr.grad.isfinite()):
-        _update(options, state, images.grad, lr.grad)
-        job.metrics.write("step", state.iteration, loss=value, lr=float(state.lr), start_epoch=epoch, expert=expert)
-    else:
-        _skip(job, state, value)
+    return _Found(float(loss.detach()), images.grad, lr.grad, epoch, expert)
 
 
 def _expert_of(seed: int, count: int, iteration: int) -> int:

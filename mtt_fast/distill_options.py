@@ -14,7 +14,7 @@ from mtt_fast.augment import augment_by_strategy
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import EvaluationProtocol
 from mtt_fast.experts import ExpertTraining, checked
-from mtt_fast.memory import parse_bytes
+from mtt_fast.memory import AUTO, parse_bytes
 from mtt_fast.options import CommonOptions, at_least
 from mtt_fast.recipes import recipe_options
 from mtt_fast.run_folder import read_config
@@ -85,8 +85,8 @@ class DistillOptions(CommonOptions):
     batch_real: int = 256
     """their batch size"""
 
-    memory_budget: str | None = None
-    """cut student batches so that a step stays below this, e.g. 6GiB; the result is the same"""
+    memory_budget: str = AUTO
+    """cut student batches so that an iteration stays below this, e.g. 6GiB; auto: most of what is free; the result is the same"""
     microbatch: int | None = None
     """cut student batches into pieces of so many images; the result is the same"""
     save_seconds: float = 60.0
@@ -137,7 +137,7 @@ class DistillOptions(CommonOptions):
             raise InputError(complaint)
         if not 0 < self.lr_teacher < math.inf:
             raise InputError(f"--lr_teacher {self.lr_teacher}: expected more than 0")
-        if self.memory_budget is not None:
+        if self.memory_budget != AUTO:
             parse_bytes(self.memory_budget)
             if self.microbatch is not None:
                 raise InputError("--microbatch, --memory_budget: expected one of them, found both")

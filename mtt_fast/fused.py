@@ -126,7 +126,7 @@ class FusedConvNetStudent:
         return 11, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`. Follows the schedule above, with results that are written over what was read."""
+        """See `Student.step_bytes`. Follows the schedule above; only the twins of a CPU write ȳ over y."""
         layers = self._layers(image_shape)
         each = batch * dtype.itemsize
         features = each * self.network.width * math.prod(self.network.feature_size)
@@ -135,16 +135,17 @@ class FusedConvNetStudent:
         ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
         pooled = [*xs[1:], features]
         small = each * image_shape.numel() + dtype.itemsize * self.network.num_parameters  # channels last; the result
-        forward_sweep = sum(xs) + sum(ys) + 3 * features
+        fresh = 0 if device.type == "cpu" else 1
+        forward_sweep = sum(xs) + sum(ys) + 3 * features + fresh * ys[0]
         tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not held
         backward_sweep = [
-            2 * (sum(xs[: block + 1]) + ys[block] + pooled[block]) + tangents * sum(ys[:block])
+            2 * (sum(xs[: block + 1]) + (1 + fresh) * ys[block] + pooled[block]) + tangents * sum(ys[:block])
             for block in range(len(layers))
         ]
         backward_sweep[-1] += 5 * features  # of the classifier, p, f̄ and ȳ's in both formats, with their tangents
         return StepBytes(
             gradient=forward_sweep + small,
-            gradient_keeping=forward_sweep + ys[0] + small,  # ȳ is not written over y
+            gradient_keeping=sum(xs) + sum(ys) + ys[0] + 3 * features + small,  # ȳ is not written over y
             gradient_jvp=max(backward_sweep) + small,
             gradient_jvp_kept=max(backward_sweep) - sum(ys) + small,
             kept=sum(ys) + sum(pooled),

@@ -1,19 +1,255 @@
-"""Micro-batches that fit a memory budget."""
+"""How an unroll fits a memory budget: planned before the first step, and cut further where memory runs out all the same."""
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import logging
+import math
+import os
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mtt_fast import kernels
+from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.student import Network, Student
+from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.student import Loss, Network, Student
+
+log = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-_VECTORS_BESIDE_PATH = 10  # θ, v, g, H v, λ and their temporaries
-_COPIES_OF_A_BATCH = 8  # batch, augmented batch, their gradients and the augmentation's temporaries
+AUTO = "auto"
+"""The budget that is `MARGIN` of what is free."""
+MARGIN = 0.8
+
+_VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1} and the next one, and temporaries
+_VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
+_COPIES = 5  # of a batch: as it is seen, its gradient on the way to the images
+_COPIES_OF_AUGMENTATION = 10  # the augmented batch and what its gradient needs; most for the colours
+_BASE = 4 << 20  # code that is loaded at its first use, stacks of threads
+_LARGE_PATH = 4  # from a quarter of the budget on, the path lies on the host
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be planned: N steps of a student on batches of some images."""
+
+    student: Student
+    num_parameters: int
+    mixes_samples: bool
+    images: torch.Size  # (n, C, H, W)
+    batch: int
+    steps: int
+    dtype: torch.dtype
+    device: torch.device
+    momentum: bool = False
+    augment: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the steps of an unroll are cut, and what that takes. `str` tells it in a sentence for a log."""
+
+    work: Work
+    microbatch: int
+    """samples at once; the whole batch if it is as large"""
+    kept_steps: int = 0
+    """the last steps, whose primal activations are kept from the forward sweep for the backward one"""
+    path_on_host: bool = False
+    """whether θ_0 … θ_N lie in pinned host memory"""
+    budget: int | None = None
+    """bytes"""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes at the peak, by what they are for."""
+        work = self.work
+        vector = work.num_parameters * work.dtype.itemsize
+        image = work.images[1:].numel() * work.dtype.itemsize
+        rows = work.steps + 1 + (work.steps if work.momentum else 0)
+        vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
+        copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
+        piece = work.student.step_bytes(self.microbatch, work.images[1:], work.dtype, work.device)
+        kept = work.student.step_bytes(work.batch, work.images[1:], work.dtype, work.device).kept
+        held = self.kept_steps * kept
+        steps = [piece.gradient_jvp, piece.gradient]
+        if self.kept_steps:  # the last piece of the forward sweep, the first one of the backward sweep
+            steps = [held - piece.kept + piece.gradient_keeping, held + piece.gradient_jvp_kept, *steps]
+        return {
+            "path": (2 if self.path_on_host else rows) * vector,
+            "vectors": vectors * vector,
+            "images": work.images[0] * image + copies * work.batch * image,
+            "kept activations": held,
+            "step": max(steps) - held,
+            "work space": piece.work,
+            "rest": _BASE if work.device.type == "cpu" else 0,
+        }
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of memory that the unroll, forward and backward, takes beyond its arguments."""
+        return sum(self.parts.values())
+
+    @property
+    def cut(self) -> bool:
+        """Whether a batch is done in pieces."""
+        return self.microbatch < self.work.batch
+
+    @property
+    def passes(self) -> float:
+        """Cost of a step in both sweeps, on average, in units of the convolutions of one forward pass."""
+        recomputed, kept = self.work.student.passes
+        share = self.kept_steps / self.work.steps
+        return kept * share + recomputed * (1 - share)
+
+    def smaller(self) -> Plan:
+        """Return the next plan that takes less: first nothing is kept, then pieces are halved. Same results, exactly.
+
+        Raises `InputError` if there is none.
+        """
+        if self.kept_steps:
+            return dataclasses.replace(self, kept_steps=0)
+        if self.microbatch == 1 or self.work.mixes_samples:
+            least = "with batch statistics, which cannot be cut" if self.work.mixes_samples else "a piece of one image"
+            raise InputError(
+                f"out of memory at {least} ({_mib(self.peak_bytes)} planned); lower the width, the resolution, syn_steps "
+                "or batch_syn, or take a device with more memory"
+            )
+        return dataclasses.replace(self, microbatch=_even(self.work.batch, self.microbatch // 2))
+
+    def __str__(self) -> str:
+        work, (_, least) = self.work, self.work.student.passes
+        pieces = math.ceil(work.batch / self.microbatch)
+        cut = f"in {pieces} pieces of at most {self.microbatch}" if self.cut else "whole"
+        parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.parts.items() if size)
+        allowed = "" if self.budget is None else f" of {_mib(self.budget)}"
+        return (
+            f"memory plan: {work.steps} steps on {work.batch} images, {cut}; activations of {self.kept_steps} steps kept; "
+            f"{'path on the host; ' if self.path_on_host else ''}"
+            f"peak {_mib(self.peak_bytes)}{allowed} ({parts}); "
+            f"{self.passes:.1f} convolution passes a step, {least} at least"
+        )
+
+
+def plan(
+    net: Network,
+    *,
+    images: Tensor | Sequence[int],
+    steps: int,
+    batch: int | None = None,
+    memory_budget: int | str | None = AUTO,
+    microbatch: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    momentum: float = 0.0,
+    augment: bool = False,
+    label_kind: LabelKind = "indices",
+    loss: Loss | None = None,
+    precision: Precision = "fp32",
+) -> Plan:
+    """Tell before a run what `unroll` will do and take: the plan that it makes itself, or can be given.
+
+    Args:
+        net: the student's network.
+        images: the synthetic images, or their shape (n, C, H, W).
+        steps: N.
+        batch: images in a step; without it, all.
+        memory_budget: bytes or "6GiB", the peak of the unroll beyond its arguments; "auto", most of what is free on
+            `device`; None, no limit: whole batches, and nothing kept.
+        microbatch: in place of a budget: at most so many samples at once.
+        device: where it will run.
+        dtype: of the parameters.
+        momentum: as in `unroll`; only whether there is any.
+        augment: whether the images are augmented.
+        label_kind: as in `unroll`, as are `loss` and `precision`.
+
+    Raises:
+        InputError: the budget is too small even for one sample at once, with what would do; or the network's samples
+            depend on each other, so that its batches cannot be cut.
+    """
+    device = torch.device(device)
+    shape = torch.Size(images.shape if isinstance(images, Tensor) else images)
+    work = Work(
+        student_for(net, device, label_kind, loss, precision),
+        *(
+            net.num_parameters,
+            net.mixes_samples,
+            shape,
+            batch or shape[0],
+            steps,
+            dtype,
+            device,
+            momentum != 0,
+            augment,
+        ),
+    )
+    return plan_for(work, memory_budget, microbatch)
+
+
+def plan_for(work: Work, memory_budget: int | str | None, microbatch: int | None = None) -> Plan:
+    """Return the plan for `work`: the largest pieces that fit, and what then fits of activations to keep. As `plan`."""
+    if microbatch is not None and memory_budget not in (None, AUTO):
+        raise InputError("expected microbatch or memory_budget, found both; give one")
+    if microbatch is not None:
+        if microbatch < 1:
+            raise InputError(f"microbatch: expected at least 1, found {microbatch}")
+        return Plan(work, min(microbatch, work.batch))
+    if memory_budget is None:
+        return Plan(work, work.batch)
+    budget = int(MARGIN * free_bytes(work.device)) if memory_budget == AUTO else parse_bytes(memory_budget)
+    whole = Plan(work, work.batch, budget=budget)
+    if work.device.type == "cuda" and _LARGE_PATH * whole.parts["path"] > budget:
+        whole = dataclasses.replace(whole, path_on_host=True)
+    cut = _largest(work.batch, lambda size: dataclasses.replace(whole, microbatch=size), budget)
+    if cut is None or (cut.cut and work.mixes_samples):
+        least = whole if work.mixes_samples else dataclasses.replace(whole, microbatch=1)
+        raise InputError(
+            f"memory budget {memory_budget}: expected at least {_mib(least.peak_bytes)} for {work.steps} steps of "
+            f"{work.batch} images{' (batch statistics: the batch cannot be cut)' if work.mixes_samples else ''}; "
+            "raise it, or lower batch_syn or syn_steps"
+        )
+    even = dataclasses.replace(cut, microbatch=_even(work.batch, cut.microbatch))
+    recomputed, kept = work.student.passes
+    if kept == recomputed:
+        return even
+    return _largest(work.steps, lambda steps: dataclasses.replace(even, kept_steps=steps), budget) or even
+
+
+def with_smaller_pieces(plan: Plan, attempt: Callable[[Plan], Result]) -> tuple[Result, Plan]:
+    """Return what `attempt(plan)` returns, and the plan with which it did.
+
+    Where memory runs out, the next smaller plan is tried, with a line in the log. `attempt` must be repeatable: what
+    it changes, it has to change last. Raises `InputError` where there is no smaller plan.
+    """
+    while True:
+        try:
+            return attempt(plan), plan
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # behind the except clause: its traceback holds what was allocated
+        smaller = plan.smaller()
+        kernels.release_memory()
+        if plan.work.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("out of memory; repeated exactly, in less. %s", smaller)
+        plan = smaller
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that memory ran out: Python's, torch's on either device, or a library's."""
+    said = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 def parse_bytes(amount: int | str) -> int:
@@ -32,36 +268,62 @@ def parse_bytes(amount: int | str) -> int:
     return int(found * _UNITS[unit])
 
 
-def microbatch_for(
-    net: Network,
-    student: Student,
-    budget: int | str,
-    dtype: torch.dtype,
-    images: Tensor,
-    *,
-    batch: int,
-    steps: int,
-    momentum: bool = False,
-) -> int | None:
-    """Return the largest micro-batch with which `unroll` stays below `budget`; None if the whole `batch` fits.
+def free_bytes(device: torch.device) -> int:
+    """Return what can still be allocated on `device`: what the driver says, or the system and the control group.
 
-    The estimate covers what `unroll` allocates itself: the path, the gradients, and one micro-batch of one step.
-    Raises `InputError` if not even one sample fits, with the budget that would do, or if the network cannot be cut.
+    On a GPU what torch has reserved and does not use counts as free. Where the system does not say (not Linux), half
+    of the physical memory is taken for free.
     """
-    allowed, bytes_each = parse_bytes(budget), dtype.itemsize
-    vectors = (steps + 1) * (2 if momentum else 1) + _VECTORS_BESIDE_PATH
-    fixed = bytes_each * (
-        vectors * net.num_parameters + images.numel() + _COPIES_OF_A_BATCH * batch * images[0].numel()
-    )
-    each = student.sample_bytes(images.shape[1:], dtype)
-    fits = (allowed - fixed) // each
-    if fits >= batch:
-        return None
-    if fits < 1 or net.mixes_samples:
-        least = fixed + each * (batch if net.mixes_samples else 1)
-        raise InputError(
-            f"memory budget {budget}: expected at least {least / 2**20:.0f}MiB for {steps} steps of {batch} images"
-            + (" (batch statistics: the batch cannot be cut)" if net.mixes_samples else "")
-            + "; raise it, or lower batch_syn or syn_steps"
-        )
-    return int(fits)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        system = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min([system, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _left_in_groups(membership: Path, mount: Path) -> list[int]:
+    """What each control group of this process, version 1 or 2, and those above it leave of their limits."""
+    left = []
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, place = line.split(":", 2)
+        if controllers == "memory":
+            root, names = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif not controllers:
+            root, names = mount, ("memory.max", "memory.current", "inactive_file")
+        else:
+            continue
+        within = root / place.lstrip("/")
+        for group in [within, *within.parents]:
+            if group.is_relative_to(root):
+                left += _left_in_group(group, *names)
+    return left
+
+
+def _left_in_group(group: Path, limit: str, usage: str, cached: str) -> list[int]:
+    try:
+        allowed = (group / limit).read_text().strip()
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # the page cache is the first thing to go when a group is full
+        used = int((group / usage).read_text()) - int(statistics.get(cached, 0))
+    except (OSError, ValueError):  # no such group here, or not ours to read
+        return []
+    return [] if allowed == "max" else [max(0, int(allowed) - used)]
+
+
+def _largest(most: int, of: Callable[[int], Plan], budget: int) -> Plan | None:
+    """Return the plan `of` the largest number in 1 … `most` whose peak is within `budget`; it grows with the number."""
+    fits = bisect.bisect_right(range(1, most + 1), budget, key=lambda number: of(number).peak_bytes)
+    return of(fits) if fits else None
+
+
+def _even(batch: int, most: int) -> int:
+    """Return the size of pieces, as many as pieces of `most` are, but even."""
+    return math.ceil(batch / math.ceil(batch / most))
+
+
+def _mib(size: int) -> str:
+    return f"{math.ceil(size / 2**20)} MiB"

@@ -6,6 +6,7 @@ architecture answers the same two questions; wrapped students (`InMicrobatches`)
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.errors import InputError
 
-# Peak of the generic step's jvp of grad, in units of what one forward pass allocates: 4.6 to 6.6 measured on ConvNet,
-# depth 3 to 5 at 32 to 128 pixels; the rest is what glibc's allocator keeps between them.
-_STEP_OVER_FORWARD = 9
+# What a generic step takes over what it holds: glibc's allocator keeps freed blocks between those in use. 1.34 to 2.0
+# measured on ConvNet, depth 3 to 5 at 32 to 128 pixels.
+_TAKEN_OVER_HELD = 2.1
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
@@ -142,9 +143,21 @@ class GenericStudent:
         gradients, v_dot_g = derivative
         return GradientTangent(v_dot_g, gradients[0], gradients[1], gradients[2] if soft else None)
 
-    def sample_bytes(self, image_shape: torch.Size, dtype: torch.dtype) -> int:
-        """See `Student.sample_bytes`."""
-        return _STEP_OVER_FORWARD * forward_bytes(self.network, image_shape, dtype)
+    @property
+    def passes(self) -> tuple[int, int]:
+        """See `Student.passes`: 3 F and, as autograd does not know which gradients of the primal are needed, 9 F."""
+        return 12, 12
+
+    def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
+        """See `Student.step_bytes`.
+
+        What is held at once is found by a step on tensors without data, of one sample and of two. What the operations
+        take inside, and what the allocator keeps between blocks in use, is an allowance.
+        """
+        (gradient, gradient_jvp), two = (held_bytes(self.network, count, image_shape, dtype) for count in (1, 2))
+        held = [one + (batch - 1) * (both - one) for one, both in zip((gradient, gradient_jvp), two, strict=True)]
+        gradient, gradient_jvp = (int(_TAKEN_OVER_HELD * size) for size in held)
+        return StepBytes(gradient, gradient, gradient_jvp, gradient_jvp, kept=0, work=0)
 
 
 @dataclass(frozen=True)
@@ -184,9 +197,16 @@ class InMicrobatches:
                 torch.mul(part.labels, weight, out=to_labels[piece])
         return GradientTangent(v_dot_g, hessian_v, to_images, to_labels)
 
-    def sample_bytes(self, image_shape: torch.Size, dtype: torch.dtype) -> int:
-        """See `Student.sample_bytes`."""
-        return self.student.sample_bytes(image_shape, dtype)
+    @property
+    def passes(self) -> tuple[int, int]:
+        """See `Student.passes`."""
+        return self.student.passes
+
+    def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
+        """See `Student.step_bytes`: of the largest piece, beside what all pieces keep."""
+        piece = self.student.step_bytes(min(self.size, batch), image_shape, dtype, device)
+        kept = self.student.step_bytes(batch, image_shape, dtype, device).kept
+        return piece._replace(kept=kept, gradient_keeping=kept - piece.kept + piece.gradient_keeping)
 
     def _pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
         for begin in range(0, batch, self.size):
@@ -209,26 +229,43 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
     return InMicrobatches(student, size)
 
 
-def forward_bytes(network: Network, image_shape: torch.Size, dtype: torch.dtype) -> int:
-    """Return the bytes that the operations of one sample's forward pass put out (views excluded), without computing them."""
+def held_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the peak of bytes in tensors during a generic student's `gradient`, and its `gradient_jvp`.
+
+    Nothing is computed: the step is one on the meta device, with a loss that stands for any other.
+    """
     theta = torch.empty(network.num_parameters, dtype=dtype, device="meta")
-    image = torch.empty((1, *image_shape), dtype=dtype, device="meta")
-    with _CountOutputs() as counted, torch.no_grad():
-        network(theta, image)
-    return int(counted.bytes)
+    images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
+    labels = torch.empty(batch, dtype=torch.long, device="meta")
+    student = GenericStudent(network, lambda logits, _: logits.square().mean())
+    with _CountHeld() as forward_sweep:
+        student.gradient(theta, images, labels)
+    with _CountHeld() as backward_sweep:
+        student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
+    return forward_sweep.peak, backward_sweep.peak
 
 
-class _CountOutputs(TorchDispatchMode):
-    """Add up the bytes of every tensor that an operation newly allocates."""
+class _CountHeld(TorchDispatchMode):
+    """Follow the bytes of the tensors that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.peak = self._held = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, Tensor):
-                    self.bytes += tensor.numel() * tensor.element_size()
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self._allocated(tensor.untyped_storage())
         return result
+
+    def _allocated(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self._held += storage.nbytes()
+            self.peak = max(self.peak, self._held)
+            weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, size: int) -> None:
+        self._held -= size

@@ -18,7 +18,7 @@ from mtt_fast.augment import Augment
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
-from mtt_fast.memory import microbatch_for
+from mtt_fast.memory import Plan, Work, plan_for
 from mtt_fast.student import Loss, Network, Student, in_microbatches
 
 
@@ -35,6 +35,7 @@ def unroll(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     *,
+    plan: Plan | None = None,
     label_kind: LabelKind | None = None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
@@ -46,6 +47,9 @@ def unroll(
     `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The graph kept is the path itself:
     peak memory is that of one step of one micro-batch, whatever N. Differentiable once.
 
+    The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
+    of the budget): then a single row `path[n]` is brought to the device when it is asked for.
+
     Args:
         net: the student's network, `net(theta, images) -> logits`.
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
@@ -55,9 +59,11 @@ def unroll(
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again.
         augment: its numbers are drawn here, once a step in order, and used again by the backward sweep.
         microbatch: at most so many samples at once; exact for networks that do not mix samples.
-        memory_budget: choose `microbatch` so that the unroll's own peak stays below this, bytes or "6GiB".
+        memory_budget: plan the steps so that the unroll's own peak stays below this: bytes, "6GiB", or "auto" for most
+            of what is free. Without it whole batches are done, and nothing is kept that can be computed again.
         momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors of P.
         weight_decay: SGD weight decay (as torch.optim.SGD).
+        plan: in place of `microbatch` and `memory_budget`: what `mtt_fast.plan` returned for these steps.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: mean loss of a batch from logits and labels instead of cross-entropy.
         generator: source of the augmentation's random numbers.
@@ -70,17 +76,22 @@ def unroll(
     indices = _checked_batches(batches, images)
     lr = torch.as_tensor(lr, dtype=None if isinstance(lr, Tensor) else theta.dtype, device=theta.device)
     _check_tensors(theta, images, labels, lr, len(indices), net)
-    if microbatch is not None and memory_budget is not None:
-        raise InputError("unroll: expected microbatch or memory_budget, found both; give one")
+    if [microbatch, memory_budget, plan].count(None) < 2:
+        raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
     student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
-    if memory_budget is not None:
-        largest = max(len(index) for index in indices)
-        microbatch = microbatch_for(
-            net, student, memory_budget, theta.dtype, images, batch=largest, steps=len(indices), momentum=momentum != 0
+    largest, steps = max(len(index) for index in indices), len(indices)
+    if plan is None:
+        work = Work(
+            *(student, net.num_parameters, net.mixes_samples, images.shape, largest, steps, theta.dtype, theta.device),
+            momentum=momentum != 0,
+            augment=augment is not None,
         )
+        plan = plan_for(work, memory_budget, microbatch)
     step = _Steps(
-        student=student if microbatch is None else in_microbatches(student, net, microbatch),
+        student=in_microbatches(student, net, plan.microbatch) if plan.microbatch < largest else student,
         batches=indices,
+        kept_from=max(0, steps - plan.kept_steps),
+        path_on_host=plan.path_on_host,
         augment=augment,
         draws=tuple(augment.draw(images.detach()[index], generator) if augment else None for index in indices),
         momentum=momentum,
@@ -88,22 +99,23 @@ def unroll(
     )
     path, *rows = _Unroll.apply(step, theta, images, labels, lr)
     path = path.as_subclass(_Path)
-    path.rows = tuple(rows)
+    path.rows, path.home = tuple(rows), theta.device
     return path  # type: ignore[no-any-return]
 
 
 class _Path(Tensor):
-    """A path whose single rows remember that they are rows.
+    """A path whose single rows remember that they are rows, and come to the device where the student was trained.
 
     The gradient of an ordinary `path[-1]` is as large as the path, and all zeros but for one row.
     """
 
     rows: tuple[Tensor, ...]
+    home: torch.device
     # what is computed from a path is an ordinary tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.rows[index] if isinstance(index, int) else super().__getitem__(index)
+        return self.rows[index].to(self.home) if isinstance(index, int) else super().__getitem__(index)
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,8 @@ class _Steps:
 
     student: Student
     batches: tuple[Tensor, ...]
+    kept_from: int  # the first step whose activations are kept
+    path_on_host: bool
     augment: Augment | None
     draws: tuple[Any, ...]
     momentum: float
@@ -127,6 +141,36 @@ class _Steps:
         return chosen.to(dtype) if chosen.is_floating_point() else chosen.long()
 
 
+class _Rows:
+    """Vectors of one size, a row each: on the device, or in host memory behind two rows on the device."""
+
+    def __init__(self, stored: Tensor, device: torch.device, on_host: bool) -> None:
+        self.stored = stored  # (rows, P)
+        self._near = torch.empty(2, stored.shape[1], dtype=stored.dtype, device=device) if on_host else None
+
+    @staticmethod
+    def empty(rows: int, like: Tensor, on_host: bool) -> _Rows:
+        """Return rows without values, for vectors like `like` (P,). Host memory of a GPU is pinned."""
+        place = torch.device("cpu") if on_host else like.device
+        stored = torch.empty(rows, len(like), dtype=like.dtype, device=place, pin_memory=on_host and like.is_cuda)
+        return _Rows(stored, like.device, on_host)
+
+    def near(self, n: int) -> Tensor:
+        """Row n on the device, as it was last written or loaded there; the next row but one takes its place."""
+        return self.stored[n] if self._near is None else self._near[n % 2]
+
+    def save(self, n: int) -> None:
+        """Put away row n, which was written on the device. In the order of the current stream, as is `load`."""
+        if self._near is not None:
+            self.stored[n].copy_(self.near(n), non_blocking=True)
+
+    def load(self, n: int) -> Tensor:
+        """Return row n, brought back to the device."""
+        if self._near is not None:
+            self.near(n).copy_(self.stored[n], non_blocking=True)
+        return self.near(n)
+
+
 class _Unroll(torch.autograd.Function):
     """One node in the user's graph for all N steps."""
 
@@ -137,50 +181,60 @@ class _Unroll(torch.autograd.Function):
         """Return the path (N + 1, P), and its rows again, each an output (and a gradient) of its own."""
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
-        path = theta.new_empty(count + 1, len(theta))
-        path[0] = theta
+        path = _Rows.empty(count + 1, theta, steps.path_on_host)
+        path.near(0).copy_(theta)
+        path.save(0)
         # with momentum the update is no longer a function of one step, so its velocities are kept as well
-        velocities = theta.new_empty(count, len(theta)) if steps.momentum else None
+        velocities = _Rows.empty(count, theta, steps.path_on_host) if steps.momentum else None
+        kept = {}
         for n, index in enumerate(steps.batches):
             seen = steps.augmented(images[index], n).to(theta.dtype)
-            _, gradient, _ = steps.student.gradient(path[n], seen, steps.wanted(labels, n, theta.dtype))
-            before = velocities[n - 1] if velocities is not None and n > 0 else None
-            after = velocities[n] if velocities is not None else None
+            wanted = steps.wanted(labels, n, theta.dtype)
+            _, gradient, of_step = steps.student.gradient(path.near(n), seen, wanted, n >= steps.kept_from)
+            if of_step:
+                kept[n] = of_step
+            before = velocities.near(n - 1) if velocities is not None and n > 0 else None
+            after = velocities.near(n) if velocities is not None else None
             kernels.sgd_step(
-                path[n],
+                path.near(n),
                 gradient.contiguous(),
                 rates[n],
-                out=path[n + 1],
+                out=path.near(n + 1),
                 velocity=before,
                 velocity_out=after,
                 momentum=steps.momentum,
                 weight_decay=steps.weight_decay,
             )
-        ctx.steps = steps
-        ctx.save_for_backward(images, labels, lr, path, velocities)
+            path.save(n + 1)
+            if velocities is not None:
+                velocities.save(n)
+        if steps.path_on_host and theta.is_cuda:  # whoever reads the rows there must find them written
+            torch.cuda.current_stream(theta.device).synchronize()
+        ctx.steps, ctx.kept = steps, kept
+        ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
         ctx.set_materialize_grads(False)
-        return path, *path.unbind()
+        return path.stored, *path.stored.unbind()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_path: Tensor | None, *grad_rows: Tensor | None) -> tuple[Tensor | None, ...]:
         steps: _Steps = ctx.steps
-        images, labels, lr, path = (saved.detach() for saved in ctx.saved_tensors[:4])
-        velocities: Tensor | None = ctx.saved_tensors[4]
+        images, labels, lr, *stored = (None if saved is None else saved.detach() for saved in ctx.saved_tensors)
+        path, velocities = (None if rows is None else _Rows(rows, lr.device, steps.path_on_host) for rows in stored)
         _, _, wants_images, wants_labels, _ = ctx.needs_input_grad
-        rates = _rates(lr, len(steps.batches), path)
+        start = path.near(0)
+        rates = _rates(lr, len(steps.batches), start)
         grad_images = torch.zeros_like(images) if wants_images else None
         grad_labels = torch.zeros_like(labels) if wants_labels else None
         grad_rates = torch.zeros_like(rates)
 
         def incoming(n: int) -> Tensor | None:
             """What the user's loss says of row n: as a row of the path, and as a row by itself."""
-            of_row = grad_rows[n]
-            if grad_path is None:
-                return None if of_row is None else of_row.contiguous()
-            return grad_path[n].contiguous() if of_row is None else grad_path[n] + of_row
+            of_path, of_row = None if grad_path is None else grad_path[n], grad_rows[n]
+            parts = [part.to(lr.device).contiguous() for part in (of_path, of_row) if part is not None]
+            return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
 
-        adjoint = torch.zeros_like(path[0])  # λ_{n+1}, of the parameters
+        adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
         if (of_end := incoming(len(steps.batches))) is not None:
             adjoint.copy_(of_end)
         velocity_adjoint = torch.zeros_like(adjoint) if velocities is not None else None  # ν
@@ -195,14 +249,15 @@ class _Unroll(torch.autograd.Function):
                 size = torch.ones_like(rates[n])
             with torch.enable_grad():
                 batch = images[index].detach().requires_grad_(wants_images)
-                seen = steps.augmented(batch, n).to(path.dtype)
-            wanted = steps.wanted(labels, n, path.dtype)
-            tangent = steps.student.gradient_jvp(path[n], seen.detach(), wanted, direction)
+                seen = steps.augmented(batch, n).to(adjoint.dtype)
+            wanted, theta = steps.wanted(labels, n, adjoint.dtype), path.load(n)
+            # what was kept is used up: a second backward through the same graph computes it again
+            tangent = steps.student.gradient_jvp(theta, seen.detach(), wanted, direction, ctx.kept.pop(n, None))
 
             if velocities is None:
-                grad_rates[n] = -(tangent.v_dot_g + steps.weight_decay * torch.dot(direction, path[n]))
+                grad_rates[n] = -(tangent.v_dot_g + steps.weight_decay * torch.dot(direction, theta))
             else:
-                grad_rates[n] = -torch.dot(adjoint, velocities[n])
+                grad_rates[n] = -torch.dot(adjoint, velocities.load(n))
             if grad_images is not None:
                 (to_batch,) = torch.autograd.grad(seen, batch, size * tangent.images)
                 grad_images.index_add_(0, index, to_batch)

@@ -308,7 +308,7 @@ def test_a_custom_loss() -> None:
         ({"images": torch.zeros(6, 3, 8, 8, dtype=torch.uint8)}, "floating-point images"),
         ({"lr": torch.zeros(2)}, "expected a scalar or one rate for each of 3 steps"),
         ({"microbatch": 0}, "expected at least 1, found 0"),
-        ({"microbatch": 2, "memory_budget": "1GiB"}, "found both"),
+        ({"microbatch": 2, "memory_budget": "1GiB"}, "expected one of microbatch, memory_budget and plan"),
         ({"label_kind": "logits"}, "does not fit labels"),
     ],
 )

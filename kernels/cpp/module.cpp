@@ -38,20 +38,26 @@ void define_squared_distance(nb::module_& module) {
         "a"_a.noconvert(), "b"_a.noconvert(), "threads"_a);
 }
 
+// Never destroyed: tensors may outlive the module.
+Pool& results() {
+    static Pool& pool = *new Pool;
+    return pool;
+}
+
 // A tensor of `size` bytes without a value, which goes back to the pool when nobody holds it any more.
 nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>> memory(std::size_t size) {
-    static Pool& pool = *new Pool;  // never destroyed: tensors may outlive the module
     struct Held {
         Pool::Block block;
-        ~Held() { pool.give_back(block); }
+        ~Held() { results().give_back(block); }
     };
-    Held* held = new Held{pool.take(size)};
+    Held* held = new Held{results().take(size)};
     const nb::capsule owner(held, [](void* held) noexcept { delete static_cast<Held*>(held); });
     return {held->block.memory, {size}, owner};
 }
 
 NB_MODULE(_native, module) {
     module.def("memory", memory, "size"_a);
+    module.def("release_memory", [] { results().clear(); });
     define_squared_distance<float>(module);
     define_squared_distance<double>(module);
     define_squared_distance<BFloat16>(module);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -25,7 +26,7 @@ inline RunOnPool pool() {
 }
 
 // Call body(block) once for each block in [0, blocks), from at most `threads` threads, the caller's among them. `grain`
-// blocks are worth a thread of their own: starting one costs some 50 us.
+// blocks are worth a thread of their own: starting one costs some 50 us. What body throws comes out here.
 template <typename Body>
 void parallel_for(std::size_t blocks, std::size_t grain, int threads, const Body& body) {
     const std::size_t useful = std::max<std::size_t>(1, blocks / grain);
@@ -33,10 +34,16 @@ void parallel_for(std::size_t blocks, std::size_t grain, int threads, const Body
     const std::size_t shares = workers == 1 ? 1 : std::min(blocks, 8 * workers);
     std::atomic<std::size_t> next{0};
     // whoever is free takes the next share: a thread that others keep from its core does less
+    std::exception_ptr failure;
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
     const auto work = [&] {
-        for (std::size_t taken = next++; taken < shares; taken = next++) {
-            const std::size_t end = (taken + 1) * blocks / shares;
-            for (std::size_t block = taken * blocks / shares; block < end; ++block) body(block);
+        try {
+            for (std::size_t taken = next++; taken < shares; taken = next++) {
+                const std::size_t end = (taken + 1) * blocks / shares;
+                for (std::size_t block = taken * blocks / shares; block < end; ++block) body(block);
+            }
+        } catch (...) {  // the first one; no thread of the pool may end by it
+            if (!failed.test_and_set()) failure = std::current_exception();
         }
     };
     if (workers == 1) {
@@ -50,4 +57,5 @@ void parallel_for(std::size_t blocks, std::size_t grain, int threads, const Body
         work();
         for (std::thread& thread : started) thread.join();
     }
+    if (failure) std::rethrow_exception(failure);
 }

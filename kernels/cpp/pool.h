@@ -9,6 +9,29 @@
 #include <mutex>
 #include <new>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
+
+// Straight from the system where that is possible, so that what is dropped is free for others at once.
+inline void* from_system(std::size_t size) {
+#if defined(__unix__) || defined(__APPLE__)
+    void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    return memory;
+#else
+    return ::operator new(size, std::align_val_t(64));
+#endif
+}
+
+inline void to_system(void* memory, [[maybe_unused]] std::size_t size) {
+#if defined(__unix__) || defined(__APPLE__)
+    munmap(memory, size);
+#else
+    ::operator delete(memory, std::align_val_t(64));
+#endif
+}
+
 // What is kept and what is in use are together never more than what was once in use at the same time.
 class Pool {
 public:
@@ -30,7 +53,7 @@ public:
             free_.erase(found);
         } else {
             while (!free_.empty() && used_ + kept_ + size > most_) drop_one();
-            block.memory = ::operator new(size, std::align_val_t(kAlignment));
+            block.memory = fresh(size);
         }
         used_ += block.size;
         most_ = std::max(most_, used_);
@@ -44,13 +67,28 @@ public:
         free_.emplace(block.size, block.memory);
     }
 
+    // Keep nothing, and forget what was once in use: after a step that was too large, or a last one.
+    void clear() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        while (!free_.empty()) drop_one();
+        most_ = used_;
+    }
+
 private:
-    static constexpr std::size_t kAlignment = 64;
+    void* fresh(std::size_t size) {
+        try {
+            return from_system(size);
+        } catch (const std::bad_alloc&) {
+            if (free_.empty()) throw;
+        }
+        while (!free_.empty()) drop_one();
+        return from_system(size);
+    }
 
     void drop_one() {
         const auto smallest = free_.begin();
         kept_ -= smallest->first;
-        ::operator delete(smallest->second, std::align_val_t(kAlignment));
+        to_system(smallest->second, smallest->first);
         free_.erase(smallest);
     }
 
