@@ -6,6 +6,7 @@ architecture answers the same two questions; wrapped students (`InMicrobatches`)
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class Network(Protocol):
 
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
         """Return logits (b, classes) of `images` (b, C, H, W) under the parameters `theta` (P,)."""
+        ...
+
+    def __hash__(self) -> int:
+        """By its identity, or by what it is: what is found out about it is found out once."""
         ...
 
 
@@ -229,6 +234,7 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
     return InMicrobatches(student, size)
 
 
+@functools.lru_cache(maxsize=4)
 def held_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> tuple[int, int]:
     """Return the peak of bytes in tensors during a generic student's `gradient`, and its `gradient_jvp`.
 
