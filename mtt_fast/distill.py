@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
             f"({options.ipc} for each of {data.num_classes} classes); leave it out to use all"
         )
     real = real_images(data, options.zca, device)
+    steps = _planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device)
     with only_user(folder):
         experts = _experts(options, real, network)
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)))
@@ -91,7 +92,8 @@ def main(argv: Sequence[str]) -> None:
             device_name(device),
         )  # fmt: skip
         command = shlex.join([*PROGRAM.split(), *argv])
-        distill(options, folder, real, network, experts, command)
+        log.info("%s", steps)
+        distill(options, folder, real, network, experts, steps, command)
 
 
 def _check_same_run(folder: Path, options: DistillOptions) -> None:
@@ -142,9 +144,15 @@ def _experts(options: DistillOptions, real: RealImages, network: ConvNet) -> Tra
 
 
 def distill(
-    options: DistillOptions, folder: Path, real: RealImages, network: ConvNet, experts: TrajectoryStore, command: str
+    options: DistillOptions,
+    folder: Path,
+    real: RealImages,
+    network: ConvNet,
+    experts: TrajectoryStore,
+    steps: Plan,
+    command: str,
 ) -> None:
-    """Run iterations from the last checkpoint, or from the start, to the end; write everything to `folder`.
+    """Run iterations from the last checkpoint, or from the start, to the end, with student steps as planned; write everything to `folder`.
 
     Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; `InputError` if the
     distillation has diverged for good.
@@ -162,8 +170,6 @@ def distill(
         log.info("continuing at iteration %d", state.iteration)
     metrics = MetricsLog(folder, state.iteration)
     job = _Job(options, folder, real, network, experts, metrics)
-    steps = _planned(job, state)
-    log.info("%s", steps)
     saved = time.monotonic()
     try:
         with stop_request() as stop, _progress(options, state) as bar:
@@ -219,17 +225,16 @@ def _initial_state(options: DistillOptions, real: RealImages, experts: int) -> S
     return State(0, experts, images, start.labels.clone(), lr, torch.zeros_like(images), torch.zeros_like(lr))
 
 
-def _planned(job: _Job, state: State) -> Plan:
-    """How the student steps of each iteration fit into memory."""
-    options = job.options
+def _planned(options: DistillOptions, network: ConvNet, images: Sequence[int], device: torch.device) -> Plan:
+    """How the student steps of each iteration, on `images` (n, C, H, W), fit into memory."""
     return plan(
-        job.network,
-        images=state.images,
+        network,
+        images=images,
         steps=options.syn_steps,
         batch=options.batch_syn,
         memory_budget=options.memory_budget,
         microbatch=options.microbatch,
-        device=state.images.device,
+        device=device,
         augment=not options.no_aug and augment_by_strategy(options.strategy) is not None,
     )
 

@@ -219,8 +219,10 @@ class _Unroll(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_path: Tensor | None, *grad_rows: Tensor | None) -> tuple[Tensor | None, ...]:
         steps: _Steps = ctx.steps
-        images, labels, lr, *stored = (None if saved is None else saved.detach() for saved in ctx.saved_tensors)
-        path, velocities = (None if rows is None else _Rows(rows, lr.device, steps.path_on_host) for rows in stored)
+        images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
+        path = _Rows(rows, lr.device, steps.path_on_host)
+        of_momentum = ctx.saved_tensors[4]
+        velocities = None if of_momentum is None else _Rows(of_momentum, lr.device, steps.path_on_host)
         _, _, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.near(0)
         rates = _rates(lr, len(steps.batches), start)
