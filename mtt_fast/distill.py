@@ -152,8 +152,9 @@ def distill(
     steps: Plan,
     command: str,
 ) -> None:
-    """Run iterations from the last checkpoint, or from the start, to the end, with student steps as planned; write everything to `folder`.
+    """Run iterations from the last checkpoint, or from the start, to the end; write everything to `folder`.
 
+    Student steps are done as the plan `steps` says, or in smaller pieces where memory runs out.
     Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; `InputError` if the
     distillation has diverged for good.
     """
