@@ -33,8 +33,12 @@ MARGIN = 0.8
 _VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1} and the next one, and temporaries
 _VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
 _COPIES = 5  # of a batch: as it is seen, its gradient on the way to the images
-_COPIES_OF_AUGMENTATION = 10  # the augmented batch and what its gradient needs; most for the colours
-_BASE = 4 << 20  # code that is loaded at its first use, stacks of threads
+_COPIES_OF_AUGMENTATION = 1  # the augmented batch
+_BASE = (
+    4 << 20,
+    256 << 20,
+)  # code loaded at its first use and stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
+_ROUNDING = 50  # one part in so many for what allocators round up
 _LARGE_PATH = 4  # from a quarter of the budget on, the path lies on the host
 
 Result = TypeVar("Result")
@@ -85,15 +89,15 @@ class Plan:
         steps = [piece.gradient_jvp, piece.gradient]
         if self.kept_steps:  # the last piece of the forward sweep, the first one of the backward sweep
             steps = [held - piece.kept + piece.gradient_keeping, held + piece.gradient_jvp_kept, *steps]
-        return {
+        parts = {
             "path": (2 if self.path_on_host else rows) * vector,
             "vectors": vectors * vector,
             "images": work.images[0] * image + copies * work.batch * image,
             "kept activations": held,
             "step": max(steps) - held,
             "work space": piece.work,
-            "rest": _BASE if work.device.type == "cpu" else 0,
         }
+        return parts | {"rest": _BASE[work.device.type == "cuda"] + sum(parts.values()) // _ROUNDING}
 
     @property
     def peak_bytes(self) -> int:

@@ -40,13 +40,13 @@ public:
         std::size_t size;
     };
 
-    // At least `size` bytes without a value: the smallest free block that is large enough, or a new one. Of several the
-    // last that came back, which may still be in the cache.
+    // At least `size` bytes without a value: the smallest free block that is large enough, or a new one; a block that is
+    // far too large waits for its like. Of several the last that came back, which may still be in the cache.
     Block take(std::size_t size) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto smallest = free_.lower_bound(size);
         Block block{nullptr, size};
-        if (smallest != free_.end()) {
+        if (smallest != free_.end() && smallest->first <= kMostOver * size) {
             const auto found = std::prev(free_.upper_bound(smallest->first));
             block = {found->second, found->first};
             kept_ -= block.size;
@@ -75,6 +75,8 @@ public:
     }
 
 private:
+    static constexpr std::size_t kMostOver = 4;  // a pooled tensor is a quarter of what it comes from
+
     void* fresh(std::size_t size) {
         try {
             return from_system(size);
