@@ -39,6 +39,7 @@ def unroll(
     label_kind: LabelKind | None = None,
     loss: Loss | None = None,
     generator: torch.Generator | None = None,
+    draws: Sequence[Any] | None = None,
     precision: Precision = "fp32",
 ) -> Tensor:
     """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
@@ -67,6 +68,7 @@ def unroll(
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: mean loss of a batch from logits and labels instead of cross-entropy.
         generator: source of the augmentation's random numbers.
+        draws: those numbers themselves, one a step, made beforehand by `augment.draw`.
         precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32" or "bf16"; sums are
             float32. Any other network takes torch's own settings.
 
@@ -87,17 +89,30 @@ def unroll(
             augment=augment is not None,
         )
         plan = plan_for(work, memory_budget, microbatch)
-    step = _Steps(
-        student=in_microbatches(student, net, plan.microbatch) if plan.microbatch < largest else student,
-        batches=indices,
-        kept_from=max(0, steps - plan.kept_steps),
-        path_on_host=plan.path_on_host,
-        augment=augment,
-        draws=tuple(augment.draw(images.detach()[index], generator) if augment else None for index in indices),
-        momentum=momentum,
-        weight_decay=weight_decay,
-    )
-    path, *rows = _Unroll.apply(step, theta, images, labels, lr)
+    if draws is None:
+        draws = [augment.draw(images.detach()[index], generator) if augment else None for index in indices]
+    elif augment is None or len(draws) != len(indices):
+        raise InputError(
+            f"unroll draws: expected those of an augmentation for each of {len(indices)} steps, found {len(draws)}"
+            + (" and no augment" if augment is None else "")
+        )
+    cut = student_for_plan(student, net, plan)
+    kept_from = max(0, steps - plan.kept_steps)
+    way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), momentum, weight_decay)
+    return path_of(way, theta, images, labels, lr)
+
+
+def student_for_plan(student: Student, net: Network, plan: Plan) -> Student:
+    """Return `student`, cutting its batches if the plan does. Raises `InputError` where `net` mixes samples."""
+    return in_microbatches(student, net, plan.microbatch) if plan.cut else student
+
+
+def path_of(steps: Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+    """Return the path of `unroll` for steps that are known to fit the tensors: it asks no tensor for its values.
+
+    So on a GPU nothing waits for the device, and both sweeps can be recorded (mtt_fast/replay.py).
+    """
+    path, *rows = _Unroll.apply(steps, theta, images, labels, lr)
     path = path.as_subclass(_Path)
     path.rows, path.home = tuple(rows), theta.device
     return path  # type: ignore[no-any-return]
@@ -119,7 +134,7 @@ class _Path(Tensor):
 
 
 @dataclass(frozen=True)
-class _Steps:
+class Steps:
     """What both sweeps need to know besides the tensors that are differentiated."""
 
     student: Student
@@ -128,8 +143,8 @@ class _Steps:
     path_on_host: bool
     augment: Augment | None
     draws: tuple[Any, ...]
-    momentum: float
-    weight_decay: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
 
     def augmented(self, images: Tensor, n: int) -> Tensor:
         """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
@@ -176,7 +191,7 @@ class _Unroll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, steps: _Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor
+        ctx: Any, steps: Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the path (N + 1, P), and its rows again, each an output (and a gradient) of its own."""
         count = len(steps.batches)
@@ -218,7 +233,7 @@ class _Unroll(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_path: Tensor | None, *grad_rows: Tensor | None) -> tuple[Tensor | None, ...]:
-        steps: _Steps = ctx.steps
+        steps: Steps = ctx.steps
         images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
         path = _Rows(rows, lr.device, steps.path_on_host)
         of_momentum = ctx.saved_tensors[4]

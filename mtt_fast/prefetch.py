@@ -1,0 +1,65 @@
+"""Work done ahead of its use: a thread makes the next items, and a stream of its own copies them to the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Index = TypeVar("Index")
+Item = TypeVar("Item")
+
+
+def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: int = 2) -> Generator[Item, None, None]:
+    """Yield `make(index)` for each index in turn, made by one thread up to `depth` items ahead of the one in use.
+
+    What `make` raises is raised where its item would have come. Close the generator (`contextlib.closing`) to stop
+    early: what is being made is finished and dropped, the rest is not begun, and the thread has ended.
+    """
+    ahead: deque[Future[Item]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        try:
+            for index in indices:
+                ahead.append(thread.submit(make, index))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)
+
+
+def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]:
+    """Return a function that starts to copy CPU tensors to `device` and returns another, which gives out the copies.
+
+    The first may be called in any thread; on CUDA it copies from pinned memory on a stream of its own and waits for
+    nothing. The second makes the caller's stream wait for the copies. On a CPU the tensors are given out themselves.
+    """
+    if device.type != "cuda":
+        return lambda tensors: lambda: tensors
+    stream = torch.cuda.Stream(device)
+
+    def send(tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
+        with torch.cuda.stream(stream):
+            copies = tuple(upload(tensor, device) for tensor in tensors)
+        sent = stream.record_event()
+
+        def received() -> tuple[Tensor, ...]:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(sent)
+            for copy in copies:
+                copy.record_stream(current)  # their memory was taken on the other stream
+            return copies
+
+        return received
+
+    return send
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on `device`; on CUDA the copy is only begun, on the current stream, and nothing waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,180 @@
+"""One iteration as a function of tensors: equal to the engine called plainly, pure, and asking no tensor for its value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtt_fast import ConvNet, matching_loss, unroll
+from mtt_fast.augment import Augment
+from mtt_fast.choice import student_for
+from mtt_fast.distill import student_batches
+from mtt_fast.fused import FusedConvNetStudent
+from mtt_fast.iteration import Iteration, draw_steps, iteration
+from mtt_fast.replay import Recording, Replayed, replayed
+from mtt_fast.student import GenericStudent, Student, in_microbatches
+from mtt_fast.testing import assert_close
+
+NET = ConvNet(3, 4, 8, width=5, depth=2)
+CPU = torch.device("cpu")
+
+
+class Shade:
+    """A contrast and a brightness for each sample."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.rand(len(images), 2, generator=generator, dtype=images.dtype)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        contrast, brightness = draws[:, :, None, None, None].unbind(1)
+        return images * (1 + contrast) + brightness
+
+
+def tensors(kind: str = "indices", seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """All that `iterate` takes but what is random in its steps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    start, logits = 0.5 * randn(NET.num_parameters), randn(10, 4)
+    return {
+        "start": start,
+        "target": start + 0.1 * randn(NET.num_parameters),
+        "images": randn(10, 3, 8, 8),
+        "labels": logits.argmax(1) if kind == "indices" else logits.softmax(1),
+        "lr": torch.tensor(0.2, dtype=dtype),
+    }
+
+
+def lengths_of(batches: list[Tensor]) -> list[int]:
+    return [len(index) for index in batches]
+
+
+@pytest.mark.parametrize("augment", [None, Shade()], ids=["plain", "augmented"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_equals_the_engine_called_plainly(kind: str, augment: Augment | None, microbatch: int | None) -> None:
+    given = tensors(kind)
+    batches = student_batches(10, 4, 5, torch.Generator().manual_seed(1))
+    assert len(set(lengths_of(batches))) == 2
+    student = student_for(NET, CPU, "indices" if kind == "indices" else "probabilities")
+    draws = draw_steps(given["images"], batches, augment, torch.Generator().manual_seed(2))
+    run = iteration(
+        student if microbatch is None else in_microbatches(student, NET, microbatch), augment, lengths_of(batches)
+    )
+    found = run(*given.values(), *draws.tensors())
+
+    images, labels, lr = (given[name].clone() for name in ("images", "labels", "lr"))
+    wanted = [images, lr, *([labels] if kind == "probabilities" else [])]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    path = unroll(
+        NET, given["start"], images, labels, lr, batches, augment, microbatch,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    loss = matching_loss(path[-1], given["start"], given["target"])
+    loss.backward()
+    expected = [loss.detach(), *(tensor.grad for tensor in wanted)]
+    for name, mine, theirs in zip(("loss", "images", "lr", "labels"), found, expected, strict=False):
+        assert theirs is not None
+        assert_close(name, mine, theirs, 1e-12)
+    assert len(found) == len(expected)
+    assert not any(tensor.requires_grad for tensor in found)
+
+
+class NoValues(TorchDispatchMode):
+    """Refuses what waits for a device: values read by the host, shapes that depend on values, copies from the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"), name
+        result = func(*args, **(kwargs or {}))
+        flat = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, Tensor)]
+        places = {one.device.type for one in (*flat, *([result] if isinstance(result, Tensor) else []))}
+        assert places <= {"meta"}, f"{name} on {places}"
+        return result
+
+
+@pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> None:
+    """On tensors without values, which take the ways that those of a GPU take, down to the operations' definitions."""
+    batches = student_batches(10, 4, 4, torch.Generator())
+    given = tensors()
+    draws = draw_steps(given["images"], batches, Shade(), torch.Generator())
+    inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
+    cut = student if microbatch is None else in_microbatches(student, NET, microbatch)
+    with NoValues():
+        found = iteration(cut, Shade(), lengths_of(batches))(*inputs)
+    assert [tensor.shape for tensor in found] == [(), given["images"].shape, ()]
+
+
+def test_the_loss_that_users_call_does_wait() -> None:
+    """So the test above can fail."""
+    with NoValues(), pytest.raises(AssertionError, match=r"is_nonzero|_local_scalar_dense"):
+        matching_loss(*(torch.empty(3, device="meta") for _ in range(3)))
+
+
+def repeating(run: Any) -> Recording:
+    """Record as CUDA does, as far as that goes on a CPU: inputs and outputs stay where they are."""
+    outputs = run()
+
+    def replay() -> None:
+        for place, value in zip(outputs, run(), strict=True):
+            place.copy_(value)
+
+    return Recording(replay, outputs)
+
+
+def inputs(seed: int, steps: int = 3, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """What `iterate` takes, drawn from `seed`."""
+    given, generator = tensors(seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
+    batches = student_batches(10, 4, steps, generator)
+    draws = draw_steps(given["images"], batches, Shade(), generator)
+    return [tensor.to(device) for tensor in (*given.values(), *draws.tensors())]
+
+
+def fresh(device: torch.device = CPU, steps: int = 3) -> Iteration:
+    return iteration(student_for(NET, device), Shade(), [2, 4, 4][:steps])
+
+
+def test_refilled_places_give_the_bits_of_a_fresh_call() -> None:
+    run = Replayed(fresh(), repeating)
+    kept = [(seed, run(*inputs(seed))) for seed in (0, 1, 2, 0)]
+    for seed, found in kept:  # what was returned is not written over by later calls
+        for mine, theirs in zip(found, fresh()(*inputs(seed)), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("student", ["chosen", "generic"])
+def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
+    from mtt_fast.arithmetic import arithmetic
+
+    device = torch.device("cuda")
+    eager = iteration(student_for(NET, device) if student == "chosen" else GenericStudent(NET), Shade(), [2, 4, 4])
+    with arithmetic(device, "tf32"):
+        run = replayed(eager, device)
+        for seed in (0, 1, 2, 0):
+            given = inputs(seed, device=device)
+            for mine, theirs in zip(run(*given), eager(*given), strict=True):
+                assert torch.equal(mine, theirs)
+    assert isinstance(run, Replayed)
+    assert run.problem is None
+
+
+@pytest.mark.gpu
+def test_nothing_waits_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    run, given = fresh(device), inputs(0, device=device)
+    run(*given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
