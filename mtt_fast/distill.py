@@ -6,6 +6,7 @@ continues, whatever stopped it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,8 +14,9 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast import cli
-from mtt_fast.augment import augment_by_strategy
+from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
+from mtt_fast.augment import SiameseAugment, augment_by_strategy, augment_with
 from mtt_fast.convnet import ConvNet
 from mtt_fast.distill_options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
 from mtt_fast.errors import InputError
@@ -37,11 +40,14 @@ from mtt_fast.evaluate import (
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.matching import matching_loss
+from mtt_fast.iteration import Draw, Iteration, draw_steps, iterate
+from mtt_fast.kernels import Precision
 from mtt_fast.memory import Plan, plan, with_smaller_pieces
 from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.pictures import save_curves, save_grid
+from mtt_fast.prefetch import prefetched, sender
 from mtt_fast.provenance import choose_device, device_name, peak_memory_bytes, versions
+from mtt_fast.replay import replayed
 from mtt_fast.run_folder import (
     SUMMARY,
     MetricsLog,
@@ -55,7 +61,7 @@ from mtt_fast.run_folder import (
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.trajectories import TrajectoryStore, check_compatible
-from mtt_fast.unroll import unroll
+from mtt_fast.unroll import student_for_plan
 from mtt_fast.whitening import Whitening
 
 log = logging.getLogger(__name__)
@@ -74,6 +80,11 @@ def main(argv: Sequence[str]) -> None:
     if summary:
         log.info("%s is finished: %s", folder, summary["text"])
         return
+    with arithmetic(device, options.precision):
+        _run(options, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+
+
+def _run(options: DistillOptions, folder: Path, device: torch.device, command: str) -> None:
     data = options.load_data()
     network = options.network(data)
     if options.batch_syn and options.batch_syn > options.ipc * data.num_classes:
@@ -81,17 +92,18 @@ def main(argv: Sequence[str]) -> None:
             f"--batch_syn {options.batch_syn}: expected at most the {options.ipc * data.num_classes} synthetic images there are "
             f"({options.ipc} for each of {data.num_classes} classes); leave it out to use all"
         )
+    student = describe_arithmetic(device, network, options.precision)
     real = real_images(data, options.zca, device)
-    steps = _planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device)
+    precision = precision_on(device, network, options.precision)
+    steps = _planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder):
         experts = _experts(options, real, network)
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)))
         log.info(
-            "%s: %d synthetic images of %s, %s with %d parameters, %d experts, on %s",
-            folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, len(experts),
-            device_name(device),
+            "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
+            folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, student,
+            len(experts), device_name(device),
         )  # fmt: skip
-        command = shlex.join([*PROGRAM.split(), *argv])
         log.info("%s", steps)
         distill(options, folder, real, network, experts, steps, command)
 
@@ -100,10 +112,11 @@ def _check_same_run(folder: Path, options: DistillOptions) -> None:
     before = read_config(folder)
     if before is None:
         return
+    before = dataclasses.asdict(DistillOptions()) | before  # an option that is younger than the run
     for name, value in dataclasses.asdict(options).items():
-        if name not in NOT_PART_OF_THE_RESULT and before.get(name) != value:
+        if name not in NOT_PART_OF_THE_RESULT and before[name] != value:
             raise InputError(
-                f"{folder}: holds a run with --{name} {before.get(name)}, not {value}; choose another --out "
+                f"{folder}: holds a run with --{name} {before[name]}, not {value}; choose another --out "
                 f"(or delete the folder)"
             )
 
@@ -169,11 +182,16 @@ def distill(
         )
     else:
         log.info("continuing at iteration %d", state.iteration)
+    augment, precision = _augmentation(options), precision_on(device, network, options.precision)
+    draw = None if augment is None else augment.draw_parameters
+    iteration = lru_cache(maxsize=1)(partial(_iteration, options, network))  # the last plan's
     metrics = MetricsLog(folder, state.iteration)
-    job = _Job(options, folder, real, network, experts, metrics)
+    job = _Job(options, folder, real, network, experts, metrics, precision, draw, iteration, sender(device))
+    segment = partial(_segment, job, state.experts, state.images)
+    ahead = prefetched(segment, range(state.iteration, options.Iteration))
     saved = time.monotonic()
     try:
-        with stop_request() as stop, _progress(options, state) as bar:
+        with stop_request() as stop, _progress(options, state) as bar, contextlib.closing(ahead):
             while True:
                 due = state.iteration % options.eval_it == 0 or state.iteration == options.Iteration
                 if due and metrics.find("evaluation", state.iteration) is None:
@@ -182,7 +200,7 @@ def distill(
                 if state.iteration >= options.Iteration:
                     break
                 began = time.monotonic()
-                steps = _iterate(job, state, steps)
+                steps = _iterate(job, state, steps, next(ahead))
                 seconds = time.monotonic() - began
                 state.seconds += seconds
                 bar.set_postfix(_postfix(options, state, metrics, seconds), refresh=False)
@@ -214,6 +232,28 @@ class _Job:
     network: ConvNet
     experts: TrajectoryStore
     metrics: MetricsLog
+    precision: Precision
+    draw: Draw | None  # the augmentation's parameters
+    iteration: Callable[[Plan], Iteration]
+    send: Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
+
+
+def _augmentation(options: DistillOptions) -> SiameseAugment | None:
+    """Return that of the student's steps."""
+    return None if options.no_aug else augment_by_strategy(options.strategy)
+
+
+def _iteration(options: DistillOptions, network: ConvNet, steps: Plan) -> Iteration:
+    """Return the function that does every iteration as the plan `steps` says."""
+    device, count = steps.work.device, steps.work.images[0]
+    # each iteration begins a permutation of its own, so the steps of all have the same lengths
+    batches = student_batches(count, options.batch_syn, options.syn_steps, torch.Generator())
+    student = student_for_plan(steps.work.student, network, steps, steps.work.batch)
+    augment = None if _augmentation(options) is None else augment_with
+    lengths = tuple(len(index) for index in batches)
+    keep = {"kept_steps": steps.kept_steps, "path_on_host": steps.path_on_host}
+    run = partial(iterate, student, augment, lengths, **keep)
+    return run if steps.path_on_host else replayed(run, device)  # a graph knows memory on the device alone
 
 
 def _initial_state(options: DistillOptions, real: RealImages, experts: int) -> State:
@@ -226,7 +266,9 @@ def _initial_state(options: DistillOptions, real: RealImages, experts: int) -> S
     return State(0, experts, images, start.labels.clone(), lr, torch.zeros_like(images), torch.zeros_like(lr))
 
 
-def _planned(options: DistillOptions, network: ConvNet, images: Sequence[int], device: torch.device) -> Plan:
+def _planned(
+    options: DistillOptions, network: ConvNet, images: Sequence[int], device: torch.device, precision: Precision
+) -> Plan:
     """How the student steps of each iteration, on `images` (n, C, H, W), fit into memory."""
     return plan(
         network,
@@ -236,62 +278,58 @@ def _planned(options: DistillOptions, network: ConvNet, images: Sequence[int], d
         memory_budget=options.memory_budget,
         microbatch=options.microbatch,
         device=device,
-        augment=not options.no_aug and augment_by_strategy(options.strategy) is not None,
+        augment=_augmentation(options) is not None,
+        precision=precision,
     )
 
 
-class _Found(NamedTuple):
-    """The loss of one iteration and its gradients, and what it matched."""
+class _Segment(NamedTuple):
+    """What one iteration has to match, and what is random in it."""
 
-    loss: float
-    images: Tensor
-    lr: Tensor
-    start_epoch: int
     expert: int
+    epoch: int
+    tensors: Callable[[], tuple[Tensor, ...]]  # start, target (P,) and those of `StepDraws`, on the device
 
 
-def _iterate(job: _Job, state: State, steps: Plan) -> Plan:
+def _segment(job: _Job, experts: int, images: Tensor, iteration: int) -> _Segment:
+    """Read and draw what an iteration needs; all of it follows from the seed and the iteration's number alone.
+
+    `experts` take turns; of `images` only shape and dtype are looked at. Called in a thread.
+    """
+    options = job.options
+    generator = generator_for(options.seed, "iteration", iteration)
+    expert = _expert_of(options.seed, experts, iteration)
+    epoch = int(torch.randint(options.max_start_epoch, (), generator=generator))
+    start, target = (job.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
+    if start.equal(target):
+        raise InputError(
+            f"{job.experts.folder}: expert {expert} did not move between epochs {epoch} and "
+            f"{epoch + options.expert_epochs}; train it again with a larger learning rate, or leave it out"
+        )
+    batches = student_batches(len(images), options.batch_syn, options.syn_steps, generator)
+    draws = draw_steps(images, batches, job.draw, generator)
+    return _Segment(expert, epoch, job.send((start, target, *draws.tensors())))
+
+
+def _iterate(job: _Job, state: State, steps: Plan, segment: _Segment) -> Plan:
     """One iteration of the paper's algorithm 1: match one segment of one expert, update the images and the rate.
 
     Returns the plan for the next one: a smaller one, if memory ran out.
     """
-    found, steps = with_smaller_pieces(steps, lambda steps: _match(job, state, steps))
+    start, target, *draws = segment.tensors()
+    inputs = (start, target, state.images, state.labels, state.lr, *draws)
+    found, steps = with_smaller_pieces(steps, lambda steps: job.iteration(steps)(*inputs))
+    loss, images_gradient, lr_gradient = found
+    value = float(loss)
     state.iteration += 1
-    if math.isfinite(found.loss) and bool(found.images.isfinite().all()) and bool(found.lr.isfinite()):
-        _update(job.options, state, found.images, found.lr)
-        matched = {"start_epoch": found.start_epoch, "expert": found.expert}
-        job.metrics.write("step", state.iteration, loss=found.loss, lr=float(state.lr), **matched)
+    if math.isfinite(value) and bool(images_gradient.isfinite().all()) and bool(lr_gradient.isfinite()):
+        _update(job.options, state, images_gradient, lr_gradient)
+        job.metrics.write(
+            "step", state.iteration, loss=value, lr=float(state.lr), start_epoch=segment.epoch, expert=segment.expert
+        )
     else:
-        _skip(job, state, found.loss)
+        _skip(job, state, value)
     return steps
-
-
-def _match(job: _Job, state: State, steps: Plan) -> _Found:
-    """Train a student as `steps` says, and see how far it ends from the expert. The state alone decides the result."""
-    options = job.options
-    generator = generator_for(options.seed, "iteration", state.iteration)
-    expert = _expert_of(options.seed, state.experts, state.iteration)
-    epoch = int(torch.randint(options.max_start_epoch, (), generator=generator))
-    start = job.experts.read(expert, epoch).to(state.lr.device)
-    target = job.experts.read(expert, epoch + options.expert_epochs).to(state.lr.device)
-    images = state.images.detach().requires_grad_()
-    lr = state.lr.detach().requires_grad_()
-    path = unroll(
-        job.network,
-        start,
-        images,
-        state.labels,
-        lr,
-        student_batches(len(images), options.batch_syn, options.syn_steps, generator),
-        augment=None if options.no_aug else augment_by_strategy(options.strategy),
-        plan=steps,
-        generator=generator,
-    )
-    loss = matching_loss(path[-1], start, target)
-    loss.backward()
-    assert images.grad is not None
-    assert lr.grad is not None
-    return _Found(float(loss.detach()), images.grad, lr.grad, epoch, expert)
 
 
 def _expert_of(seed: int, count: int, iteration: int) -> int:
@@ -438,6 +476,7 @@ def _summarise(job: _Job, state: State, command: str, stop: StopRequest) -> None
             "seconds": {"iterations": state.seconds, "evaluations": state.seconds_evaluation},
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),
+            "arithmetic": describe_arithmetic(device, job.network, options.precision),
             "versions": versions(),
             "command": command,
             "options": dataclasses.asdict(options),

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from mtt_fast import cli
-from mtt_fast.choice import student_for
+from mtt_fast.arithmetic import describe_arithmetic, precision_on
 from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import native_available
+from mtt_fast.options import CommonOptions
 from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.student import GenericStudent
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,8 +29,11 @@ def main(argv: Sequence[str]) -> None:
     lines["native CPU kernels"] = (
         "in use" if native_available() else "not in use: not compiled, or turned off by MTT_FAST_NATIVE=0"
     )
-    lines["student of ConvNet"] = type(student_for(ConvNet(), choose_device("auto"))).__name__
-    lines["student of other networks"] = "GenericStudent"
+    device = choose_device("auto")
+    lines["student of ConvNet"] = describe_arithmetic(device, ConvNet(), CommonOptions.precision)
+    lines["student of other networks"] = (
+        f"{GenericStudent.__name__}, {precision_on(device, ConvNet(), CommonOptions.precision)}"
+    )
     for name, value in lines.items():
         print(f"{name:26} {value}")
 

@@ -7,19 +7,24 @@ Nothing in it depends on the value of a tensor or draws a random number, so that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtt_fast.augment import Augment
 from mtt_fast.matching import relative_distance
 from mtt_fast.student import Student
 from mtt_fast.unroll import Steps, path_of
 
 Iteration = Callable[..., tuple[Tensor, ...]]
-"""From start, target, images, labels, lr and what `draw_steps` returns to the loss and its gradients (`iterate`)."""
+"""`iterate` with its first three arguments given: from start, target, images, labels, lr and `StepDraws.tensors`."""
+
+
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""From a step's images (b, C, H, W) and parameters (b, K) to the augmented images, whatever operation they stand for."""
+
+Draw = Callable[[Tensor, torch.Generator], Tensor]
+"""From images of a step's shape and dtype, without a value, to the parameters (b, K) that `Apply` takes."""
 
 
 class StepDraws(NamedTuple):
@@ -33,14 +38,9 @@ class StepDraws(NamedTuple):
         return (self.indices,) if self.parameters is None else (self.indices, self.parameters)
 
 
-def iteration(student: Student, augment: Augment | None, lengths: Sequence[int]) -> Iteration:
-    """Return the iteration for steps that see `lengths` images each: `iterate` with its first three arguments given."""
-    return partial(iterate, student, augment, tuple(lengths))
-
-
 def iterate(
     student: Student,
-    augment: Augment | None,
+    augment: Apply | None,
     lengths: tuple[int, ...],
     start: Tensor,
     target: Tensor,
@@ -49,15 +49,21 @@ def iterate(
     lr: Tensor,
     indices: Tensor,
     parameters: Tensor | None = None,
+    *,
+    kept_steps: int = 0,
+    path_on_host: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the matching loss () in float64 and its gradients to images, lr and, if they are soft, labels.
 
+    The steps see `lengths` images each, through `augment`, and `student` answers for them.
+
     A pure function of its tensors, all on one device: those of `matching_loss` and `unroll`, where `images` are all
     synthetic images (n, C, H, W), and those of `StepDraws`, ΣB = Σ `lengths`. Nothing is checked: indices were drawn in
-    range. A gradient that is not finite is returned as it is.
+    range, and `augment` takes the rows of a step. A gradient that is not finite is returned as it is.
     """
     draws = (None,) * len(lengths) if parameters is None else parameters.split(lengths)
-    steps = Steps(student, indices.split(lengths), augment, draws)
+    kept_from = max(0, len(lengths) - kept_steps)
+    steps = Steps(student, indices.split(lengths), kept_from, path_on_host, augment, draws)
     wanted = [images, lr, *([labels] if labels.is_floating_point() else [])]
     with torch.enable_grad():
         images, lr, *soft = (tensor.detach().requires_grad_() for tensor in wanted)
@@ -66,17 +72,14 @@ def iterate(
         return loss.detach(), *torch.autograd.grad(loss, (images, lr, *soft))
 
 
-def draw_steps(
-    images: Tensor, batches: Sequence[Tensor], augment: Augment | None, generator: torch.Generator
-) -> StepDraws:
+def draw_steps(images: Tensor, batches: Sequence[Tensor], draw: Draw | None, generator: torch.Generator) -> StepDraws:
     """Draw what is random in the steps that see `images[index]` for each index in `batches`, on the CPU.
 
-    The numbers are those that `unroll` draws from `generator` for the same batches.
+    Step by step, as `unroll` draws for the same batches. Of `images` (n, C, H, W) only shape and dtype are looked at.
     """
     indices = torch.cat(list(batches))
-    if augment is None:
+    if draw is None:
         return StepDraws(indices, None)
-    # drawing looks at shape and dtype alone
     like = torch.empty((), dtype=images.dtype)
-    drawn = [augment.draw(like.expand(len(index), *images.shape[1:]), generator) for index in batches]
-    return StepDraws(indices, torch.cat(drawn))
+    parameters = [draw(like.expand(len(index), *images.shape[1:]), generator) for index in batches]
+    return StepDraws(indices, torch.cat(parameters))

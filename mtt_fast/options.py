@@ -11,6 +11,7 @@ import tyro
 
 from mtt_fast.convnet import ConvNet
 from mtt_fast.data import ImageData, Normalisation, Split, load, transform_for
+from mtt_fast.kernels import Precision
 from mtt_fast.models import network_by_name
 from mtt_fast.training import Images
 from mtt_fast.whitening import Whitening
@@ -49,6 +50,9 @@ class CommonOptions:
     """every random number follows from it"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
+    precision: Precision = "tf32"
+    """of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs) or bf16 (ConvNet's fused step alone);
+    sums are float32. A CPU computes in float32 whatever this says"""
 
     def load_data(self) -> ImageData:
         """Return the images that the options name."""

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtt_fast.memory import is_out_of_memory
+
 log = logging.getLogger(__name__)
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -116,9 +118,9 @@ def recorder(device: torch.device) -> Record:
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:
-    """Return what the device's allocator said, if that is where `error` comes from: an interrupted capture hides it."""
+    """Return what was said when memory ran out, if that is where `error` comes from: an interrupted capture hides it."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             return str(error)
         error = error.__cause__ or error.__context__
     return None

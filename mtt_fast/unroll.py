@@ -6,7 +6,7 @@ everything that one step contributes is one directional derivative of its ordina
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,15 +96,18 @@ def unroll(
             f"unroll draws: expected those of an augmentation for each of {len(indices)} steps, found {len(draws)}"
             + (" and no augment" if augment is None else "")
         )
-    cut = student_for_plan(student, net, plan)
+    cut = student_for_plan(student, net, plan, largest)
     kept_from = max(0, steps - plan.kept_steps)
     way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), momentum, weight_decay)
     return path_of(way, theta, images, labels, lr)
 
 
-def student_for_plan(student: Student, net: Network, plan: Plan) -> Student:
-    """Return `student`, cutting its batches if the plan does. Raises `InputError` where `net` mixes samples."""
-    return in_microbatches(student, net, plan.microbatch) if plan.cut else student
+def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:
+    """Return `student`, cutting batches of at most `batch` images if the plan says so.
+
+    Raises `InputError` if the samples of `net` depend on each other.
+    """
+    return in_microbatches(student, net, plan.microbatch) if plan.microbatch < batch else student
 
 
 def path_of(steps: Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ class Steps:
     batches: tuple[Tensor, ...]
     kept_from: int  # the first step whose activations are kept
     path_on_host: bool
-    augment: Augment | None
+    augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
     momentum: float = 0.0
     weight_decay: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,11 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast import ConvNet, matching_loss, unroll
-from mtt_fast.augment import Augment
 from mtt_fast.choice import student_for
 from mtt_fast.distill import student_batches
 from mtt_fast.fused import FusedConvNetStudent
-from mtt_fast.iteration import Iteration, draw_steps, iteration
+from mtt_fast.iteration import Iteration, draw_steps, iterate
 from mtt_fast.replay import Recording, Replayed, replayed
 from mtt_fast.student import GenericStudent, Student, in_microbatches
 from mtt_fast.testing import assert_close
@@ -51,22 +51,22 @@ def tensors(kind: str = "indices", seed: int = 0, dtype: torch.dtype = torch.flo
     }
 
 
-def lengths_of(batches: list[Tensor]) -> list[int]:
-    return [len(index) for index in batches]
+def lengths_of(batches: list[Tensor]) -> tuple[int, ...]:
+    return tuple(len(index) for index in batches)
 
 
 @pytest.mark.parametrize("augment", [None, Shade()], ids=["plain", "augmented"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("microbatch", [None, 3])
-def test_equals_the_engine_called_plainly(kind: str, augment: Augment | None, microbatch: int | None) -> None:
+def test_equals_the_engine_called_plainly(kind: str, augment: Shade | None, microbatch: int | None) -> None:
     given = tensors(kind)
     batches = student_batches(10, 4, 5, torch.Generator().manual_seed(1))
     assert len(set(lengths_of(batches))) == 2
     student = student_for(NET, CPU, "indices" if kind == "indices" else "probabilities")
-    draws = draw_steps(given["images"], batches, augment, torch.Generator().manual_seed(2))
-    run = iteration(
-        student if microbatch is None else in_microbatches(student, NET, microbatch), augment, lengths_of(batches)
-    )
+    draws = draw_steps(given["images"], batches, augment.draw if augment else None, torch.Generator().manual_seed(2))
+    if microbatch is not None:
+        student = in_microbatches(student, NET, microbatch)
+    run = partial(iterate, student, augment, lengths_of(batches))
     found = run(*given.values(), *draws.tensors())
 
     images, labels, lr = (given[name].clone() for name in ("images", "labels", "lr"))
@@ -106,11 +106,11 @@ def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> 
     """On tensors without values, which take the ways that those of a GPU take, down to the operations' definitions."""
     batches = student_batches(10, 4, 4, torch.Generator())
     given = tensors()
-    draws = draw_steps(given["images"], batches, Shade(), torch.Generator())
+    draws = draw_steps(given["images"], batches, Shade().draw, torch.Generator())
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     cut = student if microbatch is None else in_microbatches(student, NET, microbatch)
     with NoValues():
-        found = iteration(cut, Shade(), lengths_of(batches))(*inputs)
+        found = iterate(cut, Shade(), lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in found] == [(), given["images"].shape, ()]
 
 
@@ -131,16 +131,16 @@ def repeating(run: Any) -> Recording:
     return Recording(replay, outputs)
 
 
-def inputs(seed: int, steps: int = 3, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """What `iterate` takes, drawn from `seed`."""
     given, generator = tensors(seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
-    batches = student_batches(10, 4, steps, generator)
-    draws = draw_steps(given["images"], batches, Shade(), generator)
+    batches = student_batches(10, 4, 3, generator)
+    draws = draw_steps(given["images"], batches, Shade().draw, generator)
     return [tensor.to(device) for tensor in (*given.values(), *draws.tensors())]
 
 
-def fresh(device: torch.device = CPU, steps: int = 3) -> Iteration:
-    return iteration(student_for(NET, device), Shade(), [2, 4, 4][:steps])
+def fresh(device: torch.device = CPU) -> Iteration:
+    return partial(iterate, student_for(NET, device), Shade(), (2, 4, 4))
 
 
 def test_refilled_places_give_the_bits_of_a_fresh_call() -> None:
@@ -157,7 +157,9 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
     from mtt_fast.arithmetic import arithmetic
 
     device = torch.device("cuda")
-    eager = iteration(student_for(NET, device) if student == "chosen" else GenericStudent(NET), Shade(), [2, 4, 4])
+    eager = partial(
+        iterate, student_for(NET, device) if student == "chosen" else GenericStudent(NET), Shade(), (2, 4, 4)
+    )
     with arithmetic(device, "tf32"):
         run = replayed(eager, device)
         for seed in (0, 1, 2, 0):
