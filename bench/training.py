@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining
 from mtt_fast.testing import relative_error
-from mtt_fast.training import Images, Sgd, train_epoch
+from mtt_fast.training import Epoch, Images, Sgd, epoch_on
 
 _EPOCH = 50_000  # images of CIFAR that an expert sees in an epoch
 Loop = Callable[[ConvNet, Tensor, Images, Sgd, str, torch.Generator], Tensor]
@@ -56,10 +57,14 @@ def mtt_fast_loop(
     net: ConvNet, start: Tensor, images: Images, sgd: Sgd, augment: str, generator: torch.Generator
 ) -> Tensor:
     """Train as mtt_fast's experts and evaluations do."""
-    theta, velocity = start.clone(), torch.zeros_like(start)
-    student = student_for(net, start.device)
-    train_epoch(student, theta, velocity, images, sgd, augment_by_strategy(augment), generator)
-    return theta
+    epoch = _epoch(net, images, sgd, augment)
+    return epoch(start, torch.zeros_like(start), generator)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epoch:
+    """Kept between calls, as a training does between its epochs: on CUDA its first epoch records a graph."""
+    return epoch_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
 
 
 LOOPS: dict[str, tuple[Loop, bool]] = {

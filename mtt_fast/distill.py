@@ -29,6 +29,7 @@ from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.augment import SiameseAugment, augment_by_strategy, augment_with
 from mtt_fast.convnet import ConvNet
 from mtt_fast.distill_options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
+from mtt_fast.draws import Draw, draw_steps
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import (
     REAL_IMAGES_LR,
@@ -40,7 +41,7 @@ from mtt_fast.evaluate import (
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.iteration import Draw, Iteration, draw_steps, iterate
+from mtt_fast.iteration import Iteration, iterate
 from mtt_fast.kernels import Precision
 from mtt_fast.memory import Plan, plan, with_smaller_pieces
 from mtt_fast.options import RealImages, buffer_folder, real_images
@@ -142,7 +143,11 @@ def _experts(options: DistillOptions, real: RealImages, network: ConvNet) -> Tra
             f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
         )
     if store is None or len(store) < (options.max_experts or options.num_experts):
-        store = train_missing_experts(folder, options.num_experts, real, network, options.experts(), seed=options.seed)
+        store = train_missing_experts(
+            folder, options.num_experts, real, network, options.experts(), seed=options.seed,
+            precision=precision_on(real.train.labels.device, network, options.precision),
+            at_once=options.networks_at_once, memory_budget=options.memory_budget,
+        )  # fmt: skip
     for expert in range(len(store)):
         check_compatible(
             store.metadata(expert),
@@ -307,7 +312,7 @@ def _segment(job: _Job, experts: int, images: Tensor, iteration: int) -> _Segmen
             f"{epoch + options.expert_epochs}; train it again with a larger learning rate, or leave it out"
         )
     batches = student_batches(len(images), options.batch_syn, options.syn_steps, generator)
-    draws = draw_steps(images, batches, job.draw, generator)
+    draws = draw_steps(batches, images.shape[1:], images.dtype, job.draw, generator)
     return _Segment(expert, epoch, job.send((start, target, *draws.tensors())))
 
 
@@ -417,6 +422,9 @@ def _evaluate(job: _Job, state: State, stop: StopRequest) -> None:
         seed=options.seed,
         place=(state.iteration,),
         stop=stop,
+        precision=job.precision,
+        at_once=options.networks_at_once,
+        memory_budget=options.memory_budget,
     )
     state.seconds_evaluation += time.monotonic() - began
     log.info("iteration %d: %s", state.iteration, result)
@@ -499,6 +507,9 @@ def _evaluate_baseline(job: _Job, state: State, stop: StopRequest) -> dict[str, 
         seed=options.seed,
         name="random real images",
         stop=stop,
+        precision=job.precision,
+        at_once=options.networks_at_once,
+        memory_budget=options.memory_budget,
     )
     state.seconds_evaluation += time.monotonic() - began
     job.metrics.write(

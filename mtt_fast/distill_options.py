@@ -125,6 +125,7 @@ class DistillOptions(CommonOptions):
             max_experts=self.max_experts,
             microbatch=self.microbatch,
             batch_train=self.batch_train,
+            networks_at_once=self.networks_at_once,
         ) or at_least(
             0,
             Iteration=self.Iteration,
@@ -148,7 +149,7 @@ class DistillOptions(CommonOptions):
 NOT_PART_OF_THE_RESULT = {
     "recipe", "config", "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path",
     "packed_path",
-    "buffer_path", "device", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
+    "buffer_path", "device", "networks_at_once", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
 }  # fmt: skip
 """Options that may differ when a run goes on."""
 

@@ -22,18 +22,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast import cli
+from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.kernels import LabelKind
+from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.options import CommonOptions, RealImages, at_least, real_images
 from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.seeding import generator_for
-from mtt_fast.student import Network
+from mtt_fast.student import Network, Student
 from mtt_fast.synthetic import SyntheticDataset, load_public_pair
-from mtt_fast.training import Images, Sgd, accuracy, train_epoch
+from mtt_fast.together import Work, crew_for, result_of, together
+from mtt_fast.training import Images, Sgd, count_right, epoch_on
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ def train_network(
     lr: float,
     protocol: EvaluationProtocol,
     generator: torch.Generator,
+    precision: Precision = "fp32",
     stop: StopRequest | None = None,
 ) -> Tensor:
     """Train from `theta` (P,) on `images` by the protocol; return the final parameters (P,).
@@ -92,19 +95,38 @@ def train_network(
     As in the public code, `epochs` + 1 epochs are run, and after number `epochs` // 2 + 1 the rate is divided by ten
     and the momentum starts anew.
     """
-    kind: LabelKind = "probabilities" if images.labels.is_floating_point() else "indices"
-    student = student_for(network, theta.device, kind)
-    theta, velocity = theta.clone(), torch.zeros_like(theta)
+    return result_of(_training(network, theta, images, lr, protocol, generator, precision, stop))
+
+
+def _training(
+    network: Network,
+    theta: Tensor,
+    images: Images,
+    lr: float,
+    protocol: EvaluationProtocol,
+    generator: torch.Generator,
+    precision: Precision,
+    stop: StopRequest | None,
+) -> Work[Tensor]:
+    """`train_network`, an epoch at a time."""
+    student = _student(network, images, precision)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
     augment = augment_by_strategy(protocol.augment)
+    velocity, run_epoch = torch.zeros_like(theta), epoch_on(student, images, sgd, augment)
     for epoch in range(protocol.epochs + 1):
         if stop:
             raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
-        train_epoch(student, theta, velocity, images, sgd, augment, generator)
+        theta, velocity, _ = run_epoch(theta, velocity, generator)
         if epoch == protocol.epochs // 2 + 1:
-            sgd = dataclasses.replace(sgd, lr=sgd.lr * 0.1)
-            velocity.zero_()
+            velocity = torch.zeros_like(theta)
+            run_epoch = epoch_on(student, images, dataclasses.replace(sgd, lr=sgd.lr * 0.1), augment)
+        yield
     return theta
+
+
+def _student(network: Network, images: Images, precision: Precision) -> Student:
+    kind: LabelKind = "probabilities" if images.labels.is_floating_point() else "indices"
+    return student_for(network, images.labels.device, kind, precision=precision)
 
 
 def evaluate(
@@ -119,17 +141,37 @@ def evaluate(
     place: Sequence[int] = (),
     name: str = "evaluation",
     stop: StopRequest | None = None,
+    precision: Precision = "fp32",
+    at_once: int | None = None,
+    memory_budget: str | None = None,
 ) -> Accuracy:
     """Train `networks` fresh networks, each on `train(generator)`, and test each at the end.
 
-    `network` has `init(generator)`. Network k's random numbers follow from (`seed`, "evaluation", *`place`, k) alone.
+    `network` has `init(generator)`. Network k's random numbers follow from (`seed`, "evaluation", *`place`, k) alone,
+    and its result does not depend on how many are trained `at_once` (mtt_fast/together.py).
+    Raises `Stopped` between two epochs after a stop request.
     """
-    values = []
-    for k in tqdm(range(networks), desc=name, unit="network", leave=False):
+
+    def work(k: int) -> Work[float]:
         generator = generator_for(seed, "evaluation", *place, k)
         theta = network.init(generator).to(test.labels.device)
-        theta = train_network(network, theta, train(generator), lr, protocol, generator, stop)
-        values.append(accuracy(network, theta, test))
+        training = _training(network, theta, train(generator), lr, protocol, generator, precision, stop)
+        theta = yield from training
+        right = count_right(network, theta, test)
+        yield
+        return int(right) / len(test)
+
+    device = test.labels.device
+    example = train(generator_for(seed, "evaluation", *place, 0))
+    crew = crew_for(
+        network, _student(network, example, precision), example.pixels.shape[1:], device,
+        batch=min(protocol.batch_size, len(example)), works=networks, asked=at_once, memory_budget=memory_budget,
+    )  # fmt: skip
+    values = [0.0] * networks
+    with tqdm(total=networks, desc=name, unit="network", leave=False) as bar:
+        for k, value in together((work(k) for k in range(networks)), crew, device):
+            values[k] = value
+            bar.update()
     return Accuracy(tuple(values))
 
 
@@ -197,16 +239,23 @@ def main(argv: Sequence[str]) -> None:
         names = {field.name for field in dataclasses.fields(CommonOptions)} | {"num_eval", "epoch_eval_train"}
         recipe = {name: value for name, value in synthetic.recipe.items() if name in names and name != "device"}
         options = cli.parse(EvaluateOptions, argv, program, recipe)
-    protocol = options.protocol()
     device = choose_device(options.device)
+    with arithmetic(device, options.precision):
+        _run(options, synthetic, device)
+
+
+def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: torch.device) -> None:
+    protocol = options.protocol()
     data = options.load_data()
     network = options.network(data)
+    precision = precision_on(device, network, options.precision)
     real = real_images(data, options.zca, device)
     train, lr = _training_set(options, synthetic, real, device)
     with stop_request() as stop:
         result = evaluate(
-            network, train, real.test, lr, protocol, networks=options.num_eval, seed=options.seed, stop=stop
-        )
+            network, train, real.test, lr, protocol, networks=options.num_eval, seed=options.seed, stop=stop,
+            precision=precision, at_once=options.networks_at_once,
+        )  # fmt: skip
     log.info("%s: %s", options.source, result)
     if options.out:
         write_json(
@@ -220,6 +269,7 @@ def main(argv: Sequence[str]) -> None:
                 "dataset": data.name,
                 "zca": options.zca,
                 "device": device_name(device),
+                "arithmetic": describe_arithmetic(device, network, options.precision),
                 "versions": versions(),
             },
         )

@@ -10,24 +10,28 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast import cli
+from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.choice import student_for
 from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.kernels import Precision
 from mtt_fast.options import CommonOptions, RealImages, at_least, buffer_folder, real_images
 from mtt_fast.provenance import choose_device, versions
 from mtt_fast.seeding import generator_for
-from mtt_fast.training import Sgd, accuracy, train_epoch
+from mtt_fast.together import Work, crew_for, result_of, together
+from mtt_fast.training import Sgd, accuracy, count_right, epoch_on
 from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
 log = logging.getLogger(__name__)
@@ -100,9 +104,13 @@ def train_missing_experts(
     *,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    precision: Precision = "fp32",
+    at_once: int | None = None,
+    memory_budget: str | None = None,
 ) -> TrajectoryStore:
     """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
 
+    Several are trained at the same time where one does not fill the device, to the same result (mtt_fast/together.py).
     Raises `InputError` if an expert that is there was trained otherwise, `Stopped` on Ctrl-C or SIGTERM.
     """
     hyperparameters = dataclasses.asdict(training)
@@ -112,13 +120,21 @@ def train_missing_experts(
     missing = [index for index in range(count) if present is None or index not in present.indices]
     if missing:
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
+    device, training_images = images.train.labels.device, images.train
+    crew = crew_for(
+        network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
+        batch=min(training.batch_size, len(training_images)), works=max(1, len(missing)), asked=at_once,
+        memory_budget=memory_budget,
+    )  # fmt: skip
     with (
         stop_request() as stop,
         tqdm(total=len(missing) * training.train_epochs, unit="epoch", disable=not missing) as bar,
     ):
-        for index in missing:
-            bar.set_description(f"expert {index}")
-            parameters, accuracies = train_expert(images, network, training, seed=seed, index=index, bar=bar, stop=stop)
+
+        def work(index: int) -> Work[tuple[Tensor, list[float]]]:
+            return _training(images, network, training, precision, seed=seed, index=index, bar=bar, stop=stop)
+
+        for place, (parameters, accuracies) in together(map(work, missing), crew, device):
             metadata = ExpertMetadata(
                 network=describe_network(network),
                 layout=network.layout.describe(),
@@ -130,7 +146,7 @@ def train_missing_experts(
                 accuracy=accuracies,
                 versions=versions(),
             )
-            write_expert(folder, index, parameters, metadata, dtype)
+            write_expert(folder, missing[place], parameters, metadata, dtype)
     return TrajectoryStore(folder)
 
 
@@ -141,41 +157,53 @@ def train_expert(
     *,
     seed: int,
     index: int,
+    precision: Precision = "fp32",
+) -> tuple[Tensor, list[float]]:
+    """Return one expert's parameters (train_epochs + 1, P), float32, CPU, and its test accuracy at each of them."""
+    return result_of(_training(images, network, training, precision, seed=seed, index=index))
+
+
+def _training(
+    images: RealImages,
+    network: ConvNet,
+    training: ExpertTraining,
+    precision: Precision,
+    *,
+    seed: int,
+    index: int,
     bar: tqdm | None = None,
     stop: StopRequest | None = None,
-) -> tuple[torch.Tensor, list[float]]:
-    """Return one expert's parameters (train_epochs + 1, P), float32, CPU, and its test accuracy at each of them."""
+) -> Work[tuple[Tensor, list[float]]]:
+    """`train_expert`, an epoch at a time."""
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
-    velocity = torch.zeros_like(theta)
-    student = student_for(network, theta.device)
+    student = student_for(network, theta.device, precision=precision)
     augment = augment_by_strategy(training.augment)
     parameters = torch.empty(training.train_epochs + 1, network.num_parameters)
     parameters[0] = theta
     accuracies = [accuracy(network, theta, images.test)]
-    lr = training.lr
+    sgd = Sgd(training.lr, training.mom, training.l2, training.batch_size)
+    velocity, run_epoch = torch.zeros_like(theta), epoch_on(student, images.train, sgd, augment)
     for epoch in range(training.train_epochs):
         if stop:
             raise Stopped(
-                f"stopped in expert {index}; the experts before it are saved; the same command continues", stop.signum
+                f"stopped in expert {index}; those that were finished are saved; the same command continues",
+                stop.signum,
             )
-        loss = train_epoch(
-            student,
-            theta,
-            velocity,
-            images.train,
-            Sgd(lr, training.mom, training.l2, training.batch_size),
-            augment,
-            generator,
-        )
+        theta, velocity, loss = run_epoch(theta, velocity, generator)
+        right = count_right(network, theta, images.test)
+        yield  # on a GPU others begin their epoch before this one is waited for
         parameters[epoch + 1] = theta
-        accuracies.append(accuracy(network, theta, images.test))
+        accuracies.append(int(right) / len(images.test))
         if training.decay and epoch == training.train_epochs // 2 + 1:
-            lr *= 0.1
-            velocity.zero_()  # the public code makes a new optimiser here
+            velocity = torch.zeros_like(theta)  # the public code makes a new optimiser here
+            run_epoch = epoch_on(student, images.train, replace(sgd, lr=sgd.lr * 0.1), augment)
         if bar is not None:
-            bar.set_postfix(loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False)
-            bar.update()
+            with bar.get_lock():  # several threads count on it
+                bar.set_postfix(
+                    expert=index, loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False
+                )
+                bar.update()
     return parameters, accuracies
 
 
@@ -221,9 +249,15 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"--store_dtype {options.store_dtype}: expected {' or '.join(STORE_DTYPES)}")
     training = options.training()
     device = choose_device(options.device)
+    with arithmetic(device, options.precision):
+        _run(options, training, device)
+
+
+def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device) -> None:
     data = options.load_data()
     network = options.network(data)
     folder = buffer_folder(options.buffer_path, data, options.model, options.zca)
+    log.info("%s: %s", options.model, describe_arithmetic(device, network, options.precision))
     images = real_images(data, options.zca, device)
     store = train_missing_experts(
         folder,
@@ -233,6 +267,8 @@ def main(argv: Sequence[str]) -> None:
         training,
         seed=options.seed,
         dtype=STORE_DTYPES[options.store_dtype],
+        precision=precision_on(device, network, options.precision),
+        at_once=options.networks_at_once,
     )
     final = torch.tensor([store.metadata(expert).accuracy[-1] for expert in range(len(store))])
     spread = f" ± {final.std():.4f}" if len(final) > 1 else ""

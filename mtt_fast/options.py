@@ -53,6 +53,8 @@ class CommonOptions:
     precision: Precision = "tf32"
     """of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs) or bf16 (ConvNet's fused step alone);
     sums are float32. A CPU computes in float32 whatever this says"""
+    networks_at_once: int | None = None
+    """networks to train at the same time; without it as many as the device has room for. The result is the same"""
 
     def load_data(self) -> ImageData:
         """Return the images that the options name."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.augment import Augment
+from mtt_fast.augment import SiameseAugment, augment_with
+from mtt_fast.draws import Apply, draw_steps
+from mtt_fast.prefetch import upload
+from mtt_fast.replay import replayed
 from mtt_fast.student import Network, Student
 
 _TEST_BATCH = 500
@@ -46,47 +50,76 @@ class Sgd:
     batch_size: int = 256
 
 
-def train_epoch(
+Epoch = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
+"""From parameters and velocity (P,) and a source of random numbers to both after one epoch, and its mean loss ()."""
+
+
+def epoch_on(student: Student, images: Images, sgd: Sgd, augment: SiameseAugment | None) -> Epoch:
+    """Return what visits every image once in random order, in steps of plain SGD; the last batch may be short.
+
+    Order and augmentation are drawn from the generator before the first step. Nothing waits for the device, and on
+    CUDA a step is recorded once and replayed.
+    """
+    device, pixels = images.labels.device, images.pixels
+    dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
+    step = replayed(partial(training_step, student, images, sgd, None if augment is None else augment_with), device)
+
+    def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        order = torch.randperm(len(images), generator=generator)
+        draw = None if augment is None else augment.draw_parameters
+        draws = draw_steps(order.split(sgd.batch_size), pixels.shape[1:], dtype, draw, generator)
+        steps = zip(*(upload(rows, device).split(sgd.batch_size) for rows in draws.tensors()), strict=True)
+        total = theta.new_zeros(())
+        for index, *parameters in steps:
+            theta, velocity, loss = step(theta, velocity, index, *parameters)
+            total += loss * len(index)
+        return theta, velocity, total / len(images)
+
+    return epoch
+
+
+def training_step(
     student: Student,
-    theta: Tensor,
-    velocity: Tensor,
     images: Images,
     sgd: Sgd,
-    augment: Augment | None,
-    generator: torch.Generator,
-) -> Tensor:
-    """Visit every image once in random order, updating `theta` and `velocity` (P,) in place.
+    augment: Apply | None,
+    theta: Tensor,
+    velocity: Tensor,
+    index: Tensor,
+    parameters: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return parameters and velocity (P,) after a step on the images at `index` (b,), and the loss () before it.
 
-    The order and the augmentation come from `generator`; the last batch may be short. Returns the mean loss, a scalar
-    tensor on the device.
+    A pure function of its tensors, of which it asks for no value. `parameters` (b, K) are those of `augment`.
     """
-    order = torch.randperm(len(images), generator=generator).to(theta.device)
-    total, rate = theta.new_zeros(()), theta.new_full((), sgd.lr)
-    moving = velocity if sgd.momentum else None
-    for index in order.split(sgd.batch_size):
-        seen, labels = images.batch(index)
-        if augment:
-            seen = augment(seen, augment.draw(seen, generator))
-        loss, gradient, _ = student.gradient(theta, seen, labels)
-        total += loss * len(index)
-        kernels.sgd_step(
-            theta,
-            gradient.contiguous(),
-            rate,
-            out=theta,
-            velocity=moving,
-            velocity_out=moving,
-            momentum=sgd.momentum,
-            weight_decay=sgd.weight_decay,
-        )
-    return total / len(images)
+    seen, labels = images.batch(index)
+    if augment is not None and parameters is not None:
+        seen = augment(seen, parameters)
+    loss, gradient, _ = student.gradient(theta, seen, labels)
+    after, moved = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
+    kernels.sgd_step(
+        theta,
+        gradient.contiguous(),
+        theta.new_full((), sgd.lr),
+        out=after,
+        velocity=velocity if sgd.momentum else None,
+        velocity_out=moved,
+        momentum=sgd.momentum,
+        weight_decay=sgd.weight_decay,
+    )
+    return after, velocity if moved is None else moved, loss
+
+
+def accuracy(network: Network, theta: Tensor, images: Images) -> float:
+    """Return the share of `images` whose class `network` gets right, in [0, 1]."""
+    return int(count_right(network, theta, images)) / len(images)
 
 
 @torch.no_grad()
-def accuracy(network: Network, theta: Tensor, images: Images) -> float:
-    """Return the share of `images` whose class `network` gets right, in [0, 1]."""
+def count_right(network: Network, theta: Tensor, images: Images) -> Tensor:
+    """Return how many of `images` `network` puts into their class, () int64 on the device: nothing waits for it."""
     right = torch.zeros((), dtype=torch.long, device=theta.device)
     for begin in range(0, len(images), _TEST_BATCH):
         seen, labels = images.batch(slice(begin, begin + _TEST_BATCH))
         right += (network(theta, seen).argmax(dim=1) == labels).sum()
-    return int(right) / len(images)
+    return right

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtt_fast import ConvNet, matching_loss, unroll
 from mtt_fast.choice import student_for
 from mtt_fast.distill import student_batches
+from mtt_fast.draws import draw_steps
 from mtt_fast.fused import FusedConvNetStudent
-from mtt_fast.iteration import Iteration, draw_steps, iterate
+from mtt_fast.iteration import Iteration, iterate
 from mtt_fast.replay import Recording, Replayed, replayed
 from mtt_fast.student import GenericStudent, Student, in_microbatches
 from mtt_fast.testing import assert_close
@@ -63,7 +64,9 @@ def test_equals_the_engine_called_plainly(kind: str, augment: Shade | None, micr
     batches = student_batches(10, 4, 5, torch.Generator().manual_seed(1))
     assert len(set(lengths_of(batches))) == 2
     student = student_for(NET, CPU, "indices" if kind == "indices" else "probabilities")
-    draws = draw_steps(given["images"], batches, augment.draw if augment else None, torch.Generator().manual_seed(2))
+    draws = draw_steps(
+        batches, (3, 8, 8), torch.float64, augment.draw if augment else None, torch.Generator().manual_seed(2)
+    )
     if microbatch is not None:
         student = in_microbatches(student, NET, microbatch)
     run = partial(iterate, student, augment, lengths_of(batches))
@@ -106,7 +109,7 @@ def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> 
     """On tensors without values, which take the ways that those of a GPU take, down to the operations' definitions."""
     batches = student_batches(10, 4, 4, torch.Generator())
     given = tensors()
-    draws = draw_steps(given["images"], batches, Shade().draw, torch.Generator())
+    draws = draw_steps(batches, (3, 8, 8), torch.float64, Shade().draw, torch.Generator())
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     cut = student if microbatch is None else in_microbatches(student, NET, microbatch)
     with NoValues():
@@ -135,7 +138,7 @@ def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.flo
     """What `iterate` takes, drawn from `seed`."""
     given, generator = tensors(seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
     batches = student_batches(10, 4, 3, generator)
-    draws = draw_steps(given["images"], batches, Shade().draw, generator)
+    draws = draw_steps(batches, (3, 8, 8), dtype, Shade().draw, generator)
     return [tensor.to(device) for tensor in (*given.values(), *draws.tensors())]
 
 

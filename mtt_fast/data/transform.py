@@ -42,9 +42,9 @@ class Normalisation:
                 f"images: expected floating point in [0, 1] with {len(self.mean)} channels, found {images.dtype} "
                 f"{tuple(images.shape)}; use images.float() / 255, of the data set that the normalisation belongs to"
             )
+        # filled on the device: a copy from the host would make it wait, and could not be part of a CUDA graph
         mean, std = (
-            torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
-            for values in (self.mean, self.std)
+            torch.stack([images.new_full((1, 1), value) for value in values]) for values in (self.mean, self.std)
         )
         return mean, std
 

@@ -1,0 +1,45 @@
+"""What is random in a row of steps, drawn on the host before the first: so the steps themselves are functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""From a step's images (b, C, H, W) and parameters (b, K) to the augmented images, whatever operation they stand for."""
+
+Draw = Callable[[Tensor, torch.Generator], Tensor]
+"""From images of a step's shape and dtype, without a value, to the parameters (b, K) that `Apply` takes."""
+
+
+class StepDraws(NamedTuple):
+    """The draws of some steps, the rows of all one after the other."""
+
+    indices: Tensor  # (ΣB,) int64, into the images
+    parameters: Tensor | None  # (ΣB, K), of the augmentation; None without one
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return those that there are."""
+        return (self.indices,) if self.parameters is None else (self.indices, self.parameters)
+
+
+def draw_steps(
+    batches: Sequence[Tensor],
+    image_shape: Sequence[int],
+    dtype: torch.dtype,
+    draw: Draw | None,
+    generator: torch.Generator,
+) -> StepDraws:
+    """Draw, on the CPU, for steps that see images of `image_shape` (C, H, W) and `dtype` at `batches`, index vectors (b,).
+
+    The numbers come from `generator` step by step, as they would if each step drew its own.
+    """
+    indices = torch.cat(list(batches))
+    if draw is None:
+        return StepDraws(indices, None)
+    like = torch.empty((), dtype=dtype)
+    parameters = [draw(like.expand(len(index), *image_shape), generator) for index in batches]
+    return StepDraws(indices, torch.cat(parameters))
