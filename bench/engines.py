@@ -25,7 +25,11 @@ from mtt_fast.choice import student_for
 from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.fused import FusedConvNetStudent
-from mtt_fast.student import GenericStudent, GradientTangent, cross_entropy
+from mtt_fast.iteration import Iteration, iterate
+from mtt_fast.kernels import Precision
+from mtt_fast.replay import Replayed, replayed
+from mtt_fast.student import GenericStudent, GradientTangent, Student, cross_entropy
+from mtt_fast.unroll import cut
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,33 @@ def generic(case: Case, **cut: Any) -> Gradients:
     return _unrolled(case, loss=cross_entropy, **cut)  # a loss of one's own takes the generic step
 
 
-def fused(case: Case, **cut: Any) -> Gradients:
-    """mtt_fast as its users run it, with the step by hand over the kernels."""
-    student = student_for(case.net, case.images.device)
+def fused(case: Case, precision: Precision = "fp32", **cut: Any) -> Gradients:
+    """mtt_fast with the step by hand over the kernels."""
+    _fused_student(case, precision)
+    return _unrolled(case, precision=precision, **cut)
+
+
+def fused_graph(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
+    """The same as mtt_fast's distillation runs it on CUDA: the whole iteration replayed from a graph."""
+    lengths = (case.batches.shape[1],) * len(case.batches)
+    student: Any = cut(_fused_student(case, precision), case.net, case.images.dtype, case.images, lengths, **limits)
+    iteration = _replayed_iteration(student, lengths, case.images.device)
+    _, *gradients = iteration(case.start, case.target, case.images, case.labels, case.lr, case.batches.flatten())
+    if isinstance(iteration, Replayed) and iteration.problem:
+        raise InputError(f"fused-graph: not replayed but called: {iteration.problem}")
+    return Gradients(*gradients)
+
+
+def _fused_student(case: Case, precision: Precision) -> FusedConvNetStudent:
+    student = student_for(case.net, case.images.device, precision=precision)
     if not isinstance(student, FusedConvNetStudent):
         raise InputError(f"mtt_fast takes {type(student).__name__} here: there are no kernels for {case.images.device}")
-    return _unrolled(case, **cut)
+    return student
+
+
+@functools.lru_cache(maxsize=2)  # the small case of the gate, and the one that is timed
+def _replayed_iteration(student: Student, lengths: tuple[int, ...], device: torch.device) -> Iteration:
+    return replayed(functools.partial(iterate, student, None, lengths), device)
 
 
 def compiled(case: Case) -> Gradients:
@@ -170,6 +195,9 @@ class Engine:
     exact: bool = True
     cuts: bool = False
     """whether it takes `microbatch` and `memory_budget`"""
+    rounds: bool = False
+    """whether it takes a `precision` of its own; the others follow torch's settings"""
+    cuda_only: bool = False
 
 
 ENGINES = {
@@ -179,9 +207,21 @@ ENGINES = {
     "truncated": Engine(truncated, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD_TO_IMAGES), exact=False),
     "generic": Engine(generic, (PLAIN_GRADIENT, GENERIC_MIXED_STEP), cuts=True),
     "compiled": Engine(compiled, (PLAIN_GRADIENT, GENERIC_MIXED_STEP)),
-    "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True),
-    "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True),
+    "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True),
+    "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True),
+    "fused-graph": Engine(fused_graph, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True, cuda_only=True),
 }
+
+
+def engine_on(name: str, device: torch.device, precision: str) -> tuple[Engine, dict[str, str]]:
+    """Return the engine called `name` and what it is told of `precision` on `device`, where a CPU knows float32 alone.
+
+    Raises `InputError` for an engine that is not there, or that `device` cannot run.
+    """
+    engine = engine_named(name)
+    if engine.cuda_only and device.type != "cuda":
+        raise InputError(f"--engines {name}: expected a CUDA device, found {device}; use fused")
+    return engine, {"precision": precision} if engine.rounds and device.type == "cuda" else {}
 
 
 def engine_named(name: str) -> Engine:

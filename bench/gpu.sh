@@ -92,10 +92,14 @@ case $stage in
         ;;
     3)
         budget=8GiB
-        names=whole_graph,checkpointed,truncated,generic,compiled,fused,fused-budget
-        if [ -n "$rehearse" ]; then settings=(cifar10-ipc1) names=whole_graph,generic,fused; fi
+        names=whole_graph,checkpointed,truncated,generic,compiled,fused,fused-budget,fused-graph
+        few=whole_graph,fused,fused-graph
+        if [ -n "$rehearse" ]; then settings=(cifar10-ipc1) names=whole_graph,generic,fused few=whole_graph,fused; fi
         for setting in "${settings[@]}"; do
             bench "meta_step-$setting" meta_step --setting "$setting" --engines $names --memory-budget $budget
+        done
+        for precision in fp32 bf16; do # the others are in tf32
+            bench "meta_step-cifar10-ipc10-$precision" meta_step --setting cifar10-ipc10 --engines $few --precision $precision
         done
         if [ -n "$rehearse" ]; then vary=(--vary-steps 2,3 --vary-batch 3 --vary-size 16); else vary=(); fi
         bench memory_scaling memory_scaling --setting cifar10-ipc10 "${vary[@]}"

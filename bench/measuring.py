@@ -148,12 +148,15 @@ def driver_version() -> str:
 
 
 def set_precision(device: torch.device, precision: str) -> None:
-    """Have a GPU multiply float32 numbers as tf32, as the public code runs, or fp32. A CPU knows fp32 only."""
-    if precision not in ("fp32", "tf32"):
-        raise InputError(f"--precision {precision}: expected fp32 or tf32")
+    """Have a GPU multiply float32 numbers as tf32, as the public code runs, or fp32. A CPU knows fp32 only.
+
+    Under bf16, which is for engines that know it, whatever else multiplies does so in tf32.
+    """
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise InputError(f"--precision {precision}: expected fp32, tf32 or bf16")
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
 
 
 def matrix_product_peak(device: torch.device) -> float:

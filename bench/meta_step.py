@@ -18,7 +18,7 @@ import torch
 
 from bench import gate
 from bench.cases import load_case, make_case, save_case, to
-from bench.engines import ENGINES, Case, Engine, checkpointed, engine_named, fused
+from bench.engines import ENGINES, Case, Engine, checkpointed, engine_on, fused
 from bench.floor import Convolution, convolutions, run_all
 from bench.flops import MIXED_STEP, PLAIN_GRADIENT, iteration_flops
 from bench.measuring import Peak, in_turns, matrix_product_peak, peak_above_baseline, set_precision, turn
@@ -42,12 +42,12 @@ _TRUTH_MICROBATCH = 32  # the float64 truth is computed in pieces, so that it fi
 class Options(CommonOptions, Shape):
     """Time one iteration of the method by every engine."""
 
-    engines: str = ",".join(ENGINES)
-    """which, in this order; also MODULE:FUNCTION, a function of your own from a case to the gradients"""
+    engines: str | None = None
+    """which, in this order, without this all that the device can run; also MODULE:FUNCTION, a function of your own from a case to the gradients"""
     memory_budget: str = "400MiB"
     """of fused-budget"""
     precision: str = "tf32"
-    """of a GPU's float32 products: tf32 as the public code runs, or fp32"""
+    """of a GPU's float32 products: tf32 as the public code runs, fp32, or bf16, which the fused engines alone know"""
     truth: str | None = None
     """file to keep the gradients in float64 in, which take minutes on a CPU; used again for the same case"""
     floor: bool = True
@@ -58,8 +58,9 @@ def main(options: Options, command: str) -> None:
     """Measure, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
     parse_bytes(options.memory_budget)
-    names = options.engines.split(",")
-    engines = {name: engine_named(name) for name in names}
+    there = [name for name, engine in ENGINES.items() if device.type == "cuda" or not engine.cuda_only]
+    names = options.engines.split(",") if options.engines else there
+    engines = {name: engine_on(name, device, options.precision)[0] for name in names}
     common: dict[str, Any] = {"device": str(device), "precision": options.precision}
     set_precision(device, options.precision)
     log.info("%s, on %s", setting, device)
@@ -80,7 +81,7 @@ def main(options: Options, command: str) -> None:
                         build_engine, tuned=engine.tuned, case=case, engine=name, budget=options.memory_budget
                     )
                     rows[name] |= workers[name].ask(check, truth=truth)
-                    _hold_to_gate(rows, name)
+                    _hold_to_gate(rows, name, options.precision if engine.rounds else "tf32")
                 except WorkerError as error:
                     _give_up(rows, workers, name, error)
                 log.info("%s: %s", name, rows[name]["problem"] or f"error {rows[name]['error']:.1e}")
@@ -134,10 +135,11 @@ class EngineState:
     engine: Engine
     case: Case
     cut: dict[str, Any]
+    precision: dict[str, str]
 
     def run(self) -> Any:
         """One iteration."""
-        return self.engine.run(self.case, **self.cut)
+        return self.engine.run(self.case, **self.cut, **self.precision)
 
     @property
     def device(self) -> torch.device:
@@ -148,7 +150,9 @@ class EngineState:
 def build_engine(case: dict[str, Any], engine: str, budget: str) -> EngineState:
     """In a worker: return its state."""
     cut = {"memory_budget": budget} if engine.endswith("-budget") else {}
-    return EngineState(engine_named(engine), to(build_case(**case), torch.float32, torch.device(case["device"])), cut)
+    device = torch.device(case["device"])
+    found, precision = engine_on(engine, device, case["precision"])
+    return EngineState(found, to(build_case(**case), torch.float32, device), cut, precision)
 
 
 def check(state: EngineState, truth: str) -> dict[str, Any]:
@@ -199,7 +203,7 @@ def _shape(options: Shape) -> dict[str, Any]:
     return {name: getattr(options, name) for name in Shape.__dataclass_fields__}
 
 
-def _hold_to_gate(rows: dict[str, dict[str, Any]], name: str) -> None:
+def _hold_to_gate(rows: dict[str, dict[str, Any]], name: str, precision: str) -> None:
     """Raise `WorkerError` if the engine's errors are larger than they may be. What claims no exactness passes."""
     row = rows[name]
     if not row["exact"]:
@@ -213,7 +217,7 @@ def _hold_to_gate(rows: dict[str, dict[str, Any]], name: str) -> None:
         ),
         None,
     )
-    allowed = None if autograd is None else gate.allowed_float32(autograd)
+    allowed = None if autograd is None else gate.allowed_float32(autograd, precision)
     row["allowed_error"] = allowed
     wrong = gate.complaint(row["error_float64"], row["error"], allowed)
     if wrong:

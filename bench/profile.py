@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from bench.cases import make_case, to
-from bench.engines import engine_named
+from bench.engines import engine_on
 from bench.measuring import set_precision, synchronise
 from bench.parsing import CommonOptions
 from bench.records import TRACE
@@ -33,19 +33,20 @@ class Options(CommonOptions, Shape):
     engine: str = "fused"
     """which engine"""
     precision: str = "tf32"
-    """of a GPU's float32 products: tf32, or fp32"""
+    """of a GPU's float32 products: tf32, fp32, or bf16, which the fused engines alone know"""
 
 
 def main(options: Options, command: str) -> None:
     """Trace, print what took longest, write the file."""
     device, setting = options.torch_device(), options.resolve()
     set_precision(device, options.precision)
-    engine, case = engine_named(options.engine), to(make_case(setting), torch.float32, device)
+    engine, rounding = engine_on(options.engine, device, options.precision)
+    case = to(make_case(setting), torch.float32, device)
     for _ in range(options.repetitions):
-        engine.run(case)
+        engine.run(case, **rounding)
     on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with wrapped_operations(labelled), torch.profiler.profile(activities=[ProfilerActivity.CPU, *on_gpu]) as found:
-        engine.run(case)
+        engine.run(case, **rounding)
         synchronise(device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(found.key_averages().table(sort_by=order, row_limit=_LINES))

@@ -103,6 +103,7 @@ def test_the_gate_closes_on_a_wrong_engine() -> None:
     assert gate.complaint(float("nan"), 0.0, None) is not None
     assert gate.complaint(0.0, float("nan"), 1.0) is not None
     assert gate.complaint(1e-12, 1.9e-3, gate.allowed_float32(1e-3)) is None
+    assert gate.complaint(1e-12, 1.5e-2, gate.allowed_float32(1e-3, "bf16")) is None
 
 
 def test_the_truth_in_pieces_is_the_truth() -> None:
@@ -354,6 +355,8 @@ def test_a_stage_out_of_time_says_so(tmp_path: Path) -> None:
         (["kernals"], "no such benchmark (did you mean kernels?)"),
         (["kernels", "--bacth", "3"], "--bacth: unknown option (did you mean --batch?)"),
         (["meta_step", "--engines", "quick"], "--engines quick: no such engine"),
+        (["meta_step", "--engines", "fused-graph", "--device", "cpu"], "--engines fused-graph: expected a CUDA device"),
+        (["meta_step", "--precision", "fp8"], "--precision fp8: expected fp32, tf32 or bf16"),
         (["meta_step", "--repetitions", "0"], "--repetitions 0: expected at least 1"),
         (["memory_scaling", "--vary-steps", "5,x"], "--vary_steps 5,x: expected numbers"),
     ],
