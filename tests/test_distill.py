@@ -19,10 +19,11 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from mtt_fast import Plan, SyntheticDataset, cli, unroll
+from mtt_fast import Plan, SyntheticDataset, TrajectoryStore, cli, unroll
 from mtt_fast.distill import main, student_batches
 from mtt_fast.distill_options import parse_options
 from mtt_fast.files import load_tensors
+from mtt_fast.trajectories import write_expert
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
@@ -246,6 +247,7 @@ MISTAKES = [
     pytest.param(["--memory_budget", "much"], r"memory budget 'much'", id="budget-text"),
     pytest.param(["--memory_budget", "1KiB"], r"memory budget 1KiB: expected at least", id="budget"),
     pytest.param(["--dsa_strategy", "blur"], r"--dsa_strategy blur", id="augmentation"),
+    pytest.param(["--networks_at_once", "0"], r"--networks_at_once 0: expected at least 1", id="networks-at-once"),
     pytest.param(["--device", "cuda:99"], r"--device cuda:99", id="device"),
     pytest.param(["--device", "toaster"], r"--device toaster", id="no-device"),
     pytest.param(["--config", "missing.toml"], r"missing.toml: cannot be read", id="config"),
@@ -306,6 +308,34 @@ def test_a_run_with_other_options_is_not_overwritten(
     assert run(*flags, "--lr_img", "11") == 2
     assert "holds a run with --lr_img 10.0, not 11.0; choose another --out" in capsys.readouterr().err
     assert (out / "synthetic.safetensors").read_bytes() == before
+
+
+def test_a_run_older_than_an_option_goes_on(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*TOY, *experts, "--out", str(whole)) == 0
+    assert run(*TOY, *experts, "--out", str(parts), "--Iteration", "3") == 0
+    config = parts / "config.toml"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("precision")))
+    assert run(*TOY, *experts, "--out", str(parts), "--precision", "bf16") == 2
+    assert "holds a run with --precision tf32, not bf16" in capsys.readouterr().err
+    assert run("--out", str(parts), "--resume", "--Iteration", "6") == 0
+    assert torch.equal(images_of(whole), images_of(parts))
+    assert json.loads((parts / "summary.json").read_text())["arithmetic"].endswith("Student, fp32")
+
+
+def test_an_expert_that_did_not_move_is_named(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(experts[-1], tmp_path / "buffers")
+    folder = next((tmp_path / "buffers").rglob("expert_0001.safetensors")).parent
+    store = TrajectoryStore(folder)
+    still = torch.stack([store.read(1, epoch) for epoch in (0, 0, 0, 3)])
+    write_expert(folder, 1, still, store.metadata(1))
+    assert run(*TOY, *experts, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")) == 2
+    assert "expert 1 did not move between epochs" in capsys.readouterr().err
 
 
 def test_one_process_a_run_and_leftovers_are_cleared(
