@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,9 +21,11 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in anothe
 def precision_on(device: torch.device, network: Network, precision: Precision) -> Precision:
     """Return the precision of the factors of products in a job with `network` on `device`, of the one that was asked for.
 
-    A CPU computes in float32 whatever was asked for. Raises `InputError` for bf16 where `network` takes the generic
-    student, whose precision is what torch's own settings say.
+    A CPU computes in float32 whatever was asked for. Raises `InputError` for what is no precision, and for bf16 where
+    `network` takes the generic student, whose precision is what torch's own settings say.
     """
+    if precision not in get_args(Precision):
+        raise InputError(f"--precision {precision}: expected {', '.join(get_args(Precision))}")
     if device.type == "cpu":
         return "fp32"
     if precision == "bf16" and not isinstance(student_for(network, device), FusedConvNetStudent):

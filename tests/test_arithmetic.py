@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from mtt_fast import ConvNet, FlatModule, InputError
 from mtt_fast.arithmetic import arithmetic, precision_on
+from mtt_fast.kernels import Precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -64,6 +65,11 @@ def test_nothing_is_set_for_a_cpu() -> None:
 def test_a_cpu_computes_in_float32() -> None:
     net = ConvNet(3, 4, 8, width=2, depth=1)
     assert [precision_on(CPU, net, precision) for precision in ("fp32", "tf32", "bf16")] == ["fp32"] * 3
+
+
+def test_what_is_no_precision_is_refused() -> None:
+    with pytest.raises(InputError, match="--precision fp8: expected fp32, tf32, bf16"):
+        precision_on(CPU, ConvNet(3, 4, 8, width=2, depth=1), cast(Precision, "fp8"))
 
 
 def test_bf16_needs_the_fused_step() -> None:
