@@ -77,28 +77,16 @@ class SiameseAugment:
         return Draws(operations[chosen], _OPERATIONS[operations[chosen]].draw(images, generator))
 
     def draw_parameters(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return what `augment_with` needs to do as `draw` says."""
-        return augment_parameters(self.draw(images, generator), images.shape)
+        """Return what `augment_with` needs to do as `draw` says: the same random numbers, as a tensor (b, 13).
+
+        In the dtype that it applies to images like these: float64 for float64, else float32.
+        """
+        parameters = augment_parameters(self.draw(images, generator), images.shape)
+        return parameters.to(torch.promote_types(images.dtype, torch.float32))
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Apply the drawn operation to `images` (b, C, H, W)."""
         return augment_with(images, augment_parameters(draws, images.shape))
-
-
-def augment_parameters(draws: Draws, shape: torch.Size) -> Tensor:
-    numbers = torch.zeros(shape[0], 4, dtype=torch.float64)
-    numbers[:, 0] = list(_OPERATIONS).index(draws.operation)
-    for column, number in enumerate(draws.numbers):
-        numbers[:, 1 + column] = number
-    return numbers
-
-
-def augment_with(images: Tensor, parameters: Tensor) -> Tensor:
-    name = list(_OPERATIONS)[int(parameters[0, 0])]
-    count = {"color": 3, "crop": 2, "cutout": 2, "scale": 2}.get(name, 1)
-    numbers = [parameters[:, 1 + column] for column in range(count)]
-    kind = torch.long if name in ("crop", "cutout") else images.dtype
-    return _OPERATIONS[name][0](images, *(number.to(kind) for number in numbers))
 
 
 def augment_by_strategy(strategy: str) -> SiameseAugment | None:

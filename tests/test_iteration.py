@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast import ConvNet, matching_loss, unroll
+from mtt_fast.augment import SiameseAugment, augment_with
 from mtt_fast.choice import student_for
 from mtt_fast.distill import student_batches
 from mtt_fast.draws import draw_steps
@@ -22,17 +23,6 @@ from mtt_fast.testing import assert_close
 
 NET = ConvNet(3, 4, 8, width=5, depth=2)
 CPU = torch.device("cpu")
-
-
-class Shade:
-    """A contrast and a brightness for each sample."""
-
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.rand(len(images), 2, generator=generator, dtype=images.dtype)
-
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        contrast, brightness = draws[:, :, None, None, None].unbind(1)
-        return images * (1 + contrast) + brightness
 
 
 def tensors(kind: str = "indices", seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -56,20 +46,24 @@ def lengths_of(batches: list[Tensor]) -> tuple[int, ...]:
     return tuple(len(index) for index in batches)
 
 
-@pytest.mark.parametrize("augment", [None, Shade()], ids=["plain", "augmented"])
+@pytest.mark.parametrize("augment", [None, SiameseAugment()], ids=["plain", "augmented"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("microbatch", [None, 3])
-def test_equals_the_engine_called_plainly(kind: str, augment: Shade | None, microbatch: int | None) -> None:
+def test_equals_the_engine_called_plainly(kind: str, augment: SiameseAugment | None, microbatch: int | None) -> None:
     given = tensors(kind)
     batches = student_batches(10, 4, 5, torch.Generator().manual_seed(1))
     assert len(set(lengths_of(batches))) == 2
     student = student_for(NET, CPU, "indices" if kind == "indices" else "probabilities")
     draws = draw_steps(
-        batches, (3, 8, 8), torch.float64, augment.draw if augment else None, torch.Generator().manual_seed(2)
+        batches,
+        (3, 8, 8),
+        torch.float64,
+        augment.draw_parameters if augment else None,
+        torch.Generator().manual_seed(2),
     )
     if microbatch is not None:
         student = in_microbatches(student, NET, microbatch)
-    run = partial(iterate, student, augment, lengths_of(batches))
+    run = partial(iterate, student, augment_with if augment else None, lengths_of(batches))
     found = run(*given.values(), *draws.tensors())
 
     images, labels, lr = (given[name].clone() for name in ("images", "labels", "lr"))
@@ -109,11 +103,11 @@ def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> 
     """On tensors without values, which take the ways that those of a GPU take, down to the operations' definitions."""
     batches = student_batches(10, 4, 4, torch.Generator())
     given = tensors()
-    draws = draw_steps(batches, (3, 8, 8), torch.float64, Shade().draw, torch.Generator())
+    draws = draw_steps(batches, (3, 8, 8), torch.float64, SiameseAugment().draw_parameters, torch.Generator())
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     cut = student if microbatch is None else in_microbatches(student, NET, microbatch)
     with NoValues():
-        found = iterate(cut, Shade(), lengths_of(batches), *inputs)
+        found = iterate(cut, augment_with, lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in found] == [(), given["images"].shape, ()]
 
 
@@ -138,12 +132,12 @@ def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.flo
     """What `iterate` takes, drawn from `seed`."""
     given, generator = tensors(seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
     batches = student_batches(10, 4, 3, generator)
-    draws = draw_steps(batches, (3, 8, 8), dtype, Shade().draw, generator)
+    draws = draw_steps(batches, (3, 8, 8), dtype, SiameseAugment().draw_parameters, generator)
     return [tensor.to(device) for tensor in (*given.values(), *draws.tensors())]
 
 
 def fresh(device: torch.device = CPU) -> Iteration:
-    return partial(iterate, student_for(NET, device), Shade(), (2, 4, 4))
+    return partial(iterate, student_for(NET, device), augment_with, (2, 4, 4))
 
 
 def test_refilled_places_give_the_bits_of_a_fresh_call() -> None:
@@ -161,7 +155,7 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
 
     device = torch.device("cuda")
     eager = partial(
-        iterate, student_for(NET, device) if student == "chosen" else GenericStudent(NET), Shade(), (2, 4, 4)
+        iterate, student_for(NET, device) if student == "chosen" else GenericStudent(NET), augment_with, (2, 4, 4)
     )
     with arithmetic(device, "tf32"):
         run = replayed(eager, device)
