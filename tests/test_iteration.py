@@ -13,13 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtt_fast import ConvNet, matching_loss, unroll
 from mtt_fast.augment import SiameseAugment, augment_with
 from mtt_fast.choice import student_for
+from mtt_fast.data import Normalisation
 from mtt_fast.distill import student_batches
 from mtt_fast.draws import draw_steps
 from mtt_fast.fused import FusedConvNetStudent
 from mtt_fast.iteration import Iteration, iterate
+from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.replay import Recording, Replayed, replayed
 from mtt_fast.student import GenericStudent, Student, in_microbatches
 from mtt_fast.testing import assert_close
+from mtt_fast.training import Images, Sgd, training_step
 
 NET = ConvNet(3, 4, 8, width=5, depth=2)
 CPU = torch.device("cpu")
@@ -109,6 +112,26 @@ def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> 
     with NoValues():
         found = iterate(cut, augment_with, lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in found] == [(), given["images"].shape, ()]
+
+
+@pytest.mark.parametrize("pixels", ["uint8", "float32"])
+def test_nothing_waits_in_a_step_of_training(pixels: str) -> None:
+    shape = (10, 3, 8, 8)
+    if pixels == "uint8":
+        transform = Normalisation((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)).apply
+        images = Images(torch.empty(shape, dtype=torch.uint8, device="meta"), labels_on_meta(), transform)
+    else:
+        images = Images(torch.empty(shape, device="meta"), labels_on_meta())
+    theta, index = torch.empty(NET.num_parameters, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    parameters = torch.empty(4, len(WARP_PARAMETERS), device="meta")
+    sgd = Sgd(0.1, 0.9, 5e-4)
+    with NoValues():
+        found = training_step(FusedConvNetStudent(NET), images, sgd, augment_with, theta, theta, index, parameters)
+    assert [tensor.shape for tensor in found] == [theta.shape, theta.shape, ()]
+
+
+def labels_on_meta() -> Tensor:
+    return torch.empty(10, dtype=torch.long, device="meta")
 
 
 def test_the_loss_that_users_call_does_wait() -> None:
