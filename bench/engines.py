@@ -25,11 +25,11 @@ from mtt_fast.choice import student_for
 from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.fused import FusedConvNetStudent
-from mtt_fast.iteration import Iteration, iterate
+from mtt_fast.iteration import Iteration, planned_iteration
 from mtt_fast.kernels import Precision
-from mtt_fast.replay import Replayed, replayed
-from mtt_fast.student import GenericStudent, GradientTangent, Student, cross_entropy
-from mtt_fast.unroll import cut
+from mtt_fast.memory import Plan, plan
+from mtt_fast.replay import Replayed
+from mtt_fast.student import GenericStudent, GradientTangent, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,14 @@ def fused(case: Case, precision: Precision = "fp32", **cut: Any) -> Gradients:
 
 def fused_graph(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
     """The same as mtt_fast's distillation runs it on CUDA: the whole iteration replayed from a graph."""
-    lengths = (case.batches.shape[1],) * len(case.batches)
-    student: Any = cut(_fused_student(case, precision), case.net, case.images.dtype, case.images, lengths, **limits)
-    iteration = _replayed_iteration(student, lengths, case.images.device)
+    _fused_student(case, precision)
+    steps, batch = case.batches.shape
+    limits = {"memory_budget": None} | limits
+    planned = plan(
+        case.net, images=case.images, steps=steps, batch=batch, device=case.images.device, dtype=case.images.dtype,
+        precision=precision, **limits,
+    )  # fmt: skip
+    iteration = _replayed_iteration(case.net, planned)
     _, *gradients = iteration(case.start, case.target, case.images, case.labels, case.lr, case.batches.flatten())
     if isinstance(iteration, Replayed) and iteration.problem:
         raise InputError(f"fused-graph: not replayed but called: {iteration.problem}")
@@ -130,8 +135,8 @@ def _fused_student(case: Case, precision: Precision) -> FusedConvNetStudent:
 
 
 @functools.lru_cache(maxsize=2)  # the small case of the gate, and the one that is timed
-def _replayed_iteration(student: Student, lengths: tuple[int, ...], device: torch.device) -> Iteration:
-    return replayed(functools.partial(iterate, student, None, lengths), device)
+def _replayed_iteration(net: ConvNet, steps: Plan) -> Iteration:
+    return planned_iteration(net, steps, None, (steps.work.batch,) * steps.work.steps)
 
 
 def compiled(case: Case) -> Gradients:

@@ -41,14 +41,13 @@ from mtt_fast.evaluate import (
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.iteration import Iteration, iterate
+from mtt_fast.iteration import Iteration, planned_iteration
 from mtt_fast.kernels import Precision
 from mtt_fast.memory import Plan, plan, with_smaller_pieces
 from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.pictures import save_curves, save_grid
 from mtt_fast.prefetch import prefetched, sender
 from mtt_fast.provenance import choose_device, device_name, peak_memory_bytes, versions
-from mtt_fast.replay import replayed
 from mtt_fast.run_folder import (
     SUMMARY,
     MetricsLog,
@@ -62,7 +61,6 @@ from mtt_fast.run_folder import (
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.trajectories import TrajectoryStore, check_compatible
-from mtt_fast.unroll import student_for_plan
 from mtt_fast.whitening import Whitening
 
 log = logging.getLogger(__name__)
@@ -250,15 +248,10 @@ def _augmentation(options: DistillOptions) -> SiameseAugment | None:
 
 def _iteration(options: DistillOptions, network: ConvNet, steps: Plan) -> Iteration:
     """Return the function that does every iteration as the plan `steps` says."""
-    device, count = steps.work.device, steps.work.images[0]
     # each iteration begins a permutation of its own, so the steps of all have the same lengths
-    batches = student_batches(count, options.batch_syn, options.syn_steps, torch.Generator())
-    student = student_for_plan(steps.work.student, network, steps, steps.work.batch)
+    batches = student_batches(steps.work.images[0], options.batch_syn, options.syn_steps, torch.Generator())
     augment = None if _augmentation(options) is None else augment_with
-    lengths = tuple(len(index) for index in batches)
-    keep = {"kept_steps": steps.kept_steps, "path_on_host": steps.path_on_host}
-    run = partial(iterate, student, augment, lengths, **keep)
-    return run if steps.path_on_host else replayed(run, device)  # a graph knows memory on the device alone
+    return planned_iteration(network, steps, augment, tuple(len(index) for index in batches))
 
 
 def _initial_state(options: DistillOptions, real: RealImages, experts: int) -> State:

@@ -29,6 +29,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.memory import AUTO
 from mtt_fast.options import CommonOptions, RealImages, at_least, real_images
 from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.seeding import generator_for
@@ -143,7 +144,7 @@ def evaluate(
     stop: StopRequest | None = None,
     precision: Precision = "fp32",
     at_once: int | None = None,
-    memory_budget: str | None = None,
+    memory_budget: str = AUTO,
 ) -> Accuracy:
     """Train `networks` fresh networks, each on `train(generator)`, and test each at the end.
 

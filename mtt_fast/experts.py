@@ -27,6 +27,7 @@ from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.kernels import Precision
+from mtt_fast.memory import AUTO
 from mtt_fast.options import CommonOptions, RealImages, at_least, buffer_folder, real_images
 from mtt_fast.provenance import choose_device, versions
 from mtt_fast.seeding import generator_for
@@ -106,7 +107,7 @@ def train_missing_experts(
     dtype: torch.dtype = torch.float32,
     precision: Precision = "fp32",
     at_once: int | None = None,
-    memory_budget: str | None = None,
+    memory_budget: str = AUTO,
 ) -> TrajectoryStore:
     """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
 

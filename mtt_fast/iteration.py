@@ -7,17 +7,31 @@ Nothing in it depends on the value of a tensor or draws a random number, so that
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mtt_fast.draws import Apply
 from mtt_fast.matching import relative_distance
-from mtt_fast.student import Student
-from mtt_fast.unroll import Steps, path_of
+from mtt_fast.memory import Plan
+from mtt_fast.replay import replayed
+from mtt_fast.student import Network, Student
+from mtt_fast.unroll import Steps, path_of, student_for_plan
 
 Iteration = Callable[..., tuple[Tensor, ...]]
 """`iterate` with its first three arguments given: from start, target, images, labels, lr and `StepDraws.tensors`."""
+
+
+def planned_iteration(net: Network, steps: Plan, augment: Apply | None, lengths: tuple[int, ...]) -> Iteration:
+    """Return `iterate` as the plan `steps` says, for steps that see `lengths` images each; on CUDA it replays a graph.
+
+    With the path in host memory it is called instead: a graph knows the device's alone.
+    """
+    student = student_for_plan(steps.work.student, net, steps, steps.work.batch)
+    kept, on_host = steps.kept_steps, steps.path_on_host
+    run = partial(iterate, student, augment, lengths, kept_steps=kept, path_on_host=on_host)
+    return run if on_host else replayed(run, steps.work.device)
 
 
 def iterate(
@@ -37,7 +51,8 @@ def iterate(
 ) -> tuple[Tensor, ...]:
     """Return the matching loss () in float64 and its gradients to images, lr and, if they are soft, labels.
 
-    The steps see `lengths` images each, through `augment`, and `student` answers for them.
+    The steps see `lengths` images each, through `augment`, and `student` answers for them. `kept_steps` and
+    `path_on_host` are those of a plan (mtt_fast/memory.py).
 
     A pure function of its tensors, all on one device: those of `matching_loss` and `unroll`, where `images` are all
     synthetic images (n, C, H, W), and those of `StepDraws`, ΣB = Σ `lengths`. Nothing is checked: indices were drawn in

@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mtt_fast.errors import InputError
-from mtt_fast.memory import parse_bytes
-from mtt_fast.student import Network, Student, forward_bytes
+from mtt_fast.memory import AUTO, MARGIN, free_bytes, parse_bytes
+from mtt_fast.student import Network, Student, held_bytes
 
 Result = TypeVar("Result")
 Work = Generator[None, None, Result]
@@ -24,14 +24,14 @@ Work = Generator[None, None, Result]
 Lane = Callable[[], contextlib.AbstractContextManager[object]]
 """Where the pieces of one work run."""
 
-# On a CPU: a forward pass of fewer bytes is done sooner by one thread for each of several networks than by all threads
-# for one. Measured on two cores with ConvNet at 32×32, width 128: 10 images (22 MB) 1.4 times as fast, 20 (44 MB)
-# 1.2 times; digits at width 32 the same, since Python's own share is what takes long.
-_SMALL = 32 * 2**20
-# On a GPU: numbers that a forward pass puts out for each thread that the device holds, a dozen operations of eight
-# numbers. An estimate: on no device has it been measured.
-_NUMBERS_A_THREAD = 96
-_SHARE_OF_MEMORY = 0.5  # of what is free; the rest is for everything else, and for what an allocator loses
+# The work of a step is told by the bytes that autograd would hold in it.
+# On a CPU, a step of fewer is done sooner by one thread for each of several networks than by all threads for one.
+# Measured on two busy cores with ConvNet at 32×32, width 128: 10 images (47 MB) 1.4 times as fast; digits at width 32
+# are done neither sooner nor later, since what takes long there is Python's own share.
+_SMALL = 64 * 2**20
+# On a GPU, so many numbers for each thread that the device holds fill it. An estimate: no device has confirmed it.
+_NUMBERS_A_THREAD = 200
+_VECTORS = 9  # parameters and velocity before, within and after a recorded step, and the gradient with its parts
 
 
 class Crew(NamedTuple):
@@ -50,37 +50,37 @@ def crew_for(
     batch: int,
     works: int,
     asked: int | None = None,
-    memory_budget: str | None = None,
+    memory_budget: str = AUTO,
 ) -> Crew:
     """Return how many of `works` trainings of `network` in steps of `batch` images (C, H, W) to run at the same time.
 
     `asked` overrides the formulas: on a CPU as many as there are threads, if a step is small, else one; on a GPU as
-    many as fill it and fit in half of the free memory and in `memory_budget`. The number of threads of one training
+    many as fill it and fit in `memory_budget`, where "auto" is most of what is free. The number of threads of one training
     depends on the step alone, so its result does not depend on what runs beside it.
     Raises `InputError` if `asked` is less than 1.
     """
     if asked is not None and asked < 1:
         raise InputError(f"--networks_at_once {asked}: expected at least 1")
-    forward = batch * forward_bytes(network, image_shape, torch.float32)
+    work, _ = held_bytes(network, batch, image_shape, torch.float32)
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         held = properties.multi_processor_count * properties.max_threads_per_multi_processor
-        free = _SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]
-        memory = int(free) if memory_budget is None else min(int(free), parse_bytes(memory_budget))
-        step = batch * student.sample_bytes(image_shape, torch.float32)
-        most = filling(forward, held, step, memory)
+        memory = int(MARGIN * free_bytes(device)) if memory_budget == AUTO else parse_bytes(memory_budget)
+        step = student.step_bytes(batch, image_shape, torch.float32, device).gradient
+        step += _VECTORS * network.num_parameters * torch.float32.itemsize
+        most = filling(work, held, step, memory)
     else:
-        most, threads = (threads, 1) if forward <= _SMALL else (1, threads)
+        most, threads = (threads, 1) if work <= _SMALL else (1, threads)
     return Crew(max(1, min(asked or most, works)), threads)
 
 
-def filling(forward: int, held: int, step: int, memory: int) -> int:
+def filling(work: int, held: int, step: int, memory: int) -> int:
     """Return how many steps fill a GPU that holds `held` threads.
 
-    Each puts out `forward` bytes in a forward pass and takes `step` bytes of the `memory` there is.
+    Each is as much work as `work` bytes are, and takes `step` bytes of the `memory` there is.
     """
-    return min(held * _NUMBERS_A_THREAD * 4 // forward, memory // step)
+    return min(held * _NUMBERS_A_THREAD * 4 // work, memory // step)
 
 
 def together(works: Iterable[Work[Result]], crew: Crew, device: torch.device) -> Iterator[tuple[int, Result]]:

@@ -154,8 +154,8 @@ def test_the_formulas() -> None:
     with pytest.raises(InputError, match="--networks_at_once 0: expected at least 1"):
         crew(NET, small, 10, 5, 0)
     device_threads = 132 * 2048
-    assert filling(22_000_000, device_threads, step=10**8, memory=10**11) == 4
-    assert filling(22_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
+    assert filling(47_000_000, device_threads, step=10**8, memory=10**11) == 4
+    assert filling(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
     assert filling(10**10, device_threads, step=10**8, memory=10**11) == 0
 
 
