@@ -221,7 +221,7 @@ def test_a_worker_keeps_its_state_and_survives_a_failure(worker: Worker) -> None
 @linux
 def test_meta_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = "tests.test_bench:wrong_in_float32"
-    words = ["--engines", f"whole_graph,fused-budget,{wrong}", "--memory-budget", "2MiB", "--no-floor"]
+    words = ["--engines", f"whole_graph,fused-budget,{wrong}", "--memory-budget", "8MiB", "--no-floor"]
     bench("meta_step", *TOY, *STEP, *words, "--out", str(tmp_path), "--name", "found")
     rows = {row["engine"]: row for row in rows_of(tmp_path, "found")}
 
