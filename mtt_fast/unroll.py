@@ -275,14 +275,18 @@ class _Unroll(torch.autograd.Function):
             tangent = steps.student.gradient_jvp(theta, seen.detach(), wanted, direction, ctx.kept.pop(n, None))
 
             if velocities is None:
-                grad_rates[n] = -(tangent.v_dot_g + steps.weight_decay * torch.dot(direction, theta))
+                along = tangent.v_dot_g
+                if steps.weight_decay:
+                    along = along + steps.weight_decay * torch.dot(direction, theta)
+                grad_rates[n] = -along
             else:
                 grad_rates[n] = -torch.dot(adjoint, velocities.load(n))
             if grad_images is not None:
-                (to_batch,) = torch.autograd.grad(seen, batch, size * tangent.images)
-                grad_images.index_add_(0, index, to_batch)
+                (to_batch,) = torch.autograd.grad(seen, batch, -size * tangent.images)
+                # an alpha of 1 would take a scatter that starts threads, and waits for them, for however few numbers
+                grad_images.index_add_(0, index, to_batch, alpha=-1)
             if grad_labels is not None and tangent.labels is not None:
-                grad_labels.index_add_(0, index, (size * tangent.labels).to(labels.dtype))
+                grad_labels.index_add_(0, index, (-size * tangent.labels).to(labels.dtype), alpha=-1)
             kernels.adjoint_step(
                 adjoint,
                 tangent.hessian_v.contiguous(),

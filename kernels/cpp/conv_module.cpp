@@ -83,7 +83,7 @@ void transform_weights(const Weights<T>& w, std::size_t lanes, int threads, T* u
 template <typename T>
 void transform_weight_gradient(const ConvShape& s, std::size_t lanes, std::size_t parts, int threads, T* sum, T* w_bar) {
     const std::size_t filters = rounded(s.filters, lanes), place = s.channels * filters;
-    parallel_for(s.channels, 4, threads, [&](std::size_t c) {
+    parallel_for(s.channels, grain_of(filters * 16 * (parts + 2)), threads, [&](std::size_t c) {
         for (std::size_t part = 1; part < parts; ++part) {
             for (std::size_t row = 0; row < 16; ++row) {
                 T* to = sum + row * place + c * filters;
@@ -153,6 +153,11 @@ Work patches_work(const ConvShape& s, std::size_t lanes) {
     return {s.batch * taps * rounded(s.filters, lanes), s.out_height * s.out_width * taps};
 }
 
+std::size_t winograd_operations(const ConvShape& s, std::size_t tiles) { return tiles * 16 * 2 * s.channels * s.filters; }
+
+// Of a sample.
+std::size_t patches_operations(const ConvShape& s) { return s.out_height * s.out_width * 9 * 2 * s.channels * s.filters; }
+
 // y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only what there is room for. `turned`: W is that of a
 // convolution whose input gradient this is, (C, K, 3, 3), and the padding 2 minus its own.
 template <typename T>
@@ -180,7 +185,8 @@ void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Inp
     const auto kernel = !dual    ? unit.winograd_forward
                         : y_data ? unit.winograd_dual_forward
                                  : unit.winograd_tangent_forward;
-    parallel_for((s.tiles() + kTiles - 1) / kTiles, 1, threads,
+    const std::size_t grain = grain_of(winograd_operations(s, kTiles) * (dual ? 3 : 1));
+    parallel_for((s.tiles() + kTiles - 1) / kTiles, grain, threads,
                  [&](std::size_t block) { kernel(arguments, block, scratch<T>(work.scratch)); });
 }
 
@@ -206,7 +212,8 @@ void winograd_weight_gradient(const Input<T>& x, const std::optional<Input<T>>& 
     const WinogradSum<T> arguments{s,         parts, x.data(), x_dot_data, y_bar.data(), y_bar_dot_data,
                                    zeros.data(), sums};
     const auto kernel = dual ? unit.winograd_dual_sum : unit.winograd_sum;
-    parallel_for(parts, 1, threads, [&](std::size_t part) { kernel(arguments, part, scratch<T>(work.scratch)); });
+    const std::size_t grain = grain_of(winograd_operations(s, s.tiles() / parts) * (dual ? 2 : 1));
+    parallel_for(parts, grain, threads, [&](std::size_t part) { kernel(arguments, part, scratch<T>(work.scratch)); });
     transform_weight_gradient(s, unit.lanes, parts, threads, sums, w_bar.data());
 }
 
@@ -232,7 +239,7 @@ void patches(const Input<T>& x, const Input<T>& weight, std::ptrdiff_t padding, 
     arguments.x = x.data();
     arguments.w = panels.data();
     arguments.y = y.data();
-    parallel_for(s.batch, 1, threads, [&](std::size_t sample) {
+    parallel_for(s.batch, grain_of(patches_operations(s)), threads, [&](std::size_t sample) {
         unit.patches_forward(arguments, sample, scratch<T>(s.out_width * taps));
     });
 }
@@ -255,7 +262,7 @@ void patches_weight_gradient(const Input<T>& x, const Input<T>& y_bar, std::ptrd
     arguments.x = x.data();
     arguments.y_bar = y_bar.data();
     arguments.w_bar = buffer.at_least(work.shared);
-    parallel_for(s.batch, 1, threads, [&](std::size_t sample) {
+    parallel_for(s.batch, grain_of(patches_operations(s)), threads, [&](std::size_t sample) {
         unit.patches_weight_gradient(arguments, sample, scratch<T>(work.scratch));
     });
     std::vector<T> sum(taps * filters);
@@ -299,7 +306,7 @@ void patches_input_gradient(const Input<T>& y_bar, const Input<T>& y_bar_dot, co
     arguments.w_taps = panels.data();
     arguments.w_taps_dot = panels_dot.data();
     arguments.x_bar = x_bar_dot.data();
-    parallel_for(s.batch, 1, threads, [&](std::size_t sample) {
+    parallel_for(s.batch, grain_of(patches_operations(s)), threads, [&](std::size_t sample) {
         unit.patches_input_gradient(arguments, sample, scratch<T>(s.out_width * taps_rounded));
     });
 }

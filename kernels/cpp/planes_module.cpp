@@ -14,7 +14,7 @@ using namespace nb::literals;
 
 namespace {
 
-constexpr std::size_t kGrain = 4;  // planes of one group of channels that are worth a thread
+constexpr std::size_t kOperations = 16;  // a number of a plane, in and out
 
 template <typename T>
 using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
@@ -36,8 +36,9 @@ void expect_size(std::size_t size, const Arrays&... arrays) {
 template <typename T, typename Arguments, typename Kernel>
 void for_each_group(const Arguments& arguments, std::size_t lanes, Kernel kernel, int threads) {
     const std::size_t groups = (arguments.shape.channels + lanes - 1) / lanes;
+    const std::size_t grain = grain_of(kOperations * lanes * arguments.shape.height * arguments.shape.width);
     nb::gil_scoped_release release;
-    parallel_for(arguments.shape.batch * groups, kGrain, threads,
+    parallel_for(arguments.shape.batch * groups, grain, threads,
                  [&](std::size_t block) { kernel(arguments, block / groups, block % groups); });
 }
 
