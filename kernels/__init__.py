@@ -17,10 +17,11 @@ if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which wo
     raise ImportError("import mtt_fast.kernels, not kernels")
 
 from . import native, reference, triton
-from .formats import WARP_PARAMETERS, ConvLayer, LabelKind, Precision, memory_format
+from .formats import WARP_PARAMETERS, Activations, ConvLayer, LabelKind, Precision, accumulator, memory_format
 
 __all__ = [
     "WARP_PARAMETERS",
+    "Activations",
     "ConvLayer",
     "LabelKind",
     "Precision",
@@ -39,6 +40,9 @@ __all__ = [
     "conv3x3_input_gradient_tangent",
     "conv3x3_tangent",
     "conv3x3_weight_gradient",
+    "conv_norm_relu_pool_dual",
+    "conv_norm_relu_pool_dual_backward",
+    "has_twins",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
     "native_available",
@@ -58,6 +62,16 @@ def native_available() -> bool:
     return native.available
 
 
+def has_twins(device: torch.device) -> bool:
+    """Return whether the operations have twins of their own for `device`, and not only their definitions.
+
+    Raises `ImportError` for a CUDA device where Triton is missing: a GPU is never left idle in silence.
+    """
+    if device.type == "cuda":
+        return triton.fuses is not None  # looking it up imports Triton
+    return device.type == "cpu" and native.available
+
+
 def release_memory() -> None:
     """Give back to the system what the native twins keep from one call to the next and nobody uses."""
     native.release_memory()
@@ -71,8 +85,22 @@ def _twin(operation: str, tensor: Tensor, precision: Precision | None = None) ->
     if native.has(operation, tensor) and precision in (None, "fp32"):
         found: Callable[..., Any] = getattr(native, operation)
         return found
-    found = getattr(triton if tensor.is_cuda and operation in triton.__all__ else reference, operation)
+    found = getattr(triton if operation in triton.__all__ and _on_gpu(tensor) else reference, operation)
     return found if precision is None else partial(found, precision=precision)
+
+
+def _fused_twin(
+    operation: str, x: Tensor, weight: Tensor, padding: int, precision: Precision
+) -> Callable[..., Any] | None:
+    """Return the twin that does a whole block's `operation` at once, if there is one and it is faster than the parts."""
+    if not (_on_gpu(x) and triton.fuses(operation, x, weight, padding, precision)):
+        return None
+    return partial(getattr(triton, operation), precision=precision)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    """Return whether `tensor` is where Triton's kernels run."""
+    return tensor.is_cuda
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -146,7 +174,8 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
 
     `y` (B, C, H, W), contiguous or channels_last, as is p (B, C, H//2, W//2); `gamma`, `beta` (C,); mean, rstd (B, C).
     rstd is 1/√(variance + eps). An odd last row or column counts in the statistics and is not pooled.
-    All of one floating dtype and device. Raises `ValueError` for anything else.
+    All of one floating dtype and device; only if planes are bfloat16, numbers of planes and of channels are float32.
+    Raises `ValueError` for anything else.
     """
     _check("norm_relu_pool", y, planes={"y": y}, channels={"gamma": gamma, "beta": beta})
     p, mean, rstd = _twin("norm_relu_pool", y)(y, gamma, beta, eps)
@@ -266,7 +295,8 @@ def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp3
     """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`.
 
     `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous. Stride 1, and no bias: in front of
-    an instance norm it has no effect, and else `bias_relu_pool` adds it. One floating dtype and device.
+    an instance norm it has no effect, and else `bias_relu_pool` adds it. One floating dtype and device; only if planes
+    are bfloat16, weights and their gradients are float32, here and below.
     `precision`: what float32 factors are rounded to before they are multiplied; sums are float32, and float64 stays so.
     Raises `ValueError` for anything else.
     """
@@ -368,6 +398,99 @@ def conv3x3_dual_weight_gradient(
     twin = _twin("conv3x3_dual_weight_gradient", x, precision)
     weight_bar_dot: Tensor = twin(x, x_dot, y_bar, y_bar_dot, padding)
     return weight_bar_dot
+
+
+def conv_norm_relu_pool_dual(
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    gamma_dot: Tensor,
+    beta_dot: Tensor,
+    padding: int,
+    eps: float,
+    precision: Precision = "fp32",
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Activations]:
+    """Return p, ṗ of a whole block, and what its way back needs: x, ẋ, y, ẏ and the planes' mean, rstd, k1, k2.
+
+    That is `conv3x3_dual`, or `conv3x3_tangent` where `y` is known, and `norm_relu_pool_dual` of the results: in one
+    where there is a twin that does so and is faster, else one after the other. Shapes, formats, errors: of those.
+    """
+    op, weights = "conv_norm_relu_pool_dual", {"weight": weight, "weight_dot": weight_dot}
+    inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+    _check_conv(op, padding, inputs, weights, 1)
+    arguments = (x, x_dot, weight, weight_dot)
+    affine = (gamma, beta, gamma_dot, beta_dot)
+    fused = _fused_twin(op, x, weight, padding, precision)
+    if fused is not None:
+        channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
+        _check_tensors(op, x, channels, (len(weight),), dtype=accumulator(x.dtype))
+        if y is not None:
+            _check_pair(op, padding, inputs, {"y": y})
+        return fused(*arguments, *affine, padding, eps, y=y)  # type: ignore[no-any-return]
+    if y is None:
+        y, y_dot = conv3x3_dual(*arguments, padding, precision)
+    else:
+        y_dot = conv3x3_tangent(*arguments, padding, precision)
+    p, p_dot, *numbers = norm_relu_pool_dual(y, y_dot, *affine, eps)
+    return p, p_dot, [x, x_dot, y, y_dot, *numbers]
+
+
+def conv_norm_relu_pool_dual_backward(
+    activations: Activations,
+    weight: Tensor,
+    weight_dot: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    gamma_dot: Tensor,
+    beta_dot: Tensor,
+    p_bar: Tensor,
+    p_bar_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+    wants_x_bar: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Return of a whole block x̄ (None unless wanted), x̄̇ (B, C, H, W), W̄̇ (K, C, 3, 3), γ̄̇ and β̄̇ (K,).
+
+    `activations` are those that `conv_norm_relu_pool_dual` returned, and are used up: the list is emptied, so that what
+    is needed no more is freed on the way. That is `norm_relu_pool_dual_backward`, then `conv3x3_dual_weight_gradient`
+    and `conv3x3_dual_input_gradient`: in one, which never stores ȳ and ȳ̇, where there is a twin that does so and is
+    faster, else one after the other. Shapes, formats, errors: of those.
+    """
+    op, affine = "conv_norm_relu_pool_dual_backward", (gamma, beta, gamma_dot, beta_dot)
+    if len(activations) != 8:
+        raise ValueError(
+            f"{op}: expected the activations of one forward, found {len(activations)} tensors; used twice?"
+        )
+    x, weights = activations[0], {"weight": weight, "weight_dot": weight_dot}
+    _check_conv(op, padding, {"x": x}, weights, 1)
+    fused = _fused_twin(op, x, weight, padding, precision)
+    if fused is not None:
+        channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
+        _check(op, activations[2], {}, channels, None, {"p_bar": p_bar, "p_bar_dot": p_bar_dot})
+        del x
+        return fused(  # type: ignore[no-any-return]
+            activations, weight, weight_dot, *affine, p_bar, p_bar_dot, padding, wants_x_bar=wants_x_bar
+        )
+    x, x_dot, y, y_dot, mean, rstd, k1, k2 = activations
+    activations.clear()
+    y_bar, y_bar_dot, *sums = norm_relu_pool_dual_backward(
+        y, y_dot, mean, rstd, k1, k2, *affine, p_bar, p_bar_dot, reuse=True
+    )
+    del y, y_dot
+    weight_bar_dot = conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, precision)
+    del x, x_dot
+    backwards = (y_bar, y_bar_dot, weight, weight_dot, padding, precision)
+    x_bar = None
+    if wants_x_bar:
+        x_bar, x_bar_dot = conv3x3_dual_input_gradient(*backwards)
+    else:
+        x_bar_dot = conv3x3_input_gradient_tangent(*backwards)
+    gamma_bar_dot, beta_bar_dot = sums
+    return x_bar, x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
 
 
 def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> int:
@@ -477,8 +600,8 @@ def _check(
         raise ValueError(f"{op}: expected y (B, C, H, W) of at least 2×2 pixels, found {tuple(y.shape)}")
     batch, width, height, breadth = y.shape
     _check_tensors(op, y, planes, y.shape, like_format=y)
-    _check_tensors(op, y, channels, (width,))
-    _check_tensors(op, y, numbers or {}, (batch, width))
+    _check_tensors(op, y, channels, (width,), dtype=accumulator(y.dtype))
+    _check_tensors(op, y, numbers or {}, (batch, width), dtype=accumulator(y.dtype))
     _check_tensors(op, y, pooled or {}, (batch, width, height // 2, breadth // 2), like_format=y)
 
 
@@ -501,16 +624,16 @@ def _check_conv(
     if padding < 0 or min(first.shape[2:]) + grown < 1:
         raise ValueError(f"{op}: padding {padding} leaves nothing of {tuple(first.shape)}")
     _check_tensors(op, first, inputs, first.shape, like_format=first)
-    _check_tensors(op, first, weights, weight.shape, like_format=None)
+    _check_tensors(op, first, weights, weight.shape, dtype=accumulator(first.dtype))
 
 
 def _check_pair(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-    x, y_bar = inputs["x"], outputs["y_bar"]
-    if x.dim() != 4 or y_bar.dim() != 4:
-        raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y_bar.shape)}")
+    x, y = inputs["x"], next(iter(outputs.values()))
+    if x.dim() != 4 or y.dim() != 4:
+        raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y.shape)}")
     _check_tensors(op, x, inputs, x.shape, like_format=x)
-    grown = (len(x), y_bar.shape[1], *(side + 2 * padding - 2 for side in x.shape[2:]))
-    _check_tensors(op, x, outputs, grown, like_format=y_bar)
+    grown = (len(x), y.shape[1], *(side + 2 * padding - 2 for side in x.shape[2:]))
+    _check_tensors(op, x, outputs, grown, like_format=y)
 
 
 def _check_classifier(
@@ -558,14 +681,20 @@ def _check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
 
 
 def _check_tensors(
-    op: str, first: Tensor, tensors: dict[str, Tensor], shape: tuple[int, ...], like_format: Tensor | None = None
+    op: str,
+    first: Tensor,
+    tensors: dict[str, Tensor],
+    shape: tuple[int, ...],
+    like_format: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Of `shape`, of the dtype and device of `first`, with no graph, contiguous or in the format of `like_format`."""
+    """Of `shape`, of the device of `first` and of its dtype or `dtype`, no graph, in the format of `like_format`."""
+    dtype = dtype or first.dtype
     for name, tensor in tensors.items():
         if tensor.shape != shape:
             raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, found {tuple(tensor.shape)}")
-        if tensor.dtype != first.dtype or not tensor.is_floating_point():
-            raise ValueError(f"{op}: expected {name} of floating dtype {first.dtype}, found {tensor.dtype}")
+        if tensor.dtype != dtype or not tensor.is_floating_point():
+            raise ValueError(f"{op}: expected {name} of floating dtype {dtype}, found {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{op}: expected one device, found {name} on {tensor.device} and {first.device}")
         if tensor.requires_grad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,18 @@ LabelKind = Literal["indices", "probabilities", "logits"]
 """Labels are class indices (B,), probabilities (B, K), or logits (B, K) of which the softmax is taken."""
 
 Precision = Literal["fp32", "tf32", "bf16"]
-"""What float32 factors of a product are rounded to; sums are float32 always. float64 tensors stay float64."""
+"""What float32 factors of a product are rounded to; sums are float32 always. float64 tensors stay float64.
+
+Planes may be bfloat16 themselves. Then products are bf16, and what belongs to no pixel is float32: see `accumulator`.
+"""
+
+Activations = list[Any]
+"""What a block's forward keeps for its way back: x, ẋ (None for images), y, ẏ, mean, rstd, k1, k2; emptied there."""
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of sums over planes of `dtype`, of the numbers of a plane, the parameters and their gradients."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 WARP_PARAMETERS = (

@@ -1,7 +1,8 @@
 """Every operation in plain torch: what it is, on any device and in any precision. Speed is the twins' business.
 
 A dot is the derivative in one direction of the parameters, a bar the gradient of the loss, and a bar with a dot the
-derivative of that gradient in the direction. The arguments were checked by `mtt_fast.kernels`.
+derivative of that gradient in the direction. The arguments were checked by `mtt_fast.kernels`. What is computed of
+bfloat16 planes is computed in float32, and only planes are rounded again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from .formats import WARP_PARAMETERS, LabelKind, Precision, in_format_of
+from .formats import WARP_PARAMETERS, Activations, LabelKind, Precision, accumulator, in_format_of
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def norm_relu_pool_backward(
     u_bar = _unpool(p_bar, y) * (h * _channel(gamma) + _channel(beta) > 0)
     h_bar = u_bar * _channel(gamma)
     y_bar = _plane(rstd) * (h_bar - _mean(h_bar) - h * _mean(h * h_bar))
-    return in_format_of(y, y_bar), (u_bar * h).sum((0, 2, 3)), u_bar.sum((0, 2, 3))
+    return _like(y, y_bar), (u_bar * h).sum((0, 2, 3)), u_bar.sum((0, 2, 3))
 
 
 def norm_relu_pool_dual(
@@ -83,7 +84,7 @@ def norm_relu_pool_dual(
     """Return p, ṗ (B, C, H//2, W//2) and mean, rstd, k1 = E[ẏ], k2 = E[h ẏ] (B, C)."""
     mean, rstd = _statistics(y, eps)
     h = _normalised(y, mean, rstd)
-    k1, k2 = y_dot.mean((2, 3)), (h * y_dot).mean((2, 3))
+    k1, k2 = _wide(y_dot).mean((2, 3)), (h * y_dot).mean((2, 3))
     h_dot = _normalised_dot(h, y_dot, rstd, k1, k2)
     u = h * _channel(gamma) + _channel(beta)
     u_dot = h * _channel(gamma_dot) + h_dot * _channel(gamma) + _channel(beta_dot)
@@ -118,10 +119,11 @@ def norm_relu_pool_dual_backward(
     y_bar = _plane(rstd) * q
     y_bar_dot = _plane(rstd) * (q_dot - _plane(rstd * k2) * q)  # the derivative of rstd is −rstd² k2
     gamma_bar_dot = (u_bar_dot * h + u_bar * h_dot).sum((0, 2, 3))
-    return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), gamma_bar_dot, u_bar_dot.sum((0, 2, 3))
+    return _like(y, y_bar), _like(y, y_bar_dot), gamma_bar_dot, u_bar_dot.sum((0, 2, 3))
 
 
 def _statistics(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y = _wide(y)
     mean = y.mean((2, 3))
     return mean, ((y - _plane(mean)).square().mean((2, 3)) + eps).rsqrt()
 
@@ -170,14 +172,14 @@ def bias_relu_pool_dual_backward(
 
 
 def _pool(z: Tensor, y: Tensor) -> Tensor:
-    return in_format_of(y, F.avg_pool2d(z, 2))
+    return _like(y, F.avg_pool2d(z, 2))
 
 
 def _unpool(p_bar: Tensor, y: Tensor) -> Tensor:
     """Spread each quarter of `p_bar` over its four pixels; an odd last row or column took no part in the pool."""
     height, width = p_bar.shape[2:]
-    spread = y.new_zeros(y.shape)
-    spread[:, :, : 2 * height, : 2 * width] = p_bar.repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    spread = torch.zeros_like(y, dtype=accumulator(y.dtype))
+    spread[:, :, : 2 * height, : 2 * width] = _wide(p_bar).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
     return spread
 
 
@@ -193,6 +195,14 @@ def _channel(number: Tensor) -> Tensor:
     return number[:, None, None]  # (C,) -> (C, 1, 1)
 
 
+def _wide(planes: Tensor) -> Tensor:
+    return planes.to(accumulator(planes.dtype))
+
+
+def _like(model: Tensor, planes: Tensor) -> Tensor:
+    return in_format_of(model, planes.to(model.dtype))
+
+
 # ------------------------------------------------------------------------------------- convolution 3×3
 # Stride 1, no bias: in front of an instance norm a bias only shifts what the norm takes away again, so it has no effect
 # and its gradients are exactly zero. Without a norm `bias_relu_pool` adds it.
@@ -200,19 +210,18 @@ def _channel(number: Tensor) -> Tensor:
 
 def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2). `x`: (B, C, H, W); `weight`: (K, C, 3, 3)."""
-    return in_format_of(x, F.conv2d(rounded(x, precision), rounded(weight, precision), padding=padding))
+    return _like(x, _convolved(x, weight, padding, precision))
 
 
 def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return x̄ = Wᵀ∗ȳ (B, C, H, W)."""
-    x_bar = F.conv_transpose2d(rounded(y_bar, precision), rounded(weight, precision), padding=padding)
-    return in_format_of(y_bar, x_bar)
+    return _like(y_bar, _convolved_back(y_bar, weight, padding, precision))
 
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W̄ = ȳ ⋆ x (K, C, 3, 3)."""
-    shape = (y_bar.shape[1], x.shape[1], 3, 3)
-    weight_bar: Tensor = conv2d_weight(rounded(x, precision), shape, rounded(y_bar, precision), padding=padding)
+    shape, factors = (y_bar.shape[1], x.shape[1], 3, 3), _factors(precision, x, y_bar)
+    weight_bar: Tensor = conv2d_weight(factors[0], shape, factors[1], padding=padding)
     return weight_bar.contiguous()
 
 
@@ -220,8 +229,8 @@ def conv3x3_tangent(
     x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision = "fp32"
 ) -> Tensor:
     """Return ẏ = Ẇ∗x + W∗ẋ. `x_dot` None is zero: images do not move with the parameters."""
-    y_dot = conv3x3(x, weight_dot, padding, precision)
-    return y_dot if x_dot is None else y_dot + conv3x3(x_dot, weight, padding, precision)
+    y_dot = _convolved(x, weight_dot, padding, precision)
+    return _like(x, y_dot if x_dot is None else y_dot + _convolved(x_dot, weight, padding, precision))
 
 
 def conv3x3_dual(
@@ -254,8 +263,8 @@ def conv3x3_input_gradient_tangent(
     precision: Precision = "fp32",
 ) -> Tensor:
     """Return x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇ (B, C, H, W)."""
-    along_weight = conv3x3_input_gradient(y_bar, weight_dot, padding, precision)
-    return along_weight + conv3x3_input_gradient(y_bar_dot, weight, padding, precision)
+    along_weight = _convolved_back(y_bar, weight_dot, padding, precision)
+    return _like(y_bar, along_weight + _convolved_back(y_bar_dot, weight, padding, precision))
 
 
 def conv3x3_dual_weight_gradient(
@@ -276,6 +285,70 @@ def rounded(factor: Tensor, precision: Precision) -> Tensor:
         return factor.bfloat16().float()
     bits = factor.view(torch.int32)
     return ((bits + 0xFFF + (bits >> 13 & 1)) & -0x2000).view(torch.float32)
+
+
+def _convolved(x: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+    return F.conv2d(*_factors(precision, x, weight), padding=padding)
+
+
+def _convolved_back(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+    return F.conv_transpose2d(*_factors(precision, y_bar, weight), padding=padding)
+
+
+def _factors(precision: Precision, planes: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    if planes.dtype == torch.bfloat16:
+        precision = "bf16"
+    return rounded(_wide(planes), precision), rounded(_wide(other), precision)
+
+
+# ------------------------------------------------------------------------------------- a whole block, dual
+# Convolution, norm, ReLU and pool.
+
+
+def conv_norm_relu_pool_dual(
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    gamma_dot: Tensor,
+    beta_dot: Tensor,
+    padding: int,
+    eps: float,
+    precision: Precision = "fp32",
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Activations]:
+    """Return p, ṗ (B, K, H'//2, W'//2) and x, ẋ, y, ẏ (B, K, H', W'), mean, rstd, k1, k2 (B, K). `y` is W∗x if known."""
+    arguments = (x, x_dot, weight, weight_dot, padding, precision)
+    known, y_dot = conv3x3_dual(*arguments) if y is None else (y, conv3x3_tangent(*arguments))
+    p, p_dot, *numbers = norm_relu_pool_dual(known, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
+    return p, p_dot, [x, x_dot, known, y_dot, *numbers]
+
+
+def conv_norm_relu_pool_dual_backward(
+    activations: Activations,
+    weight: Tensor,
+    weight_dot: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    gamma_dot: Tensor,
+    beta_dot: Tensor,
+    p_bar: Tensor,
+    p_bar_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+    wants_x_bar: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Return x̄ (None unless wanted), x̄̇ (B, C, H, W), W̄̇ (K, C, 3, 3), γ̄̇, β̄̇ (K,)."""
+    x, x_dot, *planes = activations
+    y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = norm_relu_pool_dual_backward(
+        *planes, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot
+    )
+    weight_bar_dot = conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, precision)
+    backwards = (y_bar, y_bar_dot, weight, weight_dot, padding, precision)
+    x_bar, x_bar_dot = conv3x3_dual_input_gradient(*backwards)
+    return x_bar if wants_x_bar else None, x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
 
 
 # ------------------------------------------------------------------------------------- linear, cross-entropy

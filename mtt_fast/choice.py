@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
 from mtt_fast.fused import FusedConvNetStudent
-from mtt_fast.kernels import LabelKind, Precision, native_available
+from mtt_fast.kernels import LabelKind, Precision, has_twins
 from mtt_fast.student import (
     GenericStudent,
     Loss,
@@ -36,8 +37,12 @@ def student_for(
 
 
 def kernels_for(device: torch.device) -> bool:
-    """Return whether the fused student's kernels have a native twin on `device`.
+    """Return whether the fused student's kernels have twins of their own on `device`.
 
-    Their definitions run everywhere, but in plain torch a fused gradient takes twice the time of autograd's.
+    Their definitions run everywhere, but in plain torch a fused gradient takes twice the time of autograd's. Raises
+    `InputError` for a CUDA device where Triton is missing.
     """
-    return device.type == "cpu" and native_available()
+    try:
+        return has_twins(device)
+    except ImportError as error:
+        raise InputError(f"{device}: {error}") from error

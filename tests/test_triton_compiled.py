@@ -47,6 +47,7 @@ class Usage:
     stack: int  # bytes; the kernels keep nothing there but what does not fit in registers
     shared: int
     tensor_cores: bool
+    asynchronous: bool  # whether those of a Hopper or Blackwell, which read shared memory themselves
 
 
 @contextmanager
@@ -97,6 +98,7 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
         numbers["STACK"],
         compiled.metadata.shared,
         re.search(r"mma\S*(tf32|bf16|kind::f16)", compiled.asm["ptx"]) is not None,
+        re.search(r"wgmma|tcgen05.mma", compiled.asm["ptx"]) is not None,
     )
 
 

@@ -1,16 +1,17 @@
-"""The operations of `reference.py` for CUDA, written in Triton.
+"""The operations of `reference.py` for CUDA: kernels written in Triton, and torch's library where that is faster.
 
-The primal convolutions and the classifier's products are not here: they are torch's (cuDNN, cuBLAS).
+The classifier's products are not here: they are torch's (cuBLAS).
 
 Importing this package imports neither Triton nor anything of CUDA. The first use of an operation does, and raises
 `ImportError` where Triton is missing: a GPU is never left idle in silence. Like the other twins these functions are not
 differentiable. All are deterministic: no atomics, and sums are taken in an order that only shapes and the table of
-configurations decide.
+configurations decide. None waits for the device, so that all of them can be captured in a graph.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,14 +21,8 @@ if TYPE_CHECKING:
         bias_relu_pool_dual,
         bias_relu_pool_dual_backward,
     )
+    from .block import conv_norm_relu_pool_dual, conv_norm_relu_pool_dual_backward
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
-    from .convolution import (
-        conv3x3_dual,
-        conv3x3_dual_input_gradient,
-        conv3x3_dual_weight_gradient,
-        conv3x3_input_gradient_tangent,
-        conv3x3_tangent,
-    )
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
@@ -36,6 +31,16 @@ if TYPE_CHECKING:
     )
     from .vector import adjoint_step, sgd_step, squared_distance
     from .warp import colour_warp_mask, colour_warp_mask_transpose
+    from .ways import fuses
+
+    conv3x3: Callable[..., Any]
+    conv3x3_dual: Callable[..., Any]
+    conv3x3_dual_input_gradient: Callable[..., Any]
+    conv3x3_dual_weight_gradient: Callable[..., Any]
+    conv3x3_input_gradient: Callable[..., Any]
+    conv3x3_input_gradient_tangent: Callable[..., Any]
+    conv3x3_tangent: Callable[..., Any]
+    conv3x3_weight_gradient: Callable[..., Any]
 
 __all__ = [
     "adjoint_step",
@@ -45,11 +50,17 @@ __all__ = [
     "bias_relu_pool_dual_backward",
     "colour_warp_mask",
     "colour_warp_mask_transpose",
+    "conv3x3",
     "conv3x3_dual",
     "conv3x3_dual_input_gradient",
     "conv3x3_dual_weight_gradient",
+    "conv3x3_input_gradient",
     "conv3x3_input_gradient_tangent",
     "conv3x3_tangent",
+    "conv3x3_weight_gradient",
+    "conv_norm_relu_pool_dual",
+    "conv_norm_relu_pool_dual_backward",
+    "fuses",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
     "norm_relu_pool",
@@ -64,7 +75,8 @@ _FAMILIES = {
     "adjoint": "vector",
     "bias": "bias",
     "colour": "warp",
-    "conv3x3": "convolution",
+    "conv_": "block",
+    "fuses": "ways",
     "linear": "classifier",
     "norm": "norm",
     "sgd": "vector",
@@ -75,5 +87,7 @@ _FAMILIES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("conv3x3"):
+        return importlib.import_module(".ways", __package__).chosen(name)
     family = next(module for prefix, module in _FAMILIES.items() if name.startswith(prefix))
     return getattr(importlib.import_module(f".{family}", __package__), name)

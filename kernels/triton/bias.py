@@ -9,9 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..formats import accumulator
 from .entry import tl, triton
-from .planes import Planes, accumulator
-from .windows import block_of, empty_numbers, empty_pool, launch_windows, load_windows, plane_sum, pooled_of, row_of
+from .planes import Planes
+from .windows import (
+    block_of,
+    empty_numbers,
+    empty_pool,
+    launch_windows,
+    load_windows,
+    over,
+    plane_sum,
+    pooled_of,
+    row_of,
+)
 
 
 @triton.jit
@@ -106,9 +117,9 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
-    """See `mtt_fast.kernels.bias_relu_pool_backward`. `reuse` is a permission not taken, here and below."""
+    """See `mtt_fast.kernels.bias_relu_pool_backward`."""
     planes = Planes.of(y, p_bar)
-    y_bar, beta_sum = torch.empty_like(y), empty_numbers(y)
+    y_bar, beta_sum = over(y, reuse), empty_numbers(y)
     launch_windows(_backward, "bias_relu_pool_backward", planes, y, beta, p_bar, None, y_bar, None, beta_sum)
     return y_bar, beta_sum.sum(0)
 
@@ -127,7 +138,7 @@ def bias_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual_backward`."""
     planes = Planes.of(y, p_bar, p_bar_dot)
-    y_bar, y_bar_dot, beta_sum = torch.empty_like(y), torch.empty_like(y), empty_numbers(y)
+    y_bar, y_bar_dot, beta_sum = over(y, reuse), torch.empty_like(y), empty_numbers(y)
     arguments = (y, beta, p_bar, p_bar_dot, y_bar, y_bar_dot, beta_sum)
     launch_windows(_backward, "bias_relu_pool_dual_backward", planes, *arguments)
     return y_bar, y_bar_dot, beta_sum.sum(0)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import LabelKind
+from ..formats import LabelKind, accumulator
 from .configurations import configuration
 from .entry import architecture, launch, tl, triton
-from .planes import accumulator
 
 _LARGEST_CLASS = 4096  # of shapes, in the table of configurations
 

@@ -5,19 +5,41 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from importlib import resources
-from typing import cast
+from typing import Any, cast
 
 Configuration = dict[str, int]  # block sizes in capitals, num_warps, num_stages
+Row = dict[str, Any]  # a configuration, with which of its ways an operation goes, and how long it took if measured
+Table = dict[str, dict[str, dict[str, Row]]]  # by operation, class of shapes, architecture
+
+NOT_OF_A_LAUNCH = ("way", "microseconds")
+
+
+def configuration(
+    operation: str, shape_class: str, architecture: str, looser_class: str | None = None
+) -> Configuration:
+    """Return the configuration of one operation, class of shapes and architecture; see `row_of`."""
+    row = row_of(operation, shape_class, architecture, looser_class)
+    return {name: value for name, value in row.items() if name not in NOT_OF_A_LAUNCH}
+
+
+def way_of(operation: str, shape_class: str, architecture: str, looser_class: str | None = None) -> str:
+    """Return which way the operation goes: by `triton`, `cudnn` or, of a whole block, `fused` or in `parts`."""
+    return cast(str, row_of(operation, shape_class, architecture, looser_class)["way"])
 
 
 @cache
-def configuration(operation: str, shape_class: str, architecture: str) -> Configuration:
-    """Return the row of one operation, class of shapes and architecture; where it has none of its own, `default`."""
-    rows = _table()[operation][shape_class]
-    return rows.get(architecture, rows["default"])
+def row_of(operation: str, shape_class: str, architecture: str, looser_class: str | None = None) -> Row:
+    """Return the row of the table: the architecture's own in the closest class that has one, else the `default`."""
+    classes = [table()[operation].get(name, {}) for name in (shape_class, looser_class) if name is not None]
+    for name in (architecture, "default"):
+        for rows in classes:
+            if name in rows:
+                return rows[name]
+    raise KeyError(f"{operation}: no row for {shape_class} in configurations.toml")
 
 
 @cache
-def _table() -> dict[str, dict[str, dict[str, Configuration]]]:
-    text = resources.files(__package__).joinpath("configurations.toml").read_text()
-    return cast(dict[str, dict[str, dict[str, Configuration]]], tomllib.loads(text))
+def table() -> Table:
+    """Return the table that is checked in."""
+    text = resources.files(__package__).joinpath("configurations.toml").read_text(encoding="utf-8")
+    return cast(Table, tomllib.loads(text))

@@ -7,12 +7,21 @@ compiler merges the three walks' loads into one, so the plane is read once and s
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .entry import tl, triton
 from .planes import Planes
-from .windows import block_of, empty_numbers, empty_pool, launch_windows, load_windows, plane_sum, pooled_of, row_of
+from .windows import (
+    block_of,
+    empty_numbers,
+    empty_pool,
+    launch_windows,
+    load_windows,
+    over,
+    plane_sum,
+    pooled_of,
+    row_of,
+)
 
 
 @triton.jit
@@ -309,9 +318,9 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
 def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mtt_fast.kernels.norm_relu_pool_backward`. `reuse` is a permission not taken, here and below."""
+    """See `mtt_fast.kernels.norm_relu_pool_backward`."""
     planes = Planes.of(y, p_bar)
-    y_bar = torch.empty_like(y)
+    y_bar = over(y, reuse)
     gamma_bar, beta_bar = (empty_numbers(y) for _ in range(2))
     arguments = (y, mean, rstd, gamma, beta, p_bar, y_bar, gamma_bar, beta_bar)
     launch_windows(_backward, "norm_relu_pool_backward", planes, *arguments)
@@ -347,7 +356,7 @@ def norm_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. `beta_dot` moves no gradient of this operation."""
     planes = Planes.of(y, y_dot, p_bar, p_bar_dot)
-    y_bar, y_bar_dot = torch.empty_like(y), torch.empty_like(y)
+    y_bar, y_bar_dot = over(y, reuse), over(y_dot, reuse)
     gamma_bar_dot, beta_bar_dot = (empty_numbers(y) for _ in range(2))
     numbers = (mean, rstd, k1, k2, gamma, beta, gamma_dot)
     results = (y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot)

@@ -49,8 +49,3 @@ class Planes:
         """Allocate planes of this format, with the samples, type and device of `like`."""
         shape = (len(like), channels, height, width)
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which sums over tensors of `dtype` are taken."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

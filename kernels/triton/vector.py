@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats import accumulator
 from .configurations import configuration
 from .entry import architecture, launch, tl, triton
-from .planes import accumulator
 
 
 @triton.jit

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats import accumulator
 from .configurations import Configuration, configuration
 from .entry import architecture, launch, tl, triton
-from .planes import Planes, accumulator
+from .planes import Planes
 
 
 @triton.jit
@@ -98,6 +99,14 @@ def empty_pool(y: Tensor, planes: Planes) -> Tensor:
 def empty_numbers(y: Tensor) -> Tensor:
     """Allocate a number for each plane of `y`, (B, C): float32 for bfloat16."""
     return torch.empty(y.shape[:2], dtype=accumulator(y.dtype), device=y.device)
+
+
+def over(y: Tensor, reuse: bool) -> Tensor:
+    """Return where the gradient to `y` goes: a program reads a window for the last time before it writes there."""
+    if not reuse:
+        return torch.empty_like(y)
+    torch.autograd.graph.increment_version(y)
+    return y
 
 
 def launch_windows(
