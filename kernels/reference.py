@@ -341,9 +341,9 @@ def conv_norm_relu_pool_dual_backward(
     wants_x_bar: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """Return x̄ (None unless wanted), x̄̇ (B, C, H, W), W̄̇ (K, C, 3, 3), γ̄̇, β̄̇ (K,)."""
-    x, x_dot, *planes = activations
+    x, x_dot, y, y_dot, mean, rstd, k1, k2 = activations
     y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = norm_relu_pool_dual_backward(
-        *planes, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot
+        y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot
     )
     weight_bar_dot = conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, precision)
     backwards = (y_bar, y_bar_dot, weight, weight_dot, padding, precision)

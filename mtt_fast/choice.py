@@ -43,6 +43,7 @@ def kernels_for(device: torch.device) -> bool:
     `InputError` for a CUDA device where Triton is missing.
     """
     try:
-        return has_twins(device)
+        found: bool = has_twins(device)
     except ImportError as error:
         raise InputError(f"{device}: {error}") from error
+    return found

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.block_ends import BLOCK_ENDS, Tensors
+from mtt_fast.block_ends import BLOCK_ENDS, Convolution, Tensors
 from mtt_fast.convnet import ConvNet
-from mtt_fast.kernels import ConvLayer, LabelKind, Precision
+from mtt_fast.kernels import Activations, ConvLayer, LabelKind, Precision
 from mtt_fast.student import GradientTangent, Kept, StepBytes, StepGradient
 
 
@@ -27,7 +27,8 @@ from mtt_fast.student import GradientTangent, Kept, StepBytes, StepGradient
 class FusedConvNetStudent:
     """A `Student` for `ConvNet` under cross-entropy, with labels of one kind; float32 or float64.
 
-    `precision` is that of the factors of float32 convolutions; the twins of a CPU know fp32 alone.
+    `precision` is that of the factors of float32 convolutions; the twins of a CPU know fp32 alone. With bf16 all that has
+    pixels is bfloat16 but for the images that are given and their gradient: half the memory. float64 stays float64.
     """
 
     network: ConvNet
@@ -39,7 +40,7 @@ class FusedConvNetStudent:
         end, (blocks, classifier) = BLOCK_ENDS[self.network.norm], self._parts(theta)
         gradient = torch.zeros_like(theta)
         block_gradients, classifier_gradient = self._parts(gradient)
-        x = _channels_last(images)
+        x = self._first(images)
         held = []
         for block, (weight, affine) in enumerate(blocks):
             y = kernels.conv3x3(x, weight, self._padding(block), self.precision)
@@ -48,9 +49,10 @@ class FusedConvNetStudent:
             held.append((x, of_y))
             x = pooled
 
-        loss, f_bar, *found = kernels.linear_cross_entropy(_features(x), *classifier, labels, self.label_kind)
+        features = _features(x, theta.dtype)
+        loss, f_bar, *found = kernels.linear_cross_entropy(features, *classifier, labels, self.label_kind)
         _assign(classifier_gradient, found)
-        x_bar = _channels_last(f_bar.view(x.shape))
+        x_bar = _pixels(f_bar, x)
 
         # Tensors are let go before the next ones are allocated, which may then take their place.
         kept: Kept = []
@@ -78,47 +80,39 @@ class FusedConvNetStudent:
         block_dots, classifier_dot = self._parts(v)
         hessian_v = torch.zeros_like(theta)
         block_results, classifier_result = self._parts(hessian_v)
-        x, x_dot = _channels_last(images), None
-        held: list[tuple[Tensor, Tensor | None, Tensors]] = []
+        convolutions = [
+            Convolution(weight, weight_dot, self._padding(block), self.precision)
+            for block, ((weight, _), (weight_dot, _)) in enumerate(zip(blocks, block_dots, strict=True))
+        ]
+        x, x_dot = self._first(images), None
+        held: list[Activations] = []
         known_bars = []
-        for block, ((weight, affine), (weight_dot, affine_dot)) in enumerate(zip(blocks, block_dots, strict=True)):
-            forwards = (x, x_dot, weight, weight_dot, self._padding(block), self.precision)
-            if kept:
-                y, x_bar = kept.pop()
-                known_bars.append(x_bar)
-                y_dot = kernels.conv3x3_tangent(*forwards)
-            else:
-                y, y_dot = kernels.conv3x3_dual(*forwards)
-            pooled, pooled_dot, of_y = end.dual(y, y_dot, affine, affine_dot)
-            del y, y_dot, forwards
-            held.append((x, x_dot, of_y))
-            x, x_dot = pooled, pooled_dot
+        for convolution, (_, affine), (_, affine_dot) in zip(convolutions, blocks, block_dots, strict=True):
+            y, known_bar = kept.pop() if kept else (None, None)
+            known_bars.append(known_bar)
+            x, x_dot, activations = end.dual(x, x_dot, convolution, affine, affine_dot, y)
+            held.append(activations)
+            del y, activations
 
         assert x_dot is not None
+        features = (_features(x, theta.dtype), _features(x_dot, theta.dtype))
         v_dot_g, f_bar, f_bar_dot, *found, labels_bar_dot = kernels.linear_cross_entropy_dual(
-            _features(x), _features(x_dot), *classifier, *classifier_dot, labels, self.label_kind
+            *features, *classifier, *classifier_dot, labels, self.label_kind
         )
         _assign(classifier_result, found)
-        x_bar, x_bar_dot = _channels_last(f_bar.view(x.shape)), _channels_last(f_bar_dot.view(x.shape))
+        x_bar, x_bar_dot = _pixels(f_bar, x), _pixels(f_bar_dot, x)
+        del x, x_dot, features
 
         for block in reversed(range(len(blocks))):
-            (weight, affine), (weight_dot, affine_dot), padding = blocks[block], block_dots[block], self._padding(block)
-            x, x_dot, of_y = held.pop()
-            if known_bars:
-                x_bar = known_bars.pop()
-            y_bar, y_bar_dot, affine_bar_dot = end.dual_backward(of_y, affine, affine_dot, x_bar, x_bar_dot)
-            del of_y
-            weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, self.precision)
-            del x, x_dot
-            backwards = (y_bar, y_bar_dot, weight, weight_dot, padding, self.precision)
-            if block == 0 or known_bars:
-                x_bar_dot = kernels.conv3x3_input_gradient_tangent(*backwards)
-            else:
-                x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(*backwards)
-            del y_bar, y_bar_dot, backwards
+            (_, affine), (_, affine_dot), known_bar = blocks[block], block_dots[block], known_bars.pop()
+            p_bar = x_bar if known_bar is None else known_bar
+            wants_x_bar = block > 0 and known_bar is None
+            x_bar, x_bar_dot, weight_bar_dot, affine_bar_dot = end.dual_backward(
+                held.pop(), convolutions[block], affine, affine_dot, p_bar, x_bar_dot, wants_x_bar
+            )
             to_weight, to_affine = block_results[block]
             _assign((to_weight, *to_affine), (weight_bar_dot, *affine_bar_dot))
-        return GradientTangent(v_dot_g, hessian_v, x_bar_dot.contiguous(), labels_bar_dot)
+        return GradientTangent(v_dot_g, hessian_v, x_bar_dot.to(theta.dtype).contiguous(), labels_bar_dot)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -171,16 +165,21 @@ class FusedConvNetStudent:
         affine = 2 if self.network.norm == "instance" else 1
         return [(block[0], block[affine:]) for block in blocks], classifier
 
+    def _first(self, images: Tensor) -> Tensor:
+        """The images as the first block takes them."""
+        narrow = self.precision == "bf16" and images.dtype == torch.float32
+        return images.to(torch.bfloat16 if narrow else images.dtype, memory_format=torch.channels_last)
+
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1
 
 
-def _features(pooled: Tensor) -> Tensor:
-    return pooled.contiguous().flatten(1)  # (b, C, h, w) -> (b, C·h·w), in the public code's order
+def _features(pooled: Tensor, dtype: torch.dtype) -> Tensor:
+    return pooled.to(dtype).contiguous().flatten(1)  # (b, C, h, w) -> (b, C·h·w), in the public code's order
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
+def _pixels(features: Tensor, like: Tensor) -> Tensor:
+    return features.view(like.shape).to(like.dtype, memory_format=torch.channels_last)
 
 
 def _assign(places: Tensors, values: list[Tensor] | Tensors) -> None:

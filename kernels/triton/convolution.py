@@ -223,7 +223,7 @@ def _convolve(
     results_dot = total_dot.to(y_dot.dtype.element_ty)
     tl.store(y_dot + begin + place, results_dot, mask)
     if PRIMAL:
-        results = total.to(y.dtype.element_ty)
+        results = total.to(y_dot.dtype.element_ty)
         tl.store(y + begin + place, results, mask)
     if moments is not None:
         if KNOWN:

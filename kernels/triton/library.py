@@ -18,25 +18,25 @@ from ..formats import Precision, accumulator, in_format_of
 
 def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
     """See `mtt_fast.kernels.conv3x3`."""
-    factors = _factors(precision, x, weight)
+    x_factor, weight_factor = _factors(precision, x, weight)
     with _arithmetic(precision):
-        y = F.conv2d(*factors, padding=padding)
+        y = F.conv2d(x_factor, weight_factor, padding=padding)
     return in_format_of(x, y.to(x.dtype))
 
 
 def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient`."""
-    factors = _factors(precision, y_bar, weight)
+    y_factor, weight_factor = _factors(precision, y_bar, weight)
     with _arithmetic(precision):
-        x_bar = F.conv_transpose2d(*factors, padding=padding)
+        x_bar = F.conv_transpose2d(y_factor, weight_factor, padding=padding)
     return in_format_of(y_bar, x_bar.to(y_bar.dtype))
 
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_weight_gradient`."""
-    shape, factors = (y_bar.shape[1], x.shape[1], 3, 3), _factors(precision, x, y_bar)
+    shape, (x_factor, y_factor) = (y_bar.shape[1], x.shape[1], 3, 3), _factors(precision, x, y_bar)
     with _arithmetic(precision):
-        weight_bar: Tensor = conv2d_weight(factors[0], shape, factors[1], padding=padding)
+        weight_bar: Tensor = conv2d_weight(x_factor, shape, y_factor, padding=padding)
     return weight_bar.to(accumulator(x.dtype), memory_format=torch.contiguous_format)
 
 
@@ -82,10 +82,10 @@ def conv3x3_dual_weight_gradient(
     return weight_bar_dot.add_(conv3x3_weight_gradient(x_dot, y_bar, padding, precision))
 
 
-def _factors(precision: Precision, *factors: Tensor) -> tuple[Tensor, ...]:
-    """The factors in the type that they are multiplied in."""
-    bf16 = factors[0].dtype == torch.bfloat16 or (precision == "bf16" and factors[0].dtype == torch.float32)
-    return tuple(factor.bfloat16() if bf16 else factor for factor in factors)
+def _factors(precision: Precision, planes: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors in the type that they are multiplied in. cuDNN's results are of that type too."""
+    narrow = planes.dtype == torch.bfloat16 or (precision == "bf16" and planes.dtype == torch.float32)
+    return (planes.bfloat16(), other.bfloat16()) if narrow else (planes, other)
 
 
 @contextmanager

@@ -1,0 +1,86 @@
+"""The fused student by Triton's twins against what shares no code with them: `python -m tests.triton_student DEVICE`.
+
+A program of its own, as triton_comparison.py is; interpreted it wants MTT_FAST_NATIVE=0 as well. Every way that the table
+may name is taken in turn. It prints a line for each case that passed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from mtt_fast import ConvNet, kernels
+from mtt_fast.fused import FusedConvNetStudent
+from mtt_fast.kernels.triton import ways
+from mtt_fast.student import GenericStudent
+from mtt_fast.testing import relative_error
+from tests.triton_comparison import poison
+
+NETS = [
+    (ConvNet(3, 3, (9, 6), 5, 2), 2),  # odd sides, not square
+    (ConvNet(1, 2, 4, 17, 1), 2),  # padding 3 in the first layer, more channels than a tile's least
+]
+LARGE = [(ConvNet(3, 10, 32, 128, 3), 9), (ConvNet(3, 5, 64, 100, 4), 3)]
+WAYS = {"fused": "triton", "triton": "triton", "cudnn": "cudnn"}  # and of the parts of what is not fused
+
+# relative errors: two right answers in float32 differ by the units that rounding carries over ReLU's kink
+TOLERANCES = {"float64": 1e-10, "fp32": 1e-4, "tf32": 3e-2, "bf16": 0.2}
+
+
+def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """All that a student answers, and with kept activations."""
+    gradient = student.gradient(theta, images, labels, keep=True)
+    found = {"loss": gradient.loss, "gradient": gradient.theta}
+    for name, kept in (("", None), (" from what was kept", gradient.kept)):
+        tangent = student.gradient_jvp(theta, images, labels, v, kept)
+        found[f"v_dot_g{name}"] = tangent.v_dot_g
+        found[f"hessian_v{name}"] = tangent.hessian_v
+        found[f"images{name}"] = tangent.images
+    return found
+
+
+def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision: Any, way: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    height, width = net.image_size if isinstance(net.image_size, tuple) else (net.image_size, net.image_size)
+    theta, v = draw(net.num_parameters) / 2, draw(net.num_parameters)
+    images, labels = draw(batch, net.in_channels, height, width), torch.arange(batch) % net.num_classes
+    expected = results(GenericStudent(net), theta, images, labels, v)
+    chosen = {"fused": "fused"}.get(way, "parts")
+
+    def way_of(operation: str, *_: Any) -> str:
+        return chosen if operation.startswith("conv_") else WAYS[way]
+
+    with patch.object(ways, "way_of", way_of):
+        student = FusedConvNetStudent(net, "indices", precision)
+        at = (theta.to(device, dtype), images.to(device, dtype), labels.to(device), v.to(device, dtype))
+        found = results(student, *at)
+    tolerance = TOLERANCES["float64" if dtype == torch.float64 else precision]
+    for name, value in found.items():
+        assert value.dtype == dtype, name
+        error = relative_error(value.cpu().double(), expected[name], floor=1e-4)
+        assert error <= tolerance, f"{name} of {net}, {dtype}, {precision}, {way}: error {error}"
+    print("passed:", net, dtype, precision, way)
+
+
+def main(device: str) -> None:
+    interpreted = device == "cpu"
+    poison()
+    precisions = ("fp32", "bf16") if interpreted else ("fp32", "tf32", "bf16")
+    with patch.object(kernels, "_on_gpu", return_value=True):
+        for (net, batch), way in itertools.product(NETS if interpreted else NETS + LARGE, WAYS):
+            compare(net, batch, device, torch.float64, "fp32", way)
+            for precision in precisions:
+                compare(net, batch, device, torch.float32, precision, way)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
