@@ -100,7 +100,8 @@ class FusedConvNetStudent:
             *features, *classifier, *classifier_dot, labels, self.label_kind
         )
         _assign(classifier_result, found)
-        x_bar, x_bar_dot = _pixels(f_bar, x), _pixels(f_bar_dot, x)
+        x_bar: Tensor | None = _pixels(f_bar, x)
+        x_bar_dot = _pixels(f_bar_dot, x)
         del x, x_dot, features
 
         for block in reversed(range(len(blocks))):
