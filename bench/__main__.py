@@ -14,6 +14,8 @@ COMMANDS = {
     "meta_step": "one iteration of the method by every engine: time, memory, error",
     "memory_scaling": "peak memory against steps, batch and resolution, beside the plan's prediction",
     "kernels": "bandwidth and arithmetic of each operation, beside the device's own",
+    "precision": "errors of the gradients in each precision of the products, against float64",
+    "tune": "the table of launch configurations anew, for the GPU at hand",
     "experts": "training on real images, beside an ordinary module and optimiser",
     "evaluate": "training on distilled images, beside the same",
     "trajectories": "time to the first sample and memory of the store, beside the public format",

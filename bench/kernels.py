@@ -60,7 +60,8 @@ def main(options: Options, command: str) -> None:
     """Measure, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
     set_precision(device, options.precision)
-    found = {f"{op.name} {op.shape}": op for op in operations(setting, device)}
+    precision: Any = options.precision if device.type == "cuda" else "fp32"
+    found = {f"{op.name} {op.shape}": op for op in operations(setting, device, precision)}
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, int] = {}
     for name, operation in found.items():
@@ -131,7 +132,7 @@ def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
         yield Operation(name, f"{batch}×{net.in_channels}×{size}²", turned, 2 * images.nbytes, 0)
     for block in range(net.depth):
-        channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
+        channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding, precision)
         x, x_dot = random(batch, channels, size, size), random(batch, channels, size, size)
         weight, weight_dot = random(net.width, channels, 3, 3) / 10, random(net.width, channels, 3, 3) / 10
         size += 2 * padding - 2
@@ -141,29 +142,29 @@ def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
         shape = f"{batch}×{channels}→{net.width}×{size}²"
         x_dot_or_none = x_dot if block else None  # images have no tangent
         dots = 1 if block else 0
-        yield Operation("conv3x3", shape, (x, weight, padding), ins + outs, one)
-        yield Operation("conv3x3_weight_gradient", shape, (x, y_bar, padding), ins + outs, one)
+        yield Operation("conv3x3", shape, (x, weight, padding, precision), ins + outs, one)
+        yield Operation("conv3x3_weight_gradient", shape, (x, y_bar, padding, precision), ins + outs, one)
         yield Operation(
             "conv3x3_dual",
             shape,
-            (x, x_dot_or_none, weight, weight_dot, padding),
+            (x, x_dot_or_none, weight, weight_dot, padding, precision),
             (1 + dots) * ins + 2 * outs,
             (2 + dots) * one,
         )
         yield Operation(
             "conv3x3_tangent",
             shape,
-            (x, x_dot_or_none, weight, weight_dot, padding),
+            (x, x_dot_or_none, weight, weight_dot, padding, precision),
             (1 + dots) * ins + outs,
             (1 + dots) * one,
         )
         yield Operation(
-            "conv3x3_dual_weight_gradient", shape, (x, x_dot_or_none, y_bar, y_bar_dot, padding),
+            "conv3x3_dual_weight_gradient", shape, (x, x_dot_or_none, y_bar, y_bar_dot, padding, precision),
             (1 + dots) * ins + 2 * outs, (1 + dots) * one,
         )  # fmt: skip
-        both = (y_bar, y_bar_dot, weight, weight_dot, padding)
+        both = (y_bar, y_bar_dot, weight, weight_dot, padding, precision)
         if block:
-            yield Operation("conv3x3_input_gradient", shape, (y_bar, weight, padding), ins + outs, one)
+            yield Operation("conv3x3_input_gradient", shape, (y_bar, weight, padding, precision), ins + outs, one)
             yield Operation("conv3x3_dual_input_gradient", shape, both, 2 * (ins + outs), 3 * one)
         yield Operation("conv3x3_input_gradient_tangent", shape, both, ins + 2 * outs, 2 * one)
 

@@ -182,6 +182,23 @@ TABLES: dict[str, list[Column]] = {
         ("error in float64", _number("error_float64", "{:.0e}")),
         ("not timed because", _text("problem")),
     ],
+    "tune": [
+        ("block", _text("block")),
+        ("operation", _text("operation")),
+        ("class", _text("class")),
+        ("chosen", _text("chosen")),
+        *_TIMES,
+        ("default", lambda row: f"{1e3 * row['default_seconds']['median']:.3g} ms"),
+        ("other ways", lambda row: ", ".join(f"{way} {1e3 * taken:.3g} ms" for way, taken in row["others"].items())),
+        ("error", _number("error", "{:.1e}")),
+        ("left out", _text("problem")),
+    ],
+    "precision": [
+        ("factors", _text("precision")),
+        ("image gradient's error", _number("images", "{:.1e}")),
+        ("rate gradient's error", _number("lr", "{:.1e}")),
+        ("path's error", _number("path", "{:.1e}")),
+    ],
     "training": [
         ("loop", _text("loop")),
         *_TIMES,
@@ -203,7 +220,13 @@ TABLES: dict[str, list[Column]] = {
     ],
 }
 
-_LABELS = {"meta_step": "engine", "kernels": "operation", "training": "loop", "trajectories": "reader"}
+_LABELS = {
+    "meta_step": "engine",
+    "kernels": "operation",
+    "training": "loop",
+    "trajectories": "reader",
+    "tune": "operation",
+}
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ arguments and choose the twin. They are not differentiable: the engine wraps the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -57,6 +58,10 @@ __all__ = [
 ]
 
 
+# Triton's own switch: what is for a GPU runs on the CPU, slowly, and takes the place of what is for a CPU.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
 def native_available() -> bool:
     """Return whether the compiled CPU twins are in use: installed, and not turned off by `MTT_FAST_NATIVE=0`."""
     return native.available
@@ -67,7 +72,7 @@ def has_twins(device: torch.device) -> bool:
 
     Raises `ImportError` for a CUDA device where Triton is missing: a GPU is never left idle in silence.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" or (_INTERPRETED and device.type == "cpu"):
         return triton.fuses is not None  # looking it up imports Triton
     return device.type == "cpu" and native.available
 
@@ -82,25 +87,30 @@ def _twin(operation: str, tensor: Tensor, precision: Precision | None = None) ->
 
     `precision` is that of a product's factors, for the operations that have any. The native twins know `fp32` alone.
     """
-    if native.has(operation, tensor) and precision in (None, "fp32"):
-        found: Callable[..., Any] = getattr(native, operation)
-        return found
-    found = getattr(triton if operation in triton.__all__ and _on_gpu(tensor) else reference, operation)
+    if operation in triton.__all__ and _takes_triton(tensor):
+        found: Callable[..., Any] = getattr(triton, operation)
+    elif native.has(operation, tensor) and precision in (None, "fp32"):
+        return getattr(native, operation)  # type: ignore[no-any-return]
+    else:
+        found = getattr(reference, operation)
     return found if precision is None else partial(found, precision=precision)
 
 
 def _fused_twin(
-    operation: str, x: Tensor, weight: Tensor, padding: int, precision: Precision
+    operation: str, x: Tensor, weight: Tensor, padding: int, precision: Precision, way: str | None = None
 ) -> Callable[..., Any] | None:
-    """Return the twin that does a whole block's `operation` at once, if there is one and it is faster than the parts."""
-    if not (_on_gpu(x) and triton.fuses(operation, x, weight, padding, precision)):
+    """Return the twin that does a whole block's `operation` at once, if there is one and it is faster than the parts.
+
+    `way` is the operation's name in the table if that is another.
+    """
+    if not (_takes_triton(x) and triton.fuses(way or operation, x, weight, padding, precision)):
         return None
     return partial(getattr(triton, operation), precision=precision)
 
 
-def _on_gpu(tensor: Tensor) -> bool:
-    """Return whether `tensor` is where Triton's kernels run."""
-    return tensor.is_cuda
+def _takes_triton(tensor: Tensor) -> bool:
+    """Return whether Triton's kernels run on `tensor`: on a GPU's, and on a CPU's where Triton interprets them."""
+    return tensor.is_cuda or (_INTERPRETED and tensor.device.type == "cpu")
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -424,7 +434,8 @@ def conv_norm_relu_pool_dual(
     _check_conv(op, padding, inputs, weights, 1)
     arguments = (x, x_dot, weight, weight_dot)
     affine = (gamma, beta, gamma_dot, beta_dot)
-    fused = _fused_twin(op, x, weight, padding, precision)
+    way = op if y is None else "conv_norm_relu_pool_tangent"
+    fused = _fused_twin(op, x, weight, padding, precision, way)
     if fused is not None:
         channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
         _check_tensors(op, x, channels, (len(weight),), dtype=accumulator(x.dtype))

@@ -1,6 +1,6 @@
 """The fused student by Triton's twins against what shares no code with them: `python -m tests.triton_student DEVICE`.
 
-A program of its own, as triton_comparison.py is; interpreted it wants MTT_FAST_NATIVE=0 as well. Every way that the table
+A program of its own, as triton_comparison.py is. Every way that the table
 may name is taken in turn. It prints a line for each case that passed.
 """
 
@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from mtt_fast import ConvNet, kernels
+from mtt_fast import ConvNet
 from mtt_fast.fused import FusedConvNetStudent
 from mtt_fast.kernels.triton import ways
 from mtt_fast.student import GenericStudent
@@ -75,11 +75,10 @@ def main(device: str) -> None:
     interpreted = device == "cpu"
     poison()
     precisions = ("fp32", "bf16") if interpreted else ("fp32", "tf32", "bf16")
-    with patch.object(kernels, "_on_gpu", return_value=True):
-        for (net, batch), way in itertools.product(NETS if interpreted else NETS + LARGE, WAYS):
-            compare(net, batch, device, torch.float64, "fp32", way)
-            for precision in precisions:
-                compare(net, batch, device, torch.float32, precision, way)
+    for (net, batch), way in itertools.product(NETS if interpreted else NETS + LARGE, WAYS):
+        compare(net, batch, device, torch.float64, "fp32", way)
+        for precision in precisions:
+            compare(net, batch, device, torch.float32, precision, way)
 
 
 if __name__ == "__main__":

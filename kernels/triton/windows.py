@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import accumulator
-from .configurations import Configuration, configuration
+from .configurations import configuration
 from .entry import architecture, launch, tl, triton
 from .planes import Planes
 
@@ -113,7 +113,7 @@ def launch_windows(
     kernel: Any, operation: str, planes: Planes, y: Tensor, *rest: Tensor | None, **constants: Any
 ) -> None:
     """Run `kernel` for each block of channels of each sample, with the row of `operation` in the table."""
-    row = _configuration(operation, planes, architecture(y.device))
+    row = configuration(operation, shape_class(planes), architecture(y.device))
     launch(
         kernel,
         planes.samples * triton.cdiv(planes.channels, row["CHANNELS"]),
@@ -128,8 +128,8 @@ def launch_windows(
     )
 
 
-def _configuration(operation: str, planes: Planes, architecture: str) -> Configuration:
-    """One row for each format and number of windows, which is rounded up to a power of four."""
+def shape_class(planes: Planes) -> str:
+    """Name the shape in the table: one class for each format and number of windows, rounded up to a power of four."""
     windows = triton.cdiv(planes.height, 2) * triton.cdiv(planes.width, 2)
     size = next(size for size in (16, 64, 256, 1024, 4096) if windows <= size or size == 4096)
-    return configuration(operation, f"{str(planes.memory_format)[6:]}-{size}", architecture)
+    return f"{str(planes.memory_format)[6:]}-{size}"

@@ -1,0 +1,110 @@
+"""What is tried for the table of launch configurations, and how the table is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _tiles(*sizes: tuple[int, int, int, int, int]) -> list[Row]:
+    names = ("PIXELS", "OUTPUTS", "TERMS", "num_warps", "num_stages")
+    return [dict(zip(names, size, strict=True)) for size in sizes]
+
+
+def _correlations(programs: tuple[int, ...], *sizes: tuple[int, int, int, int, int]) -> list[Row]:
+    return [tile | {"PROGRAMS": count} for tile in _tiles(*sizes) for count in programs]
+
+
+# Those that do not fit a GPU fail there, and are left out.
+
+TILES: dict[str, list[Row]] = {
+    "fp32": _tiles((64, 32, 16, 4, 2), (64, 64, 16, 4, 3), (128, 64, 16, 8, 2)),
+    "tf32": _tiles(
+        (128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)
+    ),
+    "bf16": _tiles(
+        (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)
+    ),
+}
+
+CORRELATIONS: dict[str, list[Row]] = {
+    "fp32": _correlations((528,), (32, 32, 64, 4, 2), (32, 64, 32, 4, 2)),
+    "tf32": _correlations((264, 528), (32, 128, 128, 8, 3), (32, 128, 64, 8, 3), (64, 64, 64, 4, 2)),
+    "bf16": _correlations((264, 528), (64, 128, 128, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
+}
+
+FUSED_TILES: dict[str, list[Row]] = {
+    "fp32": _tiles((32, 32, 16, 4, 2), (64, 32, 16, 4, 2)),
+    "tf32": _tiles((64, 128, 32, 8, 3), (64, 128, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2)),
+    "bf16": _tiles((128, 128, 32, 8, 3), (64, 128, 64, 8, 2), (64, 128, 64, 8, 3), (64, 64, 64, 8, 2)),
+}
+
+FUSED_CORRELATIONS: dict[str, list[Row]] = {
+    "fp32": _correlations((528,), (32, 32, 32, 4, 2), (16, 32, 64, 4, 2)),
+    "tf32": _correlations((264, 528), (32, 128, 128, 8, 2), (32, 128, 64, 8, 2)),
+    "bf16": _correlations((264, 528), (64, 128, 128, 8, 2), (64, 128, 64, 8, 3)),
+}
+
+WINDOWS: list[Row] = [
+    {"CHANNELS": channels, "WINDOWS": windows, "num_warps": warps}
+    for channels, windows, warps in (
+        (16, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 16, 4), (16, 64, 4), (16, 64, 8), (16, 128, 8),
+    )
+]  # fmt: skip
+
+_HEAD = """\
+Launch configurations, by operation, class of shapes and architecture; `default` is for those that have no row of their
+own. Written by `python -m bench tune`, which needs a GPU. Only rows that say how many microseconds the operation took are
+measured; all others are sane guesses that fit in registers and shared memory."""
+
+_SECTIONS = {
+    "norm_relu_pool": """\
+norm_relu_pool…: a tile is CHANNELS × WINDOWS 2×2 windows. A class is the memory format and the number of a plane's
+windows, rounded up to the sizes below; the last one takes all larger planes.""",
+    "bias_relu_pool": "bias_relu_pool…: as above; each plane is walked over once, so a tile need not hold it.",
+    "conv3x3": """\
+conv3x3…: a tile is PIXELS × OUTPUTS results, each a sum over terms (a tap of a channel), taken TERMS at a time. The
+weight gradient's tile is TERMS × OUTPUTS, its sum goes over pixels, PIXELS at a time, and is cut so as to make about
+PROGRAMS programs. The way is by kernels of ours (triton) or by torch's library (cudnn). A class is the precision,
+whether images (at most 16 channels: narrow) are on either side, and the pixels of a result's plane, rounded up to a power
+of four; without the pixels, it is for all that have no row of their own.""",
+    "conv_norm_relu_pool": """\
+conv_norm_relu_pool…: a whole block, fused or in parts, and the tiles of its convolutions as above.""",
+    "block": "What a fused block does beside its convolutions, as the norm above; block_combine takes CHANNELS a program.",
+    "linear_cross_entropy": """\
+linear_cross_entropy…: a tile is ROWS samples × all classes, whose number, rounded up to the sizes below, is the class of
+shapes; the last one takes all larger numbers.""",
+    "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
+    "": "Flat vectors: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64.",
+}
+"""What stands above the operations whose names begin so."""
+
+
+def text_of(table: dict[str, dict[str, dict[str, Row]]]) -> str:
+    """Return the table as TOML."""
+    lines = [_comment(_HEAD)]
+    section = None
+    for operation, classes in sorted(table.items(), key=lambda item: _section(item[0])):
+        begins = list(_SECTIONS)[_section(operation)]
+        if begins != section:
+            lines += ["", _comment(_SECTIONS[begins])]
+            section = begins
+        for shape_class, rows in classes.items():
+            lines += ["", f'[{operation}."{shape_class}"]']
+            lines += [f"{architecture} = {{ {_entries(row)} }}" for architecture, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _section(operation: str) -> int:
+    return next(place for place, begins in enumerate(_SECTIONS) if operation.startswith(begins))
+
+
+def _comment(text: str) -> str:
+    return "\n".join(f"# {line}" for line in text.splitlines())
+
+
+def _entries(row: Row) -> str:
+    return ", ".join(
+        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}" for name, value in row.items()
+    )

@@ -1,0 +1,66 @@
+"""What a precision of the products costs in accuracy: the gradients' errors against float64, for one iteration.
+
+On a CPU a precision is emulated by the definitions, which round the factors as tensor cores do and add up in float32;
+on a GPU it is the GPU's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from bench.cases import make_case, to
+from bench.engines import Case
+from bench.parsing import CommonOptions
+from bench.records import write_record
+from bench.render import table
+from bench.settings import Shape
+from mtt_fast import matching_loss, unroll
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision
+from mtt_fast.testing import relative_error
+
+_MICROBATCH = 32  # so that float64 fits where the engine does; the result is the same
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions, Shape):
+    """Compare the gradients in each precision of the products with float64's."""
+
+    precisions: str = ",".join(get_args(Precision))
+    """which, as in fp32,bf16"""
+    repetitions: int = 1
+    """not used: nothing is timed"""
+
+
+def main(options: Options, command: str) -> None:
+    """Compute, print the table, write the record."""
+    device, setting = options.torch_device(), options.resolve()
+    names = options.precisions.split(",")
+    if unknown := [name for name in names if name not in get_args(Precision)]:
+        raise InputError(f"--precisions {unknown[0]}: expected some of {', '.join(get_args(Precision))}")
+    case = make_case(setting)
+    expected = _gradients(to(case, torch.float64, device), "fp32")
+    rows = []
+    for name in names:
+        found = _gradients(to(case, torch.float32, device), name)
+        errors = {what: relative_error(found[what].double(), expected[what]) for what in expected}
+        rows.append({"precision": name, **errors})
+    conditions = {"case": str(setting), "products": "emulated" if device.type == "cpu" else "the GPU's own"}
+    print(table("precision", conditions, rows))
+    name = options.name or f"precision-{options.label()}-{device.type}"
+    write_record(options.out, name, "precision", device, conditions, rows, command)
+
+
+def _gradients(case: Case, precision: Any) -> dict[str, torch.Tensor]:
+    """The gradients of images and rate, and the way that the student took."""
+    images, lr = case.images.clone().requires_grad_(), case.lr.clone().requires_grad_()
+    path = unroll(
+        case.net, case.start, images, case.labels, lr, case.batches, microbatch=_MICROBATCH, precision=precision
+    )
+    matching_loss(path[-1], start=case.start, target=case.target).backward()
+    assert images.grad is not None
+    assert lr.grad is not None
+    return {"images": images.grad, "lr": lr.grad, "path": (path[-1] - case.start).detach()}

@@ -1,0 +1,316 @@
+"""The table of launch configurations anew for the GPU at hand: of what gives the right values, what is fastest.
+
+For the blocks of one setting every candidate is held to the definition, and only then timed, all in turn. Rows of other
+architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 it is rehearsed on
+a CPU, where the times mean nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.candidates import CORRELATIONS, FUSED_CORRELATIONS, FUSED_TILES, TILES, WINDOWS, text_of
+from bench.measuring import in_turns, seconds
+from bench.parsing import CommonOptions, integers
+from bench.records import write_record
+from bench.render import table as rendered
+from bench.settings import Setting, Shape
+from mtt_fast import kernels
+from mtt_fast.convnet import NORM_EPS
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import reference
+from mtt_fast.kernels.formats import accumulator
+from mtt_fast.testing import relative_error
+
+log = logging.getLogger("mtt_fast")
+
+Row = dict[str, Any]
+
+TOLERANCES = {"fp32": 1e-3, "tf32": 3e-2, "bf16": 2e-1}
+"""Relative errors against float64; most of them come from units that rounding carries over ReLU's kink."""
+_LEAST_SECONDS = 0.01  # what is timed is repeated within a measurement until it takes so long
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions, Shape):
+    """Write the table of launch configurations anew for the GPU at hand and the blocks of a setting."""
+
+    precision: str = "tf32"
+    """of the products: tf32, bf16 or fp32"""
+    blocks: str | None = None
+    """which of the network's blocks, counted from 1, as in 1,2; default all"""
+    candidates: int | None = None
+    """how many of each operation's candidates at the most"""
+    table: str = "bench/results/configurations.toml"
+    """file to write; what it holds already is kept, and where it is not there, what the table in use holds"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block's shapes: images or features of `channels`, `size` pixels a side, and its convolution."""
+
+    number: int
+    channels: int
+    size: int
+    width: int
+    padding: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A row that is looked for, and the operation that shows how good it is."""
+
+    row: str
+    classes: tuple[str, str]
+    """the class of shapes to write the row for, and the looser one it falls back to"""
+    candidates: list[Row]
+    operation: str
+    arguments: Callable[[], list[Any]]
+    """fresh ones: an operation may use up what it is given"""
+    whole: Subject | None = None
+    """what has to go fused for this row to matter"""
+
+    def run(self, arguments: list[Any]) -> Any:
+        """Call the operation."""
+        return getattr(kernels, self.operation)(*(list(a) if isinstance(a, list) else a for a in arguments))
+
+    def expected(self) -> list[Tensor]:
+        """Return what it should give, in float64."""
+        return _tensors(getattr(reference, self.operation)(*(_in_float64(a) for a in self.arguments())))
+
+
+def main(options: Options, command: str) -> None:
+    """Tune, print what was found, write the record and the table."""
+    device, setting = options.torch_device(), options.resolve()
+    if options.precision not in TOLERANCES:
+        raise InputError(f"--precision {options.precision}: expected one of {', '.join(TOLERANCES)}")
+    table = Table(device, Path(options.table))
+    numbers = None if options.blocks is None else integers(options.blocks, "--blocks")
+    blocks = [block for block in _blocks(setting) if numbers is None or block.number in numbers]
+    rows = []
+    for block in blocks:
+        for subject in subjects(block, setting.batch, options.precision, device):
+            rows.append({"block": block.number} | tune(subject, table, options))
+            log.info("block %d, %s: %s", block.number, subject.row, rows[-1]["chosen"] or rows[-1]["problem"])
+    table.write()
+    conditions = {"case": str(setting), "precision": options.precision, "architecture": table.architecture}
+    print(rendered("tune", conditions, rows))
+    name = options.name or f"tune-{options.label()}-{options.precision}-{device.type}"
+    write_record(options.out, name, "tune", device, conditions, rows, command)
+
+
+class Table:
+    """The table that kernels read in this process, and the file that keeps it."""
+
+    def __init__(self, device: torch.device, path: Path) -> None:
+        try:
+            from mtt_fast.kernels.triton import configurations, entry
+        except ImportError as error:
+            raise InputError(str(error)) from error
+        if device.type != "cuda" and not entry.INTERPRETED:
+            raise InputError(f"--device {device}: expected a GPU; set TRITON_INTERPRET=1 to rehearse on a CPU")
+        self.architecture, self.device, self._path = entry.architecture(device), device, path
+        self._rows, self._forget = configurations.table(), configurations.row_of.cache_clear
+        if path.exists():
+            self._rows.update(tomllib.loads(path.read_text(encoding="utf-8")))
+            self._forget()
+
+    def default(self, subject: Subject) -> Row:
+        """Return the row that stands for the looser class."""
+        rows = self._rows[subject.row][subject.classes[1]]
+        row: Row = rows.get(self.architecture, rows["default"])
+        return {name: value for name, value in row.items() if name != "microseconds"}
+
+    def put(self, subject: Subject, row: Row) -> None:
+        """Have the kernels of this process take `row`."""
+        self._rows[subject.row].setdefault(subject.classes[0], {})[self.architecture] = row
+        self._forget()
+
+    def write(self) -> None:
+        """Write the file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(text_of(self._rows), encoding="utf-8")
+        log.info("%s", self._path)
+
+
+def tune(subject: Subject, table: Table, options: Options) -> Row:
+    """Put the fastest of the right candidates into `table`; return what was found out."""
+    if subject.whole is not None:
+        table.put(subject.whole, table.default(subject.whole) | {"way": "fused"})
+    default, expected = table.default(subject), subject.expected()
+    every = [default, *(default | row for row in subject.candidates)]
+    candidates = {_text(row): row for row in every[: options.candidates]}
+    errors, problems = {}, []
+    for name, row in candidates.items():
+        table.put(subject, row)
+        try:
+            results = _tensors(subject.run(subject.arguments()))
+            error = max(relative_error(a.double(), b, floor=1e-3) for a, b in zip(results, expected, strict=True))
+        except Exception as failure:  # such as a tile too large for this GPU
+            problems.append(f"{name}: {type(failure).__name__}: {failure}".splitlines()[0])
+            continue
+        if error <= TOLERANCES[options.precision]:
+            errors[name] = error
+        else:
+            problems.append(f"{name}: wrong: error {error:.1e}")
+    arguments, calls = subject.arguments(), 1
+
+    def measure(name: str) -> float:
+        table.put(subject, candidates[name])
+
+        def several() -> None:
+            for _ in range(calls):
+                subject.run(arguments)
+
+        return seconds(several, table.device) / calls
+
+    if errors and table.device.type == "cuda":
+        calls = 1 + int(_LEAST_SECONDS / measure(next(iter(errors))))
+    times = in_turns(options.repetitions, errors, measure, lambda name, error: problems.append(f"{name}: {error}"))
+    found: Row = {"operation": subject.row, "class": subject.classes[0], "problem": "; ".join(problems)}
+    if not times:
+        table.put(subject, default)
+        return found | {"chosen": None, "seconds": None}
+    order = sorted(times, key=lambda name: times[name]["median"])
+    best, tile = (
+        candidates[order[0]],
+        next((candidates[name] for name in order if _has_tile(candidates[name])), default),
+    )
+    table.put(subject, tile | best | {"microseconds": round(1e6 * times[order[0]]["median"], 1)})
+    of_way = {candidates[name].get("way"): times[name]["median"] for name in reversed(order)}
+    return found | {
+        "chosen": order[0],
+        "error": errors[order[0]],
+        "seconds": times[order[0]],
+        "default_seconds": times.get(_text(default)),
+        "others": {way: taken for way, taken in of_way.items() if way and way != best["way"]},
+    }
+
+
+def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
+    """Yield what is looked for at a block's shapes; what others are made of comes first."""
+    from mtt_fast.kernels.triton.convolution import shape_classes
+    from mtt_fast.kernels.triton.planes import Planes
+    from mtt_fast.kernels.triton.windows import shape_class
+
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def planes(channels: int, size: int) -> Tensor:
+        found = torch.randn(batch, channels, size, size, generator=generator, device=device)
+        return found.to(dtype, memory_format=torch.channels_last)
+
+    def parameters(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=accumulator(dtype)) / len(shape)
+
+    padding, grown = block.padding, block.size + 2 * block.padding - 2
+    x, y, y_dot = planes(block.channels, block.size), planes(block.width, grown), planes(block.width, grown)
+    x_dot = planes(block.channels, block.size) if block.number > 1 else None  # images have no tangent
+    weights = [parameters(block.width, block.channels, 3, 3) for _ in range(2)]
+    affine = [parameters(block.width) for _ in range(4)]
+    bars = [planes(block.width, grown // 2) for _ in range(2)]
+    numbers = list(reference.norm_relu_pool_dual(y, y_dot, *affine, NORM_EPS)[2:])
+    forward = shape_classes(Planes.of(x), Planes.of(y), precision)
+    back = shape_classes(Planes.of(y), Planes.of(x), precision)
+    window = (shape_class(Planes.of(y)),) * 2
+
+    def fixed(*arguments: Any) -> Callable[[], list[Any]]:
+        return lambda: list(arguments)
+
+    def pair() -> tuple[Tensor, Tensor]:
+        return y.clone(), y_dot.clone()
+
+    norm = ("norm_relu_pool", "norm_relu_pool_backward", "norm_relu_pool_dual", "norm_relu_pool_dual_backward")
+    for name, arguments in zip(
+        norm,
+        (
+            (y, *affine[:2], NORM_EPS),
+            (y, *numbers[:2], *affine[:2], bars[0]),
+            (y, y_dot, *affine, NORM_EPS),
+            (y, y_dot, *numbers, *affine, *bars),
+        ),
+        strict=True,
+    ):
+        yield Subject(name, window, WINDOWS, name, fixed(*arguments))
+
+    tiles = [*({"way": "triton"} | tile for tile in TILES[precision]), {"way": "cudnn"}]
+    correlations = [*({"way": "triton"} | tile for tile in CORRELATIONS[precision]), {"way": "cudnn"}]
+    dual, backward = (x, x_dot, *weights, padding, precision), (y, y_dot, *weights, padding, precision)
+    convolutions: list[tuple[str, tuple[str, str], list[Row], tuple[Any, ...]]] = [
+        ("conv3x3", forward, tiles, (x, weights[0], padding, precision)),
+        ("conv3x3_dual", forward, tiles, dual),
+        ("conv3x3_tangent", forward, tiles, dual),
+        ("conv3x3_weight_gradient", forward, correlations, (x, y, padding, precision)),
+        ("conv3x3_dual_weight_gradient", forward, correlations, (x, x_dot, y, y_dot, padding, precision)),
+        ("conv3x3_input_gradient_tangent", back, tiles, backward),
+    ]
+    if block.number > 1:
+        convolutions += [
+            ("conv3x3_input_gradient", back, tiles, (y, weights[0], padding, precision)),
+            ("conv3x3_dual_input_gradient", back, tiles, backward),
+        ]
+    for name, classes, candidates, arguments in convolutions:
+        yield Subject(name, classes, candidates, name, fixed(*arguments))
+
+    whole = "conv_norm_relu_pool_dual"
+    both = (x, x_dot, *weights, *affine, padding, NORM_EPS, precision)
+    known = (*both, reference.conv3x3(x, weights[0], padding, precision))
+    fused = [{"way": "fused"} | tile for tile in TILES[precision]]
+    forwards = Subject(whole, forward, [*fused, {"way": "parts"}], whole, fixed(*both))
+    yield Subject("block_pool", window, WINDOWS, whole, fixed(*both), forwards)
+    yield forwards
+    yield Subject("conv_norm_relu_pool_tangent", forward, [*fused, {"way": "parts"}], whole, fixed(*known))
+
+    def activations() -> list[Any]:
+        wants_x_bar = block.number > 1
+        return [[x, x_dot, *pair(), *numbers], *weights, *affine, *bars, padding, precision, wants_x_bar]
+
+    whole = "conv_norm_relu_pool_dual_backward"
+    backwards = Subject(whole, forward, [{"way": "fused"}, {"way": "parts"}], whole, activations)
+    for name, classes, candidates in (
+        ("block_coefficients", window, WINDOWS),
+        ("conv_norm_relu_pool_dual_weight_gradient", forward, FUSED_CORRELATIONS[precision]),
+        ("conv_norm_relu_pool_dual_input_gradient", back, FUSED_TILES[precision]),
+    ):
+        yield Subject(name, classes, candidates, whole, activations, backwards)
+    yield backwards
+
+
+def _blocks(setting: Setting) -> list[Block]:
+    net, channels, found = setting.net, setting.net.in_channels, []
+    assert isinstance(net.image_size, int)
+    size = net.image_size
+    for number in range(1, net.depth + 1):
+        found.append(Block(number, channels, size, net.width, net.first_padding if number == 1 else 1))
+        channels, size = net.width, (size + 2 * found[-1].padding - 2) // 2
+    return found
+
+
+def _has_tile(row: Row) -> bool:
+    return row.get("way") in (None, "triton", "fused")
+
+
+def _text(row: Row) -> str:
+    return " ".join(str(value) if name == "way" else f"{name}={value}" for name, value in row.items())
+
+
+def _in_float64(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_in_float64(each) for each in argument]
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, (tuple, list)):
+        return [tensor for each in result for tensor in _tensors(each)]
+    return []
