@@ -18,7 +18,7 @@ from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.augment import SiameseAugment, augment_parameters
 from mtt_fast.convnet import NORM_EPS
-from mtt_fast.kernels import reference
+from mtt_fast.kernels import Precision, reference
 from mtt_fast.testing import relative_error
 
 log = logging.getLogger("mtt_fast")
@@ -114,8 +114,8 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
     return {"error_float64": error(wide), "error": error(list(operation.arguments))}
 
 
-def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
-    """Yield every operation at every shape that a step of the setting calls it with, with a norm and without."""
+def operations(setting: Setting, device: torch.device, precision: Precision = "fp32") -> Iterator[Operation]:
+    """Yield every operation at every shape that a step of the setting has, with a norm and without, in `precision`."""
     net, batch = setting.net, setting.batch
     generator = torch.Generator(device).manual_seed(0)
 
@@ -132,7 +132,7 @@ def operations(setting: Setting, device: torch.device) -> Iterator[Operation]:
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
         yield Operation(name, f"{batch}×{net.in_channels}×{size}²", turned, 2 * images.nbytes, 0)
     for block in range(net.depth):
-        channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding, precision)
+        channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
         x, x_dot = random(batch, channels, size, size), random(batch, channels, size, size)
         weight, weight_dot = random(net.width, channels, 3, 3) / 10, random(net.width, channels, 3, 3) / 10
         size += 2 * padding - 2

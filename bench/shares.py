@@ -46,12 +46,16 @@ def share_of_operations(run: Callable[[], Any], device: torch.device) -> dict[st
     On a GPU each operation is waited for, which takes time itself.
     """
     taken: dict[str, float] = defaultdict(float)
+    within = [0.0]  # of each operation under way, the seconds of those that it calls itself
 
     def timed(name: str, operation: Operation) -> Operation:
         def call(*args: Any, **kwargs: Any) -> Any:
             result: list[Any] = []
             synchronise(device)
-            taken[name] += seconds(lambda: result.append(operation(*args, **kwargs)), device)
+            within.append(0.0)
+            whole = seconds(lambda: result.append(operation(*args, **kwargs)), device)
+            taken[name] += whole - within.pop()
+            within[-1] += whole
             return result[0]
 
         return call
