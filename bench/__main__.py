@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "training on distilled images, beside the same",
     "trajectories": "time to the first sample and memory of the store, beside the public format",
     "profile": "a trace of one iteration for Perfetto or chrome://tracing",
-    "render": "tables and plots from the records, into README.md and docs/performance.md",
+    "render": "tables and plots from the records, into README.md and docs/",
 }
 """Each is a module of this package, with `Options` and `main(options, command)`."""
 

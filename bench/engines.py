@@ -16,6 +16,7 @@ from bench.flops import (
     DOUBLE_BACKWARD_TO_IMAGES,
     GENERIC_MIXED_STEP,
     MIXED_STEP,
+    MIXED_STEP_KEPT,
     PLAIN_GRADIENT,
     Passes,
 )
@@ -214,6 +215,7 @@ ENGINES = {
     "compiled": Engine(compiled, (PLAIN_GRADIENT, GENERIC_MIXED_STEP)),
     "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True),
     "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True),
+    "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), cuts=True, rounds=True),
     "fused-graph": Engine(fused_graph, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True, cuda_only=True),
 }
 

@@ -92,7 +92,7 @@ case $stage in
         ;;
     3)
         budget=8GiB
-        names=whole_graph,checkpointed,truncated,generic,compiled,fused,fused-budget,fused-graph
+        names=whole_graph,checkpointed,truncated,generic,compiled,fused,fused-budget,fused-auto,fused-graph
         few=whole_graph,fused,fused-graph
         if [ -n "$rehearse" ]; then settings=(cifar10-ipc1) names=whole_graph,generic,fused few=whole_graph,fused; fi
         for setting in "${settings[@]}"; do

@@ -29,7 +29,7 @@ from bench.settings import Setting, Shape
 from bench.shares import share_of_operations
 from bench.workers import Worker, WorkerError
 from mtt_fast.files import read_header, save_tensors
-from mtt_fast.memory import parse_bytes
+from mtt_fast.memory import AUTO, parse_bytes
 from mtt_fast.testing import relative_error
 
 log = logging.getLogger("mtt_fast")
@@ -149,7 +149,8 @@ class EngineState:
 
 def build_engine(case: dict[str, Any], engine: str, budget: str) -> EngineState:
     """In a worker: return its state."""
-    cut = {"memory_budget": budget} if engine.endswith("-budget") else {}
+    budgets = {"fused-budget": budget, "fused-auto": AUTO}
+    cut = {"memory_budget": budgets[engine]} if engine in budgets else {}
     device = torch.device(case["device"])
     found, precision = engine_on(engine, device, case["precision"])
     return EngineState(found, to(build_case(**case), torch.float32, device), cut, precision)
