@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in stages of at most nine minutes: bench/gpu.sh STAGE OUT [--rehearse]
 #
 #   1 tests on CUDA       3 meta_step and memory, all settings     5 CIFAR-10, 1 image a class: from experts to accuracy
-#   2 kernels             4 experts, evaluation, trajectories      6 ImageNette at 128×128, 1 and 10 images a class, 8 GiB
+#   2 the table, kernels             4 experts, evaluation, trajectories      6 ImageNette at 128×128, 1 and 10 images a class, 8 GiB
 #
 # Records, logs and runs go to the folder OUT. A stage that its time cuts off exits with 75; called again, it goes on.
 # --rehearse does the same on the CPU at toy size, in seconds. Environment, for stages 5 and 6:
@@ -56,6 +56,23 @@ bench() {
     [ $status -eq 0 ] || { failed=1; tail -n 1 "$out/$name.log" >&2; }
 }
 
+# The table of launch configurations anew, block by block, which is what goes into kernels/triton/ afterwards.
+tune() {
+    local setting precision block
+    if [ -n "$rehearse" ]; then
+        TRITON_INTERPRET=1 bench tune tune --blocks 2 --table "$out/configurations.toml" --candidates 1
+        return
+    fi
+    for setting in cifar10-ipc10:3 tiny-ipc10:4 imagenet128-ipc10:5; do
+        for precision in tf32 bf16; do
+            for block in $(seq "${setting#*:}"); do
+                bench "tune-${setting%:*}-$precision-$block" tune --setting "${setting%:*}" --precision $precision \
+                    --blocks "$block" --table "$out/configurations.toml"
+            done
+        done
+    done
+}
+
 # A distillation with its experts, from wherever it was.
 distil() {
     local run=$1 status=0 resume=(); shift
@@ -86,6 +103,7 @@ case $stage in
     2)
         settings=(cifar10-ipc10 imagenet128-ipc10)
         if [ -n "$rehearse" ]; then settings=(cifar10-ipc10); fi
+        tune
         for setting in "${settings[@]}"; do
             bench "kernels-$setting" kernels --setting "$setting"
         done

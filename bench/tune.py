@@ -92,7 +92,7 @@ def main(options: Options, command: str) -> None:
     device, setting = options.torch_device(), options.resolve()
     if options.precision not in TOLERANCES:
         raise InputError(f"--precision {options.precision}: expected one of {', '.join(TOLERANCES)}")
-    table = Table(device, Path(options.table))
+    table = Table.of(device, Path(options.table))
     numbers = None if options.blocks is None else integers(options.blocks, "--blocks")
     blocks = [block for block in _blocks(setting) if numbers is None or block.number in numbers]
     rows = []
@@ -107,38 +107,49 @@ def main(options: Options, command: str) -> None:
     write_record(options.out, name, "tune", device, conditions, rows, command)
 
 
+@dataclass(frozen=True)
 class Table:
     """The table that kernels read in this process, and the file that keeps it."""
 
-    def __init__(self, device: torch.device, path: Path) -> None:
+    rows: dict[str, dict[str, dict[str, Row]]]
+    """by operation, class of shapes, architecture"""
+    forget: Callable[[], None]
+    """has kernels look again"""
+    architecture: str
+    device: torch.device
+    path: Path
+
+    @classmethod
+    def of(cls, device: torch.device, path: Path) -> Table:
+        """Take the table in use, or `path` if that is there. Raises `InputError` where no kernel of Triton runs."""
         try:
             from mtt_fast.kernels.triton import configurations, entry
         except ImportError as error:
             raise InputError(str(error)) from error
         if device.type != "cuda" and not entry.INTERPRETED:
             raise InputError(f"--device {device}: expected a GPU; set TRITON_INTERPRET=1 to rehearse on a CPU")
-        self.architecture, self.device, self._path = entry.architecture(device), device, path
-        self._rows, self._forget = configurations.table(), configurations.row_of.cache_clear
+        rows, forget = configurations.table(), configurations.row_of.cache_clear
         if path.exists():
-            self._rows.update(tomllib.loads(path.read_text(encoding="utf-8")))
-            self._forget()
+            rows.update(tomllib.loads(path.read_text(encoding="utf-8")))
+            forget()
+        return cls(rows, forget, entry.architecture(device), device, path)
 
     def default(self, subject: Subject) -> Row:
         """Return the row that stands for the looser class."""
-        rows = self._rows[subject.row][subject.classes[1]]
+        rows = self.rows[subject.row][subject.classes[1]]
         row: Row = rows.get(self.architecture, rows["default"])
         return {name: value for name, value in row.items() if name != "microseconds"}
 
     def put(self, subject: Subject, row: Row) -> None:
         """Have the kernels of this process take `row`."""
-        self._rows[subject.row].setdefault(subject.classes[0], {})[self.architecture] = row
-        self._forget()
+        self.rows[subject.row].setdefault(subject.classes[0], {})[self.architecture] = row
+        self.forget()
 
     def write(self) -> None:
         """Write the file."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(text_of(self._rows), encoding="utf-8")
-        log.info("%s", self._path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(text_of(self.rows), encoding="utf-8")
+        log.info("%s", self.path)
 
 
 def tune(subject: Subject, table: Table, options: Options) -> Row:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench import flops, gate, kernels, training
+from bench import flops, gate, kernels, training, tune
 from bench.__main__ import main
+from bench.candidates import text_of
 from bench.cases import make_case, to
 from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, fused, whole_graph
 from bench.measuring import in_turns, peak_above_baseline, spread
@@ -26,6 +29,8 @@ from bench.settings import SETTINGS, Setting, Shape, named
 from bench.shares import share_of_operations
 from bench.workers import Worker, WorkerError
 from mtt_fast import ConvNet, InputError, cli
+from mtt_fast import kernels as operations
+from mtt_fast.kernels import reference
 from mtt_fast.testing import relative_error
 from mtt_fast.training import Images, Sgd
 
@@ -264,7 +269,59 @@ def test_kernels_and_their_stage(tmp_path: Path) -> None:
         assert row["problem"] is None
         assert row["error_float64"] <= kernels.FLOAT64_TOLERANCE
         assert row["bytes_per_second"] > 0
+
+    tuned = {row["operation"]: row for row in rows_of(tmp_path, "tune")}
+    assert tuned.keys() > {"conv3x3_dual", "norm_relu_pool", "conv_norm_relu_pool_dual_backward"}
+    for row in tuned.values():
+        assert row["problem"] == ""
+        assert row["error"] < tune.TOLERANCES["tf32"]
+    before = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
+    after = tomllib.loads((tmp_path / "configurations.toml").read_text())
+    for operation, classes in before.items():
+        for shape_class, kept in classes.items():
+            measured = {name for name, row in after[operation][shape_class].items() if "microseconds" in row}
+            for name in kept.keys() - measured:
+                assert after[operation][shape_class][name] == kept[name]
+    assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64"]["sm_80"]
+
     assert "kernels" not in stage("2", tmp_path)  # what is recorded is not measured again
+
+
+def test_the_table_is_as_its_writer_writes_it() -> None:
+    text = (ROOT / "kernels/triton/configurations.toml").read_text()
+    assert text_of(tomllib.loads(text)) == text
+
+
+def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor timed; the others are, and the fastest of them goes into the table."""
+    pauses = {"fast": 0.0, "right": 0.005, "slow": 0.05}
+    rows: dict[str, Any] = {"op": {"class": {"default": {"way": "slow"}}}}
+    chosen = tune.Table(rows, lambda: None, "sm_90", CPU, tmp_path / "table.toml")
+
+    def run(argument: torch.Tensor) -> torch.Tensor:
+        way = rows["op"]["class"]["sm_90"]["way"]
+        time.sleep(pauses[way])
+        return argument * (1.5 if way == "fast" else 1)
+
+    monkeypatch.setattr(operations, "conv3x3", run)
+    monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
+    candidates = [{"way": way} for way in ("fast", "absent", "right")]
+    subject = tune.Subject("op", ("class", "class"), candidates, "conv3x3", lambda: [torch.ones(3)])
+    found = tune.tune(subject, chosen, tune.Options(repetitions=2, device="cpu"))
+    assert found["chosen"] == "right"
+    assert found["problem"] == "fast: wrong: error 5.0e-01; absent: KeyError: 'absent'"
+    assert found["others"].keys() == {"slow"}
+    assert rows["op"]["class"]["default"] == {"way": "slow"}
+    assert rows["op"]["class"]["sm_90"]["way"] == "right"
+    assert rows["op"]["class"]["sm_90"]["microseconds"] >= 5000
+    chosen.write()
+    assert tomllib.loads((tmp_path / "table.toml").read_text()) == rows
+
+
+def test_precision(tmp_path: Path) -> None:
+    bench("precision", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
+    rows = {row["precision"]: row for row in rows_of(tmp_path, "found")}
+    assert rows["fp32"]["images"] < 1e-4 < rows["tf32"]["images"] < rows["bf16"]["images"] < 0.5
 
 
 def test_a_wrong_kernel_shows() -> None:

@@ -159,29 +159,71 @@ def test_bias_relu_pool(architecture: str, tmp_path: Path) -> None:
     check(launches, architecture, tmp_path)
 
 
+each_precision = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+
+
+def planes(precision: str, *size: int, form: torch.memory_format = torch.channels_last) -> Tensor:
+    """As the student has them: bf16 products are of bfloat16 planes."""
+    return numbers(*size, form=form).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def check_products(launches: list[Launch], architecture: str, folder: Path, precision: str) -> None:
+    """Tensor cores do the products, and the newer ones of them those of many channels."""
+    for launch, usage in zip(launches, check(launches, architecture, folder), strict=True):
+        assert usage.tensor_cores == (precision != "fp32"), usage
+        if usage.tensor_cores and architecture != "sm_80" and min(launch.constants["CI"], launch.constants["CO"]) > 3:
+            assert usage.asynchronous, f"{usage}, {launch.constants}"
+
+
 @pytest.mark.slow
 @each_architecture
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@each_precision
 def test_conv3x3(architecture: str, precision: Any, tmp_path: Path) -> None:
-    """The first two blocks of 32×32 images, and those of 128×128 images in the format that suits them."""
+    """The first two blocks of 32×32 images, and those of 128×128 images; once in the other format."""
     from mtt_fast.kernels.triton import convolution
 
     with recording([convolution], architecture) as launches:
-        for side, forms in ((32, FORMATS), (128, FORMATS[1:])):
-            for form in forms:
-                x, y = numbers(4, 3, side, side, form=form), numbers(4, WIDTH, side, side, form=form)
-                weight = numbers(WIDTH, 3, 3, 3)
-                convolution.conv3x3_dual(x, None, weight, weight, 1, precision)
-                convolution.conv3x3_input_gradient_tangent(y, y, weight, weight, 1, precision)
-                convolution.conv3x3_dual_weight_gradient(x, None, y, y, 1, precision)
-                x = numbers(4, WIDTH, side // 2, side // 2, form=form)
-                weight = numbers(WIDTH, WIDTH, 3, 3)
-                convolution.conv3x3_dual(x, x, weight, weight, 1, precision)  # the input gradient is the same kernel
-                convolution.conv3x3_tangent(x, x, weight, weight, 1, precision)
-                convolution.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
-    assert len(launches) == 3 * 6
-    for usage in check(launches, architecture, tmp_path):
-        assert usage.tensor_cores == (precision != "fp32"), usage
+        for side, form in ((32, torch.channels_last), (128, torch.channels_last)):
+            x, y = (planes(precision, 4, channels, side, side, form=form) for channels in (3, WIDTH))
+            weight = numbers(WIDTH, 3, 3, 3)
+            convolution.conv3x3_dual(x, None, weight, weight, 1, precision)
+            convolution.conv3x3_input_gradient_tangent(y, y, weight, weight, 1, precision)
+            convolution.conv3x3_dual_weight_gradient(x, None, y, y, 1, precision)
+            x, weight = planes(precision, 4, WIDTH, side // 2, side // 2, form=form), numbers(WIDTH, WIDTH, 3, 3)
+            convolution.conv3x3_dual(x, x, weight, weight, 1, precision)  # the input gradient is the same kernel
+            convolution.conv3x3_tangent(x, x, weight, weight, 1, precision)
+            convolution.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
+    assert len(launches) == 2 * 6
+    check_products(launches, architecture, tmp_path, precision)
+
+    with recording([convolution], architecture) as launches:
+        x = planes(precision, 4, WIDTH, 16, 16, form=torch.contiguous_format)
+        convolution.conv3x3_dual(x, x, weight, weight, 1, precision)
+        convolution.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
+    check(launches, architecture, tmp_path)
+
+
+@pytest.mark.slow
+@each_architecture
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_whole_blocks(architecture: str, precision: Any, tmp_path: Path) -> None:
+    """The first block of 128×128 images and the last of 32×32 ones, forward and back."""
+    from mtt_fast.kernels.triton import block, convolution, windows
+
+    with recording([convolution], architecture) as launches, recording([block, windows], architecture) as others:
+        for channels, side in ((3, 128), (WIDTH, 8)):
+            x, y = planes(precision, 4, channels, side, side), planes(precision, 4, WIDTH, side, side)
+            x_dot, p_bar = x if channels > 3 else None, planes(precision, 4, WIDTH, side // 2, side // 2)
+            weight, channel = numbers(WIDTH, channels, 3, 3), numbers(WIDTH)
+            arguments = (x, x_dot, weight, weight, *[channel] * 4, 1, 1e-5, precision)
+            _, _, activations = block.conv_norm_relu_pool_dual(*arguments)
+            block.conv_norm_relu_pool_dual(*arguments, y=y)
+            options = (weight, weight, *[channel] * 4, p_bar, p_bar, 1, precision, channels > 3)
+            block.conv_norm_relu_pool_dual_backward(activations, *options)
+    assert len(launches) == 2 * 4
+    assert len(others) == 2 * 5
+    check_products(launches, architecture, tmp_path, precision)
+    check(others, architecture, tmp_path)
 
 
 @each_architecture

@@ -266,7 +266,7 @@ def warps(device: str, shape: tuple[int, int, int, int]) -> None:
 
 
 def refusals(device: str) -> None:
-    from mtt_fast.kernels import triton
+    from mtt_fast.kernels.triton import convolution
 
     x, weight = torch.zeros(2, 3, 6, 6, device=device), torch.zeros(4, 3, 3, 3, device=device)
     for first, second in (
@@ -275,7 +275,7 @@ def refusals(device: str) -> None:
         (x, x.to(memory_format=torch.channels_last)),
     ):
         try:
-            triton.conv3x3_dual(first, second, weight, weight, 1, precision="fp32")
+            convolution.conv3x3_dual(first, second, weight, weight, 1, "fp32")
         except ValueError as error:
             print("refused:", error)
         else:
@@ -294,7 +294,7 @@ def main(device: str) -> None:
         if interpreted:
             convolutions(device, torch.float64, "fp32", shape, form)
         for precision in precisions:
-            enough = form == torch.channels_last and (precision == "fp32" or shape == SHAPES[0])
+            enough = form == torch.channels_last and shape in SHAPES[: 2 if precision == "fp32" else 1]
             if not interpreted or (enough and precision not in UNINTERPRETED):
                 convolutions(device, torch.float32, precision, shape, form)
     if interpreted:
