@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from mtt_fast import kernels
 from mtt_fast.kernels import LabelKind, native, reference
@@ -581,3 +582,92 @@ SOFT = torch.zeros(6, 3)
 def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=f"^{op}: .*{reason}"):
         getattr(kernels, op)(*arguments)
+
+
+def block_arguments(case: tuple[int, ...], dtype: torch.dtype, images: bool) -> dict[str, Any]:
+    given = convolution_arguments(case, dtype if dtype != torch.bfloat16 else torch.float32)
+    batch, _, height, width, filters, padding = case
+    sides = [(side + 2 * padding - 2) // 2 for side in (height, width)]
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+
+    def planes(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype, memory_format=torch.channels_last)
+
+    return {
+        "x": planes(given["x"]),
+        "x_dot": None if images else planes(given["x_dot"]),
+        "parameters": [given["weight"], given["weight_dot"], *(draw(filters, dtype=wide) for _ in range(4))],
+        "bars": [planes(draw(batch, filters, *sides, dtype=wide)) for _ in range(2)],
+        "padding": padding,
+    }
+
+
+def block_results(ops: Any, given: dict[str, Any], precision: Any = "fp32", known: bool = False) -> dict[str, Tensor]:
+    x, x_dot, parameters, bars, padding = given.values()
+    y = ops.conv3x3(x, parameters[0], padding, precision) if known else None
+    p, p_dot, activations = ops.conv_norm_relu_pool_dual(x, x_dot, *parameters, padding, EPS, precision, y)
+    forward = {"p": p, "p_dot": p_dot, "y_dot": activations[3].clone(), "mean": activations[4], "k2": activations[7]}
+    back = ops.conv_norm_relu_pool_dual_backward(activations, *parameters, *bars, padding, precision, x_dot is not None)
+    names = ("x_bar", "x_bar_dot", "weight_bar_dot", "gamma_bar_dot", "beta_bar_dot")
+    return forward | {name: value for name, value in zip(names, back, strict=True) if value is not None}
+
+
+BLOCKS = [case for case in CONVOLUTIONS if min(case[2:4]) + 2 * case[5] - 2 >= 2]
+
+
+@pytest.mark.usefixtures("either_twin")
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_a_whole_block_is_its_parts(case: tuple[int, ...], images: bool, known: bool) -> None:
+    given = block_arguments(case, torch.float64, images)
+    expected = block_results(reference, given)
+    for name, found in block_results(kernels, given, known=known).items():
+        assert_close(name, found, expected[name], 1e-11, floor=1e-4)
+    assert ("x_bar" in expected) != images
+
+
+@pytest.mark.usefixtures("either_twin")
+def test_activations_of_a_block_are_used_up() -> None:
+    given = block_arguments(BLOCKS[0], torch.float64, False)
+    x, x_dot, parameters, bars, padding = given.values()
+    activations = kernels.conv_norm_relu_pool_dual(x, x_dot, *parameters, padding, EPS)[2]
+    kernels.conv_norm_relu_pool_dual_backward(activations, *parameters, *bars, padding)
+    assert activations == []
+    with pytest.raises(ValueError, match=r"^conv_norm_relu_pool_dual_backward: .*used twice"):
+        kernels.conv_norm_relu_pool_dual_backward(activations, *parameters, *bars, padding)
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_bfloat16_planes_have_float32_sums(case: tuple[int, ...], images: bool) -> None:
+    given = block_arguments(case, torch.bfloat16, images)
+    exact = {
+        **{name: given[name] for name in ("x_dot", "padding")},
+        "x": given["x"].double(),
+        **{name: [each.double() for each in given[name]] for name in ("parameters", "bars")},
+    }
+    if not images:
+        exact["x_dot"] = given["x_dot"].double()
+    exact = {name: exact[name] for name in given}  # in the order of the arguments
+    expected = block_results(reference, exact)
+    for name, found in block_results(kernels, given, "bf16").items():
+        assert found.dtype == (torch.bfloat16 if found.dim() == 4 and found.shape[2:] != (3, 3) else torch.float32), (
+            name
+        )
+        assert_close(name, found.double(), expected[name], 0.3, floor=0.3)
+
+
+@pytest.mark.parametrize("planes", [torch.float32, torch.bfloat16], ids=str)
+def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None:
+    given = convolution_arguments((2, 40, 6, 5, 33, 1), torch.float32)
+    x, weight, y_bar = (given[name].bfloat16().float() for name in ("x", "weight", "y_bar"))
+    for found, expected in (
+        (kernels.conv3x3(given["x"].to(planes), given["weight"], 1, "bf16"), F.conv2d(x, weight, padding=1)),
+        (
+            kernels.conv3x3_weight_gradient(given["x"].to(planes), given["y_bar"].to(planes), 1, "bf16"),
+            conv2d_weight(x, (33, 40, 3, 3), y_bar, padding=1),
+        ),
+    ):
+        rounded = found.dtype == torch.bfloat16
+        assert_close("result", found.float(), expected, 4e-3 if rounded else 1e-6)
