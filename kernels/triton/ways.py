@@ -6,6 +6,7 @@ A whole block goes `fused` (block.py) or in `parts`, each of which then goes its
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +25,12 @@ MODULES: dict[str, ModuleType] = {"triton": convolution, "cudnn": library}
 def chosen(operation: str) -> Callable[..., Any]:
     """Return the convolution named `operation` as a function that goes the way the table says for its arguments."""
 
-    def run(*arguments: Any, precision: Precision) -> Any:
-        way = _way(operation, arguments[0], _result(operation, *arguments), precision)
-        return getattr(MODULES[way], operation)(*arguments, precision=precision)
+    @wraps(getattr(library, operation))
+    def run(*arguments: Any, **named: Precision) -> Any:
+        every: list[Any] = [*arguments, *named.values()]
+        operands, precision = every[:-1], every[-1]  # which comes last, by name or without
+        way = _way(operation, operands[0], _result(operation, *operands), precision)
+        return getattr(MODULES[way], operation)(*operands, precision)
 
     return run
 
