@@ -47,7 +47,8 @@ def main(options: Options, command: str) -> None:
         record = read_record(path)
         tables[path.stem] = rendered(record)
         write_text(path.with_suffix(".md"), tables[path.stem])
-        draw(record, path.with_suffix(".png"))
+        if record["benchmark"] in DRAWN:
+            draw(record, path.with_suffix(".png"))
     for document in map(Path, filter(None, options.documents.split(","))):
         write_text(document, filled_in(document.read_text(encoding="utf-8"), tables, document))
     log.info("%s: %d records", folder, len(paths))
@@ -227,6 +228,8 @@ _LABELS = {
     "trajectories": "reader",
     "tune": "operation",
 }
+
+DRAWN = (*_LABELS, "memory_scaling")
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -24,7 +24,7 @@ from bench.candidates import text_of
 from bench.cases import make_case, to
 from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, fused, whole_graph
 from bench.measuring import in_turns, peak_above_baseline, spread
-from bench.render import filled_in, table
+from bench.render import TABLES, filled_in, table
 from bench.settings import SETTINGS, Setting, Shape, named
 from bench.shares import share_of_operations
 from bench.workers import Worker, WorkerError
@@ -457,6 +457,18 @@ def test_render_fills_in_the_marked_places(tmp_path: Path) -> None:
     assert readme.read_text() == text  # again changes nothing
     with pytest.raises(InputError, match="marker bench:three: no such record; there are one"):
         filled_in("<!-- bench:three -->\n<!-- /bench -->", {"one": ""}, readme)
+
+
+@pytest.mark.parametrize("benchmark", TABLES)
+def test_every_benchmark_is_rendered(benchmark: str, tmp_path: Path) -> None:
+    record = {
+        "name": "one", "benchmark": benchmark, "conditions": {}, "rows": [{"problem": "none"}], "device": "a device",
+        "versions": {"torch": "1"}, "commit": None, "dirty": False, "time": None, "command": "measured so",
+    }  # fmt: skip
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    assert cli.run(main, ["render", "--results", str(tmp_path), "--documents", ""]) == 0
+    assert "commit None: `measured so`" in (tmp_path / "one.md").read_text()
+    assert (tmp_path / "one.png").exists() == (benchmark != "precision")
 
 
 def test_what_no_row_has_is_no_column() -> None:
