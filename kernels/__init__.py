@@ -18,7 +18,16 @@ if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which wo
     raise ImportError("import mtt_fast.kernels, not kernels")
 
 from . import native, reference, triton
-from .formats import WARP_PARAMETERS, Activations, ConvLayer, LabelKind, Precision, accumulator, memory_format
+from .checks import (
+    check_classifier,
+    check_convolution,
+    check_correlation,
+    check_planes,
+    check_tensors,
+    check_vectors,
+    check_warp,
+)
+from .formats import WARP_PARAMETERS, Activations, ConvLayer, LabelKind, Precision, accumulator
 
 __all__ = [
     "WARP_PARAMETERS",
@@ -153,7 +162,7 @@ def sgd_step(
     be `theta` itself, and `velocity_out` `velocity`. Raises `ValueError` for anything else.
     """
     vectors = {"theta": theta, "gradient": gradient, "out": out, "velocity": velocity, "velocity_out": velocity_out}
-    _check_vectors("sgd_step", vectors, {"rate": rate})
+    check_vectors("sgd_step", vectors, {"rate": rate})
     arguments = (theta, gradient, rate, out, velocity, velocity_out, momentum, weight_decay)
     return _twin("sgd_step", theta)(*arguments)  # type: ignore[no-any-return]
 
@@ -174,7 +183,7 @@ def adjoint_step(
     arguments. Raises `ValueError` for anything else.
     """
     vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
-    _check_vectors("adjoint_step", vectors, {"scale": scale})
+    check_vectors("adjoint_step", vectors, {"scale": scale})
     arguments = (adjoint, hessian_v, direction, scale, out, incoming, weight_decay)
     return _twin("adjoint_step", adjoint)(*arguments)  # type: ignore[no-any-return]
 
@@ -187,7 +196,7 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
     All of one floating dtype and device; only if planes are bfloat16, numbers of planes and of channels are float32.
     Raises `ValueError` for anything else.
     """
-    _check("norm_relu_pool", y, planes={"y": y}, channels={"gamma": gamma, "beta": beta})
+    check_planes("norm_relu_pool", y, planes={"y": y}, channels={"gamma": gamma, "beta": beta})
     p, mean, rstd = _twin("norm_relu_pool", y)(y, gamma, beta, eps)
     return p, mean, rstd
 
@@ -201,7 +210,7 @@ def norm_relu_pool_backward(
     is needed no more, and ȳ may take its memory. Raises `ValueError` as `norm_relu_pool` does.
     """
     numbers = {"mean": mean, "rstd": rstd}
-    _check("norm_relu_pool_backward", y, {"y": y}, {"gamma": gamma, "beta": beta}, numbers, {"p_bar": p_bar})
+    check_planes("norm_relu_pool_backward", y, {"y": y}, {"gamma": gamma, "beta": beta}, numbers, {"p_bar": p_bar})
     y_bar, gamma_bar, beta_bar = _twin("norm_relu_pool_backward", y)(y, mean, rstd, gamma, beta, p_bar, reuse)
     return y_bar, gamma_bar, beta_bar
 
@@ -215,7 +224,7 @@ def norm_relu_pool_dual(
     Shapes, formats, errors: `norm_relu_pool`.
     """
     channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
-    _check("norm_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, channels)
+    check_planes("norm_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, channels)
     p, p_dot, *numbers = _twin("norm_relu_pool_dual", y)(y, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
     mean, rstd, k1, k2 = numbers
     return p, p_dot, mean, rstd, k1, k2
@@ -243,7 +252,7 @@ def norm_relu_pool_dual_backward(
     derivative `p_bar_dot`. With `reuse`, `y` and `y_dot` are needed no more, and the results may take their memory.
     Shapes, formats, errors: `norm_relu_pool`.
     """
-    _check(
+    check_planes(
         "norm_relu_pool_dual_backward",
         y,
         planes={"y": y, "y_dot": y_dot},
@@ -263,7 +272,7 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
     `y` (B, C, H, W), contiguous or channels_last, as is the result; `beta` (C,). An odd last row or column is not pooled.
     All of one floating dtype and device. Raises `ValueError` for anything else.
     """
-    _check("bias_relu_pool", y, planes={"y": y}, channels={"beta": beta})
+    check_planes("bias_relu_pool", y, planes={"y": y}, channels={"beta": beta})
     p: Tensor = _twin("bias_relu_pool", y)(y, beta)
     return p
 
@@ -274,14 +283,14 @@ def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, *, reuse: bo
     `y`, `beta` are those of `bias_relu_pool`. ReLU's derivative at 0 is 0. With `reuse`, `y` is needed no more, and ȳ may
     take its memory. Raises `ValueError` as `bias_relu_pool` does.
     """
-    _check("bias_relu_pool_backward", y, {"y": y}, {"beta": beta}, pooled={"p_bar": p_bar})
+    check_planes("bias_relu_pool_backward", y, {"y": y}, {"beta": beta}, pooled={"p_bar": p_bar})
     y_bar, beta_bar = _twin("bias_relu_pool_backward", y)(y, beta, p_bar, reuse)
     return y_bar, beta_bar
 
 
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
     """Return p and its derivative ṗ in the direction (`y_dot`, `beta_dot`). Shapes, formats, errors: `bias_relu_pool`."""
-    _check("bias_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, {"beta": beta, "beta_dot": beta_dot})
+    check_planes("bias_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, {"beta": beta, "beta_dot": beta_dot})
     p, p_dot = _twin("bias_relu_pool_dual", y)(y, y_dot, beta, beta_dot)
     return p, p_dot
 
@@ -296,7 +305,7 @@ def bias_relu_pool_dual_backward(
     Shapes, formats, errors: `bias_relu_pool`.
     """
     pooled = {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
-    _check("bias_relu_pool_dual_backward", y, {"y": y}, {"beta": beta}, pooled=pooled)
+    check_planes("bias_relu_pool_dual_backward", y, {"y": y}, {"beta": beta}, pooled=pooled)
     y_bar, y_bar_dot, beta_bar_dot = _twin("bias_relu_pool_dual_backward", y)(y, beta, p_bar, p_bar_dot, reuse)
     return y_bar, y_bar_dot, beta_bar_dot
 
@@ -310,21 +319,21 @@ def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp3
     `precision`: what float32 factors are rounded to before they are multiplied; sums are float32, and float64 stays so.
     Raises `ValueError` for anything else.
     """
-    _check_conv("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
+    check_convolution("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
     y: Tensor = _twin("conv3x3", x, precision)(x, weight, padding)
     return y
 
 
 def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
-    _check_conv("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
+    check_convolution("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
     x_bar: Tensor = _twin("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
     return x_bar
 
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W̄ = ȳ ⋆ x (K, C, 3, 3), contiguous, from `y_bar`, the gradient to the result of `conv3x3`."""
-    _check_pair("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
+    check_correlation("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
     weight_bar: Tensor = _twin("conv3x3_weight_gradient", x, precision)(x, y_bar, padding)
     return weight_bar
 
@@ -342,7 +351,7 @@ def conv3x3_dual(
     Shapes, formats, errors: `conv3x3`.
     """
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
-    _check_conv("conv3x3_dual", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
+    check_convolution("conv3x3_dual", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
     y, y_dot = _twin("conv3x3_dual", x, precision)(x, x_dot, weight, weight_dot, padding)
     return y, y_dot
 
@@ -357,7 +366,7 @@ def conv3x3_tangent(
 ) -> Tensor:
     """Return ẏ of `conv3x3_dual` alone, where y is known."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
-    _check_conv("conv3x3_tangent", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
+    check_convolution("conv3x3_tangent", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
     y_dot: Tensor = _twin("conv3x3_tangent", x, precision)(x, x_dot, weight, weight_dot, padding)
     return y_dot
 
@@ -372,7 +381,7 @@ def conv3x3_dual_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return x̄ = Wᵀ∗ȳ and its derivative x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇, each (B, C, H, W) in the memory format of `y_bar`."""
     weights = {"weight": weight, "weight_dot": weight_dot}
-    _check_conv("conv3x3_dual_input_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
+    check_convolution("conv3x3_dual_input_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
     twin = _twin("conv3x3_dual_input_gradient", y_bar, precision)
     x_bar, x_bar_dot = twin(y_bar, y_bar_dot, weight, weight_dot, padding)
     return x_bar, x_bar_dot
@@ -388,7 +397,7 @@ def conv3x3_input_gradient_tangent(
 ) -> Tensor:
     """Return x̄̇ of `conv3x3_dual_input_gradient` alone, where x̄ is known or, below the first layer, asked by nobody."""
     weights = {"weight": weight, "weight_dot": weight_dot}
-    _check_conv("conv3x3_input_gradient_tangent", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
+    check_convolution("conv3x3_input_gradient_tangent", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
     twin = _twin("conv3x3_input_gradient_tangent", y_bar, precision)
     x_bar_dot: Tensor = twin(y_bar, y_bar_dot, weight, weight_dot, padding)
     return x_bar_dot
@@ -404,7 +413,7 @@ def conv3x3_dual_weight_gradient(
 ) -> Tensor:
     """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3), contiguous. `x_dot` None stands for zero. Errors: `conv3x3`."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
-    _check_pair("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
+    check_correlation("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
     twin = _twin("conv3x3_dual_weight_gradient", x, precision)
     weight_bar_dot: Tensor = twin(x, x_dot, y_bar, y_bar_dot, padding)
     return weight_bar_dot
@@ -431,16 +440,16 @@ def conv_norm_relu_pool_dual(
     """
     op, weights = "conv_norm_relu_pool_dual", {"weight": weight, "weight_dot": weight_dot}
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
-    _check_conv(op, padding, inputs, weights, 1)
+    check_convolution(op, padding, inputs, weights, 1)
     arguments = (x, x_dot, weight, weight_dot)
     affine = (gamma, beta, gamma_dot, beta_dot)
     way = op if y is None else "conv_norm_relu_pool_tangent"
     fused = _fused_twin(op, x, weight, padding, precision, way)
     if fused is not None:
         channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
-        _check_tensors(op, x, channels, (len(weight),), dtype=accumulator(x.dtype))
+        check_tensors(op, x, channels, (len(weight),), dtype=accumulator(x.dtype))
         if y is not None:
-            _check_pair(op, padding, inputs, {"y": y})
+            check_correlation(op, padding, inputs, {"y": y})
         return fused(*arguments, *affine, padding, eps, y=y)  # type: ignore[no-any-return]
     if y is None:
         y, y_dot = conv3x3_dual(*arguments, padding, precision)
@@ -477,11 +486,11 @@ def conv_norm_relu_pool_dual_backward(
             f"{op}: expected the activations of one forward, found {len(activations)} tensors; used twice?"
         )
     x, weights = activations[0], {"weight": weight, "weight_dot": weight_dot}
-    _check_conv(op, padding, {"x": x}, weights, 1)
+    check_convolution(op, padding, {"x": x}, weights, 1)
     fused = _fused_twin(op, x, weight, padding, precision)
     if fused is not None:
         channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
-        _check(op, activations[2], {}, channels, None, {"p_bar": p_bar, "p_bar_dot": p_bar_dot})
+        check_planes(op, activations[2], {}, channels, None, {"p_bar": p_bar, "p_bar_dot": p_bar_dot})
         del x
         return fused(  # type: ignore[no-any-return]
             activations, weight, weight_dot, *affine, p_bar, p_bar_dot, padding, wants_x_bar=wants_x_bar
@@ -525,7 +534,7 @@ def linear_cross_entropy(
     taken. Raises `ValueError` for anything else, and for an index that is no class; on an accelerator, where nothing
     waits for the values, such an index makes the loss NaN or fails as torch's own look-ups do.
     """
-    _check_classifier("linear_cross_entropy", [features], [weight], [bias], labels, label_kind)
+    check_classifier("linear_cross_entropy", [features], [weight], [bias], labels, label_kind)
     twin = _twin("linear_cross_entropy", features)
     loss, features_bar, weight_bar, bias_bar = twin(features, weight, bias, labels, label_kind)
     return loss, features_bar, weight_bar, bias_bar
@@ -545,7 +554,7 @@ def linear_cross_entropy_dual(
 
     Last comes that of the gradient to the labels (B, K), None for indices. Shapes, errors: `linear_cross_entropy`.
     """
-    _check_classifier(
+    check_classifier(
         "linear_cross_entropy_dual",
         [features, features_dot],
         [weight, weight_dot],
@@ -556,13 +565,6 @@ def linear_cross_entropy_dual(
     return _twin("linear_cross_entropy_dual", features)(  # type: ignore[no-any-return]
         features, features_dot, weight, bias, weight_dot, bias_dot, labels, label_kind
     )
-
-
-def _check_vectors(op: str, vectors: dict[str, Tensor | None], scalars: dict[str, Tensor]) -> None:
-    given = {name: vector for name, vector in vectors.items() if vector is not None}
-    first = next(iter(given.values()))
-    _check_tensors(op, first, given, (first.numel(),))
-    _check_tensors(op, first, scalars, ())
 
 
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
@@ -581,7 +583,7 @@ def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
     The warp must have an inverse; its singular parameters are found out on a CPU alone, where it costs no wait.
     Raises `ValueError` for anything else, and for a tensor that requires grad.
     """
-    _check_warp("colour_warp_mask", "images", images, parameters)
+    check_warp("colour_warp_mask", "images", images, parameters)
     y: Tensor = _twin("colour_warp_mask", images)(images, parameters)
     return y
 
@@ -593,126 +595,6 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     r the largest sum of magnitudes in a row of the inverse, at most ⌈2r⌉² pixels, 3 × 3 for turns by at most 15 degrees
     of square images and for scales of at least 1/1.2.
     """
-    _check_warp("colour_warp_mask_transpose", "y_bar", y_bar, parameters)
+    check_warp("colour_warp_mask_transpose", "y_bar", y_bar, parameters)
     x_bar: Tensor = _twin("colour_warp_mask_transpose", y_bar)(y_bar, parameters)
     return x_bar
-
-
-def _check(
-    op: str,
-    y: Tensor,
-    planes: dict[str, Tensor],
-    channels: dict[str, Tensor],
-    numbers: dict[str, Tensor] | None = None,
-    pooled: dict[str, Tensor] | None = None,
-) -> None:
-    """Hold the arguments of a plane operation to what follows from `y`: shapes, dtype, device, format."""
-    if y.dim() != 4 or min(y.shape[:2]) < 1 or min(y.shape[2:]) < 2:
-        raise ValueError(f"{op}: expected y (B, C, H, W) of at least 2×2 pixels, found {tuple(y.shape)}")
-    batch, width, height, breadth = y.shape
-    _check_tensors(op, y, planes, y.shape, like_format=y)
-    _check_tensors(op, y, channels, (width,), dtype=accumulator(y.dtype))
-    _check_tensors(op, y, numbers or {}, (batch, width), dtype=accumulator(y.dtype))
-    _check_tensors(op, y, pooled or {}, (batch, width, height // 2, breadth // 2), like_format=y)
-
-
-def _check_conv(
-    op: str, padding: int, inputs: dict[str, Tensor], weights: dict[str, Tensor], channel_axis: int
-) -> None:
-    """`channel_axis`: the weights' axis that meets the inputs' channels; 1 forward, 0 backward."""
-    first, weight = next(iter(inputs.values())), next(iter(weights.values()))
-    if (
-        first.dim() != 4
-        or weight.dim() != 4
-        or weight.shape[2:] != (3, 3)
-        or weight.shape[channel_axis] != first.shape[1]
-    ):
-        raise ValueError(
-            f"{op}: expected (B, C, H, W) and 3×3 weights of as many channels, "
-            f"found {tuple(first.shape)}, {tuple(weight.shape)}"
-        )
-    grown = 2 * (padding - 1) * (1 if channel_axis == 1 else -1)
-    if padding < 0 or min(first.shape[2:]) + grown < 1:
-        raise ValueError(f"{op}: padding {padding} leaves nothing of {tuple(first.shape)}")
-    _check_tensors(op, first, inputs, first.shape, like_format=first)
-    _check_tensors(op, first, weights, weight.shape, dtype=accumulator(first.dtype))
-
-
-def _check_pair(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-    x, y = inputs["x"], next(iter(outputs.values()))
-    if x.dim() != 4 or y.dim() != 4:
-        raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y.shape)}")
-    _check_tensors(op, x, inputs, x.shape, like_format=x)
-    grown = (len(x), y.shape[1], *(side + 2 * padding - 2 for side in x.shape[2:]))
-    _check_tensors(op, x, outputs, grown, like_format=y)
-
-
-def _check_classifier(
-    op: str, features: list[Tensor], weights: list[Tensor], biases: list[Tensor], labels: Tensor, label_kind: LabelKind
-) -> None:
-    first = features[0]
-    if first.dim() != 2 or len(first) < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
-        raise ValueError(
-            f"{op}: expected features (B, D) and bias (K,) of at least one sample and class, "
-            f"found {tuple(first.shape)}, {tuple(biases[0].shape)}"
-        )
-    (batch, width), classes = first.shape, len(biases[0])
-    _check_tensors(op, first, {"features": first, "features_dot": features[-1]}, (batch, width))
-    _check_tensors(op, first, {"weight": weights[0], "weight_dot": weights[-1]}, (classes, width))
-    _check_tensors(op, first, {"bias": biases[0], "bias_dot": biases[-1]}, (classes,))
-    if label_kind != "indices":
-        _check_tensors(op, first, {label_kind: labels}, (batch, classes))
-        return
-    if labels.shape != (batch,) or labels.dtype != torch.int64 or not labels.is_contiguous():
-        raise ValueError(
-            f"{op}: expected int64 indices ({batch},), contiguous, found {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if labels.device != first.device:
-        raise ValueError(f"{op}: expected one device, found indices on {labels.device} and {first.device}")
-    # on an accelerator the look-up itself checks, without a wait for the device
-    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"{op}: expected indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}")
-
-
-def _check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
-    if images.dim() != 4 or min(images.shape[1:]) < 1:
-        raise ValueError(f"{op}: expected {name} (B, C, H, W), found {tuple(images.shape)}")
-    _check_tensors(op, images, {name: images}, images.shape)
-    wanted = torch.float64 if images.dtype == torch.float64 else torch.float32
-    model = torch.empty(0, dtype=wanted, device=images.device)
-    _check_tensors(op, model, {"parameters": parameters}, (len(images), len(WARP_PARAMETERS)))
-    if parameters.device.type == "cpu":
-        number = dict(zip(WARP_PARAMETERS, parameters.unbind(1), strict=True))
-        determinant = (1 + number["row_by_row"]) * (1 + number["column_by_column"])
-        determinant = determinant - number["row_by_column"] * number["column_by_row"]
-        if not bool((determinant.abs() > 0).all()):
-            raise ValueError(
-                f"{op}: expected warps that have an inverse, found determinants down to {determinant.abs().min()}"
-            )
-
-
-def _check_tensors(
-    op: str,
-    first: Tensor,
-    tensors: dict[str, Tensor],
-    shape: tuple[int, ...],
-    like_format: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Of `shape`, of the device of `first` and of its dtype or `dtype`, no graph, in the format of `like_format`."""
-    dtype = dtype or first.dtype
-    for name, tensor in tensors.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, found {tuple(tensor.shape)}")
-        if tensor.dtype != dtype or not tensor.is_floating_point():
-            raise ValueError(f"{op}: expected {name} of floating dtype {dtype}, found {tensor.dtype}")
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: expected one device, found {name} on {tensor.device} and {first.device}")
-        if tensor.requires_grad:
-            raise ValueError(f"{op}: is not differentiable, found {name} that requires grad; detach it")
-        try:
-            wanted = torch.contiguous_format if like_format is None else memory_format(like_format)
-        except ValueError as error:
-            raise ValueError(f"{op}: {error}") from None
-        if not tensor.is_contiguous(memory_format=wanted):
-            raise ValueError(f"{op}: expected {name} {str(wanted)[6:]}, found strides {tensor.stride()}")

@@ -1,0 +1,139 @@
+"""What the operations require of their arguments; `ValueError`, naming operation and argument, for anything else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import WARP_PARAMETERS, LabelKind, accumulator, memory_format
+
+
+def check_vectors(op: str, vectors: dict[str, Tensor | None], scalars: dict[str, Tensor]) -> None:
+    """Hold those of an operation over flat vectors to the size, dtype and device of the first one given."""
+    given = {name: vector for name, vector in vectors.items() if vector is not None}
+    first = next(iter(given.values()))
+    check_tensors(op, first, given, (first.numel(),))
+    check_tensors(op, first, scalars, ())
+
+
+def check_planes(
+    op: str,
+    y: Tensor,
+    planes: dict[str, Tensor],
+    channels: dict[str, Tensor],
+    numbers: dict[str, Tensor] | None = None,
+    pooled: dict[str, Tensor] | None = None,
+) -> None:
+    """Hold the arguments of a plane operation to what follows from `y`: shapes, dtype, device, format."""
+    if y.dim() != 4 or min(y.shape[:2]) < 1 or min(y.shape[2:]) < 2:
+        raise ValueError(f"{op}: expected y (B, C, H, W) of at least 2×2 pixels, found {tuple(y.shape)}")
+    batch, width, height, breadth = y.shape
+    check_tensors(op, y, planes, y.shape, like_format=y)
+    check_tensors(op, y, channels, (width,), dtype=accumulator(y.dtype))
+    check_tensors(op, y, numbers or {}, (batch, width), dtype=accumulator(y.dtype))
+    check_tensors(op, y, pooled or {}, (batch, width, height // 2, breadth // 2), like_format=y)
+
+
+def check_convolution(
+    op: str, padding: int, inputs: dict[str, Tensor], weights: dict[str, Tensor], channel_axis: int
+) -> None:
+    """Hold those of a convolution to each other. `channel_axis` of the weights meets the inputs' channels: 1, back 0."""
+    first, weight = next(iter(inputs.values())), next(iter(weights.values()))
+    if (
+        first.dim() != 4
+        or weight.dim() != 4
+        or weight.shape[2:] != (3, 3)
+        or weight.shape[channel_axis] != first.shape[1]
+    ):
+        raise ValueError(
+            f"{op}: expected (B, C, H, W) and 3×3 weights of as many channels, "
+            f"found {tuple(first.shape)}, {tuple(weight.shape)}"
+        )
+    grown = 2 * (padding - 1) * (1 if channel_axis == 1 else -1)
+    if padding < 0 or min(first.shape[2:]) + grown < 1:
+        raise ValueError(f"{op}: padding {padding} leaves nothing of {tuple(first.shape)}")
+    check_tensors(op, first, inputs, first.shape, like_format=first)
+    check_tensors(op, first, weights, weight.shape, dtype=accumulator(first.dtype))
+
+
+def check_correlation(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    """Hold those of a weight gradient to each other: `inputs` with an "x", and what lies where a convolution of it does."""
+    x, y = inputs["x"], next(iter(outputs.values()))
+    if x.dim() != 4 or y.dim() != 4:
+        raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y.shape)}")
+    check_tensors(op, x, inputs, x.shape, like_format=x)
+    grown = (len(x), y.shape[1], *(side + 2 * padding - 2 for side in x.shape[2:]))
+    check_tensors(op, x, outputs, grown, like_format=y)
+
+
+def check_classifier(
+    op: str, features: list[Tensor], weights: list[Tensor], biases: list[Tensor], labels: Tensor, label_kind: LabelKind
+) -> None:
+    """Hold those of a classifier to its first features (B, D) and bias (K,)."""
+    first = features[0]
+    if first.dim() != 2 or len(first) < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
+        raise ValueError(
+            f"{op}: expected features (B, D) and bias (K,) of at least one sample and class, "
+            f"found {tuple(first.shape)}, {tuple(biases[0].shape)}"
+        )
+    (batch, width), classes = first.shape, len(biases[0])
+    check_tensors(op, first, {"features": first, "features_dot": features[-1]}, (batch, width))
+    check_tensors(op, first, {"weight": weights[0], "weight_dot": weights[-1]}, (classes, width))
+    check_tensors(op, first, {"bias": biases[0], "bias_dot": biases[-1]}, (classes,))
+    if label_kind != "indices":
+        check_tensors(op, first, {label_kind: labels}, (batch, classes))
+        return
+    if labels.shape != (batch,) or labels.dtype != torch.int64 or not labels.is_contiguous():
+        raise ValueError(
+            f"{op}: expected int64 indices ({batch},), contiguous, found {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if labels.device != first.device:
+        raise ValueError(f"{op}: expected one device, found indices on {labels.device} and {first.device}")
+    # on an accelerator the look-up itself checks, without a wait for the device
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"{op}: expected indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}")
+
+
+def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
+    """Hold a warp's parameters to the images that are called `name`."""
+    if images.dim() != 4 or min(images.shape[1:]) < 1:
+        raise ValueError(f"{op}: expected {name} (B, C, H, W), found {tuple(images.shape)}")
+    check_tensors(op, images, {name: images}, images.shape)
+    wanted = torch.float64 if images.dtype == torch.float64 else torch.float32
+    model = torch.empty(0, dtype=wanted, device=images.device)
+    check_tensors(op, model, {"parameters": parameters}, (len(images), len(WARP_PARAMETERS)))
+    if parameters.device.type == "cpu":
+        number = dict(zip(WARP_PARAMETERS, parameters.unbind(1), strict=True))
+        determinant = (1 + number["row_by_row"]) * (1 + number["column_by_column"])
+        determinant = determinant - number["row_by_column"] * number["column_by_row"]
+        if not bool((determinant.abs() > 0).all()):
+            raise ValueError(
+                f"{op}: expected warps that have an inverse, found determinants down to {determinant.abs().min()}"
+            )
+
+
+def check_tensors(
+    op: str,
+    first: Tensor,
+    tensors: dict[str, Tensor],
+    shape: tuple[int, ...],
+    like_format: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Of `shape`, of the device of `first` and of its dtype or `dtype`, no graph, in the format of `like_format`."""
+    dtype = dtype or first.dtype
+    for name, tensor in tensors.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, found {tuple(tensor.shape)}")
+        if tensor.dtype != dtype or not tensor.is_floating_point():
+            raise ValueError(f"{op}: expected {name} of floating dtype {dtype}, found {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: expected one device, found {name} on {tensor.device} and {first.device}")
+        if tensor.requires_grad:
+            raise ValueError(f"{op}: is not differentiable, found {name} that requires grad; detach it")
+        try:
+            wanted = torch.contiguous_format if like_format is None else memory_format(like_format)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}") from None
+        if not tensor.is_contiguous(memory_format=wanted):
+            raise ValueError(f"{op}: expected {name} {str(wanted)[6:]}, found strides {tensor.stride()}")
