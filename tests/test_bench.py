@@ -402,6 +402,32 @@ def test_stages_of_distillation_rehearsed(number: str, runs: list[str], tmp_path
         assert summary["accuracy"]["distilled"]["n"] == 1
 
 
+@pytest.mark.parametrize(
+    ("number", "records"),
+    [
+        (
+            "3",
+            [
+                "meta_step-cifar10-ipc1",
+                "meta_step-cifar10-ipc10-fp32",
+                "meta_step-cifar10-ipc10-bf16",
+                "memory_scaling",
+            ],
+        ),
+        ("4", ["experts", "evaluate", "trajectories"]),
+    ],
+)
+def test_stages_of_benchmarks_rehearsed(number: str, records: list[str], tmp_path: Path) -> None:
+    stage(number, tmp_path)
+    for record in records:
+        assert [row["problem"] for row in rows_of(tmp_path, record) if row["problem"]] == []
+
+
+def test_the_stage_of_tests_rehearsed(tmp_path: Path) -> None:
+    assert "passed" in stage("1", tmp_path)
+    assert (tmp_path / "tests-gpu.xml").exists()
+
+
 def test_a_stage_out_of_time_says_so(tmp_path: Path) -> None:
     assert "stage 2: out of time" in stage("2", tmp_path, status=75, SECONDS_MOST="0")
 
