@@ -38,7 +38,7 @@ _BASE = (
     4 << 20,
     256 << 20,
 )  # code loaded at its first use and stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
-_ROUNDING = 25  # one part in so many for what allocators round up and keep: up to a thirtieth was measured
+_ROUNDING = 20  # one part in so many for what allocators round up and keep: at most one in 28 was measured
 _LARGE_PATH = 4  # from a quarter of the budget on, the path lies on the host
 
 Result = TypeVar("Result")
