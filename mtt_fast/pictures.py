@@ -1,4 +1,4 @@
-"""Pictures for people: a labelled grid of images, and the curves of a run."""
+"""Pictures for people: a labelled grid of images, a snapshot of them, and the curves of a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from mtt_fast.files import atomic_path
 
 _LONGEST_ROW = 10
+_MOST_CLASSES = 100  # in a snapshot
 _SMALLEST_TILE = 96  # pixels on the screen
 _GAP, _CAPTION, _HEADER = 6, 20, 34
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
@@ -116,3 +117,20 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
+
+
+def save_snapshot(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor) -> None:
+    """Write the first picture (C, H, W) in [0, 1] of each class, ten a row and pixel for pixel, atomically.
+
+    `pictures` (n, C, H, W) with class indices `labels` (n,). At most a hundred classes are shown. Pictures of one run
+    made at different iterations lie at the same places.
+    """
+    first = [int((labels == label).nonzero()[0, 0]) for label in labels.unique()[:_MOST_CLASSES]]
+    height, width = pictures.shape[-2:]
+    columns = min(_LONGEST_ROW, len(first))
+    canvas = Image.new("RGB", (columns * width, math.ceil(len(first) / columns) * height), _PAPER)
+    for place, index in enumerate(first):
+        row, column = divmod(place, columns)
+        canvas.paste(as_image(pictures[index]).convert("RGB"), (column * width, row * height))
+    with atomic_path(path) as temporary:
+        canvas.save(temporary, format="PNG")

@@ -18,6 +18,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors, write_text
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
+HISTORY = "history"
+"""Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtt_fast import InputError, cli
-from mtt_fast.distill_options import parse_options
+from mtt_fast.distillation.options import parse_options
 from mtt_fast.files import atomic_path, load_tensors, read_header, save_tensors, write_text
 from mtt_fast.interrupts import Stopped
 from mtt_fast.recipes import recipe_about, recipe_names

@@ -19,8 +19,9 @@ from filelock import FileLock
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, TrajectoryStore, cli
-from mtt_fast.distill import main, student_batches
-from mtt_fast.distill_options import parse_options
+from mtt_fast.distill import main
+from mtt_fast.distillation.options import parse_options
+from mtt_fast.distillation.segments import student_batches
 from mtt_fast.files import load_tensors
 from mtt_fast.fused import FusedConvNetStudent
 from mtt_fast.student import GenericStudent
@@ -86,6 +87,12 @@ def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
     for name in ("images.png", "curves.png"):
         with Image.open(out / name) as picture:
             assert picture.width > 500
+    snapshots = sorted((out / "history").iterdir())
+    assert [path.name for path in snapshots] == [f"iteration_{i:06d}.png" for i in (0, 3, 6)]
+    with Image.open(snapshots[-1]) as picture:
+        shown = torch.tensor(list(picture.convert("L").get_flattened_data())).view(8, 10, 8) / 255
+    wanted = distilled.pictures()[:, 0].transpose(0, 1)  # (H, class, W)
+    assert float((shown - wanted).abs().max()) < 0.5 / 255 + 1e-6
     assert any((out / "events").iterdir())
     assert not list(out.glob(".*.partial"))
 

@@ -14,7 +14,7 @@ from mtt_fast import ConvNet, matching_loss, unroll
 from mtt_fast.augment import SiameseAugment, augment_with
 from mtt_fast.choice import student_for
 from mtt_fast.data import Normalisation
-from mtt_fast.distill import student_batches
+from mtt_fast.distillation.segments import student_batches
 from mtt_fast.draws import draw_steps
 from mtt_fast.fused import FusedConvNetStudent
 from mtt_fast.iteration import Iteration, iterate

@@ -1,0 +1,26 @@
+"""What stays the same over all iterations of a distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtt_fast.convnet import ConvNet
+from mtt_fast.distillation.options import DistillOptions
+from mtt_fast.kernels import Precision
+from mtt_fast.options import RealImages
+from mtt_fast.run_folder import MetricsLog
+from mtt_fast.trajectories import TrajectoryStore
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options, and what they name."""
+
+    options: DistillOptions
+    folder: Path
+    real: RealImages
+    network: ConvNet
+    experts: TrajectoryStore
+    metrics: MetricsLog
+    precision: Precision

@@ -1,0 +1,73 @@
+"""What an iteration has to match, and what is random in it: all of it follows from the seed and its number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augment import SiameseAugment, augment_by_strategy
+from mtt_fast.distillation.job import Job
+from mtt_fast.distillation.options import DistillOptions
+from mtt_fast.draws import draw_steps
+from mtt_fast.errors import InputError
+from mtt_fast.seeding import generator_for
+
+Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
+"""Begins to bring tensors to the device, and returns what waits for them (mtt_fast/prefetch.py)."""
+
+
+def augmentation(options: DistillOptions) -> SiameseAugment | None:
+    """Return that of the student's steps."""
+    return None if options.no_aug else augment_by_strategy(options.strategy)
+
+
+class Segment(NamedTuple):
+    """What one iteration has to match, and what is random in it."""
+
+    expert: int
+    epoch: int
+    tensors: Callable[[], tuple[Tensor, ...]]  # start, target (P,) and those of `StepDraws`, on the device
+
+
+def read_segment(job: Job, send: Send, experts: int, images: Tensor, iteration: int) -> Segment:
+    """Read and draw what an iteration needs; all of it follows from the seed and the iteration's number alone.
+
+    `experts` take turns; of `images` only shape and dtype are looked at. Called in a thread.
+    """
+    options = job.options
+    generator = generator_for(options.seed, "iteration", iteration)
+    expert = _expert_of(options.seed, experts, iteration)
+    epoch = int(torch.randint(options.max_start_epoch, (), generator=generator))
+    start, target = (job.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
+    if start.equal(target):
+        raise InputError(
+            f"{job.experts.folder}: expert {expert} did not move between epochs {epoch} and "
+            f"{epoch + options.expert_epochs}; train it again with a larger learning rate, or leave it out"
+        )
+    batches = student_batches(len(images), options.batch_syn, options.syn_steps, generator)
+    augment = augmentation(options)
+    draws = draw_steps(
+        batches, images.shape[1:], images.dtype, None if augment is None else augment.draw_parameters, generator
+    )
+    return Segment(expert, epoch, send((start, target, *draws.tensors())))
+
+
+def _expert_of(seed: int, count: int, iteration: int) -> int:
+    """Visit the experts in random order, each once before any comes again."""
+    order = torch.randperm(count, generator=generator_for(seed, "expert order", iteration // count))
+    return int(order[iteration % count])
+
+
+def student_batches(count: int, batch: int | None, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """Return the indices of each student step as the public code draws them.
+
+    A random permutation of all `count` images is cut into chunks of `batch` (all if None) which are used from the end,
+    so that a shorter last chunk comes first; a new permutation follows when they are used up.
+    """
+    batches: list[Tensor] = []
+    while len(batches) < steps:
+        batches += reversed(torch.randperm(count, generator=generator).split(batch or count))
+    return batches[:steps]

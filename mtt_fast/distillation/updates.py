@@ -1,0 +1,54 @@
+"""What an iteration's gradient does to the images and to the student's learning rate."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor
+
+from mtt_fast.distillation.job import Job
+from mtt_fast.distillation.options import DistillOptions
+from mtt_fast.errors import InputError
+from mtt_fast.run_folder import State
+
+log = logging.getLogger(__name__)
+
+PIXEL_MOMENTUM = 0.5
+_GIVE_UP_AFTER = 25  # iterations without a finite gradient
+
+
+def update(options: DistillOptions, state: State, images_gradient: Tensor, lr_gradient: Tensor) -> None:
+    """SGD with momentum on pixels and learning rate; the learning rate stays positive."""
+    state.images_velocity.mul_(PIXEL_MOMENTUM).add_(images_gradient)
+    state.images.sub_(state.images_velocity, alpha=options.lr_img)
+    state.lr_velocity.mul_(PIXEL_MOMENTUM).add_(lr_gradient)
+    proposed = state.lr - options.lr_lr * state.lr_velocity
+    if proposed > 0:
+        state.lr = proposed
+        return
+    if not state.lr_kept:
+        log.warning(
+            "iteration %d: the update would make the student's learning rate negative (%.3g); it is kept at %.3g. "
+            "If this goes on, lower --lr_lr",
+            state.iteration, float(proposed), float(state.lr),
+        )  # fmt: skip
+    state.lr_kept += 1
+    state.lr_velocity.zero_()
+
+
+def skip(job: Job, state: State, loss: float) -> None:
+    """Count an iteration whose gradient is not finite; give up if no other kind comes any more."""
+    state.skipped += 1
+    if state.skipped == 1:
+        log.warning(
+            "iteration %d: the student diverged (loss %s) and the step is skipped. If this goes on, lower --lr_img, --lr_lr or "
+            "--lr_teacher",
+            state.iteration, loss,
+        )  # fmt: skip
+    job.metrics.write("skip", state.iteration, skipped=state.skipped)
+    kinds = [record["kind"] for record in job.metrics.records if record["kind"] in ("step", "skip")]
+    if kinds[-_GIVE_UP_AFTER:] == ["skip"] * _GIVE_UP_AFTER:
+        raise InputError(
+            f"{job.folder}: {_GIVE_UP_AFTER} iterations in a row diverged at a student's learning rate of {float(state.lr):.3g}; "
+            "the last checkpoint is good; start again with a smaller --lr_lr, --lr_img or --lr_teacher and another --out"
+        )
