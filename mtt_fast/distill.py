@@ -27,17 +27,17 @@ from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.augment import augment_with
 from mtt_fast.convnet import ConvNet
 from mtt_fast.distillation.assessment import assess, summarise
+from mtt_fast.distillation.forecast import forecast
 from mtt_fast.distillation.initial import initial_state
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
-from mtt_fast.distillation.segments import Segment, augmentation, read_segment, student_batches
+from mtt_fast.distillation.segments import Segment, augmentation, planned, read_segment, student_batches
 from mtt_fast.distillation.updates import skip, update
 from mtt_fast.errors import InputError
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.iteration import Iteration, planned_iteration
-from mtt_fast.kernels import Precision
-from mtt_fast.memory import Plan, plan, with_smaller_pieces
+from mtt_fast.memory import Plan, with_smaller_pieces
 from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.prefetch import prefetched, sender
 from mtt_fast.provenance import choose_device, device_name
@@ -61,6 +61,10 @@ def main(argv: Sequence[str]) -> None:
     options = parse_options(argv)
     folder = options.folder()
     device = choose_device(options.device)
+    if options.dry_run:
+        with arithmetic(device, options.precision):
+            print(forecast(options, folder, device))
+        return
     _check_same_run(folder, options)
     summary = _finished(folder, options)
     if summary:
@@ -81,7 +85,7 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
     student = describe_arithmetic(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
-    steps = _planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
+    steps = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder):
         experts = _experts(options, real, network)
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)))
@@ -216,23 +220,6 @@ def _iteration(options: DistillOptions, network: ConvNet, steps: Plan) -> Iterat
     batches = student_batches(steps.work.images[0], options.batch_syn, options.syn_steps, torch.Generator())
     augment = None if augmentation(options) is None else augment_with
     return planned_iteration(network, steps, augment, tuple(len(index) for index in batches))
-
-
-def _planned(
-    options: DistillOptions, network: ConvNet, images: Sequence[int], device: torch.device, precision: Precision
-) -> Plan:
-    """How the student steps of each iteration, on `images` (n, C, H, W), fit into memory."""
-    return plan(
-        network,
-        images=images,
-        steps=options.syn_steps,
-        batch=options.batch_syn,
-        memory_budget=options.memory_budget,
-        microbatch=options.microbatch,
-        device=device,
-        augment=augmentation(options) is not None,
-        precision=precision,
-    )
 
 
 def _iterate(job: Job, iteration: Callable[[Plan], Iteration], state: State, steps: Plan, segment: Segment) -> Plan:

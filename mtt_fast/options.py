@@ -11,6 +11,7 @@ import tyro
 
 from mtt_fast.convnet import ConvNet
 from mtt_fast.data import ImageData, Normalisation, Split, load, transform_for
+from mtt_fast.data.facts import Facts
 from mtt_fast.kernels import Precision
 from mtt_fast.models import network_by_name
 from mtt_fast.training import Images
@@ -67,7 +68,7 @@ class CommonOptions:
             packed_path=self.packed_path,
         )
 
-    def network(self, data: ImageData) -> ConvNet:
+    def network(self, data: ImageData | Facts) -> ConvNet:
         """Return the network that the options name, for `data`."""
         return network_by_name(self.model, data.image_shape, data.num_classes)
 
@@ -112,7 +113,7 @@ def at_least(minimum: float, **values: float | None) -> str | None:
     return None
 
 
-def buffer_folder(buffer_path: str, data: ImageData, model: str, zca: bool) -> Path:
+def buffer_folder(buffer_path: str, data: ImageData | Facts, model: str, zca: bool) -> Path:
     """Return the folder of the experts, laid out as the public code does: PATH/CIFAR10_NO_ZCA/ConvNet."""
     if data.name.upper().startswith("CIFAR"):
         name = data.name if zca else f"{data.name}_NO_ZCA"

@@ -15,6 +15,7 @@ from mtt_fast.files import write_json
 from mtt_fast.interrupts import StopRequest
 from mtt_fast.pictures import save_curves, save_grid, save_snapshot
 from mtt_fast.provenance import device_name, peak_memory_bytes, versions
+from mtt_fast.recipes import recipe_about
 from mtt_fast.run_folder import HISTORY, SUMMARY, State
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.whitening import Whitening
@@ -102,6 +103,7 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
         job.folder / SUMMARY,
         {
             "text": text,
+            "method": recipe_about(options.recipe)["method"] if options.recipe else "MTT",
             "accuracy": {
                 "distilled": _accuracy_record(last),
                 "random_real_images": _accuracy_record(baseline) | {"lr": REAL_IMAGES_LR},

@@ -36,6 +36,9 @@ class DistillOptions(CommonOptions):
     resume: bool = False
     """continue the run in --out (or that of --recipe), with its own options; say --Iteration to extend it"""
 
+    dry_run: bool = False
+    """tell what would be done, the memory plan, and an estimate of time and disk; do nothing"""
+
     ipc: int = 1
     """synthetic images a class"""
     Iteration: int = 5000
@@ -147,7 +150,7 @@ class DistillOptions(CommonOptions):
 
 
 NOT_PART_OF_THE_RESULT = {
-    "recipe", "config", "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path",
+    "recipe", "config", "out", "resume", "dry_run", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path",
     "packed_path",
     "buffer_path", "device", "networks_at_once", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
 }  # fmt: skip

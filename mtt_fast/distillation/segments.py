@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtt_fast.augment import SiameseAugment, augment_by_strategy
+from mtt_fast.convnet import ConvNet
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.draws import draw_steps
 from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision
+from mtt_fast.memory import Plan, plan
 from mtt_fast.seeding import generator_for
 
 Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
@@ -71,3 +74,20 @@ def student_batches(count: int, batch: int | None, steps: int, generator: torch.
     while len(batches) < steps:
         batches += reversed(torch.randperm(count, generator=generator).split(batch or count))
     return batches[:steps]
+
+
+def planned(
+    options: DistillOptions, network: ConvNet, images: Sequence[int], device: torch.device, precision: Precision
+) -> Plan:
+    """How the student steps of each iteration, on `images` (n, C, H, W), fit into memory."""
+    return plan(
+        network,
+        images=images,
+        steps=options.syn_steps,
+        batch=options.batch_syn,
+        memory_budget=options.memory_budget,
+        microbatch=options.microbatch,
+        device=device,
+        augment=augmentation(options) is not None,
+        precision=precision,
+    )

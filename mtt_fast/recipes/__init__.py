@@ -1,4 +1,4 @@
-"""Settings by name, one TOML file each: options of `python -m mtt_fast.distill`, their description and their source."""
+"""Settings by name, one TOML file each: options of `python -m mtt_fast.distill`, their description, source and method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mtt_fast.cli import did_you_mean, read_toml
 from mtt_fast.errors import InputError
 
-_ABOUT = ("description", "source")
+_ABOUT = ("description", "source", "method")
 
 
 def recipe_names() -> list[str]:
@@ -23,7 +23,7 @@ def recipe_options(name: str) -> dict[str, Any]:
 
 
 def recipe_about(name: str) -> dict[str, str]:
-    """Return the description and the source of the recipe `name`. Raises `InputError` for an unknown one."""
+    """Return the description, the source and the method of the recipe `name`. Raises `InputError` for an unknown one."""
     table = _read(name)
     return {key: str(table[key]) for key in _ABOUT}
 

@@ -1,0 +1,174 @@
+"""What a distillation will do and take, told before it begins: `--dry-run`."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mtt_fast.arithmetic import precision_on
+from mtt_fast.choice import student_for
+from mtt_fast.data.facts import Facts, facts_of
+from mtt_fast.distillation.options import DistillOptions
+from mtt_fast.distillation.segments import planned
+from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.options import buffer_folder
+from mtt_fast.recipes import recipe_about
+from mtt_fast.run_folder import SUMMARY, read_config
+from mtt_fast.student import Network
+from mtt_fast.trajectories import TrajectoryStore
+
+_SAMPLES = 16  # images in the steps that are measured
+_WHITENING = 2  # matrices of D² in a distilled set
+
+
+class _Seconds(NamedTuple):
+    """What an image costs."""
+
+    gradient: float
+    tangent: float
+
+
+class _Amounts(NamedTuple):
+    """Something of the experts, of the iterations, and of the evaluations or the data."""
+
+    experts: float
+    iterations: float
+    rest: float
+
+
+def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str:
+    """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk.
+
+    Nothing is written, downloaded or decoded. The time is that of student steps on a few random images, measured on
+    `device` and scaled: networks are taken to be trained one after another, reading and drawing to cost nothing.
+    Raises `InputError` as the run itself would for its options, its memory budget or an image folder.
+    """
+    facts = facts_of(options.dataset, options.subset, options.res, options.data_path)
+    network = options.network(facts)
+    experts = buffer_folder(options.buffer_path, facts, options.model, options.zca)
+    there = len(TrajectoryStore(experts)) if experts.is_dir() else 0
+    missing = max(0, options.num_experts - there) if there < (options.max_experts or options.num_experts) else 0
+    precision = precision_on(device, network, options.precision)
+    count = options.ipc * facts.num_classes
+    steps = planned(options, network, (count, *facts.image_shape), device, precision)
+    saved = steps.passes / steps.work.student.passes[0]  # by activations that are kept
+    seconds = _times(options, facts, network, missing, _seconds(network, facts.image_shape, device, precision), saved)
+    size = _sizes(options, facts, network.num_parameters, missing)
+    lines = {
+        "recipe": _recipe(options),
+        "data set": f"{facts.name}: {_shape(facts.image_shape)}, {facts.num_classes} classes, "
+        f"{facts.train:,} + {facts.test:,} images, {'whitened' if options.zca else 'normalised'}",
+        "network": f"{options.model}, {network.num_parameters:,} parameters",
+        "experts": f"{missing} to train for {options.train_epochs} epochs, {there} in {experts}",
+        "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
+        f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
+        f"from below epoch {options.max_start_epoch}; {_state(folder)}",
+        "memory": str(steps).removeprefix("memory plan: "),
+        "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
+        f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.rest)}; scaled from steps of {_SAMPLES} images "
+        f"on {device}, one network after another",
+        "disk": f"about {_bytes(sum(size))}: experts {_bytes(size.experts)}, run folder {_bytes(size.iterations)}, "
+        f"packed data set {_bytes(size.rest)}; free {_bytes(_free(folder))}",
+    }
+    return "\n".join(f"{name:10}{text}" for name, text in lines.items() if text)
+
+
+def _recipe(options: DistillOptions) -> str:
+    if options.recipe is None:
+        return ""
+    about = recipe_about(options.recipe)
+    return f"{options.recipe}: {about['description']} ({about['source']})"
+
+
+def _state(folder: Path) -> str:
+    if (folder / SUMMARY).exists():
+        return f"{folder} is finished, or goes on with more iterations"
+    return f"{folder} goes on" if read_config(folder) else f"into {folder}"
+
+
+def _times(
+    options: DistillOptions, facts: Facts, network: Network, missing: int, cost: _Seconds, saved: float
+) -> _Amounts:
+    """Return seconds."""
+    count = options.ipc * facts.num_classes
+    batch = options.batch_syn or count
+    forward = cost.gradient / 3  # a backward pass is two forward ones
+    epoch = facts.train * cost.gradient + facts.test * forward
+    training = (options.epoch_eval_train + 1) * count * cost.gradient + facts.test * forward
+    evaluations = 2 + math.ceil(options.Iteration / options.eval_it)  # the initial images, and random real ones
+    return _Amounts(
+        experts=missing * options.train_epochs * epoch,
+        iterations=options.Iteration * options.syn_steps * batch * (cost.gradient + cost.tangent) * saved,
+        rest=evaluations * options.num_eval * training,
+    )
+
+
+def _sizes(options: DistillOptions, facts: Facts, num_parameters: int, missing: int) -> _Amounts:
+    """Return bytes."""
+    values = math.prod(facts.image_shape)
+    images = 4 * options.ipc * facts.num_classes * values
+    whitening = 4 * _WHITENING * values**2 if options.zca else 0
+    return _Amounts(
+        experts=4 * missing * (options.train_epochs + 1) * num_parameters,
+        iterations=2 * (images + whitening) + 2 * images,  # the set, the best one; the checkpoint's with their velocity
+        rest=facts.packed_bytes,
+    )
+
+
+@lru_cache(maxsize=8)
+def _seconds(
+    network: Network, image_shape: tuple[int, int, int], device: torch.device, precision: Precision
+) -> _Seconds:
+    """Measure what an image costs in a student's gradient and in its derivative."""
+    kind: LabelKind = "indices"
+    student = student_for(network, device, kind, precision=precision)
+    theta = torch.randn(network.num_parameters, device=device) / 100
+    images = torch.randn(_SAMPLES, *image_shape, device=device)
+    labels = torch.zeros(_SAMPLES, dtype=torch.long, device=device)
+    return _Seconds(
+        _timed(lambda: student.gradient(theta, images, labels), device) / _SAMPLES,
+        _timed(lambda: student.gradient_jvp(theta, images, labels, theta), device) / _SAMPLES,
+    )
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of the second of two calls: the first finds its memory and its code."""
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _free(folder: Path) -> float:
+    """Return the bytes that are free where `folder` is, or will be."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def _shape(image_shape: tuple[int, int, int]) -> str:
+    return "×".join(map(str, image_shape))
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _bytes(size: float) -> str:
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= length:
+            return f"{size / length:.1f} {unit}"
+    return f"{size / 1e3:.0f} kB"

@@ -1,0 +1,78 @@
+"""`--dry-run`: what is told beforehand is what happens, and nothing else happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mtt_fast import cli
+from mtt_fast.data import load
+from mtt_fast.data.facts import facts_of
+from mtt_fast.distill import main
+from mtt_fast.recipes import recipe_names
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
+    "--syn_steps 3 --Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10"
+).split()
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    assert cli.run(main, [*arguments, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:10].strip(): line[10:] for line in lines}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_of_every_recipe(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = told(capsys, "--recipe", name)
+    assert lines["recipe"].startswith(f"{name}: ")
+    assert "peak" in lines["memory"]
+    assert "free" in lines["disk"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = ["--data_path", f"{tmp_path}/data", "--buffer_path", f"{tmp_path}/buffers", "--out", f"{tmp_path}/run"]
+    before = told(capsys, *TOY, *folders)
+    assert before["experts"].startswith("2 to train for 3 epochs, 0 in")
+    assert f"into {tmp_path}/run" in before["run"]
+    assert cli.run(main, [*TOY, *folders]) == 0
+    capsys.readouterr()
+    parts = dict(re.findall(r"(experts|packed data set) ([\d.]+) kB", before["disk"]))
+    for name, pattern in (("experts", "buffers/**/*.safetensors"), ("packed data set", "data/packed/*.safetensors")):
+        size = sum(path.stat().st_size for path in tmp_path.glob(pattern)) / 1e3
+        assert size == pytest.approx(float(parts[name]), rel=0.4 if name == "experts" else 0.02), name  # headers
+    after = told(capsys, *TOY, *folders)
+    assert after["experts"].startswith("0 to train for 3 epochs, 2 in")
+    assert "is finished" in after["run"]
+
+
+def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
+    facts, data = facts_of("digits"), load("digits", data_path=tmp_path, progress=False)
+    assert (facts.name, facts.image_shape, facts.num_classes) == (data.name, data.image_shape, data.num_classes)
+    assert (facts.train, facts.test) == (len(data.train.labels), len(data.test.labels))
+
+
+def test_an_image_folder_is_counted(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (6, 4)).save(tmp_path / split / name / f"{number}.png")
+    facts, data = facts_of(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
+    assert (facts.train, facts.test, facts.image_shape) == (6, 4, (3, 4, 6))
+    assert (facts.name, facts.image_shape) == (data.name, data.image_shape)
+    assert facts_of(str(tmp_path), res=8).image_shape == (3, 8, 8)
+
+
+def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.run(main, ["--dataset", f"{tmp_path}/none", "--dry-run"]) == 2
+    assert f"--dataset {tmp_path}/none: expected a data set by name or an image folder" in capsys.readouterr().err
