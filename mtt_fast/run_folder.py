@@ -103,7 +103,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this job writes events
 
         self._path = folder / METRICS
-        self.records = [record for record in _read_records(self._path) if record["iteration"] <= iteration]
+        self.records = [record for record in read_records(self._path) if record["iteration"] <= iteration]
         write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._events = SummaryWriter(str(folder / "events"), purge_step=iteration + 1)
@@ -130,7 +130,8 @@ class MetricsLog:
         self._events.close()
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl; none if it is not there, and none from a broken line on."""
     if not path.exists():
         return []
     records = []

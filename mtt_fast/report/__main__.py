@@ -1,0 +1,47 @@
+"""Write a report of runs: `python -m mtt_fast.report RUN…`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mtt_fast import cli
+from mtt_fast.errors import InputError
+from mtt_fast.files import write_text
+from mtt_fast.report.page import render
+from mtt_fast.report.runs import read_run
+
+PROGRAM = "python -m mtt_fast.report"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write one self-contained page of HTML about one run, or several side by side, finished or not."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """folders of runs, of baselines too"""
+    out: str | None = None
+    """the file to write; default RUN/report.html for one run, report.html here for several"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options = cli.parse(ReportOptions, argv, PROGRAM)
+    if not options.runs:
+        raise InputError(f"expected the folder of a run; see {PROGRAM} --help")
+    folders = [Path(run) for run in options.runs]
+    alone = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    path = Path(options.out) if options.out else alone
+    write_text(path, render([read_run(folder) for folder in folders]))
+    log.info("%s", path)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

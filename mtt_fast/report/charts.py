@@ -1,0 +1,75 @@
+"""The curves of runs as SVG, to be put into a page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtt_fast.report.runs import Run
+
+_POINTS = 600  # of a curve: more cannot be told apart, and make the page heavy
+
+
+def charts(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the curves of all `runs` by title, each an SVG element as text; without those that no run has."""
+    drawn = {
+        "Matching loss": _chart(runs, "loss", _draw_steps("loss")),
+        "Student's learning rate": _chart(runs, "learning rate", _draw_steps("lr")),
+        "Test accuracy of fresh networks (%)": _chart(runs, "accuracy", _draw_accuracy),
+    }
+    return {title: svg for title, svg in drawn.items() if svg}
+
+
+def _draw_steps(key: str) -> Callable[[Any, Run, str], bool]:
+    def draw(axes: Any, run: Run, colour: str) -> bool:
+        steps = [record for record in run.records if record["kind"] == "step" and key in record]
+        if not steps:
+            return False
+        x, y = thinned([step["iteration"] for step in steps], [step[key] for step in steps])
+        axes.plot(x, y, color=colour, linewidth=1.6, label=run.name)
+        return True
+
+    return draw
+
+
+def _draw_accuracy(axes: Any, run: Run, colour: str) -> bool:
+    found = run.evaluations
+    if not found:
+        return False
+    iterations = [record["iteration"] for record in found]
+    mean, std = (np.array([100 * record[f"accuracy_{part}"] for record in found]) for part in ("mean", "std"))
+    axes.errorbar(iterations, mean, std, color=colour, marker="o", capsize=4, linewidth=1.6, label=run.name)
+    return True
+
+
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return at most `_POINTS` points: means of neighbours, so that a noisy curve keeps its level."""
+    size = -(-len(x) // _POINTS)
+    blocks = [slice(begin, begin + size) for begin in range(0, len(x), size)]
+    return [float(np.mean(x[block])) for block in blocks], [float(np.mean(y[block])) for block in blocks]
+
+
+def _chart(runs: Sequence[Run], name: str, draw: Callable[[Any, Run, str], bool]) -> str:
+    """Return one chart, or nothing if no run has something to draw."""
+    from matplotlib import rc_context  # slow to import, and only drawing needs it
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    # the text stays text, in the page's own font; the salt makes the same curves the same file
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13}):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        drawn = [draw(axes, run, f"C{place % 10}") for place, run in enumerate(runs)]
+        if not any(drawn):
+            return ""
+        axes.set_xlabel("iteration")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(runs) > 1:
+            axes.legend(frameon=False, fontsize=11)
+        text = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

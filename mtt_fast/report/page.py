@@ -1,0 +1,90 @@
+"""The page itself: what the runs say, filled into page.html.j2."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mtt_fast.report.charts import charts
+from mtt_fast.report.runs import Run
+
+_SHOWN = 5  # snapshots of a run, the first and the last among them
+
+_MEASURED = {
+    "distilled": "distilled",
+    "random_real_images": "random real images",
+    "experts": "experts, all the data",
+    "best_evaluation_chosen_on_the_test_images": "best evaluation, chosen on the test images",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    caption: str
+    data: str  # PNG, base64
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the page about `runs` as HTML that refers to no other file."""
+    from jinja2 import Environment  # only this job needs it
+
+    template = (resources.files("mtt_fast.report") / "page.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "seconds": seconds, "mebibytes": mebibytes, "number": number}
+    measured = list(dict.fromkeys(kind for run in runs for kind in run.accuracies))
+    return environment.from_string(template).render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        runs=runs,
+        measured={kind: _MEASURED.get(kind, kind.replace("_", " ")) for kind in measured},
+        charts=charts(runs),
+        pictures={run.name: pictures(run.snapshots) for run in runs},
+        chosen=chosen_options,
+    )
+
+
+def pictures(snapshots: Mapping[int, Path]) -> list[_Picture]:
+    """Return the first snapshot, the last, and some between, evenly."""
+    iterations = sorted(snapshots)
+    last = len(iterations) - 1
+    places = sorted({round(i * last / (_SHOWN - 1)) for i in range(_SHOWN)}) if iterations else []
+    return [
+        _Picture(
+            f"iteration {iterations[place]:,}",
+            base64.b64encode(snapshots[iterations[place]].read_bytes()).decode("ascii"),
+        )
+        for place in places
+    ]
+
+
+def chosen_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that have a value, by name."""
+    return {name: value for name, value in sorted(options.items()) if value is not None}
+
+
+def percent(accuracy: Mapping[str, Any]) -> str:
+    """Return an accuracy (mean, std, n) as "65.40 ± 0.30"; of one network without deviation."""
+    spread = f" ± {100 * accuracy['std']:.2f}" if accuracy.get("n", 1) > 1 else ""
+    return f"{100 * accuracy['mean']:.2f}{spread}"
+
+
+def seconds(value: float) -> str:
+    """Return a duration as "3 h 05 min", "4 min 20 s" or "12.3 s"."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def mebibytes(value: float) -> str:
+    """Return bytes as "1,234 MiB"."""
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def number(value: float | Sequence[float]) -> str:
+    """Return a number, or each of several, with five digits."""
+    return f"{value:.5g}" if isinstance(value, (int, float)) else ", ".join(f"{one:.5g}" for one in value)

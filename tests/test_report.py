@@ -1,0 +1,142 @@
+"""The report: one page that stands alone, of runs finished and not, with what their files say."""
+
+from __future__ import annotations
+
+import base64
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mtt_fast import cli
+from mtt_fast.distill import main as distill
+from mtt_fast.report.__main__ import main
+from mtt_fast.report.charts import thinned
+from mtt_fast.report.page import number, percent, seconds
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
+    "--syn_steps 3 --Iteration 6 --eval_it 1 --num_eval 2 --epoch_eval_train 1 --batch_real 512 --lr_img 10"
+).split()
+ALONE = {"meta", "br", "img"}  # elements of HTML without an end
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text; complains where they are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+        self.pictures: list[dict[str, str | None]] = []
+        self.drawings = 0
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.links += [value for name in ("src", "href") if (value := values.get(name))]
+        if tag == "img":
+            self.pictures.append(values)
+        self.drawings += tag == "svg"
+        if tag not in ALONE:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    places = ["--data_path", f"{folder}/data", "--buffer_path", f"{folder}/buffers", "--out", f"{folder}/toy"]
+    assert cli.run(distill, [*TOY, *places]) == 0
+    return folder / "toy"
+
+
+def test_a_finished_run(run: Path) -> None:
+    assert cli.run(main, [str(run)]) == 0
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert not [link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))]
+    summary = json.loads((run / "summary.json").read_text())
+    text = " ".join(page.text)
+    for kind in ("distilled", "random_real_images", "experts"):
+        assert percent(summary["accuracy"][kind]) in text
+    assert summary["versions"]["torch"] in text
+    assert "--syn_steps 3" in text
+    assert "finished, 6 iterations" in text
+    assert page.drawings == 3
+    shown = [picture["alt"] for picture in page.pictures]
+    assert shown == [f"toy, iteration {iteration}" for iteration in (0, 2, 3, 4, 6)]  # seven snapshots, five shown
+    last = page.pictures[-1]["src"]
+    assert last is not None
+    assert base64.b64decode(last.split(",")[1]) == (run / "history" / "iteration_000006.png").read_bytes()
+
+
+def test_the_same_run_is_the_same_page(run: Path, tmp_path: Path) -> None:
+    pages = [tmp_path / name for name in ("a.html", "b.html")]
+    for page in pages:
+        assert cli.run(main, [str(run), "--out", str(page)]) == 0
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
+    under_way, baseline = tmp_path / "going", tmp_path / "dm & co"
+    under_way.mkdir()
+    for name in ("config.toml", "metrics.jsonl"):
+        (under_way / name).write_bytes((run / name).read_bytes())
+    baseline.mkdir()
+    accuracy = {"distilled": {"mean": 0.5, "std": 0.25, "n": 3}}
+    summary = {"method": "<DM>", "accuracy": accuracy, "options": {"dataset": "digits", "ipc": 1, "model": "ConvNet"}}
+    (baseline / "summary.json").write_text(json.dumps(summary))
+    page = tmp_path / "both.html"
+    assert cli.run(main, [str(under_way), str(baseline), "--out", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    Page(text)
+    assert "50.00 ± 25.00" in text
+    assert "under way, 6 iterations" in text
+    assert "&lt;DM&gt;" in text
+    assert "dm &amp; co" in text
+    assert "<DM>" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(None, "expected a run's folder", id="nothing"),
+        pytest.param("{}", "expected a run's summary, found it broken", id="empty"),
+        pytest.param("{", "expected a run's summary, found it broken", id="not JSON"),
+    ],
+)
+def test_mistakes(content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    assert cli.run(main, [str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_no_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(main, []) == 2
+    assert "expected the folder of a run" in capsys.readouterr().err
+
+
+def test_thinned_keeps_the_level() -> None:
+    x, y = thinned(range(10_000), [float(i % 2) for i in range(10_000)])
+    assert 300 <= len(x) <= 600
+    assert max(abs(value - 0.5) for value in y[:-1]) < 0.04
+    assert thinned([1, 2], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0])
+
+
+def test_figures() -> None:
+    assert [seconds(value) for value in (3.04, 61, 3599.7, 7500)] == ["3.0 s", "1 min 01 s", "1 h 00 min", "2 h 05 min"]
+    assert percent({"mean": 0.123456, "std": 0.01, "n": 1}) == "12.35"
+    assert number([0.01, 0.0212345]) == "0.01, 0.021234"
