@@ -34,7 +34,7 @@ from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, Disti
 from mtt_fast.distillation.segments import Segment, augmentation, planned, read_segment, student_batches
 from mtt_fast.distillation.updates import skip, update
 from mtt_fast.errors import InputError
-from mtt_fast.experts import train_missing_experts
+from mtt_fast.experts import check_flatness, train_missing_experts
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.iteration import Iteration, planned_iteration
 from mtt_fast.memory import Plan, with_smaller_pieces
@@ -147,6 +147,7 @@ def _experts(options: DistillOptions, real: RealImages, network: ConvNet) -> Tra
             epochs=store.epochs(expert),
             where=str(folder),
         )
+        check_flatness(store.metadata(expert), options.experts(), folder)
     return store
 
 

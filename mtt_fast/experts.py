@@ -25,14 +25,15 @@ from mtt_fast.augment import augment_by_strategy
 from mtt_fast.choice import student_for
 from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
+from mtt_fast.flatness import sharpness_aware
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.kernels import Precision
 from mtt_fast.memory import AUTO
-from mtt_fast.options import CommonOptions, RealImages, at_least, buffer_folder, real_images
+from mtt_fast.options import CommonOptions, RealImages, TrueOrFalse, at_least, buffer_folder, real_images
 from mtt_fast.provenance import choose_device, versions
 from mtt_fast.seeding import generator_for
 from mtt_fast.together import Work, crew_for, result_of, together
-from mtt_fast.training import Sgd, accuracy, count_right, epoch_on
+from mtt_fast.training import Epoch, Sgd, accuracy, count_right, epoch_on
 from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,14 @@ class ExpertTraining:
     decay: bool = False
     batch_size: int = 256
     augment: str = "color_crop_cutout_flip_scale_rotate"
+    rho_max: float = 0.0
+    rho_min: float = 0.0
+    alpha: float = 0.0
+    adaptive: bool = False
+
+    def of_flat_minima(self) -> dict[str, Any]:
+        """Return the part that looks for flat minima, which experts recorded before there was one lack."""
+        return {name: getattr(self, name) for name in ("rho_max", "rho_min", "alpha", "adaptive")}
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,14 @@ class ExpertOptions(CommonOptions):
     """weight decay"""
     decay: bool = False
     """divide the learning rate by ten after half of the epochs"""
+    rho_max: float = 0.0
+    """radius in which sharpness is looked for (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
+    rho_min: float = 0.0
+    """the radius at the learning rate that --decay divided; without --decay the same as --rho_max"""
+    alpha: float = 0.0
+    """how much of the plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
+    adaptive: TrueOrFalse = True
+    """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
     buffer_path: str = "buffers"
     """where the trajectories are written: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
     batch_real: Annotated[int | None, tyro.conf.Suppress] = None
@@ -80,20 +97,27 @@ class ExpertOptions(CommonOptions):
         """Return how these options train an expert. Raises `InputError` for values that cannot be."""
         return checked(
             ExpertTraining(
-                self.train_epochs, self.lr_teacher, self.mom, self.l2, self.decay, self.batch_train,
-                self.strategy,
+                self.train_epochs, self.lr_teacher, self.mom, self.l2, self.decay, self.batch_train, self.strategy,
+                self.rho_max, self.rho_min, self.alpha, self.adaptive,
             )
         )  # fmt: skip
 
 
 def checked(training: ExpertTraining) -> ExpertTraining:
-    """Return `training`, or raise `InputError` for values that cannot be."""
+    """Return `training`, without what has no effect in it, or raise `InputError` for values that cannot be."""
     complaint = at_least(1, train_epochs=training.train_epochs, batch_train=training.batch_size) or at_least(
-        0, mom=training.mom, l2=training.l2
+        0, mom=training.mom, l2=training.l2, rho_max=training.rho_max, rho_min=training.rho_min, alpha=training.alpha
     )
     if complaint or not training.lr > 0:
         raise InputError(complaint or f"expert learning rate {training.lr}: expected more than 0")
-    return training
+    if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
+        raise InputError(
+            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value twice; "
+            "the radius follows the learning rate, so it can fall from one to the other with --decay alone"
+        )
+    if not training.rho_max and training.alpha:
+        raise InputError(f"--alpha {training.alpha}: expected --rho_max and --rho_min above 0, found neither")
+    return training if training.rho_max else replace(training, adaptive=False)
 
 
 def train_missing_experts(
@@ -184,7 +208,12 @@ def _training(
     parameters[0] = theta
     accuracies = [accuracy(network, theta, images.test)]
     sgd = Sgd(training.lr, training.mom, training.l2, training.batch_size)
-    velocity, run_epoch = torch.zeros_like(theta), epoch_on(student, images.train, sgd, augment)
+
+    def epoch_at(lr: float, rho: float) -> Epoch:
+        direction = sharpness_aware(student, rho, training.alpha, training.adaptive)
+        return epoch_on(direction, images.train, replace(sgd, lr=lr), augment)
+
+    velocity, run_epoch = torch.zeros_like(theta), epoch_at(training.lr, training.rho_max)
     for epoch in range(training.train_epochs):
         if stop:
             raise Stopped(
@@ -198,7 +227,7 @@ def _training(
         accuracies.append(int(right) / len(images.test))
         if training.decay and epoch == training.train_epochs // 2 + 1:
             velocity = torch.zeros_like(theta)  # the public code makes a new optimiser here
-            run_epoch = epoch_on(student, images.train, replace(sgd, lr=sgd.lr * 0.1), augment)
+            run_epoch = epoch_at(training.lr * 0.1, training.rho_min)
         if bar is not None:
             with bar.get_lock():  # several threads count on it
                 bar.set_postfix(
@@ -227,17 +256,30 @@ def _check_same_training(
         "data set": images.data.fingerprint,
         "network": network.layout.describe(),
     }
-    found = metadata.hyperparameters | {
+    found = ExpertTraining().of_flat_minima() | metadata.hyperparameters
+    found |= {
         "seed": metadata.seed,
         "whitening": metadata.whitening,
         "data set": metadata.fingerprint,
         "network": metadata.layout,
     }
+    _check_equal(wanted, found, folder, "train as many as are there with the same options")
+
+
+def check_flatness(metadata: ExpertMetadata, training: ExpertTraining, folder: Path) -> None:
+    """Raise `InputError` if `training` looks for flat minima, and the expert is known to have been trained otherwise."""
+    recorded = metadata.hyperparameters
+    if training.rho_max and "lr" in recorded:  # of experts from elsewhere nothing is known
+        found = ExpertTraining().of_flat_minima() | recorded
+        _check_equal(training.of_flat_minima(), found, folder, "leave out --rho_max to use them as they are")
+
+
+def _check_equal(wanted: dict[str, Any], found: dict[str, Any], folder: Path, otherwise: str) -> None:
     for name, value in wanted.items():
         if found.get(name) != value:
             raise InputError(
                 f"{folder}: holds experts trained with {name} {found.get(name)}, not {value}; "
-                "choose another --buffer_path, or train as many as are there with the same options"
+                f"choose another --buffer_path, or {otherwise}"
             )
 
 

@@ -31,7 +31,7 @@ Lane = Callable[[], contextlib.AbstractContextManager[object]]
 _SMALL = 64 * 2**20
 # On a GPU, so many numbers for each thread that the device holds fill it. An estimate: no device has confirmed it.
 _NUMBERS_A_THREAD = 200
-_VECTORS = 9  # parameters and velocity before, within and after a recorded step, and the gradient with its parts
+_VECTORS = 12  # parameters and velocity before, within and after a recorded step; SAM's gradients with their parts
 
 
 class Crew(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from mtt_fast.augment import SiameseAugment, augment_with
 from mtt_fast.draws import Apply, draw_steps
 from mtt_fast.prefetch import upload
 from mtt_fast.replay import replayed
-from mtt_fast.student import Network, Student
+from mtt_fast.student import Network, StepGradient
 
 _TEST_BATCH = 500
 
@@ -50,11 +51,19 @@ class Sgd:
     batch_size: int = 256
 
 
+class Gradients(Protocol):
+    """What a step asks for: of a student, or of one that looks for flat minima (mtt_fast/flatness.py)."""
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> StepGradient:
+        """Return the loss () at `theta` and the direction (P,) to descend against."""
+        ...
+
+
 Epoch = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
 """From parameters and velocity (P,) and a source of random numbers to both after one epoch, and its mean loss ()."""
 
 
-def epoch_on(student: Student, images: Images, sgd: Sgd, augment: SiameseAugment | None) -> Epoch:
+def epoch_on(student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None) -> Epoch:
     """Return what visits every image once in random order, in steps of plain SGD; the last batch may be short.
 
     Order and augmentation are drawn from the generator before the first step. Nothing waits for the device, and on
@@ -79,7 +88,7 @@ def epoch_on(student: Student, images: Images, sgd: Sgd, augment: SiameseAugment
 
 
 def training_step(
-    student: Student,
+    student: Gradients,
     images: Images,
     sgd: Sgd,
     augment: Apply | None,

@@ -18,6 +18,7 @@ from mtt_fast.experts import ExpertTraining, main, train_expert
 from mtt_fast.files import load_tensors
 from mtt_fast.options import RealImages, real_images
 from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.trajectories import write_expert
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 2 --batch_train 512".split()
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
@@ -61,6 +62,32 @@ def test_equals_a_plain_loop_with_torch_optim(images: RealImages, mom: float, l2
     assert accuracies[-1] == pytest.approx(float((module(seen).argmax(1) == truth).float().mean()))
 
 
+@pytest.mark.parametrize("decay", [False, True])
+def test_flat_trajectories_are_those_of_gsam(images: RealImages, decay: bool) -> None:
+    """With --decay the radius falls from rho_max to rho_min, as the learning rate does."""
+    rho_min = 0.2 if decay else 0.5
+    training = ExpertTraining(
+        5, 0.05, decay=decay, batch_size=30, augment="none", rho_max=0.5, rho_min=rho_min, alpha=0.3, adaptive=True
+    )
+    parameters, _ = train_expert(images, NET, training, seed=3, index=1)
+    module = reference_convnet(1, 3, 6, 4, 1)
+    pixels, labels = images.train.batch(slice(None))
+
+    def gradient_at(theta: torch.Tensor) -> torch.Tensor:
+        torch.nn.utils.vector_to_parameters(theta.clone(), module.parameters())
+        loss = torch.nn.functional.cross_entropy(module(pixels), labels)
+        return torch.nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(module.parameters())))
+
+    theta = parameters[0]
+    for epoch in range(5):
+        lr, rho = (0.005, rho_min) if decay and epoch > 5 // 2 + 1 else (0.05, 0.5)
+        here = gradient_at(theta)
+        there = gradient_at(theta + rho * theta**2 * here / (theta * here).norm())
+        across = here - torch.dot(here, there) / torch.dot(there, there) * there
+        theta = theta - lr * (there - 0.3 * across)
+        assert_close(f"epoch {epoch + 1}", parameters[epoch + 1] - parameters[0], theta - parameters[0], 1e-4)
+
+
 def test_an_expert_depends_on_seed_and_index_alone(images: RealImages) -> None:
     training = ExpertTraining(train_epochs=2, batch_size=7)
     first, _ = train_expert(images, NET, training, seed=0, index=4)
@@ -82,6 +109,31 @@ def test_the_command_and_what_it_records(tmp_path: Path) -> None:
     assert metadata.layout.startswith("features.0.weight:4x1x3x3;")
     store.verify(2)
     assert not torch.equal(store.read(0, 1), store.read(0, 2))
+
+
+def test_flat_and_other_experts_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flat = ["--rho_max", "0.01", "--rho_min", "0.01", "--alpha", "0.3"]
+    assert run(tmp_path, *flat) == 0
+    recorded = TrajectoryStore(buffers(tmp_path)).metadata(0).hyperparameters
+    assert [recorded[name] for name in ("rho_max", "rho_min", "alpha", "adaptive")] == [0.01, 0.01, 0.3, True]
+    assert run(tmp_path, *flat, "--num_experts", "4") == 0
+    for other, complaint in ([], "rho_max 0.01, not 0.0"), ([*flat, "--adaptive", "False"], "adaptive True, not False"):
+        assert run(tmp_path, *other, "--num_experts", "5") == 2
+        assert f"holds experts trained with {complaint}" in capsys.readouterr().err
+    assert len(TrajectoryStore(buffers(tmp_path))) == 4
+
+
+def test_experts_recorded_before_there_were_flat_ones_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path) == 0
+    store = TrajectoryStore(buffers(tmp_path))
+    for expert in range(len(store)):
+        metadata = store.metadata(expert)
+        for name in ("rho_max", "rho_min", "alpha", "adaptive"):
+            del metadata.hyperparameters[name]
+        write_expert(store.folder, expert, torch.stack([store.read(expert, row) for row in range(3)]), metadata)
+    assert run(tmp_path, "--num_experts", "4") == 0
+    assert run(tmp_path, "--num_experts", "5", "--rho_max", "0.01", "--rho_min", "0.01") == 2
+    assert "holds experts trained with rho_max 0.0, not 0.01" in capsys.readouterr().err
 
 
 def test_missing_experts_alone_are_trained_again(tmp_path: Path) -> None:
@@ -133,6 +185,10 @@ def test_stopped_and_continued(tmp_path: Path) -> None:
         (["--num_experts", "0"], "--num_experts 0: expected at least 1"),
         (["--store_dtype", "int4"], "--store_dtype int4: expected float32 or bfloat16"),
         (["--lr_teacher", "-1"], "expert learning rate -1.0: expected more than 0"),
+        (["--rho_max", "0.01"], "--rho_max 0.01, --rho_min 0.0: expected the same value twice"),
+        (["--rho_min", "0.01", "--decay"], "--rho_max 0.0, --rho_min 0.01: expected"),
+        (["--rho_max", "-1", "--rho_min", "-1"], "--rho_max -1.0: expected at least 0"),
+        (["--alpha", "0.3"], "--alpha 0.3: expected --rho_max and --rho_min above 0, found neither"),
         (["--lr_teacher", "1e30", "--buffer_path", "other"], "are not finite; train with a smaller --lr_teacher"),
     ],
 )

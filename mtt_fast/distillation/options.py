@@ -15,7 +15,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.evaluate import EvaluationProtocol
 from mtt_fast.experts import ExpertTraining, checked
 from mtt_fast.memory import AUTO, parse_bytes
-from mtt_fast.options import CommonOptions, at_least
+from mtt_fast.options import CommonOptions, TrueOrFalse, at_least
 from mtt_fast.recipes import recipe_options
 from mtt_fast.run_folder import read_config
 
@@ -85,6 +85,14 @@ class DistillOptions(CommonOptions):
     """their weight decay"""
     decay: bool = False
     """divide their learning rate by ten after half of the epochs"""
+    rho_max: float = 0.0
+    """radius in which they look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
+    rho_min: float = 0.0
+    """the radius at the learning rate that --decay divided; without --decay the same as --rho_max"""
+    alpha: float = 0.0
+    """how much of their plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
+    adaptive: TrueOrFalse = True
+    """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
     batch_real: int = 256
     """their batch size"""
 
@@ -105,9 +113,10 @@ class DistillOptions(CommonOptions):
         """Return how missing experts are trained."""
         return checked(
             ExpertTraining(
-                self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_real, self.strategy
+                self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_real, self.strategy,
+                self.rho_max, self.rho_min, self.alpha, self.adaptive,
             )
-        )
+        )  # fmt: skip
 
     def protocol(self) -> EvaluationProtocol:
         """Return the evaluation protocol."""
