@@ -87,18 +87,10 @@ def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
 
 def truncated(case: Case) -> Gradients:
     """TESLA's: the last adjoint stands for that of every step, so every Hessian is left out. Not exact."""
-    network, adjoint, path = _module_function(case), *_plain_sweep(case)
-    to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
-    for n, index in enumerate(case.batches):
-        theta, images = path[n].clone().requires_grad_(), case.images[index].requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            F.cross_entropy(network(theta, images), case.labels[index]), theta, create_graph=True
-        )
-        along = gradient @ adjoint
-        (to_batch,) = torch.autograd.grad(along, images)
-        to_images.index_add_(0, index, to_batch, alpha=-float(case.lr))
-        to_lr -= along.detach()
-    return Gradients(to_images, to_lr)
+    found = testing.truncated(
+        _module_function(case), case.start, case.target, case.images, case.labels, case.lr, list(case.batches)
+    )
+    return Gradients(found.images, found.lr)
 
 
 def generic(case: Case, **cut: Any) -> Gradients:

@@ -1,5 +1,7 @@
 """Oracles that share no code with the engine: whole-graph autograd, as the public code computes the meta-gradient.
 
+And TESLA's truncated gradient, as its public code means to compute it.
+
 For tests, benchmarks, and users who want to see for themselves. Memory grows with N: use small cases.
 """
 
@@ -99,6 +101,51 @@ def whole_graph(
     return MetaGradient(
         theta.detach(), distance.detach(), to_images, to_labels[0] if to_labels else None, to_lr, to_start
     )
+
+
+def truncated(
+    network: Callable[[Tensor, Tensor], Tensor],
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    batches: Sequence[Tensor],
+) -> MetaGradient:
+    """Return TESLA's approximation of the meta-gradient (Cui et al., 2023), by its two loops. Not exact.
+
+    The last adjoint stands for that of every step. The second loop records one step at a time. The image gradient is
+    that of the formula: the public code returns half of it, as it doubles a tuple in place of its only member.
+    `labels` are class indices or probabilities; `lr` is a scalar, or one a step. Else as `whole_graph`.
+    """
+
+    def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        log_p = F.log_softmax(network(theta, images), dim=1)
+        return -(labels * log_p).sum(1).mean() if labels.is_floating_point() else F.nll_loss(log_p, labels)
+
+    start, target, images, labels, lr = (value.detach() for value in (start, target, images, labels, lr))
+    rates, path = lr.expand(len(batches)), [start]
+    for rate, index in zip(rates, batches, strict=True):
+        theta = path[-1].detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(theta, images[index], labels[index]), theta)
+        path.append(path[-1] - rate * gradient)
+    moved = (start - target).square().sum()
+    adjoint = 2 * (path[-1] - target) / moved
+    soft = labels.is_floating_point()
+    to_images, to_rates = torch.zeros_like(images), torch.zeros_like(rates)
+    to_labels = torch.zeros_like(labels) if soft else None
+    for n, index in enumerate(batches):
+        theta, pixels, wanted = path[n].detach().requires_grad_(), images[index].requires_grad_(), labels[index]
+        wanted.requires_grad_(soft)
+        (gradient,) = torch.autograd.grad(loss_of(theta, pixels, wanted), theta, create_graph=True)
+        along = gradient @ adjoint
+        to_pixels, *to_wanted = torch.autograd.grad(along, (pixels, wanted) if soft else (pixels,))
+        to_images.index_add_(0, index, -rates[n] * to_pixels)
+        if to_labels is not None:
+            to_labels.index_add_(0, index, -rates[n] * to_wanted[0])
+        to_rates[n] = -along.detach()
+    loss = (path[-1] - target).square().sum() / moved
+    return MetaGradient(path[-1], loss, to_images, to_labels, to_rates if lr.dim() else to_rates.sum(), adjoint)
 
 
 def relative_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float:

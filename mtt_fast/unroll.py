@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.memory import Plan, Work, plan_for
 from mtt_fast.student import Loss, Network, Student, in_microbatches
+
+Gradient = Literal["exact", "truncated"]
+"""Exact, or without the steps' Hessians, as TESLA's: an approximation (docs/adjoint.md)."""
 
 
 def unroll(
@@ -41,6 +44,7 @@ def unroll(
     generator: torch.Generator | None = None,
     draws: Sequence[Any] | None = None,
     precision: Precision = "fp32",
+    gradient: Gradient = "exact",
 ) -> Tensor:
     """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
@@ -71,6 +75,9 @@ def unroll(
         draws: those numbers themselves, one a step, made beforehand by `augment.draw`.
         precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32" or "bf16"; sums are
             float32. Any other network takes torch's own settings.
+        gradient: "exact", or "truncated", an approximation: each g_n is taken for a constant in θ_n, so that every
+            Hessian term is left out. With a loss of θ_N and plain SGD that is TESLA's gradient, λ_N for every λ_n,
+            at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
 
     Raises:
         InputError: shapes, dtypes, indices or options that do not fit each other.
@@ -78,6 +85,8 @@ def unroll(
     indices = _checked_batches(batches, images)
     lr = torch.as_tensor(lr, dtype=None if isinstance(lr, Tensor) else theta.dtype, device=theta.device)
     _check_tensors(theta, images, labels, lr, len(indices), net)
+    if gradient not in ("exact", "truncated"):
+        raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{gradient}'")
     if [microbatch, memory_budget, plan].count(None) < 2:
         raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
     student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
@@ -98,7 +107,7 @@ def unroll(
         )
     cut = student_for_plan(student, net, plan, largest)
     kept_from = max(0, steps - plan.kept_steps)
-    way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), momentum, weight_decay)
+    way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), momentum, weight_decay, gradient)
     return path_of(way, theta, images, labels, lr)
 
 
@@ -148,6 +157,7 @@ class Steps:
     draws: tuple[Any, ...]
     momentum: float = 0.0
     weight_decay: float = 0.0
+    gradient: Gradient = "exact"
 
     def augmented(self, images: Tensor, n: int) -> Tensor:
         """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
@@ -287,9 +297,10 @@ class _Unroll(torch.autograd.Function):
                 grad_images.index_add_(0, index, to_batch, alpha=-1)
             if grad_labels is not None and tangent.labels is not None:
                 grad_labels.index_add_(0, index, (-size * tangent.labels).to(labels.dtype), alpha=-1)
+            exact = steps.gradient == "exact"
             kernels.adjoint_step(
                 adjoint,
-                tangent.hessian_v.contiguous(),
+                tangent.hessian_v.contiguous() if exact else torch.zeros_like(adjoint),
                 direction,
                 size,
                 out=adjoint,
