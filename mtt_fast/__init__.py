@@ -13,7 +13,7 @@ from mtt_fast.augment import SiameseAugment
 from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
 from mtt_fast.flat_module import FlatModule
-from mtt_fast.matching import matching_loss
+from mtt_fast.matching import masked_matching_loss, matching_loss, nearest_step, nearest_step_loss
 from mtt_fast.memory import Plan, plan
 from mtt_fast.unroll import unroll
 
@@ -33,7 +33,10 @@ __all__ = [
     "SyntheticDataset",
     "TrajectoryStore",
     "Whitening",
+    "masked_matching_loss",
     "matching_loss",
+    "nearest_step",
+    "nearest_step_loss",
     "plan",
     "unroll",
 ]

@@ -13,25 +13,42 @@ import torch
 from torch import Tensor
 
 from mtt_fast.draws import Apply
-from mtt_fast.matching import relative_distance
+from mtt_fast.matching import path_loss
 from mtt_fast.memory import Plan
 from mtt_fast.replay import replayed
 from mtt_fast.student import Network, Student
-from mtt_fast.unroll import Steps, path_of, student_for_plan
+from mtt_fast.unroll import Gradient, Steps, path_of, student_for_plan
 
 Iteration = Callable[..., tuple[Tensor, ...]]
 """`iterate` with its first three arguments given: from start, target, images, labels, lr and `StepDraws.tensors`."""
 
+PathLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From the student's path (N + 1, P) and the expert's start and target (P,) to a loss (); it asks for no value."""
 
-def planned_iteration(net: Network, steps: Plan, augment: Apply | None, lengths: tuple[int, ...]) -> Iteration:
+
+def planned_iteration(
+    net: Network,
+    steps: Plan,
+    augment: Apply | None,
+    lengths: tuple[int, ...],
+    *,
+    loss: PathLoss = path_loss,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    gradient: Gradient = "exact",
+    replay: bool = True,
+) -> Iteration:
     """Return `iterate` as the plan `steps` says, for steps that see `lengths` images each; on CUDA it replays a graph.
 
-    With the path in host memory it is called instead: a graph knows the device's alone.
+    With the path in host memory it is called instead: a graph knows the device's alone. So it is without `replay`, for
+    what is done too rarely to keep the graph's memory.
     """
     student = student_for_plan(steps.work.student, net, steps, steps.work.batch)
-    kept, on_host = steps.kept_steps, steps.path_on_host
-    run = partial(iterate, student, augment, lengths, kept_steps=kept, path_on_host=on_host)
-    return run if on_host else replayed(run, steps.work.device)
+    run = partial(
+        iterate, student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
+        kept_steps=steps.kept_steps, path_on_host=steps.path_on_host,
+    )  # fmt: skip
+    return replayed(run, steps.work.device) if replay and not steps.path_on_host else run
 
 
 def iterate(
@@ -46,13 +63,17 @@ def iterate(
     indices: Tensor,
     parameters: Tensor | None = None,
     *,
+    loss: PathLoss = path_loss,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    gradient: Gradient = "exact",
     kept_steps: int = 0,
     path_on_host: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return the matching loss () in float64 and its gradients to images, lr and, if they are soft, labels.
+    """Return the loss () in float64, the matching loss unless told, and its gradients to images, lr and soft labels.
 
-    The steps see `lengths` images each, through `augment`, and `student` answers for them. `kept_steps` and
-    `path_on_host` are those of a plan (mtt_fast/memory.py).
+    The steps see `lengths` images each, through `augment`, and `student` answers for them. `momentum`, `weight_decay`
+    and `gradient` are those of `unroll`; `kept_steps` and `path_on_host` those of a plan (mtt_fast/memory.py).
 
     A pure function of its tensors, all on one device: those of `matching_loss` and `unroll`, where `images` are all
     synthetic images (n, C, H, W), and those of `StepDraws`, ΣB = Σ `lengths`. Nothing is checked: indices were drawn in
@@ -60,10 +81,11 @@ def iterate(
     """
     draws = (None,) * len(lengths) if parameters is None else parameters.split(lengths)
     kept_from = max(0, len(lengths) - kept_steps)
-    steps = Steps(student, indices.split(lengths), kept_from, path_on_host, augment, draws)
+    batches = indices.split(lengths)
+    steps = Steps(student, batches, kept_from, path_on_host, augment, draws, momentum, weight_decay, gradient)
     wanted = [images, lr, *([labels] if labels.is_floating_point() else [])]
     with torch.enable_grad():
         images, lr, *soft = (tensor.detach().requires_grad_() for tensor in wanted)
         path = path_of(steps, start, images, soft[0] if soft else labels, lr)
-        loss = relative_distance(path[-1], start, target)
-        return loss.detach(), *torch.autograd.grad(loss, (images, lr, *soft))
+        value = loss(path, start, target)
+        return value.detach(), *torch.autograd.grad(value, (images, lr, *soft))

@@ -1,14 +1,17 @@
-"""Losses between a student's path and an expert's."""
+"""Losses between a student's path and an expert's: the paper's, and its successors' choices of step and parameters."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
+
+MatchStep = Literal["last", "nearest"]
+"""Which of the student's steps has to match: its last one, or the one that is nearest to the target."""
 
 
 class _SquaredDistance(torch.autograd.Function):
@@ -35,15 +38,41 @@ def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     `end` is the student's θ_N (P,); `start` and `target` are the expert's epochs θ_0 and θ* (P,), constants: the
     gradient flows to `end` alone, as in the public code. Raises `InputError` if the expert did not move.
     """
-    if not end.shape == start.shape == target.shape:
-        raise InputError(
-            f"matching_loss: expected three vectors of one shape, found end {tuple(end.shape)}, start {tuple(start.shape)}, "
-            f"target {tuple(target.shape)}"
-        )
-    loss = relative_distance(end, start, target)
-    if not loss.isfinite() and start.to(end).equal(target.to(end)):
-        raise InputError("matching_loss: start and target are equal, so the expert did not move between the two epochs")
-    return loss
+    _check_vectors("matching_loss", end, start, target)
+    return _checked("matching_loss", relative_distance(end, start, target), end, start, target)
+
+
+def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
+    """Return `matching_loss` over the parameters that are left when those of lowest loss are dropped, as PAD does.
+
+    Of the P parameters the ⌊`loss_ratio` · P⌋ whose (θ_N − θ*)² is smallest count neither in the numerator nor in the
+    denominator, and get no gradient. `loss_ratio` is in [0, 1). Raises `InputError` as `matching_loss` does.
+    """
+    _check_vectors("masked_matching_loss", end, start, target)
+    if not 0 <= loss_ratio < 1:
+        raise InputError(f"masked_matching_loss loss_ratio: expected 0 or more and less than 1, found {loss_ratio}")
+    loss = relative_distance(*_without_lowest(end, start, target, loss_ratio), target)
+    return _checked("masked_matching_loss", loss, end, start, target)
+
+
+def nearest_step_loss(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
+    """Return `matching_loss` of the student's step that is `nearest_step`, as ATT does.
+
+    `path` (N + 1, P) is the student's. The gradient flows to that row of it alone: the choice is a constant. Raises
+    `InputError` as `matching_loss` does.
+    """
+    return matching_loss(path[int(nearest_step(path, target))], start, target)
+
+
+def nearest_step(path: Tensor, target: Tensor) -> Tensor:
+    """Return the number () int64, 1 … N, of the step whose parameters are nearest to `target` (P,), as ATT chooses it.
+
+    Near is Σ |θ_n − θ*|, accumulated in float64; of several that are as near the last one. `path` (N + 1, P) is the
+    student's; its start is no step. No tensor is asked for its value.
+    """
+    path, target = path.detach(), target.detach().to(path.dtype)
+    distances = [(row.to(target.device) - target).abs().sum(dtype=torch.float64) for row in path[1:]]
+    return len(distances) - torch.stack(distances[::-1]).argmin()
 
 
 def relative_distance(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
@@ -54,3 +83,43 @@ def relative_distance(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     start, target = start.detach().to(end), target.detach().to(end)
     moved = squared_distance(start.contiguous(), target.contiguous())
     return _SquaredDistance.apply(end, target) / moved  # type: ignore[no-any-return]
+
+
+def path_loss(
+    path: Tensor, start: Tensor, target: Tensor, match_step: MatchStep = "last", loss_ratio: float = 0.0
+) -> Tensor:
+    """Return the loss of a path that is known to fit, with the step and the parameters that are to match.
+
+    As `matching_loss`, `nearest_step_loss` and `masked_matching_loss`, or the latter two at once. It asks no tensor for
+    its values: the nearest row is taken by a tensor, so that its gradient is as large as the path.
+    """
+    if match_step == "nearest":
+        step = nearest_step(path, target).to(path.device)
+        end = path.index_select(0, step.view(1))[0].to(target.device)
+    else:
+        end = path[-1]
+    if loss_ratio:
+        end, start = _without_lowest(end, start, target, loss_ratio)
+    return relative_distance(end, start, target)
+
+
+def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> tuple[Tensor, Tensor]:
+    """Return `end` and `start` with the target's values, which count for nothing, where the loss is lowest."""
+    start, target = start.detach().to(end), target.detach().to(end)
+    order = (end.detach() - target).square().argsort(stable=True)
+    dropped = torch.zeros_like(end, dtype=torch.bool).index_fill_(0, order[: int(loss_ratio * len(end))], True)
+    return torch.where(dropped, target, end), torch.where(dropped, target, start)
+
+
+def _check_vectors(name: str, end: Tensor, start: Tensor, target: Tensor) -> None:
+    if not end.shape == start.shape == target.shape:
+        raise InputError(
+            f"{name}: expected three vectors of one shape, found end {tuple(end.shape)}, start {tuple(start.shape)}, "
+            f"target {tuple(target.shape)}"
+        )
+
+
+def _checked(name: str, loss: Tensor, end: Tensor, start: Tensor, target: Tensor) -> Tensor:
+    if not loss.isfinite() and start.to(end).equal(target.to(end)):
+        raise InputError(f"{name}: start and target are equal, so the expert did not move between the two epochs")
+    return loss

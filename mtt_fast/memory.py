@@ -58,6 +58,8 @@ class Work:
     device: torch.device
     momentum: bool = False
     augment: bool = False
+    path_gradient: bool = False
+    """whether the loss's gradient is as large as the path, as where its row is chosen by a tensor"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Plan:
         work = self.work
         vector = work.num_parameters * work.dtype.itemsize
         image = work.images[1:].numel() * work.dtype.itemsize
-        rows = work.steps + 1 + (work.steps if work.momentum else 0)
+        rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
         vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
         piece = work.student.step_bytes(self.microbatch, work.images[1:], work.dtype, work.device)
@@ -160,6 +162,7 @@ def plan(
     label_kind: LabelKind = "indices",
     loss: Loss | None = None,
     precision: Precision = "fp32",
+    path_gradient: bool = False,
 ) -> Plan:
     """Tell before a run what `unroll` will do and take: the plan that it makes itself, or can be given.
 
@@ -176,6 +179,7 @@ def plan(
         momentum: as in `unroll`; only whether there is any.
         augment: whether the images are augmented.
         label_kind: as in `unroll`, as are `loss` and `precision`.
+        path_gradient: whether the loss's gradient is as large as the path: of `path` itself, not of rows `path[n]`.
 
     Raises:
         InputError: the budget is too small even for one sample at once, with what would do; or the network's samples
@@ -195,6 +199,7 @@ def plan(
             device,
             momentum != 0,
             augment,
+            path_gradient,
         ),
     )
     return plan_for(work, memory_budget, microbatch)

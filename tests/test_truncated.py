@@ -59,7 +59,7 @@ def test_everything_but_the_hessians_is_exact(momentum: float, weight_decay: flo
     """Momentum, weight decay and losses of other rows: autograd, with each gradient taken at detached parameters."""
     given = case(per_step=True)
     weights = torch.randn(6, len(given["start"]), dtype=torch.float64)
-    options = {"momentum": momentum, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
 
     def leaves() -> list[Tensor]:
         return [given[name].clone().requires_grad_() for name in ("start", "images", "lr")]
