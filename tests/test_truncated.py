@@ -36,8 +36,9 @@ def case(kind: str = "indices", steps: int = 5, per_step: bool = False) -> dict[
 def by_engine(given: dict[str, Any], net: Any = NET, **options: Any) -> dict[str, Tensor]:
     leaves = {name: given[name].clone() for name in ("start", "images", "labels", "lr")}
     wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf.is_floating_point()}
-    path = unroll(net, *leaves.values(), given["batches"], **{"gradient": "truncated"} | options)
-    matching_loss(path[-1], leaves["start"], given["target"]).backward()
+    theta, images, labels, lr = leaves.values()
+    path = unroll(net, theta, images, labels, lr, given["batches"], **{"gradient": "truncated"} | options)
+    matching_loss(path[-1], theta, given["target"]).backward()
     return {name: leaf.grad for name, leaf in wanted.items() if leaf.grad is not None} | {"end": path[-1].detach()}
 
 
