@@ -24,7 +24,6 @@ class _SquaredDistance(torch.autograd.Function):
         return distance
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         a, b = ctx.saved_tensors
         return 2 * grad.to(a.dtype) * (a - b), None

@@ -6,7 +6,9 @@ everything that one step contributes is one directional derivative of its ordina
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +52,9 @@ def unroll(
 
     Any function of any rows of the path can be differentiated, with exact gradients to `theta`, `images`, floating
     `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The graph kept is the path itself:
-    peak memory is that of one step of one micro-batch, whatever N. Differentiable once.
+    peak memory is that of one step of one micro-batch, whatever N. Differentiable once: a backward pass with
+    create_graph=True is refused. Within `torch.autocast` it computes as without, and within `torch.no_grad` the path is
+    all there is.
 
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
     of the budget): then a single row `path[n]` is brought to the device when it is asked for.
@@ -80,8 +84,12 @@ def unroll(
             at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
 
     Raises:
-        InputError: shapes, dtypes, indices or options that do not fit each other.
+        InputError: shapes, dtypes, indices or options that do not fit each other, or `torch.inference_mode`.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
+        )
     indices = _checked_batches(batches, images)
     lr = torch.as_tensor(lr, dtype=None if isinstance(lr, Tensor) else theta.dtype, device=theta.device)
     _check_tensors(theta, images, labels, lr, len(indices), net)
@@ -124,7 +132,8 @@ def path_of(steps: Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Ten
 
     So on a GPU nothing waits for the device, and both sweeps can be recorded (mtt_fast/replay.py).
     """
-    path, *rows = _Unroll.apply(steps, theta, images, labels, lr)
+    with _without_autocast(theta.device):
+        path, *rows = _Unroll.apply(steps, theta, images, labels, lr)
     path = path.as_subclass(_Path)
     path.rows, path.home = tuple(rows), theta.device
     return path  # type: ignore[no-any-return]
@@ -199,6 +208,28 @@ class _Rows:
         return self.near(n)
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """All arithmetic is in the dtype of the parameters, whatever the caller has chosen for networks of their own."""
+    known = torch.amp.is_autocast_available(device.type)  # not to the meta device
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run as an autograd function's `backward`, once: what it returns would be a constant to a second derivative."""
+
+    @functools.wraps(function)
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise InputError(
+                "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
+                "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
+            )
+        with _without_autocast(ctx.saved_tensors[2].device):
+            return function(ctx, *gradients)
+
+    return backward
+
+
 class _Unroll(torch.autograd.Function):
     """One node in the user's graph for all N steps."""
 
@@ -244,7 +275,7 @@ class _Unroll(torch.autograd.Function):
         return path.stored, *path.stored.unbind()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_backward_sweep
     def backward(ctx: Any, grad_path: Tensor | None, *grad_rows: Tensor | None) -> tuple[Tensor | None, ...]:
         steps: Steps = ctx.steps
         images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
