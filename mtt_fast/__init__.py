@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mtt_fast.adapters import Augmentation, KorniaAugment
 from mtt_fast.augment import SiameseAugment
 from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Augmentation",
     "ConvNet",
     "FlatModule",
     "InputError",
+    "KorniaAugment",
     "Plan",
     "SiameseAugment",
     "SyntheticDataset",

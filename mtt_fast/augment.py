@@ -27,9 +27,12 @@ LARGEST_SCALE, LARGEST_DEGREES = 1.2, 15.0
 
 
 class Augment(Protocol):
-    """Any random, differentiable function of images, as the engine uses it."""
+    """Any random, differentiable function of images, as the engine uses it.
 
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Any:
+    `SiameseAugment` is one, `Augmentation` makes one of two functions, and `KorniaAugment` of a module of kornia.
+    """
+
+    def draw(self, images: Tensor, generator: torch.Generator | None, /) -> Any:
         """Return the random numbers for one step on a batch like `images` (b, C, H, W)."""
         ...
 

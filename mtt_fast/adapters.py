@@ -1,0 +1,89 @@
+"""Other people's augmentations as the engine uses them: two functions, or a module of kornia."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtt_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """An augmentation from two functions, one that draws and one that applies what was drawn.
+
+    `unroll` calls `draw` once a step, in order, and `apply` in both sweeps, so that both see the same images.
+
+    Args:
+        draw: from the images of a step (b, C, H, W) and the source of random numbers to whatever `apply` wants to know.
+        apply: from images and what was drawn to the augmented images (b, C, H', W'); deterministic, differentiable in
+            the images, and on whichever device they are.
+
+    Example:
+        ```python
+        flip = mtt_fast.Augmentation(
+            draw=lambda images, generator: torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5,
+            apply=lambda images, mirrored: torch.where(mirrored.to(images.device), images.flip(3), images),
+        )
+        ```
+    """
+
+    draw: Callable[[Tensor, torch.Generator | None], Any]
+    apply: Callable[[Tensor, Any], Tensor]
+
+    def __call__(self, images: Tensor, draws: Any) -> Tensor:
+        """Return the augmented images. Raises `InputError` if they are not a differentiable batch of as many."""
+        return _checked("Augmentation apply", self.apply(images, draws), images)
+
+
+@dataclass(frozen=True)
+class KorniaAugment:
+    """An augmentation of kornia: one of `kornia.augmentation`'s, or an `AugmentationSequential` of several.
+
+    Its parameters are drawn once a step, by `forward_parameters`, and given to it again in the backward sweep. kornia
+    draws from torch's own CPU generator: that is seeded from the generator of `draw` meanwhile, and then put back, so a
+    run repeats. Labels stay as they are, so what mixes images with each other is not for it. Most of kornia's operations
+    expect images in [0, 1]; distilled ones are normalised, so those that move pixels fit best.
+
+    Args:
+        module: what draws and applies. Its state of the last call is overwritten.
+
+    Raises:
+        InputError: a module without `forward_parameters`, as `nn.Sequential` is.
+    """
+
+    module: nn.Module
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.module, "forward_parameters", None)):
+            raise InputError(
+                f"KorniaAugment: expected a module of kornia.augmentation, found {type(self.module).__name__}, which cannot "
+                "repeat its draws; put several into an AugmentationSequential, or write an mtt_fast.Augmentation"
+            )
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Any:
+        """Return kornia's parameters for a batch like `images` (b, C, H, W)."""
+        device = generator.device if generator is not None else torch.device("cpu")
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.module.forward_parameters(images.shape)  # type: ignore[operator]
+
+    def __call__(self, images: Tensor, draws: Any) -> Tensor:
+        """Apply the module with the parameters `draws`. Raises `InputError` if that is not a differentiable image batch."""
+        return _checked(f"KorniaAugment {type(self.module).__name__}", self.module(images, params=draws), images)
+
+
+def _checked(what: str, augmented: Any, images: Tensor) -> Tensor:
+    if not isinstance(augmented, Tensor) or len(augmented) != len(images):
+        found = tuple(augmented.shape) if isinstance(augmented, Tensor) else type(augmented).__name__
+        raise InputError(f"{what}: expected a tensor of {len(images)} images, found {found}")
+    if images.requires_grad and not augmented.requires_grad:
+        raise InputError(
+            f"{what}: expected a differentiable function of the images, found one that cuts the gradient off"
+        )
+    return augmented
