@@ -26,7 +26,8 @@ TARGET = CASE["start"] + 0.1 * torch.randn(len(CASE["start"]), dtype=torch.float
 
 
 def gradient(augment: Augment, seed: int = 1, microbatch: int | None = None) -> Tensor:
-    images, generator = CASE["images"].clone().requires_grad_(), torch.Generator().manual_seed(seed)
+    images: Tensor = CASE["images"].clone().requires_grad_()
+    generator = torch.Generator().manual_seed(seed)
     net, start = ConvNet(3, 4, 8, 5, 2), CASE["start"]
     labels, lr, batches = (CASE[name] for name in ("labels", "lr", "batches"))
     rows = unroll(net, start, images, labels, lr, batches, augment, microbatch, generator=generator)
