@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.augment import augment_with
+from mtt_fast.compress import compress, waypoint_folder
 from mtt_fast.convnet import ConvNet
 from mtt_fast.distillation.assessment import assess, summarise
 from mtt_fast.distillation.forecast import forecast
@@ -123,20 +124,16 @@ def _finished(folder: Path, options: DistillOptions) -> dict[str, Any] | None:
 
 
 def _experts(options: DistillOptions, real: RealImages, network: ConvNet) -> TrajectoryStore:
+    """Return the experts that the options name, those trained or compressed first that were missing."""
     needed = options.max_start_epoch + options.expert_epochs
-    folder = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
+    folder = whole = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
+    if options.num_interpolation is not None:
+        folder = waypoint_folder(whole, options.num_interpolation)
     store = TrajectoryStore(folder) if folder.is_dir() else None
-    if (store is None or len(store) == 0) and needed > options.train_epochs:
-        raise InputError(
-            f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
-            f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
-        )
     if store is None or len(store) < (options.max_experts or options.num_experts):
-        store = train_missing_experts(
-            folder, options.num_experts, real, network, options.experts(), seed=options.seed,
-            precision=precision_on(real.train.labels.device, network, options.precision),
-            at_once=options.networks_at_once, memory_budget=options.memory_budget,
-        )  # fmt: skip
+        store = _with_missing_experts(options, real, network, whole, needed)
+        if options.num_interpolation is not None:
+            store = compress(whole, folder, options.num_interpolation)
     for expert in range(len(store)):
         check_compatible(
             store.metadata(expert),
@@ -149,6 +146,25 @@ def _experts(options: DistillOptions, real: RealImages, network: ConvNet) -> Tra
         )
         check_flatness(store.metadata(expert), options.experts(), folder)
     return store
+
+
+def _with_missing_experts(
+    options: DistillOptions, real: RealImages, network: ConvNet, folder: Path, needed: int
+) -> TrajectoryStore:
+    """Train the experts that `folder` lacks, of at least the `needed` epochs; return the store of all."""
+    store = TrajectoryStore(folder) if folder.is_dir() else None
+    if not store and needed > options.train_epochs:
+        raise InputError(
+            f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
+            f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
+        )
+    if store and len(store) >= (options.max_experts or options.num_experts):
+        return store
+    return train_missing_experts(
+        folder, options.num_experts, real, network, options.experts(), seed=options.seed,
+        precision=precision_on(real.train.labels.device, network, options.precision),
+        at_once=options.networks_at_once, memory_budget=options.memory_budget,
+    )  # fmt: skip
 
 
 def distill(

@@ -2,6 +2,7 @@
 
 The tensor `parameters` (epochs + 1, P) is float32 or bfloat16; row e is the network after e epochs of training, row 0
 its initialisation. An iteration of the method needs two rows of one expert, so nothing here ever loads a whole file.
+A compressed expert has the rows of a few waypoints instead, and its course between them (mtt_fast/waypoints.py).
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.files import TensorEntry, read_header, save_tensors
+from mtt_fast.waypoints import Course
 
 _FORMAT = "mtt_fast expert 1"  # raise the number when a reader of the old format would misread the new one
+_WAYPOINTS = "mtt_fast waypoints 1"
 _TENSOR = "parameters"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _CHUNK = 1 << 20  # bytes read at a time for the checksum
 _TRAIN_AGAIN = "delete it and train it again with `python -m mtt_fast.experts`"
+_COMPRESS_AGAIN = "delete it and make it again with `python -m mtt_fast.compress`"
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class ExpertMetadata:
     hyperparameters: dict[str, Any]
     seed: int
     accuracy: list[float]
-    """on the test set, of every row"""
+    """on the test set, after every epoch"""
     versions: dict[str, Any]
 
     def to_text(self) -> dict[str, str]:
@@ -84,30 +88,51 @@ def write_expert(
     Raises `InputError` for parameters that are not finite, do not change, or do not fit the metadata, and where the
     disk is full.
     """
-    path = expert_path(folder, index)
+    return _write(expert_path(folder, index), parameters, None, metadata, dtype)
+
+
+def write_waypoints(
+    folder: str | os.PathLike[str],
+    index: int,
+    parameters: Tensor,
+    course: Course,
+    metadata: ExpertMetadata,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write expert number `index` as the waypoints `parameters` (K, P) with the `course` between them.
+
+    `metadata` is that of the whole expert. Otherwise as `write_expert`.
+    """
+    return _write(expert_path(folder, index), parameters, course, metadata, dtype)
+
+
+def _write(path: Path, parameters: Tensor, course: Course | None, metadata: ExpertMetadata, dtype: torch.dtype) -> Path:
     if dtype not in _DTYPES.values():
         raise InputError(f"{path}: expected the stored type float32 or bfloat16, found {dtype}")
     stored = parameters.detach().to("cpu", dtype).contiguous()
-    complaint = _unfit(stored, metadata)
+    complaint = _unfit(stored, course, metadata)
     if complaint:
         raise InputError(f"{path}: not written: {complaint}")
-    digest = hashlib.sha256(stored.view(torch.uint8).numpy().data).hexdigest()
-    save_tensors(path, {_TENSOR: stored}, metadata.to_text() | {"format": _FORMAT, "sha256": digest})
+    text = {"format": _WAYPOINTS, "course": course.to_text()} if course else {"format": _FORMAT}
+    digest = hashlib.sha256(stored.view(torch.uint8).numpy().data)
+    digest.update(text.get("course", "").encode())
+    save_tensors(path, {_TENSOR: stored}, metadata.to_text() | text | {"sha256": digest.hexdigest()})
     return path
 
 
-def _unfit(parameters: Tensor, metadata: ExpertMetadata) -> str | None:
-    """Return why `parameters` (epochs + 1, P) are no trajectory of the network in `metadata`, or None."""
+def _unfit(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) -> str | None:
+    """Return why `parameters` (rows, P) are no trajectory of the network in `metadata`, or None."""
     if parameters.dim() != 2 or len(parameters) < 2:
         return f"expected parameters of shape (epochs + 1, P) with at least one epoch, found {tuple(parameters.shape)}"
-    rows, size = parameters.shape
-    if size != _num_parameters(metadata.layout):
-        return f"the layout describes {_num_parameters(metadata.layout)} parameters, found {size}"
-    if len(metadata.accuracy) != rows:
-        return f"expected an accuracy for each of {rows} rows, found {len(metadata.accuracy)}"
-    for epoch, row in enumerate(parameters):
-        if not row.isfinite().all():
-            return f"the parameters after epoch {epoch} are not finite; train with a smaller --lr_teacher"
+    size = sum(layer_sizes(metadata.layout))
+    if parameters.shape[1] != size:
+        return f"the layout describes {size} parameters, found {parameters.shape[1]}"
+    epochs = len(course.positions if course else parameters)
+    if len(metadata.accuracy) != epochs:
+        return f"expected an accuracy for each of {epochs} rows, found {len(metadata.accuracy)}"
+    for row, values in enumerate(parameters):
+        if not values.isfinite().all():
+            return f"the parameters after epoch {row} are not finite; train with a smaller --lr_teacher"
     if (parameters == parameters[0]).all():
         return (
             "the parameters are the same in every epoch; was each epoch copied, or a view of the live network recorded?"
@@ -115,9 +140,10 @@ def _unfit(parameters: Tensor, metadata: ExpertMetadata) -> str | None:
     return None
 
 
-def _num_parameters(layout: str) -> int:
+def layer_sizes(layout: str) -> list[int]:
+    """Return the number of scalars of each parameter tensor in a layout, as `ParameterLayout.describe` writes it."""
     shapes = (entry.rpartition(":")[2] for entry in layout.split(";"))
-    return sum(math.prod(int(side) for side in shape.split("x") if side) for shape in shapes)
+    return [math.prod(int(side) for side in shape.split("x") if side) for shape in shapes]
 
 
 @dataclass(frozen=True)
@@ -127,6 +153,18 @@ class _Header:
     entry: TensorEntry
     dtype: torch.dtype
     text: dict[str, str]
+    course: Course | None  # of a compressed expert
+
+    @property
+    def epochs(self) -> int:
+        return (len(self.course.positions) if self.course else self.entry.shape[0]) - 1
+
+    def at(self, epoch: float) -> tuple[int, Tensor | None]:
+        """Return the row at `epoch`, or the row before it and how far it is, of each parameter, from there to the next."""
+        if self.course is not None:
+            return self.course.at(epoch)
+        row = math.floor(epoch)
+        return row, torch.tensor(epoch - row, dtype=torch.float32) if epoch > row else None
 
 
 class TrajectoryStore:
@@ -153,24 +191,40 @@ class TrajectoryStore:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, expert: int, epoch: int) -> Tensor:
-        """Return the parameters (P,), float32, after `epoch` epochs, 0 … epochs(expert), reading only their bytes."""
+    def read(self, expert: int, epoch: float) -> Tensor:
+        """Return the parameters (P,), float32, after `epoch` epochs, 0 … epochs(expert), reading only their bytes.
+
+        Between the recorded rows, which are those of whole epochs or a compressed expert's waypoints, that is a point of
+        the straight line from one to the next.
+        """
         header = self._header(expert)
-        rows, size = header.entry.shape
-        if not 0 <= epoch < rows:
-            raise IndexError(f"{self._path(expert)}: expected an epoch from 0 to {rows - 1}, found {epoch}")
-        row = torch.empty(size, dtype=header.dtype)
+        if not 0 <= epoch <= header.epochs:
+            raise IndexError(f"{self._path(expert)}: expected an epoch from 0 to {header.epochs}, found {epoch}")
+        row, weights = header.at(epoch)
+        start = self._row(expert, header, row)
+        return start if weights is None else torch.lerp(start, self._row(expert, header, row + 1), weights)
+
+    def _row(self, expert: int, header: _Header, number: int) -> Tensor:
+        row = torch.empty(header.entry.shape[1], dtype=header.dtype)
         length = row.nbytes
         with self._open(expert) as file:
-            file.seek(header.entry.begin + epoch * length)
+            file.seek(header.entry.begin + number * length)
             count = file.readinto(row.view(torch.uint8).numpy().data)
         if count != length:
             raise InputError(f"{self._path(expert)}: truncated since it was opened; {_TRAIN_AGAIN}")
         return row.float()
 
     def epochs(self, expert: int) -> int:
-        """Return how many epochs of training are recorded: one less than the rows."""
-        return self._header(expert).entry.shape[0] - 1
+        """Return how many epochs of training are recorded."""
+        return self._header(expert).epochs
+
+    def dtype(self, expert: int) -> torch.dtype:
+        """Return the type in which the parameters are stored."""
+        return self._header(expert).dtype
+
+    def course(self, expert: int) -> Course | None:
+        """Return where the waypoints of a compressed expert are; None for one that is recorded whole."""
+        return self._header(expert).course
 
     def metadata(self, expert: int) -> ExpertMetadata:
         """Return what the file says of its expert."""
@@ -184,6 +238,7 @@ class TrajectoryStore:
             file.seek(header.entry.begin)
             while chunk := file.read(min(_CHUNK, header.entry.end - file.tell())):
                 digest.update(chunk)
+        digest.update(header.text.get("course", "").encode())
         if digest.hexdigest() != header.text.get("sha256"):
             raise InputError(
                 f"{self._path(expert)}: damaged: its checksum differs from the one written; {_TRAIN_AGAIN}"
@@ -203,19 +258,34 @@ class TrajectoryStore:
 
     def _header(self, expert: int) -> _Header:
         if expert not in self._headers:  # two threads may both read it, to the same result
-            path = self._path(expert)
-            entries, text = read_header(path)
-            entry = entries.get(_TENSOR)
-            if text.get("format") != _FORMAT or entry is None or entry.dtype not in _DTYPES or len(entry.shape) != 2:
-                raise InputError(
-                    f"{path}: expected a file in the format {_FORMAT!r}, found {text.get('format', 'another')!r}; "
-                    "choose a folder that `python -m mtt_fast.experts` wrote"
-                )
-            dtype = _DTYPES[entry.dtype]
-            if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
-                raise InputError(f"{path}: its header contradicts itself; {_TRAIN_AGAIN}")
-            self._headers[expert] = _Header(entry, dtype, text)
+            self._headers[expert] = _read_header(self._path(expert))
         return self._headers[expert]
+
+
+def _read_header(path: Path) -> _Header:
+    entries, text = read_header(path)
+    entry, form = entries.get(_TENSOR), text.get("format", "another")
+    if form not in (_FORMAT, _WAYPOINTS) or entry is None or entry.dtype not in _DTYPES or len(entry.shape) != 2:
+        raise InputError(
+            f"{path}: expected a file in the format {_FORMAT!r}, found {form!r}; "
+            "choose a folder that `python -m mtt_fast.experts` wrote"
+        )
+    dtype = _DTYPES[entry.dtype]
+    if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
+        raise InputError(f"{path}: its header contradicts itself; {_TRAIN_AGAIN}")
+    course = _read_course(path, text, entry.shape) if form == _WAYPOINTS else None
+    return _Header(entry, dtype, text, course)
+
+
+def _read_course(path: Path, text: Mapping[str, str], shape: tuple[int, ...]) -> Course:
+    """Return the course of waypoints (K, P) of this `shape`."""
+    try:
+        course = Course.from_text(text["course"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: the course between its waypoints is broken ({error}); {_COMPRESS_AGAIN}") from error
+    if (len(course.epochs), sum(course.sizes)) != shape:
+        raise InputError(f"{path}: its waypoints do not fit the course between them; {_COMPRESS_AGAIN}")
+    return course
 
 
 def check_compatible(

@@ -49,6 +49,8 @@ class DistillOptions(CommonOptions):
     """M: expert epochs that the student has to match"""
     max_start_epoch: int = 25
     """T+: the student starts at an expert epoch below this"""
+    continuous_start: bool = False
+    """the student starts at any real number of epochs, not at whole ones alone (MCT); between recorded ones on a straight line"""
     batch_syn: int | None = None
     """synthetic images in a student step; without it, all of them"""
     lr_img: float = 1000.0
@@ -75,6 +77,8 @@ class DistillOptions(CommonOptions):
     """experts to train if there are fewer"""
     max_experts: int | None = None
     """use only so many experts"""
+    num_interpolation: int | None = None
+    """use the experts as so many waypoints with straight lines between them (MCT: 4), compressing those that are not"""
     train_epochs: int = 50
     """epochs of experts that are trained first"""
     expert_lr: float = 0.01
@@ -146,6 +150,7 @@ class DistillOptions(CommonOptions):
             epoch_eval_train=self.epoch_eval_train,
             save_seconds=self.save_seconds,
         )
+        complaint = complaint or at_least(2, num_interpolation=self.num_interpolation)
         if complaint:
             raise InputError(complaint)
         if not 0 < self.lr_teacher < math.inf:

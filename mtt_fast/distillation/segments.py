@@ -31,7 +31,7 @@ class Segment(NamedTuple):
     """What one iteration has to match, and what is random in it."""
 
     expert: int
-    epoch: int
+    epoch: float
     tensors: Callable[[], tuple[Tensor, ...]]  # start, target (P,) and those of `StepDraws`, on the device
 
 
@@ -43,7 +43,7 @@ def read_segment(job: Job, send: Send, experts: int, images: Tensor, iteration: 
     options = job.options
     generator = generator_for(options.seed, "iteration", iteration)
     expert = _expert_of(options.seed, experts, iteration)
-    epoch = int(torch.randint(options.max_start_epoch, (), generator=generator))
+    epoch = _start_epoch(options, generator)
     start, target = (job.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
     if start.equal(target):
         raise InputError(
@@ -56,6 +56,13 @@ def read_segment(job: Job, send: Send, experts: int, images: Tensor, iteration: 
         batches, images.shape[1:], images.dtype, None if augment is None else augment.draw_parameters, generator
     )
     return Segment(expert, epoch, send((start, target, *draws.tensors())))
+
+
+def _start_epoch(options: DistillOptions, generator: torch.Generator) -> float:
+    """Draw the epoch at which the student starts, evenly below `max_start_epoch`."""
+    if options.continuous_start:
+        return options.max_start_epoch * float(torch.rand((), dtype=torch.float64, generator=generator))
+    return int(torch.randint(options.max_start_epoch, (), generator=generator))
 
 
 def _expert_of(seed: int, count: int, iteration: int) -> int:

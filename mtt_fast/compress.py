@@ -1,0 +1,130 @@
+"""Compress experts to a few waypoints each, with straight lines between them: `python -m mtt_fast.compress FOLDER`.
+
+What MCT does to a buffer (mtt_fast/waypoints.py has the equations). `python -m mtt_fast.distill --num_interpolation K`
+does it by itself; this command does it to any folder, and to epochs of one's own choice.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from mtt_fast import cli
+from mtt_fast.errors import InputError
+from mtt_fast.interrupts import Stopped, stop_request
+from mtt_fast.options import TrueOrFalse
+from mtt_fast.trajectories import TrajectoryStore, expert_path, layer_sizes, write_waypoints
+from mtt_fast.waypoints import convexified, evenly_spaced
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """Compress experts to a few waypoints each, with straight lines between them (MCT)."""
+
+    folder: Annotated[str, tyro.conf.Positional] = ""
+    """of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet"""
+    num_interpolation: int = 4
+    """waypoints of each expert, both ends included"""
+    epochs: tuple[int, ...] | None = None
+    """epochs at which they are, such as 0 6 25 50; without it evenly spaced"""
+    smooth: TrueOrFalse = True
+    """take for a waypoint the mean of the epochs before and after it, and for the last that of the last two"""
+    out: str | None = None
+    """where the compressed experts are written; default FOLDER/waypoints_K"""
+
+
+def waypoint_folder(folder: Path, count: int) -> Path:
+    """Return where the experts of `folder` are kept as `count` waypoints each."""
+    return folder / f"waypoints_{count}"
+
+
+def compress(
+    folder: Path, out: Path, count: int, epochs: Sequence[int] | None = None, smooth: bool = True
+) -> TrajectoryStore:
+    """Compress those experts in `folder` that `out` lacks to `count` waypoints; return the store of all in `out`.
+
+    The waypoints are at `epochs`, or evenly spaced; `smooth` as in `convexified`. Each expert is written as soon as it
+    is done.
+    Raises `InputError` if there is none, if one is compressed already, if the waypoints do not fit an expert's epochs,
+    or if `out` holds one that was made otherwise; `Stopped` on Ctrl-C or SIGTERM.
+    """
+    whole = TrajectoryStore(folder)
+    if not len(whole):
+        raise InputError(f"{folder}: expected experts, found none; train some with `python -m mtt_fast.experts`")
+    done = TrajectoryStore(out) if out.is_dir() else None
+    written = compressed = 0
+    with stop_request() as stop:
+        for expert, index in enumerate(tqdm(whole.indices, desc="compress", unit="expert")):
+            if stop:
+                raise Stopped(
+                    "stopped; the experts that were finished are saved; the same command continues", stop.signum
+                )
+            if whole.course(expert) is not None:
+                raise InputError(f"{folder}: expert {index} is compressed already; name the folder of whole experts")
+            at = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
+            if done is not None and index in done.indices:
+                _check_same(whole, expert, done, at, smooth)
+            else:
+                _compress_one(whole, expert, out, at, smooth)
+            written += expert_path(folder, index).stat().st_size
+            compressed += expert_path(out, index).stat().st_size
+    log.info(
+        "%d experts of %s as waypoints in %s: %s, not %s, %.1f times smaller",
+        len(whole), folder, out, _size(compressed), _size(written), written / compressed,
+    )  # fmt: skip
+    return TrajectoryStore(out)
+
+
+def _compress_one(whole: TrajectoryStore, expert: int, out: Path, epochs: tuple[int, ...], smooth: bool) -> None:
+    metadata = whole.metadata(expert)
+    trajectory = torch.stack([whole.read(expert, epoch) for epoch in range(whole.epochs(expert) + 1)])
+    parameters, course = convexified(trajectory, layer_sizes(metadata.layout), epochs, smooth)
+    write_waypoints(out, whole.indices[expert], parameters, course, metadata, whole.dtype(expert))
+
+
+def _check_same(
+    whole: TrajectoryStore, expert: int, done: TrajectoryStore, epochs: tuple[int, ...], smooth: bool
+) -> None:
+    """Raise `InputError` unless `done` holds the waypoints at `epochs` of that very expert."""
+    index = whole.indices[expert]
+    place = done.indices.index(index)
+    course = done.course(place)
+    if course is None or (course.epochs, course.smooth) != (epochs, smooth):
+        found = "a whole expert" if course is None else f"waypoints at {course.epochs}, smooth {course.smooth}"
+        raise InputError(
+            f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {found}; "
+            "choose another --out, or delete that folder"
+        )
+    if done.metadata(place) != whole.metadata(expert):
+        raise InputError(
+            f"{expert_path(done.folder, index)}: made from another expert than {expert_path(whole.folder, index)}; "
+            "choose another --out, or delete that folder"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options = cli.parse(CompressOptions, argv, "python -m mtt_fast.compress")
+    if not options.folder:
+        raise InputError("expected a folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet; see --help")
+    folder, count = Path(options.folder), len(options.epochs or ()) or options.num_interpolation
+    out = Path(options.out) if options.out else waypoint_folder(folder, count)
+    compress(folder, out, count, options.epochs, options.smooth)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

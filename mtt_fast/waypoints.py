@@ -1,0 +1,103 @@
+"""Expert trajectories as a few waypoints with straight lines between them (MCT).
+
+Zhong et al., "Towards Stable and Storage-efficient Dataset Distillation: Matching Convexified Trajectory", CVPR 2025.
+Between the waypoints W_k, at epoch e_k, and W_{k+1} each layer l (one parameter tensor) moves along a straight line
+
+    θ_l(e) = (1 − w_l(e)) W_{k,l} + w_l(e) W_{k+1,l}
+    w_l(e) = Σ_{e_k < i ≤ e} |θ_l(i) − θ_l(i−1)| / Σ_{e_k < i ≤ e_{k+1}} |θ_l(i) − θ_l(i−1)|
+
+at the pace of the expert that it was made from. Within an epoch w_l is linear, so every real e is a place on the path.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Course:
+    """At which epochs the K waypoints are, and how far each of L layers is on its way at every epoch."""
+
+    epochs: tuple[int, ...]
+    """e_0 = 0 < e_1 < … of the waypoints; the last is the expert's"""
+    sizes: tuple[int, ...]
+    """how the P parameters divide into layers"""
+    positions: Tensor
+    """(epochs + 1, L) float64: k + w_l(e) for e_k ≤ e ≤ e_{k+1}"""
+    smooth: bool
+    """whether the waypoints are means of their neighbours"""
+
+    def at(self, epoch: float) -> tuple[int, Tensor | None]:
+        """Return k and w (P,), float32, at `epoch`, or k and None where waypoint k itself is."""
+        segment = bisect.bisect_right(self.epochs, epoch) - 1
+        if self.epochs[segment] == epoch:
+            return segment, None
+        whole = math.floor(epoch)
+        layers = torch.lerp(self.positions[whole], self.positions[whole + 1], epoch - whole) - segment
+        return segment, layers.float().repeat_interleave(torch.tensor(self.sizes))
+
+    def to_text(self) -> str:
+        """Return the course as JSON."""
+        return json.dumps(
+            {"epochs": self.epochs, "sizes": self.sizes, "smooth": self.smooth, "positions": self.positions.tolist()}
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Course:
+        """Read what `to_text` wrote. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
+        record = json.loads(text)
+        positions = torch.tensor(record["positions"], dtype=torch.float64)
+        epochs, sizes = tuple(map(int, record["epochs"])), tuple(map(int, record["sizes"]))
+        if not epochs or positions.shape != (epochs[-1] + 1, len(sizes)):
+            raise ValueError("its positions do not fit its epochs")
+        return cls(epochs, sizes, positions, bool(record["smooth"]))
+
+
+def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:
+    """Return `count` epochs from 0 to `epochs`, rounded up, as MCT's code spaces them: 0, 17, 34, 50 for 4 of 50."""
+    if not 2 <= count <= epochs + 1:
+        raise InputError(
+            f"--num_interpolation {count}: expected from 2 waypoints (the ends) to the {epochs + 1} recorded epochs"
+        )
+    return tuple(math.ceil(k * epochs / (count - 1)) for k in range(count))
+
+
+def convexified(
+    parameters: Tensor, layer_sizes: Sequence[int], epochs: Sequence[int], smooth: bool = True
+) -> tuple[Tensor, Course]:
+    """Return the waypoints (K, P) of a trajectory `parameters` (epochs + 1, P) at `epochs`, and their course.
+
+    `layer_sizes`: those of `Course`. With `smooth` a waypoint is the mean of the epochs before and
+    after it, and the last that of the last two, as in MCT's code; the first is always the initialisation.
+    Raises `InputError` unless `epochs` rise from 0 to the last one.
+    """
+    last = len(parameters) - 1
+    if len(epochs) < 2 or list(epochs) != sorted(set(epochs)) or epochs[0] != 0 or epochs[-1] != last:
+        raise InputError(
+            f"--epochs {' '.join(map(str, epochs))}: expected rising epochs from 0 to the expert's last, {last}"
+        )
+    layers = parameters.double().diff(dim=0).split(list(layer_sizes), dim=1)
+    strides = torch.stack([layer.norm(dim=1) for layer in layers], dim=1)  # (epochs, layers)
+    positions = torch.empty(last + 1, len(layer_sizes), dtype=torch.float64)
+    positions[0] = 0
+    for segment, (begin, end) in enumerate(itertools.pairwise(epochs)):
+        walked = strides[begin:end].cumsum(dim=0)
+        evenly = torch.arange(1, end - begin + 1, dtype=torch.float64) / (end - begin)
+        # a layer that does not move, as a bias before a norm, has no pace of its own
+        positions[begin + 1 : end + 1] = segment + torch.where(walked[-1] > 0, walked / walked[-1], evenly[:, None])
+    if smooth:
+        around = [(epoch - 1, min(epoch + 1, last)) for epoch in epochs[1:]]
+        rows = torch.stack([parameters[0], *((parameters[a] + parameters[b]) / 2 for a, b in around)])
+    else:
+        rows = parameters[list(epochs)]
+    return rows, Course(tuple(epochs), tuple(layer_sizes), positions, smooth)
