@@ -140,14 +140,14 @@ def train_missing_experts(
     """
     hyperparameters = dataclasses.asdict(training)
     present = TrajectoryStore(folder) if folder.is_dir() else None
-    if present is not None and len(present):
-        _check_same_training(present.metadata(0), hyperparameters, images, network, seed, folder)
     missing = [index for index in range(count) if present is None or index not in present.indices]
-    if missing and present is not None and len(present) and present.course(0) is not None:
-        raise InputError(
-            f"{folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
-            f"{len(present)} or less, or the --buffer_path of whole experts"
-        )
+    if present is not None and len(present):
+        if missing and present.course(0) is not None:
+            raise InputError(
+                f"{folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
+                f"{len(present)} or less, or the --buffer_path of whole experts"
+            )
+        _check_same_training(present.metadata(0), hyperparameters, images, network, seed, folder)
     if missing:
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
     device, training_images = images.train.labels.device, images.train
