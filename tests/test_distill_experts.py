@@ -122,3 +122,17 @@ def test_mistakes(
     assert run(made, tmp_path / "run", *flags) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_what_is_to_be_compressed_is_told_beforehand(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*flags: str) -> str:
+        capsys.readouterr()
+        assert run(made, tmp_path / "run", *flags, "--dry-run") == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("experts"))
+
+    assert f"0 to train for 6 epochs, 2 in {experts(made)}" in told("--num_interpolation", "3")
+    assert "waypoints" not in told("--num_interpolation", "3")
+    assert told("--num_interpolation", "4").endswith(", 2 to compress to 4 waypoints")
+    assert "1 to train" in told("--num_interpolation", "4", "--num_experts", "3")

@@ -14,6 +14,7 @@ import torch
 
 from mtt_fast.arithmetic import precision_on
 from mtt_fast.choice import student_for
+from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.facts import Facts, facts_of
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.distillation.segments import planned
@@ -54,20 +55,23 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
     facts = facts_of(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(facts)
     experts = buffer_folder(options.buffer_path, facts, options.model, options.zca)
-    there = len(TrajectoryStore(experts)) if experts.is_dir() else 0
-    missing = max(0, options.num_experts - there) if there < (options.max_experts or options.num_experts) else 0
+    there, wanted = _count(experts), options.max_experts or options.num_experts
+    uncompressed = _uncompressed(options, experts)
+    enough = there >= wanted or (options.num_interpolation is not None and not uncompressed)
+    missing = 0 if enough else max(0, options.num_experts - there)
     precision = precision_on(device, network, options.precision)
     count = options.ipc * facts.num_classes
     steps = planned(options, network, (count, *facts.image_shape), device, precision)
     saved = steps.passes / steps.work.student.passes[0]  # by activations that are kept
     seconds = _times(options, facts, network, missing, _seconds(network, facts.image_shape, device, precision), saved)
-    size = _sizes(options, facts, network.num_parameters, missing)
+    size = _sizes(options, facts, network.num_parameters, missing, uncompressed)
     lines = {
         "recipe": _recipe(options),
         "data set": f"{facts.name}: {_shape(facts.image_shape)}, {facts.num_classes} classes, "
         f"{facts.train:,} + {facts.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
-        "experts": f"{missing} to train for {options.train_epochs} epochs, {there} in {experts}",
+        "experts": f"{missing} to train for {options.train_epochs} epochs, {there} in {experts}"
+        + (f", {uncompressed} to compress to {options.num_interpolation} waypoints" if uncompressed else ""),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from below epoch {options.max_start_epoch}; {_state(folder)}",
@@ -88,6 +92,19 @@ def _recipe(options: DistillOptions) -> str:
     return f"{options.recipe}: {about['description']} ({about['source']})"
 
 
+def _count(folder: Path) -> int:
+    """Return how many experts are in `folder`."""
+    return len(TrajectoryStore(folder)) if folder.is_dir() else 0
+
+
+def _uncompressed(options: DistillOptions, experts: Path) -> int:
+    """Return how many experts are to be compressed first."""
+    if options.num_interpolation is None:
+        return 0
+    done = _count(waypoint_folder(experts, options.num_interpolation))
+    return 0 if done >= (options.max_experts or options.num_experts) else max(0, options.num_experts - done)
+
+
 def _state(folder: Path) -> str:
     if (folder / SUMMARY).exists():
         return f"{folder} is finished, or goes on with more iterations"
@@ -98,26 +115,27 @@ def _times(
     options: DistillOptions, facts: Facts, network: Network, missing: int, cost: _Seconds, saved: float
 ) -> _Amounts:
     """Return seconds."""
+    gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * facts.num_classes
     batch = options.batch_syn or count
     forward = cost.gradient / 3  # a backward pass is two forward ones
-    epoch = facts.train * cost.gradient + facts.test * forward
     training = (options.epoch_eval_train + 1) * count * cost.gradient + facts.test * forward
     evaluations = 2 + math.ceil(options.Iteration / options.eval_it)  # the initial images, and random real ones
     return _Amounts(
-        experts=missing * options.train_epochs * epoch,
+        experts=missing * options.train_epochs * (facts.train * gradients * cost.gradient + facts.test * forward),
         iterations=options.Iteration * options.syn_steps * batch * (cost.gradient + cost.tangent) * saved,
         rest=evaluations * options.num_eval * training,
     )
 
 
-def _sizes(options: DistillOptions, facts: Facts, num_parameters: int, missing: int) -> _Amounts:
+def _sizes(options: DistillOptions, facts: Facts, num_parameters: int, missing: int, uncompressed: int) -> _Amounts:
     """Return bytes."""
+    rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(facts.image_shape)
     images = 4 * options.ipc * facts.num_classes * values
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
     return _Amounts(
-        experts=4 * missing * (options.train_epochs + 1) * num_parameters,
+        experts=4 * rows * num_parameters,
         iterations=2 * (images + whitening) + 2 * images,  # the set, the best one; the checkpoint's with their velocity
         rest=facts.packed_bytes,
     )
@@ -144,7 +162,7 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
 
     The least, since other processes can make a call last many times as long, and none shorter.
     """
-    found = []
+    found: list[float] = []
     while len(found) < _CALLS or (sum(found) < _LONG_ENOUGH and len(found) < _MOST_CALLS):
         began = time.perf_counter()
         work()
