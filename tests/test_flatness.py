@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule
+from mtt_fast.arithmetic import arithmetic
+from mtt_fast.choice import student_for
 from mtt_fast.flatness import SharpnessAware, sharpness_aware
 from mtt_fast.fused import FusedConvNetStudent
 from mtt_fast.student import GenericStudent
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training import Images, Sgd, training_step
+from mtt_fast.training import Images, Sgd, epoch_on, training_step
 
 NET = ConvNet(in_channels=3, num_classes=5, image_size=8, width=3, depth=2)
 
@@ -113,3 +115,27 @@ def test_a_gradient_of_nothing_stays_finite() -> None:
         net.init(), torch.randn(3, 2), torch.tensor([0, 1, 0])
     )
     assert torch.equal(found.theta, torch.zeros_like(found.theta))
+
+
+def test_no_value_is_asked_for() -> None:
+    """So that a CUDA graph can record it: tensors without data have none to give."""
+    theta = torch.empty(NET.num_parameters, device="meta")
+    images, labels = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    found = SharpnessAware(GenericStudent(NET), 0.1, 0.3, adaptive=True).gradient(theta, images, labels)
+    assert (found.theta.shape, found.loss.shape) == (theta.shape, ())
+
+
+@pytest.mark.gpu
+def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
+    pixels, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 5
+    ends = []
+    with arithmetic(torch.device("cuda"), "fp32"):
+        for device in (torch.device("cpu"), torch.device("cuda")):
+            direction = SharpnessAware(student_for(NET, device), 0.1, 0.3, adaptive=True)
+            epoch = epoch_on(direction, Images(pixels.to(device), labels.to(device)), Sgd(0.1, batch_size=5), None)
+            theta = NET.init(torch.Generator().manual_seed(0)).to(device)
+            velocity, generator = torch.zeros_like(theta), torch.Generator().manual_seed(1)
+            for _ in range(3):
+                theta, velocity, _ = epoch(theta, velocity, generator)
+            ends.append(theta.cpu())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-5)
