@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,20 @@ from tqdm import tqdm
 
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
-from mtt_fast.augment import augment_with
 from mtt_fast.compress import compress, waypoint_folder
 from mtt_fast.convnet import ConvNet
 from mtt_fast.distillation.assessment import assess, summarise
 from mtt_fast.distillation.forecast import forecast
+from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients
 from mtt_fast.distillation.initial import initial_state
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
-from mtt_fast.distillation.segments import Segment, augmentation, planned, read_segment, student_batches
+from mtt_fast.distillation.segments import Segment, places, planned, read_segment, turns
 from mtt_fast.distillation.updates import skip, update
 from mtt_fast.errors import InputError
 from mtt_fast.experts import check_flatness, train_missing_experts
 from mtt_fast.interrupts import Stopped, stop_request
-from mtt_fast.iteration import Iteration, planned_iteration
+from mtt_fast.iteration import Iteration
 from mtt_fast.memory import Plan, with_smaller_pieces
 from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.prefetch import prefetched, sender
@@ -89,12 +90,14 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
     steps = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder):
         experts = _experts(options, real, network)
-        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)))
+        gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
+        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, student,
             len(experts), device_name(device),
         )  # fmt: skip
+        log.info("%s", gradient)
         log.info("%s", steps)
         distill(options, folder, real, network, experts, steps, command)
 
@@ -193,23 +196,26 @@ def distill(
         )
     else:
         log.info("continuing at iteration %d", state.iteration)
-    iteration = lru_cache(maxsize=1)(partial(_iteration, options, network))  # the last plan's
+    iteration = lru_cache(maxsize=1)(partial(iteration_of, options, network))  # the last plan's
     metrics = MetricsLog(folder, state.iteration)
     job = Job(options, folder, real, network, experts, metrics, precision_on(device, network, options.precision))
     segment = partial(read_segment, job, sender(device), state.experts, state.images)
-    ahead = prefetched(segment, range(state.iteration, options.Iteration))
+    ahead = prefetched(segment, turns(options, range(state.iteration, options.Iteration)))
     saved = time.monotonic()
     try:
         with stop_request() as stop, _progress(options, state) as bar, contextlib.closing(ahead):
             while True:
                 due = state.iteration % options.eval_it == 0 or state.iteration == options.Iteration
                 if due and metrics.find("evaluation", state.iteration) is None:
+                    if options.gradient != "exact":
+                        coming = turns(options, range(state.iteration, state.iteration + 1))
+                        compare_with_exact(job, state, steps, [segment(turn) for turn in coming])
                     assess(job, state, stop)
                     save_checkpoint(folder, state)
                 if state.iteration >= options.Iteration:
                     break
                 began = time.monotonic()
-                steps = _iterate(job, iteration, state, steps, next(ahead))
+                steps = _iterate(job, iteration, state, steps, list(islice(ahead, options.num_trajectories)))
                 seconds = time.monotonic() - began
                 state.seconds += seconds
                 bar.set_postfix(_postfix(options, state, metrics, seconds), refresh=False)
@@ -231,30 +237,20 @@ def distill(
         metrics.close()
 
 
-def _iteration(options: DistillOptions, network: ConvNet, steps: Plan) -> Iteration:
-    """Return the function that does every iteration as the plan `steps` says."""
-    # each iteration begins a permutation of its own, so the steps of all have the same lengths
-    batches = student_batches(steps.work.images[0], options.batch_syn, options.syn_steps, torch.Generator())
-    augment = None if augmentation(options) is None else augment_with
-    return planned_iteration(network, steps, augment, tuple(len(index) for index in batches))
-
-
-def _iterate(job: Job, iteration: Callable[[Plan], Iteration], state: State, steps: Plan, segment: Segment) -> Plan:
-    """One iteration of the paper's algorithm 1: match one segment of one expert, update the images and the rate.
+def _iterate(
+    job: Job, iteration: Callable[[Plan], Iteration], state: State, steps: Plan, segments: Sequence[Segment]
+) -> Plan:
+    """One iteration of the paper's algorithm 1: match a segment of an expert, or several, update the images and the rate.
 
     Returns the plan for the next one: a smaller one, if memory ran out.
     """
-    start, target, *draws = segment.tensors()
-    inputs = (start, target, state.images, state.labels, state.lr, *draws)
-    found, steps = with_smaller_pieces(steps, lambda steps: iteration(steps)(*inputs))
+    found, steps = with_smaller_pieces(steps, lambda steps: mean_gradients(iteration(steps), state, segments))
     loss, images_gradient, lr_gradient = found
     value = float(loss)
     state.iteration += 1
-    if math.isfinite(value) and bool(images_gradient.isfinite().all()) and bool(lr_gradient.isfinite()):
+    if math.isfinite(value) and bool(images_gradient.isfinite().all()) and bool(lr_gradient.isfinite().all()):
         update(job.options, state, images_gradient, lr_gradient)
-        job.metrics.write(
-            "step", state.iteration, loss=value, lr=float(state.lr), start_epoch=segment.epoch, expert=segment.expert
-        )
+        job.metrics.write("step", state.iteration, loss=value, lr=state.mean_lr, **places(segments))
     else:
         skip(job, state, value)
     return steps
@@ -265,8 +261,8 @@ def _progress(options: DistillOptions, state: State) -> tqdm:
 
 
 def _postfix(options: DistillOptions, state: State, metrics: MetricsLog, seconds: float) -> dict[str, str]:
-    batch = options.batch_syn or len(state.images)
-    shown = {"lr": f"{float(state.lr):.4g}", "images/s": f"{options.syn_steps * batch / seconds:.0f}"}
+    batch, steps = options.batch_syn or len(state.images), options.num_trajectories * options.syn_steps
+    shown = {"lr": f"{state.mean_lr:.4g}", "images/s": f"{steps * batch / seconds:.0f}"}
     if metrics.records and "loss" in metrics.records[-1]:
         shown = {"loss": f"{metrics.records[-1]['loss']:.4f}"} | shown
     if state.skipped or state.lr_kept:

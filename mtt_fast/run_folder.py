@@ -40,9 +40,10 @@ def only_user(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_config(folder: Path, options: dict[str, Any]) -> None:
-    """Write options (text, numbers, booleans; None is left out) as TOML."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in options.items() if value is not None]
+def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
+    """Write options (text, numbers, booleans; None is left out) as TOML, below a `note` of one line."""
+    lines = [f"# {note}"] * bool(note)
+    lines += [f"{name} = {json.dumps(value)}" for name, value in options.items() if value is not None]
     write_text(folder / CONFIG, "\n".join(lines) + "\n")
 
 
@@ -59,13 +60,18 @@ class State:
     experts: int  # how many take turns; those trained since the start of the run stay out of it
     images: Tensor  # (n, C, H, W) float32
     labels: Tensor  # (n,) int64
-    lr: Tensor  # () float32
+    lr: Tensor  # () float32; (N,) where each step has one
     images_velocity: Tensor
     lr_velocity: Tensor
     skipped: int = 0  # iterations whose loss or gradient was not finite
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     seconds: float = 0.0
     seconds_evaluation: float = 0.0
+
+    @property
+    def mean_lr(self) -> float:
+        """The student's learning rate; of several, one a step, the mean."""
+        return float(self.lr.mean())
 
 
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
@@ -109,7 +115,7 @@ class MetricsLog:
         self._events = SummaryWriter(str(folder / "events"), purge_step=iteration + 1)
 
     def write(self, kind: str, iteration: int, **values: float | int) -> None:
-        """Append one record. `kind` is "step", "evaluation" or "baseline"."""
+        """Append one record. `kind` is "step", "skip", "evaluation", "gradient" or "baseline"."""
         record = {"kind": kind, "iteration": iteration, **values}
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")

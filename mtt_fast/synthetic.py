@@ -26,7 +26,8 @@ class SyntheticDataset:
 
     `images` (n, C, H, W) float32 are in the networks' input space: normalised, or whitened if `whitening` is there.
     `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
-    `lr` () is the learning rate that was learned with them. `mean` and `std` undo the normalisation.
+    `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
+    learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
     `recipe` holds the options it was made with; `versions` the software's.
     """
 
@@ -40,6 +41,7 @@ class SyntheticDataset:
     label_kind: str = "indices"
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    lr_per_step: Tensor | None = None
 
     def pictures(self) -> Tensor:
         """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
@@ -49,6 +51,8 @@ class SyntheticDataset:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
+        if self.lr_per_step is not None:
+            tensors["lr_per_step"] = self.lr_per_step
         if self.whitening:
             tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
         record = {
@@ -77,6 +81,7 @@ class SyntheticDataset:
             tensors["labels"],
             tensors["lr"],
             whitening=Whitening(**white) if white else None,
+            lr_per_step=tensors.get("lr_per_step"),
             **record,
         )
 
@@ -110,10 +115,10 @@ class SyntheticDataset:
         return written
 
     def to(self, device: torch.device | str) -> SyntheticDataset:
-        """Return the set with images, labels and lr on `device`."""
-        return dataclasses.replace(
-            self, images=self.images.to(device), labels=self.labels.to(device), lr=self.lr.to(device)
-        )
+        """Return the set with images, labels and learning rates on `device`."""
+        names = ("images", "labels", "lr", "lr_per_step")
+        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(self, **moved)
 
 
 def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from mtt_fast.arithmetic import describe_arithmetic
+from mtt_fast.distillation.gradients import DESCRIPTIONS
 from mtt_fast.distillation.initial import initial_state
 from mtt_fast.distillation.job import Job
 from mtt_fast.evaluate import REAL_IMAGES_LR, Accuracy, as_training_images, evaluate, random_subset
@@ -28,13 +29,14 @@ def _distilled(job: Job, state: State) -> SyntheticDataset:
     return SyntheticDataset(
         state.images.detach().clone(),
         state.labels,
-        state.lr,
+        state.lr.mean(),
         class_names=data.class_names,
         mean=data.mean,
         std=data.std,
         whitening=transform if isinstance(transform, Whitening) else None,
         recipe=dataclasses.asdict(job.options) | {"iterations": state.iteration},
         versions=versions(),
+        lr_per_step=state.lr if job.options.lr_per_step else None,
     )
 
 
@@ -47,7 +49,7 @@ def assess(job: Job, state: State, stop: StopRequest) -> None:
         job.network,
         lambda _: images,
         job.real.test,
-        float(state.lr),
+        state.mean_lr,
         options.protocol(),
         networks=options.num_eval,
         seed=options.seed,
@@ -113,7 +115,12 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
             "iterations": state.iteration,
             "skipped_iterations": state.skipped,
             "learning_rate_kept": state.lr_kept,
-            "learning_rate": float(state.lr),
+            "learning_rate": state.mean_lr,
+            "learning_rate_per_step": state.lr.tolist() if options.lr_per_step else None,
+            "gradient": {
+                "kind": DESCRIPTIONS[options.gradient],
+                "cosines_to_exact": [record["cosine"] for record in metrics.records if record["kind"] == "gradient"],
+            },
             "seconds": {"iterations": state.seconds, "evaluations": state.seconds_evaluation},
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),

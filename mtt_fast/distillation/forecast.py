@@ -121,9 +121,10 @@ def _times(
     forward = cost.gradient / 3  # a backward pass is two forward ones
     training = (options.epoch_eval_train + 1) * count * cost.gradient + facts.test * forward
     evaluations = 2 + math.ceil(options.Iteration / options.eval_it)  # the initial images, and random real ones
+    steps = options.Iteration * options.num_trajectories * options.syn_steps
     return _Amounts(
         experts=missing * options.train_epochs * (facts.train * gradients * cost.gradient + facts.test * forward),
-        iterations=options.Iteration * options.syn_steps * batch * (cost.gradient + cost.tangent) * saved,
+        iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
         rest=evaluations * options.num_eval * training,
     )
 

@@ -18,5 +18,5 @@ def initial_state(options: DistillOptions, real: RealImages, experts: int) -> St
     images = start.pixels
     if options.pix_init == "noise":
         images = torch.randn(images.shape, generator=generator).to(images.device)
-    lr = torch.tensor(options.lr_teacher, device=images.device)
+    lr = torch.full((options.syn_steps,) if options.lr_per_step else (), options.lr_teacher, device=images.device)
     return State(0, experts, images, start.labels.clone(), lr, torch.zeros_like(images), torch.zeros_like(lr))

@@ -14,10 +14,12 @@ from mtt_fast.augment import augment_by_strategy
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import EvaluationProtocol
 from mtt_fast.experts import ExpertTraining, checked
+from mtt_fast.matching import MatchStep
 from mtt_fast.memory import AUTO, parse_bytes
 from mtt_fast.options import CommonOptions, TrueOrFalse, at_least
 from mtt_fast.recipes import recipe_options
 from mtt_fast.run_folder import read_config
+from mtt_fast.unroll import Gradient
 
 PROGRAM = "python -m mtt_fast.distill"
 DEFAULT_RECIPE = "digits"
@@ -59,6 +61,20 @@ class DistillOptions(CommonOptions):
     """learning rate of the student's learning rate"""
     lr_teacher: float = 0.01
     """the student's learning rate at the start"""
+    lr_per_step: bool = False
+    """learn one learning rate for each of the student's steps; networks are evaluated at their mean"""
+    student_mom: float = 0.0
+    """momentum of the student's steps"""
+    student_l2: float = 0.0
+    """their weight decay"""
+    gradient: Gradient = "exact"
+    """exact, or truncated: TESLA's, an approximation without the Hessian terms, compared with the exact one at evaluations"""
+    match_step: MatchStep = "last"
+    """match the student's last step, or the one nearest to the expert (ATT)"""
+    loss_ratio: float = 0.0
+    """leave this share of the parameters, those of lowest loss, out of the matching loss (PAD)"""
+    num_trajectories: int = 1
+    """segments that each iteration matches, of one expert after the other; their gradients are averaged"""
     pix_init: Literal["real", "noise"] = "real"
     """start from real images or from noise"""
     no_aug: bool = False
@@ -132,6 +148,7 @@ class DistillOptions(CommonOptions):
             1,
             ipc=self.ipc,
             syn_steps=self.syn_steps,
+            num_trajectories=self.num_trajectories,
             expert_epochs=self.expert_epochs,
             max_start_epoch=self.max_start_epoch,
             batch_syn=self.batch_syn,
@@ -147,6 +164,7 @@ class DistillOptions(CommonOptions):
             Iteration=self.Iteration,
             lr_img=self.lr_img,
             lr_lr=self.lr_lr,
+            student_l2=self.student_l2,
             epoch_eval_train=self.epoch_eval_train,
             save_seconds=self.save_seconds,
         )
@@ -155,6 +173,9 @@ class DistillOptions(CommonOptions):
             raise InputError(complaint)
         if not 0 < self.lr_teacher < math.inf:
             raise InputError(f"--lr_teacher {self.lr_teacher}: expected more than 0")
+        for name in ("student_mom", "loss_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: expected 0 or more and less than 1")
         if self.memory_budget != AUTO:
             parse_bytes(self.memory_budget)
             if self.microbatch is not None:

@@ -1,4 +1,7 @@
-"""What an iteration has to match, and what is random in it: all of it follows from the seed and its number alone."""
+"""What an iteration has to match, and what is random in it: all of it follows from the seed and its number alone.
+
+There is one sequence of segments. An iteration matches the next one of them, or the next k (--num_trajectories).
+"""
 
 from __future__ import annotations
 
@@ -28,21 +31,26 @@ def augmentation(options: DistillOptions) -> SiameseAugment | None:
 
 
 class Segment(NamedTuple):
-    """What one iteration has to match, and what is random in it."""
+    """A piece of an expert's trajectory to be matched in an iteration, and what is random in that."""
 
     expert: int
     epoch: float
     tensors: Callable[[], tuple[Tensor, ...]]  # start, target (P,) and those of `StepDraws`, on the device
 
 
-def read_segment(job: Job, send: Send, experts: int, images: Tensor, iteration: int) -> Segment:
-    """Read and draw what an iteration needs; all of it follows from the seed and the iteration's number alone.
+def turns(options: DistillOptions, iterations: range) -> range:
+    """Return the numbers of the segments that `iterations` match: k after k, where each matches k."""
+    return range(iterations.start * options.num_trajectories, iterations.stop * options.num_trajectories)
+
+
+def read_segment(job: Job, send: Send, experts: int, images: Tensor, turn: int) -> Segment:
+    """Read and draw segment number `turn`; all of it follows from the seed and this number alone.
 
     `experts` take turns; of `images` only shape and dtype are looked at. Called in a thread.
     """
     options = job.options
-    generator = generator_for(options.seed, "iteration", iteration)
-    expert = _expert_of(options.seed, experts, iteration)
+    generator = generator_for(options.seed, "iteration", turn)
+    expert = _expert_of(options.seed, experts, turn)
     epoch = _start_epoch(options, generator)
     start, target = (job.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
     if start.equal(target):
@@ -65,10 +73,19 @@ def _start_epoch(options: DistillOptions, generator: torch.Generator) -> float:
     return int(torch.randint(options.max_start_epoch, (), generator=generator))
 
 
-def _expert_of(seed: int, count: int, iteration: int) -> int:
+def places(segments: Sequence[Segment]) -> dict[str, float]:
+    """Return start epoch and expert of `segments` as numbers for a log: start_epoch, expert, start_epoch_2, expert_2, …"""
+    named: dict[str, float] = {}
+    for number, segment in enumerate(segments, 1):
+        which = f"_{number}" if number > 1 else ""
+        named |= {f"start_epoch{which}": segment.epoch, f"expert{which}": segment.expert}
+    return named
+
+
+def _expert_of(seed: int, count: int, turn: int) -> int:
     """Visit the experts in random order, each once before any comes again."""
-    order = torch.randperm(count, generator=generator_for(seed, "expert order", iteration // count))
-    return int(order[iteration % count])
+    order = torch.randperm(count, generator=generator_for(seed, "expert order", turn // count))
+    return int(order[turn % count])
 
 
 def student_batches(count: int, batch: int | None, steps: int, generator: torch.Generator) -> list[Tensor]:
@@ -95,6 +112,8 @@ def planned(
         memory_budget=options.memory_budget,
         microbatch=options.microbatch,
         device=device,
+        momentum=options.student_mom,
         augment=augmentation(options) is not None,
+        path_gradient=options.match_step == "nearest",
         precision=precision,
     )

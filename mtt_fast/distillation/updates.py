@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
 from mtt_fast.distillation.job import Job
@@ -18,22 +19,23 @@ _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 
 
 def update(options: DistillOptions, state: State, images_gradient: Tensor, lr_gradient: Tensor) -> None:
-    """SGD with momentum on pixels and learning rate; the learning rate stays positive."""
+    """SGD with momentum on pixels and learning rate; each learning rate stays positive."""
     state.images_velocity.mul_(PIXEL_MOMENTUM).add_(images_gradient)
     state.images.sub_(state.images_velocity, alpha=options.lr_img)
     state.lr_velocity.mul_(PIXEL_MOMENTUM).add_(lr_gradient)
     proposed = state.lr - options.lr_lr * state.lr_velocity
-    if proposed > 0:
-        state.lr = proposed
+    positive = proposed > 0
+    before, state.lr = state.lr, torch.where(positive, proposed, state.lr)
+    if positive.all():
         return
     if not state.lr_kept:
         log.warning(
             "iteration %d: the update would make the student's learning rate negative (%.3g); it is kept at %.3g. "
             "If this goes on, lower --lr_lr",
-            state.iteration, float(proposed), float(state.lr),
+            state.iteration, float(proposed.min()), float(before.view(-1)[proposed.argmin()]),
         )  # fmt: skip
     state.lr_kept += 1
-    state.lr_velocity.zero_()
+    state.lr_velocity.masked_fill_(~positive, 0)
 
 
 def skip(job: Job, state: State, loss: float) -> None:
@@ -49,6 +51,6 @@ def skip(job: Job, state: State, loss: float) -> None:
     kinds = [record["kind"] for record in job.metrics.records if record["kind"] in ("step", "skip")]
     if kinds[-_GIVE_UP_AFTER:] == ["skip"] * _GIVE_UP_AFTER:
         raise InputError(
-            f"{job.folder}: {_GIVE_UP_AFTER} iterations in a row diverged at a student's learning rate of {float(state.lr):.3g}; "
+            f"{job.folder}: {_GIVE_UP_AFTER} iterations in a row diverged at a student's learning rate of {state.mean_lr:.3g}; "
             "the last checkpoint is good; start again with a smaller --lr_lr, --lr_img or --lr_teacher and another --out"
         )

@@ -1,0 +1,83 @@
+"""The gradients of an iteration: of one segment or the mean of several; exact, or truncated and compared with the exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augment import augment_with
+from mtt_fast.distillation.job import Job
+from mtt_fast.distillation.options import DistillOptions
+from mtt_fast.distillation.segments import Segment, augmentation, student_batches
+from mtt_fast.iteration import Iteration, planned_iteration
+from mtt_fast.matching import path_loss
+from mtt_fast.memory import Plan, with_smaller_pieces
+from mtt_fast.run_folder import State
+from mtt_fast.student import Network
+from mtt_fast.unroll import Gradient
+
+log = logging.getLogger(__name__)
+
+DESCRIPTIONS: dict[Gradient, str] = {
+    "exact": "exact",
+    "truncated": "truncated (approximate: TESLA's, without the Hessian terms)",
+}
+"""What a run says of its gradient."""
+
+
+def iteration_of(options: DistillOptions, network: Network, steps: Plan, replay: bool = True) -> Iteration:
+    """Return the function that does an iteration's part for one segment as the plan `steps` says."""
+    # each segment begins a permutation of its own, so the steps of all have the same lengths
+    batches = student_batches(steps.work.images[0], options.batch_syn, options.syn_steps, torch.Generator())
+    return planned_iteration(
+        network,
+        steps,
+        None if augmentation(options) is None else augment_with,
+        tuple(len(index) for index in batches),
+        loss=partial(path_loss, match_step=options.match_step, loss_ratio=options.loss_ratio),
+        momentum=options.student_mom,
+        weight_decay=options.student_l2,
+        gradient=options.gradient,
+        replay=replay,
+    )
+
+
+def mean_gradients(iteration: Iteration, state: State, segments: Iterable[Segment]) -> tuple[Tensor, ...]:
+    """Return what `iterate` returns, the mean over `segments`, which are done one after the other."""
+    total: list[Tensor] = []
+    count = 0
+    for segment in segments:
+        start, target, *draws = segment.tensors()
+        found = iteration(start, target, state.images, state.labels, state.lr, *draws)
+        total = [sum_ + one for sum_, one in zip(total, found, strict=True)] if total else list(found)
+        count += 1
+    return tuple(sum_ / count for sum_ in total)
+
+
+def compare_with_exact(job: Job, state: State, steps: Plan, segments: Sequence[Segment]) -> None:
+    """Tell and record the cosine between the truncated and the exact gradient of the images, of the coming iteration."""
+    if job.metrics.find("gradient", state.iteration):
+        return  # the run was stopped in the evaluation that follows
+    both = []
+    for gradient in get_args(Gradient):
+        options = dataclasses.replace(job.options, gradient=gradient)
+
+        def attempt(steps: Plan, options: DistillOptions = options) -> Tensor:
+            iteration = iteration_of(options, job.network, steps, replay=False)
+            return mean_gradients(iteration, state, segments)[1].double().flatten()
+
+        of_images, steps = with_smaller_pieces(steps, attempt)
+        both.append(of_images)
+    cosine = float(torch.nn.functional.cosine_similarity(both[0], both[1], dim=0))
+    if not math.isfinite(cosine):
+        log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
+        return
+    log.info("iteration %d: cosine of the truncated image gradient to the exact one %.4f", state.iteration, cosine)
+    job.metrics.write("gradient", state.iteration, cosine=cosine)
