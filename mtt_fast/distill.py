@@ -245,11 +245,11 @@ def _iterate(
     Returns the plan for the next one: a smaller one, if memory ran out.
     """
     found, steps = with_smaller_pieces(steps, lambda steps: mean_gradients(iteration(steps), state, segments))
-    loss, images_gradient, lr_gradient = found
+    loss, *gradients = found
     value = float(loss)
     state.iteration += 1
-    if math.isfinite(value) and bool(images_gradient.isfinite().all()) and bool(lr_gradient.isfinite().all()):
-        update(job.options, state, images_gradient, lr_gradient)
+    if math.isfinite(value) and all(bool(gradient.isfinite().all()) for gradient in gradients):
+        update(job.options, state, *gradients)
         job.metrics.write("step", state.iteration, loss=value, lr=state.mean_lr, **places(segments))
     else:
         skip(job, state, value)

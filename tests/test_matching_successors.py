@@ -14,6 +14,7 @@ from mtt_fast import ConvNet, InputError, masked_matching_loss, nearest_step, ne
 from mtt_fast.fused import FusedConvNetStudent
 from mtt_fast.iteration import iterate, planned_iteration
 from mtt_fast.matching import MatchStep, path_loss
+from mtt_fast.replay import Replayed
 from mtt_fast.student import GenericStudent
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from tests.test_iteration import NoValues
@@ -150,6 +151,28 @@ def test_nothing_waits_for_a_value(student: Any) -> None:
             student, None, LENGTHS, *inputs, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated"
         )
     assert [tensor.shape for tensor in found] == [(), (10, 3, 9, 9), (STEPS,)]
+
+
+@pytest.mark.gpu
+def test_a_replay_gives_the_bits_of_the_call_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
+    steps = plan(
+        NET, images=(10, 3, 9, 9), steps=STEPS, batch=4, memory_budget=None, device=device, dtype=torch.float64,
+        momentum=0.5, path_gradient=True,
+    )  # fmt: skip
+    replay, call = (
+        planned_iteration(
+            NET, steps, None, LENGTHS, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated", replay=replay
+        )
+        for replay in (True, False)
+    )
+    inputs = [tensor.to(device) for tensor in case(per_step=True).values()]
+    for _ in range(2):
+        for mine, theirs in zip(replay(*inputs), call(*inputs), strict=True):
+            assert torch.equal(mine, theirs)
+    assert isinstance(replay, Replayed)
+    assert replay.problem is None
 
 
 def test_a_path_in_host_memory() -> None:
