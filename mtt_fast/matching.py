@@ -49,7 +49,7 @@ def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio:
     """
     _check_vectors("masked_matching_loss", end, start, target)
     if not 0 <= loss_ratio < 1:
-        raise InputError(f"masked_matching_loss loss_ratio: expected 0 or more and less than 1, found {loss_ratio}")
+        raise InputError(f"masked_matching_loss loss_ratio: expected at least 0 and less than 1, found {loss_ratio}")
     loss = relative_distance(*_without_lowest(end, start, target, loss_ratio), target)
     return _checked("masked_matching_loss", loss, end, start, target)
 

@@ -217,8 +217,8 @@ def test_a_student_that_diverges_is_not_compared(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--loss_ratio", "1"], "--loss_ratio 1.0: expected 0 or more and less than 1"),
-        (["--student_mom", "-0.1"], "--student_mom -0.1: expected 0 or more and less than 1"),
+        (["--loss_ratio", "1"], "--loss_ratio 1.0: expected at least 0 and less than 1"),
+        (["--student_mom", "-0.1"], "--student_mom -0.1: expected at least 0 and less than 1"),
         (["--student_l2", "-1"], "--student_l2 -1.0: expected at least 0"),
         (["--num_trajectories", "0"], "--num_trajectories 0: expected at least 1"),
     ],

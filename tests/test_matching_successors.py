@@ -197,7 +197,7 @@ def test_the_plan_counts_a_gradient_of_the_whole_path() -> None:
 
 @pytest.mark.parametrize("loss_ratio", [-0.1, 1.0, float("nan")])
 def test_shares_that_cannot_be(loss_ratio: float) -> None:
-    with pytest.raises(InputError, match="loss_ratio: expected 0 or more and less than 1"):
+    with pytest.raises(InputError, match="loss_ratio: expected at least 0 and less than 1"):
         masked_matching_loss(torch.ones(3), torch.zeros(3), torch.ones(3), loss_ratio)
 
 

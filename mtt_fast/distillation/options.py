@@ -175,7 +175,7 @@ class DistillOptions(CommonOptions):
             raise InputError(f"--lr_teacher {self.lr_teacher}: expected more than 0")
         for name in ("student_mom", "loss_ratio"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: expected 0 or more and less than 1")
+                raise InputError(f"--{name} {getattr(self, name)}: expected at least 0 and less than 1")
         if self.memory_budget != AUTO:
             parse_bytes(self.memory_budget)
             if self.microbatch is not None:
