@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.errors import InputError
@@ -119,7 +120,10 @@ def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GenericStudent:
-    """Any network and loss, by `torch.func.jvp` of `torch.func.grad`: forward over reverse, no double backward."""
+    """Any network and loss, by `torch.func.jvp` of `torch.func.grad`: forward over reverse, no double backward.
+
+    Where an operation of theirs has no forward mode, the step is done by a double backward after all.
+    """
 
     network: Network
     loss: Loss = cross_entropy
@@ -136,6 +140,15 @@ class GenericStudent:
         self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
+        with sdpa_kernel(SDPBackend.MATH):  # the only attention that can be differentiated twice, in whichever mode
+            try:
+                return self._forward_over_reverse(theta, images, labels, v)
+            except RuntimeError as error:
+                if not _lacks_forward_mode(error):
+                    raise
+            return self._reverse_over_reverse(theta, images, labels, v)
+
+    def _forward_over_reverse(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
         soft = labels.is_floating_point()
 
         def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -147,6 +160,17 @@ class GenericStudent:
         derivative = torch.func.jvp(lambda theta: gradient_and_loss(theta, images, labels), (at,), (v,))[1]
         gradients, v_dot_g = derivative
         return GradientTangent(v_dot_g, gradients[0], gradients[1], gradients[2] if soft else None)
+
+    def _reverse_over_reverse(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
+        """The same numbers by the gradient of v·g, in more memory."""
+        soft = labels.is_floating_point()
+        with torch.enable_grad():
+            leaves = [leaf.detach().requires_grad_() for leaf in (theta, images, *([labels] if soft else []))]
+            loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if soft else labels)
+            (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+            v_dot_g = torch.dot(gradient, v)
+            gradients = torch.autograd.grad(v_dot_g, leaves, materialize_grads=True)
+        return GradientTangent(v_dot_g.detach(), gradients[0], gradients[1], gradients[2] if soft else None)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -163,6 +187,11 @@ class GenericStudent:
         held = [one + (batch - 1) * (both - one) for one, both in zip((gradient, gradient_jvp), two, strict=True)]
         gradient, gradient_jvp = (int(_TAKEN_OVER_HELD * size) for size in held)
         return StepBytes(gradient, gradient, gradient_jvp, gradient_jvp, kept=0, work=0)
+
+
+def _lacks_forward_mode(error: RuntimeError) -> bool:
+    """An operation has none (huber_loss), or one that writes into what torch keeps for a zero (mse_loss)."""
+    return isinstance(error, NotImplementedError) or "ZeroTensors are immutable" in str(error)
 
 
 @dataclass(frozen=True)

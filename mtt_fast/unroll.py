@@ -66,7 +66,8 @@ def unroll(
         labels: class indices (n,), or soft labels (n, classes).
         lr: learning rate, a scalar (tensor), or one a step (N,).
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again.
-        augment: its numbers are drawn here, once a step in order, and used again by the backward sweep.
+        augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or what has their two methods. Its numbers are drawn
+            here, once a step in order, and used again by the backward sweep.
         microbatch: at most so many samples at once; exact for networks that do not mix samples.
         memory_budget: plan the steps so that the unroll's own peak stays below this: bytes, "6GiB", or "auto" for most
             of what is free. Without it whole batches are done, and nothing is kept that can be computed again.
@@ -74,7 +75,8 @@ def unroll(
         weight_decay: SGD weight decay (as torch.optim.SGD).
         plan: in place of `microbatch` and `memory_budget`: what `mtt_fast.plan` returned for these steps.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
-        loss: mean loss of a batch from logits and labels instead of cross-entropy.
+        loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
+            micro-batches add up to it.
         generator: source of the augmentation's random numbers.
         draws: those numbers themselves, one a step, made beforehand by `augment.draw`.
         precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32" or "bf16"; sums are
