@@ -30,11 +30,11 @@ class _SquaredDistance(torch.autograd.Function):
 
 
 def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Return |θ_N − θ*|² / |θ_0 − θ*|², the paper's equation 2, as a float64 scalar.
+    """Return `|θ_N − θ*|² / |θ_0 − θ*|²`, the paper's equation 2, as a float64 scalar.
 
     Computed in the dtype and on the device of `end`, and accumulated in float64.
 
-    `end` is the student's θ_N (P,); `start` and `target` are the expert's epochs θ_0 and θ* (P,), constants: the
+    `end` is the student's `θ_N` (P,); `start` and `target` are the expert's epochs `θ_0` and `θ*` (P,), constants: the
     gradient flows to `end` alone, as in the public code. Raises `InputError` if the expert did not move.
     """
     _check_vectors("matching_loss", end, start, target)

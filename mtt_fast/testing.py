@@ -76,7 +76,7 @@ def whole_graph(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
 ) -> MetaGradient:
-    """Differentiate |θ_N − θ*|² / |θ_0 − θ*|² through N recorded SGD steps (the denominator held constant).
+    """Differentiate `|θ_N − θ*|² / |θ_0 − θ*|²` through N recorded SGD steps (the denominator held constant).
 
     `augment(images, n)` is step n's, with its random numbers fixed. Shapes as in `mtt_fast.unroll`.
     """

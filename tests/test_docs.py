@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import mtt_fast
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.testing import assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """The site's build fails where a page names what is not there; this, where what is there is not named."""
+    pages = [path.read_text() for path in (ROOT / "docs/reference").glob("*.md")]
+    index = (ROOT / "docs/reference/index.md").read_text()
+    for name in mtt_fast.__all__:
+        where = f"{getattr(mtt_fast, name).__module__}.{name}"
+        assert f"[`{name}`][{where}]" in index
+        assert any(f"::: {where}\n" in page for page in pages)
+
+
+def test_the_example_of_an_augmentation() -> None:
+    text = mtt_fast.Augmentation.__doc__ or ""
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    space: dict[str, Any] = {"mtt_fast": mtt_fast, "torch": torch}
+    exec(textwrap.dedent(example), space)
+    images = torch.rand(40, 1, 2, 3)
+    mirrored = space["flip"].draw(images, torch.Generator().manual_seed(0))
+    expected = [image.flip(2) if flip else image for image, flip in zip(images, mirrored.flatten(), strict=True)]
+    assert 5 < mirrored.sum() < 35
+    assert torch.equal(space["flip"](images, mirrored), torch.stack(expected))
 
 
 @pytest.fixture
