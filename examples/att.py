@@ -1,7 +1,7 @@
 """Automatic training trajectories (ATT): match the step of the student that comes closest. `python examples/att.py --help`.
 
 Z. Liu et al., ECCV 2024. The loss of `examples/mtt.py` fixes how many steps a student needs for two epochs of an expert;
-here it may need fewer. Only the loss differs: a function of all rows of the path, not of its last.
+here it may need fewer, each at its own learning rate. The loss is a function of another row of the path, not of its last.
 """
 
 import torch
@@ -10,13 +10,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import mtt_fast
-
-
-def nearest_loss(path: Tensor, start: Tensor, target: Tensor) -> tuple[Tensor, int]:
-    """Return the matching loss of the row of `path` (N + 1, P) that is nearest to `target` (P,), and which it is."""
-    distances = (path[1:].detach() - target).square().sum(1)
-    nearest = 1 + int(distances.argmin())
-    return mtt_fast.matching_loss(path[nearest], start, target), nearest  # later steps have no part in it
 
 
 @torch.no_grad()
@@ -54,7 +47,8 @@ def main(iterations: int = 100, steps: int = 30, experts: int = 4, epochs: int =
         start, target = trajectory[epoch], trajectory[epoch + 2]
 
         path = mtt_fast.unroll(net, start, images, labels, rates, batches)
-        loss, nearest = nearest_loss(path, start, target)
+        nearest = int(mtt_fast.nearest_step(path, target))
+        loss = mtt_fast.matching_loss(path[nearest], start, target)  # later steps have no part in it
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

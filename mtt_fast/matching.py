@@ -44,7 +44,7 @@ def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
 def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
     """Return `matching_loss` over the parameters that are left when those of lowest loss are dropped, as PAD does.
 
-    Of the P parameters the ⌊`loss_ratio` · P⌋ whose (θ_N − θ*)² is smallest count neither in the numerator nor in the
+    Of the P parameters the ⌊`loss_ratio` · P⌋ whose `(θ_N − θ*)²` is smallest count neither in the numerator nor in the
     denominator, and get no gradient. `loss_ratio` is in [0, 1). Raises `InputError` as `matching_loss` does.
     """
     _check_vectors("masked_matching_loss", end, start, target)
@@ -66,7 +66,7 @@ def nearest_step_loss(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
 def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """Return the number () int64, 1 … N, of the step whose parameters are nearest to `target` (P,), as ATT chooses it.
 
-    Near is Σ |θ_n − θ*|, accumulated in float64; of several that are as near the last one. `path` (N + 1, P) is the
+    Near is `Σ |θ_n − θ*|`, accumulated in float64; of several that are as near the last one. `path` (N + 1, P) is the
     student's; its start is no step. No tensor is asked for its value.
     """
     path, target = path.detach(), target.detach().to(path.dtype)
