@@ -27,14 +27,14 @@ from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.compress import compress, waypoint_folder
 from mtt_fast.convnet import ConvNet
-from mtt_fast.distillation.assessment import assess, summarise
+from mtt_fast.distillation.assessment import assess, assessed, summarise
 from mtt_fast.distillation.forecast import forecast
-from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients
+from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
 from mtt_fast.distillation.initial import initial_state
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
 from mtt_fast.distillation.segments import Segment, places, planned, read_segment, turns
-from mtt_fast.distillation.updates import skip, update
+from mtt_fast.distillation.updates import leave, skip, update
 from mtt_fast.errors import InputError
 from mtt_fast.experts import check_flatness, train_missing_experts
 from mtt_fast.interrupts import Stopped, stop_request
@@ -188,7 +188,7 @@ def distill(
     device = real.train.labels.device
     state = load_checkpoint(folder, device)
     if state is None:
-        state = initial_state(options, real, min(options.max_experts or len(experts), len(experts)))
+        state = initial_state(options, real, network, experts, min(options.max_experts or len(experts), len(experts)))
     elif len(experts) < state.experts:
         raise InputError(
             f"{folder}: the run was started with {state.experts} experts, found {len(experts)}; "
@@ -206,7 +206,7 @@ def distill(
         with stop_request() as stop, _progress(options, state) as bar, contextlib.closing(ahead):
             while True:
                 due = state.iteration % options.eval_it == 0 or state.iteration == options.Iteration
-                if due and metrics.find("evaluation", state.iteration) is None:
+                if due and not assessed(job, state):
                     if options.gradient != "exact":
                         coming = turns(options, range(state.iteration, state.iteration + 1))
                         compare_with_exact(job, state, steps, [segment(turn) for turn in coming])
@@ -244,15 +244,19 @@ def _iterate(
 
     Returns the plan for the next one: a smaller one, if memory ran out.
     """
-    found, steps = with_smaller_pieces(steps, lambda steps: mean_gradients(iteration(steps), state, segments))
-    loss, *gradients = found
+    (loss, *gradients), steps = with_smaller_pieces(
+        steps, lambda steps: mean_gradients(iteration(steps), state, segments, teacher_of(job, state, steps))
+    )
     value = float(loss)
     state.iteration += 1
-    if math.isfinite(value) and all(bool(gradient.isfinite().all()) for gradient in gradients):
+    threshold = math.inf if job.options.threshold is None else job.options.threshold
+    if not (math.isfinite(value) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
+        skip(job, state, value)
+    elif value > threshold:
+        leave(job, state, value, **places(segments))
+    else:
         update(job.options, state, *gradients)
         job.metrics.write("step", state.iteration, loss=value, lr=state.mean_lr, **places(segments))
-    else:
-        skip(job, state, value)
     return steps
 
 
@@ -267,6 +271,8 @@ def _postfix(options: DistillOptions, state: State, metrics: MetricsLog, seconds
         shown = {"loss": f"{metrics.records[-1]['loss']:.4f}"} | shown
     if state.skipped or state.lr_kept:
         shown |= {"skipped": str(state.skipped), "lr kept": str(state.lr_kept)}
+    if options.threshold is not None:
+        shown |= {"above threshold": str(state.above_threshold)}
     return shown
 
 

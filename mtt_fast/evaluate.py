@@ -32,6 +32,7 @@ from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.memory import AUTO
 from mtt_fast.options import CommonOptions, RealImages, at_least, real_images
 from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.seeding import generator_for
 from mtt_fast.student import Network, Student
 from mtt_fast.synthetic import SyntheticDataset, load_public_pair
@@ -181,14 +182,23 @@ def random_subset(real: Images, num_classes: int, ipc: int, generator: torch.Gen
 
     Raises `InputError` if a class has fewer.
     """
-    chosen = []
+    chosen = [members[:ipc] for members in shuffled_classes(real, num_classes, ipc, generator)]
+    return Images(*real.batch(torch.cat(chosen).to(real.labels.device)))
+
+
+def shuffled_classes(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> list[Tensor]:
+    """Return, for each class, where its images are in `real`, in random order: a vector of indices on the CPU.
+
+    Raises `InputError` if a class has fewer than `ipc`.
+    """
+    shuffled = []
     labels = real.labels.cpu()
     for label in range(num_classes):
         members = (labels == label).nonzero()[:, 0]
         if len(members) < ipc:
             raise InputError(f"--ipc {ipc}: class {label} has only {len(members)} real images; use a smaller --ipc")
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:ipc]])
-    return Images(*real.batch(torch.cat(chosen).to(real.labels.device)))
+        shuffled.append(members[torch.randperm(len(members), generator=generator)])
+    return shuffled
 
 
 def as_training_images(synthetic: SyntheticDataset, device: torch.device) -> Images:
@@ -236,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
     synthetic = None
     if options.source != RANDOM and not options.source.endswith(".pt"):
         path = Path(options.source)
-        synthetic = SyntheticDataset.load(path / "synthetic.safetensors" if path.is_dir() else path)
+        synthetic = SyntheticDataset.load(path / SYNTHETIC if path.is_dir() else path)
         names = {field.name for field in dataclasses.fields(CommonOptions)} | {"num_eval", "epoch_eval_train"}
         recipe = {name: value for name, value in synthetic.recipe.items() if name in names and name != "device"}
         options = cli.parse(EvaluateOptions, argv, program, recipe)

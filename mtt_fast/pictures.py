@@ -95,20 +95,21 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     loss, rate, accuracy = figure.subplots(1, 3)
     steps = [record for record in records if record["kind"] == "step"]
-    evaluations = [record for record in records if record["kind"] == "evaluation"]
     iterations = [record["iteration"] for record in steps]
     loss.plot(iterations, [record["loss"] for record in steps], linewidth=0.8)
     loss.set(title="matching loss", xlabel="iteration")
     rate.plot(iterations, [record["lr"] for record in steps], linewidth=1.2)
     rate.set(title="student's learning rate", xlabel="iteration")
-    accuracy.errorbar(
-        [record["iteration"] for record in evaluations],
-        [record["accuracy_mean"] for record in evaluations],
-        [record["accuracy_std"] for record in evaluations],
-        marker="o",
-        capsize=3,
-        label="distilled",
-    )
+    for kind, name in (("evaluation", "distilled"), ("ema_evaluation", "average over the iterations")):
+        if evaluations := [record for record in records if record["kind"] == kind]:
+            accuracy.errorbar(
+                [record["iteration"] for record in evaluations],
+                [record["accuracy_mean"] for record in evaluations],
+                [record["accuracy_std"] for record in evaluations],
+                marker="o",
+                capsize=3,
+                label=name,
+            )
     if baseline is not None:
         accuracy.axhline(baseline, color="grey", linestyle="--", label="random real images")
     accuracy.set(title="test accuracy of fresh networks", xlabel="iteration")

@@ -18,6 +18,10 @@ from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors, write_text
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
+SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
+"""The distilled set as it is, and that of the evaluation with the highest accuracy on the test images."""
+EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
+"""The same with the average of the images over the iterations in their place."""
 HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
 
@@ -59,11 +63,14 @@ class State:
     iteration: int  # completed ones
     experts: int  # how many take turns; those trained since the start of the run stay out of it
     images: Tensor  # (n, C, H, W) float32
-    labels: Tensor  # (n,) int64
+    labels: Tensor  # (n,) int64, the classes; or learned logits (n, classes) float32
     lr: Tensor  # () float32; (N,) where each step has one
     images_velocity: Tensor
     lr_velocity: Tensor
+    labels_velocity: Tensor | None = None  # of learned labels
+    ema: Tensor | None = None  # (n, C, H, W): the average of the images over the iterations, where it is asked for
     skipped: int = 0  # iterations whose loss or gradient was not finite
+    above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     seconds: float = 0.0
     seconds_evaluation: float = 0.0
@@ -75,14 +82,18 @@ class State:
 
 
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
-_NUMBERS = ("iteration", "experts", "skipped", "lr_kept", "seconds", "seconds_evaluation")
+_OPTIONAL_TENSORS = ("labels_velocity", "ema")
+_NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept", "seconds", "seconds_evaluation")
 
 
 def save_checkpoint(folder: Path, state: State) -> None:
     """Write `state`, atomically."""
     numbers = {name: getattr(state, name) for name in _NUMBERS}
+    tensors = {name: getattr(state, name) for name in (*_TENSORS, *_OPTIONAL_TENSORS)}
     save_tensors(
-        folder / CHECKPOINT, {name: getattr(state, name) for name in _TENSORS}, {"numbers": json.dumps(numbers)}
+        folder / CHECKPOINT,
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        {"numbers": json.dumps(numbers)},
     )
 
 
@@ -93,7 +104,8 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         return None
     tensors, metadata = load_tensors(path)
     try:
-        values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in _TENSORS}
+        names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
+        values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
         return State(**values | json.loads(metadata["numbers"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
@@ -115,7 +127,11 @@ class MetricsLog:
         self._events = SummaryWriter(str(folder / "events"), purge_step=iteration + 1)
 
     def write(self, kind: str, iteration: int, **values: float | int) -> None:
-        """Append one record. `kind` is "step", "skip", "evaluation", "gradient" or "baseline"."""
+        """Append one record.
+
+        `kind` is "step", "skip" or "above_threshold" of an iteration, "evaluation", "ema_evaluation", "gradient" or
+        "baseline".
+        """
         record = {"kind": kind, "iteration": iteration, **values}
         self.records.append(record)
         self._file.write(json.dumps(record) + "\n")

@@ -22,7 +22,7 @@ _FORMAT = "mtt_fast.synthetic.1"
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """A distilled set, class-major.
+    """A distilled set, class-major: equally many images of each class, those of the first class first.
 
     `images` (n, C, H, W) float32 are in the networks' input space: normalised, or whitened if `whitening` is there.
     `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
@@ -42,6 +42,14 @@ class SyntheticDataset:
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     lr_per_step: Tensor | None = None
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each image, (n,) int64. That of soft labels is its place: learned ones may favour another."""
+        if self.label_kind == "indices":
+            return self.labels
+        place = torch.arange(len(self.labels), device=self.labels.device)
+        return place * len(self.class_names) // len(place)
 
     def pictures(self) -> Tensor:
         """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
@@ -105,9 +113,8 @@ class SyntheticDataset:
     def _export_pictures(self, folder: Path) -> list[Path]:
         from mtt_fast.pictures import as_image
 
-        classes = self.labels.argmax(1) if self.labels.dim() == 2 else self.labels
         written: list[Path] = []
-        for number, (picture, label) in enumerate(zip(self.pictures(), classes.tolist(), strict=True)):
+        for number, (picture, label) in enumerate(zip(self.pictures(), self.classes.tolist(), strict=True)):
             path = folder / f"{label:03d}-{_file_name(self.class_names[label])}" / f"{number:05d}.png"
             with atomic_path(path) as temporary:
                 as_image(picture).save(temporary, format="PNG")

@@ -5,45 +5,104 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from mtt_fast.arithmetic import describe_arithmetic
 from mtt_fast.distillation.gradients import DESCRIPTIONS
-from mtt_fast.distillation.initial import initial_state
+from mtt_fast.distillation.initial import initial_images
 from mtt_fast.distillation.job import Job
+from mtt_fast.distillation.labels import experts_at, mean_teacher_labels
 from mtt_fast.evaluate import REAL_IMAGES_LR, Accuracy, as_training_images, evaluate, random_subset
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import StopRequest
 from mtt_fast.pictures import save_curves, save_grid, save_snapshot
 from mtt_fast.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.recipes import recipe_about
-from mtt_fast.run_folder import HISTORY, SUMMARY, State
+from mtt_fast.run_folder import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC, State
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.whitening import Whitening
 
 log = logging.getLogger(__name__)
 
+_BEGUN_WITH = {
+    "real": "real images",
+    "noise": "noise",
+    "samples_predicted_correctly": "real images that experts classify correctly",
+}
 
-def _distilled(job: Job, state: State) -> SyntheticDataset:
-    data, transform = job.real.data, job.real.transform
+
+class _Tested(NamedTuple):
+    """A set that is evaluated, as it is last and as it is best: names in the summary, and files."""
+
+    words: str
+    name: str
+    best_name: str
+    last: str
+    best: str
+
+
+_TESTED = {
+    "evaluation": _Tested("distilled", "distilled", "best_evaluation_chosen_on_the_test_images", SYNTHETIC, BEST),
+    "ema_evaluation": _Tested(
+        "average over the iterations", "ema", "best_ema_evaluation_chosen_on_the_test_images", EMA, BEST_EMA
+    ),
+}
+"""By the kind of its evaluations in metrics.jsonl."""
+
+
+def _sets(job: Job, state: State) -> dict[str, SyntheticDataset]:
+    """Return what there is to evaluate, by the kind of its evaluations."""
+    images = {"evaluation": state.images, "ema_evaluation": state.ema}
+    return {kind: _distilled(job, state, found) for kind, found in images.items() if found is not None}
+
+
+def _distilled(job: Job, state: State, images: Tensor) -> SyntheticDataset:
+    """Return `images` (n, C, H, W) with the labels and the learning rate that networks are to be trained with.
+
+    With --teacher_label, the labels are the mean of what the experts say after max_start_epoch epochs, the same whichever
+    expert was matched last.
+    """
+    data, transform, options = job.real.data, job.real.transform, job.options
+    labels = state.labels.clone()
+    if options.teacher_label:
+        experts = experts_at(job.experts, state.experts, options.max_start_epoch, images.device)
+        labels = mean_teacher_labels(job.network, experts, images)
     return SyntheticDataset(
-        state.images.detach().clone(),
-        state.labels,
+        images.clone(),
+        labels,
         state.lr.mean(),
         class_names=data.class_names,
         mean=data.mean,
         std=data.std,
         whitening=transform if isinstance(transform, Whitening) else None,
-        recipe=dataclasses.asdict(job.options) | {"iterations": state.iteration},
+        label_kind=options.label_kind,
+        recipe=dataclasses.asdict(options) | {"iterations": state.iteration},
         versions=versions(),
-        lr_per_step=state.lr if job.options.lr_per_step else None,
+        lr_per_step=state.lr if options.lr_per_step else None,
     )
 
 
+def assessed(job: Job, state: State) -> bool:
+    """Return whether all that there is to evaluate was evaluated at this iteration."""
+    kinds = ["evaluation"] if state.ema is None else _TESTED
+    return all(job.metrics.find(kind, state.iteration) for kind in kinds)
+
+
 def assess(job: Job, state: State, stop: StopRequest) -> None:
-    """Test fresh networks on the images as they are now, and write images and pictures."""
+    """Test fresh networks on the images as they are now, others on their average, and write sets and pictures."""
+    sets = _sets(job, state)
+    for kind, synthetic in sets.items():
+        if job.metrics.find(kind, state.iteration) is None:
+            _measure(job, state, kind, synthetic, stop)
+    _draw(job, state, sets["evaluation"])
+
+
+def _measure(job: Job, state: State, kind: str, synthetic: SyntheticDataset, stop: StopRequest) -> None:
+    """Test fresh networks on a set, which begin alike whichever set it is, and keep the set."""
     began = time.monotonic()
-    options, synthetic = job.options, _distilled(job, state)
+    options = job.options
     images = as_training_images(synthetic, state.lr.device)
     result = evaluate(
         job.network,
@@ -54,37 +113,38 @@ def assess(job: Job, state: State, stop: StopRequest) -> None:
         networks=options.num_eval,
         seed=options.seed,
         place=(state.iteration,),
+        name=kind.replace("_", " "),
         stop=stop,
         precision=job.precision,
         at_once=options.networks_at_once,
         memory_budget=options.memory_budget,
     )
     state.seconds_evaluation += time.monotonic() - began
-    log.info("iteration %d: %s", state.iteration, result)
-    best = max(
-        (record["accuracy_mean"] for record in job.metrics.records if record["kind"] == "evaluation"), default=-1.0
-    )
+    log.info("iteration %d: %s %s", state.iteration, _TESTED[kind].words, result)
+    best = max((record["accuracy_mean"] for record in job.metrics.records if record["kind"] == kind), default=-1.0)
     if result.mean > best:
-        synthetic.save(job.folder / "best.safetensors")
-    synthetic.save(job.folder / "synthetic.safetensors")
+        synthetic.save(job.folder / _TESTED[kind].best)
+    synthetic.save(job.folder / _TESTED[kind].last)
     job.metrics.write(
-        "evaluation", state.iteration, accuracy_mean=result.mean, accuracy_std=result.std, networks=len(result.values)
+        kind, state.iteration, accuracy_mean=result.mean, accuracy_std=result.std, networks=len(result.values)
     )
-    _draw(job, state, synthetic)
 
 
 def _draw(job: Job, state: State, synthetic: SyntheticDataset) -> None:
     """Write images.png (what the run began with, and the images as they are now), their snapshot, and curves.png."""
     options, metrics = job.options, job.metrics
-    began = dataclasses.replace(synthetic, images=initial_state(options, job.real, state.experts).images)
+    start, _ = initial_images(options, job.real, job.network, job.experts, state.experts)
+    began = dataclasses.replace(synthetic, images=start.pixels)
     panels = []
     for iteration, pictures in {0: began.pictures(), state.iteration: synthetic.pictures()}.items():
-        title = f"{options.pix_init} images" if iteration == 0 else f"distilled, {iteration} iterations"
+        title = _BEGUN_WITH[options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"
         record = metrics.find("evaluation", iteration)
         accuracy = f": networks trained on them reach {_percent(record)}" if record else ""
         panels.append((f"{job.real.data.name}, {options.ipc} a class, {title}{accuracy}", pictures))
-    save_grid(job.folder / "images.png", panels, state.labels, job.real.data.class_names)
-    save_snapshot(job.folder / HISTORY / f"iteration_{state.iteration:06d}.png", synthetic.pictures(), state.labels)
+    save_grid(job.folder / "images.png", panels, synthetic.classes, job.real.data.class_names)
+    save_snapshot(
+        job.folder / HISTORY / f"iteration_{state.iteration:06d}.png", synthetic.pictures(), synthetic.classes
+    )
     save_curves(job.folder / "curves.png", metrics.records)
 
 
@@ -92,11 +152,12 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
     """Compare with random real images and the experts, and write summary.json: the run is finished."""
     options, metrics = job.options, job.metrics
     baseline = metrics.find("baseline") or _evaluate_baseline(job, state, stop)
-    evaluations = [record for record in metrics.records if record["kind"] == "evaluation"]
-    last, best = evaluations[-1], max(evaluations, key=lambda record: float(record["accuracy_mean"]))
+    of_kind = {kind: [record for record in metrics.records if record["kind"] == kind] for kind in _TESTED}
+    evaluations = {_TESTED[kind]: records for kind, records in of_kind.items() if records}
     final = Accuracy(tuple(job.experts.metadata(expert).accuracy[-1] for expert in range(len(job.experts))))
+    results = ", ".join(f"{tested.words} {_percent(records[-1])}" for tested, records in evaluations.items())
     text = (
-        f"distilled {_percent(last)}, random real images {_percent(baseline)}, "
+        f"{results}, random real images {_percent(baseline)}, "
         f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
     device = state.lr.device
@@ -107,13 +168,14 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
             "text": text,
             "method": recipe_about(options.recipe)["method"] if options.recipe else "MTT",
             "accuracy": {
-                "distilled": _accuracy_record(last),
+                **{tested.name: _accuracy_record(records[-1]) for tested, records in evaluations.items()},
                 "random_real_images": _accuracy_record(baseline) | {"lr": REAL_IMAGES_LR},
                 "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
-                "best_evaluation_chosen_on_the_test_images": _accuracy_record(best) | {"iteration": best["iteration"]},
+                **{tested.best_name: _best_record(records) for tested, records in evaluations.items()},
             },
             "iterations": state.iteration,
             "skipped_iterations": state.skipped,
+            "iterations_above_threshold": state.above_threshold,
             "learning_rate_kept": state.lr_kept,
             "learning_rate": state.mean_lr,
             "learning_rate_per_step": state.lr.tolist() if options.lr_per_step else None,
@@ -156,6 +218,11 @@ def _evaluate_baseline(job: Job, state: State, stop: StopRequest) -> dict[str, A
         "baseline", state.iteration, accuracy_mean=result.mean, accuracy_std=result.std, networks=len(result.values)
     )
     return job.metrics.records[-1]
+
+
+def _best_record(records: list[dict[str, Any]]) -> dict[str, Any]:
+    best = max(records, key=lambda record: float(record["accuracy_mean"]))
+    return _accuracy_record(best) | {"iteration": best["iteration"]}
 
 
 def _accuracy_record(record: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
         + (f", {uncompressed} to compress to {options.num_interpolation} waypoints" if uncompressed else ""),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
-        f"from below epoch {options.max_start_epoch}; {_state(folder)}",
+        f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
         "memory": str(steps).removeprefix("memory plan: "),
         "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
         f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.rest)}; scaled from steps of {_SAMPLES} images "
@@ -120,8 +120,9 @@ def _times(
     batch = options.batch_syn or count
     forward = cost.gradient / 3  # a backward pass is two forward ones
     training = (options.epoch_eval_train + 1) * count * cost.gradient + facts.test * forward
-    evaluations = 2 + math.ceil(options.Iteration / options.eval_it)  # the initial images, and random real ones
     steps = options.Iteration * options.num_trajectories * options.syn_steps
+    # of the initial images and of those after them, for each set, and of random real images
+    evaluations = _sets(options) * (1 + math.ceil(options.Iteration / options.eval_it)) + 1
     return _Amounts(
         experts=missing * options.train_epochs * (facts.train * gradients * cost.gradient + facts.test * forward),
         iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
@@ -129,15 +130,22 @@ def _times(
     )
 
 
+def _sets(options: DistillOptions) -> int:
+    """Return how many sets are evaluated and kept: the images, and their average if there is one."""
+    return 1 if options.ema_decay is None else 2
+
+
 def _sizes(options: DistillOptions, facts: Facts, num_parameters: int, missing: int, uncompressed: int) -> _Amounts:
     """Return bytes."""
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(facts.image_shape)
     images = 4 * options.ipc * facts.num_classes * values
+    sets = _sets(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
     return _Amounts(
         experts=4 * rows * num_parameters,
-        iterations=2 * (images + whitening) + 2 * images,  # the set, the best one; the checkpoint's with their velocity
+        # each set and the best one of it; the checkpoint's images with their velocity and their average
+        iterations=2 * sets * (images + whitening) + (1 + sets) * images,
         rest=facts.packed_bytes,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import get_args
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtt_fast.augment import augment_with
 from mtt_fast.distillation.job import Job
+from mtt_fast.distillation.labels import teacher_labels
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.distillation.segments import Segment, augmentation, student_batches
 from mtt_fast.iteration import Iteration, planned_iteration
@@ -30,6 +31,9 @@ DESCRIPTIONS: dict[Gradient, str] = {
     "truncated": "truncated (approximate: TESLA's, without the Hessian terms)",
 }
 """What a run says of its gradient."""
+
+Teacher = Callable[[Tensor, Tensor], Tensor]
+"""From a segment's target (P,) and the indices of the images that the student sees to all images' labels (n, classes)."""
 
 
 def iteration_of(options: DistillOptions, network: Network, steps: Plan, replay: bool = True) -> Iteration:
@@ -49,13 +53,26 @@ def iteration_of(options: DistillOptions, network: Network, steps: Plan, replay:
     )
 
 
-def mean_gradients(iteration: Iteration, state: State, segments: Iterable[Segment]) -> tuple[Tensor, ...]:
-    """Return what `iterate` returns, the mean over `segments`, which are done one after the other."""
+def teacher_of(job: Job, state: State, steps: Plan) -> Teacher | None:
+    """Return who labels the images with --teacher_label, in as much memory as the plan `steps` has; None without it."""
+    if not job.options.teacher_label:
+        return None
+    return lambda target, seen: teacher_labels(job.network, target, state.images, seen, steps.microbatch)
+
+
+def mean_gradients(
+    iteration: Iteration, state: State, segments: Iterable[Segment], teacher: Teacher | None = None
+) -> tuple[Tensor, ...]:
+    """Return what `iterate` returns, the mean over `segments`, which are done one after the other.
+
+    A `teacher` labels the images for each segment anew.
+    """
     total: list[Tensor] = []
     count = 0
     for segment in segments:
         start, target, *draws = segment.tensors()
-        found = iteration(start, target, state.images, state.labels, state.lr, *draws)
+        labels = state.labels if teacher is None else teacher(target, draws[0])
+        found = iteration(start, target, state.images, labels, state.lr, *draws)
         total = [sum_ + one for sum_, one in zip(total, found, strict=True)] if total else list(found)
         count += 1
     return tuple(sum_ / count for sum_ in total)
@@ -71,7 +88,7 @@ def compare_with_exact(job: Job, state: State, steps: Plan, segments: Sequence[S
 
         def attempt(steps: Plan, options: DistillOptions = options) -> Tensor:
             iteration = iteration_of(options, job.network, steps, replay=False)
-            return mean_gradients(iteration, state, segments)[1].double().flatten()
+            return mean_gradients(iteration, state, segments, teacher_of(job, state, steps))[1].double().flatten()
 
         of_images, steps = with_smaller_pieces(steps, attempt)
         both.append(of_images)

@@ -14,6 +14,7 @@ from mtt_fast.augment import augment_by_strategy
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import EvaluationProtocol
 from mtt_fast.experts import ExpertTraining, checked
+from mtt_fast.kernels import LabelKind
 from mtt_fast.matching import MatchStep
 from mtt_fast.memory import AUTO, parse_bytes
 from mtt_fast.options import CommonOptions, TrueOrFalse, at_least
@@ -53,6 +54,14 @@ class DistillOptions(CommonOptions):
     """T+: the student starts at an expert epoch below this"""
     continuous_start: bool = False
     """the student starts at any real number of epochs, not at whole ones alone (MCT); between recorded ones on a straight line"""
+    min_start_epoch: int = 0
+    """T-: and not before this one (DATM)"""
+    current_max_start_epoch: int | None = None
+    """T: in the first iteration, in place of max_start_epoch, which is approached linearly (DATM)"""
+    expansion_end_epoch: int = 0
+    """iteration from which on max_start_epoch counts, where current_max_start_epoch is given"""
+    threshold: float | None = None
+    """make no update in an iteration whose matching loss is above this (DATM)"""
     batch_syn: int | None = None
     """synthetic images in a student step; without it, all of them"""
     lr_img: float = 1000.0
@@ -75,8 +84,19 @@ class DistillOptions(CommonOptions):
     """leave this share of the parameters, those of lowest loss, out of the matching loss (PAD)"""
     num_trajectories: int = 1
     """segments that each iteration matches, of one expert after the other; their gradients are averaged"""
-    pix_init: Literal["real", "noise"] = "real"
-    """start from real images or from noise"""
+    pix_init: Literal["real", "noise", "samples_predicted_correctly"] = "real"
+    """start from random real images, from noise, or from real images that experts classify correctly (DATM)"""
+    lr_y: float | None = None
+    """learn soft labels, kept as logits, at this learning rate (DATM); without it the labels are the classes"""
+    mom_y: float = 0.9
+    """their momentum"""
+    label_init: Literal["classes", "experts"] = "classes"
+    """they start from probability 0.9 for the image's class, or from the mean logits of the experts that are right (DATM)"""
+    teacher_label: bool = False
+    """label the images in each iteration as the expert to be matched does (TESLA); labels that are saved are the mean of
+    what all experts say after max_start_epoch epochs"""
+    ema_decay: float | None = None
+    """also average the images over the iterations, with this weight on what was (FTD), and evaluate that"""
     no_aug: bool = False
     """no augmentation during distillation (evaluation keeps it)"""
 
@@ -138,6 +158,13 @@ class DistillOptions(CommonOptions):
             )
         )  # fmt: skip
 
+    @property
+    def label_kind(self) -> LabelKind:
+        """What the student's labels are."""
+        if self.lr_y is not None:
+            return "logits"
+        return "probabilities" if self.teacher_label else "indices"
+
     def protocol(self) -> EvaluationProtocol:
         """Return the evaluation protocol."""
         return EvaluationProtocol(epochs=self.epoch_eval_train, batch_size=self.batch_train, augment=self.strategy)
@@ -164,6 +191,9 @@ class DistillOptions(CommonOptions):
             Iteration=self.Iteration,
             lr_img=self.lr_img,
             lr_lr=self.lr_lr,
+            lr_y=self.lr_y,
+            min_start_epoch=self.min_start_epoch,
+            expansion_end_epoch=self.expansion_end_epoch,
             student_l2=self.student_l2,
             epoch_eval_train=self.epoch_eval_train,
             save_seconds=self.save_seconds,
@@ -173,15 +203,44 @@ class DistillOptions(CommonOptions):
             raise InputError(complaint)
         if not 0 < self.lr_teacher < math.inf:
             raise InputError(f"--lr_teacher {self.lr_teacher}: expected more than 0")
-        for name in ("student_mom", "loss_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: expected at least 0 and less than 1")
+        for name in ("student_mom", "loss_ratio", "mom_y", "ema_decay"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise InputError(f"--{name} {share}: expected at least 0 and less than 1")
+        self._check_start_epochs()
+        if self.threshold is not None and not self.threshold > 0:
+            raise InputError(f"--threshold {self.threshold}: expected more than 0")
+        if self.teacher_label and self.lr_y is not None:
+            raise InputError("--teacher_label, --lr_y: expected one of them, found both: labels are given, or learned")
+        if self.label_init == "experts" and self.lr_y is None:
+            raise InputError(
+                "--label_init experts: expected --lr_y with it (0 keeps the labels as the experts gave them)"
+            )
         if self.memory_budget != AUTO:
             parse_bytes(self.memory_budget)
             if self.microbatch is not None:
                 raise InputError("--microbatch, --memory_budget: expected one of them, found both")
         augment_by_strategy(self.strategy)
         self.experts()
+
+    def _check_start_epochs(self) -> None:
+        """Raise `InputError` where T- < T <= T+ does not hold, or T and the end of its growth are not given together."""
+        earliest, first, last = self.min_start_epoch, self.current_max_start_epoch, self.max_start_epoch
+        if first is None and self.expansion_end_epoch:
+            raise InputError(
+                f"--expansion_end_epoch {self.expansion_end_epoch}: expected --current_max_start_epoch with it, from which "
+                "--max_start_epoch is approached"
+            )
+        if first is not None and not self.expansion_end_epoch:
+            raise InputError(
+                f"--current_max_start_epoch {first}: expected with it the iteration at which --max_start_epoch {last} is "
+                "reached, --expansion_end_epoch"
+            )
+        if first is not None and first > last:
+            raise InputError(f"--current_max_start_epoch {first}: expected at most --max_start_epoch {last}")
+        name, bound = ("max", last) if first is None else ("current_max", first)
+        if earliest >= bound:
+            raise InputError(f"--min_start_epoch {earliest}: expected less than --{name}_start_epoch {bound}")
 
 
 NOT_PART_OF_THE_RESULT = {

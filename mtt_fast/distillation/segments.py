@@ -51,7 +51,7 @@ def read_segment(job: Job, send: Send, experts: int, images: Tensor, turn: int) 
     options = job.options
     generator = generator_for(options.seed, "iteration", turn)
     expert = _expert_of(options.seed, experts, turn)
-    epoch = _start_epoch(options, generator)
+    epoch = _start_epoch(options, start_epochs(options, turn // options.num_trajectories), generator)
     start, target = (job.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
     if start.equal(target):
         raise InputError(
@@ -66,11 +66,24 @@ def read_segment(job: Job, send: Send, experts: int, images: Tensor, turn: int) 
     return Segment(expert, epoch, send((start, target, *draws.tensors())))
 
 
-def _start_epoch(options: DistillOptions, generator: torch.Generator) -> float:
-    """Draw the epoch at which the student starts, evenly below `max_start_epoch`."""
+def _start_epoch(options: DistillOptions, epochs: range, generator: torch.Generator) -> float:
+    """Draw the epoch at which the student starts, evenly among `epochs`, or between the first and the end of them."""
     if options.continuous_start:
-        return options.max_start_epoch * float(torch.rand((), dtype=torch.float64, generator=generator))
-    return int(torch.randint(options.max_start_epoch, (), generator=generator))
+        return epochs.start + len(epochs) * float(torch.rand((), dtype=torch.float64, generator=generator))
+    return int(torch.randint(epochs.start, epochs.stop, (), generator=generator))
+
+
+def start_epochs(options: DistillOptions, iteration: int) -> range:
+    """Return the expert epochs at one of which the student starts in `iteration`, 0 for the first: T- and up, below T.
+
+    T grows linearly, rounded down, from `current_max_start_epoch` to T+, which it has from `expansion_end_epoch` on
+    (DATM). Without `current_max_start_epoch` it is T+ throughout, as in the paper.
+    """
+    upper = options.max_start_epoch
+    if options.current_max_start_epoch is not None and iteration < options.expansion_end_epoch:
+        growth = (upper - options.current_max_start_epoch) * iteration // options.expansion_end_epoch
+        upper = options.current_max_start_epoch + growth
+    return range(options.min_start_epoch, upper)
 
 
 def places(segments: Sequence[Segment]) -> dict[str, float]:
@@ -114,6 +127,7 @@ def planned(
         device=device,
         momentum=options.student_mom,
         augment=augmentation(options) is not None,
+        label_kind=options.label_kind,
         path_gradient=options.match_step == "nearest",
         precision=precision,
     )

@@ -16,9 +16,11 @@ _SHOWN = 5  # snapshots of a run, the first and the last among them
 
 _MEASURED = {
     "distilled": "distilled",
+    "ema": "average over the iterations",
     "random_real_images": "random real images",
     "experts": "experts, all the data",
     "best_evaluation_chosen_on_the_test_images": "best evaluation, chosen on the test images",
+    "best_ema_evaluation_chosen_on_the_test_images": "best evaluation of the average, chosen on the test images",
 }
 
 
