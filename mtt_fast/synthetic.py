@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtt_fast.data import Normalisation
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path, load_tensors, save_tensors
+from mtt_fast.files import load_tensors, save_tensors
 from mtt_fast.whitening import Whitening
 
 _FORMAT = "mtt_fast.synthetic.1"
@@ -97,29 +97,12 @@ class SyntheticDataset:
         """Write the set for other software and return the files.
 
         kind "mtt": images_best.pt, labels_best.pt and lr_best.pt, as the public code and its successors read them;
-        kind "png": CLASS/NNN.png, the pictures. Raises `InputError` for another kind.
+        "png": CLASS/NNNNN.png, the pictures, with labels.json; and the other kinds of `mtt_fast.interop.SET_KINDS`.
+        Raises `InputError` for another kind, and for a set that the kind cannot hold.
         """
-        folder = Path(folder)
-        if kind == "mtt":
-            parts = {"images_best.pt": self.images, "labels_best.pt": self.labels, "lr_best.pt": self.lr}
-            for name, tensor in parts.items():
-                with atomic_path(folder / name) as temporary:
-                    torch.save(tensor.detach().cpu().clone(), temporary)
-            return [folder / name for name in parts]
-        if kind == "png":
-            return self._export_pictures(folder)
-        raise InputError(f"export: expected kind 'mtt' or 'png', found '{kind}'")
+        from mtt_fast.interop import write_set  # here, as it imports this module
 
-    def _export_pictures(self, folder: Path) -> list[Path]:
-        from mtt_fast.pictures import as_image
-
-        written: list[Path] = []
-        for number, (picture, label) in enumerate(zip(self.pictures(), self.classes.tolist(), strict=True)):
-            path = folder / f"{label:03d}-{_file_name(self.class_names[label])}" / f"{number:05d}.png"
-            with atomic_path(path) as temporary:
-                as_image(picture).save(temporary, format="PNG")
-            written.append(path)
-        return written
+        return write_set(folder, self, kind)
 
     def to(self, device: torch.device | str) -> SyntheticDataset:
         """Return the set with images, labels and learning rates on `device`."""
@@ -132,34 +115,9 @@ def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tenso
     """Read images_*.pt and the labels_*.pt beside it, as the public code and its successors write them.
 
     Returns images (n, C, H, W) float32 in the networks' input space; labels, integers (n,) or floating (n, classes);
-    and the scalar of lr_*.pt if that file is there. The files are read with `weights_only`: nothing in them is run.
-    Raises `InputError` if one is missing or broken, or they do not fit.
+    and the learning rate of lr_*.pt if that file is there. The files are read with `weights_only`: nothing in them is
+    run. Raises `InputError` if one is missing or broken, or they do not fit.
     """
-    path = Path(images_path)
-    if "images" not in path.name:
-        raise InputError(f"{path}: expected a name like images_best.pt, beside its labels_best.pt")
-    images = _load_tensor(path)
-    labels = _load_tensor(path.with_name(path.name.replace("images", "labels")))
-    lr_path = path.with_name(path.name.replace("images", "lr"))
-    lr = _load_tensor(lr_path) if lr_path.exists() else None
-    if images.dim() != 4 or not images.is_floating_point() or len(images) != len(labels):
-        raise InputError(
-            f"{path}: expected images (n, C, H, W) with n labels, found {tuple(images.shape)} and labels {tuple(labels.shape)}"
-        )
-    return images.float(), labels.float() if labels.is_floating_point() else labels.long(), lr
+    from mtt_fast.interop import load_public_pair  # here, as it imports this module
 
-
-def _load_tensor(path: Path) -> Tensor:
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except Exception as error:  # torch raises many kinds for a broken or foreign pickle
-        raise InputError(f"{path}: expected a tensor saved by torch.save, found a broken or foreign file") from error
-    if not isinstance(value, Tensor):
-        raise InputError(f"{path}: expected a tensor, found {type(value).__name__}")
-    return value.detach()
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
+    return load_public_pair(images_path)

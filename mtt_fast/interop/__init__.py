@@ -1,0 +1,34 @@
+"""Files of other code bases, read and written: distilled sets, and experts' trajectories.
+
+`python -m mtt_fast convert SOURCE DESTINATION` is the command over it. Pickles are only ever read with `weights_only`,
+so nothing in them is run. Files of tensors come back bit for bit; pictures are 8-bit, see `picture_record`.
+"""
+
+from mtt_fast.interop.buffers import buffer_files, export_experts, import_experts, read_buffer
+from mtt_fast.interop.datasets import SyntheticView, image_data_from
+from mtt_fast.interop.pairs import ddranking_call, load_public_pair
+from mtt_fast.interop.plain import Facts, PlainSet, as_plain, as_synthetic, class_major, facts_of
+from mtt_fast.interop.sets import SET_KINDS, read_set, set_kind_of, write_set
+from mtt_fast.interop.waypoints import read_waypoints
+
+__all__ = [
+    "SET_KINDS",
+    "Facts",
+    "PlainSet",
+    "SyntheticView",
+    "as_plain",
+    "as_synthetic",
+    "buffer_files",
+    "class_major",
+    "ddranking_call",
+    "export_experts",
+    "facts_of",
+    "image_data_from",
+    "import_experts",
+    "load_public_pair",
+    "read_buffer",
+    "read_set",
+    "read_waypoints",
+    "set_kind_of",
+    "write_set",
+]

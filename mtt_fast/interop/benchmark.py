@@ -1,0 +1,135 @@
+"""Files of DC, DSA and DM (res_*.pt), and the folders of dc_benchmark, which hold the sets of several methods.
+
+A res file is a dictionary: `data`, a list with [images, labels] of each experiment, and `accs_all_exps`, accuracies by
+network. dc_benchmark's folders are METHOD/DATASET/IPCn:
+
+| METHOD | files |
+|---|---|
+| TM | images_best.pt, labels_best.pt; of tinyimagenet at 50 images a class images_best_0.pt … images_best_4.pt |
+| DC, DSA, DM | res_METHOD_DATASET_ConvNet_nipc.pt (ConvNetD4 for tinyimagenet) |
+| random, Kmeans | DATASET_IPCn_normalize_images.pt, DATASET_IPCn_images.pt, and labels |
+| KIP | one .npz with images (n, H, W, C) and labels (n, classes) |
+
+Its readers make labels whole numbers, which would destroy soft ones.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.interop.pairs import read_pair, write_pair, write_parts
+from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
+from mtt_fast.interop.plain import PlainSet, plain_set
+
+METHODS = ("TM", "DC", "DSA", "DM", "random", "Kmeans", "KIP")
+_RESULTS = ("DC", "DSA", "DM")
+_NAMES = {"Tiny": "tinyimagenet"}
+_PARTS = {("tinyimagenet", 50): 5}  # GitHub takes no larger files
+
+
+def read_result(path: str | os.PathLike[str]) -> PlainSet:
+    """Read the set of the last experiment in a res_*.pt, as dc_benchmark does.
+
+    Raises `InputError` for a missing, broken or hostile file, or one of another content.
+    """
+    content = load_pickle(path, numpy_numbers=True)
+    data = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(data, list) or not data or not _is_pair(data[-1]):
+        raise InputError(
+            f"{path}: expected a dictionary with data, a list of [images, labels], found {_describe(content)}; name a "
+            "res_*.pt of DC, DSA or DM"
+        )
+    images, labels = data[-1][:2]
+    return plain_set(images, labels, None, str(path))
+
+
+def write_result(path: str | os.PathLike[str], found: PlainSet) -> list[Path]:
+    """Write the set as the one experiment of a res file (no accuracies), and return the file."""
+    pair = [plain_copy(found.images), plain_copy(found.labels)]
+    return [save_pickle(path, {"data": [pair], "accs_all_exps": {}})]
+
+
+def read_benchmark(folder: str | os.PathLike[str]) -> PlainSet:
+    """Read the set in a folder METHOD/DATASET/IPCn, or the only one below `folder`.
+
+    Raises `InputError` if there is none or more than one, and for broken files.
+    """
+    folder = _only_set(Path(folder))
+    for pattern, read in (("res_*.pt", read_result), ("*.npz", _read_kip)):
+        files = sorted(folder.glob(pattern))
+        if len(files) > 1:
+            raise InputError(f"{folder}: expected one {pattern}, found {len(files)}; name the file")
+        if files:
+            return read(files[0])
+    return read_pair(folder)
+
+
+def write_benchmark(root: str | os.PathLike[str], found: PlainSet, dataset: str, method: str) -> list[Path]:
+    """Write the set below `root`, where dc_benchmark looks for sets of `method` (TM, DC, DSA or DM).
+
+    Raises `InputError` for soft labels, another method, or classes that differ in number.
+    """
+    if found.label_kind != "indices":
+        raise InputError(
+            f"{root}: expected class indices, as dc_benchmark makes all labels whole numbers, found {found.label_kind}; "
+            "say --hard_labels to write each image's class alone"
+        )
+    if method not in ("TM", *_RESULTS):
+        raise InputError(f"--method {method}: expected TM, {', '.join(_RESULTS)}")
+    name, ipc = _NAMES.get(dataset, dataset), found.ipc("dc_benchmark")
+    folder = Path(root) / method / name / f"IPC{ipc}"
+    if method in _RESULTS:
+        network = "ConvNetD4" if name == "tinyimagenet" else "ConvNet"
+        return write_result(folder / f"res_{method}_{name}_{network}_{ipc}ipc.pt", found)
+    if (name, ipc) in _PARTS:
+        return write_parts(folder, found, _PARTS[name, ipc])
+    return write_pair(folder / "images_best.pt", found)
+
+
+def is_benchmark(folder: Path) -> bool:
+    """Whether `folder` is, or holds, folders METHOD/DATASET/IPCn."""
+    return bool(_sets(folder))
+
+
+def _sets(folder: Path) -> list[Path]:
+    patterns = [f"{method}/*/IPC*" for method in METHODS] + ["*/IPC*", "IPC*"]
+    below = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_dir()]
+    return [folder.resolve()] if folder.name.startswith("IPC") else below
+
+
+def _only_set(folder: Path) -> Path:
+    sets = _sets(folder)
+    if len(sets) != 1:
+        found = ", ".join(str(path.relative_to(folder)) for path in sets[:4]) or "none"
+        raise InputError(f"{folder}: expected one set in METHOD/DATASET/IPCn, found {found}; name its folder")
+    return sets[0]
+
+
+def _read_kip(path: Path) -> PlainSet:
+    """Read KIP's images and the classes of its labels, as dc_benchmark does; they are in a whitening of its own."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    except Exception as error:  # numpy raises many kinds for a broken or foreign file
+        raise InputError(f"{path}: expected arrays images and labels, found a broken or foreign file") from error
+    if images.dim() != 4 or labels.dim() != 2:
+        raise InputError(
+            f"{path}: expected images (n, H, W, C) and labels (n, classes), found {tuple(images.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    return plain_set(images.permute(0, 3, 1, 2).contiguous(), labels.argmax(1), None, str(path))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) >= 2 and all(isinstance(part, Tensor) for part in value[:2])
+
+
+def _describe(content: Any) -> str:
+    return f"a dictionary with {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__

@@ -1,0 +1,191 @@
+"""Expert trajectories of the public code: replay_buffer_N.pt, to experts' files of their own and back.
+
+A buffer is a list of experts (ten, or --save_interval), each a list of epochs (row 0 the initialisation), each a list of
+the tensors of `module.parameters()`. MCT's convexified_replay_buffer_N.pt are such, too. Names, data set and whitening
+are nowhere in it. Files are memory-mapped and read expert by expert.
+
+A trap: `p.detach().cpu()` copies nothing on a CPU. Buffers made there have the last parameters in every epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
+from mtt_fast.layout import ParameterLayout
+from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert
+
+BUFFER = r"replay_buffer_(\d+)\.pt"
+CONVEXIFIED = r"convexified_(?:v\d+_)?replay_buffer_(\d+)\.pt"
+
+Measure = Callable[[Tensor], list[float]]
+"""From an expert's parameters (epochs + 1, P) to its test accuracy at each row, NaN where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One expert as a file of another code base holds it."""
+
+    file: Path
+    place: int
+    epochs: Sequence[Sequence[Tensor]]
+
+    @property
+    def name(self) -> str:
+        """Where it is, for a reader of messages."""
+        return f"{self.file.name}, expert {self.place}"
+
+    def rows(self) -> Tensor:
+        """Return the parameters (epochs + 1, P), float32, a copy."""
+        rows = torch.empty(len(self.epochs), sum(tensor.numel() for tensor in self.epochs[0]))
+        for row, tensors in zip(rows, self.epochs, strict=True):
+            torch.cat([tensor.detach().flatten().float() for tensor in tensors], out=row)
+        return rows
+
+
+def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[Path]:
+    """Return the buffers in a folder whose names match `pattern`, by number; or the one file that `source` is."""
+    source = Path(source)
+    if not source.is_dir():
+        return [source]
+    numbered = {path: match for path in source.iterdir() if (match := re.fullmatch(pattern, path.name))}
+    series = sorted({path.name[: match.start(1)] for path, match in numbered.items()})
+    if len(series) != 1:
+        raise InputError(
+            f"{source}: expected buffers of one kind, found {', '.join(f'{name}N.pt' for name in series) or 'none'}; "
+            "name one of the files, or a folder that holds one kind"
+        )
+    return sorted(numbered, key=lambda path: int(numbered[path][1]))
+
+
+def read_buffer(file: Path) -> Iterator[Trajectory]:
+    """Yield the experts of one buffer; their tensors are memory-mapped. Raises `InputError` if it is something else."""
+    content = load_pickle(file, mapped=True)
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{file}: expected a list of experts, found {_describe(content)}; name a replay_buffer_N.pt")
+    for place, epochs in enumerate(content):
+        good = isinstance(epochs, list) and len(epochs) > 1 and all(map(_is_epoch, epochs))
+        if not good:
+            raise InputError(
+                f"{file}: expert {place}: expected a list of two or more epochs, each a list of tensors, found "
+                f"{_describe(epochs)}"
+            )
+        yield Trajectory(file, place, epochs)
+
+
+def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
+    """Raise `InputError` unless the expert's tensors are those of a network of `layout`, and change over the epochs.
+
+    Reads the first and the last epoch alone, unless they are equal.
+    """
+    for epoch, tensors in enumerate(expert.epochs):
+        found = [tuple(tensor.shape) for tensor in tensors]
+        if found != list(layout.shapes):
+            raise InputError(
+                f"{expert.file}: expert {expert.place}, epoch {epoch}: the parameters are of another network: "
+                f"{_difference(layout, found)}; name its network with --model, and its data set with --dataset and --res"
+            )
+    first, last = expert.epochs[0], expert.epochs[-1]
+    if _same(first, last) and all(_same(first, epoch) for epoch in expert.epochs):
+        raise InputError(
+            f"{expert.file}: expert {expert.place}: the parameters are the same in every epoch: the buffer was made on a "
+            "CPU, where p.detach().cpu() is a view of the live parameters, so its epochs are lost; make it again with "
+            "p.detach().clone(), or train experts with `python -m mtt_fast.experts`"
+        )
+
+
+def import_experts(
+    experts: Callable[[], Iterator[Trajectory]],
+    folder: str | os.PathLike[str],
+    layout: ParameterLayout,
+    metadata: ExpertMetadata,
+    measure: Measure,
+    dtype: torch.dtype = torch.float32,
+    each: Callable[[Trajectory], None] = lambda expert: None,
+) -> TrajectoryStore:
+    """Write `experts()` to expert_0000.safetensors, … in `folder`, in their order, and return the store.
+
+    All are checked before one is written; one expert at a time is in memory. `metadata` is all that they have in common.
+    Experts that an earlier, stopped call wrote are kept. `each` is called after every expert.
+    Raises `InputError` for an expert that is none, and if `folder` holds others.
+    """
+    folder = Path(folder)
+    for expert in experts():
+        check_trajectory(expert, layout)
+    present = TrajectoryStore(folder) if folder.is_dir() else None
+    for index, expert in enumerate(experts()):
+        origin = {"imported_from": expert.name, "train_epochs": len(expert.epochs) - 1}
+        if present is not None and index in present.indices:
+            there = present.metadata(present.indices.index(index))
+            if (there.hyperparameters, there.fingerprint, there.layout) != (
+                origin,
+                metadata.fingerprint,
+                metadata.layout,
+            ):
+                raise InputError(
+                    f"{expert_path(folder, index)}: holds another expert; choose another destination, or delete it"
+                )
+        else:
+            rows = expert.rows()
+            own = dataclasses.replace(metadata, hyperparameters=origin, accuracy=measure(rows))
+            write_expert(folder, index, rows, own, dtype)
+        each(expert)
+    return TrajectoryStore(folder)
+
+
+def export_experts(
+    store: TrajectoryStore, folder: str | os.PathLike[str], experts_per_file: int = 10
+) -> Iterator[Path]:
+    """Write the experts as replay_buffer_0.pt, … in `folder`, as the public code reads them, and yield each file.
+
+    The last file holds what is left, which the public code's own last file does not. One file's experts are in memory.
+    Raises `InputError` if a file is there already.
+    """
+    for number, begin in enumerate(range(0, len(store), experts_per_file)):
+        path = Path(folder) / f"replay_buffer_{number}.pt"
+        if path.exists():
+            raise InputError(f"{path}: is there already; choose another destination, or delete it")
+        chosen = range(begin, min(begin + experts_per_file, len(store)))
+        yield save_pickle(path, [_as_lists(store, expert) for expert in chosen])
+
+
+def _as_lists(store: TrajectoryStore, expert: int) -> list[list[Tensor]]:
+    layout = layout_from(store.metadata(expert).layout)
+    rows = (store.read(expert, epoch) for epoch in range(store.epochs(expert) + 1))
+    return [[plain_copy(tensor) for tensor in layout.split(row)] for row in rows]
+
+
+def layout_from(text: str) -> ParameterLayout:
+    """Read what `ParameterLayout.describe` wrote."""
+    entries = [entry.rpartition(":") for entry in text.split(";")]
+    shapes = tuple(tuple(int(side) for side in shape.split("x") if side) for _, _, shape in entries)
+    return ParameterLayout(tuple(name for name, _, _ in entries), shapes)
+
+
+def _is_epoch(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value)
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _difference(layout: ParameterLayout, found: Sequence[tuple[int, ...]]) -> str:
+    if len(found) != len(layout.shapes):
+        return f"expected {len(layout.shapes)} tensors, found {len(found)}"
+    place = next(place for place, shape in enumerate(layout.shapes) if shape != found[place])
+    return f"expected {layout.names[place]} of shape {layout.shapes[place]}, found {found[place]}"
+
+
+def _describe(content: Any) -> str:
+    return f"a list of {len(content)}" if isinstance(content, list) else type(content).__name__

@@ -1,0 +1,105 @@
+"""Distilled sets as datasets of torch, and datasets of torch (torchvision's, `datasets`', one's own) as real images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mtt_fast.data import ImageData, from_tensors
+from mtt_fast.errors import InputError
+from mtt_fast.synthetic import SyntheticDataset
+
+
+class SyntheticView(Dataset[tuple[Tensor, Tensor]]):
+    """A distilled set as a map-style dataset of (image, label), for a DataLoader and training loops of one's own.
+
+    An image (C, H, W) is in the networks' input space: transform test images in the same way (`synthetic.mean`, `.std`,
+    or `.whitening`). A label is an index () int64 or a row of probabilities (classes,): logits are given as their
+    softmax, so that torch's cross entropy takes all kinds. Nothing is copied.
+    """
+
+    def __init__(self, synthetic: SyntheticDataset) -> None:
+        self.images = synthetic.images.detach()
+        labels = synthetic.labels.detach()
+        self.targets = labels.softmax(1) if synthetic.label_kind == "logits" else labels
+        self.classes = list(synthetic.class_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.targets[index]
+
+
+def image_data_from(
+    train: Any,
+    test: Any,
+    *,
+    name: str = "dataset",
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageData:
+    """Return real images from two map-style datasets of (image, label), or of mappings with `image` (or `img`) and `label`.
+
+    An image is one of PIL, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a floating-point tensor
+    (C, H, W) in [0, 1], as torchvision's ToTensor gives it; leave Normalize out. All images are read, to one tensor.
+    Without `class_names` those of `train.classes` are taken, if it has such; without `mean` and `std` they are computed.
+    Raises `InputError` for images of other kinds, values or sizes, and for labels that are no indices.
+    """
+    names = class_names or getattr(train, "classes", None)
+    parts = _tensors(train, f"{name}, train"), _tensors(test, f"{name}, test")
+    return from_tensors(*parts, name=name, class_names=names, mean=mean, std=std)
+
+
+def _tensors(dataset: Any, where: str) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for index in range(len(dataset)):
+        image, label = _pair(dataset[index], where)
+        images.append(_as_bytes(image, f"{where}, image {index}"))
+        labels.append(int(label))
+        if images[-1].shape != images[0].shape:
+            raise InputError(
+                f"{where}, image {index}: expected shape {tuple(images[0].shape)} as in the first, found "
+                f"{tuple(images[-1].shape)}; resize them in the dataset's transform"
+            )
+    if not images:
+        raise InputError(f"{where}: expected images, found none")
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _pair(item: Any, where: str) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        image = item.get("image", item.get("img"))
+        if image is None or "label" not in item:
+            raise InputError(f"{where}: expected image (or img) and label, found {', '.join(map(str, item))}")
+        return image, item["label"]
+    if not isinstance(item, Sequence) or len(item) < 2:
+        raise InputError(f"{where}: expected (image, label), found {type(item).__name__}")
+    return item[0], item[1]
+
+
+def _as_bytes(item: Any, where: str) -> Tensor:
+    """Return one image as uint8 (C, H, W)."""
+    if isinstance(item, Tensor):
+        image = item
+    else:  # PIL, or an array as PIL gives it
+        values = torch.from_numpy(np.array(item))
+        image = values[None] if values.dim() == 2 else values.movedim(-1, 0)
+    if image.dim() != 3:
+        raise InputError(f"{where}: expected (C, H, W), found {tuple(image.shape)}")
+    if image.is_floating_point():
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            raise InputError(
+                f"{where}: expected values in [0, 1], found {float(image.min()):.3g} to {float(image.max()):.3g}; leave "
+                "Normalize out of the dataset's transform"
+            )
+        return (image * 255).round().byte()
+    if image.dtype != torch.uint8:
+        raise InputError(f"{where}: expected uint8 or floating point in [0, 1], found {image.dtype}")
+    return image.contiguous()

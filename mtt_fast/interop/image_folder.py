@@ -1,0 +1,97 @@
+"""Distilled sets as image folders: CLASS/NNNNN.png and labels.json. See picture_record.py for what pictures lose.
+
+labels.json holds `files`, `labels` in the same order (class indices or soft labels), and the facts of the set. A folder
+without it, as other methods write them, has hard labels: the ranks of the sorted class folders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtt_fast.data.folder import list_classes
+from mtt_fast.data.images import decode, is_grey, size_of
+from mtt_fast.errors import InputError
+from mtt_fast.files import atomic_path, write_json
+from mtt_fast.interop.picture_record import as_bytes, from_pictures, record_of
+from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
+from mtt_fast.synthetic import SyntheticDataset
+
+LABELS = "labels.json"
+_FORMAT = "mtt_fast pictures 1"
+
+
+def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
+    """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
+    from mtt_fast.pictures import as_image
+
+    folder, classes = Path(folder), as_plain(synthetic).classes
+    written: list[Path] = []
+    for number, (picture, label) in enumerate(zip(as_bytes(synthetic), classes.tolist(), strict=True)):
+        path = folder / f"{label:03d}-{_file_name(synthetic.class_names[label])}" / f"{number:05d}.png"
+        with atomic_path(path) as temporary:
+            as_image(picture.float() / 255).save(temporary, format="PNG")
+        written.append(path)
+    files = [path.relative_to(folder).as_posix() for path in written]
+    record = {"format": _FORMAT, **record_of(synthetic), "files": files, "labels": synthetic.labels.tolist()}
+    write_json(folder / LABELS, record)
+    return [*written, folder / LABELS]
+
+
+def read_image_folder(folder: str | os.PathLike[str], facts: Facts | None = None, lr: float = 0.01) -> SyntheticDataset:
+    """Read the pictures in `folder` as a distilled set.
+
+    `facts` of the real images give the whitening of a whitened set, and all that labels.json says where there is none;
+    then `lr` is the learning rate. Raises `InputError` for a folder that holds no set, or needs facts that are not given.
+    """
+    folder = Path(folder)
+    if not (folder / LABELS).exists():
+        return _read_classes(folder, facts, lr)
+    record = _read_record(folder / LABELS)
+    files = [str(folder / name) for name in record["files"]]
+    kind = record.get("label_kind")
+    labels = torch.tensor(record["labels"], dtype=torch.int64 if kind == "indices" else torch.float32)
+    if not files or len(files) != len(labels):
+        raise InputError(f"{folder / LABELS}: expected a label for each file, found {len(files)} and {len(labels)}")
+    return from_pictures(_pictures(files), labels, record, facts, folder / LABELS)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] == _FORMAT and isinstance(record["files"], list) and isinstance(record["labels"], list):
+            return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected the labels of pictures, found a broken file ({error})") from error
+    raise InputError(f"{path}: expected the format {_FORMAT!r}, found {record['format']!r}")
+
+
+def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticDataset:
+    if facts is None:
+        raise InputError(
+            f"{folder}: expected {LABELS}, which says how its pictures are normalised, found none; name the real images "
+            "with --dataset and --data_path"
+        )
+    classes = list_classes(folder)
+    files = [file for files in classes.values() for file in files]
+    if not files:
+        raise InputError(f"{folder}: expected images in a folder a class, found none; check the path")
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
+    images = facts.transform.apply(_pictures(files).float() / 255)
+    return as_synthetic(plain_set(images, labels, None, str(folder)), facts, lr, {}, {})
+
+
+def _pictures(files: list[str]) -> Tensor:
+    """Return image files of one size as uint8 (n, C, H, W), C = 1 if all are grey."""
+    shape = (1 if all(map(is_grey, files)) else 3, *size_of(files[0]))
+    return torch.from_numpy(np.concatenate(list(decode(files, shape, resize=False))))
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)

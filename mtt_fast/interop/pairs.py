@@ -1,0 +1,162 @@
+"""images_*.pt with labels_*.pt, and lr_*.pt, beside it: the files of MTT and its successors, and of DD-Ranking.
+
+| written by | names |
+|---|---|
+| MTT, TESLA, SelMatch | images_100.pt, images_best.pt; no learning rate |
+| FTD, ATT | ema_images_100.pt besides |
+| DATM, PAD, EDF | lr_100.pt, lr_best.pt besides; labels are logits |
+| MCT | images_ipc-10_100.pt |
+| SeqMatch | best_lr.pt |
+| dc_benchmark | images_best_0.pt … images_best_4.pt, one set in parts; CIFAR10_IPC10_normalize_images.pt |
+| DD-Ranking's users | images.pt, labels.pt, lr.pt; soft labels are logits |
+
+Images are (n, C, H, W) in the networks' input space. images_zca_100.pt is no set: its whitening is undone, for looking at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.interop.pickles import load_tensor, plain_copy, save_pickle
+from mtt_fast.interop.plain import PlainSet, plain_set
+
+_PART = re.compile(r"(.*best)_(\d+)\.pt")
+
+
+def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> PlainSet:
+    """Read a file of images and the labels beside it, or the set in a folder: the best, else the only one.
+
+    A set in parts (images_best_0.pt, …) is put together, whichever part is named. Raises `InputError` for files that
+    are missing, broken, hostile or do not fit together.
+    """
+    path = find_images(Path(source))
+    files = _parts(path)
+    images = torch.cat([load_tensor(file) for file in files])
+    labels = torch.cat([load_tensor(beside(file, "labels")) for file in files])
+    lr = next((load_tensor(file) for file in _rate_files(path) if file.exists()), None)
+    return plain_set(images, labels, lr, str(path), label_kind)
+
+
+def write_pair(images_path: str | os.PathLike[str], found: PlainSet) -> list[Path]:
+    """Write images, labels and learning rate (if there is one) as tensors, and return the files.
+
+    The images go to `images_path`, whose name has the word images; "labels" and "lr" stand in its place in the others.
+    """
+    path = Path(images_path)
+    parts = {"images": found.images, "labels": found.labels} | ({} if found.lr is None else {"lr": found.lr})
+    return [save_pickle(beside(path, name), plain_copy(tensor)) for name, tensor in parts.items()]
+
+
+def write_parts(folder: str | os.PathLike[str], found: PlainSet, parts: int) -> list[Path]:
+    """Write images_best_0.pt, labels_best_0.pt, … in `parts` parts of consecutive images, and return the files."""
+    images, labels = found.images.tensor_split(parts), found.labels.tensor_split(parts)
+    written = []
+    for part, pieces in enumerate(zip(images, labels, strict=True)):
+        for name, piece in zip(("images", "labels"), pieces, strict=True):
+            written.append(save_pickle(Path(folder) / f"{name}_best_{part}.pt", plain_copy(piece)))
+    return written
+
+
+def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Path]:
+    """Write what DD-Ranking's metrics take: images.pt, labels.pt, and lr.pt if there is one learning rate.
+
+    Images must be class-major with as many of each class, as it gives hard labels by place. It takes soft labels for
+    logits and applies softmax: probabilities would be smoothed a second time, so their logarithms are written, whose
+    softmax they are (zero becomes the smallest normal number). `ddranking_call` says what to call.
+    Raises `InputError` if the classes differ in number.
+    """
+    found.ipc("DD-Ranking")
+    labels = found.labels
+    if found.label_kind == "probabilities":
+        labels = labels.clamp_min(torch.finfo(labels.dtype).tiny).log()
+    parts = {"images": found.images, "labels": labels}
+    if found.lr is not None and found.lr.numel() == 1:
+        parts["lr"] = found.lr
+    return [save_pickle(Path(folder) / f"{name}.pt", plain_copy(tensor)) for name, tensor in parts.items()]
+
+
+def ddranking_call(folder: str | os.PathLike[str], found: PlainSet, dataset: str, zca: bool | None) -> str:
+    """Return the lines of Python that give a set written by `write_ddranking` to DD-Ranking (version 0.2)."""
+    soft = found.label_kind != "indices"
+    name, labels = ("LabelRobustScoreSoft", "soft_labels") if soft else ("LabelRobustScoreHard", "hard_labels")
+    whitening = "True if the images are whitened, else False" if zca is None else zca
+    options = [f"dataset={dataset!r}", f"ipc={found.ipc('DD-Ranking')}", "model_name='ConvNet-3'"]
+    options += [f"im_size={tuple(found.images.shape[2:])}", f"use_zca={whitening}"]
+    if soft:
+        options += ["soft_label_mode='S'", "soft_label_criterion='sce'"]
+        options += ["loss_fn_kwargs={'temperature': 1.0, 'scale_loss': False}"]
+    rate = "load('lr.pt')" if found.lr is not None and found.lr.numel() == 1 else "None"
+    return (
+        f"load = lambda name: torch.load('{Path(folder)}/' + name)\n"
+        f"ddranking.metrics.{name}({', '.join(options)}, …).compute_metrics(\n"
+        f"    image_tensor=load('images.pt'), {labels}=load('labels.pt'), syn_lr={rate})"
+    )
+
+
+def find_images(source: Path) -> Path:
+    """Return the file of images that `source`, a file or a folder, means. Raises `InputError` if that is not clear."""
+    if not source.is_dir():
+        if "images" not in source.name:
+            raise InputError(f"{source}: expected a name like images_best.pt, beside its labels_best.pt")
+        if "images_zca" in source.name:
+            raise InputError(
+                f"{source}: these images are for looking at, with their whitening undone; name "
+                f"{source.name.replace('images_zca', 'images')} instead"
+            )
+        return source
+    names = [path for path in sorted(source.glob("*images*.pt")) if "images_zca" not in path.name]
+    whole = list(dict.fromkeys(_whole(path) for path in names))
+    best = [path for path in whole if path.stem.endswith("best") and not path.name.startswith("ema_")]
+    for choice in (best, whole):
+        if len(choice) == 1:
+            return choice[0]
+    raise InputError(
+        f"{source}: expected one set (images_best.pt, or a single images_*.pt), found "
+        f"{', '.join(path.name for path in whole[:4]) or 'none'}; name its file"
+    )
+
+
+def beside(images_path: Path, name: str) -> Path:
+    """Return the file called as `images_path`, with `name` for images."""
+    return images_path.with_name(images_path.name.replace("images", name))
+
+
+def _whole(path: Path) -> Path:
+    """Return the name of the set that a part belongs to: images_best.pt for images_best_3.pt."""
+    match = _PART.fullmatch(path.name)
+    return path.with_name(f"{match[1]}.pt") if match else path
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files that hold the set `path`: itself, or all its parts in order."""
+    whole = _whole(path)
+    if whole.exists():
+        return [path if path.exists() else whole]
+    numbered = {int(match[2]): file for file in whole.parent.glob("*.pt") if (match := _PART.fullmatch(file.name))
+                and _whole(file) == whole}  # fmt: skip
+    missing = [number for number in range(max(numbered, default=-1) + 1) if number not in numbered]
+    if missing:
+        raise InputError(
+            f"{whole.with_name(f'{whole.stem}_{missing[0]}.pt')}: expected this part of the set, found "
+            f"{len(numbered)} others; get it, too"
+        )
+    return [numbered[number] for number in sorted(numbered)] or [path]
+
+
+def _rate_files(path: Path) -> list[Path]:
+    """Return where the learning rate of a set may be, likeliest first."""
+    whole = _whole(path)
+    tag = whole.stem.rpartition("images_")[2]
+    return [beside(whole, "lr"), whole.with_name(f"{tag}_lr.pt"), whole.with_name(f"lr_{tag}.pt")]
+
+
+def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read images_*.pt and what lies beside it, as `read_pair`; return images, labels and learning rate (or None)."""
+    found = read_pair(images_path)
+    return found.images, found.labels, found.lr

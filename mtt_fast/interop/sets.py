@@ -1,0 +1,163 @@
+"""Distilled sets by the kind of their files: which kind lies somewhere, reading it, and writing it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from mtt_fast.cli import did_you_mean
+from mtt_fast.errors import InputError
+from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result, write_benchmark, write_result
+from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
+from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
+from mtt_fast.interop.parquet import read_parquet, write_parquet
+from mtt_fast.interop.plain import Facts, PlainSet, as_plain, class_major
+from mtt_fast.synthetic import SyntheticDataset
+
+SET_KINDS = {
+    "synthetic": "this software's: synthetic.safetensors, with all that is needed to use it",
+    "mtt": "images_*.pt, labels_*.pt and lr_*.pt of MTT and its successors",
+    "dc": "res_*.pt of DC, DSA and DM",
+    "dc_benchmark": "the folders METHOD/DATASET/IPCn of dc_benchmark",
+    "ddranking": "images.pt, labels.pt (soft labels as logits) and lr.pt for DD-Ranking",
+    "png": "an image folder CLASS/NNNNN.png with labels.json",
+    "parquet": "a parquet file as the library datasets writes it",
+}
+"""Kinds of files, and what they are."""
+
+_SYNTHETIC = "synthetic.safetensors"
+
+
+def set_kind_of(source: str | os.PathLike[str]) -> str | None:
+    """Return the kind of the set that `source`, a file or a folder, looks like by its name, or None."""
+    source = Path(source)
+    if not source.is_dir():
+        return _kind_of_file(source)
+    names = {path.name for path in source.iterdir()}
+    if _SYNTHETIC in names:
+        return "synthetic"
+    if {"images.pt", "labels.pt"} <= names:
+        return "ddranking"
+    kinds = {_kind_of_file(path) for path in source.iterdir() if path.is_file()}
+    if "mtt" in kinds:
+        return "mtt"
+    if LABELS in names:
+        return "png"
+    if is_benchmark(source):
+        return "dc_benchmark"
+    alone = sorted(kind for kind in kinds if kind is not None)
+    if alone:
+        return alone[0]
+    return "png" if any(path.is_dir() for path in source.iterdir()) else None
+
+
+def _kind_of_file(path: Path) -> str | None:
+    name = path.name
+    if name.endswith(".pt") and "images" in name:
+        return "mtt"
+    if name.endswith(".pt") and name.startswith("res_"):
+        return "dc"
+    return {".safetensors": "synthetic", ".parquet": "parquet"}.get(path.suffix)
+
+
+def read_set(
+    source: str | os.PathLike[str],
+    kind: str | None = None,
+    *,
+    label_kind: str | None = None,
+    facts: Facts | None = None,
+    lr: float = 0.01,
+) -> SyntheticDataset | PlainSet:
+    """Read a distilled set of any kind; of that which its names look like, without `kind`.
+
+    Kinds that hold tensors alone give a `PlainSet`. `label_kind`: what soft labels of such kinds are, if not what they
+    look like. `facts` and `lr`: see `read_image_folder` and `read_parquet`.
+    Raises `InputError` for another kind, and for files that are missing, broken or hostile.
+    """
+    source = Path(source)
+    kind = kind or set_kind_of(source)
+    match kind:
+        case "synthetic":
+            return SyntheticDataset.load(source / _SYNTHETIC if source.is_dir() else source)
+        case "mtt":
+            return read_pair(source, label_kind)
+        case "ddranking":
+            found = read_pair(source / "images.pt" if source.is_dir() else source, label_kind)
+            soft = label_kind is None and found.label_kind != "indices"
+            return dataclasses.replace(found, label_kind="logits") if soft else found
+        case "dc":
+            return read_result(_only(source, "res_*.pt"))
+        case "dc_benchmark":
+            return read_benchmark(source)
+        case "png":
+            return read_image_folder(source, facts, lr)
+        case "parquet":
+            return read_parquet(_only(source, "*.parquet"), facts, lr)
+    raise InputError(_unknown(source, "--from", kind))
+
+
+def write_set(
+    destination: str | os.PathLike[str],
+    found: SyntheticDataset | PlainSet,
+    kind: str,
+    *,
+    dataset: str | None = None,
+    method: str = "TM",
+) -> list[Path]:
+    """Write a distilled set as files of `kind`, and return them.
+
+    `destination` is a folder, or the name of the file where the kind has one (images_*.pt for "mtt"). `dataset` and
+    `method` name files and folders of "dc" and "dc_benchmark"; without `dataset` the set's recipe names it.
+    Raises `InputError` for another kind, and for a set that the kind cannot hold.
+    """
+    path = Path(destination)
+    plain = class_major(found if isinstance(found, PlainSet) else as_plain(found))
+    match kind:
+        case "mtt":
+            return write_pair(path if path.suffix == ".pt" else path / "images_best.pt", plain)
+        case "ddranking":
+            return write_ddranking(path, plain)
+        case "dc":
+            if path.suffix != ".pt":
+                names = method, _dataset(found, dataset), plain.ipc("res_*.pt")
+                path = path / "res_{}_{}_ConvNet_{}ipc.pt".format(*names)
+            return write_result(path, plain)
+        case "dc_benchmark":
+            return write_benchmark(path, plain, _dataset(found, dataset), method)
+    if kind not in SET_KINDS:
+        raise InputError(_unknown(path, "--to", kind))
+    if isinstance(found, PlainSet):
+        raise InputError(f"{path}: expected the facts of the real images for kind {kind}; name them with --dataset")
+    match kind:
+        case "png":
+            return write_image_folder(path, found)
+        case "parquet":
+            return write_parquet(path if path.suffix == ".parquet" else path / "synthetic.parquet", found)
+    file = path if path.suffix == ".safetensors" else path / _SYNTHETIC
+    found.save(file)
+    return [file]
+
+
+def _only(source: Path, pattern: str) -> Path:
+    if not source.is_dir():
+        return source
+    files = sorted(source.glob(pattern))
+    if len(files) != 1:
+        raise InputError(f"{source}: expected one {pattern}, found {len(files)}; name the file")
+    return files[0]
+
+
+def _dataset(found: SyntheticDataset | PlainSet, dataset: str | None) -> str:
+    name = dataset or (None if isinstance(found, PlainSet) else found.recipe.get("dataset"))
+    if not name:
+        raise InputError("--dataset: expected the data set's name, which the other software's files bear, found none")
+    return str(name)
+
+
+def _unknown(where: Path, option: str, kind: str | None) -> str:
+    kinds = ", ".join(SET_KINDS)
+    if kind is None:
+        what = "nothing there" if not where.exists() else "other files"
+        return f"{where}: expected a distilled set ({kinds}), found {what}; check the path, or say {option} KIND"
+    return f"{option} {kind}: expected one of {kinds}{did_you_mean(kind, list(SET_KINDS))}"
