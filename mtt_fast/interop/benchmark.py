@@ -74,7 +74,7 @@ def read_benchmark(folder: str | os.PathLike[str]) -> PlainSet:
 def write_benchmark(root: str | os.PathLike[str], found: PlainSet, dataset: str, method: str) -> list[Path]:
     """Write the set below `root`, where dc_benchmark looks for sets of `method` (TM, DC, DSA or DM).
 
-    Raises `InputError` for soft labels, another method, or classes that differ in number.
+    Raises `InputError` for soft labels, another method, classes that differ in number, and where a set is already.
     """
     if found.label_kind != "indices":
         raise InputError(
@@ -85,6 +85,8 @@ def write_benchmark(root: str | os.PathLike[str], found: PlainSet, dataset: str,
         raise InputError(f"--method {method}: expected TM, {', '.join(_RESULTS)}")
     name, ipc = _NAMES.get(dataset, dataset), found.ipc("dc_benchmark")
     folder = Path(root) / method / name / f"IPC{ipc}"
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: holds a set already; choose another root or --method, or delete it")
     if method in _RESULTS:
         network = "ConvNetD4" if name == "tinyimagenet" else "ConvNet"
         return write_result(folder / f"res_{method}_{name}_{network}_{ipc}ipc.pt", found)

@@ -1,0 +1,1 @@
+"""The parts of `python -m mtt_fast convert`: options, distilled sets, experts."""
