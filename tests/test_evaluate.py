@@ -119,7 +119,9 @@ def test_export_and_evaluation_of_the_exported() -> None:
     assert torch.equal(torch.load("exported/images_best.pt", weights_only=True), synthetic.images)
     result = result_of("exported/images_best.pt", "--dataset", "digits", *TOY)
     assert result["lr"] == pytest.approx(0.02)
-    assert len(synthetic.export("png", "pictures")) == 10
+    *pictures, labels = synthetic.export("png", "pictures")
+    assert [path.suffix for path in pictures] == 10 * [".png"]
+    assert labels.name == "labels.json"
 
 
 @pytest.mark.parametrize(

@@ -106,17 +106,17 @@ def _in_order(options: ConvertOptions, found: SyntheticDataset | PlainSet) -> Sy
 def _usage(options: ConvertOptions, kind: str, written: list[Path], found: SyntheticDataset | PlainSet) -> str:
     """Return what the software that reads the files has to do."""
     first = written[0]
+    plain = found if isinstance(found, PlainSet) else as_plain(found)
+    zca: bool | None = options.zca or None
+    dataset = options.dataset
     if isinstance(found, SyntheticDataset):
-        zca, dataset, plain = found.whitening is not None, found.recipe.get("dataset"), as_plain(found)
-    else:
-        zca, dataset, plain = options.zca or None, None, found
+        zca, dataset = found.whitening is not None, dataset or found.recipe.get("dataset")
     space = {True: "ZCA-whitened", False: "normalised", None: "normalised or whitened, as in the source"}[zca]
     match kind:
         case "synthetic":
             return f"use it with: python -m mtt_fast.evaluate {first}"
         case "ddranking":
-            dataset = options.dataset or dataset or "CIFAR10"
-            return f"DD-Ranking takes it with\n{ddranking_call(first.parent, plain, str(dataset), zca)}"
+            return f"DD-Ranking takes it with\n{ddranking_call(first.parent, plain, dataset or 'CIFAR10', zca)}"
         case "dc_benchmark":
             return f"dc_benchmark's root is {options.destination}; images are {space}"
         case "dc":
