@@ -62,8 +62,8 @@ class ConvertOptions:
     method: str = "TM"
     """whose set it is, in names of dc_benchmark's and DC's files: TM, DC, DSA, DM"""
 
-    measure: Literal["last", "all", "none"] = "last"
-    """epochs of each expert whose test accuracy is measured: the last, all, or none"""
+    measure: Literal["last", "all"] = "last"
+    """epochs of each imported expert whose test accuracy is measured; that of the others is unknown (NaN)"""
     store_dtype: str = "float32"
     """of imported experts: float32, or bfloat16 at half the size"""
     experts_per_file: int = 10

@@ -24,11 +24,13 @@ def load_pickle(path: str | os.PathLike[str], *, mapped: bool = False, numpy_num
     """
     path = Path(path)
     try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    try:
         mapped = mapped and zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be mapped
         with _numpy_numbers() if numpy_numbers else contextlib.nullcontext():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except Exception as error:  # torch raises many kinds for a broken or foreign pickle
         raise InputError(
             f"{path}: expected tensors saved by torch.save, found a broken or foreign file; get it again, or convert it "
