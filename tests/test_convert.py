@@ -1,0 +1,303 @@
+"""The command mtt_fast convert end to end on the digits: what it guesses, writes, says and refuses; all jobs by one name."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mtt_fast
+from mtt_fast import SyntheticDataset, TrajectoryStore, cli
+from mtt_fast.__main__ import main as all_jobs
+from mtt_fast.conversion.experts import options_in_path
+from mtt_fast.convert import main
+from mtt_fast.data import load
+from mtt_fast.distill import main as distill
+from mtt_fast.evaluate import main as evaluate
+from mtt_fast.experts import main as experts
+from mtt_fast.testing import reference_convnet
+
+DIGITS = "--dataset digits --model ConvNetD1W4".split()
+DISTIL = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 2 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 --Iteration 1 "
+    "--eval_it 1 --num_eval 1 --epoch_eval_train 1"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def convert(*arguments: str) -> int:
+    return cli.run(main, arguments)
+
+
+def distilled(label_kind: str = "indices", **changes: Any) -> SyntheticDataset:
+    data = load("digits", data_path="data", progress=False)
+    labels = torch.arange(10)
+    arguments: dict[str, Any] = {
+        "images": torch.randn(10, 1, 8, 8),
+        "labels": labels if label_kind == "indices" else torch.randn(10, 10).softmax(1),
+        "lr": torch.tensor(0.02),
+        "class_names": data.class_names,
+        "mean": data.mean,
+        "std": data.std,
+        "label_kind": label_kind,
+        "recipe": {"dataset": "digits", "model": "ConvNetD1W4"},
+    }
+    return SyntheticDataset(**arguments | changes)
+
+
+def save_public_pair(labels: Tensor, folder: str = "theirs") -> Tensor:
+    Path(folder).mkdir()
+    images = torch.randn(len(labels), 1, 8, 8)
+    torch.save(images.requires_grad_(), f"{folder}/images_best.pt")
+    torch.save(labels.requires_grad_(labels.is_floating_point()), f"{folder}/labels_best.pt")
+    return images.detach()
+
+
+def save_public_buffer(folder: str, epochs: int = 2) -> None:
+    """Two experts as buffer.py records them on a GPU."""
+    Path(folder).mkdir(parents=True)
+    trajectories = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = reference_convnet(1, 10, 8, 4, 1)
+        timestamps = [[p.detach().clone() for p in net.parameters()]]
+        for _ in range(epochs):
+            for p in net.parameters():
+                p.data += 0.01 * torch.randn_like(p)
+            timestamps.append([p.detach().clone() for p in net.parameters()])
+        trajectories.append(timestamps)
+    torch.save(trajectories, f"{folder}/replay_buffer_0.pt")
+
+
+def test_a_public_pair_becomes_a_set_that_can_be_evaluated(caplog: pytest.LogCaptureFixture) -> None:
+    images = save_public_pair(torch.arange(10).flip(0))
+    caplog.set_level("INFO")
+    assert convert("theirs", "ours", *DIGITS, "--lr_teacher", "0.03") == 0
+    synthetic = SyntheticDataset.load("ours/synthetic.safetensors")
+    assert torch.equal(synthetic.images, images.flip(0))  # class by class
+    assert synthetic.labels.tolist() == list(range(10))
+    assert float(synthetic.lr) == pytest.approx(0.03)
+    assert synthetic.mean == load("digits", data_path="data", progress=False).mean
+    said = caplog.text
+    for words in ("images_*.pt, labels_*.pt", "10 images (1, 8, 8) of 10 classes, labels: indices, learning rate: none",
+                  "no learning rate", "reordered: class by class", "wrote ours/synthetic.safetensors",
+                  "python -m mtt_fast.evaluate ours/synthetic.safetensors"):  # fmt: skip
+        assert words in said
+    assert cli.run(evaluate, ["ours", "--num_eval", "1", "--epoch_eval_train", "1"]) == 0
+
+
+def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture) -> None:
+    labels = torch.randn(10, 10)
+    images = save_public_pair(labels)
+    caplog.set_level("INFO")
+    assert convert("theirs/images_best.pt", "ours.safetensors", *DIGITS) == 0
+    synthetic = SyntheticDataset.load("ours.safetensors")
+    assert synthetic.label_kind == "logits"
+    assert torch.equal(synthetic.labels, labels)
+    assert torch.equal(synthetic.images, images)
+    assert "the largest label is the class of their place; --reorder sorts by it" in caplog.text
+    assert convert("theirs", "sorted.safetensors", "--reorder", *DIGITS) == 0
+    order = labels.argmax(1).argsort(stable=True)
+    assert torch.equal(SyntheticDataset.load("sorted.safetensors").labels, labels[order])
+    assert convert("theirs", "hard.safetensors", "--hard_labels", *DIGITS) == 0
+    assert SyntheticDataset.load("hard.safetensors").labels.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("destination", "flags", "files", "words"),
+    [
+        ("out", [], ["images_best.pt", "labels_best.pt", "lr_best.pt"], "images are normalised, labels are probabilities"),
+        ("images_7.pt", [], ["images_7.pt", "labels_7.pt", "lr_7.pt"], "torch.load reads each"),
+        ("res_x.pt", [], ["res_x.pt"], "['data'][-1]"),
+        ("x.parquet", [], ["x.parquet"], "load_dataset('parquet'"),
+        ("out", ["--to", "png"], ["labels.json"], "rounded to 8 bits"),
+        ("out", ["--to", "ddranking"], ["images.pt", "labels.pt", "lr.pt"], "LabelRobustScoreSoft(dataset='digits', ipc=1"),
+        ("out", ["--to", "dc_benchmark", "--hard_labels"], ["TM/digits/IPC1/images_best.pt"], "dc_benchmark's root is out"),
+    ],
+)  # fmt: skip
+def test_a_set_of_ours_for_other_software(
+    caplog: pytest.LogCaptureFixture, destination: str, flags: list[str], files: list[str], words: str
+) -> None:
+    distilled("probabilities").save("run/synthetic.safetensors")
+    caplog.set_level("INFO")
+    assert convert("run", destination, *flags) == 0
+    folder = Path(destination) if "." not in destination else Path()
+    assert all((folder / file).exists() for file in files)
+    assert words in caplog.text
+    assert convert("run", destination, *flags) == 2  # nothing is written over
+
+
+def test_pictures_come_back_with_the_real_images_whitening() -> None:
+    save_public_pair(torch.arange(10))
+    assert convert("theirs", "ours", "--zca", *DIGITS) == 0
+    synthetic = SyntheticDataset.load("ours/synthetic.safetensors")
+    assert synthetic.whitening is not None
+    assert convert("ours", "pictures", "--to", "png") == 0
+    assert convert("pictures", "back") == 2
+    assert convert("pictures", "back", "--zca", *DIGITS) == 0
+    back = SyntheticDataset.load("back/synthetic.safetensors")
+    assert torch.equal((back.pictures() * 255).round(), (synthetic.pictures() * 255).round())
+
+
+def test_tensors_need_no_data_set_to_become_others() -> None:
+    labels = torch.randn(10, 10).softmax(1)
+    images = save_public_pair(labels)
+    assert convert("theirs", "dd", "--to", "ddranking") == 0
+    assert torch.equal(torch.load("dd/images.pt", weights_only=True), images)
+    assert torch.equal(torch.load("dd/labels.pt", weights_only=True), labels.detach().log())
+    assert not Path("dd/lr.pt").exists()
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("place", ["buffers/digits/ConvNetD1W4", "elsewhere"])
+def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    save_public_buffer(place)
+    caplog.set_level("INFO")
+    assert convert(place, "ours", *([] if place.startswith("buffers") else DIGITS), "--measure", "all") == 0
+    store = TrajectoryStore("ours/digits/ConvNetD1W4")
+    assert len(store) == 2
+    metadata = store.metadata(0)
+    assert (metadata.dataset, metadata.whitening, len(metadata.accuracy)) == ("digits", "none", 3)
+    module = reference_convnet(1, 10, 8, 4, 1)
+    nn.utils.vector_to_parameters(store.read(0, 2), module.parameters())
+    data = load("digits", data_path="data", progress=False)
+    seen = (data.test.images.float() / 255 - data.mean[0]) / data.std[0]
+    right = (module(seen).argmax(1) == data.test.labels).float().mean()
+    assert metadata.accuracy[-1] == pytest.approx(float(right))
+    assert "hardly more than guessing" in caplog.text
+    assert "--buffer_path ours --dataset digits --data_path data --model ConvNetD1W4 --num_experts 2" in caplog.text
+    assert cli.run(distill, [*DISTIL, "--buffer_path", "ours", "--out", "run"]) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    final = [store.metadata(expert).accuracy[-1] for expert in range(2)]
+    assert summary["accuracy"]["experts"]["mean"] == pytest.approx(sum(final) / 2)
+
+
+def test_only_the_last_epoch_is_measured_unless_all_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", "--zca", *DIGITS) == 0
+    metadata = TrajectoryStore("ours/digits_ZCA/ConvNetD1W4").metadata(1)
+    assert [math.isnan(value) for value in metadata.accuracy] == [True, True, False]
+    assert metadata.whitening == "zca"
+    assert cli.run(distill, [*DISTIL, "--buffer_path", "ours", "--out", "run", "--zca"]) == 0
+    Path("ours/digits_ZCA").rename("ours/digits")
+    assert cli.run(distill, [*DISTIL, "--buffer_path", "ours", "--out", "other"]) == 2
+    assert "whitened otherwise: expected none, found zca" in capsys.readouterr().err
+
+
+def test_experts_of_ours_and_back() -> None:
+    assert cli.run(experts, [*DIGITS, "--num_experts", "3", "--train_epochs", "1", "--batch_train", "512"]) == 0
+    assert convert("buffers/digits/ConvNetD1W4", "theirs", "--experts_per_file", "2") == 0
+    folder = Path("theirs/digits/ConvNetD1W4")
+    assert sorted(path.name for path in folder.iterdir()) == ["replay_buffer_0.pt", "replay_buffer_1.pt"]
+    assert convert(str(folder), "back") == 0
+    before, after = TrajectoryStore("buffers/digits/ConvNetD1W4"), TrajectoryStore("back/digits/ConvNetD1W4")
+    for expert in range(3):
+        assert before.metadata(expert).accuracy[-1] == after.metadata(expert).accuracy[-1]
+        for epoch in range(2):
+            assert torch.equal(before.read(expert, epoch), after.read(expert, epoch))
+    assert convert("buffers/digits/ConvNetD1W4", "theirs") == 2
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"),
+    [
+        ("CIFAR10/ConvNet", {"dataset": "CIFAR10", "zca": True, "model": "ConvNet"}),
+        ("CIFAR100_NO_ZCA/ConvNetD3", {"dataset": "CIFAR100", "zca": False, "model": "ConvNetD3"}),
+        ("Tiny/ConvNetD4", {"dataset": "Tiny", "zca": False, "model": "ConvNetD4"}),
+        ("Tiny_NO_ZCA/ConvNetD4", {"dataset": "Tiny", "zca": False, "model": "ConvNetD4"}),
+        ("ImageNet/imagefruit/128/ConvNetD5",
+         {"dataset": "ImageNet", "subset": "imagefruit", "res": 128, "model": "ConvNetD5"}),
+        ("somewhere/ConvNet", {}),
+        ("CIFAR10/else", {}),
+    ],
+)  # fmt: skip
+def test_what_the_public_codes_folders_tell(folder: str, found: dict[str, Any]) -> None:
+    Path("buffers", folder).mkdir(parents=True)
+    assert options_in_path(Path("buffers", folder)) == found
+    assert options_in_path(Path("buffers", folder, "replay_buffer_0.pt")) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a source and a destination"),
+        (["pair"], "expected a source and a destination"),
+        (["nothing", "out"], "nothing: expected files of a known kind, found nothing there"),
+        (["empty", "out"], "empty: expected files of a known kind, found other files"),
+        (["pair", "out"], "pair: expected the real images that it belongs to"),
+        (["pair", "out", "--to", "pgn"], "--to pgn: expected one of"),
+        (["pair", "out", "--from", "ddrankin"], "(did you mean ddranking?)"),
+        (["pair", "out", "--to", "buffer"], "--to buffer: pair holds a distilled set"),
+        (["pair", "out", "--to", "dc_benchmark"], "--dataset: expected the data set's name"),
+        (["pair", "out", "--dataset", "digits", "--lr_teacher", "0"], "--lr_teacher 0.0: expected more than 0"),
+        (["pair", "full"], "full: is there already"),
+        (["pair", "out", "--label_kind", "logits"], "found labels of pair/images_best.pt that are indices"),
+        (["buffer", "out"], "buffer: expected the real images that it belongs to"),
+        (["buffer", "out", "--to", "mtt"], "--to mtt: buffer holds experts"),
+        (["buffer", "out", "--dataset", "digits"], "of another network: expected 14 tensors, found 6"),
+        (["buffer", "out", *DIGITS, "--store_dtype", "int8"], "--store_dtype int8: expected float32 or bfloat16"),
+        (["buffer", "out", *DIGITS, "--experts_per_file", "0"], "--experts_per_file 0: expected at least 1"),
+        (["pair", "out", "--dataset", "digits", "--zac"], "--zac: unknown option (did you mean --zca?)"),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    save_public_pair(torch.arange(10), "pair")
+    save_public_pair(torch.arange(10), "full")
+    save_public_buffer("buffer")
+    Path("empty").mkdir()
+    assert convert(*arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not Path("out").exists()
+
+
+def test_a_set_of_other_images_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rgb").mkdir()
+    torch.save(torch.randn(10, 3, 8, 8), "rgb/images_best.pt")
+    torch.save(torch.arange(10), "rgb/labels_best.pt")
+    assert convert("rgb", "out", *DIGITS) == 2
+    assert "expected images of 1 channels and 10 classes, found (3, 8, 8) of 10 classes" in capsys.readouterr().err
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mtt_fast", *arguments])
+    return all_jobs()
+
+
+def test_all_jobs_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"]):
+        assert command(monkeypatch, *arguments) == 0
+        listed = capsys.readouterr().out
+        for job in ("distill", "experts", "evaluate", "convert", "report", "recipes", "env"):
+            assert f"\n  {job} " in listed
+    assert command(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == mtt_fast.__version__
+    assert command(monkeypatch, "destill") == 2
+    assert "error: destill: expected one of experts, distill" in capsys.readouterr().err
+
+
+def test_a_job_by_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "recipes") == 0
+    assert "digits" in capsys.readouterr().out
+    distilled().save("run/synthetic.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-m", "mtt_fast", "convert", "run", "out"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "wrote out/images_best.pt, out/labels_best.pt, out/lr_best.pt" in done.stderr
+    assert Path("out/images_best.pt").exists()
+    assert command(monkeypatch, "env", "--x") == 2
+    assert "error: --x: " in capsys.readouterr().err
