@@ -143,6 +143,18 @@ def test_names_of_the_field(tmp_path: Path, images: str, labels: str, lr: str | 
         assert_same(found, PlainSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
 
 
+@pytest.mark.parametrize("rate", [0.02, np.float64(0.02), torch.tensor([0.02])])
+def test_learning_rates_in_other_forms(tmp_path: Path, rate: Any) -> None:
+    distilled().export("mtt", tmp_path)
+    torch.save(rate, tmp_path / "lr_best.pt")
+    found = read_set(tmp_path)
+    assert found.lr is not None
+    assert (found.lr.shape, float(found.lr)) == ((), pytest.approx(0.02))
+    torch.save([0.02, 0.03], tmp_path / "lr_best.pt")
+    with pytest.raises(InputError, match=r"lr_best\.pt: expected one learning rate, found \[0\.02, 0\.03\]"):
+        read_set(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
 def test_the_best_of_a_folder_is_meant(tmp_path: Path) -> None:
     for name in ("0", "100", "best"):

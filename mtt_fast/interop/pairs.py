@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.pickles import load_tensor, plain_copy, save_pickle
+from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
 from mtt_fast.interop.plain import PlainSet, plain_set
 
 _PART = re.compile(r"(.*best)_(\d+)\.pt")
@@ -39,7 +39,7 @@ def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> 
     files = _parts(path)
     images = torch.cat([load_tensor(file) for file in files])
     labels = torch.cat([load_tensor(beside(file, "labels")) for file in files])
-    lr = next((load_tensor(file) for file in _rate_files(path) if file.exists()), None)
+    lr = next((_load_rate(file) for file in _rate_files(path) if file.exists()), None)
     return plain_set(images, labels, lr, str(path), label_kind)
 
 
@@ -64,7 +64,7 @@ def write_parts(folder: str | os.PathLike[str], found: PlainSet, parts: int) -> 
 
 
 def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Path]:
-    """Write what DD-Ranking's metrics take: images.pt, labels.pt, and lr.pt if there is one learning rate.
+    """Write what DD-Ranking's metrics take: images.pt, labels.pt, and lr.pt if there is a learning rate.
 
     Images must be class-major with as many of each class, as it gives hard labels by place. It takes soft labels for
     logits and applies softmax: probabilities would be smoothed a second time, so their logarithms are written, whose
@@ -76,7 +76,7 @@ def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Pat
     if found.label_kind == "probabilities":
         labels = labels.clamp_min(torch.finfo(labels.dtype).tiny).log()
     parts = {"images": found.images, "labels": labels}
-    if found.lr is not None and found.lr.numel() == 1:
+    if found.lr is not None:
         parts["lr"] = found.lr
     return [save_pickle(Path(folder) / f"{name}.pt", plain_copy(tensor)) for name, tensor in parts.items()]
 
@@ -91,7 +91,7 @@ def ddranking_call(folder: str | os.PathLike[str], found: PlainSet, dataset: str
     if soft:
         options += ["soft_label_mode='S'", "soft_label_criterion='sce'"]
         options += ["loss_fn_kwargs={'temperature': 1.0, 'scale_loss': False}"]
-    rate = "load('lr.pt')" if found.lr is not None and found.lr.numel() == 1 else "None"
+    rate = "load('lr.pt')" if found.lr is not None else "None"
     return (
         f"load = lambda name: torch.load('{Path(folder)}/' + name)\n"
         f"ddranking.metrics.{name}({', '.join(options)}, …).compute_metrics(\n"
@@ -154,6 +154,13 @@ def _rate_files(path: Path) -> list[Path]:
     whole = _whole(path)
     tag = whole.stem.rpartition("images_")[2]
     return [beside(whole, "lr"), whole.with_name(f"{tag}_lr.pt"), whole.with_name(f"lr_{tag}.pt")]
+
+
+def _load_rate(file: Path) -> Tensor:
+    value = load_pickle(file, numpy_numbers=True)
+    if not isinstance(value, Tensor | float) or torch.as_tensor(value).numel() != 1:
+        raise InputError(f"{file}: expected one learning rate, found {value}; move the file away to go without")
+    return torch.as_tensor(value).detach()
 
 
 def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:

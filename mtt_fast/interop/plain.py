@@ -54,8 +54,10 @@ class PlainSet:
 
     @property
     def classes(self) -> Tensor:
-        """The class of each image (n,): its index, or that of its largest soft label."""
-        return self.labels if self.label_kind == "indices" else self.labels.argmax(1)
+        """The class of each image (n,). That of soft labels is its place: learned ones may favour another."""
+        if self.label_kind == "indices":
+            return self.labels
+        return torch.arange(len(self.labels)) * self.num_classes // len(self.labels)
 
     @property
     def num_classes(self) -> int:
@@ -119,14 +121,14 @@ def class_major(found: PlainSet, reorder_soft: bool = False) -> PlainSet:
     """
     if found.label_kind != "indices" and not reorder_soft:
         return found
-    order = found.classes.argsort(stable=True)
+    order = _largest(found).argsort(stable=True)
     return dataclasses.replace(found, images=found.images[order], labels=found.labels[order])
 
 
 def in_place(found: PlainSet) -> int:
     """Return how many images are labelled, or most strongly labelled, with the class that class-major order gives them."""
     places = torch.arange(len(found.labels)) * found.num_classes // len(found.labels)
-    return int((found.classes == places).sum())
+    return int((_largest(found) == places).sum())
 
 
 def hardened(found: PlainSet) -> PlainSet:
@@ -136,8 +138,12 @@ def hardened(found: PlainSet) -> PlainSet:
     """
     if found.label_kind == "indices":
         return found
-    classes = torch.arange(found.num_classes).repeat_interleave(found.ipc("--hard_labels"))
-    return dataclasses.replace(found, labels=classes, label_kind="indices")
+    found.ipc("--hard_labels")
+    return dataclasses.replace(found, labels=found.classes, label_kind="indices")
+
+
+def _largest(found: PlainSet) -> Tensor:
+    return found.labels if found.label_kind == "indices" else found.labels.argmax(1)
 
 
 def as_plain(synthetic: SyntheticDataset) -> PlainSet:
@@ -171,6 +177,6 @@ def as_synthetic(
 
 
 def _rate(lr: Tensor, where: str) -> Tensor:
-    if not lr.numel() or not bool((lr > 0).all()):
+    if lr.numel() != 1 or not float(lr) > 0:
         raise InputError(f"{where}: expected a learning rate above 0 beside it, found {lr.tolist()}")
-    return lr.detach().float().reshape(()) if lr.numel() == 1 else lr.detach().float()
+    return lr.detach().float().reshape(())
