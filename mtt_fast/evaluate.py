@@ -27,6 +27,7 @@ from mtt_fast.augment import augment_by_strategy
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.files import write_json
+from mtt_fast.interop.plain import guess_label_kind
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.memory import AUTO
@@ -315,8 +316,7 @@ def _as_targets(labels: Tensor, kind: str | None) -> Tensor:
     if not labels.is_floating_point():
         return labels
     if kind is None:
-        sums_to_one = bool(((labels.sum(dim=1) - 1).abs() < 1e-3).all() and (labels >= 0).all())
-        kind = "probabilities" if sums_to_one else "logits"
+        kind = guess_label_kind(labels)
         log.info("labels are soft; taken as %s", kind)
     return labels.softmax(dim=1) if kind == "logits" else labels
 

@@ -149,7 +149,8 @@ def test_learning_rates_in_other_forms(tmp_path: Path, rate: Any) -> None:
     torch.save(rate, tmp_path / "lr_best.pt")
     found = read_set(tmp_path)
     assert found.lr is not None
-    assert (found.lr.shape, float(found.lr)) == ((), pytest.approx(0.02))
+    assert found.lr.dim() == 0
+    assert float(found.lr) == pytest.approx(0.02)
     torch.save([0.02, 0.03], tmp_path / "lr_best.pt")
     with pytest.raises(InputError, match=r"lr_best\.pt: expected one learning rate, found \[0\.02, 0\.03\]"):
         read_set(tmp_path)
