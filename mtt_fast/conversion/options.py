@@ -22,9 +22,9 @@ PROGRAM = "python -m mtt_fast convert"
 class ConvertOptions:
     """Convert a distilled set, or experts' trajectories, to or from the files of other software."""
 
-    source: tyro.conf.Positional[str] = ""
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")] = ""
     """a file or a folder"""
-    destination: tyro.conf.Positional[str] = ""
+    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")] = ""
     """a file or a folder that is not there yet; for experts the --buffer_path of who will read them"""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """kind of the source, where its names do not tell"""

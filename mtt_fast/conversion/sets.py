@@ -83,7 +83,7 @@ def _in_order(options: ConvertOptions, found: SyntheticDataset | PlainSet) -> Sy
     """Return the set class-major, with the labels that are asked for, and say what was found."""
     plain = found if isinstance(found, PlainSet) else as_plain(found)
     count, before = len(plain.labels), in_place(plain)
-    rate = "none" if plain.lr is None else plain.lr.tolist()
+    rate = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
     log.info(
         "%d images %s of %d classes, labels: %s, learning rate: %s",
         count, tuple(plain.images.shape[1:]), plain.num_classes, plain.label_kind, rate,
