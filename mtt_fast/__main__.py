@@ -13,6 +13,7 @@ from mtt_fast.cli import did_you_mean
 _JOBS = {
     "experts": "train experts on real images and record their trajectories",
     "distill": "distil a data set into a few synthetic images a class",
+    "compress": "experts as a few waypoints each",
     "evaluate": "train fresh networks on a distilled set and test them",
     "baselines": "other methods, for comparison",
     "cross": "test a distilled set on other architectures",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mtt_fast
 from mtt_fast import SyntheticDataset, TrajectoryStore, cli
 from mtt_fast.__main__ import main as all_jobs
+from mtt_fast.compress import main as compress
 from mtt_fast.conversion.experts import options_in_path
 from mtt_fast.convert import main
 from mtt_fast.data import load
@@ -207,6 +208,26 @@ def test_experts_of_ours_and_back() -> None:
         for epoch in range(2):
             assert torch.equal(before.read(expert, epoch), after.read(expert, epoch))
     assert convert("buffers/digits/ConvNetD1W4", "theirs") == 2
+
+
+def test_compressed_experts_there_and_back(caplog: pytest.LogCaptureFixture) -> None:
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS) == 0
+    assert cli.run(compress, ["ours/digits/ConvNetD1W4", "--num_interpolation", "3"]) == 0
+    before = TrajectoryStore("ours/digits/ConvNetD1W4/waypoints_3")
+    assert convert(str(before.folder), "mct") == 0
+    names = sorted(path.name for path in Path("mct/digits/ConvNetD1W4").iterdir())
+    assert names == ["step_buffer_ip3_0.pt", "waypoint_buffer_ip3_0.pt"]
+    caplog.set_level("INFO")
+    assert convert("mct/digits/ConvNetD1W4", "back") == 0
+    assert "--num_interpolation 3" in caplog.text
+    after = TrajectoryStore("back/digits/ConvNetD1W4/waypoints_3")
+    for epoch in (0, 0.5, 1, 1.75, 2):
+        torch.testing.assert_close(after.read(1, epoch), before.read(1, epoch))
+    assert cli.run(distill, [*DISTIL, "--num_interpolation", "3", "--buffer_path", "back", "--out", "run"]) == 0
+    assert convert(str(before.folder), "whole", "--to", "buffer") == 0
+    buffer = torch.load("whole/digits/ConvNetD1W4/replay_buffer_0.pt", weights_only=True)
+    assert torch.equal(nn.utils.parameters_to_vector(buffer[1][1]), before.read(1, 1))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import re
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from mtt_fast import ConvNet, InputError, TrajectoryStore
-from mtt_fast.interop import buffer_files, export_experts, import_experts, read_buffer, read_waypoints
+from mtt_fast.interop import (
+    buffer_files,
+    export_experts,
+    export_waypoints,
+    import_experts,
+    read_buffer,
+    read_waypoints,
+)
 from mtt_fast.interop.buffers import CONVEXIFIED, Trajectory, layout_from
+from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.layout import ParameterLayout
 from mtt_fast.testing import reference_convnet
 from mtt_fast.trajectories import ExpertMetadata
@@ -194,9 +204,9 @@ def spoiled(what: str) -> Any:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("another network", r"epoch 0: the parameters are of another network: expected features\.0\.weight of shape \(4, 1, 3, 3\), found \(8, 1, 3, 3\); .*--model"),
+        ("another network", r"row 0: the parameters are of another network: expected features\.0\.weight of shape \(4, 1, 3, 3\), found \(8, 1, 3, 3\); .*--model"),
         ("too few tensors", "of another network: expected 6 tensors, found 5"),
-        ("one epoch odd", r"epoch 3: .*expected classifier\.bias of shape \(3,\), found \(4,\)"),
+        ("one epoch odd", r"row 3: .*expected classifier\.bias of shape \(3,\), found \(4,\)"),
         ("one epoch", "expert 0: expected a list of two or more epochs, each a list of tensors, found a list of 1"),
         ("no epochs", "expert 0: expected a list of two or more epochs"),
         ("no experts", "expected a list of experts, found a list of 0"),
@@ -250,48 +260,47 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 
 def anonymous_memory() -> int:
     """Memory that the system cannot take back, unlike that of mapped files, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status to watch the memory")
+def peak_of(work: Callable[[], object]) -> int:
+    """Return by how much anonymous memory grew, at most, while `work` ran."""
+    ctypes.CDLL(None).malloc_trim(0)  # else it would first use what earlier tests have freed
+    before = peak = anonymous_memory()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return peak - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status and glibc to watch the memory")
 def test_one_expert_is_in_memory(tmp_path: Path) -> None:
     experts, rows, size = 8, 8, 1 << 18  # 8 MiB an expert, 64 MiB a file
     each = rows * size * 4
     layout = ParameterLayout(("weight",), ((size,),))
     buffer = [[[torch.full((size,), float(expert + row))] for row in range(rows)] for expert in range(experts)]
-    torch.save(buffer, tmp_path / "replay_buffer_0.pt")
+    file = tmp_path / "replay_buffer_0.pt"
+    torch.save(buffer, file)
     del buffer
-
-    done = threading.Event()
-    peak = [0]
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], anonymous_memory())
-
-    before = anonymous_memory()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        import_experts(
-            lambda: read_buffer(tmp_path / "replay_buffer_0.pt"),
-            tmp_path / "ours",
-            layout,
-            metadata(layout=layout.describe()),
-            unmeasured,
-        )
-        there, peak[0] = peak[0] - before, 0
-        store = TrajectoryStore(tmp_path / "ours")
-        list(export_experts(store, tmp_path / "back", experts_per_file=4))
-        back = peak[0] - before
-    finally:
-        done.set()
-        watcher.join()
-    assert each // 2 < there < 3 * each, "more than an expert was in memory"
-    assert back < 5.5 * each, "more than a file of four experts was in memory"
+    common = metadata(layout=layout.describe())
+    there = peak_of(lambda: import_experts(lambda: read_buffer(file), tmp_path / "ours", layout, common, unmeasured))
+    assert each / 2 < there < 3 * each, "more than an expert was in memory"
+    store = TrajectoryStore(tmp_path / "ours")
+    back = peak_of(lambda: list(export_experts(store, tmp_path / "back", experts_per_file=4)))
+    assert 3 * each < back < 5.5 * each, "more than a file of four experts was in memory"
     assert torch.equal(store.read(7, 3), torch.full((size,), 10.0))
 
 
@@ -317,33 +326,84 @@ def mct_steps(trajectory: Epochs) -> list[list[Tensor]]:
     return steps
 
 
-def test_waypoints_of_mct(tmp_path: Path) -> None:
-    trajectory = trained(0, epochs=6)
-    trajectory[2][1] = trajectory[1][1]  # a tensor that stands still for an epoch
+def mct_point(waypoints: Epochs, pieces: list[list[list[Tensor]]], epoch: float) -> Tensor:
+    """MCT's get_point_n: shares between those of the epochs around, then the point between the waypoints."""
+    for start, end, piece in zip(waypoints[:-1], waypoints[1:], pieces, strict=True):
+        if epoch < len(piece) - 1:
+            low = int(epoch)
+            shares = [torch.lerp(a, b, epoch - low) for a, b in zip(piece[low], piece[low + 1], strict=True)]
+            point = [torch.lerp(a, b, share) for a, b, share in zip(start, end, shares, strict=True)]
+            return nn.utils.parameters_to_vector(point)
+        epoch -= len(piece) - 1
+    return nn.utils.parameters_to_vector(waypoints[-1])
+
+
+@pytest.mark.parametrize(
+    ("ends", "name"),
+    [((0, 6), "buffer"), ((0, 2, 4, 6), "buffer_ip4"), ((0, 1, 6), "buffer_ip3"), ((0, 6), "buffer_proj")],
+)
+def test_waypoints_of_mct(tmp_path: Path, ends: tuple[int, ...], name: str) -> None:
+    experts = [trained(seed, epochs=6) for seed in range(3)]
+    waypoints = [[expert[end] for end in ends] for expert in experts]
+    pieces = [[mct_steps(expert[begin : end + 1]) for begin, end in itertools.pairwise(ends)] for expert in experts]
+    torch.save(waypoints, tmp_path / f"waypoint_{name}_0.pt")
+    torch.save(pieces if len(ends) > 2 else [one for (one,) in pieces], tmp_path / f"step_{name}_0.pt")
+    (file,) = buffer_files(tmp_path, WAYPOINTS)
+    store = import_experts(lambda: read_waypoints(file), tmp_path / "ours", NET.layout, metadata(), unmeasured)
+    for expert in range(3):
+        assert store.epochs(expert) == 6
+        for epoch in (0, 0.5, 1, 2, 2.25, 3, 4, 5.75, 6):
+            expected = mct_point(waypoints[expert], pieces[expert], epoch)
+            torch.testing.assert_close(store.read(expert, epoch), expected, rtol=1e-5, atol=1e-6)
+        accuracy = store.metadata(expert).accuracy
+        assert len(accuracy) == 7
+        assert accuracy[-1] == 0.5
+
+    written = list(export_waypoints(store, tmp_path / "back", experts_per_file=2))
+    kind = "buffer" if len(ends) == 2 else f"buffer_ip{len(ends)}"
+    assert [path.name for path in written] == [f"waypoint_{kind}_0.pt", f"waypoint_{kind}_1.pt"]
+    for n in range(2):
+        back = torch.load(tmp_path / "back" / f"waypoint_{kind}_{n}.pt", weights_only=True)
+        steps = torch.load(tmp_path / "back" / f"step_{kind}_{n}.pt", weights_only=True)
+        for place, expert in enumerate(range(2 * n, min(2 * n + 2, 3))):
+            for before, after in zip(waypoints[expert], back[place], strict=True):
+                assert all(map(torch.equal, before, after))
+            own = steps[place] if len(ends) > 2 else [steps[place]]
+            for piece, again in zip(pieces[expert], own, strict=True):
+                assert torch.equal(torch.tensor(piece)[:-1], torch.tensor(again)[:-1])
+                assert torch.tensor(again[-1]).eq(1).all()  # also of a bias before a norm, which stands still
+    with pytest.raises(InputError, match="expected no file yet"):
+        list(export_waypoints(store, tmp_path / "back"))
+
+
+def test_a_tensor_that_stands_still(tmp_path: Path) -> None:
+    trajectory = trained(0, epochs=4)
+    for epoch in trajectory:
+        epoch[1] = trajectory[0][1]
     torch.save([[trajectory[0], trajectory[-1]]], tmp_path / "waypoint_buffer_0.pt")
     torch.save([mct_steps(trajectory)], tmp_path / "step_buffer_0.pt")
-    (found,) = read_waypoints(tmp_path / "waypoint_buffer_0.pt")
-    assert len(found.epochs) == 7
-    steps = mct_steps(trajectory)
-    for epoch in range(7):
-        for start, end, share, point in zip(
-            trajectory[0], trajectory[-1], steps[epoch], found.epochs[epoch], strict=True
-        ):
-            torch.testing.assert_close(point, start + share * (end - start))
+    file = tmp_path / "waypoint_buffer_0.pt"
+    store = import_experts(lambda: read_waypoints(file), tmp_path / "ours", NET.layout, metadata(), unmeasured)
+    for at in (0, 1.5, 3, 3.9, 4):
+        assert torch.equal(NET.layout.split(store.read(0, at))[1], trajectory[0][1])
 
-    ends = (0, 2, 4, 6)  # --num_interpolation 4
-    torch.save([[trajectory[end] for end in ends]], tmp_path / "waypoint_buffer_ip4_0.pt")
-    pieces = [mct_steps(trajectory[begin : end + 1]) for begin, end in itertools.pairwise(ends)]
-    torch.save([pieces], tmp_path / "step_buffer_ip4_0.pt")
-    (found,) = read_waypoints(tmp_path / "waypoint_buffer_ip4_0.pt")
-    assert len(found.epochs) == 7
-    torch.testing.assert_close(found.rows()[list(ends)], flat(trajectory)[list(ends)])
-    middle = trajectory[2][0] + pieces[1][1][0] * (trajectory[4][0] - trajectory[2][0])
-    torch.testing.assert_close(found.epochs[3][0], middle)
 
-    torch.save([pieces[:2]], tmp_path / "step_buffer_ip4_0.pt")
-    with pytest.raises(InputError, match="expert 0: expected waypoints and the steps between them"):
-        list(read_waypoints(tmp_path / "waypoint_buffer_ip4_0.pt"))
-    torch.save([], tmp_path / "step_buffer_ip4_0.pt")
-    with pytest.raises(InputError, match=r"and step_buffer_ip4_0\.pt of as many"):
-        list(read_waypoints(tmp_path / "waypoint_buffer_ip4_0.pt"))
+def test_waypoints_that_do_not_fit_their_steps(tmp_path: Path) -> None:
+    trajectory, file = trained(0, epochs=4), tmp_path / "waypoint_buffer_ip3_0.pt"
+    piece = mct_steps(trajectory[:3])
+    torch.save([[trajectory[0], trajectory[2], trajectory[4]]], file)
+    for steps, message in (
+        ([[piece]], "expert 0: expected waypoints and the steps between them, .*3 waypoints and 1 pieces"),
+        ([[[row[:-1] for row in piece], piece]], "expert 0: expected waypoints and the steps between them"),
+        ([[0.5]], "expert 0: expected waypoints and the steps between them"),
+        ([], r"expected a list of experts, and step_buffer_ip3_0\.pt of as many"),
+    ):
+        torch.save(steps, tmp_path / "step_buffer_ip3_0.pt")
+        with pytest.raises(InputError, match=message):
+            list(read_waypoints(file))
+
+
+def test_whole_experts_are_no_waypoints(tmp_path: Path) -> None:
+    save_buffers(tmp_path, [trained(0)], 10)
+    with pytest.raises(InputError, match=r"expected compressed experts, found whole ones.*mtt_fast\.compress"):
+        list(export_waypoints(imported(tmp_path, tmp_path / "ours"), tmp_path / "back"))

@@ -14,12 +14,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast.arithmetic import arithmetic
+from mtt_fast.compress import waypoint_folder
 from mtt_fast.conversion.options import ConvertOptions
 from mtt_fast.data import NAMES, ImageData
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
 from mtt_fast.experts import STORE_DTYPES, describe_network
-from mtt_fast.interop import buffer_files, export_experts, import_experts, read_buffer, read_waypoints
+from mtt_fast.interop import (
+    buffer_files,
+    export_experts,
+    export_waypoints,
+    import_experts,
+    read_buffer,
+    read_waypoints,
+)
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED, Trajectory
 from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.interrupts import Stopped, stop_request
@@ -83,6 +91,8 @@ def import_from(options: ConvertOptions, kind: str) -> None:
     data = common.load_data()
     network = common.network(data)
     folder = buffer_folder(options.destination, data, options.model, options.zca)
+    if kind == "waypoints":
+        folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
     metadata = ExpertMetadata(
         network=describe_network(network),
         layout=network.layout.describe(),
@@ -145,31 +155,41 @@ def _say_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
     names = ("dataset", "subset", "res", "data_path", "model")
     told = [f"--{name} {getattr(options, name)}" for name in names if getattr(options, name) is not None]
     told += ["--zca"] * options.zca + [f"--num_experts {len(store)}"]
+    course = store.course(0)
+    told += [f"--num_interpolation {len(course.epochs)}"] if course else []
     log.info("use them with: python -m mtt_fast.distill --buffer_path %s %s …", options.destination, " ".join(told))
 
 
 def export_to(options: ConvertOptions) -> None:
-    """Write this software's experts in `options.source` as replay_buffer_N.pt, where the public code looks for them."""
-    if options.to not in (None, "buffer"):
-        raise InputError(f"--to {options.to}: {options.source} holds experts; expected buffer")
+    """Write this software's experts in `options.source` as buffers, where the code that reads them looks for them.
+
+    Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer.
+    """
     store = TrajectoryStore(options.source)
-    folder = _public_folder(Path(options.destination), store)
+    kind = options.to or ("waypoints" if store.course(0) else "buffer")
+    if kind not in ("buffer", "waypoints"):
+        raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer or waypoints")
+    folder = _public_folder(Path(options.destination), store, kind)
+    export = export_waypoints if kind == "waypoints" else export_experts
     written = []
     with stop_request() as stop, tqdm(total=len(store), unit="expert") as bar:
-        for path in export_experts(store, folder, options.experts_per_file):
+        for path in export(store, folder, options.experts_per_file):
             written.append(path)
             bar.update(min(options.experts_per_file, len(store) - bar.n))
             if stop:
                 raise Stopped(f"stopped; {', '.join(file.name for file in written)} are written", stop.signum)
     log.info("wrote %d experts to %s", len(store), ", ".join(map(str, written)))
-    log.info("the public code's distill.py reads them with --buffer_path %s", options.destination)
+    readers = {"buffer": "the public code's distill.py reads", "waypoints": "MCT's distill_compressed.py reads"}
+    log.info("%s them with --buffer_path %s", readers[kind], options.destination)
 
 
-def _public_folder(root: Path, store: TrajectoryStore) -> Path:
-    """Return where the public code looks for these experts, below its --buffer_path."""
-    source, metadata = store.folder.resolve(), store.metadata(0)
+def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:
+    """Return where the public code, or MCT's for waypoints, looks for these experts, below its --buffer_path."""
+    folder, metadata = store.folder.resolve(), store.metadata(0)
+    model = folder.parent.name if folder.name.startswith("waypoints_") else folder.name
     subset, _, res = metadata.dataset.partition("-")
     if subset in SUBSETS:
-        return root / "ImageNet" / subset / (res or "128") / source.name
-    plain = metadata.dataset.startswith("CIFAR") and metadata.whitening == "none"
-    return root / (metadata.dataset + ("_NO_ZCA" if plain else "")) / source.name
+        return root / "ImageNet" / subset / (res or "128") / model
+    suffixed = ("CIFAR10", "CIFAR100", "Tiny") if kind == "waypoints" else ("CIFAR10", "CIFAR100")
+    plain = metadata.dataset in suffixed and metadata.whitening == "none"
+    return root / (metadata.dataset + ("_NO_ZCA" if plain else "")) / model

@@ -29,7 +29,7 @@ class ConvertOptions:
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """kind of the source, where its names do not tell"""
     to: str | None = None
-    """kind of the destination: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts, buffer. Without it:
+    """kind of the destination: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts, buffer, waypoints. Without it:
     what the destination's name tells; else this software's kind, or from this software's the public code's"""
 
     dataset: str | None = None

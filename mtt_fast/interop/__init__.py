@@ -9,7 +9,7 @@ from mtt_fast.interop.datasets import SyntheticView, image_data_from
 from mtt_fast.interop.pairs import ddranking_call, load_public_pair
 from mtt_fast.interop.plain import Facts, PlainSet, as_plain, as_synthetic, class_major, facts_of
 from mtt_fast.interop.sets import SET_KINDS, read_set, set_kind_of, write_set
-from mtt_fast.interop.waypoints import read_waypoints
+from mtt_fast.interop.waypoints import export_waypoints, read_waypoints
 
 __all__ = [
     "SET_KINDS",
@@ -22,6 +22,7 @@ __all__ = [
     "class_major",
     "ddranking_call",
     "export_experts",
+    "export_waypoints",
     "facts_of",
     "image_data_from",
     "import_experts",

@@ -10,9 +10,10 @@ A trap: `p.detach().cpu()` copies nothing on a CPU. Buffers made there have the 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from torch import Tensor
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
 from mtt_fast.layout import ParameterLayout
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert
+from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
+from mtt_fast.waypoints import Course
 
 BUFFER = r"replay_buffer_(\d+)\.pt"
 CONVEXIFIED = r"convexified_(?:v\d+_)?replay_buffer_(\d+)\.pt"
 
 Measure = Callable[[Tensor], list[float]]
-"""From an expert's parameters (epochs + 1, P) to its test accuracy at each row, NaN where it was not measured."""
+"""From the rows (n, P) of an expert to the test accuracy of each, NaN where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,25 @@ class Trajectory:
 
     file: Path
     place: int
-    epochs: Sequence[Sequence[Tensor]]
+    points: Sequence[Sequence[Tensor]]
+    """the parameters after each epoch, or at each waypoint"""
+    course: Course | None = None
+    """between waypoints"""
 
     @property
     def name(self) -> str:
         """Where it is, for a reader of messages."""
         return f"{self.file.name}, expert {self.place}"
 
+    @property
+    def num_epochs(self) -> int:
+        """How many epochs of training it tells of."""
+        return (len(self.course.positions) if self.course else len(self.points)) - 1
+
     def rows(self) -> Tensor:
-        """Return the parameters (epochs + 1, P), float32, a copy."""
-        rows = torch.empty(len(self.epochs), sum(tensor.numel() for tensor in self.epochs[0]))
-        for row, tensors in zip(rows, self.epochs, strict=True):
+        """Return the parameters (epochs + 1, P), or those of the waypoints (K, P), float32, a copy."""
+        rows = torch.empty(len(self.points), sum(tensor.numel() for tensor in self.points[0]))
+        for row, tensors in zip(rows, self.points, strict=True):
             torch.cat([tensor.detach().flatten().float() for tensor in tensors], out=row)
         return rows
 
@@ -88,15 +98,15 @@ def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
 
     Reads the first and the last epoch alone, unless they are equal.
     """
-    for epoch, tensors in enumerate(expert.epochs):
+    for point, tensors in enumerate(expert.points):
         found = [tuple(tensor.shape) for tensor in tensors]
         if found != list(layout.shapes):
             raise InputError(
-                f"{expert.file}: expert {expert.place}, epoch {epoch}: the parameters are of another network: "
+                f"{expert.file}: expert {expert.place}, row {point}: the parameters are of another network: "
                 f"{_difference(layout, found)}; name its network with --model, and its data set with --dataset and --res"
             )
-    first, last = expert.epochs[0], expert.epochs[-1]
-    if _same(first, last) and all(_same(first, epoch) for epoch in expert.epochs):
+    first, last = expert.points[0], expert.points[-1]
+    if _same(first, last) and all(_same(first, point) for point in expert.points):
         raise InputError(
             f"{expert.file}: expert {expert.place}: the parameters are the same in every epoch: the buffer was made on a "
             "CPU, where p.detach().cpu() is a view of the live parameters, so its epochs are lost; make it again with "
@@ -113,7 +123,7 @@ def import_experts(
     dtype: torch.dtype = torch.float32,
     each: Callable[[Trajectory], None] = lambda expert: None,
 ) -> TrajectoryStore:
-    """Write `experts()` to expert_0000.safetensors, … in `folder`, in their order, and return the store.
+    """Write `experts()`, whole or as waypoints, to expert_0000.safetensors, … in `folder`; return the store.
 
     All are checked before one is written; one expert at a time is in memory. `metadata` is all that they have in common.
     Experts that an earlier, stopped call wrote are kept. `each` is called after every expert.
@@ -124,7 +134,7 @@ def import_experts(
         check_trajectory(expert, layout)
     present = TrajectoryStore(folder) if folder.is_dir() else None
     for index, expert in enumerate(experts()):
-        origin = {"imported_from": expert.name, "train_epochs": len(expert.epochs) - 1}
+        origin = {"imported_from": expert.name, "train_epochs": expert.num_epochs}
         if present is not None and index in present.indices:
             there = present.metadata(present.indices.index(index))
             if (there.hyperparameters, there.fingerprint, there.layout) != (
@@ -136,11 +146,22 @@ def import_experts(
                     f"{expert_path(folder, index)}: holds another expert; choose another destination, or delete it"
                 )
         else:
-            rows = expert.rows()
-            own = dataclasses.replace(metadata, hyperparameters=origin, accuracy=measure(rows))
-            write_expert(folder, index, rows, own, dtype)
+            _write(folder, index, expert, dataclasses.replace(metadata, hyperparameters=origin), measure, dtype)
         each(expert)
     return TrajectoryStore(folder)
+
+
+def _write(
+    folder: Path, index: int, expert: Trajectory, metadata: ExpertMetadata, measure: Measure, dtype: torch.dtype
+) -> None:
+    rows, accuracy = expert.rows(), [math.nan] * (expert.num_epochs + 1)
+    for epoch, value in zip(expert.course.epochs if expert.course else range(len(rows)), measure(rows), strict=True):
+        accuracy[epoch] = value
+    metadata = dataclasses.replace(metadata, accuracy=accuracy)
+    if expert.course is None:
+        write_expert(folder, index, rows, metadata, dtype)
+    else:
+        write_waypoints(folder, index, rows, expert.course, metadata, dtype)
 
 
 def export_experts(
@@ -151,17 +172,23 @@ def export_experts(
     The last file holds what is left, which the public code's own last file does not. One file's experts are in memory.
     Raises `InputError` if a file is there already.
     """
-    for number, begin in enumerate(range(0, len(store), experts_per_file)):
+    for number, chosen in enumerate(groups(len(store), experts_per_file)):
         path = Path(folder) / f"replay_buffer_{number}.pt"
         if path.exists():
             raise InputError(f"{path}: is there already; choose another destination, or delete it")
-        chosen = range(begin, min(begin + experts_per_file, len(store)))
-        yield save_pickle(path, [_as_lists(store, expert) for expert in chosen])
+        yield save_pickle(path, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in chosen])
 
 
-def _as_lists(store: TrajectoryStore, expert: int) -> list[list[Tensor]]:
+def groups(count: int, size: int) -> Iterator[range]:
+    """Yield 0 … `count` − 1 in ranges of `size`, the last of what is left."""
+    for begin in range(0, count, size):
+        yield range(begin, min(begin + size, count))
+
+
+def as_epochs(store: TrajectoryStore, expert: int, epochs: Iterable[int]) -> list[list[Tensor]]:
+    """Return an expert's parameters at `epochs`, each a list of tensors that share nothing."""
     layout = layout_from(store.metadata(expert).layout)
-    rows = (store.read(expert, epoch) for epoch in range(store.epochs(expert) + 1))
+    rows = (store.read(expert, epoch) for epoch in epochs)
     return [[plain_copy(tensor) for tensor in layout.split(row)] for row in rows]
 
 

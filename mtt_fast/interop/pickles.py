@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import zipfile
 from pathlib import Path
@@ -53,6 +54,7 @@ def save_pickle(path: str | os.PathLike[str], value: Any) -> Path:
             torch.save(value, temporary)
         except RuntimeError as error:  # how torch reports a full disk
             raise OSError(str(error).splitlines()[0]) from error
+    gc.collect()  # torch.save leaves a cycle that holds all tensors: those of a buffer would outlive the next one's
     return Path(path)
 
 

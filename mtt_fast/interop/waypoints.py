@@ -2,13 +2,16 @@
 
 Of each expert there are K waypoints (lists of parameter tensors) and, for each of the K − 1 pieces between them, the
 share of the way that each parameter tensor has gone at each epoch: 0 … 1, proportional to the path's length in that
-tensor. With K = 2 the one piece is not wrapped in a list. (Zhong et al., "Towards Stable and Storage-efficient Dataset
-Distillation: Matching Convexified Trajectory", CVPR 2025.)
+tensor. With K = 2 the one piece is not wrapped in a list; otherwise the names say _ipK. They are this software's
+compressed experts (mtt_fast/waypoints.py) in another form. A tensor that stands still through a piece has the share 0
+at its end there, and 1 here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +19,87 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.buffers import Trajectory
-from mtt_fast.interop.pickles import load_pickle
+from mtt_fast.interop.buffers import Trajectory, as_epochs, groups
+from mtt_fast.interop.pickles import load_pickle, save_pickle
+from mtt_fast.trajectories import TrajectoryStore
+from mtt_fast.waypoints import Course
 
 WAYPOINTS = r"waypoint_buffer_(?:(?:ip\d+|uni|dec|proj)_)?(\d+)\.pt"
 
 
 def read_waypoints(file: Path) -> Iterator[Trajectory]:
-    """Yield the experts of a waypoint buffer, with a row for each epoch: the point that MCT starts from or aims at there.
+    """Yield the experts of a waypoint buffer, each with its waypoints and the course between them.
 
     Raises `InputError` if the files do not fit together.
     """
-    steps_file = file.with_name(file.name.replace("waypoint_buffer", "step_buffer"))
+    steps_file = _steps_beside(file)
     waypoints, steps = load_pickle(file, mapped=True), load_pickle(steps_file)
     if not isinstance(waypoints, list) or not isinstance(steps, list) or not len(waypoints) == len(steps) > 0:
         raise InputError(f"{file}: expected a list of experts, and {steps_file.name} of as many; name the right file")
     for place, (points, pieces) in enumerate(zip(waypoints, steps, strict=True)):
         try:
-            yield Trajectory(file, place, _rows(points, pieces))
+            yield Trajectory(file, place, points, _course(points, pieces))
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"{file}: expert {place}: expected waypoints and the steps between them, found others ({error}); get "
-                f"both files again"
+                "both files again"
             ) from error
 
 
-def _rows(points: Any, pieces: Any) -> list[list[Tensor]]:
-    if isinstance(pieces[0][0], Tensor):  # two waypoints
+def export_waypoints(
+    store: TrajectoryStore, folder: str | os.PathLike[str], experts_per_file: int = 10
+) -> Iterator[Path]:
+    """Write compressed experts as waypoint_buffer[_ipK]_N.pt and step_buffer[_ipK]_N.pt in `folder`, and yield the first.
+
+    Raises `InputError` for an expert that is not compressed, or whose waypoints are not as many as the first one's, and
+    where a file is already.
+    """
+    courses = [_course_of(store, expert) for expert in range(len(store))]
+    count = len(courses[0].epochs)
+    for number, chosen in enumerate(groups(len(store), experts_per_file)):
+        name = f"waypoint_buffer_{number}.pt" if count == 2 else f"waypoint_buffer_ip{count}_{number}.pt"
+        path = Path(folder) / name
+        if path.exists() or any(len(courses[expert].epochs) != count for expert in chosen):
+            raise InputError(
+                f"{path}: expected no file yet, and {count} waypoints of every expert; choose another destination"
+            )
+        pieces = [_shares(courses[expert]) for expert in chosen]
+        save_pickle(_steps_beside(path), pieces if count > 2 else [one for (one,) in pieces])
+        yield save_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in chosen])
+
+
+def _steps_beside(file: Path) -> Path:
+    return file.with_name(file.name.replace("waypoint_buffer", "step_buffer"))
+
+
+def _course(points: Any, pieces: Any) -> Course:
+    """Return the course that the shares `pieces` describe."""
+    if isinstance(pieces[0][0], Tensor) or not isinstance(pieces[0][0], Sequence):  # the shares of two waypoints
         pieces = [pieces]
-    rows: list[list[Tensor]] = []
-    for start, end, piece in zip(points[:-1], points[1:], pieces, strict=True):
-        for shares in piece[1 if rows else 0 :]:  # a piece begins where the last one ended
-            rows.append([torch.lerp(a, b, share) for a, b, share in zip(start, end, shares, strict=True)])
-    return rows
+    if len(points) != len(pieces) + 1:
+        raise ValueError(f"{len(points)} waypoints and {len(pieces)} pieces")
+    sizes = tuple(tensor.numel() for tensor in points[0])
+    ends = tuple(itertools.accumulate((len(piece) - 1 for piece in pieces), initial=0))
+    positions = torch.zeros(ends[-1] + 1, len(sizes), dtype=torch.float64)
+    for segment, (begin, piece) in enumerate(zip(ends[:-1], pieces, strict=True)):
+        positions[begin + 1 : begin + len(piece)] = segment + torch.tensor(piece[1:], dtype=torch.float64)
+        positions[begin + len(piece) - 1] = segment + 1
+    return Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
+
+
+def _shares(course: Course) -> list[list[list[Tensor]]]:
+    """Return the shares of the way, a list for each piece of a list for each epoch of a number () a tensor."""
+    return [
+        [list((course.positions[epoch] - segment).float().clone().unbind()) for epoch in range(begin, end + 1)]
+        for segment, (begin, end) in enumerate(itertools.pairwise(course.epochs))
+    ]
+
+
+def _course_of(store: TrajectoryStore, expert: int) -> Course:
+    course = store.course(expert)
+    if course is None:
+        raise InputError(
+            f"{store.folder}: expected compressed experts, found whole ones; compress them with "
+            "`python -m mtt_fast.compress`"
+        )
+    return course
