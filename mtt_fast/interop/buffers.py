@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
+from mtt_fast.interop.pickles import load_pickle, save_pickle
 from mtt_fast.layout import ParameterLayout
 from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
 from mtt_fast.waypoints import Course
@@ -186,10 +186,9 @@ def groups(count: int, size: int) -> Iterator[range]:
 
 
 def as_epochs(store: TrajectoryStore, expert: int, epochs: Iterable[int]) -> list[list[Tensor]]:
-    """Return an expert's parameters at `epochs`, each a list of tensors that share nothing."""
+    """Return an expert's parameters at `epochs`, each a list of tensors, which are views of one vector an epoch."""
     layout = layout_from(store.metadata(expert).layout)
-    rows = (store.read(expert, epoch) for epoch in epochs)
-    return [[plain_copy(tensor) for tensor in layout.split(row)] for row in rows]
+    return [layout.split(store.read(expert, epoch)) for epoch in epochs]
 
 
 def layout_from(text: str) -> ParameterLayout:
