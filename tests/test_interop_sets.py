@@ -385,7 +385,8 @@ def test_what_is_no_result_of_dc(tmp_path: Path, content: Any, message: str) -> 
 @pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
 @pytest.mark.parametrize("kind", ["png", "parquet"])
 def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: str, labels: str, channels: int) -> None:
-    synthetic = distilled(labels, images=torch.randn(N, channels, 4, 5), mean=(0.5,) * channels, std=(0.2,) * channels)
+    facts: dict[str, Any] = {"mean": (0.5,) * channels, "std": (0.2,) * channels, "lr_per_step": torch.rand(4)}
+    synthetic = distilled(labels, images=torch.randn(N, channels, 4, 5), **facts)
     synthetic.export(kind, tmp_path / "x")
     assert set_kind_of(tmp_path / "x") == kind
     back = read_set(tmp_path / "x")
@@ -395,6 +396,8 @@ def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: s
     torch.testing.assert_close(back.pictures(), eight_bits / 255, rtol=0, atol=1e-6)
     assert torch.equal(back.labels, synthetic.labels)
     assert torch.equal(back.lr, synthetic.lr)
+    assert back.lr_per_step is not None
+    assert torch.equal(back.lr_per_step, facts["lr_per_step"])
     assert (back.class_names, back.mean, back.std) == (synthetic.class_names, synthetic.mean, synthetic.std)
     assert (back.label_kind, back.recipe, back.versions) == (labels, synthetic.recipe, synthetic.versions)
 

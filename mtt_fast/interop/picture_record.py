@@ -28,6 +28,7 @@ def record_of(synthetic: SyntheticDataset) -> dict[str, Any]:
     """Return what a reader of the pictures needs besides them and the labels, ready for JSON."""
     return {name: getattr(synthetic, name) for name in _PLAIN} | {
         "lr": synthetic.lr.tolist(),
+        "lr_per_step": None if synthetic.lr_per_step is None else synthetic.lr_per_step.tolist(),
         "whitened": synthetic.whitening is not None,
     }
 
@@ -43,6 +44,8 @@ def from_pictures(
     try:
         fields = {name: record[name] for name in _PLAIN}
         lr, whitened = torch.tensor(record["lr"], dtype=torch.float32), record["whitened"]
+        if record["lr_per_step"] is not None:
+            fields["lr_per_step"] = torch.tensor(record["lr_per_step"], dtype=torch.float32)
         for name in ("class_names", "mean", "std"):
             fields[name] = tuple(fields[name])
     except (KeyError, TypeError, ValueError) as error:

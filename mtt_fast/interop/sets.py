@@ -108,7 +108,8 @@ def write_set(
     """Write a distilled set as files of `kind`, and return them.
 
     `destination` is a folder, or the name of the file where the kind has one (images_*.pt for "mtt"). `dataset` and
-    `method` name files and folders of "dc" and "dc_benchmark"; without `dataset` the set's recipe names it.
+    `method` name files and folders of "dc" and "dc_benchmark"; without `dataset` the set's recipe names it. Other
+    software's kinds hold one learning rate: of those learned for each step, the mean.
     Raises `InputError` for another kind, and for a set that the kind cannot hold.
     """
     path = Path(destination)
