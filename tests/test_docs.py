@@ -41,6 +41,12 @@ def test_the_example_of_an_augmentation() -> None:
     assert torch.equal(space["flip"](images, mirrored), torch.stack(expected))
 
 
+def test_every_example_is_shown() -> None:
+    page = (ROOT / "docs/examples.md").read_text()
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f'```python\n--8<-- "examples/{example.name}"\n```' in page
+
+
 @pytest.fixture
 def _float64() -> Any:
     torch.set_default_dtype(torch.float64)
