@@ -90,5 +90,7 @@ def named(name: str) -> Setting:
     options = recipe_options(recipe) | changes
     channels, size, classes = _IMAGES[options["dataset"]]
     net = network_by_name(options["model"], (channels, size, size), classes)
+    if not isinstance(net, ConvNet):
+        raise InputError(f"--setting {name}: expected a recipe of ConvNet, found one of {options['model']}")
     images = options["ipc"] * classes
     return Setting(net, images, options["syn_steps"], options.get("batch_syn") or images)

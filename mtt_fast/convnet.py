@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,10 @@ class ConvNet:
     def num_parameters(self) -> int:
         """P."""
         return self.layout.num_parameters
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the network is, as a record."""
+        return {"kind": type(self).__name__, **dataclasses.asdict(self)}
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw initial parameters (P,), float32, on the generator's device (else the CPU).

@@ -20,7 +20,7 @@ from mtt_fast import kernels
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
-from mtt_fast.student import Loss, Network, Student
+from mtt_fast.student import CANNOT_CUT, Loss, Network, Student
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +212,8 @@ def plan_for(work: Work, memory_budget: int | str | None, microbatch: int | None
     if microbatch is not None:
         if microbatch < 1:
             raise InputError(f"microbatch: expected at least 1, found {microbatch}")
+        if work.mixes_samples and microbatch < work.batch:
+            raise InputError(CANNOT_CUT)
         return Plan(work, min(microbatch, work.batch))
     if memory_budget is None:
         return Plan(work, work.batch)

@@ -24,6 +24,12 @@ from mtt_fast.errors import InputError
 # measured on ConvNet, depth 3 to 5 at 32 to 128 pixels.
 _TAKEN_OVER_HELD = 2.1
 
+CANNOT_CUT = (
+    "microbatch: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
+    "use instance norm, evaluation mode, or no micro-batches"
+)
+"""What is said where batches of a network that mixes samples were to be cut."""
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
 
@@ -180,11 +186,13 @@ class GenericStudent:
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`.
 
-        What is held at once is found by a step on tensors without data, of one sample and of two. What the operations
-        take inside, and what the allocator keeps between blocks in use, is an allowance.
+        What is held at once is found by a step on tensors without data, of one sample and of two (two and three where
+        they are normalised together, which one alone cannot be). What the operations take inside, and what the
+        allocator keeps between blocks in use, is an allowance.
         """
-        (gradient, gradient_jvp), two = (held_bytes(self.network, count, image_shape, dtype) for count in (1, 2))
-        held = [one + (batch - 1) * (both - one) for one, both in zip((gradient, gradient_jvp), two, strict=True)]
+        few = 2 if self.network.mixes_samples else 1
+        fewer, more = (held_bytes(self.network, count, image_shape, dtype) for count in (few, few + 1))
+        held = [less + (batch - few) * (most - less) for less, most in zip(fewer, more, strict=True)]
         gradient, gradient_jvp = (int(_TAKEN_OVER_HELD * size) for size in held)
         return StepBytes(gradient, gradient, gradient_jvp, gradient_jvp, kept=0, work=0)
 
@@ -256,10 +264,7 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
     if size < 1:
         raise InputError(f"microbatch: expected at least 1, found {size}")
     if network.mixes_samples:
-        raise InputError(
-            "microbatch: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
-            "use instance norm, evaluation mode, or no micro-batches"
-        )
+        raise InputError(CANNOT_CUT)
     return InMicrobatches(student, size)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.augment import SiameseAugment, augment_with
 from mtt_fast.draws import Apply, draw_steps
+from mtt_fast.flat_module import Track
 from mtt_fast.prefetch import upload
 from mtt_fast.replay import replayed
 from mtt_fast.student import Network, StepGradient
@@ -59,30 +60,40 @@ class Gradients(Protocol):
         ...
 
 
-Epoch = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]]
-"""From parameters and velocity (P,) and a source of random numbers to both after one epoch, and its mean loss ()."""
+Epoch = Callable[..., tuple[Tensor, ...]]
+"""From parameters and velocity (P,) and a source of random numbers to both after one epoch, and its mean loss ().
+
+Behind them, if the network keeps running statistics, come those (S,) before the epoch, and after it.
+"""
 
 
-def epoch_on(student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None) -> Epoch:
+def epoch_on(
+    student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
+) -> Epoch:
     """Return what visits every image once in random order, in steps of plain SGD; the last batch may be short.
 
     Order and augmentation are drawn from the generator before the first step. Nothing waits for the device, and on
-    CUDA a step is recorded once and replayed.
+    CUDA a step is recorded once and replayed. `track` (`mtt_fast.flat_module.track_of`) is of networks that keep running
+    statistics.
     """
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
-    step = replayed(partial(training_step, student, images, sgd, None if augment is None else augment_with), device)
+    apply = None if augment is None else augment_with
+    step = replayed(partial(training_step, student, images, sgd, apply), device)
+    tracked = None if track is None else replayed(partial(_tracked, track, images, apply), device)
 
-    def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> tuple[Tensor, ...]:
         order = torch.randperm(len(images), generator=generator)
         draw = None if augment is None else augment.draw_parameters
         draws = draw_steps(order.split(sgd.batch_size), pixels.shape[1:], dtype, draw, generator)
         steps = zip(*(upload(rows, device).split(sgd.batch_size) for rows in draws.tensors()), strict=True)
         total = theta.new_zeros(())
         for index, *parameters in steps:
+            if tracked is not None:
+                statistics = tracked(*statistics, theta, index, *parameters)
             theta, velocity, loss = step(theta, velocity, index, *parameters)
             total += loss * len(index)
-        return theta, velocity, total / len(images)
+        return theta, velocity, total / len(images), *statistics
 
     return epoch
 
@@ -101,9 +112,7 @@ def training_step(
 
     A pure function of its tensors, of which it asks for no value. `parameters` (b, K) are those of `augment`.
     """
-    seen, labels = images.batch(index)
-    if augment is not None and parameters is not None:
-        seen = augment(seen, parameters)
+    seen, labels = _seen(images, augment, index, parameters)
     loss, gradient, _ = student.gradient(theta, seen, labels)
     after, moved = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
     kernels.sgd_step(
@@ -117,6 +126,27 @@ def training_step(
         weight_decay=sgd.weight_decay,
     )
     return after, velocity if moved is None else moved, loss
+
+
+def _seen(
+    images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the batch at `index` (b,) as the network sees it, and its labels."""
+    seen, labels = images.batch(index)
+    return (seen if augment is None or parameters is None else augment(seen, parameters)), labels
+
+
+def _tracked(
+    track: Track,
+    images: Images,
+    augment: Apply | None,
+    statistics: Tensor,
+    theta: Tensor,
+    index: Tensor,
+    parameters: Tensor | None = None,
+) -> tuple[Tensor]:
+    """Return the running statistics (S,) after the step on the images at `index` (b,), from those before it."""
+    return (track(theta, _seen(images, augment, index, parameters)[0], statistics),)
 
 
 def accuracy(network: Network, theta: Tensor, images: Images) -> float:
