@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.training import TrainingOptions, compare
-from mtt_fast.evaluate import REAL_IMAGES_LR, EvaluationProtocol
+from mtt_fast.evaluate import REAL_IMAGES_LR
+from mtt_fast.protocols import EvaluationProtocol
 from mtt_fast.training import Sgd
 
 

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.compress import compress, waypoint_folder
-from mtt_fast.convnet import ConvNet
 from mtt_fast.distillation.assessment import assess, assessed, summarise
 from mtt_fast.distillation.forecast import forecast
 from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
@@ -40,6 +39,7 @@ from mtt_fast.experts import check_flatness, train_missing_experts
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.iteration import Iteration
 from mtt_fast.memory import Plan, with_smaller_pieces
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.prefetch import prefetched, sender
 from mtt_fast.provenance import choose_device, device_name
@@ -84,6 +84,7 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
             f"--batch_syn {options.batch_syn}: expected at most the {options.ipc * data.num_classes} synthetic images there are "
             f"({options.ipc} for each of {data.num_classes} classes); leave it out to use all"
         )
+    options.evaluated_networks(data)  # a network that does not fit the images is told before any work
     student = describe_arithmetic(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
@@ -99,6 +100,7 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
         )  # fmt: skip
         log.info("%s", gradient)
         log.info("%s", steps)
+        log.info("%s", options.evaluation_protocol().describe())
         distill(options, folder, real, network, experts, steps, command)
 
 
@@ -126,7 +128,7 @@ def _finished(folder: Path, options: DistillOptions) -> dict[str, Any] | None:
         raise InputError(f"{path}: broken; delete it, and the same command writes it again") from error
 
 
-def _experts(options: DistillOptions, real: RealImages, network: ConvNet) -> TrajectoryStore:
+def _experts(options: DistillOptions, real: RealImages, network: Trainable) -> TrajectoryStore:
     """Return the experts that the options name, those trained or compressed first that were missing."""
     needed = options.max_start_epoch + options.expert_epochs
     folder = whole = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
@@ -152,7 +154,7 @@ def _experts(options: DistillOptions, real: RealImages, network: ConvNet) -> Tra
 
 
 def _with_missing_experts(
-    options: DistillOptions, real: RealImages, network: ConvNet, folder: Path, needed: int
+    options: DistillOptions, real: RealImages, network: Trainable, folder: Path, needed: int
 ) -> TrajectoryStore:
     """Train the experts that `folder` lacks, of at least the `needed` epochs; return the store of all."""
     store = TrajectoryStore(folder) if folder.is_dir() else None
@@ -174,7 +176,7 @@ def distill(
     options: DistillOptions,
     folder: Path,
     real: RealImages,
-    network: ConvNet,
+    network: Trainable,
     experts: TrajectoryStore,
     steps: Plan,
     command: str,
@@ -198,7 +200,10 @@ def distill(
         log.info("continuing at iteration %d", state.iteration)
     iteration = lru_cache(maxsize=1)(partial(iteration_of, options, network))  # the last plan's
     metrics = MetricsLog(folder, state.iteration)
-    job = Job(options, folder, real, network, experts, metrics, precision_on(device, network, options.precision))
+    job = Job(
+        options, folder, real, network, options.evaluated_networks(real.data), experts, metrics,
+        precision_on(device, network, options.precision),
+    )  # fmt: skip
     segment = partial(read_segment, job, sender(device), state.experts, state.images)
     ahead = prefetched(segment, turns(options, range(state.iteration, options.Iteration)))
     saved = time.monotonic()

@@ -23,12 +23,13 @@ from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.choice import student_for
-from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
+from mtt_fast.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.flatness import sharpness_aware
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.kernels import Precision
 from mtt_fast.memory import AUTO
+from mtt_fast.models import Trainable
 from mtt_fast.options import CommonOptions, RealImages, TrueOrFalse, at_least, buffer_folder, real_images
 from mtt_fast.provenance import choose_device, versions
 from mtt_fast.seeding import generator_for
@@ -86,6 +87,8 @@ class ExpertOptions(CommonOptions):
     """how much of the plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
     adaptive: TrueOrFalse = True
     """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
+    batch_train: int = 256
+    """batch size"""
     buffer_path: str = "buffers"
     """where the trajectories are written: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
     batch_real: Annotated[int | None, tyro.conf.Suppress] = None
@@ -124,7 +127,7 @@ def train_missing_experts(
     folder: Path,
     count: int,
     images: RealImages,
-    network: ConvNet,
+    network: Trainable,
     training: ExpertTraining,
     *,
     seed: int,
@@ -166,7 +169,7 @@ def train_missing_experts(
 
         for place, (parameters, accuracies) in together(map(work, missing), crew, device):
             metadata = ExpertMetadata(
-                network=describe_network(network),
+                network=network.describe(),
                 layout=network.layout.describe(),
                 dataset=images.data.name,
                 fingerprint=images.data.fingerprint,
@@ -182,7 +185,7 @@ def train_missing_experts(
 
 def train_expert(
     images: RealImages,
-    network: ConvNet,
+    network: Trainable,
     training: ExpertTraining,
     *,
     seed: int,
@@ -195,7 +198,7 @@ def train_expert(
 
 def _training(
     images: RealImages,
-    network: ConvNet,
+    network: Trainable,
     training: ExpertTraining,
     precision: Precision,
     *,
@@ -211,12 +214,13 @@ def _training(
     augment = augment_by_strategy(training.augment)
     parameters = torch.empty(training.train_epochs + 1, network.num_parameters)
     parameters[0] = theta
-    accuracies = [accuracy(network, theta, images.test)]
+    statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
+    accuracies = [accuracy(in_evaluation(network, *statistics), theta, images.test)]
     sgd = Sgd(training.lr, training.mom, training.l2, training.batch_size)
 
     def epoch_at(lr: float, rho: float) -> Epoch:
         direction = sharpness_aware(student, rho, training.alpha, training.adaptive)
-        return epoch_on(direction, images.train, replace(sgd, lr=lr), augment)
+        return epoch_on(direction, images.train, replace(sgd, lr=lr), augment, track_of(network))
 
     velocity, run_epoch = torch.zeros_like(theta), epoch_at(training.lr, training.rho_max)
     for epoch in range(training.train_epochs):
@@ -225,8 +229,8 @@ def _training(
                 f"stopped in expert {index}; those that were finished are saved; the same command continues",
                 stop.signum,
             )
-        theta, velocity, loss = run_epoch(theta, velocity, generator)
-        right = count_right(network, theta, images.test)
+        theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
+        right = count_right(in_evaluation(network, *statistics), theta, images.test)
         yield  # on a GPU others begin their epoch before this one is waited for
         parameters[epoch + 1] = theta
         accuracies.append(int(right) / len(images.test))
@@ -242,16 +246,11 @@ def _training(
     return parameters, accuracies
 
 
-def describe_network(network: ConvNet) -> dict[str, Any]:
-    """Return the network as a record."""
-    return {"kind": type(network).__name__, **dataclasses.asdict(network)}
-
-
 def _check_same_training(
     metadata: ExpertMetadata,
     hyperparameters: dict[str, Any],
     images: RealImages,
-    network: ConvNet,
+    network: Trainable,
     seed: int,
     folder: Path,
 ) -> None:

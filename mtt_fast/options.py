@@ -9,11 +9,13 @@ from typing import Annotated
 import torch
 import tyro
 
-from mtt_fast.convnet import ConvNet
 from mtt_fast.data import ImageData, Normalisation, Split, load, transform_for
 from mtt_fast.data.facts import Facts
+from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
-from mtt_fast.models import network_by_name
+from mtt_fast.models import Trainable, network_by_name
+from mtt_fast.models.pools import eval_pool
+from mtt_fast.protocols import EvaluationProtocol, protocol_by_name
 from mtt_fast.training import Images
 from mtt_fast.whitening import Whitening
 
@@ -40,9 +42,10 @@ class CommonOptions:
     zca: bool = False
     """whiten the images (ZCA, eps 0.1) instead of normalising them"""
     model: str = "ConvNet"
-    """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, ConvNetNN (no norm), …"""
-    batch_train: int = 256
-    """batch size for training networks"""
+    """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, ConvNetNN (no norm), ConvNetBN, AlexNet, VGG11, ResNet18,
+    ResNet18_AP, …"""
+    batch_train: int | None = None
+    """batch size for training networks; without it 256, or what the evaluation's protocol says"""
     dsa: TrueOrFalse = True
     """differentiable siamese augmentation"""
     dsa_strategy: str = "color_crop_cutout_flip_scale_rotate"
@@ -68,7 +71,7 @@ class CommonOptions:
             packed_path=self.packed_path,
         )
 
-    def network(self, data: ImageData | Facts) -> ConvNet:
+    def network(self, data: ImageData | Facts) -> Trainable:
         """Return the network that the options name, for `data`."""
         return network_by_name(self.model, data.image_shape, data.num_classes)
 
@@ -76,6 +79,51 @@ class CommonOptions:
     def strategy(self) -> str:
         """The augmentation's operations, or "none"."""
         return self.dsa_strategy if self.dsa else "none"
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(CommonOptions):
+    """How networks are evaluated, and which."""
+
+    num_eval: int = 5
+    """networks in an evaluation"""
+    epoch_eval_train: int = 1000
+    """epochs of each"""
+    eval_mode: str = "S"
+    """networks to evaluate: S the model itself (instance norm in place of batch norm), SS the model as it is, C itself and ConvNet,
+    M architectures, W widths, D depths, A activations, P poolings, N norms, B and BN batch norm"""
+    protocol: str = "mtt"
+    """how networks are trained and tested: mtt, datm (batches of 128) or ddranking (the best epoch)"""
+    best_epoch: bool = False
+    """report the best epoch, chosen on the test images, in place of the last"""
+
+    def evaluated_networks(self, data: ImageData | Facts) -> dict[str, Trainable]:
+        """Return the networks to evaluate for `data`, by name, the model itself first if it is among them.
+
+        Raises `InputError` for an unknown --eval_mode, or images that are too small for one of them.
+        """
+        own = self.network(data)
+        pool = {
+            name: network_by_name(name, data.image_shape, data.num_classes)
+            for name in eval_pool(self.eval_mode, self.model)
+        }
+        first = [name for name, network in pool.items() if name == self.model or network == own][:1]
+        return {name: pool[name] for name in [*first, *pool]}
+
+    def evaluation_protocol(self) -> EvaluationProtocol:
+        """Return the protocol. Raises `InputError` for values that cannot be."""
+        complaint = at_least(1, num_eval=self.num_eval, batch_train=self.batch_train) or at_least(
+            0, epoch_eval_train=self.epoch_eval_train
+        )
+        if complaint:
+            raise InputError(complaint)
+        return protocol_by_name(
+            self.protocol,
+            epochs=self.epoch_eval_train,
+            batch_size=self.batch_train,
+            augment=self.strategy,
+            best_epoch=self.best_epoch,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 
 from mtt_fast import ConvNet, SyntheticDataset, cli
 from mtt_fast.data import load
-from mtt_fast.evaluate import Accuracy, EvaluationProtocol, main, random_subset, train_network
+from mtt_fast.evaluate import main, random_subset
+from mtt_fast.protocols import Accuracy, EvaluationProtocol, train_network
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training import Images
 

@@ -14,8 +14,9 @@ from mtt_fast.distill import main
 from mtt_fast.distillation.labels import class_logits, expert_logits, mean_teacher_labels, teacher_labels
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.distillation.updates import update
-from mtt_fast.evaluate import EvaluationProtocol, as_training_images, train_network
+from mtt_fast.evaluate import as_training_images
 from mtt_fast.files import load_tensors
+from mtt_fast.protocols import EvaluationProtocol, train_network
 from mtt_fast.run_folder import State, load_checkpoint, save_checkpoint
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, whole_graph
 

@@ -13,8 +13,8 @@ import torch
 from mtt_fast import ConvNet, InputError
 from mtt_fast.augment import SiameseAugment
 from mtt_fast.choice import student_for
-from mtt_fast.evaluate import EvaluationProtocol, evaluate
 from mtt_fast.interrupts import Stopped, StopRequest
+from mtt_fast.protocols import EvaluationProtocol, evaluate
 from mtt_fast.together import Crew, Work, crew_for, filling, in_turns, together
 from mtt_fast.training import Images, Sgd, epoch_on
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from mtt_fast.arithmetic import describe_arithmetic
+from mtt_fast.arithmetic import describe_arithmetic, precision_on
 from mtt_fast.distillation.gradients import DESCRIPTIONS
 from mtt_fast.distillation.initial import initial_images
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.labels import experts_at, mean_teacher_labels
-from mtt_fast.evaluate import REAL_IMAGES_LR, Accuracy, as_training_images, evaluate, random_subset
+from mtt_fast.evaluate import REAL_IMAGES_LR, as_training_images, random_subset
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import StopRequest
+from mtt_fast.models import Trainable
 from mtt_fast.pictures import save_curves, save_grid, save_snapshot
+from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.recipes import recipe_about
 from mtt_fast.run_folder import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC, State
 from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.training import Images
 from mtt_fast.whitening import Whitening
 
 log = logging.getLogger(__name__)
@@ -102,32 +107,28 @@ def assess(job: Job, state: State, stop: StopRequest) -> None:
 def _measure(job: Job, state: State, kind: str, synthetic: SyntheticDataset, stop: StopRequest) -> None:
     """Test fresh networks on a set, which begin alike whichever set it is, and keep the set."""
     began = time.monotonic()
-    options = job.options
-    images = as_training_images(synthetic, state.lr.device)
-    result = evaluate(
-        job.network,
-        lambda _: images,
-        job.real.test,
-        state.mean_lr,
-        options.protocol(),
-        networks=options.num_eval,
-        seed=options.seed,
-        place=(state.iteration,),
-        name=kind.replace("_", " "),
-        stop=stop,
-        precision=job.precision,
-        at_once=options.networks_at_once,
-        memory_budget=options.memory_budget,
-    )
+    images, words = as_training_images(synthetic, state.lr.device), _TESTED[kind].words
+    results = {
+        name: _evaluate(
+            job, network, lambda _: images, state.mean_lr, stop, name=f"{words}, {name}", place=(state.iteration,)
+        )
+        for name, network in job.evaluated.items()
+    }
     state.seconds_evaluation += time.monotonic() - began
-    log.info("iteration %d: %s %s", state.iteration, _TESTED[kind].words, result)
+    for name, found in results.items():
+        log.info("iteration %d: %s, %s %s", state.iteration, words, name, found)
+    result, *_ = results.values()
     best = max((record["accuracy_mean"] for record in job.metrics.records if record["kind"] == kind), default=-1.0)
     if result.mean > best:
         synthetic.save(job.folder / _TESTED[kind].best)
     synthetic.save(job.folder / _TESTED[kind].last)
-    job.metrics.write(
-        kind, state.iteration, accuracy_mean=result.mean, accuracy_std=result.std, networks=len(result.values)
-    )
+    by_network = {
+        f"{key}/{name}": value
+        for name, found in results.items()
+        if len(results) > 1
+        for key, value in (("accuracy_mean", found.mean), ("accuracy_std", found.std))
+    }
+    job.metrics.write(kind, state.iteration, **_measured(result), **by_network)
 
 
 def _draw(job: Job, state: State, synthetic: SyntheticDataset) -> None:
@@ -155,9 +156,9 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
     of_kind = {kind: [record for record in metrics.records if record["kind"] == kind] for kind in _TESTED}
     evaluations = {_TESTED[kind]: records for kind, records in of_kind.items() if records}
     final = Accuracy(tuple(job.experts.metadata(expert).accuracy[-1] for expert in range(len(job.experts))))
-    results = ", ".join(f"{tested.words} {_percent(records[-1])}" for tested, records in evaluations.items())
+    results = ", ".join(f"{tested.words} {_labelled(records[-1])}" for tested, records in evaluations.items())
     text = (
-        f"{results}, random real images {_percent(baseline)}, "
+        f"{results}, random real images {_labelled(baseline)}, "
         f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
     device = state.lr.device
@@ -173,6 +174,11 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
                 "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
                 **{tested.best_name: _best_record(records) for tested, records in evaluations.items()},
             },
+            "accuracy_by_network": {
+                tested.name: _by_network(records[-1], next(iter(job.evaluated)))
+                for tested, records in evaluations.items()
+            },
+            "protocol": options.evaluation_protocol().record(),
             "iterations": state.iteration,
             "skipped_iterations": state.skipped,
             "iterations_above_threshold": state.above_threshold,
@@ -199,24 +205,16 @@ def _evaluate_baseline(job: Job, state: State, stop: StopRequest) -> dict[str, A
     """Measure random real images, as many as the synthetic ones and drawn anew for each network."""
     began = time.monotonic()
     options, real = job.options, job.real
-    result = evaluate(
-        job.network,
+    result = _evaluate(
+        job,
+        next(iter(job.evaluated.values())),
         lambda generator: random_subset(real.train, real.data.num_classes, options.ipc, generator),
-        real.test,
         REAL_IMAGES_LR,
-        options.protocol(),
-        networks=options.num_eval,
-        seed=options.seed,
+        stop,
         name="random real images",
-        stop=stop,
-        precision=job.precision,
-        at_once=options.networks_at_once,
-        memory_budget=options.memory_budget,
     )
     state.seconds_evaluation += time.monotonic() - began
-    job.metrics.write(
-        "baseline", state.iteration, accuracy_mean=result.mean, accuracy_std=result.std, networks=len(result.values)
-    )
+    job.metrics.write("baseline", state.iteration, **_measured(result))
     return job.metrics.records[-1]
 
 
@@ -225,8 +223,47 @@ def _best_record(records: list[dict[str, Any]]) -> dict[str, Any]:
     return _accuracy_record(best) | {"iteration": best["iteration"]}
 
 
+def _evaluate(
+    job: Job,
+    network: Trainable,
+    train: Callable[[torch.Generator], Images],
+    lr: float,
+    stop: StopRequest,
+    *,
+    name: str,
+    place: Sequence[int] = (),
+) -> Accuracy:
+    """`mtt_fast.protocols.evaluate` with the job's options."""
+    options, test = job.options, job.real.test
+    return evaluate(
+        network, train, test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
+        place=place, name=name, stop=stop,
+        precision=precision_on(test.labels.device, network, options.precision),
+        at_once=options.networks_at_once, memory_budget=options.memory_budget,
+    )  # fmt: skip
+
+
+def _measured(result: Accuracy) -> dict[str, float | int]:
+    label = {"best_epoch": 1} if result.best_epoch else {}
+    return {"accuracy_mean": result.mean, "accuracy_std": result.std, "networks": len(result.values), **label}
+
+
+def _by_network(record: dict[str, Any], first: str) -> dict[str, dict[str, Any]]:
+    """Return the accuracies by network of one line of metrics.jsonl; `first` is the network of one that names none."""
+    names = [key.partition("/")[2] for key in record if key.startswith("accuracy_mean/")]
+    return {
+        name: _accuracy_record(record | {key: record[f"{key}/{name}"] for key in ("accuracy_mean", "accuracy_std")})
+        for name in names
+    } or {first: _accuracy_record(record)}
+
+
 def _accuracy_record(record: dict[str, Any]) -> dict[str, Any]:
-    return {"mean": record["accuracy_mean"], "std": record["accuracy_std"], "n": record["networks"]}
+    epoch = "best" if record.get("best_epoch") else "last"
+    return {"mean": record["accuracy_mean"], "std": record["accuracy_std"], "n": record["networks"], "epoch": epoch}
+
+
+def _labelled(record: dict[str, Any]) -> str:
+    return _percent(record) + (" (best epoch)" if record.get("best_epoch") else "")
 
 
 def _percent(record: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +63,11 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
     count = options.ipc * facts.num_classes
     steps = planned(options, network, (count, *facts.image_shape), device, precision)
     saved = steps.passes / steps.work.student.passes[0]  # by activations that are kept
-    seconds = _times(options, facts, network, missing, _seconds(network, facts.image_shape, device, precision), saved)
+    costs = [
+        _seconds(one, facts.image_shape, device, precision_on(device, one, options.precision))
+        for one in (network, *options.evaluated_networks(facts).values())
+    ]
+    seconds = _times(options, facts, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
     size = _sizes(options, facts, network.num_parameters, missing, uncompressed)
     lines = {
         "recipe": _recipe(options),
@@ -112,21 +116,23 @@ def _state(folder: Path) -> str:
 
 
 def _times(
-    options: DistillOptions, facts: Facts, network: Network, missing: int, cost: _Seconds, saved: float
+    options: DistillOptions, facts: Facts, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
 ) -> _Amounts:
-    """Return seconds."""
+    """Return seconds, where an image costs `cost` in the student, and in a step of the `evaluated` networks so many."""
     gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * facts.num_classes
     batch = options.batch_syn or count
     forward = cost.gradient / 3  # a backward pass is two forward ones
-    training = (options.epoch_eval_train + 1) * count * cost.gradient + facts.test * forward
+    epochs = options.evaluation_protocol().total_epochs
+    trainings = [epochs * count * gradient + facts.test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
-    # of the initial images and of those after them, for each set, and of random real images
-    evaluations = _sets(options) * (1 + math.ceil(options.Iteration / options.eval_it)) + 1
+    # of the initial images and of those after them, for each set
+    evaluations = _sets(options) * (1 + math.ceil(options.Iteration / options.eval_it))
     return _Amounts(
         experts=missing * options.train_epochs * (facts.train * gradients * cost.gradient + facts.test * forward),
         iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
-        rest=evaluations * options.num_eval * training,
+        # of the first network on random real images too
+        rest=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
     )
 
 

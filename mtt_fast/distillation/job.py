@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtt_fast.convnet import ConvNet
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.kernels import Precision
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.run_folder import MetricsLog
 from mtt_fast.trajectories import TrajectoryStore
@@ -20,7 +20,9 @@ class Job:
     options: DistillOptions
     folder: Path
     real: RealImages
-    network: ConvNet
+    network: Trainable
+    evaluated: dict[str, Trainable]
+    """the networks of an evaluation by name; the first decides which images are best"""
     experts: TrajectoryStore
     metrics: MetricsLog
     precision: Precision

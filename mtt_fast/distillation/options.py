@@ -12,12 +12,12 @@ from typing import Any, Literal
 from mtt_fast import cli
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import EvaluationProtocol
 from mtt_fast.experts import ExpertTraining, checked
 from mtt_fast.kernels import LabelKind
 from mtt_fast.matching import MatchStep
 from mtt_fast.memory import AUTO, parse_bytes
-from mtt_fast.options import CommonOptions, TrueOrFalse, at_least
+from mtt_fast.models.pools import eval_pool
+from mtt_fast.options import EvaluationOptions, TrueOrFalse, at_least
 from mtt_fast.recipes import recipe_options
 from mtt_fast.run_folder import read_config
 from mtt_fast.unroll import Gradient
@@ -27,7 +27,7 @@ DEFAULT_RECIPE = "digits"
 
 
 @dataclass(frozen=True)
-class DistillOptions(CommonOptions):
+class DistillOptions(EvaluationOptions):
     """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
 
     recipe: str | None = None
@@ -102,10 +102,6 @@ class DistillOptions(CommonOptions):
 
     eval_it: int = 100
     """iterations between evaluations"""
-    num_eval: int = 5
-    """networks in an evaluation"""
-    epoch_eval_train: int = 1000
-    """epochs of each"""
 
     buffer_path: str = "buffers"
     """where the experts' trajectories are"""
@@ -165,10 +161,6 @@ class DistillOptions(CommonOptions):
             return "logits"
         return "probabilities" if self.teacher_label else "indices"
 
-    def protocol(self) -> EvaluationProtocol:
-        """Return the evaluation protocol."""
-        return EvaluationProtocol(epochs=self.epoch_eval_train, batch_size=self.batch_train, augment=self.strategy)
-
     def check(self) -> None:
         """Raise `InputError` for the first option that cannot be."""
         complaint = at_least(
@@ -180,11 +172,9 @@ class DistillOptions(CommonOptions):
             max_start_epoch=self.max_start_epoch,
             batch_syn=self.batch_syn,
             eval_it=self.eval_it,
-            num_eval=self.num_eval,
             num_experts=self.num_experts,
             max_experts=self.max_experts,
             microbatch=self.microbatch,
-            batch_train=self.batch_train,
             networks_at_once=self.networks_at_once,
         ) or at_least(
             0,
@@ -195,7 +185,6 @@ class DistillOptions(CommonOptions):
             min_start_epoch=self.min_start_epoch,
             expansion_end_epoch=self.expansion_end_epoch,
             student_l2=self.student_l2,
-            epoch_eval_train=self.epoch_eval_train,
             save_seconds=self.save_seconds,
         )
         complaint = complaint or at_least(2, num_interpolation=self.num_interpolation)
@@ -222,6 +211,8 @@ class DistillOptions(CommonOptions):
                 raise InputError("--microbatch, --memory_budget: expected one of them, found both")
         augment_by_strategy(self.strategy)
         self.experts()
+        self.evaluation_protocol()
+        eval_pool(self.eval_mode, self.model)
 
     def _check_start_epochs(self) -> None:
         """Raise `InputError` where T- < T <= T+ does not hold, or T and the end of its growth are not given together."""
@@ -244,7 +235,8 @@ class DistillOptions(CommonOptions):
 
 
 NOT_PART_OF_THE_RESULT = {
-    "recipe", "config", "out", "resume", "dry_run", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path",
+    "recipe", "config", "out", "resume", "dry_run", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "batch_train",
+    "eval_mode", "protocol", "best_epoch", "download", "data_path",
     "packed_path",
     "buffer_path", "device", "networks_at_once", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
 }  # fmt: skip

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augment import SiameseAugment, augment_by_strategy
-from mtt_fast.convnet import ConvNet
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.draws import draw_steps
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.memory import Plan, plan
+from mtt_fast.models import Trainable
 from mtt_fast.seeding import generator_for
 
 Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
@@ -114,7 +114,7 @@ def student_batches(count: int, batch: int | None, steps: int, generator: torch.
 
 
 def planned(
-    options: DistillOptions, network: ConvNet, images: Sequence[int], device: torch.device, precision: Precision
+    options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
 ) -> Plan:
     """How the student steps of each iteration, on `images` (n, C, H, W), fit into memory."""
     return plan(
