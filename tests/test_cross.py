@@ -1,0 +1,97 @@
+"""The cross-architecture table at toy size: what is measured once is not measured again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mtt_fast import SyntheticDataset, cli, cross, evaluate
+from mtt_fast.cross_table import markdown, quoted_for
+
+TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
+
+
+@pytest.fixture(autouse=True)
+def _two_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtt_fast.data import load
+
+    monkeypatch.chdir(tmp_path)
+    data = load("digits", data_path="data", progress=False)
+    recipe: dict[str, Any] = {"dataset": "digits", "model": "ConvNetD1W4", "num_eval": 7, "epoch_eval_train": 3}
+    for name in ("run/synthetic", "b"):
+        SyntheticDataset(
+            torch.randn(20, 1, 8, 8), torch.arange(10).repeat_interleave(2), torch.tensor(0.02), data.class_names, data.mean,
+            data.std, recipe=recipe,
+        ).save(f"{name}.safetensors")  # fmt: skip
+
+
+def table() -> list[dict[str, Any]]:
+    return list(json.loads(Path("table/cross.json").read_text())["cells"])
+
+
+def test_a_table_and_what_is_added_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.run(cross.main, ["run", "random", *TOY]) == 0
+    cells = table()
+    assert [cell["question"]["network"] for cell in cells] == ["ConvNetD1W4", "MLP"] * 2
+    assert all(cell["accuracy"]["n"] == 2 and cell["question"]["ipc"] == 2 for cell in cells)
+    assert (cells[0]["question"]["lr"], cells[2]["question"]["lr"]) == (pytest.approx(0.02), 0.01)
+    lines = Path("table/cross.md").read_text().splitlines()
+    assert lines[0] == "| set | images a class | ConvNetD1W4 | MLP |"
+    accuracy = cells[1]["accuracy"]
+    assert f"| {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} |" in lines[2]
+    assert lines[3].startswith("| random | 2 |")
+    assert "mean ± standard deviation over 2 networks; protocol mtt: 3 epochs" in lines[5]
+    with Image.open("table/cross.png") as picture:
+        assert picture.width > 300
+
+    alone = ["run", "--num_eval", "2", "--epoch_eval_train", "2", "--model", "MLP", "--out", "one.json"]
+    assert cli.run(evaluate.main, alone) == 0
+    assert json.loads(Path("one.json").read_text())["accuracy"] == cells[1]["accuracy"]
+
+    measured = []
+    monkeypatch.setattr(cross, "_measure", lambda *args: measured.append(args[4]) or cells[0])  # type: ignore[func-returns-value]
+    assert cli.run(cross.main, ["run", "b.safetensors", "random", *TOY]) == 0
+    assert measured == ["ConvNetD1W4", "MLP"]  # of the new set
+    assert cli.run(cross.main, ["random", *TOY, "--dataset", "digits", "--ipc", "2"]) == 0
+    assert len(measured) == 2
+    assert cli.run(cross.main, ["run", *TOY, "--protocol", "datm"]) == 0
+    assert len(measured) == 4  # another protocol is another question
+
+
+def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
+    def cell(network: str) -> dict[str, Any]:
+        question = {"dataset": "CIFAR10", "ipc": 10, "network": network}
+        return {"set": "mine", "question": question, "accuracy": {"mean": 0.651, "std": 0.004, "n": 5, "epoch": "best"}}
+
+    cells = [cell("ConvNet"), cell("VGG11"), cell("MLP")]
+    quoted = quoted_for(cells)
+    assert [row.text for row in quoted] == ["MTT, 10 a class (quoted)", "ATT, 10 a class (quoted)"]
+    lines = markdown(cells, quoted, "protocol x").splitlines()
+    assert lines[2] == "| mine | 10 |" + " 65.1 ± 0.4 (best epoch) |" * 3
+    assert lines[3] == "| MTT, 10 a class (quoted) | 10 | 64.3 | 50.3 |  |"
+    assert "they were not measured here" in lines[-1]
+    assert quoted_for([cell("ConvNet") | {"question": {"dataset": "digits", "ipc": 10}}]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected runs' folders, files, or the word random"),
+        (["run", "run"], "run: expected each set once"),
+        (["nothing"], "nothing: cannot be read"),
+        (["run", "--models", "ConvNetD1W4", "VGG11"], "VGG11: nothing is left of images"),
+        (["run", "--eval_mode", "X"], "--eval_mode X: expected one of"),
+        (["run", "--out", "broken"], "cross.json: broken, or no table"),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    Path("broken").mkdir()
+    Path("broken/cross.json").write_text("[]")
+    assert cli.run(cross.main, arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs/cross/cross.json").exists()
