@@ -105,5 +105,5 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
 
 def _percent(cell: dict[str, Any]) -> str:
     accuracy = cell["accuracy"]
-    label = " (best epoch)" if accuracy["epoch"] == "best" else ""
+    label = " (best epoch)" if accuracy.get("epoch") == "best" else ""
     return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}{label}"

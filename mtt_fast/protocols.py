@@ -139,9 +139,9 @@ class Accuracy:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def record(self) -> dict[str, Any]:
-        """Return mean, std and n, which epoch they are of, and the values themselves."""
-        epoch = "best" if self.best_epoch else "last"
-        return {"mean": self.mean, "std": self.std, "n": len(self.values), "epoch": epoch, "values": list(self.values)}
+        """Return mean, std and n, the values themselves, and "epoch": "best" if they are of the best one."""
+        label = {"epoch": "best"} if self.best_epoch else {}
+        return {"mean": self.mean, "std": self.std, "n": len(self.values), "values": list(self.values), **label}
 
     def __str__(self) -> str:
         label = ", best epoch" if self.best_epoch else ""

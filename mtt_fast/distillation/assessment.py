@@ -258,8 +258,8 @@ def _by_network(record: dict[str, Any], first: str) -> dict[str, dict[str, Any]]
 
 
 def _accuracy_record(record: dict[str, Any]) -> dict[str, Any]:
-    epoch = "best" if record.get("best_epoch") else "last"
-    return {"mean": record["accuracy_mean"], "std": record["accuracy_std"], "n": record["networks"], "epoch": epoch}
+    label = {"epoch": "best"} if record.get("best_epoch") else {}
+    return {"mean": record["accuracy_mean"], "std": record["accuracy_std"], "n": record["networks"], **label}
 
 
 def _labelled(record: dict[str, Any]) -> str:
