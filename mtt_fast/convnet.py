@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -117,6 +118,13 @@ class ConvNet:
         Functional: differentiable to any order, in forward and reverse mode, and usable under `torch.func`.
         """
         *blocks, classifier = self.split(theta)
+        return F.linear(self._features(blocks, images), *classifier)
+
+    def embed(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return what the classifier sees of `images`: the last feature map, flattened, (n, F). As functional."""
+        return self._features(self.split(theta)[:-1], images)
+
+    def _features(self, blocks: Sequence[tuple[Tensor, ...]], images: Tensor) -> Tensor:
         features = images
         for block, (weight, bias, *norm) in enumerate(blocks):
             features = F.conv2d(features, weight, bias, padding=self.first_padding if block == 0 else 1)
@@ -124,7 +132,7 @@ class ConvNet:
                 gamma, beta = norm
                 features = F.group_norm(features, self.width, gamma, beta, NORM_EPS)
             features = F.avg_pool2d(F.relu(features), 2)
-        return F.linear(features.flatten(1), *classifier)
+        return features.flatten(1)
 
     def split(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
         """Return views of each block's parameters, and last of the classifier's weight and bias.

@@ -47,9 +47,9 @@ from mtt_fast.run_folder import (
     SUMMARY,
     MetricsLog,
     State,
+    check_same_run,
     load_checkpoint,
     only_user,
-    read_config,
     save_checkpoint,
     write_config,
 )
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         with arithmetic(device, options.precision):
             print(forecast(options, folder, device))
         return
-    _check_same_run(folder, options)
+    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
     summary = _finished(folder, options)
     if summary:
         log.info("%s is finished: %s", folder, summary["text"])
@@ -102,19 +102,6 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
         log.info("%s", steps)
         log.info("%s", options.evaluation_protocol().describe())
         distill(options, folder, real, network, experts, steps, command)
-
-
-def _check_same_run(folder: Path, options: DistillOptions) -> None:
-    before = read_config(folder)
-    if before is None:
-        return
-    before = dataclasses.asdict(DistillOptions()) | before  # an option that is younger than the run
-    for name, value in dataclasses.asdict(options).items():
-        if name not in NOT_PART_OF_THE_RESULT and before[name] != value:
-            raise InputError(
-                f"{folder}: holds a run with --{name} {before[name]}, not {value}; choose another --out "
-                f"(or delete the folder)"
-            )
 
 
 def _finished(folder: Path, options: DistillOptions) -> dict[str, Any] | None:

@@ -97,7 +97,7 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
     steps = [record for record in records if record["kind"] == "step"]
     iterations = [record["iteration"] for record in steps]
     loss.plot(iterations, [record["loss"] for record in steps], linewidth=0.8)
-    loss.set(title="matching loss", xlabel="iteration")
+    loss.set(title="loss", xlabel="iteration")
     rate.plot(iterations, [record["lr"] for record in steps], linewidth=1.2)
     rate.set(title="student's learning rate", xlabel="iteration")
     for kind, name in (("evaluation", "distilled"), ("ema_evaluation", "average over the iterations")):

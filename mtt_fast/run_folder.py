@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,23 @@ def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the options that the run was started with, or None if there is no run in `folder`."""
     return read_toml(folder / CONFIG) if (folder / CONFIG).exists() else None
+
+
+def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:
+    """Raise `InputError` if `folder` holds a run with other values than those in the dataclass `options`.
+
+    Options named in `may_differ` may, since the result does not depend on them.
+    """
+    before = read_config(folder)
+    if before is None:
+        return
+    before = dataclasses.asdict(type(options)()) | before  # an option that is younger than the run
+    for name, value in dataclasses.asdict(options).items():
+        if name not in may_differ and before[name] != value:
+            raise InputError(
+                f"{folder}: holds a run with --{name} {before[name]}, not {value}; choose another --out "
+                f"(or delete the folder)"
+            )
 
 
 @dataclass

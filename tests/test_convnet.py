@@ -36,6 +36,9 @@ def test_equals_the_module(shape: tuple[int, int, int, int, int], norm: Norm) ->
     assert net.layout.names == tuple(parameters)
     assert net.layout.shapes == tuple(parameter.shape for parameter in parameters.values())
     assert_close("logits", net(theta, images), module_function(module)(theta, images), 1e-12)
+    torch.nn.utils.vector_to_parameters(theta, module.parameters())
+    features = module.get_submodule("features")(images).flatten(1)
+    assert_close("embedding", net.embed(theta, images), features, 1e-12)
 
 
 def test_rectangular_images() -> None:
