@@ -1,0 +1,9 @@
+"""Make a set by another method, and evaluate it: `python -m mtt_fast.baselines METHOD`."""
+
+import sys
+
+from mtt_fast import cli
+from mtt_fast.baselines.command import main
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

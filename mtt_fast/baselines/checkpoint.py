@@ -1,0 +1,67 @@
+"""What a learning has come to, in a file from which it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mtt_fast.baselines.method import Learning
+from mtt_fast.errors import InputError
+from mtt_fast.files import load_tensors, save_tensors
+from mtt_fast.run_folder import CHECKPOINT
+
+_OPTIMISER = "optimiser."
+
+
+@dataclass
+class Progress:
+    """How far a learning is."""
+
+    iteration: int = 0  # completed ones
+    seconds: float = 0.0
+    seconds_evaluation: float = 0.0
+
+
+def save_checkpoint(folder: Path, learning: Learning, progress: Progress) -> None:
+    """Write the tensors of `learning`, the optimiser's among them, and `progress`, atomically."""
+    state = learning.optimiser.state_dict()["state"]
+    of_optimiser = {
+        f"{_OPTIMISER}{index}.{name}": value
+        for index, values in state.items()
+        for name, value in values.items()
+        if value is not None
+    }
+    save_tensors(folder / CHECKPOINT, _tensors(learning) | of_optimiser, {"progress": json.dumps(asdict(progress))})
+
+
+def load_checkpoint(folder: Path, learning: Learning) -> Progress:
+    """Bring the tensors of `learning` to where they were last saved; return how far that is: 0 if nothing was saved.
+
+    Raises `InputError` if the file is broken or of something else.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return Progress()
+    saved, metadata = load_tensors(path)
+    try:
+        progress = Progress(**json.loads(metadata["progress"]))
+        for name, tensor in _tensors(learning).items():
+            tensor.resize_(saved[name].shape).copy_(saved[name])
+        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, value in saved.items():
+            if name.startswith(_OPTIMISER):
+                index, key = name.removeprefix(_OPTIMISER).split(".")
+                state[int(index)][key] = value.clone()
+        groups = learning.optimiser.state_dict()["param_groups"]
+        learning.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
+    return progress
+
+
+def _tensors(learning: Learning) -> dict[str, Tensor]:
+    return {"images": learning.images, "labels": learning.labels, **learning.carried}

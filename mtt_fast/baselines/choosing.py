@@ -1,0 +1,25 @@
+"""A set that is chosen at once: made, saved, evaluated."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from mtt_fast.baselines.results import Job, accuracy_of, as_set, record_of, save_pictures, write_summary
+from mtt_fast.interrupts import stop_request
+from mtt_fast.training import Images
+
+
+def evaluate_chosen(job: Job, images: Images, seconds: float) -> None:
+    """Write the set, which took `seconds` to choose, evaluate it, and write the rest of the run folder.
+
+    Raises `Stopped` on Ctrl-C or SIGTERM; the same command begins the evaluation again.
+    """
+    made = as_set(job, images.pixels, images.labels, torch.tensor(job.options.lr_net), 0)
+    made.save(job.folder / "synthetic.safetensors")
+    began = time.monotonic()
+    with stop_request() as stop:
+        found = record_of(accuracy_of(job, made, 0, stop))
+    save_pictures(job, {job.method.title: made}, [found])
+    write_summary(job, made, {"distilled": found}, 0, seconds, time.monotonic() - began)

@@ -1,0 +1,137 @@
+"""`python -m mtt_fast.baselines METHOD`: make a set by a method, evaluate it, leave a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtt_fast import cli
+from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
+from mtt_fast.baselines.catalogue import METHODS
+from mtt_fast.baselines.choosing import evaluate_chosen
+from mtt_fast.baselines.learning import learn
+from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.options import BaselineOptions
+from mtt_fast.baselines.results import Job
+from mtt_fast.errors import InputError
+from mtt_fast.options import real_images
+from mtt_fast.provenance import choose_device, device_name
+from mtt_fast.run_folder import SUMMARY, check_same_run, only_user, read_config, write_config
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "python -m mtt_fast.baselines"
+NOT_PART_OF_THE_RESULT = {
+    "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path", "packed_path",
+    "buffer_path", "device", "networks_at_once", "save_seconds",
+}  # fmt: skip
+"""Options that may differ when a run goes on."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`, the method's name first."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return
+    name = argv[0].lower()
+    if name not in METHODS:
+        raise InputError(
+            f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{cli.did_you_mean(name, list(METHODS))}; "
+            f"see {PROGRAM} --help"
+        )
+    options = _parse(name, argv[1:])
+    folder = options.folder(name)
+    device = choose_device(options.device)
+    _check_same_method(folder, name)
+    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
+    summary = _finished(folder, options)
+    if summary:
+        log.info("%s is finished: %s", folder, summary["text"])
+        return
+    with arithmetic(device, options.precision):
+        _run(name, options, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+
+
+def _help() -> str:
+    width = max(map(len, METHODS)) + 2
+    methods = [f"  {name:{width}}{method.paper}" for name, method in METHODS.items()]
+    about = "Make a small training set by another method, and evaluate it by the protocol of distilled sets."
+    more = f"{PROGRAM} METHOD --help lists a method's options."
+    return "\n".join([f"usage: {PROGRAM} METHOD [OPTIONS]", "", about, more, "", "methods:", *methods])
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The flags that decide where the other options' defaults come from."""
+
+    out: str | None = None
+    resume: bool = False
+
+
+def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
+    """Return the method's options: defaults, or with --resume those of the run, then flags."""
+    program = f"{PROGRAM} {name}"
+    chosen = cli.parse_known(_Selection, argv, program)
+    defaults: dict[str, Any] = {}
+    if chosen.resume:
+        config = read_config(Path(chosen.out)) if chosen.out else None
+        if config is None:
+            raise InputError(
+                f"--resume: there is no run in {chosen.out or 'no folder'}; name its folder with --out, or start it "
+                "without --resume"
+            )
+        defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
+    options = cli.parse(METHODS[name].options, argv, program, defaults)
+    options.check()
+    return options
+
+
+def _check_same_method(folder: Path, name: str) -> None:
+    config = read_config(folder)
+    if config is not None and config.get("method") != name:
+        raise InputError(
+            f"{folder}: holds a run of {config.get('method', 'python -m mtt_fast.distill')}, not {name}; choose another "
+            "--out (or delete the folder)"
+        )
+
+
+def _finished(folder: Path, options: BaselineOptions) -> dict[str, Any] | None:
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return summary if summary["iterations"] >= getattr(options, "Iteration", 0) else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: broken; delete it, and the same command writes it again") from error
+
+
+def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, command: str) -> None:
+    data = options.load_data()
+    network = options.network(data)
+    precision = precision_on(device, network, options.precision)
+    real = real_images(data, options.zca, device)
+    method = METHODS[name]
+    with only_user(folder):
+        write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
+        log.info(
+            "%s: %s, %d images of %s, %s with %d parameters (%s), on %s",
+            folder, method.title, options.ipc * data.num_classes, data.name, options.model, network.num_parameters,
+            describe_arithmetic(device, network, options.precision), device_name(device),
+        )  # fmt: skip
+        job = Job(f"{PROGRAM} {name}", method, options, folder, real, network, precision, command)
+        began = time.monotonic()
+        made = method.make(options, real, network)
+        if isinstance(made, Learning):
+            learn(job, made)
+        else:
+            evaluate_chosen(job, made, time.monotonic() - began)

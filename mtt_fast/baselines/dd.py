@@ -1,0 +1,126 @@
+"""Dataset Distillation (DD: Wang et al., 2018): images that lower the loss on real ones after a few steps on them.
+
+Each iteration takes fresh networks (or always the same one) through all steps, and moves images and learning rates, one
+a step, by Adam. Options and defaults are those of the public code for random initialisations; there they are drawn by
+Xavier's rule, here as the network draws them. Its 400 epochs, at CIFAR-10, are 19,600 iterations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast.arithmetic import precision_on
+from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.options import LearnedImagesOptions, more_than_zero
+from mtt_fast.baselines.real_data import random_batch, starting_images
+from mtt_fast.baselines.real_loss import logits_after_steps
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.options import RealImages, at_least
+from mtt_fast.seeding import generator_for
+from mtt_fast.unroll import unroll
+
+_BETAS = (0.5, 0.999)
+
+
+@dataclass(frozen=True)
+class DdOptions(LearnedImagesOptions):
+    """Learn images that lower the loss on real images after a few steps on them."""
+
+    lr_img: float = 0.01
+    """Adam's learning rate, of the pixels and of the learning rates"""
+    decay_it: int = 2000
+    """iterations between decays of --lr_img"""
+    decay_factor: float = 0.5
+    """factor of each decay"""
+    batch_real: int = 1024
+    """real images in the loss"""
+    pix_init: Literal["real", "noise"] = "noise"
+    """start from real images or from noise"""
+    distilled_images_per_class_per_step: int = 1
+    """synthetic images of each class in a step; it divides --ipc, and there are as many different steps as that gives"""
+    distill_epochs: int = 3
+    """times that the student goes through all synthetic images"""
+    distill_lr: float = 0.02
+    """the learning rate of each step at the start"""
+    train_nets_type: Literal["unknown_init", "known_init"] = "unknown_init"
+    """fresh networks in each iteration, or always the same one"""
+    n_nets: int = 1
+    """networks an iteration"""
+
+    def complaint(self) -> str | None:
+        """See `BaselineOptions.complaint`."""
+        each = self.distilled_images_per_class_per_step
+        return (
+            super().complaint()
+            or at_least(
+                1, distilled_images_per_class_per_step=each, distill_epochs=self.distill_epochs, n_nets=self.n_nets,
+                decay_it=self.decay_it,
+            )
+            or more_than_zero(distill_lr=self.distill_lr, decay_factor=self.decay_factor)
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """See `BaselineOptions.check`."""
+        super().check()
+        if self.ipc % self.distilled_images_per_class_per_step:
+            raise InputError(
+                f"--distilled_images_per_class_per_step {self.distilled_images_per_class_per_step}: expected a divisor "
+                f"of --ipc {self.ipc}"
+            )
+
+
+def dd(options: DdOptions, real: RealImages, network: ConvNet) -> Learning:
+    """Return the learning of --ipc images of each class, and of a rate for each step.
+
+    Evaluations by the common protocol take the mean of the rates; the method's own training takes each in its step.
+    """
+    start = starting_images(real, options.ipc, options.pix_init, options.seed)
+    images, labels, device = start.pixels, start.labels, start.labels.device
+    batches = step_batches(options, real.data.num_classes)
+    # rates stay positive as the softplus of what is learned
+    raw = torch.full((len(batches),), options.distill_lr, device=device).expm1_().log_()
+    optimiser = torch.optim.Adam([images, raw], lr=options.lr_img, betas=_BETAS)
+    everything = torch.arange(len(real.train))
+    precision = precision_on(device, network, options.precision)
+
+    def initial(generator: torch.Generator) -> Tensor:
+        fixed = options.train_nets_type == "known_init"
+        return network.init(generator_for(options.seed, "dd network") if fixed else generator).to(device)
+
+    def step(iteration: int) -> float:
+        generator = generator_for(options.seed, "dd", iteration)
+        seen, wanted = random_batch(real.train, everything, options.batch_real, generator)
+        pixels, learned = images.detach().requires_grad_(), raw.detach().requires_grad_()
+        total = torch.zeros((), device=device)
+        for _ in range(options.n_nets):
+            theta, rates = initial(generator), F.softplus(learned)
+            logits = logits_after_steps(network, theta, pixels, labels, rates, batches, seen, precision)
+            loss = F.cross_entropy(logits, wanted) / options.n_nets
+            loss.backward()
+            total += loss.detach()
+        images.grad, raw.grad = pixels.grad, learned.grad
+        optimiser.param_groups[0]["lr"] = options.lr_img * options.decay_factor ** (iteration // options.decay_it)
+        optimiser.step()
+        return float(total)
+
+    def own_training(generator: torch.Generator) -> Tensor:
+        rates = F.softplus(raw)
+        return unroll(network, initial(generator), images, labels, rates, batches, precision=precision)[-1]
+
+    return Learning(
+        images, labels, optimiser, step, lr=lambda: F.softplus(raw).mean(), carried={"raw_rates": raw},
+        own_training=own_training,
+    )  # fmt: skip
+
+
+def step_batches(options: DdOptions, num_classes: int) -> list[Tensor]:
+    """Return what each step sees: an equal part of each class's images, and in each epoch the same parts in turn."""
+    each = options.distilled_images_per_class_per_step
+    places = torch.arange(num_classes * options.ipc).view(num_classes, -1, each)  # class, step, image
+    return [places[:, step].flatten() for step in range(places.shape[1])] * options.distill_epochs

@@ -1,0 +1,61 @@
+"""Distribution matching (DM: Zhao & Bilen, WACV 2023): synthetic images whose mean embedding is that of real ones.
+
+Each iteration draws a fresh random network, and of each class a batch of real images; both see one siamese
+augmentation. Rates, batch, iterations and initialisation are those of the public code (main_DM.py), which takes
+--lr_img 10 from 100 images a class on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.options import LearnedImagesOptions
+from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
+from mtt_fast.baselines.siamese import siamese_augmentation
+from mtt_fast.convnet import ConvNet
+from mtt_fast.options import RealImages
+from mtt_fast.seeding import generator_for
+
+PIXEL_MOMENTUM = 0.5
+
+
+@dataclass(frozen=True)
+class DmOptions(LearnedImagesOptions):
+    """Learn images whose mean embedding, in random networks, is that of real images."""
+
+
+def dm(options: DmOptions, real: RealImages, network: ConvNet) -> Learning:
+    """Return the learning of --ipc images of each class."""
+    members = class_members(real, options.ipc)
+    start = starting_images(real, options.ipc, options.pix_init, options.seed)
+    images = start.pixels
+    optimiser = torch.optim.SGD([images], lr=options.lr_img, momentum=PIXEL_MOMENTUM)
+
+    def step(iteration: int) -> float:
+        generator = generator_for(options.seed, "dm", iteration)
+        theta = network.init(generator).to(images.device)
+        images.grad = torch.empty_like(images)
+        total = torch.zeros((), device=images.device)
+        for label, indices in enumerate(members):
+            seen, _ = random_batch(real.train, indices, options.batch_real, generator)
+            augment = siamese_augmentation(options.strategy, seen, generator)
+            rows = slice(label * options.ipc, (label + 1) * options.ipc)
+            own = images[rows].detach().requires_grad_()
+            distance = embedding_distance(network, theta, augment(own), augment(seen))
+            (images.grad[rows],) = torch.autograd.grad(distance, own)
+            total += distance.detach()
+        optimiser.step()
+        return float(total) / len(members)
+
+    return Learning(images, start.labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
+
+
+def embedding_distance(network: ConvNet, theta: Tensor, images: Tensor, real: Tensor) -> Tensor:
+    """Return |mean embedding of `images` − mean embedding of `real`|², (): of one class, under `theta` (P,)."""
+    with torch.no_grad():
+        wanted = network.embed(theta, real).mean(dim=0)
+    return (network.embed(theta, images).mean(dim=0) - wanted).square().sum()

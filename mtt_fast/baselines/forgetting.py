@@ -1,0 +1,60 @@
+"""Forgetting (Toneva et al., ICLR 2019): real images that a network in training learns and forgets most often.
+
+As the coreset baseline of dataset condensation (Zhao et al., ICLR 2021) takes them; an image that was never learned was
+never forgotten, as in DeepCore by the same group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.baselines.real_data import class_members
+from mtt_fast.baselines.trained import first_expert
+from mtt_fast.convnet import ConvNet
+from mtt_fast.options import RealImages
+from mtt_fast.seeding import generator_for
+from mtt_fast.training import Images
+from mtt_fast.trajectories import TrajectoryStore
+
+_BLOCK = 500  # images looked at together
+
+
+def forgetting(options: TrainedNetworkOptions, real: RealImages, network: ConvNet) -> Images:
+    """Return the --ipc images of each class with the most forgetting events; among equals, chance decides.
+
+    The paper looks at an image whenever a batch brings it, once an epoch; here it is after each epoch, without
+    augmentation, since the expert's parameters are recorded then.
+    """
+    members = class_members(real, options.ipc)
+    store = first_expert(options, real, network)
+    events = forgetting_events(right_at_each_epoch(store, real.train, network))
+    generator = generator_for(options.seed, "forgetting")
+    chosen = torch.cat([most_forgotten(indices, events, options.ipc, generator) for indices in members])
+    return Images(*real.train.batch(chosen.to(real.train.labels.device)))
+
+
+@torch.no_grad()
+def right_at_each_epoch(store: TrajectoryStore, images: Images, network: ConvNet) -> Tensor:
+    """Return which of `images` the first expert gets right after epoch 1, 2, …: (epochs, n) bool, on the CPU."""
+    right = torch.empty(store.epochs(0), len(images), dtype=torch.bool)
+    for epoch in tqdm(range(len(right)), desc="forgetting", unit="epoch", leave=False):
+        theta = store.read(0, epoch + 1).to(images.labels.device)
+        for begin in range(0, len(images), _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            seen, labels = images.batch(block)
+            right[epoch, block] = (network(theta, seen).argmax(dim=1) == labels).cpu()
+    return right
+
+
+def forgetting_events(right: Tensor) -> Tensor:
+    """Return how often each image (n,) was right (epochs, n) at one look and wrong at the next."""
+    return (right[:-1] & ~right[1:]).sum(dim=0)
+
+
+def most_forgotten(members: Tensor, events: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return those `count` of the indices `members` that have the most `events` (n,)."""
+    shuffled = members[torch.randperm(len(members), generator=generator)]
+    return shuffled[events[shuffled].argsort(descending=True, stable=True)[:count]]

@@ -1,0 +1,52 @@
+"""How far two gradients of a network are from each other, as gradient matching measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtt_fast.layout import ParameterLayout
+
+Metric = Literal["ours", "mse", "cos"]
+
+_EPS = 1e-6  # the public code's: where a gradient vanishes, the distance is that of right angles
+
+
+def layerwise_distance(found: Tensor, wanted: Tensor, layout: ParameterLayout) -> Tensor:
+    """Return Σ over layers and outputs of 1 − cos of the two gradients (P,) to that output's weights, ().
+
+    Equation 10 of DC (Zhao et al., ICLR 2021), for convolutions and linear layers; as in the public code, biases and
+    the parameters of norms do not count.
+    """
+    total = found.new_zeros(())
+    for own, target in zip(layout.split(found), layout.split(wanted), strict=True):
+        if own.dim() > 1:
+            total = total + (1 - _cosine(own.flatten(1), target.flatten(1))).sum()
+    return total
+
+
+def squared_difference(found: Tensor, wanted: Tensor, layout: ParameterLayout) -> Tensor:
+    """Return |found − wanted|², ()."""
+    return (found - wanted).square().sum()
+
+
+def cosine_distance(found: Tensor, wanted: Tensor, layout: ParameterLayout) -> Tensor:
+    """Return 1 − cos of the whole gradients (P,), ()."""
+    return 1 - _cosine(found, wanted)
+
+
+DISTANCES: dict[Metric, Callable[..., Tensor]] = {
+    "ours": layerwise_distance,
+    "mse": squared_difference,
+    "cos": cosine_distance,
+}
+"""By the names of the public code's --dis_metric."""
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    cosine: Tensor = (a * b).sum(dim=-1) / (norms + _EPS)
+    return cosine

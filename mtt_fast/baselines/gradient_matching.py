@@ -1,0 +1,163 @@
+"""Gradient matching: DC (Zhao et al., ICLR 2021), and with one augmentation for both sides DSA (Zhao & Bilen, ICML 2021).
+
+Each iteration takes a fresh network, and by turns moves the images so that their gradient, class by class, becomes that
+of real ones, and trains the network on the images. Rates, loops, batches and initialisation are those of the public
+code (main.py, get_loops).
+
+No graph of a gradient is needed. With g the gradient on the images X and v = ∂D/∂g of a distance D, the chain rule
+gives dD/dX = ∂(v·g)/∂X, and that is what `Student.gradient_jvp` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtt_fast.arithmetic import precision_on
+from mtt_fast.augment import augment_by_strategy
+from mtt_fast.baselines.dm import PIXEL_MOMENTUM
+from mtt_fast.baselines.gradient_distance import DISTANCES, Metric
+from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.options import LearnedImagesOptions
+from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
+from mtt_fast.baselines.siamese import siamese_augmentation
+from mtt_fast.choice import student_for
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.options import RealImages, at_least
+from mtt_fast.seeding import generator_for
+from mtt_fast.student import Student
+from mtt_fast.training import Images, Sgd, epoch_on
+
+_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+"""Updates of the images an iteration, and epochs of the network between two, by images a class."""
+
+
+@dataclass(frozen=True)
+class DcOptions(LearnedImagesOptions):
+    """Learn images whose gradient, in networks that train on them, is that of real images."""
+
+    Iteration: int = 1000
+    """iterations, each with a fresh network"""
+    eval_it: int = 500
+    """iterations between evaluations"""
+    lr_img: float = 0.1
+    """learning rate of the pixels"""
+    pix_init: Literal["real", "noise"] = "noise"
+    """start from real images or from noise"""
+    dis_metric: Metric = "ours"
+    """distance of gradients: ours (layer by layer, the papers'), mse, or cos of the whole"""
+    outer_loop: int | None = None
+    """updates of the images an iteration; the papers' for --ipc 1, 10, 20, 30, 40, 50 without this"""
+    inner_loop: int | None = None
+    """epochs of the network between two updates; the papers' for the same without this"""
+
+    def loops(self) -> tuple[int, int]:
+        """Return updates an iteration and epochs between two. Raises `InputError` where the papers have none."""
+        outer, inner = _LOOPS.get(self.ipc, (None, None))
+        found = self.outer_loop or outer, self.inner_loop or inner
+        if found[0] is None or found[1] is None:
+            raise InputError(
+                f"--ipc {self.ipc}: the papers name loops for {', '.join(map(str, _LOOPS))} images a class; "
+                "give --outer_loop and --inner_loop"
+            )
+        return found[0], found[1]
+
+    def complaint(self) -> str | None:
+        """See `BaselineOptions.complaint`."""
+        return super().complaint() or at_least(1, outer_loop=self.outer_loop, inner_loop=self.inner_loop)
+
+    def check(self) -> None:
+        """See `BaselineOptions.check`."""
+        super().check()
+        self.loops()
+
+
+@dataclass(frozen=True)
+class DsaOptions(DcOptions):
+    """Learn images as DC does, where real and synthetic ones see the same augmentation."""
+
+    pix_init: Literal["real", "noise"] = "real"
+    """start from real images or from noise"""
+
+    def check(self) -> None:
+        """See `BaselineOptions.check`."""
+        super().check()
+        if augment_by_strategy(self.strategy) is None:
+            raise InputError("--dsa False: without augmentation DSA is DC; run dc instead")
+
+
+def dc(options: DcOptions, real: RealImages, network: ConvNet) -> Learning:
+    """Return the learning of --ipc images of each class without augmentation; evaluations have it all the same."""
+    return _learning(options, real, network, "none")
+
+
+def dsa(options: DsaOptions, real: RealImages, network: ConvNet) -> Learning:
+    """Return the learning of --ipc images of each class with siamese augmentation."""
+    return _learning(options, real, network, options.strategy)
+
+
+def _learning(options: DcOptions, real: RealImages, network: ConvNet, strategy: str) -> Learning:
+    members = class_members(real, options.ipc)
+    start = starting_images(real, options.ipc, options.pix_init, options.seed)
+    images, labels = start.pixels, start.labels
+    optimiser = torch.optim.SGD([images], lr=options.lr_img, momentum=PIXEL_MOMENTUM)
+    student = student_for(network, images.device, precision=precision_on(images.device, network, options.precision))
+    sgd = Sgd(options.lr_net, batch_size=options.batch_train)
+    train = epoch_on(student, Images(images, labels), sgd, augment_by_strategy(strategy))
+    outer_loop, inner_loop = options.loops()
+
+    def match(theta: Tensor, generator: torch.Generator) -> Tensor:
+        """Make the images' gradient; return the distance, summed over classes."""
+        images.grad = torch.empty_like(images)
+        total = torch.zeros((), device=images.device)
+        for label, indices in enumerate(members):
+            seen, of_seen = random_batch(real.train, indices, options.batch_real, generator)
+            augment = siamese_augmentation(strategy, seen, generator)
+            wanted = student.gradient(theta, augment(seen), of_seen).theta
+            rows = slice(label * options.ipc, (label + 1) * options.ipc)
+            distance_to = partial(DISTANCES[options.dis_metric], wanted=wanted, layout=network.layout)
+            distance, images.grad[rows] = matching_gradient(
+                student, theta, images[rows], labels[rows], augment, distance_to
+            )
+            total += distance
+        return total
+
+    def step(iteration: int) -> float:
+        generator = generator_for(options.seed, "gradient matching", iteration)
+        theta = network.init(generator).to(images.device)
+        total = torch.zeros((), device=images.device)
+        for update in range(outer_loop):
+            total += match(theta, generator)
+            optimiser.step()
+            if update + 1 < outer_loop:
+                for _ in range(inner_loop):
+                    theta, _, _ = train(theta, torch.zeros_like(theta), generator)
+        return float(total) / (len(members) * outer_loop)
+
+    return Learning(images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
+
+
+def matching_gradient(
+    student: Student,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    augment: Callable[[Tensor], Tensor],
+    distance: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return `distance` () of the student's gradient at `theta` (P,) on augmented `images`, and its gradient to them."""
+    own = images.detach().requires_grad_()
+    shown = augment(own)
+    seen = shown.detach().contiguous()
+    found = student.gradient(theta, seen, labels).theta.requires_grad_()
+    value = distance(found)
+    (direction,) = torch.autograd.grad(value, found)
+    tangent = student.gradient_jvp(theta, seen, labels, direction)
+    (to_images,) = torch.autograd.grad(shown, own, tangent.images)
+    return value.detach(), to_images

@@ -1,0 +1,46 @@
+"""Herding (Welling, ICML 2009): real images whose mean embedding is close to their class's.
+
+Chosen one after the other as in iCaRL (Rebuffi et al., CVPR 2017), in the embedding of a network trained on all images,
+as the coreset baseline of dataset condensation (Zhao et al., ICLR 2021).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.baselines.real_data import class_members
+from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
+from mtt_fast.convnet import ConvNet
+from mtt_fast.options import RealImages
+from mtt_fast.training import Images
+
+
+def herding(options: TrainedNetworkOptions, real: RealImages, network: ConvNet) -> Images:
+    """Return --ipc images of each class, in the order in which they were chosen. There is nothing random in it."""
+    members = class_members(real, options.ipc)
+    theta = trained_parameters(options, real, network)
+    chosen = [
+        indices[herd(embeddings, options.ipc)]
+        for indices, embeddings in embeddings_by_class(real, network, theta, members)
+    ]
+    return Images(*real.train.batch(torch.cat(chosen).to(theta.device)))
+
+
+def herd(embeddings: Tensor, count: int) -> Tensor:
+    """Return the indices (count,) of rows of `embeddings` (n, F), chosen greedily.
+
+    Each is the one, of those left, that brings the mean of the chosen nearest to the mean of all.
+    """
+    points = embeddings.double()
+    mean, total = points.mean(dim=0), torch.zeros_like(points[0])
+    left = torch.ones(len(points), dtype=torch.bool)
+    chosen = []
+    for size in range(1, count + 1):
+        distances = (mean - (total + points) / size).square().sum(dim=1)
+        best = int(distances.where(left, torch.inf).argmin())
+        chosen.append(best)
+        left[best] = False
+        total += points[best]
+    return torch.tensor(chosen)

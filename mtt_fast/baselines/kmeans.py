@@ -1,0 +1,86 @@
+"""k-means: of each class's clusters the real images nearest to the centres, or the centres themselves.
+
+Images nearest to centres in the embedding of a trained network are "Kmeans-emb" of DC-BENCH (Cui et al., NeurIPS 2022);
+centres of clusters of pixels are a baseline of Dataset Distillation (Wang et al., 2018).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.baselines.real_data import class_members
+from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
+from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
+from mtt_fast.options import RealImages
+from mtt_fast.seeding import generator_for
+from mtt_fast.training import Images
+
+_RESTARTS = 10
+
+
+@dataclass(frozen=True)
+class KmeansOptions(TrainedNetworkOptions):
+    """Cluster each class and take one image a cluster."""
+
+    pick: Literal["nearest", "centres"] = "nearest"
+    """nearest: real images nearest to the centres of embeddings; centres: the centres of pixels themselves"""
+
+
+def kmeans(options: KmeansOptions, real: RealImages, network: ConvNet) -> Images:
+    """Return one image for each of --ipc clusters of each class."""
+    members = class_members(real, options.ipc)
+    generator = generator_for(options.seed, "kmeans")
+    return (_centres if options.pick == "centres" else _nearest)(options, real, network, members, generator)
+
+
+def _nearest(
+    options: KmeansOptions, real: RealImages, network: ConvNet, members: list[Tensor], generator: torch.Generator
+) -> Images:
+    theta = trained_parameters(options, real, network)
+    chosen = [
+        indices[nearest_rows(embeddings, cluster_centres(embeddings, options.ipc, generator))]
+        for indices, embeddings in embeddings_by_class(real, network, theta, members)
+    ]
+    return Images(*real.train.batch(torch.cat(chosen).to(theta.device)))
+
+
+def _centres(
+    options: KmeansOptions, real: RealImages, network: ConvNet, members: list[Tensor], generator: torch.Generator
+) -> Images:
+    train, centres = real.train, []
+    for indices in tqdm(members, desc="cluster", unit="class", leave=False):
+        pixels, _ = train.batch(indices.to(train.labels.device))
+        found = cluster_centres(pixels.flatten(1).cpu(), options.ipc, generator)
+        centres.append(found.view(options.ipc, *real.data.image_shape))
+    labels = torch.arange(len(members), device=train.labels.device).repeat_interleave(options.ipc)
+    return Images(torch.cat(centres).to(labels.device), labels)
+
+
+def cluster_centres(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return the centres (count, F), float32, of the best of ten k-means clusterings of `points` (n, F)."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise InputError(
+            f"kmeans: expected scikit-learn, which does the clustering, found none ({error}); pip install 'mtt-fast[demo]'"
+        ) from error
+    seed = int(torch.randint(2**31, (), generator=generator))
+    fitted = KMeans(count, n_init=_RESTARTS, random_state=seed).fit(points.double().numpy())
+    return torch.from_numpy(fitted.cluster_centers_).float()
+
+
+def nearest_rows(points: Tensor, centres: Tensor) -> Tensor:
+    """Return for each of `centres` (k, F) the index (k,) of the nearest of `points` (n, F) that no centre has yet."""
+    distances = torch.cdist(centres.double(), points.double())
+    chosen: list[int] = []
+    for of_centre in distances:
+        of_centre[chosen] = torch.inf
+        chosen.append(int(of_centre.argmin()))
+    return torch.tensor(chosen)

@@ -1,0 +1,103 @@
+"""Label distillation (LD: Bohdal et al., 2020): soft labels for a few real images, which stay as they are.
+
+The paper's second-order method. A network trains on the images with the labels as they are; at each of its steps the
+labels move, by Adam, so that this step lowers the loss on a batch of real images. When the error has not fallen for a
+while, a fresh network takes its place. Options and defaults are those of the public code; its 400 epochs, at CIFAR-10,
+are 17,600 iterations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast.arithmetic import precision_on
+from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.options import IterativeOptions, more_than_zero
+from mtt_fast.baselines.real_data import random_batch, starting_images
+from mtt_fast.baselines.real_loss import logits_after_steps
+from mtt_fast.choice import student_for
+from mtt_fast.convnet import ConvNet
+from mtt_fast.options import RealImages, at_least
+from mtt_fast.seeding import generator_for
+
+_MODEL_LR = 1e-3  # Adam's default, which the public code takes
+
+
+@dataclass(frozen=True)
+class LdOptions(IterativeOptions):
+    """Learn soft labels for random real images."""
+
+    batch_real: int = 1024
+    """real images in the loss"""
+    inner_batch_size: int = 50
+    """images with learned labels in a step; all if there are fewer"""
+    inner_lr: float = 0.01
+    """learning rate of the step that the labels are learned through"""
+    lr_y: float = 1e-3
+    """Adam's learning rate of the labels"""
+
+    def complaint(self) -> str | None:
+        """See `BaselineOptions.complaint`."""
+        return (
+            super().complaint()
+            or at_least(1, inner_batch_size=self.inner_batch_size)
+            or more_than_zero(inner_lr=self.inner_lr, lr_y=self.lr_y)
+        )
+
+
+def ld(options: LdOptions, real: RealImages, network: ConvNet) -> Learning:
+    """Return the learning of labels, probabilities (n, classes), for --ipc random images of each class."""
+    images, classes = starting_images(real, options.ipc, "real", options.seed).pixels, real.data.num_classes
+    device, count = images.device, len(images)
+    labels = torch.full((count, classes), 1 / classes, device=device)
+    theta = network.init(generator_for(options.seed, "ld network", 0)).to(device)
+    errors = torch.empty(0)  # since this network began
+    optimiser = torch.optim.Adam([{"params": [labels], "lr": options.lr_y}, {"params": [theta], "lr": _MODEL_LR}])
+    precision = precision_on(device, network, options.precision)
+    student = student_for(network, device, "probabilities", precision=precision)
+    everything, rate = torch.arange(len(real.train)), torch.tensor(options.inner_lr, device=device)
+    window = patience(count, classes)
+
+    def step(iteration: int) -> float:
+        generator = generator_for(options.seed, "ld", iteration)
+        seen, wanted = random_batch(real.train, everything, options.batch_real, generator)
+        index = torch.randperm(count, generator=generator)[: options.inner_batch_size].to(device)
+        soft = labels.detach().requires_grad_()
+        logits = logits_after_steps(network, theta, images, soft, rate, [index], seen, precision)
+        loss = F.cross_entropy(logits, wanted)
+        (labels.grad,) = torch.autograd.grad(loss, soft)
+        theta.grad = student.gradient(theta, images[index], labels[index]).theta
+        optimiser.step()
+        labels.clamp_(0, 1)
+        labels.div_(labels.sum(dim=1, keepdim=True))
+        errors.resize_(len(errors) + 1)[-1] = (logits.argmax(dim=1) != wanted).float().mean().cpu()
+        if stagnates(errors, window):
+            theta.copy_(network.init(generator_for(options.seed, "ld network", iteration + 1)))
+            optimiser.state.pop(theta)
+            errors.resize_(0)
+        return float(loss)
+
+    return Learning(
+        images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net),
+        carried={"theta": theta, "errors": errors},
+    )  # fmt: skip
+
+
+def patience(images: int, classes: int) -> int:
+    """Return over how many steps errors are averaged, and how many more a network may go without a lower average."""
+    if classes > 10:
+        return 100
+    return 200 if images > 100 else 50
+
+
+def stagnates(errors: Tensor, window: int) -> bool:
+    """Return whether the mean of `window` successive `errors` (steps,) was lowest more than `window` steps ago."""
+    if len(errors) <= 2 * window:
+        return False
+    sums = errors.unfold(0, window, 1).sum(dim=1)
+    lowest = int((sums == sums.min()).nonzero()[0])
+    return len(sums) - 1 - lowest > window

@@ -1,0 +1,46 @@
+"""What a method is: a function from options, real images and a network to a set, or to the learning of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.baselines.options import BaselineOptions
+from mtt_fast.convnet import ConvNet
+from mtt_fast.options import RealImages
+from mtt_fast.training import Images
+
+
+@dataclass(frozen=True)
+class Learning:
+    """A set that is being learned. An iteration changes its tensors in place, so they can be saved and brought back."""
+
+    images: Tensor  # (n, C, H, W), class-major, as networks see them
+    labels: Tensor  # (n,) int64, or probabilities (n, classes)
+    optimiser: torch.optim.Optimizer
+    step: Callable[[int], float]
+    """do iteration i, 0, 1, …, whose random numbers follow from the seed and i alone; return its loss"""
+    lr: Callable[[], Tensor]
+    """learning rate () of networks that train on the set as it is now"""
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    """whatever else goes from one iteration to the next"""
+    own_training: Callable[[torch.Generator], Tensor] | None = None
+    """parameters (P,) of a fresh network after the method's own steps on the set, where it has such"""
+
+
+Make = Callable[[Any, RealImages, ConvNet], Images | Learning]
+"""From options (of the method's own kind), real images and a network to what is chosen, or to be learned."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, and what is to be known before it is run."""
+
+    title: str
+    paper: str
+    options: type[BaselineOptions]
+    make: Make

@@ -1,0 +1,42 @@
+"""Real images by class: batches of them, and what a set starts from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.evaluate import random_subset
+from mtt_fast.options import RealImages
+from mtt_fast.seeding import generator_for
+from mtt_fast.training import Images
+
+
+def class_members(real: RealImages, ipc: int) -> list[Tensor]:
+    """Return the indices, on the CPU, of each class's training images.
+
+    Raises `InputError` if a class has fewer than `ipc`.
+    """
+    labels = real.train.labels.cpu()
+    members = [(labels == label).nonzero()[:, 0] for label in range(real.data.num_classes)]
+    for label, indices in enumerate(members):
+        if len(indices) < ipc:
+            raise InputError(f"--ipc {ipc}: class {label} has only {len(indices)} real images; use a smaller --ipc")
+    return members
+
+
+def random_batch(images: Images, members: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return `count` different images of `images` at `members`, at random, or all if there are fewer; and labels."""
+    chosen = members[torch.randperm(len(members), generator=generator)[:count]]
+    return images.batch(chosen.to(images.labels.device))
+
+
+def starting_images(real: RealImages, ipc: int, pix_init: Literal["real", "noise"], seed: int) -> Images:
+    """Return `ipc` images of each class to start from, class-major: real ones, or noise from a standard normal."""
+    generator = generator_for(seed, "initial images")
+    start = random_subset(real.train, real.data.num_classes, ipc, generator)
+    if pix_init == "real":
+        return start
+    return Images(torch.randn(start.pixels.shape, generator=generator).to(start.pixels), start.labels)

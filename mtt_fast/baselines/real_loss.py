@@ -1,0 +1,30 @@
+"""The loss that dataset distillation began with: of a student, after its steps on the synthetic set, on real images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mtt_fast.kernels import Precision
+from mtt_fast.student import Network
+from mtt_fast.unroll import unroll
+
+
+def logits_after_steps(
+    network: Network,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    batches: Sequence[Tensor],
+    real: Tensor,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Return logits (b, classes) of `real` images under θ_N, the end of the student's path from `theta` (P,).
+
+    Differentiable, exactly and through all steps, in whatever of `images`, soft `labels` and `lr` asks for it. The
+    student's steps are those of `mtt_fast.unroll`, which takes the same arguments.
+    """
+    path = unroll(network, theta, images, labels, lr, batches, precision=precision)
+    return network(path[-1], real)

@@ -1,0 +1,30 @@
+"""One augmentation for real and synthetic images alike (DSA: Zhao & Bilen, ICML 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augment import augment_by_strategy, augment_with
+
+
+def siamese_augmentation(strategy: str, like: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Draw one operation of `strategy` and one set of its numbers, for images like `like` (b, C, H, W).
+
+    Returns what applies that same augmentation to every image of any batch; for the strategy "none", the identity.
+    """
+    augment = augment_by_strategy(strategy)
+    if augment is None:
+        return _unchanged
+    return partial(_augmented, augment.draw_parameters(like[:1], generator).to(like.device))
+
+
+def _unchanged(images: Tensor) -> Tensor:
+    return images
+
+
+def _augmented(parameters: Tensor, images: Tensor) -> Tensor:
+    return augment_with(images, parameters.expand(len(images), -1).contiguous())

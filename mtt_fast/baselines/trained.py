@@ -1,0 +1,58 @@
+"""Real images as a network sees them that was trained on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtt_fast.arithmetic import precision_on
+from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.convnet import ConvNet
+from mtt_fast.experts import train_missing_experts
+from mtt_fast.options import RealImages, buffer_folder
+from mtt_fast.trajectories import TrajectoryStore, check_compatible
+
+_BLOCK = 500  # images looked at together
+
+
+def first_expert(options: TrainedNetworkOptions, real: RealImages, network: ConvNet) -> TrajectoryStore:
+    """Return a store with at least one expert, which is trained now if there is none.
+
+    Raises `InputError` if the expert that is there is of another network, data set or whitening.
+    """
+    folder = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
+    store = TrajectoryStore(folder) if folder.is_dir() else None
+    if store is None or len(store) == 0:
+        store = train_missing_experts(
+            folder, 1, real, network, options.expert(), seed=options.seed,
+            precision=precision_on(real.train.labels.device, network, options.precision),
+        )  # fmt: skip
+    check_compatible(
+        store.metadata(0), layout=network.layout.describe(), fingerprint=real.data.fingerprint,
+        whitening=real.whitening, needed_epochs=0, epochs=store.epochs(0), where=str(folder),
+    )  # fmt: skip
+    return store
+
+
+def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network: ConvNet) -> Tensor:
+    """Return the parameters (P,), on the images' device, of the first expert after its last epoch."""
+    store = first_expert(options, real, network)
+    return store.read(0, store.epochs(0)).to(real.train.labels.device)
+
+
+def embeddings_by_class(
+    real: RealImages, network: ConvNet, theta: Tensor, members: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each class's members and what the classifier of `network` sees of them, (n, F) float32 on the CPU."""
+    for indices in tqdm(members, desc="embed", unit="class", leave=False):
+        yield indices, embedded(real, network, theta, indices)
+
+
+@torch.no_grad()
+def embedded(real: RealImages, network: ConvNet, theta: Tensor, indices: Tensor) -> Tensor:
+    """Return what the classifier of `network` sees of the training images at `indices`, (n, F), on the CPU."""
+    seen = (real.train.batch(block.to(theta.device))[0] for block in indices.split(_BLOCK))
+    return torch.cat([network.embed(theta, images).cpu() for images in seen])
