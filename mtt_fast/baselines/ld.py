@@ -79,7 +79,7 @@ def ld(options: LdOptions, real: RealImages, network: ConvNet) -> Learning:
             theta.copy_(network.init(generator_for(options.seed, "ld network", iteration + 1)))
             optimiser.state.pop(theta)
             errors.resize_(0)
-        return float(loss)
+        return float(loss.detach())
 
     return Learning(
         images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net),

@@ -1,0 +1,262 @@
+"""`python -m mtt_fast.baselines` end to end on the embedded digits at toy size: files, stops, continuations, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mtt_fast import SyntheticDataset, TrajectoryStore, cli
+from mtt_fast.baselines.catalogue import METHODS
+from mtt_fast.baselines.command import main
+from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.results import percent
+from mtt_fast.convnet import ConvNet
+from mtt_fast.evaluate import main as evaluate
+from mtt_fast.files import load_tensors
+from mtt_fast.options import RealImages
+from mtt_fast.training import Images
+
+TOY = "--dataset digits --model ConvNetD1W4 --num_eval 2 --epoch_eval_train 2 --ipc 2".split()
+SHORT = "--Iteration 2 --eval_it 2 --batch_real 32 --save_seconds 0".split()
+LOOPS = "--outer_loop 2 --inner_loop 1".split()
+CHOSEN = ["random", "herding", "forgetting", "kmeans"]
+LEARNED = ["dm", "dc", "dsa", "dd", "ld"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the packed data and the expert, which is trained once."""
+    return tmp_path_factory.mktemp("shared")
+
+
+def flags(method: str, shared: Path) -> list[str]:
+    words = [method, *TOY, "--data_path", str(shared / "data")]
+    if method in ("herding", "forgetting", "kmeans"):
+        words += ["--buffer_path", str(shared / "buffers"), "--train_epochs", "3"]
+    if method in LEARNED:
+        words += SHORT
+    return words + (LOOPS if method in ("dc", "dsa") else [])
+
+
+def run(*arguments: str) -> int:
+    return cli.run(main, arguments)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def set_of(folder: Path) -> SyntheticDataset:
+    return SyntheticDataset.load(folder / "synthetic.safetensors")
+
+
+@pytest.mark.parametrize("method", [*CHOSEN, *LEARNED])
+def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(*flags(method, shared), "--out", str(out)) == 0
+    summary, made = summary_of(out), set_of(out)
+    assert summary["method"] == METHODS[method].title
+    assert 0 < summary["accuracy"]["distilled"]["mean"] <= 1
+    assert summary["accuracy"]["distilled"]["n"] == 2
+    assert summary["text"] == f"{METHODS[method].title} {percent(summary['accuracy']['distilled'])}"
+    assert summary["options"]["ipc"] == 2
+    assert summary["command"].startswith(f"python -m mtt_fast.baselines {method} --dataset digits")
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["peak_memory_bytes"] > 2**20
+    assert summary["seconds"]["evaluations"] > 0
+    assert summary["learning_rate"] == pytest.approx(float(made.lr))
+    assert made.images.shape == (20, 1, 8, 8)
+    assert made.recipe["method"] == METHODS[method].title
+    if method == "ld":
+        assert made.label_kind == "probabilities"
+        assert made.labels.shape == (20, 10)
+    else:
+        assert made.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    names = {"config.toml", "images.png", "summary.json", "synthetic.safetensors"}
+    if method in LEARNED:
+        names |= {"best.safetensors", "checkpoint.safetensors", "curves.png", "events", "history", "metrics.jsonl"}
+        assert summary["iterations"] == 2
+        assert [path.name for path in sorted((out / "history").iterdir())] == [
+            f"iteration_{iteration:06d}.png" for iteration in (0, 2)
+        ]
+        kinds = [json.loads(line)["kind"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert kinds == ["evaluation", "step", "step", "evaluation"]
+    assert {path.name for path in out.iterdir()} - {".lock"} == names
+    assert ("own_training" in summary["accuracy"]) == (method == "dd")
+    with Image.open(out / "images.png") as picture:
+        assert picture.height > 500
+
+
+def test_chosen_images_are_real_ones_of_their_class(shared: Path, tmp_path: Path) -> None:
+    from mtt_fast.data import load
+
+    data = load("digits", data_path=shared / "data")
+    for method in CHOSEN:
+        out = tmp_path / method
+        assert run(*flags(method, shared), "--out", str(out)) == 0
+        made = set_of(out)
+        pictures = (made.pictures() * 255).round().byte()
+        for picture, label in zip(pictures, made.labels, strict=True):
+            members = data.train.images[data.train.labels == label]
+            assert (members == picture).all(dim=(1, 2, 3)).any()
+        assert len(pictures.flatten(1).unique(dim=0)) == 20
+    assert len(TrajectoryStore(shared / "buffers" / "digits" / "ConvNetD1W4")) == 1
+
+
+def test_the_centres_of_pixels_are_the_means_of_their_clusters(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(*flags("kmeans", shared), "--pick", "centres", "--ipc", "1", "--out", str(out)) == 0
+    from mtt_fast.data import load
+
+    data = load("digits", data_path=shared / "data")
+    for label, picture in enumerate(set_of(out).pictures()):  # of one cluster: the mean of the class
+        members = data.train.images[data.train.labels == label].double() / 255
+        torch.testing.assert_close(picture.double(), members.mean(0), rtol=0, atol=1e-5)
+
+
+def test_a_set_is_evaluated_again_to_the_same_end(
+    shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    assert run(*flags("ld", shared), "--out", str(out)) == 0
+    caplog.set_level("INFO")
+    assert cli.run(evaluate, [str(out), "--seed", "3"]) == 0
+    assert re.search(r"% ± .* \(n = 2\)", caplog.text)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_resumed_is_bit_identical_to_uninterrupted(method: str, shared: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*flags(method, shared), "--out", str(whole)) == 0
+    assert run(*flags(method, shared), "--out", str(parts), "--Iteration", "1") == 0
+    assert run(method, "--out", str(parts), "--resume", "--Iteration", "2") == 0
+    one, other = (load_tensors(folder / "checkpoint.safetensors")[0] for folder in (whole, parts))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    for kind in ("distilled", "own_training"):
+        assert summary_of(whole)["accuracy"].get(kind) == summary_of(parts)["accuracy"].get(kind)
+
+
+def test_a_finished_run_is_not_repeated(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for method in ("random", "dm"):
+        out = tmp_path / method
+        assert run(*flags(method, shared), "--out", str(out)) == 0
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        caplog.set_level("INFO")
+        assert run(*flags(method, shared), "--out", str(out)) == 0
+        assert f"{out} is finished: {METHODS[method].title}" in caplog.text
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_stopped_run_continues(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(*flags("dm", shared), "--out", str(whole)) == 0
+    method = METHODS["dm"]
+
+    def interrupted(options: Any, real: RealImages, network: ConvNet) -> Images | Learning:
+        learning = method.make(options, real, network)
+        assert isinstance(learning, Learning)
+
+        def step(iteration: int) -> float:
+            if iteration == 0:
+                signal.raise_signal(signal.SIGTERM)
+            return learning.step(iteration)
+
+        return dataclasses.replace(learning, step=step)
+
+    monkeypatch.setitem(METHODS, "dm", dataclasses.replace(method, make=interrupted))
+    words = [*flags("dm", shared), "--save_seconds", "1000", "--out", str(stopped)]
+    assert run(*words) == 128 + signal.SIGTERM
+    assert "stopped at iteration 1 of 2" in (said := capsys.readouterr().err)
+    assert f"continue with: python -m mtt_fast.baselines dm --out {stopped} --resume" in said
+    assert not (stopped / "summary.json").exists()
+    monkeypatch.setitem(METHODS, "dm", method)
+    assert run(*words) == 0  # the same command continues
+    assert torch.equal(set_of(whole).images, set_of(stopped).images)
+
+
+def test_a_diverged_run_keeps_its_last_checkpoint(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(*flags("dm", shared), "--out", str(out), "--lr_img", "1e38") == 2
+    assert re.search(r"iteration \d diverged \(loss (inf|nan)\); the last checkpoint is good", capsys.readouterr().err)
+    assert not (out / "summary.json").exists()
+
+
+MISTAKES = [
+    pytest.param(["herdin"], r"herdin: expected a method, .* \(did you mean herding\?\)", id="method"),
+    pytest.param(["dm", "--lr_imgs", "3"], r"unknown option \(did you mean --lr_img\?\)", id="flag"),
+    pytest.param(["random", "--ipc", "5000"], r"--ipc 5000: class 0 has only", id="too-many"),
+    pytest.param(["herding", "--ipc", "5000"], r"--ipc 5000: class 0 has only", id="too-many-before-the-expert"),
+    pytest.param(["dc", "--ipc", "3"], r"--ipc 3: the papers name loops", id="loops"),
+    pytest.param(["dsa", "--ipc", "1", "--dsa", "False"], r"--dsa False: .* run dc instead", id="dsa"),
+    pytest.param(["dm", "--lr_img", "0"], r"--lr_img 0.0: expected more than 0", id="rate"),
+    pytest.param(["ld", "--inner_batch_size", "0"], r"--inner_batch_size 0: expected at least 1", id="batch"),
+    pytest.param(["dd", "--resume"], r"--resume: there is no run in no folder", id="resume-without-a-folder"),
+    pytest.param(["dd", "--dsa_strategy", "blur"], r"--dsa_strategy blur", id="augmentation"),
+    pytest.param(["forgetting", "--expert_lr", "0"], r"expert learning rate 0.0", id="expert"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_mistakes_are_told_in_one_line(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    method, *rest = words
+    out = [] if "--resume" in words else ["--out", str(tmp_path / "run")]
+    assert run(method, *TOY, "--data_path", str(shared / "data"), *out, *rest) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_another_run_is_not_overwritten(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run(*flags("random", shared), "--out", str(out)) == 0
+    before = (out / "synthetic.safetensors").read_bytes()
+    assert run(*flags("random", shared), "--out", str(out), "--ipc", "1") == 2
+    assert "holds a run with --ipc 2, not 1" in capsys.readouterr().err
+    assert run(*flags("herding", shared), "--out", str(out)) == 2
+    assert "holds a run of random, not herding" in capsys.readouterr().err
+    assert (out / "synthetic.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_something_else_is_named(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method in ("dm", "dd"):
+        assert run(*flags(method, shared), "--out", str(tmp_path / method)) == 0
+    shutil.copy(tmp_path / "dm" / "checkpoint.safetensors", tmp_path / "dd" / "checkpoint.safetensors")
+    assert run("dd", "--out", str(tmp_path / "dd"), "--resume", "--Iteration", "8") == 2
+    assert "checkpoint.safetensors: not a checkpoint of this method" in capsys.readouterr().err
+
+
+def test_help_lists_the_methods_with_their_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    said = capsys.readouterr().out
+    for name, method in METHODS.items():
+        assert re.search(rf"^  {name} +{re.escape(method.paper)}$", said, re.MULTILINE)
+    with pytest.raises(SystemExit) as ended:
+        run("ld", "--help")
+    assert ended.value.code == 0
+    assert "--inner-batch-size" in capsys.readouterr().out.replace("_", "-")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_can_be(method: str) -> None:
+    METHODS[method].options().check()
