@@ -206,7 +206,9 @@ MISTAKES = [
     pytest.param(["dsa", "--ipc", "1", "--dsa", "False"], r"--dsa False: .* run dc instead", id="dsa"),
     pytest.param(["dm", "--lr_img", "0"], r"--lr_img 0.0: expected more than 0", id="rate"),
     pytest.param(["ld", "--inner_batch_size", "0"], r"--inner_batch_size 0: expected at least 1", id="batch"),
-    pytest.param(["dd", "--resume"], r"--resume: there is no run in no folder", id="resume-without-a-folder"),
+    pytest.param(
+        ["dd", "--resume"], r"--resume: expected the run's folder with --out, found none", id="resume-without-a-folder"
+    ),
     pytest.param(["dd", "--dsa_strategy", "blur"], r"--dsa_strategy blur", id="augmentation"),
     pytest.param(["forgetting", "--expert_lr", "0"], r"expert learning rate 0.0", id="expert"),
 ]

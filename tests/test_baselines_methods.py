@@ -17,7 +17,8 @@ from mtt_fast.baselines.dd import DdOptions, dd, step_batches
 from mtt_fast.baselines.dm import DmOptions, dm, embedding_distance
 from mtt_fast.baselines.forgetting import forgetting_events, most_forgotten, right_at_each_epoch
 from mtt_fast.baselines.gradient_distance import DISTANCES, Metric
-from mtt_fast.baselines.gradient_matching import DcOptions, DsaOptions, dc, matching_gradient
+from mtt_fast.baselines.gradient_matching import dc, matching_gradient
+from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
 from mtt_fast.baselines.herding import herd
 from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
 from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates

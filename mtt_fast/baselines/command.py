@@ -83,12 +83,11 @@ def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
     chosen = cli.parse_known(_Selection, argv, program)
     defaults: dict[str, Any] = {}
     if chosen.resume:
-        config = read_config(Path(chosen.out)) if chosen.out else None
+        if chosen.out is None:
+            raise InputError("--resume: expected the run's folder with --out, found none")
+        config = read_config(Path(chosen.out))
         if config is None:
-            raise InputError(
-                f"--resume: there is no run in {chosen.out or 'no folder'}; name its folder with --out, or start it "
-                "without --resume"
-            )
+            raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
         defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
     options = cli.parse(METHODS[name].options, argv, program, defaults)
     options.check()
