@@ -19,6 +19,7 @@ from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.results import percent
+from mtt_fast.compress import compress
 from mtt_fast.convnet import ConvNet
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.files import load_tensors
@@ -111,6 +112,19 @@ def test_chosen_images_are_real_ones_of_their_class(shared: Path, tmp_path: Path
             assert (members == picture).all(dim=(1, 2, 3)).any()
         assert len(pictures.flatten(1).unique(dim=0)) == 20
     assert len(TrajectoryStore(shared / "buffers" / "digits" / "ConvNetD1W4")) == 1
+
+
+def test_experts_that_do_not_fit_are_refused(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*flags("herding", shared), "--out", str(tmp_path / "herding")) == 0  # there is an expert now
+    experts = shared / "buffers" / "digits" / "ConvNetD1W4"
+    compress(experts, tmp_path / "few" / "digits" / "ConvNetD1W4", 2)
+    words = [*flags("forgetting", shared), "--buffer_path", str(tmp_path / "few"), "--out", str(tmp_path / "run")]
+    assert run(*words) == 2
+    assert "the expert is compressed" in capsys.readouterr().err
+    shutil.copytree(experts, tmp_path / "other" / "digits" / "ConvNetD1W5")
+    words = [*words, "--model", "ConvNetD1W5", "--buffer_path", str(tmp_path / "other")]
+    assert run(*words, "--out", str(tmp_path / "other-run")) == 2
+    assert "the expert is of another network" in capsys.readouterr().err
 
 
 def test_the_centres_of_pixels_are_the_means_of_their_clusters(shared: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import first_expert
 from mtt_fast.convnet import ConvNet
+from mtt_fast.errors import InputError
 from mtt_fast.options import RealImages
 from mtt_fast.seeding import generator_for
 from mtt_fast.training import Images
@@ -30,6 +31,11 @@ def forgetting(options: TrainedNetworkOptions, real: RealImages, network: ConvNe
     """
     members = class_members(real, options.ipc)
     store = first_expert(options, real, network)
+    if store.course(0) is not None:
+        raise InputError(
+            f"{store.folder}: the expert is compressed, so it is not known what it forgot between its waypoints; give the "
+            "--buffer_path of whole experts"
+        )
     events = forgetting_events(right_at_each_epoch(store, real.train, network))
     generator = generator_for(options.seed, "forgetting")
     chosen = torch.cat([most_forgotten(indices, events, options.ipc, generator) for indices in members])
