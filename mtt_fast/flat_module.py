@@ -55,6 +55,8 @@ class FlatModule:
         self._kind = type(module).__name__
         self._module = tracked
         self._trained = _Stateless(_without_running_statistics(tracked))
+        features = _without_last_linear(self._trained.module)
+        self._features = None if features is None else _Stateless(features)
         self._tracked, self._tested = _Stateless(tracked), _Stateless(_with_the_same_tensors(tracked).eval())
 
     @property
@@ -76,6 +78,15 @@ class FlatModule:
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
         """Return the module's output for `images` under the parameters `theta` (P,)."""
         return self._trained(self._parameters(theta), images)
+
+    def embed(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return what the module's last linear layer sees of `images`, (n, F), as the module's own mode has it.
+
+        Raises `InputError` for a module without a linear layer.
+        """
+        if self._features is None:
+            raise InputError(f"embed: expected a network with a linear layer, found none in {self._kind}")
+        return self._features(self._parameters(theta), images)
 
     @torch.no_grad()
     def track(self, theta: Tensor, images: Tensor, statistics: Tensor) -> Tensor:
@@ -142,20 +153,20 @@ class _Stateless:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self.module = module
         self._idle: list[nn.Module] = []
 
     def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         like = next(iter(tensors.values()), images)
         buffers = {
             name: buffer.to(like) if buffer.is_floating_point() else buffer.to(like.device)
-            for name, buffer in self._module.named_buffers()
+            for name, buffer in self.module.named_buffers()
             if name not in tensors
         }
         try:
             module = self._idle.pop()  # atomic, as is append
         except IndexError:
-            module = _with_the_same_tensors(self._module)
+            module = _with_the_same_tensors(self.module)
         try:
             output = functional_call(module, tensors | buffers, (images,))
         finally:
@@ -178,6 +189,16 @@ def _without_running_statistics(module: nn.Module) -> nn.Module:
         if isinstance(part, _BatchNorm) and part.training:
             part.running_mean = part.running_var = part.num_batches_tracked = None
             part.track_running_stats = False
+    return module
+
+
+def _without_last_linear(module: nn.Module) -> nn.Module | None:
+    """Return a copy that returns what the last linear layer is given, or None if there is no such layer."""
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name]
+    if not names:
+        return None
+    module = _with_the_same_tensors(module)
+    module.set_submodule(names[-1], nn.Identity())
     return module
 
 

@@ -78,3 +78,15 @@ def test_active_dropout_is_refused() -> None:
     with pytest.raises(InputError, match="layer 1 draws random numbers"):
         FlatModule(module)
     FlatModule(module.eval())
+
+
+def test_the_embedding_is_what_the_last_linear_layer_sees() -> None:
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    net, images = FlatModule(module), torch.randn(4, 3, 2, 2)
+    theta = torch.randn(net.num_parameters)
+    embedding = net.embed(theta, images)
+    weight, bias = theta[-18:-3].view(3, 5), theta[-3:]
+    torch.testing.assert_close(embedding @ weight.T + bias, net(theta, images))
+    assert embedding.shape == (4, 5)
+    with pytest.raises(InputError, match="expected a network with a linear layer, found none in Sequential"):
+        FlatModule(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1))).embed(torch.zeros(8), images)

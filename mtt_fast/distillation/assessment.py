@@ -17,6 +17,7 @@ from mtt_fast.distillation.initial import initial_images
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.labels import experts_at, mean_teacher_labels
 from mtt_fast.evaluate import REAL_IMAGES_LR, as_training_images, random_subset
+from mtt_fast.evaluation_records import accuracy_by_network, accuracy_record, measured, percent
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import StopRequest
 from mtt_fast.models import Trainable
@@ -122,13 +123,7 @@ def _measure(job: Job, state: State, kind: str, synthetic: SyntheticDataset, sto
     if result.mean > best:
         synthetic.save(job.folder / _TESTED[kind].best)
     synthetic.save(job.folder / _TESTED[kind].last)
-    by_network = {
-        f"{key}/{name}": value
-        for name, found in results.items()
-        if len(results) > 1
-        for key, value in (("accuracy_mean", found.mean), ("accuracy_std", found.std))
-    }
-    job.metrics.write(kind, state.iteration, **_measured(result), **by_network)
+    job.metrics.write(kind, state.iteration, **measured(results))
 
 
 def _draw(job: Job, state: State, synthetic: SyntheticDataset) -> None:
@@ -140,7 +135,7 @@ def _draw(job: Job, state: State, synthetic: SyntheticDataset) -> None:
     for iteration, pictures in {0: began.pictures(), state.iteration: synthetic.pictures()}.items():
         title = _BEGUN_WITH[options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"
         record = metrics.find("evaluation", iteration)
-        accuracy = f": networks trained on them reach {_percent(record)}" if record else ""
+        accuracy = f": networks trained on them reach {percent(record)}" if record else ""
         panels.append((f"{job.real.data.name}, {options.ipc} a class, {title}{accuracy}", pictures))
     save_grid(job.folder / "images.png", panels, synthetic.classes, job.real.data.class_names)
     save_snapshot(
@@ -169,13 +164,13 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
             "text": text,
             "method": recipe_about(options.recipe)["method"] if options.recipe else "MTT",
             "accuracy": {
-                **{tested.name: _accuracy_record(records[-1]) for tested, records in evaluations.items()},
-                "random_real_images": _accuracy_record(baseline) | {"lr": REAL_IMAGES_LR},
+                **{tested.name: accuracy_record(records[-1]) for tested, records in evaluations.items()},
+                "random_real_images": accuracy_record(baseline) | {"lr": REAL_IMAGES_LR},
                 "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
                 **{tested.best_name: _best_record(records) for tested, records in evaluations.items()},
             },
             "accuracy_by_network": {
-                tested.name: _by_network(records[-1], next(iter(job.evaluated)))
+                tested.name: accuracy_by_network(records[-1], next(iter(job.evaluated)))
                 for tested, records in evaluations.items()
             },
             "protocol": options.evaluation_protocol().record(),
@@ -214,13 +209,13 @@ def _evaluate_baseline(job: Job, state: State, stop: StopRequest) -> dict[str, A
         name="random real images",
     )
     state.seconds_evaluation += time.monotonic() - began
-    job.metrics.write("baseline", state.iteration, **_measured(result))
+    job.metrics.write("baseline", state.iteration, **measured({"": result}))
     return job.metrics.records[-1]
 
 
 def _best_record(records: list[dict[str, Any]]) -> dict[str, Any]:
     best = max(records, key=lambda record: float(record["accuracy_mean"]))
-    return _accuracy_record(best) | {"iteration": best["iteration"]}
+    return accuracy_record(best) | {"iteration": best["iteration"]}
 
 
 def _evaluate(
@@ -243,28 +238,5 @@ def _evaluate(
     )  # fmt: skip
 
 
-def _measured(result: Accuracy) -> dict[str, float | int]:
-    label = {"best_epoch": 1} if result.best_epoch else {}
-    return {"accuracy_mean": result.mean, "accuracy_std": result.std, "networks": len(result.values), **label}
-
-
-def _by_network(record: dict[str, Any], first: str) -> dict[str, dict[str, Any]]:
-    """Return the accuracies by network of one line of metrics.jsonl; `first` is the network of one that names none."""
-    names = [key.partition("/")[2] for key in record if key.startswith("accuracy_mean/")]
-    return {
-        name: _accuracy_record(record | {key: record[f"{key}/{name}"] for key in ("accuracy_mean", "accuracy_std")})
-        for name in names
-    } or {first: _accuracy_record(record)}
-
-
-def _accuracy_record(record: dict[str, Any]) -> dict[str, Any]:
-    label = {"epoch": "best"} if record.get("best_epoch") else {}
-    return {"mean": record["accuracy_mean"], "std": record["accuracy_std"], "n": record["networks"], **label}
-
-
 def _labelled(record: dict[str, Any]) -> str:
-    return _percent(record) + (" (best epoch)" if record.get("best_epoch") else "")
-
-
-def _percent(record: dict[str, Any]) -> str:
-    return f"{100 * record['accuracy_mean']:.2f} % ± {100 * record['accuracy_std']:.2f}"
+    return percent(record) + (" (best epoch)" if record.get("best_epoch") else "")

@@ -53,6 +53,10 @@ class Trainable(Network, Protocol):
         """Return parameters (P,) to start from, drawn from `generator` alone."""
         ...
 
+    def embed(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return what the last linear layer sees of `images` (n, C, H, W), (n, F)."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Return what the network is, as a record."""
         ...
