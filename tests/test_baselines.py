@@ -18,11 +18,10 @@ from mtt_fast import SyntheticDataset, TrajectoryStore, cli
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
 from mtt_fast.baselines.method import Learning
-from mtt_fast.baselines.results import percent
 from mtt_fast.compress import compress
-from mtt_fast.convnet import ConvNet
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.files import load_tensors
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.training import Images
 
@@ -69,7 +68,11 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
     assert summary["method"] == METHODS[method].title
     assert 0 < summary["accuracy"]["distilled"]["mean"] <= 1
     assert summary["accuracy"]["distilled"]["n"] == 2
-    assert summary["text"] == f"{METHODS[method].title} {percent(summary['accuracy']['distilled'])}"
+    assert summary["text"].startswith(
+        f"{METHODS[method].title} {100 * summary['accuracy']['distilled']['mean']:.2f} % ±"
+    )
+    assert summary["distilled_by_network"] == {"ConvNetD1W4": summary["accuracy"]["distilled"]}
+    assert summary["protocol"]["name"] == "mtt"
     assert summary["options"]["ipc"] == 2
     assert summary["command"].startswith(f"python -m mtt_fast.baselines {method} --dataset digits")
     assert summary["versions"]["torch"] == torch.__version__
@@ -138,6 +141,16 @@ def test_the_centres_of_pixels_are_the_means_of_their_clusters(shared: Path, tmp
         torch.testing.assert_close(picture.double(), members.mean(0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "dd", "ld"])
+def test_other_networks_and_pools(method: str, shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [*flags(method, shared), "--model", "MLP", "--eval_mode", "C", "--protocol", "datm", "--Iteration", "1"]
+    words = words[:-2] if method == "kmeans" else words
+    assert run(*words, "--out", str(out)) == 0
+    assert list(summary_of(out)["distilled_by_network"]) == ["MLP", "ConvNet"]
+    assert summary_of(out)["protocol"]["batch_size"] == 128
+
+
 def test_a_set_is_evaluated_again_to_the_same_end(
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,7 +193,7 @@ def test_a_stopped_run_continues(
     assert run(*flags("dm", shared), "--out", str(whole)) == 0
     method = METHODS["dm"]
 
-    def interrupted(options: Any, real: RealImages, network: ConvNet) -> Images | Learning:
+    def interrupted(options: Any, real: RealImages, network: Trainable) -> Images | Learning:
         learning = method.make(options, real, network)
         assert isinstance(learning, Learning)
 
@@ -218,6 +231,8 @@ MISTAKES = [
     pytest.param(["herding", "--ipc", "5000"], r"--ipc 5000: class 0 has only", id="too-many-before-the-expert"),
     pytest.param(["dc", "--ipc", "3"], r"--ipc 3: the papers name loops", id="loops"),
     pytest.param(["dsa", "--ipc", "1", "--dsa", "False"], r"--dsa False: .* run dc instead", id="dsa"),
+    pytest.param(["dc", "--model", "ConvNetD1W4BN", "--ipc", "1"], r"--model ConvNetD1W4BN: its batch norm", id="norm"),
+    pytest.param(["random", "--protocol", "mine"], r"--protocol mine: expected mtt", id="protocol"),
     pytest.param(["dm", "--lr_img", "0"], r"--lr_img 0.0: expected more than 0", id="rate"),
     pytest.param(["ld", "--inner_batch_size", "0"], r"--inner_batch_size 0: expected at least 1", id="batch"),
     pytest.param(

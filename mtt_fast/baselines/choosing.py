@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from mtt_fast.baselines.results import Job, accuracy_of, as_set, record_of, save_pictures, write_summary
+from mtt_fast.baselines.results import Job, as_set, evaluated, save_pictures, write_summary
 from mtt_fast.interrupts import stop_request
 from mtt_fast.training import Images
 
@@ -20,6 +20,6 @@ def evaluate_chosen(job: Job, images: Images, seconds: float) -> None:
     made.save(job.folder / "synthetic.safetensors")
     began = time.monotonic()
     with stop_request() as stop:
-        found = record_of(accuracy_of(job, made, 0, stop))
-    save_pictures(job, {job.method.title: made}, [found])
-    write_summary(job, made, {"distilled": found}, 0, seconds, time.monotonic() - began)
+        evaluation = evaluated(job, made, 0, stop)
+    save_pictures(job, {job.method.title: made}, [evaluation])
+    write_summary(job, made, evaluation, {}, 0, {"iterations": seconds, "evaluations": time.monotonic() - began})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mtt_fast import cli
-from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
+from mtt_fast.arithmetic import arithmetic, describe_arithmetic
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "python -m mtt_fast.baselines"
 NOT_PART_OF_THE_RESULT = {
-    "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "download", "data_path", "packed_path",
+    "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "download", "data_path", "packed_path",
     "buffer_path", "device", "networks_at_once", "save_seconds",
 }  # fmt: skip
 """Options that may differ when a run goes on."""
@@ -117,7 +117,12 @@ def _finished(folder: Path, options: BaselineOptions) -> dict[str, Any] | None:
 def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, command: str) -> None:
     data = options.load_data()
     network = options.network(data)
-    precision = precision_on(device, network, options.precision)
+    if network.mixes_samples and name != "random":
+        raise InputError(
+            f"--model {options.model}: its batch norm uses the statistics of each batch, which small sets do not have; make the "
+            "set with a network without, and evaluate it on this one with python -m mtt_fast.evaluate"
+        )
+    evaluated = options.evaluated_networks(data)  # one that does not fit the images is told before any work
     real = real_images(data, options.zca, device)
     method = METHODS[name]
     with only_user(folder):
@@ -127,7 +132,7 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
             folder, method.title, options.ipc * data.num_classes, data.name, options.model, network.num_parameters,
             describe_arithmetic(device, network, options.precision), device_name(device),
         )  # fmt: skip
-        job = Job(f"{PROGRAM} {name}", method, options, folder, real, network, precision, command)
+        job = Job(f"{PROGRAM} {name}", method, options, folder, real, network, evaluated, command)
         began = time.monotonic()
         made = method.make(options, real, network)
         if isinstance(made, Learning):

@@ -19,8 +19,8 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import LearnedImagesOptions, more_than_zero
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
-from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages, at_least
 from mtt_fast.seeding import generator_for
 from mtt_fast.unroll import unroll
@@ -75,7 +75,7 @@ class DdOptions(LearnedImagesOptions):
             )
 
 
-def dd(options: DdOptions, real: RealImages, network: ConvNet) -> Learning:
+def dd(options: DdOptions, real: RealImages, network: Trainable) -> Learning:
     """Return the learning of --ipc images of each class, and of a rate for each step.
 
     Evaluations by the common protocol take the mean of the rates; the method's own training takes each in its step.

@@ -16,7 +16,7 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
-from mtt_fast.convnet import ConvNet
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.seeding import generator_for
 
@@ -28,7 +28,7 @@ class DmOptions(LearnedImagesOptions):
     """Learn images whose mean embedding, in random networks, is that of real images."""
 
 
-def dm(options: DmOptions, real: RealImages, network: ConvNet) -> Learning:
+def dm(options: DmOptions, real: RealImages, network: Trainable) -> Learning:
     """Return the learning of --ipc images of each class."""
     members = class_members(real, options.ipc)
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
@@ -54,7 +54,7 @@ def dm(options: DmOptions, real: RealImages, network: ConvNet) -> Learning:
     return Learning(images, start.labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
 
 
-def embedding_distance(network: ConvNet, theta: Tensor, images: Tensor, real: Tensor) -> Tensor:
+def embedding_distance(network: Trainable, theta: Tensor, images: Tensor, real: Tensor) -> Tensor:
     """Return |mean embedding of `images` − mean embedding of `real`|², (): of one class, under `theta` (P,)."""
     with torch.no_grad():
         wanted = network.embed(theta, real).mean(dim=0)

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import first_expert
-from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.seeding import generator_for
 from mtt_fast.training import Images
@@ -23,7 +23,7 @@ from mtt_fast.trajectories import TrajectoryStore
 _BLOCK = 500  # images looked at together
 
 
-def forgetting(options: TrainedNetworkOptions, real: RealImages, network: ConvNet) -> Images:
+def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:
     """Return the --ipc images of each class with the most forgetting events; among equals, chance decides.
 
     The paper looks at an image whenever a batch brings it, once an epoch; here it is after each epoch, without
@@ -43,7 +43,7 @@ def forgetting(options: TrainedNetworkOptions, real: RealImages, network: ConvNe
 
 
 @torch.no_grad()
-def right_at_each_epoch(store: TrajectoryStore, images: Images, network: ConvNet) -> Tensor:
+def right_at_each_epoch(store: TrajectoryStore, images: Images, network: Trainable) -> Tensor:
     """Return which of `images` the first expert gets right after epoch 1, 2, …: (epochs, n) bool, on the CPU."""
     right = torch.empty(store.epochs(0), len(images), dtype=torch.bool)
     for epoch in tqdm(range(len(right)), desc="forgetting", unit="epoch", leave=False):

@@ -25,30 +25,30 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.choice import student_for
-from mtt_fast.convnet import ConvNet
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.seeding import generator_for
 from mtt_fast.student import Student
 from mtt_fast.training import Images, Sgd, epoch_on
 
 
-def dc(options: DcOptions, real: RealImages, network: ConvNet) -> Learning:
+def dc(options: DcOptions, real: RealImages, network: Trainable) -> Learning:
     """Return the learning of --ipc images of each class without augmentation; evaluations have it all the same."""
     return _learning(options, real, network, "none")
 
 
-def dsa(options: DsaOptions, real: RealImages, network: ConvNet) -> Learning:
+def dsa(options: DsaOptions, real: RealImages, network: Trainable) -> Learning:
     """Return the learning of --ipc images of each class with siamese augmentation."""
     return _learning(options, real, network, options.strategy)
 
 
-def _learning(options: DcOptions, real: RealImages, network: ConvNet, strategy: str) -> Learning:
+def _learning(options: DcOptions, real: RealImages, network: Trainable, strategy: str) -> Learning:
     members = class_members(real, options.ipc)
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     images, labels = start.pixels, start.labels
     optimiser = torch.optim.SGD([images], lr=options.lr_img, momentum=PIXEL_MOMENTUM)
     student = student_for(network, images.device, precision=precision_on(images.device, network, options.precision))
-    sgd = Sgd(options.lr_net, batch_size=options.batch_train)
+    sgd = Sgd(options.lr_net, batch_size=options.batch_size)
     train = epoch_on(student, Images(images, labels), sgd, augment_by_strategy(strategy))
     outer_loop, inner_loop = options.loops()
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
-from mtt_fast.convnet import ConvNet
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.training import Images
 
 
-def herding(options: TrainedNetworkOptions, real: RealImages, network: ConvNet) -> Images:
+def herding(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:
     """Return --ipc images of each class, in the order in which they were chosen. There is nothing random in it."""
     members = class_members(real, options.ipc)
     theta = trained_parameters(options, real, network)

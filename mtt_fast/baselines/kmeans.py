@@ -16,8 +16,8 @@ from tqdm import tqdm
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
-from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.seeding import generator_for
 from mtt_fast.training import Images
@@ -33,7 +33,7 @@ class KmeansOptions(TrainedNetworkOptions):
     """nearest: real images nearest to the centres of embeddings; centres: the centres of pixels themselves"""
 
 
-def kmeans(options: KmeansOptions, real: RealImages, network: ConvNet) -> Images:
+def kmeans(options: KmeansOptions, real: RealImages, network: Trainable) -> Images:
     """Return one image for each of --ipc clusters of each class."""
     members = class_members(real, options.ipc)
     generator = generator_for(options.seed, "kmeans")
@@ -41,7 +41,7 @@ def kmeans(options: KmeansOptions, real: RealImages, network: ConvNet) -> Images
 
 
 def _nearest(
-    options: KmeansOptions, real: RealImages, network: ConvNet, members: list[Tensor], generator: torch.Generator
+    options: KmeansOptions, real: RealImages, network: Trainable, members: list[Tensor], generator: torch.Generator
 ) -> Images:
     theta = trained_parameters(options, real, network)
     chosen = [
@@ -52,7 +52,7 @@ def _nearest(
 
 
 def _centres(
-    options: KmeansOptions, real: RealImages, network: ConvNet, members: list[Tensor], generator: torch.Generator
+    options: KmeansOptions, real: RealImages, network: Trainable, members: list[Tensor], generator: torch.Generator
 ) -> Images:
     train, centres = real.train, []
     for indices in tqdm(members, desc="cluster", unit="class", leave=False):

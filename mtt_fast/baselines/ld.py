@@ -20,7 +20,7 @@ from mtt_fast.baselines.options import IterativeOptions, more_than_zero
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
 from mtt_fast.choice import student_for
-from mtt_fast.convnet import ConvNet
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages, at_least
 from mtt_fast.seeding import generator_for
 
@@ -49,7 +49,7 @@ class LdOptions(IterativeOptions):
         )
 
 
-def ld(options: LdOptions, real: RealImages, network: ConvNet) -> Learning:
+def ld(options: LdOptions, real: RealImages, network: Trainable) -> Learning:
     """Return the learning of labels, probabilities (n, classes), for --ipc random images of each class."""
     images, classes = starting_images(real, options.ipc, "real", options.seed).pixels, real.data.num_classes
     device, count = images.device, len(images)

@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from mtt_fast.baselines.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mtt_fast.baselines.method import Learning
-from mtt_fast.baselines.results import Job, accuracy_of, as_set, record_of, save_pictures, write_summary
+from mtt_fast.baselines.results import Job, as_set, evaluated, save_pictures, write_summary
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import Accuracy
+from mtt_fast.evaluation_records import accuracy_record, measured
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.pictures import save_curves, save_snapshot
+from mtt_fast.protocols import Accuracy
 from mtt_fast.run_folder import HISTORY, MetricsLog
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
@@ -89,16 +90,15 @@ def _assess(
 ) -> None:
     """Test fresh networks on the set as it is now, and write it and its pictures."""
     began, made, iteration = time.monotonic(), _set(job, learning, progress.iteration), progress.iteration
-    found = record_of(accuracy_of(job, made, iteration, stop))
+    found = evaluated(job, made, iteration, stop)
     progress.seconds_evaluation += time.monotonic() - began
     best = max((record["accuracy_mean"] for record in _evaluations(metrics)), default=-1.0)
-    if found["mean"] > best:
+    if found["accuracy_mean"] > best:
         made.save(job.folder / "best.safetensors")
     made.save(job.folder / "synthetic.safetensors")
-    metrics.write("evaluation", iteration, accuracy_mean=found["mean"], accuracy_std=found["std"], networks=found["n"])
+    metrics.write("evaluation", iteration, **found)
     panels = {"at the start": start, f"{job.method.title}, {iteration} iterations": made}
-    first = metrics.find("evaluation", 0)
-    save_pictures(job, panels, [first and _record(first), found])
+    save_pictures(job, panels, [metrics.find("evaluation", 0), found])
     save_snapshot(job.folder / HISTORY / f"iteration_{iteration:06d}.png", made.pictures(), job.classes)
     save_curves(job.folder / "curves.png", metrics.records)
 
@@ -106,14 +106,12 @@ def _assess(
 def _summarise(job: Job, learning: Learning, progress: Progress, metrics: MetricsLog) -> None:
     evaluations = _evaluations(metrics)
     best = max(evaluations, key=lambda record: float(record["accuracy_mean"]))
-    found = {
-        "distilled": _record(evaluations[-1]),
-        "best_evaluation_chosen_on_the_test_images": _record(best) | {"iteration": best["iteration"]},
-    }
+    others = {"best_evaluation_chosen_on_the_test_images": accuracy_record(best) | {"iteration": best["iteration"]}}
     if learning.own_training is not None:
-        found["own_training"] = record_of(_own_accuracy(job, learning))
+        others["own_training"] = accuracy_record(measured({"": _own_accuracy(job, learning)}))
+    seconds = {"iterations": progress.seconds, "evaluations": progress.seconds_evaluation}
     made = _set(job, learning, progress.iteration)
-    write_summary(job, made, found, progress.iteration, progress.seconds, progress.seconds_evaluation)
+    write_summary(job, made, evaluations[-1], others, progress.iteration, seconds)
 
 
 def _own_accuracy(job: Job, learning: Learning) -> Accuracy:
@@ -127,10 +125,6 @@ def _own_accuracy(job: Job, learning: Learning) -> Accuracy:
 
 def _evaluations(metrics: MetricsLog) -> list[dict[str, Any]]:
     return [record for record in metrics.records if record["kind"] == "evaluation"]
-
-
-def _record(evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {"mean": evaluation["accuracy_mean"], "std": evaluation["accuracy_std"], "n": evaluation["networks"]}
 
 
 def _bar(job: Job, progress: Progress) -> tqdm:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.baselines.options import BaselineOptions
-from mtt_fast.convnet import ConvNet
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.training import Images
 
@@ -32,7 +32,7 @@ class Learning:
     """parameters (P,) of a fresh network after the method's own steps on the set, where it has such"""
 
 
-Make = Callable[[Any, RealImages, ConvNet], Images | Learning]
+Make = Callable[[Any, RealImages, Trainable], Images | Learning]
 """From options (of the method's own kind), real images and a network to what is chosen, or to be learned."""
 
 

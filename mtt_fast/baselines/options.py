@@ -8,13 +8,14 @@ from typing import Literal
 
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import REAL_IMAGES_LR, EvaluationProtocol
+from mtt_fast.evaluate import REAL_IMAGES_LR
 from mtt_fast.experts import ExpertTraining, checked
-from mtt_fast.options import CommonOptions, at_least
+from mtt_fast.options import EvaluationOptions, at_least
+from mtt_fast.protocols import EvaluationProtocol
 
 
 @dataclass(frozen=True)
-class BaselineOptions(CommonOptions):
+class BaselineOptions(EvaluationOptions):
     """Make a small training set, and evaluate it."""
 
     out: str | None = None
@@ -26,35 +27,26 @@ class BaselineOptions(CommonOptions):
     """images a class"""
     lr_net: float = REAL_IMAGES_LR
     """learning rate of networks that train on the set"""
-    num_eval: int = 5
-    """networks in an evaluation"""
-    epoch_eval_train: int = 1000
-    """epochs of each"""
 
     def folder(self, method: str) -> Path:
         """Return the run folder."""
         return Path(self.out or Path("runs") / f"{method}-{Path(self.subset or self.dataset).name}-ipc{self.ipc}")
 
-    def protocol(self) -> EvaluationProtocol:
-        """Return the evaluation protocol, which is that of distilled sets."""
-        return EvaluationProtocol(epochs=self.epoch_eval_train, batch_size=self.batch_train, augment=self.strategy)
+    @property
+    def batch_size(self) -> int:
+        """Batch size for training networks other than those of an evaluation."""
+        return self.batch_train or EvaluationProtocol.batch_size
 
     def complaint(self) -> str | None:
         """Return what is wrong with the first option that cannot be, or None."""
-        return (
-            at_least(
-                1, ipc=self.ipc, num_eval=self.num_eval, batch_train=self.batch_train,
-                networks_at_once=self.networks_at_once,
-            )
-            or at_least(0, epoch_eval_train=self.epoch_eval_train)
-            or more_than_zero(lr_net=self.lr_net)
-        )  # fmt: skip
+        return at_least(1, ipc=self.ipc, networks_at_once=self.networks_at_once) or more_than_zero(lr_net=self.lr_net)
 
     def check(self) -> None:
         """Raise `InputError` for the first option that cannot be."""
         complaint = self.complaint()
         if complaint:
             raise InputError(complaint)
+        self.evaluation_protocol()
         augment_by_strategy(self.strategy)
 
 
@@ -78,7 +70,7 @@ class TrainedNetworkOptions(BaselineOptions):
     def expert(self) -> ExpertTraining:
         """Return how the expert is trained if there is none. Raises `InputError` for values that cannot be."""
         training = ExpertTraining(
-            self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_train, self.strategy
+            self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_size, self.strategy
         )
         return checked(training)
 

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.arithmetic import describe_arithmetic
+from mtt_fast.arithmetic import describe_arithmetic, precision_on
 from mtt_fast.baselines.method import Method
-from mtt_fast.convnet import ConvNet
-from mtt_fast.evaluate import Accuracy, as_training_images, evaluate
+from mtt_fast.evaluate import as_training_images
+from mtt_fast.evaluation_records import accuracy_by_network, accuracy_record, measured, percent
 from mtt_fast.files import write_json
 from mtt_fast.interrupts import StopRequest
-from mtt_fast.kernels import Precision
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.pictures import save_grid
+from mtt_fast.protocols import evaluate
 from mtt_fast.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.run_folder import SUMMARY
 from mtt_fast.synthetic import SyntheticDataset
@@ -38,8 +39,9 @@ class Job:
     options: Any  # of the method's kind
     folder: Path
     real: RealImages
-    network: ConvNet
-    precision: Precision
+    network: Trainable
+    evaluated: dict[str, Trainable]
+    """the networks of an evaluation by name; the first decides which set is best"""
     command: str
 
     @property
@@ -65,14 +67,24 @@ def as_set(job: Job, images: Tensor, labels: Tensor, lr: Tensor, iterations: int
     )
 
 
-def accuracy_of(job: Job, made: SyntheticDataset, iteration: int, stop: StopRequest) -> Accuracy:
-    """Test fresh networks that were trained on the set by the protocol of distilled sets."""
-    images = as_training_images(made, job.real.test.labels.device)
-    return evaluate(
-        job.network, lambda _: images, job.real.test, float(made.lr), job.options.protocol(),
-        networks=job.options.num_eval, seed=job.options.seed, place=(iteration,), stop=stop, precision=job.precision,
-        at_once=job.options.networks_at_once,
-    )  # fmt: skip
+def evaluated(job: Job, made: SyntheticDataset, iteration: int, stop: StopRequest) -> dict[str, float | int]:
+    """Train fresh networks on the set by the protocol of distilled sets; return what they reach as a line of metrics.jsonl.
+
+    They are those that --eval_mode names.
+    """
+    options, test = job.options, job.real.test
+    images = as_training_images(made, test.labels.device)
+    results = {
+        name: evaluate(
+            network, lambda _: images, test, float(made.lr), options.evaluation_protocol(),
+            networks=options.num_eval, seed=options.seed, place=(iteration,), name=name, stop=stop,
+            precision=precision_on(test.labels.device, network, options.precision), at_once=options.networks_at_once,
+        )
+        for name, network in job.evaluated.items()
+    }  # fmt: skip
+    for name, result in results.items():
+        log.info("%s, iteration %d, %s: %s", job.method.title, iteration, name, result)
+    return measured(results)
 
 
 def save_pictures(
@@ -89,26 +101,30 @@ def save_pictures(
 def write_summary(
     job: Job,
     made: SyntheticDataset,
-    accuracy: Mapping[str, dict[str, Any]],
+    evaluation: dict[str, Any],
+    others: Mapping[str, dict[str, Any]],
     iterations: int,
-    seconds: float,
-    seconds_evaluation: float,
+    seconds: Mapping[str, float],
 ) -> None:
     """Write summary.json, with the fields that a distillation's has: the run is finished.
 
-    `accuracy` has a record (mean, std, n) for "distilled", the set by the protocol of distilled sets, and others.
+    `evaluation` is a line of metrics.jsonl, the set's by the protocol of distilled sets; `others` are records of other
+    accuracies by their names, and `seconds` are those of "iterations" and of "evaluations".
     """
     device = job.real.test.labels.device
-    text = f"{job.method.title} {percent(accuracy['distilled'])}"
+    distilled, (first, *_) = accuracy_record(evaluation), job.evaluated
+    text = f"{job.method.title} {percent(evaluation)}"
     write_json(
         job.folder / SUMMARY,
         {
             "text": text,
             "method": job.method.title,
-            "accuracy": dict(accuracy),
+            "accuracy": {"distilled": distilled, **others},
+            "distilled_by_network": accuracy_by_network(evaluation) or {first: distilled},
+            "protocol": job.options.evaluation_protocol().record(),
             "iterations": iterations,
             "learning_rate": float(made.lr),
-            "seconds": {"iterations": seconds, "evaluations": seconds_evaluation},
+            "seconds": dict(seconds),
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),
             "arithmetic": describe_arithmetic(device, job.network, job.options.precision),
@@ -118,13 +134,3 @@ def write_summary(
         },
     )
     log.info("%s: %s", job.folder, text)
-
-
-def record_of(accuracy: Accuracy) -> dict[str, Any]:
-    """Return mean, std and n."""
-    return {"mean": accuracy.mean, "std": accuracy.std, "n": len(accuracy.values)}
-
-
-def percent(record: Mapping[str, Any]) -> str:
-    """Return an accuracy's record as text."""
-    return f"{100 * record['mean']:.2f} % ± {100 * record['std']:.2f}"

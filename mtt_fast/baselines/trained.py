@@ -10,15 +10,15 @@ from tqdm import tqdm
 
 from mtt_fast.arithmetic import precision_on
 from mtt_fast.baselines.options import TrainedNetworkOptions
-from mtt_fast.convnet import ConvNet
 from mtt_fast.experts import train_missing_experts
+from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages, buffer_folder
 from mtt_fast.trajectories import TrajectoryStore, check_compatible
 
 _BLOCK = 500  # images looked at together
 
 
-def first_expert(options: TrainedNetworkOptions, real: RealImages, network: ConvNet) -> TrajectoryStore:
+def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> TrajectoryStore:
     """Return a store with at least one expert, which is trained now if there is none.
 
     Raises `InputError` if the expert that is there is of another network, data set or whitening.
@@ -37,14 +37,14 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Conv
     return store
 
 
-def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network: ConvNet) -> Tensor:
+def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Tensor:
     """Return the parameters (P,), on the images' device, of the first expert after its last epoch."""
     store = first_expert(options, real, network)
     return store.read(0, store.epochs(0)).to(real.train.labels.device)
 
 
 def embeddings_by_class(
-    real: RealImages, network: ConvNet, theta: Tensor, members: list[Tensor]
+    real: RealImages, network: Trainable, theta: Tensor, members: list[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each class's members and what the classifier of `network` sees of them, (n, F) float32 on the CPU."""
     for indices in tqdm(members, desc="embed", unit="class", leave=False):
@@ -52,7 +52,7 @@ def embeddings_by_class(
 
 
 @torch.no_grad()
-def embedded(real: RealImages, network: ConvNet, theta: Tensor, indices: Tensor) -> Tensor:
+def embedded(real: RealImages, network: Trainable, theta: Tensor, indices: Tensor) -> Tensor:
     """Return what the classifier of `network` sees of the training images at `indices`, (n, F), on the CPU."""
     seen = (real.train.batch(block.to(theta.device))[0] for block in indices.split(_BLOCK))
     return torch.cat([network.embed(theta, images).cpu() for images in seen])
