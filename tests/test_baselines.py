@@ -71,7 +71,7 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
     assert summary["text"].startswith(
         f"{METHODS[method].title} {100 * summary['accuracy']['distilled']['mean']:.2f} % ±"
     )
-    assert summary["distilled_by_network"] == {"ConvNetD1W4": summary["accuracy"]["distilled"]}
+    assert summary["accuracy_by_network"] == {"distilled": {"ConvNetD1W4": summary["accuracy"]["distilled"]}}
     assert summary["protocol"]["name"] == "mtt"
     assert summary["options"]["ipc"] == 2
     assert summary["command"].startswith(f"python -m mtt_fast.baselines {method} --dataset digits")
@@ -147,7 +147,7 @@ def test_other_networks_and_pools(method: str, shared: Path, tmp_path: Path) -> 
     words = [*flags(method, shared), "--model", "MLP", "--eval_mode", "C", "--protocol", "datm", "--Iteration", "1"]
     words = words[:-2] if method == "kmeans" else words
     assert run(*words, "--out", str(out)) == 0
-    assert list(summary_of(out)["distilled_by_network"]) == ["MLP", "ConvNet"]
+    assert list(summary_of(out)["accuracy_by_network"]["distilled"]) == ["MLP", "ConvNet"]
     assert summary_of(out)["protocol"]["batch_size"] == 128
 
 

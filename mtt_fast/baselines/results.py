@@ -120,7 +120,7 @@ def write_summary(
             "text": text,
             "method": job.method.title,
             "accuracy": {"distilled": distilled, **others},
-            "distilled_by_network": accuracy_by_network(evaluation) or {first: distilled},
+            "accuracy_by_network": {"distilled": accuracy_by_network(evaluation, first)},
             "protocol": job.options.evaluation_protocol().record(),
             "iterations": iterations,
             "learning_rate": float(made.lr),
