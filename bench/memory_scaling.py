@@ -14,11 +14,12 @@ import torch
 from bench.cases import make_case, small_setting, to
 from bench.engines import Engine, engine_named
 from bench.measuring import peak_above_baseline
-from bench.parsing import CommonOptions, integers
+from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from bench.workers import Worker, WorkerError
+from mtt_fast.cli import integers
 from mtt_fast.errors import InputError
 from mtt_fast.memory import plan
 from mtt_fast.student import cross_entropy

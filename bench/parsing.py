@@ -39,14 +39,3 @@ Options = TypeVar("Options")
 def parse(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
     """Return the dataclass `kind` from `argv`. Raises `InputError` for an unknown option."""
     return cli.parse(kind, argv, prog)
-
-
-def integers(text: str, option: str) -> list[int]:
-    """Return the numbers in "1,10,100". Raises `InputError` naming `option` for anything else."""
-    try:
-        found = [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{option} {text}: expected numbers as in 1,10,100") from error
-    if min(found) < 1:
-        raise InputError(f"{option} {text}: expected numbers of at least 1")
-    return found

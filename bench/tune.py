@@ -19,11 +19,12 @@ from torch import Tensor
 
 from bench.candidates import CORRELATIONS, FUSED_CORRELATIONS, FUSED_TILES, TILES, WINDOWS, text_of
 from bench.measuring import in_turns, seconds
-from bench.parsing import CommonOptions, integers
+from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table as rendered
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
+from mtt_fast.cli import integers
 from mtt_fast.convnet import NORM_EPS
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import reference

@@ -87,6 +87,10 @@ class SiameseAugment:
         parameters = augment_parameters(self.draw(images, generator), images.shape)
         return parameters.to(torch.promote_types(images.dtype, torch.float32))
 
+    def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Return `images` (b, C, H, W) augmented by `parameters` of `draw_parameters`."""
+        return augment_with(images, parameters)
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Apply the drawn operation to `images` (b, C, H, W)."""
         return augment_with(images, augment_parameters(draws, images.shape))

@@ -60,10 +60,26 @@ def parse(kind: type[Options], argv: Sequence[str], prog: str, defaults: dict[st
 
 def parse_known(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
     """Return an instance of the dataclass `kind` from those flags in `argv` that it has; ignore the others."""
+    return parse_part(kind, [word for word in argv if word not in ("-h", "--help")], prog)[0]
+
+
+def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Options, list[str]]:
+    """Return an instance of the dataclass `kind` from those flags in `argv` that it has, and the other words."""
     import tyro
 
-    words = [word for word in argv if word not in ("-h", "--help")]
-    return tyro.cli(kind, prog=prog, args=words, return_unknown_args=True)[0]
+    options, others = tyro.cli(kind, prog=prog, args=list(argv), return_unknown_args=True)
+    return options, list(others)
+
+
+def integers(text: str, option: str, minimum: int = 1) -> list[int]:
+    """Return the numbers in "1,10,100". Raises `InputError` naming `option` for anything else, or one below `minimum`."""
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} {text}: expected numbers as in 1,10,100") from error
+    if min(found) < minimum:
+        raise InputError(f"{option} {text}: expected numbers of at least {minimum}")
+    return found
 
 
 def apply(options: Options, values: dict[str, Any], source: str) -> Options:

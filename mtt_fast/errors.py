@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake, a bad file or a full disk raises."""
+"""The exception that a user's mistake, a bad file or a full disk raises, and the one kind of it that is told apart."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line: what (file or option), what was expected, what was found, how to mend it.
     The commands print it as `error: …` and exit with status 2; library callers catch a `ValueError`.
     """
+
+
+class Diverged(InputError):
+    """A run whose gradients stayed non-finite until it gave up: other settings may do, these do not."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
+from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
 from mtt_fast.files import write_json
 from mtt_fast.interop.plain import guess_label_kind
@@ -29,6 +30,7 @@ from mtt_fast.protocols import evaluate
 from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.synthetic import SyntheticDataset, load_public_pair
+from mtt_fast.texture import Canvas
 from mtt_fast.training import Images
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def as_training_images(synthetic: SyntheticDataset, device: torch.device) -> Ima
     """Return a distilled set as images to train on; label logits become probabilities."""
     moved = synthetic.to(device)
     labels = moved.labels.softmax(dim=1) if synthetic.label_kind == "logits" else moved.labels
-    return Images(moved.images, labels)
+    return Images(moved.images, labels, canvas=moved.canvas)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ class SetOptions(EvaluationOptions):
     """images a class, of random real images"""
     lr_teacher: float | None = None
     """learning rate; without it the learned one, or 0.01 where there is none"""
+    texture: bool = False
+    """the images of a .pt file are textures, of which networks see random crops"""
+    canvas_size: int = 2
+    """side of such a canvas, in images"""
+    canvas_samples: int = 1
+    """crops of each canvas in a step"""
     label_kind: str | None = None
     """of soft labels in a .pt file: probabilities or logits (guessed from their sums without this)"""
 
@@ -163,11 +171,13 @@ def training_set(
 
     Raises `InputError` for files that are broken or of another data set.
     """
+    if complaint := at_least(
+        1, ipc=options.ipc, canvas_size=options.canvas_size, canvas_samples=options.canvas_samples
+    ):
+        raise InputError(complaint)
     if synthetic is not None:
         images, learned = as_training_images(synthetic, device), float(synthetic.lr)
     elif source == RANDOM:
-        if complaint := at_least(1, ipc=options.ipc):
-            raise InputError(complaint)
         classes = real.data.num_classes
         return (
             lambda generator: random_subset(real.train, classes, options.ipc, generator),
@@ -175,14 +185,23 @@ def training_set(
         )
     else:
         pixels, labels, rate = load_public_pair(source)
-        images = Images(pixels.to(device), _as_targets(labels, options.label_kind).to(device))
+        canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
+        images = Images(pixels.to(device), _as_targets(labels, options.label_kind).to(device), canvas=canvas)
         learned = REAL_IMAGES_LR if rate is None else float(rate)
-    if tuple(images.pixels.shape[1:]) != real.data.image_shape:
+    check_shape(images, real.data, source)
+    return lambda _: images, options.lr_teacher or learned
+
+
+def check_shape(images: Images, data: ImageData, source: str) -> None:
+    """Raise `InputError` if the images from `source`, or the crops of their canvases, are not of the shape of `data`'s."""
+    of_canvas = images.canvas.size if images.canvas else 1
+    channels, height, width = data.image_shape
+    expected = (channels, of_canvas * height, of_canvas * width)
+    if tuple(images.pixels.shape[1:]) != expected:
         raise InputError(
-            f"{source}: expected images {real.data.image_shape} of {real.data.name}, found "
+            f"{source}: expected {'canvases' if images.canvas else 'images'} {expected} of {data.name}, found "
             f"{tuple(images.pixels.shape[1:])}; name their data set with --dataset, --res"
         )
-    return lambda _: images, options.lr_teacher or learned
 
 
 def _as_targets(labels: Tensor, kind: str | None) -> Tensor:

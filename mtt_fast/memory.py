@@ -34,6 +34,8 @@ _VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1} and the next one, and temp
 _VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
 _COPIES = 5  # of a batch: as it is seen, its gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
+_COPIES_OF_CANVASES = 3  # of a batch: as chosen, and its gradient, made and added up; at most
+_PLACES = 2  # of a crop's pixels in its canvas, as long integers
 _BASE = (
     4 << 20,
     256 << 20,
@@ -60,6 +62,8 @@ class Work:
     augment: bool = False
     path_gradient: bool = False
     """whether the loss's gradient is as large as the path, as where its row is chosen by a tensor"""
+    canvas_size: int = 1
+    """side, in images, of the canvases of which the images are crops; 1 where there are none"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Plan:
         work = self.work
         vector = work.num_parameters * work.dtype.itemsize
         image = work.images[1:].numel() * work.dtype.itemsize
+        canvas, places = work.canvas_size**2 * image, work.images[2:].numel() * torch.long.itemsize
         rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
         vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
@@ -94,7 +99,8 @@ class Plan:
         parts = {
             "path": (2 if self.path_on_host else rows) * vector,
             "vectors": vectors * vector,
-            "images": work.images[0] * image + copies * work.batch * image,
+            "images": work.images[0] * canvas + copies * work.batch * image,
+            "canvases": (_COPIES_OF_CANVASES * canvas + _PLACES * places) * work.batch * (work.canvas_size > 1),
             "kept activations": held,
             "step": max(steps) - held,
             "work space": piece.work,
@@ -163,6 +169,7 @@ def plan(
     loss: Loss | None = None,
     precision: Precision = "fp32",
     path_gradient: bool = False,
+    canvas_size: int = 1,
 ) -> Plan:
     """Tell before a run what `unroll` will do and take: the plan that it makes itself, or can be given.
 
@@ -180,6 +187,7 @@ def plan(
         augment: whether the images are augmented.
         label_kind: as in `unroll`, as are `loss` and `precision`.
         path_gradient: whether the loss's gradient is as large as the path: of `path` itself, not of rows `path[n]`.
+        canvas_size: where `images` are the shapes of crops, the side in images of the canvases that they are cut from.
 
     Raises:
         InputError: the budget is too small even for one sample at once, with what would do; or the network's samples
@@ -200,6 +208,7 @@ def plan(
             momentum != 0,
             augment,
             path_gradient,
+            canvas_size,
         ),
     )
     return plan_for(work, memory_budget, microbatch)

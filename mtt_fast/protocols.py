@@ -234,8 +234,9 @@ def evaluate(
     device = test.labels.device
     example = train(generator_for(seed, "evaluation", *place, 0))
     crew = crew_for(
-        network, _student(network, example, precision), example.pixels.shape[1:], device,
-        batch=min(protocol.batch_size, len(example)), works=networks, asked=at_once, memory_budget=memory_budget,
+        network, _student(network, example, precision), example.seen_shape, device,
+        batch=example.crops * min(protocol.batch_size, len(example)), works=networks, asked=at_once,
+        memory_budget=memory_budget,
     )  # fmt: skip
     values = [0.0] * networks
     with tqdm(total=networks, desc=name, unit="network", leave=False) as bar:

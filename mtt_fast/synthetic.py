@@ -15,6 +15,7 @@ from torch import Tensor
 from mtt_fast.data import Normalisation
 from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors
+from mtt_fast.texture import Canvas
 from mtt_fast.whitening import Whitening
 
 _FORMAT = "mtt_fast.synthetic.1"
@@ -28,6 +29,7 @@ class SyntheticDataset:
     `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
     `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
     learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
+    With a `canvas` the images are textures, of which networks see random crops (mtt_fast/texture.py).
     `recipe` holds the options it was made with; `versions` the software's.
     """
 
@@ -42,6 +44,7 @@ class SyntheticDataset:
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     lr_per_step: Tensor | None = None
+    canvas: Canvas | None = None
 
     @property
     def classes(self) -> Tensor:
@@ -66,6 +69,8 @@ class SyntheticDataset:
         record = {
             name: getattr(self, name) for name in ("class_names", "mean", "std", "label_kind", "recipe", "versions")
         }
+        if self.canvas:
+            record["canvas"] = dataclasses.asdict(self.canvas)
         save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})
 
     @classmethod
@@ -84,6 +89,8 @@ class SyntheticDataset:
         }
         for name in ("class_names", "mean", "std"):
             record[name] = tuple(record[name])
+        if "canvas" in record:
+            record["canvas"] = Canvas(**record["canvas"])
         return cls(
             tensors["images"],
             tensors["labels"],

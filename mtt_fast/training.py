@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.augment import SiameseAugment, augment_with
+from mtt_fast.augment import SiameseAugment
 from mtt_fast.draws import Apply, draw_steps
 from mtt_fast.flat_module import Track
 from mtt_fast.prefetch import upload
 from mtt_fast.replay import replayed
 from mtt_fast.student import Network, StepGradient
+from mtt_fast.texture import Canvas
 
 _TEST_BATCH = 500
 
@@ -26,15 +27,32 @@ class Images:
     """Labelled images on one device, made into what the network sees one batch at a time.
 
     `pixels` (n, C, H, W) are uint8 with `transform` from [0, 1] to the network's input, or floating point as the
-    network sees them and `transform` None. `labels` are indices (n,) or probabilities (n, classes).
+    network sees them and `transform` None. `labels` are indices (n,) or probabilities (n, classes). With a `canvas` they
+    are textures, of which each step of a training sees random crops.
     """
 
     pixels: Tensor
     labels: Tensor
     transform: Callable[[Tensor], Tensor] | None = None
+    canvas: Canvas | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def seen_shape(self) -> torch.Size:
+        """The shape (C, H, W) of what the network sees."""
+        shape = self.pixels.shape[1:]
+        return shape if self.canvas is None else self.canvas.image_shape(shape)
+
+    @property
+    def crops(self) -> int:
+        """How many crops of each image a step sees; 1 where it sees the images themselves."""
+        return 1 if self.canvas is None else self.canvas.samples
+
+    def seen_in(self, index: Tensor) -> Tensor:
+        """Return, for each image that a step on those at `index` sees, which one it is, or is cut from."""
+        return index if self.canvas is None else self.canvas.batch(index)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Return (images (b, C, H, W) as the network sees them, labels)."""
@@ -78,22 +96,25 @@ def epoch_on(
     """
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
-    apply = None if augment is None else augment_with
+    seen = augment if images.canvas is None else images.canvas.crops(augment)
+    apply = None if seen is None else seen.apply
     step = replayed(partial(training_step, student, images, sgd, apply), device)
     tracked = None if track is None else replayed(partial(_tracked, track, images, apply), device)
 
     def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> tuple[Tensor, ...]:
         order = torch.randperm(len(images), generator=generator)
-        draw = None if augment is None else augment.draw_parameters
-        draws = draw_steps(order.split(sgd.batch_size), pixels.shape[1:], dtype, draw, generator)
-        steps = zip(*(upload(rows, device).split(sgd.batch_size) for rows in draws.tensors()), strict=True)
+        draw = None if seen is None else seen.draw_parameters
+        batches = [images.seen_in(index) for index in order.split(sgd.batch_size)]
+        lengths = [len(index) for index in batches]
+        draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
+        steps = zip(*(upload(rows, device).split(lengths) for rows in draws.tensors()), strict=True)
         total = theta.new_zeros(())
         for index, *parameters in steps:
             if tracked is not None:
                 statistics = tracked(*statistics, theta, index, *parameters)
             theta, velocity, loss = step(theta, velocity, index, *parameters)
             total += loss * len(index)
-        return theta, velocity, total / len(images), *statistics
+        return theta, velocity, total / sum(lengths), *statistics
 
     return epoch
 

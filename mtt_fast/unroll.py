@@ -22,6 +22,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.memory import Plan, Work, plan_for
 from mtt_fast.student import Loss, Network, Student, in_microbatches
+from mtt_fast.texture import Canvas, CanvasCrops
 
 Gradient = Literal["exact", "truncated"]
 """Exact, or without the steps' Hessians, as TESLA's: an approximation (docs/adjoint.md)."""
@@ -102,10 +103,13 @@ def unroll(
     student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
     largest, steps = max(len(index) for index in indices), len(indices)
     if plan is None:
+        canvas = Canvas(augment.size if isinstance(augment, CanvasCrops) else 1)
+        seen = torch.Size((len(images), *canvas.image_shape(images.shape[1:])))
         work = Work(
-            *(student, net.num_parameters, net.mixes_samples, images.shape, largest, steps, theta.dtype, theta.device),
+            *(student, net.num_parameters, net.mixes_samples, seen, largest, steps, theta.dtype, theta.device),
             momentum=momentum != 0,
             augment=augment is not None,
+            canvas_size=canvas.size,
         )
         plan = plan_for(work, memory_budget, microbatch)
     if draws is None:

@@ -22,6 +22,7 @@ from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.replay import Recording, Replayed, replayed
 from mtt_fast.student import GenericStudent, Student, in_microbatches
 from mtt_fast.testing import assert_close
+from mtt_fast.texture import CanvasCrops
 from mtt_fast.training import Images, Sgd, training_step
 
 NET = ConvNet(3, 4, 8, width=5, depth=2)
@@ -112,6 +113,17 @@ def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> 
     with NoValues():
         found = iterate(cut, augment_with, lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in found] == [(), given["images"].shape, ()]
+
+
+def test_nothing_waits_for_the_place_of_a_crop() -> None:
+    crops = CanvasCrops(2, SiameseAugment())
+    batches = student_batches(10, 4, 4, torch.Generator())
+    given = tensors() | {"images": torch.empty(10, 3, 16, 16, dtype=torch.float64)}
+    draws = draw_steps(batches, (3, 16, 16), torch.float64, crops.draw_parameters, torch.Generator())
+    inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
+    with NoValues():
+        found = iterate(FusedConvNetStudent(NET), crops.apply, lengths_of(batches), *inputs)
+    assert [tensor.shape for tensor in found] == [(), (10, 3, 16, 16), ()]
 
 
 @pytest.mark.parametrize("pixels", ["uint8", "float32"])

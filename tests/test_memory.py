@@ -30,6 +30,7 @@ PROGRAM = """
 import dataclasses, json, resource, sys
 import torch
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
+from mtt_fast.texture import CanvasCrops
 
 torch.set_num_threads(2)
 
@@ -37,12 +38,13 @@ def peak(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
-def run(size, width, depth, steps, batch, kept=0, augment=False, again=0, **options):
+def run(size, width, depth, steps, batch, kept=0, augment=False, canvas=1, again=0, **options):
     net = ConvNet(image_size=size, width=width, depth=depth)
     start = net.init(torch.Generator().manual_seed(0))
-    images = torch.randn(batch, 3, size, size, requires_grad=True)
+    images = torch.randn(batch, 3, canvas * size, canvas * size, requires_grad=True)
+    augmentation = CanvasCrops(canvas, SiameseAugment()) if canvas > 1 else SiameseAugment() if augment else None
     lr = torch.tensor(0.01, requires_grad=True)
-    shape = {"images": images, "steps": steps, "augment": augment}
+    shape = {"images": (batch, 3, size, size), "steps": steps, "augment": augment, "canvas_size": canvas}
     chosen = dataclasses.replace(plan(net, **shape, **{"memory_budget": None, **options}), kept_steps=kept)
     if "memory_budget" in options:
         chosen = plan(net, **shape, **options)
@@ -53,7 +55,7 @@ def run(size, width, depth, steps, batch, kept=0, augment=False, again=0, **opti
     faults = [0]
     for _ in range(1 + again):
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        path = unroll(net, start, images, labels, lr, batches, plan=chosen, augment=SiameseAugment() if augment else None)
+        path = unroll(net, start, images, labels, lr, batches, plan=chosen, augment=augmentation)
         matching_loss(path[-1], start, target).backward()
         faults[-1] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults[-1]
     return {"measured": peak("VmHWM") - before, "planned": chosen.peak_bytes, "faults": faults[-1]}
@@ -85,6 +87,7 @@ def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str
         {"size": 128, "width": 64, "depth": 5, "steps": 2, "batch": 10},
         {"size": 64, "width": 96, "depth": 4, "steps": 3, "batch": 16, "microbatch": 8, "kept": 2},
         {"size": 16, "width": 256, "depth": 3, "steps": 30, "batch": 8},
+        {"size": 64, "width": 64, "depth": 4, "steps": 3, "batch": 16, "microbatch": 8, "augment": True, "canvas": 3},
     ],
     ids=lambda case: "-".join(f"{name}{value}" for name, value in case.items()),
 )

@@ -19,7 +19,7 @@ from mtt_fast.conversion.options import ConvertOptions
 from mtt_fast.data import NAMES, ImageData
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
-from mtt_fast.experts import STORE_DTYPES, describe_network
+from mtt_fast.experts import STORE_DTYPES
 from mtt_fast.interop import (
     buffer_files,
     export_experts,
@@ -94,7 +94,7 @@ def import_from(options: ConvertOptions, kind: str) -> None:
     if kind == "waypoints":
         folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
     metadata = ExpertMetadata(
-        network=describe_network(network),
+        network=network.describe(),
         layout=network.layout.describe(),
         dataset=data.name,
         fingerprint=data.fingerprint,

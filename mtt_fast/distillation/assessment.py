@@ -27,11 +27,13 @@ from mtt_fast.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.recipes import recipe_about
 from mtt_fast.run_folder import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC, State
 from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.texture import tiled
 from mtt_fast.training import Images
 from mtt_fast.whitening import Whitening
 
 log = logging.getLogger(__name__)
 
+_TILES = 2  # a texture is shown side by side with itself, so that its borders can be judged
 _BEGUN_WITH = {
     "real": "real images",
     "noise": "noise",
@@ -87,6 +89,7 @@ def _distilled(job: Job, state: State, images: Tensor) -> SyntheticDataset:
         recipe=dataclasses.asdict(options) | {"iterations": state.iteration},
         versions=versions(),
         lr_per_step=state.lr if options.lr_per_step else None,
+        canvas=options.canvas,
     )
 
 
@@ -136,6 +139,8 @@ def _draw(job: Job, state: State, synthetic: SyntheticDataset) -> None:
         title = _BEGUN_WITH[options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"
         record = metrics.find("evaluation", iteration)
         accuracy = f": networks trained on them reach {percent(record)}" if record else ""
+        if synthetic.canvas:
+            title, pictures = f"textures, {title}, each tiled {_TILES} by {_TILES}", tiled(pictures, _TILES)
         panels.append((f"{job.real.data.name}, {options.ipc} a class, {title}{accuracy}", pictures))
     save_grid(job.folder / "images.png", panels, synthetic.classes, job.real.data.class_names)
     save_snapshot(

@@ -121,10 +121,11 @@ def _times(
     """Return seconds, where an image costs `cost` in the student, and in a step of the `evaluated` networks so many."""
     gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * facts.num_classes
-    batch = options.batch_syn or count
+    crops = options.canvas.samples if options.canvas else 1
+    batch = (options.batch_syn or count) * crops
     forward = cost.gradient / 3  # a backward pass is two forward ones
     epochs = options.evaluation_protocol().total_epochs
-    trainings = [epochs * count * gradient + facts.test * gradient / 3 for gradient in evaluated]
+    trainings = [epochs * count * crops * gradient + facts.test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
     # of the initial images and of those after them, for each set
     evaluations = _sets(options) * (1 + math.ceil(options.Iteration / options.eval_it))
@@ -145,7 +146,7 @@ def _sizes(options: DistillOptions, facts: Facts, num_parameters: int, missing: 
     """Return bytes."""
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(facts.image_shape)
-    images = 4 * options.ipc * facts.num_classes * values
+    images = 4 * options.ipc * facts.num_classes * values * options.tiles
     sets = _sets(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
     return _Amounts(

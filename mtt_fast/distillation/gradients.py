@@ -12,11 +12,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from mtt_fast.augment import augment_with
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.labels import teacher_labels
 from mtt_fast.distillation.options import DistillOptions
-from mtt_fast.distillation.segments import Segment, augmentation, student_batches
+from mtt_fast.distillation.segments import Segment, augmentation, seen_batches
 from mtt_fast.iteration import Iteration, planned_iteration
 from mtt_fast.matching import path_loss
 from mtt_fast.memory import Plan, with_smaller_pieces
@@ -39,11 +38,12 @@ Teacher = Callable[[Tensor, Tensor], Tensor]
 def iteration_of(options: DistillOptions, network: Network, steps: Plan, replay: bool = True) -> Iteration:
     """Return the function that does an iteration's part for one segment as the plan `steps` says."""
     # each segment begins a permutation of its own, so the steps of all have the same lengths
-    batches = student_batches(steps.work.images[0], options.batch_syn, options.syn_steps, torch.Generator())
+    batches = seen_batches(options, steps.work.images[0], torch.Generator())
+    augment = augmentation(options)
     return planned_iteration(
         network,
         steps,
-        None if augmentation(options) is None else augment_with,
+        None if augment is None else augment.apply,
         tuple(len(index) for index in batches),
         loss=partial(path_loss, match_step=options.match_step, loss_ratio=options.loss_ratio),
         momentum=options.student_mom,

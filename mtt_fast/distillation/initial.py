@@ -15,6 +15,7 @@ from mtt_fast.options import RealImages
 from mtt_fast.run_folder import State
 from mtt_fast.seeding import generator_for
 from mtt_fast.student import Network
+from mtt_fast.texture import canvases_of
 from mtt_fast.training import Images
 from mtt_fast.trajectories import TrajectoryStore
 
@@ -32,7 +33,7 @@ def initial_state(
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
             "others of their class",
-            wrong, len(start),
+            wrong, len(start) * options.tiles,
         )  # fmt: skip
     images, labels, device = start.pixels, start.labels, start.pixels.device
     if options.lr_y is not None:
@@ -50,12 +51,23 @@ def initial_state(
 def initial_images(
     options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
 ) -> tuple[Images, int]:
-    """Return the images of `pix_init`, class-major, with their classes, and how many of them are not as it says.
+    """Return what the synthetic images begin as, class-major, with their classes, and how many are not as `pix_init` says.
 
     Those are images that none of the first `experts` of `store` gets right, where a class has too few of the others.
+    Canvases are put together of as many such images as they are large.
     """
+    found, wrong = _images(options, real, network, store, experts)
+    if options.canvas is None:
+        return found, wrong
+    return Images(canvases_of(found.pixels, options.canvas_size), found.labels[:: options.tiles]), wrong
+
+
+def _images(
+    options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
+) -> tuple[Images, int]:
+    """Return the images of `pix_init`, `options.ipc` a class, or as many as canvases are put together of."""
     generator = generator_for(options.seed, "initial images")
-    classes, ipc, device = real.data.num_classes, options.ipc, real.train.labels.device
+    classes, ipc, device = real.data.num_classes, options.ipc * options.tiles, real.train.labels.device
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real.train, classes, ipc, generator)
         finished = (store.read(expert, store.epochs(expert)).to(device) for expert in range(experts))

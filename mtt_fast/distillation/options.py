@@ -20,6 +20,7 @@ from mtt_fast.models.pools import eval_pool
 from mtt_fast.options import EvaluationOptions, TrueOrFalse, at_least
 from mtt_fast.recipes import recipe_options
 from mtt_fast.run_folder import read_config
+from mtt_fast.texture import Canvas
 from mtt_fast.unroll import Gradient
 
 PROGRAM = "python -m mtt_fast.distill"
@@ -99,6 +100,12 @@ class DistillOptions(EvaluationOptions):
     """also average the images over the iterations, with this weight on what was (FTD), and evaluate that"""
     no_aug: bool = False
     """no augmentation during distillation (evaluation keeps it)"""
+    texture: bool = False
+    """distil textures: canvases that tile without seams, of which each student step sees random crops"""
+    canvas_size: int = 2
+    """side of a canvas, in images"""
+    canvas_samples: int = 1
+    """crops of each canvas in a student step"""
 
     eval_it: int = 100
     """iterations between evaluations"""
@@ -161,6 +168,16 @@ class DistillOptions(EvaluationOptions):
             return "logits"
         return "probabilities" if self.teacher_label else "indices"
 
+    @property
+    def canvas(self) -> Canvas | None:
+        """How steps see the images of --texture."""
+        return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None
+
+    @property
+    def tiles(self) -> int:
+        """How many real images each synthetic one is as large as: more than one for a canvas."""
+        return self.canvas_size**2 if self.texture else 1
+
     def check(self) -> None:
         """Raise `InputError` for the first option that cannot be."""
         complaint = at_least(
@@ -171,6 +188,8 @@ class DistillOptions(EvaluationOptions):
             expert_epochs=self.expert_epochs,
             max_start_epoch=self.max_start_epoch,
             batch_syn=self.batch_syn,
+            canvas_size=self.canvas_size,
+            canvas_samples=self.canvas_samples,
             eval_it=self.eval_it,
             num_experts=self.num_experts,
             max_experts=self.max_experts,
@@ -209,6 +228,8 @@ class DistillOptions(EvaluationOptions):
             parse_bytes(self.memory_budget)
             if self.microbatch is not None:
                 raise InputError("--microbatch, --memory_budget: expected one of them, found both")
+        if self.texture:
+            self._check_texture()
         augment_by_strategy(self.strategy)
         self.experts()
         self.evaluation_protocol()
@@ -232,6 +253,19 @@ class DistillOptions(EvaluationOptions):
         name, bound = ("max", last) if first is None else ("current_max", first)
         if earliest >= bound:
             raise InputError(f"--min_start_epoch {earliest}: expected less than --{name}_start_epoch {bound}")
+
+    def _check_texture(self) -> None:
+        """Raise `InputError` for what needs images of the size that networks and the whitening take, as canvases are not."""
+        others = {
+            "--zca": self.zca,
+            "--teacher_label": self.teacher_label,
+            "--label_init experts": self.label_init == "experts",
+        }
+        for other, given in others.items():
+            if given:
+                raise InputError(
+                    f"--texture, {other}: expected one of them, found both; a canvas is larger than an image"
+                )
 
 
 NOT_PART_OF_THE_RESULT = {

@@ -20,14 +20,16 @@ from mtt_fast.kernels import Precision
 from mtt_fast.memory import Plan, plan
 from mtt_fast.models import Trainable
 from mtt_fast.seeding import generator_for
+from mtt_fast.texture import Canvas, CanvasCrops
 
 Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
 """Begins to bring tensors to the device, and returns what waits for them (mtt_fast/prefetch.py)."""
 
 
-def augmentation(options: DistillOptions) -> SiameseAugment | None:
-    """Return that of the student's steps."""
-    return None if options.no_aug else augment_by_strategy(options.strategy)
+def augmentation(options: DistillOptions) -> SiameseAugment | CanvasCrops | None:
+    """Return that of the student's steps, which begins with crops where the images are canvases."""
+    then = None if options.no_aug else augment_by_strategy(options.strategy)
+    return then if options.canvas is None else options.canvas.crops(then)
 
 
 class Segment(NamedTuple):
@@ -58,7 +60,7 @@ def read_segment(job: Job, send: Send, experts: int, images: Tensor, turn: int) 
             f"{job.experts.folder}: expert {expert} did not move between epochs {epoch} and "
             f"{epoch + options.expert_epochs}; train it again with a larger learning rate, or leave it out"
         )
-    batches = student_batches(len(images), options.batch_syn, options.syn_steps, generator)
+    batches = seen_batches(options, len(images), generator)
     augment = augmentation(options)
     draws = draw_steps(
         batches, images.shape[1:], images.dtype, None if augment is None else augment.draw_parameters, generator
@@ -101,6 +103,12 @@ def _expert_of(seed: int, count: int, turn: int) -> int:
     return int(order[turn % count])
 
 
+def seen_batches(options: DistillOptions, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Return which of `count` images each student step sees, or, of canvases, sees a crop of."""
+    batches = student_batches(count, options.batch_syn, options.syn_steps, generator)
+    return batches if options.canvas is None else [options.canvas.batch(index) for index in batches]
+
+
 def student_batches(count: int, batch: int | None, steps: int, generator: torch.Generator) -> list[Tensor]:
     """Return the indices of each student step as the public code draws them.
 
@@ -116,12 +124,13 @@ def student_batches(count: int, batch: int | None, steps: int, generator: torch.
 def planned(
     options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
 ) -> Plan:
-    """How the student steps of each iteration, on `images` (n, C, H, W), fit into memory."""
+    """How the student steps of each iteration, on `images` (n, C, H, W) or canvases of n such, fit into memory."""
+    canvas = options.canvas or Canvas(1)
     return plan(
         network,
         images=images,
         steps=options.syn_steps,
-        batch=options.batch_syn,
+        batch=(options.batch_syn or images[0]) * canvas.samples,
         memory_budget=options.memory_budget,
         microbatch=options.microbatch,
         device=device,
@@ -129,5 +138,6 @@ def planned(
         augment=augmentation(options) is not None,
         label_kind=options.label_kind,
         path_gradient=options.match_step == "nearest",
+        canvas_size=canvas.size,
         precision=precision,
     )

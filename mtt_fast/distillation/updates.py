@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.options import DistillOptions
-from mtt_fast.errors import InputError
+from mtt_fast.errors import Diverged
 from mtt_fast.run_folder import State
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def skip(job: Job, state: State, loss: float) -> None:
     job.metrics.write("skip", state.iteration, skipped=state.skipped)
     kinds = [record["kind"] for record in job.metrics.records if record["kind"] in ("step", "above_threshold", "skip")]
     if kinds[-_GIVE_UP_AFTER:] == ["skip"] * _GIVE_UP_AFTER:
-        raise InputError(
+        raise Diverged(
             f"{job.folder}: {_GIVE_UP_AFTER} iterations in a row diverged at a student's learning rate of {state.mean_lr:.3g}; "
             "the last checkpoint is good; start again with a smaller --lr_lr, --lr_img or --lr_teacher and another --out"
         )

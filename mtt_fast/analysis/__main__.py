@@ -1,0 +1,37 @@
+"""The one entry: `python -m mtt_fast.analysis COMMAND …`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mtt_fast import cli
+from mtt_fast.errors import InputError
+
+COMMANDS = {
+    "grid": "accuracy over expert epochs M and student steps N: Figure 5, left",
+    "distance": "how close students on distilled sets come to the expert's later parameters: Figure 5, right",
+    "tables": "Tables 1, 2 and 4: what was measured here beside what the paper says",
+    "evolution": "the images over the iterations of a run: a GIF and a strip",
+}
+"""Each is a module of this package with `main(argv)`."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line `argv`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m mtt_fast.analysis COMMAND [--help]\n")
+        for name, about in COMMANDS.items():
+            print(f"  {name:12}{about}")
+        return
+    name = argv[0]
+    if name not in COMMANDS:
+        raise InputError(
+            f"{name}: no such analysis{cli.did_you_mean(name, list(COMMANDS))}; see python -m mtt_fast.analysis"
+        )
+    importlib.import_module(f"mtt_fast.analysis.{name}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

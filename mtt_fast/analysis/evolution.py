@@ -1,0 +1,126 @@
+"""The images over the iterations of a run: `python -m mtt_fast.analysis evolution RUN`.
+
+Reads the snapshots that each evaluation left in RUN/history (the first image of each class, pixel for pixel).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+
+from mtt_fast import cli
+from mtt_fast.errors import InputError
+from mtt_fast.files import atomic_path
+from mtt_fast.options import at_least
+from mtt_fast.run_folder import HISTORY
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "python -m mtt_fast.analysis evolution"
+CAPTION = 24
+"""Pixels above each picture for the number of its iteration."""
+_NARROWEST = 480  # pixels on the screen
+_LAST_STAYS = 5  # times as long as the others
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+
+
+@dataclass(frozen=True)
+class EvolutionOptions:
+    """Show the images over the iterations of a run: RUN/evolution.gif, and RUN/evolution.png with some of them."""
+
+    run: tyro.conf.Positional[str] = ""
+    """the run's folder"""
+    out: str | None = None
+    """another folder for the two pictures"""
+    seconds: float = 0.3
+    """of each picture of the GIF; the last one stays five times as long"""
+    rows: int = 8
+    """pictures in the strip, evenly spaced, with the first and the last"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options = cli.parse(EvolutionOptions, argv, PROGRAM)
+    complaint = at_least(2, rows=options.rows) or at_least(0.02, seconds=options.seconds)
+    if complaint:
+        raise InputError(complaint)
+    if not options.run:
+        raise InputError(f"expected a run's folder; see {PROGRAM} --help")
+    frames = [_with_caption(iteration, image) for iteration, image in read_history(Path(options.run)).items()]
+    folder = Path(options.out or options.run)
+    save_animation(folder / "evolution.gif", frames, options.seconds)
+    save_strip(folder / "evolution.png", evenly(frames, options.rows))
+    log.info("%s, %s: %d pictures", folder / "evolution.gif", folder / "evolution.png", len(frames))
+
+
+def read_history(run: Path) -> dict[int, Image.Image]:
+    """Return the snapshots of the run in the folder `run` by iteration, in order.
+
+    Raises `InputError` if there are none, or one is broken or of another size than the first.
+    """
+    files = {
+        int(match[1]): path
+        for path in (run / HISTORY).glob("iteration_*.png")
+        if (match := re.fullmatch(r"iteration_(\d+)\.png", path.name))
+    }
+    if not files:
+        raise InputError(
+            f"{run / HISTORY}: expected snapshots iteration_NNNNNN.png of a run, found none; check the path"
+        )
+    found: dict[int, Image.Image] = {}
+    for iteration in sorted(files):
+        try:
+            with Image.open(files[iteration]) as image:
+                found[iteration] = image.convert("RGB")
+        except OSError as error:
+            raise InputError(f"{files[iteration]}: not a picture; delete it") from error
+        first = next(iter(found.values()))
+        if found[iteration].size != first.size:
+            raise InputError(
+                f"{files[iteration]}: expected {first.size} pixels as in the first snapshot, found "
+                f"{found[iteration].size}; are there two runs in one folder?"
+            )
+    return found
+
+
+def evenly(items: Sequence[Image.Image], count: int) -> list[Image.Image]:
+    """Return `count` of the items, evenly spaced, with the first and the last; all if there are no more."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
+
+
+def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
+    """Write `frames` as an endless GIF, each shown for `seconds` and the last longer, atomically."""
+    shown = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * seconds * _LAST_STAYS)]
+    with atomic_path(path) as temporary:
+        frames[0].save(
+            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=shown, loop=0, optimize=False
+        )
+
+
+def save_strip(path: Path, frames: Sequence[Image.Image]) -> None:
+    """Write `frames`, all of one size, one below the other as PNG, atomically."""
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width, height * len(frames)), _PAPER)
+    for place, frame in enumerate(frames):
+        strip.paste(frame, (0, place * height))
+    with atomic_path(path) as temporary:
+        strip.save(temporary, format="PNG")
+
+
+def _with_caption(iteration: int, image: Image.Image) -> Image.Image:
+    """Return the picture below its iteration's number, enlarged by a whole factor if it is small, without smoothing."""
+    factor = max(1, math.ceil(_NARROWEST / image.width))
+    width, height = image.width * factor, image.height * factor
+    frame = Image.new("RGB", (width, height + CAPTION), _PAPER)
+    ImageDraw.Draw(frame).text((4, 3), f"iteration {iteration}", fill=_INK, font=ImageFont.load_default(size=15))
+    frame.paste(image.resize((width, height), Image.Resampling.NEAREST), (0, CAPTION))
+    return frame

@@ -1,0 +1,121 @@
+"""Accuracy over a grid of M, the expert epochs to match, and N, the student's steps: `python -m mtt_fast.analysis grid`.
+
+The left of Figure 5 of the paper. Each cell is a distillation with its own run folder, OUT/M2-N20, so that it can be
+looked at, continued or evaluated like any other. What is finished is not run again, and what was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtt_fast import cli, distill
+from mtt_fast.analysis.output import MISSING, markdown_table, percent, save_figure
+from mtt_fast.analysis.runs import read_summary
+from mtt_fast.distillation.options import parse_options
+from mtt_fast.errors import Diverged
+from mtt_fast.files import write_json, write_text
+from mtt_fast.interrupts import Stopped
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "python -m mtt_fast.analysis grid"
+
+Accuracies = Mapping[tuple[int, int], Mapping[str, Any] | None]
+"""By (M, N): {"mean", "std", "n"} of the distilled set at the end, or None where there is none."""
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """Distil with every M and N. All other options are those of python -m mtt_fast.distill, and hold for every cell."""
+
+    expert_epochs: str = "1,2,3"
+    """M: expert epochs that the student has to match, joined by commas"""
+    syn_steps: str = "10,20,30"
+    """N: student steps in each iteration, joined by commas"""
+    out: str = "runs/grid"
+    """folder of the grid: grid.png, grid.md, grid.json, and a run folder for each cell"""
+    resume: bool = False
+    """not needed: the same command always goes on where it was"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options, others = cli.parse_part(GridOptions, argv, PROGRAM)
+    epochs = sorted(set(cli.integers(options.expert_epochs, "--expert_epochs")))
+    steps = sorted(set(cli.integers(options.syn_steps, "--syn_steps")))
+    folder = Path(options.out)
+    # the longest segments first: experts that are too short for them are told of before hours have passed
+    cells = {(m, n): folder / f"M{m}-N{n}" for m in reversed(epochs) for n in steps}
+    commands = {
+        (m, n): [*others, "--expert_epochs", str(m), "--syn_steps", str(n), "--out", str(place)]
+        for (m, n), place in cells.items()
+    }
+    for command in commands.values():
+        parse_options(command)  # a mistake is told before the first cell is run
+    accuracies: dict[tuple[int, int], Mapping[str, Any] | None] = dict.fromkeys(cells)
+    for number, (cell, command) in enumerate(commands.items(), 1):
+        log.info("cell %d of %d: M = %d, N = %d, in %s", number, len(cells), *cell, cells[cell])
+        accuracies[cell] = _accuracy_of(cells[cell], command)
+        write(folder, epochs, steps, accuracies, others)
+    log.info("%s\n%s", folder / "grid.png", as_markdown(epochs, steps, accuracies))
+
+
+def _accuracy_of(folder: Path, command: Sequence[str]) -> Mapping[str, Any] | None:
+    """Run the distillation to its end, if it is not there, and return its accuracy; None if it diverged."""
+    try:
+        distill.main(command)
+    except Diverged as error:
+        log.warning("no accuracy for this cell: %s", error)
+        return None
+    except Stopped as stopped:
+        raise Stopped(
+            f"stopped in {folder}, everything is saved; the same command goes on", stopped.signum
+        ) from stopped
+    summary = read_summary(folder)
+    return None if summary is None else summary["accuracy"]["distilled"]
+
+
+def write(
+    folder: Path, epochs: Sequence[int], steps: Sequence[int], accuracies: Accuracies, flags: Sequence[str]
+) -> None:
+    """Write grid.json, grid.md and grid.png: rows M from `epochs`, columns N from `steps`."""
+    cells = [
+        {"expert_epochs": m, "syn_steps": n, "run": f"M{m}-N{n}", "accuracy": accuracies[m, n]}
+        for m in epochs
+        for n in steps
+    ]
+    write_json(folder / "grid.json", {"options": list(flags), "cells": cells})
+    write_text(folder / "grid.md", as_markdown(epochs, steps, accuracies))
+    _draw(folder / "grid.png", epochs, steps, accuracies)
+
+
+def as_markdown(epochs: Sequence[int], steps: Sequence[int], accuracies: Accuracies) -> str:
+    """Return the grid as a table of test accuracies in per cent."""
+    rows = [[f"M = {m}", *(percent(accuracies[m, n]) for n in steps)] for m in epochs]
+    return markdown_table(["accuracy in %", *(f"N = {n}" for n in steps)], rows)
+
+
+def _draw(path: Path, epochs: Sequence[int], steps: Sequence[int], accuracies: Accuracies) -> None:
+    from matplotlib.figure import Figure  # slow to import
+
+    found = {cell: 100 * accuracy["mean"] for cell, accuracy in accuracies.items() if accuracy is not None}
+    lowest, highest = (min(found.values()), max(found.values())) if found else (0.0, 100.0)
+    values = [[found.get((m, n), float("nan")) for n in steps] for m in epochs]
+    figure = Figure(figsize=(2 + 0.9 * len(steps), 1.6 + 0.7 * len(epochs)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, origin="lower", cmap="viridis", aspect="auto", vmin=lowest, vmax=highest)
+    for row, m in enumerate(epochs):
+        for column, n in enumerate(steps):
+            value = found.get((m, n))
+            dark = value is not None and value < (lowest + highest) / 2
+            text = MISSING if value is None else f"{value:.1f}"
+            axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(steps)), [str(n) for n in steps])
+    axes.set_yticks(range(len(epochs)), [str(m) for m in epochs])
+    axes.set(xlabel="student steps N", ylabel="expert epochs M", title="test accuracy, %")
+    figure.colorbar(image)
+    save_figure(path, figure)

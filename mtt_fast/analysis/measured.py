@@ -1,0 +1,105 @@
+"""What was measured in run folders, grouped so that it can stand beside the numbers of a paper."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mtt_fast.errors import InputError
+
+RANDOM = "Random"
+"""The method of as many random real images, which every distillation measures as well."""
+PAPER_RES = 128
+"""Resolution of the paper's ImageNet subsets."""
+_WHERE_AND_HOW_FAST = (
+    "recipe", "config", "out", "resume", "download", "data_path", "packed_path", "buffer_path", "device",
+    "networks_at_once", "memory_budget", "microbatch", "save_seconds",
+)  # fmt: skip
+_OF_EVALUATION = ("zca", "res", "dsa", "dsa_strategy", "batch_train", "num_eval", "epoch_eval_train")
+
+
+class Setting(NamedTuple):
+    """What two measurements have in common if they can be compared with one number of a paper."""
+
+    dataset: str
+    """as --dataset spells it; of ImageNet, the subset"""
+    model: str
+    method: str
+    ipc: str
+
+
+class Measured(NamedTuple):
+    """Accuracy in one setting, by runs that differ in nothing but the seed."""
+
+    runs: tuple[str, ...]
+    mean: float
+    std: float
+    """over the networks of the one run; over the runs, if there are several"""
+    n: int
+    """networks of the one run; runs, if there are several"""
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them."""
+        return self._asdict() | {"runs": list(self.runs)}
+
+
+def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[Measured]]:
+    """Return what the runs with these summaries measured; in a setting, an entry for each choice of the other options.
+
+    Raises `InputError` for a summary that does not say which data set, network and images a class it is of.
+    """
+    groups: dict[tuple[Setting, str], dict[int, tuple[str, Mapping[str, Any]]]] = {}
+    for folder, summary in summaries.items():
+        options = summary.get("options", {})
+        try:
+            setting = Setting(_dataset(options), options["model"], _method(summary), str(options["ipc"]))
+        except KeyError as error:
+            raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
+        seed = int(options.get("seed", 0))
+        own = {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
+        accuracy = summary["accuracy"]
+        _add(groups, setting, own, seed, folder, accuracy["distilled"])
+        if "random_real_images" in accuracy:
+            own = {name: options.get(name) for name in _OF_EVALUATION}
+            _add(groups, setting._replace(method=RANDOM), own, seed, folder, accuracy["random_real_images"])
+    found: dict[Setting, list[Measured]] = {}
+    for (setting, _), by_seed in groups.items():
+        found.setdefault(setting, []).append(_together(list(by_seed.values())))
+    return found
+
+
+def _dataset(options: Mapping[str, Any]) -> str:
+    """Return the data set's name, with the resolution where it is not that of the paper."""
+    name = str(options.get("subset") or options["dataset"])
+    return f"{name} at {options['res']} px" if options.get("res") not in (None, PAPER_RES) else name
+
+
+def _method(summary: Mapping[str, Any]) -> str:
+    """Return the method's name; textures are told from images."""
+    name = str(summary.get("method", "MTT"))
+    return f"{name}, textures" if summary["options"].get("texture") else name
+
+
+def _add(
+    groups: dict[tuple[Setting, str], dict[int, tuple[str, Mapping[str, Any]]]],
+    setting: Setting,
+    options: Mapping[str, Any],
+    seed: int,
+    folder: Path,
+    accuracy: Mapping[str, Any],
+) -> None:
+    """Add one accuracy to its group; the same options and the same seed are the same measurement."""
+    group = groups.setdefault((setting, json.dumps(options, sort_keys=True)), {})
+    group.setdefault(seed, (str(folder), accuracy))
+
+
+def _together(runs: list[tuple[str, Mapping[str, Any]]]) -> Measured:
+    folders = tuple(folder for folder, _ in runs)
+    if len(runs) == 1:
+        accuracy = runs[0][1]
+        return Measured(folders, accuracy["mean"], accuracy["std"], accuracy["n"])
+    means = [accuracy["mean"] for _, accuracy in runs]
+    return Measured(folders, statistics.fmean(means), statistics.stdev(means), len(means))
