@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
@@ -33,10 +32,9 @@ def main() -> int:
     if sys.argv[1] == "--version":
         print(__version__)
         return 0
-    jobs = _jobs()
     name, *arguments = sys.argv[1:]
-    if name not in jobs:
-        print(f"error: {name}: expected one of {', '.join(jobs)}{did_you_mean(name, list(jobs))}", file=sys.stderr)
+    if name not in _JOBS:
+        print(f"error: {name}: expected one of {', '.join(_JOBS)}{did_you_mean(name, list(_JOBS))}", file=sys.stderr)
         return 2
     return _run(name, arguments)
 
@@ -51,12 +49,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _jobs() -> dict[str, str]:
-    return {name: text for name, text in _JOBS.items() if importlib.util.find_spec(f"mtt_fast.{name}")}
-
-
 def _usage() -> str:
-    jobs = [f"  {name:10} {text}" for name, text in _jobs().items()]
+    jobs = [f"  {name:10} {text}" for name, text in _JOBS.items()]
     return "\n".join(["usage: mtt_fast JOB …        (mtt_fast JOB --help says more)", "", *jobs])
 
 

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import difflib
 import logging
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
     """Run a command and return its exit status.
 
     0 done; 2 a mistake in the input, a full disk or no memory, told in one line; 128 + signal stopped on request with
-    everything saved.
+    everything saved, or by a reader of the output that went away (SIGPIPE).
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -128,6 +129,7 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
     try:
         with logging_redirect_tqdm():
             job(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
@@ -137,6 +139,9 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # what read the output, as `head` does, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except OSError as error:
         print(
             f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the free space",

@@ -237,11 +237,18 @@ def summary(mean: float, *, method: str | None = None, random: float | None = No
     return {"accuracy": accuracy, "options": settings} | ({} if method is None else {"method": method})
 
 
+def by_network(*networks: str) -> dict[str, Any]:
+    return {"accuracy_by_network": {"distilled": dict.fromkeys(networks, {"mean": 0.7, "std": 0.0, "n": 5})}}
+
+
 def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
     runs = {
         "a/seed0": summary(0.40, random=0.15),
         "a/seed1": summary(0.44, seed=1, random=0.17),
         "b": summary(0.30, Iteration=7),
+        "datm": summary(0.50, random=0.35, protocol="datm"),
+        "best": summary(0.60, best_epoch=True),
+        "vgg": summary(0.70, ipc=50, eval_mode="B") | by_network("ConvNetBN", "VGG11BN"),
         "dm": summary(0.25, method="DM", ipc=10),
         "nette": summary(0.5, dataset="ImageNet", subset="imagenette", res=128, model="ConvNetD5"),
         "small": summary(0.6, dataset="ImageNet", subset="imagenette", res=64, model="ConvNetD5"),
@@ -256,7 +263,8 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
     def rows(table: str, dataset: str, method: str) -> list[dict[str, Any]]:
         return [row for row in tables[table]["rows"] if (row["dataset"], row["method"]) == (dataset, method)]
 
-    seeds, other = rows("1", "CIFAR10", "MTT")
+    seeds, other, tested_on_another = rows("1", "CIFAR10", "MTT")
+    assert (tested_on_another["model"], tested_on_another["measured"]["50"]["mean"]) == ("ConvNetBN", 0.70)
     assert seeds["measured"]["1"]["mean"] == pytest.approx(0.42)
     assert seeds["measured"]["1"]["std"] == pytest.approx(math.sqrt(2) * 0.02)
     assert [Path(path).name for path in seeds["measured"]["1"]["runs"]] == ["seed0", "seed1"]
@@ -265,6 +273,9 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
     assert other["paper"] is None
     (random,) = rows("1", "CIFAR10", "Random")
     assert random["measured"]["1"]["mean"] == pytest.approx(0.16)
+    for method, mean in (("MTT, protocol datm", 0.50), ("Random, protocol datm", 0.35), ("MTT, best epoch", 0.60)):
+        (row,) = rows("1", "CIFAR10", method)
+        assert (row["measured"]["1"]["mean"], row["paper"]) == (mean, None)
     assert rows("2", "CIFAR10", "MTT")[0]["measured"]["1"]["n"] == 2
     assert rows("2", "CIFAR10", "KIP")[0]["paper"]["quoted"]
     assert rows("4", "imagenette", "MTT")[0]["measured"]["1"]["mean"] == 0.5

@@ -16,6 +16,7 @@ from mtt_fast.distillation.options import parse_options
 from mtt_fast.files import atomic_path, load_tensors, read_header, save_tensors, write_text
 from mtt_fast.interrupts import Stopped
 from mtt_fast.recipes import recipe_about, recipe_names
+from mtt_fast.recipes.__main__ import main as list_recipes
 from mtt_fast.seeding import generator_for
 
 
@@ -97,11 +98,21 @@ def test_every_recipe_is_complete(name: str) -> None:
     assert all(recipe_about(name).values())
 
 
-def test_the_recipes_are_listed() -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "mtt_fast.recipes"], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert all(name in found.stdout for name in recipe_names())
+def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(list_recipes, []) == 0
+    found = capsys.readouterr().out
+    assert all(name in found for name in recipe_names())
+    assert cli.run(list_recipes, ["--x"]) == 2
+
+
+def test_a_reader_that_has_had_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "mtt_fast.recipes"]  # | head
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as listing:
+        assert listing.stdout is not None
+        assert listing.stderr is not None
+        listing.stdout.close()
+        assert listing.stderr.read() == ""
+        assert listing.wait(60) == 128 + 13
 
 
 def test_random_numbers_by_place() -> None:

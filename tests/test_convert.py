@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -301,8 +302,13 @@ def test_all_jobs_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     for arguments in ([], ["--help"]):
         assert command(monkeypatch, *arguments) == 0
         listed = capsys.readouterr().out
-        for job in ("distill", "experts", "evaluate", "convert", "report", "recipes", "env"):
-            assert f"\n  {job} " in listed
+        package = Path(mtt_fast.__file__).parent
+        for job in re.findall(r"\n  (\w+) ", listed):
+            assert (package / f"{job}.py").exists() or (package / job / "__main__.py").exists()
+        runs = 'if __name__ == "__main__"'
+        jobs = {path.stem for path in package.glob("*.py") if runs in path.read_text()} - {"__main__", "buffer"}
+        jobs |= {path.parent.name for path in package.glob("*/__main__.py")}
+        assert set(re.findall(r"\n  (\w+) ", listed)) == jobs
     assert command(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.strip() == mtt_fast.__version__
     assert command(monkeypatch, "destill") == 2

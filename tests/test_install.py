@@ -106,9 +106,8 @@ def check(python: Path, folder: Path, *, native: bool, source: Path) -> None:
 
 def check_content(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    package = [
-        path for pattern in ("**/*.py", "py.typed", "recipes/*.toml") for path in (ROOT / "mtt_fast").glob(pattern)
-    ]
+    kinds = ("**/*.py", "**/*.toml", "**/*.j2", "py.typed")
+    package = [path for kind in kinds for path in (ROOT / "mtt_fast").glob(kind)]
     kernels = [Path("mtt_fast", path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("**/*.py")]
     assert {path.as_posix() for path in [*(path.relative_to(ROOT) for path in package), *kernels]} <= names
     assert not [name for name in names if name.endswith((".cpp", ".h"))]

@@ -143,7 +143,7 @@ def test_names_of_the_field(tmp_path: Path, images: str, labels: str, lr: str | 
         assert_same(found, PlainSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
 
 
-@pytest.mark.parametrize("rate", [0.02, np.float64(0.02), torch.tensor([0.02])])
+@pytest.mark.parametrize("rate", [0.02, np.float64(0.02), np.float32(0.02), torch.tensor([0.02])])
 def test_learning_rates_in_other_forms(tmp_path: Path, rate: Any) -> None:
     distilled().export("mtt", tmp_path)
     torch.save(rate, tmp_path / "lr_best.pt")
@@ -270,9 +270,10 @@ def test_dd_ranking_sees_the_same_soft_labels(tmp_path: Path, labels: str) -> No
 
 
 def test_the_call_of_dd_ranking(tmp_path: Path) -> None:
-    soft = ddranking_call("out", as_plain(distilled("logits")), "CIFAR10", True)
+    soft = ddranking_call("o'clock", as_plain(distilled("logits")), "CIFAR10", True)
     assert "LabelRobustScoreSoft(dataset='CIFAR10', ipc=2" in soft
     assert "use_zca=True" in soft
+    assert """torch.load("o'clock/" + name)""" in soft
     assert "soft_labels=load('labels.pt')" in soft
     assert "soft_label_mode='S'" in soft
     hard = ddranking_call("out", as_plain(distilled()), "CIFAR10", False)
@@ -439,6 +440,13 @@ def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
         (lambda record: record.pop("files"), "expected the labels of pictures, found a broken file"),
         (lambda record: record["labels"].pop(), "expected a label for each file, found 6 and 5"),
         (lambda record: record.pop("mean"), "expected the record of a distilled set"),
+        (lambda record: record.update(mean=[0.5]), "expected the record of a distilled set"),
+        (lambda record: record.update(label_kind="logits"), "expected the record of a distilled set"),
+        (lambda record: record["labels"].__setitem__(0, 3), "expected the record of a distilled set"),
+        (lambda record: record["labels"].__setitem__(0, [1, 2]), "expected the labels of pictures, found a broken file"),
+        (lambda record: record["files"].__setitem__(0, 7), "expected the labels of pictures, found a broken file"),
+        (lambda record: record["files"].__setitem__(0, "/etc/x.png"), "expected files in its own folder, found /etc/x"),
+        (lambda record: record["files"].__setitem__(0, "a/../../x.png"), "expected files in its own folder, found a/"),
     ],
 )
 def test_a_broken_labels_file_is_named(tmp_path: Path, spoil: Any, message: str) -> None:
@@ -474,6 +482,10 @@ def test_a_foreign_parquet_file(tmp_path: Path) -> None:
             read_set(tmp_path / f"{name}.parquet")
     with pytest.raises(InputError, match=r"z\.parquet: cannot be read"):
         read_set(tmp_path / "z.parquet")
+    (file,) = distilled().export("parquet", tmp_path / "spoilt.parquet")
+    parquet.write_table(parquet.read_table(file).replace_schema_metadata({"mtt_fast": "{"}), file)
+    with pytest.raises(InputError, match=r"spoilt\.parquet: expected columns image"):
+        read_set(file)
 
 
 @pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])

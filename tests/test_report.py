@@ -108,6 +108,26 @@ def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
     assert "<DM>" not in text
 
 
+def test_runs_of_one_name_keep_their_own_pictures(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "cost$x^$" / "toy"
+    (other / "history").mkdir(parents=True)
+    (other / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    (other / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    (other / "history" / "iteration_000000.png").write_bytes(b"another picture")
+    page = tmp_path / "both.html"
+    assert cli.run(main, [str(run), str(other), "--out", str(page)]) == 0
+    pictures = {picture["alt"]: picture["src"] for picture in Page(page.read_text(encoding="utf-8")).pictures}
+    names = f"{run.parent.name}/toy", "cost$x^$/toy"
+    assert [sum(str(alt).startswith(name) for alt in pictures) for name in names] == [5, 1]
+    shown = pictures[f"{names[1]}, iteration 0"]
+    assert shown is not None
+    assert base64.b64decode(shown.split(",")[1]) == b"another picture"
+    assert cli.run(main, [str(run), str(run / ".." / "toy"), "--out", str(page)]) == 2
+    assert "toy: expected each run once, found it twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

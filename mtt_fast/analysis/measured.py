@@ -14,6 +14,8 @@ RANDOM = "Random"
 """The method of as many random real images, which every distillation measures as well."""
 PAPER_RES = 128
 """Resolution of the paper's ImageNet subsets."""
+PAPER_PROTOCOL = "mtt"
+"""Protocol of its evaluations."""
 _WHERE_AND_HOW_FAST = (
     "recipe", "config", "out", "resume", "download", "data_path", "packed_path", "buffer_path", "device",
     "networks_at_once", "memory_budget", "microbatch", "save_seconds",
@@ -27,6 +29,7 @@ class Setting(NamedTuple):
     dataset: str
     """as --dataset spells it; of ImageNet, the subset"""
     model: str
+    """the network that was tested"""
     method: str
     ipc: str
 
@@ -55,7 +58,7 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
     for folder, summary in summaries.items():
         options = summary.get("options", {})
         try:
-            setting = Setting(_dataset(options), options["model"], _method(summary), str(options["ipc"]))
+            setting = Setting(_dataset(options), _network(summary), _method(summary), str(options["ipc"]))
         except KeyError as error:
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
@@ -64,7 +67,8 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
         _add(groups, setting, own, seed, folder, accuracy["distilled"])
         if "random_real_images" in accuracy:
             own = {name: options.get(name) for name in _OF_EVALUATION}
-            _add(groups, setting._replace(method=RANDOM), own, seed, folder, accuracy["random_real_images"])
+            of_random = setting._replace(method=RANDOM + _protocol(options))
+            _add(groups, of_random, own, seed, folder, accuracy["random_real_images"])
     found: dict[Setting, list[Measured]] = {}
     for (setting, _), by_seed in groups.items():
         found.setdefault(setting, []).append(_together(list(by_seed.values())))
@@ -77,10 +81,22 @@ def _dataset(options: Mapping[str, Any]) -> str:
     return f"{name} at {options['res']} px" if options.get("res") not in (None, PAPER_RES) else name
 
 
+def _network(summary: Mapping[str, Any]) -> str:
+    """Return the network whose accuracy is told first: with --eval_mode it need not be the one that was distilled with."""
+    by_network = summary.get("accuracy_by_network", {}).get("distilled", {})
+    return str(next(iter(by_network), summary["options"]["model"]))
+
+
 def _method(summary: Mapping[str, Any]) -> str:
     """Return the method's name; textures are told from images."""
-    name = str(summary.get("method", "MTT"))
+    name = str(summary.get("method", "MTT")) + _protocol(summary["options"])
     return f"{name}, textures" if summary["options"].get("texture") else name
+
+
+def _protocol(options: Mapping[str, Any]) -> str:
+    """Return what tells the numbers of another protocol from the paper's, with which they do not compare."""
+    name, best = options.get("protocol", PAPER_PROTOCOL), options.get("best_epoch")
+    return (f", protocol {name}" if name != PAPER_PROTOCOL else "") + (", best epoch" if best else "")
 
 
 def _add(

@@ -120,10 +120,10 @@ def _usage(options: ConvertOptions, kind: str, written: list[Path], found: Synth
         case "dc_benchmark":
             return f"dc_benchmark's root is {options.destination}; images are {space}"
         case "dc":
-            return f"images, labels = torch.load('{first}', weights_only=False)['data'][-1]; images are {space}"
+            return f"images, labels = torch.load({str(first)!r}, weights_only=False)['data'][-1]; images are {space}"
         case "png":
-            return f"torchvision.datasets.ImageFolder('{options.destination}') reads it. {_LOSSY}"
+            return f"torchvision.datasets.ImageFolder({options.destination!r}) reads it. {_LOSSY}"
         case "parquet":
-            return f"datasets.load_dataset('parquet', data_files='{first}') reads it. {_LOSSY}"
+            return f"datasets.load_dataset('parquet', data_files={str(first)!r}) reads it. {_LOSSY}"
     what = {"indices": "class indices", "probabilities": "probabilities", "logits": "logits (take their softmax)"}
     return f"torch.load reads each; images are {space}, labels are {what[plain.label_kind]}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -53,23 +53,27 @@ def read_image_folder(folder: str | os.PathLike[str], facts: Facts | None = None
     folder = Path(folder)
     if not (folder / LABELS).exists():
         return _read_classes(folder, facts, lr)
-    record = _read_record(folder / LABELS)
-    files = [str(folder / name) for name in record["files"]]
-    kind = record.get("label_kind")
-    labels = torch.tensor(record["labels"], dtype=torch.int64 if kind == "indices" else torch.float32)
-    if not files or len(files) != len(labels):
-        raise InputError(f"{folder / LABELS}: expected a label for each file, found {len(files)} and {len(labels)}")
-    return from_pictures(_pictures(files), labels, record, facts, folder / LABELS)
+    files, labels, record = _read_record(folder / LABELS)
+    return from_pictures(_pictures([str(folder / name) for name in files]), labels, record, facts, folder / LABELS)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> tuple[list[str], Tensor, dict[str, Any]]:
+    """Return the files, their labels, and the record that they are in. Raises `InputError` for a broken one."""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] == _FORMAT and isinstance(record["files"], list) and isinstance(record["labels"], list):
-            return record
+        form, files = record["format"], [str(PurePosixPath(name)) for name in record["files"]]
+        dtype = torch.int64 if record.get("label_kind") == "indices" else torch.float32
+        labels = torch.tensor(record["labels"], dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the labels of pictures, found a broken file ({error})") from error
-    raise InputError(f"{path}: expected the format {_FORMAT!r}, found {record['format']!r}")
+    if form != _FORMAT:
+        raise InputError(f"{path}: expected the format {_FORMAT!r}, found {form!r}")
+    if not files or len(files) != len(labels):
+        raise InputError(f"{path}: expected a label for each file, found {len(files)} and {len(labels)}")
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{path}: expected files in its own folder, found {name}; it is not from this software")
+    return files, labels, record
 
 
 def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticDataset:

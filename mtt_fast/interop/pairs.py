@@ -19,6 +19,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def ddranking_call(folder: str | os.PathLike[str], found: PlainSet, dataset: str
         options += ["loss_fn_kwargs={'temperature': 1.0, 'scale_loss': False}"]
     rate = "load('lr.pt')" if found.lr is not None else "None"
     return (
-        f"load = lambda name: torch.load('{Path(folder)}/' + name)\n"
+        f"load = lambda name: torch.load({f'{Path(folder)}/'!r} + name)\n"
         f"ddranking.metrics.{name}({', '.join(options)}, …).compute_metrics(\n"
         f"    image_tensor=load('images.pt'), {labels}=load('labels.pt'), syn_lr={rate})"
     )
@@ -158,7 +159,7 @@ def _rate_files(path: Path) -> list[Path]:
 
 def _load_rate(file: Path) -> Tensor:
     value = load_pickle(file, numpy_numbers=True)
-    if not isinstance(value, Tensor | float) or torch.as_tensor(value).numel() != 1:
+    if not isinstance(value, Tensor | float | np.floating) or torch.as_tensor(value).numel() != 1:
         raise InputError(f"{file}: expected one learning rate, found {value}; move the file away to go without")
     return torch.as_tensor(value).detach()
 

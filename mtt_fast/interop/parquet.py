@@ -63,15 +63,15 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
         labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
         if "soft_label" in table.column_names:
             labels = torch.tensor(table["soft_label"].to_pylist(), dtype=torch.float32)
+        record = json.loads((table.schema.metadata or {}).get(_RECORD, "null"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); check the path") from error
     except (KeyError, TypeError, ValueError, arrow.ArrowException) as error:
         raise InputError(
             f"{path}: expected columns image (bytes, path) and label, found a broken or foreign file ({error})"
         ) from error
-    record = (table.schema.metadata or {}).get(_RECORD)
     if record is not None:
-        return from_pictures(pictures, labels, json.loads(record), facts, path)
+        return from_pictures(pictures, labels, record, facts, path)
     if facts is None:
         raise InputError(
             f"{path}: another program's file, which does not say how its pictures are normalised; name the real images "

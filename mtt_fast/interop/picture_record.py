@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.plain import Facts
+from mtt_fast.interop.plain import LABEL_KINDS, Facts
 from mtt_fast.synthetic import SyntheticDataset
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
@@ -48,6 +48,7 @@ def from_pictures(
             fields["lr_per_step"] = torch.tensor(record["lr_per_step"], dtype=torch.float32)
         for name in ("class_names", "mean", "std"):
             fields[name] = tuple(fields[name])
+        _check_fit(pictures, labels, fields)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: expected the record of a distilled set, found it broken ({error})") from error
     if whitened and (facts is None or facts.whitening is None):
@@ -58,3 +59,14 @@ def from_pictures(
     own = Facts(fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None)
     images = own.transform.apply(pictures.float() / 255)
     return SyntheticDataset(images, labels, lr, whitening=own.whitening, **fields)
+
+
+def _check_fit(pictures: Tensor, labels: Tensor, fields: dict[str, Any]) -> None:
+    """Raise `ValueError` unless the labels are of the kind, and of the classes, that the record tells of."""
+    kind, classes, channels = fields["label_kind"], len(fields["class_names"]), len(fields["mean"])
+    indices = labels.dim() == 1 and 0 <= int(labels.min()) <= int(labels.max()) < classes
+    soft = labels.dim() == 2 and labels.shape[1] == classes
+    if not (indices if kind == "indices" else soft and kind in LABEL_KINDS):
+        raise ValueError(f"labels {tuple(labels.shape)} that are no {kind} of {classes} classes")
+    if not channels == len(fields["std"]) == pictures.shape[1]:
+        raise ValueError(f"mean and std of {channels} channels for pictures of {pictures.shape[1]}")

@@ -14,7 +14,7 @@ from mtt_fast import cli
 from mtt_fast.errors import InputError
 from mtt_fast.files import write_text
 from mtt_fast.report.page import render
-from mtt_fast.report.runs import read_run
+from mtt_fast.report.runs import read_runs
 
 PROGRAM = "python -m mtt_fast.report"
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     folders = [Path(run) for run in options.runs]
     alone = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     path = Path(options.out) if options.out else alone
-    write_text(path, render([read_run(folder) for folder in folders]))
+    write_text(path, render(read_runs(folders)))
     log.info("%s", path)
 
 

@@ -58,8 +58,8 @@ def _chart(runs: Sequence[Run], name: str, draw: Callable[[Any, Run, str], bool]
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # the text stays text, in the page's own font; the salt makes the same curves the same file
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13}):
+    # the text stays text, in the page's own font, and no formula; the salt makes the same curves the same file
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13, "text.parse_math": False}):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         drawn = [draw(axes, run, f"C{place % 10}") for place, run in enumerate(runs)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from mtt_fast.run_folder import HISTORY, METRICS, SUMMARY, read_config, read_rec
 class Run:
     """A run of any method, finished or under way."""
 
-    name: str  # of its folder
+    name: str  # of its folder, with those above where others are called the same
     options: dict[str, Any]
     summary: dict[str, Any]  # empty while it is under way
     records: list[dict[str, Any]]  # the lines of metrics.jsonl
@@ -47,6 +49,27 @@ class Run:
             return {}
         last = self.evaluations[-1]
         return {"distilled": {"mean": last["accuracy_mean"], "std": last["accuracy_std"], "n": last["networks"]}}
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Return the runs in `folders`, each called by as much of the end of its path as tells it from the others.
+
+    Raises `InputError` for a folder that is there twice, and as `read_run`.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for place, path in enumerate(paths):
+        if path in paths[:place]:
+            raise InputError(f"{folders[place]}: expected each run once, found it twice")
+    return [dataclasses.replace(read_run(path), name=name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    names: list[str] = []
+    length = 0
+    while len(set(names)) < len(paths):
+        length += 1
+        names = ["/".join(path.parts[-length:]) for path in paths]
+    return names
 
 
 def read_run(folder: Path) -> Run:
