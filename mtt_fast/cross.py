@@ -25,7 +25,7 @@ from mtt_fast.arithmetic import arithmetic, precision_on
 from mtt_fast.cross_table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import RANDOM, SetOptions, read_set, settings_of, training_set
+from mtt_fast.evaluate import RANDOM, SetOptions, read_synthetic, settings_of, training_set
 from mtt_fast.files import write_json, write_text
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable, network_by_name
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
     """Return the sets, each with the options of the distillation that it comes from; flags override them."""
-    found = {source: read_set(source) for source in options.sources}
+    found = {source: read_synthetic(source) for source in options.sources}
     settings = {
         source: {name: value for name, value in settings_of(synthetic).items() if name not in _OF_THE_TABLE}
         for source, synthetic in found.items()

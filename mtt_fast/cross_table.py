@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mtt_fast.files import atomic_path
+from mtt_fast.analysis.output import markdown_table, save_figure
 
 
 class Quoted(NamedTuple):
@@ -44,7 +44,7 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
     Each cell is a record of cross.json, with the "set" that it is of.
     """
     networks = list(dict.fromkeys(cell["question"]["network"] for cell in cells))
-    rows = [["set", "images a class", *networks]]
+    rows = []
     for name in dict.fromkeys(cell["set"] for cell in cells):
         own = {cell["question"]["network"]: cell for cell in cells if cell["set"] == name}
         ipc = next(iter(own.values()))["question"]["ipc"]
@@ -52,8 +52,6 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
     for row in quoted:
         numbers = (row.accuracies.get(network) for network in networks)
         rows.append([row.text, str(row.ipc), *("" if number is None else f"{number:.1f}" for number in numbers)])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
     counts = sorted({cell["accuracy"]["n"] for cell in cells})
     notes = [
         f"Test accuracy in per cent, mean ± standard deviation over {' or '.join(map(str, counts))} networks; {protocol}."
@@ -62,13 +60,12 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
         notes.append(
             "Rows marked as quoted are the papers' own numbers, under their own protocols: they were not measured here."
         )
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([markdown_table(["set", "images a class", *networks], rows), *notes, ""])
 
 
 def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted]) -> None:
     """Write the table as bars with standard deviations, networks side by side, quoted numbers as crosses, atomically."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
 
     networks = list(dict.fromkeys(cell["question"]["network"] for cell in cells))
     sets = list(dict.fromkeys(cell["set"] for cell in cells))
@@ -83,7 +80,7 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
             width,
             yerr=[100 * cell["accuracy"]["std"] for cell in own],
             capsize=3,
-            label=name,
+            label=name.replace("$", r"\$"),  # no formula
         )
     for row, marker in zip(quoted, "x+*1234", strict=False):
         known = [network for network in networks if network in row.accuracies]
@@ -99,8 +96,7 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
     axes.set(ylabel="test accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")
-    with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+    save_figure(path, figure)
 
 
 def _percent(cell: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import shlex
@@ -18,7 +17,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -44,10 +42,10 @@ from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.prefetch import prefetched, sender
 from mtt_fast.provenance import choose_device, device_name
 from mtt_fast.run_folder import (
-    SUMMARY,
     MetricsLog,
     State,
     check_same_run,
+    is_finished,
     load_checkpoint,
     only_user,
     save_checkpoint,
@@ -68,9 +66,7 @@ def main(argv: Sequence[str]) -> None:
             print(forecast(options, folder, device))
         return
     check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
-    summary = _finished(folder, options)
-    if summary:
-        log.info("%s is finished: %s", folder, summary["text"])
+    if is_finished(folder, options, options.Iteration):
         return
     with arithmetic(device, options.precision):
         _run(options, folder, device, shlex.join([*PROGRAM.split(), *argv]))
@@ -102,17 +98,6 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
         log.info("%s", steps)
         log.info("%s", options.evaluation_protocol().describe())
         distill(options, folder, real, network, experts, steps, command)
-
-
-def _finished(folder: Path, options: DistillOptions) -> dict[str, Any] | None:
-    path = folder / SUMMARY
-    if not path.exists():
-        return None
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return summary if summary["iterations"] >= options.Iteration else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: broken; delete it, and the same command writes it again") from error
 
 
 def _experts(options: DistillOptions, real: RealImages, network: Trainable) -> TrajectoryStore:

@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     options = cli.parse(EvaluateOptions, argv, program)
     if not options.source:
         raise InputError(f"expected a run's folder, a file, or the word {RANDOM}; see {program} --help")
-    synthetic = read_set(options.source)
+    synthetic = read_synthetic(options.source)
     if synthetic is not None:
         options = cli.parse(EvaluateOptions, argv, program, settings_of(synthetic))
     device = choose_device(options.device)
@@ -150,7 +150,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
         )
 
 
-def read_set(source: str) -> SyntheticDataset | None:
+def read_synthetic(source: str) -> SyntheticDataset | None:
     """Return the distilled set of a run's folder or of a file of this package; None where `source` is another."""
     if source == RANDOM or source.endswith(".pt"):
         return None
@@ -167,7 +167,7 @@ def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
 def training_set(
     options: SetOptions, source: str, synthetic: SyntheticDataset | None, real: RealImages, device: torch.device
 ) -> tuple[Callable[[torch.Generator], Images], float]:
-    """Return what each network trains on (`synthetic` is what `read_set` found), and the learning rate.
+    """Return what each network trains on (`synthetic` is what `read_synthetic` found), and the learning rate.
 
     Raises `InputError` for files that are broken or of another data set.
     """

@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from mtt_fast.data import ImageData, Normalisation, Split, load, transform_for
-from mtt_fast.data.facts import Facts
+from mtt_fast.data.facts import DataFacts
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.models import Trainable, network_by_name
@@ -71,7 +71,7 @@ class CommonOptions:
             packed_path=self.packed_path,
         )
 
-    def network(self, data: ImageData | Facts) -> Trainable:
+    def network(self, data: ImageData | DataFacts) -> Trainable:
         """Return the network that the options name, for `data`."""
         return network_by_name(self.model, data.image_shape, data.num_classes)
 
@@ -97,7 +97,7 @@ class EvaluationOptions(CommonOptions):
     best_epoch: bool = False
     """report the best epoch, chosen on the test images, in place of the last"""
 
-    def evaluated_networks(self, data: ImageData | Facts) -> dict[str, Trainable]:
+    def evaluated_networks(self, data: ImageData | DataFacts) -> dict[str, Trainable]:
         """Return the networks to evaluate for `data`, by name, the model itself first if it is among them.
 
         Raises `InputError` for an unknown --eval_mode, or images that are too small for one of them.
@@ -161,7 +161,7 @@ def at_least(minimum: float, **values: float | None) -> str | None:
     return None
 
 
-def buffer_folder(buffer_path: str, data: ImageData | Facts, model: str, zca: bool) -> Path:
+def buffer_folder(buffer_path: str, data: ImageData | DataFacts, model: str, zca: bool) -> Path:
     """Return the folder of the experts, laid out as the public code does: PATH/CIFAR10_NO_ZCA/ConvNet."""
     if data.name.upper().startswith("CIFAR"):
         name = data.name if zca else f"{data.name}_NO_ZCA"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
 """The same with the average of the images over the iterations in their place."""
 HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
+
+_OF_EVALUATIONS = ("num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "batch_train")
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -48,7 +53,9 @@ def only_user(folder: Path) -> Iterator[None]:
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
     """Write options (text, numbers, booleans; None is left out) as TOML, below a `note` of one line."""
     lines = [f"# {note}"] * bool(note)
-    lines += [f"{name} = {json.dumps(value)}" for name, value in options.items() if value is not None]
+    lines += [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in options.items() if value is not None
+    ]
     write_text(folder / CONFIG, "\n".join(lines) + "\n")
 
 
@@ -72,6 +79,33 @@ def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> No
                 f"{folder}: holds a run with --{name} {before[name]}, not {value}; choose another --out "
                 f"(or delete the folder)"
             )
+
+
+def is_finished(folder: Path, options: Any, iterations: int) -> bool:
+    """Return whether the run in `folder` has come to its end after at least so many iterations, and if so say it.
+
+    What its evaluations were made with is said where the dataclass `options` asks for others.
+    Raises `InputError` for a broken summary.
+    """
+    path = folder / SUMMARY
+    if not path.exists():
+        return False
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if summary["iterations"] < iterations:
+            return False
+        text, before = summary["text"], summary.get("options", {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: broken; delete it, and the same command writes it again") from error
+    log.info("%s is finished: %s", folder, text)
+    other = [
+        f"--{name} {before[name]}" for name in _OF_EVALUATIONS if before.get(name) not in (None, getattr(options, name))
+    ]
+    if other:
+        log.info(
+            "its evaluations were made with %s; python -m mtt_fast.evaluate %s makes others", ", ".join(other), folder
+        )
+    return True
 
 
 @dataclass

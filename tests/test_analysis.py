@@ -16,7 +16,7 @@ from PIL.GifImagePlugin import GifImageFile
 
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore, cli
 from mtt_fast.analysis.__main__ import COMMANDS, main
-from mtt_fast.analysis.distance import DistanceOptions, nearest_steps, student_path
+from mtt_fast.analysis.distance import DistanceOptions, _distilled_sets, nearest_steps, student_path
 from mtt_fast.analysis.evolution import CAPTION, evenly
 from mtt_fast.analysis.published import published
 from mtt_fast.distill import main as distill
@@ -226,6 +226,13 @@ def test_distance_refuses(
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_and_paths_of_sets(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "N=2").symlink_to(toy / "run")
+    found = _distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
+    assert list(found) == ["N=2", "short", "x"]
+
+
 # ------------------------------------------------------------------ tables
 
 
@@ -238,7 +245,7 @@ def summary(mean: float, *, method: str | None = None, random: float | None = No
 
 
 def by_network(*networks: str) -> dict[str, Any]:
-    return {"accuracy_by_network": {"distilled": dict.fromkeys(networks, {"mean": 0.7, "std": 0.0, "n": 5})}}
+    return {"accuracy_by_network": {"distilled": {name: {"mean": 0.7, "std": 0.0, "n": 5} for name in networks}}}
 
 
 def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mtt_fast.files import atomic_path, load_tensors, read_header, save_tensors,
 from mtt_fast.interrupts import Stopped
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.recipes.__main__ import main as list_recipes
+from mtt_fast.run_folder import read_config, write_config
 from mtt_fast.seeding import generator_for
 
 
@@ -121,6 +122,12 @@ def test_random_numbers_by_place() -> None:
 
     assert first(3) == first(3)
     assert len({first(3), first(4), first(3, 0), first(3, purpose="b"), first(3, seed=1), first(0, 3)}) == 6
+
+
+def test_options_come_back_from_a_run_folder(tmp_path: Path) -> None:
+    options = {"out": 'runs/é "x" 😀\\', "lr_lr": 1e-7, "ipc": 3, "zca": True, "subset": None}
+    write_config(tmp_path, options, "gradient: exact")
+    assert read_config(tmp_path) == {name: value for name, value in options.items() if value is not None}
 
 
 def write_half(path: Path) -> None:

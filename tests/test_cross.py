@@ -75,6 +75,8 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
     assert lines[2] == "| mine | 10 |" + " 65.1 ± 0.4 (best epoch) |" * 3
     assert lines[3] == "| MTT, 10 a class (quoted) | 10 | 64.3 | 50.3 |  |"
     assert "they were not measured here" in lines[-1]
+    (line,) = [line for line in markdown([cells[0] | {"set": "a|b"}], [], "x").splitlines() if "65.1" in line]
+    assert line == r"| a\|b | 10 | 65.1 ± 0.4 (best epoch) |"
     assert quoted_for([cell("ConvNet") | {"question": {"dataset": "digits", "ipc": 10}}]) == []
 
 

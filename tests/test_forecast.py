@@ -9,7 +9,7 @@ import pytest
 
 from mtt_fast import cli
 from mtt_fast.data import load
-from mtt_fast.data.facts import facts_of
+from mtt_fast.data.facts import data_facts
 from mtt_fast.distill import main
 from mtt_fast.recipes import recipe_names
 
@@ -54,7 +54,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
-    facts, data = facts_of("digits"), load("digits", data_path=tmp_path, progress=False)
+    facts, data = data_facts("digits"), load("digits", data_path=tmp_path, progress=False)
     assert (facts.name, facts.image_shape, facts.num_classes) == (data.name, data.image_shape, data.num_classes)
     assert (facts.train, facts.test) == (len(data.train.labels), len(data.test.labels))
 
@@ -67,10 +67,10 @@ def test_an_image_folder_is_counted(tmp_path: Path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (6, 4)).save(tmp_path / split / name / f"{number}.png")
-    facts, data = facts_of(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
+    facts, data = data_facts(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
     assert (facts.train, facts.test, facts.image_shape) == (6, 4, (3, 4, 6))
     assert (facts.name, facts.image_shape) == (data.name, data.image_shape)
-    assert facts_of(str(tmp_path), res=8).image_shape == (3, 8, 8)
+    assert data_facts(str(tmp_path), res=8).image_shape == (3, 8, 8)
 
 
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

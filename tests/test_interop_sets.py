@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import zipfile
 from pathlib import Path
@@ -210,13 +211,14 @@ def test_results_that_numpy_1_wrote(tmp_path: Path) -> None:
     assert len(read_set(tmp_path / "res_old.pt").images) == N
 
 
-@pytest.mark.parametrize("method", ["TM", "DC", "DSA", "DM"])
+@pytest.mark.parametrize("method", ["TM", "DC", "DSA", "DM", "random", "Kmeans"])
 def test_folders_of_dc_benchmark(tmp_path: Path, method: str) -> None:
     synthetic = distilled()
     files = write_set(tmp_path, synthetic, "dc_benchmark", method=method)
     folder = tmp_path / method / "CIFAR10" / f"IPC{IPC}"
-    pair = {"images_best.pt", "labels_best.pt", "lr_best.pt"}
-    expected = pair if method == "TM" else {f"res_{method}_CIFAR10_ConvNet_{IPC}ipc.pt"}
+    pairs = {"TM": "{}_best.pt", "random": "CIFAR10_IPC2_normalize_{}.pt", "Kmeans": "CIFAR10_IPC2_{}.pt"}
+    result = {f"res_{method}_CIFAR10_ConvNet_{IPC}ipc.pt"}
+    expected = {pairs[method].format(name) for name in ("images", "labels", "lr")} if method in pairs else result
     assert {file.name for file in files} == expected
     assert all(file.parent == folder for file in files)
     for source in (tmp_path, tmp_path / method, folder):
@@ -417,6 +419,30 @@ def test_pictures_of_whitened_images_need_the_whitening(tmp_path: Path, kind: st
     assert torch.equal((back.pictures() * 255).round(), (synthetic.pictures() * 255).round())
 
 
+@pytest.mark.parametrize(
+    ("kind", "module", "fails_at"),
+    [("png", "image_folder", "write_json"), ("mtt", "pairs", "save_pickle"), ("ddranking", "pairs", "save_pickle")],
+)
+def test_a_stop_leaves_no_half_of_a_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: str, fails_at: str
+) -> None:
+    writer = importlib.import_module(f"mtt_fast.interop.{module}")
+    write, calls = getattr(writer, fails_at), []
+
+    def stopped(path: Path, value: Any) -> Any:
+        calls.append(path)
+        if fails_at == "write_json" or len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(path, value)
+
+    (tmp_path / "mine.txt").write_text("x")
+    monkeypatch.setattr(writer, fails_at, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distilled().export(kind, tmp_path)
+    assert calls
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine.txt"]
+
+
 def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
     for label, name in enumerate(("ape", "bee")):
         (tmp_path / name).mkdir()
@@ -443,7 +469,10 @@ def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
         (lambda record: record.update(mean=[0.5]), "expected the record of a distilled set"),
         (lambda record: record.update(label_kind="logits"), "expected the record of a distilled set"),
         (lambda record: record["labels"].__setitem__(0, 3), "expected the record of a distilled set"),
-        (lambda record: record["labels"].__setitem__(0, [1, 2]), "expected the labels of pictures, found a broken file"),
+        (
+            lambda record: record["labels"].__setitem__(0, [1, 2]),
+            "expected the labels of pictures, found a broken file",
+        ),
         (lambda record: record["files"].__setitem__(0, 7), "expected the labels of pictures, found a broken file"),
         (lambda record: record["files"].__setitem__(0, "/etc/x.png"), "expected files in its own folder, found /etc/x"),
         (lambda record: record["files"].__setitem__(0, "a/../../x.png"), "expected files in its own folder, found a/"),

@@ -69,7 +69,7 @@ class DistanceOptions(CommonOptions):
     epochs: int | None = None
     """the largest Δ, in expert epochs; without it as far as the experts go"""
     steps: int = 1000
-    """K: student steps on the distilled set"""
+    """K: student steps on the distilled set, whose K + 1 vectors of parameters are in memory together"""
     out: str = "runs/distance"
     """folder for distance.png, distance.md and distance.json"""
 
@@ -97,12 +97,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _distilled_sets(places: Sequence[str]) -> dict[str, SyntheticDataset]:
-    """Return the sets by label: what stands before "=", or the folder's name."""
+    """Return the sets by label: what stands before "=", or the folder's name, where there is a file or folder so called."""
     found: dict[str, SyntheticDataset] = {}
     for place in places:
         label, equals, path = place.partition("=")
-        file = Path(path if equals else place)
-        label = label if equals else (file.parent.name if file.is_file() else file.name)
+        labelled = bool(equals) and not Path(place).exists()  # a path may hold the sign as well
+        file = Path(path if labelled else place)
+        if not labelled:
+            label = file.parent.name if file.is_file() else file.name
         if label in found:
             raise InputError(f"{place}: there is another run with the label {label}; give labels as LABEL=FOLDER")
         found[label] = SyntheticDataset.load(file / "synthetic.safetensors" if file.is_dir() else file)
@@ -256,7 +258,7 @@ def _draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
     axes = figure.subplots()
     for label, points in curves.items():
         x, mean, std = ([point[name] for point in points] for name in ("real_steps", "mean", "std"))
-        (line,) = axes.plot(x, mean, marker="o", markersize=3, label=label)
+        (line,) = axes.plot(x, mean, marker="o", markersize=3, label=label.replace("$", r"\$"))
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.axhline(1.0, color="grey", linestyle="--", linewidth=0.8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shlex
 import time
@@ -25,7 +24,7 @@ from mtt_fast.baselines.results import Job
 from mtt_fast.errors import InputError
 from mtt_fast.options import real_images
 from mtt_fast.provenance import choose_device, device_name
-from mtt_fast.run_folder import SUMMARY, check_same_run, only_user, read_config, write_config
+from mtt_fast.run_folder import check_same_run, is_finished, only_user, read_config, write_config
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +52,7 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(options.device)
     _check_same_method(folder, name)
     check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
-    summary = _finished(folder, options)
-    if summary:
-        log.info("%s is finished: %s", folder, summary["text"])
+    if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
     with arithmetic(device, options.precision):
         _run(name, options, folder, device, shlex.join([*PROGRAM.split(), *argv]))
@@ -101,17 +98,6 @@ def _check_same_method(folder: Path, name: str) -> None:
             f"{folder}: holds a run of {config.get('method', 'python -m mtt_fast.distill')}, not {name}; choose another "
             "--out (or delete the folder)"
         )
-
-
-def _finished(folder: Path, options: BaselineOptions) -> dict[str, Any] | None:
-    path = folder / SUMMARY
-    if not path.exists():
-        return None
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return summary if summary["iterations"] >= getattr(options, "Iteration", 0) else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: broken; delete it, and the same command writes it again") from error
 
 
 def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, command: str) -> None:

@@ -60,7 +60,7 @@ class ConvertOptions:
     hard_labels: bool = False
     """write each image's class in place of its soft label"""
     method: str = "TM"
-    """whose set it is, in names of dc_benchmark's and DC's files: TM, DC, DSA, DM"""
+    """whose set it is, in names of dc_benchmark's and DC's files: TM, DC, DSA, DM, random, Kmeans"""
 
     measure: Literal["last", "all"] = "last"
     """epochs of each imported expert whose test accuracy is measured; that of the others is unknown (NaN)"""

@@ -12,7 +12,7 @@ from mtt_fast.errors import InputError
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataFacts:
     """A data set in numbers. `name` is that of the `ImageData` it will be."""
 
     name: str
@@ -29,18 +29,18 @@ class Facts:
 
 
 _FIXED = {
-    "CIFAR10": Facts("CIFAR10", (3, 32, 32), 10, 50_000, 10_000),
-    "CIFAR100": Facts("CIFAR100", (3, 32, 32), 100, 50_000, 10_000),
-    "MNIST": Facts("MNIST", (1, 28, 28), 10, 60_000, 10_000),
-    "FashionMNIST": Facts("FashionMNIST", (1, 28, 28), 10, 60_000, 10_000),
-    "digits": Facts("digits", (1, 8, 8), 10, 1_442, 355),
+    "CIFAR10": DataFacts("CIFAR10", (3, 32, 32), 10, 50_000, 10_000),
+    "CIFAR100": DataFacts("CIFAR100", (3, 32, 32), 100, 50_000, 10_000),
+    "MNIST": DataFacts("MNIST", (1, 28, 28), 10, 60_000, 10_000),
+    "FashionMNIST": DataFacts("FashionMNIST", (1, 28, 28), 10, 60_000, 10_000),
+    "digits": DataFacts("digits", (1, 8, 8), 10, 1_442, 355),
 }
 _TINY = (200, 100_000, 10_000)
 _IMAGENET = (1_000, 1_281_167, 50_000)
 _SUBSET = (10, 13_000, 500)  # 12,000 to 13,000 images for training, by subset
 
 
-def facts_of(dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data") -> Facts:
+def data_facts(dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data") -> DataFacts:
     """Return the facts of a data set by the names that `load` takes, from what is published of it.
 
     Of an image folder they are counted, without decoding. Raises `InputError` for a folder that is not there or whose
@@ -52,15 +52,15 @@ def facts_of(dataset: str, subset: str | None = None, res: int | None = None, da
         return _FIXED[name]
     if name == "Tiny":
         side = res or 64
-        return Facts("Tiny" if side == 64 else f"Tiny-{side}", (3, side, side), *_TINY)
+        return DataFacts("Tiny" if side == 64 else f"Tiny-{side}", (3, side, side), *_TINY)
     if name is not None:
         chosen = subset if name == "ImageNet" else name
         side = res or 128
-        return Facts(f"{chosen or 'ImageNet'}-{side}", (3, side, side), *(_SUBSET if chosen else _IMAGENET))
+        return DataFacts(f"{chosen or 'ImageNet'}-{side}", (3, side, side), *(_SUBSET if chosen else _IMAGENET))
     return _counted(Path(data_path if dataset == "folder" else dataset).expanduser(), res)
 
 
-def _counted(root: Path, res: int | None) -> Facts:
+def _counted(root: Path, res: int | None) -> DataFacts:
     if not root.is_dir():
         raise InputError(f"--dataset {root}: expected a data set by name or an image folder, found no folder")
     train, test = (list_classes(folder) for folder in find_splits(root))
@@ -69,4 +69,4 @@ def _counted(root: Path, res: int | None) -> Facts:
     counts = (sum(len(files) for files in split.values()) for split in (train, test))
     suffix = f"-{res}" if res else ""
     shape = (1 if is_grey(first) else 3, height, width)
-    return Facts(f"folder-{root.resolve().name}{suffix}", shape, len(train), *counts)
+    return DataFacts(f"folder-{root.resolve().name}{suffix}", shape, len(train), *counts)

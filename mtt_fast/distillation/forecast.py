@@ -15,7 +15,7 @@ import torch
 from mtt_fast.arithmetic import precision_on
 from mtt_fast.choice import student_for
 from mtt_fast.compress import waypoint_folder
-from mtt_fast.data.facts import Facts, facts_of
+from mtt_fast.data.facts import DataFacts, data_facts
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.distillation.segments import planned
 from mtt_fast.kernels import LabelKind, Precision
@@ -52,7 +52,7 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
     `device` and scaled: networks are taken to be trained one after another, reading and drawing to cost nothing.
     Raises `InputError` as the run itself would for its options, its memory budget or an image folder.
     """
-    facts = facts_of(options.dataset, options.subset, options.res, options.data_path)
+    facts = data_facts(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(facts)
     experts = buffer_folder(options.buffer_path, facts, options.model, options.zca)
     there, wanted = _count(experts), options.max_experts or options.num_experts
@@ -116,7 +116,7 @@ def _state(folder: Path) -> str:
 
 
 def _times(
-    options: DistillOptions, facts: Facts, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
+    options: DistillOptions, facts: DataFacts, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
 ) -> _Amounts:
     """Return seconds, where an image costs `cost` in the student, and in a step of the `evaluated` networks so many."""
     gradients = 2 if options.rho_max else 1  # of an expert's step
@@ -142,7 +142,7 @@ def _sets(options: DistillOptions) -> int:
     return 1 if options.ema_decay is None else 2
 
 
-def _sizes(options: DistillOptions, facts: Facts, num_parameters: int, missing: int, uncompressed: int) -> _Amounts:
+def _sizes(options: DistillOptions, facts: DataFacts, num_parameters: int, missing: int, uncompressed: int) -> _Amounts:
     """Return bytes."""
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(facts.image_shape)

@@ -30,6 +30,7 @@ from mtt_fast.interop.plain import PlainSet, plain_set
 
 METHODS = ("TM", "DC", "DSA", "DM", "random", "Kmeans", "KIP")
 _RESULTS = ("DC", "DSA", "DM")
+_CHOSEN = {"random": "{}_IPC{}_normalize_images.pt", "Kmeans": "{}_IPC{}_images.pt"}
 _NAMES = {"Tiny": "tinyimagenet"}
 _PARTS = {("tinyimagenet", 50): 5}  # GitHub takes no larger files
 
@@ -72,7 +73,7 @@ def read_benchmark(folder: str | os.PathLike[str]) -> PlainSet:
 
 
 def write_benchmark(root: str | os.PathLike[str], found: PlainSet, dataset: str, method: str) -> list[Path]:
-    """Write the set below `root`, where dc_benchmark looks for sets of `method` (TM, DC, DSA or DM).
+    """Write the set below `root`, where dc_benchmark looks for sets of `method` (all but KIP).
 
     Raises `InputError` for soft labels, another method, classes that differ in number, and where a set is already.
     """
@@ -81,8 +82,8 @@ def write_benchmark(root: str | os.PathLike[str], found: PlainSet, dataset: str,
             f"{root}: expected class indices, as dc_benchmark makes all labels whole numbers, found {found.label_kind}; "
             "say --hard_labels to write each image's class alone"
         )
-    if method not in ("TM", *_RESULTS):
-        raise InputError(f"--method {method}: expected TM, {', '.join(_RESULTS)}")
+    if method not in ("TM", *_RESULTS, *_CHOSEN):
+        raise InputError(f"--method {method}: expected TM, {', '.join((*_RESULTS, *_CHOSEN))}")
     name, ipc = _NAMES.get(dataset, dataset), found.ipc("dc_benchmark")
     folder = Path(root) / method / name / f"IPC{ipc}"
     if folder.exists() and any(folder.iterdir()):
@@ -90,6 +91,8 @@ def write_benchmark(root: str | os.PathLike[str], found: PlainSet, dataset: str,
     if method in _RESULTS:
         network = "ConvNetD4" if name == "tinyimagenet" else "ConvNet"
         return write_result(folder / f"res_{method}_{name}_{network}_{ipc}ipc.pt", found)
+    if method in _CHOSEN:
+        return write_pair(folder / _CHOSEN[method].format(name, ipc), found)
     if (name, ipc) in _PARTS:
         return write_parts(folder, found, _PARTS[name, ipc])
     return write_pair(folder / "images_best.pt", found)

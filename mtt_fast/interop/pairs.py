@@ -15,6 +15,7 @@ Images are (n, C, H, W) in the networks' input space. images_zca_100.pt is no se
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.files import all_or_none
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
 from mtt_fast.interop.plain import PlainSet, plain_set
 
@@ -51,16 +53,19 @@ def write_pair(images_path: str | os.PathLike[str], found: PlainSet) -> list[Pat
     """
     path = Path(images_path)
     parts = {"images": found.images, "labels": found.labels} | ({} if found.lr is None else {"lr": found.lr})
-    return [save_pickle(beside(path, name), plain_copy(tensor)) for name, tensor in parts.items()]
+    with all_or_none() as written:
+        for name, tensor in parts.items():
+            written.append(save_pickle(beside(path, name), plain_copy(tensor)))
+    return written
 
 
 def write_parts(folder: str | os.PathLike[str], found: PlainSet, parts: int) -> list[Path]:
     """Write images_best_0.pt, labels_best_0.pt, … in `parts` parts of consecutive images, and return the files."""
     images, labels = found.images.tensor_split(parts), found.labels.tensor_split(parts)
-    written = []
-    for part, pieces in enumerate(zip(images, labels, strict=True)):
-        for name, piece in zip(("images", "labels"), pieces, strict=True):
-            written.append(save_pickle(Path(folder) / f"{name}_best_{part}.pt", plain_copy(piece)))
+    with all_or_none() as written:
+        for part, pieces in enumerate(zip(images, labels, strict=True)):
+            for name, piece in zip(("images", "labels"), pieces, strict=True):
+                written.append(save_pickle(Path(folder) / f"{name}_best_{part}.pt", plain_copy(piece)))
     return written
 
 
@@ -76,10 +81,7 @@ def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Pat
     labels = found.labels
     if found.label_kind == "probabilities":
         labels = labels.clamp_min(torch.finfo(labels.dtype).tiny).log()
-    parts = {"images": found.images, "labels": labels}
-    if found.lr is not None:
-        parts["lr"] = found.lr
-    return [save_pickle(Path(folder) / f"{name}.pt", plain_copy(tensor)) for name, tensor in parts.items()]
+    return write_pair(Path(folder) / "images.pt", dataclasses.replace(found, labels=labels))
 
 
 def ddranking_call(folder: str | os.PathLike[str], found: PlainSet, dataset: str, zca: bool | None) -> str:
