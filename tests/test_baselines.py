@@ -186,7 +186,9 @@ def test_a_finished_run_is_not_repeated(shared: Path, tmp_path: Path, caplog: py
         assert "its evaluations were made with" not in caplog.text
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert run(*flags("dm", shared), "--out", str(out), "--protocol", "datm", "--best_epoch") == 0
-    assert "its evaluations were made with --protocol mtt, --best_epoch False; python -m mtt_fast.evaluate" in caplog.text
+    assert (
+        "its evaluations were made with --protocol mtt, --best_epoch False; python -m mtt_fast.evaluate" in caplog.text
+    )
 
 
 def test_a_stopped_run_continues(

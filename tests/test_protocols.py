@@ -194,7 +194,7 @@ def test_distillation_of_a_network_with_batch_norm_and_a_pool(
     assert summary["accuracy"]["distilled"]["epoch"] == "best"
     assert "(best epoch)" in summary["text"]
     assert summary["protocol"]["name"] == "ddranking"
-    flags = ["--eval_mode", "C", "--out", "other"]
+    flags = ["--eval_mode", "C", "--num_eval", "1", "--out", "other"]
     assert cli.run(distill.main, [*TOY, *flags]) == 0
     summary = json.loads(Path("other/summary.json").read_text())
     assert set(summary["accuracy_by_network"]["distilled"]) == {"ConvNetD1W4BN", "ConvNet"}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.pickles import load_pickle, save_pickle
+from mtt_fast.interop.pickles import load_pickle, save_large_pickle
 from mtt_fast.layout import ParameterLayout
 from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
 from mtt_fast.waypoints import Course
@@ -176,7 +176,7 @@ def export_experts(
         path = Path(folder) / f"replay_buffer_{number}.pt"
         if path.exists():
             raise InputError(f"{path}: is there already; choose another destination, or delete it")
-        yield save_pickle(path, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in chosen])
+        yield save_large_pickle(path, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in chosen])
 
 
 def groups(count: int, size: int) -> Iterator[range]:

@@ -54,7 +54,13 @@ def save_pickle(path: str | os.PathLike[str], value: Any) -> Path:
             torch.save(value, temporary)
         except RuntimeError as error:  # how torch reports a full disk
             raise OSError(str(error).splitlines()[0]) from error
-    gc.collect()  # torch.save leaves a cycle that holds all tensors: those of a buffer would outlive the next one's
+    return Path(path)
+
+
+def save_large_pickle(path: str | os.PathLike[str], value: Any) -> Path:
+    """`save_pickle` of what should not be in memory for longer: torch.save leaves a cycle that holds all tensors."""
+    save_pickle(path, value)
+    gc.collect()
     return Path(path)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.interop.buffers import Trajectory, as_epochs, groups
-from mtt_fast.interop.pickles import load_pickle, save_pickle
+from mtt_fast.interop.pickles import load_pickle, save_large_pickle, save_pickle
 from mtt_fast.trajectories import TrajectoryStore
 from mtt_fast.waypoints import Course
 
@@ -65,7 +65,7 @@ def export_waypoints(
             )
         pieces = [_shares(courses[expert]) for expert in chosen]
         save_pickle(_steps_beside(path), pieces if count > 2 else [one for (one,) in pieces])
-        yield save_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in chosen])
+        yield save_large_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in chosen])
 
 
 def _steps_beside(file: Path) -> Path:
