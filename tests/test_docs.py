@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mtt_fast
+import mtt_fast.interop
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.testing import assert_close
@@ -27,6 +28,9 @@ def test_every_public_name_is_in_the_reference() -> None:
         where = f"{getattr(mtt_fast, name).__module__}.{name}"
         assert f"[`{name}`][{where}]" in index
         assert any(f"::: {where}\n" in page for page in pages)
+    interop = (ROOT / "docs/reference/interop.md").read_text()
+    for name in mtt_fast.interop.__all__:
+        assert re.search(rf"^::: mtt_fast\.interop\.\w+\.{name}$", interop, re.MULTILINE), name
 
 
 def test_the_example_of_an_augmentation() -> None:
@@ -74,6 +78,8 @@ def test_flags_that_are_said_to_be_the_same_are_there() -> None:
     lines = text[text.index("Names, meanings and defaults") : text.index("What differs")]
     both, distill, experts = (re.findall(r"--(\w+)", line) for line in lines.split("\n- ")[1:])
     fields = [{field.name for field in dataclasses.fields(options)} for options in (DistillOptions, ExpertOptions)]
+    successors = re.findall(r"--(\w+)", text[text.index("The successors' changes") : text.index("lists all")])
+    assert fields[0] | {"help"} >= set(successors) >= {"gradient", "rho_max", "lr_y", "match_step", "loss_ratio"}
     assert len(both) > 5
     assert len(distill) > 5
     assert len(experts) > 5

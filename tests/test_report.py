@@ -11,6 +11,7 @@ import pytest
 
 from mtt_fast import cli
 from mtt_fast.distill import main as distill
+from mtt_fast.files import write_json
 from mtt_fast.report.__main__ import main
 from mtt_fast.report.charts import thinned
 from mtt_fast.report.page import number, percent, seconds
@@ -101,11 +102,27 @@ def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
     assert cli.run(main, [str(under_way), str(baseline), "--out", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     Page(text)
+    assert "by network" not in text
     assert "50.00 ± 25.00" in text
     assert "under way, 6 iterations" in text
     assert "&lt;DM&gt;" in text
     assert "dm &amp; co" in text
     assert "<DM>" not in text
+
+
+def test_accuracies_of_several_networks(tmp_path: Path) -> None:
+    networks = {name: {"mean": mean, "std": 0.01, "n": 2} for name, mean in (("ConvNet", 0.5), ("VGG11", 0.25))}
+    for name, of_run in (("one", networks), ("two", {"ConvNet": networks["ConvNet"], "MLP": networks["VGG11"]})):
+        summary = {"accuracy": {}, "accuracy_by_network": {"distilled": of_run}, "options": {}}
+        write_json(tmp_path / name / "summary.json", summary)
+    page = tmp_path / "page.html"
+    assert cli.run(main, [str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(page)]) == 0
+    words = [word for word in Page(page.read_text(encoding="utf-8")).text if word]
+    begin = words.index("Test accuracy by network (%)") + 1
+    assert words[begin : begin + 12] == [
+        "run", "ConvNet", "VGG11", "MLP", "one", "50.00 ± 1.00", "25.00 ± 1.00", "—", "two", "50.00 ± 1.00", "—",
+        "25.00 ± 1.00",
+    ]  # fmt: skip
 
 
 def test_runs_of_one_name_keep_their_own_pictures(

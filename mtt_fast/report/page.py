@@ -42,6 +42,7 @@ def render(runs: Sequence[Run]) -> str:
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         measured={kind: _MEASURED.get(kind, kind.replace("_", " ")) for kind in measured},
+        networks=list(dict.fromkeys(network for run in runs for network in run.by_network)),
         charts=charts(runs),
         pictures={run.name: pictures(run.snapshots) for run in runs},
         chosen=chosen_options,

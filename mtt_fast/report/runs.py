@@ -50,6 +50,12 @@ class Run:
         last = self.evaluations[-1]
         return {"distilled": {"mean": last["accuracy_mean"], "std": last["accuracy_std"], "n": last["networks"]}}
 
+    @property
+    def by_network(self) -> dict[str, dict[str, Any]]:
+        """Mean, std and n of the distilled set's test accuracy by network, if it was tested on several."""
+        found: dict[str, dict[str, Any]] = self.summary.get("accuracy_by_network", {}).get("distilled", {})
+        return found if len(found) > 1 else {}
+
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Return the runs in `folders`, each called by as much of the end of its path as tells it from the others.
