@@ -48,7 +48,7 @@ class ConvNet:
         if min(self.feature_size) < 1:
             raise InputError(
                 f"ConvNet depth {self.depth}: {self.depth} poolings leave nothing of {self.image_size}-pixel images; "
-                "use a smaller --depth or larger images"
+                "use a smaller depth or larger images"
             )
 
     @property

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mtt_fast import ConvNet, InputError
 from mtt_fast.augment import SiameseAugment, augment_with
+from mtt_fast.baselines import gradient_matching
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.dd import DdOptions, dd, step_batches
 from mtt_fast.baselines.dm import DmOptions, dm, embedding_distance
 from mtt_fast.baselines.forgetting import forgetting_events, most_forgotten, right_at_each_epoch
 from mtt_fast.baselines.gradient_distance import DISTANCES, Metric
-from mtt_fast.baselines.gradient_matching import dc, matching_gradient
+from mtt_fast.baselines.gradient_matching import dc, dsa, matching_gradient
 from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
 from mtt_fast.baselines.herding import herd
 from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
@@ -182,23 +183,39 @@ def test_siamese_augmentation_does_the_same_to_every_image() -> None:
 
 
 def test_dc_updates_images_and_network_by_turns(real: RealImages) -> None:
-    options = DcOptions(dataset="digits", ipc=1, batch_real=9, outer_loop=3, inner_loop=2, batch_train=4, lr_net=0.1)
-    learning = dc(options, real, NET)
-    before = learning.images.clone()
-    first, again = learning.step(0), dc(options, real, NET).step(0)
-    assert first == again
-    assert not torch.equal(before, learning.images)
-    alone = dc(DcOptions(dataset="digits", ipc=1, batch_real=9), real, NET)  # one update, no training
+    options = DcOptions(dataset="digits", ipc=1, batch_real=9, outer_loop=3, inner_loop=2, lr_net=0.1, lr_img=0.2)
+    learning, function = dc(options, real, NET), plain()
+    images, velocity, labels = learning.images.double(), torch.zeros(()), torch.arange(10)
     members, generator = class_members(real, 1), generator_for(0, "gradient matching", 0)
-    theta, function, total = NET.init(generator), module_function(reference_convnet(*SHAPE)), 0.0
-    for label, indices in enumerate(members):
-        seen, labels = random_batch(real.train, indices, 9, generator)
-        leaf = theta.clone().requires_grad_()
-        (wanted,) = torch.autograd.grad(F.cross_entropy(function(leaf, seen), labels), leaf)
-        own = F.cross_entropy(function(leaf, before[label : label + 1]), labels[:1])
-        (found,) = torch.autograd.grad(own, leaf)
-        total += float(written_out("ours", found, wanted))
-    assert alone.step(0) == pytest.approx(total / 10, rel=1e-3)
+    theta, total = NET.init(generator).double(), 0.0
+    for _ in range(3):
+        pixels, distance = images.clone().requires_grad_(), torch.zeros((), dtype=F64)
+        for label, indices in enumerate(members):
+            seen, of_seen = random_batch(real.train, indices, 9, generator)
+            leaf = theta.clone().requires_grad_()
+            (wanted,) = torch.autograd.grad(F.cross_entropy(function(leaf, seen.double()), of_seen), leaf)
+            own = F.cross_entropy(function(leaf, pixels[label : label + 1]), labels[label : label + 1])
+            (found,) = torch.autograd.grad(own, leaf, create_graph=True)
+            distance = distance + written_out("ours", found, wanted)
+        (gradient,) = torch.autograd.grad(distance, pixels)
+        velocity = 0.5 * velocity + gradient
+        images, total = images - 0.2 * velocity, total + float(distance.detach())
+        for _ in range(2):
+            torch.randperm(10, generator=generator)  # the order in the one batch of an epoch
+            leaf = theta.clone().requires_grad_()
+            theta = theta - 0.1 * torch.autograd.grad(F.cross_entropy(function(leaf, images), labels), leaf)[0]
+    assert learning.step(0) == pytest.approx(total / 30, rel=1e-4)
+    assert_close("images", learning.images.double(), images, 1e-3)
+
+
+@pytest.mark.parametrize(("method", "strategy"), [(dc, None), (dsa, "color_crop")])
+def test_the_network_sees_what_the_method_augments(
+    method: Callable[..., Learning], strategy: str | None, real: RealImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(gradient_matching, "epoch_on", lambda student, images, sgd, augment: seen.append(augment))
+    method(DsaOptions(dataset="digits", dsa_strategy="color_crop"), real, NET)
+    assert seen == [None if strategy is None else SiameseAugment(strategy)]
 
 
 def test_loops_are_the_papers_or_the_users() -> None:

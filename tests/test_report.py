@@ -75,6 +75,7 @@ def test_a_finished_run(run: Path) -> None:
     assert "--syn_steps 3" in text
     assert "finished, 6 iterations" in text
     assert page.drawings == 3
+    assert "Loss" in page.text
     shown = [picture["alt"] for picture in page.pictures]
     assert shown == [f"toy, iteration {iteration}" for iteration in (0, 2, 3, 4, 6)]  # seven snapshots, five shown
     last = page.pictures[-1]["src"]
@@ -106,6 +107,7 @@ def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
     assert "50.00 ± 25.00" in text
     assert "under way, 6 iterations" in text
     assert "&lt;DM&gt;" in text
+    assert "Loss (each method&#39;s own)" in text
     assert "dm &amp; co" in text
     assert "<DM>" not in text
 

@@ -15,8 +15,9 @@ _POINTS = 600  # of a curve: more cannot be told apart, and make the page heavy
 
 def charts(runs: Sequence[Run]) -> dict[str, str]:
     """Return the curves of all `runs` by title, each an SVG element as text; without those that no run has."""
+    own = " (each method's own)" if len({run.method for run in runs}) > 1 else ""
     drawn = {
-        "Matching loss": _chart(runs, "loss", _draw_steps("loss")),
+        f"Loss{own}": _chart(runs, "loss", _draw_steps("loss")),
         "Student's learning rate": _chart(runs, "learning rate", _draw_steps("lr")),
         "Test accuracy of fresh networks (%)": _chart(runs, "accuracy", _draw_accuracy),
     }
