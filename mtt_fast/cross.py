@@ -112,8 +112,9 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
         networks = _networks(row.options, data)
         real = real_images(data, row.options.zca, device)
         train, lr = training_set(row.options, row.source, row.synthetic, real, device)
+        of_row = _question(row, real, train, lr)
         for name, network in networks.items():
-            question = _question(row, real, train, lr) | {"network": name}
+            question = of_row | {"network": name}
             cell = next((cell for cell in known if cell["question"] == question), None)
             if cell is None:
                 cell = {"question": question} | _measure(row, real, train, lr, name, network, stop)
@@ -141,6 +142,7 @@ def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str,
     example = train(generator_for(options.seed, "evaluation", 0))
     return {
         "images": RANDOM if row.source == RANDOM else _digest(example),
+        "canvas": None if example.canvas is None else dataclasses.asdict(example.canvas),
         "ipc": len(example) // real.data.num_classes,
         "lr": lr,
         "dataset": real.data.name,

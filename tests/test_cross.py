@@ -12,6 +12,7 @@ from PIL import Image
 
 from mtt_fast import SyntheticDataset, cli, cross, evaluate
 from mtt_fast.cross_table import markdown, quoted_for
+from mtt_fast.texture import Canvas
 
 TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
 
@@ -97,3 +98,19 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], mess
     assert cli.run(cross.main, arguments) == 2
     assert message in capsys.readouterr().err
     assert not Path("runs/cross/cross.json").exists()
+
+
+def test_sets_that_differ_in_their_crops_are_two_questions() -> None:
+    """The same canvases, seen in another way: what was measured of one says nothing of the other."""
+    from mtt_fast.data import load
+
+    data = load("digits", data_path="data", progress=False)
+    images = torch.randn(10, 1, 16, 16)
+    for samples in (1, 3):
+        SyntheticDataset(
+            images, torch.arange(10), torch.tensor(0.02), data.class_names, data.mean, data.std,
+            recipe={"dataset": "digits"}, canvas=Canvas(2, samples),
+        ).save(f"{samples}.safetensors")  # fmt: skip
+    flags = "--num_eval 1 --epoch_eval_train 1 --models ConvNetD1W4 --out table".split()
+    assert cli.run(cross.main, ["1.safetensors", "3.safetensors", *flags]) == 0
+    assert [cell["question"]["canvas"] for cell in table()] == [{"size": 2, "samples": samples} for samples in (1, 3)]
