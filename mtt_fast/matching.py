@@ -66,12 +66,12 @@ def nearest_step_loss(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
 def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """Return the number () int64, 1 … N, of the step whose parameters are nearest to `target` (P,), as ATT chooses it.
 
-    Near is `Σ |θ_n − θ*|`, accumulated in float64; of several that are as near the last one. `path` (N + 1, P) is the
-    student's; its start is no step. No tensor is asked for its value.
+    Near is `Σ |θ_n − θ*|`, accumulated in float64; of several that are as near the last one, and one that is not finite
+    is as far as can be. `path` (N + 1, P) is the student's; its start is no step. No tensor is asked for its value.
     """
     path, target = path.detach(), target.detach().to(path.dtype)
     distances = [(row.to(target.device) - target).abs().sum(dtype=torch.float64) for row in path[1:]]
-    return len(distances) - torch.stack(distances[::-1]).argmin()
+    return len(distances) - torch.stack(distances[::-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
 
 
 def relative_distance(end: Tensor, start: Tensor, target: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.memory import Plan, Work, plan_for
 from mtt_fast.student import Loss, Network, Student, in_microbatches
-from mtt_fast.texture import Canvas, CanvasCrops
+from mtt_fast.texture import CanvasCrops
 
 Gradient = Literal["exact", "truncated"]
 """Exact, or without the steps' Hessians, as TESLA's: an approximation (docs/adjoint.md)."""
@@ -102,16 +102,6 @@ def unroll(
         raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
     student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
     largest, steps = max(len(index) for index in indices), len(indices)
-    if plan is None:
-        canvas = Canvas(augment.size if isinstance(augment, CanvasCrops) else 1)
-        seen = torch.Size((len(images), *canvas.image_shape(images.shape[1:])))
-        work = Work(
-            *(student, net.num_parameters, net.mixes_samples, seen, largest, steps, theta.dtype, theta.device),
-            momentum=momentum != 0,
-            augment=augment is not None,
-            canvas_size=canvas.size,
-        )
-        plan = plan_for(work, memory_budget, microbatch)
     if draws is None:
         draws = [augment.draw(images.detach()[index], generator) if augment else None for index in indices]
     elif augment is None or len(draws) != len(indices):
@@ -119,6 +109,18 @@ def unroll(
             f"unroll draws: expected those of an augmentation for each of {len(indices)} steps, found {len(draws)}"
             + (" and no augment" if augment is None else "")
         )
+    if plan is None:
+        image_shape = (
+            images.shape[1:] if memory_budget is None else _seen_shape(augment, images.detach()[indices[0]], draws[0])
+        )
+        work = Work(
+            *(student, net.num_parameters, net.mixes_samples, torch.Size((len(images), *image_shape)), largest, steps),
+            *(theta.dtype, theta.device),
+            momentum=momentum != 0,
+            augment=augment is not None,
+            canvas_size=augment.size if isinstance(augment, CanvasCrops) else 1,
+        )
+        plan = plan_for(work, memory_budget, microbatch)
     cut = student_for_plan(student, net, plan, largest)
     kept_from = max(0, steps - plan.kept_steps)
     way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), momentum, weight_decay, gradient)
@@ -301,11 +303,15 @@ class _Unroll(torch.autograd.Function):
             parts = [part.to(lr.device).contiguous() for part in (of_path, of_row) if part is not None]
             return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
 
+        # behind the last row that the loss looks at every adjoint is zero, and nothing comes of a step
+        last = max((n for n, of_row in enumerate(grad_rows) if grad_path is not None or of_row is not None), default=0)
+        for n in range(last, len(steps.batches)):
+            ctx.kept.pop(n, None)
         adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
-        if (of_end := incoming(len(steps.batches))) is not None:
-            adjoint.copy_(of_end)
+        if (of_last := incoming(last)) is not None:
+            adjoint.copy_(of_last)
         velocity_adjoint = torch.zeros_like(adjoint) if velocities is not None else None  # ν
-        for n in reversed(range(len(steps.batches))):
+        for n in reversed(range(last)):
             index = steps.batches[n]
             # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
             # direction: it stays defined at α = 0 and gives λ·g_n, which dα needs, for nothing
@@ -352,6 +358,12 @@ class _Unroll(torch.autograd.Function):
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
     """One learning rate a step (N,), in the dtype and on the device of the parameters."""
     return lr.detach().to(like).expand(steps)
+
+
+@torch.no_grad()
+def _seen_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Size:
+    """Return the shape (C, H, W) of what the network sees of a `batch`, which an augmentation may cut or scale."""
+    return (batch if augment is None else augment(batch, drawn)).shape[1:]
 
 
 def _kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:

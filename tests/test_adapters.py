@@ -10,7 +10,7 @@ import torch
 from kornia.augmentation.auto import RandAugment
 from torch import Tensor, nn
 
-from mtt_fast import Augmentation, ConvNet, InputError, KorniaAugment, SiameseAugment, matching_loss, unroll
+from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, KorniaAugment, SiameseAugment, matching_loss, unroll
 from mtt_fast.augment import Augment
 from mtt_fast.testing import assert_close, module_function, reference_convnet, whole_graph
 
@@ -101,6 +101,13 @@ def test_an_augmentation_may_change_the_size_of_images() -> None:
     plain = unroll(net, start, halves(images, None), CASE["labels"], 0.2, CASE["batches"])
     found, expected = (torch.autograd.grad(path[-1].square().sum(), images)[0] for path in (rows, plain))
     assert_close("images", found, expected, 1e-12)
+    # memory is planned for what the network sees, which is too small for the images themselves
+    other = FlatModule(reference_convnet(3, 4, 4, 5, 2))
+    planned = unroll(
+        other, start, images, CASE["labels"], 0.2, CASE["batches"], Augmentation(lambda *_: None, halves),
+        memory_budget="1GiB",
+    )  # fmt: skip
+    assert_close("path", planned.detach(), rows.detach(), 1e-12)
 
 
 def test_kornia_draws_from_the_generator_and_leaves_torchs_own_alone() -> None:

@@ -131,6 +131,11 @@ def test_the_nearest_step_is_by_the_sum_of_magnitudes() -> None:
     assert int(nearest_step(path, target)) == 4
 
 
+def test_a_step_that_is_not_finite_is_never_the_nearest() -> None:
+    rows = [[0.0, 0.0], [9.0, 9.0], [torch.nan, 0.0], [torch.inf, 0.0]]
+    assert int(nearest_step(torch.tensor(rows), torch.zeros(2))) == 1
+
+
 def test_dropped_parameters_get_no_gradient_and_do_not_count() -> None:
     end = torch.tensor([0.1, -3.0, 2.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
     target, start = torch.zeros(5, dtype=torch.float64), torch.tensor([9.0, 1, 1, 9, 2], dtype=torch.float64)

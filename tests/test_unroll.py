@@ -209,6 +209,28 @@ def test_any_rows_of_the_path_can_be_differentiated() -> None:
     assert_close("images", found, expected, 1e-10)
 
 
+def test_steps_behind_the_last_row_that_counts_are_left_alone() -> None:
+    """So what is infinite there harms nothing, and takes no time."""
+    case, asked = small_case(), []
+
+    def counted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        asked.append(logits)
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    images = case["images"].clone().requires_grad_()
+    lr = torch.tensor([0.2, 0.1, torch.inf], dtype=torch.float64, requires_grad=True)
+    path = unroll(case["net"], case["start"], images, case["labels"], lr, case["batches"], momentum=0.5, loss=counted)
+    assert not path[3].isfinite().all()
+    assert len(asked) == 3
+    to_images, to_lr = torch.autograd.grad((path[2] - case["target"]).square().sum(), (images, lr))
+    assert len(asked) == 3 + 2
+    shorter = unroll(case["net"], case["start"], images, case["labels"], lr[:2], case["batches"][:2], momentum=0.5)
+    expected, to_shorter = torch.autograd.grad((shorter[-1] - case["target"]).square().sum(), (images, lr))
+    assert_close("images", to_images, expected, 1e-12)
+    assert_close("lr", to_lr[:2], to_shorter[:2], 1e-12)
+    assert to_lr[2] == 0
+
+
 def test_augmentation_repeats_its_draws_in_the_backward_sweep() -> None:
     case = small_case(steps=8)
     augment = SiameseAugment()
