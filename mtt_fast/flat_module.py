@@ -30,16 +30,17 @@ class FlatModule:
     what a batch makes of them, and `evaluated` tests with them.
 
     May be called in several threads at once. Raises `InputError` for a module with active dropout: its draws would
-    differ between the two sweeps.
+    differ between the two sweeps. Found are torch's dropout layers and what keeps its share as `dropout`, as attention and
+    recurrent layers do; of other random operations a module must be free.
     """
 
     def __init__(self, module: nn.Module) -> None:
         tracked = copy.deepcopy(module)
         for name, part in tracked.named_modules():
-            if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+            if part.training and _dropped(part) > 0:
                 raise InputError(
                     f"FlatModule: layer {name or type(part).__name__} draws random numbers in training mode, so the backward "
-                    "sweep would not repeat the forward one; set its p to 0, or call .eval()"
+                    "sweep would not repeat the forward one; set its share to 0, or call .eval()"
                 )
         parameters = dict(tracked.named_parameters())
         self.layout = ParameterLayout(tuple(parameters), tuple(tuple(value.shape) for value in parameters.values()))
@@ -174,6 +175,12 @@ class _Stateless:
         if not isinstance(output, Tensor):
             raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
         return output
+
+
+def _dropped(part: nn.Module) -> float:
+    """Return the share that a layer drops at random in training mode."""
+    share = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0)
+    return share if isinstance(share, (int, float)) else 0
 
 
 def _with_the_same_tensors(module: nn.Module) -> nn.Module:

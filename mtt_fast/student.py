@@ -7,8 +7,10 @@ architecture answers the same two questions; wrapped students (`InMicrobatches`)
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -114,6 +116,30 @@ class Student(Protocol):
         ...
 
 
+class _HeldByAll:
+    """A setting of the whole process, in force from when the first thread enters until the last one has left."""
+
+    def __init__(self, setting: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._setting, self._lock, self._inside = setting, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._held = self._setting()
+                self._held.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._held.__exit__(None, None, None)
+
+
+# the only attention that can be differentiated twice, in whichever mode
+_plain_attention = _HeldByAll(functools.partial(sdpa_kernel, SDPBackend.MATH))
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes)."""
     return F.cross_entropy(logits, labels)
@@ -146,7 +172,7 @@ class GenericStudent:
         self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        with sdpa_kernel(SDPBackend.MATH):  # the only attention that can be differentiated twice, in whichever mode
+        with _plain_attention:
             try:
                 return self._forward_over_reverse(theta, images, labels, v)
             except RuntimeError as error:
@@ -268,7 +294,7 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
     return InMicrobatches(student, size)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)  # an evaluation asks for each network of a pool again and again
 def held_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> tuple[int, int]:
     """Return the peak of bytes in tensors during a generic student's `gradient`, and its `gradient_jvp`.
 

@@ -80,6 +80,18 @@ def test_active_dropout_is_refused() -> None:
     FlatModule(module.eval())
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [nn.MultiheadAttention(4, 2, dropout=0.1), nn.LSTM(4, 4, num_layers=2, dropout=0.1)],
+    ids=["attention", "lstm"],
+)
+def test_dropout_inside_a_layer_is_refused_too(layer: nn.Module) -> None:
+    with pytest.raises(InputError, match="layer 0 draws random numbers"):
+        FlatModule(nn.Sequential(layer))
+    FlatModule(nn.Sequential(layer).eval())
+    FlatModule(nn.Sequential(nn.MultiheadAttention(4, 2)))
+
+
 def test_the_embedding_is_what_the_last_linear_layer_sees() -> None:
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
     net, images = FlatModule(module), torch.randn(4, 3, 2, 2)

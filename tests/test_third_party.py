@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kornia.feature as KF
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mtt_fast import ConvNet, FlatModule, matching_loss, plan, unroll
+from mtt_fast.student import GenericStudent
 from mtt_fast.testing import assert_close, module_function, reference_convnet, whole_graph
 
 
@@ -102,6 +105,34 @@ def test_memory_is_planned_for_it(name: str) -> None:
     side = SIDES.get(name, 16)
     made = plan(FlatModule(MODULES[name]()), images=(8, 1, side, side), steps=2, memory_budget="8MiB")
     assert 1 <= made.microbatch <= 8
+
+
+def test_the_choice_of_attention_outlives_no_thread() -> None:
+    """It is the whole process's: of two threads the first to come is the first to leave."""
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+
+    def of_first(logits: Tensor, labels: Tensor) -> Tensor:
+        first_in.set()
+        assert second_in.wait(10)
+        return logits.square().mean()
+
+    def of_second(logits: Tensor, labels: Tensor) -> Tensor:
+        second_in.set()
+        assert first_out.wait(10)
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        return logits.square().mean()
+
+    net, images, labels = ConvNet(1, 3, 4, 2, 1), torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
+    theta = net.init()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(GenericStudent(net, of_first).gradient_jvp, theta, images, labels, theta)
+        assert first_in.wait(10)
+        second = pool.submit(GenericStudent(net, of_second).gradient_jvp, theta, images, labels, theta)
+        first.result(10)
+        first_out.set()
+        second.result(10)
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 # ------------------------------------------------------------------ losses

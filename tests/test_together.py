@@ -15,6 +15,7 @@ from mtt_fast.augment import SiameseAugment
 from mtt_fast.choice import student_for
 from mtt_fast.interrupts import Stopped, StopRequest
 from mtt_fast.protocols import EvaluationProtocol, evaluate
+from mtt_fast.student import held_bytes
 from mtt_fast.together import Crew, Work, crew_for, filling, in_turns, together
 from mtt_fast.training import Images, Sgd, epoch_on
 
@@ -190,3 +191,14 @@ def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
                 theta, velocity, _ = epoch(theta, velocity, generator)
             ends.append(theta.cpu())
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_networks_of_a_pool_are_looked_at_once() -> None:
+    """The next evaluation of the same networks finds what a step of each takes."""
+    pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(1, 8)]
+    students = [student_for(network, CPU) for network in pool]
+    held_bytes.cache_clear()
+    for _ in range(2):
+        for network, student in zip(pool, students, strict=True):
+            crew_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, works=2)
+    assert held_bytes.cache_info().misses == len(pool)
