@@ -28,7 +28,7 @@ from mtt_fast.student import Network, Student
 from mtt_fast.together import Work, crew_for, result_of, together
 from mtt_fast.training import Images, Sgd, count_right, epoch_on
 
-_TESTED_EVERY = 20  # epochs, where the best one is looked for: DD-Ranking's
+_TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs, where the best one is looked for: DD-Ranking's
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class EvaluationProtocol:
     """public: `epochs` + 1 epochs, and after number `epochs` // 2 + 1 (from 0) a new optimiser at a tenth of the rate;
     scheduler: `epochs` epochs, and behind the first `epochs` // 2 a tenth of the rate in the same optimiser"""
     best_epoch: bool = False
-    """report the highest accuracy on the test images of every twentieth epoch and the last one, in place of the last"""
+    """report the highest accuracy on the test images of every tenth epoch (twentieth where the labels are soft) and the last
+    one, in place of the last"""
 
     @property
     def total_epochs(self) -> int:
@@ -60,16 +61,18 @@ class EvaluationProtocol:
         """Epochs before the rate is divided by ten."""
         return self.epochs // 2 + (2 if self.loop == "public" else 0)
 
-    def is_tested(self, epoch: int) -> bool:
-        """Return whether the network is tested after epoch number `epoch`, counted from 1."""
-        return epoch == self.total_epochs or (self.best_epoch and epoch % _TESTED_EVERY == 0)
+    def is_tested(self, epoch: int, soft: bool) -> bool:
+        """Return whether the network is tested after epoch number `epoch`, counted from 1, of labels that are `soft` or not."""
+        every = _TESTED_EVERY_OF_SOFT if soft else _TESTED_EVERY
+        return epoch == self.total_epochs or (self.best_epoch and epoch % every == 0)
 
     def describe(self) -> str:
         """Return in a line what is done."""
         optimiser = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
         drop = "in a new optimiser" if self.loop == "public" else "in the same optimiser"
         reported = (
-            f"the BEST of every {_TESTED_EVERY}th epoch and the last is reported, chosen on the test images"
+            f"the BEST of every {_TESTED_EVERY}th epoch ({_TESTED_EVERY_OF_SOFT}th with soft labels) and the last is reported, "
+            "chosen on the test images"
             if self.best_epoch
             else "the last epoch is reported"
         )
@@ -183,7 +186,7 @@ def _trained(
         if stop:
             raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
         theta, velocity, _, *statistics = run_epoch(theta, velocity, generator, *statistics)
-        if protocol.is_tested(epoch):
+        if protocol.is_tested(epoch, images.labels.is_floating_point()):
             test(in_evaluation(network, *statistics), theta)
         if epoch == protocol.epochs_before_drop:
             if protocol.loop == "public":

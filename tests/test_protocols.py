@@ -77,7 +77,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics_beside_one_in_training() -> No
 @pytest.mark.parametrize("name", ["mtt", "ddranking"])
 @pytest.mark.parametrize("model", ["ConvNetD1W4BN", "ConvNetD1W4"])
 def test_equals_the_protocol_written_out(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One batch: its order does not matter. The best of every second epoch stands for every twentieth."""
+    """One batch: its order does not matter. The best of every second epoch stands for every tenth."""
     monkeypatch.setattr("mtt_fast.protocols._TESTED_EVERY", 2)
     net = network_by_name(model, (1, 6, 6), 3)
     train = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
@@ -124,8 +124,16 @@ def test_protocols_say_what_they_do() -> None:
     assert "1001 epochs in batches of 128" in said["datm"]
     assert "1000 epochs in batches of 256" in said["ddranking"]
     assert "a tenth of it after 500 epochs in the same optimiser" in said["ddranking"]
-    assert "the BEST of every 20th epoch and the last is reported, chosen on the test images" in said["ddranking"]
+    assert (
+        "the BEST of every 10th epoch (20th with soft labels) and the last is reported, chosen on the test images"
+        in said["ddranking"]
+    )
     assert all("the last epoch is reported" in said[name] for name in ("mtt", "datm"))
+    tested = [
+        [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft)]
+        for name, soft in (("mtt", False), ("ddranking", False), ("ddranking", True))
+    ]
+    assert tested == [[1001], list(range(10, 1001, 10)), list(range(20, 1001, 20))]
 
 
 def test_options_choose_the_protocol() -> None:
