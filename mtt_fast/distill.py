@@ -44,6 +44,7 @@ from mtt_fast.provenance import choose_device, device_name
 from mtt_fast.run_folder import (
     MetricsLog,
     State,
+    check_same_method,
     check_same_run,
     is_finished,
     load_checkpoint,
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
         with arithmetic(device, options.precision):
             print(forecast(options, folder, device))
         return
+    check_same_method(folder, None)
     check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
     if is_finished(folder, options, options.Iteration):
         return

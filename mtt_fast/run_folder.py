@@ -24,6 +24,7 @@ SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
 """The distilled set as it is, and that of the evaluation with the highest accuracy on the test images."""
 EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
 """The same with the average of the images over the iterations in their place."""
+_DISTILLATION = "mtt_fast.distill"
 HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
 
@@ -62,6 +63,19 @@ def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return the options that the run was started with, or None if there is no run in `folder`."""
     return read_toml(folder / CONFIG) if (folder / CONFIG).exists() else None
+
+
+def check_same_method(folder: Path, method: str | None) -> None:
+    """Raise `InputError` if `folder` holds a run of another method.
+
+    `method` is the name after `python -m mtt_fast.baselines`; None is the distillation, whose options name no method.
+    """
+    config = read_config(folder)
+    if config is not None and config.get("method") != method:
+        raise InputError(
+            f"{folder}: holds a run of {config.get('method', _DISTILLATION)}, not {method or _DISTILLATION}; choose another "
+            "--out (or delete the folder)"
+        )
 
 
 def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:

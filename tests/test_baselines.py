@@ -19,8 +19,10 @@ from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
 from mtt_fast.baselines.method import Learning
 from mtt_fast.compress import compress
+from mtt_fast.distill import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.files import load_tensors
+from mtt_fast.interrupts import Stopped
 from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.training import Images
@@ -220,6 +222,23 @@ def test_a_stopped_run_continues(
     assert torch.equal(set_of(whole).images, set_of(stopped).images)
 
 
+def test_a_stopped_evaluation_of_a_chosen_set_says_how_to_go_on(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Stopped("stopped during an evaluation", signal.SIGINT)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr("mtt_fast.baselines.choosing.evaluated", interrupted)
+    assert run(*flags("random", shared), "--out", str(out)) == 128 + signal.SIGINT
+    assert f"the set is in {out}, and the same command evaluates it again" in capsys.readouterr().err
+    monkeypatch.undo()
+    before = set_of(out).images
+    assert run(*flags("random", shared), "--out", str(out)) == 0
+    assert torch.equal(set_of(out).images, before)
+    assert summary_of(out)["iterations"] == 0
+
+
 def test_a_diverged_run_keeps_its_last_checkpoint(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,7 +277,7 @@ def test_mistakes_are_told_in_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert re.search(message, error)
-    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_is_not_overwritten(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,7 +288,18 @@ def test_another_run_is_not_overwritten(shared: Path, tmp_path: Path, capsys: py
     assert "holds a run with --ipc 2, not 1" in capsys.readouterr().err
     assert run(*flags("herding", shared), "--out", str(out)) == 2
     assert "holds a run of random, not herding" in capsys.readouterr().err
+    assert run("herding", "--resume", "--out", str(out)) == 2
+    assert "holds a run of random, not herding; choose another --out" in capsys.readouterr().err
+    for words in (["--resume"], ["--dataset", "digits"]):
+        assert cli.run(distill, [*words, "--out", str(out)]) == 2
+        assert "holds a run of random, not mtt_fast.distill; choose another --out" in capsys.readouterr().err
     assert (out / "synthetic.safetensors").read_bytes() == before
+
+
+def test_a_distillation_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.toml").write_text('dataset = "digits"\n')
+    assert run("dm", "--resume", "--out", str(tmp_path)) == 2
+    assert "holds a run of mtt_fast.distill, not dm" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_something_else_is_named(

@@ -7,7 +7,7 @@ import time
 import torch
 
 from mtt_fast.baselines.results import Job, as_set, evaluated, save_pictures, write_summary
-from mtt_fast.interrupts import stop_request
+from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.training import Images
 
 
@@ -19,7 +19,13 @@ def evaluate_chosen(job: Job, images: Images, seconds: float) -> None:
     made = as_set(job, images.pixels, images.labels, torch.tensor(job.options.lr_net), 0)
     made.save(job.folder / "synthetic.safetensors")
     began = time.monotonic()
-    with stop_request() as stop:
-        evaluation = evaluated(job, made, 0, stop)
+    try:
+        with stop_request() as stop:
+            evaluation = evaluated(job, made, 0, stop, job.method.title)
+    except Stopped as stopped:
+        raise Stopped(
+            f"stopped during the evaluation; the set is in {job.folder}, and the same command evaluates it again",
+            stopped.signum,
+        ) from None
     save_pictures(job, {job.method.title: made}, [evaluation])
     write_summary(job, made, evaluation, {}, 0, {"iterations": seconds, "evaluations": time.monotonic() - began})

@@ -20,11 +20,12 @@ from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import BaselineOptions
+from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.results import Job
 from mtt_fast.errors import InputError
 from mtt_fast.options import real_images
 from mtt_fast.provenance import choose_device, device_name
-from mtt_fast.run_folder import check_same_run, is_finished, only_user, read_config, write_config
+from mtt_fast.run_folder import check_same_method, check_same_run, is_finished, only_user, read_config, write_config
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     options = _parse(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
-    _check_same_method(folder, name)
+    check_same_method(folder, name)
     check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
@@ -85,19 +86,11 @@ def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
         config = read_config(Path(chosen.out))
         if config is None:
             raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
+        check_same_method(Path(chosen.out), name)
         defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
     options = cli.parse(METHODS[name].options, argv, program, defaults)
     options.check()
     return options
-
-
-def _check_same_method(folder: Path, name: str) -> None:
-    config = read_config(folder)
-    if config is not None and config.get("method") != name:
-        raise InputError(
-            f"{folder}: holds a run of {config.get('method', 'python -m mtt_fast.distill')}, not {name}; choose another "
-            "--out (or delete the folder)"
-        )
 
 
 def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, command: str) -> None:
@@ -110,6 +103,7 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
         )
     evaluated = options.evaluated_networks(data)  # one that does not fit the images is told before any work
     real = real_images(data, options.zca, device)
+    class_members(real, options.ipc)  # and so are more images a class than there are
     method = METHODS[name]
     with only_user(folder):
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))

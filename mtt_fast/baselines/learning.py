@@ -90,7 +90,7 @@ def _assess(
 ) -> None:
     """Test fresh networks on the set as it is now, and write it and its pictures."""
     began, made, iteration = time.monotonic(), _set(job, learning, progress.iteration), progress.iteration
-    found = evaluated(job, made, iteration, stop)
+    found = evaluated(job, made, iteration, stop, f"{job.method.title}, iteration {iteration}")
     progress.seconds_evaluation += time.monotonic() - began
     best = max((record["accuracy_mean"] for record in _evaluations(metrics)), default=-1.0)
     if found["accuracy_mean"] > best:

@@ -67,10 +67,12 @@ def as_set(job: Job, images: Tensor, labels: Tensor, lr: Tensor, iterations: int
     )
 
 
-def evaluated(job: Job, made: SyntheticDataset, iteration: int, stop: StopRequest) -> dict[str, float | int]:
+def evaluated(
+    job: Job, made: SyntheticDataset, iteration: int, stop: StopRequest, words: str
+) -> dict[str, float | int]:
     """Train fresh networks on the set by the protocol of distilled sets; return what they reach as a line of metrics.jsonl.
 
-    They are those that --eval_mode names.
+    They are those that --eval_mode names; `words` say in the log what is evaluated.
     """
     options, test = job.options, job.real.test
     images = as_training_images(made, test.labels.device)
@@ -83,7 +85,7 @@ def evaluated(job: Job, made: SyntheticDataset, iteration: int, stop: StopReques
         for name, network in job.evaluated.items()
     }  # fmt: skip
     for name, result in results.items():
-        log.info("%s, iteration %d, %s: %s", job.method.title, iteration, name, result)
+        log.info("%s, %s: %s", words, name, result)
     return measured(results)
 
 

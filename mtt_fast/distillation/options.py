@@ -19,7 +19,7 @@ from mtt_fast.memory import AUTO, parse_bytes
 from mtt_fast.models.pools import eval_pool
 from mtt_fast.options import EvaluationOptions, TrueOrFalse, at_least
 from mtt_fast.recipes import recipe_options
-from mtt_fast.run_folder import read_config
+from mtt_fast.run_folder import check_same_method, read_config
 from mtt_fast.texture import Canvas
 from mtt_fast.unroll import Gradient
 
@@ -301,6 +301,7 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
             raise InputError(
                 f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
             )
+        check_same_method(folder, None)
         defaults |= config | {"resume": True, "out": str(folder)}
     elif chosen.recipe is not None:
         defaults |= recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
