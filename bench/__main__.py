@@ -18,6 +18,7 @@ COMMANDS = {
     "tune": "the table of launch configurations anew, for the GPU at hand",
     "experts": "training on real images, beside an ordinary module and optimiser",
     "evaluate": "training on distilled images, beside the same",
+    "methods": "every method and the successors' options by one protocol: accuracy, time, memory",
     "trajectories": "time to the first sample and memory of the store, beside the public format",
     "profile": "a trace of one iteration for Perfetto or chrome://tracing",
     "render": "tables and plots from the records, into README.md and docs/",

@@ -119,6 +119,12 @@ def _mebibytes(key: str) -> Callable[[Row], str]:
     return lambda row: f"{_at(row, key) / 2**20:,.0f} MiB"
 
 
+def percent(accuracy: dict[str, Any]) -> str:
+    """Return a test accuracy with its deviation and the number of networks, as "88.9 % ± 0.7 (n = 5)"."""
+    best = ", best epoch" if accuracy.get("epoch") == "best" else ""
+    return f"{100 * accuracy['mean']:.1f} % ± {100 * accuracy['std']:.1f} (n = {accuracy['n']}{best})"
+
+
 def _number(key: str, form: str) -> Callable[[Row], str]:
     return lambda row: form.format(_at(row, key))
 
@@ -194,6 +200,15 @@ TABLES: dict[str, list[Column]] = {
         ("error", _number("error", "{:.1e}")),
         ("left out", _text("problem")),
     ],
+    "methods": [
+        ("method", _text("method")),
+        ("options", lambda row: f"`{row['options']}`" if row["options"] else ""),
+        ("test accuracy", lambda row: percent(row["accuracy"])),
+        ("seconds", _number("seconds", "{:.1f}")),
+        ("of evaluations", _number("seconds_evaluations", "{:.1f}")),
+        ("peak memory", _mebibytes("peak")),
+        ("not measured because", _text("problem")),
+    ],
     "precision": [
         ("factors", _text("precision")),
         ("image gradient's error", _number("images", "{:.1e}")),
@@ -229,15 +244,15 @@ _LABELS = {
     "tune": "operation",
 }
 
-DRAWN = (*_LABELS, "memory_scaling")
+DRAWN = (*_LABELS, "memory_scaling", "methods")
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw a record: memory against what was varied, or a bar of time for each row."""
+    """Draw a record: memory against what was varied, or a bar of accuracy or of time for each row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    (_draw_memory if record["benchmark"] == "memory_scaling" else _draw_times)(figure, record)
+    {"memory_scaling": _draw_memory, "methods": _draw_accuracies}.get(record["benchmark"], _draw_times)(figure, record)
     figure.suptitle(str(record["conditions"].get("case", record["name"])), fontsize=9)
     figure.savefig(path, dpi=120)
 
@@ -255,6 +270,16 @@ def _draw_times(figure: Any, record: dict[str, Any]) -> None:
     axes.barh(range(len(rows)), middles, xerr=around, color="#4477aa", ecolor="#222222")
     axes.set_yticks(range(len(rows)), names, fontsize=8 if len(rows) < 15 else 5)
     axes.set_xlabel("seconds: median, least and most")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_accuracies(figure: Any, record: dict[str, Any]) -> None:
+    axes = figure.subplots()
+    rows = [row for row in record["rows"] if row.get("accuracy")][::-1]
+    mean, std = ([100 * row["accuracy"][part] for row in rows] for part in ("mean", "std"))
+    axes.barh(range(len(rows)), mean, xerr=std, color="#4477aa", ecolor="#222222")
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=8)
+    axes.set_xlabel("test accuracy, %: mean ± standard deviation over networks")
     axes.spines[["top", "right"]].set_visible(False)
 
 

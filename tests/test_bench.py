@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench import flops, gate, kernels, training, tune
+from bench import flops, gate, kernels, methods, training, tune
 from bench.__main__ import main
 from bench.candidates import text_of
 from bench.cases import make_case, to
@@ -30,7 +30,10 @@ from bench.shares import share_of_operations
 from bench.workers import Worker, WorkerError
 from mtt_fast import ConvNet, InputError, cli
 from mtt_fast import kernels as operations
+from mtt_fast.baselines.catalogue import METHODS as BASELINES
+from mtt_fast.distillation.options import parse_options
 from mtt_fast.kernels import reference
+from mtt_fast.options import EvaluationOptions
 from mtt_fast.testing import relative_error
 from mtt_fast.training import Images, Sgd
 
@@ -381,6 +384,44 @@ def test_profile(tmp_path: Path) -> None:
 
 
 @linux
+def test_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setting = "--model ConvNetD1W4 --ipc 3 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --syn_steps 2".split()
+    short = "--Iteration 2 --num_eval 2 --epoch_eval_train 1 --methods herding,dc,mtt-ftd --device cpu".split()
+    folders = ["--data_path", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    bench("methods", *setting, *short, *folders, "--name", "toy")
+    experts, herding, dc, ftd = json.loads((tmp_path / "toy.json").read_text())["rows"]
+    assert experts["accuracy"]["n"] == 1
+    assert dc["problem"].startswith("error: --ipc 3: the papers name loops")
+    runs = {
+        name: json.loads((tmp_path / "runs" / name / "summary.json").read_text()) for name in ("herding", "mtt-ftd")
+    }
+    assert herding["accuracy"] == runs["herding"]["accuracy"]["distilled"]
+    assert ftd["accuracy"] == runs["mtt-ftd"]["accuracy"]["ema"]
+    assert ftd["seconds"] == runs["mtt-ftd"]["seconds"]["iterations"]
+    assert ftd["command"].startswith("python -m mtt_fast.distill --dataset digits")
+    assert runs["mtt-ftd"]["protocol"] == runs["herding"]["protocol"]
+    bench("render", "--results", str(tmp_path), "--documents", "")
+    line = next(line for line in (tmp_path / "toy.md").read_text().splitlines() if line.startswith("| MTT"))
+    assert f"{100 * ftd['accuracy']['mean']:.1f} % ± {100 * ftd['accuracy']['std']:.1f} (n = 2)" in line
+    assert cli.run(main, ["methods", "--methods", "mttt"]) == 2
+    assert "--methods mttt: expected some of random" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_takes_the_options_of_the_setting(name: str) -> None:
+    method, setting = methods.METHODS[name], methods.Options(ipc=10).setting(Path("buffers"))
+    module, *words = methods.command_of(method, setting)
+    if method.job == "distill":
+        found: EvaluationOptions = parse_options(words)
+    else:
+        found = cli.parse(BASELINES[words[0]].options, words[1:], module)
+    assert found.evaluation_protocol() == setting.evaluation_protocol()
+    assert (found.dataset, found.model, found.seed) == (setting.dataset, setting.model, setting.seed)
+    own = methods.own_flags(method, setting)
+    for option in method.needs:
+        assert f"--{option}" in own or getattr(found, option) == getattr(setting, option)
+
+
 @pytest.mark.parametrize(("benchmark", "images"), [("experts", "32"), ("evaluate", "8")])
 def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(training.LOOPS, "plain-tuned")  # for time: the same loop again

@@ -1,0 +1,280 @@
+"""Every method of the package under one protocol and with one set of experts: a table of methods by one command.
+
+Each is run as a user runs it, by one command in a process of its own, so that its peak memory is its own; what it
+reached is read from its run folder. A method that fails fills its row's last column, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.records import write_record
+from bench.render import percent, table
+from mtt_fast import cli
+from mtt_fast.arithmetic import arithmetic, precision_on
+from mtt_fast.distillation.options import DistillOptions, parse_options
+from mtt_fast.errors import InputError
+from mtt_fast.experts import train_missing_experts
+from mtt_fast.interrupts import Stopped, stop_request
+from mtt_fast.options import EvaluationOptions, buffer_folder, real_images
+from mtt_fast.protocols import Accuracy
+from mtt_fast.provenance import choose_device, peak_memory_bytes
+from mtt_fast.run_folder import SUMMARY
+
+log = logging.getLogger("mtt_fast")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: what is run after `python -m mtt_fast.`, and which of its accuracies counts."""
+
+    title: str
+    job: str
+    flags: str = ""
+    """beside the setting's; {half_start} and {half_way} are half of its --max_start_epoch and of its --Iteration"""
+    needs: tuple[str, ...] = ()
+    """options of the setting that the job takes, beside those of data, network and evaluation"""
+    accuracy: str = "distilled"
+    """as summary.json names it"""
+
+
+_EXPERT, _ITERATIONS = ("buffer_path",), ("Iteration", "eval_it")
+_OF_DISTILLATION = tuple(
+    field.name
+    for field in dataclasses.fields(DistillOptions)
+    if field.name not in ("recipe", "config", "out", "resume", "dry_run")
+)
+
+
+def _mtt(title: str, flags: str = "", accuracy: str = "distilled") -> Method:
+    return Method(title, "distill", flags, _OF_DISTILLATION, accuracy)
+
+
+METHODS = {
+    "random": Method("Random", "baselines random"),
+    "herding": Method("Herding", "baselines herding", needs=_EXPERT),
+    "forgetting": Method("Forgetting", "baselines forgetting", needs=_EXPERT),
+    "kmeans": Method("K-means", "baselines kmeans", needs=_EXPERT),
+    "dm": Method("DM", "baselines dm", needs=_ITERATIONS),
+    "dc": Method("DC", "baselines dc", needs=_ITERATIONS),
+    "dsa": Method("DSA", "baselines dsa", needs=_ITERATIONS),
+    "dd": Method("DD", "baselines dd", "--pix_init real --lr_img 0.1", _ITERATIONS),
+    "ld": Method("LD", "baselines ld", "--lr_y 0.01", _ITERATIONS),
+    "mtt": _mtt("MTT"),
+    "mtt-tesla": _mtt("MTT with TESLA's gradient and labels", "--gradient truncated --teacher_label"),
+    "mtt-ftd": _mtt("MTT with FTD's average of the images", "--ema_decay 0.99", "ema"),
+    "mtt-datm": _mtt(
+        "MTT with DATM's labels, start and range",
+        "--lr_y 1 --label_init experts --pix_init samples_predicted_correctly --current_max_start_epoch {half_start} "
+        "--expansion_end_epoch {half_way}",
+    ),
+    "mtt-att": _mtt("MTT with ATT's nearest step", "--match_step nearest"),
+    "mtt-pad": _mtt("MTT with PAD's mask", "--loss_ratio 0.25"),
+    "mtt-mct": _mtt("MTT with MCT's waypoints", "--num_interpolation 4"),
+}
+"""In the table's order. DD's and LD's rates are for hundreds of iterations; their own are for tens of thousands."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make a set by every method in one setting, and evaluate all by one protocol."""
+
+    recipe: str = "digits"
+    """the setting: of distillation, and its data, network, images a class and protocol of every method"""
+    dataset: str | None = None
+    """another data set than the recipe's"""
+    data_path: str = "data"
+    """where the data sets lie"""
+    packed_path: str | None = None
+    """where they are kept packed, if not in DATA_PATH/packed"""
+    res: int | None = None
+    """another resolution"""
+    model: str | None = None
+    """another network"""
+    ipc: int | None = None
+    """another number of images a class"""
+    Iteration: int | None = None
+    """another number of iterations, of every set that is learned"""
+    num_experts: int | None = None
+    """another number of experts"""
+    train_epochs: int | None = None
+    """another number of their epochs"""
+    max_start_epoch: int | None = None
+    """another last expert epoch to start from"""
+    syn_steps: int | None = None
+    """another number of student steps"""
+    protocol: str | None = None
+    """another protocol of evaluation"""
+    num_eval: int | None = None
+    """another number of networks in an evaluation"""
+    epoch_eval_train: int | None = None
+    """another number of their epochs"""
+    seed: int = 0
+    """every random number follows from it"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    methods: str = ",".join(METHODS)
+    """which, joined by commas"""
+    buffer_path: str | None = None
+    """use and keep the experts there; without it they are trained anew"""
+    runs: str | None = None
+    """keep the run folders there; those that are finished are not run again. Without it they are thrown away"""
+    out: str = "bench/results"
+    """folder of the record"""
+    name: str | None = None
+    """name of the record; default from the setting and the device"""
+
+    def setting(self, buffer_path: Path) -> DistillOptions:
+        """Return the options of plain MTT. Raises `InputError` for one that cannot be."""
+        own = ("methods", "runs", "out", "name", "buffer_path")
+        given = {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
+        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+        setting = parse_options([*words, "--buffer_path", str(buffer_path)])
+        return dataclasses.replace(setting, eval_it=max(1, setting.Iteration))
+
+
+def main(options: Options, command: str) -> None:
+    """Train the experts, run every method, print the table, write the record."""
+    chosen = _chosen(options.methods)
+    device = choose_device(options.device)
+    with _folder(options.runs) as folder:
+        setting = options.setting(Path(options.buffer_path or folder / "buffers"))
+        rows = [_experts(setting, device)]
+        for name in (bar := tqdm(chosen, unit="method")):
+            bar.set_postfix_str(name)
+            rows.append(_row(METHODS[name], setting, folder / name))
+            log.info("%s: %s", rows[-1]["method"], rows[-1]["problem"] or percent(rows[-1]["accuracy"]))
+    data = Path(setting.subset or setting.dataset).name
+    conditions = {
+        "case": f"{data}, {setting.ipc} a class, {setting.model}, {setting.Iteration} iterations of each learned set",
+        "seconds": "of making the set: without its evaluations, and without the experts, which Herding, Forgetting, "
+        "K-means and MTT need",
+        "peak_memory": "of the whole process",
+        "evaluation": setting.evaluation_protocol().describe(),
+    }
+    print(table("methods", conditions, rows))
+    name = options.name or f"methods-{data}-ipc{setting.ipc}-{device.type}"
+    write_record(options.out, name, "methods", device, conditions, rows, command)
+
+
+def _chosen(names: str) -> list[str]:
+    chosen = names.split(",")
+    for name in chosen:
+        if name not in METHODS:
+            raise InputError(
+                f"--methods {name}: expected some of {', '.join(METHODS)}{cli.did_you_mean(name, list(METHODS))}"
+            )
+    return chosen
+
+
+@contextlib.contextmanager
+def _folder(runs: str | None) -> Iterator[Path]:
+    """Give the folder of the runs: `runs`, or one that is thrown away afterwards."""
+    if runs is not None:
+        yield Path(runs)
+        return
+    with tempfile.TemporaryDirectory(prefix="mtt_fast-") as temporary:
+        yield Path(temporary)
+
+
+def _experts(setting: DistillOptions, device: torch.device) -> dict[str, Any]:
+    """Train the experts that are missing; return their row: what all the data give."""
+    with arithmetic(device, setting.precision):
+        data = setting.load_data()
+        network = setting.network(data)
+        setting.evaluated_networks(data)
+        folder = buffer_folder(setting.buffer_path, data, setting.model, setting.zca)
+        complete = len(list(folder.glob("*.safetensors"))) >= setting.num_experts
+        real = real_images(data, setting.zca, device)
+        began = time.monotonic()
+        store = train_missing_experts(
+            folder, setting.num_experts, real, network, setting.experts(), seed=setting.seed,
+            precision=precision_on(device, network, setting.precision), at_once=setting.networks_at_once,
+            memory_budget=setting.memory_budget,
+        )  # fmt: skip
+    final = Accuracy(tuple(store.metadata(expert).accuracy[-1] for expert in range(len(store))))
+    return {
+        "method": "all the data: the experts",
+        "options": f"--num_experts {len(store)} --train_epochs {setting.train_epochs}",
+        "accuracy": final.record(),
+        "seconds": None if complete else time.monotonic() - began,
+        "peak": None if complete else peak_memory_bytes(device),
+        "problem": None,
+    }
+
+
+def _row(method: Method, setting: DistillOptions, folder: Path) -> dict[str, Any]:
+    """Run a method to its end; return its row."""
+    words = [*command_of(method, setting), "--out", str(folder)]
+    row: dict[str, Any] = {
+        "method": method.title,
+        "options": shlex.join(own_flags(method, setting)),
+        "command": shlex.join(["python", "-m", *words]),
+        "problem": _run(words, folder.with_suffix(".log")),
+    }
+    if row["problem"] is None:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        row |= {
+            "accuracy": summary["accuracy"][method.accuracy],
+            "seconds": summary["seconds"]["iterations"],
+            "seconds_evaluations": summary["seconds"]["evaluations"],
+            "peak": summary["peak_memory_bytes"],
+        }
+    return row
+
+
+def own_flags(method: Method, setting: DistillOptions) -> list[str]:
+    """Return the method's flags beside the setting's."""
+    half = {"half_start": setting.max_start_epoch // 2, "half_way": setting.Iteration // 2}
+    return method.flags.format_map({name: max(1, value) for name, value in half.items()}).split()
+
+
+def command_of(method: Method, setting: DistillOptions) -> list[str]:
+    """Return what is run after `python -m`, but for its folder: the setting's options that the job takes, then its own."""
+    usual = DistillOptions()
+    taken = [field.name for field in dataclasses.fields(EvaluationOptions)]
+    words: list[str] = []
+    for name in dict.fromkeys([*taken, "ipc", *method.needs]):
+        value = getattr(setting, name)
+        if (method.job != "distill" and name in method.needs) or value != getattr(usual, name):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return [*f"mtt_fast.{method.job}".split(), *words, *own_flags(method, setting)]
+
+
+def _run(words: Sequence[str], log_file: Path) -> str | None:
+    """Run `python -m WORDS` to its end; return the last line that it said if it failed, or None.
+
+    Raises `Stopped` on Ctrl-C or SIGTERM, after the run has saved what it has.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with stop_request() as stop, log_file.open("w", encoding="utf-8") as said:
+        process = subprocess.Popen([sys.executable, "-m", *words], stdout=said, stderr=said, start_new_session=True)
+        status = None
+        while status is None:
+            try:
+                status = process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                if stop:
+                    process.send_signal(stop.signum)
+                    status = process.wait()
+        if stop:
+            raise Stopped("stopped; with --runs FOLDER the same command goes on", stop.signum)
+    if status == 0:
+        return None
+    lines = log_file.read_text(encoding="utf-8").strip().splitlines()
+    return lines[-1] if lines else f"ended with status {status}"
