@@ -6,8 +6,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from mtt_fast import __version__
-from mtt_fast.cli import did_you_mean
+from mtt_fast import __version__, cli
 
 _JOBS = {
     "experts": "train experts on real images and record their trajectories",
@@ -27,14 +26,15 @@ _JOBS = {
 def main() -> int:
     """Run the job that the command line names, and return the exit status."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(_usage())
-        return 0
+        return cli.run(lambda _: print(_usage()))
     if sys.argv[1] == "--version":
         print(__version__)
         return 0
     name, *arguments = sys.argv[1:]
     if name not in _JOBS:
-        print(f"error: {name}: expected one of {', '.join(_JOBS)}{did_you_mean(name, list(_JOBS))}", file=sys.stderr)
+        print(
+            f"error: {name}: expected one of {', '.join(_JOBS)}{cli.did_you_mean(name, list(_JOBS))}", file=sys.stderr
+        )
         return 2
     return _run(name, arguments)
 

@@ -19,6 +19,9 @@ from mtt_fast.student import GenericStudent
 
 def main(argv: Sequence[str]) -> None:
     """Print versions, devices, kernels, and the student that ConvNet gets."""
+    if argv and argv[0] in ("-h", "--help"):
+        print("usage: python -m mtt_fast.env\n\nWhat this installation can do here: versions, devices, kernels.")
+        return
     if argv:
         raise InputError(f"{argv[0]}: python -m mtt_fast.env takes no options")
     lines = versions()

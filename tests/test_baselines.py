@@ -88,9 +88,9 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
         assert made.labels.shape == (20, 10)
     else:
         assert made.labels.tolist() == [label for label in range(10) for _ in range(2)]
-    names = {"config.toml", "images.png", "summary.json", "synthetic.safetensors"}
+    names = {"config.toml", "history", "images.png", "summary.json", "synthetic.safetensors"}
     if method in LEARNED:
-        names |= {"best.safetensors", "checkpoint.safetensors", "curves.png", "events", "history", "metrics.jsonl"}
+        names |= {"best.safetensors", "checkpoint.safetensors", "curves.png", "events", "metrics.jsonl"}
         assert summary["iterations"] == 2
         assert [path.name for path in sorted((out / "history").iterdir())] == [
             f"iteration_{iteration:06d}.png" for iteration in (0, 2)

@@ -70,6 +70,23 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
         failing(RuntimeError("a bug"))
 
 
+@pytest.mark.parametrize("words", ["mtt_fast --help", "mtt_fast.recipes", "mtt_fast.recipes --help"])
+def test_a_reader_that_has_seen_enough_is_no_error(words: str) -> None:
+    command = f"{sys.executable} -m {words} | true"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stderr == ""
+
+
+@pytest.mark.parametrize("job", ["env", "recipes"])
+def test_jobs_without_options_have_help(job: str) -> None:
+    command = [sys.executable, "-m", "mtt_fast", job]
+    found = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.startswith(f"usage: python -m mtt_fast.{job}\n")
+    wrong = subprocess.run([*command, "--x"], capture_output=True, text=True, timeout=60, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --x: ")
+
+
 def test_out_of_memory_is_told_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(lambda argv: torch.ones(2**55), []) == 2  # type: ignore[arg-type]
     assert capsys.readouterr().err.startswith("error: out of memory; set a smaller --memory_budget")

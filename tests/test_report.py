@@ -105,7 +105,7 @@ def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
     Page(text)
     assert "by network" not in text
     assert "50.00 ± 25.00" in text
-    assert "under way, 6 iterations" in text
+    assert "not finished, 6 iterations" in text
     assert "&lt;DM&gt;" in text
     assert "Loss (each method&#39;s own)" in text
     assert "dm &amp; co" in text
@@ -145,6 +145,57 @@ def test_runs_of_one_name_keep_their_own_pictures(
     assert base64.b64decode(shown.split(",")[1]) == b"another picture"
     assert cli.run(main, [str(run), str(run / ".." / "toy"), "--out", str(page)]) == 2
     assert "toy: expected each run once, found it twice" in capsys.readouterr().err
+
+
+def test_what_a_page_says_of_the_successors_options(tmp_path: Path) -> None:
+    def accuracy(mean: float) -> dict[str, float | str]:
+        return {"mean": mean, "std": 0.01, "n": 2, "epoch": "best"}
+
+    options = {"dataset": "digits", "ipc": 1, "model": "MLP", "texture": True}
+    summary = {
+        "accuracy": {"distilled": accuracy(0.5), "ema": accuracy(0.6), "own_training": accuracy(0.7)},
+        "accuracy_by_network": {"distilled": {"MLP": accuracy(0.5), "VGG11": accuracy(0.4)}},
+        "protocol": {"text": "protocol toy: the BEST epoch"},
+        "gradient": {"kind": "truncated (approximate)"},
+        "learning_rate": 0.02, "learning_rate_per_step": [0.01, 0.03],
+        "skipped_iterations": 0, "iterations_above_threshold": 17, "options": options,
+    }  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    evaluation = {"iteration": 0, "accuracy_mean": 0.5, "accuracy_std": 0.1, "networks": 2}
+    kinds = {"evaluation": evaluation, "ema_evaluation": evaluation, "gradient": {"iteration": 0, "cosine": 0.75}}
+    lines = [json.dumps({"kind": kind} | values) for kind, values in kinds.items()]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert cli.run(main, [str(tmp_path)]) == 0
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    text = " ".join(page.text)
+    assert "MTT, textures, digits, 1 image a class" in text
+    assert "60.00 ± 1.00 (best epoch)" in text
+    assert "after the method's own steps" in text
+    assert "MLP VGG11 " in text
+    assert "40.00 ± 1.00 (best epoch)" in text
+    assert "Evaluation: protocol toy: the BEST epoch." in text
+    assert "gradient truncated (approximate)" in text
+    assert "of each step 0.01, 0.03" in text
+    assert "iterations above the threshold 17" in text
+    assert "not finite" not in text
+    assert "Cosine of the approximate gradient to the exact one" in text
+    assert page.drawings == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        pytest.param('method = "dsa"', "DSA", id="baseline"),
+        pytest.param('recipe = "datm-cifar10-ipc1"', "DATM", id="recipe"),
+        pytest.param('recipe = "of an older version"', "MTT", id="unknown recipe"),
+        pytest.param("seed = 0", "MTT", id="distillation"),
+    ],
+)
+def test_a_run_that_is_not_finished_has_its_methods_name(config: str, method: str, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f'{config}\ndataset = "digits"\nipc = 1\nmodel = "MLP"\n')
+    assert cli.run(main, [str(tmp_path)]) == 0
+    text = " ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).text)
+    assert f"{method}, digits, 1 image a class, MLP; not finished, 0 iterations." in text
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,11 @@ def _write(
     rows = [
         [label, *(f"{point['mean']:.3f} ± {point['std']:.3f}" for point in points)] for label, points in curves.items()
     ]
-    write_text(folder / "distance.md", markdown_table(["after expert epochs (real steps)", *shown], rows))
+    table = markdown_table(["after expert epochs (real steps)", *shown], rows)
+    about = (
+        "Least distance to the expert over the student's steps, divided by the expert's way: mean ± standard deviation."
+    )
+    write_text(folder / "distance.md", f"{table}\n{about}\n")
     _draw(folder / "distance.png", curves)
     for label, points in curves.items():
         nearest = min(points, key=lambda point: point["mean"])
@@ -262,7 +266,7 @@ def _draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.axhline(1.0, color="grey", linestyle="--", linewidth=0.8)
-    axes.set(xlabel="Δt: the expert's steps on real images", ylabel="distance to the expert / its way")
+    axes.set(xlabel="Δt: the expert's steps on real images", ylabel="distance to the expert / its way, mean ± std")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(path, figure)

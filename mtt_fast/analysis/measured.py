@@ -76,8 +76,10 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
 
 
 def _dataset(options: Mapping[str, Any]) -> str:
-    """Return the data set's name, with the resolution where it is not that of the paper."""
+    """Return the data set's name, an image folder as such, with the resolution where it is not that of the paper."""
     name = str(options.get("subset") or options["dataset"])
+    if "/" in name:
+        name = f"{Path(name).name} (folder)"
     return f"{name} at {options['res']} px" if options.get("res") not in (None, PAPER_RES) else name
 
 

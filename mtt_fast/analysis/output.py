@@ -30,8 +30,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(accuracy: Mapping[str, Any] | None) -> str:
-    """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None."""
+    """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None.
+
+    A single network has no deviation, and the best epoch is named as such.
+    """
     if accuracy is None:
         return MISSING
-    spread = accuracy.get("std")
-    return f"{100 * accuracy['mean']:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+    spread = accuracy.get("std") if accuracy.get("n") != 1 else None
+    label = " (best epoch)" if accuracy.get("epoch") == "best" else ""
+    return f"{100 * accuracy['mean']:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}") + label

@@ -96,7 +96,7 @@ def beside(
         if setting in left:
             others.setdefault((setting.dataset, setting.method, setting.model), {})[setting] = here[setting]
     subsets = {line.dataset for line in of_paper if line.table == "4"}
-    for (dataset, method, model), mine in others.items():
+    for (dataset, method, model), mine in sorted(others.items()):
         tables["4" if dataset in subsets else "1"] += _rows(dataset, method, model, None, mine)
     return tables
 
@@ -136,9 +136,17 @@ def _section(number: str, title: str, rows: Sequence[Row]) -> str:
     text = f"## Table {number}: {title}\n\nTest accuracy in %, by images a class.\n\n{markdown_table(header, lines)}"
     if any(row.of_paper and row.of_paper.quoted for row in rows):
         text += f"\n{_QUOTED} quoted: the method's authors' own number.\n"
-    sources = dict.fromkeys(f"- {row.method}: {row.of_paper.source}" for row in rows if row.of_paper)
-    text += "\nThe paper's numbers, as repeated in:\n\n" + "\n".join(sources) + "\n"
+    text += "\nThe paper's numbers, as repeated in:\n\n" + "\n".join(_sources(rows)) + "\n"
     return text + ("\nMeasured in:\n\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def _sources(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each method and source of the paper's numbers, with the data sets that it is of."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.of_paper:
+            found.setdefault((row.method, row.of_paper.source), []).append(row.dataset)
+    return [f"- {method} ({', '.join(datasets)}): {source}" for (method, source), datasets in found.items()]
 
 
 def _name(row: Row) -> str:

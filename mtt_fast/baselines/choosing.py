@@ -8,6 +8,8 @@ import torch
 
 from mtt_fast.baselines.results import Job, as_set, evaluated, save_pictures, write_summary
 from mtt_fast.interrupts import Stopped, stop_request
+from mtt_fast.pictures import save_snapshot
+from mtt_fast.run_folder import HISTORY
 from mtt_fast.training import Images
 
 
@@ -28,4 +30,5 @@ def evaluate_chosen(job: Job, images: Images, seconds: float) -> None:
             stopped.signum,
         ) from None
     save_pictures(job, {job.method.title: made}, [evaluation])
+    save_snapshot(job.folder / HISTORY / "iteration_000000.png", made.pictures(), job.classes)
     write_summary(job, made, evaluation, {}, 0, {"iterations": seconds, "evaluations": time.monotonic() - began})

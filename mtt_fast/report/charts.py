@@ -17,16 +17,19 @@ def charts(runs: Sequence[Run]) -> dict[str, str]:
     """Return the curves of all `runs` by title, each an SVG element as text; without those that no run has."""
     own = " (each method's own)" if len({run.method for run in runs}) > 1 else ""
     drawn = {
-        f"Loss{own}": _chart(runs, "loss", _draw_steps("loss")),
-        "Student's learning rate": _chart(runs, "learning rate", _draw_steps("lr")),
+        f"Loss{own}": _chart(runs, "loss", _draw_lines("step", "loss")),
+        "Learning rate of networks that train on the set": _chart(runs, "learning rate", _draw_lines("step", "lr")),
         "Test accuracy of fresh networks (%)": _chart(runs, "accuracy", _draw_accuracy),
+        "Cosine of the approximate gradient to the exact one": _chart(
+            runs, "cosine", _draw_lines("gradient", "cosine")
+        ),
     }
     return {title: svg for title, svg in drawn.items() if svg}
 
 
-def _draw_steps(key: str) -> Callable[[Any, Run, str], bool]:
+def _draw_lines(kind: str, key: str) -> Callable[[Any, Run, str], bool]:
     def draw(axes: Any, run: Run, colour: str) -> bool:
-        steps = [record for record in run.records if record["kind"] == "step" and key in record]
+        steps = [record for record in run.of_kind(kind) if key in record]
         if not steps:
             return False
         x, y = thinned([step["iteration"] for step in steps], [step[key] for step in steps])
@@ -37,13 +40,16 @@ def _draw_steps(key: str) -> Callable[[Any, Run, str], bool]:
 
 
 def _draw_accuracy(axes: Any, run: Run, colour: str) -> bool:
-    found = run.evaluations
-    if not found:
-        return False
-    iterations = [record["iteration"] for record in found]
-    mean, std = (np.array([100 * record[f"accuracy_{part}"] for record in found]) for part in ("mean", "std"))
-    axes.errorbar(iterations, mean, std, color=colour, marker="o", capsize=4, linewidth=1.6, label=run.name)
-    return True
+    styles = {"evaluation": ("-", run.name), "ema_evaluation": ("--", f"{run.name}, average over the iterations")}
+    for kind, (style, label) in styles.items():
+        found = run.of_kind(kind)
+        iterations = [record["iteration"] for record in found]
+        mean, std = (np.array([100 * record[f"accuracy_{part}"] for record in found]) for part in ("mean", "std"))
+        if found:
+            axes.errorbar(
+                iterations, mean, std, color=colour, linestyle=style, marker="o", capsize=4, linewidth=1.6, label=label
+            )
+    return bool(run.of_kind("evaluation"))
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -68,8 +74,8 @@ def _chart(runs: Sequence[Run], name: str, draw: Callable[[Any, Run, str], bool]
             return ""
         axes.set_xlabel("iteration")
         axes.spines[["top", "right"]].set_visible(False)
-        if len(runs) > 1:
-            axes.legend(frameon=False, fontsize=11)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            figure.legend(loc="outside lower left", frameon=False, fontsize=11, ncols=2)
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     svg = text.getvalue()

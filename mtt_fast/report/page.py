@@ -15,10 +15,11 @@ from mtt_fast.report.runs import Run
 _SHOWN = 5  # snapshots of a run, the first and the last among them
 
 _MEASURED = {
-    "distilled": "distilled",
+    "distilled": "the set",
     "ema": "average over the iterations",
     "random_real_images": "random real images",
     "experts": "experts, all the data",
+    "own_training": "after the method's own steps",
     "best_evaluation_chosen_on_the_test_images": "best evaluation, chosen on the test images",
     "best_ema_evaluation_chosen_on_the_test_images": "best evaluation of the average, chosen on the test images",
 }
@@ -69,9 +70,10 @@ def chosen_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def percent(accuracy: Mapping[str, Any]) -> str:
-    """Return an accuracy (mean, std, n) as "65.40 ± 0.30"; of one network without deviation."""
+    """Return an accuracy (mean, std, n) as "65.40 ± 0.30"; of one network without deviation, the best epoch as such."""
     spread = f" ± {100 * accuracy['std']:.2f}" if accuracy.get("n", 1) > 1 else ""
-    return f"{100 * accuracy['mean']:.2f}{spread}"
+    label = " (best epoch)" if accuracy.get("epoch") == "best" else ""
+    return f"{100 * accuracy['mean']:.2f}{spread}{label}"
 
 
 def seconds(value: float) -> str:

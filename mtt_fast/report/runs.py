@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.errors import InputError
+from mtt_fast.evaluation_records import accuracy_record
+from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.run_folder import HISTORY, METRICS, SUMMARY, read_config, read_records
+
+_EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,23 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method's name."""
-        return str(self.summary.get("method", "MTT"))
+        """The method's name; textures are told from images."""
+        name = str(self.summary.get("method") or _method_of(self.options))
+        return f"{name}, textures" if self.options.get("texture") else name
 
     @property
     def iterations(self) -> int:
-        """How many are done, as far as is written down."""
+        """How many are done, as far as is written down; 0 of a set that is chosen at once."""
         return max((record["iteration"] for record in self.records), default=int(self.summary.get("iterations", 0)))
 
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl of one kind, such as "evaluation"."""
+        return [record for record in self.records if record["kind"] == kind]
+
     @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The records of its evaluations."""
-        return [record for record in self.records if record["kind"] == "evaluation"]
+    def protocol(self) -> str:
+        """How its networks are evaluated, in words, where that is written down."""
+        return str(self.summary.get("protocol", {}).get("text", ""))
 
     @property
     def accuracies(self) -> dict[str, dict[str, Any]]:
@@ -45,10 +55,8 @@ class Run:
         if self.summary:
             found = self.summary["accuracy"]
             return {kind: value for kind, value in found.items() if isinstance(value, dict) and "mean" in value}
-        if not self.evaluations:
-            return {}
-        last = self.evaluations[-1]
-        return {"distilled": {"mean": last["accuracy_mean"], "std": last["accuracy_std"], "n": last["networks"]}}
+        last = {name: self.of_kind(kind)[-1:] for name, kind in _EVALUATIONS.items()}
+        return {name: accuracy_record(lines[0]) for name, lines in last.items() if lines}
 
     @property
     def by_network(self) -> dict[str, dict[str, Any]]:
@@ -93,6 +101,14 @@ def read_run(folder: Path) -> Run:
         read_records(folder / METRICS),
         snapshots,
     )
+
+
+def _method_of(options: Mapping[str, Any]) -> str:
+    """Return the method's name by the options of a run that has no summary yet."""
+    if name := options.get("method"):
+        return METHODS[name].title if name in METHODS else str(name)
+    recipe = options.get("recipe")
+    return recipe_about(recipe)["method"] if recipe in recipe_names() else "MTT"
 
 
 def _summary(path: Path) -> dict[str, Any]:
