@@ -76,7 +76,7 @@ METHODS = {
     "dd": Method("DD", "baselines dd", "--pix_init real --lr_img 0.1", _ITERATIONS),
     "ld": Method("LD", "baselines ld", "--lr_y 0.01", _ITERATIONS),
     "mtt": _mtt("MTT"),
-    "mtt-tesla": _mtt("MTT with TESLA's gradient and labels", "--gradient truncated --teacher_label"),
+    "mtt-tesla": _mtt("MTT with TESLA's gradient (approximate)", "--gradient truncated"),
     "mtt-ftd": _mtt("MTT with FTD's average of the images", "--ema_decay 0.99", "ema"),
     "mtt-datm": _mtt(
         "MTT with DATM's labels, start and range",

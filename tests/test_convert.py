@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from mtt_fast.distill import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.experts import main as experts
 from mtt_fast.testing import reference_convnet
+from mtt_fast.texture import Canvas
 
 DIGITS = "--dataset digits --model ConvNetD1W4".split()
 DISTIL = (
@@ -114,6 +116,25 @@ def test_soft_labels_keep_their_order_and_kind(caplog: pytest.LogCaptureFixture)
     assert torch.equal(SyntheticDataset.load("sorted.safetensors").labels, labels[order])
     assert convert("theirs", "hard.safetensors", "--hard_labels", *DIGITS) == 0
     assert SyntheticDataset.load("hard.safetensors").labels.tolist() == list(range(10))
+
+
+def test_names_tell_the_method_that_made_the_set(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for made_by, name in {"DSA": "DSA", "MTT": "TM", "Random": "random"}.items():
+        ours = distilled("indices")
+        dataclasses.replace(ours, recipe=ours.recipe | {"method": made_by}).save(f"{made_by}/synthetic.safetensors")
+        assert convert(made_by, f"{made_by}-dc", "--to", "dc") == 0
+        assert [path.name for path in Path(f"{made_by}-dc").iterdir()] == [f"res_{name}_digits_ConvNet_1ipc.pt"]
+    assert convert("DSA", "named", "--to", "dc", "--method", "DM") == 0
+    assert Path("named/res_DM_digits_ConvNet_1ipc.pt").exists()
+
+
+def test_canvases_are_told_to_be_such(caplog: pytest.LogCaptureFixture) -> None:
+    ours = dataclasses.replace(distilled("indices"), images=torch.randn(10, 1, 16, 16), canvas=Canvas(2, 1))
+    ours.save("run/synthetic.safetensors")
+    caplog.set_level("INFO")
+    assert convert("run", "out") == 0
+    assert "The images are canvases of 2 by 2 images: train on random crops" in caplog.text
 
 
 @pytest.mark.parametrize(

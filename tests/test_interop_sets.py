@@ -281,6 +281,10 @@ def test_the_call_of_dd_ranking(tmp_path: Path) -> None:
     hard = ddranking_call("out", as_plain(distilled()), "CIFAR10", False)
     assert "LabelRobustScoreHard(" in hard
     assert "hard_labels=load('labels.pt'), syn_lr=load('lr.pt')" in hard
+    for size, depth in {8: 3, 28: 3, 32: 3, 64: 4, 128: 5}.items():
+        images = torch.zeros(2, 3, size, size)
+        call = ddranking_call("out", plain_set(images, torch.arange(2), None, "x"), "CIFAR10", False)
+        assert f"model_name='ConvNet-{depth}'" in call
     with pytest.raises(InputError, match="DD-Ranking: expected as many images of every class"):
         write_set(tmp_path, distilled(labels=torch.tensor([0, 0, 0, 1, 1, 2])), "ddranking")
 

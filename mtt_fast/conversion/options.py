@@ -59,8 +59,9 @@ class ConvertOptions:
     """put a set with soft labels into the order of its largest labels"""
     hard_labels: bool = False
     """write each image's class in place of its soft label"""
-    method: str = "TM"
-    """whose set it is, in names of dc_benchmark's and DC's files: TM, DC, DSA, DM, random, Kmeans"""
+    method: str | None = None
+    """whose set it is, in names of dc_benchmark's and DC's files: TM, DC, DSA, DM, random, Kmeans; without it what the set's own
+    record says, or TM"""
 
     measure: Literal["last", "all"] = "last"
     """epochs of each imported expert whose test accuracy is measured; that of the others is unknown (NaN)"""

@@ -53,9 +53,14 @@ def convert_set(options: ConvertOptions, kind: str | None) -> None:
         if found.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
         found = as_synthetic(found, _facts(options), options.lr_teacher, _recipe(options, found), versions())
-    written = write_set(destination, found, to, dataset=options.dataset, method=options.method)
+    written = write_set(destination, found, to, dataset=options.dataset, method=options.method or _method(found))
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
     log.info("%s", _usage(options, to, written, found))
+    if isinstance(found, SyntheticDataset) and found.canvas and to != "synthetic":
+        log.info(
+            "The images are canvases of %d by %d images: train on random crops of the size of an image (evaluate: --texture)",
+            found.canvas.size, found.canvas.size,
+        )  # fmt: skip
 
 
 def _facts(options: ConvertOptions) -> Facts:
@@ -70,6 +75,12 @@ def _recipe(options: ConvertOptions, found: PlainSet) -> dict[str, Any]:
         "ipc": len(found.labels) // found.num_classes,
         "imported_from": options.source,
     }
+
+
+def _method(found: SyntheticDataset | PlainSet) -> str:
+    """Return the method as names of DC's and dc_benchmark's files have it; TM, matching trajectories, for all others."""
+    name = found.recipe.get("method") if isinstance(found, SyntheticDataset) else None
+    return {"DC": "DC", "DSA": "DSA", "DM": "DM", "Random": "random", "K-means": "Kmeans"}.get(str(name), "TM")
 
 
 def _kind_for(destination: Path, native: bool) -> str:

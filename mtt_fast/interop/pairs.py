@@ -89,7 +89,8 @@ def ddranking_call(folder: str | os.PathLike[str], found: PlainSet, dataset: str
     soft = found.label_kind != "indices"
     name, labels = ("LabelRobustScoreSoft", "soft_labels") if soft else ("LabelRobustScoreHard", "hard_labels")
     whitening = "True if the images are whitened, else False" if zca is None else zca
-    options = [f"dataset={dataset!r}", f"ipc={found.ipc('DD-Ranking')}", "model_name='ConvNet-3'"]
+    depth = max(3, found.images.shape[-1].bit_length() - 3)  # the field's: 3 for 32 pixels, 4 for 64, 5 for 128
+    options = [f"dataset={dataset!r}", f"ipc={found.ipc('DD-Ranking')}", f"model_name='ConvNet-{depth}'"]
     options += [f"im_size={tuple(found.images.shape[2:])}", f"use_zca={whitening}"]
     if soft:
         options += ["soft_label_mode='S'", "soft_label_criterion='sce'"]
