@@ -19,15 +19,17 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.compress import compress, waypoint_folder
+from mtt_fast.data import ImageData
 from mtt_fast.distillation.assessment import assess, assessed, summarise
 from mtt_fast.distillation.forecast import forecast
 from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
-from mtt_fast.distillation.initial import initial_state
+from mtt_fast.distillation.initial import initial_images, initial_state
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
 from mtt_fast.distillation.segments import Segment, places, planned, read_segment, turns
@@ -77,12 +79,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(options: DistillOptions, folder: Path, device: torch.device, command: str) -> None:
     data = options.load_data()
     network = options.network(data)
-    if options.batch_syn and options.batch_syn > options.ipc * data.num_classes:
-        raise InputError(
-            f"--batch_syn {options.batch_syn}: expected at most the {options.ipc * data.num_classes} synthetic images there are "
-            f"({options.ipc} for each of {data.num_classes} classes); leave it out to use all"
-        )
-    options.evaluated_networks(data)  # a network that does not fit the images is told before any work
+    _check_fit(options, data, network, device)
     student = describe_arithmetic(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
@@ -100,6 +97,22 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
         log.info("%s", steps)
         log.info("%s", options.evaluation_protocol().describe())
         distill(options, folder, real, network, experts, steps, command)
+
+
+def _check_fit(options: DistillOptions, data: ImageData, network: Trainable, device: torch.device) -> None:
+    """Raise `InputError`, before any work, for options that do not fit the data, a network or the device."""
+    if options.batch_syn and options.batch_syn > options.ipc * data.num_classes:
+        raise InputError(
+            f"--batch_syn {options.batch_syn}: expected at most the {options.ipc * data.num_classes} synthetic images there are "
+            f"({options.ipc} for each of {data.num_classes} classes); leave it out to use all"
+        )
+    if network.mixes_samples and (asked := options.asks_experts()):
+        raise InputError(
+            f"--model {options.model}, {asked}: expected a network without batch norm, since what experts say of single images "
+            "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
+        )
+    for evaluated in options.evaluated_networks(data).values():
+        precision_on(device, evaluated, options.precision)
 
 
 def _experts(options: DistillOptions, real: RealImages, network: Trainable) -> TrajectoryStore:
@@ -174,10 +187,8 @@ def distill(
         log.info("continuing at iteration %d", state.iteration)
     iteration = lru_cache(maxsize=1)(partial(iteration_of, options, network))  # the last plan's
     metrics = MetricsLog(folder, state.iteration)
-    job = Job(
-        options, folder, real, network, options.evaluated_networks(real.data), experts, metrics,
-        precision_on(device, network, options.precision),
-    )  # fmt: skip
+    first = lru_cache(maxsize=1)(partial(_first_images, options, real, network, experts, state.experts))
+    job = Job(options, folder, real, network, options.evaluated_networks(real.data), experts, metrics, first)
     segment = partial(read_segment, job, sender(device), state.experts, state.images)
     ahead = prefetched(segment, turns(options, range(state.iteration, options.Iteration)))
     saved = time.monotonic()
@@ -214,6 +225,12 @@ def distill(
         ) from None
     finally:
         metrics.close()
+
+
+def _first_images(
+    options: DistillOptions, real: RealImages, network: Trainable, store: TrajectoryStore, experts: int
+) -> Tensor:
+    return initial_images(options, real, network, store, experts)[0].pixels
 
 
 def _iterate(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mtt_fast import SyntheticDataset, TrajectoryStore, cli
+from mtt_fast import FlatModule, InputError, SyntheticDataset, TrajectoryStore, cli
 from mtt_fast.distill import main
-from mtt_fast.distillation.initial import predicted_correctly
+from mtt_fast.distillation.initial import initial_images, predicted_correctly
 from mtt_fast.distillation.options import DistillOptions, parse_options
 from mtt_fast.distillation.segments import start_epochs
 from mtt_fast.distillation.updates import update
@@ -262,8 +262,52 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("flags", "message"), MISTAKES)
 def test_mistakes_are_told_before_anything_is_read(flags: list[str], message: str) -> None:
-    from mtt_fast.errors import InputError
-
     with pytest.raises(InputError) as told:
         parse_options([*TOY, *flags])
     assert str(told.value).startswith(message)
+
+
+def test_what_a_run_began_with_is_found_once_for_all_pictures(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return initial_images(*arguments)
+
+    monkeypatch.setattr("mtt_fast.distill.initial_images", counted)
+    assert run(*TOY, *experts, "--num_eval", "1", "--out", str(tmp_path)) == 0
+    assert len(list((tmp_path / "history").iterdir())) == 3
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--pix_init samples_predicted_correctly", "--lr_y 1 --label_init experts", "--teacher_label"],
+)
+def test_experts_with_batch_norm_are_not_asked_about_images(
+    experts: list[str], flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their trajectories hold no running statistics, and those of a batch of one class say nothing."""
+    arguments = [*TOY, *experts, "--model", "ConvNetD1W4BN", *flags.split(), "--out", str(tmp_path / "run")]
+    assert run(*arguments) == 2
+    option = flags.removeprefix("--lr_y 1 ")
+    assert f"--model ConvNetD1W4BN, {option}: expected a network without batch norm" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_precision_that_a_network_of_the_pool_lacks_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def for_convnet_alone(device: torch.device, network: Network, precision: str) -> str:
+        if isinstance(network, FlatModule):
+            raise InputError("--precision bf16: only the fused step of ConvNet knows it")
+        return "fp32"
+
+    monkeypatch.setattr("mtt_fast.distill.precision_on", for_convnet_alone)
+    flags = ["--eval_mode", "A", "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
+    assert run(*TOY, "--data_path", str(tmp_path / "data"), *flags) == 2
+    assert "--precision bf16: only the fused step" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "buffers").exists()

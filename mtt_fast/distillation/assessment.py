@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mtt_fast.arithmetic import describe_arithmetic, precision_on
 from mtt_fast.distillation.gradients import DESCRIPTIONS
-from mtt_fast.distillation.initial import initial_images
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.labels import experts_at, mean_teacher_labels
 from mtt_fast.evaluate import REAL_IMAGES_LR, as_training_images, random_subset
@@ -132,8 +131,7 @@ def _measure(job: Job, state: State, kind: str, synthetic: SyntheticDataset, sto
 def _draw(job: Job, state: State, synthetic: SyntheticDataset) -> None:
     """Write images.png (what the run began with, and the images as they are now), their snapshot, and curves.png."""
     options, metrics = job.options, job.metrics
-    start, _ = initial_images(options, job.real, job.network, job.experts, state.experts)
-    began = dataclasses.replace(synthetic, images=start.pixels)
+    began = dataclasses.replace(synthetic, images=job.began())
     panels = []
     for iteration, pictures in {0: began.pictures(), state.iteration: synthetic.pictures()}.items():
         title = _BEGUN_WITH[options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"

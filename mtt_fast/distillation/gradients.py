@@ -73,9 +73,9 @@ def mean_gradients(
         start, target, *draws = segment.tensors()
         labels = state.labels if teacher is None else teacher(target, draws[0])
         found = iteration(start, target, state.images, labels, state.lr, *draws)
-        total = [sum_ + one for sum_, one in zip(total, found, strict=True)] if total else list(found)
+        total = [sum_.add_(one) for sum_, one in zip(total, found, strict=True)] if total else list(found)
         count += 1
-    return tuple(sum_ / count for sum_ in total)
+    return tuple(sum_.div_(count) for sum_ in total)
 
 
 def compare_with_exact(job: Job, state: State, steps: Plan, segments: Sequence[Segment]) -> None:

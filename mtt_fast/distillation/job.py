@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from mtt_fast.distillation.options import DistillOptions
-from mtt_fast.kernels import Precision
 from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.run_folder import MetricsLog
@@ -25,4 +27,5 @@ class Job:
     """the networks of an evaluation by name; the first decides which images are best"""
     experts: TrajectoryStore
     metrics: MetricsLog
-    precision: Precision
+    began: Callable[[], Tensor]
+    """the images that the run began with (n, C, H, W), which every picture shows: found at the first call"""

@@ -168,6 +168,15 @@ class DistillOptions(EvaluationOptions):
             return "logits"
         return "probabilities" if self.teacher_label else "indices"
 
+    def asks_experts(self) -> str | None:
+        """Return the first option for which experts classify images, or None."""
+        options = {
+            "--pix_init samples_predicted_correctly": self.pix_init == "samples_predicted_correctly",
+            "--label_init experts": self.label_init == "experts",
+            "--teacher_label": self.teacher_label,
+        }
+        return next((option for option, given in options.items() if given), None)
+
     @property
     def canvas(self) -> Canvas | None:
         """How steps see the images of --texture."""
