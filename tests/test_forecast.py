@@ -12,7 +12,7 @@ from mtt_fast.data import load
 from mtt_fast.data.facts import data_facts
 from mtt_fast.distill import main
 from mtt_fast.distillation import forecast
-from mtt_fast.recipes import recipe_names
+from mtt_fast.recipes import recipe_names, recipe_options
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
@@ -38,6 +38,33 @@ def test_of_every_recipe(
     assert "peak" in lines["memory"]
     assert "free" in lines["disk"]
     assert not list(tmp_path.iterdir())
+
+
+PAD_IS_DATM_BUT_FOR: dict[str, dict[str, float]] = {
+    "cifar10-ipc1": {},
+    "cifar10-ipc10": {"loss_ratio": 0.5},
+    "cifar10-ipc50": {"loss_ratio": 0.25, "expert_epochs": 3},
+    "cifar10-ipc500": {
+        "loss_ratio": 0.5, "current_max_start_epoch": 60, "max_start_epoch": 70, "expansion_end_epoch": 2000,
+    },
+    "cifar10-ipc1000": {"loss_ratio": 0.5},
+    "cifar100-ipc1": {"loss_ratio": 0.5, "current_max_start_epoch": 20, "max_start_epoch": 30},
+    "cifar100-ipc10": {"loss_ratio": 0.5},
+    "cifar100-ipc50": {},
+    "cifar100-ipc100": {"loss_ratio": 0.5},
+    "tiny-ipc1": {"loss_ratio": 0.5},
+    "tiny-ipc10": {"loss_ratio": 0.5},
+    "tiny-ipc50": {"loss_ratio": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", PAD_IS_DATM_BUT_FOR)
+def test_what_pads_configurations_change_of_datms(setting: str) -> None:
+    pad, datm = (recipe_options(f"{method}-{setting}") for method in ("pad", "datm"))
+    every = {"eval_it"}  # how often the authors looked
+    changed = {name: value for name, value in pad.items() if name not in every and datm.get(name) != value}
+    assert changed == PAD_IS_DATM_BUT_FOR[setting]
+    assert set(datm) <= set(pad) | every
 
 
 def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
