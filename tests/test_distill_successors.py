@@ -197,7 +197,7 @@ def test_a_class_with_too_few_of_them_is_told(
 
 EVERYTHING = (
     "--min_start_epoch 1 --current_max_start_epoch 2 --expansion_end_epoch 3 --ema_decay 0.9 "
-    "--pix_init samples_predicted_correctly --ipc 2 --batch_syn 7 --num_eval 1"
+    "--pix_init samples_predicted_correctly --ipc 2 --batch_syn 7 --num_eval 1 --eval_it 3"
 ).split()
 
 

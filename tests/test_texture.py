@@ -29,7 +29,9 @@ from mtt_fast.evaluate import main as evaluate_command
 from mtt_fast.options import real_images
 from mtt_fast.protocols import EvaluationProtocol, train_network
 from mtt_fast.seeding import generator_for
+from mtt_fast.student import GenericStudent
 from mtt_fast.texture import Canvas, CanvasCrops, canvases_of, crop, tiled
+from mtt_fast.training import Images, Sgd, epoch_on
 
 ODD = (3, 2, 7, 10)
 
@@ -320,3 +322,15 @@ def test_the_plan_counts_crops_and_canvases() -> None:
     assert crops.parts["canvases"] > 2 * 40 * 3 * 64 * 64 * 4  # each crop's canvas and its gradient
     assert crops.parts["images"] - images.parts["images"] == (20 * 4 - 40) * 3 * 32 * 32 * 4
     assert images.parts["canvases"] == 0
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_crops() -> None:
+    """Of canvases of one colour each all crops are alike, and without a learning rate all steps."""
+    colours = torch.rand(5, 1, 1, 1, dtype=torch.float64)
+    images = Images(colours.expand(5, 1, 8, 8).contiguous(), torch.arange(5) % 3, canvas=Canvas(2, 3))
+    net = ConvNet(in_channels=1, num_classes=3, image_size=4, width=3, depth=1, norm="none")
+    theta = net.init(torch.Generator().manual_seed(0)).double()
+    epoch = epoch_on(GenericStudent(net), images, Sgd(0.0, batch_size=2), None)
+    *_, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(1))
+    expected = F.cross_entropy(net(theta, colours.expand(5, 1, 4, 4)), images.labels)
+    torch.testing.assert_close(loss, expected)
