@@ -64,29 +64,44 @@ class ExpertTraining:
 
 
 @dataclass(frozen=True)
-class ExpertOptions(CommonOptions):
+class ExpertTrainingOptions(CommonOptions):
+    """How experts are trained, as all commands that train them name it."""
+
+    train_epochs: int = 50
+    """epochs of each expert"""
+    mom: float = 0.0
+    """momentum of the experts"""
+    l2: float = 0.0
+    """their weight decay"""
+    decay: bool = False
+    """divide their learning rate by ten after half of the epochs"""
+    rho_max: float = 0.0
+    """radius in which they look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
+    rho_min: float = 0.0
+    """the radius at the learning rate that --decay divided; without --decay the same as --rho_max"""
+    alpha: float = 0.0
+    """how much of their plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
+    adaptive: TrueOrFalse = True
+    """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
+
+    def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
+        """Return how these options train an expert. Raises `InputError` for values that cannot be."""
+        return checked(
+            ExpertTraining(
+                self.train_epochs, lr, self.mom, self.l2, self.decay, batch_size, self.strategy, self.rho_max, self.rho_min,
+                self.alpha, self.adaptive,
+            )
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertOptions(ExpertTrainingOptions):
     """Train experts and record their trajectories."""
 
     num_experts: int = 100
     """how many experts"""
-    train_epochs: int = 50
-    """epochs of each"""
     lr_teacher: float = 0.01
     """learning rate of the experts"""
-    mom: float = 0.0
-    """momentum"""
-    l2: float = 0.0
-    """weight decay"""
-    decay: bool = False
-    """divide the learning rate by ten after half of the epochs"""
-    rho_max: float = 0.0
-    """radius in which sharpness is looked for (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
-    rho_min: float = 0.0
-    """the radius at the learning rate that --decay divided; without --decay the same as --rho_max"""
-    alpha: float = 0.0
-    """how much of the plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
-    adaptive: TrueOrFalse = True
-    """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
     batch_train: int = 256
     """batch size"""
     buffer_path: str = "buffers"
@@ -98,12 +113,7 @@ class ExpertOptions(CommonOptions):
 
     def training(self) -> ExpertTraining:
         """Return how these options train an expert. Raises `InputError` for values that cannot be."""
-        return checked(
-            ExpertTraining(
-                self.train_epochs, self.lr_teacher, self.mom, self.l2, self.decay, self.batch_train, self.strategy,
-                self.rho_max, self.rho_min, self.alpha, self.adaptive,
-            )
-        )  # fmt: skip
+        return self.training_at(self.lr_teacher, self.batch_train)
 
 
 def checked(training: ExpertTraining) -> ExpertTraining:

@@ -12,12 +12,12 @@ from typing import Any, Literal
 from mtt_fast import cli
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.errors import InputError
-from mtt_fast.experts import ExpertTraining, checked
+from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
 from mtt_fast.matching import MatchStep
 from mtt_fast.memory import AUTO, parse_bytes
 from mtt_fast.models.pools import eval_pool
-from mtt_fast.options import EvaluationOptions, TrueOrFalse, at_least
+from mtt_fast.options import EvaluationOptions, at_least
 from mtt_fast.recipes import recipe_options
 from mtt_fast.run_folder import check_same_method, read_config
 from mtt_fast.texture import Canvas
@@ -28,7 +28,7 @@ DEFAULT_RECIPE = "digits"
 
 
 @dataclass(frozen=True)
-class DistillOptions(EvaluationOptions):
+class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
 
     recipe: str | None = None
@@ -118,24 +118,8 @@ class DistillOptions(EvaluationOptions):
     """use only so many experts"""
     num_interpolation: int | None = None
     """use the experts as so many waypoints with straight lines between them (MCT: 4), compressing those that are not"""
-    train_epochs: int = 50
-    """epochs of experts that are trained first"""
     expert_lr: float = 0.01
     """learning rate of experts that are trained first"""
-    mom: float = 0.0
-    """their momentum"""
-    l2: float = 0.0
-    """their weight decay"""
-    decay: bool = False
-    """divide their learning rate by ten after half of the epochs"""
-    rho_max: float = 0.0
-    """radius in which they look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
-    rho_min: float = 0.0
-    """the radius at the learning rate that --decay divided; without --decay the same as --rho_max"""
-    alpha: float = 0.0
-    """how much of their plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
-    adaptive: TrueOrFalse = True
-    """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
     batch_real: int = 256
     """their batch size"""
 
@@ -154,12 +138,7 @@ class DistillOptions(EvaluationOptions):
 
     def experts(self) -> ExpertTraining:
         """Return how missing experts are trained."""
-        return checked(
-            ExpertTraining(
-                self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_real, self.strategy,
-                self.rho_max, self.rho_min, self.alpha, self.adaptive,
-            )
-        )  # fmt: skip
+        return self.training_at(self.expert_lr, self.batch_real)
 
     @property
     def label_kind(self) -> LabelKind:
