@@ -25,7 +25,6 @@ from tqdm import tqdm
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.compress import compress, waypoint_folder
-from mtt_fast.data import ImageData
 from mtt_fast.distillation.assessment import assess, assessed, summarise
 from mtt_fast.distillation.forecast import forecast
 from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
@@ -79,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(options: DistillOptions, folder: Path, device: torch.device, command: str) -> None:
     data = options.load_data()
     network = options.network(data)
-    _check_fit(options, data, network, device)
+    options.check_fit(data, network, device)
     student = describe_arithmetic(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
@@ -97,22 +96,6 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
         log.info("%s", steps)
         log.info("%s", options.evaluation_protocol().describe())
         distill(options, folder, real, network, experts, steps, command)
-
-
-def _check_fit(options: DistillOptions, data: ImageData, network: Trainable, device: torch.device) -> None:
-    """Raise `InputError`, before any work, for options that do not fit the data, a network or the device."""
-    if options.batch_syn and options.batch_syn > options.ipc * data.num_classes:
-        raise InputError(
-            f"--batch_syn {options.batch_syn}: expected at most the {options.ipc * data.num_classes} synthetic images there are "
-            f"({options.ipc} for each of {data.num_classes} classes); leave it out to use all"
-        )
-    if network.mixes_samples and (asked := options.asks_experts()):
-        raise InputError(
-            f"--model {options.model}, {asked}: expected a network without batch norm, since what experts say of single images "
-            "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
-        )
-    for evaluated in options.evaluated_networks(data).values():
-        precision_on(device, evaluated, options.precision)
 
 
 def _experts(options: DistillOptions, real: RealImages, network: Trainable) -> TrajectoryStore:

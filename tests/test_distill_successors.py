@@ -16,6 +16,7 @@ from mtt_fast.distillation.options import DistillOptions, parse_options
 from mtt_fast.distillation.segments import start_epochs
 from mtt_fast.distillation.updates import update
 from mtt_fast.files import load_tensors
+from mtt_fast.protocols import Accuracy
 from mtt_fast.run_folder import State
 from mtt_fast.student import Network
 from mtt_fast.testing import module_function, reference_convnet
@@ -305,9 +306,19 @@ def test_a_precision_that_a_network_of_the_pool_lacks_is_told_before_any_work(
             raise InputError("--precision bf16: only the fused step of ConvNet knows it")
         return "fp32"
 
-    monkeypatch.setattr("mtt_fast.distill.precision_on", for_convnet_alone)
+    monkeypatch.setattr("mtt_fast.distillation.options.precision_on", for_convnet_alone)
     flags = ["--eval_mode", "A", "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
     assert run(*TOY, "--data_path", str(tmp_path / "data"), *flags) == 2
     assert "--precision bf16: only the fused step" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "buffers").exists()
+
+
+def test_of_equal_evaluations_the_first_is_the_best(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the file as in the summary."""
+    monkeypatch.setattr("mtt_fast.distillation.assessment.evaluate", lambda *_, **__: Accuracy((0.5, 0.5)))
+    assert run(*TOY, *experts, "--out", str(tmp_path)) == 0
+    assert SyntheticDataset.load(tmp_path / "best.safetensors").recipe["iterations"] == 0
+    assert summary_of(tmp_path)["accuracy"]["best_evaluation_chosen_on_the_test_images"]["iteration"] == 0

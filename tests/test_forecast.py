@@ -106,3 +106,15 @@ def test_an_image_folder_is_counted(tmp_path: Path) -> None:
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.run(main, ["--dataset", f"{tmp_path}/none", "--dry-run"]) == 2
     assert f"--dataset {tmp_path}/none: expected a data set by name or an image folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch_syn 11", "--batch_syn 11: expected at most the 10 synthetic images there are"),
+        ("--model ConvNetD1W4BN --teacher_label", "--teacher_label: expected a network without batch norm"),
+    ],
+)
+def test_what_does_not_fit_is_told(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(main, [*TOY, *flags.split(), "--dry-run"]) == 2
+    assert message in capsys.readouterr().err

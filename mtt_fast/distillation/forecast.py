@@ -54,6 +54,7 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
     """
     facts = data_facts(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(facts)
+    options.check_fit(facts, network, device)
     experts = buffer_folder(options.buffer_path, facts, options.model, options.zca)
     there, wanted = _count(experts), options.max_experts or options.num_experts
     uncompressed = _uncompressed(options, experts)

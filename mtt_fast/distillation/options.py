@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from mtt_fast import cli
+from mtt_fast.arithmetic import precision_on
 from mtt_fast.augment import augment_by_strategy
+from mtt_fast.data import ImageData
+from mtt_fast.data.facts import Facts
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
 from mtt_fast.matching import MatchStep
 from mtt_fast.memory import AUTO, parse_bytes
+from mtt_fast.models import Trainable
 from mtt_fast.models.pools import eval_pool
 from mtt_fast.options import EvaluationOptions, at_least
 from mtt_fast.recipes import recipe_options
@@ -147,15 +153,6 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             return "logits"
         return "probabilities" if self.teacher_label else "indices"
 
-    def asks_experts(self) -> str | None:
-        """Return the first option for which experts classify images, or None."""
-        options = {
-            "--pix_init samples_predicted_correctly": self.pix_init == "samples_predicted_correctly",
-            "--label_init experts": self.label_init == "experts",
-            "--teacher_label": self.teacher_label,
-        }
-        return next((option for option, given in options.items() if given), None)
-
     @property
     def canvas(self) -> Canvas | None:
         """How steps see the images of --texture."""
@@ -222,6 +219,31 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         self.experts()
         self.evaluation_protocol()
         eval_pool(self.eval_mode, self.model)
+
+    def check_fit(self, data: ImageData | Facts, network: Trainable, device: torch.device) -> None:
+        """Raise `InputError`, before any work, for what does not fit the data, the student's `network` or the device."""
+        count = self.ipc * data.num_classes
+        if self.batch_syn and self.batch_syn > count:
+            raise InputError(
+                f"--batch_syn {self.batch_syn}: expected at most the {count} synthetic images there are ({self.ipc} for each of "
+                f"{data.num_classes} classes); leave it out to use all"
+            )
+        if network.mixes_samples and (asked := self._asks_experts()):
+            raise InputError(
+                f"--model {self.model}, {asked}: expected a network without batch norm, since what experts say of single images "
+                "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
+            )
+        for evaluated in self.evaluated_networks(data).values():
+            precision_on(device, evaluated, self.precision)
+
+    def _asks_experts(self) -> str | None:
+        """Return the first option for which experts classify images, or None."""
+        options = {
+            "--pix_init samples_predicted_correctly": self.pix_init == "samples_predicted_correctly",
+            "--label_init experts": self.label_init == "experts",
+            "--teacher_label": self.teacher_label,
+        }
+        return next((option for option, given in options.items() if given), None)
 
     def _check_start_epochs(self) -> None:
         """Raise `InputError` where T- < T <= T+ does not hold, or T and the end of its growth are not given together."""
