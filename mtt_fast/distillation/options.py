@@ -15,7 +15,7 @@ from mtt_fast import cli
 from mtt_fast.arithmetic import precision_on
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.data import ImageData
-from mtt_fast.data.facts import Facts
+from mtt_fast.data.facts import DataFacts
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
@@ -220,7 +220,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         self.evaluation_protocol()
         eval_pool(self.eval_mode, self.model)
 
-    def check_fit(self, data: ImageData | Facts, network: Trainable, device: torch.device) -> None:
+    def check_fit(self, data: ImageData | DataFacts, network: Trainable, device: torch.device) -> None:
         """Raise `InputError`, before any work, for what does not fit the data, the student's `network` or the device."""
         count = self.ipc * data.num_classes
         if self.batch_syn and self.batch_syn > count:
