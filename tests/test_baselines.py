@@ -21,10 +21,12 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.compress import compress
 from mtt_fast.distill import main as distill
 from mtt_fast.evaluate import main as evaluate
+from mtt_fast.evaluation_records import measured
 from mtt_fast.files import load_tensors
 from mtt_fast.interrupts import Stopped
 from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
+from mtt_fast.protocols import Accuracy
 from mtt_fast.training import Images
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_eval 2 --epoch_eval_train 2 --ipc 2".split()
@@ -239,13 +241,34 @@ def test_a_stopped_evaluation_of_a_chosen_set_says_how_to_go_on(
     assert summary_of(out)["iterations"] == 0
 
 
-def test_a_diverged_run_keeps_its_last_checkpoint(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("save_seconds", "iterations"), [("0", 1), ("1000", 0)])
+def test_a_diverged_run_ends_and_its_checkpoints_are_as_often_as_asked_for(
+    save_seconds: str, iterations: int, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert run(*flags("dm", shared), "--out", str(out), "--lr_img", "1e38") == 2
-    assert re.search(r"iteration \d diverged \(loss (inf|nan)\); the last checkpoint is good", capsys.readouterr().err)
+    more = ["--out", str(out), "--lr_img", "1e38", "--save_seconds", save_seconds]
+    assert run(*flags("dm", shared), *more) == 2
+    assert re.search(r"iteration 2 diverged \(loss (inf|nan)\); start again with smaller", capsys.readouterr().err)
     assert not (out / "summary.json").exists()
+    _, metadata = load_tensors(out / "checkpoint.safetensors")
+    assert json.loads(metadata["progress"])["iteration"] == iterations
+
+
+def test_the_best_set_is_that_of_the_best_evaluation(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = {0: 0.3, 1: 0.5, 2: 0.4}
+    monkeypatch.setattr(
+        "mtt_fast.baselines.learning.evaluated",
+        lambda job, made, iteration, stop: measured({"": Accuracy((accuracies[iteration],))}),
+    )
+    assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1") == 0
+    assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == 1
+    assert set_of(tmp_path / "run").recipe["iterations"] == 2
+    found = summary_of(tmp_path / "run")["accuracy"]
+    assert found["distilled"]["mean"] == 0.4
+    best = found["best_evaluation_chosen_on_the_test_images"]
+    assert (best["mean"], best["iteration"]) == (0.5, 1)
 
 
 MISTAKES = [

@@ -388,6 +388,7 @@ def test_several_networks_of_dd_are_averaged(real: RealImages) -> None:
 
 def test_dd_decays_its_rate(real: RealImages) -> None:
     learning = dd(DdOptions(dataset="digits", batch_real=16, decay_it=2, decay_factor=0.1), real, NET)
+    assert learning.optimiser.defaults["betas"] == (0.5, 0.999)  # the public code's
     rates = []
     for iteration in (0, 1, 2, 5):
         learning.step(iteration)
@@ -451,7 +452,7 @@ def test_a_network_is_replaced_when_the_public_code_would(seed: int) -> None:
             so_far = torch.empty(0)
     assert found == restarts(errors, 7)
     assert len(found) > 3
-    assert [patience(10, 10), patience(101, 10), patience(100, 100)] == [50, 200, 100]
+    assert [patience(100, 10), patience(101, 10), patience(100, 100)] == [50, 200, 100]
 
 
 def test_ld_begins_a_fresh_network_with_a_fresh_optimiser(real: RealImages, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,8 @@ def _iterate(job: Job, learning: Learning, progress: Progress, metrics: MetricsL
     loss = learning.step(progress.iteration)
     if not math.isfinite(loss):
         raise InputError(
-            f"{job.folder}: iteration {progress.iteration + 1} diverged (loss {loss}); the last checkpoint is good; start "
-            "again with smaller learning rates and another --out"
+            f"{job.folder}: iteration {progress.iteration + 1} diverged (loss {loss}); start again with smaller "
+            "learning rates and another --out"
         )
     progress.iteration += 1
     progress.seconds += time.monotonic() - began
