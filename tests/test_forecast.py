@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mtt_fast import cli
 from mtt_fast.data import load
-from mtt_fast.data.facts import data_facts
+from mtt_fast.data.facts import DataFacts, data_facts
 from mtt_fast.distill import main
 from mtt_fast.distillation import forecast
+from mtt_fast.distillation.forecast import _Seconds, _sizes, _times
+from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.recipes import recipe_names, recipe_options
 
 TOY = (
@@ -118,3 +122,49 @@ def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path:
 def test_what_does_not_fit_is_told(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(main, [*TOY, *flags.split(), "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+FACTS = DataFacts("toy", (1, 8, 8), 10, 100, 30)
+OPTIONS = DistillOptions(
+    ipc=2, train_epochs=5, syn_steps=4, Iteration=7, eval_it=3, num_eval=2, epoch_eval_train=9, num_trajectories=3, max_start_epoch=2
+)  # fmt: skip
+
+
+def test_the_time_is_that_of_every_image_in_every_step() -> None:
+    cost, evaluated = _Seconds(gradient=3.0, tangent=5.0), [3.0, 6.0]
+    times = _times(OPTIONS, FACTS, 2, cost, evaluated, saved=0.5)
+    assert times.experts == 2 * 5 * (100 * 3 + 30 * 1)  # a test is a third of a gradient
+    assert times.iterations == 7 * 3 * 4 * 20 * (3 + 5) * 0.5
+    one, other = 10 * 20 * 3 + 30 * 1, 10 * 20 * 6 + 30 * 2  # an epoch more, as in the public code
+    assert times.rest == 2 * (4 * (one + other) + one)  # before, after 3, 6 and 7 iterations; random real images
+
+    more = dataclasses.replace(OPTIONS, rho_max=0.1, ema_decay=0.9, batch_syn=6, texture=True, canvas_samples=3)
+    times = _times(more, FACTS, 2, cost, evaluated, saved=1.0)
+    assert times.experts == 2 * 5 * (100 * 2 * 3 + 30 * 1)
+    assert times.iterations == 7 * 3 * 4 * 18 * (3 + 5)
+    one, other = 3 * (one - 30) + 30, 3 * (other - 60) + 60
+    assert times.rest == 2 * (2 * 4 * (one + other) + one)
+
+
+def test_the_sizes_are_those_of_every_number() -> None:
+    images, whitening = 4 * 20 * 64, 4 * 2 * 64**2
+    assert _sizes(OPTIONS, FACTS, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
+    more = dataclasses.replace(OPTIONS, zca=True, ema_decay=0.9, texture=True, canvas_size=2, num_interpolation=4)
+    experts, run, _ = _sizes(more, FACTS, 1000, 3, 5)
+    assert experts == 4 * (3 * 6 + 5 * 4) * 1000
+    assert run == 4 * (4 * images + whitening) + 3 * 4 * images
+
+
+@pytest.mark.parametrize(
+    ("dataset", "subset", "res", "expected"),
+    [
+        ("cifar100", None, None, ("CIFAR100", (3, 32, 32), 100, 50_000, 10_000)),
+        ("Tiny", None, None, ("Tiny", (3, 64, 64), 200, 100_000, 10_000)),
+        ("Tiny", None, 32, ("Tiny-32", (3, 32, 32), 200, 100_000, 10_000)),
+        ("ImageNet", None, 64, ("ImageNet-64", (3, 64, 64), 1000, 1_281_167, 50_000)),
+        ("ImageNet", "imagewoof", None, ("imagewoof-128", (3, 128, 128), 10, 13_000, 500)),
+        ("imagewoof", None, None, ("imagewoof-128", (3, 128, 128), 10, 13_000, 500)),
+    ],
+)
+def test_facts_by_name(dataset: str, subset: str | None, res: int | None, expected: tuple[Any, ...]) -> None:
+    assert dataclasses.astuple(data_facts(dataset, subset, res)) == expected
