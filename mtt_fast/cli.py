@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import difflib
+import io
 import logging
 import os
+import re
+import signal
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,24 +44,64 @@ def parse(kind: type[Options], argv: Sequence[str], prog: str, defaults: dict[st
 
     kept = _without_retired(argv)
     try:
-        options, unknown = tyro.cli(
-            kind,
-            prog=prog,
-            args=kept,
-            default=apply(kind(), defaults or {}, "defaults"),
-            return_unknown_args=True,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+        with _one_line(prog):
+            options, unknown = tyro.cli(
+                kind,
+                prog=prog,
+                args=kept,
+                default=apply(kind(), defaults or {}, "defaults"),
+                return_unknown_args=True,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except InputError:
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
     if unknown:
-        names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-        raise InputError(
-            f"{unknown[0]}: unknown option{did_you_mean(unknown[0].lstrip('-').replace('-', '_'), names, '--')}; see --help"
-        )
+        raise InputError(_unknown(unknown[0], [field.name for field in dataclasses.fields(kind)]))  # type: ignore[arg-type]
     return options
+
+
+def _unknown(word: str, names: Sequence[str]) -> str:
+    if not word.startswith("-"):
+        return (
+            f"{word}: expected an option, which begins with --; those that only say yes, such as --zca, take no value"
+        )
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    return f"{word}: unknown option{did_you_mean(name, names, '--')}; see --help"
+
+
+@contextlib.contextmanager
+def _one_line(prog: str) -> Iterator[None]:
+    """Raise `InputError` with the words in the box that tyro draws about a value, and ends the process after."""
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            yield
+    except SystemExit as end:
+        if not end.code:
+            raise  # after --help
+        _, *lines = (line.strip("│ ") for line in drawn.getvalue().splitlines())  # but for the title
+        parts = [list(part) for is_rule, part in groupby(lines, lambda line: set(line) in _RULES) if not is_rule]
+        words = " ".join(parts[0]).strip()
+        for theirs, ours in _REWORDED.items():
+            words = re.sub(theirs, ours, words)
+        raise InputError(f"{words}; see {prog} --help") from end
+
+
+_RULES = ({"─"}, {"-"})
+"""What the lines consist of that part a box; the second where the terminal has only ASCII."""
+
+_REWORDED = {
+    r"^Error parsing ([^:]*):": r"\1:",
+    r"invalid literal for int\(\) with base 10: (.*)$": r"expected a whole number, found \1",
+    r"could not convert string to float: (.*)$": r"expected a number, found \1",
+    r"no type matching .* Got errors: .*(expected a (?:whole )?number, found .*)$": r"\1",
+    r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.$": r"\2: expected one of \3, found \1",
+    r"^Missing value for argument '(.*)'\..*$": r"\1: expected a value after it, found none",
+}
+"""Expressions in what tyro says, and how this package says it."""
 
 
 def parse_known(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
@@ -68,7 +113,8 @@ def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Opt
     """Return an instance of the dataclass `kind` from those flags in `argv` that it has, and the other words."""
     import tyro
 
-    options, others = tyro.cli(kind, prog=prog, args=list(argv), return_unknown_args=True)
+    with _one_line(prog):
+        options, others = tyro.cli(kind, prog=prog, args=list(argv), return_unknown_args=True, use_underscores=True)
     return options, list(others)
 
 
@@ -100,7 +146,7 @@ def apply(options: Options, values: dict[str, Any], source: str) -> Options:
 
 def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
     """Return " (did you mean …?)" for the known name closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1) or [other for other in known if name and other.startswith(name)]
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
@@ -118,7 +164,7 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
     """Run a command and return its exit status.
 
     0 done; 2 a mistake in the input, a full disk or no memory, told in one line; 128 + signal stopped on request with
-    everything saved, or by a reader of the output that went away (SIGPIPE).
+    everything saved, or because nobody reads what it prints.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -139,9 +185,9 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # what read the output, as `head` does, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+    except BrokenPipeError:  # what reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at the end fail
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(
             f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the free space",

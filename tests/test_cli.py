@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mtt_fast.distillation.options import parse_options
 from mtt_fast.files import atomic_path, load_tensors, read_header, save_tensors, write_text
 from mtt_fast.interrupts import Stopped
 from mtt_fast.recipes import recipe_about, recipe_names
-from mtt_fast.recipes.__main__ import main as list_recipes
+from mtt_fast.recipes.__main__ import listing
 from mtt_fast.run_folder import read_config, write_config
 from mtt_fast.seeding import generator_for
 
@@ -26,11 +27,33 @@ class Options:
     lr_img: float = 1.0
     ipc: int = 1
     name: str | None = None
+    size: int | None = None
+    gradient: Literal["exact", "truncated"] = "exact"
 
 
 def test_hyphens_underscores_and_defaults() -> None:
     assert cli.parse(Options, ["--lr-img", "3"], "x") == cli.parse(Options, ["--lr_img=3"], "x") == Options(3.0)
     assert cli.parse(Options, [], "x", {"ipc": 4, "name": "n"}) == Options(1.0, 4, "n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ipc two", "--ipc: expected a whole number, found 'two'; see x --help"),
+        ("--lr-img=1,5", "--lr_img: expected a number, found '1,5'; see x --help"),
+        ("--ipc", "--ipc: expected a value after it, found none; see x --help"),
+        ("--size 3.5", "--size: expected a whole number, found '3.5'; see x --help"),
+        ("--gradient trunc", "--gradient: expected one of 'exact', 'truncated', found 'trunc'; see x --help"),
+        ("--grad exact", "--grad: unknown option (did you mean --gradient?); see --help"),
+        ("--lr_imgs=3", "--lr_imgs=3: unknown option (did you mean --lr_img?); see --help"),
+        ("True", "True: expected an option, which begins with --; those that only say yes, such as --zca, take no"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(lambda argv: print(cli.parse(Options, argv, "x")), arguments.split()) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {message}")
+    assert (told.out, told.err.count("\n")) == ("", 1)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +127,7 @@ def test_what_runs_here() -> None:
 def test_help(job: str) -> None:
     command = [sys.executable, "-m", f"mtt_fast.{job}", "--help"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "--dsa-strategy" in found.stdout.replace("_", "-")
+    assert "--dsa_strategy" in found.stdout
     assert found.stderr == ""
 
 
@@ -116,21 +139,57 @@ def test_every_recipe_is_complete(name: str) -> None:
     assert all(recipe_about(name).values())
 
 
-def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(list_recipes, []) == 0
-    found = capsys.readouterr().out
-    assert all(name in found for name in recipe_names())
-    assert cli.run(list_recipes, ["--x"]) == 2
+def test_the_recipes_are_listed() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "mtt_fast.recipes"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert all(name in found.stdout for name in recipe_names())
+    assert "\nDATM: DATM (ICLR 2024)" in found.stdout
 
 
-def test_a_reader_that_has_had_enough_is_no_error() -> None:
-    command = [sys.executable, "-m", "mtt_fast.recipes"]  # | head
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as listing:
-        assert listing.stdout is not None
-        assert listing.stderr is not None
-        listing.stdout.close()
-        assert listing.stderr.read() == ""
-        assert listing.wait(60) == 128 + 13
+def names_in(listed: str) -> list[str]:
+    return [line.split()[0] for line in listed.splitlines() if line.startswith("  ")]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("datm cifar10", [f"datm-cifar10-ipc{ipc}" for ipc in (1, 10, 50, 500, 1000)]),
+        ("DATM CIFAR-100 ipc1", ["datm-cifar100-ipc1"]),
+        ("mtt tiny", ["tiny-ipc1", "tiny-ipc10", "tiny-ipc50"]),
+        ("imagenet tesla", ["tesla-imagenet-ipc1"]),
+    ],
+)
+def test_recipes_by_words(words: str, names: list[str]) -> None:
+    assert names_in(listing(words.split())) == names
+
+
+def test_images_of_imagenet_are_found_by_its_name() -> None:
+    assert "imagefruit-ipc10" in names_in(listing(["imagenet", "ipc10"]))
+
+
+def test_a_recipe_by_its_name_is_its_file(tmp_path: Path) -> None:
+    text = listing(["datm-cifar10-ipc10"])
+    assert 'source = "DATM (ICLR 2024), the public code, configs/CIFAR-10/ConvIN/IPC10.yaml"' in text
+    (tmp_path / "x.toml").write_text(text)
+    assert cli.read_toml(tmp_path / "x.toml")["lr_y"] == 2.0
+
+
+def test_no_recipe() -> None:
+    with pytest.raises(InputError, match=r"dtam cifar10: no recipe has all of these words \(did you mean datm\?\)"):
+        listing(["dtam", "cifar10"])
+
+
+def test_who_reads_may_leave() -> None:
+    """As `… | head` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtt_fast.recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert errors == b""
+    assert process.returncode == 141
 
 
 def test_random_numbers_by_place() -> None:

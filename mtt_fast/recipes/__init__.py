@@ -28,6 +28,11 @@ def recipe_about(name: str) -> dict[str, str]:
     return {key: str(table[key]) for key in _ABOUT}
 
 
+def recipe_text(name: str) -> str:
+    """Return the file of the recipe `name`, TOML."""
+    return str((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+
+
 def _read(name: str) -> dict[str, Any]:
     names = recipe_names()
     if name not in names:

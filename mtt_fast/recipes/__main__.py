@@ -1,24 +1,94 @@
-"""List the recipes: `python -m mtt_fast.recipes`."""
+"""List the recipes, all or those that some words pick: `python -m mtt_fast.recipes [WORD…]`."""
 
+from __future__ import annotations
+
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Annotated, NamedTuple
+
+import tyro
 
 from mtt_fast import cli
+from mtt_fast.cli import did_you_mean
 from mtt_fast.errors import InputError
-from mtt_fast.recipes import recipe_about, recipe_names
+from mtt_fast.recipes import recipe_about, recipe_names, recipe_options, recipe_text
+
+PROGRAM = "python -m mtt_fast.recipes"
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    """List the settings by name; with words, those that have all of them; with one's name, its options."""
+
+    words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[WORD …]")] = ()
+    """such as: datm cifar10"""
+
+
+class _Listed(NamedTuple):
+    name: str
+    description: str
+    source: str
+    method: str
+    dataset: str
+
+    def has(self, word: str) -> bool:
+        """Return whether `word` is the method, or is in the name, the data set or what the description says before a colon.
+
+        "ipc1" is not in "ipc10".
+        """
+        about = f"{self.name} {self.dataset} {self.description.split(':')[0]}"
+        pattern = re.escape(word) + (r"(?!\d)" if word[-1:].isdigit() else "")
+        return word.casefold() == self.method.casefold() or re.search(pattern, about, re.IGNORECASE) is not None
+
+
+def listing(words: Sequence[str]) -> str:
+    """Return the recipes in which all of `words` occur, by method and source; or, for the name of one, its file.
+
+    Raises `InputError` if there is none.
+    """
+    if len(words) == 1 and words[0] in recipe_names():
+        return f"# python -m mtt_fast.distill --recipe {words[0]}\n{recipe_text(words[0]).rstrip()}"
+    found = [recipe for recipe in _all() if all(recipe.has(word) for word in words)]
+    if not found:
+        known = sorted({part for name in recipe_names() for part in (name, *name.split("-"))})
+        hint = next((guess for word in words if (guess := did_you_mean(word, known))), "")
+        raise InputError(f"{' '.join(words)}: no recipe has all of these words{hint}; {PROGRAM} lists all")
+    lines = []
+    for (method, source), group in groupby(found, lambda recipe: (recipe.method, _without_file(recipe.source))):
+        lines += ["", f"{method}: {source}", *(f"  {name:24} {description}" for name, description, *_ in group)]
+    return "\n".join([*lines[1:], "", f"options and source of one: {PROGRAM} NAME"])
+
+
+def _all() -> list[_Listed]:
+    """Return all recipes, MTT's first, those of a method and a source together, in the order of names and numbers."""
+    recipes = [_Listed(name, **recipe_about(name), dataset=recipe_options(name)["dataset"]) for name in recipe_names()]
+    return sorted(
+        recipes,
+        key=lambda recipe: (
+            recipe.method != "MTT",
+            recipe.method,
+            _without_file(recipe.source),
+            _natural(recipe.name),
+        ),
+    )
+
+
+def _without_file(source: str) -> str:
+    """Return `source` without the file that is another for each of its recipes."""
+    return re.sub(r", configs/.*", ", configs/", source)
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Return what sorts ipc10 before ipc50 and behind ipc1."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D+)(\d*)", name)]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print each recipe with its description and its source."""
-    if argv and argv[0] not in ("-h", "--help"):
-        raise InputError(
-            f"{argv[0]}: python -m mtt_fast.recipes takes no options; python -m mtt_fast.distill --recipe NAME runs one"
-        )
-    if argv:
-        print("usage: python -m mtt_fast.recipes\n\nSettings by name, for python -m mtt_fast.distill --recipe NAME:\n")
-    for name in recipe_names():
-        about = recipe_about(name)
-        print(f"{name:24} {about['description']}\n{'':24} {about['source']}")
+    """Run the command with the arguments `argv`."""
+    print(listing(cli.parse(ListOptions, argv, PROGRAM).words))
 
 
 if __name__ == "__main__":
