@@ -26,6 +26,7 @@ from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.compress import compress, waypoint_folder
 from mtt_fast.distillation.assessment import assess, assessed, summarise
+from mtt_fast.distillation.checks import check_fits
 from mtt_fast.distillation.forecast import forecast
 from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
 from mtt_fast.distillation.initial import initial_images, initial_state
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
     options = parse_options(argv)
     folder = options.folder()
     device = choose_device(options.device)
+    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
     if options.dry_run:
         with arithmetic(device, options.precision):
             print(forecast(options, folder, device))
@@ -78,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(options: DistillOptions, folder: Path, device: torch.device, command: str) -> None:
     data = options.load_data()
     network = options.network(data)
-    options.check_fit(data, network, device)
+    check_fits(options, data, network, device)
     student = describe_arithmetic(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
@@ -106,7 +108,7 @@ def _experts(options: DistillOptions, real: RealImages, network: Trainable) -> T
         folder = waypoint_folder(whole, options.num_interpolation)
     store = TrajectoryStore(folder) if folder.is_dir() else None
     if store is None or len(store) < (options.max_experts or options.num_experts):
-        store = _with_missing_experts(options, real, network, whole, needed)
+        store = _with_missing_experts(options, real, network, whole)
         if options.num_interpolation is not None:
             store = compress(whole, folder, options.num_interpolation)
     for expert in range(len(store)):
@@ -124,15 +126,10 @@ def _experts(options: DistillOptions, real: RealImages, network: Trainable) -> T
 
 
 def _with_missing_experts(
-    options: DistillOptions, real: RealImages, network: Trainable, folder: Path, needed: int
+    options: DistillOptions, real: RealImages, network: Trainable, folder: Path
 ) -> TrajectoryStore:
-    """Train the experts that `folder` lacks, of at least the `needed` epochs; return the store of all."""
+    """Train the experts that `folder` lacks; return the store of all."""
     store = TrajectoryStore(folder) if folder.is_dir() else None
-    if not store and needed > options.train_epochs:
-        raise InputError(
-            f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
-            f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
-        )
     if store and len(store) >= (options.max_experts or options.num_experts):
         return store
     return train_missing_experts(

@@ -77,8 +77,8 @@ class ExpertTrainingOptions(CommonOptions):
     """divide their learning rate by ten after half of the epochs"""
     rho_max: float = 0.0
     """radius in which they look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
-    rho_min: float = 0.0
-    """the radius at the learning rate that --decay divided; without --decay the same as --rho_max"""
+    rho_min: float | None = None
+    """the radius at the learning rate that --decay divided; without it the same as --rho_max"""
     alpha: float = 0.0
     """how much of their plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
     adaptive: TrueOrFalse = True
@@ -88,8 +88,8 @@ class ExpertTrainingOptions(CommonOptions):
         """Return how these options train an expert. Raises `InputError` for values that cannot be."""
         return checked(
             ExpertTraining(
-                self.train_epochs, lr, self.mom, self.l2, self.decay, batch_size, self.strategy, self.rho_max, self.rho_min,
-                self.alpha, self.adaptive,
+                self.train_epochs, lr, self.mom, self.l2, self.decay, batch_size, self.strategy, self.rho_max,
+                self.rho_max if self.rho_min is None else self.rho_min, self.alpha, self.adaptive,
             )
         )  # fmt: skip
 
@@ -125,11 +125,11 @@ def checked(training: ExpertTraining) -> ExpertTraining:
         raise InputError(complaint or f"expert learning rate {training.lr}: expected more than 0")
     if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
         raise InputError(
-            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value twice; "
-            "the radius follows the learning rate, so it can fall from one to the other with --decay alone"
+            f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value twice, or --decay and a "
+            "smaller --rho_min; the radius falls as the learning rate does"
         )
     if not training.rho_max and training.alpha:
-        raise InputError(f"--alpha {training.alpha}: expected --rho_max and --rho_min above 0, found neither")
+        raise InputError(f"--alpha {training.alpha}: expected --rho_max above 0 with it")
     return training if training.rho_max else replace(training, adaptive=False)
 
 

@@ -90,7 +90,7 @@ def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> No
     for name, value in dataclasses.asdict(options).items():
         if name not in may_differ and before[name] != value:
             raise InputError(
-                f"{folder}: holds a run with --{name} {before[name]}, not {value}; choose another --out "
+                f"{folder}: holds a run {_differing(name, before[name], value)}; choose another --out "
                 f"(or delete the folder)"
             )
 
@@ -120,6 +120,18 @@ def is_finished(folder: Path, options: Any, iterations: int) -> bool:
             "its evaluations were made with %s; python -m mtt_fast.evaluate %s makes others", ", ".join(other), folder
         )
     return True
+
+
+def _differing(name: str, before: Any, value: Any) -> str:
+    """Return in words that an option had another value before."""
+    found, wanted = (
+        f"without --{name}"
+        if one is None or one is False
+        else f"with --{name}" + (f" {one}" if one is not True else "")
+        for one in (before, value)
+    )
+    both = found.startswith("with ") and wanted.startswith("with ")
+    return f"{found}, not {value if both else wanted}"
 
 
 @dataclass

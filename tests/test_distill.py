@@ -238,6 +238,9 @@ def test_options_come_from_the_recipe_then_the_file_then_the_flags(tmp_path: Pat
     config.write_text("lr_img = 5\nsyn-steps = 7\n".replace("-", "_"))
     options = parse_options(["--recipe", "digits", "--config", str(config), "--syn-steps", "9"])
     assert (options.dataset, options.lr_img, options.syn_steps) == ("digits", 5, 9)
+    config.write_text('recipe = "quick-digits-datm"\nlr_y = 3\n')
+    named = parse_options(["--config", str(config)])
+    assert (named.recipe, named.lr_y, named.label_init) == ("quick-digits-datm", 3, "experts")
     assert parse_options([]).recipe == "digits"
     public = parse_options(["--dataset", "CIFAR10"])  # the public code's defaults
     assert (public.recipe, public.syn_steps, public.lr_img, public.max_start_epoch) == (None, 20, 1000.0, 25)
@@ -275,6 +278,47 @@ def test_mistakes_are_told_in_one_line(
     assert error.startswith("error: ")
     assert re.search(message, error)
     assert not (out / "summary.json").exists()
+
+
+WASTED = [
+    (["--ipc", "200"], "--ipc 200: class 0 has only 143 real images of the 200 that each begins with"),
+    (["--ipc", "40", "--texture"], "--ipc 40, --canvas_size 2: class 0 has only 143 real images of the 160"),
+    (["--num_interpolation", "5"], "--num_interpolation 5: expected from 2 waypoints (the ends) to the 4 recorded"),
+    (["--max_start_epoch", "3"], "--max_start_epoch 3 + --expert_epochs 1: experts of --train_epochs 3 end before"),
+    (["--batch_syn", "11"], "--batch_syn 11: expected at most the 10 synthetic images"),
+    (
+        ["--eval_mode", "M"],
+        "VGG11: nothing is left of images (1, 8, 8); use larger images, or another --model, --models",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WASTED)
+def test_no_expert_is_trained_for_a_run_that_cannot_be(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    arguments = [*TOY, *experts, *flags, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    if "--ipc" not in flags:  # how many images there are of a class is not known without them
+        assert run(*arguments, "--dry_run") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_the_run_would(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TOY, *experts, "--out", str(tmp_path / "run")]
+    assert run(*flags) == 0
+    for other, message in (
+        (["--ema_decay", "0.9"], "holds a run without --ema_decay, not with --ema_decay 0.9; choose another --out"),
+        (["--zca"], "holds a run without --zca, not with --zca"),
+        (["--out", "new", "--rho_max", "0.1"], "holds experts trained with rho_max 0.0, not 0.1; choose another --buf"),
+        (["--out", "new", "--max_start_epoch", "3"], "reach epoch 4, but the expert ends at epoch 3"),
+    ):
+        assert run(*flags, *other, "--dry_run") == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

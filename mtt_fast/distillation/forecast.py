@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
@@ -16,6 +17,7 @@ from mtt_fast.arithmetic import precision_on
 from mtt_fast.choice import student_for
 from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.facts import DataFacts, data_facts
+from mtt_fast.distillation.checks import check_fits
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.distillation.segments import planned
 from mtt_fast.kernels import LabelKind, Precision
@@ -50,11 +52,11 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
 
     Nothing is written, downloaded or decoded. The time is that of student steps on a few random images, measured on
     `device` and scaled: networks are taken to be trained one after another, reading and drawing to cost nothing.
-    Raises `InputError` as the run itself would for its options, its memory budget or an image folder.
+    Raises `InputError` as the run itself would for its options, its memory budget, an image folder or the experts there.
     """
     facts = data_facts(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(facts)
-    options.check_fit(facts, network, device)
+    check_fits(options, facts, network, device)
     experts = buffer_folder(options.buffer_path, facts, options.model, options.zca)
     there, wanted = _count(experts), options.max_experts or options.num_experts
     uncompressed = _uncompressed(options, experts)
@@ -80,6 +82,7 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
+        "besides": _besides(options),
         "memory": str(steps).removeprefix("memory plan: "),
         "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
         f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.rest)}; scaled from steps of {_SAMPLES} images "
@@ -88,6 +91,21 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
         f"packed data set {_bytes(size.rest)}; free {_bytes(_free(folder))}",
     }
     return "\n".join(f"{name:10}{text}" for name, text in lines.items() if text)
+
+
+_TOLD = {
+    "dataset", "subset", "res", "zca", "model", "ipc", "Iteration", "syn_steps", "expert_epochs", "max_start_epoch",
+    "min_start_epoch", "batch_syn", "num_experts", "max_experts", "train_epochs", "recipe", "config", "out", "resume",
+    "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "memory_budget", "microbatch",
+}  # fmt: skip
+"""Options that another line tells, or that only say where things are."""
+
+
+def _besides(options: DistillOptions) -> str:
+    """Return the other options that are not the defaults."""
+    plain, given = dataclasses.asdict(DistillOptions()), dataclasses.asdict(options)
+    others = {name: value for name, value in given.items() if name not in _TOLD and value != plain[name]}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in others.items())
 
 
 def _recipe(options: DistillOptions) -> str:

@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from mtt_fast import cli
-from mtt_fast.arithmetic import precision_on
 from mtt_fast.augment import augment_by_strategy
-from mtt_fast.data import ImageData
-from mtt_fast.data.facts import DataFacts
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
 from mtt_fast.matching import MatchStep
 from mtt_fast.memory import AUTO, parse_bytes
-from mtt_fast.models import Trainable
 from mtt_fast.models.pools import eval_pool
 from mtt_fast.options import EvaluationOptions, at_least
 from mtt_fast.recipes import recipe_options
@@ -220,23 +214,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         self.evaluation_protocol()
         eval_pool(self.eval_mode, self.model)
 
-    def check_fit(self, data: ImageData | DataFacts, network: Trainable, device: torch.device) -> None:
-        """Raise `InputError`, before any work, for what does not fit the data, the student's `network` or the device."""
-        count = self.ipc * data.num_classes
-        if self.batch_syn and self.batch_syn > count:
-            raise InputError(
-                f"--batch_syn {self.batch_syn}: expected at most the {count} synthetic images there are ({self.ipc} for each of "
-                f"{data.num_classes} classes); leave it out to use all"
-            )
-        if network.mixes_samples and (asked := self._asks_experts()):
-            raise InputError(
-                f"--model {self.model}, {asked}: expected a network without batch norm, since what experts say of single images "
-                "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
-            )
-        for evaluated in self.evaluated_networks(data).values():
-            precision_on(device, evaluated, self.precision)
-
-    def _asks_experts(self) -> str | None:
+    def asks_experts(self) -> str | None:
         """Return the first option for which experts classify images, or None."""
         options = {
             "--pix_init samples_predicted_correctly": self.pix_init == "samples_predicted_correctly",
@@ -299,8 +277,14 @@ class _Selection:
 
 
 def parse_options(argv: Sequence[str]) -> DistillOptions:
-    """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags."""
+    """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
+
+    The recipe may also be named in the file of --config.
+    """
     chosen = cli.parse_known(_Selection, argv, PROGRAM)
+    in_file = cli.read_toml(Path(chosen.config)) if chosen.config is not None else {}
+    if chosen.recipe is None and isinstance(in_file.get("recipe"), str):
+        chosen = dataclasses.replace(chosen, recipe=in_file["recipe"])
     defaults: dict[str, Any] = {}
     if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
         chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
@@ -315,8 +299,7 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
         defaults |= config | {"resume": True, "out": str(folder)}
     elif chosen.recipe is not None:
         defaults |= recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
-    if chosen.config is not None:
-        defaults |= cli.read_toml(Path(chosen.config))
+    defaults |= in_file
     options = cli.parse(DistillOptions, argv, PROGRAM, defaults)
     options.check()
     return options
