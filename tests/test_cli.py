@@ -100,11 +100,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(words: str) -> None:
     assert found.stderr == ""
 
 
-@pytest.mark.parametrize("job", ["env", "recipes"])
-def test_jobs_without_options_have_help(job: str) -> None:
-    command = [sys.executable, "-m", "mtt_fast", job]
+def test_a_job_without_options_has_help() -> None:
+    command = [sys.executable, "-m", "mtt_fast", "env"]
     found = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, check=True)
-    assert found.stdout.startswith(f"usage: python -m mtt_fast.{job}\n")
+    assert found.stdout.startswith("usage: python -m mtt_fast.env\n")
     wrong = subprocess.run([*command, "--x"], capture_output=True, text=True, timeout=60, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --x: ")
