@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the golden cases are not here: no folder {folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Drawing them, which tests/test_distill.py covers, takes nine tenths of a toy run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtt_fast.distillation.assessment.save_curves", lambda *_: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

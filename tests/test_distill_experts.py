@@ -14,6 +14,8 @@ from mtt_fast import SyntheticDataset, TrajectoryStore, cli
 from mtt_fast.compress import main as compress
 from mtt_fast.distill import main
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 6 --max_start_epoch 4 --expert_epochs 2 "
     "--syn_steps 2 --Iteration 4 --eval_it 4 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10"

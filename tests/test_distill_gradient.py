@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,23 @@ from torch import Tensor
 
 from mtt_fast import ConvNet, SyntheticDataset, cli, evaluate
 from mtt_fast.distill import main
-from mtt_fast.distillation import assessment
 from mtt_fast.distillation.gradients import mean_gradients
 from mtt_fast.distillation.options import DistillOptions
-from mtt_fast.distillation.segments import Segment, places, turns
+from mtt_fast.distillation.segments import Segment, places, planned, turns
 from mtt_fast.distillation.updates import update
 from mtt_fast.files import load_tensors
 from mtt_fast.iteration import planned_iteration
-from mtt_fast.memory import plan
+from mtt_fast.memory import Work, plan
 from mtt_fast.run_folder import State
 from mtt_fast.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
     "--syn_steps 3 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10 "
     "--save_seconds 0"
 ).split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_curves() -> Iterator[None]:
-    """Drawing them, which tests/test_distill.py covers, takes nine tenths of a toy run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assessment, "save_curves", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +222,19 @@ def test_mistakes_are_told(
     assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_plan_knows_the_options_that_take_memory() -> None:
+    def work(**options: Any) -> Work:
+        given = DistillOptions(syn_steps=3, memory_budget="1GiB", **options)
+        return planned(given, ConvNet(1, 10, 8, 4, 1), (10, 1, 8, 8), torch.device("cpu"), "fp32").work
+
+    plain = work()
+    assert plain == dataclasses.replace(plain, batch=10, steps=3, momentum=False, augment=True, path_gradient=False)
+    assert work(student_mom=0.9) == dataclasses.replace(plain, momentum=True)
+    assert work(match_step="nearest") == dataclasses.replace(plain, path_gradient=True)
+    assert work(no_aug=True) == dataclasses.replace(plain, augment=False)
+    assert work(batch_syn=7) == dataclasses.replace(plain, batch=7)
+    crops = work(texture=True, canvas_size=3, canvas_samples=2, batch_syn=7, no_aug=True)
+    assert crops == dataclasses.replace(plain, batch=14, canvas_size=3)
+    assert work(lr_y=1.0).student != plain.student

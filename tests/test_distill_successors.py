@@ -22,6 +22,8 @@ from mtt_fast.student import Network
 from mtt_fast.testing import module_function, reference_convnet
 from mtt_fast.training import Images
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 6 --max_start_epoch 4 --expert_epochs 1 "
     "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 2 --epoch_eval_train 1 --batch_real 64 --expert_lr 0.05 "

@@ -18,6 +18,8 @@ from mtt_fast.distillation.forecast import _Seconds, _sizes, _times
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.recipes import recipe_names, recipe_options
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
     "--syn_steps 3 --Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10"

@@ -21,6 +21,8 @@ from mtt_fast.student import GenericStudent
 from mtt_fast.testing import assert_close
 from mtt_fast.training import Images, Sgd, count_right, epoch_on
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def with_batch_norm(momentum: float | None = 0.1) -> nn.Sequential:
     """Two norms, of which one has an affine part; float64."""

@@ -20,6 +20,8 @@ from mtt_fast.protocols import EvaluationProtocol, train_network
 from mtt_fast.run_folder import State, load_checkpoint, save_checkpoint
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, whole_graph
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 CPU = torch.device("cpu")
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
