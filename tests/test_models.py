@@ -177,7 +177,7 @@ PLAIN = {
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [*((name, CIFAR) for name in PLAIN), *((name, MNIST) for name in PLAIN if "ResNet18" not in name)],
+    [(name, shape) for name in PLAIN for shape in (CIFAR, MNIST)],  # 28 pixels, halved, become odd
 )
 def test_outputs_equal_the_layers_written_out(name: str, shape: tuple[int, int, int]) -> None:
     net = network_by_name(name, shape, 10)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule, InputError, SyntheticDataset, cli, distill, evaluate
+from mtt_fast.data.facts import data_facts
 from mtt_fast.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.models import network_by_name
+from mtt_fast.models.pools import POOLS
 from mtt_fast.options import EvaluationOptions
 from mtt_fast.protocols import PROTOCOLS, EvaluationProtocol, protocol_by_name, train_network
 from mtt_fast.protocols import evaluate as measure
@@ -245,3 +247,17 @@ def test_the_accuracy_of_an_expert_with_batch_norm_is_that_of_its_evaluation_mod
     assert not torch.equal(after, statistics)
     for values in (statistics, after):
         assert int(count_right(in_evaluation(net, values), theta, test)) == right(values)
+
+
+def test_the_model_comes_first_in_its_pool_by_whichever_name() -> None:
+    """Which decides what images are best, and what the summary's one accuracy is of."""
+    facts = data_facts("CIFAR10")
+    for model, mode, first in (
+        ("ConvNet", "W", "ConvNetW128"),
+        ("ConvNetD3", "N", "ConvNetIN"),
+        ("ResNet18", "M", "ResNet18"),
+        ("MLP", "D", "ConvNetD1"),
+    ):
+        names = list(EvaluationOptions(model=model, eval_mode=mode).evaluated_networks(facts))
+        assert names[0] == first
+        assert sorted(names) == sorted(POOLS[mode])
