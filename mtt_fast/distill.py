@@ -64,13 +64,12 @@ def main(argv: Sequence[str]) -> None:
     options = parse_options(argv)
     folder = options.folder()
     device = choose_device(options.device)
+    check_same_method(folder, None)
     check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
     if options.dry_run:
         with arithmetic(device, options.precision):
             print(forecast(options, folder, device))
         return
-    check_same_method(folder, None)
-    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
     if is_finished(folder, options, options.Iteration):
         return
     with arithmetic(device, options.precision):
