@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore, cli
+from mtt_fast.analysis import grid
 from mtt_fast.analysis.__main__ import COMMANDS, main
 from mtt_fast.analysis.distance import DistanceOptions, _distilled_sets, nearest_steps, student_path
 from mtt_fast.analysis.evolution import CAPTION, evenly
 from mtt_fast.analysis.published import published
 from mtt_fast.distill import main as distill
 from mtt_fast.files import write_json
+from mtt_fast.interrupts import Stopped
 from mtt_fast.seeding import generator_for
+from mtt_fast.trajectories import write_expert
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 4 --max_start_epoch 2 --Iteration 2 --eval_it 1 "
@@ -107,6 +111,21 @@ def test_a_cell_that_diverges_is_left_open(toy: Path, tmp_path: Path) -> None:
     assert run(*flags, "--Iteration", "30", "--eval_it", "40", "--lr_teacher", "1e30") == 0
     assert [cell["accuracy"] for cell in read(out / "grid.json")["cells"]] == [None, None]
     assert "| M = 1 | — | — |" in (out / "grid.md").read_text()
+
+
+def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def distilled_or_stopped(command: Sequence[str]) -> None:
+        place = Path(command[-1])
+        if place.name == "M1-N2":
+            raise Stopped("stopped", 2)
+        write_json(place / "summary.json", summary(0.5))
+
+    monkeypatch.setattr(grid.distill, "main", distilled_or_stopped)
+    out = tmp_path / "grid"
+    assert run("grid", *TOY, *places(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)) == 130
+    assert [cell["accuracy"] is None for cell in read(out / "grid.json")["cells"]] == [False, True]
+    assert "| M = 1 | 50.0 ± 1.0 | — |" in (out / "grid.md").read_text()
+    assert (out / "grid.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -228,6 +247,18 @@ def test_distance_refuses(
     assert not (tmp_path / "out").exists()
 
 
+def test_experts_of_different_lengths_go_as_far_as_the_shortest(toy: Path, tmp_path: Path) -> None:
+    folder, store = tmp_path / "digits" / "ConvNetD1W4", TrajectoryStore(toy / "buffers" / "digits" / "ConvNetD1W4")
+    for expert, last in ((0, 4), (1, 3)):
+        rows = torch.stack([store.read(expert, epoch) for epoch in range(last + 1)])
+        metadata = store.metadata(expert)
+        write_expert(folder, expert, rows, dataclasses.replace(metadata, accuracy=metadata.accuracy[: last + 1]))
+    flags = ["--steps", "2", "--buffer_path", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert run("distance", f"x={toy / 'run'}", *flags) == 0
+    points = read(tmp_path / "out" / "distance.json")["curves"]["x"]
+    assert [(point["expert_epochs"], point["n"]) for point in points] == [(1, 2), (2, 2), (3, 2)]
+
+
 def test_labels_and_paths_of_sets(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "N=2").symlink_to(toy / "run")
@@ -252,8 +283,8 @@ def by_network(*networks: str) -> dict[str, Any]:
 
 def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
     runs = {
-        "a/seed0": summary(0.40, random=0.15),
-        "a/seed1": summary(0.44, seed=1, random=0.17),
+        "a/seed0": summary(0.40, random=0.15, out="a/seed0", device="cpu", recipe="mine"),
+        "a/seed1": summary(0.44, seed=1, random=0.17, out="a/seed1", memory_budget="2GiB"),
         "b": summary(0.30, Iteration=7),
         "datm": summary(0.50, random=0.35, protocol="datm"),
         "best": summary(0.60, best_epoch=True),

@@ -352,6 +352,9 @@ def test_waypoints_of_mct(tmp_path: Path, ends: tuple[int, ...], name: str) -> N
     store = import_experts(lambda: read_waypoints(file), tmp_path / "ours", NET.layout, metadata(), unmeasured)
     for expert in range(3):
         assert store.epochs(expert) == 6
+        course = store.course(expert)
+        assert course is not None
+        assert course.smooth == (len(ends) > 2)  # MCT leaves two waypoints as they are
         for epoch in (0, 0.5, 1, 2, 2.25, 3, 4, 5.75, 6):
             expected = mct_point(waypoints[expert], pieces[expert], epoch)
             torch.testing.assert_close(store.read(expert, epoch), expected, rtol=1e-5, atol=1e-6)

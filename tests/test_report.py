@@ -95,6 +95,9 @@ def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
     under_way.mkdir()
     for name in ("config.toml", "metrics.jsonl"):
         (under_way / name).write_bytes((run / name).read_bytes())
+    last = {"kind": "evaluation", "iteration": 6, "accuracy_mean": 0.98765, "accuracy_std": 0.0125, "networks": 2}
+    with open(under_way / "metrics.jsonl", "a") as metrics:
+        metrics.write(json.dumps(last) + "\n")
     baseline.mkdir()
     accuracy = {"distilled": {"mean": 0.5, "std": 0.25, "n": 3}}
     summary = {"method": "<DM>", "accuracy": accuracy, "options": {"dataset": "digits", "ipc": 1, "model": "ConvNet"}}
@@ -105,6 +108,7 @@ def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
     Page(text)
     assert "by network" not in text
     assert "50.00 ± 25.00" in text
+    assert "98.77 ± 1.25" in text  # the last evaluation of the run that is not finished
     assert "not finished, 6 iterations" in text
     assert "&lt;DM&gt;" in text
     assert "Loss (each method&#39;s own)" in text
