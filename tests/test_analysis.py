@@ -16,7 +16,6 @@ from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
 from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore, cli
-from mtt_fast.analysis import grid
 from mtt_fast.analysis.__main__ import COMMANDS, main
 from mtt_fast.analysis.distance import DistanceOptions, _distilled_sets, nearest_steps, student_path
 from mtt_fast.analysis.evolution import CAPTION, evenly
@@ -120,7 +119,7 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
             raise Stopped("stopped", 2)
         write_json(place / "summary.json", summary(0.5))
 
-    monkeypatch.setattr(grid.distill, "main", distilled_or_stopped)
+    monkeypatch.setattr("mtt_fast.distill.main", distilled_or_stopped)
     out = tmp_path / "grid"
     assert run("grid", *TOY, *places(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)) == 130
     assert [cell["accuracy"] is None for cell in read(out / "grid.json")["cells"]] == [False, True]
