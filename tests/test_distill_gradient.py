@@ -21,6 +21,7 @@ from mtt_fast.distillation.updates import update
 from mtt_fast.files import load_tensors
 from mtt_fast.iteration import planned_iteration
 from mtt_fast.memory import Work, plan
+from mtt_fast.protocols import Accuracy
 from mtt_fast.run_folder import State
 from mtt_fast.testing import assert_close
 
@@ -238,3 +239,23 @@ def test_the_plan_knows_the_options_that_take_memory() -> None:
     crops = work(texture=True, canvas_size=3, canvas_samples=2, batch_syn=7, no_aug=True)
     assert crops == dataclasses.replace(plain, batch=14, canvas_size=3)
     assert work(lr_y=1.0).student != plain.student
+
+
+def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_numbers_each_time(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(network: Any, train: Any, test: Any, lr: float, *_: Any, place: Any = (), **__: Any) -> Accuracy:
+        asked.append((lr, tuple(place)))
+        return Accuracy((0.5,))
+
+    monkeypatch.setattr("mtt_fast.distillation.assessment.evaluate", measured)
+    assert run(*TOY, *experts, "--lr_per_step", "--lr_lr", "1e-4", "--out", str(tmp_path)) == 0
+    rates = {0: pytest.approx(0.01)} | {
+        record["iteration"]: pytest.approx(record["lr"]) for record in records_of(tmp_path, "step")
+    }
+    assert asked[:-1] == [(rates[iteration], (iteration,)) for iteration in (0, 2, 4)]
+    assert abs(asked[2][0] - 0.01) > 1e-5
+    assert asked[-1] == (0.01, ())  # random real images
+    assert float(SyntheticDataset.load(tmp_path / "synthetic.safetensors").lr) == pytest.approx(asked[2][0])

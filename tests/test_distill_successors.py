@@ -308,7 +308,7 @@ def test_a_precision_that_a_network_of_the_pool_lacks_is_told_before_any_work(
             raise InputError("--precision bf16: only the fused step of ConvNet knows it")
         return "fp32"
 
-    monkeypatch.setattr("mtt_fast.distillation.options.precision_on", for_convnet_alone)
+    monkeypatch.setattr("mtt_fast.distillation.checks.precision_on", for_convnet_alone)
     flags = ["--eval_mode", "A", "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
     assert run(*TOY, "--data_path", str(tmp_path / "data"), *flags) == 2
     assert "--precision bf16: only the fused step" in capsys.readouterr().err
