@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule, InputError, SyntheticDataset, cli, distill, evaluate
 from mtt_fast.data.facts import data_facts
+from mtt_fast.evaluation_records import accuracy_by_network, accuracy_record, measured
 from mtt_fast.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.models import network_by_name
 from mtt_fast.models.pools import POOLS
 from mtt_fast.options import EvaluationOptions
-from mtt_fast.protocols import PROTOCOLS, EvaluationProtocol, protocol_by_name, train_network
+from mtt_fast.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, protocol_by_name, train_network
 from mtt_fast.protocols import evaluate as measure
 from mtt_fast.seeding import generator_for
 from mtt_fast.student import GenericStudent
@@ -188,6 +189,18 @@ def test_evaluation_over_a_pool(a_set: Path) -> None:
     best = result_of(str(a_set), "--best_epoch")
     assert best["accuracy"]["epoch"] == "best"
     assert best["accuracy"]["values"] == alone["accuracy"]["values"]  # of three epochs only the last is tested
+
+
+def test_records_of_evaluations() -> None:
+    one, other = Accuracy((0.5, 0.7)), Accuracy((0.25,), best_epoch=True)
+    record = {"mean": 0.6, "std": pytest.approx(0.02**0.5), "n": 2}
+    line = measured({"A": one})
+    assert line == {"accuracy_mean": 0.6, "accuracy_std": record["std"], "networks": 2}
+    assert accuracy_record(line) == record
+    assert accuracy_by_network(line, "A") == {"A": record}
+    both = measured({"A": one, "B": other})
+    assert accuracy_by_network(both, "A") == {"A": record, "B": record | {"mean": 0.25, "std": 0.0}}
+    assert accuracy_record(measured({"B": other})) == {"mean": 0.25, "std": 0.0, "n": 1, "epoch": "best"}
 
 
 TOY = (
