@@ -336,6 +336,7 @@ def test_all_jobs_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "error: destill: expected one of experts, distill" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # other tests import the jobs
 def test_a_job_by_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "recipes") == 0
     assert "digits" in capsys.readouterr().out
