@@ -209,8 +209,8 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
 
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
     """Yield what is looked for at a block's shapes; what others are made of comes first."""
-    from mtt_fast.kernels.triton.convolution import shape_classes
     from mtt_fast.kernels.triton.planes import Planes
+    from mtt_fast.kernels.triton.products import shape_classes
     from mtt_fast.kernels.triton.windows import shape_class
 
     generator = torch.Generator(device).manual_seed(0)

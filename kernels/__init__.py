@@ -1,15 +1,12 @@
 """The operations that the engine is made of: functions of tensors that know nothing of distillation.
 
 Each is defined in plain torch in `reference.py` (any device) and may have a faster twin. The functions here check their
-arguments and choose the twin. They are not differentiable: the engine wraps them in an `autograd.Function`.
+arguments and ask for the twin (`twins.py`). They are not differentiable: the engine wraps them in an `autograd.Function`.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +14,7 @@ from torch import Tensor
 if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which would be a second set of modules
     raise ImportError("import mtt_fast.kernels, not kernels")
 
-from . import native, reference, triton
+from . import native
 from .checks import (
     check_classifier,
     check_convolution,
@@ -28,6 +25,7 @@ from .checks import (
     check_warp,
 )
 from .formats import WARP_PARAMETERS, Activations, ConvLayer, LabelKind, Precision, accumulator
+from .twins import fused_twin_of, has_twins, native_available, release_memory, twin_of
 
 __all__ = [
     "WARP_PARAMETERS",
@@ -67,61 +65,6 @@ __all__ = [
 ]
 
 
-# Triton's own switch: what is for a GPU runs on the CPU, slowly, and takes the place of what is for a CPU.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-
-
-def native_available() -> bool:
-    """Return whether the compiled CPU twins are in use: installed, and not turned off by `MTT_FAST_NATIVE=0`."""
-    return native.available
-
-
-def has_twins(device: torch.device) -> bool:
-    """Return whether the operations have twins of their own for `device`, and not only their definitions.
-
-    Raises `ImportError` for a CUDA device where Triton is missing: a GPU is never left idle in silence.
-    """
-    if device.type == "cuda" or (_INTERPRETED and device.type == "cpu"):
-        return triton.fuses is not None  # looking it up imports Triton
-    return device.type == "cpu" and native.available
-
-
-def release_memory() -> None:
-    """Give back to the system what the native twins keep from one call to the next and nobody uses."""
-    native.release_memory()
-
-
-def _twin(operation: str, tensor: Tensor, precision: Precision | None = None) -> Callable[..., Any]:
-    """Return the implementation of `operation` for tensors like `tensor`: the fastest there is.
-
-    `precision` is that of a product's factors, for the operations that have any. The native twins know `fp32` alone.
-    """
-    if operation in triton.__all__ and _takes_triton(tensor):
-        found: Callable[..., Any] = getattr(triton, operation)
-    elif native.has(operation, tensor) and precision in (None, "fp32"):
-        return getattr(native, operation)  # type: ignore[no-any-return]
-    else:
-        found = getattr(reference, operation)
-    return found if precision is None else partial(found, precision=precision)
-
-
-def _fused_twin(
-    operation: str, x: Tensor, weight: Tensor, padding: int, precision: Precision, way: str | None = None
-) -> Callable[..., Any] | None:
-    """Return the twin that does a whole block's `operation` at once, if there is one and it is faster than the parts.
-
-    `way` is the operation's name in the table if that is another.
-    """
-    if not (_takes_triton(x) and triton.fuses(way or operation, x, weight, padding, precision)):
-        return None
-    return partial(getattr(triton, operation), precision=precision)
-
-
-def _takes_triton(tensor: Tensor) -> bool:
-    """Return whether Triton's kernels run on `tensor`: on a GPU's, and on a CPU's where Triton interprets them."""
-    return tensor.is_cuda or (_INTERPRETED and tensor.device.type == "cpu")
-
-
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """Return |a − b|², accumulated in float64, as a float64 scalar on the device of `a`.
 
@@ -141,7 +84,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"squared_distance: expected contiguous vectors, found strides {a.stride()}, {b.stride()}")
     if a.requires_grad or b.requires_grad:
         raise ValueError("squared_distance: is not differentiable, found a vector that requires grad; detach it")
-    distance: Tensor = _twin("squared_distance", a)(a, b)
+    distance: Tensor = twin_of("squared_distance", a)(a, b)
     return distance
 
 
@@ -164,7 +107,7 @@ def sgd_step(
     vectors = {"theta": theta, "gradient": gradient, "out": out, "velocity": velocity, "velocity_out": velocity_out}
     check_vectors("sgd_step", vectors, {"rate": rate})
     arguments = (theta, gradient, rate, out, velocity, velocity_out, momentum, weight_decay)
-    return _twin("sgd_step", theta)(*arguments)  # type: ignore[no-any-return]
+    return twin_of("sgd_step", theta)(*arguments)  # type: ignore[no-any-return]
 
 
 def adjoint_step(
@@ -185,7 +128,7 @@ def adjoint_step(
     vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
     check_vectors("adjoint_step", vectors, {"scale": scale})
     arguments = (adjoint, hessian_v, direction, scale, out, incoming, weight_decay)
-    return _twin("adjoint_step", adjoint)(*arguments)  # type: ignore[no-any-return]
+    return twin_of("adjoint_step", adjoint)(*arguments)  # type: ignore[no-any-return]
 
 
 def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +140,7 @@ def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[
     Raises `ValueError` for anything else.
     """
     check_planes("norm_relu_pool", y, planes={"y": y}, channels={"gamma": gamma, "beta": beta})
-    p, mean, rstd = _twin("norm_relu_pool", y)(y, gamma, beta, eps)
+    p, mean, rstd = twin_of("norm_relu_pool", y)(y, gamma, beta, eps)
     return p, mean, rstd
 
 
@@ -211,7 +154,7 @@ def norm_relu_pool_backward(
     """
     numbers = {"mean": mean, "rstd": rstd}
     check_planes("norm_relu_pool_backward", y, {"y": y}, {"gamma": gamma, "beta": beta}, numbers, {"p_bar": p_bar})
-    y_bar, gamma_bar, beta_bar = _twin("norm_relu_pool_backward", y)(y, mean, rstd, gamma, beta, p_bar, reuse)
+    y_bar, gamma_bar, beta_bar = twin_of("norm_relu_pool_backward", y)(y, mean, rstd, gamma, beta, p_bar, reuse)
     return y_bar, gamma_bar, beta_bar
 
 
@@ -225,7 +168,7 @@ def norm_relu_pool_dual(
     """
     channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
     check_planes("norm_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, channels)
-    p, p_dot, *numbers = _twin("norm_relu_pool_dual", y)(y, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
+    p, p_dot, *numbers = twin_of("norm_relu_pool_dual", y)(y, y_dot, gamma, beta, gamma_dot, beta_dot, eps)
     mean, rstd, k1, k2 = numbers
     return p, p_dot, mean, rstd, k1, k2
 
@@ -261,7 +204,7 @@ def norm_relu_pool_dual_backward(
         pooled={"p_bar": p_bar, "p_bar_dot": p_bar_dot},
     )
     arguments = (y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p_bar, p_bar_dot)
-    y_bar, y_bar_dot, *sums = _twin("norm_relu_pool_dual_backward", y)(*arguments, reuse)
+    y_bar, y_bar_dot, *sums = twin_of("norm_relu_pool_dual_backward", y)(*arguments, reuse)
     gamma_bar_dot, beta_bar_dot = sums
     return y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot
 
@@ -273,7 +216,7 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
     All of one floating dtype and device. Raises `ValueError` for anything else.
     """
     check_planes("bias_relu_pool", y, planes={"y": y}, channels={"beta": beta})
-    p: Tensor = _twin("bias_relu_pool", y)(y, beta)
+    p: Tensor = twin_of("bias_relu_pool", y)(y, beta)
     return p
 
 
@@ -284,14 +227,14 @@ def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, *, reuse: bo
     take its memory. Raises `ValueError` as `bias_relu_pool` does.
     """
     check_planes("bias_relu_pool_backward", y, {"y": y}, {"beta": beta}, pooled={"p_bar": p_bar})
-    y_bar, beta_bar = _twin("bias_relu_pool_backward", y)(y, beta, p_bar, reuse)
+    y_bar, beta_bar = twin_of("bias_relu_pool_backward", y)(y, beta, p_bar, reuse)
     return y_bar, beta_bar
 
 
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
     """Return p and its derivative ṗ in the direction (`y_dot`, `beta_dot`). Shapes, formats, errors: `bias_relu_pool`."""
     check_planes("bias_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, {"beta": beta, "beta_dot": beta_dot})
-    p, p_dot = _twin("bias_relu_pool_dual", y)(y, y_dot, beta, beta_dot)
+    p, p_dot = twin_of("bias_relu_pool_dual", y)(y, y_dot, beta, beta_dot)
     return p, p_dot
 
 
@@ -306,7 +249,7 @@ def bias_relu_pool_dual_backward(
     """
     pooled = {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
     check_planes("bias_relu_pool_dual_backward", y, {"y": y}, {"beta": beta}, pooled=pooled)
-    y_bar, y_bar_dot, beta_bar_dot = _twin("bias_relu_pool_dual_backward", y)(y, beta, p_bar, p_bar_dot, reuse)
+    y_bar, y_bar_dot, beta_bar_dot = twin_of("bias_relu_pool_dual_backward", y)(y, beta, p_bar, p_bar_dot, reuse)
     return y_bar, y_bar_dot, beta_bar_dot
 
 
@@ -320,21 +263,21 @@ def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp3
     Raises `ValueError` for anything else.
     """
     check_convolution("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
-    y: Tensor = _twin("conv3x3", x, precision)(x, weight, padding)
+    y: Tensor = twin_of("conv3x3", x, precision)(x, weight, padding)
     return y
 
 
 def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
     check_convolution("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
-    x_bar: Tensor = _twin("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
+    x_bar: Tensor = twin_of("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
     return x_bar
 
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W̄ = ȳ ⋆ x (K, C, 3, 3), contiguous, from `y_bar`, the gradient to the result of `conv3x3`."""
     check_correlation("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
-    weight_bar: Tensor = _twin("conv3x3_weight_gradient", x, precision)(x, y_bar, padding)
+    weight_bar: Tensor = twin_of("conv3x3_weight_gradient", x, precision)(x, y_bar, padding)
     return weight_bar
 
 
@@ -352,7 +295,7 @@ def conv3x3_dual(
     """
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     check_convolution("conv3x3_dual", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
-    y, y_dot = _twin("conv3x3_dual", x, precision)(x, x_dot, weight, weight_dot, padding)
+    y, y_dot = twin_of("conv3x3_dual", x, precision)(x, x_dot, weight, weight_dot, padding)
     return y, y_dot
 
 
@@ -367,7 +310,7 @@ def conv3x3_tangent(
     """Return ẏ of `conv3x3_dual` alone, where y is known."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     check_convolution("conv3x3_tangent", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
-    y_dot: Tensor = _twin("conv3x3_tangent", x, precision)(x, x_dot, weight, weight_dot, padding)
+    y_dot: Tensor = twin_of("conv3x3_tangent", x, precision)(x, x_dot, weight, weight_dot, padding)
     return y_dot
 
 
@@ -382,7 +325,7 @@ def conv3x3_dual_input_gradient(
     """Return x̄ = Wᵀ∗ȳ and its derivative x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇, each (B, C, H, W) in the memory format of `y_bar`."""
     weights = {"weight": weight, "weight_dot": weight_dot}
     check_convolution("conv3x3_dual_input_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
-    twin = _twin("conv3x3_dual_input_gradient", y_bar, precision)
+    twin = twin_of("conv3x3_dual_input_gradient", y_bar, precision)
     x_bar, x_bar_dot = twin(y_bar, y_bar_dot, weight, weight_dot, padding)
     return x_bar, x_bar_dot
 
@@ -398,7 +341,7 @@ def conv3x3_input_gradient_tangent(
     """Return x̄̇ of `conv3x3_dual_input_gradient` alone, where x̄ is known or, below the first layer, asked by nobody."""
     weights = {"weight": weight, "weight_dot": weight_dot}
     check_convolution("conv3x3_input_gradient_tangent", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
-    twin = _twin("conv3x3_input_gradient_tangent", y_bar, precision)
+    twin = twin_of("conv3x3_input_gradient_tangent", y_bar, precision)
     x_bar_dot: Tensor = twin(y_bar, y_bar_dot, weight, weight_dot, padding)
     return x_bar_dot
 
@@ -414,7 +357,7 @@ def conv3x3_dual_weight_gradient(
     """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3), contiguous. `x_dot` None stands for zero. Errors: `conv3x3`."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     check_correlation("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
-    twin = _twin("conv3x3_dual_weight_gradient", x, precision)
+    twin = twin_of("conv3x3_dual_weight_gradient", x, precision)
     weight_bar_dot: Tensor = twin(x, x_dot, y_bar, y_bar_dot, padding)
     return weight_bar_dot
 
@@ -444,7 +387,7 @@ def conv_norm_relu_pool_dual(
     arguments = (x, x_dot, weight, weight_dot)
     affine = (gamma, beta, gamma_dot, beta_dot)
     way = op if y is None else "conv_norm_relu_pool_tangent"
-    fused = _fused_twin(op, x, weight, padding, precision, way)
+    fused = fused_twin_of(op, x, weight, padding, precision, way)
     if fused is not None:
         channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
         check_tensors(op, x, channels, (len(weight),), dtype=accumulator(x.dtype))
@@ -487,7 +430,7 @@ def conv_norm_relu_pool_dual_backward(
         )
     x, weights = activations[0], {"weight": weight, "weight_dot": weight_dot}
     check_convolution(op, padding, {"x": x}, weights, 1)
-    fused = _fused_twin(op, x, weight, padding, precision)
+    fused = fused_twin_of(op, x, weight, padding, precision)
     if fused is not None:
         channels = {"gamma": gamma, "beta": beta, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
         check_planes(op, activations[2], {}, channels, None, {"p_bar": p_bar, "p_bar_dot": p_bar_dot})
@@ -535,7 +478,7 @@ def linear_cross_entropy(
     waits for the values, such an index makes the loss NaN or fails as torch's own look-ups do.
     """
     check_classifier("linear_cross_entropy", [features], [weight], [bias], labels, label_kind)
-    twin = _twin("linear_cross_entropy", features)
+    twin = twin_of("linear_cross_entropy", features)
     loss, features_bar, weight_bar, bias_bar = twin(features, weight, bias, labels, label_kind)
     return loss, features_bar, weight_bar, bias_bar
 
@@ -562,7 +505,7 @@ def linear_cross_entropy_dual(
         labels,
         label_kind,
     )
-    return _twin("linear_cross_entropy_dual", features)(  # type: ignore[no-any-return]
+    return twin_of("linear_cross_entropy_dual", features)(  # type: ignore[no-any-return]
         features, features_dot, weight, bias, weight_dot, bias_dot, labels, label_kind
     )
 
@@ -584,7 +527,7 @@ def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
     Raises `ValueError` for anything else, and for a tensor that requires grad.
     """
     check_warp("colour_warp_mask", "images", images, parameters)
-    y: Tensor = _twin("colour_warp_mask", images)(images, parameters)
+    y: Tensor = twin_of("colour_warp_mask", images)(images, parameters)
     return y
 
 
@@ -596,5 +539,5 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     of square images and for scales of at least 1/1.2.
     """
     check_warp("colour_warp_mask_transpose", "y_bar", y_bar, parameters)
-    x_bar: Tensor = _twin("colour_warp_mask_transpose", y_bar)(y_bar, parameters)
+    x_bar: Tensor = twin_of("colour_warp_mask_transpose", y_bar)(y_bar, parameters)
     return x_bar

@@ -180,9 +180,9 @@ def check_products(launches: list[Launch], architecture: str, folder: Path, prec
 @each_precision
 def test_conv3x3(architecture: str, precision: Any, tmp_path: Path) -> None:
     """The first two blocks of 32×32 images, and those of 128×128 images; once in the other format."""
-    from mtt_fast.kernels.triton import convolution
+    from mtt_fast.kernels.triton import convolution, products
 
-    with recording([convolution], architecture) as launches:
+    with recording([products], architecture) as launches:
         for side, form in ((32, torch.channels_last), (128, torch.channels_last)):
             x, y = (planes(precision, 4, channels, side, side, form=form) for channels in (3, WIDTH))
             weight = numbers(WIDTH, 3, 3, 3)
@@ -196,7 +196,7 @@ def test_conv3x3(architecture: str, precision: Any, tmp_path: Path) -> None:
     assert len(launches) == 2 * 6
     check_products(launches, architecture, tmp_path, precision)
 
-    with recording([convolution], architecture) as launches:
+    with recording([products], architecture) as launches:
         x = planes(precision, 4, WIDTH, 16, 16, form=torch.contiguous_format)
         convolution.conv3x3_dual(x, x, weight, weight, 1, precision)
         convolution.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
@@ -208,9 +208,9 @@ def test_conv3x3(architecture: str, precision: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_whole_blocks(architecture: str, precision: Any, tmp_path: Path) -> None:
     """The first block of 128×128 images and the last of 32×32 ones, forward and back."""
-    from mtt_fast.kernels.triton import block, convolution, windows
+    from mtt_fast.kernels.triton import block, products, windows
 
-    with recording([convolution], architecture) as launches, recording([block, windows], architecture) as others:
+    with recording([products], architecture) as launches, recording([block, windows], architecture) as others:
         for channels, side in ((3, 128), (WIDTH, 8)):
             x, y = planes(precision, 4, channels, side, side), planes(precision, 4, WIDTH, side, side)
             x_dot, p_bar = x if channels > 3 else None, planes(precision, 4, WIDTH, side // 2, side // 2)

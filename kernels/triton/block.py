@@ -14,19 +14,10 @@ from torch import Tensor
 
 from ..formats import Activations, Precision, accumulator
 from .configurations import configuration
-from .convolution import (
-    COEFFICIENTS,
-    MOMENTS,
-    Moments,
-    convolve,
-    correlate,
-    empty_input,
-    empty_output,
-    terms_last,
-    turned,
-)
+from .convolution import empty_input, empty_output, terms_last, turned
 from .entry import architecture, launch, tl, triton
 from .planes import Planes
+from .products import COEFFICIENTS, MOMENTS, Moments, convolve, correlate
 from .windows import block_of, empty_numbers, empty_pool, launch_windows, load_windows, plane_sum, pooled_of
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..formats import Precision
 from . import convolution, library
 from .configurations import way_of
-from .convolution import effective_precision, shape_classes
 from .entry import architecture
 from .planes import Planes
+from .products import effective_precision, shape_classes
 
 MODULES: dict[str, ModuleType] = {"triton": convolution, "cudnn": library}
 
