@@ -71,3 +71,15 @@ def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         return tensor
 
     return allocate_and_poison
+
+
+@pytest.fixture(scope="module")
+def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a data and a buffer folder in which the experts of the module's toy run, its `TOY`, are trained."""
+    from mtt_fast import cli
+    from mtt_fast.distill import main
+
+    folder = tmp_path_factory.mktemp("experts")
+    flags = ["--data_path", str(folder / "data"), "--buffer_path", str(folder / "buffers")]
+    assert cli.run(main, [*request.module.TOY, *flags, "--Iteration", "0", "--out", str(folder / "run")]) == 0
+    return flags

@@ -31,15 +31,6 @@ TOY = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of a data and a buffer folder in which three toy experts are trained."""
-    folder = tmp_path_factory.mktemp("experts")
-    flags = ["--data_path", str(folder / "data"), "--buffer_path", str(folder / "buffers")]
-    assert cli.run(main, [*TOY, *flags, "--Iteration", "0", "--out", str(folder / "run")]) == 0
-    return flags
-
-
 def run(*arguments: str) -> int:
     return cli.run(main, arguments)
 

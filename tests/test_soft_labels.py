@@ -29,15 +29,6 @@ TOY = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of a data and a buffer folder in which two toy experts are trained."""
-    folder = tmp_path_factory.mktemp("experts")
-    flags = ["--data_path", str(folder / "data"), "--buffer_path", str(folder / "buffers")]
-    assert cli.run(main, [*TOY, *flags, "--Iteration", "0", "--out", str(folder / "run")]) == 0
-    return flags
-
-
 def state_of(labels: torch.Tensor, labels_velocity: torch.Tensor | None = None) -> State:
     images, lr = torch.randn(len(labels), 1, 4, 4), torch.tensor(0.02)
     return State(0, 2, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr), labels_velocity)
