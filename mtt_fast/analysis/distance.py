@@ -41,6 +41,7 @@ from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.models import Trainable
 from mtt_fast.options import CommonOptions, at_least, buffer_folder
 from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.trajectories import TrajectoryStore, check_compatible
@@ -107,7 +108,7 @@ def _distilled_sets(places: Sequence[str]) -> dict[str, SyntheticDataset]:
             label = file.parent.name if file.is_file() else file.name
         if label in found:
             raise InputError(f"{place}: there is another run with the label {label}; give labels as LABEL=FOLDER")
-        found[label] = SyntheticDataset.load(file / "synthetic.safetensors" if file.is_dir() else file)
+        found[label] = SyntheticDataset.load(file / SYNTHETIC if file.is_dir() else file)
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from mtt_fast.baselines.results import Job, as_set, evaluated, save_pictures, write_summary
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.pictures import save_snapshot
-from mtt_fast.run_folder import HISTORY
+from mtt_fast.run_folder import HISTORY, SYNTHETIC
 from mtt_fast.training import Images
 
 
@@ -19,7 +19,7 @@ def evaluate_chosen(job: Job, images: Images, seconds: float) -> None:
     Raises `Stopped` on Ctrl-C or SIGTERM; the same command begins the evaluation again.
     """
     made = as_set(job, images.pixels, images.labels, torch.tensor(job.options.lr_net), 0)
-    made.save(job.folder / "synthetic.safetensors")
+    made.save(job.folder / SYNTHETIC)
     began = time.monotonic()
     try:
         with stop_request() as stop:

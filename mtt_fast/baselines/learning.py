@@ -17,7 +17,7 @@ from mtt_fast.evaluation_records import accuracy_record, measured
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.pictures import save_curves, save_snapshot
 from mtt_fast.protocols import Accuracy
-from mtt_fast.run_folder import HISTORY, MetricsLog
+from mtt_fast.run_folder import BEST, HISTORY, SYNTHETIC, MetricsLog
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.training import accuracy
@@ -94,8 +94,8 @@ def _assess(
     progress.seconds_evaluation += time.monotonic() - began
     best = max((record["accuracy_mean"] for record in _evaluations(metrics)), default=-1.0)
     if found["accuracy_mean"] > best:
-        made.save(job.folder / "best.safetensors")
-    made.save(job.folder / "synthetic.safetensors")
+        made.save(job.folder / BEST)
+    made.save(job.folder / SYNTHETIC)
     metrics.write("evaluation", iteration, **found)
     panels = {"at the start": start, f"{job.method.title}, {iteration} iterations": made}
     save_pictures(job, panels, [metrics.find("evaluation", 0), found])

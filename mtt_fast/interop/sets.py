@@ -13,6 +13,7 @@ from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
 from mtt_fast.interop.plain import Facts, PlainSet, as_plain, class_major
+from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.synthetic import SyntheticDataset
 
 SET_KINDS = {
@@ -26,8 +27,6 @@ SET_KINDS = {
 }
 """Kinds of files, and what they are."""
 
-_SYNTHETIC = "synthetic.safetensors"
-
 
 def set_kind_of(source: str | os.PathLike[str]) -> str | None:
     """Return the kind of the set that `source`, a file or a folder, looks like by its name, or None."""
@@ -35,7 +34,7 @@ def set_kind_of(source: str | os.PathLike[str]) -> str | None:
     if not source.is_dir():
         return _kind_of_file(source)
     names = {path.name for path in source.iterdir()}
-    if _SYNTHETIC in names:
+    if SYNTHETIC in names:
         return "synthetic"
     if {"images.pt", "labels.pt"} <= names:
         return "ddranking"
@@ -79,7 +78,7 @@ def read_set(
     kind = kind or set_kind_of(source)
     match kind:
         case "synthetic":
-            return SyntheticDataset.load(source / _SYNTHETIC if source.is_dir() else source)
+            return SyntheticDataset.load(source / SYNTHETIC if source.is_dir() else source)
         case "mtt":
             return read_pair(source, label_kind)
         case "ddranking":
@@ -135,7 +134,7 @@ def write_set(
             return write_image_folder(path, found)
         case "parquet":
             return write_parquet(path if path.suffix == ".parquet" else path / "synthetic.parquet", found)
-    file = path if path.suffix == ".safetensors" else path / _SYNTHETIC
+    file = path if path.suffix == ".safetensors" else path / SYNTHETIC
     found.save(file)
     return [file]
 
