@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.records import TRACE, read_record
 from mtt_fast.errors import InputError
-from mtt_fast.files import write_text
+from mtt_fast.storage.files import write_text
 
 log = logging.getLogger("mtt_fast")
 

@@ -1,5 +1,8 @@
 """The exception that a user's mistake, a bad file or a full disk raises, and the one kind of it that is told apart."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -11,3 +14,9 @@ class InputError(ValueError):
 
 class Diverged(InputError):
     """A run whose gradients stayed non-finite until it gave up: other settings may do, these do not."""
+
+
+def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Return " (did you mean …?)" for the known name closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1) or [other for other in known if name and other.startswith(name)]
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""

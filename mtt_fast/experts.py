@@ -19,23 +19,24 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast import cli
-from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
-from mtt_fast.augment import augment_by_strategy
-from mtt_fast.choice import student_for
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands import cli, parsing
+from mtt_fast.commands.options import CommonOptions, TrueOrFalse, at_least, buffer_folder
+from mtt_fast.engine.student_choice import describe_arithmetic, precision_on, student_for
 from mtt_fast.errors import InputError
-from mtt_fast.flat_module import in_evaluation, statistics_of, track_of
-from mtt_fast.flatness import sharpness_aware
-from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.kernels import Precision
-from mtt_fast.memory import AUTO
-from mtt_fast.models import Trainable
-from mtt_fast.options import CommonOptions, RealImages, TrueOrFalse, at_least, buffer_folder, real_images
-from mtt_fast.provenance import choose_device, versions
-from mtt_fast.seeding import generator_for
-from mtt_fast.together import Work, crew_for, result_of, together
-from mtt_fast.training import Epoch, Sgd, accuracy, count_right, epoch_on
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.memory_info import AUTO
+from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.provenance import choose_device, versions
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.training.concurrency import Work, crew_for, result_of, together
+from mtt_fast.training.images import RealImages, real_images
+from mtt_fast.training.sgd import Epoch, Sgd, accuracy, count_right, epoch_on
+from mtt_fast.training.sharpness import sharpness_aware
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def train_missing_experts(
 ) -> TrajectoryStore:
     """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
 
-    Several are trained at the same time where one does not fill the device, to the same result (mtt_fast/together.py).
+    Several are trained at the same time where one does not fill the device, to the same result (mtt_fast/training/concurrency.py).
     Raises `InputError` if an expert that is there was trained otherwise, `Stopped` on Ctrl-C or SIGTERM.
     """
     hyperparameters = dataclasses.asdict(training)
@@ -299,7 +300,7 @@ def _check_equal(wanted: dict[str, Any], found: dict[str, Any], folder: Path, ot
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
+    options = parsing.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
     if options.num_experts < 1:
         raise InputError(f"--num_experts {options.num_experts}: expected at least 1")
     if options.store_dtype not in STORE_DTYPES:

@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore, cli
+from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.__main__ import COMMANDS, main
 from mtt_fast.analysis.distance import DistanceOptions, _distilled_sets, nearest_steps, student_path
 from mtt_fast.analysis.evolution import CAPTION, evenly
 from mtt_fast.analysis.published import published
-from mtt_fast.distill import main as distill
-from mtt_fast.files import write_json
-from mtt_fast.interrupts import Stopped
-from mtt_fast.seeding import generator_for
-from mtt_fast.trajectories import write_expert
+from mtt_fast.commands import cli
+from mtt_fast.distill.command import main as distill
+from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.files import write_json
+from mtt_fast.storage.trajectories import write_expert
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 4 --max_start_epoch 2 --Iteration 2 --eval_it 1 "
@@ -119,7 +120,7 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
             raise Stopped("stopped", 2)
         write_json(place / "summary.json", summary(0.5))
 
-    monkeypatch.setattr("mtt_fast.distill.main", distilled_or_stopped)
+    monkeypatch.setattr("mtt_fast.distill.command.main", distilled_or_stopped)
     out = tmp_path / "grid"
     assert run("grid", *TOY, *places(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)) == 130
     assert [cell["accuracy"] is None for cell in read(out / "grid.json")["cells"]] == [False, True]

@@ -29,23 +29,25 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast import cli
-from mtt_fast.analysis.output import markdown_table, save_figure
-from mtt_fast.arithmetic import arithmetic, precision_on
-from mtt_fast.augment import augment_by_strategy
-from mtt_fast.distillation.segments import student_batches
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands import parsing
+from mtt_fast.commands.evaluated_set import check_shape
+from mtt_fast.commands.options import CommonOptions, at_least, buffer_folder
+from mtt_fast.commands.tables import markdown_table, save_figure
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.distill.segments import student_batches
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import as_training_images, check_shape
-from mtt_fast.files import write_json, write_text
-from mtt_fast.interrupts import Stopped, stop_request
-from mtt_fast.models import Trainable
-from mtt_fast.options import CommonOptions, at_least, buffer_folder
-from mtt_fast.provenance import choose_device, device_name, versions
-from mtt_fast.run_folder import SYNTHETIC
-from mtt_fast.seeding import generator_for
-from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.trajectories import TrajectoryStore, check_compatible
-from mtt_fast.unroll import unroll
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.provenance import choose_device, device_name, versions
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.files import write_json, write_text
+from mtt_fast.storage.run_folder import SYNTHETIC
+from mtt_fast.storage.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.training.images import as_training_images
 
 log = logging.getLogger(__name__)
 
@@ -81,17 +83,17 @@ Nearest = tuple[float, int]
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    sets = _distilled_sets(cli.parse_known(DistanceOptions, argv, PROGRAM).runs)
+    sets = _distilled_sets(parsing.parse_known(DistanceOptions, argv, PROGRAM).runs)
     names = {field.name for field in dataclasses.fields(CommonOptions)} | {"buffer_path"}
     of_first: Mapping[str, Any] = next(iter(sets.values())).recipe if sets else {}
     defaults = {name: value for name, value in of_first.items() if name in names and name != "device"}
-    options = cli.parse(DistanceOptions, argv, PROGRAM, defaults)
+    options = parsing.parse(DistanceOptions, argv, PROGRAM, defaults)
     if not sets:
         raise InputError(f"expected run folders, plain or as LABEL=FOLDER; see {PROGRAM} --help")
     complaint = at_least(1, max_experts=options.max_experts, epochs=options.epochs, steps=options.steps)
     if complaint:
         raise InputError(complaint)
-    starts = cli.integers(options.start_epochs, "--start_epochs", minimum=0)
+    starts = parsing.integers(options.start_epochs, "--start_epochs", minimum=0)
     device = choose_device(options.device)
     with arithmetic(device, options.precision):
         _run(options, sets, starts, device)

@@ -15,11 +15,11 @@ from pathlib import Path
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from mtt_fast import cli
+from mtt_fast.commands import parsing
+from mtt_fast.commands.options import at_least
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path
-from mtt_fast.options import at_least
-from mtt_fast.run_folder import HISTORY
+from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.run_folder import HISTORY
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class EvolutionOptions:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(EvolutionOptions, argv, PROGRAM)
+    options = parsing.parse(EvolutionOptions, argv, PROGRAM)
     complaint = at_least(2, rows=options.rows) or at_least(0.02, seconds=options.seconds)
     if complaint:
         raise InputError(complaint)

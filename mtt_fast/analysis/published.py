@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any, NamedTuple
 
-from mtt_fast.cli import read_toml
+from mtt_fast.storage.files import read_toml
 
 
 class Published(NamedTuple):

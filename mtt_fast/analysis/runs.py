@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtt_fast.errors import InputError
-from mtt_fast.run_folder import SUMMARY
+from mtt_fast.storage.run_folder import SUMMARY
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

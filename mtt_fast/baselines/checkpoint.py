@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
 from mtt_fast.errors import InputError
-from mtt_fast.files import load_tensors, save_tensors
-from mtt_fast.run_folder import CHECKPOINT
+from mtt_fast.storage.files import load_tensors, save_tensors
+from mtt_fast.storage.run_folder import CHECKPOINT
 
 _OPTIMISER = "optimiser."
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from mtt_fast import cli
-from mtt_fast.arithmetic import arithmetic, describe_arithmetic
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
@@ -22,10 +20,20 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import BaselineOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.results import Job
-from mtt_fast.errors import InputError
-from mtt_fast.options import real_images
-from mtt_fast.provenance import choose_device, device_name
-from mtt_fast.run_folder import check_same_method, check_same_run, is_finished, only_user, read_config, write_config
+from mtt_fast.commands import parsing
+from mtt_fast.engine.student_choice import describe_arithmetic
+from mtt_fast.errors import InputError, did_you_mean
+from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.provenance import choose_device, device_name
+from mtt_fast.storage.run_folder import (
+    check_same_method,
+    check_same_run,
+    is_finished,
+    only_user,
+    read_config,
+    write_config,
+)
+from mtt_fast.training.images import real_images
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     name = argv[0].lower()
     if name not in METHODS:
         raise InputError(
-            f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{cli.did_you_mean(name, list(METHODS))}; "
+            f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}; "
             f"see {PROGRAM} --help"
         )
     options = _parse(name, argv[1:])
@@ -78,7 +86,7 @@ class _Selection:
 def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
     """Return the method's options: defaults, or with --resume those of the run, then flags."""
     program = f"{PROGRAM} {name}"
-    chosen = cli.parse_known(_Selection, argv, program)
+    chosen = parsing.parse_known(_Selection, argv, program)
     defaults: dict[str, Any] = {}
     if chosen.resume:
         if chosen.out is None:
@@ -88,7 +96,7 @@ def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
             raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
         check_same_method(Path(chosen.out), name)
         defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
-    options = cli.parse(METHODS[name].options, argv, program, defaults)
+    options = parsing.parse(METHODS[name].options, argv, program, defaults)
     options.check()
     return options
 

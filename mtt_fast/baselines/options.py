@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mtt_fast.augment import augment_by_strategy
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
+from mtt_fast.commands.options import EvaluationOptions, at_least
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import REAL_IMAGES_LR
 from mtt_fast.experts import ExpertTraining, checked
-from mtt_fast.options import EvaluationOptions, at_least
-from mtt_fast.protocols import EvaluationProtocol
+from mtt_fast.training.protocols import EvaluationProtocol
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast.arithmetic import precision_on
 from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.commands.options import buffer_folder
+from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.experts import train_missing_experts
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages, buffer_folder
-from mtt_fast.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.storage.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.training.images import RealImages
 
 _BLOCK = 500  # images looked at together
 

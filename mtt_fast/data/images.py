@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from mtt_fast.errors import InputError
 
@@ -116,3 +117,9 @@ def _opened(path: str) -> Image.Image:
 
 def _broken(path: str, error: Exception) -> InputError:
     return InputError(f"{path}: expected an image, found a broken one ({error}); replace or delete it")
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """Return one picture (C, H, W) in [0, 1], C 1 or 3, as an 8-bit image."""
+    values = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    return Image.fromarray(values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0)))

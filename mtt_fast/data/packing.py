@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mtt_fast.data.image_data import ImageData, Split, channel_statistics, check_labels, fingerprint
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path, load_tensors
+from mtt_fast.storage.files import atomic_path, load_tensors
 
 VERSION = 1  # of the packed files; raise it when the same source packs to something else
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle, save_large_pickle
-from mtt_fast.layout import ParameterLayout
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
-from mtt_fast.waypoints import Course
+from mtt_fast.networks.layout import ParameterLayout
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
+from mtt_fast.storage.waypoints import Course
 
 BUFFER = r"replay_buffer_(\d+)\.pt"
 CONVEXIFIED = r"convexified_(?:v\d+_)?replay_buffer_(\d+)\.pt"

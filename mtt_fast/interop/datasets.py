@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtt_fast.data import ImageData, from_tensors
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.synthetic import SyntheticDataset
 
 
 class SyntheticView(Dataset[tuple[Tensor, Tensor]]):

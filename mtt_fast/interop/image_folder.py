@@ -17,11 +17,11 @@ from torch import Tensor
 
 from mtt_fast.data.folder import list_classes
 from mtt_fast.data.images import decode, is_grey, size_of
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.files import all_or_none, atomic_path, write_json
 from mtt_fast.interop.picture_record import as_bytes, from_pictures, record_of
 from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
-from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.storage.files import all_or_none, atomic_path, write_json
 
 LABELS = "labels.json"
 _FORMAT = "mtt_fast pictures 1"
@@ -29,7 +29,7 @@ _FORMAT = "mtt_fast pictures 1"
 
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
-    from mtt_fast.pictures import as_image
+    from mtt_fast.data.images import as_image
 
     folder, classes = Path(folder), as_plain(synthetic).classes
     with all_or_none() as written:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.files import all_or_none
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
 from mtt_fast.interop.plain import PlainSet, plain_set
+from mtt_fast.storage.files import all_or_none
 
 _PART = re.compile(r"(.*best)_(\d+)\.pt")
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path
 from mtt_fast.interop.picture_record import as_bytes, from_pictures, record_of
 from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
-from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.storage.files import atomic_path
 
 _RECORD = b"mtt_fast"
 
@@ -104,7 +104,7 @@ def _features(synthetic: SyntheticDataset, soft: bool) -> dict[str, Any]:
 
 
 def _encode(picture: Tensor) -> bytes:
-    from mtt_fast.pictures import as_image
+    from mtt_fast.data.images import as_image
 
     file = io.BytesIO()
     as_image(picture.float() / 255).save(file, format="PNG")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path
+from mtt_fast.storage.files import atomic_path
 
 
 def load_pickle(path: str | os.PathLike[str], *, mapped: bool = False, numpy_numbers: bool = False) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.plain import LABEL_KINDS, Facts
-from mtt_fast.synthetic import SyntheticDataset
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
 

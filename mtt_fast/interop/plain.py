@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data import ImageData, Normalisation
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
-from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.whitening import Whitening
 
 LABEL_KINDS = ("indices", "probabilities", "logits")
 

@@ -1,0 +1,130 @@
+"""The distilled set: images, labels and learning rate, with all that is needed to use them, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.data import Normalisation
+from mtt_fast.data.whitening import Whitening
+from mtt_fast.errors import InputError
+from mtt_fast.storage.files import load_tensors, save_tensors
+
+_FORMAT = "mtt_fast.data.synthetic.1"
+
+
+@dataclass(frozen=True)
+class SyntheticDataset:
+    """A distilled set, class-major: equally many images of each class, those of the first class first.
+
+    `images` (n, C, H, W) float32 are in the networks' input space: normalised, or whitened if `whitening` is there.
+    `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
+    `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
+    learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
+    With a `canvas` the images are textures, of which networks see random crops (mtt_fast/augmentation/texture.py).
+    `recipe` holds the options it was made with; `versions` the software's.
+    """
+
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    whitening: Whitening | None = None
+    label_kind: str = "indices"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    lr_per_step: Tensor | None = None
+    canvas: Canvas | None = None
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each image, (n,) int64. That of soft labels is its place: learned ones may favour another."""
+        if self.label_kind == "indices":
+            return self.labels
+        place = torch.arange(len(self.labels), device=self.labels.device)
+        return place * len(self.class_names) // len(place)
+
+    def pictures(self) -> Tensor:
+        """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
+        transform = self.whitening or Normalisation(self.mean, self.std)
+        return transform.invert(self.images).clamp(0, 1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, atomically."""
+        tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
+        if self.lr_per_step is not None:
+            tensors["lr_per_step"] = self.lr_per_step
+        if self.whitening:
+            tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
+        record = {
+            name: getattr(self, name) for name in ("class_names", "mean", "std", "label_kind", "recipe", "versions")
+        }
+        if self.canvas:
+            record["canvas"] = dataclasses.asdict(self.canvas)
+        save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
+        """Read what `save` wrote. Raises `InputError` if the file is missing, broken or something else."""
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != _FORMAT:
+            raise InputError(
+                f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}"
+            )
+        record = json.loads(metadata["record"])
+        white = {
+            name: tensors[f"whitening.{name}"]
+            for name in ("mean", "matrix", "inverse")
+            if f"whitening.{name}" in tensors
+        }
+        for name in ("class_names", "mean", "std"):
+            record[name] = tuple(record[name])
+        if "canvas" in record:
+            record["canvas"] = Canvas(**record["canvas"])
+        return cls(
+            tensors["images"],
+            tensors["labels"],
+            tensors["lr"],
+            whitening=Whitening(**white) if white else None,
+            lr_per_step=tensors.get("lr_per_step"),
+            **record,
+        )
+
+    def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write the set for other software and return the files.
+
+        kind "mtt": images_best.pt, labels_best.pt and lr_best.pt, as the public code and its successors read them;
+        "png": CLASS/NNNNN.png, the pictures, with labels.json; and the other kinds of `mtt_fast.interop.SET_KINDS`.
+        Raises `InputError` for another kind, and for a set that the kind cannot hold.
+        """
+        from mtt_fast.interop import write_set  # here, as it imports this module
+
+        return write_set(folder, self, kind)
+
+    def to(self, device: torch.device | str) -> SyntheticDataset:
+        """Return the set with images, labels and learning rates on `device`."""
+        names = ("images", "labels", "lr", "lr_per_step")
+        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(self, **moved)
+
+
+def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read images_*.pt and the labels_*.pt beside it, as the public code and its successors write them.
+
+    Returns images (n, C, H, W) float32 in the networks' input space; labels, integers (n,) or floating (n, classes);
+    and the learning rate of lr_*.pt if that file is there. The files are read with `weights_only`: nothing in them is
+    run. Raises `InputError` if one is missing or broken, or they do not fit.
+    """
+    from mtt_fast.interop import load_public_pair  # here, as it imports this module
+
+    return load_public_pair(images_path)
