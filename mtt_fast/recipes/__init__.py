@@ -1,4 +1,7 @@
-"""Settings by name, one TOML file each: options of `python -m mtt_fast.distill`, their description, source and method."""
+"""Settings by name: options of `python -m mtt_fast.distill`, their description, source and method, a TOML file each.
+
+A recipe that says `base = "NAME"` has the options of that recipe, or of the file bases/NAME.toml, and its own over them.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,10 @@ def recipe_about(name: str) -> dict[str, str]:
 
 
 def recipe_text(name: str) -> str:
-    """Return the file of the recipe `name`, TOML."""
-    return str((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    """Return the file of the recipe `name`, TOML, after those that it is based on."""
+    base = _table(name).get("base")
+    own = str(_file(name).read_text(encoding="utf-8"))
+    return own if base is None else f"{recipe_text(base)}\n# over {base}\n{own}"
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -39,8 +44,25 @@ def _read(name: str) -> dict[str, Any]:
         raise InputError(
             f"--recipe {name}: no such recipe{did_you_mean(name, names)}; python -m mtt_fast.recipes lists them"
         )
-    with resources.as_file(_folder() / f"{name}.toml") as path:
+    return _resolved(name)
+
+
+def _resolved(name: str) -> dict[str, Any]:
+    """Return what the file of `name` says, over what its base says."""
+    table = _table(name)
+    base = table.pop("base", None)
+    return table if base is None else _resolved(base) | table
+
+
+def _table(name: str) -> dict[str, Any]:
+    with resources.as_file(_file(name)) as path:
         return read_toml(path)
+
+
+def _file(name: str) -> Any:
+    """Return the file of a recipe, or else of a base."""
+    recipe = _folder() / f"{name}.toml"
+    return recipe if recipe.is_file() else _folder() / "bases" / f"{name}.toml"
 
 
 def _folder() -> Any:
