@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +24,6 @@ from mtt_fast.errors import InputError
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 CROP_SHARE, CUTOUT_SHARE = 0.125, 0.5
 LARGEST_SCALE, LARGEST_DEGREES = 1.2, 15.0
-
-
-class Augment(Protocol):
-    """Any random, differentiable function of images, as the engine uses it.
-
-    `SiameseAugment` is one, `Augmentation` makes one of two functions, and `KorniaAugment` of a module of kornia.
-    """
-
-    def draw(self, images: Tensor, generator: torch.Generator | None, /) -> Any:
-        """Return the random numbers for one step on a batch like `images` (b, C, H, W)."""
-        ...
-
-    def __call__(self, images: Tensor, draws: Any) -> Tensor:
-        """Return the augmented images, a deterministic differentiable function of `images` for given `draws`."""
-        ...
 
 
 class Draws(NamedTuple):

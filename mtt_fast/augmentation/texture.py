@@ -2,8 +2,8 @@
 
 A crop that runs over one border goes on at the opposite one, as on a torus, so what is learned tiles without seams
 (Cazenavette et al., Wearable ImageNet, CVPR 2022 Workshops; `--texture` of the public code). The crop is one more
-augmentation in front of the others, with its draws kept apart from the operation, and so the engine needs to know nothing
-of it.
+augmentation in front of the others, with its draws kept apart from the operation; all that the engine knows of it is its
+`footprint`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtt_fast.augmentation.protocol import Footprint
 from mtt_fast.augmentation.siamese import SiameseAugment
+
+_COPIES = 3  # of a batch of canvases: as chosen, and its gradient, made and added up; at most
+_INDICES = 2  # of a crop's pixels in its canvas, as long integers
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,12 @@ class CanvasCrops:
         """
         crops = crop(images, parameters[:, :2].to(images.device), *self._sides(images))
         return crops if self.then is None else self.then.apply(crops, parameters[:, 2:].contiguous())
+
+    def footprint(self, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
+        """Return the shape of a crop of a canvas of `image_shape` (C, H, W), and what cropping takes for it."""
+        crop_shape = Canvas(self.size).image_shape(image_shape)
+        indices = crop_shape[1:].numel() * torch.long.itemsize
+        return Footprint(crop_shape, _COPIES * image_shape.numel() * dtype.itemsize + _INDICES * indices)
 
     draw = draw_parameters
 

@@ -124,20 +124,20 @@ def student_batches(count: int, batch: int | None, steps: int, generator: torch.
 def planned(
     options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
 ) -> Plan:
-    """How the student steps of each iteration, on `images` (n, C, H, W) or canvases of n such, fit into memory."""
+    """Return how the student steps of each iteration, on `images` (n, C, H, W) or canvases of n such, fit into memory."""
     canvas = options.canvas or Canvas(1)
+    count, channels, height, width = images
     return plan(
         network,
-        images=images,
+        images=(count, channels, height * canvas.size, width * canvas.size),
         steps=options.syn_steps,
-        batch=(options.batch_syn or images[0]) * canvas.samples,
+        batch=(options.batch_syn or count) * canvas.samples,
         memory_budget=options.memory_budget,
         microbatch=options.microbatch,
         device=device,
         momentum=options.student_mom,
-        augment=augmentation(options) is not None,
+        augment=augmentation(options) or False,
         label_kind=options.label_kind,
         path_gradient=options.match_step == "nearest",
-        canvas_size=canvas.size,
         precision=precision,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine.student import CANNOT_CUT, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
@@ -25,8 +26,6 @@ _VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1} and the next one, and temp
 _VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
 _COPIES = 5  # of a batch: as it is seen, its gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
-_COPIES_OF_CANVASES = 3  # of a batch: as chosen, and its gradient, made and added up; at most
-_PLACES = 2  # of a crop's pixels in its canvas, as long integers
 _BASE = (
     4 << 20,
     256 << 20,
@@ -42,17 +41,18 @@ class Work:
     student: Student
     num_parameters: int
     mixes_samples: bool
-    images: torch.Size  # (n, C, H, W)
+    images: torch.Size  # (n, C, H, W), as they lie in memory
+    input_shape: torch.Size  # (C, H, W) of what the network is given of an image
     batch: int
     steps: int
     dtype: torch.dtype
     device: torch.device
     momentum: bool = False
     augment: bool = False
+    augment_bytes: int = 0
+    """what the augmentation takes of each image of a batch beyond the augmented image"""
     path_gradient: bool = False
     """whether the loss's gradient is as large as the path, as where its row is chosen by a tensor"""
-    canvas_size: int = 1
-    """side, in images, of the canvases of which the images are crops; 1 where there are none"""
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,12 @@ class Plan:
         """Bytes at the peak, by what they are for."""
         work = self.work
         vector = work.num_parameters * work.dtype.itemsize
-        image = work.images[1:].numel() * work.dtype.itemsize
-        canvas, places = work.canvas_size**2 * image, work.images[2:].numel() * torch.long.itemsize
+        image, given = (shape.numel() * work.dtype.itemsize for shape in (work.images[1:], work.input_shape))
         rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
         vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
-        piece = work.student.step_bytes(self.microbatch, work.images[1:], work.dtype, work.device)
-        kept = work.student.step_bytes(work.batch, work.images[1:], work.dtype, work.device).kept
+        piece = work.student.step_bytes(self.microbatch, work.input_shape, work.dtype, work.device)
+        kept = work.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device).kept
         held = self.kept_steps * kept
         steps = [piece.gradient_jvp, piece.gradient]
         if self.kept_steps:  # the last piece of the forward sweep, the first one of the backward sweep
@@ -88,8 +87,8 @@ class Plan:
         parts = {
             "path": (2 if self.path_on_host else rows) * vector,
             "vectors": vectors * vector,
-            "images": work.images[0] * canvas + copies * work.batch * image,
-            "canvases": (_COPIES_OF_CANVASES * canvas + _PLACES * places) * work.batch * (work.canvas_size > 1),
+            "images": work.images[0] * image + copies * work.batch * given,
+            "augmentation": work.augment_bytes * work.batch,
             "kept activations": held,
             "step": max(steps) - held,
             "work space": piece.work,
@@ -153,12 +152,11 @@ def plan(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     momentum: float = 0.0,
-    augment: bool = False,
+    augment: Augment | bool = False,
     label_kind: LabelKind = "indices",
     loss: Loss | None = None,
     precision: Precision = "fp32",
     path_gradient: bool = False,
-    canvas_size: int = 1,
 ) -> Plan:
     """Tell before a run what `unroll` will do and take: the plan that it makes itself, or can be given.
 
@@ -173,10 +171,9 @@ def plan(
         device: where it will run.
         dtype: of the parameters.
         momentum: as in `unroll`; only whether there is any.
-        augment: whether the images are augmented.
+        augment: the augmentation; or only whether the images are augmented, to images of their own shape.
         label_kind: as in `unroll`, as are `loss` and `precision`.
         path_gradient: whether the loss's gradient is as large as the path: of `path` itself, not of rows `path[n]`.
-        canvas_size: where `images` are the shapes of crops, the side in images of the canvases that they are cut from.
 
     Raises:
         InputError: the budget is too small even for one sample at once, with what would do; or the network's samples
@@ -184,21 +181,21 @@ def plan(
     """
     device = torch.device(device)
     shape = torch.Size(images.shape if isinstance(images, Tensor) else images)
+    input_shape, augment_bytes = footprint_of(augment, shape[1:], dtype)
     work = Work(
-        student_for(net, device, label_kind, loss, precision),
-        *(
-            net.num_parameters,
-            net.mixes_samples,
-            shape,
-            batch or shape[0],
-            steps,
-            dtype,
-            device,
-            momentum != 0,
-            augment,
-            path_gradient,
-            canvas_size,
-        ),
+        student=student_for(net, device, label_kind, loss, precision),
+        num_parameters=net.num_parameters,
+        mixes_samples=net.mixes_samples,
+        images=shape,
+        input_shape=input_shape,
+        batch=batch or shape[0],
+        steps=steps,
+        dtype=dtype,
+        device=device,
+        momentum=momentum != 0,
+        augment=augment is not False,
+        augment_bytes=augment_bytes,
+        path_gradient=path_gradient,
     )
     return plan_for(work, memory_budget, microbatch)
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.augmentation.siamese import Augment
-from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
 from mtt_fast.engine.student import Loss, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
@@ -111,15 +110,22 @@ def unroll(
             + (" and no augment" if augment is None else "")
         )
     if plan is None:
-        image_shape = (
-            images.shape[1:] if memory_budget is None else _seen_shape(augment, images.detach()[indices[0]], draws[0])
-        )
+        shape = images.shape[1:]
         work = Work(
-            *(student, net.num_parameters, net.mixes_samples, torch.Size((len(images), *image_shape)), largest, steps),
-            *(theta.dtype, theta.device),
+            student=student,
+            num_parameters=net.num_parameters,
+            mixes_samples=net.mixes_samples,
+            images=images.shape,
+            input_shape=shape
+            if memory_budget is None
+            else _input_shape(augment, images.detach()[indices[0]], draws[0]),
+            batch=largest,
+            steps=steps,
+            dtype=theta.dtype,
+            device=theta.device,
             momentum=momentum != 0,
             augment=augment is not None,
-            canvas_size=augment.size if isinstance(augment, CanvasCrops) else 1,
+            augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
         )
         plan = plan_for(work, memory_budget, microbatch)
     cut = student_for_plan(student, net, plan, largest)
@@ -362,8 +368,8 @@ def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _seen_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Size:
-    """Return the shape (C, H, W) of what the network sees of a `batch`, which an augmentation may cut or scale."""
+def _input_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Size:
+    """Return the shape (C, H, W) of what the network is given of a `batch`, which an augmentation may cut or scale."""
     return (batch if augment is None else augment(batch, drawn)).shape[1:]
 
 

@@ -11,7 +11,7 @@ from kornia.augmentation.auto import RandAugment
 from torch import Tensor, nn
 
 from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, KorniaAugment, SiameseAugment, matching_loss, unroll
-from mtt_fast.augmentation.siamese import Augment
+from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.testing import assert_close, module_function, reference_convnet, whole_graph
 
 SEED = torch.Generator().manual_seed(1)

@@ -309,11 +309,11 @@ def test_the_plan_counts_crops_and_canvases() -> None:
     net = ConvNet(image_size=32, width=16)
     case: dict[str, Any] = {"steps": 5, "memory_budget": None, "augment": True}
     images = plan(net, images=(40, 3, 32, 32), batch=40, **case)
-    crops = plan(net, images=(20, 3, 32, 32), batch=40, canvas_size=2, **case)
+    crops = plan(net, images=(20, 3, 64, 64), batch=40, **case | {"augment": CanvasCrops(2, SiameseAugment())})
     assert crops.parts["step"] == images.parts["step"]
-    assert crops.parts["canvases"] > 2 * 40 * 3 * 64 * 64 * 4  # each crop's canvas and its gradient
+    assert crops.parts["augmentation"] > 2 * 40 * 3 * 64 * 64 * 4  # each crop's canvas and its gradient
     assert crops.parts["images"] - images.parts["images"] == (20 * 4 - 40) * 3 * 32 * 32 * 4
-    assert images.parts["canvases"] == 0
+    assert images.parts["augmentation"] == 0
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_crops() -> None:

@@ -50,7 +50,7 @@ def run(size, width, depth, steps, batch, kept=0, augment=False, canvas=1, again
     images = torch.randn(batch, 3, canvas * size, canvas * size, requires_grad=True)
     augmentation = CanvasCrops(canvas, SiameseAugment()) if canvas > 1 else SiameseAugment() if augment else None
     lr = torch.tensor(0.01, requires_grad=True)
-    shape = {"images": (batch, 3, size, size), "steps": steps, "augment": augment, "canvas_size": canvas}
+    shape = {"images": images, "steps": steps, "augment": augmentation or False}
     chosen = dataclasses.replace(plan(net, **shape, **{"memory_budget": None, **options}), kept_steps=kept)
     if "memory_budget" in options:
         chosen = plan(net, **shape, **options)
@@ -295,7 +295,7 @@ def test_out_of_memory_repeats_in_less_exactly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = meta_gradient(small_plan())
-    module = importlib.import_module("mtt_fast.unroll")
+    module = importlib.import_module("mtt_fast.engine.unroll")
     monkeypatch.setattr(module, "student_for", lambda *_: Shrinking(3))
     found, plan = with_smaller_pieces(small_plan(kept_steps=2), meta_gradient)
     assert (plan.microbatch, plan.kept_steps) == (3, 0)

@@ -1,0 +1,47 @@
+"""What the engine asks of an augmentation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Augment(Protocol):
+    """Any random, differentiable function of images, as the engine uses it.
+
+    `SiameseAugment` is one, `Augmentation` makes one of two functions, and `KorniaAugment` of a module of kornia. One
+    that changes the images' shape, or takes more memory than one more batch, also has the method of `HasFootprint`.
+    """
+
+    def draw(self, images: Tensor, generator: torch.Generator | None, /) -> Any:
+        """Return the random numbers for one step on a batch like `images` (b, C, H, W)."""
+        ...
+
+    def __call__(self, images: Tensor, draws: Any) -> Tensor:
+        """Return the augmented images, a deterministic differentiable function of `images` for given `draws`."""
+        ...
+
+
+class Footprint(NamedTuple):
+    """What an augmentation makes of one image, and takes for it: the memory plan counts with both."""
+
+    input_shape: torch.Size
+    """(C, H, W) of what the network is given"""
+    extra_bytes: int = 0
+    """beyond the augmented image and its gradient"""
+
+
+@runtime_checkable
+class HasFootprint(Protocol):
+    """An augmentation that tells what it makes of an image."""
+
+    def footprint(self, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
+        """Return the footprint for an image of `image_shape` (C, H, W) and `dtype`."""
+        ...
+
+
+def footprint_of(augment: object, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
+    """Return the footprint of `augment` for an image of `image_shape` (C, H, W): the image itself where it does not say."""
+    return augment.footprint(image_shape, dtype) if isinstance(augment, HasFootprint) else Footprint(image_shape)
