@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from mtt_fast.kernels import Precision
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in another order on each stream
 
 
 @contextlib.contextmanager
-def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
     """Within the block, have torch compute on `device` with `precision`, and deterministically; then as before.
 
     On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32; operations
