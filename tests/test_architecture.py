@@ -1,0 +1,62 @@
+"""The layers of docs/architecture.md: imports go downward only."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mtt_fast"
+TOPS = {"__init__", "__main__", "testing"}  # the library's entry, the commands' and the oracles: they may use anything
+ONLY = {"runtime": {"errors"}, "networks": {"errors", "kernels"}, "augmentation": {"errors", "kernels"}}
+UPWARD = {("data.synthetic", "interop")}  # when it is called
+
+
+def layers() -> list[set[str]]:
+    """Return the lines of the drawing, the lowest first."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawing = re.search(r"```text\n(.*?)```", text, re.DOTALL)
+    assert drawing is not None
+    return [set(line.split()) for line in reversed(drawing[1].splitlines())]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the layer of each module of this package that a file imports, however late."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if names == ["mtt_fast"] and isinstance(node, ast.ImportFrom):
+            names = [f"mtt_fast.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        yield from (name.split(".")[1] for name in names if name.startswith("mtt_fast."))
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if name.split(".")[0] not in TOPS | {"kernels"}:
+            yield name, path
+
+
+def test_every_folder_and_command_is_in_the_drawing() -> None:
+    assert {name.split(".")[0] for name, _ in modules()} | {"kernels"} == set().union(*layers())
+
+
+def test_imports_go_downward_only() -> None:
+    rank = {name: place for place, line in enumerate(layers()) for name in line}
+    upward = {
+        (module, layer)
+        for module, path in modules()
+        for layer in imports(path)
+        if layer != (own := module.split(".")[0])
+        and layer in rank
+        and (rank[layer] >= rank[own] or layer not in ONLY.get(own, {layer}))
+    }
+    assert upward == UPWARD
+
+
+def test_kernels_know_nothing_of_the_rest() -> None:
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        assert not set(imports(path)) - {"kernels"}, path
