@@ -21,7 +21,8 @@ COMMANDS = {
     "methods": "every method and the successors' options by one protocol: accuracy, time, memory",
     "trajectories": "time to the first sample and memory of the store, beside the public format",
     "profile": "a trace of one iteration for Perfetto or chrome://tracing",
-    "render": "tables and plots from the records, into README.md and docs/",
+    "gpu": "everything that needs a GPU, in stages",
+    "render": "tables and plots from the records, into docs/",
 }
 """Each is a module of this package, with `Options` and `main(options, command)`."""
 

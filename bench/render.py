@@ -1,6 +1,6 @@
 """Tables and plots from the records: `python -m bench render`.
 
-In README.md and the documents, what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` becomes the table of the
+In the documents, what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` becomes the table of the
 record NAME.
 """
 
@@ -32,7 +32,7 @@ class Options:
 
     results: str = "bench/results"
     """folder of the records; NAME.md and NAME.png are written beside NAME.json"""
-    documents: str = "README.md,docs/performance.md,docs/gpu.md"
+    documents: str = "docs/performance.md,docs/gpu.md"
     """files with markers to fill in, joined by commas; "" for none"""
 
 

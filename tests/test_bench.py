@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench import flops, gate, kernels, methods, training, tune
+from bench import flops, gate, gpu, kernels, methods, training, tune
 from bench.__main__ import main
 from bench.candidates import text_of
 from bench.cases import make_case, to
@@ -56,12 +56,10 @@ def bench(*words: str) -> None:
     assert cli.run(main, words) == 0
 
 
-def stage(number: str, out: Path, status: int = 0, **environment: str) -> str:
-    """Rehearse a stage of bench/gpu.sh; return what it printed."""
-    found = subprocess.run(
-        ["bash", "bench/gpu.sh", number, str(out), "--rehearse"], cwd=ROOT, capture_output=True, text=True, timeout=200,
-        env=os.environ | {"PYTHON": sys.executable} | environment,
-    )  # fmt: skip
+def stage(name: str, out: Path, status: int = 0, *flags: str) -> str:
+    """Rehearse a stage of `python -m bench gpu`; return what it printed."""
+    command = [sys.executable, "-m", "bench", "gpu", name, "--out", str(out), "--rehearse", *flags]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert found.returncode == status, found.stderr
     return found.stdout + found.stderr
 
@@ -264,7 +262,7 @@ def test_memory_scaling(tmp_path: Path) -> None:
 
 
 def test_kernels_and_their_stage(tmp_path: Path) -> None:
-    stage("2", tmp_path)
+    stage("table", tmp_path)
     rows = rows_of(tmp_path, "kernels-cifar10-ipc10")
     assert {row["operation"] for row in rows} >= {
         "adjoint_step", "colour_warp_mask_transpose", "conv3x3_dual", "linear_cross_entropy_dual",
@@ -289,7 +287,7 @@ def test_kernels_and_their_stage(tmp_path: Path) -> None:
                 assert after[operation][shape_class][name] == kept[name]
     assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64"]["sm_80"]
 
-    assert "kernels" not in stage("2", tmp_path)  # what is recorded is not measured again
+    assert "kernels" not in stage("table", tmp_path)  # what is recorded is not measured again
 
 
 def test_the_table_is_as_its_writer_writes_it() -> None:
@@ -437,42 +435,48 @@ def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pyte
     assert rows["plain"]["speedup"] == 1
 
 
-@pytest.mark.parametrize(("number", "runs"), [("5", ["cifar10-ipc1"]), ("6", ["imagenette-ipc1", "imagenette-ipc10"])])
-def test_stages_of_distillation_rehearsed(number: str, runs: list[str], tmp_path: Path) -> None:
-    stage(number, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "runs"), [("cifar10", ["cifar10-ipc1"]), ("imagenette", ["imagenette-ipc1", "imagenette-ipc10"])]
+)
+def test_stages_of_distillation_rehearsed(name: str, runs: list[str], tmp_path: Path) -> None:
+    stage(name, tmp_path)
     for run in runs:
-        summary = json.loads((tmp_path / f"{run}.summary.json").read_text())
+        summary = json.loads((tmp_path / run / "summary.json").read_text())
         assert summary["accuracy"]["distilled"]["n"] == 1
 
 
+STEP_RECORDS = [
+    "meta_step-cifar10-ipc1",
+    "meta_step-cifar10-ipc10-fp32",
+    "meta_step-cifar10-ipc10-bf16",
+    "memory_scaling",
+]
+
+
 @pytest.mark.parametrize(
-    ("number", "records"),
-    [
-        (
-            "3",
-            [
-                "meta_step-cifar10-ipc1",
-                "meta_step-cifar10-ipc10-fp32",
-                "meta_step-cifar10-ipc10-bf16",
-                "memory_scaling",
-            ],
-        ),
-        ("4", ["experts", "evaluate", "trajectories"]),
-    ],
+    ("name", "records"), [("steps", STEP_RECORDS), ("training", ["experts", "evaluate", "trajectories"])]
 )
-def test_stages_of_benchmarks_rehearsed(number: str, records: list[str], tmp_path: Path) -> None:
-    stage(number, tmp_path)
+def test_stages_of_benchmarks_rehearsed(name: str, records: list[str], tmp_path: Path) -> None:
+    stage(name, tmp_path)
     for record in records:
         assert [row["problem"] for row in rows_of(tmp_path, record) if row["problem"]] == []
 
 
 def test_the_stage_of_tests_rehearsed(tmp_path: Path) -> None:
-    assert "passed" in stage("1", tmp_path)
+    stage("suite", tmp_path)
+    assert "passed" in (tmp_path / "tests-gpu.log").read_text()
     assert (tmp_path / "tests-gpu.xml").exists()
 
 
-def test_a_stage_out_of_time_says_so(tmp_path: Path) -> None:
-    assert "stage 2: out of time" in stage("2", tmp_path, status=75, SECONDS_MOST="0")
+def test_a_stage_out_of_time_says_so_and_goes_on(tmp_path: Path) -> None:
+    assert "stage suite: out of time" in stage("suite", tmp_path, gpu.OUT_OF_TIME, "--seconds", "0.1")
+    stage("suite", tmp_path)
+
+
+def test_a_stage_tells_what_failed(tmp_path: Path) -> None:
+    failing = gpu.Task("nothing", ["bench", "nothing"], tmp_path / "nothing.json")
+    assert gpu._within(failing, tmp_path, time.monotonic() + 60) == 2
+    assert "no such benchmark" in gpu._last_line(tmp_path / "nothing.log")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in another order on each stream
 
 
