@@ -196,7 +196,10 @@ TABLES: dict[str, list[Column]] = {
         ("chosen", _text("chosen")),
         *_TIMES,
         ("default", lambda row: f"{1e3 * row['default_seconds']['median']:.3g} ms"),
-        ("other ways", lambda row: ", ".join(f"{way} {1e3 * taken:.3g} ms" for way, taken in row["others"].items())),
+        (
+            "other back ends",
+            lambda row: ", ".join(f"{name} {1e3 * taken:.3g} ms" for name, taken in row["others"].items()),
+        ),
         ("error", _number("error", "{:.1e}")),
         ("left out", _text("problem")),
     ],

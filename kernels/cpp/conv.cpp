@@ -1,8 +1,8 @@
-// Compiled once for each vector unit; see units.h.
+// Compiled once for each vector unit; see simd.h.
 #include "conv.h"
 
 #include "pack.h"
-#include "units.h"
+#include "simd.h"
 
 namespace {
 

@@ -1,11 +1,11 @@
-// Compiled once for each vector unit; see units.h.
+// Compiled once for each vector unit; see simd.h.
 #include "warp.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "pack.h"
-#include "units.h"
+#include "simd.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// colour_warp_mask and its transpose, on contiguous tensors. The formulas are those of kernels/reference.py. One call does
+// colour_warp_mask and its transpose, on contiguous tensors. The formulas are those of kernels/reference/warp.py. One call does
 // one image; images are independent of each other.
 #pragma once
 
@@ -18,7 +18,7 @@ struct WarpShape {
     std::size_t image_size() const { return channels * height * width; }
 };
 
-// The columns of the parameters, in the order of kernels/formats.py.
+// The columns of the parameters, in the order of kernels/types.py.
 template <typename T>
 struct WarpNumbers {
     T brightness, saturation, contrast;
