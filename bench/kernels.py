@@ -1,4 +1,4 @@
-"""Each operation of mtt_fast.kernels at the shapes of a setting, beside the device's copy and matrix product."""
+"""Time each operation of mtt_fast.kernels at the shapes of a setting, beside the device's copy and matrix product."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Operation:
     """of the relative error in float32"""
 
     def function(self) -> Callable[..., Any]:
-        """Return what is measured."""
+        """Return the function that is measured."""
         return getattr(kernels, self.name)  # type: ignore[no-any-return]
 
     def run(self) -> Any:

@@ -1,4 +1,4 @@
-"""The table of launch configurations anew for the GPU at hand: of what gives the right values, what is fastest.
+"""Write the table of launch configurations anew for the GPU at hand: the fastest of those that give the right values.
 
 For the blocks of one setting every candidate is held to the reference, and only then timed, all in turn. Rows of other
 architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 it is rehearsed on
@@ -78,14 +78,14 @@ class Subject:
     arguments: Callable[[], list[Any]]
     """fresh ones: an operation may use up what it is given"""
     whole: Subject | None = None
-    """what has to go fused for this row to matter"""
+    """the operation that has to be fused for this row to matter"""
 
     def run(self, arguments: list[Any]) -> Any:
         """Call the operation."""
         return call(getattr(kernels, self.operation), arguments)
 
     def expected(self) -> list[Tensor]:
-        """Return what it should give, in float64."""
+        """Return the reference's results, in float64."""
         return tensors_of(getattr(reference, self.operation)(*(in_float64(a) for a in self.arguments())))
 
 
@@ -155,7 +155,7 @@ class Table:
 
 
 def tune(subject: Subject, table: Table, options: Options) -> Row:
-    """Put the fastest of the right candidates into `table`; return what was found out."""
+    """Put the fastest of the right candidates into `table`; return the findings."""
     if subject.whole is not None:
         table.put(subject.whole, table.default(subject.whole) | {"backend": "fused"})
     default, expected = table.default(subject), subject.expected()
@@ -209,7 +209,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
 
 
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
-    """Yield what is looked for at a block's shapes; what others are made of comes first."""
+    """Yield the rows that are looked for at a block's shapes; rows that others are made of come first."""
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
     from mtt_fast.kernels.triton.planes import Planes
     from mtt_fast.kernels.triton.windows import shape_class

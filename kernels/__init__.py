@@ -1,6 +1,6 @@
-"""The operations that the engine is made of: functions of tensors that know nothing of distillation.
+"""Offer the operations that the engine is made of: functions of tensors that know nothing of distillation.
 
-`ops/` has their signatures, contracts and checks. `reference/` says in plain torch, on any device, what each computes;
+`ops/` has the signatures, contracts and checks. `reference/` defines each operation in plain torch, on any device;
 `native/` (compiled from `cpp/`) and `triton/` compute the same faster on a CPU and on CUDA. `dispatch` chooses.
 """
 

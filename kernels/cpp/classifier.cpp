@@ -40,7 +40,7 @@ Softmax<T> softmax_of(const T* row, std::size_t classes) {
     return {max, std::log(sum_of_lanes(sum))};
 }
 
-// What a sample's softmax is compared with. Probabilities that are being learned need not sum to one.
+// The distribution that a sample's softmax is compared with. Probabilities that are being learned need not sum to one.
 template <typename T>
 class Target {
 public:

@@ -54,7 +54,7 @@ CrossEntropy<T> arguments(const Array<T>& logits, const Input<T>& bias, const Ma
     return a;
 }
 
-// Runs `kernel` for every sample, and adds up the losses and `o_bar`, which is what the kernel makes of some logits.
+// Runs `kernel` for every sample, and adds up the losses and `o_bar`, which the kernel writes in the place of some logits.
 template <typename T, typename Kernel>
 void run(CrossEntropy<T> a, Kernel kernel, const T* o_bar, T* loss, T* bias_bar, int threads) {
     nb::gil_scoped_release release;

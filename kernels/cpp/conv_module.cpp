@@ -31,7 +31,7 @@ void expect(bool condition) {
     if (!condition) throw std::invalid_argument("conv3x3: sizes do not fit each other");
 }
 
-// What stays between calls, in elements: one calling thread's, and each thread's scratch.
+// Memory that stays between calls, in elements: one calling thread's, and each thread's scratch.
 struct Work {
     std::size_t shared, scratch;
 };
@@ -147,7 +147,7 @@ Work winograd_sum_work(const ConvShape& s, std::size_t lanes, bool dual) {
     return {parts_of(s) * 16 * s.channels * filters, (dual ? 32 : 16) * kTilesSummed * (s.channels + filters)};
 }
 
-// Of patches_weight_gradient, which needs the most: the scratch holds a sample's patches.
+// That of patches_weight_gradient, which needs the most: the scratch holds a sample's patches.
 Work patches_work(const ConvShape& s, std::size_t lanes) {
     const std::size_t taps = 9 * s.channels;
     return {s.batch * taps * rounded(s.filters, lanes), s.out_height * s.out_width * taps};
@@ -155,10 +155,10 @@ Work patches_work(const ConvShape& s, std::size_t lanes) {
 
 std::size_t winograd_operations(const ConvShape& s, std::size_t tiles) { return tiles * 16 * 2 * s.channels * s.filters; }
 
-// Of a sample.
+// Operations of a sample.
 std::size_t patches_operations(const ConvShape& s) { return s.out_height * s.out_width * 9 * 2 * s.channels * s.filters; }
 
-// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only what there is room for. `rotated`: W is that of a
+// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only those that there is room for. `rotated`: W is that of a
 // convolution whose input gradient this is, (C, K, 3, 3), and the padding 2 minus its own.
 template <typename T>
 void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& weight,

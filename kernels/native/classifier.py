@@ -8,8 +8,8 @@ from torch import Tensor
 from ..types import LabelKind
 from .extension import extension
 
-# The products of the classifier are torch's: at a student's shapes its library comes close to what the processor can do.
-# What lies between them is one pass over the logits, which become the gradients to them.
+# The products of the classifier are torch's: at a student's shapes its library comes close to the processor's peak.
+# Between the products lies one pass over the logits, which become the gradients to them.
 
 
 def linear_cross_entropy(

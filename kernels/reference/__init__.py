@@ -1,4 +1,4 @@
-"""Say in plain torch what each operation computes, on any device and in any precision. Speed is for the other back ends.
+"""Define each operation in plain torch, on any device and in any precision. Speed is for the other back ends.
 
 A dot is the derivative in one direction of the parameters, a bar the gradient of the loss, and a bar with a dot the
 derivative of that gradient in the direction. The arguments were checked by `ops`. Results that come

@@ -1,4 +1,4 @@
-"""Compute a whole block, convolution, norm, ReLU and pool, in passes that never store what they can compute.
+"""Compute a whole block, convolution, norm, ReLU and pool, in passes that never store a tensor that they can compute again.
 
 Forward: the convolution takes the moments of each tile as it stores y and ẏ; the moments of a plane's tiles are combined;
 one more pass pools. Backward: one pass over y and ẏ takes the four sums of a plane, of ū, ūh, ū̇ and ū̇h + ūḣ, from which

@@ -1,4 +1,4 @@
-"""Choose, from the checked-in table, who computes an operation on a GPU: a kernel of ours or torch's library.
+"""Choose, from the checked-in table, the back end of an operation on a GPU: a kernel of ours or torch's library.
 
 A whole block goes `fused` (block.py) or in `parts`, each of which is then dispatched by itself.
 """

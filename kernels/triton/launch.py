@@ -27,7 +27,7 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":  # interpreted
         return "sm_80"
     major, _ = torch.cuda.get_device_capability(device)
-    # Consumer cards (8.6, 8.9, 12.x) have 99 KB of shared memory, which is what the rows of sm_80 stay within.
+    # Consumer cards (8.6, 8.9, 12.x) have 99 KB of shared memory, and the rows of sm_80 stay within that.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 

@@ -1,8 +1,8 @@
 """Colour, warp and mask images in one pass, and the transpose.
 
 A program owns a block of pixels of one sample, with all their channels: it gathers what it needs, so nothing is added
-to memory that others write. Colours are moved after the pixels and not before: what is linear in the channels and what
-samples the pixels commute, if a constant is scaled by the share of it that the image's border leaves.
+to memory that others write. Colours are moved after the pixels and not before: a map that is linear in the channels
+and one that samples the pixels commute, if a constant is scaled by the share of it that the image's border leaves.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _transpose(
     column_reach = (tl.abs(a) + tl.abs(d)) / tl.abs(determinant)
     first_row = (H - 1) * 0.5 + (e * below - b * beside) / determinant - row_reach
     first_column = (W - 1) * 0.5 + (a * beside - d * below) / determinant - column_reach
-    # what lies outside the image needs no look, which also bounds the loops
+    # targets outside the image need no look, which also bounds the loops
     top = tl.minimum(tl.maximum(tl.floor(first_row) + 1, 0), H).to(tl.int32)
     left = tl.minimum(tl.maximum(tl.floor(first_column) + 1, 0), W).to(tl.int32)
     rows = tl.minimum(tl.ceil(2 * row_reach), H).to(tl.int32)

@@ -1,7 +1,7 @@
 """Walk over planes in 2×2 windows: place a window's pixels and its pooled value, and launch a kernel that walks so.
 
 A program owns a block of channels of one sample and walks over their planes, WINDOWS at a time, so that a thread holds
-what it pools. An odd last row or column makes windows that are not whole, which have no pooled value.
+the pixels that it pools. An odd last row or column makes windows that are not whole, which have no pooled value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixtures of the kernels' tests: one back end after the other, and the number of threads."""
+"""Offer the kernels' tests one back end after the other, and a number of threads."""
 
 from __future__ import annotations
 

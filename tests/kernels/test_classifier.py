@@ -29,7 +29,7 @@ KINDS = ["indices", "probabilities", "logits"]
 
 
 def labels_of(kind: str, batch: int, classes: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Labels of each kind; the probabilities are not on the simplex, and some are zero."""
+    """Return labels of each kind; the probabilities are not on the simplex, and some are zero."""
     logits = draw(batch, classes, dtype=dtype)
     return {"indices": logits.argmax(1), "probabilities": 1.5 * logits.relu(), "logits": logits}[kind]
 
@@ -46,7 +46,7 @@ def classifier_arguments(case: tuple[int, int, int], kind: str, dtype: torch.dty
 
 
 def classifier_results(ops: Any, given: dict[str, Any]) -> dict[str, Tensor]:
-    """Both operations, by name of the result."""
+    """Return the results of both operations, by name."""
     primal = ops.linear_cross_entropy(**{name: value for name, value in given.items() if not name.endswith("_dot")})
     dual = ops.linear_cross_entropy_dual(**given)
     names = ["loss", "features_bar", "weight_bar", "bias_bar", "loss_dot", "dual features_bar"]

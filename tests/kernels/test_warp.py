@@ -34,7 +34,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def some_parameters(shape: tuple[int, int, int, int]) -> Tensor:
-    """All at once, moderately: no two samples alike."""
+    """Return moderate values of all parameters at once: no two samples alike."""
     batch, _, height, width = shape
     parameters = 0.2 * torch.randn(batch, len(WARP_PARAMETERS), dtype=torch.float64)
     parameters[:, [5, 8]] *= 8  # displacements
@@ -46,12 +46,12 @@ def some_parameters(shape: tuple[int, int, int, int]) -> Tensor:
 
 
 def row(**values: float) -> Tensor:
-    """The parameters of one image: what is not named is the identity's."""
+    """Return the parameters of one image; those that are not named are the identity's."""
     return torch.tensor([[values.get(name, 0.0) for name in WARP_PARAMETERS]], dtype=torch.float64)
 
 
 def plain(images: Tensor, parameters: Tensor) -> Tensor:
-    """The same function, by broadcasting and `grid_sample`."""
+    """Compute the same function by broadcasting and `grid_sample`."""
     (_, channels, height, width), n = images.shape, parameters[:, :, None, None, None]
     x = images + n[:, 0]
     x = torch.lerp(x.mean(1, keepdim=True).expand_as(x), x, 1 + n[:, 1])

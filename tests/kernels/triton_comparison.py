@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtt_fast.kernels import Activations, Affine, LabelKind, Precision
 
-# What the interpreter cannot do, and why.
+# Precisions that the interpreter does not have, and why.
 UNINTERPRETED = {"tf32": "it does not round, so this would be fp32 once more"}
 
 # (B, C, K, H, W, padding)
@@ -79,7 +79,7 @@ def compare(family: str, device: str) -> list[str]:
 
 
 def poison() -> None:
-    """Fill what is allocated without a value with NaN, which an element that no kernel writes then shows."""
+    """Fill memory that is allocated without a value with NaN, which an element that no kernel writes then shows."""
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 
@@ -113,7 +113,7 @@ def check(case: object, run: Callable[[], Any], expected: Any, tolerance: float)
 
 
 def norms(device: str) -> None:
-    """Norm, ReLU and pool, and the derivatives."""
+    """Compare norm, ReLU and pool, and the derivatives."""
     from mtt_fast.kernels import reference
 
     for shape, given in plane_cases(device):
@@ -130,7 +130,7 @@ def norms(device: str) -> None:
 
 
 def biases(device: str) -> None:
-    """Bias, ReLU and pool, and the derivatives."""
+    """Compare bias, ReLU and pool, and the derivatives."""
     for shape, given in plane_cases(device):
         y, beta, bars = given["z"], given["beta"], (given["p_bar"], given["p_bar_dot"])
         cases: dict[str, tuple[Any, ...]] = {
@@ -179,7 +179,7 @@ def check_planes(cases: dict[str, tuple[Any, ...]], shape: tuple[int, ...], y: T
 
 
 def refused_planes(family: str, device: str) -> None:
-    """Neither contiguous nor channels_last."""
+    """Check that planes neither contiguous nor channels_last are refused."""
     from mtt_fast.kernels import triton
 
     planes, channel = torch.zeros(2, 4, 6, 8, device=device)[:, :, ::2], torch.zeros(4, device=device)
@@ -195,7 +195,7 @@ def refused_planes(family: str, device: str) -> None:
 
 
 def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], form: Any) -> None:
-    """By our kernels and by torch's library, between which the table chooses."""
+    """Compare our kernels and torch's library, between which the table chooses."""
     from mtt_fast.kernels import reference
     from mtt_fast.kernels.triton.dispatch import BACKENDS
 
@@ -234,7 +234,7 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
 
 
 def blocks(device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], form: Any) -> None:
-    """A whole block at once, of features and of images, with y known and not, and the backward."""
+    """Compare a whole block at once, of features and of images, with y known and not, and the backward."""
     tolerance = BLOCK_TOLERANCES["fp64" if dtype == torch.float64 else precision]
     from mtt_fast.kernels import reference
     from mtt_fast.kernels.triton import block
@@ -283,7 +283,7 @@ def blocks(device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ..
 
 
 def mixed_formats(device: str) -> None:
-    """The weight gradient takes x and ȳ in formats of their own."""
+    """Check that the weight gradient takes x and ȳ in formats of their own."""
     from mtt_fast.kernels import reference, triton
 
     x, y_bar = torch.randn(2, 5, 6, 7).to(device), torch.randn(2, 4, 6, 7).to(device)
@@ -358,7 +358,7 @@ def vectors(device: str) -> None:
 
 
 def warps(device: str, shape: tuple[int, int, int, int]) -> None:
-    """Each sample has parameters of its own: a turn, all at once, none, and a whole displacement under a mask."""
+    """Compare warps; each sample has parameters of its own: a turn, all at once, none, and a whole displacement under a mask."""
     from mtt_fast.kernels import reference, triton
 
     batch, _, height, width = shape
@@ -395,7 +395,7 @@ def refusals(device: str) -> None:
 
 
 def all_convolutions(device: str) -> None:
-    """Every shape compiled; interpreted, those of float64, and few of the others."""
+    """Compare every shape compiled; interpreted, those of float64, and few of the others."""
     precisions, interpreted = get_args(Precision), device == "cpu"
     shapes = SHAPES if interpreted else SHAPES + LARGE
     for shape, form in itertools.product(shapes, (torch.contiguous_format, torch.channels_last)):
