@@ -215,20 +215,7 @@ def written_out_training(
 def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
     """The definition of the paper, in float64: targets after Δt steps on real images, squared errors, the closest step."""
     out = tmp_path / "distance"
-    flags = [
-        "--steps",
-        "5",
-        "--deltas",
-        "7,1,4",
-        "--starts",
-        "2",
-        "--expert_lr",
-        "0.1",
-        "--dsa",
-        "False",
-        "--out",
-        str(out),
-    ]
+    flags = [*"--steps 5 --deltas 7,1,4 --starts 2 --expert_lr 0.1 --dsa False".split(), "--out", str(out)]
     assert run("distance", f"short={toy / 'run'}", f"best={toy / 'run' / 'best.safetensors'}", *flags) == 0
     record = read(out / "distance.json")
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
@@ -238,11 +225,9 @@ def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
         for start in (0, 1):
             real = written_out_training(net, toy / "data", generator_for(0, "expert", start), 7, lr=0.1)
             path = written_out_path(net, real[0], synthetic, generator_for(0, "distance", start), 5)
-            for delta, values in wanted.items():
-                target = real[delta]
-                values.append(
-                    min(float((theta - target).square().sum() / (path[0] - target).square().sum()) for theta in path)
-                )
+            for delta, distances in wanted.items():
+                target, moved = real[delta], (real[0] - real[delta]).square().sum()
+                distances.append(min(float((theta - target).square().sum() / moved) for theta in path))
         points = record["curves"][label]
         assert [(point["real_steps"], point["n"]) for point in points] == [(1, 2), (4, 2), (7, 2)]
         for point in points:
