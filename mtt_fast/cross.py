@@ -7,7 +7,6 @@ again, so a stopped table continues, and a set or a network can be added later.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import sys
@@ -31,7 +30,7 @@ from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable, network_by_name
 from mtt_fast.options import RealImages, real_images
 from mtt_fast.protocols import evaluate
-from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.provenance import choose_device, device_name, digest, versions
 from mtt_fast.run_folder import only_user
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
@@ -141,7 +140,7 @@ def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str,
     options = row.options
     example = train(generator_for(options.seed, "evaluation", 0))
     return {
-        "images": RANDOM if row.source == RANDOM else _digest(example),
+        "images": RANDOM if row.source == RANDOM else digest(example.pixels, example.labels),
         "canvas": None if example.canvas is None else dataclasses.asdict(example.canvas),
         "ipc": len(example) // real.data.num_classes,
         "lr": lr,
@@ -184,14 +183,6 @@ def _measured_before(folder: Path) -> list[dict[str, Any]]:
         return list(json.loads(path.read_text(encoding="utf-8"))["cells"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: broken, or no table of this command; delete it or choose another --out") from error
-
-
-def _digest(images: Images) -> str:
-    """Return what tells one set from another: of the pixels and the labels."""
-    digest = hashlib.sha256()
-    for tensor in (images.pixels, images.labels):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ Expert i depends only on (seed, i), and is written as soon as it is trained, so 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,7 @@ from mtt_fast.options import CommonOptions, RealImages, TrueOrFalse, at_least, b
 from mtt_fast.provenance import choose_device, versions
 from mtt_fast.seeding import generator_for
 from mtt_fast.together import Work, crew_for, result_of, together
-from mtt_fast.training import Epoch, Sgd, accuracy, count_right, epoch_on
+from mtt_fast.training import Epoch, Sgd, accuracy, count_right, epoch_on, steps_on
 from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
 log = logging.getLogger(__name__)
@@ -232,8 +233,9 @@ def _training(
         direction = sharpness_aware(student, rho, training.alpha, training.adaptive)
         return epoch_on(direction, images.train, replace(sgd, lr=lr), augment, track_of(network))
 
-    velocity, run_epoch = torch.zeros_like(theta), epoch_at(training.lr, training.rho_max)
     for epoch in range(training.train_epochs):
+        if (begun := _begun_at(epoch, training)) is not None:
+            velocity, run_epoch = torch.zeros_like(theta), epoch_at(*begun)
         if stop:
             raise Stopped(
                 f"stopped in expert {index}; those that were finished are saved; the same command continues",
@@ -244,9 +246,6 @@ def _training(
         yield  # on a GPU others begin their epoch before this one is waited for
         parameters[epoch + 1] = theta
         accuracies.append(int(right) / len(images.test))
-        if training.decay and epoch == training.train_epochs // 2 + 1:
-            velocity = torch.zeros_like(theta)  # the public code makes a new optimiser here
-            run_epoch = epoch_at(training.lr * 0.1, training.rho_min)
         if bar is not None:
             with bar.get_lock():  # several threads count on it
                 bar.set_postfix(
@@ -254,6 +253,44 @@ def _training(
                 )
                 bar.update()
     return parameters, accuracies
+
+
+def _begun_at(epoch: int, training: ExpertTraining) -> tuple[float, float] | None:
+    """Return the learning rate and SAM's radius with which a new optimiser begins at number `epoch`; None if none does."""
+    if epoch == 0:
+        return training.lr, training.rho_max
+    if training.decay and epoch == training.train_epochs // 2 + 2:  # as in the public code
+        return training.lr * 0.1, training.rho_min
+    return None
+
+
+def expert_steps(
+    images: RealImages,
+    network: Trainable,
+    training: ExpertTraining,
+    *,
+    seed: int,
+    index: int,
+    precision: Precision = "fp32",
+) -> Iterator[Tensor]:
+    """Yield the parameters (P,), on the device, before and after each step of expert `index`'s training, without an end.
+
+    After the steps of an epoch they are the row that `train_expert` records.
+    """
+    generator = generator_for(seed, "expert", index)
+    theta = network.init(generator).to(images.train.labels.device)
+    student = student_for(network, theta.device, precision=precision)
+    augment = augment_by_strategy(training.augment)
+    yield theta
+    for epoch in itertools.count():
+        if (begun := _begun_at(epoch, training)) is not None:
+            lr, rho = begun
+            sgd = Sgd(lr, training.mom, training.l2, training.batch_size)
+            direction = sharpness_aware(student, rho, training.alpha, training.adaptive)
+            velocity, steps = torch.zeros_like(theta), steps_on(direction, images.train, sgd, augment)
+        for step in steps(theta, velocity, generator):
+            theta, velocity = step.theta, step.velocity
+            yield theta
 
 
 def _check_same_training(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 import sys
 from importlib import metadata
 
 import torch
+from torch import Tensor
 
 from mtt_fast.errors import InputError
 
@@ -21,6 +23,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return what tells these tensors from others: the SHA-256 of their values, in hexadecimal."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def device_name(device: torch.device) -> str:

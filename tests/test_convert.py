@@ -145,7 +145,7 @@ def test_canvases_are_told_to_be_such(caplog: pytest.LogCaptureFixture) -> None:
         ("res_x.pt", [], ["res_x.pt"], "['data'][-1]"),
         ("x.parquet", [], ["x.parquet"], "load_dataset('parquet'"),
         ("out", ["--to", "png"], ["labels.json"], "rounded to 8 bits"),
-        ("out", ["--to", "ddranking"], ["images.pt", "labels.pt", "lr.pt"], "LabelRobustScoreSoft(dataset='digits', ipc=1"),
+        ("out", ["--to", "ddranking"], ["images.pt", "labels.pt", "lr.pt"], "not digits"),
         ("out", ["--to", "dc_benchmark", "--hard_labels"], ["TM/digits/IPC1/images_best.pt"], "dc_benchmark's root is out"),
     ],
 )  # fmt: skip

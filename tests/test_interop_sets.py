@@ -22,7 +22,6 @@ from mtt_fast.interop import (
     SyntheticView,
     as_plain,
     class_major,
-    ddranking_call,
     image_data_from,
     read_set,
     set_kind_of,
@@ -271,20 +270,7 @@ def test_dd_ranking_sees_the_same_soft_labels(tmp_path: Path, labels: str) -> No
     torch.testing.assert_close(its_loss, -(truth * outputs.log_softmax(1)).sum(1))
 
 
-def test_the_call_of_dd_ranking(tmp_path: Path) -> None:
-    soft = ddranking_call("o'clock", as_plain(distilled("logits")), "CIFAR10", True)
-    assert "LabelRobustScoreSoft(dataset='CIFAR10', ipc=2" in soft
-    assert "use_zca=True" in soft
-    assert """torch.load("o'clock/" + name)""" in soft
-    assert "soft_labels=load('labels.pt')" in soft
-    assert "soft_label_mode='S'" in soft
-    hard = ddranking_call("out", as_plain(distilled()), "CIFAR10", False)
-    assert "LabelRobustScoreHard(" in hard
-    assert "hard_labels=load('labels.pt'), syn_lr=load('lr.pt')" in hard
-    for size, depth in {8: 3, 28: 3, 32: 3, 64: 4, 128: 5}.items():
-        images = torch.zeros(2, 3, size, size)
-        call = ddranking_call("out", plain_set(images, torch.arange(2), None, "x"), "CIFAR10", False)
-        assert f"model_name='ConvNet-{depth}'" in call
+def test_dd_ranking_wants_as_many_images_of_every_class(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="DD-Ranking: expected as many images of every class"):
         write_set(tmp_path, distilled(labels=torch.tensor([0, 0, 0, 1, 1, 2])), "ddranking")
 

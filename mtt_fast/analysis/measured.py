@@ -58,17 +58,17 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
     for folder, summary in summaries.items():
         options = summary.get("options", {})
         try:
-            setting = Setting(_dataset(options), _network(summary), _method(summary), str(options["ipc"]))
+            setting = Setting(_dataset(options), options["model"], _method(summary), str(options["ipc"]))
         except KeyError as error:
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
         own = {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
-        accuracy = summary["accuracy"]
-        _add(groups, setting, own, seed, folder, accuracy["distilled"])
-        if "random_real_images" in accuracy:
-            own = {name: options.get(name) for name in _OF_EVALUATION}
-            of_random = setting._replace(method=RANDOM + _protocol(options))
-            _add(groups, of_random, own, seed, folder, accuracy["random_real_images"])
+        for network, accuracy in _by_network(summary, "distilled").items():
+            _add(groups, setting._replace(model=network), own, seed, folder, accuracy)
+        own = {name: options.get(name) for name in _OF_EVALUATION}
+        of_random = setting._replace(method=RANDOM + _protocol(options))
+        for network, accuracy in _by_network(summary, "random_real_images").items():
+            _add(groups, of_random._replace(model=network), own, seed, folder, accuracy)
     found: dict[Setting, list[Measured]] = {}
     for (setting, _), by_seed in groups.items():
         found.setdefault(setting, []).append(_together(list(by_seed.values())))
@@ -83,10 +83,13 @@ def _dataset(options: Mapping[str, Any]) -> str:
     return f"{name} at {options['res']} px" if options.get("res") not in (None, PAPER_RES) else name
 
 
-def _network(summary: Mapping[str, Any]) -> str:
-    """Return the network whose accuracy is told first: with --eval_mode it need not be the one that was distilled with."""
-    by_network = summary.get("accuracy_by_network", {}).get("distilled", {})
-    return str(next(iter(by_network), summary["options"]["model"]))
+def _by_network(summary: Mapping[str, Any], images: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the accuracy of each network that was tested on `images`: with --eval_mode others than that of the run."""
+    if images not in summary["accuracy"]:
+        return {}
+    tested: Mapping[str, Mapping[str, Mapping[str, Any]]] = summary.get("accuracy_by_network", {})
+    first = next(iter(tested.get("distilled", ())), summary["options"]["model"])  # whose accuracy is told first
+    return tested.get(images) or {first: summary["accuracy"][images]}
 
 
 def _method(summary: Mapping[str, Any]) -> str:

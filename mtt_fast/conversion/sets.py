@@ -24,6 +24,7 @@ from mtt_fast.interop import (
     read_set,
     write_set,
 )
+from mtt_fast.interop.ddranking import VERSION
 from mtt_fast.interop.plain import hardened, in_place
 from mtt_fast.provenance import versions
 from mtt_fast.synthetic import SyntheticDataset
@@ -114,20 +115,35 @@ def _in_order(options: ConvertOptions, found: SyntheticDataset | PlainSet) -> Sy
     return dataclasses.replace(found, **changed)
 
 
+def _for_ddranking(
+    options: ConvertOptions, folder: Path, found: SyntheticDataset | PlainSet, plain: PlainSet, zca: bool | None
+) -> str:
+    """Return the call of DD-Ranking, or why it cannot take the set."""
+    recipe = found.recipe if isinstance(found, SyntheticDataset) else {}
+    dataset, subset = options.dataset or recipe.get("dataset"), options.subset or recipe.get("subset")
+    data_path = recipe.get("data_path", options.data_path)
+    try:
+        if isinstance(found, SyntheticDataset) and found.canvas:
+            raise InputError("it has no random crops, which the canvases of --texture need")
+        call = ddranking_call(folder, plain, dataset, zca, subset, data_path)
+    except InputError as error:
+        return f"DD-Ranking {VERSION} cannot take the set: {error}"
+    return f"DD-Ranking {VERSION} takes it with\n{call}"
+
+
 def _usage(options: ConvertOptions, kind: str, written: list[Path], found: SyntheticDataset | PlainSet) -> str:
     """Return what the software that reads the files has to do."""
     first = written[0]
     plain = found if isinstance(found, PlainSet) else as_plain(found)
     zca: bool | None = options.zca or None
-    dataset = options.dataset
     if isinstance(found, SyntheticDataset):
-        zca, dataset = found.whitening is not None, dataset or found.recipe.get("dataset")
+        zca = found.whitening is not None
     space = {True: "ZCA-whitened", False: "normalised", None: "normalised or whitened, as in the source"}[zca]
     match kind:
         case "synthetic":
             return f"use it with: python -m mtt_fast.evaluate {first}"
         case "ddranking":
-            return f"DD-Ranking takes it with\n{ddranking_call(first.parent, plain, dataset or 'CIFAR10', zca)}"
+            return _for_ddranking(options, first.parent, found, plain, zca)
         case "dc_benchmark":
             return f"dc_benchmark's root is {options.destination}; images are {space}"
         case "dc":

@@ -84,25 +84,6 @@ def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Pat
     return write_pair(Path(folder) / "images.pt", dataclasses.replace(found, labels=labels))
 
 
-def ddranking_call(folder: str | os.PathLike[str], found: PlainSet, dataset: str, zca: bool | None) -> str:
-    """Return the lines of Python that give a set written by `write_ddranking` to DD-Ranking (version 0.2)."""
-    soft = found.label_kind != "indices"
-    name, labels = ("LabelRobustScoreSoft", "soft_labels") if soft else ("LabelRobustScoreHard", "hard_labels")
-    whitening = "True if the images are whitened, else False" if zca is None else zca
-    depth = max(3, found.images.shape[-1].bit_length() - 3)  # the field's: 3 for 32 pixels, 4 for 64, 5 for 128
-    options = [f"dataset={dataset!r}", f"ipc={found.ipc('DD-Ranking')}", f"model_name='ConvNet-{depth}'"]
-    options += [f"im_size={tuple(found.images.shape[2:])}", f"use_zca={whitening}"]
-    if soft:
-        options += ["soft_label_mode='S'", "soft_label_criterion='sce'"]
-        options += ["loss_fn_kwargs={'temperature': 1.0, 'scale_loss': False}"]
-    rate = "load('lr.pt')" if found.lr is not None else "None"
-    return (
-        f"load = lambda name: torch.load({f'{Path(folder)}/'!r} + name)\n"
-        f"ddranking.metrics.{name}({', '.join(options)}, …).compute_metrics(\n"
-        f"    image_tensor=load('images.pt'), {labels}=load('labels.pt'), syn_lr={rate})"
-    )
-
-
 def find_images(source: Path) -> Path:
     """Return the file of images that `source`, a file or a folder, means. Raises `InputError` if that is not clear."""
     if not source.is_dir():
