@@ -41,11 +41,12 @@ from mtt_fast.distillation.segments import student_batches
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import as_training_images, check_shape
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions, expert_steps
-from mtt_fast.files import write_json, write_text
+from mtt_fast.files import MALFORMED, write_text
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable
 from mtt_fast.options import CommonOptions, RealImages, at_least, real_images
 from mtt_fast.provenance import choose_device, device_name, digest, versions
+from mtt_fast.records import read_record, write_record
 from mtt_fast.run_folder import SYNTHETIC, only_user
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
@@ -289,11 +290,18 @@ def _measured_before(folder: Path) -> list[dict[str, Any]]:
     path = folder / RECORD
     if not path.exists():
         return []
+    what, mend = "a record of this command", "delete it or choose another --out"
+    record = read_record(path, what, mend)
     try:
-        measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
-        return [{"question": dict(entry["question"]), "nearest": list(entry["nearest"])} for entry in measured]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: broken, or no record of this command; delete it or choose another --out") from error
+        return [
+            {
+                "question": dict(entry["question"]),
+                "nearest": [(float(far), int(step)) for far, step in entry["nearest"]],
+            }
+            for entry in record["measured"]
+        ]
+    except MALFORMED as error:
+        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
 
 
 def _answer(measured: Sequence[Mapping[str, Any]], question: Mapping[str, Any]) -> Sequence[Nearest] | None:
@@ -348,7 +356,7 @@ def _write_record(
         "device": device_name(real.train.labels.device),
         "versions": versions(),
     }
-    write_json(folder / RECORD, record)
+    write_record(folder / RECORD, record)
 
 
 def _as_markdown(curves: Mapping[str, Sequence[Mapping[str, Any]]], options: DistanceOptions) -> str:

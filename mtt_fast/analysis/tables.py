@@ -23,7 +23,8 @@ from mtt_fast.analysis.output import MISSING, markdown_table, percent
 from mtt_fast.analysis.published import Paper, Published, published
 from mtt_fast.analysis.runs import finished_runs
 from mtt_fast.errors import InputError
-from mtt_fast.files import write_json, write_text
+from mtt_fast.files import write_text
+from mtt_fast.records import write_record
 
 log = logging.getLogger(__name__)
 
@@ -89,17 +90,15 @@ def main(argv: Sequence[str]) -> None:
     paper = published()
     tables = beside(measured(finished_runs(options.runs)), paper.rows, list(paper.titles))
     folder = Path(options.out)
-    write_json(
-        folder / "tables.json",
-        {
-            number: {"title": paper.titles[number], "rows": [row.record() for row in rows]}
-            for number, rows in tables.items()
-        },
-    )
     text = "\n".join(
         [*(_section(number, paper.titles[number], rows) for number, rows in tables.items()), _costs_and_shares(paper)]
     )
     write_text(folder / "tables.md", text)
+    record = {
+        number: {"title": paper.titles[number], "rows": [row.record() for row in rows]}
+        for number, rows in tables.items()
+    }
+    write_record(folder / "tables.json", record)  # last: it says that all is there
     log.info("%s\n%s", folder / "tables.md", text)
 
 
