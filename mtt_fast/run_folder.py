@@ -18,6 +18,7 @@ from torch import Tensor
 from mtt_fast.cli import read_toml
 from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors, write_text
+from mtt_fast.identity import UNKNOWN, DatasetIdentity
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
@@ -34,10 +35,13 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def only_user(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the run while the block lasts, and clear what a killed one left half-written.
+def only_user(
+    folder: Path, doing: str = "writing to this run", otherwise: str = "choose another --out"
+) -> Iterator[None]:
+    """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
 
-    Raises `InputError` if another process is in.
+    The lock ends with the process that holds it, whatever ends that. Raises `InputError` if another process is in: what it is
+    `doing`, and what to do `otherwise` than to wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -46,9 +50,17 @@ def only_user(folder: Path) -> Iterator[None]:
                 leftover.unlink()
             yield
     except Timeout as error:
-        raise InputError(
-            f"{folder}: another process is writing to this run; wait for it or choose another --out"
-        ) from error
+        raise InputError(f"{folder}: another process is {doing}; wait for it or {otherwise}") from error
+
+
+@contextlib.contextmanager
+def only_writer_of_experts(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing experts to `folder` while the block lasts; readers need not ask.
+
+    Raises `InputError` if another process does.
+    """
+    with only_user(folder, "training or writing experts here", "choose another --buffer_path"):
+        yield
 
 
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
@@ -152,6 +164,8 @@ class State:
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     seconds: float = 0.0
     seconds_evaluation: float = 0.0
+    data: DatasetIdentity = UNKNOWN  # of the real images
+    digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
 
     @property
     def mean_lr(self) -> float:
@@ -171,7 +185,11 @@ def save_checkpoint(folder: Path, state: State) -> None:
     save_tensors(
         folder / CHECKPOINT,
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
-        {"numbers": json.dumps(numbers)},
+        {
+            "numbers": json.dumps(numbers),
+            "data": json.dumps(state.data.record()),
+            "digests": json.dumps(state.digests),
+        },
     )
 
 
@@ -184,7 +202,9 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
-        return State(**values | json.loads(metadata["numbers"]))
+        data = DatasetIdentity.from_record(json.loads(metadata.get("data", "{}")))
+        digests = tuple(json.loads(metadata.get("digests", "[]")))
+        return State(**values | json.loads(metadata["numbers"]), data=data, digests=digests)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from mtt_fast.data import Normalisation
 from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors
+from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
 from mtt_fast.texture import Canvas
 from mtt_fast.whitening import Whitening
 
 _FORMAT = "mtt_fast.synthetic.1"
+_RECORDED = ("class_names", "mean", "std", "label_kind", "recipe", "versions", "dataset", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class SyntheticDataset:
     `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
     learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
     With a `canvas` the images are textures, of which networks see random crops (mtt_fast/texture.py).
-    `recipe` holds the options it was made with; `versions` the software's.
+    `recipe` holds the options it was made with; `versions` the software's. `dataset` and `fingerprint` are the name and the
+    fingerprint of the real images that it was made from (`ImageData`), "" where they are not known.
     """
 
     images: Tensor
@@ -45,6 +48,24 @@ class SyntheticDataset:
     versions: dict[str, str] = field(default_factory=dict)
     lr_per_step: Tensor | None = None
     canvas: Canvas | None = None
+    dataset: str = ""
+    fingerprint: str = ""
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """Which real images it was made from, as far as it knows: what it may be used with."""
+        channels, height, width = self.images.shape[1:]
+        side = 1 if self.canvas is None else self.canvas.size
+        whitening = NORMALISED if self.whitening is None else WHITENED
+        return DatasetIdentity(
+            self.dataset, self.class_names, (channels, height // side, width // side), self.mean, self.std, whitening,
+            self.fingerprint,
+        )  # fmt: skip
+
+    @property
+    def transform(self) -> Normalisation | Whitening:
+        """From pictures in [0, 1] to the space of its images, and back."""
+        return self.whitening or Normalisation(self.mean, self.std)
 
     @property
     def classes(self) -> Tensor:
@@ -56,8 +77,7 @@ class SyntheticDataset:
 
     def pictures(self) -> Tensor:
         """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
-        transform = self.whitening or Normalisation(self.mean, self.std)
-        return transform.invert(self.images).clamp(0, 1)
+        return self.transform.invert(self.images).clamp(0, 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
@@ -66,9 +86,7 @@ class SyntheticDataset:
             tensors["lr_per_step"] = self.lr_per_step
         if self.whitening:
             tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
-        record = {
-            name: getattr(self, name) for name in ("class_names", "mean", "std", "label_kind", "recipe", "versions")
-        }
+        record = {name: getattr(self, name) for name in _RECORDED}
         if self.canvas:
             record["canvas"] = dataclasses.asdict(self.canvas)
         save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})

@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from mtt_fast.arithmetic import precision_on
 from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.expert_checks import check_belongs
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages, buffer_folder
-from mtt_fast.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.trajectories import TrajectoryStore
 
 _BLOCK = 500  # images looked at together
 
@@ -30,10 +31,7 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
             folder, 1, real, network, options.expert(), seed=options.seed,
             precision=precision_on(real.train.labels.device, network, options.precision),
         )  # fmt: skip
-    check_compatible(
-        store.metadata(0), layout=network.layout.describe(), fingerprint=real.data.fingerprint,
-        whitening=real.whitening, needed_epochs=0, epochs=store.epochs(0), where=str(folder),
-    )  # fmt: skip
+    check_belongs(store, 0, network, real.identity)
     return store
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
 
 _BLOCK = 4096  # images looked at together, so that a memory-mapped data set is never copied whole
 
@@ -52,6 +53,13 @@ class ImageData:
         """(C, H, W)"""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    def identity(self, zca: bool) -> DatasetIdentity:
+        """Return what tells these images from others, whitened with `zca` and otherwise normalised."""
+        return DatasetIdentity(
+            self.name, self.class_names, self.image_shape, self.mean, self.std, WHITENED if zca else NORMALISED,
+            self.fingerprint,
+        )  # fmt: skip
 
 
 def from_tensors(
