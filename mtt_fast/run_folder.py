@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mtt_fast.cli import read_toml
 from mtt_fast.errors import InputError
-from mtt_fast.files import load_tensors, save_tensors, write_text
+from mtt_fast.files import MALFORMED, load_tensors, parse_json, save_tensors, write_text
 from mtt_fast.identity import UNKNOWN, DatasetIdentity
+from mtt_fast.temporaries import remove_leftovers
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
@@ -46,8 +47,10 @@ def only_user(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            for leftover in folder.glob(".*.partial"):
-                leftover.unlink()
+            remove_leftovers(folder)
+            for leftover in folder.glob(".*.partial"):  # as writers left them before they locked what they write
+                if leftover.is_file():
+                    leftover.unlink()
             yield
     except Timeout as error:
         raise InputError(f"{folder}: another process is {doing}; wait for it or {otherwise}") from error
@@ -173,6 +176,7 @@ class State:
         return float(self.lr.mean())
 
 
+_CHECKPOINT = "mtt_fast checkpoint 2"  # the number when there were no checksums yet was none at all
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept", "seconds", "seconds_evaluation")
@@ -186,6 +190,7 @@ def save_checkpoint(folder: Path, state: State) -> None:
         folder / CHECKPOINT,
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
         {
+            "format": _CHECKPOINT,
             "numbers": json.dumps(numbers),
             "data": json.dumps(state.data.record()),
             "digests": json.dumps(state.digests),
@@ -202,10 +207,11 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
-        data = DatasetIdentity.from_record(json.loads(metadata.get("data", "{}")))
-        digests = tuple(json.loads(metadata.get("digests", "[]")))
-        return State(**values | json.loads(metadata["numbers"]), data=data, digests=digests)
-    except (KeyError, TypeError, ValueError) as error:
+        before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
+        told = {name: parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests")}
+        origin = {"data": DatasetIdentity.from_record(told["data"]), "digests": tuple(told["digests"])}
+        return State(**values | told["numbers"] | origin)
+    except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from mtt_fast.data import Normalisation
 from mtt_fast.errors import InputError
-from mtt_fast.files import load_tensors, save_tensors
+from mtt_fast.files import MALFORMED, check_types, load_tensors, parse_json, save_tensors
 from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
 from mtt_fast.texture import Canvas
 from mtt_fast.whitening import Whitening
 
-_FORMAT = "mtt_fast.synthetic.1"
-_RECORDED = ("class_names", "mean", "std", "label_kind", "recipe", "versions", "dataset", "fingerprint")
+_FORMAT = "mtt_fast.synthetic.2"
+_BEFORE_CHECKSUMS = "mtt_fast.synthetic.1"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class SyntheticDataset:
             tensors["lr_per_step"] = self.lr_per_step
         if self.whitening:
             tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
-        record = {name: getattr(self, name) for name in _RECORDED}
+        record = {name: getattr(self, name) for name in _RECORD}
         if self.canvas:
             record["canvas"] = dataclasses.asdict(self.canvas)
         save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})
@@ -95,28 +96,18 @@ class SyntheticDataset:
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
         """Read what `save` wrote. Raises `InputError` if the file is missing, broken or something else."""
         tensors, metadata = load_tensors(path)
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in (_FORMAT, _BEFORE_CHECKSUMS):
             raise InputError(
                 f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}"
             )
-        record = json.loads(metadata["record"])
-        white = {
-            name: tensors[f"whitening.{name}"]
-            for name in ("mean", "matrix", "inverse")
-            if f"whitening.{name}" in tensors
-        }
-        for name in ("class_names", "mean", "std"):
-            record[name] = tuple(record[name])
-        if "canvas" in record:
-            record["canvas"] = Canvas(**record["canvas"])
-        return cls(
-            tensors["images"],
-            tensors["labels"],
-            tensors["lr"],
-            whitening=Whitening(**white) if white else None,
-            lr_per_step=tensors.get("lr_per_step"),
-            **record,
-        )
+        before = {} if metadata["format"] == _FORMAT else {"dataset": "", "fingerprint": ""}
+        try:
+            return _from_parts(tensors, before | parse_json(metadata["record"]))
+        except MALFORMED as error:
+            raise InputError(
+                f"{path}: expected a distilled set with all its parts, found another ({type(error).__name__}: {error}); "
+                "use the version that wrote it, or make it again"
+            ) from error
 
     def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the set for other software and return the files.
@@ -134,6 +125,31 @@ class SyntheticDataset:
         names = ("images", "labels", "lr", "lr_per_step")
         moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(self, **moved)
+
+
+_RECORD = {
+    "class_names": list, "mean": list, "std": list, "label_kind": str, "recipe": dict, "versions": dict, "dataset": str,
+    "fingerprint": str,
+}  # fmt: skip
+"""The fields of a set's record, and their types."""
+
+
+def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> SyntheticDataset:
+    """Return the set that a file holds. Raises one of `MALFORMED` for a part that is missing, unknown or of another kind."""
+    canvas = record.pop("canvas", None)
+    check_types(record, _RECORD)
+    for name in ("class_names", "mean", "std"):
+        record[name] = tuple(record[name])
+    white = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("whitening.")}
+    return SyntheticDataset(
+        tensors["images"],
+        tensors["labels"],
+        tensors["lr"],
+        whitening=Whitening(**white) if white else None,
+        lr_per_step=tensors.get("lr_per_step"),
+        canvas=Canvas(**canvas) if canvas is not None else None,
+        **record,
+    )
 
 
 def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:
