@@ -70,15 +70,15 @@ def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
         )
 
 
-def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]) -> None:
+def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any], *, to_the_end: bool) -> None:
     """Check that an expert was trained with the hyperparameters that the user `asked` for, by their names.
 
-    One that was trained for longer is the same as long as the other was, unless its learning rate decayed, which follows from
-    the number of epochs. Of an expert from elsewhere nothing is known, so it is used as it is.
-    Raises `InputError` that says with which options it would be used.
+    One that was trained for longer is the same as far as the other goes, unless its learning rate decays, which follows from
+    the number of epochs: that counts only then, and where the job looks at its last epoch (`to_the_end`). Of an expert from
+    elsewhere nothing is known, so it is used as it is. Raises `InputError` that says with which options it would be used.
     """
     found = hyperparameters_of(store.metadata(expert))
-    differing = _differing(asked, found) if found else []
+    differing = _differing(asked, found, to_the_end) if found else []
     if differing:
         first, flags = differing[0], " ".join(_flag(name, found[name]) for name in differing)
         raise InputError(
@@ -87,19 +87,28 @@ def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]
         )
 
 
-def check_alike(store: TrajectoryStore, experts: Iterable[int]) -> None:
-    """Check that `experts` were trained alike, as far as is known; their seeds and, without decay, their epochs may differ.
+def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
+    """Check that `experts` were trained alike, as far as is known, with whatever seeds; `to_the_end` as in `check_as_asked`.
 
     Raises `InputError` that names one that differs from the first.
     """
     known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
     for expert, found in known.items():
         first = next(iter(known))
-        for name in _differing(known[first], found)[:1]:
+        for name in _differing(known[first], found, to_the_end)[:1]:
             raise InputError(
                 f"{store.path(expert)}: trained with {name} {found.get(name)}, but {store.path(first).name} with "
                 f"{known[first][name]}; keep those of one training in the folder, or say --max_experts {expert}"
             )
+
+
+def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any], to_the_end: bool) -> list[str]:
+    """Return the hyperparameters in which an expert is another one, as far as it is looked at."""
+    return [
+        name
+        for name, value in wanted.items()
+        if found.get(name) != value and (name != "train_epochs" or to_the_end or found.get("decay"))
+    ]
 
 
 def check_one_kind(store: TrajectoryStore) -> None:
@@ -116,16 +125,7 @@ def check_one_kind(store: TrajectoryStore) -> None:
         check_same_data(
             metadata.identity, first.identity, store.path(expert), mend="keep those of one data set in the folder"
         )
-    check_alike(store, range(len(store)))
-
-
-def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Return the hyperparameters in which an expert is another one, as long as both were trained."""
-    return [
-        name
-        for name, value in wanted.items()
-        if found.get(name) != value and (name != "train_epochs" or found.get("decay"))
-    ]
+    check_alike(store, range(len(store)), to_the_end=False)
 
 
 def check_same_training(

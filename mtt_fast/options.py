@@ -141,6 +141,11 @@ class RealImages:
         """What tells them from others."""
         return self.data.identity(zca=isinstance(self.transform, Whitening))
 
+    @property
+    def whitening(self) -> str:
+        """Which input space this is, as `DatasetIdentity.whitening`."""
+        return self.identity.whitening
+
 
 def real_images(
     data: ImageData, zca: bool, device: torch.device, transform: Normalisation | Whitening | None = None

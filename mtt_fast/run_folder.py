@@ -18,7 +18,7 @@ from torch import Tensor
 from mtt_fast.cli import read_toml
 from mtt_fast.errors import InputError
 from mtt_fast.files import MALFORMED, load_tensors, parse_json, save_tensors, write_text
-from mtt_fast.identity import UNKNOWN, DatasetIdentity
+from mtt_fast.identity import UNKNOWN, DatasetIdentity, check_same_data
 from mtt_fast.temporaries import remove_leftovers
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
@@ -213,6 +213,12 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         return State(**values | told["numbers"] | origin)
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
+
+
+def check_same_images(checkpoint: Path, saved: DatasetIdentity, identity: DatasetIdentity) -> None:
+    """Raise `InputError` if the run of a checkpoint began with other real images than those at hand, of this `identity`."""
+    mend = "give back the images that the run began with, or choose another --out"
+    check_same_data(saved, identity, checkpoint, mend=mend)
 
 
 class MetricsLog:

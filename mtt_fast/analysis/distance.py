@@ -35,8 +35,10 @@ from mtt_fast.arithmetic import arithmetic, precision_on
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.distillation.segments import student_batches
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import as_training_images, check_shape
+from mtt_fast.evaluate import as_training_images
+from mtt_fast.expert_checks import check_alike, check_belongs
 from mtt_fast.files import write_json, write_text
+from mtt_fast.identity import check_same_data
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.models import Trainable
 from mtt_fast.options import CommonOptions, at_least, buffer_folder
@@ -44,7 +46,7 @@ from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.trajectories import TrajectoryStore
 from mtt_fast.unroll import unroll
 
 log = logging.getLogger(__name__)
@@ -122,26 +124,14 @@ def _run(
     if not count:
         raise InputError(f"{experts.folder}: expected experts, found none; give the --buffer_path of the runs")
     for label, synthetic in sets.items():
-        check_shape(as_training_images(synthetic, torch.device("cpu")), data, label)
-        if len(synthetic.class_names) != data.num_classes:
-            raise InputError(
-                f"{label}: expected {data.num_classes} classes of {data.name}, found {len(synthetic.class_names)}; the "
-                "runs must be of one data set"
-            )
+        check_same_data(synthetic.identity, data.identity(options.zca), label)
     last = min(experts.epochs(expert) for expert in range(count))
     reach = [min(last - start, options.epochs or last) for start in starts]
     if min(reach) < 1:
         raise InputError(f"--start_epochs {options.start_epochs}: expected epochs below {last}, where the experts end")
     for expert in range(count):
-        check_compatible(
-            experts.metadata(expert),
-            layout=network.layout.describe(),
-            fingerprint=data.fingerprint,
-            whitening="zca" if options.zca else "none",
-            needed_epochs=last,
-            epochs=experts.epochs(expert),
-            where=experts.folder,
-        )
+        check_belongs(experts, expert, network, data.identity(options.zca))
+    check_alike(experts, range(count), to_the_end=False)
     found: dict[str, dict[int, list[Nearest]]] = {label: {} for label in sets}
     works = [(label, expert, place) for label in sets for expert in range(count) for place in range(len(starts))]
     with stop_request() as stop, tqdm(works, desc="distance", unit="student") as bar:

@@ -62,11 +62,12 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
         except KeyError as error:
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
-        own = {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
+        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may bear one name
+        own = images | {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
         accuracy = summary["accuracy"]
         _add(groups, setting, own, seed, folder, accuracy["distilled"])
         if "random_real_images" in accuracy:
-            own = {name: options.get(name) for name in _OF_EVALUATION}
+            own = images | {name: options.get(name) for name in _OF_EVALUATION}
             of_random = setting._replace(method=RANDOM + _protocol(options))
             _add(groups, of_random, own, seed, folder, accuracy["random_real_images"])
     found: dict[Setting, list[Measured]] = {}

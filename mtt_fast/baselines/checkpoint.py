@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
 from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors
-from mtt_fast.run_folder import CHECKPOINT
+from mtt_fast.identity import DatasetIdentity
+from mtt_fast.run_folder import CHECKPOINT, check_same_images
 
 _OPTIMISER = "optimiser."
 
@@ -24,6 +26,7 @@ class Progress:
     iteration: int = 0  # completed ones
     seconds: float = 0.0
     seconds_evaluation: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)  # record of the real images' identity
 
 
 def save_checkpoint(folder: Path, learning: Learning, progress: Progress) -> None:
@@ -38,17 +41,18 @@ def save_checkpoint(folder: Path, learning: Learning, progress: Progress) -> Non
     save_tensors(folder / CHECKPOINT, _tensors(learning) | of_optimiser, {"progress": json.dumps(asdict(progress))})
 
 
-def load_checkpoint(folder: Path, learning: Learning) -> Progress:
+def load_checkpoint(folder: Path, learning: Learning, identity: DatasetIdentity) -> Progress:
     """Bring the tensors of `learning` to where they were last saved; return how far that is: 0 if nothing was saved.
 
-    Raises `InputError` if the file is broken or of something else.
+    `identity` is that of the real images. Raises `InputError` if the file is broken, of something else or of other images.
     """
     path = folder / CHECKPOINT
     if not path.exists():
-        return Progress()
+        return Progress(data=identity.record())
     saved, metadata = load_tensors(path)
     try:
         progress = Progress(**json.loads(metadata["progress"]))
+        check_same_images(path, DatasetIdentity.from_record(progress.data), identity)
         for name, tensor in _tensors(learning).items():
             tensor.resize_(saved[name].shape).copy_(saved[name])
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -58,6 +62,8 @@ def load_checkpoint(folder: Path, learning: Learning) -> Progress:
                 state[int(index)][key] = value.clone()
         groups = learning.optimiser.state_dict()["param_groups"]
         learning.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
     return progress

@@ -16,10 +16,10 @@ from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.expert_checks import FLAGS, as_trained, check_alike, check_as_asked, check_belongs, check_long_enough
 from mtt_fast.experts import train_missing_experts
-from mtt_fast.identity import DatasetIdentity, check_same_data
+from mtt_fast.identity import DatasetIdentity
 from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages, buffer_folder
-from mtt_fast.run_folder import CHECKPOINT, State
+from mtt_fast.run_folder import CHECKPOINT, State, check_same_images
 from mtt_fast.trajectories import TrajectoryStore
 from mtt_fast.waypoints import evenly_spaced
 
@@ -86,8 +86,8 @@ def check_experts(
     for expert in taking_turns:
         check_belongs(store, expert, network, data.identity(options.zca), other_data=options.other_data)
         check_long_enough(store, expert, needed)
-        check_as_asked(store, expert, asked)
-    check_alike(store, taking_turns)
+        check_as_asked(store, expert, asked, to_the_end=options.looks_at_last_epochs)
+    check_alike(store, taking_turns, to_the_end=options.looks_at_last_epochs)
     if experts is not None and store is not experts:
         check_made_of(store, taking_turns, experts)
 
@@ -120,10 +120,7 @@ def check_goes_on(folder: Path, state: State, identity: DatasetIdentity, store: 
 
     `identity` is that of the images at hand. Raises `InputError` that names what differs otherwise.
     """
-    check_same_data(
-        state.data, identity, folder / CHECKPOINT,
-        mend="give back the images that the run began with, or choose another --out",
-    )  # fmt: skip
+    check_same_images(folder / CHECKPOINT, state.data, identity)
     if len(store) < state.experts:
         raise InputError(
             f"{folder}: the run was started with {state.experts} experts, found {len(store)}; "

@@ -216,6 +216,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         self.evaluation_protocol()
         eval_pool(self.eval_mode, self.model)
 
+    @property
+    def looks_at_last_epochs(self) -> bool:
+        """Whether images or labels come from what experts say after their last epoch."""
+        return self.pix_init == "samples_predicted_correctly" or self.label_init == "experts"
+
     def asks_experts(self) -> str | None:
         """Return the first option for which experts classify images, or None."""
         options = {

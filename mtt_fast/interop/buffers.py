@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.identity import check_same_data
 from mtt_fast.interop.pickles import load_pickle, save_large_pickle
 from mtt_fast.layout import ParameterLayout
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
+from mtt_fast.models import full_name
+from mtt_fast.run_folder import only_writer_of_experts
+from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
 from mtt_fast.waypoints import Course
 
 BUFFER = r"replay_buffer_(\d+)\.pt"
@@ -127,28 +130,37 @@ def import_experts(
 
     All are checked before one is written; one expert at a time is in memory. `metadata` is all that they have in common.
     Experts that an earlier, stopped call wrote are kept. `each` is called after every expert.
-    Raises `InputError` for an expert that is none, and if `folder` holds others.
+    Raises `InputError` for an expert that is none, if `folder` holds others, and if another process writes there.
     """
     folder = Path(folder)
     for expert in experts():
         check_trajectory(expert, layout)
-    present = TrajectoryStore(folder) if folder.is_dir() else None
-    for index, expert in enumerate(experts()):
-        origin = {"imported_from": expert.name, "train_epochs": expert.num_epochs}
-        if present is not None and index in present.indices:
-            there = present.metadata(present.indices.index(index))
-            if (there.hyperparameters, there.fingerprint, there.layout) != (
-                origin,
-                metadata.fingerprint,
-                metadata.layout,
-            ):
-                raise InputError(
-                    f"{expert_path(folder, index)}: holds another expert; choose another destination, or delete it"
-                )
-        else:
-            _write(folder, index, expert, dataclasses.replace(metadata, hyperparameters=origin), measure, dtype)
-        each(expert)
+    with only_writer_of_experts(folder):
+        present = TrajectoryStore(folder)
+        for index, expert in enumerate(experts()):
+            origin = {"imported_from": expert.name, "train_epochs": expert.num_epochs}
+            if index in present.indices:
+                _check_is(present, present.indices.index(index), expert, metadata)
+            else:
+                _write(folder, index, expert, dataclasses.replace(metadata, hyperparameters=origin), measure, dtype)
+            each(expert)
     return TrajectoryStore(folder)
+
+
+def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata) -> None:
+    """Raise `InputError` unless the expert at `place` is this one, imported before as that of the same images and network."""
+    path, there = present.path(place), present.metadata(place)
+    otherwise = "choose another destination, or delete it"
+    check_same_data(there.identity, metadata.identity, path, mend=otherwise)
+    known = (there.layout, full_name(there.network)) == (metadata.layout, full_name(metadata.network))
+    ends = {0: expert.points[0], present.epochs(place): expert.points[-1]}
+    same = present.epochs(place) == expert.num_epochs and all(
+        torch.equal(present.read(place, epoch), flat.to(present.dtype(place)).float())
+        for epoch, tensors in ends.items()
+        for flat in (torch.cat([tensor.detach().flatten().float() for tensor in tensors]),)
+    )
+    if not (known and same):
+        raise InputError(f"{path}: holds another expert than {expert.name}; {otherwise}")
 
 
 def _write(
