@@ -27,6 +27,7 @@ SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
 EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
 """The same with the average of the images over the iterations in their place."""
 _DISTILLATION = "mtt_fast.distill"
+_LOCK = ".lock"
 HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
 
@@ -46,7 +47,7 @@ def only_user(
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / _LOCK, timeout=0):
             remove_leftovers(folder)
             for leftover in folder.glob(".*.partial"):  # as writers left them before they locked what they write
                 if leftover.is_file():
@@ -60,10 +61,17 @@ def only_user(
 def only_writer_of_experts(folder: Path) -> Iterator[None]:
     """Keep other processes from writing experts to `folder` while the block lasts; readers need not ask.
 
-    Raises `InputError` if another process does.
+    Nothing but experts stays, and no folder without one. Raises `InputError` if another process writes there.
     """
     with only_user(folder, "training or writing experts here", "choose another --buffer_path"):
-        yield
+        try:
+            yield
+        finally:
+            (folder / _LOCK).unlink(
+                missing_ok=True
+            )  # who opened it just now finds that it has no name, and starts over
+            with contextlib.suppress(OSError):  # there are experts
+                folder.rmdir()
 
 
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:

@@ -74,7 +74,8 @@ def _check_belongs(options: ConvertOptions, found: SyntheticDataset) -> None:
     It knows that by itself, so they need not; a name that is none of the data sets' is one for the files that are written.
     """
     expected = UNKNOWN
-    if options.dataset is not None and options.dataset.casefold() in {name.casefold() for name in NAMES}:
+    known = {name.casefold() for name in NAMES if name != "folder"}
+    if options.dataset is not None and options.dataset.casefold() in known:
         expected = data_facts(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
     expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
     check_same_data(found.identity, expected, options.source, mend="leave out what says otherwise: it knows its images")

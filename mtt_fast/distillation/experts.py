@@ -88,7 +88,7 @@ def check_experts(
         check_long_enough(store, expert, needed)
         check_as_asked(store, expert, asked, to_the_end=options.looks_at_last_epochs)
     check_alike(store, taking_turns, to_the_end=options.looks_at_last_epochs)
-    if experts is not None and store is not experts:
+    if experts is not None and store.folder != experts.folder:
         check_made_of(store, taking_turns, experts)
 
 

@@ -45,8 +45,6 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     ipc: int = 1
     """synthetic images a class"""
-    other_data: bool = False
-    """use experts that were trained on other images, of the same classes and size"""
     Iteration: int = 5000
     """iterations (updates of the images)"""
     syn_steps: int = 20
@@ -114,8 +112,10 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     buffer_path: str = "buffers"
     """where the experts' trajectories are"""
+    other_data: bool = False
+    """use experts that were trained on other images, of the same classes and size"""
     num_experts: int = 100
-    """experts to train if there are fewer"""
+    """experts to train if there are fewer; beside experts from elsewhere none is trained"""
     max_experts: int | None = None
     """use only so many experts"""
     num_interpolation: int | None = None

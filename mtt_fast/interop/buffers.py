@@ -62,8 +62,13 @@ class Trajectory:
         """Return the parameters (epochs + 1, P), or those of the waypoints (K, P), float32, a copy."""
         rows = torch.empty(len(self.points), sum(tensor.numel() for tensor in self.points[0]))
         for row, tensors in zip(rows, self.points, strict=True):
-            torch.cat([tensor.detach().flatten().float() for tensor in tensors], out=row)
+            row.copy_(_flat(tensors))
         return rows
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensors one after another in one vector, float32."""
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors])
 
 
 def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[Path]:
@@ -153,11 +158,10 @@ def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata
     otherwise = "choose another destination, or delete it"
     check_same_data(there.identity, metadata.identity, path, mend=otherwise)
     known = (there.layout, full_name(there.network)) == (metadata.layout, full_name(metadata.network))
-    ends = {0: expert.points[0], present.epochs(place): expert.points[-1]}
+    ends = (0, expert.points[0]), (expert.num_epochs, expert.points[-1])
     same = present.epochs(place) == expert.num_epochs and all(
-        torch.equal(present.read(place, epoch), flat.to(present.dtype(place)).float())
-        for epoch, tensors in ends.items()
-        for flat in (torch.cat([tensor.detach().flatten().float() for tensor in tensors]),)
+        torch.equal(present.read(place, epoch), _flat(tensors).to(present.dtype(place)).float())
+        for epoch, tensors in ends
     )
     if not (known and same):
         raise InputError(f"{path}: holds another expert than {expert.name}; {otherwise}")
