@@ -30,7 +30,7 @@ from mtt_fast.distillation.checks import check_fits
 from mtt_fast.distillation.experts import (
     asked_of_experts,
     check_experts,
-    check_goes_on,
+    check_same_experts,
     prepare_experts,
     with_true_experts,
 )
@@ -52,6 +52,7 @@ from mtt_fast.provenance import choose_device, device_name
 from mtt_fast.run_folder import (
     MetricsLog,
     State,
+    check_same_images,
     check_same_method,
     check_same_run,
     is_finished,
@@ -92,8 +93,13 @@ def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device
     precision = precision_on(device, network, options.precision)
     steps = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder):
+        state = load_checkpoint(folder, device)
+        if state is not None:
+            check_same_images(folder, state.data, real.identity)
         experts = prepare_experts(options, real, network)
         check_experts(options, data, network, asked)  # again, as they are now
+        if state is not None:
+            check_same_experts(folder, state, experts)
         options = with_true_experts(options, experts)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
@@ -105,7 +111,7 @@ def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device
         log.info("%s", gradient)
         log.info("%s", steps)
         log.info("%s", options.evaluation_protocol().describe())
-        distill(options, folder, real, network, experts, steps, command)
+        distill(options, folder, real, network, experts, steps, command, state)
 
 
 def distill(
@@ -116,19 +122,18 @@ def distill(
     experts: TrajectoryStore,
     steps: Plan,
     command: str,
+    state: State | None,
 ) -> None:
-    """Run iterations from the last checkpoint, or from the start, to the end; write everything to `folder`.
+    """Run iterations from `state`, the last checkpoint's, or from the start, to the end; write everything to `folder`.
 
     Student steps are done as the plan `steps` says, or in smaller pieces where memory runs out.
     Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; `InputError` if the
     distillation has diverged for good.
     """
     device = real.train.labels.device
-    state = load_checkpoint(folder, device)
     if state is None:
         state = initial_state(options, real, network, experts, min(options.max_experts or len(experts), len(experts)))
     else:
-        check_goes_on(folder, state, real.identity, experts)
         log.info("continuing at iteration %d", state.iteration)
     iteration = lru_cache(maxsize=1)(partial(iteration_of, options, network))  # the last plan's
     metrics = MetricsLog(folder, state.iteration)

@@ -23,7 +23,7 @@ from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
 from mtt_fast.files import write_json
-from mtt_fast.identity import OTHER_DATA, check_same_data, check_same_whitening
+from mtt_fast.identity import OTHER_DATA, check_same_data, check_same_whitening, other_data_in_words
 from mtt_fast.interop.plain import guess_label_kind
 from mtt_fast.interrupts import stop_request
 from mtt_fast.options import EvaluationOptions, RealImages, at_least, real_images
@@ -185,9 +185,10 @@ def data_for(options: SetOptions, source: str, synthetic: SyntheticDataset | Non
     """
     data = options.load_data()
     if synthetic is not None:
-        check_same_data(
-            synthetic.identity, data.identity(options.zca), _file(source), other_data=options.other_data
-        )  # fmt: skip
+        made_from, at_hand = synthetic.identity, data.identity(options.zca)
+        check_same_data(made_from, at_hand, _file(source), other_data=options.other_data)
+        if told := other_data_in_words(made_from, at_hand):
+            log.info("%s: %s", _file(source), told)
     return data
 
 

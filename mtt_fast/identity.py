@@ -6,7 +6,6 @@ classes, normalised or whitened alike. With others they give numbers that look l
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,6 @@ import torch
 
 from mtt_fast.errors import InputError
 from mtt_fast.whitening import Whitening
-
-log = logging.getLogger(__name__)
 
 NORMALISED, WHITENED = "none", "zca"
 """What `DatasetIdentity.whitening` says."""
@@ -77,19 +74,24 @@ def check_same_data(
 
     `found` is what the file `where` says of itself, `expected` what the images at hand are. `mend` says how to go on, in
     place of the options that would name the right images. `other_data` True lets other images of the same classes and
-    shape pass, with a line in the log; False refuses them and says that there is such an option; None has no such option.
+    shape pass; False refuses them and says that there is such an option; None has no such option.
     Raises `InputError` that tells the first difference, the one that a user recognises most easily.
     """
     differences = list(_differences(expected, found))
-    refused = [one for one in differences if not (other_data and one.deliberate)]
-    for one in refused[:1]:
-        allowed = other_data is False and all(one.deliberate for one in differences)
+    for one in differences:
+        if other_data and one.deliberate:
+            continue
+        allowed = other_data is False and all(each.deliberate for each in differences)
         raise InputError(
             f"{where}: {one.what}: expected {one.expected}, found {one.found}; {mend or one.mend}"
             + (f", or say {OTHER_DATA} to use it with these" if allowed else "")
         )
-    for one in differences[:1]:
-        log.info("%s: %s: %s, not %s (%s)", where, one.what, one.found, one.expected, OTHER_DATA)
+
+
+def other_data_in_words(found: DatasetIdentity, expected: DatasetIdentity) -> str:
+    """Return what --other_data let pass, for the log; "" if the images are those that a thing was made from."""
+    first = next(_differences(expected, found), None)
+    return "" if first is None else f"{first.what}: {first.found}, used with {first.expected} ({OTHER_DATA})"
 
 
 def check_same_whitening(found: Whitening, expected: Whitening, where: str | os.PathLike[str]) -> None:
@@ -154,13 +156,13 @@ def _of_classes_and_shape(expected: DatasetIdentity, found: DatasetIdentity) -> 
 
 def _of_images(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
     """Yield what differs between images of one name, shape and classes."""
+    if _differ(expected.fingerprint, found.fingerprint):
+        ours, theirs = (f"{one.name or 'images'} with fingerprint {one.fingerprint}" for one in (expected, found))
+        yield _Difference("made from other images", ours, theirs, deliberate=True)
     for name in ("mean", "std") if expected.whitening != WHITENED else ():
         ours, theirs = getattr(expected, name), getattr(found, name)
         if _differ(ours, theirs) and not _close(ours, theirs):
             yield _Difference(f"normalised by another {name}", _rounded(ours), _rounded(theirs), deliberate=True)
-    if _differ(expected.fingerprint, found.fingerprint):
-        ours, theirs = (f"{one.name or 'images'} with fingerprint {one.fingerprint}" for one in (expected, found))
-        yield _Difference("made from other images", ours, theirs, deliberate=True)
 
 
 _SEEN = {NORMALISED: "normalised images", WHITENED: "ZCA-whitened images"}

@@ -223,10 +223,13 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 
 
-def check_same_images(checkpoint: Path, saved: DatasetIdentity, identity: DatasetIdentity) -> None:
-    """Raise `InputError` if the run of a checkpoint began with other real images than those at hand, of this `identity`."""
+def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder` has the real images that it `began_with`, where those at hand are of this `identity`.
+
+    Raises `InputError` that names its checkpoint otherwise.
+    """
     mend = "give back the images that the run began with, or choose another --out"
-    check_same_data(saved, identity, checkpoint, mend=mend)
+    check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
 from mtt_fast.errors import InputError
-from mtt_fast.files import load_tensors, save_tensors
+from mtt_fast.files import load_tensors, read_header, save_tensors
 from mtt_fast.identity import DatasetIdentity
 from mtt_fast.run_folder import CHECKPOINT, check_same_images
 
@@ -41,18 +41,33 @@ def save_checkpoint(folder: Path, learning: Learning, progress: Progress) -> Non
     save_tensors(folder / CHECKPOINT, _tensors(learning) | of_optimiser, {"progress": json.dumps(asdict(progress))})
 
 
-def load_checkpoint(folder: Path, learning: Learning, identity: DatasetIdentity) -> Progress:
-    """Bring the tensors of `learning` to where they were last saved; return how far that is: 0 if nothing was saved.
+def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder`, if there is one, began with the real images at hand, of this `identity`.
 
-    `identity` is that of the real images. Raises `InputError` if the file is broken, of something else or of other images.
+    Raises `InputError` otherwise, or for a file that is broken.
     """
     path = folder / CHECKPOINT
     if not path.exists():
-        return Progress(data=identity.record())
+        return
+    _, metadata = read_header(path)
+    try:
+        began_with = DatasetIdentity.from_record(json.loads(metadata["progress"]).get("data", {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
+    check_same_images(folder, began_with, identity)
+
+
+def load_checkpoint(folder: Path, learning: Learning) -> Progress:
+    """Bring the tensors of `learning` to where they were last saved; return how far that is: 0 if nothing was saved.
+
+    Raises `InputError` if the file is broken or of something else.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return Progress()
     saved, metadata = load_tensors(path)
     try:
         progress = Progress(**json.loads(metadata["progress"]))
-        check_same_images(path, DatasetIdentity.from_record(progress.data), identity)
         for name, tensor in _tensors(learning).items():
             tensor.resize_(saved[name].shape).copy_(saved[name])
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -62,8 +77,6 @@ def load_checkpoint(folder: Path, learning: Learning, identity: DatasetIdentity)
                 state[int(index)][key] = value.clone()
         groups = learning.optimiser.state_dict()["param_groups"]
         learning.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
-    except InputError:
-        raise
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
     return progress

@@ -16,6 +16,7 @@ import torch
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic
 from mtt_fast.baselines.catalogue import METHODS
+from mtt_fast.baselines.checkpoint import check_goes_on
 from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import Learning
@@ -114,6 +115,7 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
         options = as_first_expert(options, real, network, asked)
     method, command = METHODS[name], shlex.join([*PROGRAM.split(), *argv])
     with only_user(folder):
+        check_goes_on(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         log.info(
             "%s: %s, %d images of %s, %s with %d parameters (%s), on %s",

@@ -30,7 +30,8 @@ def learn(job: Job, learning: Learning) -> None:
     loss is no longer finite.
     """
     options, began = job.options, _set(job, learning, 0)
-    progress = load_checkpoint(job.folder, learning, job.real.identity)
+    progress = load_checkpoint(job.folder, learning)
+    progress.data = job.real.identity.record()
     metrics = MetricsLog(job.folder, progress.iteration)
     saved = time.monotonic()
     try:

@@ -16,10 +16,10 @@ from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.errors import InputError
 from mtt_fast.expert_checks import FLAGS, as_trained, check_alike, check_as_asked, check_belongs, check_long_enough
 from mtt_fast.experts import train_missing_experts
-from mtt_fast.identity import DatasetIdentity
+from mtt_fast.identity import other_data_in_words
 from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages, buffer_folder
-from mtt_fast.run_folder import CHECKPOINT, State, check_same_images
+from mtt_fast.run_folder import State
 from mtt_fast.trajectories import TrajectoryStore
 from mtt_fast.waypoints import evenly_spaced
 
@@ -107,6 +107,8 @@ def prepare_experts(options: DistillOptions, real: RealImages, network: Trainabl
     if found.uncompressed and options.num_interpolation is not None:
         compress(found.whole, found.used, options.num_interpolation)
     store = TrajectoryStore(found.used)
+    if told := other_data_in_words(store.metadata(0).identity, real.identity):
+        log.info("%s: %s", found.used, told)
     if found.imported and len(store) < options.num_experts:
         log.info(
             "%s: experts from elsewhere, used as they are: all %d that are there; --num_experts %d trains none beside them",
@@ -115,12 +117,11 @@ def prepare_experts(options: DistillOptions, real: RealImages, network: Trainabl
     return store
 
 
-def check_goes_on(folder: Path, state: State, identity: DatasetIdentity, store: TrajectoryStore) -> None:
-    """Check that the run in `folder` has the images and the experts that it began with.
+def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:
+    """Check that the run in `folder`, which is at `state`, has the experts that it began with.
 
-    `identity` is that of the images at hand. Raises `InputError` that names what differs otherwise.
+    Raises `InputError` that names the first that is another.
     """
-    check_same_images(folder / CHECKPOINT, state.data, identity)
     if len(store) < state.experts:
         raise InputError(
             f"{folder}: the run was started with {state.experts} experts, found {len(store)}; "

@@ -17,12 +17,12 @@ from mtt_fast.arithmetic import precision_on
 from mtt_fast.choice import student_for
 from mtt_fast.data.facts import DataFacts, data_facts
 from mtt_fast.distillation.checks import check_fits
-from mtt_fast.distillation.experts import Supply, check_goes_on, supply
+from mtt_fast.distillation.experts import Supply, check_same_experts, supply
 from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.distillation.segments import planned
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.recipes import recipe_about
-from mtt_fast.run_folder import SUMMARY, load_checkpoint, read_config
+from mtt_fast.run_folder import SUMMARY, check_same_images, load_checkpoint, read_config
 from mtt_fast.student import Network
 from mtt_fast.trajectories import TrajectoryStore
 
@@ -58,9 +58,10 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device, asked:
     network = options.network(facts)
     check_fits(options, facts, network, device, asked)
     experts = supply(options, facts)
-    state = load_checkpoint(folder, torch.device("cpu"))
-    if state is not None and not (experts.missing or experts.uncompressed):
-        check_goes_on(folder, state, facts.identity(options.zca), TrajectoryStore(experts.used))
+    if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
+        check_same_images(folder, state.data, facts.identity(options.zca))
+        if not (experts.missing or experts.uncompressed):
+            check_same_experts(folder, state, TrajectoryStore(experts.used))
     missing, uncompressed = experts.missing, experts.uncompressed
     precision = precision_on(device, network, options.precision)
     count = options.ipc * facts.num_classes
