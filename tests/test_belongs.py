@@ -294,10 +294,7 @@ def test_experts_of_other_images_on_purpose(
     assert error.endswith("or say --other_data to use it with these")
     caplog.set_level("INFO")
     assert cli.run(distill, [*toys, "--other_data"]) == 0
-    assert (
-        "expert_0001.safetensors: made from another data set: folder-pets, not folder-toys (--other_data)"
-        in caplog.text
-    )
+    assert "ConvNetD1W4: made from another data set: folder-pets, used with folder-toys (--other_data)" in caplog.text
     assert read_toml(Path("new/config.toml"))["other_data"] is True
     summary = json.loads(Path("new/summary.json").read_text())
     assert (summary["data"]["name"], summary["experts"]["data"]["name"]) == ("folder-toys", "folder-pets")

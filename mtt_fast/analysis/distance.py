@@ -37,12 +37,13 @@ from mtt_fast.distillation.segments import student_batches
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import as_training_images
 from mtt_fast.expert_checks import check_alike, check_belongs
-from mtt_fast.files import write_json, write_text
+from mtt_fast.files import write_text
 from mtt_fast.identity import check_same_data
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.models import Trainable
 from mtt_fast.options import CommonOptions, at_least, buffer_folder
 from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.records import write_record
 from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
@@ -212,7 +213,6 @@ def _write(
         "device": device_name(device),
         "versions": versions(),
     }
-    write_json(folder / "distance.json", record)
     shown = [f"{point['expert_epochs']} ({point['real_steps']})" for point in next(iter(curves.values()))]
     rows = [
         [label, *(f"{point['mean']:.3f} ± {point['std']:.3f}" for point in points)] for label, points in curves.items()
@@ -223,6 +223,7 @@ def _write(
     )
     write_text(folder / "distance.md", f"{table}\n{about}\n")
     _draw(folder / "distance.png", curves)
+    write_record(folder / "distance.json", record)  # last: it says that all is there
     for label, points in curves.items():
         nearest = min(points, key=lambda point: point["mean"])
         log.info(
