@@ -119,6 +119,13 @@ def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Opt
     return options, list(others)
 
 
+def given(kind: type, argv: Sequence[str]) -> set[str]:
+    """Return the fields of the dataclass `kind` that stand as flags in `argv`."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    words = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    return {name for name in names if name in words or f"no_{name}" in words}
+
+
 def integers(text: str, option: str, minimum: int = 1) -> list[int]:
     """Return the numbers in "1,10,100". Raises `InputError` naming `option` for anything else, or one below `minimum`."""
     try:

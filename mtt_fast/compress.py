@@ -6,9 +6,10 @@ does it by itself; this command does it to any folder, and to epochs of one's ow
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +20,10 @@ from tqdm import tqdm
 
 from mtt_fast import cli
 from mtt_fast.errors import InputError
+from mtt_fast.expert_checks import check_one_kind
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.options import TrueOrFalse
+from mtt_fast.run_folder import only_writer_of_experts
 from mtt_fast.trajectories import TrajectoryStore, expert_path, layer_sizes, write_waypoints
 from mtt_fast.waypoints import convexified, evenly_spaced
 
@@ -55,15 +58,17 @@ def compress(
 
     The waypoints are at `epochs`, or evenly spaced; `smooth` as in `convexified`. Each expert is written as soon as it
     is done.
-    Raises `InputError` if there is none, if one is compressed already, if the waypoints do not fit an expert's epochs,
-    or if `out` holds one that was made otherwise; `Stopped` on Ctrl-C or SIGTERM.
+    Raises `InputError` if there is none, if they were not trained alike on the same images, if one is compressed already, if
+    the waypoints do not fit an expert's epochs, if `out` holds one that was made otherwise, or if another process writes
+    there; `Stopped` on Ctrl-C or SIGTERM.
     """
     whole = TrajectoryStore(folder)
     if not len(whole):
         raise InputError(f"{folder}: expected experts, found none; train some with `python -m mtt_fast.experts`")
-    done = TrajectoryStore(out) if out.is_dir() else None
+    check_one_kind(whole)
     written = compressed = 0
-    with stop_request() as stop:
+    with only_writer_of_experts(out), stop_request() as stop:
+        done = TrajectoryStore(out)
         for expert, index in enumerate(tqdm(whole.indices, desc="compress", unit="expert")):
             if stop:
                 raise Stopped(
@@ -72,7 +77,7 @@ def compress(
             if whole.course(expert) is not None:
                 raise InputError(f"{folder}: expert {index} is compressed already; name the folder of whole experts")
             at = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
-            if done is not None and index in done.indices:
+            if index in done.indices:
                 _check_same(whole, expert, done, at, smooth)
             else:
                 _compress_one(whole, expert, out, at, smooth)
@@ -86,7 +91,7 @@ def compress(
 
 
 def _compress_one(whole: TrajectoryStore, expert: int, out: Path, epochs: tuple[int, ...], smooth: bool) -> None:
-    metadata = whole.metadata(expert)
+    metadata = dataclasses.replace(whole.metadata(expert), made_of=whole.digest(expert))
     trajectory = torch.stack([whole.read(expert, epoch) for epoch in range(whole.epochs(expert) + 1)])
     parameters, course = convexified(trajectory, layer_sizes(metadata.layout), epochs, smooth)
     write_waypoints(out, whole.indices[expert], parameters, course, metadata, whole.dtype(expert))
@@ -105,11 +110,21 @@ def _check_same(
             f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {found}; "
             "choose another --out, or delete that folder"
         )
-    if done.metadata(place) != whole.metadata(expert):
-        raise InputError(
-            f"{expert_path(done.folder, index)}: made from another expert than {expert_path(whole.folder, index)}; "
-            "choose another --out, or delete that folder"
-        )
+    check_made_of(done, [place], whole)
+
+
+def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: TrajectoryStore) -> None:
+    """Check that those of the `compressed` experts were made of the `whole` ones that bear their numbers, where such are there.
+
+    Raises `InputError` that names both files.
+    """
+    for place in experts:
+        index, made_of = compressed.indices[place], compressed.metadata(place).made_of
+        if made_of and index in whole.indices and made_of != whole.digest(whole.indices.index(index)):
+            raise InputError(
+                f"{compressed.path(place)}: made from another expert than {expert_path(whole.folder, index)}; "
+                "choose another --out, or delete that folder"
+            )
 
 
 def _size(count: int) -> str:

@@ -38,7 +38,12 @@ def main(argv: Sequence[str]) -> None:
     if kind == "experts":
         export_to(options)
     elif kind in EXPERT_KINDS:
-        import_from(parse_options(argv, options_in_path(source)), kind)
+        told = options_in_path(source)
+        options = parse_options(argv, told)
+        for name, value in told.items():
+            if getattr(options, name) != value:
+                log.warning("--%s %s: its folder's name tells %s; is it another?", name, getattr(options, name), value)
+        import_from(options, kind)
     else:
         convert_set(options, kind)
 

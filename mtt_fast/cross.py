@@ -23,11 +23,12 @@ from mtt_fast.arithmetic import arithmetic, precision_on
 from mtt_fast.cross_table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import RANDOM, SetOptions, read_synthetic, settings_of, training_set
+from mtt_fast.evaluate import RANDOM, SetOptions, data_for, read_synthetic, real_images_for, settings_of, training_set
 from mtt_fast.files import MALFORMED, write_text
+from mtt_fast.identity import OTHER_DATA
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable, network_by_name
-from mtt_fast.options import RealImages, real_images
+from mtt_fast.options import RealImages
 from mtt_fast.protocols import evaluate
 from mtt_fast.provenance import choose_device, device_name, digest, versions
 from mtt_fast.records import read_record, write_record
@@ -105,11 +106,15 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
     folder, protocol = Path(options.out), options.evaluation_protocol()
     known = _measured_before(folder)
     shown = []
+    if options.other_data and all(row.synthetic is None for row in sets):
+        raise InputError(f"{OTHER_DATA}: expected a distilled set, found none; leave it out")
+    of_rows = [
+        data_for(row.options, row.source, row.synthetic) for row in sets
+    ]  # all are compared before one is tested
     log.info("%s", protocol.describe())
-    for row in sets:
-        data = row.options.load_data()
+    for row, data in zip(sets, of_rows, strict=True):
         networks = _networks(row.options, data)
-        real = real_images(data, row.options.zca, device)
+        real = real_images_for(row.options, row.source, row.synthetic, data, device)
         train, lr = training_set(row.options, row.source, row.synthetic, real, device)
         of_row = _question(row, real, train, lr)
         for name, network in networks.items():
@@ -150,7 +155,7 @@ def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str,
         "protocol": dataclasses.asdict(options.evaluation_protocol()),
         "networks": options.num_eval,
         "seed": options.seed,
-    }
+    } | ({"seen_as": row.synthetic.identity.record()} if row.synthetic and options.other_data else {})
 
 
 def _measure(

@@ -13,10 +13,11 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,28 +25,34 @@ from tqdm import tqdm
 
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
-from mtt_fast.compress import compress, waypoint_folder
 from mtt_fast.distillation.assessment import assess, assessed, summarise
 from mtt_fast.distillation.checks import check_fits
+from mtt_fast.distillation.experts import (
+    asked_of_experts,
+    check_experts,
+    check_same_experts,
+    prepare_experts,
+    with_true_experts,
+)
 from mtt_fast.distillation.forecast import forecast
 from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
 from mtt_fast.distillation.initial import initial_images, initial_state
 from mtt_fast.distillation.job import Job
-from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
+from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, given_options, parse_options
 from mtt_fast.distillation.segments import Segment, places, planned, read_segment, turns
 from mtt_fast.distillation.updates import leave, skip, update
-from mtt_fast.errors import InputError
-from mtt_fast.experts import check_flatness, train_missing_experts
+from mtt_fast.expert_checks import FLAGS
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.iteration import Iteration
 from mtt_fast.memory import Plan, with_smaller_pieces
 from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages, buffer_folder, real_images
+from mtt_fast.options import RealImages, real_images
 from mtt_fast.prefetch import prefetched, sender
 from mtt_fast.provenance import choose_device, device_name
 from mtt_fast.run_folder import (
     MetricsLog,
     State,
+    check_same_images,
     check_same_method,
     check_same_run,
     is_finished,
@@ -54,38 +61,46 @@ from mtt_fast.run_folder import (
     save_checkpoint,
     write_config,
 )
-from mtt_fast.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.trajectories import TrajectoryStore
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = parse_options(argv)
-    folder = options.folder()
+    options, given = parse_options(argv), given_options(argv)
+    asked, folder = asked_of_experts(options, given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
-    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
+    # an option of the experts that is not given says nothing of those that the run began with
+    check_same_run(folder, options, NOT_PART_OF_THE_RESULT | (set(FLAGS.values()) - given))
     if options.dry_run:
         with arithmetic(device, options.precision):
-            print(forecast(options, folder, device))
+            print(forecast(options, folder, device, asked))
         return
     if is_finished(folder, options, options.Iteration):
         return
     with arithmetic(device, options.precision):
-        _run(options, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+        _run(options, asked, folder, device, shlex.join([*PROGRAM.split(), *argv]))
 
 
-def _run(options: DistillOptions, folder: Path, device: torch.device, command: str) -> None:
+def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device: torch.device, command: str) -> None:
     data = options.load_data()
     network = options.network(data)
-    check_fits(options, data, network, device)
+    check_fits(options, data, network, device, asked)
     student = describe_arithmetic(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
     steps = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder):
-        experts = _experts(options, real, network)
+        state = load_checkpoint(folder, device)
+        if state is not None:
+            check_same_images(folder, state.data, real.identity)
+        experts = prepare_experts(options, real, network)
+        check_experts(options, data, network, asked)  # again, as they are now
+        if state is not None:
+            check_same_experts(folder, state, experts)
+        options = with_true_experts(options, experts)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
         log.info(
@@ -96,46 +111,7 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
         log.info("%s", gradient)
         log.info("%s", steps)
         log.info("%s", options.evaluation_protocol().describe())
-        distill(options, folder, real, network, experts, steps, command)
-
-
-def _experts(options: DistillOptions, real: RealImages, network: Trainable) -> TrajectoryStore:
-    """Return the experts that the options name, those trained or compressed first that were missing."""
-    needed = options.max_start_epoch + options.expert_epochs
-    folder = whole = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
-    if options.num_interpolation is not None:
-        folder = waypoint_folder(whole, options.num_interpolation)
-    store = TrajectoryStore(folder) if folder.is_dir() else None
-    if store is None or len(store) < (options.max_experts or options.num_experts):
-        store = _with_missing_experts(options, real, network, whole)
-        if options.num_interpolation is not None:
-            store = compress(whole, folder, options.num_interpolation)
-    for expert in range(len(store)):
-        check_compatible(
-            store.metadata(expert),
-            layout=network.layout.describe(),
-            fingerprint=real.data.fingerprint,
-            whitening=real.whitening,
-            needed_epochs=needed,
-            epochs=store.epochs(expert),
-            where=str(folder),
-        )
-        check_flatness(store.metadata(expert), options.experts(), folder)
-    return store
-
-
-def _with_missing_experts(
-    options: DistillOptions, real: RealImages, network: Trainable, folder: Path
-) -> TrajectoryStore:
-    """Train the experts that `folder` lacks; return the store of all."""
-    store = TrajectoryStore(folder) if folder.is_dir() else None
-    if store and len(store) >= (options.max_experts or options.num_experts):
-        return store
-    return train_missing_experts(
-        folder, options.num_experts, real, network, options.experts(), seed=options.seed,
-        precision=precision_on(real.train.labels.device, network, options.precision),
-        at_once=options.networks_at_once, memory_budget=options.memory_budget,
-    )  # fmt: skip
+        distill(options, folder, real, network, experts, steps, command, state)
 
 
 def distill(
@@ -146,22 +122,17 @@ def distill(
     experts: TrajectoryStore,
     steps: Plan,
     command: str,
+    state: State | None,
 ) -> None:
-    """Run iterations from the last checkpoint, or from the start, to the end; write everything to `folder`.
+    """Run iterations from `state`, the last checkpoint's, or from the start, to the end; write everything to `folder`.
 
     Student steps are done as the plan `steps` says, or in smaller pieces where memory runs out.
     Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; `InputError` if the
     distillation has diverged for good.
     """
     device = real.train.labels.device
-    state = load_checkpoint(folder, device)
     if state is None:
         state = initial_state(options, real, network, experts, min(options.max_experts or len(experts), len(experts)))
-    elif len(experts) < state.experts:
-        raise InputError(
-            f"{folder}: the run was started with {state.experts} experts, found {len(experts)}; "
-            f"say --num_experts {state.experts}, or give back its --buffer_path"
-        )
     else:
         log.info("continuing at iteration %d", state.iteration)
     iteration = lru_cache(maxsize=1)(partial(iteration_of, options, network))  # the last plan's

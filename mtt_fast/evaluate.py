@@ -22,6 +22,7 @@ from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
+from mtt_fast.identity import OTHER_DATA, check_same_data, check_same_whitening, other_data_in_words
 from mtt_fast.interop.plain import guess_label_kind
 from mtt_fast.interrupts import stop_request
 from mtt_fast.options import EvaluationOptions, RealImages, at_least, real_images
@@ -32,6 +33,7 @@ from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.synthetic import SyntheticDataset, load_public_pair
 from mtt_fast.texture import Canvas
 from mtt_fast.training import Images
+from mtt_fast.whitening import Whitening
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,9 @@ class SetOptions(EvaluationOptions):
     """crops of each canvas in a step"""
     label_kind: str | None = None
     """of soft labels in a .pt file: probabilities or logits (guessed from their sums without this)"""
+    other_data: bool = False
+    """test on other images than those that the set was made from, of the same classes and size; they are normalised or whitened
+    as its own were"""
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,11 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: torch.device) -> None:
     protocol = options.evaluation_protocol()
-    data = options.load_data()
+    if options.other_data and synthetic is None:
+        raise InputError(f"{OTHER_DATA}: expected a distilled set, found {options.source}, of no images; leave it out")
+    data = data_for(options, options.source, synthetic)
     networks = options.evaluated_networks(data)
-    real = real_images(data, options.zca, device)
+    real = real_images_for(options, options.source, synthetic, data, device)
     train, lr = training_set(options, options.source, synthetic, real, device)
     log.info("%s", protocol.describe())
     found = {}
@@ -143,6 +150,9 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "protocol": protocol.record(),
                 "dataset": data.name,
                 "zca": options.zca,
+                "data": real.identity.record(),
+                "made_from": None if synthetic is None else synthetic.identity.record(),
+                "other_data": options.other_data,
                 "device": device_name(device),
                 "arithmetic": describe_arithmetic(device, networks[first], options.precision),
                 "versions": versions(),
@@ -152,16 +162,49 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
 
 def read_synthetic(source: str) -> SyntheticDataset | None:
     """Return the distilled set of a run's folder or of a file of this package; None where `source` is another."""
-    if source == RANDOM or source.endswith(".pt"):
-        return None
+    return None if source == RANDOM or source.endswith(".pt") else SyntheticDataset.load(_file(source))
+
+
+def _file(source: str) -> Path:
+    """Return the file of the distilled set that `source`, a file or a run's folder, names."""
     path = Path(source)
-    return SyntheticDataset.load(path / SYNTHETIC if path.is_dir() else path)
+    return path / SYNTHETIC if path.is_dir() else path
 
 
 def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
     """Return the options of its distillation that an evaluation has too, but for the device."""
     names = {field.name for field in dataclasses.fields(EvaluationOptions)} - {"device"}
-    return {name: value for name, value in synthetic.recipe.items() if name in names}
+    zca = synthetic.whitening is not None
+    return {name: value for name, value in synthetic.recipe.items() if name in names} | {"zca": zca}
+
+
+def data_for(options: SetOptions, source: str, synthetic: SyntheticDataset | None) -> ImageData:
+    """Return the images that the options name.
+
+    Raises `InputError` if they are not those that the set, `synthetic` from `source`, was made from, nor --other_data allows it.
+    """
+    data = options.load_data()
+    if synthetic is not None:
+        made_from, at_hand = synthetic.identity, data.identity(options.zca)
+        check_same_data(made_from, at_hand, _file(source), other_data=options.other_data)
+        if told := other_data_in_words(made_from, at_hand):
+            log.info("%s: %s", _file(source), told)
+    return data
+
+
+def real_images_for(
+    options: SetOptions, source: str, synthetic: SyntheticDataset | None, data: ImageData, device: torch.device
+) -> RealImages:
+    """Return `data` on the device as networks see it that are trained on the set, `synthetic` from `source`.
+
+    Raises `InputError` if the set was whitened by another fit, and --other_data does not say to whiten `data` by the same.
+    """
+    if synthetic is not None and options.other_data:
+        return real_images(data, options.zca, device, synthetic.transform)
+    real = real_images(data, options.zca, device)
+    if synthetic is not None and synthetic.whitening is not None and isinstance(real.transform, Whitening):
+        check_same_whitening(synthetic.whitening, real.transform, _file(source))
+    return real
 
 
 def training_set(

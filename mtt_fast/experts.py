@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import torch
 import tyro
@@ -25,6 +25,7 @@ from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.augment import augment_by_strategy
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
+from mtt_fast.expert_checks import check_belongs, check_same_training
 from mtt_fast.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.flatness import sharpness_aware
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
@@ -33,6 +34,7 @@ from mtt_fast.memory import AUTO
 from mtt_fast.models import Trainable
 from mtt_fast.options import CommonOptions, RealImages, TrueOrFalse, at_least, buffer_folder, real_images
 from mtt_fast.provenance import choose_device, versions
+from mtt_fast.run_folder import only_writer_of_experts
 from mtt_fast.seeding import generator_for
 from mtt_fast.together import Work, crew_for, result_of, together
 from mtt_fast.training import Epoch, Sgd, accuracy, count_right, epoch_on, steps_on
@@ -58,10 +60,6 @@ class ExpertTraining:
     rho_min: float = 0.0
     alpha: float = 0.0
     adaptive: bool = False
-
-    def of_flat_minima(self) -> dict[str, Any]:
-        """Return the part that looks for flat minima, which experts recorded before there was one lack."""
-        return {name: getattr(self, name) for name in ("rho_max", "rho_min", "alpha", "adaptive")}
 
 
 @dataclass(frozen=True)
@@ -142,28 +140,65 @@ def train_missing_experts(
     training: ExpertTraining,
     *,
     seed: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     precision: Precision = "fp32",
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> TrajectoryStore:
     """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
 
-    Several are trained at the same time where one does not fill the device, to the same result (mtt_fast/together.py).
-    Raises `InputError` if an expert that is there was trained otherwise, `Stopped` on Ctrl-C or SIGTERM.
+    They are stored as `dtype`; None: as those that are there, else float32. Several are trained at the same time where one
+    does not fill the device, to the same result (mtt_fast/together.py).
+    Raises `InputError` if an expert that is there is of something else or was trained otherwise, or if another process
+    trains experts there; `Stopped` on Ctrl-C or SIGTERM.
     """
-    hyperparameters = dataclasses.asdict(training)
-    present = TrajectoryStore(folder) if folder.is_dir() else None
-    missing = [index for index in range(count) if present is None or index not in present.indices]
-    if present is not None and len(present):
-        if missing and present.course(0) is not None:
-            raise InputError(
-                f"{folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
-                f"{len(present)} or less, or the --buffer_path of whole experts"
-            )
-        _check_same_training(present.metadata(0), hyperparameters, images, network, seed, folder)
-    if missing:
+    wanted = _Wanted(count, images, network, training, seed, dtype, precision)
+    if not _missing(folder, wanted):
+        return TrajectoryStore(folder)
+    with only_writer_of_experts(folder):
+        missing = _missing(folder, wanted)  # another process may have been faster
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
+        _train(folder, missing, wanted, at_once, memory_budget)
+    return TrajectoryStore(folder)
+
+
+class _Wanted(NamedTuple):
+    """Which experts a folder shall hold."""
+
+    number: int
+    images: RealImages
+    network: Trainable
+    training: ExpertTraining
+    seed: int
+    dtype: torch.dtype | None
+    precision: Precision
+
+
+def _missing(folder: Path, wanted: _Wanted) -> list[int]:
+    """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one that is there is another."""
+    present = TrajectoryStore(folder) if folder.is_dir() else None
+    missing = [index for index in range(wanted.number) if present is None or index not in present.indices]
+    if not present:
+        return missing
+    if missing and present.course(0) is not None:
+        raise InputError(
+            f"{folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
+            f"{len(present)} or less, or the --buffer_path of whole experts"
+        )
+    for expert in range(len(present)):
+        check_belongs(present, expert, wanted.network, wanted.images.identity)
+        check_same_training(
+            present, expert, dataclasses.asdict(wanted.training), wanted.seed, wanted.dtype or present.dtype(0),
+            wanted.precision,
+        )  # fmt: skip
+    return missing
+
+
+def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | None, memory_budget: str) -> None:
+    """Train the experts with the numbers `missing` and write each as soon as it is trained."""
+    images, network, training, precision = wanted.images, wanted.network, wanted.training, wanted.precision
+    there = TrajectoryStore(folder)
+    dtype = wanted.dtype or (there.dtype(0) if len(there) else torch.float32)
     device, training_images = images.train.labels.device, images.train
     crew = crew_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
@@ -176,22 +211,20 @@ def train_missing_experts(
     ):
 
         def work(index: int) -> Work[tuple[Tensor, list[float]]]:
-            return _training(images, network, training, precision, seed=seed, index=index, bar=bar, stop=stop)
+            return _training(images, network, training, precision, seed=wanted.seed, index=index, bar=bar, stop=stop)
 
         for place, (parameters, accuracies) in together(map(work, missing), crew, device):
-            metadata = ExpertMetadata(
+            metadata = ExpertMetadata.of(
+                images.identity,
                 network=network.describe(),
                 layout=network.layout.describe(),
-                dataset=images.data.name,
-                fingerprint=images.data.fingerprint,
-                whitening=images.whitening,
-                hyperparameters=hyperparameters,
-                seed=seed,
+                hyperparameters=dataclasses.asdict(training),
+                seed=wanted.seed,
                 accuracy=accuracies,
                 versions=versions(),
+                precision=precision,
             )
             write_expert(folder, missing[place], parameters, metadata, dtype)
-    return TrajectoryStore(folder)
 
 
 def train_expert(
@@ -291,47 +324,6 @@ def expert_steps(
         for step in steps(theta, velocity, generator):
             theta, velocity = step.theta, step.velocity
             yield theta
-
-
-def _check_same_training(
-    metadata: ExpertMetadata,
-    hyperparameters: dict[str, Any],
-    images: RealImages,
-    network: Trainable,
-    seed: int,
-    folder: Path,
-) -> None:
-    wanted = hyperparameters | {
-        "seed": seed,
-        "whitening": images.whitening,
-        "data set": images.data.fingerprint,
-        "network": network.layout.describe(),
-    }
-    found = ExpertTraining().of_flat_minima() | metadata.hyperparameters
-    found |= {
-        "seed": metadata.seed,
-        "whitening": metadata.whitening,
-        "data set": metadata.fingerprint,
-        "network": metadata.layout,
-    }
-    _check_equal(wanted, found, folder, "train as many as are there with the same options")
-
-
-def check_flatness(metadata: ExpertMetadata, training: ExpertTraining, folder: Path) -> None:
-    """Raise `InputError` if `training` looks for flat minima, and the expert is known to have been trained otherwise."""
-    recorded = metadata.hyperparameters
-    if training.rho_max and "lr" in recorded:  # of experts from elsewhere nothing is known
-        found = ExpertTraining().of_flat_minima() | recorded
-        _check_equal(training.of_flat_minima(), found, folder, "leave out --rho_max to use them as they are")
-
-
-def _check_equal(wanted: dict[str, Any], found: dict[str, Any], folder: Path, otherwise: str) -> None:
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise InputError(
-                f"{folder}: holds experts trained with {name} {found.get(name)}, not {value}; "
-                f"choose another --buffer_path, or {otherwise}"
-            )
 
 
 def main(argv: Sequence[str]) -> None:

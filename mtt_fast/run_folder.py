@@ -31,6 +31,7 @@ from mtt_fast.files import (
     save_tensors,
     write_text,
 )
+from mtt_fast.identity import UNKNOWN, DatasetIdentity, check_same_data
 from mtt_fast.records import read_record, sealed, unsealed
 from mtt_fast.temporaries import remove_leftovers
 
@@ -40,6 +41,7 @@ SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
 EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
 """The same with the average of the images over the iterations in their place."""
 _DISTILLATION = "mtt_fast.distill"
+_LOCK = ".lock"
 HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
 
@@ -55,23 +57,41 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def only_user(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the run while the block lasts, and clear what a killed one left half-written.
+def only_user(
+    folder: Path, doing: str = "writing to this run", otherwise: str = "choose another --out"
+) -> Iterator[None]:
+    """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
 
-    Raises `InputError` if another process is in.
+    The lock ends with the process that holds it, whatever ends that. Raises `InputError` if another process is in: what it is
+    `doing`, and what to do `otherwise` than to wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / _LOCK, timeout=0):
             remove_leftovers(folder)
             for leftover in folder.glob(".*.partial"):  # as writers left them before they locked what they write
                 if leftover.is_file():
                     leftover.unlink()
             yield
     except Timeout as error:
-        raise InputError(
-            f"{folder}: another process is writing to this run; wait for it or choose another --out"
-        ) from error
+        raise InputError(f"{folder}: another process is {doing}; wait for it or {otherwise}") from error
+
+
+@contextlib.contextmanager
+def only_writer_of_experts(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing experts to `folder` while the block lasts; readers need not ask.
+
+    Nothing but experts stays, and no folder without one. Raises `InputError` if another process writes there.
+    """
+    with only_user(folder, "training or writing experts here", "choose another --buffer_path"):
+        try:
+            yield
+        finally:
+            (folder / _LOCK).unlink(
+                missing_ok=True
+            )  # who opened it just now finds that it has no name, and starts over
+            with contextlib.suppress(OSError):  # there are experts
+                folder.rmdir()
 
 
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
@@ -217,6 +237,8 @@ class State:
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     seconds: float = 0.0
     seconds_evaluation: float = 0.0
+    data: DatasetIdentity = UNKNOWN  # of the real images
+    digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
 
     @property
     def mean_lr(self) -> float:
@@ -239,7 +261,13 @@ def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[st
     save_tensors(
         folder / CHECKPOINT,
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
-        {"format": _CHECKPOINT, "numbers": json.dumps(numbers), EVALUATIONS: json.dumps(evaluations)},
+        {
+            "format": _CHECKPOINT,
+            "numbers": json.dumps(numbers),
+            "data": json.dumps(state.data.record()),
+            "digests": json.dumps(state.digests),
+            EVALUATIONS: json.dumps(evaluations),
+        },
     )
 
 
@@ -252,9 +280,21 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
-        return State(**values | parse_json(metadata["numbers"]))
+        before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
+        told = {name: parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests")}
+        origin = {"data": DatasetIdentity.from_record(told["data"]), "digests": tuple(told["digests"])}
+        return State(**values | told["numbers"] | origin)
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
+
+
+def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder` has the real images that it `began_with`, where those at hand are of this `identity`.
+
+    Raises `InputError` that names its checkpoint otherwise.
+    """
+    mend = "give back the images that the run began with, or choose another --out"
+    check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)
 
 
 class MetricsLog:

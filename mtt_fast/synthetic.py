@@ -16,6 +16,7 @@ from torch import Tensor
 from mtt_fast.data import Normalisation
 from mtt_fast.errors import InputError
 from mtt_fast.files import MALFORMED, check_types, load_tensors, parse_json, save_tensors
+from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
 from mtt_fast.texture import Canvas
 from mtt_fast.whitening import Whitening
 
@@ -32,7 +33,8 @@ class SyntheticDataset:
     `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
     learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
     With a `canvas` the images are textures, of which networks see random crops (mtt_fast/texture.py).
-    `recipe` holds the options it was made with; `versions` the software's.
+    `recipe` holds the options it was made with; `versions` the software's. `dataset` and `fingerprint` are the name and the
+    fingerprint of the real images that it was made from (`ImageData`), "" where they are not known.
     """
 
     images: Tensor
@@ -47,6 +49,24 @@ class SyntheticDataset:
     versions: dict[str, str] = field(default_factory=dict)
     lr_per_step: Tensor | None = None
     canvas: Canvas | None = None
+    dataset: str = ""
+    fingerprint: str = ""
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """Which real images it was made from, as far as it knows: what it may be used with."""
+        channels, height, width = self.images.shape[1:]
+        side = 1 if self.canvas is None else self.canvas.size
+        whitening = NORMALISED if self.whitening is None else WHITENED
+        return DatasetIdentity(
+            self.dataset, self.class_names, (channels, height // side, width // side), self.mean, self.std, whitening,
+            self.fingerprint,
+        )  # fmt: skip
+
+    @property
+    def transform(self) -> Normalisation | Whitening:
+        """From pictures in [0, 1] to the space of its images, and back."""
+        return self.whitening or Normalisation(self.mean, self.std)
 
     @property
     def classes(self) -> Tensor:
@@ -58,8 +78,7 @@ class SyntheticDataset:
 
     def pictures(self) -> Tensor:
         """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
-        transform = self.whitening or Normalisation(self.mean, self.std)
-        return transform.invert(self.images).clamp(0, 1)
+        return self.transform.invert(self.images).clamp(0, 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
@@ -68,9 +87,7 @@ class SyntheticDataset:
             tensors["lr_per_step"] = self.lr_per_step
         if self.whitening:
             tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
-        record = {
-            name: getattr(self, name) for name in ("class_names", "mean", "std", "label_kind", "recipe", "versions")
-        }
+        record = {name: getattr(self, name) for name in _RECORD}
         if self.canvas:
             record["canvas"] = dataclasses.asdict(self.canvas)
         save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})
@@ -83,8 +100,9 @@ class SyntheticDataset:
             raise InputError(
                 f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}"
             )
+        before = {} if metadata["format"] == _FORMAT else {"dataset": "", "fingerprint": ""}
         try:
-            return _from_parts(tensors, parse_json(metadata["record"]))
+            return _from_parts(tensors, before | parse_json(metadata["record"]))
         except MALFORMED as error:
             raise InputError(
                 f"{path}: expected a distilled set with all its parts, found another ({type(error).__name__}: {error}); "
@@ -109,7 +127,10 @@ class SyntheticDataset:
         return dataclasses.replace(self, **moved)
 
 
-_RECORD = {"class_names": list, "mean": list, "std": list, "label_kind": str, "recipe": dict, "versions": dict}
+_RECORD = {
+    "class_names": list, "mean": list, "std": list, "label_kind": str, "recipe": dict, "versions": dict, "dataset": str,
+    "fingerprint": str,
+}  # fmt: skip
 """The fields of a set's record, and their types."""
 
 

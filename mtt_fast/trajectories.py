@@ -29,6 +29,7 @@ from mtt_fast.files import (
     bytes_of,
     check_part,
     check_types,
+    checksum_of,
     open_regular,
     parse_json,
     read_header,
@@ -36,6 +37,7 @@ from mtt_fast.files import (
     tell_unchecked,
     write_text,
 )
+from mtt_fast.identity import DatasetIdentity
 from mtt_fast.waypoints import Course
 
 _FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
@@ -61,12 +63,37 @@ class ExpertMetadata:
     fingerprint: str
     """of the data set's content"""
     whitening: str
-    """"none", or the digest of the whitening of the images"""
+    """as `DatasetIdentity.whitening`"""
     hyperparameters: dict[str, Any]
+    """how it was trained; of an expert from elsewhere only where it came from"""
     seed: int
     accuracy: list[float]
     """on the test set, after every epoch"""
     versions: dict[str, Any]
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """the other fields of the images' `DatasetIdentity`"""
+    precision: str = ""
+    """of the products of its training: fp32, tf32 or bf16; "" where it is not known"""
+    made_of: str = ""
+    """`TrajectoryStore.digest` of the whole expert that a compressed one was made of"""
+
+    @classmethod
+    def of(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
+        """Return the metadata of an expert that was trained on the images of `identity`, with the `others` as given."""
+        record = identity.record()
+        own = {"dataset": record.pop("name")} | {name: record.pop(name) for name in ("fingerprint", "whitening")}
+        return cls(**own, data=record, **others)
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """Which images it was trained on, as far as it knows."""
+        own = {"name": self.dataset, "fingerprint": self.fingerprint, "whitening": self.whitening}
+        return DatasetIdentity.from_record(own | self.data)
+
+    @property
+    def imported(self) -> bool:
+        """Whether it comes from other software, which does not say how it was trained."""
+        return "lr" not in self.hyperparameters
 
     def to_text(self) -> dict[str, str]:
         """Return the fields as the text that safetensors metadata can hold: JSON, each under its name."""
@@ -76,9 +103,13 @@ class ExpertMetadata:
     def from_text(cls, text: Mapping[str, str], where: str | os.PathLike[str]) -> ExpertMetadata:
         """Read what `to_text` wrote. Raises `InputError` naming the file `where` if something is missing or broken."""
         try:
-            record = {field.name: parse_json(text[field.name]) for field in dataclasses.fields(cls)}
+            unknown = dict.fromkeys(("precision", "made_of"), '""') | {"data": "{}"}
+            known = (unknown if text.get("format") in _BEFORE_CHECKSUMS else {}) | dict(text)
+            record = {field.name: parse_json(known[field.name]) for field in dataclasses.fields(cls)}
             check_types(record, _TYPES)
-            return cls(**record)
+            metadata = cls(**record)
+            metadata.identity  # noqa: B018 - a broken record is told here, with the file's name
+            return metadata
         except MALFORMED as error:
             raise InputError(
                 f"{where}: expected an expert's metadata, found none or broken ({error}); {_TRAIN_AGAIN}"
@@ -87,7 +118,7 @@ class ExpertMetadata:
 
 _TYPES = {
     "network": dict, "layout": str, "dataset": str, "fingerprint": str, "whitening": str, "hyperparameters": dict,
-    "seed": int, "accuracy": list, "versions": dict,
+    "seed": int, "accuracy": list, "versions": dict, "data": dict, "precision": str, "made_of": str,
 }  # fmt: skip
 """Of the metadata's fields."""
 
@@ -259,6 +290,16 @@ class TrajectoryStore:
         """Return what the file says of its expert."""
         return ExpertMetadata.from_text(self._header(expert).text, self._path(expert))
 
+    def path(self, expert: int) -> Path:
+        """Return the expert's file."""
+        return self._path(expert)
+
+    def digest(self, expert: int) -> str:
+        """Return what tells the expert's parameters from others', from the checksums in its header."""
+        header = self._header(expert)
+        checksums = header.entry.checksums or (header.text.get("sha256", ""),)  # as files had before
+        return checksum_of("".join((*checksums, header.text.get("course", ""))).encode())
+
     def verify(self, expert: int) -> None:
         """Read all parameters of the expert. Raises `InputError` if they are not those that were written."""
         header = self._header(expert)
@@ -322,50 +363,3 @@ def being_filled(folder: Path) -> Iterator[None]:
                 folder.rmdir()
         raise
     mark.unlink()
-
-
-def check_compatible(
-    metadata: ExpertMetadata,
-    *,
-    layout: str,
-    fingerprint: str,
-    whitening: str,
-    needed_epochs: int,
-    epochs: int,
-    where: str | os.PathLike[str],
-) -> None:
-    """Check that an expert is of this network, data set and whitening, and recorded for long enough.
-
-    `needed_epochs`: the last epoch that may be read, from --max_start_epoch and --expert_epochs; `epochs`: how many
-    the expert has; `where`: its file. Raises `InputError` otherwise.
-    """
-    if metadata.layout != layout:
-        raise InputError(
-            f"{where}: the expert is of another network: {_first_difference(layout, metadata.layout)}; "
-            "give the options that it was trained with (--model, --dataset, --res), or train experts anew"
-        )
-    if metadata.fingerprint != fingerprint:
-        raise InputError(
-            f"{where}: the expert was trained on other images: expected a data set with fingerprint {fingerprint}, "
-            f"found {metadata.dataset} with {metadata.fingerprint}; "
-            "give its --dataset and --data_path, or train experts anew"
-        )
-    if metadata.whitening != whitening:
-        raise InputError(
-            f"{where}: the expert's images were whitened otherwise: expected {whitening}, found {metadata.whitening}; "
-            "give or leave out --zca, as when it was trained"
-        )
-    if needed_epochs > epochs:
-        raise InputError(
-            f"{where}: --max_start_epoch and --expert_epochs reach epoch {needed_epochs}, but the expert ends at epoch "
-            f"{epochs}; lower one of them, or train longer experts with --train_epochs {needed_epochs}"
-        )
-
-
-def _first_difference(expected: str, found: str) -> str:
-    """Return where two layouts part, in words."""
-    ours, theirs = expected.split(";"), found.split(";")
-    position = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
-    if position is None:
-        return f"expected {len(ours)} parameter tensors, found {len(theirs)}"
-    return f"expected {ours[position]}, found {theirs[position]}"

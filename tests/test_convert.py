@@ -215,7 +215,10 @@ def test_only_the_last_epoch_is_measured_unless_all_are_asked_for(capsys: pytest
     assert cli.run(distill, [*DISTIL, "--buffer_path", "ours", "--out", "run", "--zca"]) == 0
     Path("ours/digits_ZCA").rename("ours/digits")
     assert cli.run(distill, [*DISTIL, "--buffer_path", "ours", "--out", "other"]) == 2
-    assert "whitened otherwise: expected none, found zca" in capsys.readouterr().err
+    assert (
+        "whitened otherwise: expected normalised images, found ZCA-whitened images; give --zca"
+        in capsys.readouterr().err
+    )
 
 
 def test_experts_of_ours_and_back() -> None:

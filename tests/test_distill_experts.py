@@ -66,9 +66,9 @@ def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(
         run(made, tmp_path / "plain", "--Iteration", "1") == 0
     )  # whatever is there is used where nothing is asked for
     assert run(made, tmp_path / "other", "--rho_max", "0.05", "--rho_min", "0.05") == 2
-    assert "holds experts trained with rho_max 0.01, not 0.05; choose another" in capsys.readouterr().err
+    assert "trained with rho_max 0.01, not 0.05; choose another" in capsys.readouterr().err
     assert run(made, tmp_path / "more", "--num_experts", "3") == 2
-    assert "holds experts trained with rho_max 0.01, not 0.0" in capsys.readouterr().err
+    assert "trained with rho_max 0.01, not 0.0" in capsys.readouterr().err
     assert len(TrajectoryStore(experts(made))) == 2
 
 

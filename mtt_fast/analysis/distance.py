@@ -36,12 +36,12 @@ from mtt_fast import cli
 from mtt_fast.analysis.output import markdown_table, save_figure
 from mtt_fast.arithmetic import arithmetic, precision_on
 from mtt_fast.augment import augment_by_strategy
-from mtt_fast.data import ImageData
 from mtt_fast.distillation.segments import student_batches
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import as_training_images, check_shape
+from mtt_fast.evaluate import as_training_images
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions, expert_steps
 from mtt_fast.files import MALFORMED, write_text
+from mtt_fast.identity import check_same_data
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable
 from mtt_fast.options import CommonOptions, RealImages, at_least, real_images
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     data = options.load_data()
     network = options.network(data)
     for label, synthetic in sets.items():
-        _check_set(label, synthetic, data, options.zca)
+        check_same_data(synthetic.identity, data.identity(options.zca), label)
     with arithmetic(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
         _run(options, sets, network, real_images(data, options.zca, device), training, deltas, stop)
 
@@ -130,21 +130,6 @@ def _distilled_sets(places: Sequence[str]) -> dict[str, SyntheticDataset]:
             raise InputError(f"{place}: there is another run with the label {label}; give labels as LABEL=FOLDER")
         found[label] = SyntheticDataset.load(file / SYNTHETIC if file.is_dir() else file)
     return found
-
-
-def _check_set(label: str, synthetic: SyntheticDataset, data: ImageData, zca: bool) -> None:
-    """Raise `InputError` for a set that networks for `data` cannot be trained on."""
-    check_shape(as_training_images(synthetic, torch.device("cpu")), data, label)
-    if len(synthetic.class_names) != data.num_classes:
-        raise InputError(
-            f"{label}: expected {data.num_classes} classes of {data.name}, found {len(synthetic.class_names)}; the "
-            "runs must be of one data set"
-        )
-    if (synthetic.whitening is not None) != zca:
-        spaces = {True: "whitened", False: "normalised"}
-        raise InputError(
-            f"{label}: expected {spaces[zca]} images, found {spaces[not zca]} ones; compare runs that agree in --zca"
-        )
 
 
 def _run(

@@ -62,10 +62,11 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
         except KeyError as error:
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
-        own = {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
+        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may bear one name
+        own = images | {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
         for network, accuracy in _by_network(summary, "distilled").items():
             _add(groups, setting._replace(model=network), own, seed, folder, accuracy)
-        own = {name: options.get(name) for name in _OF_EVALUATION}
+        own = images | {name: options.get(name) for name in _OF_EVALUATION}
         of_random = setting._replace(method=RANDOM + _protocol(options))
         for network, accuracy in _by_network(summary, "random_real_images").items():
             _add(groups, of_random._replace(model=network), own, seed, folder, accuracy)

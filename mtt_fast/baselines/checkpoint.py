@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
 from mtt_fast.errors import InputError
-from mtt_fast.files import MALFORMED, load_tensors, parse_json, save_tensors
-from mtt_fast.run_folder import CHECKPOINT, EVALUATIONS
+from mtt_fast.files import MALFORMED, load_tensors, parse_json, read_header, save_tensors
+from mtt_fast.identity import DatasetIdentity
+from mtt_fast.run_folder import CHECKPOINT, EVALUATIONS, check_same_images
 
 _FORMAT = "mtt_fast baseline checkpoint 2"  # those from before there were checksums say nothing
 _OPTIMISER = "optimiser."
@@ -27,6 +28,7 @@ class Progress:
     iteration: int = 0  # completed ones
     seconds: float = 0.0
     seconds_evaluation: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)  # record of the real images' identity
 
 
 def save_checkpoint(
@@ -45,6 +47,22 @@ def save_checkpoint(
         _tensors(learning) | of_optimiser,
         {"format": _FORMAT, "progress": json.dumps(asdict(progress)), EVALUATIONS: json.dumps(evaluations)},
     )
+
+
+def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder`, if there is one, began with the real images at hand, of this `identity`.
+
+    Raises `InputError` otherwise, or for a file that is broken.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return
+    _, metadata = read_header(path)
+    try:
+        began_with = DatasetIdentity.from_record(parse_json(metadata["progress"]).get("data", {}))
+    except MALFORMED as error:
+        raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
+    check_same_images(folder, began_with, identity)
 
 
 def load_checkpoint(folder: Path, learning: Learning) -> Progress:

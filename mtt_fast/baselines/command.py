@@ -16,13 +16,16 @@ import torch
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic
 from mtt_fast.baselines.catalogue import METHODS
+from mtt_fast.baselines.checkpoint import check_goes_on
 from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import Learning
-from mtt_fast.baselines.options import BaselineOptions
+from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.results import Job
+from mtt_fast.baselines.trained import as_first_expert, asked_of_the_expert
 from mtt_fast.errors import InputError
+from mtt_fast.expert_checks import FLAGS
 from mtt_fast.options import real_images
 from mtt_fast.provenance import choose_device, device_name
 from mtt_fast.run_folder import check_same_method, check_same_run, is_finished, only_user, read_config, write_config
@@ -52,11 +55,14 @@ def main(argv: Sequence[str]) -> None:
     folder = options.folder(name)
     device = choose_device(options.device)
     check_same_method(folder, name)
-    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
+    may_differ = set(NOT_PART_OF_THE_RESULT)
+    if isinstance(options, TrainedNetworkOptions):  # what is not given says nothing of the expert that was used
+        may_differ |= set(FLAGS.values()) - cli.given(type(options), argv)
+    check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
     with arithmetic(device, options.precision):
-        _run(name, options, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+        _run(name, options, folder, device, argv)
 
 
 def _help() -> str:
@@ -93,7 +99,7 @@ def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
     return options
 
 
-def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, command: str) -> None:
+def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, argv: Sequence[str]) -> None:
     data = options.load_data()
     network = options.network(data)
     if network.mixes_samples and name != "random":
@@ -104,8 +110,12 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
     evaluated = options.evaluated_networks(data)  # one that does not fit the images is told before any work
     real = real_images(data, options.zca, device)
     class_members(real, options.ipc)  # and so are more images a class than there are
-    method = METHODS[name]
+    if isinstance(options, TrainedNetworkOptions):
+        asked = asked_of_the_expert(options, cli.given(type(options), argv))
+        options = as_first_expert(options, real, network, asked)
+    method, command = METHODS[name], shlex.join([*PROGRAM.split(), *argv])
     with only_user(folder):
+        check_goes_on(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         log.info(
             "%s: %s, %d images of %s, %s with %d parameters (%s), on %s",

@@ -31,6 +31,7 @@ def learn(job: Job, learning: Learning) -> None:
     """
     options, began = job.options, _set(job, learning, 0)
     progress = load_checkpoint(job.folder, learning)
+    progress.data = job.real.identity.record()
     metrics = MetricsLog(job.folder, progress.iteration)
     saved = time.monotonic()
     try:

@@ -57,6 +57,8 @@ def as_set(job: Job, images: Tensor, labels: Tensor, lr: Tensor, iterations: int
         images.detach().clone(),
         labels.detach().clone(),
         lr.detach().to(images.device),
+        dataset=data.name,
+        fingerprint=data.fingerprint,
         class_names=data.class_names,
         mean=data.mean,
         std=data.std,
@@ -132,6 +134,7 @@ def write_summary(
             "arithmetic": describe_arithmetic(device, job.network, job.options.precision),
             "versions": versions(),
             "command": job.command,
+            "data": job.real.identity.record(),
             "options": dataclasses.asdict(job.options),
         },
     )

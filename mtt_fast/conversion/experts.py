@@ -20,6 +20,7 @@ from mtt_fast.conversion.options import ConvertOptions
 from mtt_fast.data import NAMES, ImageData
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
+from mtt_fast.expert_checks import check_one_kind
 from mtt_fast.experts import STORE_DTYPES
 from mtt_fast.files import whole_folder
 from mtt_fast.interop import (
@@ -96,12 +97,10 @@ def import_from(options: ConvertOptions, kind: str) -> None:
     folder = buffer_folder(options.destination, data, options.model, options.zca)
     if kind == "waypoints":
         folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
-    metadata = ExpertMetadata(
+    metadata = ExpertMetadata.of(
+        data.identity(options.zca),
         network=network.describe(),
         layout=network.layout.describe(),
-        dataset=data.name,
-        fingerprint=data.fingerprint,
-        whitening="zca" if options.zca else "none",
         hyperparameters={},
         seed=-1,  # unknown
         accuracy=[],
@@ -171,6 +170,8 @@ def export_to(options: ConvertOptions) -> None:
     Nothing is written if it is stopped.
     """
     store = TrajectoryStore(options.source)
+    if len(store):
+        check_one_kind(store)
     kind = options.to or ("waypoints" if store.course(0) else "buffer")
     if kind == "experts":
         _copy(store, Path(options.destination))

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from mtt_fast.conversion.options import ConvertOptions
-from mtt_fast.data import transform_for
+from mtt_fast.data import NAMES, transform_for
+from mtt_fast.data.facts import data_facts
 from mtt_fast.errors import InputError
+from mtt_fast.identity import UNKNOWN, WHITENED, check_same_data
 from mtt_fast.interop import (
     SET_KINDS,
     Facts,
@@ -50,6 +52,8 @@ def convert_set(options: ConvertOptions, kind: str | None) -> None:
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
     facts = _facts(options) if kind in _PICTURES and options.dataset else None
     found = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)
+    if isinstance(found, SyntheticDataset):
+        _check_belongs(options, found)
     found = _in_order(options, found)
     if isinstance(found, PlainSet) and to in ("synthetic", *_PICTURES):
         if found.lr is None:
@@ -63,6 +67,19 @@ def convert_set(options: ConvertOptions, kind: str | None) -> None:
             "The images are canvases of %d by %d images: train on random crops of the size of an image (evaluate: --texture)",
             found.canvas.size, found.canvas.size,
         )  # fmt: skip
+
+
+def _check_belongs(options: ConvertOptions, found: SyntheticDataset) -> None:
+    """Raise `InputError` where the options name other images than those that the set says it was made from.
+
+    It knows that by itself, so they need not; a name that is none of the data sets' is one for the files that are written.
+    """
+    expected = UNKNOWN
+    known = {name.casefold() for name in NAMES if name != "folder"}
+    if options.dataset is not None and options.dataset.casefold() in known:
+        expected = data_facts(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
+    expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
+    check_same_data(found.identity, expected, options.source, mend="leave out what says otherwise: it knows its images")
 
 
 def _facts(options: ConvertOptions) -> Facts:

@@ -9,6 +9,7 @@ from mtt_fast.data import imagenet
 from mtt_fast.data.folder import find_splits, list_classes
 from mtt_fast.data.images import is_grey, size_of
 from mtt_fast.errors import InputError
+from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class DataFacts:
         """Size of its packed file: a byte a value, eight a label."""
         channels, height, width = self.image_shape
         return (self.train + self.test) * (channels * height * width + 8)
+
+    def identity(self, zca: bool) -> DatasetIdentity:
+        """Return what is known beforehand of `ImageData.identity`: an image folder may have been renamed since."""
+        name = "" if self.name.startswith("folder-") else self.name
+        return DatasetIdentity(name, image_shape=self.image_shape, whitening=WHITENED if zca else NORMALISED)
 
 
 _FIXED = {

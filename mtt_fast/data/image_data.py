@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
 
 _BLOCK = 4096  # images looked at together, so that a memory-mapped data set is never copied whole
 
@@ -52,6 +54,13 @@ class ImageData:
         """(C, H, W)"""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    def identity(self, zca: bool) -> DatasetIdentity:
+        """Return what tells these images from others, whitened with `zca` and otherwise normalised."""
+        return DatasetIdentity(
+            self.name, self.class_names, self.image_shape, self.mean, self.std, WHITENED if zca else NORMALISED,
+            self.fingerprint,
+        )  # fmt: skip
 
 
 def from_tensors(
@@ -134,18 +143,21 @@ def check_statistics(name: str, mean: Sequence[float], std: Sequence[float], cha
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, standard deviation) of each channel of uint8 `images` (n, C, H, W), scaled to [0, 1].
 
-    Counted, not summed in floating point, so the result is exact and the same on every machine.
+    Counted, and computed in whole numbers up to one division, so the result is exact and the same on every machine.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for block in torch.split(images, _BLOCK):
         for channel in range(images.shape[1]):
             counts[channel] += torch.bincount(block[:, channel].flatten(), minlength=256)
-    share = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
-    level = torch.arange(256, dtype=torch.float64) / 255
-    mean = share @ level
-    variance = (share * (level - mean[:, None]) ** 2).sum(1)
-    std = variance.sqrt().where(variance > 0, 1.0)  # a constant channel is left as it is
-    return tuple(mean.tolist()), tuple(std.tolist())
+    means, stds = [], []
+    for of_level in counts.tolist():
+        pixels = sum(of_level)
+        total = sum(level * count for level, count in enumerate(of_level))
+        squares = sum(level**2 * count for level, count in enumerate(of_level))
+        variance = (pixels * squares - total**2) / (255 * pixels) ** 2
+        means.append(total / (255 * pixels))
+        stds.append(math.sqrt(variance) or 1.0)  # a constant channel is left as it is
+    return tuple(means), tuple(stds)
 
 
 def fingerprint(

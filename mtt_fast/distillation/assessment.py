@@ -80,6 +80,8 @@ def _distilled(job: Job, state: State, images: Tensor) -> SyntheticDataset:
         images.clone(),
         labels,
         state.lr.mean(),
+        dataset=data.name,
+        fingerprint=data.fingerprint,
         class_names=data.class_names,
         mean=data.mean,
         std=data.std,
@@ -193,10 +195,23 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
             "arithmetic": describe_arithmetic(device, job.network, options.precision),
             "versions": versions(),
             "command": command,
+            "data": job.real.identity.record(),
+            "experts": _of_experts(job, state),
             "options": dataclasses.asdict(options),
         },
     )
     log.info("%s: %s", job.folder, text)
+
+
+def _of_experts(job: Job, state: State) -> dict[str, Any]:
+    """Return what is known of the experts that take turns: how many, from where, trained how on which images."""
+    first = job.experts.metadata(0)
+    return {
+        "folder": str(job.experts.folder),
+        "number": state.experts,
+        "hyperparameters": first.hyperparameters,
+        "data": first.identity.record(),
+    }
 
 
 def _evaluate_baseline(job: Job, state: State, stop: StopRequest) -> dict[str, Any]:

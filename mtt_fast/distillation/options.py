@@ -112,8 +112,10 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     buffer_path: str = "buffers"
     """where the experts' trajectories are"""
+    other_data: bool = False
+    """use experts that were trained on other images, of the same classes and size"""
     num_experts: int = 100
-    """experts to train if there are fewer"""
+    """experts to train if there are fewer; beside experts from elsewhere none is trained"""
     max_experts: int | None = None
     """use only so many experts"""
     num_interpolation: int | None = None
@@ -214,6 +216,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         self.evaluation_protocol()
         eval_pool(self.eval_mode, self.model)
 
+    @property
+    def looks_at_last_epochs(self) -> bool:
+        """Whether images or labels come from what experts say after their last epoch."""
+        return self.pix_init == "samples_predicted_correctly" or self.label_init == "experts"
+
     def asks_experts(self) -> str | None:
         """Return the first option for which experts classify images, or None."""
         options = {
@@ -261,8 +268,10 @@ NOT_PART_OF_THE_RESULT = {
     "eval_mode", "protocol", "best_epoch", "download", "data_path",
     "packed_path",
     "buffer_path", "device", "networks_at_once", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
+    "train_epochs", "other_data",
 }  # fmt: skip
-"""Options that may differ when a run goes on."""
+"""Options that may differ when a run goes on: the result does not depend on them, or, of experts, they are compared with those
+that the run began with."""
 
 
 @dataclass(frozen=True)
@@ -281,13 +290,8 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
 
     The recipe may also be named in the file of --config.
     """
-    chosen = cli.parse_known(_Selection, argv, PROGRAM)
-    in_file = cli.read_toml(Path(chosen.config)) if chosen.config is not None else {}
-    if chosen.recipe is None and isinstance(in_file.get("recipe"), str):
-        chosen = dataclasses.replace(chosen, recipe=in_file["recipe"])
+    chosen, in_file = _selection(argv)
     defaults: dict[str, Any] = {}
-    if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
-        chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
     if chosen.resume:
         folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
         config = read_config(folder)
@@ -303,3 +307,21 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
     options = cli.parse(DistillOptions, argv, PROGRAM, defaults)
     options.check()
     return options
+
+
+def given_options(argv: Sequence[str]) -> set[str]:
+    """Return the names of the options that a command line gives, or its recipe or file of options; not those of a run."""
+    chosen, in_file = _selection(argv)
+    recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
+    return {*recipe, *in_file, *cli.given(DistillOptions, argv)}
+
+
+def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
+    """Return what decides where defaults come from, and the options in the file of --config."""
+    chosen = cli.parse_known(_Selection, argv, PROGRAM)
+    in_file = cli.read_toml(Path(chosen.config)) if chosen.config is not None else {}
+    if chosen.recipe is None and isinstance(in_file.get("recipe"), str):
+        chosen = dataclasses.replace(chosen, recipe=in_file["recipe"])
+    if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
+        chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
+    return chosen, in_file

@@ -23,16 +23,12 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.files import whole_folder
+from mtt_fast.identity import check_same_data
 from mtt_fast.interop.pickles import load_pickle, save_large_pickle
 from mtt_fast.layout import ParameterLayout
-from mtt_fast.trajectories import (
-    ExpertMetadata,
-    TrajectoryStore,
-    being_filled,
-    expert_path,
-    write_expert,
-    write_waypoints,
-)
+from mtt_fast.models import full_name
+from mtt_fast.run_folder import only_writer_of_experts
+from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert, write_waypoints
 from mtt_fast.waypoints import Course
 
 BUFFER = r"replay_buffer_(\d+)\.pt"
@@ -67,8 +63,13 @@ class Trajectory:
         """Return the parameters (epochs + 1, P), or those of the waypoints (K, P), float32, a copy."""
         rows = torch.empty(len(self.points), sum(tensor.numel() for tensor in self.points[0]))
         for row, tensors in zip(rows, self.points, strict=True):
-            torch.cat([tensor.detach().flatten().float() for tensor in tensors], out=row)
+            row.copy_(_flat(tensors))
         return rows
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensors one after another in one vector, float32."""
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors])
 
 
 def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[Path]:
@@ -136,21 +137,21 @@ def import_experts(
     All are checked before one is written; one expert at a time is in memory. `metadata` is all that they have in common.
     Experts that an earlier, stopped call wrote are kept; until all are there, nobody else takes the folder for a whole one.
     `each` is called after every expert.
-    Raises `InputError` for an expert that is none, and if `folder` holds others.
+    Raises `InputError` for an expert that is none, if `folder` holds others, and if another process writes there.
     """
     folder = Path(folder)
     for expert in experts():
         check_trajectory(expert, layout)
-    present = TrajectoryStore(folder, unfinished=True) if folder.is_dir() else None
-    there = set(present.indices) if present is not None else set()
-    for index, expert in enumerate(experts()):
-        if present is not None and index in there:
-            _check_is(present, present.indices.index(index), expert, metadata)
-    with being_filled(folder):
+    with only_writer_of_experts(folder):
+        present = TrajectoryStore(folder, unfinished=True)
         for index, expert in enumerate(experts()):
-            if index not in there:
-                _write(folder, index, expert, metadata, measure, dtype)
-            each(expert)
+            if index in present.indices:
+                _check_is(present, present.indices.index(index), expert, metadata)
+        with being_filled(folder):
+            for index, expert in enumerate(experts()):
+                if index not in present.indices:
+                    _write(folder, index, expert, metadata, measure, dtype)
+                each(expert)
     return TrajectoryStore(folder)
 
 
@@ -159,12 +160,18 @@ def _origin(expert: Trajectory) -> dict[str, Any]:
 
 
 def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata) -> None:
-    """Raise `InputError` unless the expert at `place` is this one, imported before."""
-    there = present.metadata(place)
-    known = there.hyperparameters, there.fingerprint, there.layout
-    if known != (_origin(expert), metadata.fingerprint, metadata.layout):
-        path = expert_path(present.folder, present.indices[place])
-        raise InputError(f"{path}: holds another expert; choose another destination, or delete it")
+    """Raise `InputError` unless the expert at `place` is this one, imported before as that of the same images and network."""
+    path, there = present.path(place), present.metadata(place)
+    otherwise = "choose another destination, or delete it"
+    check_same_data(there.identity, metadata.identity, path, mend=otherwise)
+    known = (there.layout, full_name(there.network)) == (metadata.layout, full_name(metadata.network))
+    ends = (0, expert.points[0]), (expert.num_epochs, expert.points[-1])
+    same = present.epochs(place) == expert.num_epochs and all(
+        torch.equal(present.read(place, epoch), _flat(tensors).to(present.dtype(place)).float())
+        for epoch, tensors in ends
+    )
+    if not (known and same):
+        raise InputError(f"{path}: holds another expert than {expert.name}; {otherwise}")
 
 
 def _write(

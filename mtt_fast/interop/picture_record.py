@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.identity import check_same_data
 from mtt_fast.interop.plain import LABEL_KINDS, Facts
 from mtt_fast.synthetic import SyntheticDataset
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
+_OF_IMAGES = ("dataset", "fingerprint")
 
 
 def as_bytes(synthetic: SyntheticDataset) -> Tensor:
@@ -26,7 +28,7 @@ def as_bytes(synthetic: SyntheticDataset) -> Tensor:
 
 def record_of(synthetic: SyntheticDataset) -> dict[str, Any]:
     """Return what a reader of the pictures needs besides them and the labels, ready for JSON."""
-    return {name: getattr(synthetic, name) for name in _PLAIN} | {
+    return {name: getattr(synthetic, name) for name in (*_PLAIN, *_OF_IMAGES)} | {
         "lr": synthetic.lr.tolist(),
         "lr_per_step": None if synthetic.lr_per_step is None else synthetic.lr_per_step.tolist(),
         "whitened": synthetic.whitening is not None,
@@ -38,11 +40,11 @@ def from_pictures(
 ) -> SyntheticDataset:
     """Return the set of `pictures` uint8 (n, C, H, W), with `labels` and the `record` that was written with them.
 
-    The whitening of a set that was whitened comes from `facts`. Raises `InputError` if it is not there, or the record
-    is broken.
+    The whitening of a set that was whitened comes from `facts`. Raises `InputError` if it is not there, if the facts are of
+    other images, or if the record is broken.
     """
     try:
-        fields = {name: record[name] for name in _PLAIN}
+        fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _OF_IMAGES}
         lr, whitened = torch.tensor(record["lr"], dtype=torch.float32), record["whitened"]
         if record["lr_per_step"] is not None:
             fields["lr_per_step"] = torch.tensor(record["lr_per_step"], dtype=torch.float32)
@@ -56,7 +58,12 @@ def from_pictures(
             f"{where}: the set was whitened, and pictures do not hold the whitening; give the real images with "
             "--dataset, --data_path and --zca"
         )
-    own = Facts(fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None)
+    own = Facts(
+        fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None,
+        fields["dataset"], fields["fingerprint"],
+    )  # fmt: skip
+    if facts is not None:
+        check_same_data(own.identity, facts.identity, where)
     images = own.transform.apply(pictures.float() / 255)
     return SyntheticDataset(images, labels, lr, whitening=own.whitening, **fields)
 

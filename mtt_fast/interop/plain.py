@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtt_fast.data import ImageData, Normalisation
 from mtt_fast.errors import InputError
+from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.whitening import Whitening
 
@@ -19,12 +20,23 @@ LABEL_KINDS = ("indices", "probabilities", "logits")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the real images that a set was distilled from; the fields are those of `SyntheticDataset`."""
+    """What is known of the real images that a set was distilled from; "" and () where it is not."""
 
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     whitening: Whitening | None
+    dataset: str = ""
+    fingerprint: str = ""
+    image_shape: tuple[int, ...] = ()
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """What tells the images from others."""
+        whitening = NORMALISED if self.whitening is None else WHITENED
+        return DatasetIdentity(
+            self.dataset, self.class_names, self.image_shape, self.mean, self.std, whitening, self.fingerprint
+        )
 
     @property
     def transform(self) -> Normalisation | Whitening:
@@ -35,7 +47,9 @@ class Facts:
 def facts_of(data: ImageData, transform: Normalisation | Whitening) -> Facts:
     """Return the facts of real images and of how networks see them."""
     whitening = transform if isinstance(transform, Whitening) else None
-    return Facts(data.class_names, data.mean, data.std, whitening)
+    return Facts(
+        data.class_names, data.mean, data.std, whitening, data.name, data.fingerprint, data.image_shape
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,11 @@ def as_synthetic(
             f"--dataset: expected images of {len(facts.mean)} channels and {len(facts.class_names)} classes, found "
             f"{shape} of {found.num_classes} classes; name the data set that the source was distilled from"
         )
+    if facts.image_shape and shape != facts.image_shape:
+        raise InputError(
+            f"--dataset: expected images {facts.image_shape} of {facts.dataset}, found {shape}; name the data set that the "
+            "source was distilled from, and its --res"
+        )
     return SyntheticDataset(
         found.images,
         found.labels,
@@ -172,7 +191,7 @@ def as_synthetic(
         label_kind=found.label_kind,
         recipe=recipe,
         versions=versions,
-        **vars(facts),
+        **{name: value for name, value in vars(facts).items() if name != "image_shape"},
     )
 
 
