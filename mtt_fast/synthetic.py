@@ -15,6 +15,7 @@ from torch import Tensor
 from mtt_fast.data import Normalisation
 from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors
+from mtt_fast.set_checks import check_set
 from mtt_fast.texture import Canvas
 from mtt_fast.whitening import Whitening
 
@@ -60,7 +61,11 @@ class SyntheticDataset:
         return transform.invert(self.images).clamp(0, 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one safetensors file, atomically."""
+        """Write everything to one safetensors file, atomically.
+
+        Raises `InputError` for a set that `mtt_fast.set_checks.check_set` finds fault with; then nothing is written.
+        """
+        check_set(self, f"{os.fspath(path)}: not written")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
         if self.lr_per_step is not None:
             tensors["lr_per_step"] = self.lr_per_step
@@ -75,7 +80,7 @@ class SyntheticDataset:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
-        """Read what `save` wrote. Raises `InputError` if the file is missing, broken or something else."""
+        """Read what `save` wrote. Raises `InputError` if the file is missing, broken, something else, or no sound set."""
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != _FORMAT:
             raise InputError(
@@ -91,7 +96,7 @@ class SyntheticDataset:
             record[name] = tuple(record[name])
         if "canvas" in record:
             record["canvas"] = Canvas(**record["canvas"])
-        return cls(
+        found = cls(
             tensors["images"],
             tensors["labels"],
             tensors["lr"],
@@ -99,6 +104,8 @@ class SyntheticDataset:
             lr_per_step=tensors.get("lr_per_step"),
             **record,
         )
+        check_set(found, path)
+        return found
 
     def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the set for other software and return the files.

@@ -20,6 +20,7 @@ from mtt_fast.data import NAMES, ImageData
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
 from mtt_fast.experts import STORE_DTYPES
+from mtt_fast.foreign import is_folder, names_in
 from mtt_fast.interop import (
     buffer_files,
     export_experts,
@@ -53,8 +54,11 @@ _SERIES = {
 
 
 def expert_kind_of(source: Path) -> str | None:
-    """Return the kind of the experts that `source`, a file or a folder, looks like by its names, or None."""
-    names = [path.name for path in source.iterdir()] if source.is_dir() else [source.name]
+    """Return the kind of the experts that `source`, a file or a folder, looks like by its names, or None.
+
+    Raises `InputError` for a folder that cannot be listed.
+    """
+    names = names_in(source) if is_folder(source) else [source.name]
     for kind, pattern in _SERIES.items():
         if any(re.fullmatch(pattern, name) for name in names):
             return kind
@@ -166,6 +170,8 @@ def export_to(options: ConvertOptions) -> None:
     Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer.
     """
     store = TrajectoryStore(options.source)
+    if not len(store):
+        raise InputError(f"{options.source}: expected experts (expert_0000.safetensors, …), found none; name their folder")
     kind = options.to or ("waypoints" if store.course(0) else "buffer")
     if kind not in ("buffer", "waypoints"):
         raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer or waypoints")

@@ -6,6 +6,9 @@ the same images. Networks are trained on the tensors; pictures are for people, a
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 from typing import Any
 
@@ -13,43 +16,64 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.plain import LABEL_KINDS, Facts
+from mtt_fast.foreign import as_tensor
+from mtt_fast.interop.plain import Facts
+from mtt_fast.set_checks import check_normalisation, check_set
 from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.texture import Canvas
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
+_RECORDED = (*_PLAIN, "lr", "lr_per_step", "canvas", "whitened")
+_SUM = "sha256"
+LARGEST_SIDE = 4096
+"""Pixels of a distilled picture, canvases included: what claims more is refused before it is decoded."""
 
 
-def as_bytes(synthetic: SyntheticDataset) -> Tensor:
-    """Return the pictures of a set as uint8 (n, C, H, W), rounded to nearest."""
+def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tensor:
+    """Return the pictures of a set as uint8 (n, C, H, W), rounded to nearest.
+
+    Raises `InputError`, which begins with `where`, if they have other channels than a grey or a colour picture.
+    """
+    channels = synthetic.images.shape[1]
+    if channels not in (1, 3):
+        raise InputError(f"{where}: expected images of 1 or 3 channels, as pictures have, found {channels}; use --to mtt")
     return (synthetic.to("cpu").pictures() * 255).round().byte()
 
 
-def record_of(synthetic: SyntheticDataset) -> dict[str, Any]:
-    """Return what a reader of the pictures needs besides them and the labels, ready for JSON."""
-    return {name: getattr(synthetic, name) for name in _PLAIN} | {
+def record_of(synthetic: SyntheticDataset, pictures: Tensor) -> dict[str, Any]:
+    """Return what a reader of `pictures`, as `as_bytes` returns them, needs besides them and the labels, ready for JSON."""
+    facts = {name: getattr(synthetic, name) for name in _PLAIN} | {
         "lr": synthetic.lr.tolist(),
         "lr_per_step": None if synthetic.lr_per_step is None else synthetic.lr_per_step.tolist(),
+        "canvas": None if synthetic.canvas is None else dataclasses.asdict(synthetic.canvas),
         "whitened": synthetic.whitening is not None,
     }
+    record: dict[str, Any] = json.loads(json.dumps(facts))  # as it comes back
+    return record | {_SUM: _digest(record, synthetic.labels.cpu(), pictures)}
 
 
 def from_pictures(
-    pictures: Tensor, labels: Tensor, record: dict[str, Any], facts: Facts | None, where: str | os.PathLike[str]
+    pictures: Tensor, labels: Any, record: Any, facts: Facts | None, where: str | os.PathLike[str]
 ) -> SyntheticDataset:
-    """Return the set of `pictures` uint8 (n, C, H, W), with `labels` and the `record` that was written with them.
+    """Return the set of `pictures` uint8 (n, C, H, W), with `labels`, lists, and the `record` that was written with them.
 
     The whitening of a set that was whitened comes from `facts`. Raises `InputError` if it is not there, or the record
-    is broken.
+    is broken or of other labels or pictures.
     """
     try:
         fields = {name: record[name] for name in _PLAIN}
-        lr, whitened = torch.tensor(record["lr"], dtype=torch.float32), record["whitened"]
-        if record["lr_per_step"] is not None:
-            fields["lr_per_step"] = torch.tensor(record["lr_per_step"], dtype=torch.float32)
         for name in ("class_names", "mean", "std"):
+            if not isinstance(fields[name], list):
+                raise TypeError(f"{name} is no list")
             fields[name] = tuple(fields[name])
-        _check_fit(pictures, labels, fields)
-    except (KeyError, TypeError, ValueError) as error:
+        fields["labels"] = as_tensor(labels, torch.int64 if record["label_kind"] == "indices" else torch.float32)
+        fields["lr"] = as_tensor([record["lr"]], torch.float32).reshape(())
+        if record["lr_per_step"] is not None:
+            fields["lr_per_step"] = as_tensor(record["lr_per_step"], torch.float32)
+        fields["canvas"] = Canvas(**record["canvas"]) if record.get("canvas") is not None else None
+        whitened, digest = bool(record["whitened"]), record.get(_SUM)
+        check_normalisation(fields["mean"], fields["std"], pictures.shape[1], "its pictures")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: expected the record of a distilled set, found it broken ({error})") from error
     if whitened and (facts is None or facts.whitening is None):
         raise InputError(
@@ -58,15 +82,26 @@ def from_pictures(
         )
     own = Facts(fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None)
     images = own.transform.apply(pictures.float() / 255)
-    return SyntheticDataset(images, labels, lr, whitening=own.whitening, **fields)
+    found = SyntheticDataset(images, whitening=own.whitening, **fields)
+    check_set(found, where)
+    told = {name: record[name] for name in _RECORDED if name in record}
+    if digest is not None and digest != _digest(told, found.labels, pictures):
+        raise InputError(f"{where}: damaged: its checksum is of other labels or pictures; get or make the set again")
+    return found
 
 
-def _check_fit(pictures: Tensor, labels: Tensor, fields: dict[str, Any]) -> None:
-    """Raise `ValueError` unless the labels are of the kind, and of the classes, that the record tells of."""
-    kind, classes, channels = fields["label_kind"], len(fields["class_names"]), len(fields["mean"])
-    indices = labels.dim() == 1 and 0 <= int(labels.min()) <= int(labels.max()) < classes
-    soft = labels.dim() == 2 and labels.shape[1] == classes
-    if not (indices if kind == "indices" else soft and kind in LABEL_KINDS):
-        raise ValueError(f"labels {tuple(labels.shape)} that are no {kind} of {classes} classes")
-    if not channels == len(fields["std"]) == pictures.shape[1]:
-        raise ValueError(f"mean and std of {channels} channels for pictures of {pictures.shape[1]}")
+def check_size(width: int, height: int, where: str | os.PathLike[str]) -> None:
+    """Raise `InputError`, which begins with `where`, for a picture that is too large to be a distilled one."""
+    if max(width, height) > LARGEST_SIDE:
+        raise InputError(
+            f"{where}: expected a distilled picture of at most {LARGEST_SIDE} pixels a side, found {width}x{height}; is it another "
+            "file?"
+        )
+
+
+def _digest(record: dict[str, Any], labels: Tensor, pictures: Tensor) -> str:
+    """Return a checksum of all that is written: a flipped bit or a picture that was exchanged is noticed."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for tensor in (labels, pictures):
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
