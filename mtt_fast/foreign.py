@@ -59,22 +59,6 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
         ) from error
 
 
-def is_folder(path: Path) -> bool:
-    """Return whether there is a folder at `path`; one that cannot be looked at is none."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
-def is_file(path: Path) -> bool:
-    """Return whether there is a regular file at `path`; one that cannot be looked at is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def read_json(path: str | os.PathLike[str], largest: int = LARGEST_TEXT) -> Any:
     """Return what a file of JSON holds. Raises `InputError` if it is missing, too large, no JSON or nested too deeply."""
     path = regular_file(path, largest)

@@ -338,8 +338,18 @@ def test_kinds_of_labels(labels: Tensor, kind: str) -> None:
         (torch.zeros(2, 1, 4, 4), torch.tensor([0.5, 1.0]), None, "expected labels that are class indices"),
         (torch.zeros(2, 1, 4, 4), torch.tensor([-1, 0]), None, "expected class indices, counted from 0, found -1 to 0"),
         (torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 3), None, "expected labels that are class indices"),
-        (torch.full((2, 1, 4, 4), float("nan")), torch.zeros(2).long(), None, "images: expected finite numbers, found 32 of 32"),
-        (torch.zeros(2, 1, 4, 4), torch.zeros(2).long(), torch.tensor(-0.1), "expected one learning rate, finite and above 0"),
+        (
+            torch.full((2, 1, 4, 4), float("nan")),
+            torch.zeros(2).long(),
+            None,
+            "images: expected finite numbers, found 32 of 32",
+        ),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(2).long(),
+            torch.tensor(-0.1),
+            "expected one learning rate, finite and above 0",
+        ),
     ],
 )
 def test_what_is_no_set(tmp_path: Path, images: Tensor, labels: Tensor, lr: Tensor | None, message: str) -> None:
@@ -471,7 +481,10 @@ def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
         (lambda record: record["labels"].pop(), "expected a label for each file, found 6 and 5"),
         (lambda record: record.pop("mean"), "expected the record of a distilled set"),
         (lambda record: record.update(mean=[0.5]), "expected the record of a distilled set"),
-        (lambda record: record.update(label_kind="logits"), r"labels: expected logits, float32 \(n, classes\), found Tensor float32 \(6,\)"),
+        (
+            lambda record: record.update(label_kind="logits"),
+            r"labels: expected logits, float32 \(n, classes\), found Tensor float32 \(6,\)",
+        ),
         (lambda record: record["labels"].__setitem__(0, 3), "labels: expected class indices from 0 to 2, found 0 to 3"),
         (
             lambda record: record["labels"].__setitem__(0, [1, 2]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from mtt_fast.data import NAMES, ImageData
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
 from mtt_fast.experts import STORE_DTYPES
-from mtt_fast.foreign import is_folder, names_in
+from mtt_fast.foreign import names_in
 from mtt_fast.interop import (
     buffer_files,
     export_experts,
@@ -58,7 +59,7 @@ def expert_kind_of(source: Path) -> str | None:
 
     Raises `InputError` for a folder that cannot be listed.
     """
-    names = names_in(source) if is_folder(source) else [source.name]
+    names = names_in(source) if os.path.isdir(source) else [source.name]
     for kind, pattern in _SERIES.items():
         if any(re.fullmatch(pattern, name) for name in names):
             return kind
@@ -67,7 +68,8 @@ def expert_kind_of(source: Path) -> str | None:
 
 def options_in_path(source: Path) -> dict[str, Any]:
     """Return the options that the public code's folders tell: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
-    folder = source.resolve() if source.is_dir() else source.resolve().parent
+    place = Path(os.path.realpath(source))
+    folder = place if place.is_dir() else place.parent
     model, *above = [part.name for part in (folder, *folder.parents)]
     if not model.startswith("ConvNet") or len(above) < 3:
         return {}
@@ -171,7 +173,9 @@ def export_to(options: ConvertOptions) -> None:
     """
     store = TrajectoryStore(options.source)
     if not len(store):
-        raise InputError(f"{options.source}: expected experts (expert_0000.safetensors, …), found none; name their folder")
+        raise InputError(
+            f"{options.source}: expected experts (expert_0000.safetensors, …), found none; name their folder"
+        )
     kind = options.to or ("waypoints" if store.course(0) else "buffer")
     if kind not in ("buffer", "waypoints"):
         raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer or waypoints")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.foreign import is_folder, names_in, shown
+from mtt_fast.foreign import names_in, shown
 from mtt_fast.interop.arrays import read_arrays
 from mtt_fast.interop.pairs import read_pair, write_pair, write_parts
 from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
@@ -107,7 +107,7 @@ def is_benchmark(folder: Path) -> bool:
 
 def _sets(folder: Path) -> list[Path]:
     patterns = [f"{method}/*/IPC*" for method in METHODS] + ["*/IPC*", "IPC*"]
-    below = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if is_folder(path)]
+    below = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if os.path.isdir(path)]
     return [folder.resolve()] if folder.name.startswith("IPC") else below
 
 

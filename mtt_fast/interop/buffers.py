@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.foreign import is_folder, names_in, plain_tensor, shown
+from mtt_fast.foreign import names_in, plain_tensor, shown
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
 from mtt_fast.layout import ParameterLayout
 from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
@@ -67,7 +67,7 @@ class Trajectory:
 def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[Path]:
     """Return the buffers in a folder whose names match `pattern`, by number; or the one file that `source` is."""
     source = Path(source)
-    if not is_folder(source):
+    if not os.path.isdir(source):
         return [source]
     numbered = {source / name: match for name in names_in(source) if (match := re.fullmatch(pattern, name))}
     series = sorted({path.name[: match.start(1)] for path, match in numbered.items()})
@@ -119,7 +119,9 @@ def check_points(points: Any, where: str, kind: str) -> None:
 
 def _check_distinct(lists: list[Any], where: str) -> None:
     if len({id(one) for one in lists}) < len(lists):
-        raise InputError(f"{where}: expected lists of their own, found one in several places; it is no such file, or hostile")
+        raise InputError(
+            f"{where}: expected lists of their own, found one in several places; it is no such file, or hostile"
+        )
 
 
 def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:

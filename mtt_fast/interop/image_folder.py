@@ -63,12 +63,18 @@ def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
     record = read_json(path)
     try:
         form, files, labels = record["format"], record["files"], record["labels"]
-        if not isinstance(files, list) or not isinstance(labels, list) or not all(isinstance(name, str) for name in files):
+        if (
+            not isinstance(files, list)
+            or not isinstance(labels, list)
+            or not all(isinstance(name, str) for name in files)
+        ):
             raise TypeError("its files are no list of names, or its labels no list")
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the labels of pictures, found a broken file ({error})") from error
     if form not in _READ:
-        raise InputError(f"{path}: expected the format {_FORMAT!r}, found {shown(form)}; write it again with this version")
+        raise InputError(
+            f"{path}: expected the format {_FORMAT!r}, found {shown(form)}; write it again with this version"
+        )
     if form == _FORMAT and "sha256" not in record:
         raise InputError(f"{path}: damaged: it has no checksum; get or make the set again")
     if not files or len(files) != len(labels):

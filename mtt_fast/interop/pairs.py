@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.files import all_or_none
-from mtt_fast.foreign import is_folder, names_in, plain_tensor, shown
+from mtt_fast.foreign import names_in, plain_tensor, shown
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
 from mtt_fast.interop.plain import PlainSet, plain_set
 
@@ -42,12 +42,14 @@ def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> 
     """
     path = find_images(Path(source))
     files = _parts(path)
-    for file in files:
-        if not beside(file, "labels").exists():
-            raise InputError(f"{beside(file, 'labels')}: expected the labels of {file.name}, found no such file; get it, too")
     images = _joined([load_tensor(file) for file in files], path)
+    for file in files:
+        if not os.path.lexists(beside(file, "labels")):
+            raise InputError(
+                f"{beside(file, 'labels')}: cannot be read (no such file); expected the labels of {file.name} in it"
+            )
     labels = _joined([load_tensor(beside(file, "labels")) for file in files], beside(path, "labels"))
-    lr = next((_load_rate(file) for file in _rate_files(path) if file.exists()), None)
+    lr = next((_load_rate(file) for file in _rate_files(path) if os.path.lexists(file)), None)
     return plain_set(images, labels, lr, str(path), label_kind)
 
 
@@ -58,7 +60,9 @@ def _joined(parts: list[Tensor], path: Path) -> Tensor:
     first = parts[0]
     for place, part in enumerate(parts):
         if not part.dim() or part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
-            raise InputError(f"{path}: part {place}: expected a tensor like {shown(first)}, found {shown(part)}; get it again")
+            raise InputError(
+                f"{path}: part {place}: expected a tensor like {shown(first)}, found {shown(part)}; get it again"
+            )
     return torch.cat(parts)
 
 
@@ -123,7 +127,7 @@ def ddranking_call(folder: str | os.PathLike[str], found: PlainSet, dataset: str
 
 def find_images(source: Path) -> Path:
     """Return the file of images that `source`, a file or a folder, means. Raises `InputError` if that is not clear."""
-    if not is_folder(source):
+    if not os.path.isdir(source):
         if "images" not in source.name:
             raise InputError(f"{source}: expected a name like images_best.pt, beside its labels_best.pt")
         if "images_zca" in source.name:
@@ -132,7 +136,9 @@ def find_images(source: Path) -> Path:
                 f"{source.name.replace('images_zca', 'images')} instead"
             )
         return source
-    names = [source / name for name in names_in(source) if fnmatchcase(name, "*images*.pt") and "images_zca" not in name]
+    names = [
+        source / name for name in names_in(source) if fnmatchcase(name, "*images*.pt") and "images_zca" not in name
+    ]
     whole = list(dict.fromkeys(_whole(path) for path in names))
     best = [path for path in whole if path.stem.endswith("best") and not path.name.startswith("ema_")]
     for choice in (best, whole):
@@ -158,9 +164,9 @@ def _whole(path: Path) -> Path:
 def _parts(path: Path) -> list[Path]:
     """Return the files that hold the set `path`: itself, or all its parts in order."""
     whole = _whole(path)
-    if whole.exists():
-        return [path if path.exists() else whole]
-    siblings = names_in(whole.parent) if is_folder(whole.parent) else []
+    if os.path.lexists(whole):
+        return [path if os.path.lexists(path) else whole]
+    siblings = names_in(whole.parent) if os.path.isdir(whole.parent) else []
     matches = [match for name in siblings if (match := _PART.fullmatch(name)) and f"{match[1]}.pt" == whole.name]
     numbered = {match[2]: whole.with_name(match[0]) for match in matches}
     for number in map(str, range(len(numbered))):

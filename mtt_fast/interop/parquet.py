@@ -114,10 +114,14 @@ def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] |
     """Return the encoded images, their classes, and their soft labels if there are such."""
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
     rows = [row for batch in file.iter_batches(_BATCH, columns=columns) for row in batch.to_pylist()]
-    contents = [row["image"]["bytes"] if isinstance(row["image"], dict) else None for row in rows]
-    for number, content in enumerate(contents):
+    contents = []
+    for number, row in enumerate(rows):
+        content = row["image"]["bytes"] if isinstance(row["image"], dict) else None
         if not isinstance(content, bytes):
-            raise InputError(f"{path}: row {number}: expected the bytes of an image, found none; put the image into the file")
+            raise InputError(
+                f"{path}: row {number}: expected the bytes of an image, found none; put the image into the file"
+            )
+        contents.append(content)
     soft = [row["soft_label"] for row in rows] if "soft_label" in columns else None
     return contents, [row["label"] for row in rows], soft
 
@@ -174,8 +178,10 @@ def _header(content: bytes, where: str) -> tuple[str, tuple[int, int]]:
     """Return an image's mode and size, (width, height), from its header."""
     with _opened(content, where) as image:
         if image.mode not in _GREY + _COLOUR:
-            raise InputError(f"{where}: expected 8 bits a channel, found mode {image.mode!r}; convert it to 8-bit grey or RGB")
-        check_size(*image.size, where)
+            raise InputError(
+                f"{where}: expected 8 bits a channel, found mode {image.mode!r}; convert it to 8-bit grey or RGB"
+            )
+        check_size(image.width, image.height, where)
         return image.mode, image.size
 
 
@@ -184,7 +190,9 @@ def _pixels(content: bytes, mode: str, where: str) -> np.ndarray[Any, np.dtype[n
         try:
             return np.asarray(image.convert(mode))
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            raise InputError(f"{where}: expected an image, found a broken one ({shortened(error)}); replace it") from error
+            raise InputError(
+                f"{where}: expected an image, found a broken one ({shortened(error)}); replace it"
+            ) from error
 
 
 def _opened(content: bytes, where: str) -> Any:

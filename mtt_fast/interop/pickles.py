@@ -90,7 +90,9 @@ def _check_zip(path: Path, most: int) -> None:
         if len(pickles) != 1:
             raise _RefusedError("it is another archive")
         if pickles[0].file_size > most:
-            raise _RefusedError(f"its list takes {pickles[0].file_size:,} bytes, where such a file needs {most:,} at most")
+            raise _RefusedError(
+                f"its list takes {pickles[0].file_size:,} bytes, where such a file needs {most:,} at most"
+            )
         if (damaged := archive.testzip()) is not None:
             raise _RefusedError(f"damaged: the checksum of {shown(damaged)} is wrong")
         _check_pickle(io.BytesIO(archive.read(pickles[0])), most)

@@ -36,7 +36,9 @@ def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tens
     """
     channels = synthetic.images.shape[1]
     if channels not in (1, 3):
-        raise InputError(f"{where}: expected images of 1 or 3 channels, as pictures have, found {channels}; use --to mtt")
+        raise InputError(
+            f"{where}: expected images of 1 or 3 channels, as pictures have, found {channels}; use --to mtt"
+        )
     return (synthetic.to("cpu").pictures() * 255).round().byte()
 
 

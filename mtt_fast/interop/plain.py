@@ -17,6 +17,7 @@ from mtt_fast.set_checks import LABEL_KINDS, are_probabilities, check_rate, chec
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.whitening import Whitening
 
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of the real images that a set was distilled from; the fields are those of `SyntheticDataset`."""
@@ -84,7 +85,12 @@ def plain_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | N
     if label_kind not in (None, *LABEL_KINDS):
         raise InputError(f"--label_kind {label_kind}: expected one of {', '.join(LABEL_KINDS)}")
     images, labels = plain_tensor(images, f"{where}: images"), plain_tensor(labels, f"{where}: labels")
-    if images.dim() != 4 or not images.is_floating_point() or not images.numel() or labels.shape[:1] != images.shape[:1]:
+    if (
+        images.dim() != 4
+        or not images.is_floating_point()
+        or not images.numel()
+        or labels.shape[:1] != images.shape[:1]
+    ):
         raise InputError(
             f"{where}: expected images (n, C, H, W) with n labels, found {tuple(images.shape)} and labels "
             f"{tuple(labels.shape)} ({images.dtype})"

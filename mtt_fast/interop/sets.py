@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtt_fast.cli import did_you_mean
 from mtt_fast.errors import InputError
-from mtt_fast.foreign import is_file, is_folder, names_in
+from mtt_fast.foreign import names_in
 from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result, write_benchmark, write_result
 from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
@@ -37,14 +37,14 @@ def set_kind_of(source: str | os.PathLike[str]) -> str | None:
     Raises `InputError` for a folder that cannot be listed.
     """
     source = Path(source)
-    if not is_folder(source):
+    if not os.path.isdir(source):
         return _kind_of_file(source)
     names = names_in(source)
     if SYNTHETIC in names:
         return "synthetic"
     if {"images.pt", "labels.pt"} <= set(names):
         return "ddranking"
-    kinds = {kind for name in names if (kind := _kind_of_file(source / name)) and is_file(source / name)}
+    kinds = {kind for name in names if (kind := _kind_of_file(source / name)) and os.path.isfile(source / name)}
     if "mtt" in kinds:
         return "mtt"
     if LABELS in names:
@@ -53,7 +53,7 @@ def set_kind_of(source: str | os.PathLike[str]) -> str | None:
         return "dc_benchmark"
     if kinds:
         return min(kinds)
-    return "png" if any(is_folder(source / name) for name in names) else None
+    return "png" if any(os.path.isdir(source / name) for name in names) else None
 
 
 def _kind_of_file(path: Path) -> str | None:
@@ -83,11 +83,11 @@ def read_set(
     kind = kind or set_kind_of(source)
     match kind:
         case "synthetic":
-            return SyntheticDataset.load(source / SYNTHETIC if is_folder(source) else source)
+            return SyntheticDataset.load(source / SYNTHETIC if os.path.isdir(source) else source)
         case "mtt":
             return read_pair(source, label_kind)
         case "ddranking":
-            found = read_pair(source / "images.pt" if is_folder(source) else source, label_kind)
+            found = read_pair(source / "images.pt" if os.path.isdir(source) else source, label_kind)
             soft = label_kind is None and found.label_kind != "indices"
             return dataclasses.replace(found, label_kind="logits") if soft else found
         case "dc":
@@ -149,7 +149,7 @@ def write_set(
 
 
 def _only(source: Path, pattern: str) -> Path:
-    if not is_folder(source):
+    if not os.path.isdir(source):
         return source
     files = [source / name for name in names_in(source) if fnmatchcase(name, pattern)]
     if len(files) != 1:
@@ -167,6 +167,6 @@ def _dataset(found: SyntheticDataset | PlainSet, dataset: str | None) -> str:
 def _unknown(where: Path, option: str, kind: str | None) -> str:
     kinds = ", ".join(SET_KINDS)
     if kind is None:
-        what = "nothing there" if not where.exists() else "other files"
+        what = "nothing there" if not os.path.lexists(where) else "other files"
         return f"{where}: expected a distilled set ({kinds}), found {what}; check the path, or say {option} KIND"
     return f"{option} {kind}: expected one of {kinds}{did_you_mean(kind, list(SET_KINDS))}"
