@@ -6,10 +6,7 @@ number of it is looked at.
 
 from __future__ import annotations
 
-import json
 import os
-import stat
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.files import open_regular, parse_json, read_text
 
 LARGEST_FILE = 64 << 30
 """Bytes; the largest distilled set that was published takes 10 GB, a buffer of ten experts of ResNet-18 23 GB."""
@@ -30,43 +28,30 @@ _NUMBERS = (
 _BEYOND_ITS_STORAGE = 1 << 20  # bytes that an expanded view may claim besides those that it has
 
 
-def regular_file(path: str | os.PathLike[str], largest: int = LARGEST_FILE) -> Path:
-    """Return `path` if it is a regular file of at most `largest` bytes; nothing is opened, so nothing can wait.
-
-    Raises `InputError` for anything else: a pipe, a device, a folder, a link to itself, nothing.
-    """
-    path = Path(path)
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # of a name with a null byte
-        raise InputError(f"{path}: cannot be read ({_reason(error)}); check the path") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: expected a file, found {_kind_of(status.st_mode)}; check the path")
-    if status.st_size > largest:
-        raise InputError(
-            f"{path}: expected at most {largest:,} bytes, found {status.st_size:,}; it is no file of this kind, or damaged"
-        )
-    return path
+def regular_file(path: str | os.PathLike[str], most: int = LARGEST_FILE) -> Path:
+    """Return `path` for a library to open. Raises `InputError` unless it is a regular file of at most `most` bytes."""
+    with open_regular(path, most):
+        return Path(path)
 
 
 def names_in(folder: str | os.PathLike[str]) -> list[str]:
     """Return the sorted names in a folder. Raises `InputError` if it cannot be listed."""
     try:
         return sorted(os.listdir(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # of a name with a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{os.fspath(folder)}: expected a folder, found none that can be read ({_reason(error)}); check the path"
+            f"{os.fspath(folder)}: expected a folder, found none that can be read ({reason}); check the path"
         ) from error
 
 
-def read_json(path: str | os.PathLike[str], largest: int = LARGEST_TEXT) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Return what a file of JSON holds. Raises `InputError` if it is missing, too large, no JSON or nested too deeply."""
-    path = regular_file(path, largest)
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({_reason(error)}); check the path") from error
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_text(path, LARGEST_TEXT))
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{path}: expected JSON, found a broken file ({shortened(error)}); write it again") from error
 
 
@@ -156,15 +141,3 @@ def _check_numbers(values: Any, kinds: tuple[type, ...]) -> None:
         for value in row if isinstance(row, list) else [row]:
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ValueError(f"expected {kinds[-1].__name__}, found {shown(value)}")
-
-
-def _kind_of(mode: int) -> str:
-    kinds: Sequence[tuple[Any, str]] = (
-        (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
-    )  # fmt: skip
-    return next((name for is_kind, name in kinds if is_kind(mode)), "something else")
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtt_fast.cli import read_toml
 from mtt_fast.errors import InputError
-from mtt_fast.files import load_tensors, save_tensors, write_text
+from mtt_fast.files import MALFORMED, load_tensors, parse_json, save_tensors, write_text
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
@@ -159,6 +159,7 @@ class State:
         return float(self.lr.mean())
 
 
+_CHECKPOINT = "mtt_fast checkpoint 2"  # the number when there were no checksums yet was none at all
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept", "seconds", "seconds_evaluation")
@@ -171,7 +172,7 @@ def save_checkpoint(folder: Path, state: State) -> None:
     save_tensors(
         folder / CHECKPOINT,
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
-        {"numbers": json.dumps(numbers)},
+        {"format": _CHECKPOINT, "numbers": json.dumps(numbers)},
     )
 
 
@@ -184,8 +185,8 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
-        return State(**values | json.loads(metadata["numbers"]))
-    except (KeyError, TypeError, ValueError) as error:
+        return State(**values | parse_json(metadata["numbers"]))
+    except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from mtt_fast.data import Normalisation
 from mtt_fast.errors import InputError
-from mtt_fast.files import load_tensors, save_tensors
+from mtt_fast.files import MALFORMED, check_types, load_tensors, parse_json, save_tensors
 from mtt_fast.set_checks import check_set
 from mtt_fast.texture import Canvas
 from mtt_fast.whitening import Whitening
 
-_FORMAT = "mtt_fast.synthetic.1"
+_FORMAT = "mtt_fast.synthetic.2"
+_BEFORE_CHECKSUMS = "mtt_fast.synthetic.1"
 
 
 @dataclass(frozen=True)
@@ -82,28 +84,17 @@ class SyntheticDataset:
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
         """Read what `save` wrote. Raises `InputError` if the file is missing, broken, something else, or no sound set."""
         tensors, metadata = load_tensors(path)
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in (_FORMAT, _BEFORE_CHECKSUMS):
             raise InputError(
                 f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}"
             )
-        record = json.loads(metadata["record"])
-        white = {
-            name: tensors[f"whitening.{name}"]
-            for name in ("mean", "matrix", "inverse")
-            if f"whitening.{name}" in tensors
-        }
-        for name in ("class_names", "mean", "std"):
-            record[name] = tuple(record[name])
-        if "canvas" in record:
-            record["canvas"] = Canvas(**record["canvas"])
-        found = cls(
-            tensors["images"],
-            tensors["labels"],
-            tensors["lr"],
-            whitening=Whitening(**white) if white else None,
-            lr_per_step=tensors.get("lr_per_step"),
-            **record,
-        )
+        try:
+            found = _from_parts(tensors, parse_json(metadata["record"]))
+        except MALFORMED as error:
+            raise InputError(
+                f"{path}: expected a distilled set with all its parts, found another ({type(error).__name__}: {error}); "
+                "use the version that wrote it, or make it again"
+            ) from error
         check_set(found, path)
         return found
 
@@ -123,6 +114,28 @@ class SyntheticDataset:
         names = ("images", "labels", "lr", "lr_per_step")
         moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(self, **moved)
+
+
+_RECORD = {"class_names": list, "mean": list, "std": list, "label_kind": str, "recipe": dict, "versions": dict}
+"""The fields of a set's record, and their types."""
+
+
+def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> SyntheticDataset:
+    """Return the set that a file holds. Raises one of `MALFORMED` for a part that is missing, unknown or of another kind."""
+    canvas = record.pop("canvas", None)
+    check_types(record, _RECORD)
+    for name in ("class_names", "mean", "std"):
+        record[name] = tuple(record[name])
+    white = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("whitening.")}
+    return SyntheticDataset(
+        tensors["images"],
+        tensors["labels"],
+        tensors["lr"],
+        whitening=Whitening(**white) if white else None,
+        lr_per_step=tensors.get("lr_per_step"),
+        canvas=Canvas(**canvas) if canvas is not None else None,
+        **record,
+    )
 
 
 def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,15 +1,14 @@
 """Expert trajectories on disk: one safetensors file an expert, of which a reader touches only the epoch that it wants.
 
 The tensor `parameters` (epochs + 1, P) is float32 or bfloat16; row e is the network after e epochs of training, row 0
-its initialisation. An iteration of the method needs two rows of one expert, so nothing here ever loads a whole file.
+its initialisation. An iteration of the method needs two rows of one expert, so nothing here ever loads a whole file, and
+each row has a checksum of its own, checked whenever it is read.
 A compressed expert has the rows of a few waypoints instead, and its course between them (mtt_fast/waypoints.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import math
 import os
@@ -23,14 +22,25 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.files import TensorEntry, read_header, save_tensors
+from mtt_fast.files import (
+    MALFORMED,
+    TensorEntry,
+    bytes_of,
+    check_part,
+    check_types,
+    open_regular,
+    parse_json,
+    read_header,
+    save_tensors,
+    tell_unchecked,
+)
 from mtt_fast.waypoints import Course
 
-_FORMAT = "mtt_fast expert 1"  # raise the number when a reader of the old format would misread the new one
-_WAYPOINTS = "mtt_fast waypoints 1"
+_FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
+_WAYPOINTS = "mtt_fast waypoints 2"
+_BEFORE_CHECKSUMS = {"mtt_fast expert 1": _FORMAT, "mtt_fast waypoints 1": _WAYPOINTS}
 _TENSOR = "parameters"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-_CHUNK = 1 << 20  # bytes read at a time for the checksum
 _TRAIN_AGAIN = "delete it and train it again with `python -m mtt_fast.experts`"
 _COMPRESS_AGAIN = "delete it and make it again with `python -m mtt_fast.compress`"
 
@@ -62,11 +72,20 @@ class ExpertMetadata:
     def from_text(cls, text: Mapping[str, str], where: str | os.PathLike[str]) -> ExpertMetadata:
         """Read what `to_text` wrote. Raises `InputError` naming the file `where` if something is missing or broken."""
         try:
-            return cls(**{field.name: json.loads(text[field.name]) for field in dataclasses.fields(cls)})
-        except (KeyError, ValueError) as error:
+            record = {field.name: parse_json(text[field.name]) for field in dataclasses.fields(cls)}
+            check_types(record, _TYPES)
+            return cls(**record)
+        except MALFORMED as error:
             raise InputError(
                 f"{where}: expected an expert's metadata, found none or broken ({error}); {_TRAIN_AGAIN}"
             ) from error
+
+
+_TYPES = {
+    "network": dict, "layout": str, "dataset": str, "fingerprint": str, "whitening": str, "hyperparameters": dict,
+    "seed": int, "accuracy": list, "versions": dict,
+}  # fmt: skip
+"""Of the metadata's fields."""
 
 
 def expert_path(folder: str | os.PathLike[str], index: int) -> Path:
@@ -114,9 +133,7 @@ def _write(path: Path, parameters: Tensor, course: Course | None, metadata: Expe
     if complaint:
         raise InputError(f"{path}: not written: {complaint}")
     text = {"format": _WAYPOINTS, "course": course.to_text()} if course else {"format": _FORMAT}
-    digest = hashlib.sha256(stored.view(torch.uint8).numpy().data)
-    digest.update(text.get("course", "").encode())
-    save_tensors(path, {_TENSOR: stored}, metadata.to_text() | text | {"sha256": digest.hexdigest()})
+    save_tensors(path, {_TENSOR: stored}, metadata.to_text() | text, by_row=(_TENSOR,))
     return path
 
 
@@ -132,12 +149,23 @@ def _unfit(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) 
         return f"expected an accuracy for each of {epochs} rows, found {len(metadata.accuracy)}"
     for row, values in enumerate(parameters):
         if not values.isfinite().all():
-            return f"the parameters after epoch {row} are not finite; train with a smaller --lr_teacher"
+            epoch = course.epochs[row] if course else row
+            return f"the parameters after epoch {epoch} are not finite; {_why_not_finite(metadata)}"
     if (parameters == parameters[0]).all():
         return (
             "the parameters are the same in every epoch; was each epoch copied, or a view of the live network recorded?"
         )
     return None
+
+
+def _why_not_finite(metadata: ExpertMetadata) -> str:
+    """Return where NaN or infinite parameters come from, as far as the metadata tells, and what to do."""
+    origin = metadata.hyperparameters.get("imported_from")
+    if origin is not None:
+        return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
+    rate = metadata.hyperparameters.get("lr")
+    at = "" if rate is None else f" at the learning rate {rate:g}"
+    return f"its training diverged{at}; train with a smaller --lr_teacher"
 
 
 def layer_sizes(layout: str) -> list[int]:
@@ -205,13 +233,21 @@ class TrajectoryStore:
         return start if weights is None else torch.lerp(start, self._row(expert, header, row + 1), weights)
 
     def _row(self, expert: int, header: _Header, number: int) -> Tensor:
-        row = torch.empty(header.entry.shape[1], dtype=header.dtype)
-        length = row.nbytes
-        with self._open(expert) as file:
-            file.seek(header.entry.begin + number * length)
-            count = file.readinto(row.view(torch.uint8).numpy().data)
-        if count != length:
-            raise InputError(f"{self._path(expert)}: truncated since it was opened; {_TRAIN_AGAIN}")
+        path, row = self._path(expert), torch.empty(header.entry.shape[1], dtype=header.dtype)
+        content = bytes_of(row)
+        with open_regular(path) as file:
+            file.seek(header.entry.begin + number * len(content))
+            count = file.readinto(content)  # type: ignore[attr-defined] # of unbuffered files
+        if count != len(content):
+            raise InputError(f"{path}: truncated since it was opened; {_TRAIN_AGAIN}")
+        if header.entry.checksums:
+            check_part(path, f"row {number}", content, header.entry.checksums[number])
+        if not bool(row.isfinite().all()):
+            epoch = header.course.epochs[number] if header.course else number
+            raise InputError(
+                f"{path}: the expert's parameters after epoch {epoch} are not finite (NaN or infinite): it diverged, or the file "
+                f"was not written here; {_TRAIN_AGAIN}"
+            )
         return row.float()
 
     def epochs(self, expert: int) -> int:
@@ -233,46 +269,34 @@ class TrajectoryStore:
     def verify(self, expert: int) -> None:
         """Read all parameters of the expert. Raises `InputError` if they are not those that were written."""
         header = self._header(expert)
-        digest = hashlib.sha256()
-        with self._open(expert) as file:
-            file.seek(header.entry.begin)
-            while chunk := file.read(min(_CHUNK, header.entry.end - file.tell())):
-                digest.update(chunk)
-        digest.update(header.text.get("course", "").encode())
-        if digest.hexdigest() != header.text.get("sha256"):
-            raise InputError(
-                f"{self._path(expert)}: damaged: its checksum differs from the one written; {_TRAIN_AGAIN}"
-            )
+        for number in range(header.entry.shape[0]):
+            self._row(expert, header, number)
 
     def _path(self, expert: int) -> Path:
         if not 0 <= expert < len(self):
             raise IndexError(f"{self.folder}: expected an expert from 0 to {len(self) - 1}, found {expert}")
         return expert_path(self.folder, self.indices[expert])
 
-    def _open(self, expert: int) -> io.FileIO:
-        path = self._path(expert)
-        try:
-            return open(path, "rb", buffering=0)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the folder") from error
-
     def _header(self, expert: int) -> _Header:
         if expert not in self._headers:  # two threads may both read it, to the same result
-            self._headers[expert] = _read_header(self._path(expert))
+            header = self._headers[expert] = _read_header(self._path(expert))
+            if not header.entry.checksums and len(self._headers) == 1:
+                tell_unchecked(self.folder)
         return self._headers[expert]
 
 
 def _read_header(path: Path) -> _Header:
     entries, text = read_header(path)
     entry, form = entries.get(_TENSOR), text.get("format", "another")
+    form = _BEFORE_CHECKSUMS.get(form, form)
     if form not in (_FORMAT, _WAYPOINTS) or entry is None or entry.dtype not in _DTYPES or len(entry.shape) != 2:
         raise InputError(
             f"{path}: expected a file in the format {_FORMAT!r}, found {form!r}; "
             "choose a folder that `python -m mtt_fast.experts` wrote"
         )
+    if len(entry.checksums) not in (0, entry.shape[0]):
+        raise InputError(f"{path}: expected a checksum for each of {entry.shape[0]} rows; {_TRAIN_AGAIN}")
     dtype = _DTYPES[entry.dtype]
-    if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
-        raise InputError(f"{path}: its header contradicts itself; {_TRAIN_AGAIN}")
     course = _read_course(path, text, entry.shape) if form == _WAYPOINTS else None
     return _Header(entry, dtype, text, course)
 
@@ -281,7 +305,7 @@ def _read_course(path: Path, text: Mapping[str, str], shape: tuple[int, ...]) ->
     """Return the course of waypoints (K, P) of this `shape`."""
     try:
         course = Course.from_text(text["course"])
-    except (KeyError, ValueError, TypeError) as error:
+    except MALFORMED as error:
         raise InputError(f"{path}: the course between its waypoints is broken ({error}); {_COMPRESS_AGAIN}") from error
     if (len(course.epochs), sum(course.sizes)) != shape:
         raise InputError(f"{path}: its waypoints do not fit the course between them; {_COMPRESS_AGAIN}")

@@ -190,7 +190,7 @@ def test_a_file_that_vanished_is_named(store: TrajectoryStore) -> None:
 
 def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
     save_file({"parameters": torch.zeros(2, 3)}, expert_path(tmp_path, 0))
-    with pytest.raises(InputError, match="expected a file in the format 'mtt_fast expert 1', found 'another'"):
+    with pytest.raises(InputError, match="expected a file in the format 'mtt_fast expert 2', found 'another'"):
         TrajectoryStore(tmp_path).read(0, 0)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtt_fast import InputError, TrajectoryStore, cli
 from mtt_fast.compress import compress, main
-from mtt_fast.files import load_tensors
+from mtt_fast.files import load_tensors, save_tensors
 from mtt_fast.trajectories import ExpertMetadata, expert_path, write_expert
 from mtt_fast.waypoints import Course, convexified, evenly_spaced
 
@@ -195,14 +195,12 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_spoilt_course_is_named(tmp_path: Path, spoil, complaint: str) -> None:  # type: ignore[no-untyped-def]
-    from safetensors.torch import save_file
-
     store = compress(experts(tmp_path, 1), tmp_path / "few", 3)
     path = expert_path(store.folder, 0)
     tensors, text = load_tensors(path)
     record = json.loads(text["course"])
     spoil(record)
-    save_file({name: value.clone() for name, value in tensors.items()}, path, text | {"course": json.dumps(record)})
+    save_tensors(path, tensors, text | {"course": json.dumps(record)}, by_row=list(tensors))
     with pytest.raises(InputError, match=rf"{re.escape(str(path))}: {complaint}.*mtt_fast\.compress"):
         TrajectoryStore(store.folder).read(0, 0)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mtt_fast.data.folder import list_classes
 from mtt_fast.data.images import SUFFIXES, decode, is_grey, size_of
 from mtt_fast.errors import InputError
-from mtt_fast.files import all_or_none, atomic_path, write_json
+from mtt_fast.files import whole_folder, write_json
 from mtt_fast.foreign import names_in, read_json, regular_file, shown
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
@@ -32,17 +32,15 @@ def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDatas
     """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
     from mtt_fast.pictures import as_image
 
-    folder, classes, pictures = Path(folder), as_plain(synthetic).classes, as_bytes(synthetic, folder)
-    with all_or_none() as written:
+    classes, pictures, files = as_plain(synthetic).classes, as_bytes(synthetic, folder), []
+    with whole_folder(folder, last=LABELS) as content:
         for number, (picture, label) in enumerate(zip(pictures, classes.tolist(), strict=True)):
-            path = folder / f"{label:03d}-{_file_name(synthetic.class_names[label])}" / f"{number:05d}.png"
-            with atomic_path(path) as temporary:
-                as_image(picture.float() / 255).save(temporary, format="PNG")
-            written.append(path)
-        files = [path.relative_to(folder).as_posix() for path in written]
+            files.append(f"{label:03d}-{_file_name(synthetic.class_names[label])}/{number:05d}.png")
+            (content / files[-1]).parent.mkdir(exist_ok=True)
+            as_image(picture.float() / 255).save(content / files[-1], format="PNG")
         kept = {"files": files, "labels": synthetic.labels.tolist()}
-        write_json(folder / LABELS, {"format": _FORMAT, **record_of(synthetic, pictures), **kept})
-    return [*written, folder / LABELS]
+        write_json(content / LABELS, {"format": _FORMAT, **record_of(synthetic, pictures), **kept})
+    return [Path(folder) / name for name in (*files, LABELS)]
 
 
 def read_image_folder(folder: str | os.PathLike[str], facts: Facts | None = None, lr: float = 0.01) -> SyntheticDataset:

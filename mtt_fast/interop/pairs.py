@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.files import all_or_none
+from mtt_fast.files import whole_folder
 from mtt_fast.foreign import names_in, plain_tensor, shown
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
 from mtt_fast.interop.plain import PlainSet, plain_set
@@ -70,25 +70,30 @@ def write_pair(images_path: str | os.PathLike[str], found: PlainSet) -> list[Pat
     """Write images, labels and learning rate (if there is one) as tensors, and return the files.
 
     The images go to `images_path`, whose name has the word images; "labels" and "lr" stand in its place in the others.
+    Raises `InputError` where a learning rate is there already that would be taken for the set's.
     """
     path = Path(images_path)
     if "images" not in path.name:
         raise InputError(f"{path}: expected a name with the word images, as in images_best.pt; choose such a one")
     parts = {"images": found.images, "labels": found.labels} | ({} if found.lr is None else {"lr": found.lr})
-    with all_or_none() as written:
+    for file in _rate_files(path):
+        if file.exists() and (found.lr is None or file != beside(path, "lr")):
+            raise InputError(f"{file}: is there already, and would be taken for this set's learning rate; move it away")
+    with whole_folder(path.parent, last=path.name) as folder:
         for name, tensor in parts.items():
-            written.append(save_pickle(beside(path, name), plain_copy(tensor)))
-    return written
+            save_pickle(beside(folder / path.name, name), plain_copy(tensor))
+    return [beside(path, name) for name in parts]
 
 
 def write_parts(folder: str | os.PathLike[str], found: PlainSet, parts: int) -> list[Path]:
     """Write images_best_0.pt, labels_best_0.pt, … in `parts` parts of consecutive images, and return the files."""
-    images, labels = found.images.tensor_split(parts), found.labels.tensor_split(parts)
-    with all_or_none() as written:
-        for part, pieces in enumerate(zip(images, labels, strict=True)):
-            for name, piece in zip(("images", "labels"), pieces, strict=True):
-                written.append(save_pickle(Path(folder) / f"{name}_best_{part}.pt", plain_copy(piece)))
-    return written
+    names = []
+    with whole_folder(folder, last="images") as content:
+        for kind, tensor in (("images", found.images), ("labels", found.labels)):
+            for part, piece in enumerate(tensor.tensor_split(parts)):
+                names.append(f"{kind}_best_{part}.pt")
+                save_pickle(content / names[-1], plain_copy(piece))
+    return [Path(folder) / name for name in names]
 
 
 def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Path]:
