@@ -13,10 +13,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mtt_fast.data.class_names import class_indices, relabelled
+from mtt_fast.data.images import decode_bytes
 from mtt_fast.errors import InputError
 from mtt_fast.files import atomic_path
 from mtt_fast.interop.picture_record import as_bytes, from_pictures, record_of
@@ -53,20 +54,20 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
     """Read a distilled set from a parquet file with columns `image` and `label`, and perhaps `soft_label`.
 
     `facts` of the real images give the whitening of a whitened set; for a file that `write_parquet` did not write they
-    give all the facts, and `lr` the learning rate. Raises `InputError` for a broken or foreign file, where facts are
+    give all the facts, and `lr` the learning rate; its labels go by the names of its classes, where it has such. Raises `InputError` for a broken or foreign file, where facts are
     needed and not given, and if pyarrow is not installed.
     """
     arrow, parquet = _pyarrow(path)
     try:
         table = parquet.read_table(path)
-        pictures = _decode([row["bytes"] for row in table["image"].to_pylist()])
-        labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
-        if "soft_label" in table.column_names:
-            labels = torch.tensor(table["soft_label"].to_pylist(), dtype=torch.float32)
+        pictures = _decode([row["bytes"] for row in table["image"].to_pylist()], path)
+        labels, names = _labels(table)
         record = json.loads((table.schema.metadata or {}).get(_RECORD, "null"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); check the path") from error
-    except (KeyError, TypeError, ValueError, arrow.ArrowException) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, arrow.ArrowException) as error:
         raise InputError(
             f"{path}: expected columns image (bytes, path) and label, found a broken or foreign file ({error})"
         ) from error
@@ -77,6 +78,8 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
             f"{path}: another program's file, which does not say how its pictures are normalised; name the real images "
             "with --dataset and --data_path"
         )
+    if names:
+        labels = relabelled(labels, class_indices(names, facts.class_names, path), len(facts.class_names), path)
     images = facts.transform.apply(pictures.float() / 255)
     return as_synthetic(plain_set(images, labels, None, str(path)), facts, lr, {}, {})
 
@@ -111,11 +114,19 @@ def _encode(picture: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _decode(contents: list[bytes]) -> Tensor:
-    """Return encoded images of one size as uint8 (n, C, H, W), C = 1 if all are grey."""
-    from PIL import Image
+def _labels(table: Any) -> tuple[Tensor, list[str] | None]:
+    """Return the labels, and the names of the classes that they count, where the file has them."""
+    features = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
+    names = features.get("label", {}).get("names")
+    classes = table["label"].to_pylist()
+    if classes and all(isinstance(label, str) for label in classes):
+        names = sorted(set(classes))
+        classes = [names.index(label) for label in classes]
+    if "soft_label" in table.column_names:
+        return torch.tensor(table["soft_label"].to_pylist(), dtype=torch.float32), names
+    return torch.tensor(classes, dtype=torch.int64), names
 
-    images = [Image.open(io.BytesIO(content)) for content in contents]
-    mode = "L" if all(image.mode in ("1", "L", "LA") for image in images) else "RGB"
-    stacked = torch.from_numpy(np.stack([np.asarray(image.convert(mode)) for image in images]))
-    return stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
+
+def _decode(contents: list[bytes], path: str | os.PathLike[str]) -> Tensor:
+    """Return encoded images of one size as uint8 (n, C, H, W), C = 1 if all are grey."""
+    return torch.from_numpy(decode_bytes(contents, [f"{path}, image {number}" for number in range(len(contents))]))

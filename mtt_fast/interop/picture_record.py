@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.errors import InputError
 from mtt_fast.interop.plain import LABEL_KINDS, Facts
 from mtt_fast.synthetic import SyntheticDataset
@@ -38,8 +39,9 @@ def from_pictures(
 ) -> SyntheticDataset:
     """Return the set of `pictures` uint8 (n, C, H, W), with `labels` and the `record` that was written with them.
 
-    The whitening of a set that was whitened comes from `facts`. Raises `InputError` if it is not there, or the record
-    is broken.
+    The whitening of a set that was whitened comes from `facts`, and so does the order of the classes: labels go by the
+    names of the record's. Raises `InputError` if the whitening is not there, the names are those of other classes, or the
+    record is broken.
     """
     try:
         fields = {name: record[name] for name in _PLAIN}
@@ -56,6 +58,10 @@ def from_pictures(
             f"{where}: the set was whitened, and pictures do not hold the whitening; give the real images with "
             "--dataset, --data_path and --zca"
         )
+    if facts is not None and fields["class_names"] != facts.class_names:
+        indices = class_indices(fields["class_names"], facts.class_names, where)
+        labels = relabelled(labels, indices, len(facts.class_names), where)
+        fields["class_names"] = facts.class_names
     own = Facts(fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None)
     images = own.transform.apply(pictures.float() / 255)
     return SyntheticDataset(images, labels, lr, whitening=own.whitening, **fields)
