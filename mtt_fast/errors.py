@@ -1,4 +1,4 @@
-"""The exception that a user's mistake, a bad file or a full disk raises, and the one kind of it that is told apart."""
+"""The exception that a user's mistake, a bad file or a full disk raises, and the kinds of it that are told apart."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class InputError(ValueError):
 
 class Diverged(InputError):
     """A run whose gradients stayed non-finite until it gave up: other settings may do, these do not."""
+
+
+class NotFound(InputError):
+    """A data set that is in none of the places where it was looked for: it may come there later."""
 
 
 def one_line(text: str) -> str:

@@ -54,6 +54,23 @@ class ImageData:
         return channels, height, width
 
 
+@dataclass(frozen=True)
+class DataFacts:
+    """A data set in numbers. `name` is that of the `ImageData` it will be."""
+
+    name: str
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    num_classes: int
+    train: int  # images
+    test: int
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of its packed file: a byte a value, eight a label."""
+        channels, height, width = self.image_shape
+        return (self.train + self.test) * (channels * height * width + 8)
+
+
 def from_tensors(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mtt_fast.data.image_data import ImageData, Split, channel_statistics, check_labels, fingerprint
+from mtt_fast.data.image_data import DataFacts, ImageData, Split, channel_statistics, check_labels, fingerprint
 from mtt_fast.errors import InputError
 from mtt_fast.files import atomic_path, load_tensors
 
@@ -52,6 +52,7 @@ class Source:
     """A data set that was found, but not read yet.
 
     `stem` names its packed file; `key` says what would go in. `mean` and `std` None: computed from the training images.
+    `facts` counts what is there, decoding nothing; None where that is what is published of the data set.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Source:
     read: Callable[[], Contents]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    facts: Callable[[], DataFacts] | None = None
 
 
 def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:

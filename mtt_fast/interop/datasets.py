@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtt_fast.data import ImageData, from_tensors
+from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.errors import InputError
 from mtt_fast.synthetic import SyntheticDataset
 
@@ -49,12 +50,23 @@ def image_data_from(
 
     An image is one of PIL, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a floating-point tensor
     (C, H, W) in [0, 1], as torchvision's ToTensor gives it; leave Normalize out. All images are read, to one tensor.
-    Without `class_names` those of `train.classes` are taken, if it has such; without `mean` and `std` they are computed.
-    Raises `InputError` for images of other kinds, values or sizes, and for labels that are no indices.
+    Without `class_names` those of `train.classes` are taken, or of its feature `label`, if it has such; where `test` has
+    them in another order, its labels go by its names. Without `mean` and `std` they are computed. Raises `InputError` for images of other kinds, values or sizes, and for labels that are no indices.
     """
-    names = class_names or getattr(train, "classes", None)
-    parts = _tensors(train, f"{name}, train"), _tensors(test, f"{name}, test")
-    return from_tensors(*parts, name=name, class_names=names, mean=mean, std=std)
+    (images, labels), (test_images, test_labels) = _tensors(train, f"{name}, train"), _tensors(test, f"{name}, test")
+    names, test_names = _names(train), _names(test)
+    if names and test_names and names != test_names:
+        indices = class_indices(test_names, names, f"{name}, test")
+        test_labels = relabelled(test_labels, indices, len(names), f"{name}, test")
+    parts = (images, labels), (test_images, test_labels)
+    return from_tensors(*parts, name=name, class_names=class_names or names, mean=mean, std=std)
+
+
+def _names(dataset: Any) -> list[str] | None:
+    """Return the names of the classes as torchvision's datasets have them, or those of `datasets`."""
+    feature = (getattr(dataset, "features", None) or {}).get("label")
+    names = getattr(dataset, "classes", None) or getattr(feature, "names", None)
+    return list(map(str, names)) if names else None
 
 
 def _tensors(dataset: Any, where: str) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """Distilled sets as image folders: CLASS/NNNNN.png and labels.json. See picture_record.py for what pictures lose.
 
 labels.json holds `files`, `labels` in the same order (class indices or soft labels), and the facts of the set. A folder
-without it, as other methods write them, has hard labels: the ranks of the sorted class folders.
+without it, as other methods write them, has hard labels: the classes that its folders are named after, in any of the
+spellings that `class_indices` knows.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtt_fast.data.folder import list_classes
-from mtt_fast.data.images import SUFFIXES, decode, is_grey, size_of
+from mtt_fast.data.class_names import class_indices, shortened
+from mtt_fast.data.images import decode, read_headers
+from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.errors import InputError
 from mtt_fast.files import whole_folder, write_json
-from mtt_fast.foreign import names_in, read_json, regular_file, shown
-from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
+from mtt_fast.foreign import names_in, read_json, shown
+from mtt_fast.interop.picture_record import CHECKSUM, as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
 from mtt_fast.synthetic import SyntheticDataset
+
+log = logging.getLogger(__name__)
 
 LABELS = "labels.json"
 _FORMAT = "mtt_fast pictures 2"
@@ -73,12 +78,12 @@ def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
         raise InputError(
             f"{path}: expected the format {_FORMAT!r}, found {shown(form)}; write it again with this version"
         )
-    if form == _FORMAT and "sha256" not in record:
+    if form == _FORMAT and CHECKSUM not in record:
         raise InputError(f"{path}: damaged: it has no checksum; get or make the set again")
     if not files or len(files) != len(labels):
         raise InputError(f"{path}: expected a label for each file, found {len(files)} and {len(labels)}")
     for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts or not name.lower().endswith(SUFFIXES):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(
                 f"{path}: expected files in its own folder, found {shown(name)[1:-1]}; it is not from this software, or damaged"
             )
@@ -91,22 +96,26 @@ def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticData
             f"{folder}: expected {LABELS}, which says how its pictures are normalised, found none; name the real images "
             "with --dataset and --data_path"
         )
-    classes = list_classes(folder)
+    listing = list_classes(folder, folder)
+    tell_skipped(str(folder), listing)
+    classes = {name: files for name, files in listing.classes.items() if files}
     files = [file for files in classes.values() for file in files]
     if not files:
         raise InputError(f"{folder}: expected images in a folder a class, found none; check the path")
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
+    indices = class_indices(list(classes), facts.class_names, folder)
+    if missing := [name for index, name in enumerate(facts.class_names) if index not in indices]:
+        log.warning("%s: no pictures of %d classes: %s", folder, len(missing), shortened(missing))
+    counts = torch.tensor([len(files) for files in classes.values()])
+    labels = torch.tensor(indices).repeat_interleave(counts)
     images = facts.transform.apply(_pictures(files).float() / 255)
     return as_synthetic(plain_set(images, labels, None, str(folder)), facts, lr, {}, {})
 
 
 def _pictures(files: list[str]) -> Tensor:
     """Return image files of one size as uint8 (n, C, H, W), C = 1 if all are grey."""
-    for file in files:
-        regular_file(file)
-        height, width = size_of(file)
-        check_size(width, height, file)
-    shape = (1 if all(map(is_grey, files)) else 3, *size_of(files[0]))
+    header = read_headers(files, None, resize=False)
+    check_size(header.size, files[0])
+    shape = (1 if header.grey else 3, *header.size)
     return torch.from_numpy(np.concatenate(list(decode(files, shape, resize=False))))
 
 

@@ -13,20 +13,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mtt_fast.data.class_names import class_indices, relabelled
+from mtt_fast.data.images import decode_bytes, read_header
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path
+from mtt_fast.files import atomic_path, parse_json
 from mtt_fast.foreign import as_tensor, regular_file, shortened
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
 from mtt_fast.synthetic import SyntheticDataset
 
 _RECORD = b"mtt_fast"
-_GREY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of 8 bits a channel
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")  # none that starts another program
 _COLUMNS = ("image", "label", "soft_label")
 _BATCH = 1024  # rows
 _EXPANDS, _SMALL = 20, 64 << 20  # how many times its size, besides so many bytes, a file may claim to decode to
@@ -60,19 +59,21 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
     """Read a distilled set from a parquet file with columns `image` and `label`, and perhaps `soft_label`.
 
     `facts` of the real images give the whitening of a whitened set; for a file that `write_parquet` did not write they
-    give all the facts, and `lr` the learning rate. Raises `InputError` for a broken or foreign file, where facts are
-    needed and not given, and if pyarrow is not installed.
+    give all the facts, and `lr` the learning rate; its labels go by the names of its classes, where it has such.
+    Raises `InputError` for a broken or foreign file, where facts are needed and not given, and if pyarrow is not installed.
     """
     arrow, parquet = _pyarrow(path)
     path = regular_file(path)
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _check_columns(file, path)
-            contents, labels, soft = _columns(file, path)
-            record = json.loads((file.schema_arrow.metadata or {}).get(_RECORD, "null"))
+            contents, classes, soft = _columns(file, path)
+            metadata = file.schema_arrow.metadata or {}
+        record = parse_json(metadata.get(_RECORD, b"null"))
+        labels, names = _labels(classes, parse_json(metadata.get(b"huggingface", b"{}")))
     except InputError:
         raise
-    except (OSError, arrow.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, arrow.ArrowException, ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(
             f"{path}: expected columns image (bytes, path) and label, found a broken or foreign file ({shortened(error)}); get it "
             "again"
@@ -89,6 +90,9 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
         targets = as_tensor(labels, torch.int64) if soft is None else as_tensor(soft, torch.float32)
     except ValueError as error:
         raise InputError(f"{path}: expected a label of each image, found others ({error}); mend its column") from error
+    if names:
+        indices = class_indices(names, facts.class_names, path)
+        targets = relabelled(targets, indices, len(facts.class_names), path)
     images = facts.transform.apply(pictures.float() / 255)
     return as_synthetic(plain_set(images, targets, None, str(path)), facts, lr, {}, {})
 
@@ -156,49 +160,20 @@ def _encode(picture: Tensor) -> bytes:
     return file.getvalue()
 
 
+def _labels(classes: list[Any], described: Any) -> tuple[list[Any], list[str] | None]:
+    """Return the labels, and the names of the classes that they count, where they are names or are `described` by such."""
+    if classes and all(isinstance(label, str) for label in classes):
+        names = sorted(set(classes))
+        places = {name: place for place, name in enumerate(names)}
+        return [places[label] for label in classes], names
+    names = described.get("info", {}).get("features", {}).get("label", {}).get("names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise TypeError("the names of its classes are no list of names")
+    return classes, names
+
+
 def _decode(contents: list[bytes], path: Path) -> Tensor:
-    """Return encoded images of one size as uint8 (n, C, H, W), C = 1 if all are grey.
-
-    Sizes are looked at before any is decoded. Raises `InputError`, which names the row, for what is no such image.
-    """
-    modes = [_header(content, f"{path}: row {number}") for number, content in enumerate(contents)]
-    for number, (_, size) in enumerate(modes):
-        if size != modes[0][1]:
-            raise InputError(
-                f"{path}: row {number}: expected {'x'.join(map(str, modes[0][1]))} pixels as in the first row, found "
-                f"{'x'.join(map(str, size))}; bring all images to one size"
-            )
-    mode = "L" if all(own in _GREY for own, _ in modes) else "RGB"
-    stacked = np.stack([_pixels(content, mode, f"{path}: row {row}") for row, content in enumerate(contents)])
-    images = torch.from_numpy(stacked)
-    return images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous()
-
-
-def _header(content: bytes, where: str) -> tuple[str, tuple[int, int]]:
-    """Return an image's mode and size, (width, height), from its header."""
-    with _opened(content, where) as image:
-        if image.mode not in _GREY + _COLOUR:
-            raise InputError(
-                f"{where}: expected 8 bits a channel, found mode {image.mode!r}; convert it to 8-bit grey or RGB"
-            )
-        check_size(image.width, image.height, where)
-        return image.mode, image.size
-
-
-def _pixels(content: bytes, mode: str, where: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    with _opened(content, where) as image:
-        try:
-            return np.asarray(image.convert(mode))
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            raise InputError(
-                f"{where}: expected an image, found a broken one ({shortened(error)}); replace it"
-            ) from error
-
-
-def _opened(content: bytes, where: str) -> Any:
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(content), formats=_FORMATS)
-    except Exception as error:
-        raise InputError(f"{where}: expected an image, found other bytes; replace it") from error
+    """Return encoded images of one size as uint8 (n, C, H, W), C = 1 if all are grey."""
+    names = [f"{path}, image {number}" for number in range(len(contents))]
+    check_size(read_header(contents[0], names[0]).size, names[0])  # all others must have it, too
+    return torch.from_numpy(decode_bytes(contents, names))

@@ -7,7 +7,6 @@ the same images. Networks are trained on the tensors; pictures are for people, a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.errors import InputError
+from mtt_fast.files import bytes_of, checksum_of
 from mtt_fast.foreign import as_tensor
 from mtt_fast.interop.plain import Facts
 from mtt_fast.set_checks import check_normalisation, check_set
@@ -24,7 +25,7 @@ from mtt_fast.texture import Canvas
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
 _RECORDED = (*_PLAIN, "lr", "lr_per_step", "canvas", "whitened")
-_SUM = "sha256"
+CHECKSUM = "checksum"
 LARGEST_SIDE = 4096
 """Pixels of a distilled picture, canvases included: what claims more is refused before it is decoded."""
 
@@ -51,7 +52,7 @@ def record_of(synthetic: SyntheticDataset, pictures: Tensor) -> dict[str, Any]:
         "whitened": synthetic.whitening is not None,
     }
     record: dict[str, Any] = json.loads(json.dumps(facts))  # as it comes back
-    return record | {_SUM: _digest(record, synthetic.labels.cpu(), pictures)}
+    return record | {CHECKSUM: _checksum(record, synthetic.labels.detach().cpu(), pictures)}
 
 
 def from_pictures(
@@ -59,51 +60,62 @@ def from_pictures(
 ) -> SyntheticDataset:
     """Return the set of `pictures` uint8 (n, C, H, W), with `labels`, lists, and the `record` that was written with them.
 
-    The whitening of a set that was whitened comes from `facts`. Raises `InputError` if it is not there, or the record
-    is broken or of other labels or pictures.
+    The whitening of a set that was whitened comes from `facts`, and so does the order of the classes: labels go by the
+    names of the record's. Raises `InputError` if the whitening is not there, the names are those of other classes, or the
+    record is broken or of other labels or pictures.
     """
     try:
-        fields = {name: record[name] for name in _PLAIN}
-        for name in ("class_names", "mean", "std"):
-            if not isinstance(fields[name], list):
-                raise TypeError(f"{name} is no list")
-            fields[name] = tuple(fields[name])
-        fields["labels"] = as_tensor(labels, torch.int64 if record["label_kind"] == "indices" else torch.float32)
-        fields["lr"] = as_tensor([record["lr"]], torch.float32).reshape(())
-        if record["lr_per_step"] is not None:
-            fields["lr_per_step"] = as_tensor(record["lr_per_step"], torch.float32)
-        fields["canvas"] = Canvas(**record["canvas"]) if record.get("canvas") is not None else None
-        whitened, digest = bool(record["whitened"]), record.get(_SUM)
+        fields = _fields(record, labels)
         check_normalisation(fields["mean"], fields["std"], pictures.shape[1], "its pictures")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: expected the record of a distilled set, found it broken ({error})") from error
+    whitened = record["whitened"]
     if whitened and (facts is None or facts.whitening is None):
         raise InputError(
             f"{where}: the set was whitened, and pictures do not hold the whitening; give the real images with "
             "--dataset, --data_path and --zca"
         )
     own = Facts(fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None)
-    images = own.transform.apply(pictures.float() / 255)
-    found = SyntheticDataset(images, whitening=own.whitening, **fields)
+    found = SyntheticDataset(own.transform.apply(pictures.float() / 255), whitening=own.whitening, **fields)
     check_set(found, where)
     told = {name: record[name] for name in _RECORDED if name in record}
-    if digest is not None and digest != _digest(told, found.labels, pictures):
+    if record.get(CHECKSUM) not in (None, _checksum(told, found.labels, pictures)):
         raise InputError(f"{where}: damaged: its checksum is of other labels or pictures; get or make the set again")
-    return found
+    if facts is None or found.class_names == facts.class_names:
+        return found
+    indices = class_indices(found.class_names, facts.class_names, where)
+    ordered = relabelled(found.labels, indices, len(facts.class_names), where)
+    return dataclasses.replace(found, labels=ordered, class_names=facts.class_names)
 
 
-def check_size(width: int, height: int, where: str | os.PathLike[str]) -> None:
-    """Raise `InputError`, which begins with `where`, for a picture that is too large to be a distilled one."""
-    if max(width, height) > LARGEST_SIDE:
+def _fields(record: Any, labels: Any) -> dict[str, Any]:
+    """Return what a record and lists of labels say of a set, but for its images and whitening, as the set has it."""
+    fields = {name: record[name] for name in _PLAIN}
+    for name in ("class_names", "mean", "std"):
+        if not isinstance(fields[name], list):
+            raise TypeError(f"{name} is no list")
+        fields[name] = tuple(fields[name])
+    if not isinstance(record["whitened"], bool):
+        raise TypeError("whitened is neither true nor false")
+    fields["labels"] = as_tensor(labels, torch.int64 if record["label_kind"] == "indices" else torch.float32)
+    fields["lr"] = as_tensor([record["lr"]], torch.float32).reshape(())
+    if record["lr_per_step"] is not None:
+        fields["lr_per_step"] = as_tensor(record["lr_per_step"], torch.float32)
+    if record.get("canvas") is not None:  # files from before there was one lack it
+        fields["canvas"] = Canvas(**record["canvas"])
+    return fields
+
+
+def check_size(size: tuple[int, int], where: str | os.PathLike[str]) -> None:
+    """Raise `InputError`, which begins with `where`, for a picture of a `size` that no distilled one has."""
+    if max(size) > LARGEST_SIDE:
         raise InputError(
-            f"{where}: expected a distilled picture of at most {LARGEST_SIDE} pixels a side, found {width}x{height}; is it another "
-            "file?"
+            f"{where}: expected a distilled picture of at most {LARGEST_SIDE} pixels a side, found {size[1]}x{size[0]}; is it "
+            "another file?"
         )
 
 
-def _digest(record: dict[str, Any], labels: Tensor, pictures: Tensor) -> str:
-    """Return a checksum of all that is written: a flipped bit or a picture that was exchanged is noticed."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    for tensor in (labels, pictures):
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _checksum(record: dict[str, Any], labels: Tensor, pictures: Tensor) -> str:
+    """Return that of all that is written: a flipped bit is noticed, and a picture that was exchanged."""
+    text = json.dumps(record, sort_keys=True).encode()
+    return checksum_of(text, bytes_of(labels.contiguous()), bytes_of(pictures.contiguous()))
