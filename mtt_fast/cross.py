@@ -25,12 +25,12 @@ from mtt_fast.arithmetic import arithmetic, precision_on
 from mtt_fast.cross_table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import RANDOM, SetOptions, read_synthetic, settings_of, training_set
+from mtt_fast.evaluate import RANDOM, SetOptions, check_any_trained, read_synthetic, settings_of, training_set
 from mtt_fast.files import write_json, write_text
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable, network_by_name
 from mtt_fast.options import RealImages, real_images
-from mtt_fast.protocols import evaluate
+from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.run_folder import only_user
 from mtt_fast.seeding import generator_for
@@ -127,6 +127,9 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
     write_text(folder / MARKDOWN, table)
     save_plot(folder / PLOT, shown, quoted)
     log.info("%s", table)
+    check_any_trained(
+        Accuracy(tuple(cell["accuracy"]["values"]), diverged=cell["accuracy"].get("diverged", 0)) for cell in shown
+    )
 
 
 def _networks(options: CrossOptions, data: ImageData) -> dict[str, Trainable]:

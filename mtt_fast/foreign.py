@@ -68,15 +68,15 @@ def as_tensor(values: Any, dtype: torch.dtype) -> Tensor:
 def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
     """Return a tensor from elsewhere, detached, if it is of the plain kind: strided, in memory, of real numbers.
 
-    It may be a view, and expanded, but claims hardly more bytes than its storage has, so that copies of it are bounded.
-    Raises `InputError`, which begins with `where`, for anything else.
+    One of a subclass becomes a `Tensor`. It may be a view, and expanded, but claims hardly more bytes than its storage has,
+    so that copies of it are bounded. Raises `InputError`, which begins with `where`, for anything else.
     """
     if not isinstance(value, Tensor):
         raise InputError(f"{where}: expected a tensor, found {shown(value)}; name the right file")
-    found = value.detach()
     other = _other_kind(value)
     if other is not None:
         raise InputError(f"{where}: expected a dense tensor of real numbers, found {other}; save it as such a one")
+    found: Tensor = value.detach().as_subclass(Tensor)
     held, claimed = found.untyped_storage().nbytes(), found.numel() * found.element_size()
     if claimed > held + _BEYOND_ITS_STORAGE:
         raise InputError(
@@ -120,8 +120,6 @@ def _listed(names: Any) -> str:
 
 def _other_kind(value: Tensor) -> str | None:
     """Return in words what kind of tensor `value` is, or None if it is a plain one."""
-    if type(value) not in (Tensor, torch.nn.Parameter):
-        return f"a tensor of the class {type(value).__name__}"
     if value.is_nested:
         return "a nested one"
     if value.layout != torch.strided:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def check_set(found: SyntheticDataset, where: Where) -> None:
     check_rate(found.lr, where)
     if found.lr_per_step is not None:
         _check_rates(found.lr_per_step, where)
-    _check_names(found.class_names, where)
+    check_names(found.class_names, where)
     check_classes(found.labels, len(found.class_names), where)
     channels, height, width = found.images.shape[1:]
     check_normalisation(found.mean, found.std, channels, where)
@@ -149,11 +150,12 @@ def _check_rates(rates: Tensor, where: Where) -> None:
         )
 
 
-def _check_names(names: Sequence[str], where: Where) -> None:
+def check_names(names: Sequence[str], where: Where) -> None:
+    """Check that there are names of classes, each once. Raises `InputError`, which begins with `where`."""
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: class_names: expected the classes' names, found {shown(names)}")
     if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise InputError(f"{where}: class_names: expected each name once, found {shown(twice)} twice; rename one")
 
 
