@@ -7,6 +7,7 @@ experts is what --buffer_path names, in the public code and here.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     source, kinds = Path(options.source), EXPERT_KINDS | SET_KINDS
     kind = options.from_ or expert_kind_of(source) or set_kind_of(source)
     if kind is None:
-        what = "other files" if source.exists() else "nothing there"
+        what = "other files" if os.path.lexists(source) else "nothing there"
         raise InputError(f"{source}: expected files of a known kind, found {what}; check the path, or say --from KIND")
     for option, name in (("--from", kind), ("--to", options.to)):
         if name is not None and name not in kinds:

@@ -23,13 +23,22 @@ from mtt_fast.arithmetic import arithmetic, precision_on
 from mtt_fast.cross_table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import RANDOM, SetOptions, data_for, read_synthetic, real_images_for, settings_of, training_set
+from mtt_fast.evaluate import (
+    RANDOM,
+    SetOptions,
+    check_any_trained,
+    data_for,
+    read_synthetic,
+    real_images_for,
+    settings_of,
+    training_set,
+)
 from mtt_fast.files import MALFORMED, write_text
 from mtt_fast.identity import OTHER_DATA
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable, network_by_name
 from mtt_fast.options import RealImages
-from mtt_fast.protocols import evaluate
+from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import choose_device, device_name, digest, versions
 from mtt_fast.records import read_record, write_record
 from mtt_fast.run_folder import only_user
@@ -131,6 +140,9 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
     write_text(folder / MARKDOWN, table)
     save_plot(folder / PLOT, shown, quoted)
     log.info("%s", table)
+    check_any_trained(
+        Accuracy(tuple(cell["accuracy"]["values"]), diverged=cell["accuracy"].get("diverged", 0)) for cell in shown
+    )
 
 
 def _networks(options: CrossOptions, data: ImageData) -> dict[str, Trainable]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from mtt_fast.analysis.output import markdown_table, percent, save_figure
 from mtt_fast.analysis.published import published
+from mtt_fast.evaluation_records import label_of
 
 
 class Quoted(NamedTuple):
@@ -112,5 +113,4 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
 
 def _percent(cell: dict[str, Any]) -> str:
     accuracy = cell["accuracy"]
-    label = " (best epoch)" if accuracy.get("epoch") == "best" else ""
-    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}{label}"
+    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}{label_of(accuracy)}"

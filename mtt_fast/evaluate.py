@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,16 @@ from torch import Tensor
 from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.data import ImageData
-from mtt_fast.errors import InputError
+from mtt_fast.errors import Diverged, InputError
 from mtt_fast.identity import OTHER_DATA, check_same_data, check_same_whitening, other_data_in_words
 from mtt_fast.interop.plain import guess_label_kind
 from mtt_fast.interrupts import stop_request
 from mtt_fast.options import EvaluationOptions, RealImages, at_least, real_images
-from mtt_fast.protocols import evaluate
+from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.records import write_record
 from mtt_fast.run_folder import SYNTHETIC
+from mtt_fast.set_checks import check_classes
 from mtt_fast.synthetic import SyntheticDataset, load_public_pair
 from mtt_fast.texture import Canvas
 from mtt_fast.training import Images
@@ -128,7 +129,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
     real = real_images_for(options, options.source, synthetic, data, device)
     train, lr = training_set(options, options.source, synthetic, real, device)
     log.info("%s", protocol.describe())
-    found = {}
+    found: dict[str, Accuracy] = {}
     with stop_request() as stop:
         for name, network in networks.items():
             found[name] = evaluate(
@@ -158,6 +159,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "versions": versions(),
             },
         )
+    check_any_trained(found.values())
 
 
 def read_synthetic(source: str) -> SyntheticDataset | None:
@@ -232,6 +234,7 @@ def training_set(
         images = Images(pixels.to(device), _as_targets(labels, options.label_kind).to(device), canvas=canvas)
         learned = REAL_IMAGES_LR if rate is None else float(rate)
     check_shape(images, real.data, source)
+    tell_missing(check_classes(images.labels, real.data.num_classes, source), real.data, source)
     return lambda _: images, options.lr_teacher or learned
 
 
@@ -244,6 +247,21 @@ def check_shape(images: Images, data: ImageData, source: str) -> None:
         raise InputError(
             f"{source}: expected {'canvases' if images.canvas else 'images'} {expected} of {data.name}, found "
             f"{tuple(images.pixels.shape[1:])}; name their data set with --dataset, --res"
+        )
+
+
+def tell_missing(there: int, data: ImageData, source: str) -> None:
+    """Warn if the set from `source` has images of `there` classes, fewer than `data`: the others cannot be learnt from it."""
+    if there < data.num_classes:
+        log.warning("%s: has images of %d of the %d classes of %s", source, there, data.num_classes, data.name)
+
+
+def check_any_trained(results: Iterable[Accuracy]) -> None:
+    """Raise `Diverged` if all networks of all `results` diverged: there is no accuracy, and what is written says so."""
+    found = list(results)
+    if all(result.diverged == len(result.values) for result in found):
+        raise Diverged(
+            f"all {sum(result.diverged for result in found)} networks diverged, so there is no accuracy; use a smaller --lr_teacher"
         )
 
 

@@ -17,6 +17,7 @@ from mtt_fast.data import Normalisation
 from mtt_fast.errors import InputError
 from mtt_fast.files import MALFORMED, check_types, load_tensors, parse_json, save_tensors
 from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
+from mtt_fast.set_checks import check_set
 from mtt_fast.texture import Canvas
 from mtt_fast.whitening import Whitening
 
@@ -81,7 +82,11 @@ class SyntheticDataset:
         return self.transform.invert(self.images).clamp(0, 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one safetensors file, atomically."""
+        """Write everything to one safetensors file, atomically.
+
+        Raises `InputError` for a set that `mtt_fast.set_checks.check_set` finds fault with; then nothing is written.
+        """
+        check_set(self, f"{os.fspath(path)}: not written")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
         if self.lr_per_step is not None:
             tensors["lr_per_step"] = self.lr_per_step
@@ -94,7 +99,7 @@ class SyntheticDataset:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
-        """Read what `save` wrote. Raises `InputError` if the file is missing, broken or something else."""
+        """Read what `save` wrote. Raises `InputError` if the file is missing, broken, something else, or no sound set."""
         tensors, metadata = load_tensors(path)
         if metadata.get("format") not in (_FORMAT, _BEFORE_CHECKSUMS):
             raise InputError(
@@ -102,12 +107,14 @@ class SyntheticDataset:
             )
         before = {} if metadata["format"] == _FORMAT else {"dataset": "", "fingerprint": ""}
         try:
-            return _from_parts(tensors, before | parse_json(metadata["record"]))
+            found = _from_parts(tensors, before | parse_json(metadata["record"]))
         except MALFORMED as error:
             raise InputError(
                 f"{path}: expected a distilled set with all its parts, found another ({type(error).__name__}: {error}); "
                 "use the version that wrote it, or make it again"
             ) from error
+        check_set(found, path)
+        return found
 
     def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the set for other software and return the files.

@@ -205,9 +205,13 @@ def accuracy(network: Network, theta: Tensor, images: Images) -> float:
 
 @torch.no_grad()
 def count_right(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return how many of `images` `network` puts into their class, () int64 on the device: nothing waits for it."""
+    """Return how many of `images` `network` puts into their class, () int64 on the device: nothing waits for it.
+
+    Logits that are not finite put an image into no class.
+    """
     right = torch.zeros((), dtype=torch.long, device=theta.device)
     for begin in range(0, len(images), _TEST_BATCH):
         seen, labels = images.batch(slice(begin, begin + _TEST_BATCH))
-        right += (network(theta, seen).argmax(dim=1) == labels).sum()
+        logits = network(theta, seen)
+        right += ((logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)).sum()
     return right

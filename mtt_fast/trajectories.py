@@ -184,12 +184,23 @@ def _unfit(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) 
         return f"expected an accuracy for each of {epochs} rows, found {len(metadata.accuracy)}"
     for row, values in enumerate(parameters):
         if not values.isfinite().all():
-            return f"the parameters after epoch {row} are not finite; train with a smaller --lr_teacher"
+            epoch = course.epochs[row] if course else row
+            return f"the parameters after epoch {epoch} are not finite; {_why_not_finite(metadata)}"
     if (parameters == parameters[0]).all():
         return (
             "the parameters are the same in every epoch; was each epoch copied, or a view of the live network recorded?"
         )
     return None
+
+
+def _why_not_finite(metadata: ExpertMetadata) -> str:
+    """Return where NaN or infinite parameters come from, as far as the metadata tells, and what to do."""
+    origin = metadata.hyperparameters.get("imported_from")
+    if origin is not None:
+        return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
+    rate = metadata.hyperparameters.get("lr")
+    at = "" if rate is None else f" at the learning rate {rate:g}"
+    return f"its training diverged{at}; train with a smaller --lr_teacher"
 
 
 def layer_sizes(layout: str) -> list[int]:
@@ -272,6 +283,12 @@ class TrajectoryStore:
             raise InputError(f"{path}: truncated since it was opened; {_TRAIN_AGAIN}")
         if header.entry.checksums:
             check_part(path, f"row {number}", content, header.entry.checksums[number])
+        if not bool(row.isfinite().all()):
+            epoch = header.course.epochs[number] if header.course else number
+            raise InputError(
+                f"{path}: the expert's parameters after epoch {epoch} are not finite (NaN or infinite): it diverged, or the file "
+                f"was not written here; {_TRAIN_AGAIN}"
+            )
         return row.float()
 
     def epochs(self, expert: int) -> int:

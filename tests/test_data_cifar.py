@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtt_fast.data import ImageData, cifar, load
+from mtt_fast.data import ImageData, load
+from mtt_fast.data.safe_pickle import unpickle
 from mtt_fast.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -287,12 +288,12 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path, protocol: int) -> None:
 )
 def test_nothing_else_is_admitted(raw: bytes) -> None:
     with pytest.raises(InputError, match="expected a pickle of CIFAR"):
-        cifar.unpickle(raw, Path("x"))
+        unpickle(raw, Path("x"))
 
 
 def test_object_arrays_are_refused() -> None:
     with pytest.raises(InputError, match="not admitted"):
-        cifar.unpickle(python3_pickle({"data": np.array([{}, None])}), Path("x"))
+        unpickle(python3_pickle({"data": np.array([{}, None])}), Path("x"))
 
 
 def test_binary_labels_beyond_the_classes(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class Measured(NamedTuple):
     """over the networks of the one run; over the runs, if there are several"""
     n: int
     """networks of the one run; runs, if there are several"""
+    diverged: int = 0
+    """how many of these networks diverged; how many of these runs have such ones"""
 
     def record(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""
@@ -122,6 +124,7 @@ def _together(runs: list[tuple[str, Mapping[str, Any]]]) -> Measured:
     folders = tuple(folder for folder, _ in runs)
     if len(runs) == 1:
         accuracy = runs[0][1]
-        return Measured(folders, accuracy["mean"], accuracy["std"], accuracy["n"])
+        return Measured(folders, accuracy["mean"], accuracy["std"], accuracy["n"], accuracy.get("diverged", 0))
     means = [accuracy["mean"] for _, accuracy in runs]
-    return Measured(folders, statistics.fmean(means), statistics.stdev(means), len(means))
+    diverged = sum(1 for _, accuracy in runs if accuracy.get("diverged"))
+    return Measured(folders, statistics.fmean(means), statistics.stdev(means), len(means), diverged)

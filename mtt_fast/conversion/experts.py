@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.expert_checks import check_one_kind
 from mtt_fast.experts import STORE_DTYPES
 from mtt_fast.files import whole_folder
+from mtt_fast.foreign import names_in
 from mtt_fast.interop import (
     buffer_files,
     export_experts,
@@ -57,8 +59,11 @@ _SERIES = {
 
 
 def expert_kind_of(source: Path) -> str | None:
-    """Return the kind of the experts that `source`, a file or a folder, looks like by its names, or None."""
-    names = [path.name for path in source.iterdir()] if source.is_dir() else [source.name]
+    """Return the kind of the experts that `source`, a file or a folder, looks like by its names, or None.
+
+    Raises `InputError` for a folder that cannot be listed.
+    """
+    names = names_in(source) if os.path.isdir(source) else [source.name]
     for kind, pattern in _SERIES.items():
         if any(re.fullmatch(pattern, name) for name in names):
             return kind
@@ -67,7 +72,8 @@ def expert_kind_of(source: Path) -> str | None:
 
 def options_in_path(source: Path) -> dict[str, Any]:
     """Return the options that the public code's folders tell: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
-    folder = source.resolve() if source.is_dir() else source.resolve().parent
+    place = Path(os.path.realpath(source))
+    folder = place if place.is_dir() else place.parent
     model, *above = [part.name for part in (folder, *folder.parents)]
     if not model.startswith("ConvNet") or len(above) < 3:
         return {}
@@ -170,8 +176,11 @@ def export_to(options: ConvertOptions) -> None:
     Nothing is written if it is stopped.
     """
     store = TrajectoryStore(options.source)
-    if len(store):
-        check_one_kind(store)
+    if not len(store):
+        raise InputError(
+            f"{options.source}: expected experts (expert_0000.safetensors, …), found none; name their folder"
+        )
+    check_one_kind(store)
     kind = options.to or ("waypoints" if store.course(0) else "buffer")
     if kind == "experts":
         _copy(store, Path(options.destination))

@@ -21,7 +21,7 @@ import torch
 import xxhash
 from tqdm import tqdm
 
-from mtt_fast.data.image_data import ImageData, Split, channel_statistics, check_labels, fingerprint
+from mtt_fast.data.image_data import DataFacts, ImageData, Split, channel_statistics, check_labels, fingerprint
 from mtt_fast.errors import InputError
 from mtt_fast.files import MALFORMED, atomic_path, header_of, load_tensors, parse_json
 
@@ -54,6 +54,7 @@ class Source:
     """A data set that was found, but not read yet.
 
     `stem` names its packed file; `key` says what would go in. `mean` and `std` None: computed from the training images.
+    `facts` counts what is there, decoding nothing; None where that is what is published of the data set.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Source:
     read: Callable[[], Contents]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    facts: Callable[[], DataFacts] | None = None
 
 
 def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:

@@ -15,6 +15,7 @@ from mtt_fast.arithmetic import describe_arithmetic, precision_on
 from mtt_fast.distillation.gradients import DESCRIPTIONS
 from mtt_fast.distillation.job import Job
 from mtt_fast.distillation.labels import experts_at, mean_teacher_labels
+from mtt_fast.errors import Diverged
 from mtt_fast.evaluate import REAL_IMAGES_LR, as_training_images, random_subset
 from mtt_fast.evaluation_records import accuracy_by_network, accuracy_record, measured, percent
 from mtt_fast.interrupts import StopRequest
@@ -101,12 +102,25 @@ def assessed(job: Job, state: State) -> bool:
 
 
 def assess(job: Job, state: State, stop: StopRequest) -> None:
-    """Test fresh networks on the images as they are now, others on their average, and write sets and pictures."""
+    """Test fresh networks on the images as they are now, others on their average, and write sets and pictures.
+
+    Raises `Diverged` where images, labels or rates are no longer finite: no network can learn from them.
+    """
+    _check_finite(job, state)
     sets = _sets(job, state)
     for kind, synthetic in sets.items():
         if job.metrics.find(kind, state.iteration) is None:
             _measure(job, state, kind, synthetic, stop)
     _draw(job, state, sets["evaluation"])
+
+
+def _check_finite(job: Job, state: State) -> None:
+    for name, values in (("images", state.images), ("labels", state.labels), ("learning rate", state.lr)):
+        if not bool(values.isfinite().all()):
+            raise Diverged(
+                f"{job.folder}: iteration {state.iteration}: the {name} are no longer finite; start again with a smaller --lr_img, "
+                "--lr_y or --lr_lr and another --out"
+            )
 
 
 def _measure(job: Job, state: State, kind: str, synthetic: SyntheticDataset, stop: StopRequest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from mtt_fast.data import ImageData, Normalisation
 from mtt_fast.errors import InputError
+from mtt_fast.foreign import plain_tensor, shown
 from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
+from mtt_fast.set_checks import LABEL_KINDS, are_probabilities, check_rate, check_set, check_tensors
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.whitening import Whitening
-
-LABEL_KINDS = ("indices", "probabilities", "logits")
 
 
 @dataclass(frozen=True)
@@ -81,41 +82,62 @@ class PlainSet:
     def ipc(self, where: str) -> int:
         """Return the images a class. Raises `InputError`, which names `where`, if the classes differ in number."""
         count, classes = len(self.labels), self.num_classes
-        counts = torch.bincount(self.labels, minlength=classes) if self.label_kind == "indices" else None
-        if count % classes or (counts is not None and bool((counts != counts[0]).any())):
+        evenly = count % classes == 0  # looked at first: a label may be a large number
+        if evenly and self.label_kind == "indices":
+            evenly = bool((torch.bincount(self.labels, minlength=classes) == count // classes).all())
+        if not evenly:
             raise InputError(f"{where}: expected as many images of every class, found {count} of {classes} classes")
         return count // classes
 
 
-def plain_set(images: Tensor, labels: Tensor, lr: Tensor | None, where: str, label_kind: str | None = None) -> PlainSet:
+def plain_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | None = None) -> PlainSet:
     """Return a set of tensors that `where` (a file) held. Soft labels are of `label_kind`, or of the kind they look.
 
-    Labels may still require a gradient; whole floating-point numbers (n,) are indices.
-    Raises `InputError` if shapes or values do not fit together.
+    Images and labels may be of any width of number and still require a gradient; whole floating-point numbers (n,) are
+    indices. Raises `InputError` if they are no dense tensors, or shapes or values do not fit together.
     """
-    images, labels = images.detach(), labels.detach()
-    if images.dim() != 4 or not images.is_floating_point() or not len(images) or len(images) != len(labels):
-        raise InputError(
-            f"{where}: expected images (n, C, H, W) with n labels, found {tuple(images.shape)} and labels "
-            f"{tuple(labels.shape)}"
-        )
-    if not images.isfinite().all() or not labels.isfinite().all():
-        raise InputError(f"{where}: expected finite images and labels, found infinite ones or NaN")
     if label_kind not in (None, *LABEL_KINDS):
         raise InputError(f"--label_kind {label_kind}: expected one of {', '.join(LABEL_KINDS)}")
-    if labels.dim() == 2 and labels.is_floating_point():
-        kind = label_kind or guess_label_kind(labels)
-        labels = labels.float()
-    elif labels.dim() == 1 and bool((labels == labels.long()).all()) and int(labels.min()) >= 0:
-        kind, labels = "indices", labels.long()
-    else:
+    images, labels = plain_tensor(images, f"{where}: images"), plain_tensor(labels, f"{where}: labels")
+    if (
+        images.dim() != 4
+        or not images.is_floating_point()
+        or not images.numel()
+        or labels.shape[:1] != images.shape[:1]
+    ):
         raise InputError(
-            f"{where}: expected labels that are class indices (n,) or soft labels (n, classes), found {labels.dtype} "
-            f"{tuple(labels.shape)}"
+            f"{where}: expected images (n, C, H, W) with n labels, found {tuple(images.shape)} and labels "
+            f"{tuple(labels.shape)} ({images.dtype})"
         )
+    if labels.dim() == 2 and labels.is_floating_point():
+        kind, labels = label_kind or guess_label_kind(labels), labels.float()
+    else:
+        kind, labels = "indices", _as_indices(labels, where)
     if label_kind not in (None, kind):
         raise InputError(f"--label_kind {label_kind}: found labels of {where} that are {kind}; leave it out")
-    return PlainSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
+    found = PlainSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
+    check_plain(found, where)
+    return found
+
+
+def check_plain(found: PlainSet, where: str | os.PathLike[str]) -> None:
+    """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for what is unsound."""
+    check_tensors(found.images, found.labels, found.label_kind, where)
+    if found.lr is not None:
+        check_rate(found.lr, where)
+
+
+def _as_indices(labels: Tensor, where: str) -> Tensor:
+    """Return labels (n,) of any width, or whole floating-point numbers, as int64."""
+    if labels.dim() != 1 or labels.dtype == torch.bool or not bool((labels == labels.double().round()).all()):
+        raise InputError(
+            f"{where}: expected labels that are class indices (n,) or soft labels (n, classes), found {labels.dtype} "
+            f"{tuple(labels.shape)} that are neither; save the labels of its images beside it"
+        )
+    return labels.double().clamp(-_EXACT, _EXACT).long() if labels.is_floating_point() else labels.long()
+
+
+_EXACT = 2.0**53  # whole numbers in float64
 
 
 def guess_label_kind(labels: Tensor) -> str:
@@ -123,8 +145,7 @@ def guess_label_kind(labels: Tensor) -> str:
 
     Both lie in files of one name: TESLA and MCT write probabilities, DATM and its successors logits.
     """
-    sums_to_one = bool(((labels.sum(dim=1) - 1).abs() < 1e-3).all() and (labels >= 0).all())
-    return "probabilities" if sums_to_one else "logits"
+    return "probabilities" if are_probabilities(labels) else "logits"
 
 
 def class_major(found: PlainSet, reorder_soft: bool = False) -> PlainSet:
@@ -171,20 +192,21 @@ def as_synthetic(
 ) -> SyntheticDataset:
     """Return the set with the `facts` of the real images that it was distilled from; with `lr` where it brings none.
 
-    Raises `InputError` if it cannot be distilled from such images.
+    Class indices may leave classes out. Raises `InputError` if it cannot be distilled from such images.
     """
-    shape = tuple(found.images.shape[1:])
-    if shape[0] != len(facts.mean) or found.num_classes > len(facts.class_names):
+    shape, fewer = tuple(found.images.shape[1:]), found.label_kind == "indices"
+    classes, known = found.num_classes, len(facts.class_names)
+    if shape[0] != len(facts.mean) or classes > known or (classes < known and not fewer):
         raise InputError(
-            f"--dataset: expected images of {len(facts.mean)} channels and {len(facts.class_names)} classes, found "
-            f"{shape} of {found.num_classes} classes; name the data set that the source was distilled from"
+            f"--dataset: expected images of {len(facts.mean)} channels and {known} classes, found "
+            f"{shape} of {classes} classes; name the data set that the source was distilled from"
         )
     if facts.image_shape and shape != facts.image_shape:
         raise InputError(
             f"--dataset: expected images {facts.image_shape} of {facts.dataset}, found {shape}; name the data set that the "
             "source was distilled from, and its --res"
         )
-    return SyntheticDataset(
+    synthetic = SyntheticDataset(
         found.images,
         found.labels,
         torch.tensor(lr) if found.lr is None else found.lr,
@@ -193,9 +215,12 @@ def as_synthetic(
         versions=versions,
         **{name: value for name, value in vars(facts).items() if name != "image_shape"},
     )
+    check_set(synthetic, "the set with the facts of --dataset")
+    return synthetic
 
 
-def _rate(lr: Tensor, where: str) -> Tensor:
-    if lr.numel() != 1 or not float(lr) > 0:
-        raise InputError(f"{where}: expected a learning rate above 0 beside it, found {lr.tolist()}")
-    return lr.detach().float().reshape(())
+def _rate(lr: Any, where: str) -> Tensor:
+    rate = plain_tensor(lr, f"{where}: lr")
+    if rate.numel() != 1 or rate.dtype == torch.bool:
+        raise InputError(f"{where}: expected one learning rate above 0 beside it, found {shown(rate)}")
+    return rate.float().reshape(())

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.files import whole_folder
-from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, groups
-from mtt_fast.interop.pickles import load_pickle, save_large_pickle, save_pickle
+from mtt_fast.foreign import shortened, shown
+from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_in, groups
+from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle, save_pickle
 from mtt_fast.trajectories import TrajectoryStore
 from mtt_fast.waypoints import Course
 
@@ -34,16 +35,21 @@ def read_waypoints(file: Path) -> Iterator[Trajectory]:
     Raises `InputError` if the files do not fit together.
     """
     steps_file = _steps_beside(file)
-    waypoints, steps = load_pickle(file, mapped=True), load_pickle(steps_file)
-    if not isinstance(waypoints, list) or not isinstance(steps, list) or not len(waypoints) == len(steps) > 0:
-        raise InputError(f"{file}: expected a list of experts, and {steps_file.name} of as many; name the right file")
+    waypoints = experts_in(load_pickle(file, mapped=True, most=LARGE), file)
+    steps = load_pickle(steps_file, most=LARGE)
+    if not isinstance(steps, list) or len(waypoints) != len(steps):
+        raise InputError(
+            f"{file}: expected a list of experts, and {steps_file.name} of as many, {len(waypoints)}, found {shown(steps)}; get "
+            "both files again"
+        )
     for place, (points, pieces) in enumerate(zip(waypoints, steps, strict=True)):
+        check_points(points, f"{file}: expert {place}", "waypoints")
         try:
             yield Trajectory(file, place, points, _course(points, pieces))
-        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
             raise InputError(
-                f"{file}: expert {place}: expected waypoints and the steps between them, found others ({error}); get "
-                "both files again"
+                f"{file}: expert {place}: expected waypoints and the steps between them, found others ({shortened(error)}); "
+                f"get it and {steps_file.name} again"
             ) from error
 
 
@@ -82,13 +88,20 @@ def _course(points: Any, pieces: Any) -> Course:
         pieces = [pieces]
     if len(points) != len(pieces) + 1:
         raise ValueError(f"{len(points)} waypoints and {len(pieces)} pieces")
+    if len({id(part) for piece in pieces for part in piece}) < sum(map(len, pieces)) or min(map(len, pieces)) < 2:
+        raise ValueError("a piece without epochs, or one list of shares twice")
     sizes = tuple(tensor.numel() for tensor in points[0])
     ends = tuple(itertools.accumulate((len(piece) - 1 for piece in pieces), initial=0))
     positions = torch.zeros(ends[-1] + 1, len(sizes), dtype=torch.float64)
     for segment, (begin, piece) in enumerate(zip(ends[:-1], pieces, strict=True)):
         positions[begin + 1 : begin + len(piece)] = segment + torch.tensor(piece[1:], dtype=torch.float64)
         positions[begin + len(piece) - 1] = segment + 1
+    if not bool((positions.diff(dim=0) >= -_ROUNDING).all() and (positions <= len(pieces)).all()):
+        raise ValueError("shares that are not finite, fall, or are not within 0 and 1")
     return Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
+
+
+_ROUNDING = 1e-5  # of shares in float32
 
 
 def _shares(course: Course) -> list[list[list[Tensor]]]:

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mtt_fast.evaluation_records import label_of
 from mtt_fast.report.charts import charts
 from mtt_fast.report.runs import Run
 
@@ -70,10 +71,9 @@ def chosen_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def percent(accuracy: Mapping[str, Any]) -> str:
-    """Return an accuracy (mean, std, n) as "65.40 ± 0.30"; of one network without deviation, the best epoch as such."""
+    """Return an accuracy (mean, std, n) as "65.40 ± 0.30"; of one network without deviation, with what `label_of` says."""
     spread = f" ± {100 * accuracy['std']:.2f}" if accuracy.get("n", 1) > 1 else ""
-    label = " (best epoch)" if accuracy.get("epoch") == "best" else ""
-    return f"{100 * accuracy['mean']:.2f}{spread}{label}"
+    return f"{100 * accuracy['mean']:.2f}{spread}{label_of(accuracy)}"
 
 
 def seconds(value: float) -> str:
