@@ -202,13 +202,15 @@ def checksum_of(*parts: Any) -> str:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, without a copy, and valid as long as it lives.
+    """Return the bytes of a contiguous CPU tensor, without a copy; the view keeps the tensor alive.
 
     `Tensor.numpy` would forbid its owner to resize it.
     """
     if not tensor.nbytes:
         return memoryview(b"")
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    content.tensor = tensor  # type: ignore[attr-defined]  # the view holds `content`, which holds no memory of its own
+    return memoryview(content).cast("B")
 
 
 def save_tensors(
