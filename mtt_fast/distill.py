@@ -31,7 +31,7 @@ from mtt_fast.distillation.forecast import forecast
 from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
 from mtt_fast.distillation.initial import initial_images, initial_state
 from mtt_fast.distillation.job import Job
-from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
+from mtt_fast.distillation.options import PROGRAM, DistillOptions, parse_options
 from mtt_fast.distillation.segments import Segment, places, planned, read_segment, turns
 from mtt_fast.distillation.updates import leave, skip, update
 from mtt_fast.errors import InputError
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     folder = options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
-    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
+    check_same_run(folder, options)
     if options.dry_run:
         with arithmetic(device, options.precision):
             print(forecast(options, folder, device))

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from mtt_fast.cli import read_toml
 from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors, write_text
+from mtt_fast.option_fields import Role, fields_of, may_differ
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
@@ -27,8 +29,6 @@ EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
 _DISTILLATION = "mtt_fast.distill"
 HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
-
-_OF_EVALUATIONS = ("num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "batch_train")
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,9 @@ def only_user(folder: Path) -> Iterator[None]:
 
 
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
-    """Write options (text, numbers, booleans; None is left out) as TOML, below a `note` of one line."""
-    lines = [f"# {note}"] * bool(note)
-    lines += [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in options.items() if value is not None
-    ]
-    write_text(folder / CONFIG, "\n".join(lines) + "\n")
+    """Write options (text, numbers, booleans, lists; None is left out) as TOML, below a `note` of one line."""
+    text = tomli_w.dumps({name: value for name, value in options.items() if value is not None})
+    write_text(folder / CONFIG, f"# {note}\n{text}" if note else text)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -78,17 +75,14 @@ def check_same_method(folder: Path, method: str | None) -> None:
         )
 
 
-def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:
-    """Raise `InputError` if `folder` holds a run with other values than those in the dataclass `options`.
-
-    Options named in `may_differ` may, since the result does not depend on them.
-    """
+def check_same_run(folder: Path, options: Any) -> None:
+    """Raise `InputError` if `folder` holds a run whose result comes of other values than those in the dataclass `options`."""
     before = read_config(folder)
     if before is None:
         return
     before = dataclasses.asdict(type(options)()) | before  # an option that is younger than the run
     for name, value in dataclasses.asdict(options).items():
-        if name not in may_differ and before[name] != value:
+        if name not in may_differ(type(options)) and before[name] != value:
             raise InputError(
                 f"{folder}: holds a run {_differing(name, before[name], value)}; choose another --out "
                 f"(or delete the folder)"
@@ -113,7 +107,9 @@ def is_finished(folder: Path, options: Any, iterations: int) -> bool:
         raise InputError(f"{path}: broken; delete it, and the same command writes it again") from error
     log.info("%s is finished: %s", folder, text)
     other = [
-        f"--{name} {before[name]}" for name in _OF_EVALUATIONS if before.get(name) not in (None, getattr(options, name))
+        f"--{name} {before[name]}"
+        for name, field in fields_of(type(options)).items()
+        if field.role is Role.EVALUATION and before.get(name) not in (None, getattr(options, name))
     ]
     if other:
         log.info(

@@ -39,7 +39,8 @@ from mtt_fast.evaluate import as_training_images, check_shape
 from mtt_fast.files import write_json, write_text
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.models import Trainable
-from mtt_fast.options import CommonOptions, at_least, buffer_folder
+from mtt_fast.option_fields import Role, names_of
+from mtt_fast.options import CommonOptions, Count, CountOrNone, Networks, buffer_folder
 from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.seeding import generator_for
@@ -63,13 +64,13 @@ class DistanceOptions(CommonOptions):
     """run folders or synthetic.safetensors files, each plain or as LABEL=PATH, e.g. long-range=runs/M20 short-range=runs/M1"""
     buffer_path: str = "buffers"
     """where the experts' trajectories are"""
-    max_experts: int = 5
+    max_experts: Networks = 5
     """use only so many experts"""
     start_epochs: str = "0"
     """expert epochs to start from, joined by commas"""
-    epochs: int | None = None
+    epochs: CountOrNone = None
     """the largest Δ, in expert epochs; without it as far as the experts go"""
-    steps: int = 1000
+    steps: Count = 1000
     """K: student steps on the distilled set, whose K + 1 vectors of parameters are in memory together"""
     out: str = "runs/distance"
     """folder for distance.png, distance.md and distance.json"""
@@ -81,16 +82,13 @@ Nearest = tuple[float, int]
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    sets = _distilled_sets(cli.parse_known(DistanceOptions, argv, PROGRAM).runs)
-    names = {field.name for field in dataclasses.fields(CommonOptions)} | {"buffer_path"}
-    of_first: Mapping[str, Any] = next(iter(sets.values())).recipe if sets else {}
-    defaults = {name: value for name, value in of_first.items() if name in names and name != "device"}
-    options = cli.parse(DistanceOptions, argv, PROGRAM, defaults)
+    sets = _distilled_sets(cli.preview(DistanceOptions, argv, PROGRAM).runs)
     if not sets:
         raise InputError(f"expected run folders, plain or as LABEL=FOLDER; see {PROGRAM} --help")
-    complaint = at_least(1, max_experts=options.max_experts, epochs=options.epochs, steps=options.steps)
-    if complaint:
-        raise InputError(complaint)
+    names = names_of(CommonOptions, Role.RESULT, Role.PLACE) | {"buffer_path"}
+    label, first = next(iter(sets.items()))
+    defaults = {name: value for name, value in first.recipe.items() if name in names}
+    options = cli.parse(DistanceOptions, argv, PROGRAM, defaults, source=label)
     starts = cli.integers(options.start_epochs, "--start_epochs", minimum=0)
     device = choose_device(options.device)
     with arithmetic(device, options.precision):
@@ -129,7 +127,7 @@ def _run(
                 "runs must be of one data set"
             )
     last = min(experts.epochs(expert) for expert in range(count))
-    reach = [min(last - start, options.epochs or last) for start in starts]
+    reach = [last - start if options.epochs is None else min(last - start, options.epochs) for start in starts]
     if min(reach) < 1:
         raise InputError(f"--start_epochs {options.start_epochs}: expected epochs below {last}, where the experts end")
     for expert in range(count):
