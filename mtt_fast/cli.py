@@ -50,12 +50,7 @@ def parse(
     a default that `kind` does not have.
     """
     options = preview(kind, argv, prog, defaults, source=source)
-    in_argv = given(kind, argv)
-    written = {name for name in fields_of(kind) if name in in_argv or name in in_file}
-    for words in check_effects(options, written):
-        log.info("%s", words)
-    for name, why in _ignored(kind, argv).items():
-        log.info("--%s is ignored: %s", name, why)
+    _check_effects(options, argv, in_file)
     return options
 
 
@@ -77,6 +72,15 @@ def preview(
         raise InputError(_unknown(unknown[0], [field.flag for field in fields_of(kind).values()]))
     check_values(options)
     return options
+
+
+def _check_effects(options: Any, argv: Sequence[str], in_file: Container[str] = ()) -> None:
+    """Say in the log what is to be said of what was given, or raise `InputError` for what has no effect."""
+    line, ignored = _read(type(options), argv), ignored_flags(type(options))
+    given = {name for name in fields_of(type(options)) if name in line.given or name in in_file}
+    said = [f"--{name} is ignored: {ignored[name]}" for name in sorted(line.ignored)]
+    for words in [*said, *check_effects(options, given)]:
+        log.info("%s", words)
 
 
 def given(kind: type, argv: Sequence[str]) -> frozenset[str]:
@@ -177,10 +181,6 @@ def ignored_flags(kind: type) -> Mapping[str, str]:
     return found
 
 
-def _ignored(kind: type, argv: Sequence[str]) -> dict[str, str]:
-    return {name: ignored_flags(kind)[name] for name in sorted(_read(kind, argv).ignored)}
-
-
 def _unknown(word: str, names: Sequence[str]) -> str:
     if not word.startswith("-"):
         return f"{word}: expected an option, which begins with --"
@@ -232,6 +232,7 @@ def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Opt
     """Return an instance of the dataclass `kind` from those flags in `argv` that it has, and the other words."""
     options, others = _parsed(kind, _read(kind, argv).words, prog, kind())
     check_values(options)
+    _check_effects(options, argv)
     return options, others
 
 

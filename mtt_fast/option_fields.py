@@ -286,12 +286,12 @@ def check_effects(options: Any, given: Container[str], reasons: Mapping[str, str
     if reasons is None:
         reasons = options.without_effect() if hasattr(options, "without_effect") else {}
     needed = {
-        name: f"without --{fields[needs.option].flag}{needs.also}"
+        name: f"without --{fields[needs.option].flag}{needs.also}; give that too, or"
         for name, field in fields.items()
         for needs in field.all_of(Needs)
         if not _is_on(fields[needs.option], getattr(options, needs.option))
     }
-    reasons, said = needed | dict(reasons), []
+    reasons, said = needed | {name: f"{reason};" for name, reason in reasons.items()}, []
     for name, field in fields.items():
         if name not in given:
             continue
@@ -300,9 +300,9 @@ def check_effects(options: Any, given: Container[str], reasons: Mapping[str, str
         if name not in reasons:
             said += [f"{shown}: {told.words}" for told in field.all_of(Told)]
         elif HARMLESS in field.declared:
-            said.append(f"{shown} has no effect {reasons[name]}")
+            said.append(f"{shown} has no effect {reasons[name].partition(';')[0]}")
         else:
-            raise InputError(f"{shown}: has no effect {reasons[name]}; leave it out")
+            raise InputError(f"{shown}: has no effect {reasons[name]} leave it out")
     return said
 
 

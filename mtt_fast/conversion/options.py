@@ -95,6 +95,7 @@ class ConvertOptions:
             found |= dict.fromkeys(_OF_IMPORTS, "on experts that are exported, only on imported ones")
         else:
             found["experts_per_file"] = "on experts that are imported, which have a file each"
+            found |= self._without_effect_on_data()
         return found
 
     def without_effect_on_set(self, kind: str, to: str) -> dict[str, str]:
@@ -105,14 +106,21 @@ class ConvertOptions:
             known = "on a set of this software, which knows it"
             found |= dict.fromkeys((*_OF_DATA, "zca", "model", "lr_teacher", "label_kind"), known)
         elif to not in with_facts:
-            found |= dict.fromkeys(
-                (*_OF_DATA, "model", "lr_teacher"), f"where nothing becomes {' or '.join(with_facts)}"
-            )
+            unread = f"where nothing becomes {' or '.join(with_facts)}"
+            found |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher"), unread)
+        else:
+            found |= self._without_effect_on_data()
         if kind in ("dc", "dc_benchmark", "png", "parquet"):
             found["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
         if to not in ("dc", "dc_benchmark"):
             found["method"] = "without --to dc or dc_benchmark, whose names hold it"
         return found
+
+
+    def _without_effect_on_data(self) -> dict[str, str]:
+        """Return the options of the real images that have no effect on them, and why."""
+        reasons = {} if self.dataset is None else self.common().without_effect()
+        return {name: reason for name, reason in reasons.items() if name in _OF_DATA}
 
 
 _OF_DATA = ("subset", "res", "data_path", "packed_path", "download")
