@@ -40,6 +40,7 @@ from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.iteration import Iteration
 from mtt_fast.memory import Plan, with_smaller_pieces
 from mtt_fast.models import Trainable
+from mtt_fast.option_fields import outside_result
 from mtt_fast.options import RealImages, buffer_folder, real_images
 from mtt_fast.prefetch import prefetched, sender
 from mtt_fast.provenance import choose_device, device_name
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     folder = options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
-    check_same_run(folder, options)
+    check_same_run(folder, options, outside_result(DistillOptions))
     if options.dry_run:
         with arithmetic(device, options.precision):
             print(forecast(options, folder, device))

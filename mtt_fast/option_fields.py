@@ -181,8 +181,8 @@ def names_of(kind: type, *roles: Role) -> frozenset[str]:
     return frozenset(name for name, field in fields_of(kind).items() if field.role in roles)
 
 
-def may_differ(kind: type) -> frozenset[str]:
-    """Return the names of the options of `kind` that may be others when a run goes on: its result has them not in it."""
+def outside_result(kind: type) -> frozenset[str]:
+    """Return the names of the options of `kind` that may be others when a run goes on: its result does not depend on them."""
     return names_of(kind, Role.EVALUATION, Role.EXTENT, Role.PLACE, Role.MACHINE)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from mtt_fast.cli import read_toml
 from mtt_fast.errors import InputError
 from mtt_fast.files import load_tensors, save_tensors, write_text
-from mtt_fast.option_fields import Role, fields_of, may_differ
+from mtt_fast.option_fields import Role, fields_of
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
@@ -75,14 +75,17 @@ def check_same_method(folder: Path, method: str | None) -> None:
         )
 
 
-def check_same_run(folder: Path, options: Any) -> None:
-    """Raise `InputError` if `folder` holds a run whose result comes of other values than those in the dataclass `options`."""
+def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:
+    """Raise `InputError` if `folder` holds a run with other values than those in the dataclass `options`.
+
+    Options named in `may_differ` may, since the result does not depend on them.
+    """
     before = read_config(folder)
     if before is None:
         return
     before = dataclasses.asdict(type(options)()) | before  # an option that is younger than the run
     for name, value in dataclasses.asdict(options).items():
-        if name not in may_differ(type(options)) and before[name] != value:
+        if name not in may_differ and before[name] != value:
             raise InputError(
                 f"{folder}: holds a run {_differing(name, before[name], value)}; choose another --out "
                 f"(or delete the folder)"

@@ -79,7 +79,7 @@ COMMANDS = {
             method.options,
             baselines.main,
             f"{name} {EVALUATION} --out new"
-            + " --train_epochs 3" * (name in ("herding", "forgetting", "kmeans"))
+            + " --train_epochs 3 --buffer_path fresh" * (name in ("herding", "forgetting", "kmeans"))
             + " --Iteration 1 --batch_real 16 --eval_it 1" * (name in ("dm", "dc", "dsa", "dd", "ld"))
             + " --outer_loop 2 --inner_loop 1" * (name in ("dc", "dsa")),
         )
@@ -350,7 +350,7 @@ OWN: dict[str, dict[str, Row]] = {
     "random": {},
     "herding": _OF_TRAINED,
     "forgetting": _OF_TRAINED,
-    "kmeans": {**_OF_TRAINED, "pick": changes("--pick centres")},
+    "kmeans": {**_OF_TRAINED, "pick": changes("--pick centres", job=f"kmeans {EVALUATION} --out new")},
     "dm": _OF_ITERATIONS,
     "dc": _OF_MATCHING,
     "dsa": _OF_MATCHING,

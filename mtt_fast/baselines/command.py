@@ -23,6 +23,7 @@ from mtt_fast.baselines.options import BaselineOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.results import Job
 from mtt_fast.errors import InputError
+from mtt_fast.option_fields import outside_result
 from mtt_fast.options import real_images
 from mtt_fast.provenance import choose_device, device_name
 from mtt_fast.run_folder import (
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     folder = options.folder(name)
     device = choose_device(options.device)
     check_same_method(folder, name)
-    check_same_run(folder, options)
+    check_same_run(folder, options, outside_result(type(options)))
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
     with arithmetic(device, options.precision):

@@ -104,7 +104,7 @@ class ConvertOptions:
         with_facts = ("synthetic", "png", "parquet")
         if kind == "synthetic":
             known = "on a set of this software, which knows it"
-            found |= dict.fromkeys((*_OF_DATA, "zca", "model", "lr_teacher", "label_kind"), known)
+            found |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "label_kind"), known)
         elif to not in with_facts:
             unread = f"where nothing becomes {' or '.join(with_facts)}"
             found |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher"), unread)
@@ -119,7 +119,7 @@ class ConvertOptions:
 
     def _without_effect_on_data(self) -> dict[str, str]:
         """Return the options of the real images that have no effect on them, and why."""
-        reasons = {} if self.dataset is None else self.common().without_effect()
+        reasons = {} if self.dataset is None else dataclasses.replace(self.common(), device="cpu").without_effect()
         return {name: reason for name, reason in reasons.items() if name in _OF_DATA}
 
 
