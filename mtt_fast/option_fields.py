@@ -123,6 +123,10 @@ HARMLESS = "harmless"
 """Marks an option which, given where it has no effect, is told in the log and not refused: no result is another for it."""
 
 
+MAY_BE_EMPTY = "may be empty"
+"""Marks a text for which the empty one has a meaning."""
+
+
 @dataclass(frozen=True)
 class Field:
     """An option as it is declared."""
@@ -236,7 +240,7 @@ def _check_one(field: Field, value: Any) -> None:
         for complaint in filter(None, (each.complaint(value) for each in ranges)):
             raise Unfit(complaint)
     if isinstance(value, str) and value != field.default:
-        if not value:
+        if not value and MAY_BE_EMPTY not in field.declared:
             raise Unfit("expected a text, found an empty one")
         if "\0" in value:
             raise Unfit("expected a text without the character 0")
@@ -279,7 +283,7 @@ def check_effects(options: Any, given: Container[str], reasons: Mapping[str, str
     """Return, for the log, what is to be said of the options in `given`, which somebody wrote down.
 
     `reasons` says by name which have no effect, and why; without it the options' own method `without_effect` does, for
-    those that other values than a switch decide.
+    those that other values than a switch decide. What else is to be said of them their method `remarks` knows.
     Raises `InputError` for one that has no effect with the others, and says with what it would.
     """
     fields = fields_of(type(options))
@@ -291,7 +295,8 @@ def check_effects(options: Any, given: Container[str], reasons: Mapping[str, str
         for needs in field.all_of(Needs)
         if not _is_on(fields[needs.option], getattr(options, needs.option))
     }
-    reasons, said = needed | {name: f"{reason};" for name, reason in reasons.items()}, []
+    reasons = needed | {name: f"{reason};" for name, reason in reasons.items()}
+    said: list[str] = options.remarks(given) if hasattr(options, "remarks") else []
     for name, field in fields.items():
         if name not in given:
             continue

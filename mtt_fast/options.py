@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,12 @@ class CommonOptions:
         if choose_device(self.device).type == "cpu":
             found["precision"] = "on a CPU, which computes in float32"
         return found
+
+    def remarks(self, given: Container[str]) -> list[str]:
+        """Return what the log is to say of the options in `given`, where the public code means something else by them."""
+        if "dataset" in given and self.subset is None and _known_name(self.dataset) == "ImageNet":
+            return ["--dataset ImageNet without --subset is all of its classes; the public code takes imagenette"]
+        return []
 
     def load_data(self) -> ImageData:
         """Return the images that the options name."""

@@ -34,7 +34,6 @@ from mtt_fast.conversion.options import ConvertOptions
 from mtt_fast.cross import CrossOptions
 from mtt_fast.data import load
 from mtt_fast.distillation.options import DistillOptions
-from mtt_fast.errors import InputError
 from mtt_fast.evaluate import EvaluateOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.files import load_tensors
@@ -128,7 +127,9 @@ _DATA = {
     "res": needs("--dataset ImageNet", "--res 16"),
     "data_path": changes("--data_path other"),
     "packed_path": changes("--packed_path other"),
-    "download": told("--dataset CIFAR10", "--download", "--download has no effect on digits: only CIFAR10, CIFAR100, MNIST"),
+    "download": told(
+        "--dataset CIFAR10", "--download", "--download has no effect on digits: only CIFAR10, CIFAR100, MNIST"
+    ),
     "zca": changes("--zca"),
     "model": changes("--model ConvNetD2W4"),
     "dsa": changes("--dsa False"),
@@ -374,19 +375,19 @@ OWN: dict[str, dict[str, Row]] = {
 """Of the methods of mtt_fast.baselines: the options of each. Those that all have are shown of random alone."""
 ROWS |= {name: {**_BASELINE, **own} for name, own in OWN.items()}
 
-CASES = [
-    (command, option)
-    for command, rows in ROWS.items()
-    for option in (OWN[command] if OWN.get(command) else rows)
-]
+CASES = [(command, option) for command, rows in ROWS.items() for option in (OWN[command] if OWN.get(command) else rows)]
 
 NO_EFFECT = [
     ("distill", f"{RUN} --out new --no_aug --dsa False", "--no_aug: has no effect without --dsa True"),
-    ("distill", f"{RUN} --out new --dsa_strategy flip --dsa False", "--dsa_strategy flip: has no effect without --dsa True"),
+    (
+        "distill",
+        f"{RUN} --out new --dsa_strategy flip --dsa False",
+        "--dsa_strategy flip: has no effect without --dsa True",
+    ),
     ("distill", f"{RUN} --out new --canvas_size 2", "--canvas_size 2: has no effect without --texture"),
     ("distill", "--config idle.toml --dataset digits", "--mom_y 0.5: has no effect without --lr_y"),
     ("distill", "--resume --out run --recipe digits", "--recipe digits: has no effect with --resume"),
-    ("evaluate", "run --ipc 2", "--ipc 2: has no effect without \"random\" among the sets"),
+    ("evaluate", "run --ipc 2", '--ipc 2: has no effect without "random" among the sets'),
     ("evaluate", "run --texture", "--texture: has no effect without a .pt file among the sets"),
     ("evaluate", "run --canvas_size 3", "--canvas_size 3: has no effect without a .pt file"),
     ("evaluate", "run --label_kind logits", "--label_kind logits: has no effect without a .pt file"),
@@ -395,8 +396,16 @@ NO_EFFECT = [
     ("evaluate", f"pair/images_best.pt {NETWORK} --ipc 1", "--ipc 1: has no effect without"),
     ("cross", "run --ipc 2 --out new", "--ipc 2: has no effect without"),
     ("cross", "run --models MLP --eval_mode S --out new", "--eval_mode S: has no effect with --models"),
-    ("compress", "buffers/digits/ConvNetD1W4 --epochs 0 4 --num_interpolation 2", "--num_interpolation 2: has no effect"),
-    ("kmeans", f"kmeans {NETWORK} --pick centres --train_epochs 3", "--train_epochs 3: has no effect with --pick centres"),
+    (
+        "compress",
+        "buffers/digits/ConvNetD1W4 --epochs 0 4 --num_interpolation 2",
+        "--num_interpolation 2: has no effect",
+    ),
+    (
+        "kmeans",
+        f"kmeans {NETWORK} --pick centres --train_epochs 3",
+        "--train_epochs 3: has no effect with --pick centres",
+    ),
     ("dd", f"dd {NETWORK} --lr_net 0.1", "--lr_net 0.1: has no effect on a set that brings learned rates"),
     ("dc", f"dc {NETWORK} --inner_loop 3", "--inner_loop 3: has no effect with one update of the images"),
     ("convert", "run new --lr_teacher 0.5", "--lr_teacher 0.5: has no effect on a set of this software"),
@@ -407,7 +416,11 @@ NO_EFFECT = [
     ("convert", "soft new --to ddranking --lr_teacher 0.5", "--lr_teacher 0.5: has no effect where nothing becomes"),
     ("convert", "run new --measure all", "--measure all: has no effect on a distilled set"),
     ("convert", "buffers/digits/ConvNetD1W4 new --lr_teacher 1", "--lr_teacher 1.0: has no effect on experts"),
-    ("convert", "buffers/digits/ConvNetD1W4 new --store_dtype bfloat16", "--store_dtype bfloat16: has no effect on experts"),
+    (
+        "convert",
+        "buffers/digits/ConvNetD1W4 new --store_dtype bfloat16",
+        "--store_dtype bfloat16: has no effect on experts",
+    ),
     ("convert", f"public new {NETWORK} --experts_per_file 3", "--experts_per_file 3: has no effect on experts"),
 ]
 """Commands with an option that has no effect with the others, and the beginning of what is said."""

@@ -116,7 +116,6 @@ class ConvertOptions:
             found["method"] = "without --to dc or dc_benchmark, whose names hold it"
         return found
 
-
     def _without_effect_on_data(self) -> dict[str, str]:
         """Return the options of the real images that have no effect on them, and why."""
         reasons = {} if self.dataset is None else dataclasses.replace(self.common(), device="cpu").without_effect()

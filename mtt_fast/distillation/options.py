@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,8 +37,6 @@ from mtt_fast.unroll import Gradient
 
 PROGRAM = "python -m mtt_fast.distill"
 DEFAULT_RECIPE = "digits"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,9 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     the classes"""
     mom_y: Annotated[Share, Needs("lr_y")] = 0.9
     """momentum of the learned labels"""
-    label_init: Annotated[Literal["classes", "experts"], Needs("lr_y")] = "classes"
+    label_init: Annotated[Literal["classes", "experts"], Needs("lr_y", " (0 keeps the labels as they begin)")] = (
+        "classes"
+    )
     """they start from probability 0.9 for the image's class, or from the mean logits of the experts that are right (DATM)"""
     teacher_label: bool = False
     """label the images in each iteration as the expert to be matched does (TESLA); labels that are saved are the mean of
@@ -176,6 +175,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     def tiles(self) -> int:
         """How many real images each synthetic one is as large as: more than one for a canvas."""
         return self.canvas_size**2 if self.texture else 1
+
+    def remarks(self, given: Container[str]) -> list[str]:
+        """See `CommonOptions.remarks`."""
+        kept = "--no_aug False keeps the augmentation; the public code's parser takes any word behind it for yes"
+        return super().remarks(given) + ([kept] if "no_aug" in given and not self.no_aug else [])
 
     def check(self) -> None:
         """Raise `InputError` for the first option whose value cannot be, or not with the others."""
@@ -269,10 +273,6 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
     written = {name for name in in_file if getattr(of_file, name) != getattr(default, name)}
     options = cli.parse(DistillOptions, argv, PROGRAM, options, in_file=written)
     options.check()
-    if "no_aug" in cli.given(DistillOptions, argv) and not options.no_aug:
-        log.info(
-            "--no_aug False keeps the augmentation; the public code's parser takes any word after --no_aug for yes"
-        )
     return options
 
 
