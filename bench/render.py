@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from bench.records import TRACE, read_record
 from mtt_fast.errors import InputError
 from mtt_fast.files import write_text
+from mtt_fast.option_fields import MAY_BE_EMPTY
 
 log = logging.getLogger("mtt_fast")
 
@@ -32,7 +33,7 @@ class Options:
 
     results: str = "bench/results"
     """folder of the records; NAME.md and NAME.png are written beside NAME.json"""
-    documents: str = "README.md,docs/performance.md,docs/gpu.md"
+    documents: Annotated[str, MAY_BE_EMPTY] = "README.md,docs/performance.md,docs/gpu.md"
     """files with markers to fill in, joined by commas; "" for none"""
 
 

@@ -22,7 +22,8 @@ from mtt_fast import cli
 from mtt_fast.errors import InputError
 from mtt_fast.expert_checks import check_one_kind
 from mtt_fast.interrupts import Stopped, stop_request
-from mtt_fast.options import TrueOrFalse
+from mtt_fast.option_fields import COUNT_FROM_ZERO
+from mtt_fast.options import AtLeastTwo, TrueOrFalse
 from mtt_fast.run_folder import only_writer_of_experts
 from mtt_fast.trajectories import TrajectoryStore, expert_path, layer_sizes, write_waypoints
 from mtt_fast.waypoints import convexified, evenly_spaced
@@ -36,14 +37,18 @@ class CompressOptions:
 
     folder: Annotated[str, tyro.conf.Positional] = ""
     """of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet"""
-    num_interpolation: int = 4
+    num_interpolation: AtLeastTwo = 4
     """waypoints of each expert, both ends included"""
-    epochs: tuple[int, ...] | None = None
+    epochs: Annotated[tuple[int, ...] | None, COUNT_FROM_ZERO] = None
     """epochs at which they are, such as 0 6 25 50; without it evenly spaced"""
     smooth: TrueOrFalse = True
     """take for a waypoint the mean of the epochs before and after it, and for the last that of the last two"""
     out: str | None = None
     """where the compressed experts are written; default FOLDER/waypoints_K"""
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the options that have no effect with the others, and why."""
+        return {} if self.epochs is None else {"num_interpolation": "with --epochs, which says how many there are"}
 
 
 def waypoint_folder(folder: Path, count: int) -> Path:
@@ -136,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     options = cli.parse(CompressOptions, argv, "python -m mtt_fast.compress")
     if not options.folder:
         raise InputError("expected a folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet; see --help")
-    folder, count = Path(options.folder), len(options.epochs or ()) or options.num_interpolation
+    folder, count = Path(options.folder), len(options.epochs) if options.epochs else options.num_interpolation
     out = Path(options.out) if options.out else waypoint_folder(folder, count)
     compress(folder, out, count, options.epochs, options.smooth)
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from mtt_fast import cli
 from mtt_fast.conversion.experts import EXPERT_KINDS, expert_kind_of, export_to, import_from, options_in_path
-from mtt_fast.conversion.options import parse_options
+from mtt_fast.conversion.options import ConvertOptions, parse_options
 from mtt_fast.conversion.sets import convert_set
 from mtt_fast.errors import InputError
 from mtt_fast.interop import SET_KINDS, set_kind_of
+from mtt_fast.option_fields import check_effects
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +37,21 @@ def main(argv: Sequence[str]) -> None:
                 f"{option} {name}: expected one of {', '.join(kinds)}{cli.did_you_mean(name, list(kinds))}"
             )
     log.info("%s: %s", source, kinds[kind])
-    if kind == "experts":
-        export_to(options)
-    elif kind in EXPERT_KINDS:
-        told = options_in_path(source)
-        options = parse_options(argv, told)
-        for name, value in told.items():
-            if getattr(options, name) != value:
-                log.warning("--%s %s: its folder's name tells %s; is it another?", name, getattr(options, name), value)
-        import_from(options, kind)
+    given = cli.given(ConvertOptions, argv)
+    if kind in EXPERT_KINDS:
+        if kind != "experts":
+            told = options_in_path(source)
+            options = parse_options(argv, told)
+            for name, value in told.items():
+                if getattr(options, name) != value:
+                    log.warning(
+                        "--%s %s: its folder's name tells %s; is it another?", name, getattr(options, name), value
+                    )
+        for words in check_effects(options, given, options.without_effect_on_experts(kind == "experts")):
+            log.info("%s", words)
+        export_to(options) if kind == "experts" else import_from(options, kind)
     else:
-        convert_set(options, kind)
+        convert_set(options, kind, given)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -37,6 +38,8 @@ from mtt_fast.files import MALFORMED, write_text
 from mtt_fast.identity import OTHER_DATA
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable, network_by_name
+from mtt_fast.models.pools import eval_pool
+from mtt_fast.option_fields import Checked, Role, names_of
 from mtt_fast.options import RealImages
 from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import choose_device, device_name, digest, versions
@@ -53,7 +56,6 @@ Train = Callable[[torch.Generator], Images]
 
 PROGRAM = "python -m mtt_fast.cross"
 TABLE, MARKDOWN, PLOT = "cross.json", "cross.md", "cross.png"
-_OF_THE_TABLE = {"num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "seed"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,15 @@ class CrossOptions(SetOptions):
     """runs' folders, files as of mtt_fast.evaluate, or the word "random" for random real images like the first set"""
     models: tuple[str, ...] = ()
     """networks; without them those of --eval_mode"""
-    eval_mode: str = "M"
+    eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
     """networks by the letter of a pool (see mtt_fast.evaluate): M architectures"""
-    out: str = "runs/cross"
+    out: Annotated[str, Role.PLACE] = "runs/cross"
     """folder of the table"""
+
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        found = super().without_effect() | self.without_effect_on(self.sources)
+        return found | ({"eval_mode": "with --models, which names the networks"} if self.models else {})
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class _Set:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(CrossOptions, argv, PROGRAM)
+    options = cli.preview(CrossOptions, argv, PROGRAM)
     if not options.sources:
         raise InputError(f"expected runs' folders, files, or the word {RANDOM}; see {PROGRAM} --help")
     repeated = {source for source in options.sources if options.sources.count(source) > 1}
@@ -96,8 +103,9 @@ def main(argv: Sequence[str]) -> None:
 def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
     """Return the sets, each with the options of the distillation that it comes from; flags override them."""
     found = {source: read_synthetic(source) for source in options.sources}
+    of_the_table = names_of(CrossOptions, Role.EVALUATION) - {"batch_train"} | {"seed"}
     settings = {
-        source: {name: value for name, value in settings_of(synthetic).items() if name not in _OF_THE_TABLE}
+        source: {name: value for name, value in settings_of(synthetic).items() if name not in of_the_table}
         for source, synthetic in found.items()
         if synthetic is not None
     }
@@ -106,7 +114,7 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
     if first is not None and (synthetic := found[first]) is not None:
         like_first = settings[first] | {"ipc": len(synthetic.images) // len(synthetic.class_names)}
     return [
-        _Set(source, cli.parse(CrossOptions, argv, PROGRAM, settings.get(source, like_first)), synthetic)
+        _Set(source, cli.parse(CrossOptions, argv, PROGRAM, settings.get(source, like_first), source=source), synthetic)
         for source, synthetic in found.items()
     ]
 

@@ -38,7 +38,7 @@ from mtt_fast.distillation.forecast import forecast
 from mtt_fast.distillation.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
 from mtt_fast.distillation.initial import initial_images, initial_state
 from mtt_fast.distillation.job import Job
-from mtt_fast.distillation.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, given_options, parse_options
+from mtt_fast.distillation.options import PROGRAM, DistillOptions, given_options, parse_options
 from mtt_fast.distillation.segments import Segment, places, planned, read_segment, turns
 from mtt_fast.distillation.updates import leave, skip, update
 from mtt_fast.expert_checks import FLAGS
@@ -46,6 +46,7 @@ from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.iteration import Iteration
 from mtt_fast.memory import Plan, with_smaller_pieces
 from mtt_fast.models import Trainable
+from mtt_fast.option_fields import outside_result
 from mtt_fast.options import RealImages, real_images
 from mtt_fast.prefetch import prefetched, sender
 from mtt_fast.provenance import choose_device, device_name
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(options.device)
     check_same_method(folder, None)
     # an option of the experts that is not given says nothing of those that the run began with
-    check_same_run(folder, options, NOT_PART_OF_THE_RESULT | (set(FLAGS.values()) - given))
+    check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if options.dry_run:
         with arithmetic(device, options.precision):
             print(forecast(options, folder, device, asked))

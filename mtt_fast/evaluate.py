@@ -6,13 +6,12 @@ random real images, and files of the public code.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -25,7 +24,8 @@ from mtt_fast.errors import Diverged, InputError
 from mtt_fast.identity import OTHER_DATA, check_same_data, check_same_whitening, other_data_in_words
 from mtt_fast.interop.plain import guess_label_kind
 from mtt_fast.interrupts import stop_request
-from mtt_fast.options import EvaluationOptions, RealImages, at_least, real_images
+from mtt_fast.option_fields import Needs, Role, names_of
+from mtt_fast.options import Count, EvaluationOptions, RateOrNone, RealImages, real_images
 from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import choose_device, device_name, versions
 from mtt_fast.records import write_record
@@ -79,21 +79,31 @@ def as_training_images(synthetic: SyntheticDataset, device: torch.device) -> Ima
 class SetOptions(EvaluationOptions):
     """What networks are trained on."""
 
-    ipc: int = 1
+    ipc: Count = 1
     """images a class, of random real images"""
-    lr_teacher: float | None = None
+    lr_teacher: RateOrNone = None
     """learning rate; without it the learned one, or 0.01 where there is none"""
     texture: bool = False
     """the images of a .pt file are textures, of which networks see random crops"""
-    canvas_size: int = 2
+    canvas_size: Annotated[Count, Needs("texture")] = 2
     """side of such a canvas, in images"""
-    canvas_samples: int = 1
+    canvas_samples: Annotated[Count, Needs("texture")] = 1
     """crops of each canvas in a step"""
-    label_kind: str | None = None
+    label_kind: Literal["probabilities", "logits"] | None = None
     """of soft labels in a .pt file: probabilities or logits (guessed from their sums without this)"""
     other_data: bool = False
     """test on other images than those that the set was made from, of the same classes and size; they are normalised or whitened
     as its own were"""
+
+    def without_effect_on(self, sources: Sequence[str]) -> dict[str, str]:
+        """Return the options that have no effect on these sets, and why."""
+        found = {}
+        if RANDOM not in sources:
+            found["ipc"] = f'without "{RANDOM}" among the sets: the others bring their own number of images'
+        if not any(source.endswith(".pt") for source in sources):
+            of_pt = "without a .pt file among the sets: those of this package know it themselves"
+            found |= dict.fromkeys(("texture", "canvas_size", "canvas_samples", "label_kind"), of_pt)
+        return found
 
 
 @dataclass(frozen=True)
@@ -102,19 +112,23 @@ class EvaluateOptions(SetOptions):
 
     source: tyro.conf.Positional[str] = ""
     """a run's folder, a synthetic.safetensors, an images_*.pt with its labels_*.pt beside it, or the word "random" """
-    out: str | None = None
+    out: Annotated[str | None, Role.PLACE] = None
     """also write the result to this JSON file"""
+
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        return super().without_effect() | self.without_effect_on([self.source])
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     program = "python -m mtt_fast.evaluate"
-    options = cli.parse(EvaluateOptions, argv, program)
-    if not options.source:
+    source = cli.preview(EvaluateOptions, argv, program).source
+    if not source:
         raise InputError(f"expected a run's folder, a file, or the word {RANDOM}; see {program} --help")
-    synthetic = read_synthetic(options.source)
-    if synthetic is not None:
-        options = cli.parse(EvaluateOptions, argv, program, settings_of(synthetic))
+    synthetic = read_synthetic(source)
+    settings = {} if synthetic is None else settings_of(synthetic)
+    options = cli.parse(EvaluateOptions, argv, program, settings, source=source)
     device = choose_device(options.device)
     with arithmetic(device, options.precision):
         _run(options, synthetic, device)
@@ -174,8 +188,8 @@ def _file(source: str) -> Path:
 
 
 def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
-    """Return the options of its distillation that an evaluation has too, but for the device."""
-    names = {field.name for field in dataclasses.fields(EvaluationOptions)} - {"device"}
+    """Return the options of its distillation that an evaluation has too, but for those of the machine."""
+    names = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION, Role.PLACE)
     zca = synthetic.whitening is not None
     return {name: value for name, value in synthetic.recipe.items() if name in names} | {"zca": zca}
 
@@ -216,17 +230,13 @@ def training_set(
 
     Raises `InputError` for files that are broken or of another data set.
     """
-    if complaint := at_least(
-        1, ipc=options.ipc, canvas_size=options.canvas_size, canvas_samples=options.canvas_samples
-    ):
-        raise InputError(complaint)
     if synthetic is not None:
         images, learned = as_training_images(synthetic, device), float(synthetic.lr)
     elif source == RANDOM:
         classes = real.data.num_classes
         return (
             lambda generator: random_subset(real.train, classes, options.ipc, generator),
-            options.lr_teacher or REAL_IMAGES_LR,
+            REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
         )
     else:
         pixels, labels, rate = load_public_pair(source)
@@ -235,7 +245,7 @@ def training_set(
         learned = REAL_IMAGES_LR if rate is None else float(rate)
     check_shape(images, real.data, source)
     tell_missing(check_classes(images.labels, real.data.num_classes, source), real.data, source)
-    return lambda _: images, options.lr_teacher or learned
+    return lambda _: images, learned if options.lr_teacher is None else options.lr_teacher
 
 
 def check_shape(images: Images, data: ImageData, source: str) -> None:
@@ -268,6 +278,8 @@ def check_any_trained(results: Iterable[Accuracy]) -> None:
 def _as_targets(labels: Tensor, kind: str | None) -> Tensor:
     """Return class indices or probabilities; successors of the public code write logits under the same name."""
     if not labels.is_floating_point():
+        if kind is not None:
+            raise InputError(f"--label_kind {kind}: has no effect on labels that are classes; leave it out")
         return labels
     if kind is None:
         kind = guess_label_kind(labels)

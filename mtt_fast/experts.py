@@ -13,10 +13,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,7 +31,21 @@ from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.kernels import Precision
 from mtt_fast.memory import AUTO
 from mtt_fast.models import Trainable
-from mtt_fast.options import CommonOptions, RealImages, TrueOrFalse, at_least, buffer_folder, real_images
+from mtt_fast.option_fields import Needs, Role
+from mtt_fast.options import (
+    Count,
+    Networks,
+    Rate,
+    RateOrZero,
+    RateOrZeroOrNone,
+    RealImages,
+    Share,
+    StoreDtype,
+    TrainingOptions,
+    TrueOrFalse,
+    buffer_folder,
+    real_images,
+)
 from mtt_fast.provenance import choose_device, versions
 from mtt_fast.run_folder import only_writer_of_experts
 from mtt_fast.seeding import generator_for
@@ -42,7 +55,7 @@ from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
 log = logging.getLogger(__name__)
 
-STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORE_DTYPES: dict[StoreDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -63,24 +76,33 @@ class ExpertTraining:
 
 
 @dataclass(frozen=True)
-class ExpertTrainingOptions(CommonOptions):
+class ExpertTrainingOptions(TrainingOptions):
     """How experts are trained, as all commands that train them name it."""
 
-    train_epochs: int = 50
+    IGNORED: ClassVar[dict[str, str]] = {
+        "load_all": "trajectories are memory-mapped; nothing is loaded whole",
+        "max_files": "there is one file an expert; limit them with --max_experts",
+        "save_interval": "every expert is saved as soon as it is trained",
+        "force_save": "every evaluation is saved",
+        "lr_init": "nothing reads it in the public code; the learned rate starts at --lr_teacher, here as there",
+    }
+    """Flags of the public code that have no work left to do: accepted, and named in the log."""
+
+    train_epochs: Annotated[Count, Role.EXTENT] = 50
     """epochs of each expert"""
-    mom: float = 0.0
+    mom: Share = 0.0
     """momentum of the experts"""
-    l2: float = 0.0
-    """their weight decay"""
+    l2: RateOrZero = 0.0
+    """weight decay of the experts"""
     decay: bool = False
-    """divide their learning rate by ten after half of the epochs"""
-    rho_max: float = 0.0
-    """radius in which they look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
-    rho_min: float | None = None
+    """divide the experts' learning rate by ten after half of the epochs"""
+    rho_max: RateOrZero = 0.0
+    """radius in which experts look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
+    rho_min: Annotated[RateOrZeroOrNone, Needs("rho_max")] = None
     """the radius at the learning rate that --decay divided; without it the same as --rho_max"""
-    alpha: float = 0.0
-    """how much of their plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
-    adaptive: TrueOrFalse = True
+    alpha: Annotated[RateOrZero, Needs("rho_max")] = 0.0
+    """how much of the experts' plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
+    adaptive: Annotated[TrueOrFalse, Needs("rho_max")] = True
     """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
@@ -97,17 +119,19 @@ class ExpertTrainingOptions(CommonOptions):
 class ExpertOptions(ExpertTrainingOptions):
     """Train experts and record their trajectories."""
 
-    num_experts: int = 100
+    IGNORED: ClassVar[dict[str, str]] = ExpertTrainingOptions.IGNORED | {
+        "batch_real": "it changes no expert in the public code either; --batch_train is the batch size of their training",
+    }
+
+    num_experts: Annotated[Networks, Role.EXTENT] = 100
     """how many experts"""
-    lr_teacher: float = 0.01
+    lr_teacher: Rate = 0.01
     """learning rate of the experts"""
-    batch_train: int = 256
-    """batch size"""
-    buffer_path: str = "buffers"
+    batch_train: Count = 256
+    """batch size of the experts' training"""
+    buffer_path: Annotated[str, Role.PLACE] = "buffers"
     """where the trajectories are written: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
-    batch_real: Annotated[int | None, tyro.conf.Suppress] = None
-    """of the public code's command, where it changes nothing"""
-    store_dtype: str = "float32"
+    store_dtype: StoreDtype = "float32"
     """of the recorded parameters: float32, or bfloat16 at half the size"""
 
     def training(self) -> ExpertTraining:
@@ -116,12 +140,7 @@ class ExpertOptions(ExpertTrainingOptions):
 
 
 def checked(training: ExpertTraining) -> ExpertTraining:
-    """Return `training`, without what has no effect in it, or raise `InputError` for values that cannot be."""
-    complaint = at_least(1, train_epochs=training.train_epochs, batch_train=training.batch_size) or at_least(
-        0, mom=training.mom, l2=training.l2, rho_max=training.rho_max, rho_min=training.rho_min, alpha=training.alpha
-    )
-    if complaint or not training.lr > 0:
-        raise InputError(complaint or f"expert learning rate {training.lr}: expected more than 0")
+    """Return `training`, without what has no effect in it, or raise `InputError` for values that do not go together."""
     if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
         raise InputError(
             f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value twice, or --decay and a "
@@ -329,10 +348,6 @@ def expert_steps(
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options = cli.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
-    if options.num_experts < 1:
-        raise InputError(f"--num_experts {options.num_experts}: expected at least 1")
-    if options.store_dtype not in STORE_DTYPES:
-        raise InputError(f"--store_dtype {options.store_dtype}: expected {' or '.join(STORE_DTYPES)}")
     training = options.training()
     device = choose_device(options.device)
     with arithmetic(device, options.precision):

@@ -288,6 +288,12 @@ def parse_bytes(amount: int | str) -> int:
     return int(found * _UNITS[unit])
 
 
+def check_budget(amount: str) -> None:
+    """Raise `InputError` unless `amount` is "auto" or a number of bytes as `parse_bytes` reads it."""
+    if amount != AUTO:
+        parse_bytes(amount)
+
+
 def free_bytes(device: torch.device) -> int:
     """Return what can still be allocated on `device`: what the driver says, or the system and the control group.
 

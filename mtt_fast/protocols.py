@@ -104,6 +104,14 @@ ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set
 """
 
 
+def protocol_called(name: str) -> EvaluationProtocol:
+    """Return the protocol called `name`, with its own settings. Raises `InputError` for another name."""
+    found = PROTOCOLS.get(name)
+    if found is None:
+        raise InputError(f"--protocol {name}: expected {', '.join(PROTOCOLS)}")
+    return found
+
+
 def protocol_by_name(
     name: str, *, epochs: int, batch_size: int | None, augment: str, best_epoch: bool
 ) -> EvaluationProtocol:
@@ -111,13 +119,11 @@ def protocol_by_name(
 
     `best_epoch` reports the best epoch also where the protocol reports the last. Raises `InputError` for another name.
     """
-    found = PROTOCOLS.get(name)
-    if found is None:
-        raise InputError(f"--protocol {name}: expected {', '.join(PROTOCOLS)}")
+    found = protocol_called(name)
     protocol = dataclasses.replace(
         found,
         epochs=epochs,
-        batch_size=batch_size or found.batch_size,
+        batch_size=found.batch_size if batch_size is None else batch_size,
         augment=augment,
         best_epoch=best_epoch or found.best_epoch,
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -32,6 +33,7 @@ from mtt_fast.files import (
     write_text,
 )
 from mtt_fast.identity import UNKNOWN, DatasetIdentity, check_same_data
+from mtt_fast.option_fields import Role, fields_of
 from mtt_fast.records import read_record, sealed, unsealed
 from mtt_fast.temporaries import remove_leftovers
 
@@ -50,8 +52,6 @@ _CONFIG_ENDS = "# checksum "
 _STEPS = ("step", "skip", "above_threshold")
 """Kinds of records in metrics.jsonl, one for each iteration."""
 _LONGEST_LINE, _LONGEST_METRICS = 1 << 16, 1 << 30  # bytes
-
-_OF_EVALUATIONS = ("num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "batch_train")
 
 log = logging.getLogger(__name__)
 
@@ -95,15 +95,12 @@ def only_writer_of_experts(folder: Path) -> Iterator[None]:
 
 
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
-    """Write options (text, numbers, booleans; None is left out) as TOML, below a `note` of one line.
+    """Write options (text, numbers, booleans, lists; None is left out) as TOML, below a `note` of one line.
 
     The last line is a comment with the checksum of all before it.
     """
-    lines = [_CONFIG_BEGINS, *[f"# {note}"] * bool(note)]
-    lines += [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in options.items() if value is not None
-    ]
-    text = "\n".join(lines) + "\n"
+    notes = "".join(f"{line}\n" for line in (_CONFIG_BEGINS, *[f"# {note}"] * bool(note)))
+    text = notes + tomli_w.dumps({name: value for name, value in options.items() if value is not None})
     write_text(folder / CONFIG, f"{text}{_CONFIG_ENDS}{checksum_of(text.encode())}\n")
 
 
@@ -172,7 +169,9 @@ def is_finished(folder: Path, options: Any, iterations: int) -> bool:
         raise broken_summary(folder, error) from error
     log.info("%s is finished: %s", folder, text)
     other = [
-        f"--{name} {before[name]}" for name in _OF_EVALUATIONS if before.get(name) not in (None, getattr(options, name))
+        f"--{name} {before[name]}"
+        for name, field in fields_of(type(options)).items()
+        if field.role is Role.EVALUATION and before.get(name) not in (None, getattr(options, name))
     ]
     if other:
         log.info(

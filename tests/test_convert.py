@@ -292,7 +292,7 @@ def test_what_the_public_codes_folders_tell(folder: str, found: dict[str, Any]) 
         (["buffer", "out"], "buffer: expected the real images that it belongs to"),
         (["buffer", "out", "--to", "mtt"], "--to mtt: buffer holds experts"),
         (["buffer", "out", "--dataset", "digits"], "of another network: expected 14 tensors, found 6"),
-        (["buffer", "out", *DIGITS, "--store_dtype", "int8"], "--store_dtype int8: expected float32 or bfloat16"),
+        (["buffer", "out", *DIGITS, "--store_dtype", "int8"], "--store_dtype: expected one of 'float32', 'bfloat16'"),
         (["buffer", "out", *DIGITS, "--experts_per_file", "0"], "--experts_per_file 0: expected at least 1"),
         (["pair", "out", "--dataset", "digits", "--zac"], "--zac: unknown option (did you mean --zca?)"),
     ],

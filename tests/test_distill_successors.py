@@ -236,7 +236,7 @@ MISTAKES = [
     (["--min_start_epoch", "4"], "--min_start_epoch 4: expected less than --max_start_epoch 4"),
     (["--min_start_epoch", "-1"], "--min_start_epoch -1: expected at least 0"),
     (["--current_max_start_epoch", "2"], "--current_max_start_epoch 2: expected with it the iteration"),
-    (["--expansion_end_epoch", "9"], "--expansion_end_epoch 9: expected --current_max_start_epoch with it"),
+    (["--expansion_end_epoch", "9"], "--expansion_end_epoch 9: has no effect without --current_max_start_epoch"),
     (
         ["--current_max_start_epoch", "5", "--expansion_end_epoch", "9"],
         "--current_max_start_epoch 5: expected at most --max_start_epoch 4",
@@ -250,7 +250,7 @@ MISTAKES = [
     (["--mom_y", "1.5"], "--mom_y 1.5: expected at least 0 and less than 1"),
     (["--lr_y", "-1"], "--lr_y -1.0: expected at least 0"),
     (["--lr_y", "1", "--teacher_label"], "--teacher_label, --lr_y: expected one of them, found both"),
-    (["--label_init", "experts"], "--label_init experts: expected --lr_y with it"),
+    (["--label_init", "experts"], "--label_init experts: has no effect without --lr_y"),
 ]
 
 

@@ -44,7 +44,8 @@ from mtt_fast.files import MALFORMED, write_text
 from mtt_fast.identity import check_same_data
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable
-from mtt_fast.options import CommonOptions, RealImages, at_least, real_images
+from mtt_fast.option_fields import Role, names_of
+from mtt_fast.options import CommonOptions, Count, Networks, Rate, RealImages, real_images
 from mtt_fast.provenance import choose_device, device_name, digest, versions
 from mtt_fast.records import read_record, write_record
 from mtt_fast.run_folder import SYNTHETIC, only_user
@@ -74,13 +75,13 @@ class DistanceOptions(ExpertTrainingOptions):
     """run folders or synthetic.safetensors files, each plain or as LABEL=PATH, e.g. MTT=runs/mtt DSA=runs/dsa"""
     deltas: str = "10,20,50,100,200,500,1000,2000,5000"
     """Δt: numbers of steps on real images, joined by commas"""
-    steps: int = 1000
+    steps: Count = 1000
     """K: steps on the distilled set, whose K + 1 vectors of parameters are in memory together"""
-    starts: int = 1
+    starts: Networks = 1
     """sets of initial parameters, of each of which there is a real training"""
-    expert_lr: float = 0.01
+    expert_lr: Rate = 0.01
     """learning rate on real images"""
-    batch_real: int = 256
+    batch_real: Count = 256
     """batch size on real images"""
     out: str = "runs/distance"
     """folder for distance.png, distance.md and distance.json"""
@@ -92,12 +93,11 @@ Nearest = tuple[float, int]
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    sets = _distilled_sets(cli.parse_known(DistanceOptions, argv, PROGRAM).runs)
-    options = cli.parse(DistanceOptions, argv, PROGRAM, _defaults([synthetic.recipe for synthetic in sets.values()]))
+    sets = _distilled_sets(cli.preview(DistanceOptions, argv, PROGRAM).runs)
     if not sets:
         raise InputError(f"expected run folders, plain or as LABEL=FOLDER; see {PROGRAM} --help")
-    if complaint := at_least(1, steps=options.steps, starts=options.starts, batch_real=options.batch_real):
-        raise InputError(complaint)
+    defaults = _defaults([synthetic.recipe for synthetic in sets.values()])
+    options = cli.parse(DistanceOptions, argv, PROGRAM, defaults, source=next(iter(sets)))
     deltas = sorted(set(cli.integers(options.deltas, "--deltas")))
     training = options.training_at(options.expert_lr, options.batch_real)
     device = choose_device(options.device)
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _defaults(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the sets' recipes say of the options: the first of the data and the network, of experts one that has some."""
-    common = {field.name for field in dataclasses.fields(CommonOptions)} - {"device"}
+    common = names_of(CommonOptions, Role.RESULT, Role.PLACE)
     matched = next((recipe for recipe in recipes if "expert_epochs" in recipe), {})
     of_first = {name: value for name, value in (recipes[0] if recipes else {}).items() if name in common}
     return of_first | {name: value for name, value in matched.items() if name in _OF_EXPERTS}

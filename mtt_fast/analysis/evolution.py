@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from PIL import Image, ImageDraw, ImageFont
@@ -18,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from mtt_fast import cli
 from mtt_fast.errors import InputError
 from mtt_fast.files import atomic_path
-from mtt_fast.options import at_least
+from mtt_fast.option_fields import Range
+from mtt_fast.options import AtLeastTwo
 from mtt_fast.run_folder import HISTORY
 
 log = logging.getLogger(__name__)
@@ -39,18 +41,15 @@ class EvolutionOptions:
     """the run's folder"""
     out: str | None = None
     """another folder for the two pictures"""
-    seconds: float = 0.3
-    """of each picture of the GIF; the last one stays five times as long"""
-    rows: int = 8
+    seconds: Annotated[float, Range(0.02, 600)] = 0.3
+    """of each picture of the GIF, from 0.02 to 600; the last one stays five times as long"""
+    rows: AtLeastTwo = 8
     """pictures in the strip, evenly spaced, with the first and the last"""
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options = cli.parse(EvolutionOptions, argv, PROGRAM)
-    complaint = at_least(2, rows=options.rows) or at_least(0.02, seconds=options.seconds)
-    if complaint:
-        raise InputError(complaint)
     if not options.run:
         raise InputError(f"expected a run's folder; see {PROGRAM} --help")
     frames = [_with_caption(iteration, image) for iteration, image in read_history(Path(options.run)).items()]

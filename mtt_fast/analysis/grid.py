@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mtt_fast import cli, distill
 from mtt_fast.analysis.output import MISSING, markdown_table, percent, save_figure
@@ -19,6 +19,7 @@ from mtt_fast.distillation.options import parse_options
 from mtt_fast.errors import Diverged
 from mtt_fast.files import write_text
 from mtt_fast.interrupts import Stopped
+from mtt_fast.option_fields import Told
 from mtt_fast.records import write_record
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class GridOptions:
     """N: student steps in each iteration, joined by commas"""
     out: str = "runs/grid"
     """folder of the grid: grid.png, grid.md, grid.json, and a run folder for each cell"""
-    resume: bool = False
+    resume: Annotated[bool, Told("not needed: the same command always goes on where it was")] = False
     """not needed: the same command always goes on where it was"""
 
 

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mtt_fast.distillation.options import DistillOptions
 from mtt_fast.errors import InputError
+from mtt_fast.option_fields import Role, names_of
+from mtt_fast.options import EvaluationOptions
 
 RANDOM = "Random"
 """The method of as many random real images, which every distillation measures as well."""
@@ -16,11 +19,9 @@ PAPER_RES = 128
 """Resolution of the paper's ImageNet subsets."""
 PAPER_PROTOCOL = "mtt"
 """Protocol of its evaluations."""
-_WHERE_AND_HOW_FAST = (
-    "recipe", "config", "out", "resume", "download", "data_path", "packed_path", "buffer_path", "device",
-    "networks_at_once", "memory_budget", "microbatch", "save_seconds",
-)  # fmt: skip
-_OF_EVALUATION = ("zca", "res", "dsa", "dsa_strategy", "batch_train", "num_eval", "epoch_eval_train")
+_WHERE_AND_HOW_FAST = names_of(DistillOptions, Role.PLACE, Role.MACHINE)
+_OF_RANDOM_IMAGES = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION) - {"seed", "eval_mode"}
+"""What the accuracy of random real images depends on, besides the seed."""
 
 
 class Setting(NamedTuple):
@@ -68,7 +69,7 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
         own = images | {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
         for network, accuracy in _by_network(summary, "distilled").items():
             _add(groups, setting._replace(model=network), own, seed, folder, accuracy)
-        own = images | {name: options.get(name) for name in _OF_EVALUATION}
+        own = images | {name: options.get(name) for name in sorted(_OF_RANDOM_IMAGES)}
         of_random = setting._replace(method=RANDOM + _protocol(options))
         for network, accuracy in _by_network(summary, "random_real_images").items():
             _add(groups, of_random._replace(model=network), own, seed, folder, accuracy)

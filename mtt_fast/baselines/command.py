@@ -26,18 +26,22 @@ from mtt_fast.baselines.results import Job
 from mtt_fast.baselines.trained import as_first_expert, asked_of_the_expert
 from mtt_fast.errors import InputError
 from mtt_fast.expert_checks import FLAGS
+from mtt_fast.option_fields import outside_result
 from mtt_fast.options import real_images
 from mtt_fast.provenance import choose_device, device_name
-from mtt_fast.run_folder import check_same_method, check_same_run, is_finished, only_user, read_config, write_config
+from mtt_fast.run_folder import (
+    CONFIG,
+    check_same_method,
+    check_same_run,
+    is_finished,
+    only_user,
+    read_config,
+    write_config,
+)
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m mtt_fast.baselines"
-NOT_PART_OF_THE_RESULT = {
-    "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "download", "data_path", "packed_path",
-    "buffer_path", "device", "networks_at_once", "save_seconds",
-}  # fmt: skip
-"""Options that may differ when a run goes on."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     folder = options.folder(name)
     device = choose_device(options.device)
     check_same_method(folder, name)
-    may_differ = set(NOT_PART_OF_THE_RESULT)
+    may_differ = outside_result(type(options))
     if isinstance(options, TrainedNetworkOptions):  # what is not given says nothing of the expert that was used
         may_differ |= set(FLAGS.values()) - cli.given(type(options), argv)
     check_same_run(folder, options, may_differ)
@@ -86,15 +90,16 @@ def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
     program = f"{PROGRAM} {name}"
     chosen = cli.parse_known(_Selection, argv, program)
     defaults: dict[str, Any] = {}
+    place = Path(chosen.out or "")
     if chosen.resume:
         if chosen.out is None:
             raise InputError("--resume: expected the run's folder with --out, found none")
-        config = read_config(Path(chosen.out))
+        config = read_config(place)
         if config is None:
             raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
-        check_same_method(Path(chosen.out), name)
+        check_same_method(place, name)
         defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
-    options = cli.parse(METHODS[name].options, argv, program, defaults)
+    options = cli.parse(METHODS[name].options, argv, program, defaults, source=str(place / CONFIG))
     options.check()
     return options
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mtt_fast.interop import (
 )
 from mtt_fast.interop.ddranking import VERSION
 from mtt_fast.interop.plain import hardened, in_place
+from mtt_fast.option_fields import check_effects
 from mtt_fast.provenance import versions
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.temporaries import is_empty
@@ -38,9 +40,10 @@ _PICTURES = ("png", "parquet")
 _LOSSY = "Pictures are cut to [0, 1] and rounded to 8 bits: train on tensors where you can"
 
 
-def convert_set(options: ConvertOptions, kind: str | None) -> None:
+def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) -> None:
     """Read a distilled set of `kind` from `options.source`, write it to `options.destination`, and say how to use it.
 
+    `given` are the options that somebody wrote down, which are refused where they have no effect.
     Raises `InputError` for files that hold no set, for a destination that is there, and for a set that its kind cannot
     hold or that needs the data set's name.
     """
@@ -48,12 +51,15 @@ def convert_set(options: ConvertOptions, kind: str | None) -> None:
     to = options.to or _kind_for(destination, native=kind == "synthetic")
     if to not in SET_KINDS:
         raise InputError(f"--to {to}: {options.source} holds a distilled set, not experts")
+    for words in check_effects(options, given, options.without_effect_on_set(kind, to)):
+        log.info("%s", words)
     if destination.is_file() or (destination.is_dir() and to != "dc_benchmark" and not is_empty(destination)):
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
     facts = _facts(options) if kind in _PICTURES and options.dataset else None
     found = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)
     if isinstance(found, SyntheticDataset):
         _check_belongs(options, found)
+    check_effects(options, given, _without_effect(found))
     found = _in_order(options, found)
     if isinstance(found, PlainSet) and to in ("synthetic", *_PICTURES):
         if found.lr is None:
@@ -80,6 +86,16 @@ def _check_belongs(options: ConvertOptions, found: SyntheticDataset) -> None:
         expected = data_facts(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
     expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
     check_same_data(found.identity, expected, options.source, mend="leave out what says otherwise: it knows its images")
+
+
+def _without_effect(found: SyntheticDataset | PlainSet) -> dict[str, str]:
+    """Return the options that have no effect on this set, and why."""
+    reasons: dict[str, str] = {}
+    if found.label_kind == "indices":
+        reasons |= dict.fromkeys(("reorder", "hard_labels"), "on labels that are classes")
+    if isinstance(found, PlainSet) and found.lr is not None:
+        reasons["lr_teacher"] = f"on a set that brings its learning rate, {float(found.lr):.4g}"
+    return reasons
 
 
 def _facts(options: ConvertOptions) -> Facts:
