@@ -89,6 +89,9 @@ def main(argv: Sequence[str]) -> None:
     label, first = next(iter(sets.items()))
     defaults = {name: value for name, value in first.recipe.items() if name in names}
     options = cli.parse(DistanceOptions, argv, PROGRAM, defaults, source=label)
+    idle = sorted({"dsa", "dsa_strategy"} & cli.given(DistanceOptions, argv))
+    if idle and all(synthetic.recipe.get("no_aug") for synthetic in sets.values()):
+        raise InputError(f"--{idle[0]}: has no effect on sets that were distilled with --no_aug; leave it out")
     starts = cli.integers(options.start_epochs, "--start_epochs", minimum=0)
     device = choose_device(options.device)
     with arithmetic(device, options.precision):
