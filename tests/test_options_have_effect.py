@@ -389,6 +389,11 @@ def _cases() -> list[Any]:
 
 
 NO_EFFECT = [
+    (
+        "distance",
+        "distance plain --device cpu --dsa False",
+        "--dsa: has no effect on sets that were distilled with --no_aug",
+    ),
     ("distill", f"{RUN} --out new --no_aug --dsa False", "--no_aug: has no effect without --dsa True"),
     (
         "distill",
@@ -450,6 +455,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         learned = f"dm {EVALUATION} --Iteration 1 --batch_real 16 --out baseline"
         assert cli.run(baselines.main, learned.split()) == 0
         assert cli.run(baselines.main, f"random {EVALUATION} --out baselines/random".split()) == 0
+        assert cli.run(distill.main, f"{RUN} --Iteration 0 --no_aug --out plain".split()) == 0
         _save_foreign_files()
         Path("mine.toml").write_text("student_l2 = 0.5\n")
         Path("idle.toml").write_text("mom_y = 0.5\ncanvas_size = 2\n")
