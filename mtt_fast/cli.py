@@ -72,6 +72,9 @@ def preview(
     if unknown:
         raise InputError(_unknown(unknown[0], [field.flag for field in fields_of(kind).values()]))
     check_values(options)
+    for name, field in fields_of(kind).items():
+        if name in line.given and getattr(options, name) == ():
+            raise InputError(f"--{field.flag}: expected a value after it, found none; see {prog} --help")
     return options
 
 
@@ -211,11 +214,13 @@ _RULES = ({"─"}, {"-"})
 """What the lines consist of that part a box; the second where the terminal has only ASCII."""
 
 _REWORDED = {
+    r"^.*?(--\w+).*Exceeds the limit \(\d+ digits\).*$": r"\1: expected a number of fewer digits",
     r"^Error parsing ([^:]*):": r"\1:",
     r"invalid literal for int\(\) with base 10: (.*)$": r"expected a whole number, found \1",
     r"could not convert string to float: (.*)$": r"expected a number, found \1",
     r"no type matching .* Got errors: .*(expected a (?:whole )?number, found .*)$": r"\1",
     r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.$": r"\2: expected one of \3, found \1",
+    r"^(--\w+): no type matching .* could be instantiated from \[([^]]{0,60}).*$": r"\1: expected what --help tells, found \2",
     r"^Missing value for argument '(.*)'\..*$": r"\1: expected a value after it, found none",
 }
 """Expressions in what tyro says, and how this package says it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import types
 import typing
@@ -40,7 +41,7 @@ class Range:
     """`high` itself is not taken"""
     infinite: bool = False
     """inf is taken; the option's help says what it means"""
-    largest: float = math.inf
+    largest: int | None = None
     """the largest number that can be meant; larger ones would fill the memory with nothing"""
 
     def complaint(self, value: float) -> str | None:
@@ -51,8 +52,8 @@ class Range:
         too_high = value >= self.high if self.below else value > self.high
         if too_low or too_high:
             return f"expected {self}"
-        if value > self.largest:
-            return f"expected at most {self.largest:.0f}"
+        if self.largest is not None and value > self.largest:
+            return f"expected at most {self.largest}"
         if isinstance(value, float) and abs(value) > FLOAT32_MAX:
             return f"expected at most {FLOAT32_MAX:.2g}, the largest number of float32"
         if isinstance(value, float) and self.above and self.low == 0 and value < FLOAT32_TINY:
@@ -252,13 +253,7 @@ def _check_one(field: Field, value: Any) -> None:
             try:
                 checked.check(value)
             except InputError as error:
-                raise Unfit(_without_name(str(error))) from error
-
-
-def _without_name(message: str) -> str:
-    """Return a complaint without the option that it begins with, which who raises it names."""
-    head, colon, rest = message.partition(": ")
-    return rest if colon and head.startswith("--") else message
+                raise Unfit(re.sub(r"^.*?: (?=expected)", "", str(error))) from error  # who raises it names the option
 
 
 def check_values(options: Any) -> None:

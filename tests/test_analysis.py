@@ -639,3 +639,10 @@ def test_evolution_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (history / "iteration_000010.png").write_bytes(b"no")
     assert run("evolution", str(tmp_path)) == 2
     assert "iteration_000010.png: not a picture" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_grid_writes_nothing(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*TOY, *places(toy), "--out", str(tmp_path / "grid"), "--expert_epochs", "1", "--syn_steps", "1,2"]
+    assert run("grid", *flags, "--dry_run") == 0
+    assert capsys.readouterr().out.count("data set  digits") == 2
+    assert not (tmp_path / "grid").exists()

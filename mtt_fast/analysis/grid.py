@@ -56,8 +56,11 @@ def main(argv: Sequence[str]) -> None:
         (m, n): [*others, "--expert_epochs", str(m), "--syn_steps", str(n), "--out", str(place)]
         for (m, n), place in cells.items()
     }
-    for command in commands.values():
-        parse_options(command)  # a mistake is told before the first cell is run
+    parsed = [parse_options(command) for command in commands.values()]  # a mistake is told before the first cell is run
+    if parsed[0].dry_run:
+        for command in commands.values():
+            distill.main(command)
+        return
     accuracies: dict[tuple[int, int], Mapping[str, Any] | None] = dict.fromkeys(cells)
     for number, (cell, command) in enumerate(commands.items(), 1):
         log.info("cell %d of %d: M = %d, N = %d, in %s", number, len(cells), *cell, cells[cell])
