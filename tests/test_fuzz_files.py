@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import math
 import os
 import random
 import resource
@@ -26,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from mtt_fast import InputError, SyntheticDataset, TrajectoryStore, Whitening
+from mtt_fast import InputError, TrajectoryStore, Whitening
 from mtt_fast.data import load
 from mtt_fast.data.mnist import FILES
 from mtt_fast.interop import (
@@ -71,7 +70,11 @@ class Reader(NamedTuple):
 def content(value: Any) -> Any:
     """Return any content in a form that can be compared exactly."""
     if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return (
+            str(value.dtype),
+            tuple(value.shape),
+            value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+        )
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {name: content(one) for name, one in vars(value).items()}
     if isinstance(value, dict):
