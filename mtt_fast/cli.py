@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mtt_fast.errors import InputError
+from mtt_fast.files import read_text
 from mtt_fast.interrupts import Stopped
 from mtt_fast.memory import is_out_of_memory
 
@@ -152,11 +153,14 @@ def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the table in a TOML file. Raises `InputError` if it is missing or is not TOML."""
+    return parse_toml(read_text(path), path)
+
+
+def parse_toml(text: str, path: Path) -> dict[str, Any]:
+    """Return the table in TOML text, which `path` held. Raises `InputError` if it is none."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a TOML file of options") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of the syntax, a number's digits, or the depth
         raise InputError(f"{path}: not valid TOML ({error})") from error
 
 

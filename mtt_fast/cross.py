@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import sys
 import time
@@ -26,12 +25,13 @@ from mtt_fast.cross_table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import RANDOM, SetOptions, check_any_trained, read_synthetic, settings_of, training_set
-from mtt_fast.files import write_json, write_text
+from mtt_fast.files import MALFORMED, write_text
 from mtt_fast.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.models import Trainable, network_by_name
 from mtt_fast.options import RealImages, real_images
 from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.records import read_record, write_record
 from mtt_fast.run_folder import only_user
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
@@ -119,7 +119,7 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
             if cell is None:
                 cell = {"question": question} | _measure(row, real, train, lr, name, network, stop)
                 known.append(cell)
-                write_json(folder / TABLE, {"cells": known, "versions": versions()})
+                write_record(folder / TABLE, {"cells": known, "versions": versions()})
             log.info("%s on %s: %s", row.source, name, cell["text"])
             shown.append({"set": row.source, **cell})
     quoted = quoted_for(shown)
@@ -183,10 +183,21 @@ def _measured_before(folder: Path) -> list[dict[str, Any]]:
     path = folder / TABLE
     if not path.exists():
         return []
+    what, mend = "a table of this command", "delete it or choose another --out"
+    record = read_record(path, what, mend)
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["cells"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: broken, or no table of this command; delete it or choose another --out") from error
+        return [_cell(**cell) for cell in record["cells"]]
+    except MALFORMED as error:
+        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
+
+
+def _cell(question: dict[str, Any], accuracy: dict[str, Any], text: str, seconds: float, device: str) -> dict[str, Any]:
+    """Return a cell as `_measure` gives it with its question. Raises one of `MALFORMED` for anything else."""
+    for name in ("mean", "std", "n"):
+        float(accuracy[name])
+    return {
+        "question": dict(question), "accuracy": accuracy, "text": text, "seconds": seconds, "device": device,
+    }  # fmt: skip
 
 
 def _digest(images: Images) -> str:

@@ -180,7 +180,7 @@ def distill(
                         coming = turns(options, range(state.iteration, state.iteration + 1))
                         compare_with_exact(job, state, steps, [segment(turn) for turn in coming])
                     assess(job, state, stop)
-                    save_checkpoint(folder, state)
+                    save_checkpoint(folder, state, metrics.evaluations)
                 if state.iteration >= options.Iteration:
                     break
                 began = time.monotonic()
@@ -190,13 +190,13 @@ def distill(
                 bar.set_postfix(_postfix(options, state, metrics, seconds), refresh=False)
                 bar.update()
                 if stop or time.monotonic() - saved > options.save_seconds:
-                    save_checkpoint(folder, state)
+                    save_checkpoint(folder, state, metrics.evaluations)
                     saved = time.monotonic()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
             summarise(job, state, command, stop)
     except Stopped as stopped:
-        save_checkpoint(folder, state)
+        save_checkpoint(folder, state, metrics.evaluations)
         raise Stopped(
             f"stopped at iteration {state.iteration} of {options.Iteration}, everything is saved; continue with: "
             f"{PROGRAM} --out {shlex.quote(str(folder))} --resume",

@@ -22,12 +22,12 @@ from mtt_fast import cli
 from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
 from mtt_fast.data import ImageData
 from mtt_fast.errors import Diverged, InputError
-from mtt_fast.files import write_json
 from mtt_fast.interop.plain import guess_label_kind
 from mtt_fast.interrupts import stop_request
 from mtt_fast.options import EvaluationOptions, RealImages, at_least, real_images
 from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.records import write_record
 from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.set_checks import check_classes
 from mtt_fast.synthetic import SyntheticDataset, load_public_pair
@@ -133,7 +133,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
             log.info("%s on %s: %s", options.source, name, found[name])
     if options.out:
         first, *_ = networks
-        write_json(
+        write_record(
             options.out,
             {
                 "source": options.source,

@@ -8,6 +8,7 @@ file is damaged; where both are, too, unless its format's number is 1: those are
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import math
@@ -201,8 +202,13 @@ def checksum_of(*parts: Any) -> str:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    """Return the bytes of a contiguous CPU tensor, without a copy, and valid as long as it lives.
+
+    `Tensor.numpy` would forbid its owner to resize it.
+    """
+    if not tensor.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def save_tensors(

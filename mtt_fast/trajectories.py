@@ -8,12 +8,13 @@ A compressed expert has the rows of a few waypoints instead, and its course betw
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from mtt_fast.files import (
     read_header,
     save_tensors,
     tell_unchecked,
+    write_text,
 )
 from mtt_fast.waypoints import Course
 
@@ -40,6 +42,8 @@ _FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old forma
 _WAYPOINTS = "mtt_fast waypoints 2"
 _BEFORE_CHECKSUMS = {"mtt_fast expert 1": _FORMAT, "mtt_fast waypoints 1": _WAYPOINTS}
 _TENSOR = "parameters"
+_UNFINISHED = ".unfinished"
+"""A file in a folder that experts are being imported to, or were when it was stopped."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _TRAIN_AGAIN = "delete it and train it again with `python -m mtt_fast.experts`"
 _COMPRESS_AGAIN = "delete it and make it again with `python -m mtt_fast.compress`"
@@ -203,7 +207,8 @@ class TrajectoryStore:
     for a position or an epoch that is not there.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
+        """Open `folder`; one that `being_filled` has marked only if `unfinished` is said."""
         self.folder = Path(folder)
         try:
             names = os.listdir(self.folder)
@@ -212,6 +217,11 @@ class TrajectoryStore:
                 f"{self.folder}: expected a folder of experts ({error.strerror}); check --buffer_path, "
                 "or train some with `python -m mtt_fast.experts`"
             ) from error
+        if _UNFINISHED in names and not unfinished:
+            raise InputError(
+                f"{self.folder}: expected all experts of a conversion, found it stopped half-way; give its command again, or "
+                "delete the folder"
+            )
         numbers = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names)
         self.indices: tuple[int, ...] = tuple(sorted(int(number[1]) for number in numbers if number))
         self._headers: dict[int, _Header] = {}
@@ -242,7 +252,7 @@ class TrajectoryStore:
             raise InputError(f"{path}: truncated since it was opened; {_TRAIN_AGAIN}")
         if header.entry.checksums:
             check_part(path, f"row {number}", content, header.entry.checksums[number])
-        if not bool(row.isfinite().all()):
+        if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):  # the sum alone needs no memory
             epoch = header.course.epochs[number] if header.course else number
             raise InputError(
                 f"{path}: the expert's parameters after epoch {epoch} are not finite (NaN or infinite): it diverged, or the file "
@@ -310,6 +320,25 @@ def _read_course(path: Path, text: Mapping[str, str], shape: tuple[int, ...]) ->
     if (len(course.epochs), sum(course.sizes)) != shape:
         raise InputError(f"{path}: its waypoints do not fit the course between them; {_COMPRESS_AGAIN}")
     return course
+
+
+@contextlib.contextmanager
+def being_filled(folder: Path) -> Iterator[None]:
+    """Keep a folder from being taken for a whole one until all experts are in it, which is when the block succeeds.
+
+    It stays marked if the block fails, however it ends, unless no expert is there yet.
+    """
+    mark = folder / _UNFINISHED
+    write_text(mark, "")
+    try:
+        yield
+    except BaseException:
+        if not len(TrajectoryStore(folder, unfinished=True)):
+            mark.unlink()
+            with contextlib.suppress(OSError):  # it holds other things
+                folder.rmdir()
+        raise
+    mark.unlink()
 
 
 def check_compatible(

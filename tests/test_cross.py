@@ -89,7 +89,7 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
         (["nothing"], "nothing: cannot be read"),
         (["run", "--models", "ConvNetD1W4", "VGG11"], "VGG11: nothing is left of images"),
         (["run", "--eval_mode", "X"], "--eval_mode X: expected one of"),
-        (["run", "--out", "broken"], "cross.json: broken, or no table"),
+        (["run", "--out", "broken"], "cross.json: expected a table of this command, found it damaged"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

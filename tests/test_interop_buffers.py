@@ -375,7 +375,7 @@ def test_waypoints_of_mct(tmp_path: Path, ends: tuple[int, ...], name: str) -> N
             for piece, again in zip(pieces[expert], own, strict=True):
                 assert torch.equal(torch.tensor(piece)[:-1], torch.tensor(again)[:-1])
                 assert torch.tensor(again[-1]).eq(1).all()  # also of a bias before a norm, which stands still
-    with pytest.raises(InputError, match="expected no file yet"):
+    with pytest.raises(InputError, match="is there already"):
         list(export_waypoints(store, tmp_path / "back"))
 
 

@@ -36,11 +36,12 @@ from mtt_fast.augment import augment_by_strategy
 from mtt_fast.distillation.segments import student_batches
 from mtt_fast.errors import InputError
 from mtt_fast.evaluate import as_training_images, check_shape
-from mtt_fast.files import write_json, write_text
+from mtt_fast.files import write_text
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.models import Trainable
 from mtt_fast.options import CommonOptions, at_least, buffer_folder
 from mtt_fast.provenance import choose_device, device_name, versions
+from mtt_fast.records import write_record
 from mtt_fast.run_folder import SYNTHETIC
 from mtt_fast.seeding import generator_for
 from mtt_fast.synthetic import SyntheticDataset
@@ -222,7 +223,6 @@ def _write(
         "device": device_name(device),
         "versions": versions(),
     }
-    write_json(folder / "distance.json", record)
     shown = [f"{point['expert_epochs']} ({point['real_steps']})" for point in next(iter(curves.values()))]
     rows = [
         [label, *(f"{point['mean']:.3f} ± {point['std']:.3f}" for point in points)] for label, points in curves.items()
@@ -233,6 +233,7 @@ def _write(
     )
     write_text(folder / "distance.md", f"{table}\n{about}\n")
     _draw(folder / "distance.png", curves)
+    write_record(folder / "distance.json", record)  # last: it says that all is there
     for label, points in curves.items():
         nearest = min(points, key=lambda point: point["mean"])
         log.info(

@@ -17,8 +17,9 @@ from mtt_fast.analysis.output import MISSING, markdown_table, percent, save_figu
 from mtt_fast.analysis.runs import read_summary
 from mtt_fast.distillation.options import parse_options
 from mtt_fast.errors import Diverged
-from mtt_fast.files import write_json, write_text
+from mtt_fast.files import write_text
 from mtt_fast.interrupts import Stopped
+from mtt_fast.records import write_record
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +89,9 @@ def write(
         for m in epochs
         for n in steps
     ]
-    write_json(folder / "grid.json", {"options": list(flags), "cells": cells})
     write_text(folder / "grid.md", as_markdown(epochs, steps, accuracies))
     _draw(folder / "grid.png", epochs, steps, accuracies)
+    write_record(folder / "grid.json", {"options": list(flags), "cells": cells})  # last: it says that all is there
 
 
 def as_markdown(epochs: Sequence[int], steps: Sequence[int], accuracies: Accuracies) -> str:

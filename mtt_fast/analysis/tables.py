@@ -22,7 +22,8 @@ from mtt_fast.analysis.output import MISSING, markdown_table, percent
 from mtt_fast.analysis.published import Published, published
 from mtt_fast.analysis.runs import finished_runs
 from mtt_fast.errors import InputError
-from mtt_fast.files import write_json, write_text
+from mtt_fast.files import write_text
+from mtt_fast.records import write_record
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +73,12 @@ def main(argv: Sequence[str]) -> None:
     titles, of_paper = published()
     tables = beside(measured(finished_runs(options.runs)), of_paper, list(titles))
     folder = Path(options.out)
-    write_json(
-        folder / "tables.json",
-        {number: {"title": titles[number], "rows": [row.record() for row in rows]} for number, rows in tables.items()},
-    )
     text = "\n".join(_section(number, titles[number], rows) for number, rows in tables.items())
     write_text(folder / "tables.md", text)
+    record = {
+        number: {"title": titles[number], "rows": [row.record() for row in rows]} for number, rows in tables.items()
+    }
+    write_record(folder / "tables.json", record)  # last: it says that all is there
     log.info("%s\n%s", folder / "tables.md", text)
 
 

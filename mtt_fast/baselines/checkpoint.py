@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
 from mtt_fast.errors import InputError
-from mtt_fast.files import load_tensors, save_tensors
-from mtt_fast.run_folder import CHECKPOINT
+from mtt_fast.files import MALFORMED, load_tensors, parse_json, save_tensors
+from mtt_fast.run_folder import CHECKPOINT, EVALUATIONS
 
+_FORMAT = "mtt_fast baseline checkpoint 2"  # those from before there were checksums say nothing
 _OPTIMISER = "optimiser."
 
 
@@ -26,8 +29,10 @@ class Progress:
     seconds_evaluation: float = 0.0
 
 
-def save_checkpoint(folder: Path, learning: Learning, progress: Progress) -> None:
-    """Write the tensors of `learning`, the optimiser's among them, and `progress`, atomically."""
+def save_checkpoint(
+    folder: Path, learning: Learning, progress: Progress, evaluations: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write the tensors of `learning`, the optimiser's among them, `progress`, and the evaluations so far, atomically."""
     state = learning.optimiser.state_dict()["state"]
     of_optimiser = {
         f"{_OPTIMISER}{index}.{name}": value
@@ -35,7 +40,11 @@ def save_checkpoint(folder: Path, learning: Learning, progress: Progress) -> Non
         for name, value in values.items()
         if value is not None
     }
-    save_tensors(folder / CHECKPOINT, _tensors(learning) | of_optimiser, {"progress": json.dumps(asdict(progress))})
+    save_tensors(
+        folder / CHECKPOINT,
+        _tensors(learning) | of_optimiser,
+        {"format": _FORMAT, "progress": json.dumps(asdict(progress)), EVALUATIONS: json.dumps(evaluations)},
+    )
 
 
 def load_checkpoint(folder: Path, learning: Learning) -> Progress:
@@ -48,7 +57,7 @@ def load_checkpoint(folder: Path, learning: Learning) -> Progress:
         return Progress()
     saved, metadata = load_tensors(path)
     try:
-        progress = Progress(**json.loads(metadata["progress"]))
+        progress = Progress(**parse_json(metadata["progress"]))
         for name, tensor in _tensors(learning).items():
             tensor.resize_(saved[name].shape).copy_(saved[name])
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -58,7 +67,7 @@ def load_checkpoint(folder: Path, learning: Learning) -> Progress:
                 state[int(index)][key] = value.clone()
         groups = learning.optimiser.state_dict()["param_groups"]
         learning.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
-    except (KeyError, TypeError, ValueError) as error:
+    except (*MALFORMED, RuntimeError) as error:  # of shapes, which do not fit
         raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
     return progress
 

@@ -39,20 +39,20 @@ def learn(job: Job, learning: Learning) -> None:
                 due = progress.iteration % options.eval_it == 0 or progress.iteration == options.Iteration
                 if due and metrics.find("evaluation", progress.iteration) is None:
                     _assess(job, learning, progress, metrics, began, stop)
-                    save_checkpoint(job.folder, learning, progress)
+                    save_checkpoint(job.folder, learning, progress, metrics.evaluations)
                 if progress.iteration >= options.Iteration:
                     break
                 loss = _iterate(job, learning, progress, metrics)
                 bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
                 bar.update()
                 if stop or time.monotonic() - saved > options.save_seconds:
-                    save_checkpoint(job.folder, learning, progress)
+                    save_checkpoint(job.folder, learning, progress, metrics.evaluations)
                     saved = time.monotonic()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
             _summarise(job, learning, progress, metrics)
     except Stopped as stopped:
-        save_checkpoint(job.folder, learning, progress)
+        save_checkpoint(job.folder, learning, progress, metrics.evaluations)
         raise Stopped(
             f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
             f"{job.program} --out {shlex.quote(str(job.folder))} --resume",

@@ -16,13 +16,13 @@ from mtt_fast.arithmetic import describe_arithmetic, precision_on
 from mtt_fast.baselines.method import Method
 from mtt_fast.evaluate import as_training_images
 from mtt_fast.evaluation_records import accuracy_by_network, accuracy_record, measured, percent
-from mtt_fast.files import write_json
 from mtt_fast.interrupts import StopRequest
 from mtt_fast.models import Trainable
 from mtt_fast.options import RealImages
 from mtt_fast.pictures import save_grid
 from mtt_fast.protocols import evaluate
 from mtt_fast.provenance import device_name, peak_memory_bytes, versions
+from mtt_fast.records import write_record
 from mtt_fast.run_folder import SUMMARY
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.whitening import Whitening
@@ -116,7 +116,7 @@ def write_summary(
     device = job.real.test.labels.device
     distilled, (first, *_) = accuracy_record(evaluation), job.evaluated
     text = f"{job.method.title} {percent(evaluation)}"
-    write_json(
+    write_record(
         job.folder / SUMMARY,
         {
             "text": text,

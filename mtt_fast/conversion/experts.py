@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from mtt_fast.data import NAMES, ImageData
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
 from mtt_fast.experts import STORE_DTYPES
+from mtt_fast.files import whole_folder
 from mtt_fast.foreign import names_in
 from mtt_fast.interop import (
     buffer_files,
@@ -35,8 +37,9 @@ from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.options import CommonOptions, buffer_folder, real_images
 from mtt_fast.provenance import choose_device, versions
+from mtt_fast.temporaries import is_empty
 from mtt_fast.training import accuracy
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore
+from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +172,9 @@ def _say_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
 def export_to(options: ConvertOptions) -> None:
     """Write this software's experts in `options.source` as buffers, where the code that reads them looks for them.
 
-    Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer.
+    Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer. With
+    --to experts they stay this software's, and are written anew, with checksums.
+    Nothing is written if it is stopped.
     """
     store = TrajectoryStore(options.source)
     if not len(store):
@@ -177,20 +182,41 @@ def export_to(options: ConvertOptions) -> None:
             f"{options.source}: expected experts (expert_0000.safetensors, …), found none; name their folder"
         )
     kind = options.to or ("waypoints" if store.course(0) else "buffer")
+    if kind == "experts":
+        _copy(store, Path(options.destination))
+        return
     if kind not in ("buffer", "waypoints"):
-        raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer or waypoints")
+        raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer, waypoints or experts")
     folder = _public_folder(Path(options.destination), store, kind)
     export = export_waypoints if kind == "waypoints" else export_experts
     written = []
-    with stop_request() as stop, tqdm(total=len(store), unit="expert") as bar:
-        for path in export(store, folder, options.experts_per_file):
+    files = export(store, folder, options.experts_per_file)
+    with stop_request() as stop, tqdm(total=len(store), unit="expert") as bar, contextlib.closing(files):
+        for path in files:
             written.append(path)
             bar.update(min(options.experts_per_file, len(store) - bar.n))
             if stop:
-                raise Stopped(f"stopped; {', '.join(file.name for file in written)} are written", stop.signum)
+                raise Stopped("stopped; nothing was written", stop.signum)
     log.info("wrote %d experts to %s", len(store), ", ".join(map(str, written)))
     readers = {"buffer": "the public code's distill.py reads", "waypoints": "MCT's distill_compressed.py reads"}
     log.info("%s them with --buffer_path %s", readers[kind], options.destination)
+
+
+def _copy(store: TrajectoryStore, root: Path) -> None:
+    """Write the experts anew, in the folder below `root` that is to it what theirs is to its --buffer_path."""
+    source = store.folder.resolve()
+    folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
+    if folder.is_dir() and not is_empty(folder):
+        raise InputError(f"{folder}: is there already; choose another destination, or delete it")
+    with whole_folder(folder) as content:
+        for expert, index in enumerate(tqdm(store.indices, unit="expert")):
+            course, epochs = store.course(expert), range(store.epochs(expert) + 1)
+            rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
+            if course is None:
+                write_expert(content, index, rows, store.metadata(expert), store.dtype(expert))
+            else:
+                write_waypoints(content, index, rows, course, store.metadata(expert), store.dtype(expert))
+    log.info("wrote %d experts to %s", len(store), folder)
 
 
 def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:

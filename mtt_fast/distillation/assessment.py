@@ -18,13 +18,13 @@ from mtt_fast.distillation.labels import experts_at, mean_teacher_labels
 from mtt_fast.errors import Diverged
 from mtt_fast.evaluate import REAL_IMAGES_LR, as_training_images, random_subset
 from mtt_fast.evaluation_records import accuracy_by_network, accuracy_record, measured, percent
-from mtt_fast.files import write_json
 from mtt_fast.interrupts import StopRequest
 from mtt_fast.models import Trainable
 from mtt_fast.pictures import save_curves, save_grid, save_snapshot
 from mtt_fast.protocols import Accuracy, evaluate
 from mtt_fast.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.recipes import recipe_about
+from mtt_fast.records import write_record
 from mtt_fast.run_folder import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC, State
 from mtt_fast.synthetic import SyntheticDataset
 from mtt_fast.texture import tiled
@@ -175,7 +175,7 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
     )
     device = state.lr.device
     save_curves(job.folder / "curves.png", metrics.records, float(baseline["accuracy_mean"]))
-    write_json(
+    write_record(
         job.folder / SUMMARY,
         {
             "text": text,

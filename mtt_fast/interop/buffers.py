@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,18 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.files import whole_folder
 from mtt_fast.foreign import names_in, plain_tensor, shown
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
 from mtt_fast.layout import ParameterLayout
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
+from mtt_fast.trajectories import (
+    ExpertMetadata,
+    TrajectoryStore,
+    being_filled,
+    expert_path,
+    write_expert,
+    write_waypoints,
+)
 from mtt_fast.waypoints import Course
 
 BUFFER = r"replay_buffer_(\d+)\.pt"
@@ -164,29 +172,37 @@ def import_experts(
     """Write `experts()`, whole or as waypoints, to expert_0000.safetensors, … in `folder`; return the store.
 
     All are checked before one is written; one expert at a time is in memory. `metadata` is all that they have in common.
-    Experts that an earlier, stopped call wrote are kept. `each` is called after every expert.
+    Experts that an earlier, stopped call wrote are kept; until all are there, nobody else takes the folder for a whole one.
+    `each` is called after every expert.
     Raises `InputError` for an expert that is none, and if `folder` holds others.
     """
     folder = Path(folder)
     for expert in experts():
         check_trajectory(expert, layout)
-    present = TrajectoryStore(folder) if folder.is_dir() else None
+    present = TrajectoryStore(folder, unfinished=True) if folder.is_dir() else None
+    there = set(present.indices) if present is not None else set()
     for index, expert in enumerate(experts()):
-        origin = {"imported_from": expert.name, "train_epochs": expert.num_epochs}
-        if present is not None and index in present.indices:
-            there = present.metadata(present.indices.index(index))
-            if (there.hyperparameters, there.fingerprint, there.layout) != (
-                origin,
-                metadata.fingerprint,
-                metadata.layout,
-            ):
-                raise InputError(
-                    f"{expert_path(folder, index)}: holds another expert; choose another destination, or delete it"
-                )
-        else:
-            _write(folder, index, expert, dataclasses.replace(metadata, hyperparameters=origin), measure, dtype)
-        each(expert)
+        if present is not None and index in there:
+            _check_is(present, present.indices.index(index), expert, metadata)
+    with being_filled(folder):
+        for index, expert in enumerate(experts()):
+            if index not in there:
+                _write(folder, index, expert, metadata, measure, dtype)
+            each(expert)
     return TrajectoryStore(folder)
+
+
+def _origin(expert: Trajectory) -> dict[str, Any]:
+    return {"imported_from": expert.name, "train_epochs": expert.num_epochs}
+
+
+def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata) -> None:
+    """Raise `InputError` unless the expert at `place` is this one, imported before."""
+    there = present.metadata(place)
+    known = there.hyperparameters, there.fingerprint, there.layout
+    if known != (_origin(expert), metadata.fingerprint, metadata.layout):
+        path = expert_path(present.folder, present.indices[place])
+        raise InputError(f"{path}: holds another expert; choose another destination, or delete it")
 
 
 def _write(
@@ -195,7 +211,7 @@ def _write(
     rows, accuracy = expert.rows(), [math.nan] * (expert.num_epochs + 1)
     for epoch, value in zip(expert.course.epochs if expert.course else range(len(rows)), measure(rows), strict=True):
         accuracy[epoch] = value
-    metadata = dataclasses.replace(metadata, accuracy=accuracy)
+    metadata = dataclasses.replace(metadata, accuracy=accuracy, hyperparameters=_origin(expert))
     if expert.course is None:
         write_expert(folder, index, rows, metadata, dtype)
     else:
@@ -204,17 +220,29 @@ def _write(
 
 def export_experts(
     store: TrajectoryStore, folder: str | os.PathLike[str], experts_per_file: int = 10
-) -> Iterator[Path]:
+) -> Generator[Path, None, None]:
     """Write the experts as replay_buffer_0.pt, … in `folder`, as the public code reads them, and yield each file.
 
-    The last file holds what is left, which the public code's own last file does not. One file's experts are in memory.
+    The files are there when the last one was asked for, or none is. The last file holds what is left, which the public code's
+    own last file does not. One file's experts are in memory.
     Raises `InputError` if a file is there already.
     """
-    for number, chosen in enumerate(groups(len(store), experts_per_file)):
-        path = Path(folder) / f"replay_buffer_{number}.pt"
+    folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
+    names = [f"replay_buffer_{number}.pt" for number in range(len(chosen) + 1)]
+    check_absent(folder / names[0], folder / names[-1])
+    with whole_folder(folder, last="replay_buffer") as content:
+        for name, experts in zip(names, chosen, strict=False):
+            save_large_pickle(
+                content / name, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in experts]
+            )
+            yield folder / name
+
+
+def check_absent(*paths: Path) -> None:
+    """Raise `InputError` if a file is there: the first of a series, or one that would be taken for its next."""
+    for path in paths:
         if path.exists():
             raise InputError(f"{path}: is there already; choose another destination, or delete it")
-        yield save_large_pickle(path, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in chosen])
 
 
 def groups(count: int, size: int) -> Iterator[range]:

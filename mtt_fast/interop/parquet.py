@@ -94,7 +94,7 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
         indices = class_indices(names, facts.class_names, path)
         targets = relabelled(targets, indices, len(facts.class_names), path)
     images = facts.transform.apply(pictures.float() / 255)
-    return as_synthetic(plain_set(images, targets, None, str(path)), facts, lr, {}, {})
+    return as_synthetic(plain_set(images, targets, None, str(path)), facts, lr, {}, {}, str(path))
 
 
 def _check_columns(file: Any, path: Path) -> None:
@@ -138,6 +138,8 @@ def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] |
                 f"{path}: row {number}: expected the bytes of an image, found none; put the image into the file"
             )
         contents.append(content)
+    if len(contents) != file.metadata.num_rows:
+        raise ValueError(f"{len(contents)} rows, not {file.metadata.num_rows}")
     soft = [row["soft_label"] for row in rows] if "soft_label" in columns else None
     return contents, [row["label"] for row in rows], soft
 

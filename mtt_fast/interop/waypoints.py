@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.files import whole_folder
 from mtt_fast.foreign import shortened, shown
-from mtt_fast.interop.buffers import Trajectory, as_epochs, check_points, experts_in, groups
+from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_in, groups
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle, save_pickle
 from mtt_fast.trajectories import TrajectoryStore
 from mtt_fast.waypoints import Course
@@ -54,24 +55,27 @@ def read_waypoints(file: Path) -> Iterator[Trajectory]:
 
 def export_waypoints(
     store: TrajectoryStore, folder: str | os.PathLike[str], experts_per_file: int = 10
-) -> Iterator[Path]:
+) -> Generator[Path, None, None]:
     """Write compressed experts as waypoint_buffer[_ipK]_N.pt and step_buffer[_ipK]_N.pt in `folder`, and yield the first.
 
+    The files are there when the last one was asked for, or none is.
     Raises `InputError` for an expert that is not compressed, or whose waypoints are not as many as the first one's, and
     where a file is already.
     """
+    folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
     courses = [_course_of(store, expert) for expert in range(len(store))]
     count = len(courses[0].epochs)
-    for number, chosen in enumerate(groups(len(store), experts_per_file)):
-        name = f"waypoint_buffer_{number}.pt" if count == 2 else f"waypoint_buffer_ip{count}_{number}.pt"
-        path = Path(folder) / name
-        if path.exists() or any(len(courses[expert].epochs) != count for expert in chosen):
-            raise InputError(
-                f"{path}: expected no file yet, and {count} waypoints of every expert; choose another destination"
-            )
-        pieces = [_shares(courses[expert]) for expert in chosen]
-        save_pickle(_steps_beside(path), pieces if count > 2 else [one for (one,) in pieces])
-        yield save_large_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in chosen])
+    if any(len(course.epochs) != count for course in courses):
+        raise InputError(f"{store.folder}: expected {count} waypoints of every expert, found others; export them apart")
+    kind = "waypoint_buffer" if count == 2 else f"waypoint_buffer_ip{count}"
+    check_absent(folder / f"{kind}_0.pt", folder / f"{kind}_{len(chosen)}.pt")
+    with whole_folder(folder, last=kind) as content:
+        for number, experts in enumerate(chosen):
+            path = content / f"{kind}_{number}.pt"
+            pieces = [_shares(courses[expert]) for expert in experts]
+            save_pickle(_steps_beside(path), pieces if count > 2 else [one for (one,) in pieces])
+            save_large_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in experts])
+            yield folder / path.name
 
 
 def _steps_beside(file: Path) -> Path:
