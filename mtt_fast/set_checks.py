@@ -21,6 +21,7 @@ LABEL_KINDS = ("indices", "probabilities", "logits")
 MOST_CLASSES = 1 << 20
 """A larger class index is damage: no data set has so many."""
 
+_LARGEST = 1e30  # that a mean or deviation may be: float32 holds it
 _SUM_WITHIN = 1e-2  # of 1: what a row of a thousand probabilities in bfloat16 needs
 
 Where = str | os.PathLike[str]
@@ -93,8 +94,11 @@ def _check_indices(labels: Tensor, where: Where) -> None:
 
 
 def _check_soft(labels: Tensor, label_kind: str, where: Where) -> None:
-    if labels.dim() != 2 or not labels.shape[1] or labels.dtype != torch.float32:
-        raise InputError(f"{where}: labels: expected {label_kind}, float32 (n, classes), found {shown(labels)}")
+    if labels.dim() != 2 or labels.shape[1] < 2 or labels.dtype != torch.float32:
+        raise InputError(
+            f"{where}: labels: expected {label_kind}, float32 (n, classes) of two or more classes, found {shown(labels)}; "
+            "mend the labels"
+        )
     _check_finite(labels, "labels", where)
     if label_kind == "probabilities" and not are_probabilities(labels):
         sums = labels.sum(dim=1)
@@ -161,8 +165,8 @@ def check_names(names: Sequence[str], where: Where) -> None:
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int, where: Where) -> None:
     """Check that `mean` and `std` are finite numbers, one a channel, and `std` above 0. Raises `InputError`."""
-    for name, values, least in (("mean", mean, -math.inf), ("std", std, 0.0)):
-        if len(values) != channels or not all(_is_number(value) and least < value < math.inf for value in values):
+    for name, values, least in (("mean", mean, -_LARGEST), ("std", std, 0.0)):
+        if len(values) != channels or not all(_is_number(value) and least < value < _LARGEST for value in values):
             more = " above 0" if name == "std" else ""
             raise InputError(
                 f"{where}: {name}: expected a finite number{more} of each of {channels} channels, found "

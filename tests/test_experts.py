@@ -194,7 +194,10 @@ def test_stopped_and_continued(tmp_path: Path) -> None:
         (["--rho_min", "0.01", "--decay"], "--rho_min 0.01: has no effect without --rho_max"),
         (["--rho_max", "-1", "--rho_min", "-1"], "--rho_max -1.0: expected at least 0"),
         (["--alpha", "0.3"], "--alpha 0.3: has no effect without --rho_max"),
-        (["--lr_teacher", "1e30", "--buffer_path", "other"], "are not finite; its training diverged at the learning rate 1e+30; train with a smaller"),
+        (
+            ["--lr_teacher", "1e30", "--buffer_path", "other"],
+            "are not finite; its training diverged at the learning rate 1e+30; train with a smaller",
+        ),
     ],
 )
 def test_mistakes(

@@ -469,7 +469,7 @@ def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
         (lambda record: record.update(mean=[0.5]), "expected the record of a distilled set"),
         (
             lambda record: record.update(label_kind="logits"),
-            r"labels: expected logits, float32 \(n, classes\), found Tensor float32 \(6,\)",
+            r"labels: expected logits, float32 \(n, classes\) of two or more classes, found Tensor float32 \(6,\)",
         ),
         (lambda record: record["labels"].__setitem__(0, 3), "labels: expected class indices from 0 to 2, found 0 to 3"),
         (

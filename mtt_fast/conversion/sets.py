@@ -64,7 +64,8 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     if isinstance(found, PlainSet) and to in ("synthetic", *_PICTURES):
         if found.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
-        found = as_synthetic(found, _facts(options), options.lr_teacher, _recipe(options, found), versions())
+        recipe = _recipe(options, found)
+        found = as_synthetic(found, _facts(options), options.lr_teacher, recipe, versions(), options.source)
     written = write_set(destination, found, to, dataset=options.dataset, method=options.method or _method(found))
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
     log.info("%s", _usage(options, to, written, found))

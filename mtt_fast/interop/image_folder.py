@@ -108,7 +108,7 @@ def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticData
     counts = torch.tensor([len(files) for files in classes.values()])
     labels = torch.tensor(indices).repeat_interleave(counts)
     images = facts.transform.apply(_pictures(files).float() / 255)
-    return as_synthetic(plain_set(images, labels, None, str(folder)), facts, lr, {}, {})
+    return as_synthetic(plain_set(images, labels, None, str(folder)), facts, lr, {}, {}, str(folder))
 
 
 def _pictures(files: list[str]) -> Tensor:

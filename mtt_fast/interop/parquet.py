@@ -94,17 +94,16 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
         indices = class_indices(names, facts.class_names, path)
         targets = relabelled(targets, indices, len(facts.class_names), path)
     images = facts.transform.apply(pictures.float() / 255)
-    return as_synthetic(plain_set(images, targets, None, str(path)), facts, lr, {}, {})
+    return as_synthetic(plain_set(images, targets, None, str(path)), facts, lr, {}, {}, str(path))
 
 
 def _check_columns(file: Any, path: Path) -> None:
     """Raise `InputError` unless the file has the columns, and claims no more than it may decode to."""
     size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
-    rows, held = file.metadata.num_rows, path.stat().st_size
-    if rows < 1 or size > held * _EXPANDS + _SMALL or rows * len(_COLUMNS) > size:
+    if file.metadata.num_rows < 1 or size > _most_bytes(path):
         raise InputError(
-            f"{path}: expected images with labels, found {rows:,} rows that claim {size:,} bytes in a file of {held:,}; it is "
-            "empty or damaged"
+            f"{path}: expected images with labels, found {file.metadata.num_rows:,} rows that claim {size:,} bytes in a file of "
+            f"{path.stat().st_size:,}; it is empty or damaged"
         )
     leaves = {file.schema.column(place).path for place in range(len(file.schema))}
     if not {"image.bytes", "label"} <= leaves:
@@ -114,10 +113,23 @@ def _check_columns(file: Any, path: Path) -> None:
         )
 
 
+def _most_bytes(path: Path) -> int:
+    """Return to how many bytes a file may unpack: images are packed before they come into it."""
+    return path.stat().st_size * _EXPANDS + _SMALL
+
+
 def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] | None]:
     """Return the encoded images, their classes, and their soft labels if there are such."""
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
-    rows = [row for batch in file.iter_batches(_BATCH, columns=columns) for row in batch.to_pylist()]
+    size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+    most = _most_bytes(path)
+    at_once = min(_BATCH, max(1, most // max(1, size)))  # of a dictionary, each row may be as large as the whole
+    rows, total = [], 0
+    for batch in file.iter_batches(at_once, columns=columns):
+        total += batch.nbytes
+        if total > most:
+            raise InputError(f"{path}: expected at most {most:,} bytes of images and labels, found more; it is damaged")
+        rows += batch.to_pylist()
     contents = []
     for number, row in enumerate(rows):
         content = row["image"]["bytes"] if isinstance(row["image"], dict) else None
@@ -126,6 +138,8 @@ def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] |
                 f"{path}: row {number}: expected the bytes of an image, found none; put the image into the file"
             )
         contents.append(content)
+    if len(contents) != file.metadata.num_rows:
+        raise ValueError(f"{len(contents)} rows, not {file.metadata.num_rows}")
     soft = [row["soft_label"] for row in rows] if "soft_label" in columns else None
     return contents, [row["label"] for row in rows], soft
 

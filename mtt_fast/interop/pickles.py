@@ -26,6 +26,7 @@ SMALL = 1 << 20
 LARGE = 16 << 20
 """Bytes of that in a buffer of trajectories: a hundred experts of ConvNet need 10 MB."""
 
+_BYTES_OF_OPCODE = 4  # at least, on average: a tensor takes 25 of them, and 150 bytes
 _PICKLES_BEFORE_TENSORS = 5
 _NAMES = re.compile(
     r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)?\.\w+Storage|torch\.storage\.(Untyped|Typed)Storage"
@@ -107,8 +108,8 @@ def _check_pickles(path: Path, most: int) -> None:
 
 def _check_pickle(file: IO[bytes], most: int) -> None:
     """Follow a pickle without building anything: it may name nothing but what plain tensors, lists and numbers need."""
-    for opcode, argument, place in pickletools.genops(file):
-        if place is not None and place > most:
+    for number, (opcode, argument, place) in enumerate(pickletools.genops(file)):
+        if (place or 0) > most or number > most // _BYTES_OF_OPCODE:
             raise _RefusedError(f"its list takes more than the {most:,} bytes that such a file needs")
         if opcode.name == "GLOBAL" and not _NAMES.fullmatch(str(argument).replace(" ", ".")):
             raise _RefusedError(f"it names {shown(argument)}, which is no plain tensor")

@@ -126,4 +126,5 @@ def check_size(size: tuple[int, int], where: str | os.PathLike[str]) -> None:
 def _checksum(record: dict[str, Any], labels: Tensor, pictures: Tensor) -> str:
     """Return that of all that is written: a flipped bit is noticed, and a picture that was exchanged."""
     text = json.dumps(record, sort_keys=True).encode()
-    return checksum_of(text, bytes_of(labels.contiguous()), bytes_of(pictures.contiguous()))
+    held = labels.contiguous(), pictures.contiguous()  # bytes are valid as long as their tensor lives
+    return checksum_of(text, *map(bytes_of, held))

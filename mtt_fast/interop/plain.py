@@ -188,18 +188,23 @@ def as_plain(synthetic: SyntheticDataset) -> PlainSet:
 
 
 def as_synthetic(
-    found: PlainSet, facts: Facts, lr: float, recipe: dict[str, Any], versions: dict[str, str]
+    found: PlainSet,
+    facts: Facts,
+    lr: float,
+    recipe: dict[str, Any],
+    versions: dict[str, str],
+    where: str = "the set",
 ) -> SyntheticDataset:
     """Return the set with the `facts` of the real images that it was distilled from; with `lr` where it brings none.
 
-    Class indices may leave classes out. Raises `InputError` if it cannot be distilled from such images.
+    `where` says in messages where it came from. Class indices may leave classes out. Raises `InputError` if it cannot be distilled from such images.
     """
     shape, fewer = tuple(found.images.shape[1:]), found.label_kind == "indices"
     classes, known = found.num_classes, len(facts.class_names)
     if shape[0] != len(facts.mean) or classes > known or (classes < known and not fewer):
         raise InputError(
-            f"--dataset: expected images of {len(facts.mean)} channels and {known} classes, found "
-            f"{shape} of {classes} classes; name the data set that the source was distilled from"
+            f"{where}: expected images of {len(facts.mean)} channels and {known} classes, found "
+            f"{shape} of {classes} classes; name with --dataset the data set that it was distilled from"
         )
     if facts.image_shape and shape != facts.image_shape:
         raise InputError(
@@ -215,7 +220,7 @@ def as_synthetic(
         versions=versions,
         **{name: value for name, value in vars(facts).items() if name != "image_shape"},
     )
-    check_set(synthetic, "the set with the facts of --dataset")
+    check_set(synthetic, where)
     return synthetic
 
 
