@@ -167,6 +167,17 @@ TABLES: dict[str, list[Column]] = {
         ("rest", _number("shares.rest", "{:.0%}")),
         ("not timed because", _text("problem")),
     ],
+    "modules": [
+        ("network", _text("network")),
+        ("engine", _text("engine")),
+        ("CPU seconds (least to most)", _seconds("cpu_seconds")),
+        ("least, of whole_graph's", _number("cpu_of_whole_graph", "{:.2f}")),
+        ("time", _seconds()),
+        ("peak memory", _mebibytes("peak.bytes")),
+        ("on the device", _mebibytes("peak.device")),
+        ("error in float64", _number("error_float64", "{:.0e}")),
+        ("not timed because", _text("problem")),
+    ],
     "memory_scaling": [
         ("varied", _text("varied")),
         ("N", _text("steps")),
