@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -537,14 +538,11 @@ def test_class_names_that_are_no_text(tmp_path: Path, raw: bytes) -> None:
 
 @settings(max_examples=200)
 @given(st.data())
-def test_no_damage_to_a_pickle_is_more_than_one_line(data: Any) -> None:
+def test_no_damage_to_a_pickle_raises_anything_else(data: Any) -> None:
     dump = data.draw(st.sampled_from([python2_pickle, python3_pickle]))
     raw = bytearray(dump({"labels": [1, 2], "data": np.zeros((2, 4), np.uint8), "filenames": ["a.png", "b.png"]}))
     for _ in range(data.draw(st.integers(1, 8))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     damaged = bytes(raw[: data.draw(st.integers(1, len(raw)))])
-    try:
+    with contextlib.suppress(InputError):
         assert isinstance(unpickle(damaged, Path("x")), dict)
-    except InputError as error:
-        assert str(error).startswith("x: expected")
-        assert "\n" not in str(error)
