@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -169,7 +170,7 @@ def _add(child: os.DirEntry[str], real: str, files: dict[str, str], skipped: Cou
         status = child.stat()
     except OSError as error:
         raise _unreadable(child.path, error) from error
-    if not child.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{child.path}: expected an image, found no regular file; remove it")
     # Only a file of several names is told by its number: not every file system numbers its files reliably.
     identity = real if status.st_nlink == 1 else f"{status.st_dev}:{status.st_ino}"
@@ -202,7 +203,7 @@ def _kind(child: os.DirEntry[str]) -> str:
 def _children(folder: str | Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(
             f"{folder}: expected a folder that can be read ({error.strerror or error}); check the path"
