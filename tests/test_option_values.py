@@ -495,11 +495,12 @@ def test_an_argument_of_the_public_code(
 ) -> None:
     typed, public, ours, difference = row
     options: Any
+
     words = [f"--{name}", *([typed] if typed else [])]
     caplog.set_level(logging.INFO)
     said = ""
     try:
-        options: Any = cli.parse(kind, words, "")
+        options = cli.parse(kind, words, "")
     except InputError as error:
         said = str(error)
     else:

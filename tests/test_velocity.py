@@ -68,7 +68,13 @@ def written_out(
 
 def engines(name: str) -> tuple[Any, dict[str, Any]]:
     """Return a network and options of `unroll` that take another way through it."""
-    shape: dict[str, Any] = {"images": (7, 3, 8, 8), "steps": STEPS, "batch": 5, "dtype": torch.float64, "momentum": 0.9}
+    shape: dict[str, Any] = {
+        "images": (7, 3, 8, 8),
+        "steps": STEPS,
+        "batch": 5,
+        "dtype": torch.float64,
+        "momentum": 0.9,
+    }
     whole = plan(NET, memory_budget=None, **shape)
     return {
         "fused": (NET, {}),
@@ -271,9 +277,18 @@ def test_what_is_returned_is_the_callers_own() -> None:
 @pytest.mark.parametrize(
     ("velocity", "message"),
     [
-        (torch.zeros(3, dtype=torch.float64), r"unroll velocity: expected shape .* of theta, found torch.Size\(\[3\]\)"),
-        (torch.zeros(NET.num_parameters), "unroll velocity: expected dtype torch.float64 of theta, found torch.float32"),
-        (torch.zeros(NET.num_parameters, dtype=torch.float64, device="meta"), "expected device cpu of theta, found meta"),
+        (
+            torch.zeros(3, dtype=torch.float64),
+            r"unroll velocity: expected shape .* of theta, found torch.Size\(\[3\]\)",
+        ),
+        (
+            torch.zeros(NET.num_parameters),
+            "unroll velocity: expected dtype torch.float64 of theta, found torch.float32",
+        ),
+        (
+            torch.zeros(NET.num_parameters, dtype=torch.float64, device="meta"),
+            "expected device cpu of theta, found meta",
+        ),
     ],
 )
 def test_a_velocity_that_does_not_fit_is_refused(velocity: Tensor, message: str) -> None:
