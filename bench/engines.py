@@ -22,15 +22,15 @@ from bench.flops import (
 )
 from bench.workers import named_function
 from mtt_fast import matching_loss, testing, unroll
-from mtt_fast.choice import student_for
-from mtt_fast.convnet import ConvNet
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.iteration import Iteration, planned_iteration
+from mtt_fast.engine.memory_plan import Plan, plan
+from mtt_fast.engine.student import cross_entropy
+from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.fused import FusedConvNetStudent
-from mtt_fast.iteration import Iteration, planned_iteration
 from mtt_fast.kernels import Precision
-from mtt_fast.memory import Plan, plan
-from mtt_fast.replay import Replayed
-from mtt_fast.student import cross_entropy
+from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.runtime.cuda_graphs import Replayed
 
 
 @dataclass(frozen=True)

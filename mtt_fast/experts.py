@@ -19,39 +19,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast import cli
-from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
-from mtt_fast.augment import augment_by_strategy
-from mtt_fast.choice import student_for
-from mtt_fast.errors import InputError
-from mtt_fast.expert_checks import check_belongs, check_same_training
-from mtt_fast.flat_module import in_evaluation, statistics_of, track_of
-from mtt_fast.flatness import sharpness_aware
-from mtt_fast.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.kernels import Precision
-from mtt_fast.memory import AUTO
-from mtt_fast.models import Trainable
-from mtt_fast.option_fields import Needs, Role
-from mtt_fast.options import (
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands import cli, parsing
+from mtt_fast.commands.option_fields import Needs, Role
+from mtt_fast.commands.options import (
     Count,
     Networks,
     Rate,
     RateOrZero,
     RateOrZeroOrNone,
-    RealImages,
     Share,
     StoreDtype,
     TrainingOptions,
     TrueOrFalse,
     buffer_folder,
-    real_images,
 )
-from mtt_fast.provenance import choose_device, versions
-from mtt_fast.run_folder import only_writer_of_experts
-from mtt_fast.seeding import generator_for
-from mtt_fast.together import Work, crew_for, result_of, together
-from mtt_fast.training import Epoch, Sgd, accuracy, count_right, epoch_on, steps_on
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.engine.student_choice import describe_arithmetic, precision_on, student_for
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.memory_info import AUTO
+from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.provenance import choose_device, versions
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.expert_checks import check_belongs, check_same_training
+from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.training.concurrency import Work, crew_for, result_of, together
+from mtt_fast.training.images import RealImages, real_images
+from mtt_fast.training.sgd import Epoch, Sgd, accuracy, count_right, epoch_on, steps_on
+from mtt_fast.training.sharpness import sharpness_aware
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ def train_missing_experts(
     """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
 
     They are stored as `dtype`; None: as those that are there, else float32. Several are trained at the same time where one
-    does not fill the device, to the same result (mtt_fast/together.py).
+    does not fill the device, to the same result (mtt_fast/training/concurrency.py).
     Raises `InputError` if an expert that is there is of something else or was trained otherwise, or if another process
     trains experts there; `Stopped` on Ctrl-C or SIGTERM.
     """
@@ -347,7 +346,7 @@ def expert_steps(
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
+    options = parsing.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
     training = options.training()
     device = choose_device(options.device)
     with arithmetic(device, options.precision):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore, cli
+from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.__main__ import COMMANDS, main
 from mtt_fast.analysis.distance import (
     DistanceOptions,
@@ -27,13 +27,14 @@ from mtt_fast.analysis.distance import (
     student_path,
 )
 from mtt_fast.analysis.evolution import CAPTION, evenly
+from mtt_fast.commands import cli, parsing
 from mtt_fast.data import load, transform_for
-from mtt_fast.distill import main as distill
+from mtt_fast.distill.command import main as distill
 from mtt_fast.experts import ExpertTraining, expert_steps, train_expert
-from mtt_fast.files import write_json
-from mtt_fast.interrupts import Stopped
-from mtt_fast.options import real_images
-from mtt_fast.seeding import generator_for
+from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.files import write_json
+from mtt_fast.training.images import real_images
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 4 --max_start_epoch 2 --Iteration 2 --eval_it 1 "
@@ -128,7 +129,7 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
             raise Stopped("stopped", 2)
         write_json(place / "summary.json", summary(0.5))
 
-    monkeypatch.setattr("mtt_fast.distill.main", distilled_or_stopped)
+    monkeypatch.setattr("mtt_fast.distill.command.main", distilled_or_stopped)
     out = tmp_path / "grid"
     assert run("grid", *TOY, *places(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)) == 130
     assert [cell["accuracy"] is None for cell in read(out / "grid.json")["cells"]] == [False, True]
@@ -244,7 +245,7 @@ def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
 def test_distance_is_the_papers_by_default() -> None:
     options = DistanceOptions()
     assert (options.steps, options.starts) == (1000, 1)
-    deltas = cli.integers(options.deltas, "--deltas")
+    deltas = parsing.integers(options.deltas, "--deltas")
     assert deltas == sorted(deltas)
     assert deltas[0] <= 10  # short
     assert deltas[-1] >= 3 * 196  # long: beyond the three epochs of CIFAR-100 that its sets were matched over

@@ -13,8 +13,8 @@ import pytest
 
 import mtt_fast.analysis
 from mtt_fast.analysis.published import published
-from mtt_fast.data.facts import data_facts
-from mtt_fast.models import network_by_name
+from mtt_fast.data.published_info import data_facts
+from mtt_fast.networks.by_name import network_by_name
 
 FILE = Path(mtt_fast.analysis.__file__).parent / "published.toml"
 SUBSETS = ("imagenette", "imagewoof", "imagefruit", "imagemeow", "imagesquawk", "imageyellow")

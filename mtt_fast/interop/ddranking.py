@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.plain import PlainSet
+from mtt_fast.interop.tensor_set import PlainSet
 
 VERSION = "0.2.0"
 """The version of DD-Ranking that the call is for."""

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.data.images import decode_bytes, read_header
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path, parse_json
-from mtt_fast.foreign import as_tensor, regular_file, shortened
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
-from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.interop.tensor_set import Facts, as_plain, as_synthetic, plain_set
+from mtt_fast.storage.files import atomic_path, parse_json
+from mtt_fast.storage.foreign import as_tensor, regular_file, shortened
 
 _RECORD = b"mtt_fast"
 _COLUMNS = ("image", "label", "soft_label")
@@ -167,7 +167,7 @@ def _features(synthetic: SyntheticDataset, soft: bool) -> dict[str, Any]:
 
 
 def _encode(picture: Tensor) -> bytes:
-    from mtt_fast.pictures import as_image
+    from mtt_fast.data.images import as_image
 
     file = io.BytesIO()
     as_image(picture.float() / 255).save(file, format="PNG")

@@ -7,17 +7,16 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mtt_fast.cli import did_you_mean
-from mtt_fast.errors import InputError
-from mtt_fast.foreign import names_in
+from mtt_fast.data.set_checks import check_set
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result, write_benchmark, write_result
 from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
-from mtt_fast.interop.plain import Facts, PlainSet, as_plain, check_plain, class_major
-from mtt_fast.run_folder import SYNTHETIC
-from mtt_fast.set_checks import check_set
-from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.interop.tensor_set import Facts, PlainSet, as_plain, check_plain, class_major
+from mtt_fast.storage.foreign import names_in
+from mtt_fast.storage.run_folder import SYNTHETIC
 
 SET_KINDS = {
     "synthetic": "this software's: synthetic.safetensors, with all that is needed to use it",
