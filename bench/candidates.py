@@ -1,4 +1,4 @@
-"""What is tried for the table of launch configurations, and how the table is written."""
+"""List the candidates for the table of launch configurations, and write the table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def _tiles(*sizes: tuple[int, int, int, int, int]) -> list[Row]:
-    names = ("PIXELS", "OUTPUTS", "TERMS", "num_warps", "num_stages")
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return [dict(zip(names, size, strict=True)) for size in sizes]
 
 
@@ -47,7 +47,7 @@ FUSED_CORRELATIONS: dict[str, list[Row]] = {
 }
 
 WINDOWS: list[Row] = [
-    {"CHANNELS": channels, "WINDOWS": windows, "num_warps": warps}
+    {"BLOCK_C": channels, "WINDOWS": windows, "num_warps": warps}
     for channels, windows, warps in (
         (16, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 16, 4), (16, 64, 4), (16, 64, 8), (16, 128, 8),
     )
@@ -60,25 +60,25 @@ measured; all others are sane guesses that fit in registers and shared memory.""
 
 _SECTIONS = {
     "norm_relu_pool": """\
-norm_relu_pool…: a tile is CHANNELS × WINDOWS 2×2 windows. A class is the memory format and the number of a plane's
+norm_relu_pool…: a tile is BLOCK_C × WINDOWS 2×2 windows. A class is the memory format and the number of a plane's
 windows, rounded up to the sizes below; the last one takes all larger planes.""",
     "bias_relu_pool": "bias_relu_pool…: as above; each plane is walked over once, so a tile need not hold it.",
     "conv3x3": """\
-conv3x3…: a tile is PIXELS × OUTPUTS results, each a sum over terms (a tap of a channel), taken TERMS at a time. The
-weight gradient's tile is TERMS × OUTPUTS, its sum goes over pixels, PIXELS at a time, and is cut so as to make about
-PROGRAMS programs. The way is by kernels of ours (triton) or by torch's library (cudnn). A class is the precision,
+conv3x3…: a tile is BLOCK_M × BLOCK_N results, each a sum over terms (a tap of a channel), taken BLOCK_K at a time. The
+weight gradient's tile is BLOCK_K × BLOCK_N, its sum goes over pixels, BLOCK_M at a time, and is cut so as to make about
+PROGRAMS programs. The backend is Triton (triton) or torch's library (cudnn). A class is the precision,
 whether images (at most 16 channels: narrow) are on either side, and the pixels of a result's plane, rounded up to a power
 of four; without the pixels, it is for all that have no row of their own.""",
     "conv_norm_relu_pool": """\
-conv_norm_relu_pool…: a whole block, fused or in parts, and the tiles of its convolutions as above.""",
-    "block": "What a fused block does beside its convolutions, as the norm above; block_combine takes CHANNELS a program.",
+conv_norm_relu_pool…: a whole block, its backend fused or parts, and the tiles of its convolutions as above.""",
+    "block": "block_…: passes of a fused block beside its convolutions, as the norm above; block_combine takes BLOCK_C a program.",
     "linear_cross_entropy": """\
 linear_cross_entropy…: a tile is ROWS samples × all classes, whose number, rounded up to the sizes below, is the class of
 shapes; the last one takes all larger numbers.""",
     "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
     "": "Flat vectors: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64.",
 }
-"""What stands above the operations whose names begin so."""
+"""Comments above the operations whose names begin so."""
 
 
 def text_of(table: dict[str, dict[str, dict[str, Row]]]) -> str:

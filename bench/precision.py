@@ -1,6 +1,6 @@
 """What a precision of the products costs in accuracy: the gradients' errors against float64, for one iteration.
 
-On a CPU a precision is emulated by the definitions, which round the factors as tensor cores do and add up in float32;
+On a CPU a precision is emulated by the reference, which rounds the factors as tensor cores do and adds up in float32;
 on a GPU it is the GPU's own.
 """
 

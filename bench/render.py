@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from bench.records import TRACE, read_record
+from mtt_fast.commands.option_fields import MAY_BE_EMPTY
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import write_text
 
@@ -32,7 +33,7 @@ class Options:
 
     results: str = "bench/results"
     """folder of the records; NAME.md and NAME.png are written beside NAME.json"""
-    documents: str = "docs/performance.md,docs/gpu.md"
+    documents: Annotated[str, MAY_BE_EMPTY] = "docs/performance.md,docs/gpu.md"
     """files with markers to fill in, joined by commas; "" for none"""
 
 
@@ -166,6 +167,17 @@ TABLES: dict[str, list[Column]] = {
         ("rest", _number("shares.rest", "{:.0%}")),
         ("not timed because", _text("problem")),
     ],
+    "modules": [
+        ("network", _text("network")),
+        ("engine", _text("engine")),
+        ("CPU seconds (least to most)", _seconds("cpu_seconds")),
+        ("least, of whole_graph's", _number("cpu_of_whole_graph", "{:.2f}")),
+        ("time", _seconds()),
+        ("peak memory", _mebibytes("peak.bytes")),
+        ("on the device", _mebibytes("peak.device")),
+        ("error in float64", _number("error_float64", "{:.0e}")),
+        ("not timed because", _text("problem")),
+    ],
     "memory_scaling": [
         ("varied", _text("varied")),
         ("N", _text("steps")),
@@ -196,7 +208,10 @@ TABLES: dict[str, list[Column]] = {
         ("chosen", _text("chosen")),
         *_TIMES,
         ("default", lambda row: f"{1e3 * row['default_seconds']['median']:.3g} ms"),
-        ("other ways", lambda row: ", ".join(f"{way} {1e3 * taken:.3g} ms" for way, taken in row["others"].items())),
+        (
+            "other back ends",
+            lambda row: ", ".join(f"{name} {1e3 * taken:.3g} ms" for name, taken in row["others"].items()),
+        ),
         ("error", _number("error", "{:.1e}")),
         ("left out", _text("problem")),
     ],

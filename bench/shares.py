@@ -1,33 +1,36 @@
-"""Where an iteration of the fused step spends its time: every operation of mtt_fast.kernels seen where it is called."""
+"""Measure where an iteration of the fused step spends its time: every operation is seen where it is dispatched."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from bench.measuring import seconds, synchronise
-from mtt_fast import kernels
+from mtt_fast.kernels import dispatch
 
 Operation = Callable[..., Any]
-_COMPUTE = ("adjoint", "bias", "conv", "linear", "norm", "sgd", "squared")  # how their names begin
 
 
 @contextlib.contextmanager
 def wrapped_operations(wrap: Callable[[str, Operation], Operation]) -> Iterator[None]:
-    """Within, call `wrap(name, operation)` in place of each operation of mtt_fast.kernels."""
-    operations = {name: getattr(kernels, name) for name in kernels.__all__ if name.startswith(_COMPUTE)}
-    try:
-        for name, operation in operations.items():
-            setattr(kernels, name, functools.wraps(operation)(wrap(name, operation)))
+    """Within, call `wrap(name, implementation)` in place of each implementation that mtt_fast.kernels dispatches to."""
+
+    def wrapping(choose: Callable[..., Operation | None]) -> Callable[..., Operation | None]:
+        def chosen(operation: str, *arguments: Any) -> Operation | None:
+            implementation = choose(operation, *arguments)
+            return None if implementation is None else wrap(operation, implementation)
+
+        return chosen
+
+    with contextlib.ExitStack() as patches:
+        for name in ("implementation_of", "fused_implementation_of"):
+            patches.enter_context(patch.object(dispatch, name, wrapping(getattr(dispatch, name))))
         yield
-    finally:
-        for name, operation in operations.items():
-            setattr(kernels, name, operation)
 
 
 def labelled(name: str, operation: Operation) -> Operation:
@@ -46,16 +49,12 @@ def share_of_operations(run: Callable[[], Any], device: torch.device) -> dict[st
     On a GPU each operation is waited for, which takes time itself.
     """
     taken: dict[str, float] = defaultdict(float)
-    within = [0.0]  # of each operation under way, the seconds of those that it calls itself
 
     def timed(name: str, operation: Operation) -> Operation:
         def call(*args: Any, **kwargs: Any) -> Any:
             result: list[Any] = []
             synchronise(device)
-            within.append(0.0)
-            whole = seconds(lambda: result.append(operation(*args, **kwargs)), device)
-            taken[name] += whole - within.pop()
-            within[-1] += whole
+            taken[name] += seconds(lambda: result.append(operation(*args, **kwargs)), device)
             return result[0]
 
         return call

@@ -1,6 +1,6 @@
-"""The table of launch configurations anew for the GPU at hand: of what gives the right values, what is fastest.
+"""Write the table of launch configurations anew for the GPU at hand: the fastest of those that give the right values.
 
-For the blocks of one setting every candidate is held to the definition, and only then timed, all in turn. Rows of other
+For the blocks of one setting every candidate is held to the reference, and only then timed, all in turn. Rows of other
 architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 it is rehearsed on
 a CPU, where the times mean nothing.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.candidates import CORRELATIONS, FUSED_CORRELATIONS, FUSED_TILES, TILES, WINDOWS, text_of
+from bench.kernels import call, in_float64, tensors_of
 from bench.measuring import in_turns, seconds
 from bench.parsing import CommonOptions
 from bench.records import write_record
@@ -26,8 +27,8 @@ from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import reference
-from mtt_fast.kernels.formats import accumulator
+from mtt_fast.kernels import Activations, Affine, reference
+from mtt_fast.kernels.types import accumulator
 from mtt_fast.networks.convnet import NORM_EPS
 from mtt_fast.testing import relative_error
 
@@ -77,15 +78,15 @@ class Subject:
     arguments: Callable[[], list[Any]]
     """fresh ones: an operation may use up what it is given"""
     whole: Subject | None = None
-    """what has to go fused for this row to matter"""
+    """the operation that has to be fused for this row to matter"""
 
     def run(self, arguments: list[Any]) -> Any:
         """Call the operation."""
-        return getattr(kernels, self.operation)(*(list(a) if isinstance(a, list) else a for a in arguments))
+        return call(getattr(kernels, self.operation), arguments)
 
     def expected(self) -> list[Tensor]:
-        """Return what it should give, in float64."""
-        return _tensors(getattr(reference, self.operation)(*(_in_float64(a) for a in self.arguments())))
+        """Return the reference's results, in float64."""
+        return tensors_of(getattr(reference, self.operation)(*(in_float64(a) for a in self.arguments())))
 
 
 def main(options: Options, command: str) -> None:
@@ -124,16 +125,16 @@ class Table:
     def of(cls, device: torch.device, path: Path) -> Table:
         """Take the table in use, or `path` if that is there. Raises `InputError` where no kernel of Triton runs."""
         try:
-            from mtt_fast.kernels.triton import configurations, entry
+            from mtt_fast.kernels.triton import configurations, launch
         except ImportError as error:
             raise InputError(str(error)) from error
-        if device.type != "cuda" and not entry.INTERPRETED:
+        if device.type != "cuda" and not launch.INTERPRETED:
             raise InputError(f"--device {device}: expected a GPU; set TRITON_INTERPRET=1 to rehearse on a CPU")
         rows, forget = configurations.table(), configurations.row_of.cache_clear
         if path.exists():
             rows.update(tomllib.loads(path.read_text(encoding="utf-8")))
             forget()
-        return cls(rows, forget, entry.architecture(device), device, path)
+        return cls(rows, forget, launch.architecture(device), device, path)
 
     def default(self, subject: Subject) -> Row:
         """Return the row that stands for the looser class."""
@@ -154,9 +155,9 @@ class Table:
 
 
 def tune(subject: Subject, table: Table, options: Options) -> Row:
-    """Put the fastest of the right candidates into `table`; return what was found out."""
+    """Put the fastest of the right candidates into `table`; return the findings."""
     if subject.whole is not None:
-        table.put(subject.whole, table.default(subject.whole) | {"way": "fused"})
+        table.put(subject.whole, table.default(subject.whole) | {"backend": "fused"})
     default, expected = table.default(subject), subject.expected()
     every = [default, *(default | row for row in subject.candidates)]
     candidates = {_text(row): row for row in every[: options.candidates]}
@@ -164,7 +165,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
     for name, row in candidates.items():
         table.put(subject, row)
         try:
-            results = _tensors(subject.run(subject.arguments()))
+            results = tensors_of(subject.run(subject.arguments()))
             error = max(relative_error(a.double(), b, floor=1e-3) for a, b in zip(results, expected, strict=True))
         except Exception as failure:  # such as a tile too large for this GPU
             problems.append(f"{name}: {type(failure).__name__}: {failure}".splitlines()[0])
@@ -197,20 +198,20 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
         next((candidates[name] for name in order if _has_tile(candidates[name])), default),
     )
     table.put(subject, tile | best | {"microseconds": round(1e6 * times[order[0]]["median"], 1)})
-    of_way = {candidates[name].get("way"): times[name]["median"] for name in reversed(order)}
+    of_backend = {candidates[name].get("backend"): times[name]["median"] for name in reversed(order)}
     return found | {
         "chosen": order[0],
         "error": errors[order[0]],
         "seconds": times[order[0]],
         "default_seconds": times.get(_text(default)),
-        "others": {way: taken for way, taken in of_way.items() if way and way != best["way"]},
+        "others": {name: taken for name, taken in of_backend.items() if name and name != best["backend"]},
     }
 
 
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
-    """Yield what is looked for at a block's shapes; what others are made of comes first."""
+    """Yield the rows that are looked for at a block's shapes; rows that others are made of come first."""
+    from mtt_fast.kernels.triton.implicit_gemm import shape_classes
     from mtt_fast.kernels.triton.planes import Planes
-    from mtt_fast.kernels.triton.products import shape_classes
     from mtt_fast.kernels.triton.windows import shape_class
 
     generator = torch.Generator(device).manual_seed(0)
@@ -227,9 +228,9 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     x, y, y_dot = planes(block.channels, block.size), planes(block.width, grown), planes(block.width, grown)
     x_dot = planes(block.channels, block.size) if block.number > 1 else None  # images have no tangent
     weights = [parameters(block.width, block.channels, 3, 3) for _ in range(2)]
-    affine = [parameters(block.width) for _ in range(4)]
+    affine = [Affine(parameters(block.width), parameters(block.width)) for _ in range(2)]
     bars = [planes(block.width, grown // 2) for _ in range(2)]
-    numbers = list(reference.norm_relu_pool_dual(y, y_dot, *affine, NORM_EPS)[2:])
+    stats = reference.norm_relu_pool_dual(y, y_dot, *affine, NORM_EPS)[2]
     forward = shape_classes(Planes.of(x), Planes.of(y), precision)
     back = shape_classes(Planes.of(y), Planes.of(x), precision)
     window = (shape_class(Planes.of(y)),) * 2
@@ -237,24 +238,21 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     def fixed(*arguments: Any) -> Callable[[], list[Any]]:
         return lambda: list(arguments)
 
-    def pair() -> tuple[Tensor, Tensor]:
-        return y.clone(), y_dot.clone()
-
     norm = ("norm_relu_pool", "norm_relu_pool_backward", "norm_relu_pool_dual", "norm_relu_pool_dual_backward")
     for name, arguments in zip(
         norm,
         (
-            (y, *affine[:2], NORM_EPS),
-            (y, *numbers[:2], *affine[:2], bars[0]),
+            (y, affine[0], NORM_EPS),
+            (y, stats.mean, stats.rstd, affine[0], bars[0]),
             (y, y_dot, *affine, NORM_EPS),
-            (y, y_dot, *numbers, *affine, *bars),
+            (y, y_dot, stats, *affine, *bars),
         ),
         strict=True,
     ):
         yield Subject(name, window, WINDOWS, name, fixed(*arguments))
 
-    tiles = [*({"way": "triton"} | tile for tile in TILES[precision]), {"way": "cudnn"}]
-    correlations = [*({"way": "triton"} | tile for tile in CORRELATIONS[precision]), {"way": "cudnn"}]
+    tiles = [*({"backend": "triton"} | tile for tile in TILES[precision]), {"backend": "cudnn"}]
+    correlations = [*({"backend": "triton"} | tile for tile in CORRELATIONS[precision]), {"backend": "cudnn"}]
     dual, backward = (x, x_dot, *weights, padding, precision), (y, y_dot, *weights, padding, precision)
     convolutions: list[tuple[str, tuple[str, str], list[Row], tuple[Any, ...]]] = [
         ("conv3x3", forward, tiles, (x, weights[0], padding, precision)),
@@ -275,18 +273,19 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     whole = "conv_norm_relu_pool_dual"
     both = (x, x_dot, *weights, *affine, padding, NORM_EPS, precision)
     known = (*both, reference.conv3x3(x, weights[0], padding, precision))
-    fused = [{"way": "fused"} | tile for tile in TILES[precision]]
-    forwards = Subject(whole, forward, [*fused, {"way": "parts"}], whole, fixed(*both))
+    fused = [{"backend": "fused"} | tile for tile in TILES[precision]]
+    forwards = Subject(whole, forward, [*fused, {"backend": "parts"}], whole, fixed(*both))
     yield Subject("block_pool", window, WINDOWS, whole, fixed(*both), forwards)
     yield forwards
-    yield Subject("conv_norm_relu_pool_tangent", forward, [*fused, {"way": "parts"}], whole, fixed(*known))
+    yield Subject("conv_norm_relu_pool_tangent", forward, [*fused, {"backend": "parts"}], whole, fixed(*known))
 
     def activations() -> list[Any]:
         wants_x_bar = block.number > 1
-        return [[x, x_dot, *pair(), *numbers], *weights, *affine, *bars, padding, precision, wants_x_bar]
+        saved = Activations(x, x_dot, y.clone(), y_dot.clone(), stats)
+        return [saved, *weights, *affine, *bars, padding, precision, wants_x_bar]
 
     whole = "conv_norm_relu_pool_dual_backward"
-    backwards = Subject(whole, forward, [{"way": "fused"}, {"way": "parts"}], whole, activations)
+    backwards = Subject(whole, forward, [{"backend": "fused"}, {"backend": "parts"}], whole, activations)
     for name, classes, candidates in (
         ("block_coefficients", window, WINDOWS),
         ("conv_norm_relu_pool_dual_weight_gradient", forward, FUSED_CORRELATIONS[precision]),
@@ -307,22 +306,8 @@ def _blocks(setting: Setting) -> list[Block]:
 
 
 def _has_tile(row: Row) -> bool:
-    return row.get("way") in (None, "triton", "fused")
+    return row.get("backend") in (None, "triton", "fused")
 
 
 def _text(row: Row) -> str:
-    return " ".join(str(value) if name == "way" else f"{name}={value}" for name, value in row.items())
-
-
-def _in_float64(argument: Any) -> Any:
-    if isinstance(argument, list):
-        return [_in_float64(each) for each in argument]
-    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, (tuple, list)):
-        return [tensor for each in result for tensor in _tensors(each)]
-    return []
+    return " ".join(str(value) if name == "backend" else f"{name}={value}" for name, value in row.items())

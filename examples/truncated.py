@@ -1,8 +1,9 @@
 """Distil by the loss on real images, through a random window of training. `python examples/truncated.py --help`.
 
 There are no experts: what is wanted of the images is that a network trained on them is right about real ones. As in RaT-BPTT
-(Y. Feng, R. Vedantam & J. Kempe, ICLR 2024) training is long, and gradients go through a window of its last steps, which
-ends anywhere. The steps before it are made without gradients, and their last row is the window's start.
+(Y. Feng, R. Vedantam & J. Kempe, ICLR 2024) training is long, by SGD with momentum, and gradients go through a window of its
+last steps, which ends anywhere. The steps before it are made without gradients: the window starts from their last row and
+their velocity.
 """
 
 import torch
@@ -19,7 +20,9 @@ def steps_on(images: Tensor, steps: int) -> Tensor:
     return torch.arange(len(images)).expand(steps, -1)
 
 
-def main(iterations: int = 150, window: int = 20, longest: int = 80, ipc: int = 1, width: int = 32) -> None:
+def main(
+    iterations: int = 150, window: int = 20, longest: int = 80, ipc: int = 1, width: int = 32, momentum: float = 0.9
+) -> None:
     """Distil scikit-learn's digits.
 
     Args:
@@ -28,6 +31,7 @@ def main(iterations: int = 150, window: int = 20, longest: int = 80, ipc: int = 
         longest: steps of the longest training.
         ipc: images a class.
         width: channels of the network.
+        momentum: of the training.
     """
     random, digits = torch.Generator().manual_seed(0), load_digits()
     pixels, targets = torch.tensor(digits.images).float()[:, None] / 6 - 0.8, torch.tensor(digits.target)
@@ -41,11 +45,16 @@ def main(iterations: int = 150, window: int = 20, longest: int = 80, ipc: int = 
     optimiser = torch.optim.Adam([images, log_lr], lr=0.01)
     for iteration in range(iterations):
         lr, before = log_lr.exp(), int(torch.randint(longest - window + 1, (), generator=random))
-        start = net.init(random)
+        start, velocity = net.init(random), None
         if before:
             with torch.no_grad():
-                start = mtt_fast.unroll(net, start, images, labels, lr, steps_on(images, before))[-1]
-        path = mtt_fast.unroll(net, start, images, labels, lr, steps_on(images, window))
+                way, velocity = mtt_fast.unroll(
+                    net, start, images, labels, lr, steps_on(images, before), momentum=momentum, return_velocity=True
+                )
+                start = way[-1]
+        path = mtt_fast.unroll(
+            net, start, images, labels, lr, steps_on(images, window), momentum=momentum, velocity=velocity
+        )
 
         real = train[torch.randint(len(train), (256,), generator=random)]
         loss = F.cross_entropy(net(path[-1], pixels[real]), targets[real])  # any function of the path will do
@@ -57,7 +66,9 @@ def main(iterations: int = 150, window: int = 20, longest: int = 80, ipc: int = 
 
     for name, few in (("real", pixels[chosen]), ("distilled", images.detach())):
         with torch.no_grad():
-            path = mtt_fast.unroll(net, net.init(random), few, labels, log_lr.exp(), steps_on(few, longest))
+            path = mtt_fast.unroll(
+                net, net.init(random), few, labels, log_lr.exp(), steps_on(few, longest), momentum=momentum
+            )
             right = net(path[-1], pixels[test]).argmax(1) == targets[test]
         print(f"trained on {len(few)} {name} images: {100 * right.double().mean():.1f} % right")
 

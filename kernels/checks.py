@@ -1,15 +1,15 @@
-"""What the operations require of their arguments; `ValueError`, naming operation and argument, for anything else."""
+"""Check the arguments of the operations: `ValueError`, naming operation and argument, for what an operation does not take."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .formats import WARP_PARAMETERS, LabelKind, accumulator, memory_format
+from .types import WARP_PARAMETERS, LabelKind, accumulator, memory_format
 
 
 def check_vectors(op: str, vectors: dict[str, Tensor | None], scalars: dict[str, Tensor]) -> None:
-    """Hold those of an operation over flat vectors to the size, dtype and device of the first one given."""
+    """Check that flat vectors have the size, dtype and device of the first one given, and scalars its dtype and device."""
     given = {name: vector for name, vector in vectors.items() if vector is not None}
     first = next(iter(given.values()))
     check_tensors(op, first, given, (first.numel(),))
@@ -21,23 +21,23 @@ def check_planes(
     y: Tensor,
     planes: dict[str, Tensor],
     channels: dict[str, Tensor],
-    numbers: dict[str, Tensor] | None = None,
+    stats: dict[str, Tensor] | None = None,
     pooled: dict[str, Tensor] | None = None,
 ) -> None:
-    """Hold the arguments of a plane operation to what follows from `y`: shapes, dtype, device, format."""
+    """Check the arguments of a plane operation against `y`: shapes, dtype, device, memory format."""
     if y.dim() != 4 or min(y.shape[:2]) < 1 or min(y.shape[2:]) < 2:
         raise ValueError(f"{op}: expected y (B, C, H, W) of at least 2×2 pixels, found {tuple(y.shape)}")
     batch, width, height, breadth = y.shape
     check_tensors(op, y, planes, y.shape, like_format=y)
     check_tensors(op, y, channels, (width,), dtype=accumulator(y.dtype))
-    check_tensors(op, y, numbers or {}, (batch, width), dtype=accumulator(y.dtype))
+    check_tensors(op, y, stats or {}, (batch, width), dtype=accumulator(y.dtype))
     check_tensors(op, y, pooled or {}, (batch, width, height // 2, breadth // 2), like_format=y)
 
 
 def check_convolution(
     op: str, padding: int, inputs: dict[str, Tensor], weights: dict[str, Tensor], channel_axis: int
 ) -> None:
-    """Hold those of a convolution to each other. `channel_axis` of the weights meets the inputs' channels: 1, back 0."""
+    """Check that inputs and weights of a convolution fit. `channel_axis` of the weights meets the inputs' channels: 1, back 0."""
     first, weight = next(iter(inputs.values())), next(iter(weights.values()))
     if (
         first.dim() != 4
@@ -57,7 +57,7 @@ def check_convolution(
 
 
 def check_correlation(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-    """Hold those of a weight gradient to each other: `inputs` with an "x", and what lies where a convolution of it does."""
+    """Check that a weight gradient's `inputs`, "x" among them, and `outputs`, shaped as a convolution of x is, fit."""
     x, y = inputs["x"], next(iter(outputs.values()))
     if x.dim() != 4 or y.dim() != 4:
         raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y.shape)}")
@@ -69,7 +69,7 @@ def check_correlation(op: str, padding: int, inputs: dict[str, Tensor], outputs:
 def check_classifier(
     op: str, features: list[Tensor], weights: list[Tensor], biases: list[Tensor], labels: Tensor, label_kind: LabelKind
 ) -> None:
-    """Hold those of a classifier to its first features (B, D) and bias (K,)."""
+    """Check the arguments of a classifier against its first features (B, D) and bias (K,)."""
     first = features[0]
     if first.dim() != 2 or len(first) < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
         raise ValueError(
@@ -95,17 +95,17 @@ def check_classifier(
 
 
 def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
-    """Hold a warp's parameters to the images that are called `name`."""
+    """Check a warp's parameters against the images, which the operation calls `name`."""
     if images.dim() != 4 or min(images.shape[1:]) < 1:
         raise ValueError(f"{op}: expected {name} (B, C, H, W), found {tuple(images.shape)}")
     check_tensors(op, images, {name: images}, images.shape)
-    wanted = torch.float64 if images.dtype == torch.float64 else torch.float32
-    model = torch.empty(0, dtype=wanted, device=images.device)
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    model = torch.empty(0, dtype=dtype, device=images.device)
     check_tensors(op, model, {"parameters": parameters}, (len(images), len(WARP_PARAMETERS)))
     if parameters.device.type == "cpu":
-        number = dict(zip(WARP_PARAMETERS, parameters.unbind(1), strict=True))
-        determinant = (1 + number["row_by_row"]) * (1 + number["column_by_column"])
-        determinant = determinant - number["row_by_column"] * number["column_by_row"]
+        column = dict(zip(WARP_PARAMETERS, parameters.unbind(1), strict=True))
+        determinant = (1 + column["row_by_row"]) * (1 + column["column_by_column"])
+        determinant = determinant - column["row_by_column"] * column["column_by_row"]
         if not bool((determinant.abs() > 0).all()):
             raise ValueError(
                 f"{op}: expected warps that have an inverse, found determinants down to {determinant.abs().min()}"
@@ -120,7 +120,7 @@ def check_tensors(
     like_format: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Of `shape`, of the device of `first` and of its dtype or `dtype`, no graph, in the format of `like_format`."""
+    """Check that `tensors` have `shape`, the device of `first`, its dtype or `dtype`, no graph, the format of `like_format`."""
     dtype = dtype or first.dtype
     for name, tensor in tensors.items():
         if tensor.shape != shape:
@@ -132,8 +132,8 @@ def check_tensors(
         if tensor.requires_grad:
             raise ValueError(f"{op}: is not differentiable, found {name} that requires grad; detach it")
         try:
-            wanted = torch.contiguous_format if like_format is None else memory_format(like_format)
+            expected = torch.contiguous_format if like_format is None else memory_format(like_format)
         except ValueError as error:
             raise ValueError(f"{op}: {error}") from None
-        if not tensor.is_contiguous(memory_format=wanted):
-            raise ValueError(f"{op}: expected {name} {str(wanted)[6:]}, found strides {tensor.stride()}")
+        if not tensor.is_contiguous(memory_format=expected):
+            raise ValueError(f"{op}: expected {name} {str(expected)[6:]}, found strides {tensor.stride()}")

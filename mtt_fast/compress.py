@@ -6,9 +6,10 @@ does it by itself; this command does it to any folder, and to epochs of one's ow
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,9 +19,12 @@ import tyro
 from tqdm import tqdm
 
 from mtt_fast.commands import cli, parsing
-from mtt_fast.commands.options import TrueOrFalse
+from mtt_fast.commands.option_fields import COUNT_FROM_ZERO
+from mtt_fast.commands.options import AtLeastTwo, TrueOrFalse
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.storage.expert_checks import check_one_kind
+from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_waypoints
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 
@@ -33,14 +37,18 @@ class CompressOptions:
 
     folder: Annotated[str, tyro.conf.Positional] = ""
     """of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet"""
-    num_interpolation: int = 4
+    num_interpolation: AtLeastTwo = 4
     """waypoints of each expert, both ends included"""
-    epochs: tuple[int, ...] | None = None
+    epochs: Annotated[tuple[int, ...] | None, COUNT_FROM_ZERO] = None
     """epochs at which they are, such as 0 6 25 50; without it evenly spaced"""
     smooth: TrueOrFalse = True
     """take for a waypoint the mean of the epochs before and after it, and for the last that of the last two"""
     out: str | None = None
     """where the compressed experts are written; default FOLDER/waypoints_K"""
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the options that have no effect with the others, and why."""
+        return {} if self.epochs is None else {"num_interpolation": "with --epochs, which says how many there are"}
 
 
 def waypoint_folder(folder: Path, count: int) -> Path:
@@ -55,15 +63,17 @@ def compress(
 
     The waypoints are at `epochs`, or evenly spaced; `smooth` as in `convexified`. Each expert is written as soon as it
     is done.
-    Raises `InputError` if there is none, if one is compressed already, if the waypoints do not fit an expert's epochs,
-    or if `out` holds one that was made otherwise; `Stopped` on Ctrl-C or SIGTERM.
+    Raises `InputError` if there is none, if they were not trained alike on the same images, if one is compressed already, if
+    the waypoints do not fit an expert's epochs, if `out` holds one that was made otherwise, or if another process writes
+    there; `Stopped` on Ctrl-C or SIGTERM.
     """
     whole = TrajectoryStore(folder)
     if not len(whole):
         raise InputError(f"{folder}: expected experts, found none; train some with `python -m mtt_fast.experts`")
-    done = TrajectoryStore(out) if out.is_dir() else None
+    check_one_kind(whole)
     written = compressed = 0
-    with stop_request() as stop:
+    with only_writer_of_experts(out), stop_request() as stop:
+        done = TrajectoryStore(out)
         for expert, index in enumerate(tqdm(whole.indices, desc="compress", unit="expert")):
             if stop:
                 raise Stopped(
@@ -72,7 +82,7 @@ def compress(
             if whole.course(expert) is not None:
                 raise InputError(f"{folder}: expert {index} is compressed already; name the folder of whole experts")
             at = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
-            if done is not None and index in done.indices:
+            if index in done.indices:
                 _check_same(whole, expert, done, at, smooth)
             else:
                 _compress_one(whole, expert, out, at, smooth)
@@ -86,7 +96,7 @@ def compress(
 
 
 def _compress_one(whole: TrajectoryStore, expert: int, out: Path, epochs: tuple[int, ...], smooth: bool) -> None:
-    metadata = whole.metadata(expert)
+    metadata = dataclasses.replace(whole.metadata(expert), made_of=whole.digest(expert))
     trajectory = torch.stack([whole.read(expert, epoch) for epoch in range(whole.epochs(expert) + 1)])
     parameters, course = convexified(trajectory, layer_sizes(metadata.layout), epochs, smooth)
     write_waypoints(out, whole.indices[expert], parameters, course, metadata, whole.dtype(expert))
@@ -105,11 +115,21 @@ def _check_same(
             f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {found}; "
             "choose another --out, or delete that folder"
         )
-    if done.metadata(place) != whole.metadata(expert):
-        raise InputError(
-            f"{expert_path(done.folder, index)}: made from another expert than {expert_path(whole.folder, index)}; "
-            "choose another --out, or delete that folder"
-        )
+    check_made_of(done, [place], whole)
+
+
+def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: TrajectoryStore) -> None:
+    """Check that those of the `compressed` experts were made of the `whole` ones that bear their numbers, where such are there.
+
+    Raises `InputError` that names both files.
+    """
+    for place in experts:
+        index, made_of = compressed.indices[place], compressed.metadata(place).made_of
+        if made_of and index in whole.indices and made_of != whole.digest(whole.indices.index(index)):
+            raise InputError(
+                f"{compressed.path(place)}: made from another expert than {expert_path(whole.folder, index)}; "
+                "choose another --out, or delete that folder"
+            )
 
 
 def _size(count: int) -> str:
@@ -121,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     options = parsing.parse(CompressOptions, argv, "python -m mtt_fast.compress")
     if not options.folder:
         raise InputError("expected a folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet; see --help")
-    folder, count = Path(options.folder), len(options.epochs or ()) or options.num_interpolation
+    folder, count = Path(options.folder), len(options.epochs) if options.epochs else options.num_interpolation
     out = Path(options.out) if options.out else waypoint_folder(folder, count)
     compress(folder, out, count, options.epochs, options.smooth)
 

@@ -1,4 +1,6 @@
-"""The exception that a user's mistake, a bad file or a full disk raises, and the one kind of it that is told apart."""
+"""The exception that a user's mistake, a bad file or a full disk raises, and the kinds of it that are told apart."""
+
+from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
@@ -11,9 +13,25 @@ class InputError(ValueError):
     The commands print it as `error: …` and exit with status 2; library callers catch a `ValueError`.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 class Diverged(InputError):
     """A run whose gradients stayed non-finite until it gave up: other settings may do, these do not."""
+
+
+class NotFound(InputError):
+    """A data set that is in none of the places where it was looked for: it may come there later."""
+
+
+def one_line(text: str) -> str:
+    """Return `text` with all that would break a line, or drive a terminal, escaped: file names may hold anything."""
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:

@@ -10,21 +10,32 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import tyro
 
 from mtt_fast.commands import cli, parsing
-from mtt_fast.commands.evaluated_set import RANDOM, SetOptions, read_synthetic, settings_of, training_set
+from mtt_fast.commands.evaluated_set import (
+    RANDOM,
+    SetOptions,
+    check_any_trained,
+    data_for,
+    read_synthetic,
+    real_images_for,
+    settings_of,
+    training_set,
+)
+from mtt_fast.commands.option_fields import Role
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import stop_request
 from mtt_fast.runtime.numerics import arithmetic
 from mtt_fast.runtime.provenance import choose_device, device_name, versions
-from mtt_fast.storage.files import write_json
-from mtt_fast.training.images import real_images
-from mtt_fast.training.protocols import evaluate
+from mtt_fast.storage.identity import OTHER_DATA
+from mtt_fast.storage.records import write_record
+from mtt_fast.training.protocols import Accuracy, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +46,23 @@ class EvaluateOptions(SetOptions):
 
     source: tyro.conf.Positional[str] = ""
     """a run's folder, a synthetic.safetensors, an images_*.pt with its labels_*.pt beside it, or the word "random" """
-    out: str | None = None
+    out: Annotated[str | None, Role.PLACE] = None
     """also write the result to this JSON file"""
+
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        return super().without_effect() | self.without_effect_on([self.source])
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     program = "python -m mtt_fast.evaluate"
-    options = parsing.parse(EvaluateOptions, argv, program)
-    if not options.source:
+    source = parsing.preview(EvaluateOptions, argv, program).source
+    if not source:
         raise InputError(f"expected a run's folder, a file, or the word {RANDOM}; see {program} --help")
-    synthetic = read_synthetic(options.source)
-    if synthetic is not None:
-        options = parsing.parse(EvaluateOptions, argv, program, settings_of(synthetic))
+    synthetic = read_synthetic(source)
+    settings = {} if synthetic is None else settings_of(synthetic)
+    options = parsing.parse(EvaluateOptions, argv, program, settings, source=source)
     device = choose_device(options.device)
     with arithmetic(device, options.precision):
         _run(options, synthetic, device)
@@ -55,12 +70,14 @@ def main(argv: Sequence[str]) -> None:
 
 def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: torch.device) -> None:
     protocol = options.evaluation_protocol()
-    data = options.load_data()
+    if options.other_data and synthetic is None:
+        raise InputError(f"{OTHER_DATA}: expected a distilled set, found {options.source}, of no images; leave it out")
+    data = data_for(options, options.source, synthetic)
     networks = options.evaluated_networks(data)
-    real = real_images(data, options.zca, device)
+    real = real_images_for(options, options.source, synthetic, data, device)
     train, lr = training_set(options, options.source, synthetic, real, device)
     log.info("%s", protocol.describe())
-    found = {}
+    found: dict[str, Accuracy] = {}
     with stop_request() as stop:
         for name, network in networks.items():
             found[name] = evaluate(
@@ -71,7 +88,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
             log.info("%s on %s: %s", options.source, name, found[name])
     if options.out:
         first, *_ = networks
-        write_json(
+        write_record(
             options.out,
             {
                 "source": options.source,
@@ -82,11 +99,15 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "protocol": protocol.record(),
                 "dataset": data.name,
                 "zca": options.zca,
+                "data": real.identity.record(),
+                "made_from": None if synthetic is None else synthetic.identity.record(),
+                "other_data": options.other_data,
                 "device": device_name(device),
                 "arithmetic": describe_arithmetic(device, networks[first], options.precision),
                 "versions": versions(),
             },
         )
+    check_any_trained(found.values())
 
 
 if __name__ == "__main__":

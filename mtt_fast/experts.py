@@ -7,21 +7,33 @@ Expert i depends only on (seed, i), and is written as soon as it is trained, so 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import cli, parsing
-from mtt_fast.commands.options import CommonOptions, TrueOrFalse, at_least, buffer_folder
+from mtt_fast.commands.option_fields import Needs, Role
+from mtt_fast.commands.options import (
+    Count,
+    Networks,
+    Rate,
+    RateOrZero,
+    RateOrZeroOrNone,
+    Share,
+    StoreDtype,
+    TrainingOptions,
+    TrueOrFalse,
+    buffer_folder,
+)
 from mtt_fast.engine.student_choice import describe_arithmetic, precision_on, student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
@@ -32,15 +44,17 @@ from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.numerics import arithmetic
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.expert_checks import check_belongs, check_same_training
+from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 from mtt_fast.training.concurrency import Work, crew_for, result_of, together
 from mtt_fast.training.images import RealImages, real_images
-from mtt_fast.training.sgd import Epoch, Sgd, accuracy, count_right, epoch_on
+from mtt_fast.training.sgd import Epoch, Sgd, accuracy, count_right, epoch_on, steps_on
 from mtt_fast.training.sharpness import sharpness_aware
 
 log = logging.getLogger(__name__)
 
-STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORE_DTYPES: dict[StoreDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -59,30 +73,35 @@ class ExpertTraining:
     alpha: float = 0.0
     adaptive: bool = False
 
-    def of_flat_minima(self) -> dict[str, Any]:
-        """Return the part that looks for flat minima, which experts recorded before there was one lack."""
-        return {name: getattr(self, name) for name in ("rho_max", "rho_min", "alpha", "adaptive")}
-
 
 @dataclass(frozen=True)
-class ExpertTrainingOptions(CommonOptions):
+class ExpertTrainingOptions(TrainingOptions):
     """How experts are trained, as all commands that train them name it."""
 
-    train_epochs: int = 50
+    IGNORED: ClassVar[dict[str, str]] = {
+        "load_all": "trajectories are memory-mapped; nothing is loaded whole",
+        "max_files": "there is one file an expert; limit them with --max_experts",
+        "save_interval": "every expert is saved as soon as it is trained",
+        "force_save": "every evaluation is saved",
+        "lr_init": "nothing reads it in the public code; the learned rate starts at --lr_teacher, here as there",
+    }
+    """Flags of the public code that have no work left to do: accepted, and named in the log."""
+
+    train_epochs: Annotated[Count, Role.EXTENT] = 50
     """epochs of each expert"""
-    mom: float = 0.0
+    mom: Share = 0.0
     """momentum of the experts"""
-    l2: float = 0.0
-    """their weight decay"""
+    l2: RateOrZero = 0.0
+    """weight decay of the experts"""
     decay: bool = False
-    """divide their learning rate by ten after half of the epochs"""
-    rho_max: float = 0.0
-    """radius in which they look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
-    rho_min: float | None = None
+    """divide the experts' learning rate by ten after half of the epochs"""
+    rho_max: RateOrZero = 0.0
+    """radius in which experts look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
+    rho_min: Annotated[RateOrZeroOrNone, Needs("rho_max")] = None
     """the radius at the learning rate that --decay divided; without it the same as --rho_max"""
-    alpha: float = 0.0
-    """how much of their plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
-    adaptive: TrueOrFalse = True
+    alpha: Annotated[RateOrZero, Needs("rho_max")] = 0.0
+    """how much of the experts' plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
+    adaptive: Annotated[TrueOrFalse, Needs("rho_max")] = True
     """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
@@ -99,17 +118,19 @@ class ExpertTrainingOptions(CommonOptions):
 class ExpertOptions(ExpertTrainingOptions):
     """Train experts and record their trajectories."""
 
-    num_experts: int = 100
+    IGNORED: ClassVar[dict[str, str]] = ExpertTrainingOptions.IGNORED | {
+        "batch_real": "it changes no expert in the public code either; --batch_train is the batch size of their training",
+    }
+
+    num_experts: Annotated[Networks, Role.EXTENT] = 100
     """how many experts"""
-    lr_teacher: float = 0.01
+    lr_teacher: Rate = 0.01
     """learning rate of the experts"""
-    batch_train: int = 256
-    """batch size"""
-    buffer_path: str = "buffers"
+    batch_train: Count = 256
+    """batch size of the experts' training"""
+    buffer_path: Annotated[str, Role.PLACE] = "buffers"
     """where the trajectories are written: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
-    batch_real: Annotated[int | None, tyro.conf.Suppress] = None
-    """of the public code's command, where it changes nothing"""
-    store_dtype: str = "float32"
+    store_dtype: StoreDtype = "float32"
     """of the recorded parameters: float32, or bfloat16 at half the size"""
 
     def training(self) -> ExpertTraining:
@@ -118,12 +139,7 @@ class ExpertOptions(ExpertTrainingOptions):
 
 
 def checked(training: ExpertTraining) -> ExpertTraining:
-    """Return `training`, without what has no effect in it, or raise `InputError` for values that cannot be."""
-    complaint = at_least(1, train_epochs=training.train_epochs, batch_train=training.batch_size) or at_least(
-        0, mom=training.mom, l2=training.l2, rho_max=training.rho_max, rho_min=training.rho_min, alpha=training.alpha
-    )
-    if complaint or not training.lr > 0:
-        raise InputError(complaint or f"expert learning rate {training.lr}: expected more than 0")
+    """Return `training`, without what has no effect in it, or raise `InputError` for values that do not go together."""
     if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
         raise InputError(
             f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value twice, or --decay and a "
@@ -142,28 +158,65 @@ def train_missing_experts(
     training: ExpertTraining,
     *,
     seed: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     precision: Precision = "fp32",
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> TrajectoryStore:
     """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
 
-    Several are trained at the same time where one does not fill the device, to the same result (mtt_fast/training/concurrency.py).
-    Raises `InputError` if an expert that is there was trained otherwise, `Stopped` on Ctrl-C or SIGTERM.
+    They are stored as `dtype`; None: as those that are there, else float32. Several are trained at the same time where one
+    does not fill the device, to the same result (mtt_fast/training/concurrency.py).
+    Raises `InputError` if an expert that is there is of something else or was trained otherwise, or if another process
+    trains experts there; `Stopped` on Ctrl-C or SIGTERM.
     """
-    hyperparameters = dataclasses.asdict(training)
-    present = TrajectoryStore(folder) if folder.is_dir() else None
-    missing = [index for index in range(count) if present is None or index not in present.indices]
-    if present is not None and len(present):
-        if missing and present.course(0) is not None:
-            raise InputError(
-                f"{folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
-                f"{len(present)} or less, or the --buffer_path of whole experts"
-            )
-        _check_same_training(present.metadata(0), hyperparameters, images, network, seed, folder)
-    if missing:
+    wanted = _Wanted(count, images, network, training, seed, dtype, precision)
+    if not _missing(folder, wanted):
+        return TrajectoryStore(folder)
+    with only_writer_of_experts(folder):
+        missing = _missing(folder, wanted)  # another process may have been faster
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
+        _train(folder, missing, wanted, at_once, memory_budget)
+    return TrajectoryStore(folder)
+
+
+class _Wanted(NamedTuple):
+    """Which experts a folder shall hold."""
+
+    number: int
+    images: RealImages
+    network: Trainable
+    training: ExpertTraining
+    seed: int
+    dtype: torch.dtype | None
+    precision: Precision
+
+
+def _missing(folder: Path, wanted: _Wanted) -> list[int]:
+    """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one that is there is another."""
+    present = TrajectoryStore(folder) if folder.is_dir() else None
+    missing = [index for index in range(wanted.number) if present is None or index not in present.indices]
+    if not present:
+        return missing
+    if missing and present.course(0) is not None:
+        raise InputError(
+            f"{folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
+            f"{len(present)} or less, or the --buffer_path of whole experts"
+        )
+    for expert in range(len(present)):
+        check_belongs(present, expert, wanted.network, wanted.images.identity)
+        check_same_training(
+            present, expert, dataclasses.asdict(wanted.training), wanted.seed, wanted.dtype or present.dtype(0),
+            wanted.precision,
+        )  # fmt: skip
+    return missing
+
+
+def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | None, memory_budget: str) -> None:
+    """Train the experts with the numbers `missing` and write each as soon as it is trained."""
+    images, network, training, precision = wanted.images, wanted.network, wanted.training, wanted.precision
+    there = TrajectoryStore(folder)
+    dtype = wanted.dtype or (there.dtype(0) if len(there) else torch.float32)
     device, training_images = images.train.labels.device, images.train
     crew = crew_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
@@ -176,22 +229,20 @@ def train_missing_experts(
     ):
 
         def work(index: int) -> Work[tuple[Tensor, list[float]]]:
-            return _training(images, network, training, precision, seed=seed, index=index, bar=bar, stop=stop)
+            return _training(images, network, training, precision, seed=wanted.seed, index=index, bar=bar, stop=stop)
 
         for place, (parameters, accuracies) in together(map(work, missing), crew, device):
-            metadata = ExpertMetadata(
+            metadata = ExpertMetadata.of(
+                images.identity,
                 network=network.describe(),
                 layout=network.layout.describe(),
-                dataset=images.data.name,
-                fingerprint=images.data.fingerprint,
-                whitening=images.whitening,
-                hyperparameters=hyperparameters,
-                seed=seed,
+                hyperparameters=dataclasses.asdict(training),
+                seed=wanted.seed,
                 accuracy=accuracies,
                 versions=versions(),
+                precision=precision,
             )
             write_expert(folder, missing[place], parameters, metadata, dtype)
-    return TrajectoryStore(folder)
 
 
 def train_expert(
@@ -233,8 +284,9 @@ def _training(
         direction = sharpness_aware(student, rho, training.alpha, training.adaptive)
         return epoch_on(direction, images.train, replace(sgd, lr=lr), augment, track_of(network))
 
-    velocity, run_epoch = torch.zeros_like(theta), epoch_at(training.lr, training.rho_max)
     for epoch in range(training.train_epochs):
+        if (begun := _begun_at(epoch, training)) is not None:
+            velocity, run_epoch = torch.zeros_like(theta), epoch_at(*begun)
         if stop:
             raise Stopped(
                 f"stopped in expert {index}; those that were finished are saved; the same command continues",
@@ -245,9 +297,6 @@ def _training(
         yield  # on a GPU others begin their epoch before this one is waited for
         parameters[epoch + 1] = theta
         accuracies.append(int(right) / len(images.test))
-        if training.decay and epoch == training.train_epochs // 2 + 1:
-            velocity = torch.zeros_like(theta)  # the public code makes a new optimiser here
-            run_epoch = epoch_at(training.lr * 0.1, training.rho_min)
         if bar is not None:
             with bar.get_lock():  # several threads count on it
                 bar.set_postfix(
@@ -257,54 +306,47 @@ def _training(
     return parameters, accuracies
 
 
-def _check_same_training(
-    metadata: ExpertMetadata,
-    hyperparameters: dict[str, Any],
+def _begun_at(epoch: int, training: ExpertTraining) -> tuple[float, float] | None:
+    """Return the learning rate and SAM's radius with which a new optimiser begins at number `epoch`; None if none does."""
+    if epoch == 0:
+        return training.lr, training.rho_max
+    if training.decay and epoch == training.train_epochs // 2 + 2:  # as in the public code
+        return training.lr * 0.1, training.rho_min
+    return None
+
+
+def expert_steps(
     images: RealImages,
     network: Trainable,
+    training: ExpertTraining,
+    *,
     seed: int,
-    folder: Path,
-) -> None:
-    wanted = hyperparameters | {
-        "seed": seed,
-        "whitening": images.whitening,
-        "data set": images.data.fingerprint,
-        "network": network.layout.describe(),
-    }
-    found = ExpertTraining().of_flat_minima() | metadata.hyperparameters
-    found |= {
-        "seed": metadata.seed,
-        "whitening": metadata.whitening,
-        "data set": metadata.fingerprint,
-        "network": metadata.layout,
-    }
-    _check_equal(wanted, found, folder, "train as many as are there with the same options")
+    index: int,
+    precision: Precision = "fp32",
+) -> Iterator[Tensor]:
+    """Yield the parameters (P,), on the device, before and after each step of expert `index`'s training, without an end.
 
-
-def check_flatness(metadata: ExpertMetadata, training: ExpertTraining, folder: Path) -> None:
-    """Raise `InputError` if `training` looks for flat minima, and the expert is known to have been trained otherwise."""
-    recorded = metadata.hyperparameters
-    if training.rho_max and "lr" in recorded:  # of experts from elsewhere nothing is known
-        found = ExpertTraining().of_flat_minima() | recorded
-        _check_equal(training.of_flat_minima(), found, folder, "leave out --rho_max to use them as they are")
-
-
-def _check_equal(wanted: dict[str, Any], found: dict[str, Any], folder: Path, otherwise: str) -> None:
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise InputError(
-                f"{folder}: holds experts trained with {name} {found.get(name)}, not {value}; "
-                f"choose another --buffer_path, or {otherwise}"
-            )
+    After the steps of an epoch they are the row that `train_expert` records.
+    """
+    generator = generator_for(seed, "expert", index)
+    theta = network.init(generator).to(images.train.labels.device)
+    student = student_for(network, theta.device, precision=precision)
+    augment = augment_by_strategy(training.augment)
+    yield theta
+    for epoch in itertools.count():
+        if (begun := _begun_at(epoch, training)) is not None:
+            lr, rho = begun
+            sgd = Sgd(lr, training.mom, training.l2, training.batch_size)
+            direction = sharpness_aware(student, rho, training.alpha, training.adaptive)
+            velocity, steps = torch.zeros_like(theta), steps_on(direction, images.train, sgd, augment)
+        for step in steps(theta, velocity, generator):
+            theta, velocity = step.theta, step.velocity
+            yield theta
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options = parsing.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
-    if options.num_experts < 1:
-        raise InputError(f"--num_experts {options.num_experts}: expected at least 1")
-    if options.store_dtype not in STORE_DTYPES:
-        raise InputError(f"--store_dtype {options.store_dtype}: expected {' or '.join(STORE_DTYPES)}")
     training = options.training()
     device = choose_device(options.device)
     with arithmetic(device, options.precision):

@@ -298,24 +298,24 @@ def test_the_table_is_as_its_writer_writes_it() -> None:
 def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nor timed; the others are, and the fastest of them goes into the table."""
     pauses = {"fast": 0.0, "right": 0.005, "slow": 0.05}
-    rows: dict[str, Any] = {"op": {"class": {"default": {"way": "slow"}}}}
+    rows: dict[str, Any] = {"op": {"class": {"default": {"backend": "slow"}}}}
     chosen = tune.Table(rows, lambda: None, "sm_90", CPU, tmp_path / "table.toml")
 
     def run(argument: torch.Tensor) -> torch.Tensor:
-        way = rows["op"]["class"]["sm_90"]["way"]
-        time.sleep(pauses[way])
-        return argument * (1.5 if way == "fast" else 1)
+        backend = rows["op"]["class"]["sm_90"]["backend"]
+        time.sleep(pauses[backend])
+        return argument * (1.5 if backend == "fast" else 1)
 
     monkeypatch.setattr(operations, "conv3x3", run)
     monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
-    candidates = [{"way": way} for way in ("fast", "absent", "right")]
+    candidates = [{"backend": backend} for backend in ("fast", "absent", "right")]
     subject = tune.Subject("op", ("class", "class"), candidates, "conv3x3", lambda: [torch.ones(3)])
     found = tune.tune(subject, chosen, tune.Options(repetitions=2, device="cpu"))
     assert found["chosen"] == "right"
     assert found["problem"] == "fast: wrong: error 5.0e-01; absent: KeyError: 'absent'"
     assert found["others"].keys() == {"slow"}
-    assert rows["op"]["class"]["default"] == {"way": "slow"}
-    assert rows["op"]["class"]["sm_90"]["way"] == "right"
+    assert rows["op"]["class"]["default"] == {"backend": "slow"}
+    assert rows["op"]["class"]["sm_90"]["backend"] == "right"
     assert rows["op"]["class"]["sm_90"]["microseconds"] >= 5000
     chosen.write()
     assert tomllib.loads((tmp_path / "table.toml").read_text()) == rows

@@ -14,7 +14,7 @@ from mtt_fast import SyntheticDataset, evaluate
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
 from mtt_fast.cross import command as cross
-from mtt_fast.cross.table import markdown, quoted_for
+from mtt_fast.cross.table import markdown, quoted_for, save_plot
 
 TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
 
@@ -73,11 +73,21 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
 
     cells = [cell("ConvNet"), cell("VGG11"), cell("MLP")]
     quoted = quoted_for(cells)
-    assert [row.text for row in quoted] == ["MTT, 10 a class (quoted)", "ATT, 10 a class (quoted)"]
+    assert [row.text for row in quoted] == [f"{name}, 10 a class (quoted)" for name in ("MTT", "DSA", "KIP", "ATT")]
+    assert quoted[0].accuracies["AlexNet"] == pytest.approx({"mean": 0.342, "std": 0.026})
     lines = markdown(cells, quoted, "protocol x").splitlines()
     assert lines[2] == "| mine | 10 |" + " 65.1 ± 0.4 (best epoch) |" * 3
-    assert lines[3] == "| MTT, 10 a class (quoted) | 10 | 64.3 | 50.3 |  |"
-    assert "they were not measured here" in lines[-1]
+    assert lines[3] == "| MTT, 10 a class (quoted) | 10 | 64.3 ± 0.7 | 50.3 ± 0.8 |  |"
+    assert lines[6] == "| ATT, 10 a class (quoted) | 10 | 67.7 | 54.2 |  |"
+    assert "they were not measured here. MTT, 10 a class: Table 3 of the paper; DSA" in lines[-1]
+    assert lines[-1].endswith("ATT, 10 a class: the cross-architecture table of ATT (arXiv 2407.14245).")
+    at_50 = [cell("ConvNet") | {"question": {"dataset": "CIFAR10", "ipc": 50, "network": "ConvNet"}}]
+    assert {row.method: row.accuracies["VGG11"]["mean"] for row in quoted_for(at_50)} == pytest.approx(
+        {"MTT": 0.554, "FTD": 0.584, "ATT": 0.617}
+    )
+    save_plot("plot.png", cells, quoted)
+    with Image.open("plot.png") as picture:
+        assert picture.width > 300
     (line,) = [line for line in markdown([cells[0] | {"set": "a|b"}], [], "x").splitlines() if "65.1" in line]
     assert line == r"| a\|b | 10 | 65.1 ± 0.4 (best epoch) |"
     assert quoted_for([cell("ConvNet") | {"question": {"dataset": "digits", "ipc": 10}}]) == []
@@ -91,7 +101,7 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
         (["nothing"], "nothing: cannot be read"),
         (["run", "--models", "ConvNetD1W4", "VGG11"], "VGG11: nothing is left of images"),
         (["run", "--eval_mode", "X"], "--eval_mode X: expected one of"),
-        (["run", "--out", "broken"], "cross.json: broken, or no table"),
+        (["run", "--out", "broken"], "cross.json: expected a table of this command, found it damaged"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

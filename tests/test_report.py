@@ -206,8 +206,8 @@ def test_a_run_that_is_not_finished_has_its_methods_name(config: str, method: st
     ("content", "message"),
     [
         pytest.param(None, "expected a run's folder", id="nothing"),
-        pytest.param("{}", "expected a run's summary, found it broken", id="empty"),
-        pytest.param("{", "expected a run's summary, found it broken", id="not JSON"),
+        pytest.param("{}", "expected the summary of a run", id="empty"),
+        pytest.param("{", "expected the summary of a run", id="not JSON"),
     ],
 )
 def test_mistakes(content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

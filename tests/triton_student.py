@@ -1,7 +1,7 @@
-"""The fused student by Triton's twins against what shares no code with them: `python -m tests.triton_student DEVICE`.
+"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.triton_student DEVICE`.
 
-A program of its own, as triton_comparison.py is. Every way that the table
-may name is taken in turn. It prints a line for each case that passed.
+A program of its own, as kernels/triton_comparison.py is. Every back end that the table may name is taken in turn. It
+prints a line for each case that passed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from mtt_fast import ConvNet
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent
-from mtt_fast.kernels.triton import ways
+from mtt_fast.kernels.triton import dispatch
 from mtt_fast.testing import relative_error
-from tests.triton_comparison import poison
+from tests.kernels.triton_comparison import poison
 
 NETS = [
     (ConvNet(3, 3, (9, 6), 5, 2), 2),  # odd sides, not square
     (ConvNet(1, 2, 4, 17, 1), 2),  # padding 3 in the first layer, more channels than a tile's least
 ]
 LARGE = [(ConvNet(3, 10, 32, 128, 3), 9), (ConvNet(3, 5, 64, 100, 4), 3)]
-WAYS = {"fused": "triton", "triton": "triton", "cudnn": "cudnn"}  # and of the parts of what is not fused
+BACKENDS = {"fused": "triton", "triton": "triton", "cudnn": "cudnn"}  # and of the parts of a block that is not fused
 
 # relative errors: two right answers in float32 differ by the units that rounding carries over ReLU's kink
 TOLERANCES = {"float64": 1e-10, "fp32": 1e-4, "tf32": 3e-2, "bf16": 0.2}
 
 
 def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """All that a student answers, and with kept activations."""
+    """Return all that a student answers, also with kept activations."""
     gradient = student.gradient(theta, images, labels, keep=True)
     found = {"loss": gradient.loss, "gradient": gradient.theta}
     for name, kept in (("", None), (" from what was kept", gradient.kept)):
@@ -44,7 +44,7 @@ def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tens
     return found
 
 
-def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision: Any, way: str) -> None:
+def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision: Any, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -54,12 +54,12 @@ def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision
     theta, v = draw(net.num_parameters) / 2, draw(net.num_parameters)
     images, labels = draw(batch, net.in_channels, height, width), torch.arange(batch) % net.num_classes
     expected = results(GenericStudent(net), theta, images, labels, v)
-    chosen = {"fused": "fused"}.get(way, "parts")
+    of_block = {"fused": "fused"}.get(backend, "parts")
 
-    def way_of(operation: str, *_: Any) -> str:
-        return chosen if operation.startswith("conv_") else WAYS[way]
+    def backend_of(operation: str, *_: Any) -> str:
+        return of_block if operation.startswith("conv_") else BACKENDS[backend]
 
-    with patch.object(ways, "way_of", way_of):
+    with patch.object(dispatch, "backend_of", backend_of):
         student = FusedConvNetStudent(net, "indices", precision)
         at = (theta.to(device, dtype), images.to(device, dtype), labels.to(device), v.to(device, dtype))
         found = results(student, *at)
@@ -67,21 +67,21 @@ def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision
     for name, value in found.items():
         assert value.dtype == dtype, name
         error = relative_error(value.cpu().double(), expected[name], floor=1e-4)
-        assert error <= tolerance, f"{name} of {net}, {dtype}, {precision}, {way}: error {error}"
-    print("passed:", net, dtype, precision, way)
+        assert error <= tolerance, f"{name} of {net}, {dtype}, {precision}, {backend}: error {error}"
+    print("passed:", net, dtype, precision, backend)
 
 
 def main(device: str) -> None:
     poison()
-    for way in WAYS:
-        compare(*NETS[0], device, torch.float64, "fp32", way)
+    for backend in BACKENDS:
+        compare(*NETS[0], device, torch.float64, "fp32", backend)
     compare(*NETS[1], device, torch.float64, "fp32", "fused")
     if device == "cpu":  # interpreted, one case of each takes seconds, and tf32 is not rounded
         for precision in ("fp32", "bf16"):
             compare(*NETS[0], device, torch.float32, precision, "fused")
         return
-    for (net, batch), way, precision in itertools.product(NETS + LARGE, WAYS, ("fp32", "tf32", "bf16")):
-        compare(net, batch, device, torch.float32, precision, way)
+    for (net, batch), backend, precision in itertools.product(NETS + LARGE, BACKENDS, ("fp32", "tf32", "bf16")):
+        compare(net, batch, device, torch.float32, precision, backend)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-// Compiled once for each vector unit; see units.h.
+// Compiled once for each vector unit; see simd.h.
 #include "conv.h"
 
 #include "pack.h"
-#include "units.h"
+#include "simd.h"
 
 namespace {
 
@@ -20,7 +20,7 @@ INLINE void multiply(const T* a, std::size_t a_row, std::size_t a_depth, const T
     }
 }
 
-// use(row, Rows<n>): kRows at once as long as they last, then what is left in few pieces.
+// use(row, Rows<n>): kRows at once as long as they last, then the rest in few pieces.
 template <std::size_t n>
 struct Rows {
     static constexpr std::size_t value = n;
@@ -91,7 +91,7 @@ INLINE void transform_input(const ConvShape& shape, const T* x, const T* zeros, 
     }
 }
 
-// z[:, at] = A d Aᵀ of one tile of y_bar; lanes behind the last filter become zero
+// z[:, at] = A d Aᵀ of one tile of y_bar; lanes past the last filter become zero
 template <typename T>
 INLINE void transform_output_gradient(const ConvShape& shape, const T* y_bar, const T* zeros, std::size_t index, T* z,
                                       std::size_t stride) {

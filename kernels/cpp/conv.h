@@ -1,5 +1,5 @@
-// Convolution 3×3 with stride 1 on channels-last tensors, for what the mixed step asks: y = W∗x together with its tangent
-// W_dot∗x + W∗x_dot, and the gradients of the two. Two algorithms:
+// Convolution 3×3 with stride 1 on channels-last tensors: y = W∗x together with its tangent W_dot∗x + W∗x_dot, and the
+// gradients of the two, as the mixed step asks for them. Two algorithms:
 //
 // Winograd's F(2×2, 3×3) for many channels. An output tile of 2×2 comes from an input tile of 4×4 by 16 products a pair
 // of channels in place of 36:   y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ x B)] A   (Lavin & Gray 2016). Over all channels and tiles that is
@@ -47,7 +47,7 @@ struct WinogradSum {
 };
 
 // For few channels: y = W∗x; W_bar = y_bar ⋆ x of one sample; x_bar = W_dotᵀ∗y_bar + Wᵀ∗y_bar_dot. Each reads and writes
-// what it names.
+// the tensors that it names.
 template <typename T>
 struct Patches {
     ConvShape shape;

@@ -15,7 +15,7 @@
 
 #include "parallel.h"
 #include "scratch.h"
-#include "units.h"
+#include "simd.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -31,7 +31,7 @@ void expect(bool condition) {
     if (!condition) throw std::invalid_argument("conv3x3: sizes do not fit each other");
 }
 
-// What stays between calls, in elements: one calling thread's, and each thread's scratch.
+// Memory that stays between calls, in elements: one calling thread's, and each thread's scratch.
 struct Work {
     std::size_t shared, scratch;
 };
@@ -39,15 +39,15 @@ struct Work {
 std::size_t rounded(std::size_t count, std::size_t lanes) { return (count + lanes - 1) / lanes * lanes; }
 
 // The nine weights from channel c to filter k of the convolution that is computed: that of the gradient to the input is
-// the given one turned around, from filters to channels.
+// the given one rotated by 180 degrees, from filters to channels.
 template <typename T>
 struct Weights {
-    const T* values;  // (K, C, 3, 3), or (C, K, 3, 3) if turned
+    const T* values;  // (K, C, 3, 3), or (C, K, 3, 3) if rotated
     std::size_t channels, filters;
-    bool turned;
+    bool rotated;
 
     T operator()(std::size_t k, std::size_t c, std::size_t tap) const {
-        return turned ? values[(c * filters + k) * 9 + 8 - tap] : values[(k * channels + c) * 9 + tap];
+        return rotated ? values[(c * filters + k) * 9 + 8 - tap] : values[(k * channels + c) * 9 + tap];
     }
 };
 
@@ -147,7 +147,7 @@ Work winograd_sum_work(const ConvShape& s, std::size_t lanes, bool dual) {
     return {parts_of(s) * 16 * s.channels * filters, (dual ? 32 : 16) * kTilesSummed * (s.channels + filters)};
 }
 
-// Of patches_weight_gradient, which needs the most: the scratch holds a sample's patches.
+// That of patches_weight_gradient, which needs the most: the scratch holds a sample's patches.
 Work patches_work(const ConvShape& s, std::size_t lanes) {
     const std::size_t taps = 9 * s.channels;
     return {s.batch * taps * rounded(s.filters, lanes), s.out_height * s.out_width * taps};
@@ -155,17 +155,17 @@ Work patches_work(const ConvShape& s, std::size_t lanes) {
 
 std::size_t winograd_operations(const ConvShape& s, std::size_t tiles) { return tiles * 16 * 2 * s.channels * s.filters; }
 
-// Of a sample.
+// Operations of a sample.
 std::size_t patches_operations(const ConvShape& s) { return s.out_height * s.out_width * 9 * 2 * s.channels * s.filters; }
 
-// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only what there is room for. `turned`: W is that of a
+// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only those that there is room for. `rotated`: W is that of a
 // convolution whose input gradient this is, (C, K, 3, 3), and the padding 2 minus its own.
 template <typename T>
 void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& weight,
-              const std::optional<Input<T>>& weight_dot, std::ptrdiff_t padding, bool turned,
+              const std::optional<Input<T>>& weight_dot, std::ptrdiff_t padding, bool rotated,
               std::optional<Array<T>> y, std::optional<Array<T>> y_dot, int threads) {
     expect(weight.ndim() == 4);
-    const ConvShape s = conv_shape<T>(x, weight.shape(turned ? 1 : 0), padding);
+    const ConvShape s = conv_shape<T>(x, weight.shape(rotated ? 1 : 0), padding);
     const bool dual = x_dot.has_value();
     expect(weight.size() == s.channels * s.filters * 9 && (y || y_dot));
     expect(dual == weight_dot.has_value() && dual == y_dot.has_value());
@@ -178,8 +178,8 @@ void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Inp
     const std::size_t each = work.shared / 2;
     static thread_local Buffer<T> transformed;
     T* u = transformed.at_least(work.shared);
-    transform_weights(Weights<T>{weight.data(), s.channels, s.filters, turned}, unit.lanes, threads, u);
-    if (dual) transform_weights(Weights<T>{weight_dot_data, s.channels, s.filters, turned}, unit.lanes, threads, u + each);
+    transform_weights(Weights<T>{weight.data(), s.channels, s.filters, rotated}, unit.lanes, threads, u);
+    if (dual) transform_weights(Weights<T>{weight_dot_data, s.channels, s.filters, rotated}, unit.lanes, threads, u + each);
     const std::vector<T> zeros(s.channels);
     const WinogradForward<T> arguments{s, x.data(), x_dot_data, u, u + each, zeros.data(), y_data, y_dot_data};
     const auto kernel = !dual    ? unit.winograd_forward
@@ -343,7 +343,7 @@ template <typename T>
 void define(nb::module_& module, const char* step_work_name) {
     module.def(step_work_name, step_work<T>);
     module.def("winograd", winograd<T>, "x"_a.noconvert(), "x_dot"_a.none(), "weight"_a.noconvert(), "weight_dot"_a.none(),
-               "padding"_a, "turned"_a, "y"_a.none(), "y_dot"_a.none(), "threads"_a);
+               "padding"_a, "rotated"_a, "y"_a.none(), "y_dot"_a.none(), "threads"_a);
     module.def("winograd_weight_gradient", winograd_weight_gradient<T>, "x"_a.noconvert(), "x_dot"_a.none(),
                "y_bar"_a.noconvert(), "y_bar_dot"_a.none(), "padding"_a, "w_bar"_a.noconvert(), "threads"_a);
     module.def("patches", patches<T>);

@@ -53,13 +53,13 @@ INLINE Vector<T> load_vector(const T* from) {
     return vector;
 }
 
-// The first `count` lanes from memory, `behind` in those behind them.
+// The first `count` lanes from memory, `rest` in the others.
 template <typename T>
-INLINE Pack<T> load(const T* from, std::size_t count, T behind = 0) {
+INLINE Pack<T> load(const T* from, std::size_t count, T rest = 0) {
     constexpr std::size_t half = Pack<T>::lanes / 2;
     if (count == Pack<T>::lanes) return {load_vector(from), load_vector(from + half)};
     T part[Pack<T>::lanes];
-    for (T& lane : part) lane = behind;
+    for (T& lane : part) lane = rest;
     std::memcpy(part, from, count * sizeof(T));
     return {load_vector(part), load_vector(part + half)};
 }
@@ -133,7 +133,7 @@ INLINE T largest_lane(const Pack<T>& pack) {
     return largest;
 }
 
-// What eˣ takes in T. A float plus `rounder` has the nearest integer to it in its last bits.
+// Constants of eˣ in T. A float plus `rounder` has the nearest integer to it in its last bits.
 template <typename T>
 struct Exponential;
 template <>

@@ -25,15 +25,15 @@ inline RunOnPool pool() {
 #endif
 }
 
-// How many blocks of so many additions and multiplications take one thread as long as it takes to start another: what
-// is divided further is done no sooner, and much later where the other thread has to wait for a core.
+// Return how many blocks of so many additions and multiplications take one thread as long as it takes to start another:
+// work that is divided further is done no sooner, and much later where the other thread has to wait for a core.
 inline std::size_t grain_of(std::size_t operations) {
     constexpr std::size_t kOperations = 1 << 21;  // some 40 us
     return 1 + kOperations / operations;
 }
 
 // Call body(block) once for each block in [0, blocks), from at most `threads` threads, the caller's among them. `grain`
-// blocks are worth a thread of their own: starting one costs some 50 us. What body throws comes out here.
+// blocks are worth a thread of their own: starting one costs some 50 us. An exception of body comes out here.
 template <typename Body>
 void parallel_for(std::size_t blocks, std::size_t grain, int threads, const Body& body) {
     const std::size_t useful = std::max<std::size_t>(1, blocks / grain);

@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #endif
 
-// Straight from the system where that is possible, so that what is dropped is free for others at once.
+// Straight from the system where that is possible, so that dropped memory is free for others at once.
 inline void* from_system(std::size_t size) {
 #if defined(__unix__) || defined(__APPLE__)
     void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -32,7 +32,7 @@ inline void to_system(void* memory, [[maybe_unused]] std::size_t size) {
 #endif
 }
 
-// What is kept and what is in use are together never more than what was once in use at the same time.
+// Blocks that are kept and blocks in use are together never more bytes than were once in use at the same time.
 class Pool {
 public:
     struct Block {

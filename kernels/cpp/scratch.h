@@ -1,4 +1,4 @@
-// Memory of one thread for what a kernel needs beside its arguments.
+// Memory of one thread that a kernel needs beside its arguments.
 #pragma once
 
 #include <cstddef>

@@ -1,11 +1,11 @@
-// Compiled once for each vector unit; see units.h.
+// Compiled once for each vector unit; see simd.h.
 #include "warp.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "pack.h"
-#include "units.h"
+#include "simd.h"
 
 namespace {
 
@@ -134,7 +134,7 @@ T* grey_row(const WarpShape& shape, const T* from, std::size_t i, const WarpScra
     return grey;
 }
 
-// From planes to the image in the scratch memory, zero around it and in channels that are not there.
+// From planes to the image in the scratch memory, zero around it and in channels that do not exist.
 template <typename T>
 void coloured(const WarpShape& shape, const WarpNumbers<T>& number, const T* from, const WarpScratch<T>& scratch) {
     const std::size_t width = shape.width;

@@ -1,4 +1,4 @@
-// colour_warp_mask and its transpose, on contiguous tensors. The formulas are those of kernels/reference.py. One call does
+// colour_warp_mask and its transpose, on contiguous tensors. The formulas are those of kernels/reference/warp.py. One call does
 // one image; images are independent of each other.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <cstdint>
 
 struct WarpShape {
-    // An image is worked on as pixels of four channels, one vector, with zeros around it: whatever lies outside is
+    // An image is worked on as pixels of four channels, one vector, with zeros around it: a place outside is
     // clamped to them, and nothing is tested.
     static constexpr std::size_t lanes = 4, margin = 2;
 
@@ -18,7 +18,7 @@ struct WarpShape {
     std::size_t image_size() const { return channels * height * width; }
 };
 
-// The columns of the parameters, in the order of kernels/formats.py.
+// The columns of the parameters, in the order of kernels/types.py.
 template <typename T>
 struct WarpNumbers {
     T brightness, saturation, contrast;
@@ -39,7 +39,7 @@ struct WarpScratch {
     T* image;  // (groups, H + 4, W + 4, 4)
     T* pixels;  // (W, 4): a row of one group, pixel by pixel
     T* rows;  // (4, W): the same, channel by channel
-    // of each target pixel of a row: where its source lies in a group, and how far behind the pixel there
+    // of each target pixel of a row: where its source lies in a group, and how far past the pixel there
     std::int32_t* place;
     T *down, *right;  // (W,)
 };

@@ -9,7 +9,7 @@
 
 #include "parallel.h"
 #include "scratch.h"
-#include "units.h"
+#include "simd.h"
 
 namespace nb = nanobind;
 

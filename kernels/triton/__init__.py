@@ -1,10 +1,10 @@
-"""The operations of `reference.py` for CUDA: kernels written in Triton, and torch's library where that is faster.
+"""Compute the operations on CUDA: by kernels written in Triton, and by torch's library where that is faster.
 
 The classifier's products are not here: they are torch's (cuBLAS).
 
 Importing this package imports neither Triton nor anything of CUDA. The first use of an operation does, and raises
-`ImportError` where Triton is missing: a GPU is never left idle in silence. Like the other twins these functions are not
-differentiable. All are deterministic: no atomics, and sums are taken in an order that only shapes and the table of
+`ImportError` where Triton is missing: a GPU is never left idle in silence. As in the other back ends the functions are
+not differentiable. All are deterministic: no atomics, and sums are taken in an order that only shapes and the table of
 configurations decide. None waits for the device, so that all of them can be captured in a graph.
 """
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     )
     from .block import conv_norm_relu_pool_dual, conv_norm_relu_pool_dual_backward
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
+    from .dispatch import is_fused as is_fused
+    from .flat import adjoint_step, sgd_step, squared_distance
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
         norm_relu_pool_dual,
         norm_relu_pool_dual_backward,
     )
-    from .vector import adjoint_step, sgd_step, squared_distance
     from .warp import colour_warp_mask, colour_warp_mask_transpose
-    from .ways import fuses
 
     conv3x3: Callable[..., Any]
     conv3x3_dual: Callable[..., Any]
@@ -60,7 +60,6 @@ __all__ = [
     "conv3x3_weight_gradient",
     "conv_norm_relu_pool_dual",
     "conv_norm_relu_pool_dual_backward",
-    "fuses",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
     "norm_relu_pool",
@@ -71,23 +70,32 @@ __all__ = [
     "squared_distance",
 ]
 
-_FAMILIES = {
-    "adjoint": "vector",
+OPERATIONS = frozenset(__all__)
+NOT_IMPLEMENTED: frozenset[str] = frozenset()
+
+_MODULES = {
+    "adjoint": "flat",
     "bias": "bias",
     "colour": "warp",
-    "conv_": "block",
-    "fuses": "ways",
+    "conv_norm": "block",
+    "is_fused": "dispatch",
     "linear": "classifier",
     "norm": "norm",
-    "sgd": "vector",
-    "squared": "vector",
+    "sgd": "flat",
+    "squared": "flat",
 }
+"""Modules of the names that begin so."""
+
+
+def load() -> None:
+    """Import Triton. Raises `ImportError` where it is missing."""
+    importlib.import_module(".launch", __package__)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name.startswith("conv3x3"):
-        return importlib.import_module(".ways", __package__).chosen(name)
-    family = next(module for prefix, module in _FAMILIES.items() if name.startswith(prefix))
-    return getattr(importlib.import_module(f".{family}", __package__), name)
+    if name.startswith("conv3x3") and name in OPERATIONS:
+        return importlib.import_module(".dispatch", __package__).dispatched(name)
+    if name in OPERATIONS or name == "is_fused":
+        module = next(module for prefix, module in _MODULES.items() if name.startswith(prefix))
+        return getattr(importlib.import_module(f".{module}", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

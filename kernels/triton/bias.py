@@ -1,4 +1,4 @@
-"""Bias, ReLU and 2×2 average pooling in one pass, and its derivatives: a block without norm.
+"""Add a bias, take ReLU and average-pool 2×2 in one pass, and the derivatives: the end of a block without a norm.
 
 One walk over the planes, in the windows of windows.py. A derivative is taken along with the primal's value, in the same
 walk; without one the kernels' dots are None.
@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import accumulator
-from .entry import tl, triton
+from ..types import accumulator
+from .launch import tl, triton
 from .planes import Planes
 from .windows import (
     block_of,
-    empty_numbers,
     empty_pool,
+    empty_stat,
     launch_windows,
     load_windows,
-    over,
+    output_buffer,
     plane_sum,
     pooled_of,
     row_of,
@@ -38,11 +38,11 @@ def _forward(
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, CHANNELS)
+    sample, c, exists = block_of(C, BLOCK_C)
     begin = sample * (C * H * W)
     begin_pooled = sample * (C * (H // 2) * (W // 2))
     b = tl.load(beta + c, exists, 0).to(ACC)
@@ -52,14 +52,14 @@ def _forward(
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        pooled = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+        pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
             u = ys[row] + b
             pooled += tl.where(u > 0, u, 0)
         tl.store(p + begin_pooled + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
         if y_dot is not None:
             yds = load_windows(y_dot + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-            pooled_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+            pooled_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
             for row in tl.static_range(2):
                 pooled_dot += tl.where(ys[row] + b > 0, yds[row] + b_dot, 0)
             tl.store(p_dot + begin_pooled + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
@@ -78,17 +78,17 @@ def _backward(
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = beta_sum.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, CHANNELS)
+    sample, c, exists = block_of(C, BLOCK_C)
     begin = sample * (C * H * W)
     begin_pooled = sample * (C * (H // 2) * (W // 2))
     b = tl.load(beta + c, exists, 0).to(ACC)
 
-    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
@@ -119,7 +119,7 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_backward`."""
     planes = Planes.of(y, p_bar)
-    y_bar, beta_sum = over(y, reuse), empty_numbers(y)
+    y_bar, beta_sum = output_buffer(y, reuse), empty_stat(y)
     launch_windows(_backward, "bias_relu_pool_backward", planes, y, beta, p_bar, None, y_bar, None, beta_sum)
     return y_bar, beta_sum.sum(0)
 
@@ -138,7 +138,7 @@ def bias_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual_backward`."""
     planes = Planes.of(y, p_bar, p_bar_dot)
-    y_bar, y_bar_dot, beta_sum = over(y, reuse), torch.empty_like(y), empty_numbers(y)
+    y_bar, y_bar_dot, beta_sum = output_buffer(y, reuse), torch.empty_like(y), empty_stat(y)
     arguments = (y, beta, p_bar, p_bar_dot, y_bar, y_bar_dot, beta_sum)
     launch_windows(_backward, "bias_relu_pool_dual_backward", planes, *arguments)
     return y_bar, y_bar_dot, beta_sum.sum(0)

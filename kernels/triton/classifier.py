@@ -1,4 +1,4 @@
-"""Softmax and cross-entropy of a linear classifier, their gradient and its tangent, in one pass over the logits.
+"""Compute softmax and cross-entropy of a linear classifier, their gradient and its tangent, in one pass over the logits.
 
 The products before and after are torch's. A program owns a few samples with all their classes, so the logits are read
 once, and the gradients to them are written in their place.
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import LabelKind, accumulator
+from ..types import LabelKind, accumulator
 from .configurations import configuration
-from .entry import architecture, launch, tl, triton
+from .launch import architecture, launch, tl, triton
 
 _LARGEST_CLASS = 4096  # of shapes, in the table of configurations
 
@@ -22,7 +22,7 @@ _LARGEST_CLASS = 4096  # of shapes, in the table of configurations
 def _tile(
     batch: tl.tensor, CLASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Rows (ROWS, 1), int64, and columns (1, COLUMNS), and which of each exist."""
+    """Return rows (ROWS, 1), int64, and columns (1, COLUMNS), and which of each exist."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     return row, column, row < batch, column < CLASSES
@@ -37,7 +37,7 @@ def _with_bias(
 
 @triton.jit
 def _log_softmax(z: tl.tensor, exists: tl.tensor) -> tl.tensor:
-    """Of each row. 0 for classes that do not exist, so that products with it stay finite."""
+    """Return the log-softmax of each row: 0 for classes that do not exist, so that products with it stay finite."""
     z = tl.where(exists, z, float("-inf"))
     z -= tl.max(z, 1, keep_dims=True)
     return tl.where(exists, z - tl.log(tl.sum(tl.exp(z), 1, keep_dims=True)), 0)
@@ -55,7 +55,7 @@ def _target(
     CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The distribution that each row is compared with, 0 for classes that do not exist, and its sum."""
+    """Return the distribution that each row is compared with, 0 for classes that do not exist, and its sum."""
     if KIND == "indices":
         index = tl.load(labels + row, row_exists, 0)
         known = (index >= 0) & (index < CLASSES)

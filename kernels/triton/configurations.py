@@ -1,4 +1,4 @@
-"""Launch configurations, read from a checked-in table: nothing is tuned at run time."""
+"""Read launch configurations from a checked-in table: nothing is tuned at run time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from importlib import resources
 from typing import Any, cast
 
 Configuration = dict[str, int]  # block sizes in capitals, num_warps, num_stages
-Row = dict[str, Any]  # a configuration, with which of its ways an operation goes, and how long it took if measured
+Row = dict[str, Any]  # a configuration, the back end that computes the operation, and the time it took if measured
 Table = dict[str, dict[str, dict[str, Row]]]  # by operation, class of shapes, architecture
 
-NOT_OF_A_LAUNCH = ("way", "microseconds")
+NOT_OF_A_LAUNCH = ("backend", "microseconds")
 
 
 def configuration(
@@ -22,9 +22,9 @@ def configuration(
     return {name: value for name, value in row.items() if name not in NOT_OF_A_LAUNCH}
 
 
-def way_of(operation: str, shape_class: str, architecture: str, looser_class: str | None = None) -> str:
-    """Return which way the operation goes: by `triton`, `cudnn` or, of a whole block, `fused` or in `parts`."""
-    return cast(str, row_of(operation, shape_class, architecture, looser_class)["way"])
+def backend_of(operation: str, shape_class: str, architecture: str, looser_class: str | None = None) -> str:
+    """Return the back end of the operation: `triton` or `cudnn` or, of a whole block, `fused` or `parts`."""
+    return cast(str, row_of(operation, shape_class, architecture, looser_class)["backend"])
 
 
 @cache

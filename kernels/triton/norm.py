@@ -1,4 +1,4 @@
-"""Instance norm, affine, ReLU and 2×2 average pooling in one pass, and what the mixed step needs of its derivatives.
+"""Normalise, scale, take ReLU and average-pool 2×2 in one pass, and the derivatives that the mixed step needs.
 
 A program walks over the planes of its channels three times: mean, variance, result. It walks in the windows of
 windows.py; those that are not whole count in the statistics and not in the pool. Where one tile holds the plane, the
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .entry import tl, triton
+from ..types import Affine, PlaneStats
+from .launch import tl, triton
 from .planes import Planes
 from .windows import (
     block_of,
-    empty_numbers,
     empty_pool,
+    empty_stat,
     launch_windows,
     load_windows,
-    over,
+    output_buffer,
     plane_sum,
     pooled_of,
     row_of,
@@ -37,22 +38,22 @@ def _forward(
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, CHANNELS)
+    sample, c, exists = block_of(C, BLOCK_C)
     y += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
 
-    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         total += ys[0] + ys[1]
     mu = plane_sum(total) / (H * W)
 
-    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         for row in tl.static_range(2):
@@ -65,7 +66,7 @@ def _forward(
     b = tl.load(beta + c, exists, 0).to(ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        pooled = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+        pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
             u = g * ((ys[row] - mu) * r) + b
             pooled += tl.where(u > 0, u, 0)
@@ -90,12 +91,12 @@ def _backward(
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, CHANNELS)
+    sample, c, exists = block_of(C, BLOCK_C)
     y += sample * (C * H * W)
     y_bar += sample * (C * H * W)
     p_bar += sample * (C * (H // 2) * (W // 2))
@@ -105,8 +106,8 @@ def _backward(
     g = tl.load(gamma + c, exists, 0).to(ACC)
     b = tl.load(beta + c, exists, 0).to(ACC)
 
-    beta_sum = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-    gamma_sum = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    beta_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
@@ -136,6 +137,94 @@ def _backward(
 
 
 @triton.jit
+def pool_dual(
+    y: tl.tensor,  # of the sample: (C, H, W)
+    y_dot: tl.tensor,
+    p: tl.tensor,  # (C, H//2, W//2)
+    p_dot: tl.tensor,
+    c: tl.tensor,  # (BLOCK_C, 1, 1), as is all that belongs to a plane or a channel
+    mu: tl.tensor,
+    r: tl.tensor,
+    mu_dot: tl.tensor,
+    h_y_dot: tl.tensor,
+    g: tl.tensor,
+    b: tl.tensor,
+    g_dot: tl.tensor,
+    b_dot: tl.tensor,
+    ACC: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> None:
+    """Store p and ṗ of planes whose statistics are known."""
+    TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
+    for start in range(0, TOTAL, WINDOWS):
+        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+        pooled_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
+            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
+            u = g * h + b
+            pooled += tl.where(u > 0, u, 0)
+            pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
+        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
+        tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
+
+
+@triton.jit
+def four_sums(
+    y: tl.tensor,  # of the sample: (C, H, W)
+    y_dot: tl.tensor,
+    p_bar: tl.tensor,  # (C, H//2, W//2)
+    p_bar_dot: tl.tensor,
+    c: tl.tensor,  # (BLOCK_C, 1, 1), as is all that belongs to a plane or a channel
+    mu: tl.tensor,
+    r: tl.tensor,
+    mu_dot: tl.tensor,
+    h_y_dot: tl.tensor,
+    g: tl.tensor,
+    b: tl.tensor,
+    ACC: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return the sums over each plane of ū, ūh, ū̇ and ū̇h + ūḣ."""
+    TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
+    beta_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    beta_sum_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    gamma_sum_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    for start in range(0, TOTAL, WINDOWS):
+        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        # Zero outside the pool, so windows that are not whole add nothing to the sums.
+        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
+        share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
+        for row in tl.static_range(2):
+            h = (ys[row] - mu) * r
+            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
+            active = g * h + b > 0
+            u_bar = tl.where(active, share, 0)
+            u_bar_dot = tl.where(active, share_dot, 0)
+            beta_sum += u_bar
+            gamma_sum += u_bar * h
+            beta_sum_dot += u_bar_dot
+            gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
+    return plane_sum(beta_sum), plane_sum(gamma_sum), plane_sum(beta_sum_dot), plane_sum(gamma_sum_dot)
+
+
+@triton.jit
 def _dual(
     y: tl.tensor,  # (B, C, H, W)
     y_dot: tl.tensor,
@@ -154,19 +243,19 @@ def _dual(
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, CHANNELS)
+    sample, c, exists = block_of(C, BLOCK_C)
     y += sample * (C * H * W)
     y_dot += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
     p_dot += sample * (C * (H // 2) * (W // 2))
 
-    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-    total_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    total_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
@@ -175,8 +264,8 @@ def _dual(
     mu = plane_sum(total) / (H * W)
     mu_dot = plane_sum(total_dot) / (H * W)
 
-    total = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-    total_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
+    total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
+    total_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
@@ -192,20 +281,10 @@ def _dual(
     b = tl.load(beta + c, exists, 0).to(ACC)
     g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
     b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
-    for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        pooled = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-        pooled_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-        for row in tl.static_range(2):
-            h = (ys[row] - mu) * r
-            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
-            u = g * h + b
-            pooled += tl.where(u > 0, u, 0)
-            pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
-        tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
+    pool_dual(
+        y, y_dot, p, p_dot, c, mu, r, mu_dot, h_y_dot, g, b, g_dot, b_dot,
+        ACC, C, H, W, CHANNELS_LAST, BLOCK_C, WINDOWS,
+    )  # fmt: skip
     plane = sample * C + c
     tl.store(mean + plane, mu, exists)
     tl.store(rstd + plane, r, exists)
@@ -234,12 +313,12 @@ def _dual_backward(
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, CHANNELS)
+    sample, c, exists = block_of(C, BLOCK_C)
     y += sample * (C * H * W)
     y_dot += sample * (C * H * W)
     y_bar += sample * (C * H * W)
@@ -255,31 +334,11 @@ def _dual_backward(
     b = tl.load(beta + c, exists, 0).to(ACC)
     g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
 
-    # Everything that the tangent needs of a plane follows from four sums: of ū, ūh, ū̇ and ū̇h + ūḣ.
-    beta_sum = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-    gamma_sum = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-    beta_sum_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-    gamma_sum_dot = tl.zeros((CHANNELS, WINDOWS, 2), ACC)
-    for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
-        share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
-        for row in tl.static_range(2):
-            h = (ys[row] - mu) * r
-            h_dot = r * (yds[row] - mu_dot - h * h_y_dot)
-            active = g * h + b > 0
-            u_bar = tl.where(active, share, 0)
-            u_bar_dot = tl.where(active, share_dot, 0)
-            beta_sum += u_bar
-            gamma_sum += u_bar * h
-            beta_sum_dot += u_bar_dot
-            gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
-    beta_total = plane_sum(beta_sum)
-    gamma_total = plane_sum(gamma_sum)
-    beta_total_dot = plane_sum(beta_sum_dot)
-    gamma_total_dot = plane_sum(gamma_sum_dot)
+    # Everything that the tangent needs of a plane follows from these sums.
+    beta_total, gamma_total, beta_total_dot, gamma_total_dot = four_sums(
+        y, y_dot, p_bar, p_bar_dot, c, mu, r, mu_dot, h_y_dot, g, b,
+        ACC, C, H, W, CHANNELS_LAST, BLOCK_C, WINDOWS,
+    )  # fmt: skip
     h_bar_mean = g * beta_total / (H * W)
     along = g * gamma_total / (H * W)
     h_bar_mean_dot = (g_dot * beta_total + g * beta_total_dot) / (H * W)
@@ -306,61 +365,54 @@ def _dual_backward(
     tl.store(beta_bar_dot + plane, beta_total_dot, exists)
 
 
-def norm_relu_pool(y: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool`. mean and rstd are float32 for bfloat16 `y`, here and below."""
     planes = Planes.of(y)
     p = empty_pool(y, planes)
-    mean, rstd = (empty_numbers(y) for _ in range(2))
-    launch_windows(_forward, "norm_relu_pool", planes, y, gamma, beta, p, mean, rstd, EPS=eps)
+    mean, rstd = (empty_stat(y) for _ in range(2))
+    launch_windows(_forward, "norm_relu_pool", planes, y, *affine, p, mean, rstd, EPS=eps)
     return p, mean, rstd
 
 
 def norm_relu_pool_backward(
-    y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False
+    y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
     planes = Planes.of(y, p_bar)
-    y_bar = over(y, reuse)
-    gamma_bar, beta_bar = (empty_numbers(y) for _ in range(2))
-    arguments = (y, mean, rstd, gamma, beta, p_bar, y_bar, gamma_bar, beta_bar)
-    launch_windows(_backward, "norm_relu_pool_backward", planes, *arguments)
+    y_bar = output_buffer(y, reuse)
+    gamma_bar, beta_bar = (empty_stat(y) for _ in range(2))
+    results = (y_bar, gamma_bar, beta_bar)
+    launch_windows(_backward, "norm_relu_pool_backward", planes, y, mean, rstd, *affine, p_bar, *results)
     return y_bar, gamma_bar.sum(0), beta_bar.sum(0)
 
 
 def norm_relu_pool_dual(
-    y: Tensor, y_dot: Tensor, gamma: Tensor, beta: Tensor, gamma_dot: Tensor, beta_dot: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y: Tensor, y_dot: Tensor, affine: Affine, affine_dot: Affine, eps: float
+) -> tuple[Tensor, Tensor, PlaneStats]:
     """See `mtt_fast.kernels.norm_relu_pool_dual`."""
     planes = Planes.of(y, y_dot)
     p, p_dot = (empty_pool(y, planes) for _ in range(2))
-    mean, rstd, k1, k2 = (empty_numbers(y) for _ in range(4))
-    arguments = (y, y_dot, gamma, beta, gamma_dot, beta_dot, p, p_dot, mean, rstd, k1, k2)
+    stats = PlaneStats(*(empty_stat(y) for _ in range(4)))
+    arguments = (y, y_dot, *affine, *affine_dot, p, p_dot, *stats)
     launch_windows(_dual, "norm_relu_pool_dual", planes, *arguments, EPS=eps)
-    return p, p_dot, mean, rstd, k1, k2
+    return p, p_dot, stats
 
 
 def norm_relu_pool_dual_backward(
     y: Tensor,
     y_dot: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    k1: Tensor,
-    k2: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    gamma_dot: Tensor,
-    beta_dot: Tensor,
+    stats: PlaneStats,
+    affine: Affine,
+    affine_dot: Affine,
     p_bar: Tensor,
     p_bar_dot: Tensor,
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. `beta_dot` moves no gradient of this operation."""
+    """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. β̇ moves no gradient of this operation."""
     planes = Planes.of(y, y_dot, p_bar, p_bar_dot)
-    y_bar, y_bar_dot = over(y, reuse), over(y_dot, reuse)
-    gamma_bar_dot, beta_bar_dot = (empty_numbers(y) for _ in range(2))
-    numbers = (mean, rstd, k1, k2, gamma, beta, gamma_dot)
+    y_bar, y_bar_dot = output_buffer(y, reuse), output_buffer(y_dot, reuse)
+    gamma_bar_dot, beta_bar_dot = (empty_stat(y) for _ in range(2))
+    arguments = (y, y_dot, *stats, *affine, affine_dot.gamma, p_bar, p_bar_dot)
     results = (y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot)
-    launch_windows(
-        _dual_backward, "norm_relu_pool_dual_backward", planes, y, y_dot, *numbers, p_bar, p_bar_dot, *results
-    )
+    launch_windows(_dual_backward, "norm_relu_pool_dual_backward", planes, *arguments, *results)
     return y_bar, y_bar_dot, gamma_bar_dot.sum(0), beta_bar_dot.sum(0)

@@ -1,4 +1,4 @@
-"""A batch of planes (B, C, H, W) as the kernels see it: its shape, its memory format, and what its sums are taken in."""
+"""Describe a batch of planes (B, C, H, W) to the kernels: its shape and its memory format."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats import memory_format
+from ..types import memory_format
 
-OFFSETS = 2**31  # a sample is addressed by int64, and what lies within a few samples by int32
+OFFSETS = 2**31  # a sample is addressed by int64, and an element within a few samples by int32
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Planes:
 
     @classmethod
     def of(cls, tensor: Tensor, *alike: Tensor | None) -> Planes:
-        """Read them off `tensor`. Raises `ValueError` unless it, and all `alike` in the same way, are in one format."""
+        """Return the shape and format of `tensor`. Raises `ValueError` unless it, and all `alike` in the same way, are in one format."""
         shared = memory_format(tensor)
         for other in alike:
             if other is not None and not other.is_contiguous(memory_format=shared):
@@ -37,12 +37,12 @@ class Planes:
 
     @property
     def channels_last(self) -> bool:
-        """Whether the channels of a pixel lie side by side; otherwise the pixels of a channel do."""
+        """Return whether the channels of a pixel lie side by side; otherwise the pixels of a channel do."""
         return self.memory_format == torch.channels_last
 
     @property
     def sample_size(self) -> int:
-        """Elements of one sample."""
+        """Return the number of elements of one sample."""
         return self.channels * self.height * self.width
 
     def empty(self, like: Tensor, channels: int, height: int, width: int) -> Tensor:

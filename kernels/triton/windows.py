@@ -1,7 +1,7 @@
-"""Planes in 2×2 windows: where a window's pixels and its pooled value lie, and the launch of a kernel that walks so.
+"""Walk over planes in 2×2 windows: place a window's pixels and its pooled value, and launch a kernel that walks so.
 
 A program owns a block of channels of one sample and walks over their planes, WINDOWS at a time, so that a thread holds
-what it pools. An odd last row or column makes windows that are not whole, which have no pooled value.
+the pixels that it pools. An odd last row or column makes windows that are not whole, which have no pooled value.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import accumulator
+from ..types import accumulator
 from .configurations import configuration
-from .entry import architecture, launch, tl, triton
+from .launch import architecture, launch, tl, triton
 from .planes import Planes
 
 
 @triton.jit
-def block_of(C: tl.constexpr, CHANNELS: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Sample (int64), channels (CHANNELS, 1, 1) and which of them exist."""
-    blocks: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+def block_of(C: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the sample (int64), the channels (BLOCK_C, 1, 1) and which of these exist."""
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
-    c = (program % blocks) * CHANNELS + tl.arange(0, CHANNELS)[:, None, None]
+    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None, None]
     return (program // blocks).to(tl.int64), c, c < C
 
 
@@ -37,7 +37,7 @@ def row_of(
     CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Where the upper or lower pixels of the windows lie in a sample, and which exist: (CHANNELS, WINDOWS, 2)."""
+    """Return the places of the windows' upper or lower pixels in a sample, and which exist: (BLOCK_C, WINDOWS, 2)."""
     window = start + tl.arange(0, WINDOWS)[None, :, None]
     columns: tl.constexpr = (W + 1) // 2
     row = 2 * (window // columns) + ROW
@@ -57,7 +57,7 @@ def pooled_of(
     CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Where the pooled values of the windows lie in a sample, and which exist: (CHANNELS, WINDOWS, 1)."""
+    """Return the places of the windows' pooled values in a sample, and which exist: (BLOCK_C, WINDOWS, 1)."""
     window = start + tl.arange(0, WINDOWS)[None, :, None]
     columns: tl.constexpr = (W + 1) // 2
     row = window // columns
@@ -79,7 +79,7 @@ def load_windows(
     CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Both rows, in ACC. They are loaded before anything is stored, or the loads of two walks could not be merged."""
+    """Load both rows, in ACC: before anything is stored, or the loads of two walks could not be merged."""
     upper, upper_mask = row_of(c, start, 0, C, H, W, CHANNELS_LAST, WINDOWS)
     lower, lower_mask = row_of(c, start, 1, C, H, W, CHANNELS_LAST, WINDOWS)
     return tl.load(pointer + upper, upper_mask, 0).to(ACC), tl.load(pointer + lower, lower_mask, 0).to(ACC)
@@ -87,7 +87,7 @@ def load_windows(
 
 @triton.jit
 def plane_sum(tile: tl.tensor) -> tl.tensor:
-    """(CHANNELS, WINDOWS, 2) -> (CHANNELS, 1, 1)."""
+    """Sum `tile` (BLOCK_C, WINDOWS, 2) over its pixels: (BLOCK_C, 1, 1)."""
     return tl.sum(tl.sum(tile, 2, keep_dims=True), 1, keep_dims=True)
 
 
@@ -96,13 +96,13 @@ def empty_pool(y: Tensor, planes: Planes) -> Tensor:
     return planes.empty(y, planes.channels, planes.height // 2, planes.width // 2)
 
 
-def empty_numbers(y: Tensor) -> Tensor:
-    """Allocate a number for each plane of `y`, (B, C): float32 for bfloat16."""
+def empty_stat(y: Tensor) -> Tensor:
+    """Allocate a statistic of the planes of `y`, (B, C): float32 for bfloat16."""
     return torch.empty(y.shape[:2], dtype=accumulator(y.dtype), device=y.device)
 
 
-def over(y: Tensor, reuse: bool) -> Tensor:
-    """Return where the gradient to `y` goes: a program reads a window for the last time before it writes there."""
+def output_buffer(y: Tensor, reuse: bool) -> Tensor:
+    """Return the memory for the gradient to `y`: a program reads a window for the last time before it writes there."""
     if not reuse:
         return torch.empty_like(y)
     torch.autograd.graph.increment_version(y)
@@ -116,7 +116,7 @@ def launch_windows(
     row = configuration(operation, shape_class(planes), architecture(y.device))
     launch(
         kernel,
-        planes.samples * triton.cdiv(planes.channels, row["CHANNELS"]),
+        planes.samples * triton.cdiv(planes.channels, row["BLOCK_C"]),
         y,
         *rest,
         **constants,

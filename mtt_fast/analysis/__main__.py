@@ -11,8 +11,9 @@ from mtt_fast.errors import InputError, did_you_mean
 
 COMMANDS = {
     "grid": "accuracy over expert epochs M and student steps N: Figure 5, left",
-    "distance": "how close students on distilled sets come to the expert's later parameters: Figure 5, right",
-    "tables": "Tables 1, 2 and 4: what was measured here beside what the paper says",
+    "distance": "how close distilled sets lead to where real training goes: Figure 5, right",
+    "tables": "Tables 1 to 4: what was measured here beside what the paper says",
+    "score": "DD-Ranking's label-robust score from accuracies",
     "evolution": "the images over the iterations of a run: a GIF and a strip",
 }
 """Each is a module of this package with `main(argv)`."""

@@ -1,25 +1,28 @@
-"""How close students on distilled sets come to later parameters of the expert: `python -m mtt_fast.analysis distance`.
+"""How close students on distilled sets come to where real training goes: `python -m mtt_fast.analysis distance`.
 
 The right of Figure 5 of the paper (section 4.2), which compares sets that were distilled to match long and short pieces
-of the experts' trajectories. The definition is this project's. For a distilled set, an expert θ*_0, θ*_1, … (one row an epoch) and a start epoch s:
+of training: there of CIFAR-100 with 1 image a class, MTT and DSA. From one set of initial parameters θ_0
 
-    θ_0 = θ*_s,   θ_{k+1} = θ_k − α ∇ℓ(θ_k; X[b_k], y[b_k])   k = 0 … K − 1     (as in the distillation: the same learning rate,
-                                                                batch size, augmentation, momentum and weight decay)
-    d(Δ) = min_k ‖θ_k − θ*_{s+Δ}‖ / ‖θ*_s − θ*_{s+Δ}‖
+    θ*_Δt   is where Δt steps of training on real images lead (as experts are trained: SGD, its augmentation, …)
+    θ̂_k     is where k steps on the distilled set lead (as in its distillation: its learning rate, batch size,
+            augmentation, momentum and weight decay), k = 0 … K, in the paper K = 1,000
 
-So d(Δ) is the distance, in units of the way that the expert went in Δ epochs, at which some step of the student passes
-the expert's parameters: 1 where no step comes closer than the start, 0 where one meets them. Distances are Euclidean and
-not squared. The expert's Δ epochs are Δ·⌈n/b⌉ steps on real images, n training images in batches of b: the Δt of the
-figure's axis. Mean and standard deviation are over experts and start epochs.
+    d(Δt) = min_k |θ̂_k − θ*_Δt|² / |θ_0 − θ*_Δt|²
+
+the normalised squared error of the matching loss at the step that comes closest: 1 where no step is closer than the start,
+0 where one meets the target. The start and the real steps are those of an expert, so that after whole epochs θ* is what
+`mtt_fast.experts` records. With --starts the same is done from several sets of initial parameters.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,72 +34,88 @@ from tqdm import tqdm
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import parsing
-from mtt_fast.commands.evaluated_set import check_shape
-from mtt_fast.commands.options import CommonOptions, at_least, buffer_folder
+from mtt_fast.commands.option_fields import Role, names_of
+from mtt_fast.commands.options import CommonOptions, Count, Networks, Rate
 from mtt_fast.commands.tables import markdown_table, save_figure
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
+from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions, expert_steps
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import arithmetic
-from mtt_fast.runtime.provenance import choose_device, device_name, versions
+from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.files import write_json, write_text
-from mtt_fast.storage.run_folder import SYNTHETIC
-from mtt_fast.storage.trajectories import TrajectoryStore, check_compatible
-from mtt_fast.training.images import as_training_images
+from mtt_fast.storage.files import MALFORMED, write_text
+from mtt_fast.storage.identity import check_same_data
+from mtt_fast.storage.records import read_record, write_record
+from mtt_fast.storage.run_folder import SYNTHETIC, only_user
+from mtt_fast.training.images import RealImages, as_training_images, real_images
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m mtt_fast.analysis distance"
+RECORD = "distance.json"
+_WITHOUT_AUGMENTATION = {"DC", "DD", "LD"}  # methods whose distillation sees the images as they are
+_OF_EXPERTS = {field.name for field in dataclasses.fields(ExpertTrainingOptions)} - {
+    field.name for field in dataclasses.fields(CommonOptions)
+} | {"expert_lr", "batch_real"}
 
 
 @dataclass(frozen=True)
-class DistanceOptions(CommonOptions):
-    """Draw the parameter distance to the expert after Δt real steps, for several distilled sets.
+class DistanceOptions(ExpertTrainingOptions):
+    """Draw how close several distilled sets lead to where Δt steps of real training lead, over Δt.
 
-    The data set, the network, the experts and the like are those of the first run, unless they are given.
+    The data set, the network and the like are those of the first run, unless they are given, and real training is that of
+    the first run that was distilled by matching trajectories. A stopped command goes on where it was.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """run folders or synthetic.safetensors files, each plain or as LABEL=PATH, e.g. long-range=runs/M20 short-range=runs/M1"""
-    buffer_path: str = "buffers"
-    """where the experts' trajectories are"""
-    max_experts: int = 5
-    """use only so many experts"""
-    start_epochs: str = "0"
-    """expert epochs to start from, joined by commas"""
-    epochs: int | None = None
-    """the largest Δ, in expert epochs; without it as far as the experts go"""
-    steps: int = 1000
-    """K: student steps on the distilled set, whose K + 1 vectors of parameters are in memory together"""
+    """run folders or synthetic.safetensors files, each plain or as LABEL=PATH, e.g. MTT=runs/mtt DSA=runs/dsa"""
+    deltas: str = "10,20,50,100,200,500,1000,2000,5000"
+    """Δt: numbers of steps on real images, joined by commas"""
+    steps: Count = 1000
+    """K: steps on the distilled set, whose K + 1 vectors of parameters are in memory together"""
+    starts: Networks = 1
+    """sets of initial parameters, of each of which there is a real training"""
+    expert_lr: Rate = 0.01
+    """learning rate on real images"""
+    batch_real: Count = 256
+    """batch size on real images"""
     out: str = "runs/distance"
     """folder for distance.png, distance.md and distance.json"""
 
 
 Nearest = tuple[float, int]
-"""d(Δ), and the student's step k that is so near."""
+"""d(Δt), and the student's step k that is so near."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    sets = _distilled_sets(parsing.parse_known(DistanceOptions, argv, PROGRAM).runs)
-    names = {field.name for field in dataclasses.fields(CommonOptions)} | {"buffer_path"}
-    of_first: Mapping[str, Any] = next(iter(sets.values())).recipe if sets else {}
-    defaults = {name: value for name, value in of_first.items() if name in names and name != "device"}
-    options = parsing.parse(DistanceOptions, argv, PROGRAM, defaults)
+    sets = _distilled_sets(parsing.preview(DistanceOptions, argv, PROGRAM).runs)
     if not sets:
         raise InputError(f"expected run folders, plain or as LABEL=FOLDER; see {PROGRAM} --help")
-    complaint = at_least(1, max_experts=options.max_experts, epochs=options.epochs, steps=options.steps)
-    if complaint:
-        raise InputError(complaint)
-    starts = parsing.integers(options.start_epochs, "--start_epochs", minimum=0)
+    defaults = _defaults([synthetic.recipe for synthetic in sets.values()])
+    options = parsing.parse(DistanceOptions, argv, PROGRAM, defaults, source=next(iter(sets)))
+    deltas = sorted(set(parsing.integers(options.deltas, "--deltas")))
+    training = options.training_at(options.expert_lr, options.batch_real)
     device = choose_device(options.device)
-    with arithmetic(device, options.precision):
-        _run(options, sets, starts, device)
+    data = options.load_data()
+    network = options.network(data)
+    for label, synthetic in sets.items():
+        check_same_data(synthetic.identity, data.identity(options.zca), label)
+    with arithmetic(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
+        _run(options, sets, network, real_images(data, options.zca, device), training, deltas, stop)
+
+
+def _defaults(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the sets' recipes say of the options: the first of the data and the network, of experts one that has some."""
+    common = names_of(CommonOptions, Role.RESULT, Role.PLACE)
+    matched = next((recipe for recipe in recipes if "expert_epochs" in recipe), {})
+    of_first = {name: value for name, value in (recipes[0] if recipes else {}).items() if name in common}
+    return of_first | {name: value for name, value in matched.items() if name in _OF_EXPERTS}
 
 
 def _distilled_sets(places: Sequence[str]) -> dict[str, SyntheticDataset]:
@@ -115,49 +134,65 @@ def _distilled_sets(places: Sequence[str]) -> dict[str, SyntheticDataset]:
 
 
 def _run(
-    options: DistanceOptions, sets: Mapping[str, SyntheticDataset], starts: Sequence[int], device: torch.device
+    options: DistanceOptions,
+    sets: Mapping[str, SyntheticDataset],
+    network: Trainable,
+    real: RealImages,
+    training: ExpertTraining,
+    deltas: Sequence[int],
+    stop: StopRequest,
 ) -> None:
-    data = options.load_data()
-    network = options.network(data)
-    experts = TrajectoryStore(buffer_folder(options.buffer_path, data, options.model, options.zca))
-    count = min(options.max_experts, len(experts))
-    if not count:
-        raise InputError(f"{experts.folder}: expected experts, found none; give the --buffer_path of the runs")
-    for label, synthetic in sets.items():
-        check_shape(as_training_images(synthetic, torch.device("cpu")), data, label)
-        if len(synthetic.class_names) != data.num_classes:
-            raise InputError(
-                f"{label}: expected {data.num_classes} classes of {data.name}, found {len(synthetic.class_names)}; the "
-                "runs must be of one data set"
-            )
-    last = min(experts.epochs(expert) for expert in range(count))
-    reach = [min(last - start, options.epochs or last) for start in starts]
-    if min(reach) < 1:
-        raise InputError(f"--start_epochs {options.start_epochs}: expected epochs below {last}, where the experts end")
-    for expert in range(count):
-        check_compatible(
-            experts.metadata(expert),
-            layout=network.layout.describe(),
-            fingerprint=data.fingerprint,
-            whitening="zca" if options.zca else "none",
-            needed_epochs=last,
-            epochs=experts.epochs(expert),
-            where=experts.folder,
-        )
-    found: dict[str, dict[int, list[Nearest]]] = {label: {} for label in sets}
-    works = [(label, expert, place) for label in sets for expert in range(count) for place in range(len(starts))]
-    with stop_request() as stop, tqdm(works, desc="distance", unit="student") as bar:
-        for label, expert, place in bar:
-            if stop:
-                raise Stopped("stopped; nothing was written", stop.signum)
-            start, rows = starts[place], range(starts[place], starts[place] + reach[place] + 1)
-            trajectory = torch.stack([experts.read(expert, row) for row in rows]).to(device)
-            generator = generator_for(options.seed, "distance", expert, start)
-            path = student_path(network, trajectory[0], sets[label], options, generator)
-            for delta, nearest in nearest_steps(path, trajectory).items():
-                found[label].setdefault(delta, []).append(nearest)
-    batch = int(experts.metadata(0).hyperparameters["batch_size"])
-    _write(Path(options.out), found, math.ceil(len(data.train.labels) / batch), options, device)
+    folder, precision = Path(options.out), precision_on(real.train.labels.device, network, options.precision)
+    measured = _measured_before(folder)
+    questions = {
+        (start, label): _question(options, synthetic, network, real, training, deltas, start)
+        for start in range(options.starts)
+        for label, synthetic in sets.items()
+    }
+    open_ones = [place for place, question in questions.items() if _answer(measured, question) is None]
+    trainings = {start for start, _ in open_ones}
+    with tqdm(total=len(trainings) * deltas[-1] + len(open_ones) * options.steps, desc="distance", unit="step") as bar:
+        for start in sorted(trainings):
+            steps = expert_steps(real, network, training, seed=options.seed, index=start, precision=precision)
+            begin, *targets = places_after(steps, deltas, stop, bar)
+            for label in (label for place, label in open_ones if place == start):
+                generator = generator_for(options.seed, "distance", start)
+                path = student_path(network, begin, sets[label], options, generator)
+                nearest = nearest_steps(path, torch.stack(targets))
+                bar.update(options.steps)
+                measured.append({"question": questions[start, label], "nearest": nearest})
+                _write_record(folder, _curves(questions, measured, deltas), measured, options, real)
+                _stop_if_asked(stop)
+    curves = _curves(questions, measured, deltas)
+    _write_record(folder, curves, measured, options, real)
+    write_text(folder / "distance.md", _as_markdown(curves, options))
+    _draw(folder / "distance.png", curves)
+    for label, points in curves.items():
+        closest = min(points, key=lambda point: point["mean"])
+        log.info("%s: closest %.3f ± %.3f, Δt = %d", label, closest["mean"], closest["std"], closest["real_steps"])
+
+
+def _stop_if_asked(stop: StopRequest) -> None:
+    if stop:
+        raise Stopped("stopped; the sets that were finished are saved, and the same command goes on", stop.signum)
+
+
+def places_after(steps: Iterator[Tensor], deltas: Sequence[int], stop: StopRequest, bar: tqdm) -> list[Tensor]:
+    """Return what `steps` yields at first and after each of the numbers `deltas` (rising) of steps: parameters (P,).
+
+    Raises `InputError` if they are no numbers any more, or those at the start again; `Stopped` on request.
+    """
+    places = []
+    for number, theta in enumerate(itertools.islice(steps, deltas[-1] + 1)):
+        _stop_if_asked(stop)
+        if number in (0, *deltas):
+            places.append(theta)
+            if not bool(theta.isfinite().all()):
+                raise InputError(f"training on real images diverged within {number} steps; give a smaller --expert_lr")
+            if number and theta.equal(places[0]):
+                raise InputError(f"training on real images went nowhere in {number} steps; give a larger --expert_lr")
+        bar.update(number > 0)
+    return places
 
 
 def student_path(
@@ -167,10 +202,10 @@ def student_path(
     options: DistanceOptions,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return θ_0 … θ_K, (K + 1, P): `options.steps` student steps from `start` (P,) as in the set's distillation."""
+    """Return θ̂_0 … θ̂_K, (K + 1, P): `options.steps` steps from `start` (P,) as in the set's distillation."""
     recipe, images = synthetic.recipe, as_training_images(synthetic, start.device)
     batches = student_batches(len(images), recipe.get("batch_syn"), options.steps, generator)
-    augment = None if recipe.get("no_aug") else augment_by_strategy(options.strategy)
+    augment = augment_by_strategy(_strategy(recipe, options))
     rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
     if rates.dim():  # one for each of N steps, which come again and again
         rates = rates.repeat(math.ceil(options.steps / len(rates)))[: options.steps]
@@ -185,77 +220,139 @@ def student_path(
     return path
 
 
-def nearest_steps(path: Tensor, trajectory: Tensor) -> dict[int, Nearest]:
-    """Return, by Δ = 1 …, the distance d(Δ) of the module's docstring and the step k at which it is reached.
+def _strategy(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
+    """Return the augmentation that a set was distilled with; that of the options where its recipe does not say."""
+    if recipe.get("no_aug") or recipe.get("method") in _WITHOUT_AUGMENTATION or not recipe.get("dsa", options.dsa):
+        return "none"
+    return str(recipe.get("dsa_strategy", options.dsa_strategy))
 
-    `path` (K + 1, P) is the student's, `trajectory` (Δ's + 1, P) the expert's from the start epoch on.
-    Raises `InputError` if the expert is back where it started.
+
+def nearest_steps(path: Tensor, targets: Tensor) -> list[Nearest]:
+    """Return, for each of `targets` (n, P), the distance d of the module's docstring and the step at which it is reached.
+
+    `path` (K + 1, P) is the student's, from the common start on; steps that are no numbers any more are infinitely far.
     """
-    targets = trajectory[1:]
 
-    def distance_to(place: Tensor) -> Tensor:
+    def squared_distances(place: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(targets - place, dim=1, dtype=torch.float64)
-        return norms
+        return norms.square()
 
-    moved = distance_to(trajectory[0])
-    if not bool((moved > 0).all()):
-        raise InputError(
-            "the expert has not moved between two epochs; leave it out with --max_experts, or train it again"
-        )
-    distances = torch.stack([distance_to(path[k]) for k in range(len(path))])  # (K + 1, Δ's)
-    least, step = (distances / moved).min(dim=0)
-    return {delta: (float(value), int(k)) for delta, (value, k) in enumerate(zip(least, step, strict=True), 1)}
+    moved = squared_distances(path[0])
+    distances = torch.stack([squared_distances(place) for place in path]) / moved  # (K + 1, n)
+    least, step = distances.nan_to_num(nan=math.inf).min(dim=0)
+    return [(float(value), int(k)) for value, k in zip(least, step, strict=True)]
 
 
-def _write(
-    folder: Path,
-    found: Mapping[str, Mapping[int, Sequence[Nearest]]],
-    steps_an_epoch: int,
+def _question(
     options: DistanceOptions,
-    device: torch.device,
-) -> None:
-    curves = {
-        label: [_point(delta, steps_an_epoch, of) for delta, of in points.items()] for label, points in found.items()
+    synthetic: SyntheticDataset,
+    network: Trainable,
+    real: RealImages,
+    training: ExpertTraining,
+    deltas: Sequence[int],
+    start: int,
+) -> dict[str, Any]:
+    """Return all that a set's distances from one start follow from: the same question has one answer."""
+    rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
+    student = {name: synthetic.recipe.get(name) for name in ("batch_syn", "student_mom", "student_l2")}
+    question = {
+        "set": digest(synthetic.images, synthetic.labels, rates),
+        "label_kind": synthetic.label_kind,
+        "canvas": synthetic.canvas and dataclasses.asdict(synthetic.canvas),
+        "student": student | {"augment": _strategy(synthetic.recipe, options), "steps": options.steps},
+        "training": dataclasses.asdict(training),
+        "deltas": list(deltas),
+        "start": start,
+        "seed": options.seed,
+        "network": network.describe(),
+        "fingerprint": real.data.fingerprint,
+        "whitening": real.whitening,
+        "precision": options.precision,
     }
-    record = {
-        "distance": "least over the student's steps, divided by the expert's way: mean, std over experts and start epochs",
-        "curves": curves,
-        "options": dataclasses.asdict(options),
-        "device": device_name(device),
-        "versions": versions(),
-    }
-    write_json(folder / "distance.json", record)
-    shown = [f"{point['expert_epochs']} ({point['real_steps']})" for point in next(iter(curves.values()))]
-    rows = [
-        [label, *(f"{point['mean']:.3f} ± {point['std']:.3f}" for point in points)] for label, points in curves.items()
-    ]
-    table = markdown_table(["after expert epochs (real steps)", *shown], rows)
-    about = (
-        "Least distance to the expert over the student's steps, divided by the expert's way: mean ± standard deviation."
-    )
-    write_text(folder / "distance.md", f"{table}\n{about}\n")
-    _draw(folder / "distance.png", curves)
-    for label, points in curves.items():
-        nearest = min(points, key=lambda point: point["mean"])
-        log.info(
-            "%s: nearest %.3f ± %.3f, after %d real steps",
-            label,
-            nearest["mean"],
-            nearest["std"],
-            nearest["real_steps"],
-        )
+    return dict(json.loads(json.dumps(question)))  # as it is read back
 
 
-def _point(delta: int, steps_an_epoch: int, nearest: Sequence[Nearest]) -> dict[str, Any]:
+def _measured_before(folder: Path) -> list[dict[str, Any]]:
+    path = folder / RECORD
+    if not path.exists():
+        return []
+    what, mend = "a record of this command", "delete it or choose another --out"
+    record = read_record(path, what, mend)
+    try:
+        return [
+            {
+                "question": dict(entry["question"]),
+                "nearest": [(float(far), int(step)) for far, step in entry["nearest"]],
+            }
+            for entry in record["measured"]
+        ]
+    except MALFORMED as error:
+        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
+
+
+def _answer(measured: Sequence[Mapping[str, Any]], question: Mapping[str, Any]) -> Sequence[Nearest] | None:
+    return next((entry["nearest"] for entry in measured if entry["question"] == question), None)
+
+
+def _curves(
+    questions: Mapping[tuple[int, str], Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], deltas: Sequence[int]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return, by label, a point for each Δt, over the starts that are measured."""
+    answers: dict[str, list[Sequence[Nearest]]] = {}
+    for (_, label), question in questions.items():
+        if (answer := _answer(measured, question)) is not None:
+            answers.setdefault(label, []).append(answer)
+    return {
+        label: [_point(delta, [answer[place] for answer in of]) for place, delta in enumerate(deltas)]
+        for label, of in answers.items()
+    }
+
+
+def _point(delta: int, nearest: Sequence[Nearest]) -> dict[str, Any]:
     distances = [distance for distance, _ in nearest]
     return {
-        "expert_epochs": delta,
-        "real_steps": delta * steps_an_epoch,
+        "real_steps": delta,
         "mean": statistics.fmean(distances),
         "std": statistics.stdev(distances) if len(distances) > 1 else 0.0,
         "n": len(distances),
         "student_step": statistics.fmean(step for _, step in nearest),
     }
+
+
+def _about(options: DistanceOptions) -> str:
+    starts = "one start" if options.starts == 1 else f"{options.starts} starts, mean ± standard deviation"
+    return (
+        f"Least squared distance over {options.steps} steps on the distilled set to where Δt steps on real images lead, "
+        f"divided by the squared distance of the start from there; from {starts}."
+    )
+
+
+def _write_record(
+    folder: Path,
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    measured: Sequence[Mapping[str, Any]],
+    options: DistanceOptions,
+    real: RealImages,
+) -> None:
+    record = {
+        "distance": _about(options),
+        "curves": curves,
+        "measured": measured,
+        "options": dataclasses.asdict(options),
+        "device": device_name(real.train.labels.device),
+        "versions": versions(),
+    }
+    write_record(folder / RECORD, record)
+
+
+def _as_markdown(curves: Mapping[str, Sequence[Mapping[str, Any]]], options: DistanceOptions) -> str:
+    header = [str(point["real_steps"]) for point in next(iter(curves.values()))]
+    rows = [[label, *map(_in_words, points)] for label, points in curves.items()]
+    return f"{markdown_table(['Δt, steps on real images', *header], rows)}\n{_about(options)}\n"
+
+
+def _in_words(point: Mapping[str, Any]) -> str:
+    return f"{point['mean']:.3f}" + (f" ± {point['std']:.3f}" if point["n"] > 1 else "")
 
 
 def _draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -269,7 +366,8 @@ def _draw(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.axhline(1.0, color="grey", linestyle="--", linewidth=0.8)
-    axes.set(xlabel="Δt: the expert's steps on real images", ylabel="distance to the expert / its way, mean ± std")
+    axes.set_xscale("log")
+    axes.set(xlabel="Δt: steps on real images", ylabel="least |θ̂ − θ*|² / |θ_0 − θ*|²")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(path, figure)

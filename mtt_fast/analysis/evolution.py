@@ -5,20 +5,23 @@ Reads the snapshots that each evaluation left in RUN/history (the first image of
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from mtt_fast.commands import parsing
-from mtt_fast.commands.options import at_least
+from mtt_fast.commands.option_fields import Range
+from mtt_fast.commands.options import AtLeastTwo
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.files import atomic_path, read_bytes
 from mtt_fast.storage.run_folder import HISTORY
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m mtt_fast.analysis evolution"
 CAPTION = 24
 """Pixels above each picture for the number of its iteration."""
+_LARGEST = 64 << 20  # bytes of a snapshot
 _NARROWEST = 480  # pixels on the screen
 _LAST_STAYS = 5  # times as long as the others
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
@@ -39,18 +43,15 @@ class EvolutionOptions:
     """the run's folder"""
     out: str | None = None
     """another folder for the two pictures"""
-    seconds: float = 0.3
-    """of each picture of the GIF; the last one stays five times as long"""
-    rows: int = 8
+    seconds: Annotated[float, Range(0.02, 600)] = 0.3
+    """of each picture of the GIF, from 0.02 to 600; the last one stays five times as long"""
+    rows: AtLeastTwo = 8
     """pictures in the strip, evenly spaced, with the first and the last"""
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options = parsing.parse(EvolutionOptions, argv, PROGRAM)
-    complaint = at_least(2, rows=options.rows) or at_least(0.02, seconds=options.seconds)
-    if complaint:
-        raise InputError(complaint)
     if not options.run:
         raise InputError(f"expected a run's folder; see {PROGRAM} --help")
     frames = [_with_caption(iteration, image) for iteration, image in read_history(Path(options.run)).items()]
@@ -76,10 +77,11 @@ def read_history(run: Path) -> dict[int, Image.Image]:
         )
     found: dict[int, Image.Image] = {}
     for iteration in sorted(files):
+        content = io.BytesIO(read_bytes(files[iteration], _LARGEST))
         try:
-            with Image.open(files[iteration]) as image:
+            with Image.open(content) as image:
                 found[iteration] = image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{files[iteration]}: not a picture; delete it") from error
         first = next(iter(found.values()))
         if found[iteration].size != first.size:

@@ -10,16 +10,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mtt_fast.analysis.runs import read_summary
 from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import Told
 from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.options import parse_options
 from mtt_fast.errors import Diverged
 from mtt_fast.runtime.interrupts import Stopped
-from mtt_fast.storage.files import write_json, write_text
+from mtt_fast.storage.files import write_text
+from mtt_fast.storage.records import write_record
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class GridOptions:
     """N: student steps in each iteration, joined by commas"""
     out: str = "runs/grid"
     """folder of the grid: grid.png, grid.md, grid.json, and a run folder for each cell"""
-    resume: bool = False
+    resume: Annotated[bool, Told("not needed: the same command always goes on where it was")] = False
     """not needed: the same command always goes on where it was"""
 
 
@@ -55,8 +57,11 @@ def main(argv: Sequence[str]) -> None:
         (m, n): [*others, "--expert_epochs", str(m), "--syn_steps", str(n), "--out", str(place)]
         for (m, n), place in cells.items()
     }
-    for command in commands.values():
-        parse_options(command)  # a mistake is told before the first cell is run
+    parsed = [parse_options(command) for command in commands.values()]  # a mistake is told before the first cell is run
+    if parsed[0].dry_run:
+        for command in commands.values():
+            distill.main(command)
+        return
     accuracies: dict[tuple[int, int], Mapping[str, Any] | None] = dict.fromkeys(cells)
     for number, (cell, command) in enumerate(commands.items(), 1):
         log.info("cell %d of %d: M = %d, N = %d, in %s", number, len(cells), *cell, cells[cell])
@@ -89,9 +94,9 @@ def write(
         for m in epochs
         for n in steps
     ]
-    write_json(folder / "grid.json", {"options": list(flags), "cells": cells})
     write_text(folder / "grid.md", as_markdown(epochs, steps, accuracies))
     _draw(folder / "grid.png", epochs, steps, accuracies)
+    write_record(folder / "grid.json", {"options": list(flags), "cells": cells})  # last: it says that all is there
 
 
 def as_markdown(epochs: Sequence[int], steps: Sequence[int], accuracies: Accuracies) -> str:

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mtt_fast.commands.option_fields import Role, names_of
+from mtt_fast.commands.options import EvaluationOptions
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 
 RANDOM = "Random"
@@ -16,11 +19,9 @@ PAPER_RES = 128
 """Resolution of the paper's ImageNet subsets."""
 PAPER_PROTOCOL = "mtt"
 """Protocol of its evaluations."""
-_WHERE_AND_HOW_FAST = (
-    "recipe", "config", "out", "resume", "download", "data_path", "packed_path", "buffer_path", "device",
-    "networks_at_once", "memory_budget", "microbatch", "save_seconds",
-)  # fmt: skip
-_OF_EVALUATION = ("zca", "res", "dsa", "dsa_strategy", "batch_train", "num_eval", "epoch_eval_train")
+_WHERE_AND_HOW_FAST = names_of(DistillOptions, Role.PLACE, Role.MACHINE)
+_OF_RANDOM_IMAGES = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION) - {"seed", "eval_mode"}
+"""What the accuracy of random real images depends on, besides the seed."""
 
 
 class Setting(NamedTuple):
@@ -43,6 +44,8 @@ class Measured(NamedTuple):
     """over the networks of the one run; over the runs, if there are several"""
     n: int
     """networks of the one run; runs, if there are several"""
+    diverged: int = 0
+    """how many of these networks diverged; how many of these runs have such ones"""
 
     def record(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""
@@ -58,17 +61,18 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
     for folder, summary in summaries.items():
         options = summary.get("options", {})
         try:
-            setting = Setting(_dataset(options), _network(summary), _method(summary), str(options["ipc"]))
+            setting = Setting(_dataset(options), options["model"], _method(summary), str(options["ipc"]))
         except KeyError as error:
             raise InputError(f"{folder}: expected {error} among the options in its summary; run it again") from error
         seed = int(options.get("seed", 0))
-        own = {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
-        accuracy = summary["accuracy"]
-        _add(groups, setting, own, seed, folder, accuracy["distilled"])
-        if "random_real_images" in accuracy:
-            own = {name: options.get(name) for name in _OF_EVALUATION}
-            of_random = setting._replace(method=RANDOM + _protocol(options))
-            _add(groups, of_random, own, seed, folder, accuracy["random_real_images"])
+        images = {"fingerprint": summary.get("data", {}).get("fingerprint")}  # two folders may bear one name
+        own = images | {name: value for name, value in options.items() if name not in (*_WHERE_AND_HOW_FAST, "seed")}
+        for network, accuracy in _by_network(summary, "distilled").items():
+            _add(groups, setting._replace(model=network), own, seed, folder, accuracy)
+        own = images | {name: options.get(name) for name in sorted(_OF_RANDOM_IMAGES)}
+        of_random = setting._replace(method=RANDOM + _protocol(options))
+        for network, accuracy in _by_network(summary, "random_real_images").items():
+            _add(groups, of_random._replace(model=network), own, seed, folder, accuracy)
     found: dict[Setting, list[Measured]] = {}
     for (setting, _), by_seed in groups.items():
         found.setdefault(setting, []).append(_together(list(by_seed.values())))
@@ -83,10 +87,13 @@ def _dataset(options: Mapping[str, Any]) -> str:
     return f"{name} at {options['res']} px" if options.get("res") not in (None, PAPER_RES) else name
 
 
-def _network(summary: Mapping[str, Any]) -> str:
-    """Return the network whose accuracy is told first: with --eval_mode it need not be the one that was distilled with."""
-    by_network = summary.get("accuracy_by_network", {}).get("distilled", {})
-    return str(next(iter(by_network), summary["options"]["model"]))
+def _by_network(summary: Mapping[str, Any], images: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return the accuracy of each network that was tested on `images`: with --eval_mode others than that of the run."""
+    if images not in summary["accuracy"]:
+        return {}
+    tested: Mapping[str, Mapping[str, Mapping[str, Any]]] = summary.get("accuracy_by_network", {})
+    first = next(iter(tested.get("distilled", ())), summary["options"]["model"])  # whose accuracy is told first
+    return tested.get(images) or {first: summary["accuracy"][images]}
 
 
 def _method(summary: Mapping[str, Any]) -> str:
@@ -118,6 +125,7 @@ def _together(runs: list[tuple[str, Mapping[str, Any]]]) -> Measured:
     folders = tuple(folder for folder, _ in runs)
     if len(runs) == 1:
         accuracy = runs[0][1]
-        return Measured(folders, accuracy["mean"], accuracy["std"], accuracy["n"])
+        return Measured(folders, accuracy["mean"], accuracy["std"], accuracy["n"], accuracy.get("diverged", 0))
     means = [accuracy["mean"] for _, accuracy in runs]
-    return Measured(folders, statistics.fmean(means), statistics.stdev(means), len(means))
+    diverged = sum(1 for _, accuracy in runs if accuracy.get("diverged"))
+    return Measured(folders, statistics.fmean(means), statistics.stdev(means), len(means), diverged)

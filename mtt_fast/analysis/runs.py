@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage import run_folder
+from mtt_fast.storage.files import MALFORMED
 from mtt_fast.storage.run_folder import SUMMARY
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return what `folder`/summary.json says, or None if the run is not finished. Raises `InputError` if it is broken."""
-    path = folder / SUMMARY
+    """Return what summary.json says, or None if the run is not finished. Raises `InputError` if it has no accuracy."""
+    summary = run_folder.read_summary(folder)
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        float(summary["accuracy"]["distilled"]["mean"])
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: expected the summary of a run with its accuracy, found {type(error).__name__}: {error}; "
-            "delete it, and the command of the run writes it again"
-        ) from error
-    return dict(summary)
+        if summary is not None:
+            float(summary["accuracy"]["distilled"]["mean"])
+    except MALFORMED as error:
+        raise run_folder.broken_summary(folder, error) from error
+    return summary
 
 
 def finished_runs(places: Iterable[str | os.PathLike[str]]) -> dict[Path, dict[str, Any]]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import load_tensors, save_tensors
-from mtt_fast.storage.run_folder import CHECKPOINT
+from mtt_fast.storage.checkpoint import check_same_images
+from mtt_fast.storage.files import MALFORMED, load_tensors, parse_json, read_header, save_tensors
+from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS
 
+_FORMAT = "mtt_fast baseline checkpoint 2"  # those from before there were checksums say nothing
 _OPTIMISER = "optimiser."
 
 
@@ -24,10 +29,13 @@ class Progress:
     iteration: int = 0  # completed ones
     seconds: float = 0.0
     seconds_evaluation: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)  # record of the real images' identity
 
 
-def save_checkpoint(folder: Path, learning: Learning, progress: Progress) -> None:
-    """Write the tensors of `learning`, the optimiser's among them, and `progress`, atomically."""
+def save_checkpoint(
+    folder: Path, learning: Learning, progress: Progress, evaluations: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write the tensors of `learning`, the optimiser's among them, `progress`, and the evaluations so far, atomically."""
     state = learning.optimiser.state_dict()["state"]
     of_optimiser = {
         f"{_OPTIMISER}{index}.{name}": value
@@ -35,7 +43,27 @@ def save_checkpoint(folder: Path, learning: Learning, progress: Progress) -> Non
         for name, value in values.items()
         if value is not None
     }
-    save_tensors(folder / CHECKPOINT, _tensors(learning) | of_optimiser, {"progress": json.dumps(asdict(progress))})
+    save_tensors(
+        folder / CHECKPOINT,
+        _tensors(learning) | of_optimiser,
+        {"format": _FORMAT, "progress": json.dumps(asdict(progress)), EVALUATIONS: json.dumps(evaluations)},
+    )
+
+
+def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder`, if there is one, began with the real images at hand, of this `identity`.
+
+    Raises `InputError` otherwise, or for a file that is broken.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return
+    _, metadata = read_header(path)
+    try:
+        began_with = DatasetIdentity.from_record(parse_json(metadata["progress"]).get("data", {}))
+    except MALFORMED as error:
+        raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
+    check_same_images(folder, began_with, identity)
 
 
 def load_checkpoint(folder: Path, learning: Learning) -> Progress:
@@ -48,7 +76,9 @@ def load_checkpoint(folder: Path, learning: Learning) -> Progress:
         return Progress()
     saved, metadata = load_tensors(path)
     try:
-        progress = Progress(**json.loads(metadata["progress"]))
+        if metadata.get("format", _FORMAT) != _FORMAT:
+            raise ValueError("another format")
+        progress = Progress(**parse_json(metadata["progress"]))
         for name, tensor in _tensors(learning).items():
             tensor.resize_(saved[name].shape).copy_(saved[name])
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -58,7 +88,7 @@ def load_checkpoint(folder: Path, learning: Learning) -> Progress:
                 state[int(index)][key] = value.clone()
         groups = learning.optimiser.state_dict()["param_groups"]
         learning.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
-    except (KeyError, TypeError, ValueError) as error:
+    except (*MALFORMED, RuntimeError) as error:  # of shapes, which do not fit
         raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
     return progress
 

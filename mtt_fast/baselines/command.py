@@ -14,35 +14,28 @@ from typing import Any
 import torch
 
 from mtt_fast.baselines.catalogue import METHODS
+from mtt_fast.baselines.checkpoint import check_goes_on
 from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import Learning
-from mtt_fast.baselines.options import BaselineOptions
+from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.results import Job
+from mtt_fast.baselines.trained import as_first_expert, asked_of_the_expert
 from mtt_fast.commands import parsing
+from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
+from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.engine.student_choice import describe_arithmetic
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import arithmetic
 from mtt_fast.runtime.provenance import choose_device, device_name
-from mtt_fast.storage.run_folder import (
-    check_same_method,
-    check_same_run,
-    is_finished,
-    only_user,
-    read_config,
-    write_config,
-)
+from mtt_fast.storage.expert_checks import FLAGS
+from mtt_fast.storage.run_folder import CONFIG, only_user, read_config, write_config
 from mtt_fast.training.images import real_images
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "python -m mtt_fast.baselines"
-NOT_PART_OF_THE_RESULT = {
-    "out", "resume", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "download", "data_path", "packed_path",
-    "buffer_path", "device", "networks_at_once", "save_seconds",
-}  # fmt: skip
-"""Options that may differ when a run goes on."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,11 +53,14 @@ def main(argv: Sequence[str]) -> None:
     folder = options.folder(name)
     device = choose_device(options.device)
     check_same_method(folder, name)
-    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
+    may_differ = outside_result(type(options))
+    if isinstance(options, TrainedNetworkOptions):  # what is not given says nothing of the expert that was used
+        may_differ |= set(FLAGS.values()) - parsing.given(type(options), argv)
+    check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
     with arithmetic(device, options.precision):
-        _run(name, options, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+        _run(name, options, folder, device, argv)
 
 
 def _help() -> str:
@@ -88,20 +84,21 @@ def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
     program = f"{PROGRAM} {name}"
     chosen = parsing.parse_known(_Selection, argv, program)
     defaults: dict[str, Any] = {}
+    place = Path(chosen.out or "")
     if chosen.resume:
         if chosen.out is None:
             raise InputError("--resume: expected the run's folder with --out, found none")
-        config = read_config(Path(chosen.out))
+        config = read_config(place)
         if config is None:
             raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
-        check_same_method(Path(chosen.out), name)
+        check_same_method(place, name)
         defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
-    options = parsing.parse(METHODS[name].options, argv, program, defaults)
+    options = parsing.parse(METHODS[name].options, argv, program, defaults, source=str(place / CONFIG))
     options.check()
     return options
 
 
-def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, command: str) -> None:
+def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, argv: Sequence[str]) -> None:
     data = options.load_data()
     network = options.network(data)
     if network.mixes_samples and name != "random":
@@ -112,8 +109,12 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
     evaluated = options.evaluated_networks(data)  # one that does not fit the images is told before any work
     real = real_images(data, options.zca, device)
     class_members(real, options.ipc)  # and so are more images a class than there are
-    method = METHODS[name]
+    if isinstance(options, TrainedNetworkOptions):
+        asked = asked_of_the_expert(options, parsing.given(type(options), argv))
+        options = as_first_expert(options, real, network, asked)
+    method, command = METHODS[name], shlex.join([*PROGRAM.split(), *argv])
     with only_user(folder):
+        check_goes_on(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         log.info(
             "%s: %s, %d images of %s, %s with %d parameters (%s), on %s",

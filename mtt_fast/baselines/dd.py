@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
-from mtt_fast.baselines.options import LearnedImagesOptions, more_than_zero
+from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
-from mtt_fast.commands.options import at_least
+from mtt_fast.commands.options import Count, Rate
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
@@ -33,38 +33,32 @@ _BETAS = (0.5, 0.999)
 class DdOptions(LearnedImagesOptions):
     """Learn images that lower the loss on real images after a few steps on them."""
 
-    lr_img: float = 0.01
+    lr_img: Rate = 0.01
     """Adam's learning rate, of the pixels and of the learning rates"""
-    decay_it: int = 2000
+    decay_it: Count = 2000
     """iterations between decays of --lr_img"""
-    decay_factor: float = 0.5
+    decay_factor: Rate = 0.5
     """factor of each decay"""
-    batch_real: int = 1024
+    batch_real: Count = 1024
     """real images in the loss"""
     pix_init: Literal["real", "noise"] = "noise"
     """start from real images or from noise"""
-    distilled_images_per_class_per_step: int = 1
+    distilled_images_per_class_per_step: Count = 1
     """synthetic images of each class in a step; it divides --ipc, and there are as many different steps as that gives"""
-    distill_epochs: int = 3
+    distill_epochs: Count = 3
     """times that the student goes through all synthetic images"""
-    distill_lr: float = 0.02
+    distill_lr: Rate = 0.02
     """the learning rate of each step at the start"""
     train_nets_type: Literal["unknown_init", "known_init"] = "unknown_init"
     """fresh networks in each iteration, or always the same one"""
-    n_nets: int = 1
+    n_nets: Count = 1
     """networks an iteration"""
 
-    def complaint(self) -> str | None:
-        """See `BaselineOptions.complaint`."""
-        each = self.distilled_images_per_class_per_step
-        return (
-            super().complaint()
-            or at_least(
-                1, distilled_images_per_class_per_step=each, distill_epochs=self.distill_epochs, n_nets=self.n_nets,
-                decay_it=self.decay_it,
-            )
-            or more_than_zero(distill_lr=self.distill_lr, decay_factor=self.decay_factor)
-        )  # fmt: skip
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        return super().without_effect() | {
+            "lr_net": "on a set that brings learned rates: --distill_lr is where they begin"
+        }
 
     def check(self) -> None:
         """See `BaselineOptions.check`."""

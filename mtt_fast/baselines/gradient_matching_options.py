@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.baselines.gradient_distance import Metric
 from mtt_fast.baselines.options import LearnedImagesOptions
-from mtt_fast.commands.options import at_least
+from mtt_fast.commands.option_fields import Role
+from mtt_fast.commands.options import Count, CountFromZero, CountOrNone, Rate
 from mtt_fast.errors import InputError
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -19,25 +20,28 @@ _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50:
 class DcOptions(LearnedImagesOptions):
     """Learn images whose gradient, in networks that train on them, is that of real images."""
 
-    Iteration: int = 1000
+    Iteration: Annotated[CountFromZero, Role.EXTENT] = 1000
     """iterations, each with a fresh network"""
-    eval_it: int = 500
+    eval_it: Annotated[Count, Role.EXTENT] = 500
     """iterations between evaluations"""
-    lr_img: float = 0.1
+    lr_img: Rate = 0.1
     """learning rate of the pixels"""
     pix_init: Literal["real", "noise"] = "noise"
     """start from real images or from noise"""
     dis_metric: Metric = "ours"
     """distance of gradients: ours (layer by layer, the papers'), mse, or cos of the whole"""
-    outer_loop: int | None = None
+    outer_loop: CountOrNone = None
     """updates of the images an iteration; the papers' for --ipc 1, 10, 20, 30, 40, 50 without this"""
-    inner_loop: int | None = None
+    inner_loop: CountOrNone = None
     """epochs of the network between two updates; the papers' for the same without this"""
 
     def loops(self) -> tuple[int, int]:
         """Return updates an iteration and epochs between two. Raises `InputError` where the papers have none."""
         outer, inner = _LOOPS.get(self.ipc, (None, None))
-        found = self.outer_loop or outer, self.inner_loop or inner
+        found = (
+            outer if self.outer_loop is None else self.outer_loop,
+            (inner if self.inner_loop is None else self.inner_loop),
+        )
         if found[0] is None or found[1] is None:
             raise InputError(
                 f"--ipc {self.ipc}: the papers name loops for {', '.join(map(str, _LOOPS))} images a class; "
@@ -45,9 +49,12 @@ class DcOptions(LearnedImagesOptions):
             )
         return found[0], found[1]
 
-    def complaint(self) -> str | None:
-        """See `BaselineOptions.complaint`."""
-        return super().complaint() or at_least(1, outer_loop=self.outer_loop, inner_loop=self.inner_loop)
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        found, outer = super().without_effect(), self.outer_loop
+        if (_LOOPS.get(self.ipc, (None, None))[0] if outer is None else outer) == 1:
+            found["inner_loop"] = "with one update of the images an iteration: give --outer_loop above 1"
+        return found
 
     def check(self) -> None:
         """See `BaselineOptions.check`."""

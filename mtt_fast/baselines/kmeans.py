@@ -31,6 +31,14 @@ class KmeansOptions(TrainedNetworkOptions):
     pick: Literal["nearest", "centres"] = "nearest"
     """nearest: real images nearest to the centres of embeddings; centres: the centres of pixels themselves"""
 
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        found = super().without_effect()
+        if self.pick == "centres":
+            of_expert = ("buffer_path", "train_epochs", "expert_lr", "mom", "l2", "decay")
+            found |= dict.fromkeys(of_expert, "with --pick centres, which asks no trained network")
+        return found
+
 
 def kmeans(options: KmeansOptions, real: RealImages, network: Trainable) -> Images:
     """Return one image for each of --ipc clusters of each class."""

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
-from mtt_fast.baselines.options import IterativeOptions, more_than_zero
+from mtt_fast.baselines.options import IterativeOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
-from mtt_fast.commands.options import at_least
+from mtt_fast.commands.options import Count, Rate
 from mtt_fast.engine.student_choice import precision_on, student_for
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
@@ -31,22 +31,14 @@ _MODEL_LR = 1e-3  # Adam's default, which the public code takes
 class LdOptions(IterativeOptions):
     """Learn soft labels for random real images."""
 
-    batch_real: int = 1024
+    batch_real: Count = 1024
     """real images in the loss"""
-    inner_batch_size: int = 50
+    inner_batch_size: Count = 50
     """images with learned labels in a step; all if there are fewer"""
-    inner_lr: float = 0.01
+    inner_lr: Rate = 0.01
     """learning rate of the step that the labels are learned through"""
-    lr_y: float = 1e-3
+    lr_y: Rate = 1e-3
     """Adam's learning rate of the labels"""
-
-    def complaint(self) -> str | None:
-        """See `BaselineOptions.complaint`."""
-        return (
-            super().complaint()
-            or at_least(1, inner_batch_size=self.inner_batch_size)
-            or more_than_zero(inner_lr=self.inner_lr, lr_y=self.lr_y)
-        )
 
 
 def ld(options: LdOptions, real: RealImages, network: Trainable) -> Learning:

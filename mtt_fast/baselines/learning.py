@@ -12,8 +12,8 @@ from tqdm import tqdm
 from mtt_fast.baselines.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.results import Job, as_set, evaluated, save_pictures, write_summary
+from mtt_fast.commands.accuracies import accuracy_record, measured
 from mtt_fast.commands.plots import save_curves, save_snapshot
-from mtt_fast.commands.records import accuracy_record, measured
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
@@ -32,6 +32,7 @@ def learn(job: Job, learning: Learning) -> None:
     """
     options, began = job.options, _set(job, learning, 0)
     progress = load_checkpoint(job.folder, learning)
+    progress.data = job.real.identity.record()
     metrics = MetricsLog(job.folder, progress.iteration)
     saved = time.monotonic()
     try:
@@ -40,20 +41,20 @@ def learn(job: Job, learning: Learning) -> None:
                 due = progress.iteration % options.eval_it == 0 or progress.iteration == options.Iteration
                 if due and metrics.find("evaluation", progress.iteration) is None:
                     _assess(job, learning, progress, metrics, began, stop)
-                    save_checkpoint(job.folder, learning, progress)
+                    save_checkpoint(job.folder, learning, progress, metrics.evaluations)
                 if progress.iteration >= options.Iteration:
                     break
                 loss = _iterate(job, learning, progress, metrics)
                 bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
                 bar.update()
                 if stop or time.monotonic() - saved > options.save_seconds:
-                    save_checkpoint(job.folder, learning, progress)
+                    save_checkpoint(job.folder, learning, progress, metrics.evaluations)
                     saved = time.monotonic()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
             _summarise(job, learning, progress, metrics)
     except Stopped as stopped:
-        save_checkpoint(job.folder, learning, progress)
+        save_checkpoint(job.folder, learning, progress, metrics.evaluations)
         raise Stopped(
             f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
             f"{job.program} --out {shlex.quote(str(job.folder))} --resume",

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
-from mtt_fast.commands.options import EvaluationOptions, at_least
-from mtt_fast.errors import InputError
+from mtt_fast.commands.option_fields import Role, check_values
+from mtt_fast.commands.options import (
+    Count,
+    CountFromZero,
+    CountOrNone,
+    EvaluationOptions,
+    Rate,
+    RateOrZero,
+    Seconds,
+    Share,
+)
 from mtt_fast.experts import ExpertTraining, checked
 from mtt_fast.training.protocols import EvaluationProtocol
 
@@ -18,14 +26,16 @@ from mtt_fast.training.protocols import EvaluationProtocol
 class BaselineOptions(EvaluationOptions):
     """Make a small training set, and evaluate it."""
 
-    out: str | None = None
+    batch_train: CountOrNone = None
+    """batch size for training networks; without it 256, or for those of an evaluation what its protocol says"""
+    out: Annotated[str | None, Role.PLACE] = None
     """run folder; default runs/METHOD-DATASET-ipcN"""
-    resume: bool = False
+    resume: Annotated[bool, Role.PLACE] = False
     """continue the run in --out, with its own options; the same command without it continues as well"""
 
-    ipc: int = 1
+    ipc: Count = 1
     """images a class"""
-    lr_net: float = REAL_IMAGES_LR
+    lr_net: Rate = REAL_IMAGES_LR
     """learning rate of networks that train on the set"""
 
     def folder(self, method: str) -> Path:
@@ -35,37 +45,30 @@ class BaselineOptions(EvaluationOptions):
     @property
     def batch_size(self) -> int:
         """Batch size for training networks other than those of an evaluation."""
-        return self.batch_train or EvaluationProtocol.batch_size
-
-    def complaint(self) -> str | None:
-        """Return what is wrong with the first option that cannot be, or None."""
-        return at_least(1, ipc=self.ipc, networks_at_once=self.networks_at_once) or more_than_zero(lr_net=self.lr_net)
+        return EvaluationProtocol.batch_size if self.batch_train is None else self.batch_train
 
     def check(self) -> None:
-        """Raise `InputError` for the first option that cannot be."""
-        complaint = self.complaint()
-        if complaint:
-            raise InputError(complaint)
+        """Raise `InputError` for the first option whose value cannot be, or not with the others."""
+        check_values(self)
         self.evaluation_protocol()
-        augment_by_strategy(self.strategy)
 
 
 @dataclass(frozen=True)
 class TrainedNetworkOptions(BaselineOptions):
     """Choose real images through a network that was trained on all of them, the first expert."""
 
-    buffer_path: str = "buffers"
+    buffer_path: Annotated[str, Role.PLACE] = "buffers"
     """where the experts' trajectories are; the first one is trained if there is none"""
-    train_epochs: int = 50
-    """its epochs"""
-    expert_lr: float = 0.01
-    """its learning rate"""
-    mom: float = 0.0
-    """its momentum"""
-    l2: float = 0.0
-    """its weight decay"""
+    train_epochs: Annotated[Count, Role.EXTENT] = 50
+    """epochs of that expert"""
+    expert_lr: Rate = 0.01
+    """learning rate of that expert"""
+    mom: Share = 0.0
+    """momentum of that expert"""
+    l2: RateOrZero = 0.0
+    """weight decay of that expert"""
     decay: bool = False
-    """divide its learning rate by ten after half of the epochs"""
+    """divide that expert's learning rate by ten after half of the epochs"""
 
     def expert(self) -> ExpertTraining:
         """Return how the expert is trained if there is none. Raises `InputError` for values that cannot be."""
@@ -84,41 +87,21 @@ class TrainedNetworkOptions(BaselineOptions):
 class IterativeOptions(BaselineOptions):
     """Learn a set in iterations."""
 
-    Iteration: int = 20000
+    Iteration: Annotated[CountFromZero, Role.EXTENT] = 20000
     """iterations (updates of the set)"""
-    eval_it: int = 2000
+    eval_it: Annotated[Count, Role.EXTENT] = 2000
     """iterations between evaluations"""
-    batch_real: int = 256
+    batch_real: Count = 256
     """real images in a batch"""
-    save_seconds: float = 60.0
-    """time between checkpoints"""
-
-    def complaint(self) -> str | None:
-        """See `BaselineOptions.complaint`."""
-        return (
-            super().complaint()
-            or at_least(1, eval_it=self.eval_it, batch_real=self.batch_real)
-            or at_least(0, Iteration=self.Iteration, save_seconds=self.save_seconds)
-        )
+    save_seconds: Seconds = 60.0
+    """seconds between checkpoints; inf: only at evaluations and at the end"""
 
 
 @dataclass(frozen=True)
 class LearnedImagesOptions(IterativeOptions):
     """Learn images in iterations."""
 
-    lr_img: float = 1.0
+    lr_img: Rate = 1.0
     """learning rate of the pixels"""
     pix_init: Literal["real", "noise"] = "real"
     """start from real images or from noise"""
-
-    def complaint(self) -> str | None:
-        """See `BaselineOptions.complaint`."""
-        return super().complaint() or more_than_zero(lr_img=self.lr_img)
-
-
-def more_than_zero(**values: float) -> str | None:
-    """Return the first complaint about an option in `values` that is not above zero and finite, or None."""
-    for name, value in values.items():
-        if not 0 < value < float("inf"):
-            return f"--{name} {value}: expected more than 0"
-    return None

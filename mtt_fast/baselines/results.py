@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from mtt_fast.baselines.method import Method
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured, percent
 from mtt_fast.commands.plots import save_grid
-from mtt_fast.commands.records import accuracy_by_network, accuracy_record, measured, percent
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
-from mtt_fast.storage.files import write_json
+from mtt_fast.storage.records import write_record
 from mtt_fast.storage.run_folder import SUMMARY
 from mtt_fast.training.images import RealImages, as_training_images
 from mtt_fast.training.protocols import evaluate
@@ -56,6 +56,8 @@ def as_set(job: Job, images: Tensor, labels: Tensor, lr: Tensor, iterations: int
         images.detach().clone(),
         labels.detach().clone(),
         lr.detach().to(images.device),
+        dataset=data.name,
+        fingerprint=data.fingerprint,
         class_names=data.class_names,
         mean=data.mean,
         std=data.std,
@@ -115,7 +117,7 @@ def write_summary(
     device = job.real.test.labels.device
     distilled, (first, *_) = accuracy_record(evaluation), job.evaluated
     text = f"{job.method.title} {percent(evaluation)}"
-    write_json(
+    write_record(
         job.folder / SUMMARY,
         {
             "text": text,
@@ -131,6 +133,7 @@ def write_summary(
             "arithmetic": describe_arithmetic(device, job.network, job.options.precision),
             "versions": versions(),
             "command": job.command,
+            "data": job.real.identity.record(),
             "options": dataclasses.asdict(job.options),
         },
     )

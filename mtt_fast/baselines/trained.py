@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from mtt_fast.commands.options import buffer_folder
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.storage.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs
+from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages
 
 _BLOCK = 500  # images looked at together
@@ -31,11 +34,30 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
             folder, 1, real, network, options.expert(), seed=options.seed,
             precision=precision_on(real.train.labels.device, network, options.precision),
         )  # fmt: skip
-    check_compatible(
-        store.metadata(0), layout=network.layout.describe(), fingerprint=real.data.fingerprint,
-        whitening=real.whitening, needed_epochs=0, epochs=store.epochs(0), where=str(folder),
-    )  # fmt: skip
+    check_belongs(store, 0, network, real.identity)
     return store
+
+
+def asked_of_the_expert(options: TrainedNetworkOptions, given: Set[str]) -> dict[str, Any]:
+    """Return the hyperparameters of the expert that the options `given` name; its batch size is also that of evaluations."""
+    training = dataclasses.asdict(options.expert())
+    return {name: training[name] for name, flag in FLAGS.items() if flag in given}
+
+
+def as_first_expert(
+    options: TrainedNetworkOptions, real: RealImages, network: Trainable, asked: Mapping[str, Any]
+) -> TrainedNetworkOptions:
+    """Return the options as the first expert was trained, if it is there; else as they are.
+
+    Raises `InputError` if it is of something else, or was trained otherwise than the user `asked`.
+    """
+    folder = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
+    store = TrajectoryStore(folder) if folder.is_dir() else None
+    if not store:
+        return options
+    check_belongs(store, 0, network, real.identity)
+    check_as_asked(store, 0, asked, to_the_end=True)
+    return as_trained(options, dataclasses.asdict(options.expert()), store.metadata(0))
 
 
 def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Tensor:

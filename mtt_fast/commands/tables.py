@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mtt_fast.commands.accuracies import label_of
 from mtt_fast.storage.files import atomic_path
 
 if TYPE_CHECKING:
@@ -32,10 +33,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def percent(accuracy: Mapping[str, Any] | None) -> str:
     """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None.
 
-    A single network has no deviation, and the best epoch is named as such.
+    A single network has no deviation; the best epoch, and networks that diverged, are named as such.
     """
     if accuracy is None:
         return MISSING
     spread = accuracy.get("std") if accuracy.get("n") != 1 else None
-    label = " (best epoch)" if accuracy.get("epoch") == "best" else ""
-    return f"{100 * accuracy['mean']:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}") + label
+    return f"{100 * accuracy['mean']:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}") + label_of(accuracy)

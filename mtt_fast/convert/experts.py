@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,11 @@ from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import arithmetic
 from mtt_fast.runtime.provenance import choose_device, versions
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore
+from mtt_fast.storage.expert_checks import check_one_kind
+from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.foreign import names_in
+from mtt_fast.storage.temporaries import is_empty
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
 from mtt_fast.training.images import real_images
 from mtt_fast.training.sgd import accuracy
 
@@ -47,8 +53,11 @@ _SERIES = {
 
 
 def expert_kind_of(source: Path) -> str | None:
-    """Return the kind of the experts that `source`, a file or a folder, looks like by its names, or None."""
-    names = [path.name for path in source.iterdir()] if source.is_dir() else [source.name]
+    """Return the kind of the experts that `source`, a file or a folder, looks like by its names, or None.
+
+    Raises `InputError` for a folder that cannot be listed.
+    """
+    names = names_in(source) if os.path.isdir(source) else [source.name]
     for kind, pattern in _SERIES.items():
         if any(re.fullmatch(pattern, name) for name in names):
             return kind
@@ -57,7 +66,8 @@ def expert_kind_of(source: Path) -> str | None:
 
 def options_in_path(source: Path) -> dict[str, Any]:
     """Return the options that the public code's folders tell: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
-    folder = source.resolve() if source.is_dir() else source.resolve().parent
+    place = Path(os.path.realpath(source))
+    folder = place if place.is_dir() else place.parent
     model, *above = [part.name for part in (folder, *folder.parents)]
     if not model.startswith("ConvNet") or len(above) < 3:
         return {}
@@ -87,12 +97,10 @@ def import_from(options: ConvertOptions, kind: str) -> None:
     folder = buffer_folder(options.destination, data, options.model, options.zca)
     if kind == "waypoints":
         folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
-    metadata = ExpertMetadata(
+    metadata = ExpertMetadata.of(
+        data.identity(options.zca),
         network=network.describe(),
         layout=network.layout.describe(),
-        dataset=data.name,
-        fingerprint=data.fingerprint,
-        whitening="zca" if options.zca else "none",
         hyperparameters={},
         seed=-1,  # unknown
         accuracy=[],
@@ -157,24 +165,52 @@ def _say_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
 def export_to(options: ConvertOptions) -> None:
     """Write this software's experts in `options.source` as buffers, where the code that reads them looks for them.
 
-    Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer.
+    Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer. With
+    --to experts they stay this software's, and are written anew, with checksums.
+    Nothing is written if it is stopped.
     """
     store = TrajectoryStore(options.source)
+    if not len(store):
+        raise InputError(
+            f"{options.source}: expected experts (expert_0000.safetensors, …), found none; name their folder"
+        )
+    check_one_kind(store)
     kind = options.to or ("waypoints" if store.course(0) else "buffer")
+    if kind == "experts":
+        _copy(store, Path(options.destination))
+        return
     if kind not in ("buffer", "waypoints"):
-        raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer or waypoints")
+        raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer, waypoints or experts")
     folder = _public_folder(Path(options.destination), store, kind)
     export = export_waypoints if kind == "waypoints" else export_experts
     written = []
-    with stop_request() as stop, tqdm(total=len(store), unit="expert") as bar:
-        for path in export(store, folder, options.experts_per_file):
+    files = export(store, folder, options.experts_per_file)
+    with stop_request() as stop, tqdm(total=len(store), unit="expert") as bar, contextlib.closing(files):
+        for path in files:
             written.append(path)
             bar.update(min(options.experts_per_file, len(store) - bar.n))
             if stop:
-                raise Stopped(f"stopped; {', '.join(file.name for file in written)} are written", stop.signum)
+                raise Stopped("stopped; nothing was written", stop.signum)
     log.info("wrote %d experts to %s", len(store), ", ".join(map(str, written)))
     readers = {"buffer": "the public code's distill.py reads", "waypoints": "MCT's distill_compressed.py reads"}
     log.info("%s them with --buffer_path %s", readers[kind], options.destination)
+
+
+def _copy(store: TrajectoryStore, root: Path) -> None:
+    """Write the experts anew, in the folder below `root` that is to it what theirs is to its --buffer_path."""
+    source = store.folder.resolve()
+    folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
+    if folder.is_dir() and not is_empty(folder):
+        raise InputError(f"{folder}: is there already; choose another destination, or delete it")
+    with whole_folder(folder) as content:
+        for expert, index in enumerate(tqdm(store.indices, unit="expert")):
+            course, epochs = store.course(expert), range(store.epochs(expert) + 1)
+            rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
+            if course is None:
+                write_expert(content, index, rows, store.metadata(expert), store.dtype(expert))
+            else:
+                write_waypoints(content, index, rows, course, store.metadata(expert), store.dtype(expert))
+    log.info("wrote %d experts to %s", len(store), folder)
 
 
 def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mtt_fast.commands.option_fields import check_effects
 from mtt_fast.convert.options import ConvertOptions
-from mtt_fast.data import transform_for
+from mtt_fast.data import NAMES, transform_for
+from mtt_fast.data.published_info import data_facts
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop import (
@@ -25,8 +28,11 @@ from mtt_fast.interop import (
     read_set,
     write_set,
 )
-from mtt_fast.interop.plain import hardened, in_place
+from mtt_fast.interop.ddranking import VERSION
+from mtt_fast.interop.tensor_set import hardened, in_place
 from mtt_fast.runtime.provenance import versions
+from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
+from mtt_fast.storage.temporaries import is_empty
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +40,10 @@ _PICTURES = ("png", "parquet")
 _LOSSY = "Pictures are cut to [0, 1] and rounded to 8 bits: train on tensors where you can"
 
 
-def convert_set(options: ConvertOptions, kind: str | None) -> None:
+def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) -> None:
     """Read a distilled set of `kind` from `options.source`, write it to `options.destination`, and say how to use it.
 
+    `given` are the options that somebody wrote down, which are refused where they have no effect.
     Raises `InputError` for files that hold no set, for a destination that is there, and for a set that its kind cannot
     hold or that needs the data set's name.
     """
@@ -44,15 +51,21 @@ def convert_set(options: ConvertOptions, kind: str | None) -> None:
     to = options.to or _kind_for(destination, native=kind == "synthetic")
     if to not in SET_KINDS:
         raise InputError(f"--to {to}: {options.source} holds a distilled set, not experts")
-    if destination.is_file() or (destination.is_dir() and to != "dc_benchmark" and any(destination.iterdir())):
+    for words in check_effects(options, given, options.without_effect_on_set(kind, to)):
+        log.info("%s", words)
+    if destination.is_file() or (destination.is_dir() and to != "dc_benchmark" and not is_empty(destination)):
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
     facts = _facts(options) if kind in _PICTURES and options.dataset else None
     found = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)
+    if isinstance(found, SyntheticDataset):
+        _check_belongs(options, found)
+    check_effects(options, given, _without_effect(found))
     found = _in_order(options, found)
     if isinstance(found, PlainSet) and to in ("synthetic", *_PICTURES):
         if found.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
-        found = as_synthetic(found, _facts(options), options.lr_teacher, _recipe(options, found), versions())
+        recipe = _recipe(options, found)
+        found = as_synthetic(found, _facts(options), options.lr_teacher, recipe, versions(), options.source)
     written = write_set(destination, found, to, dataset=options.dataset, method=options.method or _method(found))
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
     log.info("%s", _usage(options, to, written, found))
@@ -61,6 +74,29 @@ def convert_set(options: ConvertOptions, kind: str | None) -> None:
             "The images are canvases of %d by %d images: train on random crops of the size of an image (evaluate: --texture)",
             found.canvas.size, found.canvas.size,
         )  # fmt: skip
+
+
+def _check_belongs(options: ConvertOptions, found: SyntheticDataset) -> None:
+    """Raise `InputError` where the options name other images than those that the set says it was made from.
+
+    It knows that by itself, so they need not; a name that is none of the data sets' is one for the files that are written.
+    """
+    expected = UNKNOWN
+    known = {name.casefold() for name in NAMES if name != "folder"}
+    if options.dataset is not None and options.dataset.casefold() in known:
+        expected = data_facts(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
+    expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
+    check_same_data(found.identity, expected, options.source, mend="leave out what says otherwise: it knows its images")
+
+
+def _without_effect(found: SyntheticDataset | PlainSet) -> dict[str, str]:
+    """Return the options that have no effect on this set, and why."""
+    reasons: dict[str, str] = {}
+    if found.label_kind == "indices":
+        reasons |= dict.fromkeys(("reorder", "hard_labels"), "on labels that are classes")
+    if isinstance(found, PlainSet) and found.lr is not None:
+        reasons["lr_teacher"] = f"on a set that brings its learning rate, {float(found.lr):.4g}"
+    return reasons
 
 
 def _facts(options: ConvertOptions) -> Facts:
@@ -114,20 +150,35 @@ def _in_order(options: ConvertOptions, found: SyntheticDataset | PlainSet) -> Sy
     return dataclasses.replace(found, **changed)
 
 
+def _for_ddranking(
+    options: ConvertOptions, folder: Path, found: SyntheticDataset | PlainSet, plain: PlainSet, zca: bool | None
+) -> str:
+    """Return the call of DD-Ranking, or why it cannot take the set."""
+    recipe = found.recipe if isinstance(found, SyntheticDataset) else {}
+    dataset, subset = options.dataset or recipe.get("dataset"), options.subset or recipe.get("subset")
+    data_path = recipe.get("data_path", options.data_path)
+    try:
+        if isinstance(found, SyntheticDataset) and found.canvas:
+            raise InputError("it has no random crops, which the canvases of --texture need")
+        call = ddranking_call(folder, plain, dataset, zca, subset, data_path)
+    except InputError as error:
+        return f"DD-Ranking {VERSION} cannot take the set: {error}"
+    return f"DD-Ranking {VERSION} takes it with\n{call}"
+
+
 def _usage(options: ConvertOptions, kind: str, written: list[Path], found: SyntheticDataset | PlainSet) -> str:
     """Return what the software that reads the files has to do."""
     first = written[0]
     plain = found if isinstance(found, PlainSet) else as_plain(found)
     zca: bool | None = options.zca or None
-    dataset = options.dataset
     if isinstance(found, SyntheticDataset):
-        zca, dataset = found.whitening is not None, dataset or found.recipe.get("dataset")
+        zca = found.whitening is not None
     space = {True: "ZCA-whitened", False: "normalised", None: "normalised or whitened, as in the source"}[zca]
     match kind:
         case "synthetic":
             return f"use it with: python -m mtt_fast.evaluate {first}"
         case "ddranking":
-            return f"DD-Ranking takes it with\n{ddranking_call(first.parent, plain, dataset or 'CIFAR10', zca)}"
+            return _for_ddranking(options, first.parent, found, plain, zca)
         case "dc_benchmark":
             return f"dc_benchmark's root is {options.destination}; images are {space}"
         case "dc":

@@ -7,35 +7,47 @@ again, so a stopped table continues, and a set or a network can be added later.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from mtt_fast.commands import parsing
-from mtt_fast.commands.evaluated_set import RANDOM, SetOptions, read_synthetic, settings_of, training_set
+from mtt_fast.commands.evaluated_set import (
+    RANDOM,
+    SetOptions,
+    check_any_trained,
+    data_for,
+    read_synthetic,
+    real_images_for,
+    settings_of,
+    training_set,
+)
+from mtt_fast.commands.option_fields import Checked, Role, names_of
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.pools import eval_pool
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import arithmetic
-from mtt_fast.runtime.provenance import choose_device, device_name, versions
+from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.files import write_json, write_text
+from mtt_fast.storage.files import MALFORMED, write_text
+from mtt_fast.storage.identity import OTHER_DATA
+from mtt_fast.storage.records import read_record, write_record
 from mtt_fast.storage.run_folder import only_user
-from mtt_fast.training.images import Images, RealImages, real_images
-from mtt_fast.training.protocols import evaluate
+from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.protocols import Accuracy, evaluate
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +56,6 @@ Train = Callable[[torch.Generator], Images]
 
 PROGRAM = "python -m mtt_fast.cross"
 TABLE, MARKDOWN, PLOT = "cross.json", "cross.md", "cross.png"
-_OF_THE_TABLE = {"num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "seed"}
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,15 @@ class CrossOptions(SetOptions):
     """runs' folders, files as of mtt_fast.evaluate, or the word "random" for random real images like the first set"""
     models: tuple[str, ...] = ()
     """networks; without them those of --eval_mode"""
-    eval_mode: str = "M"
+    eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
     """networks by the letter of a pool (see mtt_fast.evaluate): M architectures"""
-    out: str = "runs/cross"
+    out: Annotated[str, Role.PLACE] = "runs/cross"
     """folder of the table"""
+
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        found = super().without_effect() | self.without_effect_on(self.sources)
+        return found | ({"eval_mode": "with --models, which names the networks"} if self.models else {})
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ class _Set:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = parsing.parse(CrossOptions, argv, PROGRAM)
+    options = parsing.preview(CrossOptions, argv, PROGRAM)
     if not options.sources:
         raise InputError(f"expected runs' folders, files, or the word {RANDOM}; see {PROGRAM} --help")
     repeated = {source for source in options.sources if options.sources.count(source) > 1}
@@ -87,8 +103,9 @@ def main(argv: Sequence[str]) -> None:
 def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
     """Return the sets, each with the options of the distillation that it comes from; flags override them."""
     found = {source: read_synthetic(source) for source in options.sources}
+    of_the_table = names_of(CrossOptions, Role.EVALUATION) - {"batch_train"} | {"seed"}
     settings = {
-        source: {name: value for name, value in settings_of(synthetic).items() if name not in _OF_THE_TABLE}
+        source: {name: value for name, value in settings_of(synthetic).items() if name not in of_the_table}
         for source, synthetic in found.items()
         if synthetic is not None
     }
@@ -97,7 +114,11 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
     if first is not None and (synthetic := found[first]) is not None:
         like_first = settings[first] | {"ipc": len(synthetic.images) // len(synthetic.class_names)}
     return [
-        _Set(source, parsing.parse(CrossOptions, argv, PROGRAM, settings.get(source, like_first)), synthetic)
+        _Set(
+            source,
+            parsing.parse(CrossOptions, argv, PROGRAM, settings.get(source, like_first), source=source),
+            synthetic,
+        )
         for source, synthetic in found.items()
     ]
 
@@ -106,11 +127,15 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
     folder, protocol = Path(options.out), options.evaluation_protocol()
     known = _measured_before(folder)
     shown = []
+    if options.other_data and all(row.synthetic is None for row in sets):
+        raise InputError(f"{OTHER_DATA}: expected a distilled set, found none; leave it out")
+    of_rows = [
+        data_for(row.options, row.source, row.synthetic) for row in sets
+    ]  # all are compared before one is tested
     log.info("%s", protocol.describe())
-    for row in sets:
-        data = row.options.load_data()
+    for row, data in zip(sets, of_rows, strict=True):
         networks = _networks(row.options, data)
-        real = real_images(data, row.options.zca, device)
+        real = real_images_for(row.options, row.source, row.synthetic, data, device)
         train, lr = training_set(row.options, row.source, row.synthetic, real, device)
         of_row = _question(row, real, train, lr)
         for name, network in networks.items():
@@ -119,7 +144,7 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
             if cell is None:
                 cell = {"question": question} | _measure(row, real, train, lr, name, network, stop)
                 known.append(cell)
-                write_json(folder / TABLE, {"cells": known, "versions": versions()})
+                write_record(folder / TABLE, {"cells": known, "versions": versions()})
             log.info("%s on %s: %s", row.source, name, cell["text"])
             shown.append({"set": row.source, **cell})
     quoted = quoted_for(shown)
@@ -127,6 +152,9 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
     write_text(folder / MARKDOWN, table)
     save_plot(folder / PLOT, shown, quoted)
     log.info("%s", table)
+    check_any_trained(
+        Accuracy(tuple(cell["accuracy"]["values"]), diverged=cell["accuracy"].get("diverged", 0)) for cell in shown
+    )
 
 
 def _networks(options: CrossOptions, data: ImageData) -> dict[str, Trainable]:
@@ -141,7 +169,7 @@ def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str,
     options = row.options
     example = train(generator_for(options.seed, "evaluation", 0))
     return {
-        "images": RANDOM if row.source == RANDOM else _digest(example),
+        "images": RANDOM if row.source == RANDOM else digest(example.pixels, example.labels),
         "canvas": None if example.canvas is None else dataclasses.asdict(example.canvas),
         "ipc": len(example) // real.data.num_classes,
         "lr": lr,
@@ -151,7 +179,7 @@ def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str,
         "protocol": dataclasses.asdict(options.evaluation_protocol()),
         "networks": options.num_eval,
         "seed": options.seed,
-    }
+    } | ({"seen_as": row.synthetic.identity.record()} if row.synthetic and options.other_data else {})
 
 
 def _measure(
@@ -180,15 +208,18 @@ def _measured_before(folder: Path) -> list[dict[str, Any]]:
     path = folder / TABLE
     if not path.exists():
         return []
+    what, mend = "a table of this command", "delete it or choose another --out"
+    record = read_record(path, what, mend)
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["cells"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: broken, or no table of this command; delete it or choose another --out") from error
+        return [_cell(**cell) for cell in record["cells"]]
+    except MALFORMED as error:
+        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
 
 
-def _digest(images: Images) -> str:
-    """Return what tells one set from another: of the pixels and the labels."""
-    digest = hashlib.sha256()
-    for tensor in (images.pixels, images.labels):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _cell(question: dict[str, Any], accuracy: dict[str, Any], text: str, seconds: float, device: str) -> dict[str, Any]:
+    """Return a cell as `_measure` gives it with its question. Raises one of `MALFORMED` for anything else."""
+    for name in ("mean", "std", "n"):
+        float(accuracy[name])
+    return {
+        "question": dict(question), "accuracy": accuracy, "text": text, "seconds": seconds, "device": device,
+    }  # fmt: skip

@@ -6,36 +6,44 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mtt_fast.commands.tables import markdown_table, save_figure
+from mtt_fast.analysis.published import published
+from mtt_fast.commands.accuracies import label_of
+from mtt_fast.commands.tables import markdown_table, percent, save_figure
 
 
 class Quoted(NamedTuple):
-    """Accuracies in per cent that a paper reports; nobody measured them here."""
+    """Accuracies by network that a paper reports of one set; nobody measured them here."""
 
-    text: str
+    method: str
     dataset: str
     ipc: int
-    accuracies: dict[str, float]
+    source: str
+    accuracies: dict[str, dict[str, float]]
+    """mean and, where it is known, std, in [0, 1]"""
 
+    @property
+    def name(self) -> str:
+        """The set in words."""
+        return f"{self.method}, {self.ipc} a class"
 
-_ORDER = ("ConvNet", "ResNet18", "VGG11", "AlexNet")
-QUOTED = tuple(
-    Quoted(f"{method}, {ipc} a class (quoted)", "CIFAR10", ipc, dict(zip(_ORDER, values, strict=True)))
-    for method, ipc, values in (
-        ("MTT", 10, (64.3, 46.4, 50.3, 34.2)),
-        ("ATT", 10, (67.7, 54.5, 54.2, 43.6)),
-        ("MTT", 50, (71.6, 61.9, 55.4, 48.2)),
-        ("FTD", 50, (73.8, 65.7, 58.4, 53.8)),
-        ("ATT", 50, (74.5, 66.3, 61.7, 60.0)),
-    )
-)
-"""CIFAR-10: MTT with 10 images a class from its own Table 3, the others from the papers of FTD and ATT."""
+    @property
+    def text(self) -> str:
+        """The set as a table lists it."""
+        return f"{self.name} (quoted)"
 
 
 def quoted_for(cells: Sequence[dict[str, Any]]) -> list[Quoted]:
-    """Return what papers report of the data sets and numbers of images that `cells` have."""
-    settings = {(cell["question"]["dataset"], cell["question"]["ipc"]) for cell in cells}
-    return [quoted for quoted in QUOTED if (quoted.dataset, quoted.ipc) in settings]
+    """Return what papers report of the data sets and numbers of images that `cells` have: Table 3, and later ones like it."""
+    settings = {(cell["question"]["dataset"], str(cell["question"]["ipc"])) for cell in cells}
+    found: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
+    for row in published().rows:
+        for ipc, accuracy in row.accuracy.items():
+            if row.table == "3" and (row.dataset, ipc) in settings:
+                found.setdefault((row.method, row.dataset, ipc, row.source), {})[row.model] = accuracy
+    return [
+        Quoted(method, dataset, int(ipc), source, accuracies)
+        for (method, dataset, ipc, source), accuracies in found.items()
+    ]
 
 
 def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol: str) -> str:
@@ -50,15 +58,17 @@ def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol
         ipc = next(iter(own.values()))["question"]["ipc"]
         rows.append([name, str(ipc), *(_percent(own[network]) if network in own else "" for network in networks)])
     for row in quoted:
-        numbers = (row.accuracies.get(network) for network in networks)
-        rows.append([row.text, str(row.ipc), *("" if number is None else f"{number:.1f}" for number in numbers)])
+        known = [row.accuracies.get(network) for network in networks]
+        rows.append([row.text, str(row.ipc), *("" if accuracy is None else percent(accuracy) for accuracy in known)])
     counts = sorted({cell["accuracy"]["n"] for cell in cells})
     notes = [
         f"Test accuracy in per cent, mean ± standard deviation over {' or '.join(map(str, counts))} networks; {protocol}."
     ]
     if quoted:
+        sources = "; ".join(f"{row.name}: {row.source}" for row in quoted)
         notes.append(
-            "Rows marked as quoted are the papers' own numbers, under their own protocols: they were not measured here."
+            "Rows marked as quoted are the papers' own numbers, under their own protocols: they were not measured here. "
+            f"{sources}."
         )
     return "\n".join([markdown_table(["set", "images a class", *networks], rows), *notes, ""])
 
@@ -84,11 +94,13 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
         )
     for row, marker in zip(quoted, "x+*1234", strict=False):
         known = [network for network in networks if network in row.accuracies]
-        axes.scatter(
+        axes.errorbar(
             [networks.index(network) for network in known],
-            [row.accuracies[network] for network in known],
-            marker=marker,
+            [100 * row.accuracies[network]["mean"] for network in known],
+            yerr=[100 * row.accuracies[network].get("std", 0.0) for network in known],
+            fmt=marker,
             color="black",
+            elinewidth=0.8,
             zorder=3,
             label=row.text,
         )
@@ -101,5 +113,4 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
 
 def _percent(cell: dict[str, Any]) -> str:
     accuracy = cell["accuracy"]
-    label = " (best epoch)" if accuracy.get("epoch") == "best" else ""
-    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}{label}"
+    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}{label_of(accuracy)}"

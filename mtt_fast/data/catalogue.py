@@ -33,14 +33,25 @@ def load(
     on, until the names, sizes or times of the source files change; without `packed_path`, into `data_path`/packed.
     Raises `InputError` for an unknown name, and for files that are missing, broken or do not fit together.
     """
-    root = Path(data_path).expanduser().absolute()
-    packed_root = Path(packed_path).expanduser().absolute() if packed_path else root / "packed"
-    return packed(_source(dataset, root, subset, res, download, progress), packed_root, progress)
+    packed_root = Path(packed_path or Path(data_path) / "packed").expanduser().absolute()
+    source = find(dataset, data_path=data_path, subset=subset, res=res, download=download, progress=progress)
+    return packed(source, packed_root, progress)
 
 
-def _source(
-    dataset: str, data_path: Path, subset: str | None, res: int | None, download: bool, progress: bool
+def find(
+    dataset: str,
+    *,
+    data_path: str | Path = "data",
+    subset: str | None = None,
+    res: int | None = None,
+    download: bool = False,
+    progress: bool = False,
 ) -> Source:
+    """Return the data set, found but not read; the arguments are those of `load`.
+
+    Raises `NotFound` where it is in none of the places it was looked for, and `InputError` as `load`.
+    """
+    data_path = Path(data_path).expanduser().absolute()
     name = {known.casefold(): known for known in NAMES}.get(dataset.casefold())
     if res is not None and res < 1:
         raise InputError(f"--res: expected a positive number of pixels, found {res}; leave it out for the default")

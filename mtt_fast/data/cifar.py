@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-import tarfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtt_fast.data import class_names
+from mtt_fast.data.archives import is_file_or_link, read_tar
 from mtt_fast.data.download import fetch
-from mtt_fast.data.folder import find_splits, has_splits, image_source, list_classes
+from mtt_fast.data.folder import by_class, find_splits, has_splits, image_source
+from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of
-from mtt_fast.errors import InputError
+from mtt_fast.data.regular import lines_of, read_bytes
+from mtt_fast.data.safe_pickle import unpickle
+from mtt_fast.errors import InputError, NotFound
 
 URL = "https://www.cs.toronto.edu/~kriz/"
 
@@ -26,6 +27,9 @@ STD = (0.2023, 0.1994, 0.2010)
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
+_MOST_BESIDES = 200  # bytes beside the pixels of an image
+_MOST_ARCHIVE = 200 << 20  # bytes of an archive that is downloaded
+_MOST_NAMES = 1 << 16  # bytes of the file of class names
 
 _Images = np.ndarray[Any, np.dtype[np.uint8]]  # (n, 3, 32, 32)
 _Labels = np.ndarray[Any, np.dtype[np.int64]]  # (n,)
@@ -44,15 +48,27 @@ class _Distribution:
 
 @dataclass(frozen=True)
 class _Facts:
-    num_classes: int
+    class_names: tuple[str, ...]
+    images: tuple[int, int]  # in a training file, and in the test file
     python: _Distribution
     binary: _Distribution
     md5: str  # of the python archive
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    def most_bytes(self, kind: _Distribution) -> dict[str, int]:
+        """Return the size that each file may have: pixels, labels, and in a pickle the names of the images."""
+        train, test = (images * (_PIXELS + _MOST_BESIDES) for images in self.images)
+        return {**dict.fromkeys(kind.train, train), kind.test: test, kind.names: _MOST_NAMES}
+
 
 FACTS = {
     "CIFAR10": _Facts(
-        num_classes=10,
+        class_names=class_names.CIFAR10,
+        images=(10_000, 10_000),
         python=_Distribution(
             archive="cifar-10-python.tar.gz",
             folder="cifar-10-batches-py",
@@ -73,7 +89,8 @@ FACTS = {
         md5="c58f30108f718f92721af3b95e74349a",
     ),
     "CIFAR100": _Facts(
-        num_classes=100,
+        class_names=class_names.CIFAR100,
+        images=(50_000, 10_000),
         python=_Distribution(
             archive="cifar-100-python.tar.gz",
             folder="cifar-100-python",
@@ -107,10 +124,16 @@ def source(name: str, data_path: Path, res: int | None, download: bool, progress
     facts = FACTS[name]
     found = _find(name, data_path, res)
     if found is None and download:
-        fetch(url + facts.python.archive, data_path / facts.python.archive, md5=facts.md5, progress=progress)
+        fetch(
+            url + facts.python.archive,
+            data_path / facts.python.archive,
+            md5=facts.md5,
+            most=_MOST_ARCHIVE,
+            progress=progress,
+        )
         found = _find(name, data_path, res)
     if found is None:
-        raise InputError(
+        raise NotFound(
             f"{name}: expected {facts.python.folder}/, {facts.binary.folder}/, {facts.python.archive}, "
             f"{facts.binary.archive} or an image folder (train/CLASS/, test/CLASS/) in {data_path} or "
             f"{data_path / name}, found none; add --download, or mend --data_path"
@@ -124,11 +147,11 @@ def _find(name: str, data_path: Path, res: int | None) -> Source | None:
     for root in roots:
         for kind in (facts.python, facts.binary):
             for folder in (root / kind.folder, root):
-                if (folder / kind.train[0]).is_file():
+                if is_file_or_link(folder / kind.train[0]):
                     return _unpacked(name, folder, kind)
     for root in roots:
         for kind in (facts.python, facts.binary):
-            if (root / kind.archive).is_file():
+            if is_file_or_link(root / kind.archive):
                 return _archived(name, root / kind.archive, kind)
     for root in roots:
         if has_splits(root):
@@ -137,72 +160,49 @@ def _find(name: str, data_path: Path, res: int | None) -> Source | None:
 
 
 def _unpacked(name: str, folder: Path, kind: _Distribution) -> Source:
-    files = [folder / file for file in (*kind.train, kind.test, kind.names)]
+    most = FACTS[name].most_bytes(kind)
+    mend = f"unpack {kind.archive} again"
 
     def read_files() -> dict[str, bytes]:
-        try:
-            return {file.name: file.read_bytes() for file in files}
-        except OSError as error:
-            raise InputError(
-                f"{error.filename}: cannot be read ({error.strerror}); unpack {kind.archive} again"
-            ) from error
+        return {file: read_bytes(folder / file, size, mend) for file, size in most.items()}
 
-    return Source(
-        name, name, key_of(folder, files, name, kind), lambda: _read(name, folder, kind, read_files), MEAN, STD
-    )
+    key = key_of(folder, [folder / file for file in most], name, kind)
+    return Source(name, name, key, lambda: _read(name, folder, kind, read_files), MEAN, STD)
 
 
 def _archived(name: str, archive: Path, kind: _Distribution) -> Source:
-    wanted = {*kind.train, kind.test, kind.names}
+    wanted = {f"{kind.folder}/{file}": size for file, size in FACTS[name].most_bytes(kind).items()}
 
     def read_files() -> dict[str, bytes]:
-        files = {}
-        try:
-            with tarfile.open(archive, "r:gz") as tar:
-                for member in tar:
-                    path = PurePosixPath(member.name)
-                    if path.parent.name == kind.folder and path.name in wanted and (stream := tar.extractfile(member)):
-                        files[path.name] = stream.read()
-        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-            raise InputError(
-                f"{archive}: expected a whole .tar.gz, found a broken one ({error}); delete it and add --download"
-            ) from error
-        if missing := wanted - set(files):
-            raise InputError(
-                f"{archive}: expected {kind.folder}/{min(missing)} in it, found none; delete it and add --download"
-            )
-        return files
+        found = read_tar(archive, wanted, "delete it and add --download")
+        return {path.rpartition("/")[2]: content for path, content in found.items()}
 
-    return Source(
-        name,
-        name,
-        key_of(archive.parent, [archive], name, kind),
-        lambda: _read(name, archive, kind, read_files),
-        MEAN,
-        STD,
-    )
+    key = key_of(archive.parent, [archive], name, kind)
+    return Source(name, name, key, lambda: _read(name, archive, kind, read_files), MEAN, STD)
 
 
 def _image_folder(name: str, root: Path, res: int | None) -> Source:
-    train, test = (list_classes(folder) for folder in find_splits(root))
-    if len(train) != FACTS[name].num_classes:
-        raise InputError(
-            f"{root}: expected the {FACTS[name].num_classes} class folders of {name} in train/, found {len(train)}; "
-            f"mend --data_path, or name the folder itself: --dataset {root}"
-        )
+    names = FACTS[name].class_names
+    folders = find_splits(root)
+    listings = [list_classes(root, folder) for folder in folders]
+    tell_skipped(name, *listings)
+    train, test = (by_class(name, folder, found, names) for folder, found in zip(folders, listings, strict=True))
     return image_source(name, root, train, test, channels=3, size=32, resize=res is not None, mean=MEAN, std=STD)
 
 
-def _read(name: str, place: Path, kind: _Distribution, read_files: Callable[[], dict[str, bytes]]) -> Contents:
-    files = read_files()
+def _read(name: str, place: Path, kind: _Distribution, read_files: Callable[[], Mapping[str, bytes]]) -> Contents:
+    files, num_classes = read_files(), FACTS[name].num_classes
     decode = _from_pickle if kind.names_key else _from_records
-    batches = {file: decode(files[file], kind.labels, place / file) for file in (*kind.train, kind.test)}
     names = _class_names(files[kind.names], kind, place / kind.names)
-    if len(names) != FACTS[name].num_classes:
+    if len(names) != num_classes:
         raise InputError(
-            f"{place / kind.names}: expected {FACTS[name].num_classes} class names, found {len(names)}; get "
-            f"{kind.archive} again"
+            f"{place / kind.names}: expected {num_classes} class names, found {len(names)}; get {kind.archive} again"
         )
+    batches = {}
+    for file in (*kind.train, kind.test):
+        images, labels = decode(files[file], kind.labels, place / file)
+        _check_labels(labels, num_classes, place / file, "test" if file == kind.test else "training")
+        batches[file] = images, np.array(labels, np.int64)
     return Contents(names, _SHAPE, _part([batches[file] for file in kind.train]), _part([batches[kind.test]]))
 
 
@@ -210,78 +210,47 @@ def _part(batches: Sequence[tuple[_Images, _Labels]]) -> Part:
     return Part(np.concatenate([labels for _, labels in batches]), [images for images, _ in batches])
 
 
-def _from_records(raw: bytes, label_bytes: Any, place: Path) -> tuple[_Images, _Labels]:
+def _check_labels(labels: Sequence[int], num_classes: int, place: Path, part: str) -> None:
+    for label in labels:
+        if not 0 <= label < num_classes:
+            shown = label if label.bit_length() < 64 else f"a number of {label.bit_length()} bits"
+            raise InputError(
+                f"{place}: expected {part} labels in [0, {num_classes}), found {shown}; get its archive again"
+            )
+
+
+def _from_records(raw: bytes, label_bytes: Any, place: Path) -> tuple[_Images, list[int]]:
     """Read the binary form: for each image its label bytes (CIFAR-100: coarse, fine), then its pixels."""
     record = label_bytes + _PIXELS
     if not raw or len(raw) % record:
         raise InputError(f"{place}: expected a multiple of {record} bytes, found {len(raw)}; get its archive again")
     records = np.frombuffer(raw, np.uint8).reshape(-1, record)
-    return records[:, label_bytes:].reshape(-1, *_SHAPE), records[:, label_bytes - 1].astype(np.int64)
+    return records[:, label_bytes:].reshape(-1, *_SHAPE), records[:, label_bytes - 1].tolist()
 
 
-def _from_pickle(raw: bytes, labels_key: Any, place: Path) -> tuple[_Images, _Labels]:
+def _from_pickle(raw: bytes, labels_key: Any, place: Path) -> tuple[_Images, list[int]]:
     """Read the python form: a dict with "data", uint8 (n, 3072), and a list of labels."""
     batch = unpickle(raw, place)
     pixels, labels = batch.get("data"), batch.get(labels_key)
     if not (
         isinstance(pixels, np.ndarray)
-        and pixels.dtype == np.uint8
         and pixels.ndim == 2
         and pixels.shape[1] == _PIXELS
         and isinstance(labels, list)
         and len(labels) == len(pixels)
         and all(type(label) is int for label in labels)
     ):
+        keys = class_names.shortened([repr(key)[:40] for key in batch if isinstance(key, str | bytes)])
         raise InputError(
-            f"{place}: expected 'data' of bytes (n, {_PIXELS}) and a list of n {labels_key!r}, found "
-            f"{sorted(map(str, batch))}; get its archive again"
+            f"{place}: expected 'data' of bytes (n, {_PIXELS}) and a list of n {labels_key!r}, found {keys or 'neither'}; "
+            "get its archive again"
         )
-    return pixels.reshape(-1, *_SHAPE), np.array(labels, np.int64)
+    return pixels.reshape(-1, *_SHAPE), labels
 
 
 def _class_names(raw: bytes, kind: _Distribution, place: Path) -> tuple[str, ...]:
     if kind.names_key:
         names = unpickle(raw, place).get(kind.names_key, [])
-        return tuple(map(str, names)) if isinstance(names, list) else ()
-    return tuple(raw.decode(errors="replace").split())
-
-
-def unpickle(raw: bytes, place: Path) -> dict[str, Any]:
-    """Read a pickle such as CIFAR's: a dict of strings, numbers, lists, byte arrays. Nothing in it is executed.
-
-    Raises `InputError` if it holds anything else or breaks off; `place` is for the message.
-    """
-    try:
-        # Python 2 wrote the files: its strings are bytes, and "latin1" is the decoding that numpy can turn back.
-        value = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise InputError(
-            f"{place}: expected a pickle of CIFAR, found something else ({error}); get its archive again"
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{place}: expected a pickled dict, found {type(value).__name__}; get its archive again")
-    return value
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits the three names by which numpy pickles an array, and gives each the least that does the work."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return _empty_array
-        if (module, name) == ("numpy", "ndarray"):
-            return "ndarray"  # only handed to _reconstruct
-        if (module, name) == ("numpy", "dtype"):
-            return _byte_dtype
-        raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
-
-
-def _empty_array(*_: object) -> _Images:
-    """What the pickle then fills by `__setstate__`."""
-    return np.empty(0, np.uint8)
-
-
-def _byte_dtype(code: object, *_: object) -> np.dtype[np.uint8]:
-    if code not in ("u1", "|u1"):
-        raise pickle.UnpicklingError(f"an array of {code!r} is not admitted")
-    return np.dtype("u1", copy=True)
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return tuple(names) if named else ()
+    return tuple(line.strip() for line in lines_of(raw, place) if line.strip())

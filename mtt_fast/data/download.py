@@ -14,14 +14,15 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.files import atomic_path
 
 _BLOCK = 1 << 18
+_MOST = 1 << 30  # bytes of a file
 _PATIENCE = 60  # seconds without a byte
 
 
-def fetch(url: str, path: Path, *, md5: str, progress: bool) -> None:
+def fetch(url: str, path: Path, *, md5: str, progress: bool, most: int = _MOST) -> None:
     """Download `url` to `path`; the name appears only when the content is whole and has the checksum `md5`.
 
-    Raises `InputError` if the server cannot be reached, stops early or sends something else; nothing is left behind
-    then.
+    Raises `InputError` if the server cannot be reached, stops early or sends something else, or more than `most` bytes;
+    nothing is left behind then.
     """
     digest = hashlib.md5(usedforsecurity=False)  # what the publishers give: it tells damage, not malice
     mend = f"try again, or fetch it by hand to {path}"
@@ -31,7 +32,8 @@ def fetch(url: str, path: Path, *, md5: str, progress: bool) -> None:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
         raise InputError(f"--download: {url}: expected an answer, found none ({error}); {mend}") from error
-    size = int(response.headers.get("Content-Length") or 0)
+    length = response.headers.get("Content-Length") or ""
+    size = int(length) if length.isascii() and length.isdecimal() and len(length) < 20 else 0
     with (
         response,
         atomic_path(path) as temporary,
@@ -56,6 +58,8 @@ def fetch(url: str, path: Path, *, md5: str, progress: bool) -> None:
             file.write(block)
             digest.update(block)
             bar.update(len(block))
+            if file.tell() > most:
+                raise InputError(f"--download: {url}: expected at most {most:,} bytes, found more; {mend}")
         if file.tell() < size:
             raise InputError(f"--download: {url}: expected {size} bytes, found only {file.tell()}; {mend}")
         if digest.hexdigest() != md5:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtt_fast.data.images import SUFFIXES, decode, is_grey, list_images, size_of
+from mtt_fast.data.class_names import class_indices, shortened
+from mtt_fast.data.image_data import DataFacts
+from mtt_fast.data.images import decode, read_headers
+from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, tell_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of, stack_labels
 from mtt_fast.errors import InputError
 
@@ -14,9 +18,11 @@ TEST_FOLDERS = ("test", "val", "valid")
 
 Classes = Mapping[str, Sequence[str]]  # a class's folder name -> its image files
 
+log = logging.getLogger(__name__)
+
 
 def source(root: Path, res: int | None) -> Source:
-    """Describe the image folder `root`; its classes are the sorted folder names.
+    """Describe the image folder `root`; its classes are the folder names, sorted (by number, where they are numbers).
 
     Without `res` all images must have one size. They become one grey channel if all of them are grey, RGB otherwise;
     mean and std are computed from the training images.
@@ -27,14 +33,15 @@ def source(root: Path, res: int | None) -> Source:
             f"{root}: expected an image folder with train/CLASS/ and test/CLASS/, found no folder; check the path"
         )
     root = root.resolve()
-    train, test = find_splits(root)
+    train, test = (list_classes(root, folder) for folder in find_splits(root))
     suffix = f"-{res}" if res else ""
+    tell_skipped(name := f"folder-{root.name}{suffix}", train, test)
     place = hashlib.blake2b(str(root).encode(errors="surrogateescape"), digest_size=4).hexdigest()
     return image_source(
-        f"folder-{root.name}{suffix}",
+        name,
         root,
-        list_classes(train),
-        list_classes(test),
+        train.classes,
+        test.classes,
         stem=f"folder-{root.name}-{place}{suffix}",
         size=res,
         resize=res is not None,
@@ -42,36 +49,46 @@ def source(root: Path, res: int | None) -> Source:
 
 
 def has_splits(root: Path) -> bool:
-    """Whether `root` looks like an image folder."""
+    """Return whether `root` looks like an image folder."""
     return (root / "train").is_dir() and any((root / name).is_dir() for name in TEST_FOLDERS)
 
 
 def find_splits(root: Path) -> tuple[Path, Path]:
-    """Return the folders of the training and the test images below `root`."""
-    for name in TEST_FOLDERS:
-        if (root / "train").is_dir() and (root / name).is_dir():
-            return root / "train", root / name
-    raise InputError(
-        f"{root}: expected train/ and one of {', '.join(f'{name}/' for name in TEST_FOLDERS)}, with a folder a class, "
-        f"found {_listing(root)}; rearrange the images so, or check the path"
-    )
+    """Return the folders of the training and the test images below `root`.
 
-
-def list_classes(folder: Path) -> dict[str, list[str]]:
-    """Return the images below each folder in `folder`, by folder name, both sorted."""
-    return {child.name: list_images(child) for child in class_folders(folder)}
-
-
-def class_folders(folder: Path) -> list[Path]:
-    """Return the sorted folders in `folder`. Raises `InputError` if there are none."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of class folders, found none; check the path")
-    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not children:
+    The latter is the first that has the training classes, or classes at all: test images without labels (ImageNet's)
+    do not hide labelled validation images. Raises `InputError` where a split has no folder.
+    """
+    there = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not there:
         raise InputError(
-            f"{folder}: expected a folder a class, found {_listing(folder)}; move the images into class folders"
+            f"{root}: expected train/ and one of {', '.join(f'{name}/' for name in TEST_FOLDERS)}, with a folder a "
+            f"class, found {listed(root)}; rearrange the images so, or check the path"
         )
-    return children
+    train, *names = (folder_names(place) for place in (root / "train", *there))
+    labelled = [place for place, found in zip(there, names, strict=True) if found & train]
+    labelled += [place for place, found in zip(there, names, strict=True) if found]
+    chosen = labelled[0] if labelled else there[0]
+    if chosen != there[0]:
+        log.info("%s: not used, as it has no folders of the training classes; test images: %s", there[0], chosen)
+    return root / "train", chosen
+
+
+def by_class(name: str, folder: Path, listing: Listing, class_names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the images of each of the `class_names` of the data set `name`, in their order, listed in `folder`.
+
+    Raises `InputError`, which names `folder`, for a folder that means no class, and for classes without one.
+    """
+    places = list(listing.classes)
+    indices = class_indices(places, class_names, folder)
+    if missing := [class_names[index] for index in range(len(class_names)) if index not in indices]:
+        raise InputError(
+            f"{folder.parent}: expected the {len(class_names)} class folders of {name} in {folder.name}/, found "
+            f"{len(places)}, none for {shortened(missing)}; mend --data_path, or name the folder itself: --dataset "
+            f"{folder.parent}"
+        )
+    found = dict(zip(indices, places, strict=True))
+    return {class_name: listing.classes[found[index]] for index, class_name in enumerate(class_names)}
 
 
 def image_source(
@@ -88,10 +105,10 @@ def image_source(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Source:
-    """Describe a data set of image files by class; class i is the i-th of `train`, called `class_names[i]`,
-    or by its folder.
+    """Describe a data set of image files by class; class i is the i-th of `train`, called `class_names[i]`, or by its key.
 
-    `channels` and `size` None: found out from the images. `resize`: see `images.decode`.
+    `channels` and `size` None: found out from the headers of all images. `resize`: see `images.decode`.
+    Raises `InputError` for classes that differ or are empty, and when it is read, for an image of another size or kind.
     """
     if set(train) != set(test):
         odd = sorted(set(train) ^ set(test))
@@ -109,21 +126,27 @@ def image_source(
     train_files = [file for label in train for file in train[label]]
     test_files = [file for label in train for file in test[label]]
 
+    names = tuple(class_names or train)
+    log.info("%s: %d classes in this order: %s", name, len(names), shortened(names))
+
+    def image_shape() -> tuple[int, int, int]:
+        """Look at all images: the first may be the only grey one, or the only one of its size."""
+        if channels and size and resize:
+            return channels, size, size
+        found = read_headers(train_files + test_files, (size, size) if size else None, resize)
+        return (channels or (1 if found.grey else 3), *((size, size) if size else found.size))
+
     def read() -> Contents:
-        planes = channels or (1 if all(map(is_grey, train_files + test_files)) else 3)
-        height, width = (size, size) if size else size_of(train_files[0])
-        shape = (planes, height, width)
+        shape = image_shape()
         return Contents(
-            tuple(class_names or train),
+            names,
             shape,
             Part(stack_labels([len(train[label]) for label in train]), decode(train_files, shape, resize)),
             Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, resize)),
         )
 
+    def facts() -> DataFacts:
+        return DataFacts(name, image_shape(), len(names), len(train_files), len(test_files))
+
     key = key_of(root, train_files + test_files, name, list(train), class_names, channels, size, resize, mean, std)
-    return Source(name, stem or name, key, read, mean, std)
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(child.name for child in folder.iterdir())
-    return (", ".join(names[:4]) + (", …" if len(names) > 4 else "")) or "nothing"
+    return Source(name, stem or name, key, read, mean, std, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtt_fast.data.set_checks import MOST_CLASSES, check_names
 from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import plain_tensor
+from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
 _BLOCK = 4096  # images looked at together, so that a memory-mapped data set is never copied whole
 
@@ -53,6 +57,35 @@ class ImageData:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
+    def identity(self, zca: bool) -> DatasetIdentity:
+        """Return what tells these images from others, whitened with `zca` and otherwise normalised."""
+        return DatasetIdentity(
+            self.name, self.class_names, self.image_shape, self.mean, self.std, WHITENED if zca else NORMALISED,
+            self.fingerprint,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """A data set in numbers. `name` is that of the `ImageData` it will be."""
+
+    name: str
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    num_classes: int
+    train: int  # images
+    test: int
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of its packed file: a byte a value, eight a label."""
+        channels, height, width = self.image_shape
+        return (self.train + self.test) * (channels * height * width + 8)
+
+    def identity(self, zca: bool) -> DatasetIdentity:
+        """Return what is known beforehand of `ImageData.identity`: an image folder may have been renamed since."""
+        name = "" if self.name.startswith("folder-") else self.name
+        return DatasetIdentity(name, image_shape=self.image_shape, whitening=WHITENED if zca else NORMALISED)
+
 
 def from_tensors(
     train: tuple[Tensor, Tensor],
@@ -72,15 +105,16 @@ def from_tensors(
     shape = tuple(train_split.images.shape[1:])
     if tuple(test_split.images.shape[1:]) != shape:
         raise InputError(
-            f"test images: expected shape (n, {shape}) as in train, found {tuple(test_split.images.shape)}; resize "
+            f"test images: expected shape (n, {', '.join(map(str, shape))}) as in train, found {tuple(test_split.images.shape)}; resize "
             "one of them"
         )
     if class_names is None:
-        class_names = [str(label) for label in range(int(train_split.labels.max()) + 1)]
+        class_names = [str(label) for label in range(min(int(train_split.labels.max()) + 1, MOST_CLASSES))]
+    check_names(class_names, name)
     check_labels(name, train_split.labels, test_split.labels, class_names)
     if mean is None or std is None:
         computed = channel_statistics(train_split.images)
-        mean, std = mean or computed[0], std or computed[1]
+        mean, std = computed[0] if mean is None else mean, computed[1] if std is None else std
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     check_statistics(name, mean, std, shape[0])
     digest = fingerprint(train_split, test_split, class_names, mean, std)
@@ -88,12 +122,13 @@ def from_tensors(
 
 
 def _split(part: str, images: Tensor, labels: Tensor) -> Split:
+    images, labels = plain_tensor(images, f"{part} images"), plain_tensor(labels, f"{part} labels")
     if images.dtype != torch.uint8 or images.ndim != 4 or not images.numel():
         raise InputError(
             f"{part} images: expected uint8 (n, C, H, W) with n > 0, found {images.dtype} {tuple(images.shape)}; "
             "from floats in [0, 1] use (255 * images).round().byte()"
         )
-    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != images.shape[:1]:
         raise InputError(
             f"{part} labels: expected {len(images)} integers, one an image, found {labels.dtype} "
             f"{tuple(labels.shape)}; "
@@ -122,8 +157,8 @@ def check_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[s
 
 
 def check_statistics(name: str, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
-    """Raise `InputError` unless there are one mean and one positive standard deviation a channel."""
-    if not len(mean) == len(std) == channels or min(std) <= 0:
+    """Raise `InputError` unless there are one mean and one positive standard deviation a channel, all finite."""
+    if not len(mean) == len(std) == channels or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise InputError(
             f"{name}: expected {channels} means and {channels} positive deviations, found {tuple(mean)} and "
             f"{tuple(std)}; "
@@ -134,18 +169,21 @@ def check_statistics(name: str, mean: Sequence[float], std: Sequence[float], cha
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, standard deviation) of each channel of uint8 `images` (n, C, H, W), scaled to [0, 1].
 
-    Counted, not summed in floating point, so the result is exact and the same on every machine.
+    Counted, and computed in whole numbers up to one division, so the result is exact and the same on every machine.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for block in torch.split(images, _BLOCK):
         for channel in range(images.shape[1]):
             counts[channel] += torch.bincount(block[:, channel].flatten(), minlength=256)
-    share = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
-    level = torch.arange(256, dtype=torch.float64) / 255
-    mean = share @ level
-    variance = (share * (level - mean[:, None]) ** 2).sum(1)
-    std = variance.sqrt().where(variance > 0, 1.0)  # a constant channel is left as it is
-    return tuple(mean.tolist()), tuple(std.tolist())
+    means, stds = [], []
+    for of_level in counts.tolist():
+        pixels = sum(of_level)
+        total = sum(level * count for level, count in enumerate(of_level))
+        squares = sum(level**2 * count for level, count in enumerate(of_level))
+        variance = (pixels * squares - total**2) / (255 * pixels) ** 2
+        means.append(total / (255 * pixels))
+        stds.append(math.sqrt(variance) or 1.0)  # a constant channel is left as it is
+    return tuple(means), tuple(stds)
 
 
 def fingerprint(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
 import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mtt_fast.data import class_names
+from mtt_fast.data.archives import is_file_or_link, read_gzip
 from mtt_fast.data.download import fetch
 from mtt_fast.data.packing import Contents, Part, Source, key_of
-from mtt_fast.errors import InputError
+from mtt_fast.data.regular import read_bytes
+from mtt_fast.errors import InputError, NotFound
 
 # image and label file of the training split, then of the test split
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+_SIDE = 28
+_MOST_IMAGES = (60_000, 10_000)  # of the training split, of the test split
+_MOST_ARCHIVE = 64 << 20  # bytes of a file that is downloaded
+_MEND = "get it again"
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ FACTS = {
             "9fb629c4189551a2d022fa330f9573f3",
             "ec29112dd5afa0611ce80d1b7f02629c",
         ),
-        class_names=tuple("0123456789"),
+        class_names=class_names.MNIST,
         mean=0.1307,
         std=0.3081,
     ),
@@ -48,13 +54,11 @@ FACTS = {
             "bef4ecab320f06d8554ea6380940ec79",
             "bb300cfdad3c16e7a12a480ee83cd310",
         ),
-        class_names=(
-            "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-        ),
+        class_names=class_names.FASHION_MNIST,
         mean=0.2861,
         std=0.3530,
     ),
-}  # fmt: skip
+}
 
 
 def source(name: str, data_path: Path, download: bool, progress: bool, url: str | None = None) -> Source:
@@ -68,29 +72,25 @@ def source(name: str, data_path: Path, download: bool, progress: bool, url: str 
         fetch_all(name, data_path / name / "raw", url or facts.url, progress)
         files = _find(name, data_path)
     if files is None:
-        raise InputError(
+        raise NotFound(
             f"{name}: expected {FILES[0]} and its three companions (plain or .gz) in {data_path}, "
             f"{data_path / name} or {data_path / name / 'raw'}, found none of these places complete; add --download, "
             "or mend --data_path"
         )
 
     def read() -> Contents:
-        images, labels = read_split(files[0], files[1])
-        test_images, test_labels = read_split(files[2], files[3])
-        if test_images.shape[1:] != images.shape[1:]:
-            raise InputError(
-                f"{files[2]}: expected images of {images.shape[2:]} pixels as in {files[0].name}, "
-                f"found {test_images.shape[2:]}; get the files again"
-            )
-        shape = (1, images.shape[2], images.shape[3])
-        return Contents(facts.class_names, shape, Part(labels, [images]), Part(test_labels, [test_images]))
+        images, labels = read_split(files[0], files[1], _MOST_IMAGES[0])
+        test_images, test_labels = read_split(files[2], files[3], _MOST_IMAGES[1])
+        return Contents(facts.class_names, (1, _SIDE, _SIDE), Part(labels, [images]), Part(test_labels, [test_images]))
 
     return Source(name, name, key_of(data_path, files, name), read, (facts.mean,), (facts.std,))
 
 
 def _find(name: str, data_path: Path) -> list[Path] | None:
     for folder in (data_path / name / "raw", data_path / name, data_path):  # the first is torchvision's
-        files = [next((f for f in (folder / file, folder / f"{file}.gz") if f.is_file()), None) for file in FILES]
+        files = [
+            next((f for f in (folder / file, folder / f"{file}.gz") if is_file_or_link(f)), None) for file in FILES
+        ]
         found = [file for file in files if file]
         if len(found) == len(FILES):
             return found
@@ -102,36 +102,46 @@ def fetch_all(name: str, folder: Path, url: str, progress: bool) -> None:
     for file, md5 in zip(FILES, FACTS[name].md5, strict=True):
         path = folder / f"{file}.gz"
         if not path.is_file():
-            fetch(f"{url}{file}.gz", path, md5=md5, progress=progress)
+            fetch(f"{url}{file}.gz", path, md5=md5, most=_MOST_ARCHIVE, progress=progress)
 
 
 def read_split(
-    images: Path, labels: Path
+    images: Path, labels: Path, most: int
 ) -> tuple[np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """Return (images uint8 (n, 1, H, W), labels int64 (n,))."""
-    pixels, classes = _read_idx(images, dimensions=3), _read_idx(labels, dimensions=1)
+    """Return (images uint8 (n, 1, 28, 28), labels int64 (n,)), n at most `most`.
+
+    Raises `InputError` for a file that is broken, longer than that, of another shape, or that does not fit the other.
+    """
+    pixels, classes = _read_idx(images, most, (_SIDE, _SIDE)), _read_idx(labels, most, ())
     if len(pixels) != len(classes):
         raise InputError(
             f"{labels}: expected {len(pixels)} labels as {images.name} has images, found {len(classes)}; get both again"
         )
-    n, height, width = pixels.shape
-    return pixels.reshape(n, 1, height, width), classes.reshape(n).astype(np.int64)
-
-
-def _read_idx(path: Path, dimensions: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Read an idx file: 0, 0, 8 (unsigned bytes), number of dimensions, each side (4 bytes, big-endian), values."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: expected a whole (gzip) file, found a broken one ({error}); get it again") from error
-    magic = bytes((0, 0, 8, dimensions))
-    if raw[:4] != magic or len(raw) < 4 + 4 * dimensions:
+    if len(classes) and classes.max() > 9:
         raise InputError(
-            f"{path}: expected an idx file that begins with {magic.hex()}, found {raw[:4].hex()}; get it again"
+            f"{labels}: expected labels in [0, 10), found {classes.min()} to {classes.max()}; get both again"
         )
-    shape = struct.unpack_from(f">{dimensions}I", raw, 4)
+    return pixels.reshape(len(pixels), 1, _SIDE, _SIDE), classes.reshape(len(classes)).astype(np.int64)
+
+
+def _read_idx(path: Path, most: int, shape: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Read an idx file: 0, 0, 8 (unsigned bytes), number of dimensions, each side (4 bytes, big-endian), values.
+
+    The values are at most `most` of `shape`.
+    """
+    dimensions = 1 + len(shape)
     begin = 4 + 4 * dimensions
-    expected = begin + int(np.prod(shape, dtype=object))
+    most_bytes = begin + most * int(np.prod(shape))
+    raw = read_gzip(path, most_bytes, _MEND) if path.suffix == ".gz" else read_bytes(path, most_bytes, _MEND)
+    magic = bytes((0, 0, 8, dimensions))
+    if raw[:4] != magic or len(raw) < begin:
+        raise InputError(f"{path}: expected an idx file that begins with {magic.hex()}, found {raw[:4].hex()}; {_MEND}")
+    count, *sides = struct.unpack_from(f">{dimensions}I", raw, 4)
+    if tuple(sides) != shape:
+        raise InputError(f"{path}: expected images of {shape} pixels, found {tuple(sides)}; {_MEND}")
+    expected = begin + count * int(np.prod(shape))
     if len(raw) != expected:
-        raise InputError(f"{path}: expected {expected} bytes for its {shape} values, found {len(raw)}; get it again")
-    return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape)
+        raise InputError(
+            f"{path}: expected {expected} bytes for its {(count, *sides)} values, found {len(raw)}; {_MEND}"
+        )
+    return np.frombuffer(raw, np.uint8, offset=begin).reshape(count, *shape)

@@ -1,4 +1,4 @@
-"""One data set, one file: decoded once into safetensors, afterwards only memory-mapped.
+"""One data set, one file: decoded once into safetensors, afterwards only memory-mapped, and checked at each opening.
 
 A reader (cifar.py, folder.py, …) describes its data set as a `Source`: a key that is cheap to compute from the files it
 would read, and a function that reads them. `packed` opens the file if it was made from that key, or makes it.
@@ -11,20 +11,22 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import xxhash
 from tqdm import tqdm
 
-from mtt_fast.data.image_data import ImageData, Split, channel_statistics, check_labels, fingerprint
+from mtt_fast.data.image_data import DataFacts, ImageData, Split, channel_statistics, check_labels, fingerprint
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import atomic_path, load_tensors
+from mtt_fast.storage.files import MALFORMED, atomic_path, header_of, load_tensors, parse_json
 
 VERSION = 1  # of the packed files; raise it when the same source packs to something else
+_FORMAT = "mtt_fast data set 2"  # those from before there were checksums say nothing
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Source:
     """A data set that was found, but not read yet.
 
     `stem` names its packed file; `key` says what would go in. `mean` and `std` None: computed from the training images.
+    `facts` counts what is there, decoding nothing; None where that is what is published of the data set.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Source:
     read: Callable[[], Contents]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    facts: Callable[[], DataFacts] | None = None
 
 
 def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
@@ -104,14 +108,17 @@ def _open(path: Path, key: str) -> ImageData | None:
         return None
     try:
         tensors, metadata = load_tensors(path)
+        if metadata.get("format") != _FORMAT:
+            log.warning("%s: no packed data set of this version; packing its source again", path)
+            return None
         if metadata["key"] != key:
             log.warning("%s: its source files or settings have changed; packing them again", path)
             return None
         return ImageData(
             name=metadata["name"],
-            class_names=tuple(json.loads(metadata["class_names"])),
-            mean=tuple(json.loads(metadata["mean"])),
-            std=tuple(json.loads(metadata["std"])),
+            class_names=tuple(parse_json(metadata["class_names"])),
+            mean=tuple(parse_json(metadata["mean"])),
+            std=tuple(parse_json(metadata["std"])),
             train=Split(tensors["train.images"], tensors["train.labels"]),
             test=Split(tensors["test.images"], tensors["test.labels"]),
             fingerprint=metadata["fingerprint"],
@@ -119,13 +126,15 @@ def _open(path: Path, key: str) -> ImageData | None:
         )
     except InputError as error:
         log.warning("%s; packing its source again", error)
-    except KeyError as error:
-        log.warning("%s: no packed data set, %s is missing; packing its source again", path, error)
+    except MALFORMED as error:
+        log.warning("%s: no packed data set (%s: %s); packing its source again", path, type(error).__name__, error)
     return None
 
 
 def _pack(source: Source, path: Path, progress: bool) -> None:
     """Stream the source into a safetensors file: labels, then images, then the header, for which room was left.
+
+    The checksums are of what was given to be written, so that an error of the disk shows when the file is opened.
 
     Nothing but a few blocks is ever in memory, so the 63 GB of ImageNet at 128 pixels need no more of it than MNIST.
     """
@@ -136,9 +145,12 @@ def _pack(source: Source, path: Path, progress: bool) -> None:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{name}.labels": ("I64", (len(part.labels),)) for name, part in parts.items()
     } | {f"{name}.images": ("U8", (len(part.labels), *contents.image_shape)) for name, part in parts.items()}
-    facts = {"name": source.name, "key": source.key, "class_names": json.dumps(contents.class_names)}
-    room = len(_header(shapes, facts)) + 1024 + 64 * contents.image_shape[0]  # mean, std, fingerprint are known last
-    room += -room % 8  # the format wants aligned data
+    facts = {
+        "format": _FORMAT, "name": source.name, "key": source.key, "class_names": json.dumps(contents.class_names)
+    }  # fmt: skip
+    digests = {name: xxhash.xxh3_128() for name in shapes}
+    # mean, std, fingerprint are known last; a multiple of 8, as the format wants aligned data
+    room = len(header_of(shapes, facts, _checksums(digests))) + 1024 + 64 * contents.image_shape[0]
 
     total = sum(len(part.labels) for part in parts.values())
     with (
@@ -147,11 +159,11 @@ def _pack(source: Source, path: Path, progress: bool) -> None:
         tqdm(total=total, desc=f"packing {source.name}", unit="image", disable=None if progress else True) as bar,
     ):
         file.seek(room)
-        for part in parts.values():
-            file.write(part.labels.astype("<i8").data)
-        for part in parts.values():
+        for name, part in parts.items():
+            _write(file, digests[f"{name}.labels"], part.labels.astype("<i8"))
+        for name, part in parts.items():
             for block in part.blocks:
-                file.write(np.ascontiguousarray(block).data)
+                _write(file, digests[f"{name}.images"], block)
                 bar.update(len(block))
         file.flush()
         splits = _splits(temporary, room, shapes)
@@ -160,18 +172,17 @@ def _pack(source: Source, path: Path, progress: bool) -> None:
             mean, std = channel_statistics(splits["train"].images)
         facts["mean"], facts["std"] = json.dumps(mean), json.dumps(std)
         facts["fingerprint"] = fingerprint(splits["train"], splits["test"], contents.class_names, mean, std)
-        _write_header(file, _header(shapes, facts), room)
+        _write_header(file, header_of(shapes, facts, _checksums(digests)), room)
 
 
-def _header(shapes: dict[str, tuple[str, tuple[int, ...]]], facts: dict[str, str]) -> bytes:
-    """Return the safetensors header: its length, and JSON with metadata and where each tensor lies."""
-    header: dict[str, object] = {"__metadata__": facts}
-    end = 0
-    for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + int(np.prod(shape)) * (8 if dtype == "I64" else 1)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text
+def _write(file: BinaryIO, digest: xxhash.xxh3_128, values: np.ndarray[Any, Any]) -> None:
+    content = np.ascontiguousarray(values).data
+    file.write(content)
+    digest.update(content)
+
+
+def _checksums(digests: Mapping[str, xxhash.xxh3_128]) -> dict[str, list[str]]:
+    return {name: [digest.hexdigest()] for name, digest in digests.items()}
 
 
 def _write_header(file: BinaryIO, header: bytes, room: int) -> None:

@@ -1,32 +1,14 @@
-"""What is known of a data set before it is there: shape, classes, number of images."""
+"""What is known of a data set before it is read: shape, classes, number of images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from mtt_fast.data import imagenet
-from mtt_fast.data.folder import find_splits, list_classes
-from mtt_fast.data.images import is_grey, size_of
-from mtt_fast.errors import InputError
+from mtt_fast.data import catalogue, imagenet
+from mtt_fast.data.image_data import DataFacts
+from mtt_fast.errors import InputError, NotFound
 
-
-@dataclass(frozen=True)
-class DataFacts:
-    """A data set in numbers. `name` is that of the `ImageData` it will be."""
-
-    name: str
-    image_shape: tuple[int, int, int]  # (C, H, W)
-    num_classes: int
-    train: int  # images
-    test: int
-
-    @property
-    def packed_bytes(self) -> int:
-        """Size of its packed file: a byte a value, eight a label."""
-        channels, height, width = self.image_shape
-        return (self.train + self.test) * (channels * height * width + 8)
-
+__all__ = ["DataFacts", "data_facts"]
 
 _FIXED = {
     "CIFAR10": DataFacts("CIFAR10", (3, 32, 32), 10, 50_000, 10_000),
@@ -41,32 +23,37 @@ _SUBSET = (10, 13_000, 500)  # 12,000 to 13,000 images for training, by subset
 
 
 def data_facts(dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data") -> DataFacts:
-    """Return the facts of a data set by the names that `load` takes, from what is published of it.
+    """Return the facts of a data set by the names that `load` takes: of the images that are there, without decoding.
 
-    Of an image folder they are counted, without decoding. Raises `InputError` for a folder that is not there or whose
-    images have no one size and `res` is not given.
+    Of one that is not there yet, and of the original files, they are those that are published.
+    Raises `InputError` as `load` would for a wrong name, and for image folders that are incomplete or whose images have
+    no one size where `res` is not given.
     """
+    published = _published(dataset, subset, res)
+    place = Path(data_path if dataset.casefold() == "folder" else dataset).expanduser()
+    if published is None and not place.is_dir():
+        raise InputError(f"--dataset {place}: expected a data set by name or an image folder, found no folder")
+    try:
+        source = catalogue.find(dataset, data_path=data_path, subset=subset, res=res)
+    except NotFound:
+        if published is None:
+            raise
+        return published
+    facts = source.facts() if source.facts else published
+    assert facts, "image folders count what is there, all others are published"
+    return facts
+
+
+def _published(dataset: str, subset: str | None, res: int | None) -> DataFacts | None:
+    """Return the facts of a data set that has a name of its own."""
     names = {name.casefold(): name for name in (*_FIXED, "Tiny", "ImageNet", *imagenet.SUBSETS)}
     name = names.get(dataset.casefold())
-    if name in _FIXED:
-        return _FIXED[name]
+    if name is None or name in _FIXED:
+        return _FIXED.get(name or "")
     if name == "Tiny":
         side = res or 64
         return DataFacts("Tiny" if side == 64 else f"Tiny-{side}", (3, side, side), *_TINY)
-    if name is not None:
-        chosen = subset if name == "ImageNet" else name
-        side = res or 128
-        return DataFacts(f"{chosen or 'ImageNet'}-{side}", (3, side, side), *(_SUBSET if chosen else _IMAGENET))
-    return _counted(Path(data_path if dataset == "folder" else dataset).expanduser(), res)
-
-
-def _counted(root: Path, res: int | None) -> DataFacts:
-    if not root.is_dir():
-        raise InputError(f"--dataset {root}: expected a data set by name or an image folder, found no folder")
-    train, test = (list_classes(folder) for folder in find_splits(root))
-    first = next(file for files in train.values() for file in files)
-    height, width = (res, res) if res else size_of(first)
-    counts = (sum(len(files) for files in split.values()) for split in (train, test))
-    suffix = f"-{res}" if res else ""
-    shape = (1 if is_grey(first) else 3, height, width)
-    return DataFacts(f"folder-{root.resolve().name}{suffix}", shape, len(train), *counts)
+    chosen = subset.casefold() if subset and name == "ImageNet" else name
+    counts = _IMAGENET if chosen == "ImageNet" else _SUBSET
+    side = res or 128
+    return DataFacts(f"{chosen}-{side}", (3, side, side), *counts)

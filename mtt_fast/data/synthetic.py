@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.data import Normalisation
+from mtt_fast.data.set_checks import check_set
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import load_tensors, save_tensors
+from mtt_fast.storage.files import MALFORMED, check_types, load_tensors, parse_json, save_tensors
+from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
-_FORMAT = "mtt_fast.data.synthetic.1"
+_FORMAT = "mtt_fast.data.synthetic.2"
+_BEFORE_CHECKSUMS = "mtt_fast.data.synthetic.1"
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class SyntheticDataset:
     `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
     learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
     With a `canvas` the images are textures, of which networks see random crops (mtt_fast/augmentation/texture.py).
-    `recipe` holds the options it was made with; `versions` the software's.
+    `recipe` holds the options it was made with; `versions` the software's. `dataset` and `fingerprint` are the name and the
+    fingerprint of the real images that it was made from (`ImageData`), "" where they are not known.
     """
 
     images: Tensor
@@ -45,6 +50,24 @@ class SyntheticDataset:
     versions: dict[str, str] = field(default_factory=dict)
     lr_per_step: Tensor | None = None
     canvas: Canvas | None = None
+    dataset: str = ""
+    fingerprint: str = ""
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """Which real images it was made from, as far as it knows: what it may be used with."""
+        channels, height, width = self.images.shape[1:]
+        side = 1 if self.canvas is None else self.canvas.size
+        whitening = NORMALISED if self.whitening is None else WHITENED
+        return DatasetIdentity(
+            self.dataset, self.class_names, (channels, height // side, width // side), self.mean, self.std, whitening,
+            self.fingerprint,
+        )  # fmt: skip
+
+    @property
+    def transform(self) -> Normalisation | Whitening:
+        """From pictures in [0, 1] to the space of its images, and back."""
+        return self.whitening or Normalisation(self.mean, self.std)
 
     @property
     def classes(self) -> Tensor:
@@ -56,49 +79,42 @@ class SyntheticDataset:
 
     def pictures(self) -> Tensor:
         """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
-        transform = self.whitening or Normalisation(self.mean, self.std)
-        return transform.invert(self.images).clamp(0, 1)
+        return self.transform.invert(self.images).clamp(0, 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one safetensors file, atomically."""
+        """Write everything to one safetensors file, atomically.
+
+        Raises `InputError` for a set that `mtt_fast.data.set_checks.check_set` finds fault with; then nothing is written.
+        """
+        check_set(self, f"{os.fspath(path)}: not written")
         tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
         if self.lr_per_step is not None:
             tensors["lr_per_step"] = self.lr_per_step
         if self.whitening:
             tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
-        record = {
-            name: getattr(self, name) for name in ("class_names", "mean", "std", "label_kind", "recipe", "versions")
-        }
+        record = {name: getattr(self, name) for name in _RECORD}
         if self.canvas:
             record["canvas"] = dataclasses.asdict(self.canvas)
         save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
-        """Read what `save` wrote. Raises `InputError` if the file is missing, broken or something else."""
+        """Read what `save` wrote. Raises `InputError` if the file is missing, broken, something else, or no sound set."""
         tensors, metadata = load_tensors(path)
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in (_FORMAT, _BEFORE_CHECKSUMS):
             raise InputError(
                 f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}"
             )
-        record = json.loads(metadata["record"])
-        white = {
-            name: tensors[f"whitening.{name}"]
-            for name in ("mean", "matrix", "inverse")
-            if f"whitening.{name}" in tensors
-        }
-        for name in ("class_names", "mean", "std"):
-            record[name] = tuple(record[name])
-        if "canvas" in record:
-            record["canvas"] = Canvas(**record["canvas"])
-        return cls(
-            tensors["images"],
-            tensors["labels"],
-            tensors["lr"],
-            whitening=Whitening(**white) if white else None,
-            lr_per_step=tensors.get("lr_per_step"),
-            **record,
-        )
+        before = {} if metadata["format"] == _FORMAT else {"dataset": "", "fingerprint": ""}
+        try:
+            found = _from_parts(tensors, before | parse_json(metadata["record"]))
+        except MALFORMED as error:
+            raise InputError(
+                f"{path}: expected a distilled set with all its parts, found another ({type(error).__name__}: {error}); "
+                "use the version that wrote it, or make it again"
+            ) from error
+        check_set(found, path)
+        return found
 
     def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the set for other software and return the files.
@@ -116,6 +132,31 @@ class SyntheticDataset:
         names = ("images", "labels", "lr", "lr_per_step")
         moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(self, **moved)
+
+
+_RECORD = {
+    "class_names": list, "mean": list, "std": list, "label_kind": str, "recipe": dict, "versions": dict, "dataset": str,
+    "fingerprint": str,
+}  # fmt: skip
+"""The fields of a set's record, and their types."""
+
+
+def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> SyntheticDataset:
+    """Return the set that a file holds. Raises one of `MALFORMED` for a part that is missing, unknown or of another kind."""
+    canvas = record.pop("canvas", None)
+    check_types(record, _RECORD)
+    for name in ("class_names", "mean", "std"):
+        record[name] = tuple(record[name])
+    white = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("whitening.")}
+    return SyntheticDataset(
+        tensors["images"],
+        tensors["labels"],
+        tensors["lr"],
+        whitening=Whitening(**white) if white else None,
+        lr_per_step=tensors.get("lr_per_step"),
+        canvas=Canvas(**canvas) if canvas is not None else None,
+        **record,
+    )
 
 
 def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-from mtt_fast.data.folder import image_source, list_classes
+from mtt_fast.data.class_names import class_indices, is_wnid, tiny_wnids
+from mtt_fast.data.folder import image_source
 from mtt_fast.data.imagenet import MEAN, STD
+from mtt_fast.data.listing import Listing, is_image_name, list_classes, tell_skipped
 from mtt_fast.data.packing import Source
-from mtt_fast.errors import InputError
+from mtt_fast.data.regular import read_lines
+from mtt_fast.errors import InputError, NotFound
+
+_MOST_BYTES = 16 << 20  # of a text file; words.txt, the longest, has 2.6 MB
+_MEND = "unpack the data set again"
 
 
 def source(data_path: Path, res: int | None) -> Source:
@@ -16,34 +23,36 @@ def source(data_path: Path, res: int | None) -> Source:
 
     The test split is the official validation split (the official test split has no labels). Classes come in the order
     of their WordNet ids, as in the public code, not in the order of wnids.txt; they are called by words.txt if it is
-    there. Grey images become RGB. Raises `InputError` for a missing or incomplete copy.
+    there. Folders may bear words or numbers in place of the ids. Grey images become RGB.
+    Raises `InputError` for a missing or incomplete copy.
     """
     root = next(
         (r for r in (data_path / "tiny-imagenet-200", data_path) if (r / "train").is_dir() and (r / "val").is_dir()),
         None,
     )
     if root is None:
-        raise InputError(
+        raise NotFound(
             f"Tiny: expected tiny-imagenet-200/ with train/ and val/ in {data_path}, found none; get "
             "http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, or mend --data_path"
         )
-    train = list_classes(root / "train")
-    listed = root / "wnids.txt"
-    if listed.is_file() and set(wnids := _read(listed).split()) != set(train):
-        odd = sorted(set(wnids) ^ set(train))
+    train = _by_wnid(list_classes(root, root / "train"), root / "train")
+    wnids, listed = list(train.classes), root / "wnids.txt"
+    if listed.exists() and (odd := sorted(set(_lines(listed)) ^ set(wnids))):
         raise InputError(
             f"{root / 'train'}: expected the classes of wnids.txt, found {len(odd)} in only one of them "
-            f"({', '.join(odd[:3])}); unpack the data set again"
+            f"({', '.join(odd[:3])}); {_MEND}"
         )
     annotations = root / "val" / "val_annotations.txt"
-    own_layout = annotations.is_file() and (root / "val" / "images").is_dir()
-    test = _annotated(annotations, list(train)) if own_layout else _rearranged(root / "val")
+    pictures = _pictures(root) if annotations.exists() else {}
+    test = _annotated(annotations, pictures, wnids) if pictures else _rearranged(root)
+    name = "Tiny" if res in (None, 64) else f"Tiny-{res}"
+    tell_skipped(name, train, test)
     return image_source(
-        "Tiny" if res in (None, 64) else f"Tiny-{res}",
+        name,
         root,
-        train,
-        test,
-        class_names=_words(root / "words.txt", list(train)),
+        train.classes,
+        test.classes,
+        class_names=_words(root / "words.txt", wnids),
         channels=3,
         size=res or 64,
         resize=True,
@@ -52,34 +61,66 @@ def source(data_path: Path, res: int | None) -> Source:
     )
 
 
-def _annotated(annotations: Path, wnids: list[str]) -> dict[str, list[str]]:
-    """Return the validation images by class, from lines "file, WordNet id, box" parted by tabs."""
+def _by_wnid(listing: Listing, where: Path) -> Listing:
+    """Return the images by WordNet id, in the order of the ids, where folders may bear other names of the classes."""
+    places = list(listing.classes)
+    if all(map(is_wnid, places)):
+        return listing
+    wnids = tiny_wnids()
+    by_index = dict(zip(class_indices(places, wnids, where), places, strict=True))
+    return Listing({wnids[index]: listing.classes[by_index[index]] for index in sorted(by_index)}, listing.skipped)
+
+
+def _annotated(annotations: Path, pictures: Mapping[str, str], wnids: list[str]) -> Listing:
+    """List the validation images (`pictures`: paths by name) by class, from lines "file, WordNet id, box" parted by tabs.
+
+    Raises `InputError` for a line that names no image, no class, or an image that has its class already.
+    """
     classes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
-    for number, line in enumerate(_read(annotations).splitlines(), 1):
+    named: set[str] = set()
+    for number, line in enumerate(read_lines(annotations, _MOST_BYTES, _MEND), 1):
         name, wnid = [*line.split("\t"), ""][:2]
-        if wnid not in classes:
+        if wnid not in classes or not is_image_name(name) or "/" in name:
             raise InputError(
-                f"{annotations}: line {number}: expected an image and its class in train/, found {line[:60]!r}; "
-                "unpack it again"
+                f"{annotations}: line {number}: expected an image and its class in train/, found {line[:60]!r}; {_MEND}"
             )
-        classes[wnid].append(str(annotations.parent / "images" / name))
-    return classes
+        if name in named:
+            raise InputError(
+                f"{annotations}: line {number}: expected each image once, found {name[:60]} again; {_MEND}"
+            )
+        if name not in pictures:
+            raise InputError(
+                f"{annotations.parent / 'images' / name}: cannot be read (line {number} of {annotations.name} names it, and "
+                f"it is not there); {_MEND}"
+            )
+        named.add(name)
+        classes[wnid].append(pictures[name])
+    unnamed = len(pictures) - len(named)
+    return Listing(classes, +Counter({"images that val_annotations.txt does not name": unnamed}))
 
 
-def _rearranged(val: Path) -> dict[str, list[str]]:
-    return {wnid: files for wnid, files in list_classes(val).items() if wnid != "images" or files}
+def _pictures(root: Path) -> dict[str, str]:
+    """Return the paths of the images in val/images/ by name; scripts that rearrange them leave it empty."""
+    if not (root / "val" / "images").is_dir():
+        return {}
+    files = list_classes(root, root / "val", ["images"]).classes["images"]
+    return {Path(file).name: file for file in files}
+
+
+def _rearranged(root: Path) -> Listing:
+    """List the images in val/CLASS/."""
+    listing = list_classes(root, root / "val")
+    classes = {place: files for place, files in listing.classes.items() if place != "images" or files}
+    return _by_wnid(Listing(classes, listing.skipped), root / "val")
 
 
 def _words(path: Path, wnids: list[str]) -> list[str]:
     """Return the first word for each id, or the id itself where there is no word or another class has the same."""
-    lines = (line.partition("\t") for line in _read(path).splitlines()) if path.is_file() else ()
+    lines = (line.partition("\t") for line in _lines(path)) if path.exists() else ()
     words = {wnid: text.split(",")[0].strip() for wnid, _, text in lines}
     counts = Counter(words.get(wnid) for wnid in wnids)
     return [words[wnid] if words.get(wnid) and counts[words[wnid]] == 1 else wnid for wnid in wnids]
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected text, found it unreadable ({error}); unpack the data set again") from error
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in read_lines(path, _MOST_BYTES, _MEND) if line.strip()]

@@ -14,6 +14,7 @@ from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import read_header
 
+_FORMAT = "mtt_fast whitening 2"  # those from before there were checksums say nothing
 _EPS = 0.1  # the public code's; a distilled set can be compared with others only at the same value
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def transform_for(data: ImageData, zca: bool) -> Normalisation | Whitening:
     """
     if not zca:
         return Normalisation(data.mean, data.std)
-    belongs_to = {"fingerprint": data.fingerprint, "eps": str(_EPS)}
+    belongs_to = {"format": _FORMAT, "fingerprint": data.fingerprint, "eps": str(_EPS)}
     path = data.path.with_suffix(".zca.safetensors") if data.path else None
     if path and (kept := _read(path, belongs_to)):
         return kept
@@ -79,7 +80,7 @@ def _read(path: Path, belongs_to: dict[str, str]) -> Whitening | None:
         _, metadata = read_header(path)
         if metadata == belongs_to:
             return Whitening.load(path)
-        log.warning("%s: fitted on other data; fitting it again", path)
+        log.warning("%s: fitted on other data, or by another version; fitting it again", path)
     except InputError as error:
         log.warning("%s; fitting it again", error)
     return None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import load_tensors, save_tensors
+from mtt_fast.storage.identity import _WHITENING_TOLERANCE, OTHER_DATA
 
 # A covariance of 12,288 values an image (3x64x64) takes 0.6 GB, and its decomposition minutes; one of 3x128x128 takes
 # 10 GB, and hours.
@@ -110,3 +111,17 @@ def _check_floating(images: Tensor) -> None:
 
 def _shape(images: Tensor) -> str:
     return "x".join(str(side) for side in images.shape[1:])
+
+
+def check_same_whitening(found: Whitening, expected: Whitening, where: str | os.PathLike[str]) -> None:
+    """Check that two whitenings do the same, up to what rounding makes of one fit on two machines.
+
+    Raises `InputError` that names the file `where`, which holds `found`.
+    """
+    for name in ("mean", "matrix"):
+        theirs, ours = (getattr(one, name).detach().to("cpu", torch.float64) for one in (found, expected))
+        if ours.shape != theirs.shape or float((ours - theirs).norm()) > _WHITENING_TOLERANCE * float(ours.norm()):
+            raise InputError(
+                f"{where}: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1, found "
+                f"another {name}; say {OTHER_DATA} to test it on images that are whitened as its own were"
+            )

@@ -12,23 +12,31 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast.commands.options import buffer_folder
-from mtt_fast.compress import compress, waypoint_folder
+from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
+from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.dry_run import forecast
 from mtt_fast.distill.evaluation import assess, assessed, summarise
+from mtt_fast.distill.experts import (
+    asked_of_experts,
+    check_experts,
+    check_same_experts,
+    prepare_experts,
+    with_true_experts,
+)
 from mtt_fast.distill.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
 from mtt_fast.distill.initial import initial_images, initial_state
-from mtt_fast.distill.options import NOT_PART_OF_THE_RESULT, PROGRAM, DistillOptions, parse_options
+from mtt_fast.distill.options import PROGRAM, DistillOptions, given_options, parse_options
 from mtt_fast.distill.run import Job
 from mtt_fast.distill.segments import Segment, places, planned, read_segment, turns
 from mtt_fast.distill.updates import leave, skip, update
@@ -36,17 +44,16 @@ from mtt_fast.engine.iteration import Iteration
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
-from mtt_fast.errors import InputError
-from mtt_fast.experts import check_flatness, train_missing_experts
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import arithmetic
 from mtt_fast.runtime.prefetch import prefetched, sender
 from mtt_fast.runtime.provenance import choose_device, device_name
-from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
+from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
+from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.metrics import MetricsLog
-from mtt_fast.storage.run_folder import check_same_method, check_same_run, is_finished, only_user, write_config
-from mtt_fast.storage.trajectories import TrajectoryStore, check_compatible
+from mtt_fast.storage.run_folder import only_user, write_config
+from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages, real_images
 
 log = logging.getLogger(__name__)
@@ -54,31 +61,39 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = parse_options(argv)
-    folder = options.folder()
+    options, given = parse_options(argv), given_options(argv)
+    asked, folder = asked_of_experts(options, given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
-    check_same_run(folder, options, NOT_PART_OF_THE_RESULT)
+    # an option of the experts that is not given says nothing of those that the run began with
+    check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if options.dry_run:
         with arithmetic(device, options.precision):
-            print(forecast(options, folder, device))
+            print(forecast(options, folder, device, asked))
         return
     if is_finished(folder, options, options.Iteration):
         return
     with arithmetic(device, options.precision):
-        _run(options, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+        _run(options, asked, folder, device, shlex.join([*PROGRAM.split(), *argv]))
 
 
-def _run(options: DistillOptions, folder: Path, device: torch.device, command: str) -> None:
+def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device: torch.device, command: str) -> None:
     data = options.load_data()
     network = options.network(data)
-    check_fits(options, data, network, device)
+    check_fits(options, data, network, device, asked)
     student = describe_arithmetic(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
     steps = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder):
-        experts = _experts(options, real, network)
+        state = load_checkpoint(folder, device)
+        if state is not None:
+            check_same_images(folder, state.data, real.identity)
+        experts = prepare_experts(options, real, network)
+        check_experts(options, data, network, asked)  # again, as they are now
+        if state is not None:
+            check_same_experts(folder, state, experts)
+        options = with_true_experts(options, experts)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
         log.info(
@@ -89,46 +104,7 @@ def _run(options: DistillOptions, folder: Path, device: torch.device, command: s
         log.info("%s", gradient)
         log.info("%s", steps)
         log.info("%s", options.evaluation_protocol().describe())
-        distill(options, folder, real, network, experts, steps, command)
-
-
-def _experts(options: DistillOptions, real: RealImages, network: Trainable) -> TrajectoryStore:
-    """Return the experts that the options name, those trained or compressed first that were missing."""
-    needed = options.max_start_epoch + options.expert_epochs
-    folder = whole = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
-    if options.num_interpolation is not None:
-        folder = waypoint_folder(whole, options.num_interpolation)
-    store = TrajectoryStore(folder) if folder.is_dir() else None
-    if store is None or len(store) < (options.max_experts or options.num_experts):
-        store = _with_missing_experts(options, real, network, whole)
-        if options.num_interpolation is not None:
-            store = compress(whole, folder, options.num_interpolation)
-    for expert in range(len(store)):
-        check_compatible(
-            store.metadata(expert),
-            layout=network.layout.describe(),
-            fingerprint=real.data.fingerprint,
-            whitening=real.whitening,
-            needed_epochs=needed,
-            epochs=store.epochs(expert),
-            where=str(folder),
-        )
-        check_flatness(store.metadata(expert), options.experts(), folder)
-    return store
-
-
-def _with_missing_experts(
-    options: DistillOptions, real: RealImages, network: Trainable, folder: Path
-) -> TrajectoryStore:
-    """Train the experts that `folder` lacks; return the store of all."""
-    store = TrajectoryStore(folder) if folder.is_dir() else None
-    if store and len(store) >= (options.max_experts or options.num_experts):
-        return store
-    return train_missing_experts(
-        folder, options.num_experts, real, network, options.experts(), seed=options.seed,
-        precision=precision_on(real.train.labels.device, network, options.precision),
-        at_once=options.networks_at_once, memory_budget=options.memory_budget,
-    )  # fmt: skip
+        distill(options, folder, real, network, experts, steps, command, state)
 
 
 def distill(
@@ -139,22 +115,17 @@ def distill(
     experts: TrajectoryStore,
     steps: Plan,
     command: str,
+    state: State | None,
 ) -> None:
-    """Run iterations from the last checkpoint, or from the start, to the end; write everything to `folder`.
+    """Run iterations from `state`, the last checkpoint's, or from the start, to the end; write everything to `folder`.
 
     Student steps are done as the plan `steps` says, or in smaller pieces where memory runs out.
     Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; `InputError` if the
     distillation has diverged for good.
     """
     device = real.train.labels.device
-    state = load_checkpoint(folder, device)
     if state is None:
         state = initial_state(options, real, network, experts, min(options.max_experts or len(experts), len(experts)))
-    elif len(experts) < state.experts:
-        raise InputError(
-            f"{folder}: the run was started with {state.experts} experts, found {len(experts)}; "
-            f"say --num_experts {state.experts}, or give back its --buffer_path"
-        )
     else:
         log.info("continuing at iteration %d", state.iteration)
     iteration = lru_cache(maxsize=1)(partial(iteration_of, options, network))  # the last plan's
@@ -173,7 +144,7 @@ def distill(
                         coming = turns(options, range(state.iteration, state.iteration + 1))
                         compare_with_exact(job, state, steps, [segment(turn) for turn in coming])
                     assess(job, state, stop)
-                    save_checkpoint(folder, state)
+                    save_checkpoint(folder, state, metrics.evaluations)
                 if state.iteration >= options.Iteration:
                     break
                 began = time.monotonic()
@@ -183,13 +154,13 @@ def distill(
                 bar.set_postfix(_postfix(options, state, metrics, seconds), refresh=False)
                 bar.update()
                 if stop or time.monotonic() - saved > options.save_seconds:
-                    save_checkpoint(folder, state)
+                    save_checkpoint(folder, state, metrics.evaluations)
                     saved = time.monotonic()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
             summarise(job, state, command, stop)
     except Stopped as stopped:
-        save_checkpoint(folder, state)
+        save_checkpoint(folder, state, metrics.evaluations)
         raise Stopped(
             f"stopped at iteration {state.iteration} of {options.Iteration}, everything is saved; continue with: "
             f"{PROGRAM} --out {shlex.quote(str(folder))} --resume",

@@ -6,23 +6,23 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from mtt_fast.commands.options import buffer_folder
-from mtt_fast.compress import waypoint_folder
 from mtt_fast.data.published_info import DataFacts, data_facts
 from mtt_fast.distill.checks import check_fits
+from mtt_fast.distill.experts import Supply, check_same_experts, supply
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import planned
 from mtt_fast.engine.student_choice import precision_on, student_for
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
 from mtt_fast.recipes import recipe_about
+from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
 from mtt_fast.storage.run_folder import SUMMARY, read_config
 from mtt_fast.storage.trajectories import TrajectoryStore
 
@@ -46,21 +46,23 @@ class _Amounts(NamedTuple):
     rest: float
 
 
-def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str:
+def forecast(options: DistillOptions, folder: Path, device: torch.device, asked: Mapping[str, Any]) -> str:
     """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk.
 
     Nothing is written, downloaded or decoded. The time is that of student steps on a few random images, measured on
     `device` and scaled: networks are taken to be trained one after another, reading and drawing to cost nothing.
-    Raises `InputError` as the run itself would for its options, its memory budget, an image folder or the experts there.
+    `asked`: see `check_experts`. Raises `InputError` as the run itself would for its options, its memory budget, an image
+    folder, the experts there or the run's checkpoint.
     """
     facts = data_facts(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(facts)
-    check_fits(options, facts, network, device)
-    experts = buffer_folder(options.buffer_path, facts, options.model, options.zca)
-    there, wanted = _count(experts), options.max_experts or options.num_experts
-    uncompressed = _uncompressed(options, experts)
-    enough = there >= wanted or (options.num_interpolation is not None and not uncompressed)
-    missing = 0 if enough else max(0, options.num_experts - there)
+    check_fits(options, facts, network, device, asked)
+    experts = supply(options, facts)
+    if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
+        check_same_images(folder, state.data, facts.identity(options.zca))
+        if not (experts.missing or experts.uncompressed):
+            check_same_experts(folder, state, TrajectoryStore(experts.used))
+    missing, uncompressed = experts.missing, experts.uncompressed
     precision = precision_on(device, network, options.precision)
     count = options.ipc * facts.num_classes
     steps = planned(options, network, (count, *facts.image_shape), device, precision)
@@ -76,8 +78,7 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device) -> str
         "data set": f"{facts.name}: {_shape(facts.image_shape)}, {facts.num_classes} classes, "
         f"{facts.train:,} + {facts.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
-        "experts": f"{missing} to train for {options.train_epochs} epochs, {there} in {experts}"
-        + (f", {uncompressed} to compress to {options.num_interpolation} waypoints" if uncompressed else ""),
+        "experts": _experts(options, experts),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
@@ -114,17 +115,11 @@ def _recipe(options: DistillOptions) -> str:
     return f"{options.recipe}: {about['description']} ({about['source']})"
 
 
-def _count(folder: Path) -> int:
-    """Return how many experts are in `folder`."""
-    return len(TrajectoryStore(folder)) if folder.is_dir() else 0
-
-
-def _uncompressed(options: DistillOptions, experts: Path) -> int:
-    """Return how many experts are to be compressed first."""
-    if options.num_interpolation is None:
-        return 0
-    done = _count(waypoint_folder(experts, options.num_interpolation))
-    return 0 if done >= (options.max_experts or options.num_experts) else max(0, options.num_experts - done)
+def _experts(options: DistillOptions, experts: Supply) -> str:
+    kind = "experts from elsewhere, used as they are" if experts.imported else ""
+    to_train = kind or f"{experts.missing} to train for {options.train_epochs} epochs"
+    to_compress = f", {experts.uncompressed} to compress to {options.num_interpolation} waypoints"
+    return f"{to_train}, {experts.there} in {experts.whole}" + (to_compress if experts.uncompressed else "")
 
 
 def _state(folder: Path) -> str:

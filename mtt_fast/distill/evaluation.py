@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import tiled
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured, percent
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
-from mtt_fast.commands.records import accuracy_by_network, accuracy_record, measured, percent
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.distill.gradients import DESCRIPTIONS
 from mtt_fast.distill.labels import experts_at, mean_teacher_labels
 from mtt_fast.distill.run import Job
 from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
+from mtt_fast.errors import Diverged
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.recipes import recipe_about
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
 from mtt_fast.storage.checkpoint import State
-from mtt_fast.storage.files import write_json
+from mtt_fast.storage.records import write_record
 from mtt_fast.storage.run_folder import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC
 from mtt_fast.training.images import Images, as_training_images
 from mtt_fast.training.protocols import Accuracy, evaluate
@@ -82,6 +83,8 @@ def _distilled(job: Job, state: State, images: Tensor) -> SyntheticDataset:
         images.clone(),
         labels,
         state.lr.mean(),
+        dataset=data.name,
+        fingerprint=data.fingerprint,
         class_names=data.class_names,
         mean=data.mean,
         std=data.std,
@@ -101,12 +104,25 @@ def assessed(job: Job, state: State) -> bool:
 
 
 def assess(job: Job, state: State, stop: StopRequest) -> None:
-    """Test fresh networks on the images as they are now, others on their average, and write sets and pictures."""
+    """Test fresh networks on the images as they are now, others on their average, and write sets and pictures.
+
+    Raises `Diverged` where images, labels or rates are no longer finite: no network can learn from them.
+    """
+    _check_finite(job, state)
     sets = _sets(job, state)
     for kind, synthetic in sets.items():
         if job.metrics.find(kind, state.iteration) is None:
             _measure(job, state, kind, synthetic, stop)
     _draw(job, state, sets["evaluation"])
+
+
+def _check_finite(job: Job, state: State) -> None:
+    for name, values in (("images", state.images), ("labels", state.labels), ("learning rate", state.lr)):
+        if not bool(values.isfinite().all()):
+            raise Diverged(
+                f"{job.folder}: iteration {state.iteration}: the {name} are no longer finite; start again with a smaller --lr_img, "
+                "--lr_y or --lr_lr and another --out"
+            )
 
 
 def _measure(job: Job, state: State, kind: str, synthetic: SyntheticDataset, stop: StopRequest) -> None:
@@ -163,7 +179,7 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
     )
     device = state.lr.device
     save_curves(job.folder / "curves.png", metrics.records, float(baseline["accuracy_mean"]))
-    write_json(
+    write_record(
         job.folder / SUMMARY,
         {
             "text": text,
@@ -195,10 +211,23 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
             "arithmetic": describe_arithmetic(device, job.network, options.precision),
             "versions": versions(),
             "command": command,
+            "data": job.real.identity.record(),
+            "experts": _of_experts(job, state),
             "options": dataclasses.asdict(options),
         },
     )
     log.info("%s: %s", job.folder, text)
+
+
+def _of_experts(job: Job, state: State) -> dict[str, Any]:
+    """Return what is known of the experts that take turns: how many, from where, trained how on which images."""
+    first = job.experts.metadata(0)
+    return {
+        "folder": str(job.experts.folder),
+        "number": state.experts,
+        "hyperparameters": first.hyperparameters,
+        "data": first.identity.record(),
+    }
 
 
 def _evaluate_baseline(job: Job, state: State, stop: StopRequest) -> dict[str, Any]:

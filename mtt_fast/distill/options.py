@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
-from mtt_fast.commands.options import EvaluationOptions, at_least
+from mtt_fast.commands.earlier_run import check_same_method
+from mtt_fast.commands.option_fields import Checked, Needs, Range, Role, Told, check_values
+from mtt_fast.commands.options import (
+    AtLeastTwoOrNone,
+    Count,
+    CountFromZero,
+    CountOrNone,
+    EvaluationOptions,
+    Networks,
+    NetworksOrNone,
+    Rate,
+    RateOrZero,
+    RateOrZeroOrNone,
+    Seconds,
+    Share,
+    ShareOrNone,
+)
 from mtt_fast.engine.matching import MatchStep
+from mtt_fast.engine.memory_plan import check_budget
 from mtt_fast.engine.unroll import Gradient
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind
-from mtt_fast.networks.pools import eval_pool
 from mtt_fast.recipes import recipe_options
-from mtt_fast.runtime.memory_info import AUTO, parse_bytes
+from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.storage.files import read_toml
-from mtt_fast.storage.run_folder import check_same_method, read_config
+from mtt_fast.storage.run_folder import CONFIG, read_config
 
 PROGRAM = "python -m mtt_fast.distill"
 DEFAULT_RECIPE = "digits"
@@ -32,104 +46,113 @@ DEFAULT_RECIPE = "digits"
 class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
 
-    recipe: str | None = None
+    recipe: Annotated[str | None, Role.PLACE] = None
     """a named setting (python -m mtt_fast.recipes lists them); other flags override it"""
-    config: str | None = None
+    config: Annotated[str | None, Role.PLACE] = None
     """a TOML file of options; other flags override it"""
-    out: str | None = None
+    out: Annotated[str | None, Role.PLACE] = None
     """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
-    resume: bool = False
+    resume: Annotated[bool, Role.PLACE] = False
     """continue the run in --out (or that of --recipe), with its own options; say --Iteration to extend it"""
 
-    dry_run: bool = False
+    dry_run: Annotated[bool, Role.PLACE] = False
     """tell what would be done, the memory plan, and an estimate of time and disk; do nothing"""
 
-    ipc: int = 1
+    ipc: Count = 1
     """synthetic images a class"""
-    Iteration: int = 5000
+    Iteration: Annotated[CountFromZero, Role.EXTENT] = 5000
     """iterations (updates of the images)"""
-    syn_steps: int = 20
+    syn_steps: Count = 20
     """N: student steps in each iteration"""
-    expert_epochs: int = 3
+    expert_epochs: Count = 3
     """M: expert epochs that the student has to match"""
-    max_start_epoch: int = 25
+    max_start_epoch: Count = 25
     """T+: the student starts at an expert epoch below this"""
     continuous_start: bool = False
     """the student starts at any real number of epochs, not at whole ones alone (MCT); between recorded ones on a straight line"""
-    min_start_epoch: int = 0
+    min_start_epoch: CountFromZero = 0
     """T-: and not before this one (DATM)"""
-    current_max_start_epoch: int | None = None
+    current_max_start_epoch: CountOrNone = None
     """T: in the first iteration, in place of max_start_epoch, which is approached linearly (DATM)"""
-    expansion_end_epoch: int = 0
+    expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
     """iteration from which on max_start_epoch counts, where current_max_start_epoch is given"""
-    threshold: float | None = None
-    """make no update in an iteration whose matching loss is above this (DATM)"""
-    batch_syn: int | None = None
+    threshold: Annotated[float | None, Range(0, above=True, infinite=True)] = None
+    """make no update in an iteration whose matching loss is above this (DATM); inf: update in each, as without it"""
+    batch_syn: CountOrNone = None
     """synthetic images in a student step; without it, all of them"""
-    lr_img: float = 1000.0
-    """learning rate of the pixels"""
-    lr_lr: float = 1e-5
-    """learning rate of the student's learning rate"""
-    lr_teacher: float = 0.01
+    lr_img: RateOrZero = 1000.0
+    """learning rate of the pixels; 0 leaves them as they are"""
+    lr_lr: RateOrZero = 1e-5
+    """learning rate of the student's learning rate; 0 leaves it as it is"""
+    lr_teacher: Rate = 0.01
     """the student's learning rate at the start"""
     lr_per_step: bool = False
     """learn one learning rate for each of the student's steps; networks are evaluated at their mean"""
-    student_mom: float = 0.0
+    student_mom: Share = 0.0
     """momentum of the student's steps"""
-    student_l2: float = 0.0
-    """their weight decay"""
+    student_l2: RateOrZero = 0.0
+    """weight decay of the student's steps"""
     gradient: Gradient = "exact"
     """exact, or truncated: TESLA's, an approximation without the Hessian terms, compared with the exact one at evaluations"""
     match_step: MatchStep = "last"
     """match the student's last step, or the one nearest to the expert (ATT)"""
-    loss_ratio: float = 0.0
+    loss_ratio: Share = 0.0
     """leave this share of the parameters, those of lowest loss, out of the matching loss (PAD)"""
-    num_trajectories: int = 1
+    num_trajectories: Count = 1
     """segments that each iteration matches, of one expert after the other; their gradients are averaged"""
     pix_init: Literal["real", "noise", "samples_predicted_correctly"] = "real"
     """start from random real images, from noise, or from real images that experts classify correctly (DATM)"""
-    lr_y: float | None = None
-    """learn soft labels, kept as logits, at this learning rate (DATM); without it the labels are the classes"""
-    mom_y: float = 0.9
-    """their momentum"""
-    label_init: Literal["classes", "experts"] = "classes"
+    lr_y: RateOrZeroOrNone = None
+    """learn soft labels, kept as logits, at this learning rate (DATM), where 0 keeps them as they begin; without it the labels are
+    the classes"""
+    mom_y: Annotated[Share, Needs("lr_y")] = 0.9
+    """momentum of the learned labels"""
+    label_init: Annotated[Literal["classes", "experts"], Needs("lr_y", " (0 keeps the labels as they begin)")] = (
+        "classes"
+    )
     """they start from probability 0.9 for the image's class, or from the mean logits of the experts that are right (DATM)"""
     teacher_label: bool = False
     """label the images in each iteration as the expert to be matched does (TESLA); labels that are saved are the mean of
     what all experts say after max_start_epoch epochs"""
-    ema_decay: float | None = None
+    ema_decay: ShareOrNone = None
     """also average the images over the iterations, with this weight on what was (FTD), and evaluate that"""
-    no_aug: bool = False
+    no_aug: Annotated[bool, Needs("dsa", " True")] = False
     """no augmentation during distillation (evaluation keeps it)"""
     texture: bool = False
     """distil textures: canvases that tile without seams, of which each student step sees random crops"""
-    canvas_size: int = 2
+    canvas_size: Annotated[Count, Needs("texture")] = 2
     """side of a canvas, in images"""
-    canvas_samples: int = 1
+    canvas_samples: Annotated[Count, Needs("texture")] = 1
     """crops of each canvas in a student step"""
 
-    eval_it: int = 100
+    eval_it: Annotated[Count, Role.EXTENT] = 100
     """iterations between evaluations"""
 
-    buffer_path: str = "buffers"
+    buffer_path: Annotated[str, Role.PLACE] = "buffers"
     """where the experts' trajectories are"""
-    num_experts: int = 100
-    """experts to train if there are fewer"""
-    max_experts: int | None = None
+    other_data: Annotated[bool, Role.EXTENT] = False
+    """use experts that were trained on other images, of the same classes and size"""
+    num_experts: Annotated[Networks, Role.EXTENT] = 100
+    """experts to train if there are fewer; beside experts from elsewhere none is trained"""
+    max_experts: Annotated[
+        NetworksOrNone, Role.EXTENT, Told("of all experts, where the public code takes as many of each of its files")
+    ] = None
     """use only so many experts"""
-    num_interpolation: int | None = None
+    num_interpolation: AtLeastTwoOrNone = None
     """use the experts as so many waypoints with straight lines between them (MCT: 4), compressing those that are not"""
-    expert_lr: float = 0.01
+    expert_lr: Rate = 0.01
     """learning rate of experts that are trained first"""
-    batch_real: int = 256
-    """their batch size"""
+    batch_real: Annotated[
+        Count, Told("the batch size of experts that are trained first; in the public code it changes nothing")
+    ] = 256
+    """batch size of experts that are trained first"""
 
-    memory_budget: str = AUTO
+    memory_budget: Annotated[str, Role.MACHINE, Checked(check_budget)] = AUTO
     """cut student batches so that an iteration stays below this, e.g. 6GiB; auto: most of what is free; the result is the same"""
-    microbatch: int | None = None
+    microbatch: Annotated[CountOrNone, Role.MACHINE] = None
     """cut student batches into pieces of so many images; the result is the same"""
-    save_seconds: float = 60.0
-    """time between checkpoints"""
+    save_seconds: Seconds = 60.0
+    """seconds between checkpoints; inf: only at evaluations and at the end"""
 
     def folder(self) -> Path:
         """Return the run folder."""
@@ -158,62 +181,32 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         """How many real images each synthetic one is as large as: more than one for a canvas."""
         return self.canvas_size**2 if self.texture else 1
 
+    def remarks(self, given: Container[str]) -> list[str]:
+        """See `CommonOptions.remarks`."""
+        kept = "--no_aug False keeps the augmentation; the public code's parser takes any word behind it for yes"
+        return super().remarks(given) + ([kept] if "no_aug" in given and not self.no_aug else [])
+
     def check(self) -> None:
-        """Raise `InputError` for the first option that cannot be."""
-        complaint = at_least(
-            1,
-            ipc=self.ipc,
-            syn_steps=self.syn_steps,
-            num_trajectories=self.num_trajectories,
-            expert_epochs=self.expert_epochs,
-            max_start_epoch=self.max_start_epoch,
-            batch_syn=self.batch_syn,
-            canvas_size=self.canvas_size,
-            canvas_samples=self.canvas_samples,
-            eval_it=self.eval_it,
-            num_experts=self.num_experts,
-            max_experts=self.max_experts,
-            microbatch=self.microbatch,
-            networks_at_once=self.networks_at_once,
-        ) or at_least(
-            0,
-            Iteration=self.Iteration,
-            lr_img=self.lr_img,
-            lr_lr=self.lr_lr,
-            lr_y=self.lr_y,
-            min_start_epoch=self.min_start_epoch,
-            expansion_end_epoch=self.expansion_end_epoch,
-            student_l2=self.student_l2,
-            save_seconds=self.save_seconds,
-        )
-        complaint = complaint or at_least(2, num_interpolation=self.num_interpolation)
-        if complaint:
-            raise InputError(complaint)
-        if not 0 < self.lr_teacher < math.inf:
-            raise InputError(f"--lr_teacher {self.lr_teacher}: expected more than 0")
-        for name in ("student_mom", "loss_ratio", "mom_y", "ema_decay"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share < 1:
-                raise InputError(f"--{name} {share}: expected at least 0 and less than 1")
+        """Raise `InputError` for the first option whose value cannot be, or not with the others."""
+        check_values(self)
         self._check_start_epochs()
-        if self.threshold is not None and not self.threshold > 0:
-            raise InputError(f"--threshold {self.threshold}: expected more than 0")
         if self.teacher_label and self.lr_y is not None:
             raise InputError("--teacher_label, --lr_y: expected one of them, found both: labels are given, or learned")
         if self.label_init == "experts" and self.lr_y is None:
             raise InputError(
                 "--label_init experts: expected --lr_y with it (0 keeps the labels as the experts gave them)"
             )
-        if self.memory_budget != AUTO:
-            parse_bytes(self.memory_budget)
-            if self.microbatch is not None:
-                raise InputError("--microbatch, --memory_budget: expected one of them, found both")
+        if self.memory_budget != AUTO and self.microbatch is not None:
+            raise InputError("--microbatch, --memory_budget: expected one of them, found both")
         if self.texture:
             self._check_texture()
-        augment_by_strategy(self.strategy)
         self.experts()
         self.evaluation_protocol()
-        eval_pool(self.eval_mode, self.model)
+
+    @property
+    def looks_at_last_epochs(self) -> bool:
+        """Whether images or labels come from what experts say after their last epoch."""
+        return self.pix_init == "samples_predicted_correctly" or self.label_init == "experts"
 
     def asks_experts(self) -> str | None:
         """Return the first option for which experts classify images, or None."""
@@ -257,15 +250,6 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
                 )
 
 
-NOT_PART_OF_THE_RESULT = {
-    "recipe", "config", "out", "resume", "dry_run", "Iteration", "eval_it", "num_eval", "epoch_eval_train", "batch_train",
-    "eval_mode", "protocol", "best_epoch", "download", "data_path",
-    "packed_path",
-    "buffer_path", "device", "networks_at_once", "memory_budget", "microbatch", "save_seconds", "num_experts", "max_experts",
-}  # fmt: skip
-"""Options that may differ when a run goes on."""
-
-
 @dataclass(frozen=True)
 class _Selection:
     """The flags that decide where the other options' defaults come from."""
@@ -282,25 +266,52 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
 
     The recipe may also be named in the file of --config.
     """
+    chosen, in_file = _selection(argv)
+    options, default = DistillOptions(), DistillOptions()
+    of_file = parsing.apply(default, in_file, str(chosen.config))
+    if chosen.resume:
+        options = _of_run(chosen, options)
+    elif chosen.recipe is not None:
+        values = recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
+        options = parsing.apply(options, values, f"recipe {chosen.recipe}")
+    options = parsing.apply(options, in_file, str(chosen.config))
+    written = {name for name in in_file if getattr(of_file, name) != getattr(default, name)}
+    options = parsing.parse(DistillOptions, argv, PROGRAM, options, in_file=written)
+    options.check()
+    return options
+
+
+def given_options(argv: Sequence[str]) -> set[str]:
+    """Return the names of the options that a command line gives, or its recipe or file of options; not those of a run."""
+    chosen, in_file = _selection(argv)
+    recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
+    return {*recipe, *in_file, *parsing.given(DistillOptions, argv)}
+
+
+def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
+    """Return what decides where defaults come from, and the options in the file of --config."""
     chosen = parsing.parse_known(_Selection, argv, PROGRAM)
     in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
     if chosen.recipe is None and isinstance(in_file.get("recipe"), str):
         chosen = dataclasses.replace(chosen, recipe=in_file["recipe"])
-    defaults: dict[str, Any] = {}
     if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
         chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
-    if chosen.resume:
-        folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
-        config = read_config(folder)
-        if config is None:
-            raise InputError(
-                f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
-            )
-        check_same_method(folder, None)
-        defaults |= config | {"resume": True, "out": str(folder)}
-    elif chosen.recipe is not None:
-        defaults |= recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
-    defaults |= in_file
-    options = parsing.parse(DistillOptions, argv, PROGRAM, defaults)
-    options.check()
-    return options
+    return chosen, in_file
+
+
+def _of_run(chosen: _Selection, options: DistillOptions) -> DistillOptions:
+    """Return `options` with those of the run to resume. Raises `InputError` where there is none, or one of another recipe."""
+    folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
+    config = read_config(folder)
+    if config is None:
+        raise InputError(
+            f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
+        )
+    check_same_method(folder, None)
+    found = parsing.apply(options, config, str(folder / CONFIG))
+    if chosen.recipe not in (None, found.recipe):
+        began = "without a recipe" if found.recipe is None else f"with --recipe {found.recipe}"
+        raise InputError(
+            f"--recipe {chosen.recipe}: has no effect with --resume, as the run in {folder} began {began}; leave it out"
+        )
+    return dataclasses.replace(found, resume=True, out=str(folder))

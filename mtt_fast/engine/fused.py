@@ -1,8 +1,8 @@
 """ConvNet's gradient and its directional derivative, scheduled by hand over `mtt_fast.kernels`: no autograd graph.
 
 The formulas are derived in docs/adjoint.md. Of each block a step keeps the input x, the convolution's output y, their
-tangents, and a few numbers a plane; nothing else that is as large as an image. A dot is the derivative in direction v, a
-bar the gradient of the loss. What follows the convolution is in block_ends.py.
+tangents, and the statistics of the planes; nothing else that is as large as an image. A dot is the derivative in
+direction v, a bar the gradient of the loss. What follows the convolution is in block_ends.py.
 
 What `gradient` keeps for `gradient_jvp`, if it is asked to, are of each block y and the gradient of the loss to the
 block's result p. With those the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
@@ -27,7 +27,7 @@ from mtt_fast.networks.convnet import ConvNet
 class FusedConvNetStudent:
     """A `Student` for `ConvNet` under cross-entropy, with labels of one kind; float32 or float64.
 
-    `precision` is that of the factors of float32 convolutions; the twins of a CPU know fp32 alone. With bf16 all that has
+    `precision` is that of the factors of float32 convolutions; a CPU's kernels know fp32 alone. With bf16 all that has
     pixels is bfloat16 but for the images that are given and their gradient: half the memory. float64 stays float64.
     """
 
@@ -121,7 +121,7 @@ class FusedConvNetStudent:
         return 11, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`. Follows the schedule above; only the twins of a CPU write ȳ over y."""
+        """See `Student.step_bytes`. Follows the schedule above; only a CPU's kernels write ȳ over y."""
         layers = self._layers(image_shape)
         each = batch * dtype.itemsize
         features = each * self.network.width * math.prod(self.network.feature_size)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.kernels import Activations, Precision
+from mtt_fast.kernels import Activations, Affine, Precision
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
 Tensors = tuple[Tensor, ...]
@@ -31,7 +31,7 @@ class Convolution(NamedTuple):
 class BlockEnd(NamedTuple):
     """Two functions of y (B, C, H, W), the convolution's result, and two of the whole block in a direction.
 
-    What is kept begins with y; `backward` destroys it only if it may. Activations are used up by `dual_backward`.
+    What is kept begins with y; `backward` destroys it only if it may. `dual_backward` takes the activations, and frees each as soon as it can.
     """
 
     forward: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]]
@@ -50,12 +50,12 @@ class BlockEnd(NamedTuple):
 
 
 def _norm_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
-    p, *numbers = kernels.norm_relu_pool(y, *affine, NORM_EPS)
-    return p, (y, *numbers)
+    p, mean, rstd = kernels.norm_relu_pool(y, Affine(*affine), NORM_EPS)
+    return p, (y, mean, rstd)
 
 
 def _norm_backward(kept: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
-    y_bar, *affine_bar = kernels.norm_relu_pool_backward(*kept, *affine, p_bar, reuse=reuse)
+    y_bar, *affine_bar = kernels.norm_relu_pool_backward(*kept, Affine(*affine), p_bar, reuse=reuse)
     return y_bar, tuple(affine_bar)
 
 
@@ -63,10 +63,8 @@ def _norm_dual(
     x: Tensor, x_dot: Tensor | None, convolution: Convolution, affine: Tensors, affine_dot: Tensors, y: Tensor | None
 ) -> tuple[Tensor, Tensor, Activations]:
     weight, weight_dot, padding, precision = convolution
-    (gamma, beta), (gamma_dot, beta_dot) = affine, affine_dot
-    norm = (gamma, beta, gamma_dot, beta_dot)
     p, p_dot, activations = kernels.conv_norm_relu_pool_dual(
-        x, x_dot, weight, weight_dot, *norm, padding, NORM_EPS, precision, y
+        x, x_dot, weight, weight_dot, Affine(*affine), Affine(*affine_dot), padding, NORM_EPS, precision, y
     )
     return p, p_dot, activations
 
@@ -82,8 +80,7 @@ def _norm_dual_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensors]:
     assert p_bar is not None
     weight, weight_dot, padding, precision = convolution
-    (gamma, beta), (gamma_dot, beta_dot) = affine, affine_dot
-    parameters = (weight, weight_dot, gamma, beta, gamma_dot, beta_dot)
+    parameters = (weight, weight_dot, Affine(*affine), Affine(*affine_dot))
     x_bar, x_bar_dot, weight_bar_dot, *affine_bar_dot = kernels.conv_norm_relu_pool_dual_backward(
         activations, *parameters, p_bar, p_bar_dot, padding, precision, wants_x_bar
     )
@@ -107,7 +104,7 @@ def _bias_dual(
     else:
         y_dot = kernels.conv3x3_tangent(x, x_dot, *convolution)
     p, p_dot = kernels.bias_relu_pool_dual(y, y_dot, *affine, *affine_dot)
-    return p, p_dot, [x, x_dot, y]  # ẏ moves no gradient: the block is linear between the kinks
+    return p, p_dot, Activations(x, x_dot, y)  # ẏ moves no gradient: the block is linear between the kinks
 
 
 def _bias_dual_backward(
@@ -120,8 +117,7 @@ def _bias_dual_backward(
     wants_x_bar: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensors]:
     assert p_bar is not None
-    x, x_dot, y = activations
-    activations.clear()
+    x, x_dot, y, _, _ = activations.take()
     y_bar, y_bar_dot, beta_bar_dot = kernels.bias_relu_pool_dual_backward(y, *affine, p_bar, p_bar_dot, reuse=True)
     del y
     _, _, padding, precision = convolution

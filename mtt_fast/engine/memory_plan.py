@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Augment, footprint_of
-from mtt_fast.engine.student import CANNOT_CUT, Loss, Student
+from mtt_fast.engine.student import CANNOT_CUT, InMicrobatches, Loss, Student
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
@@ -78,12 +78,12 @@ class Plan:
         rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
         vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
-        piece = work.student.step_bytes(self.microbatch, work.input_shape, work.dtype, work.device)
-        kept = work.student.step_bytes(work.batch, work.input_shape, work.dtype, work.device).kept
-        held = self.kept_steps * kept
-        steps = [piece.gradient_jvp, piece.gradient]
+        pieces = InMicrobatches(work.student, self.microbatch)
+        step = pieces.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
+        held = self.kept_steps * step.kept
+        steps = [step.gradient_jvp, step.gradient]
         if self.kept_steps:  # the last piece of the forward sweep, the first one of the backward sweep
-            steps = [held - piece.kept + piece.gradient_keeping, held + piece.gradient_jvp_kept, *steps]
+            steps = [held - step.kept + step.gradient_keeping, held + step.gradient_jvp_kept, *steps]
         parts = {
             "path": (2 if self.path_on_host else rows) * vector,
             "vectors": vectors * vector,
@@ -91,7 +91,7 @@ class Plan:
             "augmentation": work.augment_bytes * work.batch,
             "kept activations": held,
             "step": max(steps) - held,
-            "work space": piece.work,
+            "work space": step.work,
         }
         return parts | {"rest": _BASE[work.device.type == "cuda"] + sum(parts.values()) // _ROUNDING}
 
@@ -229,6 +229,12 @@ def plan_for(work: Work, memory_budget: int | str | None, microbatch: int | None
     if kept == recomputed:
         return even
     return _largest(work.steps, lambda steps: dataclasses.replace(even, kept_steps=steps), budget) or even
+
+
+def check_budget(amount: str) -> None:
+    """Raise `InputError` unless `amount` is "auto" or a number of bytes as `parse_bytes` reads it."""
+    if amount != AUTO:
+        parse_bytes(amount)
 
 
 def _largest(most: int, of: Callable[[int], Plan], budget: int) -> Plan | None:

@@ -9,7 +9,7 @@ import torch
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent, Loss, Student, cross_entropy, cross_entropy_from_logits
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import LabelKind, Precision, has_twins
+from mtt_fast.kernels import LabelKind, Precision, has_kernels
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.protocol import Network
 
@@ -33,13 +33,13 @@ def student_for(
 
 
 def kernels_for(device: torch.device) -> bool:
-    """Return whether the fused student's kernels have twins of their own on `device`.
+    """Return whether a back end has the fused student's kernels for `device`.
 
-    Their definitions run everywhere, but in plain torch a fused gradient takes twice the time of autograd's. Raises
+    The reference runs everywhere, but in plain torch a fused gradient takes twice the time of autograd's. Raises
     `InputError` for a CUDA device where Triton is missing.
     """
     try:
-        found: bool = has_twins(device)
+        found: bool = has_kernels(device)
     except ImportError as error:
         raise InputError(f"{device}: {error}") from error
     return found

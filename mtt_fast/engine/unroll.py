@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,30 @@ from mtt_fast.networks.protocol import Network
 Gradient = Literal["exact", "truncated"]
 """Exact, or without the steps' Hessians, as TESLA's: an approximation (docs/adjoint.md)."""
 
+_ALIGNMENT = 64  # bytes: what torch's allocator for CPUs gives
+
+
+@overload
+def unroll(
+    net: Network, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor | float, batches: Tensor | Sequence[Tensor],
+    augment: Augment | None = None, microbatch: int | None = None, memory_budget: int | str | None = None,
+    momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
+    return_velocity: Literal[False] = False, plan: Plan | None = None, label_kind: LabelKind | None = None,
+    loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
+    precision: Precision = "fp32", gradient: Gradient = "exact",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def unroll(
+    net: Network, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor | float, batches: Tensor | Sequence[Tensor],
+    augment: Augment | None = None, microbatch: int | None = None, memory_budget: int | str | None = None,
+    momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
+    return_velocity: Literal[True], plan: Plan | None = None, label_kind: LabelKind | None = None,
+    loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
+    precision: Precision = "fp32", gradient: Gradient = "exact",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
 
 def unroll(
     net: Network,
@@ -41,6 +65,8 @@ def unroll(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     *,
+    velocity: Tensor | None = None,
+    return_velocity: bool = False,
     plan: Plan | None = None,
     label_kind: LabelKind | None = None,
     loss: Loss | None = None,
@@ -48,11 +74,14 @@ def unroll(
     draws: Sequence[Any] | None = None,
     precision: Precision = "fp32",
     gradient: Gradient = "exact",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
-    Any function of any rows of the path can be differentiated, with exact gradients to `theta`, `images`, floating
-    `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The graph kept is the path itself:
+    With `return_velocity` return the path and the velocity (P,) after the last step, from which a further `unroll` goes
+    on as if it were the same: row N and this velocity are its `theta` and `velocity`.
+
+    Any function of any rows of the path and of that velocity can be differentiated, with exact gradients to `theta`,
+    `velocity`, `images`, floating `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The graph kept is the path itself:
     peak memory is that of one step of one micro-batch, whatever N. Differentiable once: a backward pass with
     create_graph=True is refused. Within `torch.autocast` it computes as without, and within `torch.no_grad` the path is
     all there is.
@@ -74,6 +103,8 @@ def unroll(
             of what is free. Without it whole batches are done, and nothing is kept that can be computed again.
         momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors of P.
         weight_decay: SGD weight decay (as torch.optim.SGD).
+        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; without it zero, as in a new optimiser.
+        return_velocity: return the momentum buffer (P,) after the last step as well, on the device of `theta`.
         plan: in place of `microbatch` and `memory_budget`: what `mtt_fast.plan` returned for these steps.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
@@ -96,11 +127,13 @@ def unroll(
     indices = _checked_batches(batches, images)
     lr = torch.as_tensor(lr, dtype=None if isinstance(lr, Tensor) else theta.dtype, device=theta.device)
     _check_tensors(theta, images, labels, lr, len(indices), net)
+    _check_velocity(velocity, theta)
     if gradient not in ("exact", "truncated"):
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{gradient}'")
     if [microbatch, memory_budget, plan].count(None) < 2:
         raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
     student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
+    followed = momentum if momentum or velocity is not None or return_velocity else None
     largest, steps = max(len(index) for index in indices), len(indices)
     if draws is None:
         draws = [augment.draw(images.detach()[index], generator) if augment else None for index in indices]
@@ -123,15 +156,16 @@ def unroll(
             steps=steps,
             dtype=theta.dtype,
             device=theta.device,
-            momentum=momentum != 0,
+            momentum=followed is not None,
             augment=augment is not None,
             augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
         )
         plan = plan_for(work, memory_budget, microbatch)
     cut = student_for_plan(student, net, plan, largest)
     kept_from = max(0, steps - plan.kept_steps)
-    way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), momentum, weight_decay, gradient)
-    return path_of(way, theta, images, labels, lr)
+    way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), followed, weight_decay, gradient)
+    path, after = path_of(way, theta, images, labels, lr, velocity)
+    return (path, after) if return_velocity and after is not None else path
 
 
 def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:
@@ -142,16 +176,19 @@ def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> 
     return in_microbatches(student, net, plan.microbatch) if plan.microbatch < batch else student
 
 
-def path_of(steps: Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-    """Return the path of `unroll` for steps that are known to fit the tensors: it asks no tensor for its values.
+def path_of(
+    steps: Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the path of `unroll` and the velocity (P,) after it, if there is one, for steps that fit the tensors.
 
-    So on a GPU nothing waits for the device, and both sweeps can be recorded (mtt_fast/runtime/cuda_graphs.py).
+    No tensor is asked for its values, so on a GPU nothing waits for the device, and both sweeps can be recorded
+    (mtt_fast/runtime/cuda_graphs.py).
     """
     with _without_autocast(theta.device):
-        path, *rows = _Unroll.apply(steps, theta, images, labels, lr)
+        path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
     path = path.as_subclass(_Path)
     path.rows, path.home = tuple(rows), theta.device
-    return path  # type: ignore[no-any-return]
+    return path, after
 
 
 class _Path(Tensor):
@@ -179,7 +216,7 @@ class Steps:
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
-    momentum: float = 0.0
+    momentum: float | None = None  # None: no velocity is followed
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
 
@@ -198,14 +235,13 @@ class _Rows:
 
     def __init__(self, stored: Tensor, device: torch.device, on_host: bool) -> None:
         self.stored = stored  # (rows, P)
-        self._near = torch.empty(2, stored.shape[1], dtype=stored.dtype, device=device) if on_host else None
+        self._near = _aligned_rows(2, stored[0], device) if on_host else None
 
     @staticmethod
     def empty(rows: int, like: Tensor, on_host: bool) -> _Rows:
         """Return rows without values, for vectors like `like` (P,). Host memory of a GPU is pinned."""
         place = torch.device("cpu") if on_host else like.device
-        stored = torch.empty(rows, len(like), dtype=like.dtype, device=place, pin_memory=on_host and like.is_cuda)
-        return _Rows(stored, like.device, on_host)
+        return _Rows(_aligned_rows(rows, like, place, pin_memory=on_host and like.is_cuda), like.device, on_host)
 
     def near(self, n: int) -> Tensor:
         """Row n on the device, as it was last written or loaded there; the next row but one takes its place."""
@@ -221,6 +257,16 @@ class _Rows:
         if self._near is not None:
             self.near(n).copy_(self.stored[n], non_blocking=True)
         return self.near(n)
+
+
+def _aligned_rows(rows: int, like: Tensor, device: torch.device, pin_memory: bool = False) -> Tensor:
+    """Return `rows` vectors without values, of the length and dtype of `like` (P,), each aligned as one of its own.
+
+    Libraries add in another order where one is not, so that θ_n would have other bits as row n than as a start.
+    """
+    unit = _ALIGNMENT // like.element_size()
+    width = -(-len(like) // unit) * unit
+    return torch.empty(rows, width, dtype=like.dtype, device=device, pin_memory=pin_memory)[:, : len(like)]
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -250,16 +296,17 @@ class _Unroll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, steps: Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return the path (N + 1, P), and its rows again, each an output (and a gradient) of its own."""
+        ctx: Any, steps: Steps, theta: Tensor, velocity: Tensor | None, images: Tensor, labels: Tensor, lr: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Return the path (N + 1, P), the last velocity (P,), and the rows, each an output (and a gradient) of its own."""
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
         path = _Rows.empty(count + 1, theta, steps.path_on_host)
         path.near(0).copy_(theta)
         path.save(0)
         # with momentum the update is no longer a function of one step, so its velocities are kept as well
-        velocities = _Rows.empty(count, theta, steps.path_on_host) if steps.momentum else None
+        velocities = None if steps.momentum is None else _Rows.empty(count, theta, steps.path_on_host)
+        before = None if velocity is None else velocity.detach().contiguous()
         kept = {}
         for n, index in enumerate(steps.batches):
             seen = steps.augmented(images[index], n).to(theta.dtype)
@@ -267,8 +314,7 @@ class _Unroll(torch.autograd.Function):
             _, gradient, of_step = steps.student.gradient(path.near(n), seen, wanted, n >= steps.kept_from)
             if of_step:
                 kept[n] = of_step
-            before = velocities.near(n - 1) if velocities is not None and n > 0 else None
-            after = velocities.near(n) if velocities is not None else None
+            after = None if velocities is None else velocities.near(n)
             kernels.sgd_step(
                 path.near(n),
                 gradient.contiguous(),
@@ -276,28 +322,32 @@ class _Unroll(torch.autograd.Function):
                 out=path.near(n + 1),
                 velocity=before,
                 velocity_out=after,
-                momentum=steps.momentum,
+                momentum=steps.momentum or 0.0,
                 weight_decay=steps.weight_decay,
             )
             path.save(n + 1)
             if velocities is not None:
                 velocities.save(n)
+            before = after
         if steps.path_on_host and theta.is_cuda:  # whoever reads the rows there must find them written
             torch.cuda.current_stream(theta.device).synchronize()
         ctx.steps, ctx.kept = steps, kept
         ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
         ctx.set_materialize_grads(False)
-        return path.stored, *path.stored.unbind()
+        # a copy, so that who goes on from it holds neither the others nor what this backward sweep needs
+        return path.stored, None if after is None else after.clone(), *path.stored.unbind()
 
     @staticmethod
     @_backward_sweep
-    def backward(ctx: Any, grad_path: Tensor | None, *grad_rows: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         steps: Steps = ctx.steps
         images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
         path = _Rows(rows, lr.device, steps.path_on_host)
         of_momentum = ctx.saved_tensors[4]
         velocities = None if of_momentum is None else _Rows(of_momentum, lr.device, steps.path_on_host)
-        _, _, wants_images, wants_labels, _ = ctx.needs_input_grad
+        _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.near(0)
         rates = _rates(lr, len(steps.batches), start)
         grad_images = torch.zeros_like(images) if wants_images else None
@@ -311,13 +361,16 @@ class _Unroll(torch.autograd.Function):
             return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
 
         # behind the last row that the loss looks at every adjoint is zero, and nothing comes of a step
-        last = max((n for n, of_row in enumerate(grad_rows) if grad_path is not None or of_row is not None), default=0)
+        looks_at_all = grad_path is not None or grad_velocity is not None
+        last = max((n for n, of_row in enumerate(grad_rows) if looks_at_all or of_row is not None), default=0)
         for n in range(last, len(steps.batches)):
             ctx.kept.pop(n, None)
         adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
         if (of_last := incoming(last)) is not None:
             adjoint.copy_(of_last)
-        velocity_adjoint = torch.zeros_like(adjoint) if velocities is not None else None  # ν
+        velocity_adjoint = None if velocities is None else torch.zeros_like(adjoint)  # π_{n+1}, then ν
+        if velocity_adjoint is not None and grad_velocity is not None:
+            velocity_adjoint.copy_(grad_velocity)
         for n in reversed(range(last)):
             index = steps.batches[n]
             # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
@@ -325,7 +378,7 @@ class _Unroll(torch.autograd.Function):
             if velocity_adjoint is None:
                 direction, size = adjoint, -rates[n]
             else:
-                direction = velocity_adjoint.mul_(steps.momentum).addcmul_(adjoint, rates[n], value=-1)
+                direction = velocity_adjoint.addcmul_(adjoint, rates[n], value=-1)
                 size = torch.ones_like(rates[n])
             with torch.enable_grad():
                 batch = images[index].detach().requires_grad_(wants_images)
@@ -357,9 +410,11 @@ class _Unroll(torch.autograd.Function):
                 incoming=incoming(n),
                 weight_decay=steps.weight_decay,
             )
+            if velocity_adjoint is not None:
+                velocity_adjoint.mul_(steps.momentum)  # π_n
 
         grad_lr = (grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)).to(lr.dtype)
-        return None, adjoint, grad_images, grad_labels, grad_lr
+        return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
 
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
@@ -371,6 +426,15 @@ def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
 def _input_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Size:
     """Return the shape (C, H, W) of what the network is given of a `batch`, which an augmentation may cut or scale."""
     return (batch if augment is None else augment(batch, drawn)).shape[1:]
+
+
+def _check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
+    if velocity is None:
+        return
+    for what in ("shape", "dtype", "device"):
+        found, expected = getattr(velocity, what), getattr(theta, what)
+        if found != expected:
+            raise InputError(f"unroll velocity: expected {what} {expected} of theta, found {found}")
 
 
 def _kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:

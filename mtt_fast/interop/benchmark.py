@@ -16,17 +16,20 @@ Its readers make labels whole numbers, which would destroy soft ones.
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.interop.arrays import read_arrays
 from mtt_fast.interop.pairs import read_pair, write_pair, write_parts
 from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
-from mtt_fast.interop.plain import PlainSet, plain_set
+from mtt_fast.interop.tensor_set import PlainSet, plain_set
+from mtt_fast.storage.foreign import names_in, shown
+from mtt_fast.storage.temporaries import is_empty
 
 METHODS = ("TM", "DC", "DSA", "DM", "random", "Kmeans", "KIP")
 _RESULTS = ("DC", "DSA", "DM")
@@ -44,7 +47,7 @@ def read_result(path: str | os.PathLike[str]) -> PlainSet:
     data = content.get("data") if isinstance(content, dict) else None
     if not isinstance(data, list) or not data or not _is_pair(data[-1]):
         raise InputError(
-            f"{path}: expected a dictionary with data, a list of [images, labels], found {_describe(content)}; name a "
+            f"{path}: expected a dictionary with data, a list of [images, labels], found {shown(content)}; name a "
             "res_*.pt of DC, DSA or DM"
         )
     images, labels = data[-1][:2]
@@ -64,7 +67,7 @@ def read_benchmark(folder: str | os.PathLike[str]) -> PlainSet:
     """
     folder = _only_set(Path(folder))
     for pattern, read in (("res_*.pt", read_result), ("*.npz", _read_kip)):
-        files = sorted(folder.glob(pattern))
+        files = [folder / name for name in names_in(folder) if fnmatchcase(name, pattern)]
         if len(files) > 1:
             raise InputError(f"{folder}: expected one {pattern}, found {len(files)}; name the file")
         if files:
@@ -86,7 +89,7 @@ def write_benchmark(root: str | os.PathLike[str], found: PlainSet, dataset: str,
         raise InputError(f"--method {method}: expected TM, {', '.join((*_RESULTS, *_CHOSEN))}")
     name, ipc = _NAMES.get(dataset, dataset), found.ipc("dc_benchmark")
     folder = Path(root) / method / name / f"IPC{ipc}"
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not is_empty(folder):
         raise InputError(f"{folder}: holds a set already; choose another root or --method, or delete it")
     if method in _RESULTS:
         network = "ConvNetD4" if name == "tinyimagenet" else "ConvNet"
@@ -105,12 +108,12 @@ def is_benchmark(folder: Path) -> bool:
 
 def _sets(folder: Path) -> list[Path]:
     patterns = [f"{method}/*/IPC*" for method in METHODS] + ["*/IPC*", "IPC*"]
-    below = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_dir()]
+    below = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if os.path.isdir(path)]
     return [folder.resolve()] if folder.name.startswith("IPC") else below
 
 
 def _only_set(folder: Path) -> Path:
-    sets = _sets(folder)
+    sets = _sets(folder) if names_in(folder) else []
     if len(sets) != 1:
         found = ", ".join(str(path.relative_to(folder)) for path in sets[:4]) or "none"
         raise InputError(f"{folder}: expected one set in METHOD/DATASET/IPCn, found {found}; name its folder")
@@ -119,22 +122,14 @@ def _only_set(folder: Path) -> Path:
 
 def _read_kip(path: Path) -> PlainSet:
     """Read KIP's images and the classes of its labels, as dc_benchmark does; they are in a whitening of its own."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-    except Exception as error:  # numpy raises many kinds for a broken or foreign file
-        raise InputError(f"{path}: expected arrays images and labels, found a broken or foreign file") from error
-    if images.dim() != 4 or labels.dim() != 2:
+    images, labels = (torch.from_numpy(array) for array in read_arrays(path, ("images", "labels")))
+    if images.dim() != 4 or labels.dim() != 2 or not labels.numel() or not labels.isfinite().all():
         raise InputError(
-            f"{path}: expected images (n, H, W, C) and labels (n, classes), found {tuple(images.shape)} and "
-            f"{tuple(labels.shape)}"
+            f"{path}: expected images (n, H, W, C) and finite labels (n, classes), found {tuple(images.shape)} and "
+            f"{tuple(labels.shape)}; get it again"
         )
     return plain_set(images.permute(0, 3, 1, 2).contiguous(), labels.argmax(1), None, str(path))
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) >= 2 and all(isinstance(part, Tensor) for part in value[:2])
-
-
-def _describe(content: Any) -> str:
-    return f"a dictionary with {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,14 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.pickles import load_pickle, save_large_pickle
+from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
+from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.layout import ParameterLayout
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert, write_waypoints
+from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.foreign import names_in, plain_tensor, shown
+from mtt_fast.storage.identity import check_same_data
+from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert, write_waypoints
 from mtt_fast.storage.waypoints import Course
 
 BUFFER = r"replay_buffer_(\d+)\.pt"
@@ -59,16 +64,21 @@ class Trajectory:
         """Return the parameters (epochs + 1, P), or those of the waypoints (K, P), float32, a copy."""
         rows = torch.empty(len(self.points), sum(tensor.numel() for tensor in self.points[0]))
         for row, tensors in zip(rows, self.points, strict=True):
-            torch.cat([tensor.detach().flatten().float() for tensor in tensors], out=row)
+            row.copy_(_flat(tensors))
         return rows
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensors one after another in one vector, float32."""
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors])
 
 
 def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[Path]:
     """Return the buffers in a folder whose names match `pattern`, by number; or the one file that `source` is."""
     source = Path(source)
-    if not source.is_dir():
+    if not os.path.isdir(source):
         return [source]
-    numbered = {path: match for path in source.iterdir() if (match := re.fullmatch(pattern, path.name))}
+    numbered = {source / name: match for name in names_in(source) if (match := re.fullmatch(pattern, name))}
     series = sorted({path.name[: match.start(1)] for path, match in numbered.items()})
     if len(series) != 1:
         raise InputError(
@@ -80,24 +90,51 @@ def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[
 
 def read_buffer(file: Path) -> Iterator[Trajectory]:
     """Yield the experts of one buffer; their tensors are memory-mapped. Raises `InputError` if it is something else."""
-    content = load_pickle(file, mapped=True)
-    if not isinstance(content, list) or not content:
-        raise InputError(f"{file}: expected a list of experts, found {_describe(content)}; name a replay_buffer_N.pt")
-    for place, epochs in enumerate(content):
-        good = isinstance(epochs, list) and len(epochs) > 1 and all(map(_is_epoch, epochs))
-        if not good:
-            raise InputError(
-                f"{file}: expert {place}: expected a list of two or more epochs, each a list of tensors, found "
-                f"{_describe(epochs)}"
-            )
+    for place, epochs in enumerate(experts_in(load_pickle(file, mapped=True, most=LARGE), file)):
+        check_points(epochs, f"{file}: expert {place}", "epochs")
         yield Trajectory(file, place, epochs)
 
 
-def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
-    """Raise `InputError` unless the expert's tensors are those of a network of `layout`, and change over the epochs.
+def experts_in(content: Any, file: Path) -> list[Any]:
+    """Return the experts that a buffer holds. Raises `InputError`, which names the `file`, if it is no list of any."""
+    if not isinstance(content, list) or not content:
+        raise InputError(
+            f"{file}: expected a list of experts, found {shown(content)}; name a buffer, such as replay_buffer_0.pt"
+        )
+    _check_distinct(content, str(file))
+    return content
 
-    Reads the first and the last epoch alone, unless they are equal.
+
+def check_points(points: Any, where: str, kind: str) -> None:
+    """Check that an expert is a list of two or more points, each a list of as many plain floating-point tensors.
+
+    The lists are distinct, as programs write them: a small file could name one list a million times. `kind` is what the
+    points are called. Raises `InputError`, which begins with `where`.
     """
+    good = isinstance(points, list) and len(points) > 1
+    odd = next((point for point in points if not isinstance(point, list) or not point), None) if good else points
+    if not good or odd is not None:
+        raise InputError(
+            f"{where}: expected a list of two or more {kind}, each a list of tensors, found {shown(odd)}; get the file again"
+        )
+    _check_distinct(points, where)
+    for row, point in enumerate(points):
+        if len(point) != len(points[0]):
+            raise InputError(f"{where}, row {row}: expected {len(points[0])} tensors as in row 0, found {len(point)}")
+        for place, tensor in enumerate(point):
+            if not plain_tensor(tensor, f"{where}, row {row}, tensor {place}").is_floating_point():
+                raise InputError(f"{where}, row {row}, tensor {place}: expected floating point, found {shown(tensor)}")
+
+
+def _check_distinct(lists: list[Any], where: str) -> None:
+    if len({id(one) for one in lists}) < len(lists):
+        raise InputError(
+            f"{where}: expected lists of their own, found one in several places; it is no such file, or hostile"
+        )
+
+
+def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
+    """Raise `InputError` unless the expert's tensors are those of a network of `layout`, finite, and change over the epochs."""
     for point, tensors in enumerate(expert.points):
         found = [tuple(tensor.shape) for tensor in tensors]
         if found != list(layout.shapes):
@@ -105,13 +142,23 @@ def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
                 f"{expert.file}: expert {expert.place}, row {point}: the parameters are of another network: "
                 f"{_difference(layout, found)}; name its network with --model, and its data set with --dataset and --res"
             )
-    first, last = expert.points[0], expert.points[-1]
-    if _same(first, last) and all(_same(first, point) for point in expert.points):
+    held = expert.file.stat().st_size
+    shared = sum(tensor.nbytes for point in expert.points for tensor in point) > held
+    if shared or all(_same(expert.points[0], point) for point in expert.points[1:]):
         raise InputError(
             f"{expert.file}: expert {expert.place}: the parameters are the same in every epoch: the buffer was made on a "
             "CPU, where p.detach().cpu() is a view of the live parameters, so its epochs are lost; make it again with "
             "p.detach().clone(), or train experts with `python -m mtt_fast.experts`"
         )
+    epochs = expert.course.epochs if expert.course else range(len(expert.points))
+    for point, tensors in enumerate(expert.points):
+        for name, tensor in zip(layout.names, tensors, strict=True):
+            if not bool(tensor.detach().float().isfinite().all()):
+                raise InputError(
+                    f"{expert.file}: expert {expert.place}: the parameters after epoch {epochs[point]} are not finite (in "
+                    f"{name}): its training diverged, or the file is damaged; train it again with the software that wrote it, or "
+                    "leave it out"
+                )
 
 
 def import_experts(
@@ -126,29 +173,43 @@ def import_experts(
     """Write `experts()`, whole or as waypoints, to expert_0000.safetensors, … in `folder`; return the store.
 
     All are checked before one is written; one expert at a time is in memory. `metadata` is all that they have in common.
-    Experts that an earlier, stopped call wrote are kept. `each` is called after every expert.
-    Raises `InputError` for an expert that is none, and if `folder` holds others.
+    Experts that an earlier, stopped call wrote are kept; until all are there, nobody else takes the folder for a whole one.
+    `each` is called after every expert.
+    Raises `InputError` for an expert that is none, if `folder` holds others, and if another process writes there.
     """
     folder = Path(folder)
     for expert in experts():
         check_trajectory(expert, layout)
-    present = TrajectoryStore(folder) if folder.is_dir() else None
-    for index, expert in enumerate(experts()):
-        origin = {"imported_from": expert.name, "train_epochs": expert.num_epochs}
-        if present is not None and index in present.indices:
-            there = present.metadata(present.indices.index(index))
-            if (there.hyperparameters, there.fingerprint, there.layout) != (
-                origin,
-                metadata.fingerprint,
-                metadata.layout,
-            ):
-                raise InputError(
-                    f"{expert_path(folder, index)}: holds another expert; choose another destination, or delete it"
-                )
-        else:
-            _write(folder, index, expert, dataclasses.replace(metadata, hyperparameters=origin), measure, dtype)
-        each(expert)
+    with only_writer_of_experts(folder):
+        present = TrajectoryStore(folder, unfinished=True)
+        for index, expert in enumerate(experts()):
+            if index in present.indices:
+                _check_is(present, present.indices.index(index), expert, metadata)
+        with being_filled(folder):
+            for index, expert in enumerate(experts()):
+                if index not in present.indices:
+                    _write(folder, index, expert, metadata, measure, dtype)
+                each(expert)
     return TrajectoryStore(folder)
+
+
+def _origin(expert: Trajectory) -> dict[str, Any]:
+    return {"imported_from": expert.name, "train_epochs": expert.num_epochs}
+
+
+def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata) -> None:
+    """Raise `InputError` unless the expert at `place` is this one, imported before as that of the same images and network."""
+    path, there = present.path(place), present.metadata(place)
+    otherwise = "choose another destination, or delete it"
+    check_same_data(there.identity, metadata.identity, path, mend=otherwise)
+    known = (there.layout, full_name(there.network)) == (metadata.layout, full_name(metadata.network))
+    ends = (0, expert.points[0]), (expert.num_epochs, expert.points[-1])
+    same = present.epochs(place) == expert.num_epochs and all(
+        torch.equal(present.read(place, epoch), _flat(tensors).to(present.dtype(place)).float())
+        for epoch, tensors in ends
+    )
+    if not (known and same):
+        raise InputError(f"{path}: holds another expert than {expert.name}; {otherwise}")
 
 
 def _write(
@@ -157,7 +218,7 @@ def _write(
     rows, accuracy = expert.rows(), [math.nan] * (expert.num_epochs + 1)
     for epoch, value in zip(expert.course.epochs if expert.course else range(len(rows)), measure(rows), strict=True):
         accuracy[epoch] = value
-    metadata = dataclasses.replace(metadata, accuracy=accuracy)
+    metadata = dataclasses.replace(metadata, accuracy=accuracy, hyperparameters=_origin(expert))
     if expert.course is None:
         write_expert(folder, index, rows, metadata, dtype)
     else:
@@ -166,17 +227,29 @@ def _write(
 
 def export_experts(
     store: TrajectoryStore, folder: str | os.PathLike[str], experts_per_file: int = 10
-) -> Iterator[Path]:
+) -> Generator[Path, None, None]:
     """Write the experts as replay_buffer_0.pt, … in `folder`, as the public code reads them, and yield each file.
 
-    The last file holds what is left, which the public code's own last file does not. One file's experts are in memory.
+    The files are there when the last one was asked for, or none is. The last file holds what is left, which the public code's
+    own last file does not. One file's experts are in memory.
     Raises `InputError` if a file is there already.
     """
-    for number, chosen in enumerate(groups(len(store), experts_per_file)):
-        path = Path(folder) / f"replay_buffer_{number}.pt"
+    folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
+    names = [f"replay_buffer_{number}.pt" for number in range(len(chosen) + 1)]
+    check_absent(folder / names[0], folder / names[-1])
+    with whole_folder(folder, last="replay_buffer") as content:
+        for name, experts in zip(names, chosen, strict=False):
+            save_large_pickle(
+                content / name, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in experts]
+            )
+            yield folder / name
+
+
+def check_absent(*paths: Path) -> None:
+    """Raise `InputError` if a file is there: the first of a series, or one that would be taken for its next."""
+    for path in paths:
         if path.exists():
             raise InputError(f"{path}: is there already; choose another destination, or delete it")
-        yield save_large_pickle(path, [as_epochs(store, expert, range(store.epochs(expert) + 1)) for expert in chosen])
 
 
 def groups(count: int, size: int) -> Iterator[range]:
@@ -192,14 +265,13 @@ def as_epochs(store: TrajectoryStore, expert: int, epochs: Iterable[int]) -> lis
 
 
 def layout_from(text: str) -> ParameterLayout:
-    """Read what `ParameterLayout.describe` wrote."""
+    """Read what `ParameterLayout.describe` wrote. Raises `InputError` for anything else."""
     entries = [entry.rpartition(":") for entry in text.split(";")]
-    shapes = tuple(tuple(int(side) for side in shape.split("x") if side) for _, _, shape in entries)
+    try:
+        shapes = tuple(tuple(int(side) for side in shape.split("x") if side) for _, _, shape in entries)
+    except ValueError as error:
+        raise InputError(f"an expert's layout: expected name:sides;…, found {shown(text)}; train it again") from error
     return ParameterLayout(tuple(name for name, _, _ in entries), shapes)
-
-
-def _is_epoch(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value)
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
@@ -211,7 +283,3 @@ def _difference(layout: ParameterLayout, found: Sequence[tuple[int, ...]]) -> st
         return f"expected {len(layout.shapes)} tensors, found {len(found)}"
     place = next(place for place, shape in enumerate(layout.shapes) if shape != found[place])
     return f"expected {layout.names[place]} of shape {layout.shapes[place]}, found {found[place]}"
-
-
-def _describe(content: Any) -> str:
-    return f"a list of {len(content)}" if isinstance(content, list) else type(content).__name__

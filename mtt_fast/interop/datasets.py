@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtt_fast.data import ImageData, from_tensors
+from mtt_fast.data.class_names import class_indices, relabelled
+from mtt_fast.data.set_checks import MOST_CLASSES
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import plain_tensor, shown
 
 
 class SyntheticView(Dataset[tuple[Tensor, Tensor]]):
@@ -49,20 +52,31 @@ def image_data_from(
 
     An image is one of PIL, a uint8 array (H, W) or (H, W, C), a uint8 tensor (C, H, W), or a floating-point tensor
     (C, H, W) in [0, 1], as torchvision's ToTensor gives it; leave Normalize out. All images are read, to one tensor.
-    Without `class_names` those of `train.classes` are taken, if it has such; without `mean` and `std` they are computed.
-    Raises `InputError` for images of other kinds, values or sizes, and for labels that are no indices.
+    Without `class_names` those of `train.classes` are taken, or of its feature `label`, if it has such; where `test` has
+    them in another order, its labels go by its names. Without `mean` and `std` they are computed. Raises `InputError` for images of other kinds, values or sizes, and for labels that are no indices.
     """
-    names = class_names or getattr(train, "classes", None)
-    parts = _tensors(train, f"{name}, train"), _tensors(test, f"{name}, test")
-    return from_tensors(*parts, name=name, class_names=names, mean=mean, std=std)
+    (images, labels), (test_images, test_labels) = _tensors(train, f"{name}, train"), _tensors(test, f"{name}, test")
+    names, test_names = _names(train), _names(test)
+    if names and test_names and names != test_names:
+        indices = class_indices(test_names, names, f"{name}, test")
+        test_labels = relabelled(test_labels, indices, len(names), f"{name}, test")
+    parts = (images, labels), (test_images, test_labels)
+    return from_tensors(*parts, name=name, class_names=class_names or names, mean=mean, std=std)
+
+
+def _names(dataset: Any) -> list[str] | None:
+    """Return the names of the classes as torchvision's datasets have them, or those of `datasets`."""
+    feature = (getattr(dataset, "features", None) or {}).get("label")
+    names = getattr(dataset, "classes", None) or getattr(feature, "names", None)
+    return list(map(str, names)) if names else None
 
 
 def _tensors(dataset: Any, where: str) -> tuple[Tensor, Tensor]:
     images, labels = [], []
-    for index in range(len(dataset)):
+    for index in range(_length(dataset, where)):
         image, label = _pair(dataset[index], where)
         images.append(_as_bytes(image, f"{where}, image {index}"))
-        labels.append(int(label))
+        labels.append(_as_index(label, f"{where}, image {index}"))
         if images[-1].shape != images[0].shape:
             raise InputError(
                 f"{where}, image {index}: expected shape {tuple(images[0].shape)} as in the first, found "
@@ -71,6 +85,24 @@ def _tensors(dataset: Any, where: str) -> tuple[Tensor, Tensor]:
     if not images:
         raise InputError(f"{where}: expected images, found none")
     return torch.stack(images), torch.tensor(labels)
+
+
+def _length(dataset: Any, where: str) -> int:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise InputError(f"{where}: expected a map-style dataset, with a length and items, found {shown(dataset)}")
+    return len(dataset)
+
+
+def _as_index(label: Any, where: str) -> int:
+    """Return a label, a whole number of any kind, as an index."""
+    try:
+        value = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
+    except (TypeError, ValueError, RuntimeError):
+        value = np.asarray(None)
+    whole = value.size == 1 and value.dtype.kind in "iuf" and 0 <= value.item() < MOST_CLASSES
+    if not whole or value.item() != int(value.item()):
+        raise InputError(f"{where}: expected a label that is a class index, counted from 0, found {shown(label)}")
+    return int(value.item())
 
 
 def _pair(item: Any, where: str) -> tuple[Any, Any]:
@@ -86,11 +118,7 @@ def _pair(item: Any, where: str) -> tuple[Any, Any]:
 
 def _as_bytes(item: Any, where: str) -> Tensor:
     """Return one image as uint8 (C, H, W)."""
-    if isinstance(item, Tensor):
-        image = item
-    else:  # PIL, or an array as PIL gives it
-        values = torch.from_numpy(np.array(item))
-        image = values[None] if values.dim() == 2 else values.movedim(-1, 0)
+    image = plain_tensor(item if isinstance(item, Tensor) else _from_array(item, where), where)
     if image.dim() != 3:
         raise InputError(f"{where}: expected (C, H, W), found {tuple(image.shape)}")
     if image.is_floating_point():
@@ -103,3 +131,18 @@ def _as_bytes(item: Any, where: str) -> Tensor:
     if image.dtype != torch.uint8:
         raise InputError(f"{where}: expected uint8 or floating point in [0, 1], found {image.dtype}")
     return image.contiguous()
+
+
+def _from_array(item: Any, where: str) -> Tensor:
+    """Return an image of PIL, or an array as PIL gives it, channels first."""
+    mode = getattr(item, "mode", "RGB")
+    if isinstance(mode, str) and mode not in ("L", "RGB"):
+        raise InputError(f'{where}: expected grey or RGB, found mode {mode!r}; convert it with image.convert("RGB")')
+    values = np.array(item)
+    if values.dtype.kind not in "uif" or values.ndim not in (2, 3):
+        raise InputError(f"{where}: expected an image (H, W) or (H, W, C), found {shown(item)}")
+    try:
+        image = torch.from_numpy(values)
+    except TypeError as error:
+        raise InputError(f"{where}: expected uint8 or floating point in [0, 1], found {values.dtype}") from error
+    return image[None] if image.dim() == 2 else image.movedim(-1, 0)

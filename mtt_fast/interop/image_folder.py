@@ -1,47 +1,51 @@
 """Distilled sets as image folders: CLASS/NNNNN.png and labels.json. See picture_record.py for what pictures lose.
 
 labels.json holds `files`, `labels` in the same order (class indices or soft labels), and the facts of the set. A folder
-without it, as other methods write them, has hard labels: the ranks of the sorted class folders.
+without it, as other methods write them, has hard labels: the classes that its folders are named after, in any of the
+spellings that `class_indices` knows.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mtt_fast.data.folder import list_classes
-from mtt_fast.data.images import decode, is_grey, size_of
+from mtt_fast.data.class_names import class_indices, shortened
+from mtt_fast.data.images import decode, read_headers
+from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.interop.picture_record import as_bytes, from_pictures, record_of
-from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
-from mtt_fast.storage.files import all_or_none, atomic_path, write_json
+from mtt_fast.interop.picture_record import CHECKSUM, as_bytes, check_size, from_pictures, record_of
+from mtt_fast.interop.tensor_set import Facts, as_plain, as_synthetic, plain_set
+from mtt_fast.storage.files import whole_folder, write_json
+from mtt_fast.storage.foreign import names_in, read_json, shown
+
+log = logging.getLogger(__name__)
 
 LABELS = "labels.json"
-_FORMAT = "mtt_fast pictures 1"
+_FORMAT = "mtt_fast pictures 2"
+_READ = ("mtt_fast pictures 1", _FORMAT)  # the first had no checksum
 
 
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
     from mtt_fast.data.images import as_image
 
-    folder, classes = Path(folder), as_plain(synthetic).classes
-    with all_or_none() as written:
-        for number, (picture, label) in enumerate(zip(as_bytes(synthetic), classes.tolist(), strict=True)):
-            path = folder / f"{label:03d}-{_file_name(synthetic.class_names[label])}" / f"{number:05d}.png"
-            with atomic_path(path) as temporary:
-                as_image(picture.float() / 255).save(temporary, format="PNG")
-            written.append(path)
-        files = [path.relative_to(folder).as_posix() for path in written]
-        record = {"format": _FORMAT, **record_of(synthetic), "files": files, "labels": synthetic.labels.tolist()}
-        write_json(folder / LABELS, record)
-    return [*written, folder / LABELS]
+    classes, pictures, files = as_plain(synthetic).classes, as_bytes(synthetic, folder), []
+    with whole_folder(folder, last=LABELS) as content:
+        for number, (picture, label) in enumerate(zip(pictures, classes.tolist(), strict=True)):
+            files.append(f"{label:03d}-{_file_name(synthetic.class_names[label])}/{number:05d}.png")
+            (content / files[-1]).parent.mkdir(exist_ok=True)
+            as_image(picture.float() / 255).save(content / files[-1], format="PNG")
+        kept = {"files": files, "labels": synthetic.labels.tolist()}
+        write_json(content / LABELS, {"format": _FORMAT, **record_of(synthetic, pictures), **kept})
+    return [Path(folder) / name for name in (*files, LABELS)]
 
 
 def read_image_folder(folder: str | os.PathLike[str], facts: Facts | None = None, lr: float = 0.01) -> SyntheticDataset:
@@ -51,28 +55,38 @@ def read_image_folder(folder: str | os.PathLike[str], facts: Facts | None = None
     then `lr` is the learning rate. Raises `InputError` for a folder that holds no set, or needs facts that are not given.
     """
     folder = Path(folder)
-    if not (folder / LABELS).exists():
+    if LABELS not in names_in(folder):
         return _read_classes(folder, facts, lr)
     files, labels, record = _read_record(folder / LABELS)
     return from_pictures(_pictures([str(folder / name) for name in files]), labels, record, facts, folder / LABELS)
 
 
-def _read_record(path: Path) -> tuple[list[str], Tensor, dict[str, Any]]:
+def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
     """Return the files, their labels, and the record that they are in. Raises `InputError` for a broken one."""
+    record = read_json(path)
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        form, files = record["format"], [str(PurePosixPath(name)) for name in record["files"]]
-        dtype = torch.int64 if record.get("label_kind") == "indices" else torch.float32
-        labels = torch.tensor(record["labels"], dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        form, files, labels = record["format"], record["files"], record["labels"]
+        if (
+            not isinstance(files, list)
+            or not isinstance(labels, list)
+            or not all(isinstance(name, str) for name in files)
+        ):
+            raise TypeError("its files are no list of names, or its labels no list")
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the labels of pictures, found a broken file ({error})") from error
-    if form != _FORMAT:
-        raise InputError(f"{path}: expected the format {_FORMAT!r}, found {form!r}")
+    if form not in _READ:
+        raise InputError(
+            f"{path}: expected the format {_FORMAT!r}, found {shown(form)}; write it again with this version"
+        )
+    if form == _FORMAT and CHECKSUM not in record:
+        raise InputError(f"{path}: damaged: it has no checksum; get or make the set again")
     if not files or len(files) != len(labels):
         raise InputError(f"{path}: expected a label for each file, found {len(files)} and {len(labels)}")
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{path}: expected files in its own folder, found {name}; it is not from this software")
+            raise InputError(
+                f"{path}: expected files in its own folder, found {shown(name)[1:-1]}; it is not from this software, or damaged"
+            )
     return files, labels, record
 
 
@@ -82,18 +96,26 @@ def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticData
             f"{folder}: expected {LABELS}, which says how its pictures are normalised, found none; name the real images "
             "with --dataset and --data_path"
         )
-    classes = list_classes(folder)
+    listing = list_classes(folder, folder)
+    tell_skipped(str(folder), listing)
+    classes = {name: files for name, files in listing.classes.items() if files}
     files = [file for files in classes.values() for file in files]
     if not files:
         raise InputError(f"{folder}: expected images in a folder a class, found none; check the path")
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
+    indices = class_indices(list(classes), facts.class_names, folder)
+    if missing := [name for index, name in enumerate(facts.class_names) if index not in indices]:
+        log.warning("%s: no pictures of %d classes: %s", folder, len(missing), shortened(missing))
+    counts = torch.tensor([len(files) for files in classes.values()])
+    labels = torch.tensor(indices).repeat_interleave(counts)
     images = facts.transform.apply(_pictures(files).float() / 255)
-    return as_synthetic(plain_set(images, labels, None, str(folder)), facts, lr, {}, {})
+    return as_synthetic(plain_set(images, labels, None, str(folder)), facts, lr, {}, {}, str(folder))
 
 
 def _pictures(files: list[str]) -> Tensor:
     """Return image files of one size as uint8 (n, C, H, W), C = 1 if all are grey."""
-    shape = (1 if all(map(is_grey, files)) else 3, *size_of(files[0]))
+    header = read_headers(files, None, resize=False)
+    check_size(header.size, files[0])
+    shape = (1 if header.grey else 3, *header.size)
     return torch.from_numpy(np.concatenate(list(decode(files, shape, resize=False))))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
-from mtt_fast.interop.plain import PlainSet, plain_set
-from mtt_fast.storage.files import all_or_none
+from mtt_fast.interop.tensor_set import PlainSet, plain_set
+from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 
-_PART = re.compile(r"(.*best)_(\d+)\.pt")
+_PART = re.compile(r"(.*best)_(0|[1-9]\d{0,4})\.pt")
 
 
 def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> PlainSet:
@@ -40,33 +42,58 @@ def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> 
     """
     path = find_images(Path(source))
     files = _parts(path)
-    images = torch.cat([load_tensor(file) for file in files])
-    labels = torch.cat([load_tensor(beside(file, "labels")) for file in files])
-    lr = next((_load_rate(file) for file in _rate_files(path) if file.exists()), None)
+    images = _joined([load_tensor(file) for file in files], path)
+    for file in files:
+        if not os.path.lexists(beside(file, "labels")):
+            raise InputError(
+                f"{beside(file, 'labels')}: cannot be read (no such file); expected the labels of {file.name} in it"
+            )
+    labels = _joined([load_tensor(beside(file, "labels")) for file in files], beside(path, "labels"))
+    lr = next((_load_rate(file) for file in _rate_files(path) if os.path.lexists(file)), None)
     return plain_set(images, labels, lr, str(path), label_kind)
+
+
+def _joined(parts: list[Tensor], path: Path) -> Tensor:
+    """Return the parts of a tensor as one. Raises `InputError`, which names `path`, for parts that do not fit together."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    for place, part in enumerate(parts):
+        if not part.dim() or part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
+            raise InputError(
+                f"{path}: part {place}: expected a tensor like {shown(first)}, found {shown(part)}; get it again"
+            )
+    return torch.cat(parts)
 
 
 def write_pair(images_path: str | os.PathLike[str], found: PlainSet) -> list[Path]:
     """Write images, labels and learning rate (if there is one) as tensors, and return the files.
 
     The images go to `images_path`, whose name has the word images; "labels" and "lr" stand in its place in the others.
+    Raises `InputError` where a learning rate is there already that would be taken for the set's.
     """
     path = Path(images_path)
+    if "images" not in path.name:
+        raise InputError(f"{path}: expected a name with the word images, as in images_best.pt; choose such a one")
     parts = {"images": found.images, "labels": found.labels} | ({} if found.lr is None else {"lr": found.lr})
-    with all_or_none() as written:
+    for file in _rate_files(path):
+        if file.exists() and (found.lr is None or file != beside(path, "lr")):
+            raise InputError(f"{file}: is there already, and would be taken for this set's learning rate; move it away")
+    with whole_folder(path.parent, last=path.name) as folder:
         for name, tensor in parts.items():
-            written.append(save_pickle(beside(path, name), plain_copy(tensor)))
-    return written
+            save_pickle(beside(folder / path.name, name), plain_copy(tensor))
+    return [beside(path, name) for name in parts]
 
 
 def write_parts(folder: str | os.PathLike[str], found: PlainSet, parts: int) -> list[Path]:
     """Write images_best_0.pt, labels_best_0.pt, … in `parts` parts of consecutive images, and return the files."""
-    images, labels = found.images.tensor_split(parts), found.labels.tensor_split(parts)
-    with all_or_none() as written:
-        for part, pieces in enumerate(zip(images, labels, strict=True)):
-            for name, piece in zip(("images", "labels"), pieces, strict=True):
-                written.append(save_pickle(Path(folder) / f"{name}_best_{part}.pt", plain_copy(piece)))
-    return written
+    names = []
+    with whole_folder(folder, last="images") as content:
+        for kind, tensor in (("images", found.images), ("labels", found.labels)):
+            for part, piece in enumerate(tensor.tensor_split(parts)):
+                names.append(f"{kind}_best_{part}.pt")
+                save_pickle(content / names[-1], plain_copy(piece))
+    return [Path(folder) / name for name in names]
 
 
 def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Path]:
@@ -84,28 +111,9 @@ def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Pat
     return write_pair(Path(folder) / "images.pt", dataclasses.replace(found, labels=labels))
 
 
-def ddranking_call(folder: str | os.PathLike[str], found: PlainSet, dataset: str, zca: bool | None) -> str:
-    """Return the lines of Python that give a set written by `write_ddranking` to DD-Ranking (version 0.2)."""
-    soft = found.label_kind != "indices"
-    name, labels = ("LabelRobustScoreSoft", "soft_labels") if soft else ("LabelRobustScoreHard", "hard_labels")
-    whitening = "True if the images are whitened, else False" if zca is None else zca
-    depth = max(3, found.images.shape[-1].bit_length() - 3)  # the field's: 3 for 32 pixels, 4 for 64, 5 for 128
-    options = [f"dataset={dataset!r}", f"ipc={found.ipc('DD-Ranking')}", f"model_name='ConvNet-{depth}'"]
-    options += [f"im_size={tuple(found.images.shape[2:])}", f"use_zca={whitening}"]
-    if soft:
-        options += ["soft_label_mode='S'", "soft_label_criterion='sce'"]
-        options += ["loss_fn_kwargs={'temperature': 1.0, 'scale_loss': False}"]
-    rate = "load('lr.pt')" if found.lr is not None else "None"
-    return (
-        f"load = lambda name: torch.load({f'{Path(folder)}/'!r} + name)\n"
-        f"ddranking.metrics.{name}({', '.join(options)}, …).compute_metrics(\n"
-        f"    image_tensor=load('images.pt'), {labels}=load('labels.pt'), syn_lr={rate})"
-    )
-
-
 def find_images(source: Path) -> Path:
     """Return the file of images that `source`, a file or a folder, means. Raises `InputError` if that is not clear."""
-    if not source.is_dir():
+    if not os.path.isdir(source):
         if "images" not in source.name:
             raise InputError(f"{source}: expected a name like images_best.pt, beside its labels_best.pt")
         if "images_zca" in source.name:
@@ -114,7 +122,9 @@ def find_images(source: Path) -> Path:
                 f"{source.name.replace('images_zca', 'images')} instead"
             )
         return source
-    names = [path for path in sorted(source.glob("*images*.pt")) if "images_zca" not in path.name]
+    names = [
+        source / name for name in names_in(source) if fnmatchcase(name, "*images*.pt") and "images_zca" not in name
+    ]
     whole = list(dict.fromkeys(_whole(path) for path in names))
     best = [path for path in whole if path.stem.endswith("best") and not path.name.startswith("ema_")]
     for choice in (best, whole):
@@ -140,17 +150,18 @@ def _whole(path: Path) -> Path:
 def _parts(path: Path) -> list[Path]:
     """Return the files that hold the set `path`: itself, or all its parts in order."""
     whole = _whole(path)
-    if whole.exists():
-        return [path if path.exists() else whole]
-    numbered = {int(match[2]): file for file in whole.parent.glob("*.pt") if (match := _PART.fullmatch(file.name))
-                and _whole(file) == whole}  # fmt: skip
-    missing = [number for number in range(max(numbered, default=-1) + 1) if number not in numbered]
-    if missing:
-        raise InputError(
-            f"{whole.with_name(f'{whole.stem}_{missing[0]}.pt')}: expected this part of the set, found "
-            f"{len(numbered)} others; get it, too"
-        )
-    return [numbered[number] for number in sorted(numbered)] or [path]
+    if os.path.lexists(whole):
+        return [path if os.path.lexists(path) else whole]
+    siblings = names_in(whole.parent) if os.path.isdir(whole.parent) else []
+    matches = [match for name in siblings if (match := _PART.fullmatch(name)) and f"{match[1]}.pt" == whole.name]
+    numbered = {match[2]: whole.with_name(match[0]) for match in matches}
+    for number in map(str, range(len(numbered))):
+        if number not in numbered:
+            raise InputError(
+                f"{whole.with_name(f'{whole.stem}_{number}.pt')}: expected this part of the set, found {len(numbered)} others; "
+                "get it, too"
+            )
+    return [numbered[number] for number in sorted(numbered, key=int)] or [path]
 
 
 def _rate_files(path: Path) -> list[Path]:
@@ -162,9 +173,11 @@ def _rate_files(path: Path) -> list[Path]:
 
 def _load_rate(file: Path) -> Tensor:
     value = load_pickle(file, numpy_numbers=True)
-    if not isinstance(value, Tensor | float | np.floating) or torch.as_tensor(value).numel() != 1:
-        raise InputError(f"{file}: expected one learning rate, found {value}; move the file away to go without")
-    return torch.as_tensor(value).detach()
+    if isinstance(value, float | np.floating):
+        return torch.tensor(float(value))
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise InputError(f"{file}: expected one learning rate, found {shown(value)}; move the file away to go without")
+    return plain_tensor(value, file)
 
 
 def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:

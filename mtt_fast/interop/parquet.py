@@ -13,25 +13,30 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mtt_fast.data.class_names import class_indices, relabelled
+from mtt_fast.data.images import decode_bytes, read_header
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.interop.picture_record import as_bytes, from_pictures, record_of
-from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
-from mtt_fast.storage.files import atomic_path
+from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
+from mtt_fast.interop.tensor_set import Facts, as_plain, as_synthetic, plain_set
+from mtt_fast.storage.files import atomic_path, parse_json
+from mtt_fast.storage.foreign import as_tensor, regular_file, shortened
 
 _RECORD = b"mtt_fast"
+_COLUMNS = ("image", "label", "soft_label")
+_BATCH = 1024  # rows
+_EXPANDS, _SMALL = 20, 64 << 20  # how many times its size, besides so many bytes, a file may claim to decode to
 
 
 def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write the set to one file, atomically, and return it. Raises `InputError` if pyarrow is not installed."""
     arrow, parquet = _pyarrow(path)
-    found = as_plain(synthetic)
+    found, pictures = as_plain(synthetic), as_bytes(synthetic, path)
     names = [f"{number:05d}.png" for number in range(len(found.labels))]
-    encoded = [_encode(picture) for picture in as_bytes(synthetic)]
+    encoded = [_encode(picture) for picture in pictures]
     image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     pairs = [{"bytes": content, "path": name} for content, name in zip(encoded, names, strict=True)]
     columns = {
@@ -42,10 +47,11 @@ def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> 
         columns["soft_label"] = arrow.array(found.labels.tolist(), arrow.list_(arrow.float32()))
     metadata = {
         b"huggingface": json.dumps({"info": {"features": _features(synthetic, "soft_label" in columns)}}),
-        _RECORD: json.dumps(record_of(synthetic)),
+        _RECORD: json.dumps(record_of(synthetic, pictures)),
     }
     with atomic_path(path) as temporary:
-        parquet.write_table(arrow.table(columns).replace_schema_metadata(metadata), temporary)
+        table = arrow.table(columns).replace_schema_metadata(metadata)
+        parquet.write_table(table, temporary, write_page_checksum=True)
     return [Path(path)]
 
 
@@ -53,32 +59,89 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
     """Read a distilled set from a parquet file with columns `image` and `label`, and perhaps `soft_label`.
 
     `facts` of the real images give the whitening of a whitened set; for a file that `write_parquet` did not write they
-    give all the facts, and `lr` the learning rate. Raises `InputError` for a broken or foreign file, where facts are
-    needed and not given, and if pyarrow is not installed.
+    give all the facts, and `lr` the learning rate; its labels go by the names of its classes, where it has such.
+    Raises `InputError` for a broken or foreign file, where facts are needed and not given, and if pyarrow is not installed.
     """
     arrow, parquet = _pyarrow(path)
+    path = regular_file(path)
     try:
-        table = parquet.read_table(path)
-        pictures = _decode([row["bytes"] for row in table["image"].to_pylist()])
-        labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
-        if "soft_label" in table.column_names:
-            labels = torch.tensor(table["soft_label"].to_pylist(), dtype=torch.float32)
-        record = json.loads((table.schema.metadata or {}).get(_RECORD, "null"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); check the path") from error
-    except (KeyError, TypeError, ValueError, arrow.ArrowException) as error:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_columns(file, path)
+            contents, classes, soft = _columns(file, path)
+            metadata = file.schema_arrow.metadata or {}
+        record = parse_json(metadata.get(_RECORD, b"null"))
+        labels, names = _labels(classes, parse_json(metadata.get(b"huggingface", b"{}")))
+    except InputError:
+        raise
+    except (OSError, arrow.ArrowException, ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(
-            f"{path}: expected columns image (bytes, path) and label, found a broken or foreign file ({error})"
+            f"{path}: expected columns image (bytes, path) and label, found a broken or foreign file ({shortened(error)}); get it "
+            "again"
         ) from error
+    pictures = _decode(contents, path)
     if record is not None:
-        return from_pictures(pictures, labels, record, facts, path)
+        return from_pictures(pictures, labels if soft is None else soft, record, facts, path)
     if facts is None:
         raise InputError(
             f"{path}: another program's file, which does not say how its pictures are normalised; name the real images "
             "with --dataset and --data_path"
         )
+    try:
+        targets = as_tensor(labels, torch.int64) if soft is None else as_tensor(soft, torch.float32)
+    except ValueError as error:
+        raise InputError(f"{path}: expected a label of each image, found others ({error}); mend its column") from error
+    if names:
+        indices = class_indices(names, facts.class_names, path)
+        targets = relabelled(targets, indices, len(facts.class_names), path)
     images = facts.transform.apply(pictures.float() / 255)
-    return as_synthetic(plain_set(images, labels, None, str(path)), facts, lr, {}, {})
+    return as_synthetic(plain_set(images, targets, None, str(path)), facts, lr, {}, {}, str(path))
+
+
+def _check_columns(file: Any, path: Path) -> None:
+    """Raise `InputError` unless the file has the columns, and claims no more than it may decode to."""
+    size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+    if file.metadata.num_rows < 1 or size > _most_bytes(path):
+        raise InputError(
+            f"{path}: expected images with labels, found {file.metadata.num_rows:,} rows that claim {size:,} bytes in a file of "
+            f"{path.stat().st_size:,}; it is empty or damaged"
+        )
+    leaves = {file.schema.column(place).path for place in range(len(file.schema))}
+    if not {"image.bytes", "label"} <= leaves:
+        raise InputError(
+            f"{path}: expected columns image (bytes, path) and label, found {', '.join(sorted(leaves)[:4]) or 'none'}; it is "
+            "another file"
+        )
+
+
+def _most_bytes(path: Path) -> int:
+    """Return to how many bytes a file may unpack: images are packed before they come into it."""
+    return path.stat().st_size * _EXPANDS + _SMALL
+
+
+def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] | None]:
+    """Return the encoded images, their classes, and their soft labels if there are such."""
+    columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+    size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+    most = _most_bytes(path)
+    at_once = min(_BATCH, max(1, most // max(1, size)))  # of a dictionary, each row may be as large as the whole
+    rows, total = [], 0
+    for batch in file.iter_batches(at_once, columns=columns):
+        total += batch.nbytes
+        if total > most:
+            raise InputError(f"{path}: expected at most {most:,} bytes of images and labels, found more; it is damaged")
+        rows += batch.to_pylist()
+    contents = []
+    for number, row in enumerate(rows):
+        content = row["image"]["bytes"] if isinstance(row["image"], dict) else None
+        if not isinstance(content, bytes):
+            raise InputError(
+                f"{path}: row {number}: expected the bytes of an image, found none; put the image into the file"
+            )
+        contents.append(content)
+    if len(contents) != file.metadata.num_rows:
+        raise ValueError(f"{len(contents)} rows, not {file.metadata.num_rows}")
+    soft = [row["soft_label"] for row in rows] if "soft_label" in columns else None
+    return contents, [row["label"] for row in rows], soft
 
 
 def _pyarrow(path: str | os.PathLike[str]) -> tuple[Any, Any]:
@@ -111,11 +174,20 @@ def _encode(picture: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _decode(contents: list[bytes]) -> Tensor:
-    """Return encoded images of one size as uint8 (n, C, H, W), C = 1 if all are grey."""
-    from PIL import Image
+def _labels(classes: list[Any], described: Any) -> tuple[list[Any], list[str] | None]:
+    """Return the labels, and the names of the classes that they count, where they are names or are `described` by such."""
+    if classes and all(isinstance(label, str) for label in classes):
+        names = sorted(set(classes))
+        places = {name: place for place, name in enumerate(names)}
+        return [places[label] for label in classes], names
+    names = described.get("info", {}).get("features", {}).get("label", {}).get("names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise TypeError("the names of its classes are no list of names")
+    return classes, names
 
-    images = [Image.open(io.BytesIO(content)) for content in contents]
-    mode = "L" if all(image.mode in ("1", "L", "LA") for image in images) else "RGB"
-    stacked = torch.from_numpy(np.stack([np.asarray(image.convert(mode)) for image in images]))
-    return stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
+
+def _decode(contents: list[bytes], path: Path) -> Tensor:
+    """Return encoded images of one size as uint8 (n, C, H, W), C = 1 if all are grey."""
+    names = [f"{path}, image {number}" for number in range(len(contents))]
+    check_size(read_header(contents[0], names[0]).size, names[0])  # all others must have it, too
+    return torch.from_numpy(decode_bytes(contents, names))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
+import pickletools
+import re
+import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,36 +19,100 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.foreign import plain_tensor, regular_file, shown
+
+SMALL = 1 << 20
+"""Bytes of the pickle in a file with a few tensors."""
+LARGE = 16 << 20
+"""Bytes of that in a buffer of trajectories: a hundred experts of ConvNet need 10 MB."""
+
+_BYTES_OF_OPCODE = 4  # at least, on average: a tensor takes 25 of them, and 150 bytes
+_PICKLES_BEFORE_TENSORS = 5
+_NAMES = re.compile(
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)?\.\w+Storage|torch\.storage\.(Untyped|Typed)Storage"
+    r"|collections\.OrderedDict|numpy\.(core|_core)\.multiarray\.scalar|numpy\.dtype|_codecs\.encode|torch\.Size"
+)
 
 
-def load_pickle(path: str | os.PathLike[str], *, mapped: bool = False, numpy_numbers: bool = False) -> Any:
+def load_pickle(
+    path: str | os.PathLike[str], *, mapped: bool = False, numpy_numbers: bool = False, most: int = SMALL
+) -> Any:
     """Return what torch.save wrote, on the CPU; `mapped`: memory-mapped, so that only what is used is read.
 
     Read with `weights_only`: nothing in the file is run. `numpy_numbers` lets numpy's floating-point numbers through
-    besides, which the public code puts beside its tensors. Raises `InputError` for a missing, broken or foreign file.
+    besides, which the public code puts beside its tensors. The pickle in it, which is all but the tensors' numbers, has at
+    most `most` bytes. Tensors have still to be looked at (`mtt_fast.storage.foreign.plain_tensor`).
+    Raises `InputError` for a missing, damaged, hostile or foreign file.
     """
-    path = Path(path)
+    path = regular_file(path)
     try:
-        open(path, "rb").close()
+        zipped = _is_zip(path)  # the format before torch 1.6 is none, and cannot be mapped
+        (_check_zip if zipped else _check_pickles)(path, most)
+        allowed = _numpy_numbers() if numpy_numbers else contextlib.nullcontext()
+        with allowed, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about what is refused a moment later
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    try:
-        mapped = mapped and zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be mapped
-        with _numpy_numbers() if numpy_numbers else contextlib.nullcontext():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a broken or foreign pickle
+        reason = f" ({error})" if isinstance(error, _RefusedError) else ""
         raise InputError(
-            f"{path}: expected tensors saved by torch.save, found a broken or foreign file; get it again, or convert it "
+            f"{path}: expected tensors saved by torch.save, found a broken or foreign file{reason}; get it again, or convert it "
             "with the software that wrote it"
         ) from error
 
 
 def load_tensor(path: str | os.PathLike[str]) -> Tensor:
     """Return the one tensor in a file of torch.save, detached. Raises `InputError` for anything else."""
-    value = load_pickle(path)
-    if not isinstance(value, Tensor):
-        raise InputError(f"{path}: expected a tensor, found {type(value).__name__}; name the right file")
-    return value.detach()
+    return plain_tensor(load_pickle(path), path)
+
+
+class _RefusedError(Exception):
+    """What is wrong with a file, in words."""
+
+
+def _is_zip(path: Path) -> bool:
+    """Return whether torch takes the file for an archive: it looks at its first bytes alone."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _check_zip(path: Path, most: int) -> None:
+    """Check the archive: nothing packed, no name twice, as torch writes it, and the checksums, which torch does not read."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(one.compress_type != zipfile.ZIP_STORED or one.file_size != one.compress_size for one in members):
+            raise _RefusedError("it has packed members, as torch.save writes none")
+        if len({one.filename for one in members}) < len(members):
+            raise _RefusedError("it has one name twice")
+        if sum(one.file_size for one in members) > path.stat().st_size:
+            raise _RefusedError("its members overlap")
+        pickles = [one for one in members if one.filename.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise _RefusedError("it is another archive")
+        if pickles[0].file_size > most:
+            raise _RefusedError(
+                f"its list takes {pickles[0].file_size:,} bytes, where such a file needs {most:,} at most"
+            )
+        if (damaged := archive.testzip()) is not None:
+            raise _RefusedError(f"damaged: the checksum of {shown(damaged)} is wrong")
+        _check_pickle(io.BytesIO(archive.read(pickles[0])), most)
+
+
+def _check_pickles(path: Path, most: int) -> None:
+    """Check the pickles at the beginning of a file in torch's old format: its number, version, system, content, keys."""
+    with open(path, "rb") as file:
+        for _ in range(_PICKLES_BEFORE_TENSORS):
+            _check_pickle(file, most)
+
+
+def _check_pickle(file: IO[bytes], most: int) -> None:
+    """Follow a pickle without building anything: it may name nothing but what plain tensors, lists and numbers need."""
+    for number, (opcode, argument, place) in enumerate(pickletools.genops(file)):
+        if (place or 0) > most or number > most // _BYTES_OF_OPCODE:
+            raise _RefusedError(f"its list takes more than the {most:,} bytes that such a file needs")
+        if opcode.name == "GLOBAL" and not _NAMES.fullmatch(str(argument).replace(" ", ".")):
+            raise _RefusedError(f"it names {shown(argument)}, which is no plain tensor")
 
 
 def save_pickle(path: str | os.PathLike[str], value: Any) -> Path:

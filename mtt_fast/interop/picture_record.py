@@ -6,67 +6,125 @@ the same images. Networks are trained on the tensors; pictures are for people, a
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.data.class_names import class_indices, relabelled
+from mtt_fast.data.set_checks import check_normalisation, check_set
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.interop.plain import LABEL_KINDS, Facts
+from mtt_fast.interop.tensor_set import Facts
+from mtt_fast.storage.files import bytes_of, checksum_of
+from mtt_fast.storage.foreign import as_tensor
+from mtt_fast.storage.identity import check_same_data
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
+_OF_IMAGES = ("dataset", "fingerprint")
+_RECORDED = (*_PLAIN, *_OF_IMAGES, "lr", "lr_per_step", "canvas", "whitened")
+CHECKSUM = "checksum"
+LARGEST_SIDE = 4096
+"""Pixels of a distilled picture, canvases included: what claims more is refused before it is decoded."""
 
 
-def as_bytes(synthetic: SyntheticDataset) -> Tensor:
-    """Return the pictures of a set as uint8 (n, C, H, W), rounded to nearest."""
+def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tensor:
+    """Return the pictures of a set as uint8 (n, C, H, W), rounded to nearest.
+
+    Raises `InputError`, which begins with `where`, if they have other channels than a grey or a colour picture.
+    """
+    channels = synthetic.images.shape[1]
+    if channels not in (1, 3):
+        raise InputError(
+            f"{where}: expected images of 1 or 3 channels, as pictures have, found {channels}; use --to mtt"
+        )
     return (synthetic.to("cpu").pictures() * 255).round().byte()
 
 
-def record_of(synthetic: SyntheticDataset) -> dict[str, Any]:
-    """Return what a reader of the pictures needs besides them and the labels, ready for JSON."""
-    return {name: getattr(synthetic, name) for name in _PLAIN} | {
+def record_of(synthetic: SyntheticDataset, pictures: Tensor) -> dict[str, Any]:
+    """Return what a reader of `pictures`, as `as_bytes` returns them, needs besides them and the labels, ready for JSON."""
+    facts = {name: getattr(synthetic, name) for name in (*_PLAIN, *_OF_IMAGES)} | {
         "lr": synthetic.lr.tolist(),
         "lr_per_step": None if synthetic.lr_per_step is None else synthetic.lr_per_step.tolist(),
+        "canvas": None if synthetic.canvas is None else dataclasses.asdict(synthetic.canvas),
         "whitened": synthetic.whitening is not None,
     }
+    record: dict[str, Any] = json.loads(json.dumps(facts))  # as it comes back
+    return record | {CHECKSUM: _checksum(record, synthetic.labels.detach().cpu(), pictures)}
 
 
 def from_pictures(
-    pictures: Tensor, labels: Tensor, record: dict[str, Any], facts: Facts | None, where: str | os.PathLike[str]
+    pictures: Tensor, labels: Any, record: Any, facts: Facts | None, where: str | os.PathLike[str]
 ) -> SyntheticDataset:
-    """Return the set of `pictures` uint8 (n, C, H, W), with `labels` and the `record` that was written with them.
+    """Return the set of `pictures` uint8 (n, C, H, W), with `labels`, lists, and the `record` that was written with them.
 
-    The whitening of a set that was whitened comes from `facts`. Raises `InputError` if it is not there, or the record
-    is broken.
+    The whitening of a set that was whitened comes from `facts`, and so does the order of the classes: labels go by the
+    names of the record's. Raises `InputError` if the whitening is not there, the facts are of other images, the names are
+    those of other classes, or the record is broken or of other labels or pictures.
     """
     try:
-        fields = {name: record[name] for name in _PLAIN}
-        lr, whitened = torch.tensor(record["lr"], dtype=torch.float32), record["whitened"]
-        if record["lr_per_step"] is not None:
-            fields["lr_per_step"] = torch.tensor(record["lr_per_step"], dtype=torch.float32)
-        for name in ("class_names", "mean", "std"):
-            fields[name] = tuple(fields[name])
-        _check_fit(pictures, labels, fields)
-    except (KeyError, TypeError, ValueError) as error:
+        fields = _fields(record, labels)
+        check_normalisation(fields["mean"], fields["std"], pictures.shape[1], "its pictures")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: expected the record of a distilled set, found it broken ({error})") from error
+    whitened = record["whitened"]
     if whitened and (facts is None or facts.whitening is None):
         raise InputError(
             f"{where}: the set was whitened, and pictures do not hold the whitening; give the real images with "
             "--dataset, --data_path and --zca"
         )
-    own = Facts(fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None)
-    images = own.transform.apply(pictures.float() / 255)
-    return SyntheticDataset(images, labels, lr, whitening=own.whitening, **fields)
+    own = Facts(
+        fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None,
+        fields["dataset"], fields["fingerprint"],
+    )  # fmt: skip
+    found = SyntheticDataset(own.transform.apply(pictures.float() / 255), whitening=own.whitening, **fields)
+    check_set(found, where)
+    told = {name: record[name] for name in _RECORDED if name in record}
+    if record.get(CHECKSUM) not in (None, _checksum(told, found.labels, pictures)):
+        raise InputError(f"{where}: damaged: its checksum is of other labels or pictures; get or make the set again")
+    if facts is None:
+        return found
+    if found.class_names != facts.class_names:
+        indices = class_indices(found.class_names, facts.class_names, where)
+        ordered = relabelled(found.labels, indices, len(facts.class_names), where)
+        found = dataclasses.replace(found, labels=ordered, class_names=facts.class_names)
+    check_same_data(found.identity, facts.identity, where)
+    return found
 
 
-def _check_fit(pictures: Tensor, labels: Tensor, fields: dict[str, Any]) -> None:
-    """Raise `ValueError` unless the labels are of the kind, and of the classes, that the record tells of."""
-    kind, classes, channels = fields["label_kind"], len(fields["class_names"]), len(fields["mean"])
-    indices = labels.dim() == 1 and 0 <= int(labels.min()) <= int(labels.max()) < classes
-    soft = labels.dim() == 2 and labels.shape[1] == classes
-    if not (indices if kind == "indices" else soft and kind in LABEL_KINDS):
-        raise ValueError(f"labels {tuple(labels.shape)} that are no {kind} of {classes} classes")
-    if not channels == len(fields["std"]) == pictures.shape[1]:
-        raise ValueError(f"mean and std of {channels} channels for pictures of {pictures.shape[1]}")
+def _fields(record: Any, labels: Any) -> dict[str, Any]:
+    """Return what a record and lists of labels say of a set, but for its images and whitening, as the set has it."""
+    fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _OF_IMAGES}
+    for name in ("class_names", "mean", "std"):
+        if not isinstance(fields[name], list):
+            raise TypeError(f"{name} is no list")
+        fields[name] = tuple(fields[name])
+    if not isinstance(record["whitened"], bool):
+        raise TypeError("whitened is neither true nor false")
+    fields["labels"] = as_tensor(labels, torch.int64 if record["label_kind"] == "indices" else torch.float32)
+    fields["lr"] = as_tensor([record["lr"]], torch.float32).reshape(())
+    if record["lr_per_step"] is not None:
+        fields["lr_per_step"] = as_tensor(record["lr_per_step"], torch.float32)
+    if record.get("canvas") is not None:  # files from before there was one lack it
+        fields["canvas"] = Canvas(**record["canvas"])
+    return fields
+
+
+def check_size(size: tuple[int, int], where: str | os.PathLike[str]) -> None:
+    """Raise `InputError`, which begins with `where`, for a picture of a `size` that no distilled one has."""
+    if max(size) > LARGEST_SIDE:
+        raise InputError(
+            f"{where}: expected a distilled picture of at most {LARGEST_SIDE} pixels a side, found {size[1]}x{size[0]}; is it "
+            "another file?"
+        )
+
+
+def _checksum(record: dict[str, Any], labels: Tensor, pictures: Tensor) -> str:
+    """Return that of all that is written: a flipped bit is noticed, and a picture that was exchanged."""
+    text = json.dumps(record, sort_keys=True).encode()
+    held = labels.contiguous(), pictures.contiguous()  # bytes are valid as long as their tensor lives
+    return checksum_of(text, *map(bytes_of, held))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from mtt_fast.data.set_checks import check_set
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result, write_benchmark, write_result
 from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
-from mtt_fast.interop.plain import Facts, PlainSet, as_plain, class_major
+from mtt_fast.interop.tensor_set import Facts, PlainSet, as_plain, check_plain, class_major
+from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.run_folder import SYNTHETIC
 
 SET_KINDS = {
@@ -28,26 +31,28 @@ SET_KINDS = {
 
 
 def set_kind_of(source: str | os.PathLike[str]) -> str | None:
-    """Return the kind of the set that `source`, a file or a folder, looks like by its name, or None."""
+    """Return the kind of the set that `source`, a file or a folder, looks like by its name, or None.
+
+    Raises `InputError` for a folder that cannot be listed.
+    """
     source = Path(source)
-    if not source.is_dir():
+    if not os.path.isdir(source):
         return _kind_of_file(source)
-    names = {path.name for path in source.iterdir()}
+    names = names_in(source)
     if SYNTHETIC in names:
         return "synthetic"
-    if {"images.pt", "labels.pt"} <= names:
+    if {"images.pt", "labels.pt"} <= set(names):
         return "ddranking"
-    kinds = {_kind_of_file(path) for path in source.iterdir() if path.is_file()}
+    kinds = {kind for name in names if (kind := _kind_of_file(source / name)) and os.path.isfile(source / name)}
     if "mtt" in kinds:
         return "mtt"
     if LABELS in names:
         return "png"
     if is_benchmark(source):
         return "dc_benchmark"
-    alone = sorted(kind for kind in kinds if kind is not None)
-    if alone:
-        return alone[0]
-    return "png" if any(path.is_dir() for path in source.iterdir()) else None
+    if kinds:
+        return min(kinds)
+    return "png" if any(os.path.isdir(source / name) for name in names) else None
 
 
 def _kind_of_file(path: Path) -> str | None:
@@ -77,11 +82,11 @@ def read_set(
     kind = kind or set_kind_of(source)
     match kind:
         case "synthetic":
-            return SyntheticDataset.load(source / SYNTHETIC if source.is_dir() else source)
+            return SyntheticDataset.load(source / SYNTHETIC if os.path.isdir(source) else source)
         case "mtt":
             return read_pair(source, label_kind)
         case "ddranking":
-            found = read_pair(source / "images.pt" if source.is_dir() else source, label_kind)
+            found = read_pair(source / "images.pt" if os.path.isdir(source) else source, label_kind)
             soft = label_kind is None and found.label_kind != "indices"
             return dataclasses.replace(found, label_kind="logits") if soft else found
         case "dc":
@@ -111,6 +116,10 @@ def write_set(
     Raises `InputError` for another kind, and for a set that the kind cannot hold.
     """
     path = Path(destination)
+    if isinstance(found, PlainSet):
+        check_plain(found, f"{path}: not written")
+    else:
+        check_set(found, f"{path}: not written")
     plain = class_major(found if isinstance(found, PlainSet) else as_plain(found))
     match kind:
         case "mtt":
@@ -139,9 +148,9 @@ def write_set(
 
 
 def _only(source: Path, pattern: str) -> Path:
-    if not source.is_dir():
+    if not os.path.isdir(source):
         return source
-    files = sorted(source.glob(pattern))
+    files = [source / name for name in names_in(source) if fnmatchcase(name, pattern)]
     if len(files) != 1:
         raise InputError(f"{source}: expected one {pattern}, found {len(files)}; name the file")
     return files[0]
@@ -157,6 +166,6 @@ def _dataset(found: SyntheticDataset | PlainSet, dataset: str | None) -> str:
 def _unknown(where: Path, option: str, kind: str | None) -> str:
     kinds = ", ".join(SET_KINDS)
     if kind is None:
-        what = "nothing there" if not where.exists() else "other files"
+        what = "nothing there" if not os.path.lexists(where) else "other files"
         return f"{where}: expected a distilled set ({kinds}), found {what}; check the path, or say {option} KIND"
     return f"{option} {kind}: expected one of {kinds}{did_you_mean(kind, list(SET_KINDS))}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.buffers import Trajectory, as_epochs, groups
-from mtt_fast.interop.pickles import load_pickle, save_large_pickle, save_pickle
+from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_in, groups
+from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle, save_pickle
+from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.foreign import shortened, shown
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.storage.waypoints import Course
 
@@ -33,39 +35,47 @@ def read_waypoints(file: Path) -> Iterator[Trajectory]:
     Raises `InputError` if the files do not fit together.
     """
     steps_file = _steps_beside(file)
-    waypoints, steps = load_pickle(file, mapped=True), load_pickle(steps_file)
-    if not isinstance(waypoints, list) or not isinstance(steps, list) or not len(waypoints) == len(steps) > 0:
-        raise InputError(f"{file}: expected a list of experts, and {steps_file.name} of as many; name the right file")
+    waypoints = experts_in(load_pickle(file, mapped=True, most=LARGE), file)
+    steps = load_pickle(steps_file, most=LARGE)
+    if not isinstance(steps, list) or len(waypoints) != len(steps):
+        raise InputError(
+            f"{file}: expected a list of experts, and {steps_file.name} of as many, {len(waypoints)}, found {shown(steps)}; get "
+            "both files again"
+        )
     for place, (points, pieces) in enumerate(zip(waypoints, steps, strict=True)):
+        check_points(points, f"{file}: expert {place}", "waypoints")
         try:
             yield Trajectory(file, place, points, _course(points, pieces))
-        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
             raise InputError(
-                f"{file}: expert {place}: expected waypoints and the steps between them, found others ({error}); get "
-                "both files again"
+                f"{file}: expert {place}: expected waypoints and the steps between them, found others ({shortened(error)}); "
+                f"get it and {steps_file.name} again"
             ) from error
 
 
 def export_waypoints(
     store: TrajectoryStore, folder: str | os.PathLike[str], experts_per_file: int = 10
-) -> Iterator[Path]:
+) -> Generator[Path, None, None]:
     """Write compressed experts as waypoint_buffer[_ipK]_N.pt and step_buffer[_ipK]_N.pt in `folder`, and yield the first.
 
+    The files are there when the last one was asked for, or none is.
     Raises `InputError` for an expert that is not compressed, or whose waypoints are not as many as the first one's, and
     where a file is already.
     """
+    folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
     courses = [_course_of(store, expert) for expert in range(len(store))]
     count = len(courses[0].epochs)
-    for number, chosen in enumerate(groups(len(store), experts_per_file)):
-        name = f"waypoint_buffer_{number}.pt" if count == 2 else f"waypoint_buffer_ip{count}_{number}.pt"
-        path = Path(folder) / name
-        if path.exists() or any(len(courses[expert].epochs) != count for expert in chosen):
-            raise InputError(
-                f"{path}: expected no file yet, and {count} waypoints of every expert; choose another destination"
-            )
-        pieces = [_shares(courses[expert]) for expert in chosen]
-        save_pickle(_steps_beside(path), pieces if count > 2 else [one for (one,) in pieces])
-        yield save_large_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in chosen])
+    if any(len(course.epochs) != count for course in courses):
+        raise InputError(f"{store.folder}: expected {count} waypoints of every expert, found others; export them apart")
+    kind = "waypoint_buffer" if count == 2 else f"waypoint_buffer_ip{count}"
+    check_absent(folder / f"{kind}_0.pt", folder / f"{kind}_{len(chosen)}.pt")
+    with whole_folder(folder, last=kind) as content:
+        for number, experts in enumerate(chosen):
+            path = content / f"{kind}_{number}.pt"
+            pieces = [_shares(courses[expert]) for expert in experts]
+            save_pickle(_steps_beside(path), pieces if count > 2 else [one for (one,) in pieces])
+            save_large_pickle(path, [as_epochs(store, expert, courses[expert].epochs) for expert in experts])
+            yield folder / path.name
 
 
 def _steps_beside(file: Path) -> Path:
@@ -78,13 +88,20 @@ def _course(points: Any, pieces: Any) -> Course:
         pieces = [pieces]
     if len(points) != len(pieces) + 1:
         raise ValueError(f"{len(points)} waypoints and {len(pieces)} pieces")
+    if len({id(part) for piece in pieces for part in piece}) < sum(map(len, pieces)) or min(map(len, pieces)) < 2:
+        raise ValueError("a piece without epochs, or one list of shares twice")
     sizes = tuple(tensor.numel() for tensor in points[0])
     ends = tuple(itertools.accumulate((len(piece) - 1 for piece in pieces), initial=0))
     positions = torch.zeros(ends[-1] + 1, len(sizes), dtype=torch.float64)
     for segment, (begin, piece) in enumerate(zip(ends[:-1], pieces, strict=True)):
         positions[begin + 1 : begin + len(piece)] = segment + torch.tensor(piece[1:], dtype=torch.float64)
         positions[begin + len(piece) - 1] = segment + 1
+    if not bool((positions.diff(dim=0) >= -_ROUNDING).all() and (positions <= len(pieces)).all()):
+        raise ValueError("shares that are not finite, fall, or are not within 0 and 1")
     return Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
+
+
+_ROUNDING = 1e-5  # of shares in float32
 
 
 def _shares(course: Course) -> list[list[list[Tensor]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,24 @@ def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: i
         norm=_NORMS[norm], pooling=_POOLINGS[pooling],
     )  # fmt: skip
     return _named(name, variant)
+
+
+def full_name(described: Mapping[str, Any]) -> str:
+    """Return the name with all its parts of a network that says `described` of itself, for a comparison with another.
+
+    ConvNet, ConvNetD3 and ConvNetW128IN are ConvNetD3W128ARINAP. "" where the record does not tell.
+    """
+    if "width" in described or described.get("kind") == "ConvNet":
+        norm = {"instance": "IN", "none": "NN"}.get(described.get("norm", ""))
+        if norm is None or "depth" not in described or "width" not in described:
+            return ""
+        return f"ConvNetD{described['depth']}W{described['width']}AR{norm}AP"
+    kind = str(described.get("kind", ""))
+    match = _CONVNET.fullmatch(kind)
+    if match is None:
+        return kind
+    parts = match[1] or 3, match[2] or 128, match[3] or "AR", match[4] or "IN", match[5] or "AP"
+    return "ConvNetD{}W{}{}{}{}".format(*parts)
 
 
 def _named(name: str, build: Callable[[], nn.Module]) -> NamedNetwork:

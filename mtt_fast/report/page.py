@@ -9,9 +9,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mtt_fast.commands.accuracies import label_of
 from mtt_fast.report.charts import charts
 from mtt_fast.report.runs import Run
+from mtt_fast.storage.files import read_bytes
 
+_LARGEST = 64 << 20  # bytes of a snapshot
 _SHOWN = 5  # snapshots of a run, the first and the last among them
 
 _MEASURED = {
@@ -58,7 +61,7 @@ def pictures(snapshots: Mapping[int, Path]) -> list[_Picture]:
     return [
         _Picture(
             f"iteration {iterations[place]:,}",
-            base64.b64encode(snapshots[iterations[place]].read_bytes()).decode("ascii"),
+            base64.b64encode(read_bytes(snapshots[iterations[place]], _LARGEST)).decode("ascii"),
         )
         for place in places
     ]
@@ -70,10 +73,9 @@ def chosen_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def percent(accuracy: Mapping[str, Any]) -> str:
-    """Return an accuracy (mean, std, n) as "65.40 ± 0.30"; of one network without deviation, the best epoch as such."""
+    """Return an accuracy (mean, std, n) as "65.40 ± 0.30"; of one network without deviation, with what `label_of` says."""
     spread = f" ± {100 * accuracy['std']:.2f}" if accuracy.get("n", 1) > 1 else ""
-    label = " (best epoch)" if accuracy.get("epoch") == "best" else ""
-    return f"{100 * accuracy['mean']:.2f}{spread}{label}"
+    return f"{100 * accuracy['mean']:.2f}{spread}{label_of(accuracy)}"
 
 
 def seconds(value: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mtt_fast.baselines.catalogue import METHODS
-from mtt_fast.commands.records import accuracy_record
+from mtt_fast.commands.accuracies import accuracy_record
 from mtt_fast.errors import InputError
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.storage.metrics import read_records
-from mtt_fast.storage.run_folder import HISTORY, METRICS, SUMMARY, read_config
+from mtt_fast.storage.run_folder import HISTORY, METRICS, SUMMARY, read_config, read_summary
 
 _EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
 
@@ -90,7 +89,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def read_run(folder: Path) -> Run:
     """Return the run in `folder`. Raises `InputError` if there is none, or its files are broken."""
     options = read_config(folder)
-    summary = _summary(folder / SUMMARY)
+    summary = read_summary(folder) or {}
     if options is None and not summary:
         raise InputError(f"{folder}: expected a run's folder (config.toml or {SUMMARY}), found neither; check the path")
     numbers = {path: re.fullmatch(r"iteration_(\d+)\.png", path.name) for path in (folder / HISTORY).glob("*.png")}
@@ -110,15 +109,3 @@ def _method_of(options: Mapping[str, Any]) -> str:
         return METHODS[name].title if name in METHODS else str(name)
     recipe = options.get("recipe")
     return recipe_about(recipe)["method"] if recipe in recipe_names() else "MTT"
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["accuracy"], dict):
-            raise TypeError("accuracy")
-        return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: expected a run's summary, found it broken ({error}); run the job again") from error

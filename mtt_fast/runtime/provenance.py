@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+import re
 import resource
 import sys
 from importlib import metadata
 
 import torch
+from torch import Tensor
 
 from mtt_fast.errors import InputError
 
@@ -21,6 +24,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return what tells these tensors from others: the SHA-256 of their values, in hexadecimal."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def device_name(device: torch.device) -> str:
@@ -47,14 +58,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def check_device_name(name: str) -> None:
+    """Raise `InputError` unless `name` is that of a device which this package computes on, be it here or elsewhere."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is the GPU if there is one. Raises `InputError` if it cannot be used."""
+    check_device_name(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+    device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu")
     return device

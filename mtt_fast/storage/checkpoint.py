@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,15 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import load_tensors, save_tensors
-from mtt_fast.storage.run_folder import CHECKPOINT
+from mtt_fast.storage.files import (
+    MALFORMED,
+    load_tensors,
+    parse_json,
+    save_tensors,
+)
+from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
+from mtt_fast.storage.records import check_form
+from mtt_fast.storage.run_folder import _NUMBER, CHECKPOINT, EVALUATIONS
 
 
 @dataclass
@@ -33,6 +41,8 @@ class State:
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     seconds: float = 0.0
     seconds_evaluation: float = 0.0
+    data: DatasetIdentity = UNKNOWN  # of the real images
+    digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
 
     @property
     def mean_lr(self) -> float:
@@ -40,19 +50,26 @@ class State:
         return float(self.lr.mean())
 
 
+_CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums say nothing
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept", "seconds", "seconds_evaluation")
 
 
-def save_checkpoint(folder: Path, state: State) -> None:
-    """Write `state`, atomically."""
+def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write `state` and the records of the evaluations so far (`MetricsLog.evaluations`), atomically."""
     numbers = {name: getattr(state, name) for name in _NUMBERS}
     tensors = {name: getattr(state, name) for name in (*_TENSORS, *_OPTIONAL_TENSORS)}
     save_tensors(
         folder / CHECKPOINT,
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
-        {"numbers": json.dumps(numbers)},
+        {
+            "format": _CHECKPOINT,
+            "numbers": json.dumps(numbers),
+            "data": json.dumps(state.data.record()),
+            "digests": json.dumps(state.digests),
+            EVALUATIONS: json.dumps(evaluations),
+        },
     )
 
 
@@ -65,6 +82,23 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
-        return State(**values | json.loads(metadata["numbers"]))
-    except (KeyError, TypeError, ValueError) as error:
+        numbers = parse_json(metadata["numbers"])
+        if "format" in metadata:
+            check_form(numbers, dict.fromkeys(_NUMBERS, _NUMBER))
+            if metadata["format"] != _CHECKPOINT:
+                raise ValueError("another format")
+        before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
+        told = {name: parse_json((before | metadata)[name]) for name in ("data", "digests")}
+        origin = {"data": DatasetIdentity.from_record(told["data"]), "digests": tuple(told["digests"])}
+        return State(**values | numbers | origin)
+    except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
+
+
+def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder` has the real images that it `began_with`, where those at hand are of this `identity`.
+
+    Raises `InputError` that names its checkpoint otherwise.
+    """
+    mend = "give back the images that the run began with, or choose another --out"
+    check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)

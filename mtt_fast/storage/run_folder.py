@@ -3,128 +3,153 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from filelock import FileLock, Timeout
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import read_toml, write_text
+from mtt_fast.storage.files import (
+    MALFORMED,
+    checksum_of,
+    parse_toml,
+    read_text,
+    write_text,
+)
+from mtt_fast.storage.records import check_form, read_record
+from mtt_fast.storage.temporaries import remove_leftovers
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
 """The distilled set as it is, and that of the evaluation with the highest accuracy on the test images."""
 EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
 """The same with the average of the images over the iterations in their place."""
-_DISTILLATION = "mtt_fast.distill"
+_LOCK = ".lock"
 HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
 
-_OF_EVALUATIONS = ("num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "batch_train")
+_CONFIG_BEGINS = "# the options of this run: flags change them, and the last line tells whether anything else did"
+_CONFIG_ENDS = "# checksum "
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def only_user(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the run while the block lasts, and clear what a killed one left half-written.
+def only_user(
+    folder: Path, doing: str = "writing to this run", otherwise: str = "choose another --out"
+) -> Iterator[None]:
+    """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
 
-    Raises `InputError` if another process is in.
+    The lock ends with the process that holds it, whatever ends that. Raises `InputError` if another process is in: what it is
+    `doing`, and what to do `otherwise` than to wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            for leftover in folder.glob(".*.partial"):
-                leftover.unlink()
+        with FileLock(folder / _LOCK, timeout=0):
+            remove_leftovers(folder)
+            for leftover in folder.glob(".*.partial"):  # as writers left them before they locked what they write
+                if leftover.is_file():
+                    leftover.unlink()
             yield
     except Timeout as error:
-        raise InputError(
-            f"{folder}: another process is writing to this run; wait for it or choose another --out"
-        ) from error
+        raise InputError(f"{folder}: another process is {doing}; wait for it or {otherwise}") from error
+
+
+@contextlib.contextmanager
+def only_writer_of_experts(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing experts to `folder` while the block lasts; readers need not ask.
+
+    Nothing but experts stays, and no folder without one. Raises `InputError` if another process writes there.
+    """
+    with only_user(folder, "training or writing experts here", "choose another --buffer_path"):
+        try:
+            yield
+        finally:
+            (folder / _LOCK).unlink(
+                missing_ok=True
+            )  # who opened it just now finds that it has no name, and starts over
+            with contextlib.suppress(OSError):  # there are experts
+                folder.rmdir()
 
 
 def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
-    """Write options (text, numbers, booleans; None is left out) as TOML, below a `note` of one line."""
-    lines = [f"# {note}"] * bool(note)
-    lines += [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in options.items() if value is not None
-    ]
-    write_text(folder / CONFIG, "\n".join(lines) + "\n")
+    """Write options (text, numbers, booleans, lists; None is left out) as TOML, below a `note` of one line.
+
+    The last line is a comment with the checksum of all before it.
+    """
+    notes = "".join(f"{line}\n" for line in (_CONFIG_BEGINS, *[f"# {note}"] * bool(note)))
+    text = notes + tomli_w.dumps({name: value for name, value in options.items() if value is not None})
+    write_text(folder / CONFIG, f"{text}{_CONFIG_ENDS}{checksum_of(text.encode())}\n")
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return the options that the run was started with, or None if there is no run in `folder`."""
-    return read_toml(folder / CONFIG) if (folder / CONFIG).exists() else None
+    """Return the options that the run was started with, or None if there is no run in `folder`.
 
-
-def check_same_method(folder: Path, method: str | None) -> None:
-    """Raise `InputError` if `folder` holds a run of another method.
-
-    `method` is the name after `python -m mtt_fast.baselines`; None is the distillation, whose options name no method.
+    Raises `InputError` if the file is not the one that was written.
     """
-    config = read_config(folder)
-    if config is not None and config.get("method") != method:
+    path = folder / CONFIG
+    if not path.exists():
+        return None
+    text = read_text(path)
+    above, mark, checksum = text.rpartition(_CONFIG_ENDS)
+    is_checked = bool(mark) or text.startswith(_CONFIG_BEGINS)  # else it is from before there were checksums
+    options = parse_toml(text, path) if not is_checked or checksum == f"{checksum_of(above.encode())}\n" else {}
+    try:
+        check_form(options, dict.fromkeys(("method?", "recipe?", "dataset?", "model?"), str))
+    except TypeError:
+        options = {}
+    if not options:
         raise InputError(
-            f"{folder}: holds a run of {config.get('method', _DISTILLATION)}, not {method or _DISTILLATION}; choose another "
-            "--out (or delete the folder)"
+            f"{path}: damaged or changed by hand; restore a copy, or delete it and give the command that began the run with "
+            "all its options: it goes on where it was"
         )
+    return options
 
 
-def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:
-    """Raise `InputError` if `folder` holds a run with other values than those in the dataclass `options`.
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the fields of summary.json that have a value, or None if the run is not finished.
 
-    Options named in `may_differ` may, since the result does not depend on them.
-    """
-    before = read_config(folder)
-    if before is None:
-        return
-    before = dataclasses.asdict(type(options)()) | before  # an option that is younger than the run
-    for name, value in dataclasses.asdict(options).items():
-        if name not in may_differ and before[name] != value:
-            raise InputError(
-                f"{folder}: holds a run {_differing(name, before[name], value)}; choose another --out "
-                f"(or delete the folder)"
-            )
-
-
-def is_finished(folder: Path, options: Any, iterations: int) -> bool:
-    """Return whether the run in `folder` has come to its end after at least so many iterations, and if so say it.
-
-    What its evaluations were made with is said where the dataclass `options` asks for others.
-    Raises `InputError` for a broken summary.
+    Raises `InputError` if it is broken.
     """
     path = folder / SUMMARY
     if not path.exists():
-        return False
+        return None
+    record = read_record(path, _A_SUMMARY, _SUMMARISE_AGAIN)
+    summary = {name: value for name, value in record.items() if value is not None}
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if summary["iterations"] < iterations:
-            return False
-        text, before = summary["text"], summary.get("options", {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: broken; delete it, and the same command writes it again") from error
-    log.info("%s is finished: %s", folder, text)
-    other = [
-        f"--{name} {before[name]}" for name in _OF_EVALUATIONS if before.get(name) not in (None, getattr(options, name))
-    ]
-    if other:
-        log.info(
-            "its evaluations were made with %s; python -m mtt_fast.evaluate %s makes others", ", ".join(other), folder
-        )
-    return True
+        check_form(summary, _SUMMARY)
+    except MALFORMED as error:
+        raise broken_summary(folder, error) from error
+    return summary
 
 
-def _differing(name: str, before: Any, value: Any) -> str:
-    """Return in words that an option had another value before."""
-    found, wanted = (
-        f"without --{name}"
-        if one is None or one is False
-        else f"with --{name}" + (f" {one}" if one is not True else "")
-        for one in (before, value)
+_NUMBER = int | float
+_ACCURACY = {"mean": _NUMBER, "std": _NUMBER, "n": int}
+_SUMMARY = {
+    "accuracy": {"*": _ACCURACY},
+    "accuracy_by_network?": {"*": {"*": _ACCURACY}},
+    "options?": {
+        "dataset?": str, "subset?": str | None, "res?": int | None, "model?": str, "ipc?": int, "seed?": int,
+    },
+    "text?": str, "method?": str, "protocol?": {"text?": str}, "gradient?": {"kind?": str, "cosines_to_exact?": [_NUMBER]},
+    "iterations?": int, "skipped_iterations?": int, "iterations_above_threshold?": int, "learning_rate_kept?": int,
+    "learning_rate?": _NUMBER, "learning_rate_per_step?": [_NUMBER], "seconds?": {"*": _NUMBER},
+    "peak_memory_bytes?": _NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
+}  # fmt: skip
+"""What readers of a summary take for granted."""
+_A_SUMMARY = "the summary of a run with its accuracy"
+_SUMMARISE_AGAIN = "delete it, and the command of the run writes it again"
+
+
+def broken_summary(folder: Path, error: Exception) -> InputError:
+    """Return the error that the summary in `folder` lacks what it should have, or has it in another form."""
+    return InputError(
+        f"{folder / SUMMARY}: expected {_A_SUMMARY}, found {type(error).__name__}: {error}; {_SUMMARISE_AGAIN}"
     )
-    both = found.startswith("with ") and wanted.startswith("with ")
-    return f"{found}, not {value if both else wanted}"
+
+
+EVALUATIONS = "evaluations"
+"""The field of a checkpoint with the records of evaluations, whichever method it is of."""

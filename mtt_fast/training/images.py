@@ -12,6 +12,7 @@ from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.data import ImageData, Normalisation, Split, transform_for
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
+from mtt_fast.storage.identity import DatasetIdentity
 
 
 def as_training_images(synthetic: SyntheticDataset, device: torch.device) -> Images:
@@ -69,14 +70,21 @@ class RealImages:
     test: Images
 
     @property
+    def identity(self) -> DatasetIdentity:
+        """What tells them from others."""
+        return self.data.identity(zca=isinstance(self.transform, Whitening))
+
+    @property
     def whitening(self) -> str:
-        """Which input space this is: "zca" or "none"; the data's fingerprint decides the rest."""
-        return "zca" if isinstance(self.transform, Whitening) else "none"
+        """Which input space this is, as `DatasetIdentity.whitening`."""
+        return self.identity.whitening
 
 
-def real_images(data: ImageData, zca: bool, device: torch.device) -> RealImages:
-    """Put `data` on `device` as uint8; each batch is normalised or whitened when it is used."""
-    transform = transform_for(data, zca)
+def real_images(
+    data: ImageData, zca: bool, device: torch.device, transform: Normalisation | Whitening | None = None
+) -> RealImages:
+    """Put `data` on `device` as uint8; each batch is normalised or whitened when it is used, or put through `transform`."""
+    transform = transform_for(data, zca) if transform is None else transform
     if isinstance(transform, Whitening):
         transform = transform.to(device)
 

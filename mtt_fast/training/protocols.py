@@ -6,6 +6,7 @@ Numbers compare under one protocol only. Each says what it does in `EvaluationPr
 from __future__ import annotations
 
 import dataclasses
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Work, crew_for, result_of, together
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, count_right, epoch_on
+
+log = logging.getLogger(__name__)
 
 _TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs, where the best one is looked for: DD-Ranking's
 
@@ -102,6 +105,14 @@ ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set
 """
 
 
+def protocol_called(name: str) -> EvaluationProtocol:
+    """Return the protocol called `name`, with its own settings. Raises `InputError` for another name."""
+    found = PROTOCOLS.get(name)
+    if found is None:
+        raise InputError(f"--protocol {name}: expected {', '.join(PROTOCOLS)}")
+    return found
+
+
 def protocol_by_name(
     name: str, *, epochs: int, batch_size: int | None, augment: str, best_epoch: bool
 ) -> EvaluationProtocol:
@@ -109,13 +120,11 @@ def protocol_by_name(
 
     `best_epoch` reports the best epoch also where the protocol reports the last. Raises `InputError` for another name.
     """
-    found = PROTOCOLS.get(name)
-    if found is None:
-        raise InputError(f"--protocol {name}: expected {', '.join(PROTOCOLS)}")
+    found = protocol_called(name)
     protocol = dataclasses.replace(
         found,
         epochs=epochs,
-        batch_size=batch_size or found.batch_size,
+        batch_size=found.batch_size if batch_size is None else batch_size,
         augment=augment,
         best_epoch=best_epoch or found.best_epoch,
     )
@@ -131,6 +140,8 @@ class Accuracy:
     values: tuple[float, ...]
     best_epoch: bool = False
     """whether each is of the network's best epoch, chosen on the test images, and not of its last"""
+    diverged: int = 0
+    """how many of the networks diverged; the accuracy of one that did is 0 from then on, and not what guessing reaches"""
 
     @property
     def mean(self) -> float:
@@ -143,12 +154,20 @@ class Accuracy:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def record(self) -> dict[str, Any]:
-        """Return mean, std and n, the values themselves, and "epoch": "best" if they are of the best one."""
+        """Return mean, std and n, the values themselves, "epoch": "best" if they are of the best one, and "diverged" if any did."""
         label = {"epoch": "best"} if self.best_epoch else {}
-        return {"mean": self.mean, "std": self.std, "n": len(self.values), "values": list(self.values), **label}
+        diverged = {"diverged": self.diverged} if self.diverged else {}
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "n": len(self.values),
+            "values": list(self.values),
+            **label,
+            **diverged,
+        }
 
     def __str__(self) -> str:
-        label = ", best epoch" if self.best_epoch else ""
+        label = (", best epoch" if self.best_epoch else "") + (f", {self.diverged} diverged" if self.diverged else "")
         return f"{100 * self.mean:.2f} % ± {100 * self.std:.2f} (n = {len(self.values)}{label})"
 
 
@@ -175,26 +194,45 @@ def _trained(
     generator: torch.Generator,
     precision: Precision,
     stop: StopRequest | None,
-    test: Callable[[Network, Tensor], None],
+    test: Callable[[Network, Tensor, Tensor], None],
 ) -> Work[Tensor]:
-    """`train_network`, an epoch at a time; `test` is called with the network as it is tested when it is due."""
+    """`train_network`, an epoch at a time; `test` is called when it is due.
+
+    It gets the network as it is tested, its parameters, and whether it has diverged (), on the device.
+    """
     student = _student(network, images, precision)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
     augment, track = augment_by_strategy(protocol.augment), track_of(network)
     velocity, run_epoch = torch.zeros_like(theta), epoch_on(student, images, sgd, augment, track)
     statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
+    losses: list[Tensor] = []
     for epoch in range(1, protocol.total_epochs + 1):
         if stop:
             raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
-        theta, velocity, _, *statistics = run_epoch(theta, velocity, generator, *statistics)
+        theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
+        losses.append(loss)
         if protocol.is_tested(epoch, images.labels.is_floating_point()):
-            test(in_evaluation(network, *statistics), theta)
+            test(in_evaluation(network, *statistics), theta, has_diverged(torch.stack(losses), theta, *statistics))
         if epoch == protocol.epochs_before_drop:
             if protocol.loop == "public":
                 velocity = torch.zeros_like(theta)
             run_epoch = epoch_on(student, images, dataclasses.replace(sgd, lr=sgd.lr * 0.1), augment, track)
         yield
     return theta
+
+
+def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:
+    """Return whether a training has diverged, () bool; no value is asked for.
+
+    It has where the `losses` (epochs,) of its epochs or its `state` are not finite, and where the loss went beyond all
+    that a network can be wrong by that has learnt anything, and ended above its beginning: a normalised network may stay
+    finite at any rate.
+    """
+    finite = torch.stack([tensor.isfinite().all() for tensor in (losses, *state)]).all()
+    return ~finite | ((losses.max() > _BEYOND_GUESSING) & (losses[-1] > losses[0]))
+
+
+_BEYOND_GUESSING = 100.0  # the loss of guessing among a million classes is 14
 
 
 def _student(network: Network, images: Images, precision: Precision) -> Student:
@@ -221,19 +259,25 @@ def evaluate(
     """Train `networks` fresh networks, each on `train(generator)`, and test each at the end (or as `protocol` says).
 
     Network k's random numbers follow from (`seed`, "evaluation", *`place`, k) alone, and its result does not depend on
-    how many are trained `at_once` (mtt_fast/training/concurrency.py). Raises `Stopped` between two epochs after a stop request.
+    how many are trained `at_once` (mtt_fast/training/concurrency.py). A network that diverged gets none of the test images right, is
+    counted in the result, and told of in a warning. Raises `Stopped` between two epochs after a stop request.
     """
 
-    def work(k: int) -> Work[float]:
+    def work(k: int) -> Work[tuple[float, bool]]:
         generator = generator_for(seed, "evaluation", *place, k)
         theta = network.init(generator).to(test.labels.device)
         right: list[Tensor] = []
+        diverged: list[Tensor] = []
+
+        def test_network(trained: Network, theta: Tensor, now: Tensor) -> None:
+            right.append(count_right(trained, theta, test).masked_fill(now, 0))
+            diverged.append(now)
+
         yield from _trained(
-            network, theta, train(generator), lr, protocol, generator, precision, stop,
-            lambda trained, theta: right.append(count_right(trained, theta, test)),
+            network, theta, train(generator), lr, protocol, generator, precision, stop, test_network
         )  # fmt: skip
         yield
-        return int(torch.stack(right).max()) / len(test)
+        return int(torch.stack(right).max()) / len(test), bool(diverged[-1])
 
     device = test.labels.device
     example = train(generator_for(seed, "evaluation", *place, 0))
@@ -242,9 +286,15 @@ def evaluate(
         batch=example.crops * min(protocol.batch_size, len(example)), works=networks, asked=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
-    values = [0.0] * networks
+    values, failed = [0.0] * networks, 0
     with tqdm(total=networks, desc=name, unit="network", leave=False) as bar:
-        for k, value in together((work(k) for k in range(networks)), crew, device):
+        for k, (value, diverged) in together((work(k) for k in range(networks)), crew, device):
             values[k] = value
+            failed += diverged
             bar.update()
-    return Accuracy(tuple(values), protocol.best_epoch)
+    if failed:
+        log.warning(
+            "%s: %d of %d networks diverged at the learning rate %.3g and count as 0 %%; a smaller one may do",
+            name, failed, networks, lr,
+        )  # fmt: skip
+    return Accuracy(tuple(values), protocol.best_epoch, failed)

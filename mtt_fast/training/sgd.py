@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,20 @@ Behind them, if the network keeps running statistics, come those (S,) before the
 """
 
 
+class Step(NamedTuple):
+    """Where a training is after a step."""
+
+    theta: Tensor  # (P,)
+    velocity: Tensor  # (P,)
+    loss: Tensor  # (), before the step
+    images: int  # that the step saw
+    statistics: list[Tensor]  # running ones, (S,), of a network that keeps some
+
+
+Steps = Callable[..., Iterator[Step]]
+"""From what an `Epoch` takes to where the training is after each of its steps."""
+
+
 def epoch_on(
     student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
 ) -> Epoch:
@@ -57,6 +71,22 @@ def epoch_on(
     CUDA a step is recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) is of networks that keep running
     statistics.
     """
+    steps = steps_on(student, images, sgd, augment, track)
+
+    def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> tuple[Tensor, ...]:
+        total, seen = theta.new_zeros(()), 0
+        for step in steps(theta, velocity, generator, *statistics):
+            total += step.loss * step.images
+            seen += step.images
+        return step.theta, step.velocity, total / seen, *step.statistics
+
+    return epoch
+
+
+def steps_on(
+    student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
+) -> Steps:
+    """Return what goes through an epoch of `epoch_on` step by step."""
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     seen = augment if images.canvas is None else images.canvas.crops(augment)
@@ -64,22 +94,20 @@ def epoch_on(
     step = replayed(partial(training_step, student, images, sgd, apply), device)
     tracked = None if track is None else replayed(partial(_tracked, track, images, apply), device)
 
-    def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> tuple[Tensor, ...]:
+    def steps(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> Iterator[Step]:
         order = torch.randperm(len(images), generator=generator)
         draw = None if seen is None else seen.draw_parameters
         batches = [images.seen_in(index) for index in order.split(sgd.batch_size)]
         lengths = [len(index) for index in batches]
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
-        steps = zip(*(upload(rows, device).split(lengths) for rows in draws.tensors()), strict=True)
-        total = theta.new_zeros(())
-        for index, *parameters in steps:
+        rows = zip(*(upload(rows, device).split(lengths) for rows in draws.tensors()), strict=True)
+        for index, *parameters in rows:
             if tracked is not None:
                 statistics = tracked(*statistics, theta, index, *parameters)
             theta, velocity, loss = step(theta, velocity, index, *parameters)
-            total += loss * len(index)
-        return theta, velocity, total / sum(lengths), *statistics
+            yield Step(theta, velocity, loss, len(index), list(statistics))
 
-    return epoch
+    return steps
 
 
 def training_step(
@@ -140,9 +168,13 @@ def accuracy(network: Network, theta: Tensor, images: Images) -> float:
 
 @torch.no_grad()
 def count_right(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return how many of `images` `network` puts into their class, () int64 on the device: nothing waits for it."""
+    """Return how many of `images` `network` puts into their class, () int64 on the device: nothing waits for it.
+
+    Logits that are not finite put an image into no class.
+    """
     right = torch.zeros((), dtype=torch.long, device=theta.device)
     for begin in range(0, len(images), _TEST_BATCH):
         seen, labels = images.batch(slice(begin, begin + _TEST_BATCH))
-        right += (network(theta, seen).argmax(dim=1) == labels).sum()
+        logits = network(theta, seen)
+        right += ((logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)).sum()
     return right

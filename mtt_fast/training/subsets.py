@@ -1,4 +1,4 @@
-"""Real images chosen at random, as many of every class."""
+"""Draw real images at random, as many of every class."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ def test_a_dry_run_refuses_what_the_run_would(
     for other, message in (
         (["--ema_decay", "0.9"], "holds a run without --ema_decay, not with --ema_decay 0.9; choose another --out"),
         (["--zca"], "holds a run without --zca, not with --zca"),
-        (["--out", "new", "--rho_max", "0.1"], "holds experts trained with rho_max 0.0, not 0.1; choose another --buf"),
+        (["--out", "new", "--rho_max", "0.1"], "trained with rho_max 0.0, not 0.1; choose another --buf"),
         (["--out", "new", "--max_start_epoch", "3"], "reach epoch 4, but the expert ends at epoch 3"),
     ):
         assert run(*flags, *other, "--dry_run") == 2
@@ -316,8 +316,12 @@ def test_a_dry_run_refuses_what_the_run_would(
 @pytest.mark.parametrize(
     ("folder", "flags", "message"),
     [
-        ("digits/ConvNetD1W5", ["--model", "ConvNetD1W5"], "the expert is of another network"),
-        ("digits_ZCA/ConvNetD1W4", ["--zca"], "whitened otherwise: expected zca, found none"),
+        ("digits/ConvNetD1W5", ["--model", "ConvNetD1W5"], "expert_0000.safetensors: the expert is of another network"),
+        (
+            "digits_ZCA/ConvNetD1W4",
+            ["--zca"],
+            "expert_0000.safetensors: whitened otherwise: expected ZCA-whitened images, found normalised images; leave out --zca",
+        ),
     ],
 )
 def test_experts_of_something_else_are_refused(
@@ -364,7 +368,7 @@ def test_a_run_older_than_an_option_goes_on(
     assert run(*TOY, *experts, "--out", str(parts), "--Iteration", "3") == 0
     config = parts / "config.toml"
     lines = config.read_text().splitlines(keepends=True)
-    config.write_text("".join(line for line in lines if not line.startswith("precision")))
+    config.write_text("".join(line for line in lines if not line.startswith(("precision", "#"))))
     assert run(*TOY, *experts, "--out", str(parts), "--precision", "bf16") == 2
     assert "holds a run with --precision tf32, not bf16" in capsys.readouterr().err
     assert run("--out", str(parts), "--resume", "--Iteration", "6") == 0

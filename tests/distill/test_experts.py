@@ -67,9 +67,9 @@ def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(
         run(made, tmp_path / "plain", "--Iteration", "1") == 0
     )  # whatever is there is used where nothing is asked for
     assert run(made, tmp_path / "other", "--rho_max", "0.05", "--rho_min", "0.05") == 2
-    assert "holds experts trained with rho_max 0.01, not 0.05; choose another" in capsys.readouterr().err
+    assert "trained with rho_max 0.01, not 0.05; choose another" in capsys.readouterr().err
     assert run(made, tmp_path / "more", "--num_experts", "3") == 2
-    assert "holds experts trained with rho_max 0.01, not 0.0" in capsys.readouterr().err
+    assert "trained with rho_max 0.01, not 0.0" in capsys.readouterr().err
     assert len(TrajectoryStore(experts(made))) == 2
 
 
@@ -116,7 +116,7 @@ def test_whole_experts_with_a_continuous_start(made: Path, tmp_path: Path) -> No
         (["--num_interpolation", "1"], "--num_interpolation 1: expected at least 2"),
         (["--num_interpolation", "8"], "--num_interpolation 8: expected from 2 waypoints (the ends) to the 7 recorded"),
         (["--num_interpolation", "3", "--max_start_epoch", "5"], "reach epoch 7, but the expert ends at epoch 6"),
-        (["--alpha", "0.3"], "--alpha 0.3: expected --rho_max above 0 with it"),
+        (["--alpha", "0.3"], "--alpha 0.3: has no effect without --rho_max"),
     ],
 )
 def test_mistakes(

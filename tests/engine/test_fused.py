@@ -19,7 +19,7 @@ from mtt_fast.testing import assert_close
 
 
 @pytest.fixture(params=["native", "reference"])
-def either_twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def either_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "native" and not native.available:
         pytest.skip("the native kernels are not installed or turned off")
     monkeypatch.setattr(native, "available", request.param == "native")
@@ -68,7 +68,7 @@ def assert_same_as_generic(net: ConvNet, batch: int, label_kind: Any, seed: int 
             assert_close(name, found, expected, 1e-9, floor=1e-4)
 
 
-@pytest.mark.usefixtures("either_twin")
+@pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("label_kind", ["indices", "probabilities", "logits"])
 @pytest.mark.parametrize(
     ("net", "batch"),

@@ -105,7 +105,7 @@ class NoValues(TorchDispatchMode):
 @pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
 @pytest.mark.parametrize("microbatch", [None, 3])
 def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> None:
-    """On tensors without values, which take the ways that those of a GPU take, down to the operations' definitions."""
+    """On tensors without values, which take the ways that those of a GPU take, down to the operations' reference."""
     batches = student_batches(10, 4, 4, torch.Generator())
     given = tensors()
     draws = draw_steps(batches, (3, 8, 8), torch.float64, SiameseAugment().draw_parameters, torch.Generator())

@@ -144,8 +144,17 @@ def test_a_stopped_import_goes_on_and_another_is_refused(tmp_path: Path) -> None
     (tmp_path / "ours" / "expert_0001.safetensors").unlink()
     assert len(imported(tmp_path / "theirs", tmp_path / "ours")) == 3
     assert kept.stat().st_mtime_ns == before
-    with pytest.raises(InputError, match=r"expert_0000\.safetensors: holds another expert"):
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: made from other images: .* with fingerprint beef"):
         imported(tmp_path / "theirs", tmp_path / "ours", fingerprint="beef")
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: whitened otherwise"):
+        imported(tmp_path / "theirs", tmp_path / "ours", whitening="zca")
+    save_buffers(
+        tmp_path / "others", [trained(seed) for seed in (0, 7)], 10
+    )  # other experts in a file of the same name
+    with pytest.raises(
+        InputError, match=r"expert_0001\.safetensors: holds another expert than replay_buffer_0\.pt, expert 1"
+    ):
+        imported(tmp_path / "others", tmp_path / "ours")
 
 
 def test_a_buffer_made_on_a_cpu_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -368,7 +377,7 @@ def test_waypoints_of_mct(tmp_path: Path, ends: tuple[int, ...], name: str) -> N
             for piece, again in zip(pieces[expert], own, strict=True):
                 assert torch.equal(torch.tensor(piece)[:-1], torch.tensor(again)[:-1])
                 assert torch.tensor(again[-1]).eq(1).all()  # also of a bias before a norm, which stands still
-    with pytest.raises(InputError, match="expected no file yet"):
+    with pytest.raises(InputError, match="is there already"):
         list(export_waypoints(store, tmp_path / "back"))
 
 

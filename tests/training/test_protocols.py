@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule, InputError, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured
 from mtt_fast.commands.options import EvaluationOptions
-from mtt_fast.commands.records import accuracy_by_network, accuracy_record, measured
 from mtt_fast.data.published_info import data_facts
 from mtt_fast.distill import command as distill
 from mtt_fast.engine.student import GenericStudent

@@ -1,0 +1,49 @@
+"""Call the native kernels of `linear_cross_entropy` and its derivative (cpp/classifier.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import LabelKind
+from .extension import extension
+
+# The products of the classifier are torch's: at a student's shapes its library comes close to the processor's peak.
+# Between the products lies one pass over the logits, which become the gradients to them.
+
+
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `mtt_fast.kernels.linear_cross_entropy`."""
+    o = features.mm(weight.t())
+    loss, bias_bar = features.new_empty(()), torch.empty_like(bias)
+    extension().cross_entropy(o, bias, *_labels(labels, label_kind), loss, bias_bar, torch.get_num_threads())
+    return loss, o.mm(weight), o.t().mm(features), bias_bar
+
+
+def linear_cross_entropy_dual(
+    features: Tensor,
+    features_dot: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight_dot: Tensor,
+    bias_dot: Tensor,
+    labels: Tensor,
+    label_kind: LabelKind,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """See `mtt_fast.kernels.linear_cross_entropy_dual`."""
+    o = features.mm(weight.t())
+    o_dot = features.mm(weight_dot.t()).addmm_(features_dot, weight.t())
+    loss_dot, bias_bar_dot = features.new_empty(()), torch.empty_like(bias)
+    labels_bar_dot = None if label_kind == "indices" else torch.empty_like(labels)
+    results = (loss_dot, bias_bar_dot, labels_bar_dot, torch.get_num_threads())
+    extension().cross_entropy_dual(o, o_dot, bias, bias_dot, *_labels(labels, label_kind), *results)
+    features_bar_dot = o_dot.mm(weight).addmm_(o, weight_dot)
+    weight_bar_dot = o_dot.t().mm(features).addmm_(o.t(), features_dot)
+    return loss_dot, o.mm(weight), features_bar_dot, weight_bar_dot, bias_bar_dot, labels_bar_dot
+
+
+def _labels(labels: Tensor, label_kind: LabelKind) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Return indices or soft labels, and whether the target is the softmax of the latter."""
+    return (labels, None, False) if label_kind == "indices" else (None, labels, label_kind == "logits")

@@ -1,0 +1,50 @@
+"""Load the compiled extension module (cpp/) and allocate the memory of its results."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# Results of at least so many bytes take memory that the extension keeps from one call to the next (cpp/pool.h).
+LARGE = 1 << 20
+
+
+def _load() -> ModuleType | None:
+    name = f"{__package__.rpartition('.')[0]}._native"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:  # not installed; one that is there but does not load is an error, not a fallback
+            return None
+        raise
+
+
+# MTT_FAST_NATIVE=0 turns the compiled code off. It is read here, once, when the package is imported.
+_extension = _load() if os.environ.get("MTT_FAST_NATIVE", "1") != "0" else None
+LOADED = _extension is not None
+
+
+def extension() -> ModuleType:
+    """Return the extension module, which must be there."""
+    assert _extension is not None, "the native kernels are not installed"
+    return _extension
+
+
+def allocate(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor without a value, contiguous, of the dtype of `like`."""
+    size = math.prod(shape) * like.element_size()
+    if size < LARGE:
+        return torch.empty(shape, dtype=like.dtype)
+    memory: Tensor = extension().memory(size)
+    return memory.view(like.dtype).view(shape)
+
+
+def release_memory() -> None:
+    """See `mtt_fast.kernels.release_memory`."""
+    if _extension is not None:
+        _extension.release_memory()

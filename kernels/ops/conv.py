@@ -1,0 +1,119 @@
+"""Convolve 3×3, and the derivatives that a step needs of it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_convolution, check_correlation
+from ..types import Precision
+
+
+def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
+    """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`.
+
+    `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous. Stride 1, and no bias: in front of
+    an instance norm it has no effect, and else `bias_relu_pool` adds it. One floating dtype and device; only if planes
+    are bfloat16, weights and their gradients are float32, here and below.
+    `precision` is the format that float32 factors are rounded to before they are multiplied; sums are float32, and float64
+    stays float64.
+    Raises `ValueError` for anything else.
+    """
+    check_convolution("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
+    y: Tensor = dispatch.implementation_of("conv3x3", x, precision)(x, weight, padding)
+    return y
+
+
+def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
+    """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
+    check_convolution("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
+    x_bar: Tensor = dispatch.implementation_of("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
+    return x_bar
+
+
+def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
+    """Return W̄ = ȳ ⋆ x (K, C, 3, 3), contiguous, from `y_bar`, the gradient to the result of `conv3x3`."""
+    check_correlation("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
+    weight_bar: Tensor = dispatch.implementation_of("conv3x3_weight_gradient", x, precision)(x, y_bar, padding)
+    return weight_bar
+
+
+def conv3x3_dual(
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Return y = W∗x and its derivative ẏ = Ẇ∗x + W∗ẋ. `x_dot` None stands for zero (images).
+
+    Shapes, formats, errors: `conv3x3`.
+    """
+    inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+    check_convolution("conv3x3_dual", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
+    y, y_dot = dispatch.implementation_of("conv3x3_dual", x, precision)(x, x_dot, weight, weight_dot, padding)
+    return y, y_dot
+
+
+def conv3x3_tangent(
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Return ẏ of `conv3x3_dual` alone, where y is known."""
+    inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+    check_convolution("conv3x3_tangent", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
+    y_dot: Tensor = dispatch.implementation_of("conv3x3_tangent", x, precision)(x, x_dot, weight, weight_dot, padding)
+    return y_dot
+
+
+def conv3x3_dual_input_gradient(
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Return x̄ = Wᵀ∗ȳ and its derivative x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇, each (B, C, H, W) in the memory format of `y_bar`."""
+    weights = {"weight": weight, "weight_dot": weight_dot}
+    check_convolution("conv3x3_dual_input_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
+    implementation = dispatch.implementation_of("conv3x3_dual_input_gradient", y_bar, precision)
+    x_bar, x_bar_dot = implementation(y_bar, y_bar_dot, weight, weight_dot, padding)
+    return x_bar, x_bar_dot
+
+
+def conv3x3_input_gradient_tangent(
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Return x̄̇ of `conv3x3_dual_input_gradient` alone, where x̄ is known or, below the first layer, of no use."""
+    weights = {"weight": weight, "weight_dot": weight_dot}
+    check_convolution("conv3x3_input_gradient_tangent", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
+    implementation = dispatch.implementation_of("conv3x3_input_gradient_tangent", y_bar, precision)
+    x_bar_dot: Tensor = implementation(y_bar, y_bar_dot, weight, weight_dot, padding)
+    return x_bar_dot
+
+
+def conv3x3_dual_weight_gradient(
+    x: Tensor,
+    x_dot: Tensor | None,
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3), contiguous. `x_dot` None stands for zero. Errors: `conv3x3`."""
+    inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
+    check_correlation("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
+    implementation = dispatch.implementation_of("conv3x3_dual_weight_gradient", x, precision)
+    weight_bar_dot: Tensor = implementation(x, x_dot, y_bar, y_bar_dot, padding)
+    return weight_bar_dot

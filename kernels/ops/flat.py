@@ -1,0 +1,74 @@
+"""Step along flat vectors and measure their distance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_vectors
+
+
+def sgd_step(
+    theta: Tensor,
+    gradient: Tensor,
+    rate: Tensor,
+    out: Tensor,
+    velocity: Tensor | None = None,
+    velocity_out: Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """Write θ − `rate` · u to `out` and return it, with u = `momentum` · `velocity` + `gradient` + `weight_decay` · θ.
+
+    That is a step of torch.optim.SGD; u is the new velocity, and goes to `velocity_out` if given. No `velocity` stands
+    for zero. `theta` and the other vectors (P,), contiguous, `rate` (), all of one floating dtype and device. `out` may
+    be `theta` itself, and `velocity_out` `velocity`. Raises `ValueError` for anything else.
+    """
+    vectors = {"theta": theta, "gradient": gradient, "out": out, "velocity": velocity, "velocity_out": velocity_out}
+    check_vectors("sgd_step", vectors, {"rate": rate})
+    arguments = (theta, gradient, rate, out, velocity, velocity_out, momentum, weight_decay)
+    return dispatch.implementation_of("sgd_step", theta)(*arguments)  # type: ignore[no-any-return]
+
+
+def adjoint_step(
+    adjoint: Tensor,
+    hessian_v: Tensor,
+    direction: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    incoming: Tensor | None = None,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """Write λ + `scale` · (H v + `weight_decay` · v) + `incoming` to `out` and return it: the adjoint of `sgd_step`.
+
+    λ is `adjoint`, the adjoint of the parameters after the step, v the `direction`. No `incoming` stands for zero. `adjoint`
+    and the other vectors (P,), contiguous, `scale` (), all of one floating dtype and device. `out` may be any of the
+    arguments. Raises `ValueError` for anything else.
+    """
+    vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
+    check_vectors("adjoint_step", vectors, {"scale": scale})
+    arguments = (adjoint, hessian_v, direction, scale, out, incoming, weight_decay)
+    return dispatch.implementation_of("adjoint_step", adjoint)(*arguments)  # type: ignore[no-any-return]
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return |a − b|², accumulated in float64, as a float64 scalar on the device of `a`.
+
+    `a`, `b`: (P,), contiguous, of one device and one of float32, float64, bfloat16. The native result
+    does not depend on the number of threads. Raises `ValueError` for anything else, and for a tensor that requires grad.
+    """
+    if a.dim() != 1 or a.shape != b.shape:
+        raise ValueError(
+            f"squared_distance: expected two vectors of one size, found {tuple(a.shape)}, {tuple(b.shape)}"
+        )
+    if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"squared_distance: expected one of float32, float64, bfloat16, found {a.dtype}, {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"squared_distance: expected one device, found {a.device} and {b.device}")
+    if not (a.is_contiguous() and b.is_contiguous()):
+        raise ValueError(f"squared_distance: expected contiguous vectors, found strides {a.stride()}, {b.stride()}")
+    if a.requires_grad or b.requires_grad:
+        raise ValueError("squared_distance: is not differentiable, found a vector that requires grad; detach it")
+    distance: Tensor = dispatch.implementation_of("squared_distance", a)(a, b)
+    return distance

@@ -1,0 +1,41 @@
+"""Move the colours and the pixels of images and mask them, and the transpose."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_warp
+
+
+def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
+    """Return y = A x + b of each image x: its colours moved, then its pixels, then a rectangle of it set to zero.
+
+    `images` (B, C, H, W), contiguous, of any floating dtype; `parameters` (B, 13), float64 for float64 images and else
+    float32, with the columns `WARP_PARAMETERS`. All are distances from the identity: zeros leave an image as it is. In
+    turn, for each image:
+
+    - colour: x + brightness; x + saturation · (x − the mean of the pixel's channels); x + contrast · (x − the mean of x).
+    - warp: pixel (i, j) is interpolated linearly at (i + row_by_row · i' + row_by_column · j' + row_shift,
+      j + column_by_row · i' + column_by_column · j' + column_shift), where (i', j') is (i, j) from the centre of the
+      image, ((H − 1)/2, (W − 1)/2), and all are pixels; outside the image are zeros. Whole displacements are exact.
+    - mask: rows top … bottom − 1 of columns left … right − 1 are zero.
+
+    The warp must have an inverse; its singular parameters are found out on a CPU alone, where it costs no wait.
+    Raises `ValueError` for anything else, and for a tensor that requires grad.
+    """
+    check_warp("colour_warp_mask", "images", images, parameters)
+    y: Tensor = dispatch.implementation_of("colour_warp_mask", images)(images, parameters)
+    return y
+
+
+def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
+    """Return x̄ = Aᵀ ȳ (B, C, H, W), the gradient to the images from `y_bar`, that to the result of `colour_warp_mask`.
+
+    Shapes, dtypes, errors: `colour_warp_mask`. On a GPU each pixel looks among the targets of the inverse's reach: with
+    r the largest sum of magnitudes in a row of the inverse, at most ⌈2r⌉² pixels, 3 × 3 for turns by at most 15 degrees
+    of square images and for scales of at least 1/1.2.
+    """
+    check_warp("colour_warp_mask_transpose", "y_bar", y_bar, parameters)
+    x_bar: Tensor = dispatch.implementation_of("colour_warp_mask_transpose", y_bar)(y_bar, parameters)
+    return x_bar

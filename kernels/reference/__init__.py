@@ -1,0 +1,55 @@
+"""Define each operation in plain torch, on any device and in any precision. Speed is for the other back ends.
+
+A dot is the derivative in one direction of the parameters, a bar the gradient of the loss, and a bar with a dot the
+derivative of that gradient in the direction. The arguments were checked by `ops`. Results that come
+from bfloat16 planes are computed in float32, and only planes are rounded again.
+"""
+
+from __future__ import annotations
+
+from .bias import bias_relu_pool, bias_relu_pool_backward, bias_relu_pool_dual, bias_relu_pool_dual_backward
+from .block import conv_norm_relu_pool_dual, conv_norm_relu_pool_dual_backward
+from .classifier import linear_cross_entropy, linear_cross_entropy_dual
+from .conv import (
+    conv3x3,
+    conv3x3_dual,
+    conv3x3_dual_input_gradient,
+    conv3x3_dual_weight_gradient,
+    conv3x3_input_gradient,
+    conv3x3_input_gradient_tangent,
+    conv3x3_tangent,
+    conv3x3_weight_gradient,
+)
+from .flat import adjoint_step, sgd_step, squared_distance
+from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, norm_relu_pool_dual_backward
+from .warp import colour_warp_mask, colour_warp_mask_transpose
+
+__all__ = [
+    "adjoint_step",
+    "bias_relu_pool",
+    "bias_relu_pool_backward",
+    "bias_relu_pool_dual",
+    "bias_relu_pool_dual_backward",
+    "colour_warp_mask",
+    "colour_warp_mask_transpose",
+    "conv3x3",
+    "conv3x3_dual",
+    "conv3x3_dual_input_gradient",
+    "conv3x3_dual_weight_gradient",
+    "conv3x3_input_gradient",
+    "conv3x3_input_gradient_tangent",
+    "conv3x3_tangent",
+    "conv3x3_weight_gradient",
+    "conv_norm_relu_pool_dual",
+    "conv_norm_relu_pool_dual_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_dual",
+    "norm_relu_pool",
+    "norm_relu_pool_backward",
+    "norm_relu_pool_dual",
+    "norm_relu_pool_dual_backward",
+    "sgd_step",
+    "squared_distance",
+]
+OPERATIONS = frozenset(__all__)
+NOT_IMPLEMENTED: frozenset[str] = frozenset()

@@ -1,0 +1,43 @@
+"""Compute the steps along flat vectors and their distance in plain torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def sgd_step(
+    theta: Tensor,
+    gradient: Tensor,
+    rate: Tensor,
+    out: Tensor,
+    velocity: Tensor | None,
+    velocity_out: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    """Write u = μ velocity + g + ω θ to `velocity_out` and θ − `rate` u to `out`. All (P,), `rate` ()."""
+    update = gradient + weight_decay * theta
+    if velocity is not None:
+        update = update + momentum * velocity
+    if velocity_out is not None:
+        velocity_out.copy_(update)
+    return out.copy_(theta - rate * update)
+
+
+def adjoint_step(
+    adjoint: Tensor,
+    hessian_v: Tensor,
+    direction: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    incoming: Tensor | None,
+    weight_decay: float,
+) -> Tensor:
+    """Write λ + `scale` (H v + ω v) + `incoming` to `out`. All (P,), `scale` ()."""
+    stepped = adjoint + scale * (hessian_v + weight_decay * direction)
+    return out.copy_(stepped if incoming is None else stepped + incoming)
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ (a − b)² in float64. `a`, `b`: (P,)."""
+    return (a.double() - b.double()).square().sum()

@@ -1,0 +1,100 @@
+"""Convolve 3×3 by the two matrix products of implicit_gemm.py.
+
+Forward and input gradient are one kernel, since the latter is the convolution of ȳ with the weights rotated by 180°.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..types import Precision
+from .implicit_gemm import convolve, correlate
+from .planes import Planes
+
+
+def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3`."""
+    y, factors = empty_output(x, weight, padding), to_krsc(weight)
+    convolve("conv3x3", x, None, factors, factors, None, y, padding, precision)  # W∗x is ẏ in the direction of W
+    return y
+
+
+def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_input_gradient`."""
+    x_bar, factors = empty_input(y_bar, weight, padding), to_krsc(rotate180(weight))
+    convolve("conv3x3_input_gradient", y_bar, None, factors, factors, None, x_bar, 2 - padding, precision)
+    return x_bar
+
+
+def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_weight_gradient`."""
+    return correlate("conv3x3_weight_gradient", x, None, y_bar, y_bar, padding, precision)
+
+
+def conv3x3_dual(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.conv3x3_dual`."""
+    y, y_dot = empty_output(x, weight, padding), empty_output(x, weight, padding)
+    weights = to_krsc(weight), to_krsc(weight_dot)
+    convolve("conv3x3_dual", x, x_dot, *weights, y, y_dot, padding, precision)
+    return y, y_dot
+
+
+def conv3x3_tangent(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_tangent`."""
+    y_dot = empty_output(x, weight, padding)
+    weights = to_krsc(weight), to_krsc(weight_dot)
+    convolve("conv3x3_tangent", x, x_dot, *weights, None, y_dot, padding, precision)
+    return y_dot
+
+
+def conv3x3_dual_input_gradient(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.conv3x3_dual_input_gradient`."""
+    x_bar, x_bar_dot = (empty_input(y_bar, weight, padding) for _ in range(2))
+    weights = to_krsc(rotate180(weight)), to_krsc(rotate180(weight_dot))
+    convolve("conv3x3_dual_input_gradient", y_bar, y_bar_dot, *weights, x_bar, x_bar_dot, 2 - padding, precision)
+    return x_bar, x_bar_dot
+
+
+def conv3x3_input_gradient_tangent(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
+    x_bar_dot = empty_input(y_bar, weight, padding)
+    weights = to_krsc(rotate180(weight)), to_krsc(rotate180(weight_dot))
+    convolve("conv3x3_input_gradient_tangent", y_bar, y_bar_dot, *weights, None, x_bar_dot, 2 - padding, precision)
+    return x_bar_dot
+
+
+def conv3x3_dual_weight_gradient(
+    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, precision: Precision
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`."""
+    return correlate("conv3x3_dual_weight_gradient", x, x_dot, y_bar, y_bar_dot, padding, precision)
+
+
+def to_krsc(weight: Tensor) -> Tensor:
+    """Return `weight` (CO, CI, 3, 3) as (CO, 3, 3, CI): the terms of an output side by side, as tensor cores want tf32 factors."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def rotate180(weight: Tensor) -> Tensor:
+    """Return `weight` (CO, CI, 3, 3) as (CI, CO, 3, 3), each 3×3 rotated by 180°: the weights of the input gradient."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def empty_output(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Allocate the result of a convolution of `x`."""
+    planes = Planes.of(x)
+    return planes.empty(x, len(weight), planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
+
+
+def empty_input(y_bar: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """Allocate the gradient to the input of the convolution whose result has the gradient `y_bar`."""
+    planes = Planes.of(y_bar)
+    return planes.empty(y_bar, weight.shape[1], planes.height + 2 - 2 * padding, planes.width + 2 - 2 * padding)

@@ -1,0 +1,94 @@
+"""Convolve 3×3 by torch's library, which on a GPU is cuDNN: all of the primal's, and the mixed step's beside ours.
+
+cuDNN's algorithms are deterministic ones, chosen by its own rules and not by timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from ..types import Precision, accumulator, in_format_of
+
+
+def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3`."""
+    x_factor, weight_factor = _factors(precision, x, weight)
+    with _precision(precision):
+        y = F.conv2d(x_factor, weight_factor, padding=padding)
+    return in_format_of(x, y.to(x.dtype))
+
+
+def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_input_gradient`."""
+    y_factor, weight_factor = _factors(precision, y_bar, weight)
+    with _precision(precision):
+        x_bar = F.conv_transpose2d(y_factor, weight_factor, padding=padding)
+    return in_format_of(y_bar, x_bar.to(y_bar.dtype))
+
+
+def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_weight_gradient`."""
+    shape, (x_factor, y_factor) = (y_bar.shape[1], x.shape[1], 3, 3), _factors(precision, x, y_bar)
+    with _precision(precision):
+        weight_bar: Tensor = conv2d_weight(x_factor, shape, y_factor, padding=padding)
+    return weight_bar.to(accumulator(x.dtype), memory_format=torch.contiguous_format)
+
+
+def conv3x3_dual(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.conv3x3_dual`."""
+    y_dot = conv3x3_tangent(x, x_dot, weight, weight_dot, padding, precision)
+    return conv3x3(x, weight, padding, precision), y_dot
+
+
+def conv3x3_tangent(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_tangent`."""
+    y_dot = conv3x3(x, weight_dot, padding, precision)
+    return y_dot if x_dot is None else y_dot.add_(conv3x3(x_dot, weight, padding, precision))
+
+
+def conv3x3_dual_input_gradient(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+) -> tuple[Tensor, Tensor]:
+    """See `mtt_fast.kernels.conv3x3_dual_input_gradient`."""
+    x_bar_dot = conv3x3_input_gradient_tangent(y_bar, y_bar_dot, weight, weight_dot, padding, precision)
+    return conv3x3_input_gradient(y_bar, weight, padding, precision), x_bar_dot
+
+
+def conv3x3_input_gradient_tangent(
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
+    x_bar_dot = conv3x3_input_gradient(y_bar, weight_dot, padding, precision)
+    return x_bar_dot.add_(conv3x3_input_gradient(y_bar_dot, weight, padding, precision))
+
+
+def conv3x3_dual_weight_gradient(
+    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, precision: Precision
+) -> Tensor:
+    """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`."""
+    weight_bar_dot = conv3x3_weight_gradient(x, y_bar_dot, padding, precision)
+    if x_dot is None:
+        return weight_bar_dot
+    return weight_bar_dot.add_(conv3x3_weight_gradient(x_dot, y_bar, padding, precision))
+
+
+def _factors(precision: Precision, planes: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors in the dtype that they are multiplied in. cuDNN's results are of that dtype too."""
+    narrow = planes.dtype == torch.bfloat16 or (precision == "bf16" and planes.dtype == torch.float32)
+    return (planes.bfloat16(), other.bfloat16()) if narrow else (planes, other)
+
+
+@contextmanager
+def _precision(precision: Precision) -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision == "tf32"):
+        yield

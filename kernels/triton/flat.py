@@ -1,0 +1,130 @@
+"""Pass once over flat vectors: a step of SGD, the adjoint of that step, and the squared distance of two points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import accumulator
+from .configurations import configuration
+from .launch import architecture, launch, tl, triton
+
+
+@triton.jit
+def _sgd_step(
+    theta: tl.tensor,
+    gradient: tl.tensor,
+    rate: tl.tensor,
+    out: tl.tensor,
+    velocity: tl.tensor,  # or None
+    velocity_out: tl.tensor,  # or None
+    size: tl.tensor,
+    MOMENTUM: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    ACC: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    mask = place < size
+    at = tl.load(theta + place, mask, 0).to(ACC)
+    update = tl.load(gradient + place, mask, 0).to(ACC) + WEIGHT_DECAY * at
+    if velocity is not None:
+        update += MOMENTUM * tl.load(velocity + place, mask, 0).to(ACC)
+    if velocity_out is not None:
+        tl.store(velocity_out + place, update, mask)
+    tl.store(out + place, at - tl.load(rate).to(ACC) * update, mask)
+
+
+@triton.jit
+def _adjoint_step(
+    adjoint: tl.tensor,
+    hessian_v: tl.tensor,
+    direction: tl.tensor,
+    scale: tl.tensor,
+    out: tl.tensor,
+    incoming: tl.tensor,  # or None
+    size: tl.tensor,
+    WEIGHT_DECAY: tl.constexpr,
+    ACC: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    mask = place < size
+    curvature = tl.load(hessian_v + place, mask, 0).to(ACC)
+    if WEIGHT_DECAY != 0:
+        curvature += WEIGHT_DECAY * tl.load(direction + place, mask, 0).to(ACC)
+    result = tl.load(adjoint + place, mask, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
+    if incoming is not None:
+        result += tl.load(incoming + place, mask, 0).to(ACC)
+    tl.store(out + place, result, mask)
+
+
+@triton.jit
+def _squared_distance(
+    a: tl.tensor, b: tl.tensor, partials: tl.tensor, size: tl.tensor, PARTIALS: tl.constexpr, SIZE: tl.constexpr
+) -> None:
+    program = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((SIZE,), tl.float64)
+    for start in range(program * SIZE, size, PARTIALS * SIZE):
+        place = start + tl.arange(0, SIZE)
+        mask = place < size
+        difference = tl.load(a + place, mask, 0).to(tl.float64) - tl.load(b + place, mask, 0).to(tl.float64)
+        total += difference * difference
+    tl.store(partials + program, tl.sum(total, 0))
+
+
+@triton.jit
+def _sum(partials: tl.tensor, result: tl.tensor, PARTIALS: tl.constexpr) -> None:
+    tl.store(result, tl.sum(tl.load(partials + tl.arange(0, PARTIALS)), 0))
+
+
+def sgd_step(
+    theta: Tensor,
+    gradient: Tensor,
+    rate: Tensor,
+    out: Tensor,
+    velocity: Tensor | None,
+    velocity_out: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    """See `mtt_fast.kernels.sgd_step`. The rate is read on the device, so nothing waits for its value."""
+    vectors = (theta, gradient, rate, out, velocity, velocity_out)
+    _launch_step(_sgd_step, "sgd_step", *vectors, MOMENTUM=momentum, WEIGHT_DECAY=weight_decay)
+    torch.autograd.graph.increment_version([out] if velocity_out is None else [out, velocity_out])
+    return out
+
+
+def adjoint_step(
+    adjoint: Tensor,
+    hessian_v: Tensor,
+    direction: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    incoming: Tensor | None,
+    weight_decay: float,
+) -> Tensor:
+    """See `mtt_fast.kernels.adjoint_step`. The scale is read on the device, so nothing waits for its value."""
+    vectors = (adjoint, hessian_v, direction, scale, out, incoming)
+    _launch_step(_adjoint_step, "adjoint_step", *vectors, WEIGHT_DECAY=weight_decay)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _launch_step(kernel: Any, operation: str, first: Tensor, *rest: Tensor | None, **factors: float) -> None:
+    row = configuration(operation, "", architecture(first.device))
+    size = first.numel()
+    acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
+    launch(kernel, triton.cdiv(size, row["SIZE"]), first, *rest, size, **factors, ACC=acc, **row)
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """See `mtt_fast.kernels.squared_distance`. The order of the sum depends on the size of the vectors alone."""
+    row = configuration("squared_distance", "", architecture(a.device))
+    partials = torch.empty(row["PARTIALS"], dtype=torch.float64, device=a.device)
+    result = torch.empty((), dtype=torch.float64, device=a.device)
+    launch(_squared_distance, row["PARTIALS"], a, b, partials, a.numel(), **row)
+    launch(_sum, 1, partials, result, PARTIALS=row["PARTIALS"])
+    return result

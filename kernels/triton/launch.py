@@ -1,0 +1,42 @@
+"""Import Triton, which no other module does by itself, and launch its kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "mtt_fast's CUDA kernels need Triton, which is not installed here; it comes with torch's CUDA builds for "
+        "Linux, else `pip install triton`"
+    ) from error
+
+__all__ = ["INTERPRETED", "architecture", "launch", "tl", "triton"]
+
+# Triton reads TRITON_INTERPRET when a kernel is defined, so a process is in one mode from beginning to end.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def architecture(device: torch.device) -> str:
+    """Return the family of GPUs whose configurations suit `device`: `sm_80`, `sm_90` or `sm_100`."""
+    if device.type != "cuda":  # interpreted
+        return "sm_80"
+    major, _ = torch.cuda.get_device_capability(device)
+    # Consumer cards (8.6, 8.9, 12.x) have 99 KB of shared memory, and the rows of sm_80 stay within that.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, **constants: Any) -> None:
+    """Run `kernel` in a one-dimensional grid. The first argument is a tensor, on the device to run on."""
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    if not (first.is_cuda or (INTERPRETED and first.device.type == "cpu")):
+        raise ValueError(f"Triton kernels run on CUDA tensors, found one on {first.device}")
+    if programs:
+        with torch.cuda.device_of(first):
+            kernel[(programs,)](*arguments, **constants)

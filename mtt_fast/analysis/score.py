@@ -1,0 +1,154 @@
+"""DD-Ranking's label-robust score, computed from fractions: `python -m mtt_fast.analysis score`.
+
+    HLR = accuracy on all real images − accuracy on the distilled set, both with hard labels
+    IOR = accuracy on the distilled set − accuracy on as many random real images, both with the labels of the method
+    α   = w·IOR − (1 − w)·HLR,     score = (e^α − e⁻¹) / (e − e⁻¹)
+
+The definition is that of DD-Ranking (arXiv 2505.13300), whose version 0.2.0 puts per cent into the exponent. Accuracies are
+given in per cent, or as the files that `mtt_fast.evaluate … --protocol ddranking --out FILE` writes of a set, of the same
+set converted with --hard_labels, and of the word "random".
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mtt_fast.commands import parsing
+from mtt_fast.errors import InputError
+from mtt_fast.interop import label_robust_score
+from mtt_fast.storage.files import write_json
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "python -m mtt_fast.analysis score"
+_BOARD = "ddranking"
+"""The protocol of DD-Ranking's board."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Compute the label-robust score from accuracies, each a number in per cent or a file that mtt_fast.evaluate wrote."""
+
+    full: str | None = None
+    """on all real images, with hard labels"""
+    hard: str | None = None
+    """on the distilled set with hard labels; without it the same as --distilled, for a set that has no others"""
+    distilled: str | None = None
+    """on the distilled set with the labels that it brings"""
+    random: str | None = None
+    """on as many random real images, labelled as the distilled set is"""
+    hlr: float | None = None
+    """hard label recovery in per cent, in place of --full and --hard"""
+    ior: float | None = None
+    """improvement over random in per cent, in place of --random and, where --hlr is given, --distilled"""
+    weight: float = 0.5
+    """w: what the improvement over random counts, in [0, 1]"""
+    out: str | None = None
+    """also write the score to this JSON file"""
+
+
+class _Accuracy(NamedTuple):
+    """A mean accuracy in [0, 1], and what it was measured on, where a file says it."""
+
+    mean: float
+    measured: dict[str, str]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options = parsing.parse(ScoreOptions, argv, PROGRAM)
+    given = {name: getattr(options, name) for name in ("full", "hard", "distilled", "random")}
+    accuracies = {name: _accuracy(f"--{name}", text) for name, text in given.items() if text is not None}
+    measured = _measured_alike(accuracies)
+    recovery = ("full", "hard" if options.hard is not None else "distilled")
+    improvement = ("distilled", "random")
+    asked = [*(recovery if options.hlr is None else ()), *(improvement if options.ior is None else ())]
+    for name in accuracies:
+        if name not in asked:
+            raise InputError(
+                f"--{name}: has no effect beside --hlr or --ior, which say the difference already; leave it out"
+            )
+    hlr = _difference(options.hlr, "--hlr", accuracies, *recovery)
+    ior = _difference(options.ior, "--ior", accuracies, *improvement)
+    if not 0 <= options.weight <= 1:
+        raise InputError(f"--weight {options.weight}: expected 0 to 1")
+    score = label_robust_score(hlr, ior, options.weight)
+    if measured.get("protocol", _BOARD) != _BOARD:
+        log.info("measured under protocol %s: DD-Ranking's board has the best epoch", measured["protocol"])
+    log.info(
+        "HLR %.2f %%, IOR %.2f %%, label-robust score %.3f (weight %g)", 100 * hlr, 100 * ior, score, options.weight
+    )
+    if options.out:
+        record: dict[str, Any] = {
+            "label_robust_score": score,
+            "hard_label_recovery": hlr,
+            "improvement_over_random": ior,
+            "weight": options.weight,
+            "accuracy": {name: accuracy.mean for name, accuracy in accuracies.items()},
+        }
+        write_json(options.out, record | measured)
+
+
+def _accuracy(option: str, text: str) -> _Accuracy:
+    """Return the accuracy that `text` is, in per cent, or that the file `text` holds."""
+    try:
+        per_cent = float(text)
+    except ValueError:
+        return _of_file(option, Path(text))
+    if not 0 <= per_cent <= 100:
+        raise InputError(f"{option} {text}: expected an accuracy in per cent, 0 to 100")
+    if option == "--full" and per_cent <= 1:
+        raise InputError(
+            f"{option} {text}: expected an accuracy in per cent, as 84.8; found what looks like a fraction"
+        )
+    return _Accuracy(per_cent / 100, {})
+
+
+def _of_file(option: str, path: Path) -> _Accuracy:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        mean = float(record["accuracy"]["mean"])
+        measured = {name: str(record[name]) for name in ("dataset", "model")}
+        measured["protocol"] = str(record["protocol"]["name"])
+    except OSError as error:
+        raise InputError(
+            f"{option} {path}: expected a number in per cent or a file ({error.strerror or error}); mend the path"
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{option} {path}: expected what mtt_fast.evaluate --out writes, found {type(error).__name__}: {error}"
+        ) from error
+    if not 0 <= mean <= 1:
+        raise InputError(f"{option} {path}: expected an accuracy from 0 to 1, found {mean}")
+    return _Accuracy(mean, measured)
+
+
+def _measured_alike(accuracies: dict[str, _Accuracy]) -> dict[str, str]:
+    """Return what the files say of their measurements. Raises `InputError` where they differ: such numbers do not compare."""
+    found: dict[str, str] = {}
+    for name, accuracy in accuracies.items():
+        for what, value in accuracy.measured.items():
+            if found.setdefault(what, value) != value:
+                raise InputError(
+                    f"--{name}: expected the {what} {found[what]} as in the files before it, found {value}"
+                )
+    return found
+
+
+def _difference(
+    given: float | None, option: str, accuracies: dict[str, _Accuracy], greater: str, smaller: str
+) -> float:
+    """Return what `option` gives in per cent, or the first accuracy less the second, as a fraction."""
+    if given is not None:
+        if not -100 <= given <= 100:
+            raise InputError(f"{option} {given}: expected per cent, -100 to 100")
+        return given / 100
+    missing = [name for name in (greater, smaller) if name not in accuracies]
+    if missing:
+        raise InputError(f"--{missing[0]}: expected an accuracy, found none; or give {option}")
+    return accuracies[greater].mean - accuracies[smaller].mean

@@ -1,0 +1,110 @@
+"""Archives, read to their end, so that their own checksums count, and never further than they can honestly go."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mtt_fast.data.regular import check_regular
+from mtt_fast.errors import InputError
+
+_BLOCK = 1 << 20
+_BESIDES = 1 << 20  # bytes of an archive beside the content of the files: headers, other small files
+_MOST_MEMBERS = 1000
+
+
+def is_file_or_link(path: Path) -> bool:
+    """Return whether something is called so that is no folder: a file, or what a reader should refuse by name."""
+    return os.path.lexists(path) and not path.is_dir()
+
+
+def read_tar(archive: Path, wanted: Mapping[str, int], mend: str) -> dict[str, bytes]:
+    """Return the content of the files `wanted` in a .tar.gz: their paths in it, and the bytes each may have at most.
+
+    Nothing is written, and no link in it is followed. A folder around the paths does not matter.
+    Raises `InputError`, which ends in `mend`, for a broken archive, for one that lacks a file or holds it twice, and for
+    one that unpacks to much more than the files; reading ends there.
+    """
+    most = sum(wanted.values()) + _BESIDES
+    check_regular(archive, most, mend)
+    try:
+        with gzip.open(archive) as stream:
+            limited = _Limited(stream, most)
+            with tarfile.open(fileobj=limited, mode="r|") as tar:
+                files = _wanted_files(tar, wanted)
+            while limited.read(_BLOCK):  # the checksum is at the end
+                pass
+    except Exception as error:  # a broken header raises nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{archive}: expected a whole .tar.gz, found a broken one ({reason}); {mend}") from error
+    if missing := set(wanted) - set(files):
+        raise InputError(f"{archive}: expected {min(missing)} in it, found none; {mend}")
+    return files
+
+
+def read_gzip(path: Path, most: int, mend: str) -> bytes:
+    """Return the content of a .gz file, of at most `most` bytes. Raises `InputError` for a broken or longer one."""
+    check_regular(path, most + _BESIDES, mend)
+    try:
+        with gzip.open(path) as stream:
+            content = stream.read(most + 1)  # up to the end, if it is no longer
+            if len(content) <= most:
+                return content
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: expected a whole (gzip) file, found a broken one ({error}); {mend}") from error
+    raise InputError(f"{path}: expected at most {most:,} bytes in it, found more; {mend}")
+
+
+def _wanted_files(tar: tarfile.TarFile, wanted: Mapping[str, int]) -> dict[str, bytes]:
+    """Read the wanted members. Raises `TarError` for what no honest archive holds."""
+    files: dict[str, bytes] = {}
+    for count, member in enumerate(tar):
+        if count > _MOST_MEMBERS:
+            raise tarfile.TarError(f"more than {_MOST_MEMBERS} members")
+        path = _path_in(member.name, wanted)
+        if path is None:
+            continue
+        if not member.isreg() or member.issparse():
+            raise tarfile.TarError(f"{path} is no regular file in it")
+        if path in files:
+            raise tarfile.TarError(f"{path} is in it twice")
+        if member.size > wanted[path]:
+            raise tarfile.TarError(f"{path} of {member.size:,} bytes, where at most {wanted[path]:,} can be")
+        content = tar.extractfile(member)
+        files[path] = content.read() if content else b""
+    return files
+
+
+def _path_in(name: str, wanted: Mapping[str, int]) -> str | None:
+    """Return which of the wanted paths a member's name ends in, or None."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return None
+    tail = "/".join(path.parts[-2:])
+    return tail if tail in wanted else None
+
+
+class _Limited(io.RawIOBase):
+    """A stream that refuses to give more than `most` bytes."""
+
+    def __init__(self, stream: gzip.GzipFile, most: int) -> None:
+        self._stream = stream
+        self._left = most
+
+    def readable(self) -> bool:
+        """Return True: reading is all it does."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as there is more. Raises `OSError` once there is more than there may be."""
+        count = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise OSError("it unpacks to more than the data set")
+        return count

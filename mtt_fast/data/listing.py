@@ -1,0 +1,210 @@
+"""Which image files there are in class folders: each once and under one label, whatever links lead to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mtt_fast.data.class_names import in_order
+from mtt_fast.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+
+_TOLD = 8  # kinds of things that are not taken
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of one split: by class folder, in the order of the classes, and what else lies there."""
+
+    classes: Mapping[str, list[str]]
+    skipped: Counter[str] = field(default_factory=Counter)  # kind of thing -> how many
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """Return the folders in `folder`, in the order of their classes. Raises `InputError` if there are none."""
+    names = [child.name for child in _children(folder) if _is_class(folder, child)]
+    if not names:
+        raise InputError(
+            f"{folder}: expected a folder a class, found {listed(folder)}; move the images into class folders"
+        )
+    return [folder / name for name in in_order(names)]
+
+
+def list_classes(root: Path, folder: Path, chosen: Iterable[str] | None = None) -> Listing:
+    """List the images below each class folder in `folder`, or in those `chosen` by name, in this order.
+
+    `root` is the data set's. It, `folder` and the class folders may be links to anywhere; below them links may only
+    lead to something in one of these. A file that is reached in two ways counts once.
+    Raises `InputError` for a link that leaves the data set or leads nowhere, for an image that is no regular file, and
+    for one under two labels.
+    """
+    folders = class_folders(folder) if chosen is None else [folder / name for name in chosen]
+    homes = {os.path.realpath(place) for place in (root, folder, *folders)}
+    first: dict[str, tuple[str, str]] = {}  # file -> (class, path)
+    classes, skipped = {}, _loose(folder, folders) if chosen is None else Counter[str]()
+    for place in folders:
+        found = _files_below(str(place), homes, skipped)
+        for identity, path in found.items():
+            label, other = first.setdefault(identity, (place.name, path))
+            if label != place.name:
+                raise InputError(
+                    f"{path}: expected each image under one label, found it under {label!r} too ({other}); remove one of them"
+                )
+        classes[place.name] = sorted(found.values())
+    return Listing(classes, skipped)
+
+
+def tell_skipped(name: str, *listings: Listing) -> None:
+    """Say in one line of the log what in the folders of the data set `name` was not taken."""
+    skipped = sum((listing.skipped for listing in listings), Counter[str]())
+    if skipped:
+        told = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(_TOLD))
+        log.info("%s: besides the images, not taken: %s (images end in %s)", name, told, " ".join(SUFFIXES))
+
+
+def folder_names(folder: Path) -> set[str]:
+    """Return the names of the folders in `folder`, and of links to folders, but not the hidden ones."""
+    return {child.name for child in _children(folder) if not child.name.startswith(".") and os.path.isdir(child.path)}
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file name ends as those of images do."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def listed(folder: Path) -> str:
+    """Return the first few names in `folder`, for a message."""
+    names = sorted(child.name for child in _children(folder))
+    return (", ".join(names[:4]) + (", …" if len(names) > 4 else "")) or "nothing"
+
+
+def _is_class(folder: Path, child: os.DirEntry[str]) -> bool:
+    if child.name.startswith("."):
+        return False
+    if child.is_symlink():
+        _check_target(child.path)
+        return child.is_dir() and not _is_within(os.path.realpath(folder), {os.path.realpath(child.path)})
+    return child.is_dir()  # a link to a folder around the class folders is no class of its own
+
+
+def _loose(folder: Path, folders: list[Path]) -> Counter[str]:
+    """Count what lies in `folder` beside its class folders."""
+    names = {place.name for place in folders}
+    return Counter(
+        "outside the class folders" if child.is_file() and is_image_name(child.name) else _kind(child)
+        for child in _children(folder)
+        if child.name not in names
+    )
+
+
+def _files_below(top: str, homes: set[str], skipped: Counter[str]) -> dict[str, str]:
+    """Return the images below the folder `top`, by what tells a file from others; count all else in `skipped`.
+
+    Links come last, so that a file is known by its own place where it has one here.
+    """
+    files: dict[str, str] = {}
+    links: list[tuple[os.DirEntry[str], str]] = []  # and the true path of the folder that each is in
+    walked: set[str] = set()
+    folders = [(top, os.path.realpath(top))]
+    while folders or links:
+        if not folders:
+            _follow(*links.pop(), homes, walked, files, folders, skipped)
+            continue
+        place, real = folders.pop()
+        walked.add(real)
+        for child in _children(place):
+            if child.name.startswith("."):
+                skipped[_kind(child)] += 1
+            elif child.is_symlink():
+                links.append((child, real))
+            elif child.is_dir(follow_symlinks=False):
+                folders.append((child.path, f"{real}/{child.name}"))
+            elif not is_image_name(child.name):
+                skipped[_kind(child)] += 1
+            else:
+                _add(child, f"{real}/{child.name}", files, skipped)
+    return files
+
+
+def _follow(
+    link: os.DirEntry[str],
+    parent: str,
+    homes: set[str],
+    walked: set[str],
+    files: dict[str, str],
+    folders: list[tuple[str, str]],
+    skipped: Counter[str],
+) -> None:
+    """Add the image that `link` leads to, or the folder to those that are to be walked."""
+    is_folder = os.path.isdir(link.path)
+    if not is_image_name(link.name) and not is_folder:
+        skipped[_kind(link)] += 1
+        return
+    _check_target(link.path)
+    target = os.path.realpath(link.path)
+    if is_folder and _is_within(parent, {target}):
+        skipped["link(s) to a folder around them"] += 1
+    elif not _is_within(target, homes):
+        raise InputError(
+            f"{link.path}: expected links to files of the data set itself, found one to {target}; copy the images, or link "
+            "the whole class folder"
+        )
+    elif not is_folder:
+        _add(link, target, files, skipped)
+    elif target in walked:
+        skipped["link(s) to a folder that is there already"] += 1
+    else:
+        folders.append((link.path, target))
+
+
+def _add(child: os.DirEntry[str], real: str, files: dict[str, str], skipped: Counter[str]) -> None:
+    try:
+        status = child.stat()
+    except OSError as error:
+        raise _unreadable(child.path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{child.path}: expected an image, found no regular file; remove it")
+    # Only a file of several names is told by its number: not every file system numbers its files reliably.
+    identity = real if status.st_nlink == 1 else f"{status.st_dev}:{status.st_ino}"
+    if files.setdefault(identity, child.path) != child.path:
+        skipped["further name(s) of an image"] += 1
+
+
+def _is_within(path: str, homes: set[str]) -> bool:
+    return any(path == home or path.startswith(home.rstrip("/") + "/") for home in homes)
+
+
+def _check_target(link: str) -> None:
+    """Raise `InputError` for a link that leads nowhere, or to itself."""
+    try:
+        os.stat(link)
+    except OSError as error:
+        raise _unreadable(link, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be read ({error.strerror or error}); restore it, or remove its link")
+
+
+def _kind(child: os.DirEntry[str]) -> str:
+    if child.name.startswith("."):
+        return "hidden"
+    return os.path.splitext(child.name)[1].lower() or "without a suffix"
+
+
+def _children(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: expected a folder that can be read ({error.strerror or error}); check the path"
+        ) from error

@@ -1,0 +1,53 @@
+"""Archives of numpy arrays (.npz), read without running what is in them, and without unpacking a bomb."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import regular_file, shortened
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_EXPANDS, _SMALL = 20, 64 << 20  # how many times its size, besides so many bytes, an archive may unpack to
+_NUMBERS = "fiu"  # kinds of numpy's types: floating point, integers with and without sign
+_LONGEST_HEADER = 1 << 10  # bytes
+
+
+def read_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> list[Array]:
+    """Return the arrays of real numbers called `names` in an archive of numpy's.
+
+    Checksums are checked. Raises `InputError` for a missing, broken, hostile or foreign file, for another type of array,
+    and for one that claims more than there is.
+    """
+    path = regular_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [_read(archive, f"{name}.npy", path.stat().st_size) for name in names]
+    except Exception as error:  # numpy and zipfile raise many kinds for a broken or foreign file
+        raise InputError(
+            f"{path}: expected arrays {' and '.join(names)}, found a broken or foreign file ({shortened(error)}); get it again"
+        ) from error
+
+
+def _read(archive: zipfile.ZipFile, name: str, held: int) -> Array:
+    size = archive.getinfo(name).file_size
+    if size > held * _EXPANDS + _SMALL:
+        raise ValueError(f"{name} would unpack to {size:,} bytes")
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file, max_header_size=_LONGEST_HEADER)
+        if dtype.kind not in _NUMBERS or dtype.itemsize > 8 or math.prod(shape) * dtype.itemsize > size:
+            raise ValueError(f"{name} is {dtype} {shape} in {size:,} bytes")
+    with archive.open(name) as file:
+        array: Array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_LONGEST_HEADER)
+        if file.read(1):  # at the end the checksum is looked at
+            raise ValueError(f"{name} goes on behind its array")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

@@ -1,0 +1,148 @@
+"""Compile the launches of Triton's operations for three GPUs, with none here: no spills, and within shared memory.
+
+An operation is called on meta tensors with its launches recorded, so that the launcher and its table are tested too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: it comes for Linux alone"
+)
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages")
+ALIGNED = [["tt.divisibility", 16]]  # the launcher finds so of pointers at run time; torch aligns its allocations
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch of a kernel."""
+
+    kernel: Any
+    arguments: tuple[Tensor | int | float | None, ...]
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Resources of a multiprocessor that a compiled kernel takes."""
+
+    kernel: str
+    warps: int
+    registers: int
+    stack: int  # bytes; the kernels keep nothing there but values that do not fit in registers
+    shared: int
+    tensor_cores: bool
+    asynchronous: bool  # those of a Hopper or Blackwell, which read shared memory themselves
+
+
+@contextmanager
+def recording(modules: list[ModuleType], architecture: str) -> Iterator[list[Launch]]:
+    """Collect the launches of `modules`, which believe to run on `architecture` (such as `sm_90`)."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, programs: int, *arguments: Tensor | int | float | None, **constants: Any) -> None:
+        launches.append(Launch(kernel, arguments, constants))
+
+    patches: list[Any] = [patch.object(module, "launch", record) for module in modules]
+    patches += [patch.object(module, "architecture", return_value=architecture) for module in modules]
+    for each in patches:
+        each.start()
+    try:
+        yield launches
+    finally:
+        for each in patches:
+            each.stop()
+
+
+def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
+    """Compile for `architecture` and read the usage off the machine code."""
+    import triton
+
+    constants = dict(launch.constants)
+    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+    signature, attributes = {}, {}
+    for place, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
+        if value is None:
+            constants[name] = None
+        elif isinstance(value, Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[place,] = ALIGNED
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    ordered = {name: signature.get(name, "constexpr") for name in launch.kernel.arg_names}
+    source = triton.compiler.ASTSource(launch.kernel, ordered, constants, attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    binary = folder / f"{compiled.metadata.hash}.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(re.findall(rf"{key}:(\d+)", report)[0]) for key in ("REG", "STACK")}
+    return Usage(
+        compiled.metadata.name,
+        compiled.metadata.num_warps,
+        usage["REG"],
+        usage["STACK"],
+        compiled.metadata.shared,
+        re.search(r"mma\S*(tf32|bf16|kind::f16)", compiled.asm["ptx"]) is not None,
+        re.search(r"wgmma|tcgen05.mma", compiled.asm["ptx"]) is not None,
+    )
+
+
+FORMATS = (torch.contiguous_format, torch.channels_last)
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227}  # KB; that of sm_86 and sm_89, which take the rows of sm_80
+WIDTH = 128
+
+
+def each_architecture(test: Test) -> Test:
+    """Parametrise `test` over the architectures; skip it without Triton."""
+    parametrised: Test = needs_triton(pytest.mark.parametrize("architecture", SHARED)(test))
+    return parametrised
+
+
+def meta(*size: int, form: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Return a tensor without memory, which the launcher takes as any other."""
+    return torch.empty(size, device="meta").contiguous(memory_format=form)
+
+
+def check(launches: list[Launch], architecture: str, folder: Path) -> list[Usage]:
+    """Compile the launches; fail for one that spills registers or takes too much shared memory."""
+    usages = [compile_launch(launch, architecture, folder) for launch in launches]
+    for launch, usage in zip(launches, usages, strict=True):
+        assert usage.stack == 0, f"spills: {usage}, {launch.constants}"
+        assert usage.shared <= SHARED[architecture] * 1024, f"{usage}, {launch.constants}"
+    return usages
+
+
+each_precision = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+
+
+def planes_of(precision: str, *size: int, form: torch.memory_format = torch.channels_last) -> Tensor:
+    """Return planes as the student has them: bf16 products are of bfloat16 planes."""
+    return meta(*size, form=form).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def check_products(launches: list[Launch], architecture: str, folder: Path, precision: str) -> None:
+    """Check also that tensor cores do the products, and the newer ones of them those of many channels."""
+    for launch, usage in zip(launches, check(launches, architecture, folder), strict=True):
+        assert usage.tensor_cores == (precision != "fp32"), usage
+        if usage.tensor_cores and architecture != "sm_80" and min(launch.constants["CI"], launch.constants["CO"]) > 3:
+            assert usage.asynchronous, f"{usage}, {launch.constants}"

@@ -1,0 +1,227 @@
+"""Check the classifier: the reference against autograd in float64, the other back ends against the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import kernels
+from mtt_fast.kernels import LabelKind, reference
+from mtt_fast.kernels.native import classifier as native_classifier
+from mtt_fast.kernels.native.extension import extension
+from mtt_fast.testing import assert_close
+from tests.kernels.compiling import check, each_architecture, meta, recording
+from tests.kernels.helpers import draw, jvp, needs_native, refused
+from tests.kernels.triton_comparison import compare
+
+CLASSIFIERS = [  # batch, features, classes
+    (5, 7, 4),
+    (1, 3, 1),  # one sample, one class
+    (3, 2, 37),  # a part of a vector of classes
+    (130, 9, 64),
+]
+KINDS = ["indices", "probabilities", "logits"]
+
+
+def labels_of(kind: str, batch: int, classes: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return labels of each kind; the probabilities are not on the simplex, and some are zero."""
+    logits = draw(batch, classes, dtype=dtype)
+    return {"indices": logits.argmax(1), "probabilities": 1.5 * logits.relu(), "logits": logits}[kind]
+
+
+def classifier_arguments(case: tuple[int, int, int], kind: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    batch, width, classes = case
+    return {
+        **{name: draw(batch, width, dtype=dtype) for name in ("features", "features_dot")},
+        **{name: draw(classes, width, dtype=dtype) for name in ("weight", "weight_dot")},
+        **{name: draw(classes, dtype=dtype) for name in ("bias", "bias_dot")},
+        "labels": labels_of(kind, batch, classes, dtype),
+        "label_kind": kind,
+    }
+
+
+def classifier_results(ops: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the results of both operations, by name."""
+    primal = ops.linear_cross_entropy(**{name: value for name, value in given.items() if not name.endswith("_dot")})
+    dual = ops.linear_cross_entropy_dual(**given)
+    names = ["loss", "features_bar", "weight_bar", "bias_bar", "loss_dot", "dual features_bar"]
+    names += ["features_bar_dot", "weight_bar_dot", "bias_bar_dot", "labels_bar_dot"]
+    results = dict(zip(names, primal + dual, strict=True))
+    if given["label_kind"] == "indices":
+        assert results.pop("labels_bar_dot") is None
+    return results
+
+
+def classifier_by_autograd(given: dict[str, Any]) -> dict[str, Tensor]:
+    labels, kind = given["labels"], given["label_kind"]
+
+    def loss_of(features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(features, weight, bias), labels.softmax(1) if kind == "logits" else labels)
+
+    wanted = (0, 1, 2) if kind == "indices" else (0, 1, 2, 3)
+    gradients_and_loss: Any = torch.func.grad_and_value(loss_of, argnums=wanted)
+    names = ("features", "weight", "bias")
+    at, along = (tuple(given[name + ending] for name in names) for ending in ("", "_dot"))
+    (gradients, loss), (gradients_dot, loss_dot) = jvp(lambda *at: gradients_and_loss(*at, labels), at, along)
+    results = {"loss": loss, "loss_dot": loss_dot, "dual features_bar": gradients[0]}
+    results |= {f"{name}_bar": value for name, value in zip(names, gradients, strict=False)}
+    return results | {f"{name}_bar_dot": value for name, value in zip((*names, "labels"), gradients_dot, strict=False)}
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
+def test_the_classifier_is_what_autograd_makes_of_cross_entropy(case: tuple[int, int, int], kind: str) -> None:
+    given = classifier_arguments(case, kind)
+    found, expected = classifier_results(kernels, given), classifier_by_autograd(given)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(name, found[name], value, 1e-12, floor=1e-3)  # of one class, all gradients are zero
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
+def test_the_native_classifier_in_float32(case: tuple[int, int, int], kind: str) -> None:
+    given = classifier_arguments(case, kind, torch.float32)
+    wide = {k: v.double() if k != "label_kind" and v.is_floating_point() else v for k, v in given.items()}
+    exact = classifier_results(reference, wide)
+    for name, found in classifier_results(kernels, given).items():
+        assert found.dtype == torch.float32
+        assert_close(name, found, exact[name], 5e-6, floor=1e-2)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_classifier_at_logits_of_ten_thousand(dtype: torch.dtype, kind: str) -> None:
+    """Exponentials of such numbers overflow, and their differences underflow to exact zeros."""
+    given = classifier_arguments((9, 9, 35), kind, dtype)
+    given["features"] = 1e4 * torch.eye(9, dtype=dtype)
+    given["weight"] = draw(35, 9).sign().to(dtype)  # so a logit is ±1e4, exactly
+    given["weight"][:, :3] = -1
+    given["weight"][2, :3] = 1  # one class alone has all the probability
+    given["bias"] = torch.zeros(35, dtype=dtype)
+    if kind == "logits":
+        given["labels"] = 1e4 * given["labels"].sign()
+    wide = {k: v.double() if k != "label_kind" and v.is_floating_point() else v for k, v in given.items()}
+    expected = classifier_by_autograd(wide)
+    for name, found in classifier_results(kernels, given).items():
+        assert_close(name, found, expected[name], 2e-6 if dtype == torch.float32 else 1e-12, floor=1e-2)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("dtype", "least", "tolerance"), [(torch.float32, -78, 1e-6), (torch.float64, -699, 5e-15)], ids=str
+)
+def test_the_native_exponential_over_all_its_range(dtype: torch.dtype, least: int, tolerance: float) -> None:
+    """Through a softmax of two classes: the gradient to the logit x of the wrong one is a share of eˣ / (1 + eˣ)."""
+    x = torch.linspace(least, 0, 5001, dtype=torch.float64).to(dtype)
+    o, bias = torch.stack([torch.zeros_like(x), x], 1), torch.zeros(2, dtype=dtype)
+    right = torch.zeros(len(x), dtype=torch.long)
+    extension().cross_entropy(o, bias, right, None, False, o.new_empty(1), o.new_empty(2), 1)
+    exact = x.double().sigmoid() / len(x)  # still a normal number
+    assert float((o[:, 1].double() / exact - 1).abs().max()) <= tolerance
+
+
+@needs_native
+def test_the_native_softmax_passes_on_what_is_not_finite() -> None:
+    for value in (float("nan"), float("inf")):
+        given = classifier_arguments((3, 4, 40), "indices", torch.float32)
+        given["bias"][37] = value
+        for name, found in classifier_results(kernels, given).items():
+            assert not torch.isfinite(found).all(), name
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_native_softmax_does_not_depend_on_threads(kind: str) -> None:
+    """The products are torch's, and may."""
+    o, o_dot, labels = draw(2500, 40), draw(2500, 40), labels_of(kind, 2500, 40)
+    bias, bias_dot, given = draw(40), draw(40), native_classifier._labels(labels, cast(LabelKind, kind))
+    results = []
+    for threads in (1, 2, 3):
+        primal = [o.clone(), o.new_empty(1), o.new_empty(40)]
+        dual = [o.clone(), o_dot.clone(), o.new_empty(1), o.new_empty(40), torch.empty_like(o)]
+        extension().cross_entropy(primal[0], bias, *given, *primal[1:], threads)
+        outputs = (*dual[2:4], None if kind == "indices" else dual[4].fill_(0))
+        extension().cross_entropy_dual(*dual[:2], bias, bias_dot, *given, *outputs, threads)
+        results.append([*primal, *dual[: 4 if kind == "indices" else 5]])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+LINEAR = (torch.zeros(6, 5), torch.zeros(3, 5), torch.zeros(3))
+SOFT = torch.zeros(6, 3)
+ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize(
+    ("op", "arguments", "reason"),
+    [
+        refused(
+            "linear_cross_entropy", "found", ZEROS[0, 0], torch.zeros(3, 6), torch.zeros(3), torch.zeros(6), "indices"
+        ),
+        refused(
+            "linear_cross_entropy",
+            "weight of shape",
+            ZEROS[0, 0],
+            WEIGHT[0, 0],
+            torch.zeros(3),
+            torch.zeros(6),
+            "indices",
+        ),
+        refused("linear_cross_entropy", "at least one", ZEROS[0, 0, :0], *LINEAR[1:], torch.zeros(0), "indices"),
+        refused("linear_cross_entropy", "features contiguous", torch.zeros(5, 6).T, *LINEAR[1:], SOFT, "logits"),
+        refused("linear_cross_entropy", "found 0 … 3", *LINEAR, torch.tensor([0, 1, 2, 3, 0, 1]), "indices"),
+        refused("linear_cross_entropy", "found -1 … 0", *LINEAR, torch.tensor([0, -1, 0, 0, 0, 0]), "indices"),
+        refused("linear_cross_entropy", "int32", *LINEAR, torch.zeros(6, dtype=torch.int32), "indices"),
+        refused("linear_cross_entropy", "int64 indices .*float32", *LINEAR, SOFT, "indices"),
+        refused("linear_cross_entropy", "probabilities of shape", *LINEAR, torch.zeros(6), "probabilities"),
+        refused("linear_cross_entropy", "probabilities of floating", *LINEAR, SOFT.long(), "probabilities"),
+        refused("linear_cross_entropy", "logits contiguous", *LINEAR, torch.zeros(3, 6).T, "logits"),
+        refused("linear_cross_entropy", "logits that requires", *LINEAR, SOFT.clone().requires_grad_(), "logits"),
+        refused(
+            "linear_cross_entropy_dual",
+            "weight_dot of shape",
+            *(LINEAR[0], LINEAR[0], *LINEAR[1:], torch.zeros(4, 5), torch.zeros(3), SOFT, "logits"),
+        ),
+    ],
+)
+def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{op}: .*{reason}"):
+        getattr(kernels, op)(*arguments)
+
+
+@pytest.mark.slow
+def test_triton_equals_the_reference_interpreted() -> None:
+    lines = compare("classifier", "cpu")
+    for operation in ("linear_cross_entropy", "linear_cross_entropy_dual"):
+        assert len([line for line in lines if f"'{operation}'" in line]) == 2 * 4 * 3  # dtypes, shapes, kinds of labels
+
+
+@pytest.mark.gpu
+def test_triton_equals_the_reference_on_a_gpu() -> None:
+    compare("classifier", "cuda")
+
+
+@each_architecture
+def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
+    """A row has all its classes in one tile, so a thousand of them, and labels that need the most, spill first."""
+    from mtt_fast.kernels.triton import classifier
+
+    with recording([classifier], architecture) as launches:
+        for classes, kind in ((10, "indices"), (200, "probabilities"), (1000, "indices"), (1000, "logits")):
+            features, weight, bias = meta(100, 64), meta(classes, 64), meta(classes)
+            labels = meta(100, classes) if kind != "indices" else torch.empty(100, dtype=torch.long, device="meta")
+            given = (labels, cast(LabelKind, kind))
+            classifier.linear_cross_entropy(features, weight, bias, *given)
+            classifier.linear_cross_entropy_dual(features, features, weight, bias, weight, bias, *given)
+    assert len(launches) == 4 * 2
+    check(launches, architecture, tmp_path)

@@ -1,0 +1,227 @@
+"""Check the convolutions: the reference against autograd in float64, the other back ends against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from mtt_fast import kernels
+from mtt_fast.kernels import native, reference
+from mtt_fast.kernels.native import extension, planes
+from mtt_fast.kernels.types import memory_format
+from mtt_fast.testing import assert_close
+from tests.kernels.compiling import (
+    WIDTH,
+    check,
+    check_products,
+    each_architecture,
+    each_precision,
+    meta,
+    planes_of,
+    recording,
+)
+from tests.kernels.helpers import (
+    CONVOLUTIONS,
+    FORMATS,
+    convolution_arguments,
+    draw,
+    jvp,
+    needs_native,
+    refused,
+)
+from tests.kernels.triton_comparison import compare
+
+
+def convolution_results(ops: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+    x, x_dot, weight, weight_dot, y_bar, y_bar_dot, padding = given.values()
+    y, y_dot = ops.conv3x3_dual(x, x_dot, weight, weight_dot, padding)
+    x_bar, x_bar_dot = ops.conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding)
+    image_y, image_y_dot = ops.conv3x3_dual(x, None, weight, weight_dot, padding)
+    return {
+        "conv3x3": ops.conv3x3(x, weight, padding),
+        "input_gradient": ops.conv3x3_input_gradient(y_bar, weight, padding),
+        "weight_gradient": ops.conv3x3_weight_gradient(x, y_bar, padding),
+        "y": y,
+        "y_dot": y_dot,
+        "y of images": image_y,
+        "y_dot of images": image_y_dot,
+        "x_bar": x_bar,
+        "x_bar_dot": x_bar_dot,
+        "y_dot alone": ops.conv3x3_tangent(x, x_dot, weight, weight_dot, padding),
+        "y_dot of images alone": ops.conv3x3_tangent(x, None, weight, weight_dot, padding),
+        "x_bar_dot alone": ops.conv3x3_input_gradient_tangent(y_bar, y_bar_dot, weight, weight_dot, padding),
+        "weight_bar_dot": ops.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding),
+        "weight_bar_dot of images": ops.conv3x3_dual_weight_gradient(x, None, y_bar, y_bar_dot, padding),
+    }
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_are_what_autograd_makes_of_conv2d(case: tuple[int, ...], layout: torch.memory_format) -> None:
+    given = convolution_arguments(case, layout=layout)
+    x, x_dot, weight, weight_dot, y_bar, y_bar_dot, padding = given.values()
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, padding=padding)
+
+    def gradients(x: Tensor, weight: Tensor, y_bar: Tensor) -> Any:
+        return torch.func.vjp(convolve, x, weight)[1](y_bar)
+
+    y, y_dot = jvp(convolve, (x, weight), (x_dot, weight_dot))
+    still = torch.zeros_like(x)
+    _, image_y_dot = jvp(convolve, (x, weight), (still, weight_dot))
+    (x_bar, weight_bar), (x_bar_dot, weight_bar_dot) = jvp(
+        gradients, (x, weight, y_bar), (x_dot, weight_dot, y_bar_dot)
+    )
+    _, (_, image_weight_dot) = jvp(gradients, (x, weight, y_bar), (still, weight_dot, y_bar_dot))
+    expected = [
+        y,
+        x_bar,
+        weight_bar,
+        y,
+        y_dot,
+        y,
+        image_y_dot,
+        x_bar,
+        x_bar_dot,
+        y_dot,
+        image_y_dot,
+        x_bar_dot,
+        weight_bar_dot,
+    ]
+    found = convolution_results(kernels, given)
+    for (name, value), wanted in zip(found.items(), [*expected, image_weight_dot], strict=True):
+        assert_close(name, value, wanted, 1e-12)
+        backward = name.startswith(("x_bar", "input"))
+        weights, model = name.startswith("weight"), y_bar if backward else x
+        assert value.is_contiguous() if weights else value.is_contiguous(memory_format=memory_format(model))
+
+
+@needs_native
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_native_convolutions_in_float32(case: tuple[int, ...]) -> None:
+    given = convolution_arguments(case, torch.float32)
+    exact = convolution_results(reference, {k: v if k == "padding" else v.double() for k, v in given.items()})
+    for name, found in convolution_results(kernels, given).items():
+        assert found.dtype == torch.float32
+        assert_close(name, found, exact[name], 3e-6)
+
+
+@needs_native
+def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+    every = [convolution_arguments(case, torch.float32) for case in CONVOLUTIONS]
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append([value for given in every for value in convolution_results(native, given).values()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_large_results_are_written_whole_into_memory_that_was_used_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    empty = planes._empty
+
+    def poisoned(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        tensor: Tensor = empty(like, shape).fill_(float("nan"))
+        taken.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(planes, "_empty", poisoned)
+    x, weight = draw(9, 3, 32, 33, dtype=torch.float32), draw(40, 3, 3, 3, dtype=torch.float32)
+    for _ in range(2):
+        y = kernels.conv3x3(x, weight, 1)
+        assert y.nbytes > extension.LARGE
+        assert_close("y", y, F.conv2d(x, weight, padding=1), 1e-5)
+        del y
+    assert taken[0] == taken[-1]
+
+
+@pytest.mark.parametrize("planes", [torch.float32, torch.bfloat16], ids=str)
+def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None:
+    given = convolution_arguments((2, 40, 6, 5, 33, 1), torch.float32)
+    x, weight, y_bar = (given[name].bfloat16().float() for name in ("x", "weight", "y_bar"))
+    for found, expected in (
+        (kernels.conv3x3(given["x"].to(planes), given["weight"], 1, "bf16"), F.conv2d(x, weight, padding=1)),
+        (
+            kernels.conv3x3_weight_gradient(given["x"].to(planes), given["y_bar"].to(planes), 1, "bf16"),
+            conv2d_weight(x, (33, 40, 3, 3), y_bar, padding=1),
+        ),
+    ):
+        rounded = found.dtype == torch.bfloat16
+        assert_close("result", found.float(), expected, 4e-3 if rounded else 1e-6)
+
+
+ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize(
+    ("op", "arguments", "reason"),
+    [
+        refused("conv3x3", "strides", ZEROS.transpose(2, 3), WEIGHT, 1),
+        refused("conv3x3", "strides", ZEROS, WEIGHT.contiguous(memory_format=torch.channels_last), 1),
+        refused("conv3x3", "as many channels", ZEROS, torch.zeros(4, 5, 3, 3), 1),
+        refused("conv3x3", "leaves nothing", ZEROS[:, :, :2].contiguous(), WEIGHT, 0),
+        refused("conv3x3_dual", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
+        refused("conv3x3_tangent", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
+        refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),
+        refused("conv3x3_weight_gradient", "y_bar of shape", ZEROS, ZEROS, 0),
+    ],
+)
+def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{op}: .*{reason}"):
+        getattr(kernels, op)(*arguments)
+
+
+@pytest.mark.slow
+def test_triton_equals_the_reference_interpreted() -> None:
+    lines = compare("conv", "cpu")
+    assert len([line for line in lines if line.startswith("refused: expected")]) == 3
+    for operation in ("dual", "dual_input_gradient", "tangent", "input_gradient_tangent", "dual_weight_gradient"):
+        for dtype in ("float32", "float64"):
+            assert any(f"'conv3x3_{operation}'" in line and dtype in line for line in lines)
+
+
+@pytest.mark.gpu
+def test_triton_equals_the_reference_on_a_gpu() -> None:
+    lines = compare("conv", "cuda")
+    for precision in ("fp32", "tf32", "bf16"):
+        assert any(f"'{precision}'" in line for line in lines)
+
+
+@pytest.mark.slow
+@each_architecture
+@each_precision
+def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> None:
+    """The first two blocks of 32×32 images, and those of 128×128 images; once in the other format."""
+    from mtt_fast.kernels.triton import conv, implicit_gemm
+
+    with recording([implicit_gemm], architecture) as launches:
+        for side, form in ((32, torch.channels_last), (128, torch.channels_last)):
+            x, y = (planes_of(precision, 4, channels, side, side, form=form) for channels in (3, WIDTH))
+            weight = meta(WIDTH, 3, 3, 3)
+            conv.conv3x3_dual(x, None, weight, weight, 1, precision)
+            conv.conv3x3_input_gradient_tangent(y, y, weight, weight, 1, precision)
+            conv.conv3x3_dual_weight_gradient(x, None, y, y, 1, precision)
+            x, weight = planes_of(precision, 4, WIDTH, side // 2, side // 2, form=form), meta(WIDTH, WIDTH, 3, 3)
+            conv.conv3x3_dual(x, x, weight, weight, 1, precision)  # the input gradient is the same kernel
+            conv.conv3x3_tangent(x, x, weight, weight, 1, precision)
+            conv.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
+    assert len(launches) == 2 * 6
+    check_products(launches, architecture, tmp_path, precision)
+
+    with recording([implicit_gemm], architecture) as launches:
+        x = planes_of(precision, 4, WIDTH, 16, 16, form=torch.contiguous_format)
+        conv.conv3x3_dual(x, x, weight, weight, 1, precision)
+        conv.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
+    check(launches, architecture, tmp_path)

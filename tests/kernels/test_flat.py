@@ -1,0 +1,289 @@
+"""Check the steps along flat vectors against torch.optim and autograd, and their distance against exact arithmetic."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mtt_fast import kernels
+from mtt_fast.kernels import adjoint_step, native, reference, sgd_step, squared_distance
+from mtt_fast.testing import assert_close
+from tests.kernels.compiling import check, each_architecture, meta, recording
+from tests.kernels.helpers import needs_native
+from tests.kernels.triton_comparison import compare
+
+SIZES = [0, 1, 15, 1003, (1 << 14) + 1, 400_003]  # less than a vector, around a block, several threads' shares
+DTYPES = [torch.float32, torch.float64]
+DISTANCE_DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+DISTANCES = [pytest.param(native.squared_distance, id="native", marks=needs_native), reference.squared_distance]
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def vectors(size: int, count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(size, dtype=torch.float64).to(dtype) for _ in range(count)]
+
+
+def unwritten(like: Tensor) -> Tensor:
+    return torch.full_like(like, float("nan"))
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_three_sgd_steps_are_those_of_torch_optim(
+    size: int, dtype: torch.dtype, momentum: float, weight_decay: float
+) -> None:
+    gradients = vectors(size, 3, dtype)
+    (start,) = vectors(size, 1, dtype)
+    rate = torch.tensor(0.3, dtype=dtype)
+    theirs = start.double().clone().requires_grad_()
+    optimiser = torch.optim.SGD([theirs], rate.item(), momentum=momentum, weight_decay=weight_decay)
+    theta, velocity = start, None
+    for gradient in gradients:
+        theirs.grad = gradient.double()
+        optimiser.step()
+        out = unwritten(start)
+        velocity_out = unwritten(start) if momentum else None
+        factors = {"momentum": momentum, "weight_decay": weight_decay}
+        assert sgd_step(theta, gradient, rate, out, velocity, velocity_out, **factors) is out
+        theta, velocity = out, velocity_out
+        moved, expected = theta.double() - start.double(), theirs.detach() - start.double()
+        assert_close("displacement", moved, expected, 1e-6 if dtype == torch.float32 else 1e-13)
+        if velocity is not None:
+            buffer = optimiser.state[theirs]["momentum_buffer"]
+            assert_close("velocity", velocity, buffer, 1e-6 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("with_incoming", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_an_adjoint_step_is_an_sgd_step_transposed(
+    size: int, dtype: torch.dtype, weight_decay: float, with_incoming: bool
+) -> None:
+    """The loss is Σ θ⁴ / 12, whose Hessian is the diagonal of θ²."""
+    theta, adjoint, incoming = vectors(size, 3, dtype)
+    rate = torch.tensor(0.3, dtype=dtype)
+    leaf = theta.double().clone().requires_grad_()
+    stepped = leaf - rate.double() * (leaf**3 / 3 + weight_decay * leaf)
+    (expected,) = torch.autograd.grad(stepped, leaf, adjoint.double())
+    out = unwritten(theta)
+    given = incoming if with_incoming else None
+    result = adjoint_step(adjoint, theta.square() * adjoint, adjoint, -rate, out, given, weight_decay)
+    assert result is out
+    if with_incoming:
+        expected = expected + incoming.double()
+    assert_close("adjoint", out, expected, 1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_may_take_the_place_of_arguments(dtype: torch.dtype) -> None:
+    theta, gradient, velocity, incoming = vectors(1003, 4, dtype)
+    rate = torch.tensor(0.3, dtype=dtype)
+    out, velocity_out = unwritten(theta), unwritten(theta)
+    sgd_step(theta, gradient, rate, out, velocity, velocity_out, 0.9, 0.05)
+    expected = adjoint_step(out, gradient, out, rate, unwritten(theta), incoming, 0.05)
+
+    version = theta._version
+    sgd_step(theta, gradient, rate, theta, velocity, velocity, 0.9, 0.05)
+    assert torch.equal(theta, out)
+    assert torch.equal(velocity, velocity_out)
+    assert theta._version > version  # autograd is told
+    adjoint_step(theta, gradient, theta, rate, theta, incoming, 0.05)
+    assert torch.equal(theta, expected)
+
+
+@pytest.mark.usefixtures("either_backend")
+def test_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+    a, b, c, d = vectors(400_003, 4, torch.float32)
+    rate, results = torch.tensor(0.3), []
+    for count in (1, 2, 3):
+        threads(count)
+        velocity = unwritten(a)
+        theta = sgd_step(a, b, rate, unwritten(a), c, velocity, 0.9, 0.05)
+        results.append((theta, velocity, adjoint_step(a, b, c, rate, unwritten(a), d, 0.05)))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+V, RATE = torch.zeros(6), torch.zeros(())
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize(
+    ("step", "arguments", "reason"),
+    [
+        (sgd_step, (V[:5], V, RATE, V), "expected gradient of shape"),
+        (sgd_step, (V.view(2, 3), V, RATE, V), "expected theta of shape"),
+        (sgd_step, (V, V, torch.zeros(1), V), "expected rate of shape"),
+        (sgd_step, (V, V, RATE.double(), V), "expected rate of floating dtype torch.float32, found torch.float64"),
+        (sgd_step, (V.long(), V.long(), RATE, V), "expected theta of floating dtype"),
+        (sgd_step, (torch.zeros(12)[::2], V, RATE, V), "expected theta contiguous"),
+        (sgd_step, (V, V, RATE, torch.zeros(12)[::2]), "expected out contiguous"),
+        (sgd_step, (V, V, RATE, V, V.double()), "expected velocity of floating dtype"),
+        (sgd_step, (V, V.clone().requires_grad_(), RATE, V), "found gradient that requires grad"),
+        (sgd_step, (V, V, RATE.to("meta"), V), "expected one device"),
+        (adjoint_step, (V, V, V[:5], RATE, V), "expected direction of shape"),
+        (adjoint_step, (V, V, V, RATE, V, V[:5]), "expected incoming of shape"),
+        (adjoint_step, (V, V, V, V, V), "expected scale of shape"),
+        (adjoint_step, (V, torch.zeros(12)[::2], V, RATE, V), "expected hessian_v contiguous"),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_steps_refuse(step: Callable[..., Tensor], arguments: tuple[Any, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{step.__name__}: .*{reason}"):
+        step(*arguments)
+
+
+def two_vectors(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    a = torch.randn(size, generator=generator, dtype=torch.float64)
+    b = a + torch.randn(size, generator=generator, dtype=torch.float64) / 8
+    return a.to(dtype), b.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DISTANCE_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        0,
+        1,
+        15,  # less than the lanes of one vector loop
+        16,
+        1003,
+        (1 << 15) - 1,  # around one block
+        (1 << 15) + 1,
+        1_200_007,  # more than one thread's share
+    ],
+)
+@pytest.mark.usefixtures("either_backend")
+def test_the_distance_agrees_with_float64(size: int, dtype: torch.dtype) -> None:
+    a, b = two_vectors(size, dtype)
+    result = squared_distance(a, b)
+    assert result.shape == ()
+    assert result.dtype == torch.float64
+    expected = (a.double() - b.double()).square().sum()
+    torch.testing.assert_close(result, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@given(
+    pairs=st.lists(
+        st.tuples(*[st.floats(width=32, min_value=-(2.0**60), max_value=2.0**60, allow_subnormal=False)] * 2),
+        max_size=100,
+    )
+)
+def test_the_distance_is_exact_to_rounding(distance: Distance, pairs: list[tuple[float, float]]) -> None:
+    a, b = (torch.tensor([pair[side] for pair in pairs], dtype=torch.float32) for side in (0, 1))
+    exact = sum(((Fraction(x) - Fraction(y)) ** 2 for x, y in pairs), Fraction(0))
+    assert abs(Fraction(distance(a, b).item()) - exact) <= exact * (len(pairs) + 4) * Fraction(2) ** -52
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DISTANCE_DTYPES, ids=str)
+def test_the_native_distance_does_not_depend_on_threads(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    a, b = two_vectors(3_000_001, dtype)
+    results = set()
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.add(squared_distance(a, b).item())
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("position", [0, 40, 99])
+def test_the_distance_does_not_hide_what_is_not_finite(distance: Distance, value: float, position: int) -> None:
+    a, b = two_vectors(100, torch.float32)
+    a[position] = value
+    assert not torch.isfinite(distance(a, b))
+
+
+@pytest.mark.usefixtures("either_backend")
+def test_the_distance_reads_views_and_memory_maps(tmp_path: Path) -> None:
+    a, b = two_vectors(5000, torch.float32)
+    torch.stack([a, b]).numpy().tofile(tmp_path / "vectors")
+    mapped = torch.from_file(str(tmp_path / "vectors"), size=10000)
+    expected = (a[7:].double() - b[7:].double()).square().sum()  # 7: not at the start of an allocation
+    torch.testing.assert_close(squared_distance(mapped[7:5000], mapped[5007:]), expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        (torch.zeros(3), torch.zeros(4), "one size"),
+        (torch.zeros(2, 2), torch.zeros(2, 2), "vectors"),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.float64), "float64"),
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), "int64"),
+        (torch.zeros(3, dtype=torch.float16), torch.zeros(3, dtype=torch.float16), "float16"),
+        (torch.zeros(6)[::2], torch.zeros(3), "contiguous"),
+        (torch.zeros(3), torch.zeros(3, device="meta"), "one device"),
+        (torch.zeros(3), torch.zeros(3, requires_grad=True), "requires grad"),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+@pytest.mark.usefixtures("either_backend")
+def test_the_distance_refuses(a: Tensor, b: Tensor, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^squared_distance: .*{reason}"):
+        squared_distance(a, b)
+
+
+@pytest.mark.gpu
+def test_the_distance_on_a_gpu_agrees_with_the_cpu() -> None:
+    a, b = two_vectors(100_003, torch.float32)
+    result = squared_distance(a.cuda(), b.cuda())
+    assert result.device.type == "cuda"
+    torch.testing.assert_close(result.cpu(), squared_distance(a, b), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", str(kernels.native_available()))])
+def test_the_environment_turns_the_native_kernels_off(value: str, expected: str) -> None:
+    code = (
+        "import torch, mtt_fast.kernels as k;"
+        "print(k.native_available(), k.squared_distance(torch.ones(3), torch.zeros(3)).item())"
+    )
+    environment = os.environ | {"MTT_FAST_NATIVE": value}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == [expected, "3.0"]
+
+
+@pytest.mark.slow
+def test_triton_equals_the_reference_interpreted() -> None:
+    lines = compare("flat", "cpu")
+    for dtype in ("float32", "float64", "bfloat16"):
+        assert len([line for line in lines if line.startswith("passed: vectors") and dtype in line]) == 4
+
+
+@pytest.mark.gpu
+def test_triton_equals_the_reference_on_a_gpu() -> None:
+    compare("flat", "cuda")
+
+
+@each_architecture
+def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
+    from mtt_fast.kernels.triton import flat
+
+    with recording([flat], architecture) as launches:
+        a = meta(1003)
+        flat.sgd_step(a, a, meta(), a, None, None, 0.0, 0.0)
+        flat.sgd_step(a, a, meta(), a, a, a, 0.9, 5e-4)
+        flat.adjoint_step(a, a, a, meta(), a, a, 5e-4)
+        flat.squared_distance(a, a)
+    assert len(launches) == 5
+    check(launches, architecture, tmp_path)

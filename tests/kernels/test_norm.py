@@ -1,0 +1,183 @@
+"""Check norm, ReLU and pool: the reference against autograd in float64, the other back ends against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import kernels
+from mtt_fast.kernels import Affine, PlaneStats, reference
+from mtt_fast.testing import assert_close
+from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
+from tests.kernels.helpers import EPS, FORMATS, PLANES, jvp, needs_native, plane_arguments, refused
+from tests.kernels.triton_comparison import compare
+
+
+def plane_results(ops: Any, given: dict[str, Any], **options: bool) -> dict[str, Tensor]:
+    """Return the results of the four operations with a norm, by name."""
+    y, y_dot, bars = given["y"], given["y_dot"], (given["p_bar"], given["p_bar_dot"])
+    affine, affine_dot = Affine(given["gamma"], given["beta"]), Affine(given["gamma_dot"], given["beta_dot"])
+    primal = ops.norm_relu_pool(y, affine, EPS)
+    p, p_dot, stats = ops.norm_relu_pool_dual(y, y_dot, affine, affine_dot, EPS)
+    # `reuse` destroys what it is given
+    back = ops.norm_relu_pool_backward(y.clone(), *primal[1:], affine, bars[0], **options)
+    dual_back = ops.norm_relu_pool_dual_backward(y.clone(), y_dot.clone(), stats, affine, affine_dot, *bars, **options)
+    names = ["p", "mean", "rstd", "dual p", "p_dot", "dual mean", "dual rstd", "k1", "k2"]
+    names += ["y_bar", "gamma_bar", "beta_bar", "dual y_bar", "y_bar_dot", "gamma_bar_dot", "beta_bar_dot"]
+    return dict(zip(names, (*primal, p, p_dot, *stats, *back, *dual_back), strict=True))
+
+
+def block(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.avg_pool2d(F.relu(F.group_norm(y, y.shape[1], gamma, beta, EPS)), 2)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", PLANES, ids=str)
+def test_planes_are_what_autograd_makes_of_the_block(
+    shape: tuple[int, int, int, int], layout: torch.memory_format
+) -> None:
+    given = plane_arguments(shape, torch.float64, layout)
+    found = plane_results(kernels, given)
+
+    def gradients(y: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor) -> Any:
+        return torch.func.vjp(block, y, gamma, beta)[1](p_bar)
+
+    at = (given["y"].contiguous(), given["gamma"], given["beta"])  # torch's group norm takes no other under jvp
+    along = (given["y_dot"].contiguous(), given["gamma_dot"], given["beta_dot"])
+    p, p_dot = jvp(block, at, along)
+    bars, bars_dot = jvp(gradients, (*at, given["p_bar"]), (*along, given["p_bar_dot"]))
+    expected = {"p": p, "dual p": p, "p_dot": p_dot, "y_bar": bars[0], "dual y_bar": bars[0], "gamma_bar": bars[1]}
+    expected |= {
+        "beta_bar": bars[2],
+        "y_bar_dot": bars_dot[0],
+        "gamma_bar_dot": bars_dot[1],
+        "beta_bar_dot": bars_dot[2],
+    }
+    for name, value in expected.items():
+        assert_close(name, found[name], value, 1e-10, floor=1e-3)  # where the ReLU lets a pool through whole: a true 0
+    for name in ("p", "p_dot", "y_bar", "y_bar_dot"):
+        assert found[name].is_contiguous(memory_format=layout)
+
+
+def test_the_planes_derivatives_are_numerical_ones() -> None:
+    given = plane_arguments((2, 3, 5, 4), torch.float64, torch.contiguous_format)
+    step = 1e-6
+    ends = []
+    for sign in (step, -step):
+        y, gamma, beta, p_bar = (given[name] + sign * given[f"{name}_dot"] for name in ("y", "gamma", "beta", "p_bar"))
+        p, mean, rstd = reference.norm_relu_pool(y, Affine(gamma, beta), EPS)
+        ends.append((p, *reference.norm_relu_pool_backward(y, mean, rstd, Affine(gamma, beta), p_bar)))
+    found = plane_results(reference, given)
+    for name, after, before in zip(("p_dot", "y_bar_dot", "gamma_bar_dot", "beta_bar_dot"), *ends, strict=True):
+        assert_close(name, found[name], (after - before) / (2 * step), 1e-7)
+
+
+@needs_native
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", PLANES, ids=str)
+def test_native_is_the_reference(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format, reuse: bool
+) -> None:
+    given = plane_arguments(shape, dtype, layout)
+    exact = plane_results(reference, {name: value.double() for name, value in given.items()})
+    for name, found in plane_results(kernels, given, reuse=reuse).items():
+        assert found.dtype == dtype
+        assert_close(name, found, exact[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_the_relu_passes_nothing_at_zero(layout: torch.memory_format) -> None:
+    given = plane_arguments((2, 20, 4, 4), torch.float64, layout)
+    given["gamma"] = torch.zeros(20, dtype=torch.float64)
+    given["beta"] = torch.zeros(20, dtype=torch.float64)  # u is 0 everywhere, exactly, though u_dot is not
+    for name, value in plane_results(kernels, given).items():
+        if name not in ("mean", "rstd", "dual mean", "dual rstd", "k1", "k2"):
+            assert torch.count_nonzero(value) == 0, name
+
+
+@pytest.mark.usefixtures("either_backend")
+def test_a_constant_plane_is_finite() -> None:
+    given = plane_arguments((2, 20, 4, 5), torch.float32, torch.channels_last)
+    given["y"] = torch.full_like(given["y"], 3)
+    for name, value in plane_results(kernels, given).items():
+        assert torch.isfinite(value).all(), name
+
+
+@needs_native
+def test_native_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+    given = plane_arguments((9, 70, 8, 9), torch.float32, torch.channels_last)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(list(plane_results(kernels, given).values()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+ZEROS, CHANNEL, STATISTIC = torch.zeros(2, 4, 6, 6), torch.zeros(4), torch.zeros(2, 4)
+LAST, AFFINE = ZEROS.contiguous(memory_format=torch.channels_last), Affine(CHANNEL, CHANNEL)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize(
+    ("op", "arguments", "reason"),
+    [
+        refused("norm_relu_pool", "strides", ZEROS[:, :, ::2], AFFINE, EPS),
+        refused("norm_relu_pool", "beta of shape", ZEROS, Affine(CHANNEL, torch.zeros(3)), EPS),
+        refused("norm_relu_pool", "at least 2×2", ZEROS[:, :, :1].contiguous(), AFFINE, EPS),
+        refused("norm_relu_pool", "float64", ZEROS, Affine(CHANNEL.double(), CHANNEL), EPS),
+        refused("norm_relu_pool", "int64", ZEROS.long(), Affine(CHANNEL.long(), CHANNEL.long()), EPS),
+        refused("norm_relu_pool", "one device", ZEROS, Affine(CHANNEL.to("meta"), CHANNEL), EPS),
+        refused("norm_relu_pool", "requires grad", ZEROS, Affine(CHANNEL.clone().requires_grad_(), CHANNEL), EPS),
+        refused("norm_relu_pool_backward", "p_bar of shape", ZEROS, STATISTIC, STATISTIC, AFFINE, ZEROS),
+        refused("norm_relu_pool_dual", "y_dot channels_last", LAST, ZEROS, AFFINE, AFFINE, EPS),
+        refused("norm_relu_pool_dual", "gamma_dot of shape", ZEROS, ZEROS, AFFINE, Affine(STATISTIC, CHANNEL), EPS),
+        refused(
+            "norm_relu_pool_dual_backward",
+            "k2 of shape",
+            *(ZEROS, ZEROS, PlaneStats(STATISTIC, STATISTIC, STATISTIC, CHANNEL), AFFINE, AFFINE),
+            *(ZEROS[:, :, :3, :3].contiguous(), ZEROS[:, :, :3, :3].contiguous()),
+        ),
+    ],
+)
+def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{op}: .*{reason}"):
+        getattr(kernels, op)(*arguments)
+
+
+def test_triton_equals_the_reference_interpreted() -> None:
+    assert any("refused: expected contiguous or channels_last" in line for line in compare("norm", "cpu"))
+
+
+@pytest.mark.gpu
+def test_triton_equals_the_reference_on_a_gpu() -> None:
+    compare("norm", "cuda")
+
+
+@pytest.mark.slow
+@each_architecture
+def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
+    """The planes of 32×32 images' first and last block, and those of 128×128 images' first."""
+    from mtt_fast.kernels.triton import norm, windows
+
+    with recording([windows], architecture) as launches:
+        for side in (8, 32, 128):
+            for form in FORMATS:
+                y, p_bar = (meta(4, WIDTH, size, size, form=form) for size in (side, side // 2))
+                plane, affine = meta(4, WIDTH), Affine(meta(WIDTH), meta(WIDTH))
+                norm.norm_relu_pool(y, affine, 1e-5)
+                norm.norm_relu_pool_backward(y, plane, plane, affine, p_bar)
+                norm.norm_relu_pool_dual(y, y, affine, affine, 1e-5)
+                norm.norm_relu_pool_dual_backward(y, y, PlaneStats(*[plane] * 4), affine, affine, p_bar, p_bar)
+    assert len(launches) == 3 * 2 * 4
+    check(launches, architecture, tmp_path)

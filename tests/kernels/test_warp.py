@@ -1,0 +1,206 @@
+"""Check colour, warp and mask: the reference against torch's sampler, its transpose, and the other back ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import kernels
+from mtt_fast.kernels import WARP_PARAMETERS, reference
+from mtt_fast.kernels.native import extension
+from mtt_fast.kernels.native import warp as native_warp
+from mtt_fast.testing import assert_close
+from tests.kernels.compiling import check, each_architecture, meta, recording
+from tests.kernels.helpers import needs_native
+from tests.kernels.triton_comparison import compare
+
+SHAPES = [
+    (4, 3, 7, 5),
+    (3, 1, 6, 9),
+    (2, 4, 32, 33),  # a full vector of channels
+    (2, 6, 5, 4),  # a part of a second one
+    (2, 3, 1, 8),  # a line of pixels
+    (2, 2, 6, 1),
+]
+OPERATIONS = ("colour_warp_mask", "colour_warp_mask_transpose")
+
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def some_parameters(shape: tuple[int, int, int, int]) -> Tensor:
+    """Return moderate values of all parameters at once: no two samples alike."""
+    batch, _, height, width = shape
+    parameters = 0.2 * torch.randn(batch, len(WARP_PARAMETERS), dtype=torch.float64)
+    parameters[:, [5, 8]] *= 8  # displacements
+    parameters[:, 9] = torch.arange(batch) - 1
+    parameters[:, 10] = parameters[:, 9] + height // 2
+    parameters[:, 11] = torch.arange(batch)
+    parameters[:, 12] = width - 1
+    return parameters
+
+
+def row(**values: float) -> Tensor:
+    """Return the parameters of one image; those that are not named are the identity's."""
+    return torch.tensor([[values.get(name, 0.0) for name in WARP_PARAMETERS]], dtype=torch.float64)
+
+
+def plain(images: Tensor, parameters: Tensor) -> Tensor:
+    """Compute the same function by broadcasting and `grid_sample`."""
+    (_, channels, height, width), n = images.shape, parameters[:, :, None, None, None]
+    x = images + n[:, 0]
+    x = torch.lerp(x.mean(1, keepdim=True).expand_as(x), x, 1 + n[:, 1])
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True).expand_as(x), x, 1 + n[:, 2])
+    i = torch.arange(height, dtype=x.dtype)[:, None].expand(height, width)
+    j = torch.arange(width, dtype=x.dtype).expand(height, width)
+    below, beside, n = i - (height - 1) / 2, j - (width - 1) / 2, n[..., 0]
+    source_i = i + n[:, 3] * below + n[:, 4] * beside + n[:, 5]
+    source_j = j + n[:, 6] * below + n[:, 7] * beside + n[:, 8]
+    grid = torch.stack([(2 * source_j + 1) / width - 1, (2 * source_i + 1) / height - 1], dim=-1)
+    y = F.grid_sample(x, grid, align_corners=False)
+    masked = (i >= n[:, 9]) & (i < n[:, 10]) & (j >= n[:, 11]) & (j < n[:, 12])
+    return y.masked_fill(masked[:, None].expand(-1, channels, -1, -1), 0)
+
+
+@pytest.mark.usefixtures("either_backend")
+@each_shape
+def test_values_and_transpose_are_those_of_torchs_sampler(shape: tuple[int, int, int, int]) -> None:
+    images, parameters = torch.randn(shape, dtype=torch.float64, requires_grad=True), some_parameters(shape)
+    expected = plain(images, parameters)
+    y_bar = torch.randn(shape, dtype=torch.float64)
+    (expected_bar,) = torch.autograd.grad(expected, images, y_bar)
+    assert_close("y", kernels.colour_warp_mask(images.detach(), parameters), expected, 1e-12)
+    assert_close("x_bar", kernels.colour_warp_mask_transpose(y_bar, parameters), expected_bar, 1e-12)
+
+
+@needs_native
+@each_shape
+def test_the_native_kernel_in_float32(shape: tuple[int, int, int, int]) -> None:
+    images, parameters = torch.randn(shape), some_parameters(shape).float()
+    for name in OPERATIONS:
+        found = getattr(kernels, name)(images, parameters)
+        assert found.dtype == torch.float32
+        assert_close(name, found, getattr(reference, name)(images.double(), parameters.double()), 1e-6)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_zeros_and_whole_displacements_change_no_bit(dtype: torch.dtype) -> None:
+    images = torch.randn(1, 3, 9, 8).to(dtype)
+    shifted = F.pad(images, (1, 0, 0, 2))[:, :, 2:, :-1]
+    for parameters, expected, back in (
+        (row(), images, images),
+        (row(column_by_column=-2), images.flip(3), images.flip(3)),
+        (row(row_shift=2, column_shift=-1), shifted, F.pad(images, (0, 1, 2, 0))[:, :, :-2, 1:]),
+    ):
+        given = parameters.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal(kernels.colour_warp_mask(images, given), expected)
+        assert torch.equal(kernels.colour_warp_mask_transpose(images, given), back)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("far", [1e2, 1e9, 1e30])
+def test_nothing_comes_from_far_outside(far: float) -> None:
+    images = torch.ones(1, 2, 5, 6)
+    for shift in (far, -far):
+        for parameters in (row(row_shift=shift).float(), row(column_shift=shift).float()):
+            for name in OPERATIONS:
+                assert torch.count_nonzero(getattr(kernels, name)(images, parameters)) == 0
+
+
+@pytest.mark.usefixtures("either_backend")
+def test_a_mask_over_everything_and_one_over_nothing() -> None:
+    images = torch.randn(1, 2, 5, 6, dtype=torch.float64)
+    for name in OPERATIONS:
+        everything = row(top=-1, bottom=9, left=0, right=6)
+        assert torch.count_nonzero(getattr(kernels, name)(images, everything)) == 0
+        for nothing in (row(top=2, bottom=2, left=0, right=6), row(top=0, bottom=5, left=4, right=3)):
+            assert torch.equal(getattr(kernels, name)(images, nothing), images)
+
+
+@needs_native
+def test_the_native_kernel_does_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+    shape = (30, 3, 40, 41)
+    images, parameters = torch.randn(shape), some_parameters(shape).float()
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append([getattr(kernels, name)(images, parameters) for name in OPERATIONS])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_large_results_are_written_whole_into_memory_that_was_used_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = extension.allocate
+    monkeypatch.setattr(native_warp, "allocate", lambda like, shape: memory(like, shape).fill_(float("nan")))
+    shape = (90, 3, 33, 32)
+    images, parameters = torch.randn(shape), some_parameters(shape).float()
+    for name in OPERATIONS * 2:
+        found = getattr(kernels, name)(images, parameters)
+        assert found.nbytes > extension.LARGE
+        assert_close(name, found, getattr(reference, name)(images.double(), parameters.double()), 1e-6)
+
+
+def test_no_images() -> None:
+    for name in OPERATIONS:
+        assert getattr(kernels, name)(torch.empty(0, 3, 4, 4), torch.empty(0, 13)).shape == (0, 3, 4, 4)
+
+
+IMAGES, ZEROS = torch.zeros(2, 3, 6, 6), torch.zeros(2, 13)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize(
+    ("images", "parameters", "reason"),
+    [
+        (IMAGES[0], ZEROS, r"\(B, C, H, W\), found \(3, 6, 6\)"),
+        (IMAGES[:, :, :0], ZEROS, r"found \(2, 3, 0, 6\)"),
+        (IMAGES.transpose(2, 3), ZEROS, "strides"),
+        (IMAGES.long(), ZEROS, "int64"),
+        (IMAGES, ZEROS[:, :12], "parameters of shape"),
+        (IMAGES, ZEROS[:1], "parameters of shape"),
+        (IMAGES, ZEROS.double(), "parameters of floating dtype torch.float32, found torch.float64"),
+        (IMAGES.double(), ZEROS, "parameters of floating dtype torch.float64, found torch.float32"),
+        (IMAGES.bfloat16(), ZEROS.bfloat16(), "parameters of floating dtype torch.float32"),
+        (IMAGES, ZEROS.to("meta"), "one device"),
+        (IMAGES.clone().requires_grad_(), ZEROS, "requires grad"),
+        (IMAGES, ZEROS.clone().requires_grad_(), "parameters that requires grad"),
+        (IMAGES, torch.cat([ZEROS[:1], row(row_by_row=-1).float()]), "have an inverse"),
+        (IMAGES, torch.cat([ZEROS[:1], row(column_by_column=float("nan")).float()]), "have an inverse"),
+    ],
+)
+def test_refuses(op: str, images: Tensor, parameters: Tensor, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{op}: .*{reason}"):
+        getattr(kernels, op)(images, parameters)
+
+
+@pytest.mark.slow
+def test_triton_equals_the_reference_interpreted() -> None:
+    lines = compare("warp", "cpu")
+    assert len([line for line in lines if "'colour_warp_mask" in line]) == 4 * 3 * 2
+
+
+@pytest.mark.gpu
+def test_triton_equals_the_reference_on_a_gpu() -> None:
+    compare("warp", "cuda")
+
+
+@pytest.mark.slow
+@each_architecture
+def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
+    """One channel and three, at the sides of the smallest and of large images, in float32 and bfloat16."""
+    from mtt_fast.kernels.triton import warp
+
+    with recording([warp], architecture) as launches:
+        for channels, side, dtype in ((1, 28, torch.float32), (3, 32, torch.float32), (3, 128, torch.bfloat16)):
+            images, parameters = meta(4, channels, side, side).to(dtype), meta(4, 13)
+            warp.colour_warp_mask(images, parameters)
+            warp.colour_warp_mask_transpose(images, parameters)
+    assert len(launches) == 3 * 2 * 2
+    check(launches, architecture, tmp_path)
