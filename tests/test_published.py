@@ -1,4 +1,4 @@
-"""Every number that the paper reports, transcribed a second time and held against analysis/published.toml."""
+"""Every number that the paper reports, transcribed a second time and held against commands/published.toml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mtt_fast.analysis
-from mtt_fast.analysis.published import published
+from mtt_fast.commands.published import published
 from mtt_fast.data.published_info import data_facts
 from mtt_fast.networks.by_name import network_by_name
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from mtt_fast.analysis.measured import Measured, Setting, measured
-from mtt_fast.analysis.published import Paper, Published, published
+from mtt_fast.commands.published import Paper, Published, published
 from mtt_fast.analysis.runs import finished_runs
 from mtt_fast.commands import parsing
 from mtt_fast.commands.tables import MISSING, markdown_table, percent

@@ -16,7 +16,8 @@ from mtt_fast.commands.option_fields import Needs, Role, names_of
 from mtt_fast.commands.options import Count, EvaluationOptions, RateOrNone
 from mtt_fast.data import ImageData
 from mtt_fast.data.set_checks import check_classes
-from mtt_fast.data.synthetic import SyntheticDataset, load_public_pair
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.interop.pairs import load_public_pair
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
 from mtt_fast.interop.tensor_set import guess_label_kind

@@ -157,15 +157,3 @@ def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> Synthe
         canvas=Canvas(**canvas) if canvas is not None else None,
         **record,
     )
-
-
-def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read images_*.pt and the labels_*.pt beside it, as the public code and its successors write them.
-
-    Returns images (n, C, H, W) float32 in the networks' input space; labels, integers (n,) or floating (n, classes);
-    and the learning rate of lr_*.pt if that file is there. The files are read with `weights_only`: nothing in them is
-    run. Raises `InputError` if one is missing or broken, or they do not fit.
-    """
-    from mtt_fast.interop import load_public_pair  # here, as it imports this module
-
-    return load_public_pair(images_path)
