@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import tyro
 
 from mtt_fast.analysis.measured import Measured, Setting, measured
-from mtt_fast.commands.published import Paper, Published, published
 from mtt_fast.analysis.runs import finished_runs
 from mtt_fast.commands import parsing
+from mtt_fast.commands.published import Paper, Published, published
 from mtt_fast.commands.tables import MISSING, markdown_table, percent
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import write_text

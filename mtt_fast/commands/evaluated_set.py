@@ -17,9 +17,9 @@ from mtt_fast.commands.options import Count, EvaluationOptions, RateOrNone
 from mtt_fast.data import ImageData
 from mtt_fast.data.set_checks import check_classes
 from mtt_fast.data.synthetic import SyntheticDataset
-from mtt_fast.interop.pairs import load_public_pair
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
+from mtt_fast.interop.pairs import load_public_pair
 from mtt_fast.interop.tensor_set import guess_label_kind
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_folder import SYNTHETIC

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mtt_fast.commands.published import published
 from mtt_fast.commands.accuracies import label_of
+from mtt_fast.commands.published import published
 from mtt_fast.commands.tables import markdown_table, percent, save_figure
 
 
