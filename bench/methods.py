@@ -31,7 +31,7 @@ from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.runtime.interrupts import Stopped, stop_request
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, peak_memory_bytes
 from mtt_fast.storage.run_folder import SUMMARY
 from mtt_fast.training.images import real_images
@@ -195,7 +195,7 @@ def _folder(runs: str | None) -> Iterator[Path]:
 
 def _experts(setting: DistillOptions, device: torch.device) -> dict[str, Any]:
     """Train the experts that are missing; return their row: what all the data give."""
-    with arithmetic(device, setting.precision):
+    with numerics(device, setting.precision):
         data = setting.load_data()
         network = setting.network(data)
         setting.evaluated_networks(data)

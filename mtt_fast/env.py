@@ -10,7 +10,7 @@ import torch
 from mtt_fast.commands import cli
 from mtt_fast.commands.options import CommonOptions
 from mtt_fast.engine.student import GenericStudent
-from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
+from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import native_available
 from mtt_fast.networks.convnet import ConvNet
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         "in use" if native_available() else "not in use: not compiled, or turned off by MTT_FAST_NATIVE=0"
     )
     device = choose_device("auto")
-    lines["student of ConvNet"] = describe_arithmetic(device, ConvNet(), CommonOptions.precision)
+    lines["student of ConvNet"] = describe_numerics(device, ConvNet(), CommonOptions.precision)
     lines["student of other networks"] = (
         f"{GenericStudent.__name__}, {precision_on(device, ConvNet(), CommonOptions.precision)}"
     )

@@ -28,10 +28,10 @@ from mtt_fast.commands.evaluated_set import (
 )
 from mtt_fast.commands.option_fields import Role
 from mtt_fast.data.synthetic import SyntheticDataset
-from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
+from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import stop_request
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, versions
 from mtt_fast.storage.identity import OTHER_DATA
 from mtt_fast.storage.records import write_record
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {} if synthetic is None else settings_of(synthetic)
     options = parsing.parse(EvaluateOptions, argv, program, settings, source=source)
     device = choose_device(options.device)
-    with arithmetic(device, options.precision):
+    with numerics(device, options.precision):
         _run(options, synthetic, device)
 
 
@@ -103,7 +103,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "made_from": None if synthetic is None else synthetic.identity.record(),
                 "other_data": options.other_data,
                 "device": device_name(device),
-                "arithmetic": describe_arithmetic(device, networks[first], options.precision),
+                "numerics": describe_numerics(device, networks[first], options.precision),
                 "versions": versions(),
             },
         )

@@ -34,20 +34,20 @@ from mtt_fast.commands.options import (
     TrueOrFalse,
     buffer_folder,
 )
-from mtt_fast.engine.student_choice import describe_arithmetic, precision_on, student_for
+from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.memory_info import AUTO
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.expert_checks import check_belongs, check_same_training
 from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
-from mtt_fast.training.concurrency import Work, crew_for, result_of, together
+from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
 from mtt_fast.training.images import RealImages, real_images
 from mtt_fast.training.sgd import Epoch, Sgd, accuracy, count_right, epoch_on, steps_on
 from mtt_fast.training.sharpness import sharpness_aware
@@ -218,9 +218,9 @@ def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | Non
     there = TrajectoryStore(folder)
     dtype = wanted.dtype or (there.dtype(0) if len(there) else torch.float32)
     device, training_images = images.train.labels.device, images.train
-    crew = crew_for(
+    concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
-        batch=min(training.batch_size, len(training_images)), works=max(1, len(missing)), asked=at_once,
+        batch=min(training.batch_size, len(training_images)), jobs=max(1, len(missing)), asked=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     with (
@@ -228,10 +228,10 @@ def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | Non
         tqdm(total=len(missing) * training.train_epochs, unit="epoch", disable=not missing) as bar,
     ):
 
-        def work(index: int) -> Work[tuple[Tensor, list[float]]]:
+        def job(index: int) -> Job[tuple[Tensor, list[float]]]:
             return _training(images, network, training, precision, seed=wanted.seed, index=index, bar=bar, stop=stop)
 
-        for place, (parameters, accuracies) in together(map(work, missing), crew, device):
+        for place, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
             metadata = ExpertMetadata.of(
                 images.identity,
                 network=network.describe(),
@@ -268,7 +268,7 @@ def _training(
     index: int,
     bar: tqdm | None = None,
     stop: StopRequest | None = None,
-) -> Work[tuple[Tensor, list[float]]]:
+) -> Job[tuple[Tensor, list[float]]]:
     """`train_expert`, an epoch at a time."""
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
@@ -349,7 +349,7 @@ def main(argv: Sequence[str]) -> None:
     options = parsing.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
     training = options.training()
     device = choose_device(options.device)
-    with arithmetic(device, options.precision):
+    with numerics(device, options.precision):
         _run(options, training, device)
 
 
@@ -357,7 +357,7 @@ def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device)
     data = options.load_data()
     network = options.network(data)
     folder = buffer_folder(options.buffer_path, data, options.model, options.zca)
-    log.info("%s: %s", options.model, describe_arithmetic(device, network, options.precision))
+    log.info("%s: %s", options.model, describe_numerics(device, network, options.precision))
     images = real_images(data, options.zca, device)
     store = train_missing_experts(
         folder,

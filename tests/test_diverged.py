@@ -20,7 +20,7 @@ from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import markdown
 from mtt_fast.data import load
 from mtt_fast.distill import command as distill
-from mtt_fast.distill.evaluation import assess
+from mtt_fast.distill.evaluation import evaluate_sets
 from mtt_fast.errors import Diverged
 from mtt_fast.interop import export_experts
 from mtt_fast.networks.by_name import network_by_name
@@ -162,13 +162,13 @@ def test_a_distillation_whose_set_is_not_finite_is_told_apart(name: str) -> None
     state = {"images": torch.zeros(1), "labels": torch.zeros(1).long(), "lr": torch.ones(()), "iteration": 7}
     state[name] = torch.tensor(math.nan)
 
-    class Job:
+    class Run:
         folder = Path("run")
 
     with pytest.raises(
         Diverged, match=f"run: iteration 7: the {'learning rate' if name == 'lr' else name} are no longer"
     ):
-        assess(Job(), type("S", (), state)(), None)  # type: ignore[arg-type]
+        evaluate_sets(Run(), type("S", (), state)(), None)  # type: ignore[arg-type]
 
 
 def spoiled_expert(folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, epoch: int) -> None:

@@ -58,8 +58,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    places = ["--data_path", f"{folder}/data", "--buffer_path", f"{folder}/buffers", "--out", f"{folder}/toy"]
-    assert cli.run(distill, [*TOY, *places]) == 0
+    log_fields = ["--data_path", f"{folder}/data", "--buffer_path", f"{folder}/buffers", "--out", f"{folder}/toy"]
+    assert cli.run(distill, [*TOY, *log_fields]) == 0
     return folder / "toy"
 
 

@@ -45,7 +45,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions, expert_steps
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.files import MALFORMED, write_text
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     network = options.network(data)
     for label, synthetic in sets.items():
         check_same_data(synthetic.identity, data.identity(options.zca), label)
-    with arithmetic(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
+    with numerics(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
         _run(options, sets, network, real_images(data, options.zca, device), training, deltas, stop)
 
 

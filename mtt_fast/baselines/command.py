@@ -25,9 +25,9 @@ from mtt_fast.baselines.trained import as_first_expert, asked_of_the_expert
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
-from mtt_fast.engine.student_choice import describe_arithmetic
+from mtt_fast.engine.student_choice import describe_numerics
 from mtt_fast.errors import InputError, did_you_mean
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.run_folder import CONFIG, only_user, read_config, write_config
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
-    with arithmetic(device, options.precision):
+    with numerics(device, options.precision):
         _run(name, options, folder, device, argv)
 
 
@@ -119,7 +119,7 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
         log.info(
             "%s: %s, %d images of %s, %s with %d parameters (%s), on %s",
             folder, method.title, options.ipc * data.num_classes, data.name, options.model, network.num_parameters,
-            describe_arithmetic(device, network, options.precision), device_name(device),
+            describe_numerics(device, network, options.precision), device_name(device),
         )  # fmt: skip
         job = Job(f"{PROGRAM} {name}", method, options, folder, real, network, evaluated, command)
         began = time.monotonic()

@@ -17,7 +17,7 @@ from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, m
 from mtt_fast.commands.plots import save_grid
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
-from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
+from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
@@ -130,7 +130,7 @@ def write_summary(
             "seconds": dict(seconds),
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),
-            "arithmetic": describe_arithmetic(device, job.network, job.options.precision),
+            "arithmetic": describe_numerics(device, job.network, job.options.precision),
             "versions": versions(),
             "command": job.command,
             "data": job.real.identity.record(),

@@ -26,7 +26,7 @@ from mtt_fast.commands.option_fields import (
     Role,
 )
 from mtt_fast.data import NAMES, ImageData, load
-from mtt_fast.data.published_info import DataFacts, data_facts
+from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
@@ -108,7 +108,7 @@ class CommonOptions:
         found, name = {}, _known_name(self.dataset)
         if name != "ImageNet":
             found["subset"] = "without --dataset ImageNet"
-        if name in OF_ONE_SIZE and self.res != (side := data_facts(name).image_shape[-1]):
+        if name in OF_ONE_SIZE and self.res != (side := dataset_info(name).image_shape[-1]):
             found["res"] = f"on {name}, whose images have {side} pixels a side"
         if name not in DOWNLOADED:
             found["download"] = f"on {self.dataset}: only {', '.join(DOWNLOADED)} are fetched"
@@ -133,7 +133,7 @@ class CommonOptions:
             packed_path=self.packed_path,
         )
 
-    def network(self, data: ImageData | DataFacts) -> Trainable:
+    def network(self, data: ImageData | DatasetInfo) -> Trainable:
         """Return the network that the options name, for `data`."""
         return network_by_name(self.model, data.image_shape, data.num_classes)
 
@@ -176,7 +176,7 @@ class EvaluationOptions(TrainingOptions):
             found["best_epoch"] = f"with --protocol {self.protocol}, which reports the best epoch by itself"
         return found
 
-    def evaluated_networks(self, data: ImageData | DataFacts) -> dict[str, Trainable]:
+    def evaluated_networks(self, data: ImageData | DatasetInfo) -> dict[str, Trainable]:
         """Return the networks to evaluate for `data`, by name, the model itself first if it is among them.
 
         Raises `InputError` for an unknown --eval_mode, or images that are too small for one of them.
@@ -205,7 +205,7 @@ def _known_name(dataset: str) -> str:
     return {name.casefold(): name for name in NAMES}.get(dataset.casefold(), dataset)
 
 
-def buffer_folder(buffer_path: str, data: ImageData | DataFacts, model: str, zca: bool) -> Path:
+def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo, model: str, zca: bool) -> Path:
     """Return the folder of the experts, laid out as the public code does: PATH/CIFAR10_NO_ZCA/ConvNet."""
     if data.name.upper().startswith("CIFAR"):
         name = data.name if zca else f"{data.name}_NO_ZCA"

@@ -26,7 +26,7 @@ from mtt_fast.interop import buffer_files, export_experts, export_waypoints, imp
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED, Trajectory
 from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.runtime.interrupts import Stopped, stop_request
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.files import whole_folder
@@ -114,7 +114,7 @@ def import_from(options: ConvertOptions, kind: str) -> None:
 
     count = sum(1 for _ in experts())
     device = choose_device(options.device)
-    with arithmetic(device, common.precision), stop_request() as stop, tqdm(total=count, unit="expert") as bar:
+    with numerics(device, common.precision), stop_request() as stop, tqdm(total=count, unit="expert") as bar:
 
         def after_each(expert: Trajectory) -> None:
             bar.update()

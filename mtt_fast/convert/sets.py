@@ -13,15 +13,15 @@ import torch
 from mtt_fast.commands.option_fields import check_effects
 from mtt_fast.convert.options import ConvertOptions
 from mtt_fast.data import NAMES, transform_for
-from mtt_fast.data.published_info import data_facts
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop import (
     SET_KINDS,
     Facts,
-    PlainSet,
-    as_plain,
+    TensorSet,
     as_synthetic,
+    as_tensor_set,
     class_major,
     ddranking_call,
     facts_of,
@@ -61,7 +61,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         _check_belongs(options, found)
     check_effects(options, given, _without_effect(found))
     found = _in_order(options, found)
-    if isinstance(found, PlainSet) and to in ("synthetic", *_PICTURES):
+    if isinstance(found, TensorSet) and to in ("synthetic", *_PICTURES):
         if found.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
         recipe = _recipe(options, found)
@@ -84,17 +84,17 @@ def _check_belongs(options: ConvertOptions, found: SyntheticDataset) -> None:
     expected = UNKNOWN
     known = {name.casefold() for name in NAMES if name != "folder"}
     if options.dataset is not None and options.dataset.casefold() in known:
-        expected = data_facts(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
+        expected = dataset_info(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
     expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
     check_same_data(found.identity, expected, options.source, mend="leave out what says otherwise: it knows its images")
 
 
-def _without_effect(found: SyntheticDataset | PlainSet) -> dict[str, str]:
+def _without_effect(found: SyntheticDataset | TensorSet) -> dict[str, str]:
     """Return the options that have no effect on this set, and why."""
     reasons: dict[str, str] = {}
     if found.label_kind == "indices":
         reasons |= dict.fromkeys(("reorder", "hard_labels"), "on labels that are classes")
-    if isinstance(found, PlainSet) and found.lr is not None:
+    if isinstance(found, TensorSet) and found.lr is not None:
         reasons["lr_teacher"] = f"on a set that brings its learning rate, {float(found.lr):.4g}"
     return reasons
 
@@ -104,7 +104,7 @@ def _facts(options: ConvertOptions) -> Facts:
     return facts_of(data, transform_for(data, options.zca))
 
 
-def _recipe(options: ConvertOptions, found: PlainSet) -> dict[str, Any]:
+def _recipe(options: ConvertOptions, found: TensorSet) -> dict[str, Any]:
     """Return what `evaluate` has to know of a set that came from elsewhere."""
     names = ("dataset", "subset", "res", "data_path", "packed_path", "zca", "model")
     return {name: getattr(options, name) for name in names} | {
@@ -113,7 +113,7 @@ def _recipe(options: ConvertOptions, found: PlainSet) -> dict[str, Any]:
     }
 
 
-def _method(found: SyntheticDataset | PlainSet) -> str:
+def _method(found: SyntheticDataset | TensorSet) -> str:
     """Return the method as names of DC's and dc_benchmark's files have it; TM, matching trajectories, for all others."""
     name = found.recipe.get("method") if isinstance(found, SyntheticDataset) else None
     return {"DC": "DC", "DSA": "DSA", "DM": "DM", "Random": "random", "K-means": "Kmeans"}.get(str(name), "TM")
@@ -126,9 +126,9 @@ def _kind_for(destination: Path, native: bool) -> str:
     return by_suffix or ("mtt" if native else "synthetic")
 
 
-def _in_order(options: ConvertOptions, found: SyntheticDataset | PlainSet) -> SyntheticDataset | PlainSet:
+def _in_order(options: ConvertOptions, found: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
     """Return the set class-major, with the labels that are asked for, and say what was found."""
-    plain = found if isinstance(found, PlainSet) else as_plain(found)
+    plain = found if isinstance(found, TensorSet) else as_tensor_set(found)
     count, before = len(plain.labels), in_place(plain)
     rate = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
     log.info(
@@ -151,7 +151,7 @@ def _in_order(options: ConvertOptions, found: SyntheticDataset | PlainSet) -> Sy
 
 
 def _for_ddranking(
-    options: ConvertOptions, folder: Path, found: SyntheticDataset | PlainSet, plain: PlainSet, zca: bool | None
+    options: ConvertOptions, folder: Path, found: SyntheticDataset | TensorSet, plain: TensorSet, zca: bool | None
 ) -> str:
     """Return the call of DD-Ranking, or why it cannot take the set."""
     recipe = found.recipe if isinstance(found, SyntheticDataset) else {}
@@ -166,10 +166,10 @@ def _for_ddranking(
     return f"DD-Ranking {VERSION} takes it with\n{call}"
 
 
-def _usage(options: ConvertOptions, kind: str, written: list[Path], found: SyntheticDataset | PlainSet) -> str:
+def _usage(options: ConvertOptions, kind: str, written: list[Path], found: SyntheticDataset | TensorSet) -> str:
     """Return what the software that reads the files has to do."""
     first = written[0]
-    plain = found if isinstance(found, PlainSet) else as_plain(found)
+    plain = found if isinstance(found, TensorSet) else as_tensor_set(found)
     zca: bool | None = options.zca or None
     if isinstance(found, SyntheticDataset):
         zca = found.whitening is not None

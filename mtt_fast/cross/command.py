@@ -39,7 +39,7 @@ from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.files import MALFORMED, write_text
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{repeated.pop()}: expected each set once, found it twice")
     sets = _sets(options, argv)
     device = choose_device(options.device)
-    with arithmetic(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
+    with numerics(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
         _run(options, sets, device, stop)
 
 

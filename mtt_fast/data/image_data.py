@@ -66,7 +66,7 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class DatasetInfo:
     """A data set in numbers. `name` is that of the `ImageData` it will be."""
 
     name: str

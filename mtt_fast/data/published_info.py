@@ -5,24 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtt_fast.data import catalogue, imagenet
-from mtt_fast.data.image_data import DataFacts
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.errors import InputError, NotFound
 
-__all__ = ["DataFacts", "data_facts"]
+__all__ = ["DatasetInfo", "dataset_info"]
 
 _FIXED = {
-    "CIFAR10": DataFacts("CIFAR10", (3, 32, 32), 10, 50_000, 10_000),
-    "CIFAR100": DataFacts("CIFAR100", (3, 32, 32), 100, 50_000, 10_000),
-    "MNIST": DataFacts("MNIST", (1, 28, 28), 10, 60_000, 10_000),
-    "FashionMNIST": DataFacts("FashionMNIST", (1, 28, 28), 10, 60_000, 10_000),
-    "digits": DataFacts("digits", (1, 8, 8), 10, 1_442, 355),
+    "CIFAR10": DatasetInfo("CIFAR10", (3, 32, 32), 10, 50_000, 10_000),
+    "CIFAR100": DatasetInfo("CIFAR100", (3, 32, 32), 100, 50_000, 10_000),
+    "MNIST": DatasetInfo("MNIST", (1, 28, 28), 10, 60_000, 10_000),
+    "FashionMNIST": DatasetInfo("FashionMNIST", (1, 28, 28), 10, 60_000, 10_000),
+    "digits": DatasetInfo("digits", (1, 8, 8), 10, 1_442, 355),
 }
 _TINY = (200, 100_000, 10_000)
 _IMAGENET = (1_000, 1_281_167, 50_000)
 _SUBSET = (10, 13_000, 500)  # 12,000 to 13,000 images for training, by subset
 
 
-def data_facts(dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data") -> DataFacts:
+def dataset_info(
+    dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data"
+) -> DatasetInfo:
     """Return the facts of a data set by the names that `load` takes: of the images that are there, without decoding.
 
     Of one that is not there yet, and of the original files, they are those that are published.
@@ -44,7 +46,7 @@ def data_facts(dataset: str, subset: str | None = None, res: int | None = None, 
     return facts
 
 
-def _published(dataset: str, subset: str | None, res: int | None) -> DataFacts | None:
+def _published(dataset: str, subset: str | None, res: int | None) -> DatasetInfo | None:
     """Return the facts of a data set that has a name of its own."""
     names = {name.casefold(): name for name in (*_FIXED, "Tiny", "ImageNet", *imagenet.SUBSETS)}
     name = names.get(dataset.casefold())
@@ -52,8 +54,8 @@ def _published(dataset: str, subset: str | None, res: int | None) -> DataFacts |
         return _FIXED.get(name or "")
     if name == "Tiny":
         side = res or 64
-        return DataFacts("Tiny" if side == 64 else f"Tiny-{side}", (3, side, side), *_TINY)
+        return DatasetInfo("Tiny" if side == 64 else f"Tiny-{side}", (3, side, side), *_TINY)
     chosen = subset.casefold() if subset and name == "ImageNet" else name
     counts = _IMAGENET if chosen == "ImageNet" else _SUBSET
     side = res or 128
-    return DataFacts(f"{chosen}-{side}", (3, side, side), *counts)
+    return DatasetInfo(f"{chosen}-{side}", (3, side, side), *counts)

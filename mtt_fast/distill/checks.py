@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DataFacts
+from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.experts import check_experts
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
@@ -18,14 +18,14 @@ from mtt_fast.networks.protocol import Trainable
 
 def check_fits(
     options: DistillOptions,
-    data: ImageData | DataFacts,
+    data: ImageData | DatasetInfo,
     network: Trainable,
     device: torch.device,
     asked: Mapping[str, Any],
 ) -> None:
     """Raise `InputError` for an option that the run would stumble on later.
 
-    `asked` are hyperparameters of experts, see `check_experts`. Of images that are not there yet (`DataFacts`) it is not asked
+    `asked` are hyperparameters of experts, see `check_experts`. Of images that are not there yet (`DatasetInfo`) it is not asked
     whether each class has enough, nor, but for their size, whether they are those that the experts were trained on.
     """
     images = options.ipc * data.num_classes

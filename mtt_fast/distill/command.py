@@ -25,8 +25,8 @@ from tqdm import tqdm
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.distill.checks import check_fits
-from mtt_fast.distill.dry_run import forecast
-from mtt_fast.distill.evaluation import assess, assessed, summarise
+from mtt_fast.distill.dry_run import dry_run
+from mtt_fast.distill.evaluation import evaluate_sets, is_evaluated, summarise
 from mtt_fast.distill.experts import (
     asked_of_experts,
     check_experts,
@@ -37,16 +37,16 @@ from mtt_fast.distill.experts import (
 from mtt_fast.distill.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
 from mtt_fast.distill.initial import initial_images, initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, given_options, parse_options
-from mtt_fast.distill.run import Job
-from mtt_fast.distill.segments import Segment, places, planned, read_segment, turns
-from mtt_fast.distill.updates import leave, skip, update
+from mtt_fast.distill.run import Run
+from mtt_fast.distill.segments import Segment, log_fields, planned, read_segment, turns
+from mtt_fast.distill.updates import reject_above_threshold, skip, update
 from mtt_fast.engine.iteration import Iteration
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
-from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
+from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, stop_request
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.prefetch import prefetched, sender
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
@@ -68,12 +68,12 @@ def main(argv: Sequence[str]) -> None:
     # an option of the experts that is not given says nothing of those that the run began with
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if options.dry_run:
-        with arithmetic(device, options.precision):
-            print(forecast(options, folder, device, asked))
+        with numerics(device, options.precision):
+            print(dry_run(options, folder, device, asked))
         return
     if is_finished(folder, options, options.Iteration):
         return
-    with arithmetic(device, options.precision):
+    with numerics(device, options.precision):
         _run(options, asked, folder, device, shlex.join([*PROGRAM.split(), *argv]))
 
 
@@ -81,7 +81,7 @@ def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device
     data = options.load_data()
     network = options.network(data)
     check_fits(options, data, network, device, asked)
-    student = describe_arithmetic(device, network, options.precision)
+    student = describe_numerics(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
     steps = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
@@ -131,24 +131,24 @@ def distill(
     iteration = lru_cache(maxsize=1)(partial(iteration_of, options, network))  # the last plan's
     metrics = MetricsLog(folder, state.iteration)
     first = lru_cache(maxsize=1)(partial(_first_images, options, real, network, experts, state.experts))
-    job = Job(options, folder, real, network, options.evaluated_networks(real.data), experts, metrics, first)
-    segment = partial(read_segment, job, sender(device), state.experts, state.images)
+    run = Run(options, folder, real, network, options.evaluated_networks(real.data), experts, metrics, first)
+    segment = partial(read_segment, run, sender(device), state.experts, state.images)
     ahead = prefetched(segment, turns(options, range(state.iteration, options.Iteration)))
     saved = time.monotonic()
     try:
         with stop_request() as stop, _progress(options, state) as bar, contextlib.closing(ahead):
             while True:
                 due = state.iteration % options.eval_it == 0 or state.iteration == options.Iteration
-                if due and not assessed(job, state):
+                if due and not is_evaluated(run, state):
                     if options.gradient != "exact":
                         coming = turns(options, range(state.iteration, state.iteration + 1))
-                        compare_with_exact(job, state, steps, [segment(turn) for turn in coming])
-                    assess(job, state, stop)
+                        compare_with_exact(run, state, steps, [segment(turn) for turn in coming])
+                    evaluate_sets(run, state, stop)
                     save_checkpoint(folder, state, metrics.evaluations)
                 if state.iteration >= options.Iteration:
                     break
                 began = time.monotonic()
-                steps = _iterate(job, iteration, state, steps, list(islice(ahead, options.num_trajectories)))
+                steps = _iterate(run, iteration, state, steps, list(islice(ahead, options.num_trajectories)))
                 seconds = time.monotonic() - began
                 state.seconds += seconds
                 bar.set_postfix(_postfix(options, state, metrics, seconds), refresh=False)
@@ -158,7 +158,7 @@ def distill(
                     saved = time.monotonic()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
-            summarise(job, state, command, stop)
+            summarise(run, state, command, stop)
     except Stopped as stopped:
         save_checkpoint(folder, state, metrics.evaluations)
         raise Stopped(
@@ -177,25 +177,25 @@ def _first_images(
 
 
 def _iterate(
-    job: Job, iteration: Callable[[Plan], Iteration], state: State, steps: Plan, segments: Sequence[Segment]
+    run: Run, iteration: Callable[[Plan], Iteration], state: State, steps: Plan, segments: Sequence[Segment]
 ) -> Plan:
     """One iteration of the paper's algorithm 1: match a segment of an expert, or several, update the images and the rate.
 
     Returns the plan for the next one: a smaller one, if memory ran out.
     """
     (loss, *gradients), steps = with_smaller_pieces(
-        steps, lambda steps: mean_gradients(iteration(steps), state, segments, teacher_of(job, state, steps))
+        steps, lambda steps: mean_gradients(iteration(steps), state, segments, teacher_of(run, state, steps))
     )
     value = float(loss)
     state.iteration += 1
-    threshold = math.inf if job.options.threshold is None else job.options.threshold
+    threshold = math.inf if run.options.threshold is None else run.options.threshold
     if not (math.isfinite(value) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
-        skip(job, state, value)
+        skip(run, state, value)
     elif value > threshold:
-        leave(job, state, value, **places(segments))
+        reject_above_threshold(run, state, value, **log_fields(segments))
     else:
-        update(job.options, state, *gradients)
-        job.metrics.write("step", state.iteration, loss=value, lr=state.mean_lr, **places(segments))
+        update(run.options, state, *gradients)
+        run.metrics.write("step", state.iteration, loss=value, lr=state.mean_lr, **log_fields(segments))
     return steps
 
 

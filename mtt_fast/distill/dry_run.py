@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtt_fast.data.published_info import DataFacts, data_facts
+from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.experts import Supply, check_same_experts, supply
 from mtt_fast.distill.options import DistillOptions
@@ -46,7 +46,7 @@ class _Amounts(NamedTuple):
     rest: float
 
 
-def forecast(options: DistillOptions, folder: Path, device: torch.device, asked: Mapping[str, Any]) -> str:
+def dry_run(options: DistillOptions, folder: Path, device: torch.device, asked: Mapping[str, Any]) -> str:
     """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk.
 
     Nothing is written, downloaded or decoded. The time is that of student steps on a few random images, measured on
@@ -54,7 +54,7 @@ def forecast(options: DistillOptions, folder: Path, device: torch.device, asked:
     `asked`: see `check_experts`. Raises `InputError` as the run itself would for its options, its memory budget, an image
     folder, the experts there or the run's checkpoint.
     """
-    facts = data_facts(options.dataset, options.subset, options.res, options.data_path)
+    facts = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(facts)
     check_fits(options, facts, network, device, asked)
     experts = supply(options, facts)
@@ -129,7 +129,7 @@ def _state(folder: Path) -> str:
 
 
 def _times(
-    options: DistillOptions, facts: DataFacts, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
+    options: DistillOptions, facts: DatasetInfo, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
 ) -> _Amounts:
     """Return seconds, where an image costs `cost` in the student, and in a step of the `evaluated` networks so many."""
     gradients = 2 if options.rho_max else 1  # of an expert's step
@@ -155,7 +155,9 @@ def _sets(options: DistillOptions) -> int:
     return 1 if options.ema_decay is None else 2
 
 
-def _sizes(options: DistillOptions, facts: DataFacts, num_parameters: int, missing: int, uncompressed: int) -> _Amounts:
+def _sizes(
+    options: DistillOptions, facts: DatasetInfo, num_parameters: int, missing: int, uncompressed: int
+) -> _Amounts:
     """Return bytes."""
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(facts.image_shape)

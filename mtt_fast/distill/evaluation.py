@@ -19,8 +19,8 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.distill.gradients import DESCRIPTIONS
 from mtt_fast.distill.labels import experts_at, mean_teacher_labels
-from mtt_fast.distill.run import Job
-from mtt_fast.engine.student_choice import describe_arithmetic, precision_on
+from mtt_fast.distill.run import Run
+from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.errors import Diverged
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.recipes import recipe_about
@@ -62,23 +62,23 @@ _TESTED = {
 """By the kind of its evaluations in metrics.jsonl."""
 
 
-def _sets(job: Job, state: State) -> dict[str, SyntheticDataset]:
+def _sets(run: Run, state: State) -> dict[str, SyntheticDataset]:
     """Return what there is to evaluate, by the kind of its evaluations."""
     images = {"evaluation": state.images, "ema_evaluation": state.ema}
-    return {kind: _distilled(job, state, found) for kind, found in images.items() if found is not None}
+    return {kind: _distilled(run, state, found) for kind, found in images.items() if found is not None}
 
 
-def _distilled(job: Job, state: State, images: Tensor) -> SyntheticDataset:
+def _distilled(run: Run, state: State, images: Tensor) -> SyntheticDataset:
     """Return `images` (n, C, H, W) with the labels and the learning rate that networks are to be trained with.
 
     With --teacher_label, the labels are the mean of what the experts say after max_start_epoch epochs, the same whichever
     expert was matched last.
     """
-    data, transform, options = job.real.data, job.real.transform, job.options
+    data, transform, options = run.real.data, run.real.transform, run.options
     labels = state.labels.clone()
     if options.teacher_label:
-        experts = experts_at(job.experts, state.experts, options.max_start_epoch, images.device)
-        labels = mean_teacher_labels(job.network, experts, images)
+        experts = experts_at(run.experts, state.experts, options.max_start_epoch, images.device)
+        labels = mean_teacher_labels(run.network, experts, images)
     return SyntheticDataset(
         images.clone(),
         labels,
@@ -97,59 +97,59 @@ def _distilled(job: Job, state: State, images: Tensor) -> SyntheticDataset:
     )
 
 
-def assessed(job: Job, state: State) -> bool:
+def is_evaluated(run: Run, state: State) -> bool:
     """Return whether all that there is to evaluate was evaluated at this iteration."""
     kinds = ["evaluation"] if state.ema is None else _TESTED
-    return all(job.metrics.find(kind, state.iteration) for kind in kinds)
+    return all(run.metrics.find(kind, state.iteration) for kind in kinds)
 
 
-def assess(job: Job, state: State, stop: StopRequest) -> None:
+def evaluate_sets(run: Run, state: State, stop: StopRequest) -> None:
     """Test fresh networks on the images as they are now, others on their average, and write sets and pictures.
 
     Raises `Diverged` where images, labels or rates are no longer finite: no network can learn from them.
     """
-    _check_finite(job, state)
-    sets = _sets(job, state)
+    _check_finite(run, state)
+    sets = _sets(run, state)
     for kind, synthetic in sets.items():
-        if job.metrics.find(kind, state.iteration) is None:
-            _measure(job, state, kind, synthetic, stop)
-    _draw(job, state, sets["evaluation"])
+        if run.metrics.find(kind, state.iteration) is None:
+            _measure(run, state, kind, synthetic, stop)
+    _draw(run, state, sets["evaluation"])
 
 
-def _check_finite(job: Job, state: State) -> None:
+def _check_finite(run: Run, state: State) -> None:
     for name, values in (("images", state.images), ("labels", state.labels), ("learning rate", state.lr)):
         if not bool(values.isfinite().all()):
             raise Diverged(
-                f"{job.folder}: iteration {state.iteration}: the {name} are no longer finite; start again with a smaller --lr_img, "
+                f"{run.folder}: iteration {state.iteration}: the {name} are no longer finite; start again with a smaller --lr_img, "
                 "--lr_y or --lr_lr and another --out"
             )
 
 
-def _measure(job: Job, state: State, kind: str, synthetic: SyntheticDataset, stop: StopRequest) -> None:
+def _measure(run: Run, state: State, kind: str, synthetic: SyntheticDataset, stop: StopRequest) -> None:
     """Test fresh networks on a set, which begin alike whichever set it is, and keep the set."""
     began = time.monotonic()
     images, words = as_training_images(synthetic, state.lr.device), _TESTED[kind].words
     results = {
         name: _evaluate(
-            job, network, lambda _: images, state.mean_lr, stop, name=f"{words}, {name}", place=(state.iteration,)
+            run, network, lambda _: images, state.mean_lr, stop, name=f"{words}, {name}", place=(state.iteration,)
         )
-        for name, network in job.evaluated.items()
+        for name, network in run.evaluated.items()
     }
     state.seconds_evaluation += time.monotonic() - began
     for name, found in results.items():
         log.info("iteration %d: %s, %s %s", state.iteration, words, name, found)
     result, *_ = results.values()
-    best = max((record["accuracy_mean"] for record in job.metrics.records if record["kind"] == kind), default=-1.0)
+    best = max((record["accuracy_mean"] for record in run.metrics.records if record["kind"] == kind), default=-1.0)
     if result.mean > best:
-        synthetic.save(job.folder / _TESTED[kind].best)
-    synthetic.save(job.folder / _TESTED[kind].last)
-    job.metrics.write(kind, state.iteration, **measured(results))
+        synthetic.save(run.folder / _TESTED[kind].best)
+    synthetic.save(run.folder / _TESTED[kind].last)
+    run.metrics.write(kind, state.iteration, **measured(results))
 
 
-def _draw(job: Job, state: State, synthetic: SyntheticDataset) -> None:
+def _draw(run: Run, state: State, synthetic: SyntheticDataset) -> None:
     """Write images.png (what the run began with, and the images as they are now), their snapshot, and curves.png."""
-    options, metrics = job.options, job.metrics
-    began = dataclasses.replace(synthetic, images=job.began())
+    options, metrics = run.options, run.metrics
+    began = dataclasses.replace(synthetic, images=run.began())
     panels = []
     for iteration, pictures in {0: began.pictures(), state.iteration: synthetic.pictures()}.items():
         title = _BEGUN_WITH[options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"
@@ -157,30 +157,30 @@ def _draw(job: Job, state: State, synthetic: SyntheticDataset) -> None:
         accuracy = f": networks trained on them reach {percent(record)}" if record else ""
         if synthetic.canvas:
             title, pictures = f"textures, {title}, each tiled {_TILES} by {_TILES}", tiled(pictures, _TILES)
-        panels.append((f"{job.real.data.name}, {options.ipc} a class, {title}{accuracy}", pictures))
-    save_grid(job.folder / "images.png", panels, synthetic.classes, job.real.data.class_names)
+        panels.append((f"{run.real.data.name}, {options.ipc} a class, {title}{accuracy}", pictures))
+    save_grid(run.folder / "images.png", panels, synthetic.classes, run.real.data.class_names)
     save_snapshot(
-        job.folder / HISTORY / f"iteration_{state.iteration:06d}.png", synthetic.pictures(), synthetic.classes
+        run.folder / HISTORY / f"iteration_{state.iteration:06d}.png", synthetic.pictures(), synthetic.classes
     )
-    save_curves(job.folder / "curves.png", metrics.records)
+    save_curves(run.folder / "curves.png", metrics.records)
 
 
-def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
+def summarise(run: Run, state: State, command: str, stop: StopRequest) -> None:
     """Compare with random real images and the experts, and write summary.json: the run is finished."""
-    options, metrics = job.options, job.metrics
-    baseline = metrics.find("baseline") or _evaluate_baseline(job, state, stop)
+    options, metrics = run.options, run.metrics
+    baseline = metrics.find("baseline") or _evaluate_baseline(run, state, stop)
     of_kind = {kind: [record for record in metrics.records if record["kind"] == kind] for kind in _TESTED}
     evaluations = {_TESTED[kind]: records for kind, records in of_kind.items() if records}
-    final = Accuracy(tuple(job.experts.metadata(expert).accuracy[-1] for expert in range(len(job.experts))))
+    final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
     results = ", ".join(f"{tested.words} {_labelled(records[-1])}" for tested, records in evaluations.items())
     text = (
         f"{results}, random real images {_labelled(baseline)}, "
         f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
     )
     device = state.lr.device
-    save_curves(job.folder / "curves.png", metrics.records, float(baseline["accuracy_mean"]))
+    save_curves(run.folder / "curves.png", metrics.records, float(baseline["accuracy_mean"]))
     write_record(
-        job.folder / SUMMARY,
+        run.folder / SUMMARY,
         {
             "text": text,
             "method": recipe_about(options.recipe)["method"] if options.recipe else "MTT",
@@ -191,7 +191,7 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
                 **{tested.best_name: _best_record(records) for tested, records in evaluations.items()},
             },
             "accuracy_by_network": {
-                tested.name: accuracy_by_network(records[-1], next(iter(job.evaluated)))
+                tested.name: accuracy_by_network(records[-1], next(iter(run.evaluated)))
                 for tested, records in evaluations.items()
             },
             "protocol": options.evaluation_protocol().record(),
@@ -208,43 +208,43 @@ def summarise(job: Job, state: State, command: str, stop: StopRequest) -> None:
             "seconds": {"iterations": state.seconds, "evaluations": state.seconds_evaluation},
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),
-            "arithmetic": describe_arithmetic(device, job.network, options.precision),
+            "arithmetic": describe_numerics(device, run.network, options.precision),
             "versions": versions(),
             "command": command,
-            "data": job.real.identity.record(),
-            "experts": _of_experts(job, state),
+            "data": run.real.identity.record(),
+            "experts": _of_experts(run, state),
             "options": dataclasses.asdict(options),
         },
     )
-    log.info("%s: %s", job.folder, text)
+    log.info("%s: %s", run.folder, text)
 
 
-def _of_experts(job: Job, state: State) -> dict[str, Any]:
+def _of_experts(run: Run, state: State) -> dict[str, Any]:
     """Return what is known of the experts that take turns: how many, from where, trained how on which images."""
-    first = job.experts.metadata(0)
+    first = run.experts.metadata(0)
     return {
-        "folder": str(job.experts.folder),
+        "folder": str(run.experts.folder),
         "number": state.experts,
         "hyperparameters": first.hyperparameters,
         "data": first.identity.record(),
     }
 
 
-def _evaluate_baseline(job: Job, state: State, stop: StopRequest) -> dict[str, Any]:
+def _evaluate_baseline(run: Run, state: State, stop: StopRequest) -> dict[str, Any]:
     """Measure random real images, as many as the synthetic ones and drawn anew for each network."""
     began = time.monotonic()
-    options, real = job.options, job.real
+    options, real = run.options, run.real
     result = _evaluate(
-        job,
-        next(iter(job.evaluated.values())),
+        run,
+        next(iter(run.evaluated.values())),
         lambda generator: random_subset(real.train, real.data.num_classes, options.ipc, generator),
         REAL_IMAGES_LR,
         stop,
         name="random real images",
     )
     state.seconds_evaluation += time.monotonic() - began
-    job.metrics.write("baseline", state.iteration, **measured({"": result}))
-    return job.metrics.records[-1]
+    run.metrics.write("baseline", state.iteration, **measured({"": result}))
+    return run.metrics.records[-1]
 
 
 def _best_record(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def _best_record(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _evaluate(
-    job: Job,
+    run: Run,
     network: Trainable,
     train: Callable[[torch.Generator], Images],
     lr: float,
@@ -263,7 +263,7 @@ def _evaluate(
     place: Sequence[int] = (),
 ) -> Accuracy:
     """`mtt_fast.training.protocols.evaluate` with the job's options."""
-    options, test = job.options, job.real.test
+    options, test = run.options, run.real.test
     return evaluate(
         network, train, test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
         place=place, name=name, stop=stop,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.compress import check_made_of, compress, waypoint_folder
 from mtt_fast.data import ImageData
-from mtt_fast.data.published_info import DataFacts
+from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
@@ -51,7 +51,7 @@ class Supply(NamedTuple):
     """whether experts from elsewhere are there, beside which none is trained"""
 
 
-def supply(options: DistillOptions, data: ImageData | DataFacts) -> Supply:
+def supply(options: DistillOptions, data: ImageData | DatasetInfo) -> Supply:
     """Return which experts are there, and which have to be made first. Raises `InputError` for a broken one."""
     whole = buffer_folder(options.buffer_path, data, options.model, options.zca)
     count = options.num_interpolation
@@ -68,13 +68,13 @@ def supply(options: DistillOptions, data: ImageData | DataFacts) -> Supply:
 
 def check_experts(
     options: DistillOptions,
-    data: ImageData | DataFacts,
+    data: ImageData | DatasetInfo,
     network: Trainable,
     asked: Mapping[str, Any],
 ) -> None:
     """Check that the experts that are there, and those that will be trained or compressed, are of use to the run.
 
-    `asked` are the hyperparameters of experts that the user named. Of images that are not there yet (`DataFacts`) little is
+    `asked` are the hyperparameters of experts that the user named. Of images that are not there yet (`DatasetInfo`) little is
     compared. Raises `InputError` that names an expert's file, or the options that do not fit.
     """
     found = supply(options, data)

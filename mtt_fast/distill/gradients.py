@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.run import Job
+from mtt_fast.distill.run import Run
 from mtt_fast.distill.segments import Segment, augmentation, seen_batches
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
@@ -36,7 +36,7 @@ Teacher = Callable[[Tensor, Tensor], Tensor]
 """From a segment's target (P,) and the indices of the images that the student sees to all images' labels (n, classes)."""
 
 
-def iteration_of(options: DistillOptions, network: Network, steps: Plan, replay: bool = True) -> Iteration:
+def iteration_of(options: DistillOptions, network: Network, steps: Plan, graph: bool = True) -> Iteration:
     """Return the function that does an iteration's part for one segment as the plan `steps` says."""
     # each segment begins a permutation of its own, so the steps of all have the same lengths
     batches = seen_batches(options, steps.work.images[0], torch.Generator())
@@ -50,15 +50,15 @@ def iteration_of(options: DistillOptions, network: Network, steps: Plan, replay:
         momentum=options.student_mom,
         weight_decay=options.student_l2,
         gradient=options.gradient,
-        replay=replay,
+        graph=graph,
     )
 
 
-def teacher_of(job: Job, state: State, steps: Plan) -> Teacher | None:
+def teacher_of(run: Run, state: State, steps: Plan) -> Teacher | None:
     """Return who labels the images with --teacher_label, in as much memory as the plan `steps` has; None without it."""
-    if not job.options.teacher_label:
+    if not run.options.teacher_label:
         return None
-    return lambda target, seen: teacher_labels(job.network, target, state.images, seen, steps.microbatch)
+    return lambda target, seen: teacher_labels(run.network, target, state.images, seen, steps.microbatch)
 
 
 def mean_gradients(
@@ -79,17 +79,17 @@ def mean_gradients(
     return tuple(sum_.div_(count) for sum_ in total)
 
 
-def compare_with_exact(job: Job, state: State, steps: Plan, segments: Sequence[Segment]) -> None:
+def compare_with_exact(run: Run, state: State, steps: Plan, segments: Sequence[Segment]) -> None:
     """Tell and record the cosine between the truncated and the exact gradient of the images, of the coming iteration."""
-    if job.metrics.find("gradient", state.iteration):
+    if run.metrics.find("gradient", state.iteration):
         return  # the run was stopped in the evaluation that follows
     both = []
     for gradient in get_args(Gradient):
-        options = dataclasses.replace(job.options, gradient=gradient)
+        options = dataclasses.replace(run.options, gradient=gradient)
 
         def attempt(steps: Plan, options: DistillOptions = options) -> Tensor:
-            iteration = iteration_of(options, job.network, steps, replay=False)
-            return mean_gradients(iteration, state, segments, teacher_of(job, state, steps))[1].double().flatten()
+            iteration = iteration_of(options, run.network, steps, graph=False)
+            return mean_gradients(iteration, state, segments, teacher_of(run, state, steps))[1].double().flatten()
 
         of_images, steps = with_smaller_pieces(steps, attempt)
         both.append(of_images)
@@ -98,4 +98,4 @@ def compare_with_exact(job: Job, state: State, steps: Plan, segments: Sequence[S
         log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
         return
     log.info("iteration %d: cosine of the truncated image gradient to the exact one %.4f", state.iteration, cosine)
-    job.metrics.write("gradient", state.iteration, cosine=cosine)
+    run.metrics.write("gradient", state.iteration, cosine=cosine)

@@ -16,7 +16,7 @@ from mtt_fast.training.images import RealImages
 
 
 @dataclass(frozen=True)
-class Job:
+class Run:
     """The options, and what they name."""
 
     options: DistillOptions

@@ -14,7 +14,7 @@ from torch import Tensor
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy
 from mtt_fast.augmentation.texture import Canvas, CanvasCrops
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.run import Job
+from mtt_fast.distill.run import Run
 from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.memory_plan import Plan, plan
 from mtt_fast.errors import InputError
@@ -45,19 +45,19 @@ def turns(options: DistillOptions, iterations: range) -> range:
     return range(iterations.start * options.num_trajectories, iterations.stop * options.num_trajectories)
 
 
-def read_segment(job: Job, send: Send, experts: int, images: Tensor, turn: int) -> Segment:
+def read_segment(run: Run, send: Send, experts: int, images: Tensor, turn: int) -> Segment:
     """Read and draw segment number `turn`; all of it follows from the seed and this number alone.
 
     `experts` take turns; of `images` only shape and dtype are looked at. Called in a thread.
     """
-    options = job.options
+    options = run.options
     generator = generator_for(options.seed, "iteration", turn)
     expert = _expert_of(options.seed, experts, turn)
     epoch = _start_epoch(options, start_epochs(options, turn // options.num_trajectories), generator)
-    start, target = (job.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
+    start, target = (run.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
     if start.equal(target):
         raise InputError(
-            f"{job.experts.folder}: expert {expert} did not move between epochs {epoch} and "
+            f"{run.experts.folder}: expert {expert} did not move between epochs {epoch} and "
             f"{epoch + options.expert_epochs}; train it again with a larger learning rate, or leave it out"
         )
     batches = seen_batches(options, len(images), generator)
@@ -88,7 +88,7 @@ def start_epochs(options: DistillOptions, iteration: int) -> range:
     return range(options.min_start_epoch, upper)
 
 
-def places(segments: Sequence[Segment]) -> dict[str, float]:
+def log_fields(segments: Sequence[Segment]) -> dict[str, float]:
     """Return start epoch and expert of `segments` as numbers for a log: start_epoch, expert, start_epoch_2, expert_2, …"""
     named: dict[str, float] = {}
     for number, segment in enumerate(segments, 1):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.run import Job
+from mtt_fast.distill.run import Run
 from mtt_fast.errors import Diverged
 from mtt_fast.storage.checkpoint import State
 
@@ -56,7 +56,7 @@ def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, rate: float, mo
     values.sub_(velocity, alpha=rate)
 
 
-def leave(job: Job, state: State, loss: float, **matched: float) -> None:
+def reject_above_threshold(run: Run, state: State, loss: float, **matched: float) -> None:
     """Count an iteration whose loss is above the threshold: nothing is updated, velocities included, as in DATM.
 
     `matched` says what it was, for metrics.jsonl.
@@ -66,12 +66,12 @@ def leave(job: Job, state: State, loss: float, **matched: float) -> None:
         log.warning(
             "iteration %d: the matching loss %.4g is above --threshold %g and no update is made. If most iterations are "
             "like that, raise it",
-            state.iteration, loss, job.options.threshold,
+            state.iteration, loss, run.options.threshold,
         )  # fmt: skip
-    job.metrics.write("above_threshold", state.iteration, loss=loss, **matched)
+    run.metrics.write("above_threshold", state.iteration, loss=loss, **matched)
 
 
-def skip(job: Job, state: State, loss: float) -> None:
+def skip(run: Run, state: State, loss: float) -> None:
     """Count an iteration whose gradient is not finite; give up if no other kind comes any more."""
     state.skipped += 1
     if state.skipped == 1:
@@ -80,10 +80,10 @@ def skip(job: Job, state: State, loss: float) -> None:
             "--lr_teacher",
             state.iteration, loss,
         )  # fmt: skip
-    job.metrics.write("skip", state.iteration, skipped=state.skipped)
-    kinds = [record["kind"] for record in job.metrics.records if record["kind"] in ("step", "above_threshold", "skip")]
+    run.metrics.write("skip", state.iteration, skipped=state.skipped)
+    kinds = [record["kind"] for record in run.metrics.records if record["kind"] in ("step", "above_threshold", "skip")]
     if kinds[-_GIVE_UP_AFTER:] == ["skip"] * _GIVE_UP_AFTER:
         raise Diverged(
-            f"{job.folder}: {_GIVE_UP_AFTER} iterations in a row diverged at a student's learning rate of {state.mean_lr:.3g}; "
+            f"{run.folder}: {_GIVE_UP_AFTER} iterations in a row diverged at a student's learning rate of {state.mean_lr:.3g}; "
             "the last checkpoint is good; start again with a smaller --lr_lr, --lr_img or --lr_teacher and another --out"
         )

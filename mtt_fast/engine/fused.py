@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.fused_blocks import BLOCK_ENDS, Convolution, Tensors
-from mtt_fast.engine.student import GradientTangent, Kept, StepBytes, StepGradient
+from mtt_fast.engine.fused_blocks import EPILOGUES, Convolution, Tensors
+from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.kernels import Activations, ConvLayer, LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet
 
@@ -35,16 +35,16 @@ class FusedConvNetStudent:
     label_kind: LabelKind = "indices"
     precision: Precision = "fp32"
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        end, (blocks, classifier) = BLOCK_ENDS[self.network.norm], self._parts(theta)
+        epilogue, (blocks, classifier) = EPILOGUES[self.network.norm], self._parts(theta)
         gradient = torch.zeros_like(theta)
         block_gradients, classifier_gradient = self._parts(gradient)
         x = self._first(images)
         held = []
         for block, (weight, affine) in enumerate(blocks):
             y = kernels.conv3x3(x, weight, self._padding(block), self.precision)
-            pooled, of_y = end.forward(y, affine)
+            pooled, of_y = epilogue.forward(y, affine)
             del y
             held.append((x, of_y))
             x = pooled
@@ -55,13 +55,13 @@ class FusedConvNetStudent:
         x_bar = _pixels(f_bar, x)
 
         # Tensors are let go before the next ones are allocated, which may then take their place.
-        kept: Kept = []
+        saved: SavedActivations = []
         for block in reversed(range(len(blocks))):
             (weight, affine), padding = blocks[block], self._padding(block)
             x, of_y = held.pop()
-            if keep:
-                kept.append((of_y[0], x_bar))
-            y_bar, affine_bar = end.backward(of_y, affine, x_bar, not keep)
+            if save:
+                saved.append((of_y[0], x_bar))
+            y_bar, affine_bar = epilogue.backward(of_y, affine, x_bar, not save)
             del of_y
             weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, padding, self.precision)
             del x
@@ -70,13 +70,13 @@ class FusedConvNetStudent:
             del y_bar
             to_weight, to_affine = block_gradients[block]
             _assign((to_weight, *to_affine), (weight_bar, *affine_bar))
-        return StepGradient(loss, gradient, kept if keep else None)
+        return StepGradient(loss, gradient, saved if save else None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        end, (blocks, classifier) = BLOCK_ENDS[self.network.norm], self._parts(theta)
+        epilogue, (blocks, classifier) = EPILOGUES[self.network.norm], self._parts(theta)
         block_dots, classifier_dot = self._parts(v)
         hessian_v = torch.zeros_like(theta)
         block_results, classifier_result = self._parts(hessian_v)
@@ -88,9 +88,9 @@ class FusedConvNetStudent:
         held: list[Activations] = []
         known_bars = []
         for convolution, (_, affine), (_, affine_dot) in zip(convolutions, blocks, block_dots, strict=True):
-            y, known_bar = kept.pop() if kept else (None, None)
+            y, known_bar = saved.pop() if saved else (None, None)
             known_bars.append(known_bar)
-            x, x_dot, activations = end.dual(x, x_dot, convolution, affine, affine_dot, y)
+            x, x_dot, activations = epilogue.dual(x, x_dot, convolution, affine, affine_dot, y)
             held.append(activations)
             del y, activations
 
@@ -108,7 +108,7 @@ class FusedConvNetStudent:
             (_, affine), (_, affine_dot), known_bar = blocks[block], block_dots[block], known_bars.pop()
             p_bar = x_bar if known_bar is None else known_bar
             wants_x_bar = block > 0 and known_bar is None
-            x_bar, x_bar_dot, weight_bar_dot, affine_bar_dot = end.dual_backward(
+            x_bar, x_bar_dot, weight_bar_dot, affine_bar_dot = epilogue.dual_backward(
                 held.pop(), convolutions[block], affine, affine_dot, p_bar, x_bar_dot, wants_x_bar
             )
             to_weight, to_affine = block_results[block]
@@ -140,10 +140,10 @@ class FusedConvNetStudent:
         backward_sweep[-1] += 5 * features  # of the classifier, p, f̄ and ȳ's in both formats, with their tangents
         return StepBytes(
             gradient=forward_sweep + small,
-            gradient_keeping=sum(xs) + sum(ys) + ys[0] + 3 * features + small,  # ȳ is not written over y
+            gradient_saving=sum(xs) + sum(ys) + ys[0] + 3 * features + small,  # ȳ is not written over y
             gradient_jvp=max(backward_sweep) + small,
-            gradient_jvp_kept=max(backward_sweep) - sum(ys) + small,
-            kept=sum(ys) + sum(pooled),
+            gradient_jvp_saved=max(backward_sweep) - sum(ys) + small,
+            saved=sum(ys) + sum(pooled),
             work=kernels.work_bytes(batch, layers, dtype, device),
         )
 

@@ -28,7 +28,7 @@ class Convolution(NamedTuple):
     precision: Precision
 
 
-class BlockEnd(NamedTuple):
+class Epilogue(NamedTuple):
     """Two functions of y (B, C, H, W), the convolution's result, and two of the whole block in a direction.
 
     What is kept begins with y; `backward` destroys it only if it may. `dual_backward` takes the activations, and frees each as soon as it can.
@@ -54,8 +54,8 @@ def _norm_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
     return p, (y, mean, rstd)
 
 
-def _norm_backward(kept: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
-    y_bar, *affine_bar = kernels.norm_relu_pool_backward(*kept, Affine(*affine), p_bar, reuse=reuse)
+def _norm_backward(saved: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
+    y_bar, *affine_bar = kernels.norm_relu_pool_backward(*saved, Affine(*affine), p_bar, reuse=reuse)
     return y_bar, tuple(affine_bar)
 
 
@@ -91,8 +91,8 @@ def _bias_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
     return kernels.bias_relu_pool(y, *affine), (y,)
 
 
-def _bias_backward(kept: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
-    y_bar, beta_bar = kernels.bias_relu_pool_backward(*kept, *affine, p_bar, reuse=reuse)
+def _bias_backward(saved: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
+    y_bar, beta_bar = kernels.bias_relu_pool_backward(*saved, *affine, p_bar, reuse=reuse)
     return y_bar, (beta_bar,)
 
 
@@ -131,7 +131,7 @@ def _bias_dual_backward(
     return x_bar, x_bar_dot, weight_bar_dot, (beta_bar_dot,)
 
 
-BLOCK_ENDS: dict[Norm, BlockEnd] = {
-    "instance": BlockEnd(_norm_forward, _norm_backward, _norm_dual, _norm_dual_backward),
-    "none": BlockEnd(_bias_forward, _bias_backward, _bias_dual, _bias_dual_backward),
+EPILOGUES: dict[Norm, Epilogue] = {
+    "instance": Epilogue(_norm_forward, _norm_backward, _norm_dual, _norm_dual_backward),
+    "none": Epilogue(_bias_forward, _bias_backward, _bias_dual, _bias_dual_backward),
 }

@@ -62,7 +62,7 @@ class Plan:
     work: Work
     microbatch: int
     """samples at once; the whole batch if it is as large"""
-    kept_steps: int = 0
+    saved_steps: int = 0
     """the last steps, whose primal activations are kept from the forward sweep for the backward one"""
     path_on_host: bool = False
     """whether θ_0 … θ_N lie in pinned host memory"""
@@ -81,10 +81,10 @@ class Plan:
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
         pieces = InMicrobatches(work.student, self.microbatch)
         step = pieces.step_bytes(work.batch, work.images[1:], work.dtype, work.device)
-        held = self.kept_steps * step.kept
+        held = self.saved_steps * step.saved
         steps = [step.gradient_jvp, step.gradient]
-        if self.kept_steps:  # the last piece of the forward sweep, the first one of the backward sweep
-            steps = [held - step.kept + step.gradient_keeping, held + step.gradient_jvp_kept, *steps]
+        if self.saved_steps:  # the last piece of the forward sweep, the first one of the backward sweep
+            steps = [held - step.saved + step.gradient_saving, held + step.gradient_jvp_saved, *steps]
         parts = {
             "path": (2 if self.path_on_host else rows) * vector,
             "vectors": vectors * vector,
@@ -109,17 +109,17 @@ class Plan:
     @property
     def passes(self) -> float:
         """Cost of a step in both sweeps, on average, in units of the convolutions of one forward pass."""
-        recomputed, kept = self.work.student.passes
-        share = self.kept_steps / self.work.steps
-        return kept * share + recomputed * (1 - share)
+        recomputed, saved = self.work.student.passes
+        share = self.saved_steps / self.work.steps
+        return saved * share + recomputed * (1 - share)
 
     def smaller(self) -> Plan:
         """Return the next plan that takes less: first nothing is kept, then pieces are halved. Same results, exactly.
 
         Raises `InputError` if there is none.
         """
-        if self.kept_steps:
-            return dataclasses.replace(self, kept_steps=0)
+        if self.saved_steps:
+            return dataclasses.replace(self, saved_steps=0)
         if self.microbatch == 1 or self.work.mixes_samples:
             least = "with batch statistics, which cannot be cut" if self.work.mixes_samples else "a piece of one image"
             raise InputError(
@@ -135,7 +135,7 @@ class Plan:
         parts = ", ".join(f"{name} {_mib(size)}" for name, size in self.parts.items() if size)
         allowed = "" if self.budget is None else f" of {_mib(self.budget)}"
         return (
-            f"memory plan: {work.steps} steps on {work.batch} images, {cut}; activations of {self.kept_steps} steps kept; "
+            f"memory plan: {work.steps} steps on {work.batch} images, {cut}; activations of {self.saved_steps} steps kept; "
             f"{'path on the host; ' if self.path_on_host else ''}"
             f"peak {_mib(self.peak_bytes)}{allowed} ({parts}); "
             f"{self.passes:.1f} convolution passes a step, {least} at least"
@@ -228,10 +228,10 @@ def plan_for(work: Work, memory_budget: int | str | None, microbatch: int | None
             "raise it, or lower batch_syn or syn_steps"
         )
     even = dataclasses.replace(cut, microbatch=_even(work.batch, cut.microbatch))
-    recomputed, kept = work.student.passes
-    if kept == recomputed:
+    recomputed, saved = work.student.passes
+    if saved == recomputed:
         return even
-    return _largest(work.steps, lambda steps: dataclasses.replace(even, kept_steps=steps), budget) or even
+    return _largest(work.steps, lambda steps: dataclasses.replace(even, saved_steps=steps), budget) or even
 
 
 def check_budget(amount: str) -> None:

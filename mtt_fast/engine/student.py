@@ -39,7 +39,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
 
 
-Kept = list[Any]
+SavedActivations = list[Any]
 """Activations of one step that its student can use again; what they are is known to that student alone."""
 
 
@@ -48,17 +48,17 @@ class StepGradient(NamedTuple):
 
     loss: Tensor  # ()
     theta: Tensor  # (P,)
-    kept: Kept | None
+    saved: SavedActivations | None
 
 
 class StepBytes(NamedTuple):
     """Peak memory of one step beyond its arguments and what lies kept already, in bytes."""
 
     gradient: int
-    gradient_keeping: int  # what is kept included
+    gradient_saving: int  # what is kept included
     gradient_jvp: int
-    gradient_jvp_kept: int  # beyond what was kept
-    kept: int  # by one step; 0 if the student keeps nothing
+    gradient_jvp_saved: int  # beyond what was kept
+    saved: int  # by one step; 0 if the student keeps nothing
     work: int  # stays between calls
 
 
@@ -74,16 +74,16 @@ class GradientTangent(NamedTuple):
 class Student(Protocol):
     """One step's gradient and its derivative; the loss is a mean over the samples of the batch."""
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
-        """Return the loss () and ∇θ loss (P,) at `theta`; with `keep` also activations, if the student keeps any."""
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+        """Return the loss () and ∇θ loss (P,) at `theta`; with `save` also activations, if the student keeps any."""
         ...
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,).
 
-        `kept` is what `gradient` kept of the same step, if it did: it saves computing that again, and is used up.
+        `saved` is what `gradient` kept of the same step, if it did: it saves computing that again, and is used up.
         """
         ...
 
@@ -141,9 +141,9 @@ class GenericStudent:
     network: Network
     loss: Loss = cross_entropy
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        if keep:  # a copy, since a graph ends where something is written into what it saved: the next row of a path
+        if save:  # a copy, since a graph ends where something is written into what it saved: the next row of a path
             step = self._recorded(theta.clone(), images, labels)
             return StepGradient(step.loss.detach(), step.gradient.detach(), [step])
         with torch.enable_grad():
@@ -153,10 +153,10 @@ class GenericStudent:
         return StepGradient(loss.detach(), gradient, None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        step = kept.pop() if kept else self._recorded(theta, images, labels)
+        step = saved.pop() if saved else self._recorded(theta, images, labels)
         v_dot_g = torch.dot(step.gradient.detach(), v)
         derivatives = torch.autograd.grad(step.gradient, step.leaves, v, materialize_grads=True)
         return GradientTangent(v_dot_g, *derivatives, *(None,) * (3 - len(derivatives)))
@@ -181,16 +181,16 @@ class GenericStudent:
         take inside, and what the allocator keeps between blocks in use, is an allowance.
         """
         few = 2 if self.network.mixes_samples else 1  # one sample alone cannot be normalised together
-        fewer, more = (held_bytes(self.network, count, image_shape, dtype) for count in (few, _MANY))
+        fewer, more = (live_bytes(self.network, count, image_shape, dtype) for count in (few, _MANY))
         share = (batch - few) / (_MANY - few)
         held = StepBytes(*(int(less + share * (most - less)) for less, most in zip(fewer, more, strict=True)))
-        kept = int(_TAKEN_OVER_KEPT * held.kept)
+        saved = int(_TAKEN_OVER_KEPT * held.saved)
         return StepBytes(
             gradient=int(_TAKEN_OVER_HELD * held.gradient),
-            gradient_keeping=int(_TAKEN_OVER_HELD * (held.gradient_keeping - held.kept)) + kept,
+            gradient_saving=int(_TAKEN_OVER_HELD * (held.gradient_saving - held.saved)) + saved,
             gradient_jvp=int(_TAKEN_OVER_HELD * held.gradient_jvp),
-            gradient_jvp_kept=int(_TAKEN_OVER_HELD * held.gradient_jvp_kept),
-            kept=kept,
+            gradient_jvp_saved=int(_TAKEN_OVER_HELD * held.gradient_jvp_saved),
+            saved=saved,
             work=0,
         )
 
@@ -213,25 +213,25 @@ class InMicrobatches:
     student: Student
     size: int
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        total_loss, total, kept = theta.new_zeros(()), torch.zeros_like(theta), []
+        total_loss, total, saved = theta.new_zeros(()), torch.zeros_like(theta), []
         for piece, weight in self._pieces(len(images)):
-            part = self.student.gradient(theta, images[piece], labels[piece], keep)
+            part = self.student.gradient(theta, images[piece], labels[piece], save)
             total_loss.add_(part.loss, alpha=weight)
             total.add_(part.theta, alpha=weight)
-            kept.append(part.kept)
-        return StepGradient(total_loss, total, kept if keep else None)
+            saved.append(part.saved)
+        return StepGradient(total_loss, total, saved if save else None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         v_dot_g, hessian_v = theta.new_zeros(()), torch.zeros_like(theta)
         to_images = torch.empty_like(images)
         to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
         for piece, weight in self._pieces(len(images)):
-            of_piece = kept.pop(0) if kept else None
+            of_piece = saved.pop(0) if saved else None
             part = self.student.gradient_jvp(theta, images[piece], labels[piece], v, of_piece)
             v_dot_g.add_(part.v_dot_g, alpha=weight)
             hessian_v.add_(part.hessian_v, alpha=weight)
@@ -249,8 +249,8 @@ class InMicrobatches:
         """See `Student.step_bytes`: of the largest piece, beside what all pieces keep."""
         sizes = [piece.stop - piece.start for piece, _ in self._pieces(batch)]
         steps = {size: self.student.step_bytes(size, image_shape, dtype, device) for size in set(sizes)}
-        largest, kept = steps[sizes[0]], sum(steps[size].kept for size in sizes)
-        return largest._replace(kept=kept, gradient_keeping=kept - largest.kept + largest.gradient_keeping)
+        largest, saved = steps[sizes[0]], sum(steps[size].saved for size in sizes)
+        return largest._replace(saved=saved, gradient_saving=saved - largest.saved + largest.gradient_saving)
 
     def _pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
         for begin in range(0, batch, self.size):
@@ -271,7 +271,7 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
 
 
 @functools.lru_cache(maxsize=32)  # an evaluation asks for each network of a pool again and again
-def held_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
+def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
     """Return the bytes in tensors of a generic student's steps, at their peaks and between the sweeps.
 
     Nothing is computed: the steps are some on the meta device, with a loss that stands for any other.
@@ -280,19 +280,19 @@ def held_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: tor
     images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
     labels = torch.empty(batch, dtype=torch.long, device="meta")
     student = GenericStudent(network, lambda logits, _: logits.square().mean())
-    with _CountHeld() as gradient:
+    with _CountLiveBytes() as gradient:
         student.gradient(theta, images, labels)
-    with _CountHeld() as gradient_jvp:
+    with _CountLiveBytes() as gradient_jvp:
         student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
-    with _CountHeld() as keeping:
-        step = student.gradient(theta, images, labels, keep=True)
-        kept, most = keeping.held, keeping.peak
-        keeping.peak = kept
-        student.gradient_jvp(theta, images, labels, torch.empty_like(theta), step.kept)
-    return StepBytes(gradient.peak, most, gradient_jvp.peak, keeping.peak - kept, kept, work=0)
+    with _CountLiveBytes() as keeping:
+        step = student.gradient(theta, images, labels, save=True)
+        saved, most = keeping.held, keeping.peak
+        keeping.peak = saved
+        student.gradient_jvp(theta, images, labels, torch.empty_like(theta), step.saved)
+    return StepBytes(gradient.peak, most, gradient_jvp.peak, keeping.peak - saved, saved, work=0)
 
 
-class _CountHeld(TorchDispatchMode):
+class _CountLiveBytes(TorchDispatchMode):
     """Follow the bytes of the tensors that operations allocate, until they are freed."""
 
     def __init__(self) -> None:

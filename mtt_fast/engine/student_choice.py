@@ -63,7 +63,7 @@ def precision_on(device: torch.device, network: Network, precision: Precision) -
     return precision
 
 
-def describe_arithmetic(device: torch.device, network: Network, precision: Precision) -> str:
+def describe_numerics(device: torch.device, network: Network, precision: Precision) -> str:
     """Return which student answers for `network` on `device`, and with which precision, for a log."""
     used = precision_on(device, network, precision)
     return f"{type(student_for(network, device, precision=used)).__name__}, {used}"

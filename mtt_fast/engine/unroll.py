@@ -156,8 +156,10 @@ def unroll(
         )
         plan = plan_for(work, memory_budget, microbatch)
     cut = student_for_plan(student, net, plan, largest)
-    kept_from = max(0, steps - plan.kept_steps)
-    way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), followed, weight_decay, gradient)
+    saved_from = max(0, steps - plan.saved_steps)
+    way = StudentSteps(
+        cut, indices, saved_from, plan.path_on_host, augment, tuple(draws), followed, weight_decay, gradient
+    )
     path, after = path_of(way, theta, images, labels, lr, velocity)
     return (path, after) if return_velocity and after is not None else path
 
@@ -171,7 +173,7 @@ def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> 
 
 
 def path_of(
-    steps: Steps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
+    steps: StudentSteps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the path of `unroll` and the velocity (P,) after it, if there is one, for steps that fit the tensors.
 
@@ -201,12 +203,12 @@ class _Path(Tensor):
 
 
 @dataclass(frozen=True)
-class Steps:
+class StudentSteps:
     """What both sweeps need to know besides the tensors that are differentiated."""
 
     student: Student
     batches: tuple[Tensor, ...]
-    kept_from: int  # the first step whose activations are kept
+    saved_from: int  # the first step whose activations are kept
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
@@ -214,11 +216,11 @@ class Steps:
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
 
-    def augmented(self, images: Tensor, n: int) -> Tensor:
+    def inputs(self, images: Tensor, n: int) -> Tensor:
         """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
         return (self.augment(images, self.draws[n]) if self.augment else images).contiguous()
 
-    def wanted(self, labels: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    def targets(self, labels: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         """The labels of step n, in the types that losses expect."""
         chosen = labels[self.batches[n]]
         return chosen.to(dtype) if chosen.is_floating_point() else chosen.long()
@@ -290,7 +292,13 @@ class _Unroll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, steps: Steps, theta: Tensor, velocity: Tensor | None, images: Tensor, labels: Tensor, lr: Tensor
+        ctx: Any,
+        steps: StudentSteps,
+        theta: Tensor,
+        velocity: Tensor | None,
+        images: Tensor,
+        labels: Tensor,
+        lr: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Return the path (N + 1, P), the last velocity (P,), and the rows, each an output (and a gradient) of its own."""
         count = len(steps.batches)
@@ -301,13 +309,13 @@ class _Unroll(torch.autograd.Function):
         # with momentum the update is no longer a function of one step, so its velocities are kept as well
         velocities = None if steps.momentum is None else _Rows.empty(count, theta, steps.path_on_host)
         before = None if velocity is None else velocity.detach().contiguous()
-        kept = {}
+        saved = {}
         for n, index in enumerate(steps.batches):
-            seen = steps.augmented(images[index], n).to(theta.dtype)
-            wanted = steps.wanted(labels, n, theta.dtype)
-            _, gradient, of_step = steps.student.gradient(path.near(n), seen, wanted, n >= steps.kept_from)
+            inputs = steps.inputs(images[index], n).to(theta.dtype)
+            targets = steps.targets(labels, n, theta.dtype)
+            _, gradient, of_step = steps.student.gradient(path.near(n), inputs, targets, n >= steps.saved_from)
             if of_step:
-                kept[n] = of_step
+                saved[n] = of_step
             after = None if velocities is None else velocities.near(n)
             kernels.sgd_step(
                 path.near(n),
@@ -325,7 +333,7 @@ class _Unroll(torch.autograd.Function):
             before = after
         if steps.path_on_host and theta.is_cuda:  # whoever reads the rows there must find them written
             torch.cuda.current_stream(theta.device).synchronize()
-        ctx.steps, ctx.kept = steps, kept
+        ctx.steps, ctx.saved = steps, saved
         ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
         ctx.set_materialize_grads(False)
         # a copy, so that who goes on from it holds neither the others nor what this backward sweep needs
@@ -336,7 +344,7 @@ class _Unroll(torch.autograd.Function):
     def backward(
         ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        steps: Steps = ctx.steps
+        steps: StudentSteps = ctx.steps
         images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
         path = _Rows(rows, lr.device, steps.path_on_host)
         of_momentum = ctx.saved_tensors[4]
@@ -358,7 +366,7 @@ class _Unroll(torch.autograd.Function):
         looks_at_all = grad_path is not None or grad_velocity is not None
         last = max((n for n, of_row in enumerate(grad_rows) if looks_at_all or of_row is not None), default=0)
         for n in range(last, len(steps.batches)):
-            ctx.kept.pop(n, None)
+            ctx.saved.pop(n, None)
         adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
         if (of_last := incoming(last)) is not None:
             adjoint.copy_(of_last)
@@ -376,10 +384,10 @@ class _Unroll(torch.autograd.Function):
                 size = torch.ones_like(rates[n])
             with torch.enable_grad():
                 batch = images[index].detach().requires_grad_(wants_images)
-                seen = steps.augmented(batch, n).to(adjoint.dtype)
-            wanted, theta = steps.wanted(labels, n, adjoint.dtype), path.load(n)
+                inputs = steps.inputs(batch, n).to(adjoint.dtype)
+            targets, theta = steps.targets(labels, n, adjoint.dtype), path.load(n)
             # what was kept is used up: a second backward through the same graph computes it again
-            tangent = steps.student.gradient_jvp(theta, seen.detach(), wanted, direction, ctx.kept.pop(n, None))
+            tangent = steps.student.gradient_jvp(theta, inputs.detach(), targets, direction, ctx.saved.pop(n, None))
 
             if velocities is None:
                 along = tangent.v_dot_g
@@ -389,7 +397,7 @@ class _Unroll(torch.autograd.Function):
             else:
                 grad_rates[n] = -torch.dot(adjoint, velocities.load(n))
             if grad_images is not None:
-                (to_batch,) = torch.autograd.grad(seen, batch, -size * tangent.images)
+                (to_batch,) = torch.autograd.grad(inputs, batch, -size * tangent.images)
                 # an alpha of 1 would take a scatter that starts threads, and waits for them, for however few numbers
                 grad_images.index_add_(0, index, to_batch, alpha=-1)
             if grad_labels is not None and tangent.labels is not None:

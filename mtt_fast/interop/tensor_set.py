@@ -54,7 +54,7 @@ def facts_of(data: ImageData, transform: Normalisation | Whitening) -> Facts:
 
 
 @dataclass(frozen=True)
-class PlainSet:
+class TensorSet:
     """A distilled set without the facts that undo its normalisation.
 
     `images` (n, C, H, W) float32 are in the networks' input space; `labels` are indices (n,) int64 or soft labels
@@ -90,7 +90,7 @@ class PlainSet:
         return count // classes
 
 
-def plain_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | None = None) -> PlainSet:
+def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | None = None) -> TensorSet:
     """Return a set of tensors that `where` (a file) held. Soft labels are of `label_kind`, or of the kind they look.
 
     Images and labels may be of any width of number and still require a gradient; whole floating-point numbers (n,) are
@@ -115,12 +115,12 @@ def plain_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | N
         kind, labels = "indices", _as_indices(labels, where)
     if label_kind not in (None, kind):
         raise InputError(f"--label_kind {label_kind}: found labels of {where} that are {kind}; leave it out")
-    found = PlainSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
+    found = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
     check_plain(found, where)
     return found
 
 
-def check_plain(found: PlainSet, where: str | os.PathLike[str]) -> None:
+def check_plain(found: TensorSet, where: str | os.PathLike[str]) -> None:
     """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for what is unsound."""
     check_tensors(found.images, found.labels, found.label_kind, where)
     if found.lr is not None:
@@ -148,7 +148,7 @@ def guess_label_kind(labels: Tensor) -> str:
     return "probabilities" if are_probabilities(labels) else "logits"
 
 
-def class_major(found: PlainSet, reorder_soft: bool = False) -> PlainSet:
+def class_major(found: TensorSet, reorder_soft: bool = False) -> TensorSet:
     """Return the set in the order of its classes; images of one class keep theirs.
 
     Sets with soft labels stay as they are, as the largest of an image's learned labels need not be its class, unless
@@ -160,13 +160,13 @@ def class_major(found: PlainSet, reorder_soft: bool = False) -> PlainSet:
     return dataclasses.replace(found, images=found.images[order], labels=found.labels[order])
 
 
-def in_place(found: PlainSet) -> int:
+def in_place(found: TensorSet) -> int:
     """Return how many images are labelled, or most strongly labelled, with the class that class-major order gives them."""
     places = torch.arange(len(found.labels)) * found.num_classes // len(found.labels)
     return int((_largest(found) == places).sum())
 
 
-def hardened(found: PlainSet) -> PlainSet:
+def hardened(found: TensorSet) -> TensorSet:
     """Return a class-major set with class indices for its soft labels, which its order tells.
 
     Raises `InputError` if the number of images is no multiple of the number of classes.
@@ -177,18 +177,18 @@ def hardened(found: PlainSet) -> PlainSet:
     return dataclasses.replace(found, labels=found.classes, label_kind="indices")
 
 
-def _largest(found: PlainSet) -> Tensor:
+def _largest(found: TensorSet) -> Tensor:
     return found.labels if found.label_kind == "indices" else found.labels.argmax(1)
 
 
-def as_plain(synthetic: SyntheticDataset) -> PlainSet:
+def as_tensor_set(synthetic: SyntheticDataset) -> TensorSet:
     """Return the tensors of a distilled set, on the CPU."""
     moved = synthetic.to("cpu")
-    return PlainSet(moved.images.detach(), moved.labels.detach(), moved.lr.detach(), moved.label_kind)
+    return TensorSet(moved.images.detach(), moved.labels.detach(), moved.lr.detach(), moved.label_kind)
 
 
 def as_synthetic(
-    found: PlainSet,
+    found: TensorSet,
     facts: Facts,
     lr: float,
     recipe: dict[str, Any],

@@ -1,6 +1,6 @@
 """A function of tensors recorded once in a CUDA graph and then replayed: the host starts one thing instead of thousands.
 
-On a CPU there is nothing to record, and `replayed` returns the function itself. Only `recorder` speaks to CUDA.
+On a CPU there is nothing to record, and `graphed` returns the function itself. Only `recorder` speaks to CUDA.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _WARM_UPS = 2  # the first call compiles kernels and chooses algorithms, the sec
 _one_capture = threading.Lock()  # each begins with a wait for the whole device, which no other capture may see
 
 
-def replayed(function: Function, device: torch.device) -> Function:
+def graphed(function: Function, device: torch.device) -> Function:
     """Return a function that does as `function` does with tensors on `device`; on CUDA it replays a graph.
 
     `function` must depend on nothing but its arguments and what never changes. A call with shapes or dtypes that did
     not come before is recorded first. Results are new tensors. Raises `torch.OutOfMemoryError` if a recording does not
     fit on the device.
     """
-    return Replayed(function, recorder(device)) if device.type == "cuda" else function
+    return GraphedFunction(function, recorder(device)) if device.type == "cuda" else function
 
 
-class Replayed:
+class GraphedFunction:
     """A function by its recordings, one for each set of shapes and dtypes that it was called with.
 
     Where that makes too many, or a call cannot be recorded, the function itself is called, and the log says so.
@@ -66,9 +66,9 @@ class Replayed:
             self._add(kind, inputs)
         if kind not in self._recordings:
             return self._function(*inputs)
-        places, recording = self._recordings[kind]
-        for place, tensor in zip(places, inputs, strict=True):
-            place.copy_(tensor, non_blocking=True)
+        static_inputs, recording = self._recordings[kind]
+        for static_input, tensor in zip(static_inputs, inputs, strict=True):
+            static_input.copy_(tensor, non_blocking=True)
         recording.replay()
         return tuple(output.clone() for output in recording.outputs)  # the next replay writes over them
 
@@ -76,9 +76,9 @@ class Replayed:
         if len(self._recordings) == _MOST:
             self._give_up(f"more than {_MOST} sets of shapes")
             return
-        places = tuple(tensor.detach().clone() for tensor in inputs)
+        static_inputs = tuple(tensor.detach().clone() for tensor in inputs)
         try:
-            self._recordings[kind] = places, self._record(lambda: self._function(*places))
+            self._recordings[kind] = static_inputs, self._record(lambda: self._function(*static_inputs))
             return
         except RuntimeError as error:
             exhausted, cause = _out_of_memory(error), f"{type(error).__name__}: {error}".splitlines()[0]

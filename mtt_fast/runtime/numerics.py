@@ -15,7 +15,7 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in anothe
 
 
 @contextlib.contextmanager
-def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
+def numerics(device: torch.device, precision: Precision) -> Iterator[None]:
     """Within the block, have torch compute on `device` with `precision`, and deterministically; then as before.
 
     On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32; operations

@@ -13,13 +13,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from mtt_fast.engine.student import Student, held_bytes
+from mtt_fast.engine.student import Student, live_bytes
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
 Result = TypeVar("Result")
-Work = Generator[None, None, Result]
+Job = Generator[None, None, Result]
 """Some work in pieces: it yields after each, and returns its result, on the host."""
 
 Lane = Callable[[], contextlib.AbstractContextManager[object]]
@@ -35,25 +35,25 @@ _NUMBERS_A_THREAD = 200
 _VECTORS = 12  # parameters and velocity before, within and after a recorded step; SAM's gradients with their parts
 
 
-class Crew(NamedTuple):
+class Concurrency(NamedTuple):
     """How many works run at the same time, and with how many threads each on a CPU."""
 
     at_once: int
     threads: int
 
 
-def crew_for(
+def concurrency_for(
     network: Network,
     student: Student,
     image_shape: torch.Size,
     device: torch.device,
     *,
     batch: int,
-    works: int,
+    jobs: int,
     asked: int | None = None,
     memory_budget: str = AUTO,
-) -> Crew:
-    """Return how many of `works` trainings of `network` in steps of `batch` images (C, H, W) to run at the same time.
+) -> Concurrency:
+    """Return how many of `jobs` trainings of `network` in steps of `batch` images (C, H, W) to run at the same time.
 
     `asked` overrides the formulas: on a CPU as many as there are threads, if a step is small, else one; on a GPU as
     many as fill it and fit in `memory_budget`, where "auto" is most of what is free. The number of threads of one training
@@ -62,7 +62,7 @@ def crew_for(
     """
     if asked is not None and asked < 1:
         raise InputError(f"--networks_at_once {asked}: expected at least 1")
-    work = held_bytes(network, batch, image_shape, torch.float32).gradient
+    job = live_bytes(network, batch, image_shape, torch.float32).gradient
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -70,66 +70,68 @@ def crew_for(
         memory = int(MARGIN * free_bytes(device)) if memory_budget == AUTO else parse_bytes(memory_budget)
         step = student.step_bytes(batch, image_shape, torch.float32, device).gradient
         step += _VECTORS * network.num_parameters * torch.float32.itemsize
-        most = filling(work, held, step, memory)
+        most = filling(job, held, step, memory)
     else:
-        most, threads = (threads, 1) if work <= _SMALL else (1, threads)
-    return Crew(max(1, min(asked or most, works)), threads)
+        most, threads = (threads, 1) if job <= _SMALL else (1, threads)
+    return Concurrency(max(1, min(asked or most, jobs)), threads)
 
 
-def filling(work: int, held: int, step: int, memory: int) -> int:
+def filling(job: int, held: int, step: int, memory: int) -> int:
     """Return how many steps fill a GPU that holds `held` threads.
 
-    Each is as much work as `work` bytes are, and takes `step` bytes of the `memory` there is.
+    Each is as much work as `job` bytes are, and takes `step` bytes of the `memory` there is.
     """
-    return min(held * _NUMBERS_A_THREAD * 4 // work, memory // step)
+    return min(held * _NUMBERS_A_THREAD * 4 // job, memory // step)
 
 
-def together(works: Iterable[Work[Result]], crew: Crew, device: torch.device) -> Iterator[tuple[int, Result]]:
-    """Run `works`, `crew.at_once` at a time; yield (place among the works, result) as each is done.
+def run_concurrently(
+    jobs: Iterable[Job[Result]], concurrency: Concurrency, device: torch.device
+) -> Iterator[tuple[int, Result]]:
+    """Run `jobs`, `concurrency.at_once` at a time; yield (place among the works, result) as each is done.
 
     Works are taken from the iterable as others end. On a CPU each runs in a thread; on CUDA one thread begins the
     pieces of all in turn, each work's on a stream of its own, so a piece should wait for nothing. When a work raises,
     or the caller stops, the others end after the piece under way.
     """
     if device.type == "cuda":
-        yield from in_turns(works, [_stream(device) for _ in range(crew.at_once)])
-    elif crew.at_once == 1:
-        with _threads(crew.threads):
-            yield from in_turns(works, [contextlib.nullcontext])
+        yield from round_robin(jobs, [_stream(device) for _ in range(concurrency.at_once)])
+    elif concurrency.at_once == 1:
+        with _threads(concurrency.threads):
+            yield from round_robin(jobs, [contextlib.nullcontext])
     else:
-        yield from _in_threads(works, crew)
+        yield from _in_threads(jobs, concurrency)
 
 
-def result_of(work: Work[Result]) -> Result:
-    """Run all pieces of `work` and return its result."""
-    while (done := _advance(work)) is None:
+def result_of(job: Job[Result]) -> Result:
+    """Run all pieces of `job` and return its result."""
+    while (done := _advance(job)) is None:
         pass
     return done[0]
 
 
-def in_turns(works: Iterable[Work[Result]], lanes: Sequence[Lane]) -> Iterator[tuple[int, Result]]:
+def round_robin(jobs: Iterable[Job[Result]], lanes: Sequence[Lane]) -> Iterator[tuple[int, Result]]:
     """Run a piece of one work after a piece of another, as many works at a time as there are `lanes`."""
-    waiting = enumerate(works)
-    running = deque((lane, place, work) for lane, (place, work) in zip(lanes, waiting, strict=False))
+    waiting = enumerate(jobs)
+    running = deque((lane, place, job) for lane, (place, job) in zip(lanes, waiting, strict=False))
     try:
         while running:
-            lane, place, work = running[0]
+            lane, place, job = running[0]
             with lane():
-                done = _advance(work)
+                done = _advance(job)
             running.rotate(-1)
             if done is not None:
                 running.pop()
                 running.extend((lane, *following) for following in islice(waiting, 1))
                 yield place, done[0]
     finally:
-        for _, _, work in running:
-            work.close()
+        for _, _, job in running:
+            job.close()
 
 
-def _advance(work: Work[Result]) -> tuple[Result] | None:
-    """Run one piece of `work`; return its result, in a tuple, if that was the last."""
+def _advance(job: Job[Result]) -> tuple[Result] | None:
+    """Run one piece of `job`; return its result, in a tuple, if that was the last."""
     try:
-        next(work)
+        next(job)
     except StopIteration as end:
         return (end.value,)
     return None
@@ -152,25 +154,28 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _in_threads(works: Iterable[Work[Result]], crew: Crew) -> Iterator[tuple[int, Result]]:
+def _in_threads(jobs: Iterable[Job[Result]], concurrency: Concurrency) -> Iterator[tuple[int, Result]]:
     ended = threading.Event()
 
-    def run(work: Work[Result]) -> Result:
-        torch.set_num_threads(crew.threads)
+    def run(job: Job[Result]) -> Result:
+        torch.set_num_threads(concurrency.threads)
         while not ended.is_set():
-            if (done := _advance(work)) is not None:
+            if (done := _advance(job)) is not None:
                 return done[0]
-        work.close()
+        job.close()
         raise CancelledError
 
-    waiting = enumerate(works)
+    waiting = enumerate(jobs)
     running: dict[Future[Result], int] = {}
     # the number of threads is set back for those that begin later
-    with _threads(torch.get_num_threads()), ThreadPoolExecutor(crew.at_once, thread_name_prefix="network") as pool:
+    with (
+        _threads(torch.get_num_threads()),
+        ThreadPoolExecutor(concurrency.at_once, thread_name_prefix="network") as pool,
+    ):
         try:
             while True:
-                for place, work in islice(waiting, crew.at_once - len(running)):
-                    running[pool.submit(run, work)] = place
+                for place, job in islice(waiting, concurrency.at_once - len(running)):
+                    running[pool.submit(run, job)] = place
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -26,7 +26,7 @@ from mtt_fast.networks.protocol import Network, Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.training.concurrency import Work, crew_for, result_of, together
+from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, count_right, epoch_on
 
@@ -195,7 +195,7 @@ def _trained(
     precision: Precision,
     stop: StopRequest | None,
     test: Callable[[Network, Tensor, Tensor], None],
-) -> Work[Tensor]:
+) -> Job[Tensor]:
     """`train_network`, an epoch at a time; `test` is called when it is due.
 
     It gets the network as it is tested, its parameters, and whether it has diverged (), on the device.
@@ -263,7 +263,7 @@ def evaluate(
     counted in the result, and told of in a warning. Raises `Stopped` between two epochs after a stop request.
     """
 
-    def work(k: int) -> Work[tuple[float, bool]]:
+    def job(k: int) -> Job[tuple[float, bool]]:
         generator = generator_for(seed, "evaluation", *place, k)
         theta = network.init(generator).to(test.labels.device)
         right: list[Tensor] = []
@@ -281,14 +281,14 @@ def evaluate(
 
     device = test.labels.device
     example = train(generator_for(seed, "evaluation", *place, 0))
-    crew = crew_for(
+    concurrency = concurrency_for(
         network, _student(network, example, precision), example.seen_shape, device,
-        batch=example.crops * min(protocol.batch_size, len(example)), works=networks, asked=at_once,
+        batch=example.crops * min(protocol.batch_size, len(example)), jobs=networks, asked=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     values, failed = [0.0] * networks, 0
     with tqdm(total=networks, desc=name, unit="network", leave=False) as bar:
-        for k, (value, diverged) in together((work(k) for k in range(networks)), crew, device):
+        for k, (value, diverged) in run_concurrently((job(k) for k in range(networks)), concurrency, device):
             values[k] = value
             failed += diverged
             bar.update()

@@ -16,7 +16,7 @@ from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.student import StepGradient
 from mtt_fast.networks.flat_module import Track
 from mtt_fast.networks.protocol import Network
-from mtt_fast.runtime.cuda_graphs import replayed
+from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
 
@@ -91,8 +91,8 @@ def steps_on(
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     seen = augment if images.canvas is None else images.canvas.crops(augment)
     apply = None if seen is None else seen.apply
-    step = replayed(partial(training_step, student, images, sgd, apply), device)
-    tracked = None if track is None else replayed(partial(_tracked, track, images, apply), device)
+    step = graphed(partial(training_step, student, images, sgd, apply), device)
+    tracked = None if track is None else graphed(partial(_tracked, track, images, apply), device)
 
     def steps(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> Iterator[Step]:
         order = torch.randperm(len(images), generator=generator)

@@ -30,7 +30,7 @@ class SharpnessAware:
     alpha: float = 0.0
     adaptive: bool = False
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
         """Return the loss () at `theta`, and the direction (P,) that takes the place of its gradient. Keeps nothing.
 
         A pure function of its tensors: both gradients are of the same images.

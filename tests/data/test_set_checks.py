@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mtt_fast import InputError, SyntheticDataset, Whitening
 from mtt_fast.storage.files import load_tensors, save_tensors
-from mtt_fast.interop import SET_KINDS, as_plain, as_synthetic, read_set, write_set
-from mtt_fast.interop.tensor_set import Facts, PlainSet, guess_label_kind, plain_set
+from mtt_fast.interop import SET_KINDS, as_tensor_set, as_synthetic, read_set, write_set
+from mtt_fast.interop.tensor_set import Facts, TensorSet, guess_label_kind, tensor_set
 from mtt_fast.data.set_checks import MOST_CLASSES, are_probabilities, check_classes, check_set, check_tensors
 from mtt_fast.augmentation.texture import Canvas
 from tests.interop.test_sets import CLASSES, N, distilled
@@ -156,19 +156,19 @@ def test_probabilities_are_known_in_every_precision(dtype: torch.dtype, classes:
 )
 def test_labels_from_elsewhere(labels: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"^x: .*{message}"):
-        plain_set(torch.zeros(2, 1, 2, 2), labels, None, "x")
+        tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.float16, torch.float64])
 def test_whole_labels_of_any_width_are_indices(dtype: torch.dtype) -> None:
-    found = plain_set(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=dtype), None, "x")
+    found = tensor_set(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=dtype), None, "x")
     assert found.labels.dtype == torch.int64
     assert found.labels.tolist() == [0, 1]
 
 
 def test_images_that_float32_cannot_hold() -> None:
     with pytest.raises(InputError, match="images: expected finite numbers"):
-        plain_set(torch.full((2, 1, 2, 2), 1e300, dtype=torch.float64), torch.arange(2), None, "x")
+        tensor_set(torch.full((2, 1, 2, 2), 1e300, dtype=torch.float64), torch.arange(2), None, "x")
 
 
 @pytest.mark.parametrize("label_kind", ["indices", "logits"])
@@ -176,7 +176,7 @@ def test_a_set_and_its_data_agree_on_the_classes(label_kind: str) -> None:
     def facts(count: int) -> Facts:
         return Facts(tuple(map(str, range(count))), (0.5,) * 3, (0.5,) * 3, None)
 
-    plain = as_plain(distilled(label_kind))
+    plain = as_tensor_set(distilled(label_kind))
     assert as_synthetic(plain, facts(3), 0.1, {}, {}).label_kind == label_kind
     with pytest.raises(InputError, match=r"and 2 classes, found .* of 3 classes"):
         as_synthetic(plain, facts(2), 0.1, {}, {})
@@ -188,7 +188,7 @@ def test_a_set_and_its_data_agree_on_the_classes(label_kind: str) -> None:
 
 
 def test_no_kind_writes_what_its_reader_refuses(tmp_path: Path) -> None:
-    unsound = replace(as_plain(distilled()), lr=torch.tensor(-1.0))
+    unsound = replace(as_tensor_set(distilled()), lr=torch.tensor(-1.0))
     for kind in ("mtt", "ddranking", "dc", "dc_benchmark"):
         with pytest.raises(InputError, match="not written: lr"):
             write_set(tmp_path / kind, unsound, kind, dataset="CIFAR10")
@@ -219,8 +219,8 @@ def test_a_picture_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
 
 def test_a_set_of_tensors_alone_is_checked() -> None:
     with pytest.raises(InputError, match="expected one learning rate above 0"):
-        plain_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.ones(3), "x")
-    found = plain_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.tensor([[0.5]]), "x")
-    assert found == PlainSet(found.images, found.labels, found.lr, "indices")
+        tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.ones(3), "x")
+    found = tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.tensor([[0.5]]), "x")
+    assert found == TensorSet(found.images, found.labels, found.lr, "indices")
     assert found.lr is not None
     assert found.lr.shape == ()

@@ -14,7 +14,7 @@ from mtt_fast import InputError
 from mtt_fast.commands import cli
 from mtt_fast.data import load
 from mtt_fast.data.class_names import CIFAR10, SUBSETS
-from mtt_fast.data.published_info import DataFacts, data_facts
+from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill import dry_run
 from mtt_fast.distill.command import main
 from mtt_fast.distill.dry_run import _Seconds, _sizes, _times
@@ -99,7 +99,7 @@ def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
-    facts, data = data_facts("digits"), load("digits", data_path=tmp_path, progress=False)
+    facts, data = dataset_info("digits"), load("digits", data_path=tmp_path, progress=False)
     assert (facts.name, facts.image_shape, facts.num_classes) == (data.name, data.image_shape, data.num_classes)
     assert (facts.train, facts.test) == (len(data.train.labels), len(data.test.labels))
 
@@ -112,10 +112,10 @@ def test_an_image_folder_is_counted(tmp_path: Path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (6, 4)).save(tmp_path / split / name / f"{number}.png")
-    facts, data = data_facts(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
+    facts, data = dataset_info(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
     assert (facts.train, facts.test, facts.image_shape) == (6, 4, (3, 4, 6))
     assert (facts.name, facts.image_shape) == (data.name, data.image_shape)
-    assert data_facts(str(tmp_path), res=8).image_shape == (3, 8, 8)
+    assert dataset_info(str(tmp_path), res=8).image_shape == (3, 8, 8)
 
 
 def pictures(
@@ -138,12 +138,12 @@ def test_all_images_tell_the_shape(tmp_path: Path, place: str, capsys: pytest.Ca
     from PIL import Image
 
     root = pictures(tmp_path / "x", mode="L")
-    assert data_facts(str(root)).image_shape == (1, 4, 6)
+    assert dataset_info(str(root)).image_shape == (1, 4, 6)
     Image.new("RGB", (6, 4)).save(root / place)
-    assert data_facts(str(root)).image_shape == (3, 4, 6)
+    assert dataset_info(str(root)).image_shape == (3, 4, 6)
     assert load(str(root), data_path=tmp_path / "data", progress=False).image_shape == (3, 4, 6)
     Image.new("RGB", (7, 4)).save(root / place)
-    assert data_facts(str(root), res=8).image_shape == (3, 8, 8)
+    assert dataset_info(str(root), res=8).image_shape == (3, 8, 8)
     lines = []
     for flags in (["--dry-run"], ["--out", f"{tmp_path}/run", "--data_path", f"{tmp_path}/data"]):
         assert cli.run(main, ["--dataset", str(root), "--model", "ConvNetD1W4", *flags]) == 2
@@ -154,11 +154,11 @@ def test_all_images_tell_the_shape(tmp_path: Path, place: str, capsys: pytest.Ca
 
 def test_a_known_data_set_that_is_there_is_counted(tmp_path: Path) -> None:
     root = pictures(tmp_path / "cifar", size=(32, 32), classes=CIFAR10)
-    facts, data = data_facts("cifar10", data_path=str(root)), load("CIFAR10", data_path=root, progress=False)
+    facts, data = dataset_info("cifar10", data_path=str(root)), load("CIFAR10", data_path=root, progress=False)
     assert (facts.name, facts.image_shape, facts.train, facts.test) == (data.name, data.image_shape, 30, 20)
     root = pictures(tmp_path / "woof", size=(32, 32), classes=list(SUBSETS["imagewoof"]))
     (root / "test").rename(root / "val")
-    facts = data_facts("ImageNet", "ImageWoof", 16, data_path=str(root))
+    facts = dataset_info("ImageNet", "ImageWoof", 16, data_path=str(root))
     assert dataclasses.astuple(facts) == ("imagewoof-16", (3, 16, 16), 10, 30, 20)
 
 
@@ -166,11 +166,11 @@ def test_what_the_run_refuses_is_refused(tmp_path: Path) -> None:
     few = pictures(tmp_path / "few", size=(32, 32), classes=CIFAR10[:4])
     odd = pictures(tmp_path / "odd", size=(32, 30), classes=CIFAR10)
     for root, message in ((few, "expected the 10 class folders of CIFAR10 in train/"), (odd, "expected 32x32 pixels")):
-        for function in (data_facts, load):
+        for function in (dataset_info, load):
             with pytest.raises(InputError, match=message):
                 function("CIFAR10", data_path=str(root))
     with pytest.raises(InputError, match="--subset: expected only with --dataset ImageNet"):
-        data_facts("digits", "imagewoof")
+        dataset_info("digits", "imagewoof")
 
 
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_told(flags: str, message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
-FACTS = DataFacts("toy", (1, 8, 8), 10, 100, 30)
+FACTS = DatasetInfo("toy", (1, 8, 8), 10, 100, 30)
 OPTIONS = DistillOptions(
     ipc=2, train_epochs=5, syn_steps=4, Iteration=7, eval_it=3, num_eval=2, epoch_eval_train=9, num_trajectories=3, max_start_epoch=2
 )  # fmt: skip
@@ -233,4 +233,4 @@ def test_the_sizes_are_those_of_every_number() -> None:
     ],
 )
 def test_facts_by_name(dataset: str, subset: str | None, res: int | None, expected: tuple[Any, ...]) -> None:
-    assert dataclasses.astuple(data_facts(dataset, subset, res)) == expected
+    assert dataclasses.astuple(dataset_info(dataset, subset, res)) == expected

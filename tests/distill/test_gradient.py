@@ -17,7 +17,7 @@ from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
 from mtt_fast.distill.gradients import mean_gradients
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.segments import Segment, places, planned, turns
+from mtt_fast.distill.segments import Segment, log_fields, planned, turns
 from mtt_fast.distill.updates import update
 from mtt_fast.engine.iteration import planned_iteration
 from mtt_fast.engine.memory_plan import Work, plan
@@ -150,7 +150,7 @@ def test_segments_of_several_trajectories_follow_each_other(runs: dict[str, Path
     in_pairs = [(record[f"expert{which}"], record[f"start_epoch{which}"]) for record in two for which in ("", "_2")]
     assert in_pairs[:4] == singles
     assert {expert for expert, _ in in_pairs[:3]} == {0, 1, 2}  # different experts in turn
-    assert places([Segment(1, 2, tuple)]) == {"start_epoch": 2, "expert": 1}
+    assert log_fields([Segment(1, 2, tuple)]) == {"start_epoch": 2, "expert": 1}
 
 
 def test_gradients_are_the_mean_over_the_segments() -> None:

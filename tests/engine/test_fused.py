@@ -52,10 +52,10 @@ def assert_same_as_generic(net: ConvNet, batch: int, label_kind: Any, seed: int 
         fused.gradient_jvp(theta, images, labels, v),
         generic.gradient_jvp(theta, images, labels, v),
     )
-    kept = fused.gradient(theta, images, labels, keep=True).kept
-    assert kept
-    from_kept = fused.gradient_jvp(theta, images, labels, v, kept)
-    assert not kept  # used up, so that the memory is free again
+    saved = fused.gradient(theta, images, labels, save=True).saved
+    assert saved
+    from_kept = fused.gradient_jvp(theta, images, labels, v, saved)
+    assert not saved  # used up, so that the memory is free again
     for name in ("v_dot_g", "hessian_v", "images", "labels"):
         found, expected = getattr(found_jvp, name), getattr(expected_jvp, name)
         if found is not None:

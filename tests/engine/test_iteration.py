@@ -21,7 +21,7 @@ from mtt_fast.engine.iteration import Iteration, iterate
 from mtt_fast.engine.student import GenericStudent, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import WARP_PARAMETERS
-from mtt_fast.runtime.cuda_graphs import Recording, Replayed, replayed
+from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, training_step
@@ -157,11 +157,11 @@ def repeating(run: Any) -> Recording:
     """Record as CUDA does, as far as that goes on a CPU: inputs and outputs stay where they are."""
     outputs = run()
 
-    def replay() -> None:
+    def graph() -> None:
         for place, value in zip(outputs, run(), strict=True):
             place.copy_(value)
 
-    return Recording(replay, outputs)
+    return Recording(graph, outputs)
 
 
 def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -177,9 +177,9 @@ def fresh(device: torch.device = CPU) -> Iteration:
 
 
 def test_refilled_places_give_the_bits_of_a_fresh_call() -> None:
-    run = Replayed(fresh(), repeating)
-    kept = [(seed, run(*inputs(seed))) for seed in (0, 1, 2, 0)]
-    for seed, found in kept:  # what was returned is not written over by later calls
+    run = GraphedFunction(fresh(), repeating)
+    saved = [(seed, run(*inputs(seed))) for seed in (0, 1, 2, 0)]
+    for seed, found in saved:  # what was returned is not written over by later calls
         for mine, theirs in zip(found, fresh()(*inputs(seed)), strict=True):
             assert torch.equal(mine, theirs)
 
@@ -187,19 +187,19 @@ def test_refilled_places_give_the_bits_of_a_fresh_call() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("student", ["chosen", "generic"])
 def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
-    from mtt_fast.runtime.numerics import arithmetic
+    from mtt_fast.runtime.numerics import numerics
 
     device = torch.device("cuda")
     eager = partial(
         iterate, student_for(NET, device) if student == "chosen" else GenericStudent(NET), augment_with, (2, 4, 4)
     )
-    with arithmetic(device, "tf32"):
-        run = replayed(eager, device)
+    with numerics(device, "tf32"):
+        run = graphed(eager, device)
         for seed in (0, 1, 2, 0):
             given = inputs(seed, device=device)
             for mine, theirs in zip(run(*given), eager(*given), strict=True):
                 assert torch.equal(mine, theirs)
-    assert isinstance(run, Replayed)
+    assert isinstance(run, GraphedFunction)
     assert run.problem is None
 
 

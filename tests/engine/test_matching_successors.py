@@ -15,7 +15,7 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iterate, planned_iteration
 from mtt_fast.engine.matching import MatchStep, path_loss
 from mtt_fast.engine.student import GenericStudent
-from mtt_fast.runtime.cuda_graphs import Replayed
+from mtt_fast.runtime.cuda_graphs import GraphedFunction
 from mtt_fast.testing import assert_close, module_function, reference_convnet
 from tests.engine.test_iteration import NoValues
 
@@ -62,8 +62,8 @@ def written_out(given: dict[str, Tensor], momentum: float = 0.0, weight_decay: f
 def loss_of(row: Tensor, given: dict[str, Tensor], loss_ratio: float) -> Tensor:
     """PAD's loss: the parameters of lowest loss are sorted out of both sums."""
     errors, moves = (row - given["target"]) ** 2, (given["start"] - given["target"]) ** 2
-    kept = errors.detach().sort().indices[int(loss_ratio * len(row)) :]
-    return errors[kept].sum() / moves[kept].sum()
+    saved = errors.detach().sort().indices[int(loss_ratio * len(row)) :]
+    return errors[saved].sum() / moves[saved].sum()
 
 
 @pytest.mark.parametrize("loss_ratio", [0.0, 0.3])
@@ -166,18 +166,18 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu() -> None:
         NET, images=(10, 3, 9, 9), steps=STEPS, batch=4, memory_budget=None, device=device, dtype=torch.float64,
         momentum=0.5, path_gradient=True,
     )  # fmt: skip
-    replay, call = (
+    graph, call = (
         planned_iteration(
-            NET, steps, None, LENGTHS, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated", replay=replay
+            NET, steps, None, LENGTHS, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated", graph=graph
         )
-        for replay in (True, False)
+        for graph in (True, False)
     )
     inputs = [tensor.to(device) for tensor in case(per_step=True).values()]
     for _ in range(2):
-        for mine, theirs in zip(replay(*inputs), call(*inputs), strict=True):
+        for mine, theirs in zip(graph(*inputs), call(*inputs), strict=True):
             assert torch.equal(mine, theirs)
-    assert isinstance(replay, Replayed)
-    assert replay.problem is None
+    assert isinstance(graph, GraphedFunction)
+    assert graph.problem is None
 
 
 def test_a_path_in_host_memory() -> None:

@@ -20,7 +20,7 @@ from mtt_fast import ConvNet, FlatModule, InputError, Plan, SiameseAugment, matc
 from mtt_fast.engine import memory_plan
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
-from mtt_fast.engine.student import held_bytes
+from mtt_fast.engine.student import live_bytes
 from mtt_fast.kernels import native
 from mtt_fast.runtime.memory_info import _left_in_groups, free_bytes, parse_bytes
 from mtt_fast.testing import assert_close
@@ -107,7 +107,7 @@ def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
 def test_the_steady_state_has_no_page_faults() -> None:
     # as the command lines tell glibc, which keeps what is small
     keeps = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-    found = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, kept=2, augment=True, again=4)
+    found = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, saved=2, augment=True, again=4)
     assert found["faults"] * 4096 <= 0.01 * found["planned"]
 
 
@@ -137,16 +137,16 @@ def planned(memory_budget: int | str | None, net: Any = None, **options: Any) ->
 
 def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
     plans = [planned(f"{size}MiB") for size in (12, 16, 30, 60, 200)]
-    pieces, kept = [plan.microbatch for plan in plans], [plan.kept_steps for plan in plans]
+    pieces, saved = [plan.microbatch for plan in plans], [plan.saved_steps for plan in plans]
     assert pieces == sorted(pieces)
     assert pieces[0] < pieces[1] < pieces[-1] == 50
-    assert kept == sorted(kept)
-    assert kept[-1] == (5 if native.available else 0)
+    assert saved == sorted(saved)
+    assert saved[-1] == (5 if native.available else 0)
     for plan in plans:
         assert plan.budget is not None
         assert plan.peak_bytes <= plan.budget
         assert plan.peak_bytes == sum(plan.parts.values())
-    assert planned(None).kept_steps == 0
+    assert planned(None).saved_steps == 0
     assert planned("10GiB").peak_bytes < GIB  # not more than is useful
     with pytest.raises(InputError, match=r"expected at least .* MiB for 5 steps of 50 images; raise it"):
         planned("1MiB")
@@ -166,9 +166,9 @@ def test_imagenet_of_50_a_class_is_planned_below_4_gib() -> None:
 def test_costs_are_counted_in_convolution_passes() -> None:
     whole = planned(None)
     assert whole.passes == 11
-    assert dataclasses.replace(whole, kept_steps=5).passes == 9
-    assert dataclasses.replace(whole, kept_steps=1).passes == pytest.approx(10.6)
-    assert "10.6 convolution passes a step, 9 at least" in str(dataclasses.replace(whole, kept_steps=1))
+    assert dataclasses.replace(whole, saved_steps=5).passes == 9
+    assert dataclasses.replace(whole, saved_steps=1).passes == pytest.approx(10.6)
+    assert "10.6 convolution passes a step, 9 at least" in str(dataclasses.replace(whole, saved_steps=1))
 
 
 def test_batch_statistics_need_the_whole_batch() -> None:
@@ -182,7 +182,7 @@ def test_batch_statistics_need_the_whole_batch() -> None:
 
 def test_what_a_step_holds_is_found_without_computing_it() -> None:
     net = FlatModule(torch.nn.Linear(1000, 1, bias=False))
-    gradient, gradient_jvp = held_bytes(net, 1, torch.Size((1000,)), torch.float64)
+    gradient, gradient_jvp = live_bytes(net, 1, torch.Size((1000,)), torch.float64)
     assert 8 * 1000 <= gradient < 8 * 2100
     # θ's copy, the two gradients to θ and the image, and their derivatives
     assert 8 * 5000 <= gradient_jvp < 8 * 8100
@@ -197,8 +197,8 @@ class Shrinking:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.exact, name)
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> Any:
-        if len(images) > self.most or keep:
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> Any:
+        if len(images) > self.most or save:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return self.exact.gradient(theta, images, labels)
 
@@ -229,12 +229,12 @@ def small_plan(**changes: Any) -> Plan:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kept_steps": 1},
-        {"kept_steps": 4},
-        {"kept_steps": 3, "microbatch": 4},
+        {"saved_steps": 1},
+        {"saved_steps": 4},
+        {"saved_steps": 3, "microbatch": 4},
         {"microbatch": 1},
         {"path_on_host": True},
-        {"path_on_host": True, "kept_steps": 2, "microbatch": 2},
+        {"path_on_host": True, "saved_steps": 2, "microbatch": 2},
     ],
     ids=str,
 )
@@ -249,7 +249,7 @@ def test_every_plan_gives_the_same_gradients(changes: dict[str, Any]) -> None:
 @needs_native
 def test_a_second_backward_computes_what_the_first_one_used_up() -> None:
     images = torch.randn(9, 3, 8, 8, requires_grad=True)
-    plan = dataclasses.replace(small_plan(), kept_steps=4)
+    plan = dataclasses.replace(small_plan(), saved_steps=4)
     path = unroll(NET, NET.init(), images, torch.arange(9) % 4, 0.1, torch.arange(9).expand(4, 9), plan=plan)
     first, second = (torch.autograd.grad(path[-1].sum(), images, retain_graph=True)[0] for _ in range(2))
     assert_close("images", second, first, 1e-5)
@@ -297,8 +297,8 @@ def test_out_of_memory_repeats_in_less_exactly(
     expected = meta_gradient(small_plan())
     module = importlib.import_module("mtt_fast.unroll")
     monkeypatch.setattr(module, "student_for", lambda *_: Shrinking(3))
-    found, plan = with_smaller_pieces(small_plan(kept_steps=2), meta_gradient)
-    assert (plan.microbatch, plan.kept_steps) == (3, 0)
+    found, plan = with_smaller_pieces(small_plan(saved_steps=2), meta_gradient)
+    assert (plan.microbatch, plan.saved_steps) == (3, 0)
     for name, value, wanted in zip(("end", "start", "images", "lr"), found, expected, strict=True):
         assert_close(name, value, wanted, 1e-12)
     assert [record.message.startswith("out of memory; repeated exactly") for record in caplog.records] == [True] * 2

@@ -83,7 +83,7 @@ def engines(name: str) -> tuple[Any, dict[str, Any]]:
         "micro-batches": (NET, {"microbatch": 2}),
         "a module in micro-batches": (FlatModule(MODULE), {"microbatch": 3}),
         "a budget": (NET, {"memory_budget": "1GiB"}),
-        "kept activations": (NET, {"plan": replace(whole, kept_steps=2)}),
+        "kept activations": (NET, {"plan": replace(whole, saved_steps=2)}),
         "the path on the host": (NET, {"plan": replace(whole, path_on_host=True)}),
     }[name]
 

@@ -18,7 +18,7 @@ from mtt_fast.commands.cli import run
 from mtt_fast.convert import command as convert
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
-from mtt_fast.interop import PlainSet, ddranking_call, label_robust_score, write_set
+from mtt_fast.interop import TensorSet, ddranking_call, label_robust_score, write_set
 
 # The parameters of its classes, and of the function whose call soft_label.py gets wrong, as its sources 0.2.0 have them.
 OF_BOTH = (
@@ -89,12 +89,12 @@ def its(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return metrics
 
 
-def plain(classes: int, size: int, kind: str = "indices", ipc: int = 2, lr: float | None = 0.02) -> PlainSet:
+def plain(classes: int, size: int, kind: str = "indices", ipc: int = 2, lr: float | None = 0.02) -> TensorSet:
     images, labels = torch.randn(classes * ipc, 3, size, size), torch.arange(classes).repeat_interleave(ipc)
     if kind != "indices":
         labels = torch.randn(len(images), classes)
         labels = labels.softmax(1) if kind == "probabilities" else labels
-    return PlainSet(images, labels, None if lr is None else torch.tensor(lr), kind)
+    return TensorSet(images, labels, None if lr is None else torch.tensor(lr), kind)
 
 
 def executed(call: str) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def test_against_dd_ranking_itself_where_it_is_installed() -> None:
         (plain(10, 64, "logits"), "imagewoof", False, "no soft labels for ImageWoof; --hard_labels writes the set with classes"),
     ],
 )  # fmt: skip
-def test_sets_that_it_cannot_take(found: PlainSet, dataset: str | None, zca: bool, message: str) -> None:
+def test_sets_that_it_cannot_take(found: TensorSet, dataset: str | None, zca: bool, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ddranking_call("out", found, dataset, zca)
 

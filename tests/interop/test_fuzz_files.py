@@ -29,7 +29,7 @@ from mtt_fast import InputError, TrajectoryStore, Whitening
 from mtt_fast.data import load
 from mtt_fast.data.mnist import FILES
 from mtt_fast.interop import (
-    as_plain,
+    as_tensor_set,
     buffer_files,
     export_experts,
     export_waypoints,
@@ -98,7 +98,7 @@ def hard_set(folder: Path, kind: str, **options: Any) -> None:
 
 def old_pair(folder: Path) -> None:
     torch.manual_seed(0)
-    plain = as_plain(distilled())
+    plain = as_tensor_set(distilled())
     for name, tensor in (("images", plain.images), ("labels", plain.labels), ("lr", plain.lr)):
         torch.save(tensor, folder / f"{name}_best.pt", _use_new_zipfile_serialization=False)
 

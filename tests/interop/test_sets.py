@@ -21,16 +21,16 @@ from mtt_fast import InputError, SyntheticDataset, Whitening
 from mtt_fast.data.class_names import CIFAR10, CIFAR100, MNIST, SUBSETS, imagenet_wnids
 from mtt_fast.interop import (
     SET_KINDS,
-    PlainSet,
     SyntheticView,
-    as_plain,
+    TensorSet,
+    as_tensor_set,
     class_major,
     image_data_from,
     read_set,
     set_kind_of,
     write_set,
 )
-from mtt_fast.interop.tensor_set import Facts, hardened, in_place, plain_set
+from mtt_fast.interop.tensor_set import Facts, hardened, in_place, tensor_set
 
 CLASSES, IPC = 3, 2
 N = CLASSES * IPC
@@ -58,7 +58,7 @@ def distilled(label_kind: str = "indices", whitening: Whitening | None = None, *
     return SyntheticDataset(**arguments | changes)
 
 
-def assert_same(found: SyntheticDataset | PlainSet, expected: SyntheticDataset | PlainSet) -> None:
+def assert_same(found: SyntheticDataset | TensorSet, expected: SyntheticDataset | TensorSet) -> None:
     assert found.label_kind == expected.label_kind
     for name in ("images", "labels", "lr"):
         one, other = getattr(found, name), getattr(expected, name)
@@ -73,16 +73,16 @@ def assert_same(found: SyntheticDataset | PlainSet, expected: SyntheticDataset |
 @pytest.mark.parametrize("kind", ["mtt", "ddranking", "dc", "synthetic"])
 def test_tensors_come_back_bit_for_bit(tmp_path: Path, kind: str, labels: str) -> None:
     synthetic = distilled(labels)
-    expected = as_plain(synthetic)
+    expected = as_tensor_set(synthetic)
     files = synthetic.export(kind, tmp_path / "x")
     assert all(file.exists() for file in files)
     assert set_kind_of(tmp_path / "x") == kind
     found = read_set(tmp_path / "x")
     if kind == "dc":  # keeps no learning rate
-        expected = PlainSet(expected.images, expected.labels, None, labels)
+        expected = TensorSet(expected.images, expected.labels, None, labels)
     if kind == "ddranking" and labels == "probabilities":  # their logarithms are written
         torch.testing.assert_close(found.labels.softmax(1), expected.labels, rtol=1e-6, atol=1e-7)
-        expected = PlainSet(expected.images, found.labels, expected.lr, "logits")
+        expected = TensorSet(expected.images, found.labels, expected.lr, "logits")
     assert_same(found, expected)
 
 
@@ -143,7 +143,7 @@ def test_names_of_the_field(tmp_path: Path, images: str, labels: str, lr: str | 
     for source in (tmp_path / images, tmp_path):
         found = read_set(source, "mtt")
         assert not found.images.requires_grad
-        assert_same(found, PlainSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
+        assert_same(found, TensorSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
 
 
 @pytest.mark.parametrize("rate", [0.02, np.float64(0.02), np.float32(0.02), torch.tensor([0.02])])
@@ -165,7 +165,7 @@ def test_the_best_of_a_folder_is_meant(tmp_path: Path) -> None:
         pixels, targets = as_the_public_code_saves(tmp_path, f"images_{name}.pt", f"labels_{name}.pt")
         torch.save(pixels, tmp_path / f"images_zca_{name}.pt")
         torch.save(pixels, tmp_path / f"ema_images_{name}.pt")
-    assert_same(read_set(tmp_path), PlainSet(pixels, targets, None, "indices"))
+    assert_same(read_set(tmp_path), TensorSet(pixels, targets, None, "indices"))
     (tmp_path / "images_best.pt").unlink()
     with pytest.raises(InputError, match=r"expected one set .*ema_images_0\.pt, ema_images_100\.pt.*name its file"):
         read_set(tmp_path)
@@ -181,7 +181,7 @@ def test_a_set_in_parts(tmp_path: Path) -> None:
         torch.save(pixels[2 * part : 2 * part + 2], tmp_path / f"images_best_{part}.pt")
         torch.save(targets[2 * part : 2 * part + 2], tmp_path / f"labels_best_{part}.pt")
     for source in (tmp_path, tmp_path / "images_best.pt", tmp_path / "images_best_3.pt"):
-        assert_same(read_set(source, "mtt"), PlainSet(pixels, targets, None, "indices"))
+        assert_same(read_set(source, "mtt"), TensorSet(pixels, targets, None, "indices"))
     (tmp_path / "images_best_2.pt").unlink()
     with pytest.raises(InputError, match=r"images_best_2\.pt: expected this part of the set"):
         read_set(tmp_path)
@@ -198,7 +198,7 @@ def as_dc_saves(path: Path) -> list[list[Tensor]]:
 def test_results_of_dc(tmp_path: Path) -> None:
     data = as_dc_saves(tmp_path / "res_DM_CIFAR10_ConvNet_2ipc.pt")
     found = read_set(tmp_path)
-    assert_same(found, PlainSet(data[-1][0], data[-1][1], None, "indices"))
+    assert_same(found, TensorSet(data[-1][0], data[-1][1], None, "indices"))
 
 
 def test_results_that_numpy_1_wrote(tmp_path: Path) -> None:
@@ -248,13 +248,13 @@ def test_random_kmeans_and_kip_of_dc_benchmark(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     torch.save(images, folder / "CIFAR10_IPC2_normalize_images.pt")
     torch.save(labels.float(), folder / "CIFAR10_IPC2_normalize_labels.pt")
-    assert_same(read_set(tmp_path), PlainSet(images, labels, None, "indices"))
+    assert_same(read_set(tmp_path), TensorSet(images, labels, None, "indices"))
 
     kip = tmp_path / "KIP" / "CIFAR10" / "IPC2"
     kip.mkdir(parents=True)
     one_hot = torch.nn.functional.one_hot(labels).numpy() - 1 / CLASSES
     np.savez(kip / "kip_cifar10_ConvNet3_ssize6.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=one_hot)
-    assert_same(read_set(kip), PlainSet(images, labels, None, "indices"))
+    assert_same(read_set(kip), TensorSet(images, labels, None, "indices"))
     with pytest.raises(InputError, match="expected one set in METHOD/DATASET/IPCn, found random/CIFAR10/IPC2, KIP"):
         read_set(tmp_path)
 
@@ -280,7 +280,7 @@ def test_dd_ranking_wants_as_many_images_of_every_class(tmp_path: Path) -> None:
 
 def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> None:
     images = torch.arange(6.0).view(6, 1, 1, 1)
-    mixed = plain_set(images, torch.tensor([2, 0, 1, 0, 2, 1]), None, "x")
+    mixed = tensor_set(images, torch.tensor([2, 0, 1, 0, 2, 1]), None, "x")
     ordered = class_major(mixed)
     assert ordered.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert ordered.images.flatten().tolist() == [1, 3, 2, 5, 0, 4]
@@ -288,7 +288,7 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
     write_set(tmp_path, mixed, "mtt")
     assert_same(read_set(tmp_path), ordered)
 
-    soft = plain_set(images, 9.0 * torch.nn.functional.one_hot(mixed.labels), None, "x")
+    soft = tensor_set(images, 9.0 * torch.nn.functional.one_hot(mixed.labels), None, "x")
     assert class_major(soft) is soft
     assert class_major(soft, reorder_soft=True).images.flatten().tolist() == [1, 3, 2, 5, 0, 4]
     assert hardened(soft).labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -305,7 +305,7 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
     ],
 )
 def test_kinds_of_labels(labels: Tensor, kind: str) -> None:
-    assert plain_set(torch.zeros(2, 1, 2, 2), labels, None, "x").label_kind == kind
+    assert tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x").label_kind == kind
 
 
 @pytest.mark.parametrize(
@@ -703,9 +703,9 @@ def test_kinds_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):
         read_set(tmp_path / "nothing")
     with pytest.raises(InputError, match="expected the facts of the real images for kind png"):
-        write_set(tmp_path, as_plain(distilled()), "png")
+        write_set(tmp_path, as_tensor_set(distilled()), "png")
     with pytest.raises(InputError, match="--dataset: expected the data set's name"):
-        write_set(tmp_path, as_plain(distilled()), "dc_benchmark")
+        write_set(tmp_path, as_tensor_set(distilled()), "dc_benchmark")
     with pytest.raises(InputError, match="expected class indices, as dc_benchmark makes all labels whole numbers"):
         distilled("logits").export("dc_benchmark", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import torch
 from mtt_fast import ConvNet, FlatModule, InputError
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.kernels import Precision
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -36,7 +36,7 @@ def test_cuda_is_set_and_set_back(precision: Any, monkeypatch: pytest.MonkeyPatc
     within = {}
 
     def interrupted() -> None:
-        with arithmetic(CUDA, precision):
+        with numerics(CUDA, precision):
             within.update(settings())
             raise KeyboardInterrupt
 
@@ -52,14 +52,14 @@ def test_cuda_is_set_and_set_back(precision: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_a_workspace_of_the_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    with arithmetic(CUDA, "tf32"):
+    with numerics(CUDA, "tf32"):
         assert settings()["workspace"] == ":16:8"
     assert settings()["workspace"] == ":16:8"
 
 
 def test_nothing_is_set_for_a_cpu() -> None:
     before = settings()
-    with arithmetic(CPU, "fp32"):
+    with numerics(CPU, "fp32"):
         assert settings() == before
 
 

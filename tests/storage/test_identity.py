@@ -10,7 +10,7 @@ import torch
 
 from mtt_fast import Whitening
 from mtt_fast.data import from_tensors, load
-from mtt_fast.data.published_info import data_facts
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.data.whitening import check_same_whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data, other_data_in_words
@@ -30,9 +30,9 @@ def test_it_is_made_of_real_images(tmp_path_factory: pytest.TempPathFactory) -> 
     identity = data.identity(zca=True)
     assert (identity.name, identity.class_names, identity.image_shape) == ("digits", tuple("0123456789"), (1, 8, 8))
     assert (identity.whitening, identity.fingerprint, identity.mean) == ("zca", data.fingerprint, data.mean)
-    check_same_data(identity, data_facts("digits").identity(zca=True), "here")  # as far as it is known beforehand
+    check_same_data(identity, dataset_info("digits").identity(zca=True), "here")  # as far as it is known beforehand
     with pytest.raises(InputError, match="another data set: expected digits, found MNIST"):
-        check_same_data(data_facts("MNIST").identity(zca=False), data.identity(zca=False), "here")
+        check_same_data(dataset_info("MNIST").identity(zca=False), data.identity(zca=False), "here")
 
 
 @pytest.mark.parametrize(

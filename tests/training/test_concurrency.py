@@ -12,10 +12,10 @@ import torch
 
 from mtt_fast import ConvNet, InputError
 from mtt_fast.augmentation.siamese import SiameseAugment
-from mtt_fast.engine.student import held_bytes
+from mtt_fast.engine.student import live_bytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
-from mtt_fast.training.concurrency import Crew, Work, crew_for, filling, in_turns, together
+from mtt_fast.training.concurrency import Concurrency, Job, concurrency_for, filling, round_robin, run_concurrently
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import EvaluationProtocol, evaluate
 from mtt_fast.training.sgd import Sgd, epoch_on
@@ -32,7 +32,7 @@ def _nothing_is_left() -> Iterator[None]:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("network")]
 
 
-def counting(number: int, told: list[int] | None = None) -> Work[int]:
+def counting(number: int, told: list[int] | None = None) -> Job[int]:
     """Yield `number` times."""
     for _ in range(number):
         if told is not None:
@@ -50,8 +50,8 @@ def test_works_take_turns_in_their_lanes() -> None:
         entered.append(name)
         yield
 
-    works = (counting(number, told) for number in (2, 1, 3))
-    found = list(in_turns(works, [lambda: lane("a"), lambda: lane("b")]))
+    jobs = (counting(number, told) for number in (2, 1, 3))
+    found = list(round_robin(jobs, [lambda: lane("a"), lambda: lane("b")]))
     assert found == [(1, 10), (0, 20), (2, 30)]
     assert told == [2, 1, 2, 3, 3, 3]
     assert "".join(entered) == "ababa" + "bbbb"  # the end of a work is met in its lane too
@@ -59,19 +59,19 @@ def test_works_take_turns_in_their_lanes() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_every_work_is_done_once(at_once: int) -> None:
-    found = dict(together((counting(number) for number in range(7)), Crew(at_once, 1), CPU))
+    found = dict(run_concurrently((counting(number) for number in range(7)), Concurrency(at_once, 1), CPU))
     assert found == {number: 10 * number for number in range(7)}
 
 
 def test_works_begin_when_others_end() -> None:
     begun = []
 
-    def works() -> Iterator[Work[int]]:
+    def jobs() -> Iterator[Job[int]]:
         for number in range(6):
             begun.append(number)
             yield counting(3)
 
-    results = together(works(), Crew(2, 1), CPU)
+    results = run_concurrently(jobs(), Concurrency(2, 1), CPU)
     next(results)
     assert len(begun) == 2
     next(results)
@@ -83,7 +83,7 @@ def test_works_begin_when_others_end() -> None:
 def test_an_error_ends_the_others(at_once: int) -> None:
     closed = threading.Event()
 
-    def endless() -> Work[int]:
+    def endless() -> Job[int]:
         try:
             while True:
                 time.sleep(0.001)
@@ -91,24 +91,28 @@ def test_an_error_ends_the_others(at_once: int) -> None:
         finally:
             closed.set()
 
-    def failing() -> Work[int]:
+    def failing() -> Job[int]:
         yield
         raise ValueError("work 1")
 
-    works = [failing()] if at_once == 1 else [endless(), failing()]
+    jobs = [failing()] if at_once == 1 else [endless(), failing()]
     with pytest.raises(ValueError, match="work 1"):
-        list(together(works, Crew(at_once, 1), CPU))
+        list(run_concurrently(jobs, Concurrency(at_once, 1), CPU))
     assert closed.is_set() == (at_once > 1)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_each_computes_with_its_number_of_threads(at_once: int) -> None:
-    def threads() -> Work[int]:
+    def threads() -> Job[int]:
         yield
         return torch.get_num_threads()
 
     torch.set_num_threads(2)
-    assert [found for _, found in together([threads() for _ in range(3)], Crew(at_once, 1), CPU)] == [1, 1, 1]
+    assert [found for _, found in run_concurrently([threads() for _ in range(3)], Concurrency(at_once, 1), CPU)] == [
+        1,
+        1,
+        1,
+    ]
     assert torch.get_num_threads() == 2
 
 
@@ -142,19 +146,19 @@ def test_a_stop_request_ends_all() -> None:
 def test_the_formulas() -> None:
     small, large = torch.Size((1, 6, 6)), torch.Size((3, 64, 64))
 
-    def crew(net: ConvNet, shape: torch.Size, batch: int, works: int, asked: int | None = None) -> Crew:
-        return crew_for(net, student_for(net, CPU), shape, CPU, batch=batch, works=works, asked=asked)
+    def concurrency(net: ConvNet, shape: torch.Size, batch: int, jobs: int, asked: int | None = None) -> Concurrency:
+        return concurrency_for(net, student_for(net, CPU), shape, CPU, batch=batch, jobs=jobs, asked=asked)
 
     torch.set_num_threads(2)
     wide = ConvNet(3, 10, 64)
-    assert crew(NET, small, 10, 5) == Crew(2, 1)
-    assert crew(NET, small, 10, 1) == Crew(1, 1)
-    assert crew(wide, large, 10, 5) == Crew(1, 2)
+    assert concurrency(NET, small, 10, 5) == Concurrency(2, 1)
+    assert concurrency(NET, small, 10, 1) == Concurrency(1, 1)
+    assert concurrency(wide, large, 10, 5) == Concurrency(1, 2)
     # asked for or not, one of them computes with the same number of threads
-    assert crew(NET, small, 10, 5, 1) == Crew(1, 1)
-    assert crew(wide, large, 10, 5, 3) == Crew(3, 2)
+    assert concurrency(NET, small, 10, 5, 1) == Concurrency(1, 1)
+    assert concurrency(wide, large, 10, 5, 3) == Concurrency(3, 2)
     with pytest.raises(InputError, match="--networks_at_once 0: expected at least 1"):
-        crew(NET, small, 10, 5, 0)
+        concurrency(NET, small, 10, 5, 0)
     device_threads = 132 * 2048
     assert filling(47_000_000, device_threads, step=10**8, memory=10**11) == 4
     assert filling(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
@@ -163,7 +167,7 @@ def test_the_formulas() -> None:
 
 @pytest.mark.gpu
 def test_results_on_a_gpu_do_not_depend_on_how_many_run() -> None:
-    from mtt_fast.runtime.numerics import arithmetic
+    from mtt_fast.runtime.numerics import numerics
 
     device = torch.device("cuda")
     pixels, labels = images().pixels.to(device), images().labels.to(device)
@@ -173,16 +177,16 @@ def test_results_on_a_gpu_do_not_depend_on_how_many_run() -> None:
         on_device = Images(pixels, labels)
         return evaluate(NET, lambda _: on_device, on_device, 0.1, protocol, networks=5, seed=1, at_once=at_once).values
 
-    with arithmetic(device, "tf32"):
+    with numerics(device, "tf32"):
         assert values(3) == values(1) == values(None)
 
 
 @pytest.mark.gpu
 def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
-    from mtt_fast.runtime.numerics import arithmetic
+    from mtt_fast.runtime.numerics import numerics
 
     device, ends = torch.device("cuda"), []
-    with arithmetic(device, "fp32"):
+    with numerics(device, "fp32"):
         for place in (CPU, device):
             seen = Images(images().pixels.to(place), images().labels.to(place))
             epoch = epoch_on(student_for(NET, place), seen, Sgd(0.1, 0.9, 5e-4, batch_size=5), SiameseAugment())
@@ -198,8 +202,8 @@ def test_the_networks_of_a_pool_are_looked_at_once() -> None:
     """The next evaluation of the same networks finds what a step of each takes."""
     pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(1, 8)]
     students = [student_for(network, CPU) for network in pool]
-    held_bytes.cache_clear()
+    live_bytes.cache_clear()
     for _ in range(2):
         for network, student in zip(pool, students, strict=True):
-            crew_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, works=2)
-    assert held_bytes.cache_info().misses == len(pool)
+            concurrency_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, jobs=2)
+    assert live_bytes.cache_info().misses == len(pool)

@@ -14,7 +14,7 @@ from mtt_fast import ConvNet, FlatModule, InputError, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
 from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured
 from mtt_fast.commands.options import EvaluationOptions
-from mtt_fast.data.published_info import data_facts
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill import command as distill
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.networks.by_name import network_by_name
@@ -267,7 +267,7 @@ def test_the_accuracy_of_an_expert_with_batch_norm_is_that_of_its_evaluation_mod
 
 def test_the_model_comes_first_in_its_pool_by_whichever_name() -> None:
     """Which decides what images are best, and what the summary's one accuracy is of."""
-    facts = data_facts("CIFAR10")
+    facts = dataset_info("CIFAR10")
     for model, mode, first in (
         ("ConvNet", "W", "ConvNetW128"),
         ("ConvNetD3", "N", "ConvNetIN"),

@@ -13,7 +13,7 @@ from mtt_fast import ConvNet, FlatModule
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.engine.student_choice import student_for
-from mtt_fast.runtime.numerics import arithmetic
+from mtt_fast.runtime.numerics import numerics
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd, epoch_on, training_step
@@ -130,7 +130,7 @@ def test_no_value_is_asked_for() -> None:
 def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
     pixels, labels = torch.randn(12, 3, 8, 8), torch.arange(12) % 5
     ends = []
-    with arithmetic(torch.device("cuda"), "fp32"):
+    with numerics(torch.device("cuda"), "fp32"):
         for device in (torch.device("cpu"), torch.device("cuda")):
             direction = SharpnessAware(student_for(NET, device), 0.1, 0.3, adaptive=True)
             epoch = epoch_on(direction, Images(pixels.to(device), labels.to(device)), Sgd(0.1, batch_size=5), None)
