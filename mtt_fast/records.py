@@ -40,6 +40,30 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return checksum_of(json.dumps(record, sort_keys=True).encode())
 
 
+def check_form(value: Any, form: Any, name: str = "record") -> None:
+    """Raise `KeyError` or `TypeError` unless `value` is made like `form`; `name` is what it is called.
+
+    A form is a type; a list with the form of all items; or a mapping with the forms of fields: all must be there but those
+    whose names end in "?", "*" stands for all that there are, and others may be there besides.
+    """
+    if isinstance(form, Mapping):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name}: expected fields, found {type(value).__name__}")
+        for key, part in form.items():
+            for field in value if key == "*" else [key.rstrip("?")]:
+                if field in value:
+                    check_form(value[field], part, str(field))
+                elif not key.endswith("?"):
+                    raise KeyError(field)
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            raise TypeError(f"{name}: expected a list, found {type(value).__name__}")
+        for item in value:
+            check_form(item, form[0], name)
+    elif not isinstance(value, form):
+        raise TypeError(f"{name}: expected {getattr(form, '__name__', form)}, found {type(value).__name__}")
+
+
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write `record` with its checksum to `path` atomically, as indented JSON."""
     write_json(path, sealed(record))

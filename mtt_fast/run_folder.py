@@ -32,7 +32,7 @@ from mtt_fast.files import (
     write_text,
 )
 from mtt_fast.identity import UNKNOWN, DatasetIdentity, check_same_data
-from mtt_fast.records import read_record, sealed, unsealed
+from mtt_fast.records import check_form, read_record, sealed, unsealed
 from mtt_fast.temporaries import remove_leftovers
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
@@ -49,6 +49,13 @@ _CONFIG_BEGINS = "# the options of this run: flags change them, and the last lin
 _CONFIG_ENDS = "# checksum "
 _STEPS = ("step", "skip", "above_threshold")
 """Kinds of records in metrics.jsonl, one for each iteration."""
+_OF_EVALUATION = ("accuracy_mean", "accuracy_std", "networks")
+_FIELDS = {
+    "step": ("loss", "lr"), "evaluation": _OF_EVALUATION, "ema_evaluation": _OF_EVALUATION, "baseline": _OF_EVALUATION,
+    "gradient": ("cosine",),
+}  # fmt: skip
+"""What records of a kind have besides; all numbers."""
+_NO_NUMBERS = ("kind", "checksum")
 _LONGEST_LINE, _LONGEST_METRICS = 1 << 16, 1 << 30  # bytes
 
 _OF_EVALUATIONS = ("num_eval", "epoch_eval_train", "eval_mode", "protocol", "best_epoch", "batch_train")
@@ -119,6 +126,10 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     above, mark, checksum = text.rpartition(_CONFIG_ENDS)
     is_checked = bool(mark) or text.startswith(_CONFIG_BEGINS)  # else it is from before there were checksums
     options = parse_toml(text, path) if not is_checked or checksum == f"{checksum_of(above.encode())}\n" else {}
+    try:
+        check_form(options, dict.fromkeys(("method?", "recipe?", "dataset?", "model?"), str))
+    except TypeError:
+        options = {}
     if not options:
         raise InputError(
             f"{path}: damaged or changed by hand; restore a copy, or delete it and give the command that began the run with "
@@ -182,20 +193,36 @@ def is_finished(folder: Path, options: Any, iterations: int) -> bool:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return what summary.json says, or None if the run is not finished. Raises `InputError` if it is broken."""
+    """Return the fields of summary.json that have a value, or None if the run is not finished.
+
+    Raises `InputError` if it is broken.
+    """
     path = folder / SUMMARY
     if not path.exists():
         return None
-    summary = read_record(path, _A_SUMMARY, _SUMMARISE_AGAIN)
+    record = read_record(path, _A_SUMMARY, _SUMMARISE_AGAIN)
+    summary = {name: value for name, value in record.items() if value is not None}
     try:
-        for value in (summary["accuracy"], summary.get("options", {})):
-            if not isinstance(value, dict):
-                raise TypeError(f"expected accuracies and options, found {type(value).__name__}")
+        check_form(summary, _SUMMARY)
     except MALFORMED as error:
         raise broken_summary(folder, error) from error
     return summary
 
 
+_NUMBER = int | float
+_ACCURACY = {"mean": _NUMBER, "std": _NUMBER, "n": int}
+_SUMMARY = {
+    "accuracy": {"*": _ACCURACY},
+    "accuracy_by_network?": {"*": {"*": _ACCURACY}},
+    "options?": {
+        "dataset?": str, "subset?": str | None, "res?": int | None, "model?": str, "ipc?": int, "seed?": int,
+    },
+    "text?": str, "method?": str, "protocol?": {"text?": str}, "gradient?": {"kind?": str, "cosines_to_exact?": [_NUMBER]},
+    "iterations?": int, "skipped_iterations?": int, "iterations_above_threshold?": int, "learning_rate_kept?": int,
+    "learning_rate?": _NUMBER, "learning_rate_per_step?": [_NUMBER], "seconds?": {"*": _NUMBER},
+    "data?": {"fingerprint?": str}, "peak_memory_bytes?": _NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
+}  # fmt: skip
+"""What readers of a summary take for granted."""
 _A_SUMMARY = "the summary of a run with its accuracy"
 _SUMMARISE_AGAIN = "delete it, and the command of the run writes it again"
 
@@ -281,9 +308,12 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
         before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
-        told = {name: parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests")}
-        origin = {"data": DatasetIdentity.from_record(told["data"]), "digests": tuple(told["digests"])}
-        return State(**values | told["numbers"] | origin)
+        numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
+        if "format" in metadata:
+            check_form(numbers, dict.fromkeys(_NUMBERS, _NUMBER))
+            if metadata["format"] != _CHECKPOINT:
+                raise ValueError("another format")
+        return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 
@@ -397,6 +427,6 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
 
 def _as_record(value: Any) -> dict[str, Any]:
     """Return what a line of metrics.jsonl holds. Raises one of `MALFORMED` for anything else."""
-    if not isinstance(value["kind"], str) or type(value["iteration"]) is not int:
-        raise TypeError("expected a kind and an iteration")
+    check_form(value, {"kind": str, "iteration": int})
+    check_form(value, {name: _NUMBER for name in (*_FIELDS.get(value["kind"], ()), *value) if name not in _NO_NUMBERS})
     return dict(value)

@@ -350,7 +350,7 @@ def test_what_the_paper_says_is_whole() -> None:
         ({}, "expected a finished run in it or below, found no summary.json"),
         ({"summary.json": "{"}, "summary.json: expected the summary of a run"),
         (
-            {"summary.json": '{"accuracy": {"distilled": {"mean": 0.5}}, "options": {}}'},
+            {"summary.json": '{"accuracy": {"distilled": {"mean": 0.5, "std": 0.1, "n": 2}}, "options": {}}'},
             "expected 'dataset' among the options",
         ),
     ],

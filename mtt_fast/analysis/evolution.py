@@ -5,6 +5,7 @@ Reads the snapshots that each evaluation left in RUN/history (the first image of
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import re
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mtt_fast import cli
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path
+from mtt_fast.files import atomic_path, read_bytes
 from mtt_fast.options import at_least
 from mtt_fast.run_folder import HISTORY
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m mtt_fast.analysis evolution"
 CAPTION = 24
 """Pixels above each picture for the number of its iteration."""
+_LARGEST = 64 << 20  # bytes of a snapshot
 _NARROWEST = 480  # pixels on the screen
 _LAST_STAYS = 5  # times as long as the others
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
@@ -76,10 +78,11 @@ def read_history(run: Path) -> dict[int, Image.Image]:
         )
     found: dict[int, Image.Image] = {}
     for iteration in sorted(files):
+        content = io.BytesIO(read_bytes(files[iteration], _LARGEST))
         try:
-            with Image.open(files[iteration]) as image:
+            with Image.open(content) as image:
                 found[iteration] = image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{files[iteration]}: not a picture; delete it") from error
         first = next(iter(found.values()))
         if found[iteration].size != first.size:

@@ -9,9 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from mtt_fast.files import read_bytes
 from mtt_fast.report.charts import charts
 from mtt_fast.report.runs import Run
 
+_LARGEST = 64 << 20  # bytes of a snapshot
 _SHOWN = 5  # snapshots of a run, the first and the last among them
 
 _MEASURED = {
@@ -58,7 +60,7 @@ def pictures(snapshots: Mapping[int, Path]) -> list[_Picture]:
     return [
         _Picture(
             f"iteration {iterations[place]:,}",
-            base64.b64encode(snapshots[iterations[place]].read_bytes()).decode("ascii"),
+            base64.b64encode(read_bytes(snapshots[iterations[place]], _LARGEST)).decode("ascii"),
         )
         for place in places
     ]
