@@ -12,6 +12,7 @@ from mtt_fast.errors import InputError
 
 COMMANDS = {
     "meta_step": "one iteration of the method by every engine: time, memory, error",
+    "modules": "any nn.Module beside whole-graph autograd: CPU seconds, time, memory",
     "memory_scaling": "peak memory against steps, batch and resolution, beside the plan's prediction",
     "kernels": "bandwidth and arithmetic of each operation, beside the device's own",
     "precision": "errors of the gradients in each precision of the products, against float64",

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.flops import (
+    COMPILED_MIXED_STEP,
     DOUBLE_BACKWARD,
     DOUBLE_BACKWARD_TO_IMAGES,
-    GENERIC_MIXED_STEP,
     MIXED_STEP,
     MIXED_STEP_KEPT,
     PLAIN_GRADIENT,
@@ -30,7 +30,7 @@ from mtt_fast.iteration import Iteration, planned_iteration
 from mtt_fast.kernels import Precision
 from mtt_fast.memory import Plan, plan
 from mtt_fast.replay import Replayed
-from mtt_fast.student import GenericStudent, GradientTangent, cross_entropy
+from mtt_fast.student import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def truncated(case: Case) -> Gradients:
 
 
 def generic(case: Case, **cut: Any) -> Gradients:
-    """mtt_fast with the step that works for any network, by torch.func."""
+    """mtt_fast with the step that works for any network, by autograd."""
     return _unrolled(case, loss=cross_entropy, **cut)  # a loss of one's own takes the generic step
 
 
@@ -133,22 +133,32 @@ def _replayed_iteration(net: ConvNet, steps: Plan) -> Iteration:
 
 
 def compiled(case: Case) -> Gradients:
-    """The generic mixed step through torch.compile; the plain gradients as they are."""
-    step = _compiled_step(GenericStudent(case.net))
+    """The mixed step of torch.func through torch.compile; the plain gradients as they are."""
+    step = _compiled_step(case.net)
     adjoint, path = _plain_sweep(case)
     to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
     for n in reversed(range(len(case.batches))):
         index = case.batches[n]
-        tangent = step(path[n].clone(), case.images[index], case.labels[index], adjoint)
-        to_images.index_add_(0, index, tangent.images, alpha=-float(case.lr))
-        to_lr -= tangent.v_dot_g
-        adjoint = adjoint - case.lr * tangent.hessian_v
+        (hessian_v, to_batch), along = step(path[n].clone(), case.images[index], case.labels[index], adjoint)
+        to_images.index_add_(0, index, to_batch, alpha=-float(case.lr))
+        to_lr -= along
+        adjoint = adjoint - case.lr * hessian_v
     return Gradients(to_images, to_lr)
 
 
 @functools.cache
-def _compiled_step(student: GenericStudent) -> Callable[[Tensor, Tensor, Tensor, Tensor], GradientTangent]:
-    return torch.compile(student.gradient_jvp, dynamic=False)  # here, since the compiler takes seconds to import
+def _compiled_step(net: ConvNet) -> Callable[..., tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Forward over reverse, as torch.compile has no double backward: ((H v, ∂(v·g)/∂x), v·g)."""
+
+    def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(net(theta, images), labels)
+
+    gradients_and_loss = torch.func.grad_and_value(loss_of, argnums=(0, 1))
+
+    def step(theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> Any:
+        return torch.func.jvp(lambda theta: gradients_and_loss(theta, images, labels), (theta,), (v,))[1]
+
+    return torch.compile(step, dynamic=False)  # here, since the compiler takes seconds to import
 
 
 def _unrolled(case: Case, **options: Any) -> Gradients:
@@ -203,8 +213,8 @@ ENGINES = {
     "whole_graph-tuned": Engine(whole_graph, (PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "checkpointed": Engine(checkpointed, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "truncated": Engine(truncated, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD_TO_IMAGES), exact=False),
-    "generic": Engine(generic, (PLAIN_GRADIENT, GENERIC_MIXED_STEP), cuts=True),
-    "compiled": Engine(compiled, (PLAIN_GRADIENT, GENERIC_MIXED_STEP)),
+    "generic": Engine(generic, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD), cuts=True),
+    "compiled": Engine(compiled, (PLAIN_GRADIENT, COMPILED_MIXED_STEP)),
     "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True),
     "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True),
     "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), cuts=True, rounds=True),

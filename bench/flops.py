@@ -23,8 +23,8 @@ DOUBLE_BACKWARD_TO_IMAGES: Passes = (5, 2)
 MIXED_STEP: Passes = (8, 3)
 # With the primal's activations kept: neither its forward nor its gradient to the inputs.
 MIXED_STEP_KEPT: Passes = (6, 2)
-# torch.func computes the primal's own gradients to weights and images too, and takes the images' ẋ = 0 for a number.
-GENERIC_MIXED_STEP: Passes = (9, 0)
+# Through torch.compile, which has no double backward. torch.func computes the primal's own gradients to weights and images too, and takes the images' ẋ = 0 for a number.
+COMPILED_MIXED_STEP: Passes = (9, 0)
 
 
 def forward_flops(net: ConvNet) -> tuple[int, int]:

@@ -166,6 +166,17 @@ TABLES: dict[str, list[Column]] = {
         ("rest", _number("shares.rest", "{:.0%}")),
         ("not timed because", _text("problem")),
     ],
+    "modules": [
+        ("network", _text("network")),
+        ("engine", _text("engine")),
+        ("CPU seconds (least to most)", _seconds("cpu_seconds")),
+        ("least, of whole_graph's", _number("cpu_of_whole_graph", "{:.2f}")),
+        ("time", _seconds()),
+        ("peak memory", _mebibytes("peak.bytes")),
+        ("on the device", _mebibytes("peak.device")),
+        ("error in float64", _number("error_float64", "{:.0e}")),
+        ("not timed because", _text("problem")),
+    ],
     "memory_scaling": [
         ("varied", _text("varied")),
         ("N", _text("steps")),
@@ -238,11 +249,15 @@ TABLES: dict[str, list[Column]] = {
 
 _LABELS = {
     "meta_step": "engine",
+    "modules": "engine",
     "kernels": "operation",
     "training": "loop",
     "trajectories": "reader",
     "tune": "operation",
 }
+
+_TIMES_OF = {"trajectories": "first", "modules": "cpu_seconds"}
+"""The time that is drawn, where it is not that of `seconds`."""
 
 DRAWN = (*_LABELS, "memory_scaling", "methods")
 
@@ -259,9 +274,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def _draw_times(figure: Any, record: dict[str, Any]) -> None:
     axes, label = figure.subplots(), _LABELS[record["benchmark"]]
-    key = "first" if record["benchmark"] == "trajectories" else "seconds"
+    key = _TIMES_OF.get(record["benchmark"], "seconds")
     rows = [row for row in record["rows"] if row.get(key)][::-1]
-    names = [" ".join([str(row[label]), str(row.get("shape") or "")]).strip() for row in rows]
+    names = [" ".join(str(row[part]) for part in ("network", label, "shape") if row.get(part)) for row in rows]
     middles = [row[key]["median"] for row in rows]
     around = [
         [row[key]["median"] - row[key]["least"] for row in rows],

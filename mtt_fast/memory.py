@@ -20,7 +20,7 @@ from mtt_fast import kernels
 from mtt_fast.choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
-from mtt_fast.student import CANNOT_CUT, Loss, Network, Student
+from mtt_fast.student import CANNOT_CUT, InMicrobatches, Loss, Network, Student
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +90,12 @@ class Plan:
         rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
         vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
-        piece = work.student.step_bytes(self.microbatch, work.images[1:], work.dtype, work.device)
-        kept = work.student.step_bytes(work.batch, work.images[1:], work.dtype, work.device).kept
-        held = self.kept_steps * kept
-        steps = [piece.gradient_jvp, piece.gradient]
+        pieces = InMicrobatches(work.student, self.microbatch)
+        step = pieces.step_bytes(work.batch, work.images[1:], work.dtype, work.device)
+        held = self.kept_steps * step.kept
+        steps = [step.gradient_jvp, step.gradient]
         if self.kept_steps:  # the last piece of the forward sweep, the first one of the backward sweep
-            steps = [held - piece.kept + piece.gradient_keeping, held + piece.gradient_jvp_kept, *steps]
+            steps = [held - step.kept + step.gradient_keeping, held + step.gradient_jvp_kept, *steps]
         parts = {
             "path": (2 if self.path_on_host else rows) * vector,
             "vectors": vectors * vector,
@@ -103,7 +103,7 @@ class Plan:
             "canvases": (_COPIES_OF_CANVASES * canvas + _PLACES * places) * work.batch * (work.canvas_size > 1),
             "kept activations": held,
             "step": max(steps) - held,
-            "work space": piece.work,
+            "work space": step.work,
         }
         return parts | {"rest": _BASE[work.device.type == "cuda"] + sum(parts.values()) // _ROUNDING}
 

@@ -1,7 +1,7 @@
 """What the engine asks of a model: its gradient, and the directional derivative of that gradient (design: one step).
 
-The generic student below answers for any network and any loss through `torch.func`. A hand-written student for one
-architecture answers the same two questions; wrapped students (`InMicrobatches`) answer them by asking another.
+The generic student below answers for any network and any loss by autograd. A hand-written student for one architecture
+answers the same two questions; wrapped students (`InMicrobatches`) answer them by asking another.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtt_fast.errors import InputError
 
-# What a generic step takes over what it holds: glibc's allocator keeps freed blocks between those in use. 1.34 to 2.0
-# measured on ConvNet, depth 3 to 5 at 32 to 128 pixels.
-_TAKEN_OVER_HELD = 2.1
+# What a generic step takes over what it holds, inside its operations and because glibc's allocator keeps freed blocks
+# between those in use, and what its graph takes that lies still. 0.8 to 2.3, and up to 1.9, measured on ConvNet (32 to 128
+# pixels), ResNet18, VGG11, AlexNet and a ViT.
+_TAKEN_OVER_HELD, _TAKEN_OVER_KEPT = 2.6, 2.0
+_MANY = 128  # samples
 
 CANNOT_CUT = (
     "microbatch: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
@@ -76,7 +78,7 @@ class StepBytes(NamedTuple):
     gradient: int
     gradient_keeping: int  # what is kept included
     gradient_jvp: int
-    gradient_jvp_kept: int  # with what was kept
+    gradient_jvp_kept: int  # beyond what was kept
     kept: int  # by one step; 0 if the student keeps nothing
     work: int  # stays between calls
 
@@ -125,15 +127,15 @@ class _HeldByAll:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._held = self._setting()
-                self._held.__enter__()
+                self.held = self._setting()
+                self.held.__enter__()
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._held.__exit__(None, None, None)
+                self.held.__exit__(None, None, None)
 
 
 # the only attention that can be differentiated twice, in whichever mode
@@ -152,16 +154,19 @@ def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GenericStudent:
-    """Any network and loss, by `torch.func.jvp` of `torch.func.grad`: forward over reverse, no double backward.
+    """Any network and loss, by autograd: the directional derivative is the gradient of v·g, in the graph of one step.
 
-    Where an operation of theirs has no forward mode, the step is done by a double backward after all.
+    What it keeps of a step is that graph, so that with all steps kept it does what autograd through all of them does.
     """
 
     network: Network
     loss: Loss = cross_entropy
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> StepGradient:
-        """See `Student.gradient`. Keeps nothing: `torch.func` has no way to take it up."""
+        """See `Student.gradient`."""
+        if keep:  # a copy, since a graph ends where something is written into what it saved: the next row of a path
+            step = self._recorded(theta.clone(), images, labels)
+            return StepGradient(step.loss.detach(), step.gradient.detach(), [step])
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
             loss = self.loss(self.network(leaf, images), labels)
@@ -172,60 +177,51 @@ class GenericStudent:
         self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, kept: Kept | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        with _plain_attention:
-            try:
-                return self._forward_over_reverse(theta, images, labels, v)
-            except RuntimeError as error:
-                if not _lacks_forward_mode(error):
-                    raise
-            return self._reverse_over_reverse(theta, images, labels, v)
+        step = kept.pop() if kept else self._recorded(theta, images, labels)
+        v_dot_g = torch.dot(step.gradient.detach(), v)
+        derivatives = torch.autograd.grad(step.gradient, step.leaves, v, materialize_grads=True)
+        return GradientTangent(v_dot_g, *derivatives, *(None,) * (3 - len(derivatives)))
 
-    def _forward_over_reverse(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
-        soft = labels.is_floating_point()
-
-        def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-            return self.loss(self.network(theta, images), labels)
-
-        gradient_and_loss = torch.func.grad_and_value(loss_of, argnums=(0, 1, 2) if soft else (0, 1))
-        # a copy: the tangent of a view is as large as what it is a view of, here all N + 1 rows of a path
-        at = theta.clone()
-        derivative = torch.func.jvp(lambda theta: gradient_and_loss(theta, images, labels), (at,), (v,))[1]
-        gradients, v_dot_g = derivative
-        return GradientTangent(v_dot_g, gradients[0], gradients[1], gradients[2] if soft else None)
-
-    def _reverse_over_reverse(self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> GradientTangent:
-        """The same numbers by the gradient of v·g, in more memory."""
-        soft = labels.is_floating_point()
-        with torch.enable_grad():
-            leaves = [leaf.detach().requires_grad_() for leaf in (theta, images, *([labels] if soft else []))]
-            loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if soft else labels)
+    def _recorded(self, theta: Tensor, images: Tensor, labels: Tensor) -> _RecordedStep:
+        differentiated = (theta, images, labels) if labels.is_floating_point() else (theta, images)
+        with _plain_attention, torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
+            loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
             (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
-            v_dot_g = torch.dot(gradient, v)
-            gradients = torch.autograd.grad(v_dot_g, leaves, materialize_grads=True)
-        return GradientTangent(v_dot_g.detach(), gradients[0], gradients[1], gradients[2] if soft else None)
+        return _RecordedStep(leaves, loss, gradient)
 
     @property
     def passes(self) -> tuple[int, int]:
-        """See `Student.passes`: 3 F and, as autograd does not know which gradients of the primal are needed, 9 F."""
-        return 12, 12
+        """See `Student.passes`: 3 F, and 9 F, of which three are those of the forward sweep again."""
+        return 12, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`.
 
-        What is held at once is found by a step on tensors without data, of one sample and of two (two and three where
-        they are normalised together, which one alone cannot be). What the operations take inside, and what the
-        allocator keeps between blocks in use, is an allowance.
+        What is held at once is found by steps on tensors without data, of few samples and of many. What the operations
+        take inside, and what the allocator keeps between blocks in use, is an allowance.
         """
-        few = 2 if self.network.mixes_samples else 1
-        fewer, more = (held_bytes(self.network, count, image_shape, dtype) for count in (few, few + 1))
-        held = [less + (batch - few) * (most - less) for less, most in zip(fewer, more, strict=True)]
-        gradient, gradient_jvp = (int(_TAKEN_OVER_HELD * size) for size in held)
-        return StepBytes(gradient, gradient, gradient_jvp, gradient_jvp, kept=0, work=0)
+        few = 2 if self.network.mixes_samples else 1  # one sample alone cannot be normalised together
+        fewer, more = (held_bytes(self.network, count, image_shape, dtype) for count in (few, _MANY))
+        share = (batch - few) / (_MANY - few)
+        held = StepBytes(*(int(less + share * (most - less)) for less, most in zip(fewer, more, strict=True)))
+        kept = int(_TAKEN_OVER_KEPT * held.kept)
+        return StepBytes(
+            gradient=int(_TAKEN_OVER_HELD * held.gradient),
+            gradient_keeping=int(_TAKEN_OVER_HELD * (held.gradient_keeping - held.kept)) + kept,
+            gradient_jvp=int(_TAKEN_OVER_HELD * held.gradient_jvp),
+            gradient_jvp_kept=int(_TAKEN_OVER_HELD * held.gradient_jvp_kept),
+            kept=kept,
+            work=0,
+        )
 
 
-def _lacks_forward_mode(error: RuntimeError) -> bool:
-    """An operation has none (huber_loss), or one that writes into what torch keeps for a zero (mse_loss)."""
-    return isinstance(error, NotImplementedError) or "ZeroTensors are immutable" in str(error)
+class _RecordedStep(NamedTuple):
+    """The graph of a step, to its gradient at the parameters."""
+
+    leaves: list[Tensor]  # parameters, images, and soft labels
+    loss: Tensor  # ()
+    gradient: Tensor  # (P,)
 
 
 @dataclass(frozen=True)
@@ -272,9 +268,10 @@ class InMicrobatches:
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`: of the largest piece, beside what all pieces keep."""
-        piece = self.student.step_bytes(min(self.size, batch), image_shape, dtype, device)
-        kept = self.student.step_bytes(batch, image_shape, dtype, device).kept
-        return piece._replace(kept=kept, gradient_keeping=kept - piece.kept + piece.gradient_keeping)
+        sizes = [piece.stop - piece.start for piece, _ in self._pieces(batch)]
+        steps = {size: self.student.step_bytes(size, image_shape, dtype, device) for size in set(sizes)}
+        largest, kept = steps[sizes[0]], sum(steps[size].kept for size in sizes)
+        return largest._replace(kept=kept, gradient_keeping=kept - largest.kept + largest.gradient_keeping)
 
     def _pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
         for begin in range(0, batch, self.size):
@@ -295,20 +292,25 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
 
 
 @functools.lru_cache(maxsize=32)  # an evaluation asks for each network of a pool again and again
-def held_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the peak of bytes in tensors during a generic student's `gradient`, and its `gradient_jvp`.
+def held_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
+    """Return the bytes in tensors of a generic student's steps, at their peaks and between the sweeps.
 
-    Nothing is computed: the step is one on the meta device, with a loss that stands for any other.
+    Nothing is computed: the steps are some on the meta device, with a loss that stands for any other.
     """
     theta = torch.empty(network.num_parameters, dtype=dtype, device="meta")
     images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
     labels = torch.empty(batch, dtype=torch.long, device="meta")
     student = GenericStudent(network, lambda logits, _: logits.square().mean())
-    with _CountHeld() as forward_sweep:
+    with _CountHeld() as gradient:
         student.gradient(theta, images, labels)
-    with _CountHeld() as backward_sweep:
+    with _CountHeld() as gradient_jvp:
         student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
-    return forward_sweep.peak, backward_sweep.peak
+    with _CountHeld() as keeping:
+        step = student.gradient(theta, images, labels, keep=True)
+        kept, most = keeping.held, keeping.peak
+        keeping.peak = kept
+        student.gradient_jvp(theta, images, labels, torch.empty_like(theta), step.kept)
+    return StepBytes(gradient.peak, most, gradient_jvp.peak, keeping.peak - kept, kept, work=0)
 
 
 class _CountHeld(TorchDispatchMode):
@@ -316,7 +318,7 @@ class _CountHeld(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._held = 0
+        self.peak = self.held = 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -329,9 +331,9 @@ class _CountHeld(TorchDispatchMode):
     def _allocated(self, storage: torch.UntypedStorage) -> None:
         if storage not in self._seen:
             self._seen.add(storage)
-            self._held += storage.nbytes()
-            self.peak = max(self.peak, self._held)
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
             weakref.finalize(storage, self._freed, storage.nbytes())
 
     def _freed(self, size: int) -> None:
-        self._held -= size
+        self.held -= size

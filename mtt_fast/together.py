@@ -61,7 +61,7 @@ def crew_for(
     """
     if asked is not None and asked < 1:
         raise InputError(f"--networks_at_once {asked}: expected at least 1")
-    work, _ = held_bytes(network, batch, image_shape, torch.float32)
+    work = held_bytes(network, batch, image_shape, torch.float32).gradient
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

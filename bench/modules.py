@@ -1,0 +1,213 @@
+"""Modules that other people wrote: mtt_fast's step for any network beside whole-graph autograd, in CPU seconds and time.
+
+Each row is a network and an engine in a process of its own, all timed in turn. CPU seconds are those of all threads, the
+system's included: they say what is computed, also on a machine that others use at the same time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.engines import Gradients
+from bench.gate import FLOAT64_TOLERANCE
+from bench.measuring import in_turns, peak_above_baseline, spread, synchronise
+from bench.parsing import CommonOptions
+from bench.records import write_record
+from bench.render import table
+from bench.workers import Worker, WorkerError
+from mtt_fast import FlatModule, matching_loss, testing, unroll
+from mtt_fast.errors import InputError
+from mtt_fast.memory import AUTO
+from mtt_fast.models.resnets import resnet18
+from mtt_fast.testing import relative_error
+
+_SHAPE, _CLASSES, _LR = (3, 32, 32), 10, 0.01
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions):
+    """Time one iteration on networks that are ordinary modules, at CIFAR-10's shape."""
+
+    networks: str = "ConvNet,ResNet18,ViT"
+    """which, joined by commas"""
+    steps: int = 3
+    """N, student steps in an iteration"""
+    batch: int = 20
+    """b, images in a student step"""
+    tuned: bool = False
+    """have glibc keep freed memory, as mtt_fast's commands do; without it as an ordinary script runs"""
+
+
+class _VisionTransformer(nn.Module):
+    """kornia's, with patches of four pixels, and a linear classifier on its class token."""
+
+    def __init__(self) -> None:
+        from kornia.models.vit import VisionTransformer  # here, since kornia takes seconds to import
+
+        super().__init__()
+        self.features = VisionTransformer(32, 4, embed_dim=128, depth=4, num_heads=4)
+        self.head = nn.Linear(128, _CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images)[:, 0])  # type: ignore[no-any-return]
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "ConvNet": lambda: testing.reference_convnet(3, _CLASSES, 32, 128, 3),
+    "ResNet18": lambda: resnet18(_SHAPE, _CLASSES),
+    "ViT": _VisionTransformer,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One iteration on a module: the same batch in every step."""
+
+    module: nn.Module
+    net: FlatModule
+    start: Tensor
+    target: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    batches: Tensor  # (N, b)
+
+
+def whole_graph(case: Case) -> Gradients:
+    """What the public code does: record all N steps, then differentiate."""
+    with sdpa_kernel(SDPBackend.MATH):  # torch's other attentions have no second derivative
+        found = testing.whole_graph(
+            testing.module_function(case.module), case.start, case.target, case.images, case.labels, case.lr,
+            list(case.batches),
+        )  # fmt: skip
+    return Gradients(found.images, found.lr)
+
+
+def generic(case: Case, memory_budget: str | None = None) -> Gradients:
+    """mtt_fast: each step's graph is made again in the backward sweep, or kept where the budget allows."""
+    images, lr = (value.detach().clone().requires_grad_() for value in (case.images, case.lr))
+    path = unroll(case.net, case.start, images, case.labels, lr, case.batches, memory_budget=memory_budget)
+    return Gradients(*torch.autograd.grad(matching_loss(path[-1], case.start, case.target), (images, lr)))
+
+
+ENGINES: dict[str, Callable[[Case], Gradients]] = {
+    "whole_graph": whole_graph,
+    "generic": generic,
+    "generic-auto": lambda case: generic(case, AUTO),
+}
+
+
+def main(options: Options, command: str) -> None:
+    """Measure, print the table, write the record."""
+    device, names = options.torch_device(), options.networks.split(",")
+    if unknown := set(names) - set(NETWORKS):
+        raise InputError(f"--networks {','.join(sorted(unknown))}: expected some of {', '.join(NETWORKS)}")
+    if min(options.steps, options.batch) < 1:
+        raise InputError("--steps, --batch: expected at least 1")
+    rows: dict[str, dict[str, Any]] = {}
+    workers: dict[str, Worker] = {}
+    elapsed: dict[str, list[float]] = defaultdict(list)
+
+    def measure(name: str) -> float:
+        taken = workers[name].ask(timed)
+        elapsed[name].append(taken["elapsed"])
+        return float(taken["cpu"])
+
+    def give_up(name: str, error: Exception) -> None:
+        rows[name]["problem"] = str(error)
+        if name in workers:
+            workers.pop(name).close()
+
+    try:
+        for network in names:
+            for engine in ENGINES:
+                name = f"{network} {engine}"
+                rows[name] = {"network": network, "engine": engine, "problem": None}
+                try:
+                    workers[name] = Worker(
+                        build, tuned=options.tuned, network=network, engine=engine, device=str(device),
+                        steps=options.steps, batch=options.batch,
+                    )  # fmt: skip
+                    rows[name] |= workers[name].ask(check)
+                    if not rows[name]["error_float64"] <= FLOAT64_TOLERANCE:
+                        raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")
+                except WorkerError as error:
+                    give_up(name, error)
+        found = in_turns(options.repetitions, workers, measure, give_up)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    for name, cpu in found.items():
+        rows[name] |= {"cpu_seconds": cpu, "seconds": spread(elapsed[name])}
+        whole = found.get(f"{rows[name]['network']} whole_graph")
+        rows[name]["cpu_of_whole_graph"] = cpu["least"] / whole["least"] if whole else None
+    conditions = {
+        "case": f"{'×'.join(map(str, _SHAPE))}, {_CLASSES} classes, N = {options.steps}, b = {options.batch}",
+        "freed memory": "kept by glibc" if options.tuned else "as an ordinary script runs",
+        "load": os.getloadavg()[0],
+    }
+    print(table("modules", conditions, list(rows.values())))
+    name = options.name or f"modules-{device.type}"
+    write_record(options.out, name, "modules", device, conditions, list(rows.values()), command)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a worker holds."""
+
+    network: str
+    engine: Callable[[Case], Gradients]
+    case: Case
+    device: torch.device
+
+
+def build(network: str, engine: str, device: str, steps: int, batch: int) -> State:
+    """In a worker: return its state."""
+    place = torch.device(device)
+    return State(network, ENGINES[engine], make_case(network, steps, batch, torch.float32, place), place)
+
+
+def check(state: State) -> dict[str, Any]:
+    """In a worker: return the error in float64 on a small case, and the peak memory of one iteration."""
+    small = make_case(state.network, 2, 2, torch.float64, state.device)
+    pairs = zip(state.engine(small), whole_graph(small), strict=True)
+    error = max(relative_error(mine, theirs) for mine, theirs in pairs)
+    return {"error_float64": error, "peak": peak_above_baseline(lambda: state.engine(state.case), state.device)}
+
+
+def timed(state: State) -> dict[str, float]:
+    """In a worker: return the CPU seconds of one iteration, of all threads, and those that went by."""
+    synchronise(state.device)
+    cpu, elapsed = time.process_time(), time.perf_counter()
+    state.engine(state.case)
+    synchronise(state.device)
+    return {"cpu": time.process_time() - cpu, "elapsed": time.perf_counter() - elapsed}
+
+
+def make_case(network: str, steps: int, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Return a case of random images, with a target near the start; its numbers are float32's."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # modules draw their parameters from torch's own generator
+        module = NETWORKS[network]().to(device, dtype)
+    start = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
+    moved = 0.01 * torch.randn(len(start), generator=generator)
+    return Case(
+        module=module,
+        net=FlatModule(module),
+        start=start,
+        target=start + moved.to(start),
+        images=torch.randn(batch, *_SHAPE, generator=generator).to(start),
+        labels=torch.arange(batch, device=device) % _CLASSES,
+        lr=torch.tensor(_LR).to(start),
+        batches=torch.arange(batch, device=device).expand(steps, batch),
+    )
