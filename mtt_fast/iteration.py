@@ -82,7 +82,9 @@ def iterate(
     draws = (None,) * len(lengths) if parameters is None else parameters.split(lengths)
     kept_from = max(0, len(lengths) - kept_steps)
     batches = indices.split(lengths)
-    steps = Steps(student, batches, kept_from, path_on_host, augment, draws, momentum or None, weight_decay, gradient)
+    steps = Steps(
+        student, batches, kept_from, path_on_host, augment, draws, momentum, weight_decay, gradient, momentum != 0
+    )
     wanted = [images, lr, *([labels] if labels.is_floating_point() else [])]
     with torch.enable_grad():
         images, lr, *soft = (tensor.detach().requires_grad_() for tensor in wanted)

@@ -133,7 +133,7 @@ def unroll(
     if [microbatch, memory_budget, plan].count(None) < 2:
         raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
     student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
-    followed = momentum if momentum or velocity is not None or return_velocity else None
+    has_velocity = momentum != 0 or velocity is not None or return_velocity
     largest, steps = max(len(index) for index in indices), len(indices)
     if draws is None:
         draws = [augment.draw(images.detach()[index], generator) if augment else None for index in indices]
@@ -149,14 +149,25 @@ def unroll(
         work = Work(
             *(student, net.num_parameters, net.mixes_samples, torch.Size((len(images), *image_shape)), largest, steps),
             *(theta.dtype, theta.device),
-            momentum=followed is not None,
+            momentum=has_velocity,
             augment=augment is not None,
             canvas_size=augment.size if isinstance(augment, CanvasCrops) else 1,
         )
         plan = plan_for(work, memory_budget, microbatch)
     cut = student_for_plan(student, net, plan, largest)
     kept_from = max(0, steps - plan.kept_steps)
-    way = Steps(cut, indices, kept_from, plan.path_on_host, augment, tuple(draws), followed, weight_decay, gradient)
+    way = Steps(
+        cut,
+        indices,
+        kept_from,
+        plan.path_on_host,
+        augment,
+        tuple(draws),
+        momentum,
+        weight_decay,
+        gradient,
+        has_velocity,
+    )
     path, after = path_of(way, theta, images, labels, lr, velocity)
     return (path, after) if return_velocity and after is not None else path
 
@@ -209,9 +220,10 @@ class Steps:
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
-    momentum: float | None = None  # None: no velocity is followed
+    momentum: float = 0.0
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
+    has_velocity: bool = False  # as with momentum there must be
 
     def augmented(self, images: Tensor, n: int) -> Tensor:
         """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
@@ -298,7 +310,7 @@ class _Unroll(torch.autograd.Function):
         path.near(0).copy_(theta)
         path.save(0)
         # with momentum the update is no longer a function of one step, so its velocities are kept as well
-        velocities = None if steps.momentum is None else _Rows.empty(count, theta, steps.path_on_host)
+        velocities = _Rows.empty(count, theta, steps.path_on_host) if steps.has_velocity else None
         before = None if velocity is None else velocity.detach().contiguous()
         kept = {}
         for n, index in enumerate(steps.batches):
@@ -315,7 +327,7 @@ class _Unroll(torch.autograd.Function):
                 out=path.near(n + 1),
                 velocity=before,
                 velocity_out=after,
-                momentum=steps.momentum or 0.0,
+                momentum=steps.momentum,
                 weight_decay=steps.weight_decay,
             )
             path.save(n + 1)
