@@ -68,10 +68,7 @@ def written_out(
 
 def engines(name: str) -> tuple[Any, dict[str, Any]]:
     """Return a network and options of `unroll` that take another way through it."""
-<<<<<<< HEAD
-=======
     module = FlatModule(MODULE)
->>>>>>> w-library
     shape: dict[str, Any] = {
         "images": (7, 3, 8, 8),
         "steps": STEPS,
@@ -79,13 +76,8 @@ def engines(name: str) -> tuple[Any, dict[str, Any]]:
         "dtype": torch.float64,
         "momentum": 0.9,
     }
-<<<<<<< HEAD
-    whole = plan(NET, memory_budget=None, **shape)
-    return {
-=======
     whole, of_module = plan(NET, memory_budget=None, **shape), plan(module, microbatch=2, **shape)
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
->>>>>>> w-library
         "fused": (NET, {}),
         "generic": (NET, {"loss": cross_entropy}),
         "a module": (module, {}),
