@@ -253,11 +253,15 @@ TABLES: dict[str, list[Column]] = {
 
 _LABELS = {
     "meta_step": "engine",
+    "modules": "engine",
     "kernels": "operation",
     "training": "loop",
     "trajectories": "reader",
     "tune": "operation",
 }
+
+_TIMES_OF = {"trajectories": "first", "modules": "cpu_seconds"}
+"""The time that is drawn, where it is not that of `seconds`."""
 
 DRAWN = (*_LABELS, "memory_scaling", "methods")
 
@@ -274,9 +278,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def _draw_times(figure: Any, record: dict[str, Any]) -> None:
     axes, label = figure.subplots(), _LABELS[record["benchmark"]]
-    key = "first" if record["benchmark"] == "trajectories" else "seconds"
+    key = _TIMES_OF.get(record["benchmark"], "seconds")
     rows = [row for row in record["rows"] if row.get(key)][::-1]
-    names = [" ".join([str(row[label]), str(row.get("shape") or "")]).strip() for row in rows]
+    names = [" ".join(str(row[part]) for part in ("network", label, "shape") if row.get(part)) for row in rows]
     middles = [row[key]["median"] for row in rows]
     around = [
         [row[key]["median"] - row[key]["least"] for row in rows],

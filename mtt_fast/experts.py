@@ -45,6 +45,7 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.expert_checks import check_belongs, check_same_training
+from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
@@ -196,20 +197,37 @@ def _missing(folder: Path, wanted: _Wanted) -> list[int]:
     """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one that is there is another."""
     present = TrajectoryStore(folder) if folder.is_dir() else None
     missing = [index for index in range(wanted.number) if present is None or index not in present.indices]
-    if not present:
-        return missing
-    if missing and present.course(0) is not None:
+    if present:
+        check_trained_alike(
+            present, wanted.network, wanted.images.identity, wanted.training, wanted.seed,
+            wanted.dtype or present.dtype(0), wanted.precision, more=bool(missing),
+        )  # fmt: skip
+    return missing
+
+
+def check_trained_alike(
+    present: TrajectoryStore,
+    network: Trainable,
+    identity: DatasetIdentity,
+    training: ExpertTraining,
+    seed: int,
+    dtype: torch.dtype,
+    precision: Precision,
+    *,
+    more: bool = True,
+) -> None:
+    """Check that all experts that are there are of `network` and the images of `identity`, and trained as others would be.
+
+    Raises `InputError` that names the first that is not, and where `more` are to be added to compressed ones.
+    """
+    if more and present.course(0) is not None:
         raise InputError(
-            f"{folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
+            f"{present.folder}: holds {len(present)} compressed experts, to which none can be added; give --num_experts "
             f"{len(present)} or less, or the --buffer_path of whole experts"
         )
     for expert in range(len(present)):
-        check_belongs(present, expert, wanted.network, wanted.images.identity)
-        check_same_training(
-            present, expert, dataclasses.asdict(wanted.training), wanted.seed, wanted.dtype or present.dtype(0),
-            wanted.precision,
-        )  # fmt: skip
-    return missing
+        check_belongs(present, expert, network, identity)
+        check_same_training(present, expert, dataclasses.asdict(training), seed, dtype, precision)
 
 
 def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | None, memory_budget: str) -> None:

@@ -251,6 +251,21 @@ def test_meta_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @linux
+def test_modules(tmp_path: Path) -> None:
+    few = "--networks ConvNet,ViT --steps 2 --batch 2 --repetitions 2 --device cpu".split()
+    bench("modules", *few, "--out", str(tmp_path), "--name", "found")
+    rows = rows_of(tmp_path, "found")
+    assert [(row["network"], row["engine"]) for row in rows] == [
+        (network, engine) for network in ("ConvNet", "ViT") for engine in ("whole_graph", "generic", "generic-auto")
+    ]
+    for row in rows:
+        assert row["problem"] is None
+        assert row["error_float64"] <= gate.FLOAT64_TOLERANCE
+        assert row["cpu_seconds"]["n"] == row["seconds"]["n"] == 2
+        assert row["cpu_of_whole_graph"] == 1 or row["engine"] != "whole_graph"
+
+
+@linux
 def test_memory_scaling(tmp_path: Path) -> None:
     vary = "--vary-steps 2 --vary-batch 100 --vary-size 32".split()
     bench("memory_scaling", *TOY, *STEP, *vary, "--out", str(tmp_path), "--name", "found")
@@ -483,6 +498,7 @@ def test_a_stage_tells_what_failed(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["kernals"], "no such benchmark (did you mean kernels?)"),
+        (["modules", "--networks", "ConvNet,VGG"], "--networks VGG: expected some of ConvNet, ResNet18, ViT"),
         (["kernels", "--bacth", "3"], "--bacth: unknown option (did you mean --batch?)"),
         (["meta_step", "--engines", "quick"], "--engines quick: no such engine"),
         (["meta_step", "--engines", "fused-graph", "--device", "cpu"], "--engines fused-graph: expected a CUDA device"),

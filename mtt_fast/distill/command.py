@@ -89,7 +89,7 @@ def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)
-        experts = prepare_experts(options, real, network)
+        experts = prepare_experts(options, real, network, asked)
         check_experts(options, data, network, asked)  # again, as they are now
         if state is not None:
             check_same_experts(folder, state, experts)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.compress import check_made_of, compress, waypoint_folder
@@ -15,7 +15,8 @@ from mtt_fast.data.published_info import DatasetInfo
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
-from mtt_fast.experts import train_missing_experts
+from mtt_fast.experts import check_trained_alike, train_missing_experts
+from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.expert_checks import (
@@ -25,6 +26,7 @@ from mtt_fast.storage.expert_checks import (
     check_as_asked,
     check_belongs,
     check_long_enough,
+    hyperparameters_of,
 )
 from mtt_fast.storage.identity import other_data_in_words
 from mtt_fast.storage.trajectories import TrajectoryStore
@@ -88,11 +90,17 @@ def check_experts(
             f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
             f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
         )
+    identity = data.identity(options.zca)
+    if found.missing and experts is not None:
+        precision = experts.metadata(0).precision or options.precision  # which this is follows from the device
+        check_trained_alike(
+            experts, network, identity, options.experts(), options.seed, experts.dtype(0), cast(Precision, precision)
+        )
     if store is None:
         return
     taking_turns = range(min(options.max_experts or len(store), len(store)))
     for expert in taking_turns:
-        check_belongs(store, expert, network, data.identity(options.zca), other_data=options.other_data)
+        check_belongs(store, expert, network, identity, other_data=options.other_data)
         check_long_enough(store, expert, needed)
         check_as_asked(store, expert, asked, to_the_end=options.looks_at_last_epochs)
     check_alike(store, taking_turns, to_the_end=options.looks_at_last_epochs)
@@ -100,10 +108,12 @@ def check_experts(
         check_made_of(store, taking_turns, experts)
 
 
-def prepare_experts(options: DistillOptions, real: RealImages, network: Trainable) -> TrajectoryStore:
-    """Train and compress the experts that are missing; return the store of those that take turns.
+def prepare_experts(
+    options: DistillOptions, real: RealImages, network: Trainable, asked: Mapping[str, Any]
+) -> TrajectoryStore:
+    """Train and compress the experts that are missing; return the store of those that take turns, and tell what is odd of them.
 
-    Experts from elsewhere are used as they are and as many as there are, as the public code does.
+    Experts from elsewhere are used as they are and as many as there are, as the public code does. `asked`: see `check_experts`.
     """
     found = supply(options, real.data)
     if found.missing:
@@ -115,14 +125,27 @@ def prepare_experts(options: DistillOptions, real: RealImages, network: Trainabl
     if found.uncompressed and options.num_interpolation is not None:
         compress(found.whole, found.used, options.num_interpolation)
     store = TrajectoryStore(found.used)
-    if told := other_data_in_words(store.metadata(0).identity, real.identity):
-        log.info("%s: %s", found.used, told)
-    if found.imported and len(store) < options.num_experts:
-        log.info(
-            "%s: experts from elsewhere, used as they are: all %d that are there; --num_experts %d trains none beside them",
-            found.used, len(store), options.num_experts,
-        )  # fmt: skip
+    for line in _told_of_experts(options, real, store, asked):
+        log.info("%s: %s", found.used, line)
     return store
+
+
+def _told_of_experts(
+    options: DistillOptions, real: RealImages, store: TrajectoryStore, asked: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what a user may not expect of the experts."""
+    first = store.metadata(0)
+    if told := other_data_in_words(first.identity, real.identity):
+        yield told
+    if first.imported and len(store) < options.num_experts:
+        yield (
+            f"experts from elsewhere, used as they are: all {len(store)} that are there; --num_experts {options.num_experts} "
+            "trains none beside them"
+        )
+    if first.imported and asked:
+        yield f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in asked)} has no effect"
+    if (augment := hyperparameters_of(first).get("augment", options.strategy)) != options.strategy:
+        yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
 
 
 def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:

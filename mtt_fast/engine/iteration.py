@@ -84,7 +84,7 @@ def iterate(
     saved_from = max(0, len(lengths) - saved_steps)
     batches = indices.split(lengths)
     steps = StudentSteps(
-        student, batches, saved_from, path_on_host, augment, draws, momentum or None, weight_decay, gradient
+        student, batches, saved_from, path_on_host, augment, draws, momentum, weight_decay, gradient, momentum != 0
     )
     wanted = [images, lr, *([labels] if labels.is_floating_point() else [])]
     with torch.enable_grad():

@@ -133,7 +133,7 @@ def unroll(
     if [microbatch, memory_budget, plan].count(None) < 2:
         raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
     student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
-    followed = momentum if momentum or velocity is not None or return_velocity else None
+    has_velocity = momentum != 0 or velocity is not None or return_velocity
     largest, steps = max(len(index) for index in indices), len(indices)
     if draws is None:
         draws = [augment.draw(images.detach()[index], generator) if augment else None for index in indices]
@@ -156,7 +156,7 @@ def unroll(
             steps=steps,
             dtype=theta.dtype,
             device=theta.device,
-            momentum=followed is not None,
+            momentum=has_velocity,
             augment=augment is not None,
             augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
         )
@@ -164,7 +164,16 @@ def unroll(
     cut = student_for_plan(student, net, plan, largest)
     saved_from = max(0, steps - plan.saved_steps)
     way = StudentSteps(
-        cut, indices, saved_from, plan.path_on_host, augment, tuple(draws), followed, weight_decay, gradient
+        cut,
+        indices,
+        saved_from,
+        plan.path_on_host,
+        augment,
+        tuple(draws),
+        momentum,
+        weight_decay,
+        gradient,
+        has_velocity,
     )
     path, after = path_of(way, theta, images, labels, lr, velocity)
     return (path, after) if return_velocity and after is not None else path
@@ -218,9 +227,10 @@ class StudentSteps:
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
-    momentum: float | None = None  # None: no velocity is followed
+    momentum: float = 0.0
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
+    has_velocity: bool = False  # as with momentum there must be
 
     def inputs(self, images: Tensor, n: int) -> Tensor:
         """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
@@ -313,7 +323,7 @@ class _Unroll(torch.autograd.Function):
         path.near(0).copy_(theta)
         path.save(0)
         # with momentum the update is no longer a function of one step, so its velocities are kept as well
-        velocities = None if steps.momentum is None else _Rows.empty(count, theta, steps.path_on_host)
+        velocities = _Rows.empty(count, theta, steps.path_on_host) if steps.has_velocity else None
         before = None if velocity is None else velocity.detach().contiguous()
         saved = {}
         for n, index in enumerate(steps.batches):
@@ -330,7 +340,7 @@ class _Unroll(torch.autograd.Function):
                 out=path.near(n + 1),
                 velocity=before,
                 velocity_out=after,
-                momentum=steps.momentum or 0.0,
+                momentum=steps.momentum,
                 weight_decay=steps.weight_decay,
             )
             path.save(n + 1)

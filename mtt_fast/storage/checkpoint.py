@@ -82,15 +82,13 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
-        numbers = parse_json(metadata["numbers"])
+        before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
+        numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
         if "format" in metadata:
             check_form(numbers, dict.fromkeys(_NUMBERS, _NUMBER))
             if metadata["format"] != _CHECKPOINT:
                 raise ValueError("another format")
-        before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
-        told = {name: parse_json((before | metadata)[name]) for name in ("data", "digests")}
-        origin = {"data": DatasetIdentity.from_record(told["data"]), "digests": tuple(told["digests"])}
-        return State(**values | numbers | origin)
+        return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 

@@ -48,11 +48,25 @@ class DatasetIdentity:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DatasetIdentity:
-        """Read what `record` returned. Raises `TypeError` for other fields."""
+        """Read what `record` returned. Raises `TypeError` for other fields, or of other types."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
         }
+        for name, value in fields.items():
+            items = _ITEMS.get(name)
+            if not (isinstance(value, str) if items is None else _all_are(items, value)):
+                raise TypeError(f"{name}: not as it is written in the identity of a data set")
         return cls(**fields)
+
+
+_ITEMS: dict[str, type | tuple[type, ...]] = {
+    "class_names": str, "image_shape": int, "mean": (int, float), "std": (int, float),
+}  # fmt: skip
+"""What the fields hold that are no text."""
+
+
+def _all_are(kind: type | tuple[type, ...], value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
 
 
 UNKNOWN = DatasetIdentity()

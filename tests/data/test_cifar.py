@@ -350,6 +350,18 @@ def test_cifar100_by_number(tmp_path: Path, form: str) -> None:
     assert (data.class_names[9], data.class_names[10]) == ("bottle", "bowl")
 
 
+@pytest.mark.parametrize("make", [python_folder, binary_folder])
+def test_class_names_in_another_order_are_put_in_the_official_one(tmp_path: Path, make: Any) -> None:
+    folder = make(tmp_path, "CIFAR10")
+    if make is python_folder:
+        (folder / "batches.meta").write_bytes(python2_pickle({"label_names": list(reversed(NAMES10))}))
+    else:
+        (folder / "batches.meta.txt").write_text("\n".join(reversed(NAMES10)))
+    data = load("CIFAR10", data_path=tmp_path, progress=False)
+    assert data.class_names == NAMES10
+    assert data.test.labels.tolist() == [9 - label for label in batch(10, 5)[1]]
+
+
 @pytest.mark.parametrize(
     ("name", "other", "message"),
     [

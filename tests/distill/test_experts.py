@@ -138,4 +138,4 @@ def test_what_is_to_be_compressed_is_told_beforehand(
     assert f"0 to train for 6 epochs, 2 in {experts(made)}" in told("--num_interpolation", "3")
     assert "waypoints" not in told("--num_interpolation", "3")
     assert told("--num_interpolation", "4").endswith(", 2 to compress to 4 waypoints")
-    assert "1 to train" in told("--num_interpolation", "4", "--num_experts", "3")
+    assert "1 to train" in told("--num_interpolation", "4", "--num_experts", "3", *FLAT)

@@ -23,7 +23,7 @@ from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.student import live_bytes
 from mtt_fast.kernels import native
 from mtt_fast.runtime.memory_info import _left_in_groups, free_bytes, parse_bytes
-from mtt_fast.testing import assert_close
+from mtt_fast.testing import assert_close, reference_convnet
 
 GIB, MIB = 2**30, 2**20
 CPU = torch.device("cpu")
@@ -182,10 +182,31 @@ def test_batch_statistics_need_the_whole_batch() -> None:
 
 def test_what_a_step_holds_is_found_without_computing_it() -> None:
     net = FlatModule(torch.nn.Linear(1000, 1, bias=False))
-    gradient, gradient_jvp = live_bytes(net, 1, torch.Size((1000,)), torch.float64)
-    assert 8 * 1000 <= gradient < 8 * 2100
-    # θ's copy, the two gradients to θ and the image, and their derivatives
-    assert 8 * 5000 <= gradient_jvp < 8 * 8100
+    held = live_bytes(net, 1, torch.Size((1000,)), torch.float64)
+    assert 8 * 1000 <= held.gradient < 8 * 2100
+    # the gradient to θ, and its derivatives to θ and the image
+    assert 8 * 3000 <= held.gradient_jvp < 8 * 8100
+    # what is kept is a copy of θ and the gradient, in the step's peak beside what it takes itself
+    assert 8 * 2000 <= held.saved < 8 * 3100
+    assert held.saved <= held.gradient_saving < 8 * 5100
+    assert 0 < held.gradient_jvp_saved < held.gradient_jvp
+
+
+def test_a_module_keeps_the_graphs_of_steps_that_fit() -> None:
+    """So that with memory to spare it costs what autograd through all steps does; in pieces, each piece's."""
+    net = FlatModule(reference_convnet(3, 10, 32, 16, 3))
+    saved = [planned(budget, net).saved_steps for budget in (None, "100MiB", "150MiB", "1GiB")]
+    assert saved[0] == 0
+    assert saved == sorted(saved)
+    assert 0 < saved[2] < saved[3] == 5
+    assert planned("1GiB", net).passes == 9
+    assert planned(None, net).passes == 12
+    whole, cut = (
+        dataclasses.replace(planned(None, net), microbatch=size, saved_steps=2).parts["kept activations"]
+        for size in (50, 7)
+    )
+    parameters = 2 * 8 * (8 - 1) * 4 * net.num_parameters  # a copy of them and their gradient, for each further piece
+    assert whole < cut <= whole + 2 * parameters
 
 
 class Shrinking:

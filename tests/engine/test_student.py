@@ -33,12 +33,18 @@ def test_hard_loss_to_second_order() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 9])
 @pytest.mark.parametrize("soft", [False, True])
-def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, save: bool) -> None:
     theta = torch.randn(NET.num_parameters, dtype=torch.float64)
     v = torch.randn_like(theta)
     images = torch.randn(7, 2, 6, 6, dtype=torch.float64)
     labels = torch.randn(7, 3, dtype=torch.float64).softmax(1) if soft else torch.arange(7) % 3
-    found = InMicrobatches(GenericStudent(NET), size).gradient_jvp(theta, images, labels, v)
+    student = InMicrobatches(GenericStudent(NET), size)
+    of_pieces = student.gradient(theta, images, labels, save)
+    before = theta.clone()
+    theta.mul_(2 if save else 1)  # what is kept is of the parameters as they were
+    found = student.gradient_jvp(theta, images, labels, v, of_pieces.saved)
+    theta = before
 
     leaves = [images.clone().requires_grad_(), *([labels.clone().requires_grad_()] if soft else [])]
     at = theta.clone().requires_grad_()
@@ -51,6 +57,6 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool) ->
     assert (found.labels is not None) == soft
     if found.labels is not None:
         assert_close("labels", found.labels, expected[2], 1e-10)
-    of_pieces = InMicrobatches(GenericStudent(NET), size).gradient(theta, images, labels)
+    assert (of_pieces.saved is not None) == save
     assert_close("loss", of_pieces.loss, loss, 1e-12)
     assert_close("gradient", of_pieces.theta, gradient, 1e-12)

@@ -68,6 +68,7 @@ def written_out(
 
 def engines(name: str) -> tuple[Any, dict[str, Any]]:
     """Return a network and options of `unroll` that take another way through it."""
+    module = FlatModule(MODULE)
     shape: dict[str, Any] = {
         "images": (7, 3, 8, 8),
         "steps": STEPS,
@@ -75,22 +76,25 @@ def engines(name: str) -> tuple[Any, dict[str, Any]]:
         "dtype": torch.float64,
         "momentum": 0.9,
     }
-    whole = plan(NET, memory_budget=None, **shape)
-    return {
+    whole, of_module = plan(NET, memory_budget=None, **shape), plan(module, microbatch=2, **shape)
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
         "fused": (NET, {}),
         "generic": (NET, {"loss": cross_entropy}),
-        "a module": (FlatModule(MODULE), {}),
+        "a module": (module, {}),
         "micro-batches": (NET, {"microbatch": 2}),
-        "a module in micro-batches": (FlatModule(MODULE), {"microbatch": 3}),
+        "a module in micro-batches": (module, {"microbatch": 3}),
         "a budget": (NET, {"memory_budget": "1GiB"}),
         "kept activations": (NET, {"plan": replace(whole, saved_steps=2)}),
+        "kept graphs": (module, {"plan": replace(of_module, saved_steps=3)}),
         "the path on the host": (NET, {"plan": replace(whole, path_on_host=True)}),
-    }[name]
+        "kept graphs, the path on the host": (module, {"plan": replace(of_module, saved_steps=3, path_on_host=True)}),
+    }
+    return ways[name]
 
 
 ENGINES = (
     "fused", "generic", "a module", "micro-batches", "a module in micro-batches", "a budget", "kept activations",
-    "the path on the host",
+    "kept graphs", "the path on the host", "kept graphs, the path on the host",
 )  # fmt: skip
 
 
@@ -169,11 +173,13 @@ def test_augmented() -> None:
 
 def test_numerical_derivative_to_the_starting_velocity() -> None:
     case = make(per_step=False)
-    start, velocity, *rest = case
+    start, velocity, images, labels, lr = case
     direction, weights = torch.randn_like(velocity), torch.randn(2, len(start), dtype=torch.float64)
 
     def value(velocity: Tensor) -> Tensor:
-        path, after = unroll(NET, start, *rest, BATCHES, momentum=0.7, velocity=velocity, return_velocity=True)
+        path, after = unroll(
+            NET, start, images, labels, lr, BATCHES, momentum=0.7, velocity=velocity, return_velocity=True
+        )
         return (weights[0] * path[-1]).sum() + (weights[1] * after).sum()
 
     leaf = velocity.clone().requires_grad_()
@@ -206,7 +212,7 @@ def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
         assert_close("velocity", velocity, torch.cat(buffers), 1e-12)
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in ("a budget", "kept activations")])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "kept" not in name])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
     net, options = engines(engine)

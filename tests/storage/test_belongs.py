@@ -209,6 +209,24 @@ def test_experts_are_used_as_they_were_asked_for(here: Path, capsys: pytest.Capt
     assert f"{expert}: trained with lr 0.01, not 0.5" in error
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_epochs", "3"], "trained with batch_size 128, not 256"),
+        ([*TRAINED, "--seed", "1"], "trained with seed 0, not 1"),
+        (["--batch_real", "128", "--train_epochs", "4"], "trained with train_epochs 3, not 4"),
+    ],
+)
+def test_those_that_are_missing_are_trained_like_the_others(
+    here: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    for dry in (["--dry_run"], []):
+        error = refused(capsys, distill, *distil(*flags, "--num_experts", "3", *dry))
+        assert f"{EXPERTS}/expert_0000.safetensors: {message}" in error
+    assert cli.run(distill, distil(*TRAINED, "--num_experts", "3")) == 0
+    assert len(TrajectoryStore(EXPERTS)) == 3
+
+
 def test_what_is_recorded_is_what_the_experts_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dataset", "digits", *MODEL, "--num_experts", "2", "--buffer_path", "long"]
     trained = "--train_epochs 5 --lr_teacher 0.02 --mom 0.5 --batch_train 256".split()
@@ -341,6 +359,16 @@ def test_waypoints_are_of_the_experts_that_are_there(here: Path, capsys: pytest.
         )
 
 
+def test_the_students_augmentation_is_not_the_experts(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One option names both, where experts are trained; what is there is used, and told."""
+    caplog.set_level("INFO")
+    assert cli.run(distill, distil("--dsa", "False")) == 0
+    told = (
+        "trained with augmentation color_crop_cutout_flip_scale_rotate; none is that of the student and of evaluations"
+    )
+    assert told in caplog.text
+
+
 # Two jobs in one folder
 
 
@@ -410,6 +438,7 @@ def test_imported_experts_are_used_as_they_are(
     number = flags[flags.index("--num_experts") + 1] if "--num_experts" in flags else "100"
     used = f"used as they are: all 2 that are there; --num_experts {number} trains none beside them"
     assert used in caplog.text
+    assert ("not known: --expert_lr, --mom has no effect" in caplog.text) == ("--mom" in flags)
     summary = json.loads(Path("new/summary.json").read_text())
     assert summary["experts"]["number"] == (1 if flags == ["--max_experts", "1"] else 2)
     assert "imported_from" in summary["experts"]["hyperparameters"]

@@ -21,8 +21,9 @@ OTHER = replace(PETS, fingerprint="beef")
 
 def test_a_record_comes_back() -> None:
     assert DatasetIdentity.from_record(json.loads(json.dumps(PETS.record()))) == PETS
-    with pytest.raises(TypeError):
-        DatasetIdentity.from_record({"colour": "red"})
+    for broken in ({"colour": "red"}, {"name": 5}, {"mean": "x"}, {"class_names": [1]}, {"image_shape": None}):
+        with pytest.raises(TypeError):
+            DatasetIdentity.from_record(broken)
 
 
 def test_it_is_made_of_real_images(tmp_path_factory: pytest.TempPathFactory) -> None:
