@@ -37,7 +37,8 @@ void backward(const BiasBackward<T>& a, std::size_t sample, std::size_t group) {
             const Pack<T> u_bar = in_pool ? where_positive(u, load(a.p_bar + pooled, n) * T(0.25)) : Pack<T>{};
             store(a.y_bar + pixel, u_bar, n);
             if constexpr (dual) {
-                const Pack<T> u_bar_dot = in_pool ? where_positive(u, load(a.p_bar_dot + pooled, n) * T(0.25)) : Pack<T>{};
+                const Pack<T> u_bar_dot =
+                    in_pool ? where_positive(u, load(a.p_bar_dot + pooled, n) * T(0.25)) : Pack<T>{};
                 store(a.y_bar_dot + pixel, u_bar_dot, n);
                 row += u_bar_dot;
             } else {

@@ -32,18 +32,18 @@ struct Softmax {
 template <typename T>
 Softmax<T> softmax_of(const T* row, std::size_t classes) {
     Pack<T> most = broadcast(kNothing<T>), sum{};
-    for_each_pack<T>(classes, [&](std::size_t k, std::size_t n) { most = larger(load(row + k, n, kNothing<T>), most); });
+    for_each_pack<T>(classes,
+                     [&](std::size_t k, std::size_t n) { most = larger(load(row + k, n, kNothing<T>), most); });
     const T max = largest_lane(most);
-    for_each_pack<T>(classes, [&](std::size_t k, std::size_t n) {
-        sum += exp_of(load(row + k, n, kNothing<T>) - broadcast(max));
-    });
+    for_each_pack<T>(
+        classes, [&](std::size_t k, std::size_t n) { sum += exp_of(load(row + k, n, kNothing<T>) - broadcast(max)); });
     return {max, std::log(sum_of_lanes(sum))};
 }
 
 // The distribution that a sample's softmax is compared with. Probabilities that are being learned need not sum to one.
 template <typename T>
 class Target {
-public:
+  public:
     Target(const CrossEntropy<T>& a, std::size_t sample)
         : labels_(a.labels ? a.labels + sample * a.classes : nullptr),
           index_(a.labels ? 0 : static_cast<std::size_t>(a.indices[sample])),
@@ -64,7 +64,7 @@ public:
         return of_logits_ ? exp_of(softmax_.log_of(load(labels_ + first, n, kNothing<T>))) : load(labels_ + first, n);
     }
 
-private:
+  private:
     const T* labels_;
     std::size_t index_;
     bool of_logits_;
@@ -74,7 +74,8 @@ private:
 
 template <typename T>
 void add(T* row, const T* bias, std::size_t classes) {
-    for_each_pack<T>(classes, [&](std::size_t k, std::size_t n) { store(row + k, load(row + k, n) + load(bias + k, n), n); });
+    for_each_pack<T>(classes,
+                     [&](std::size_t k, std::size_t n) { store(row + k, load(row + k, n) + load(bias + k, n), n); });
 }
 
 template <typename T>

@@ -30,7 +30,8 @@ void expect(bool condition) {
     if (!condition) throw std::invalid_argument("classifier: sizes do not fit each other, or a label is no class");
 }
 
-// Sizes and labels are checked by the caller in Python; this is the last line of defence against memory that is not ours.
+// Sizes and labels are checked by the caller in Python; this is the last line of defence against memory that is not
+// ours.
 template <typename T>
 CrossEntropy<T> arguments(const Array<T>& logits, const Input<T>& bias, const Maybe<const std::int64_t>& indices,
                           const Maybe<const T>& labels, bool of_logits) {
@@ -54,7 +55,8 @@ CrossEntropy<T> arguments(const Array<T>& logits, const Input<T>& bias, const Ma
     return a;
 }
 
-// Runs `kernel` for every sample, and adds up the losses and `o_bar`, which the kernel writes in the place of some logits.
+// Runs `kernel` for every sample, and adds up the losses and `o_bar`, which the kernel writes in the place of some
+// logits.
 template <typename T, typename Kernel>
 void run(CrossEntropy<T> a, Kernel kernel, const T* o_bar, T* loss, T* bias_bar, int threads) {
     nb::gil_scoped_release release;

@@ -11,8 +11,8 @@ constexpr std::size_t kRows = VECTOR_BYTES == 64 ? 12 : 6;
 
 // sums[r] += Σ_k a[r, k] b[k, :], with the strides of a free, so that either factor can be read transposed.
 template <std::size_t rows, typename T>
-INLINE void multiply(const T* a, std::size_t a_row, std::size_t a_depth, const T* b, std::size_t b_depth, std::size_t count,
-                     std::size_t depth, Pack<T> (&sums)[rows]) {
+INLINE void multiply(const T* a, std::size_t a_row, std::size_t a_depth, const T* b, std::size_t b_depth,
+                     std::size_t count, std::size_t depth, Pack<T> (&sums)[rows]) {
     for (std::size_t k = 0; k < depth; ++k) {
         const Pack<T> row = load(b + k * b_depth, count);
 #pragma GCC unroll 16
@@ -62,7 +62,8 @@ INLINE Tile tile_at(const ConvShape& shape, std::size_t index) {
 
 // v[:, at] = Bᵀ d B of one input tile, all channels
 template <typename T>
-INLINE void transform_input(const ConvShape& shape, const T* x, const T* zeros, std::size_t index, T* v, std::size_t stride) {
+INLINE void transform_input(const ConvShape& shape, const T* x, const T* zeros, std::size_t index, T* v,
+                            std::size_t stride) {
     const Tile tile = tile_at(shape, index);
     const T* from[16];
     places<4>(x, tile.sample, tile.row - shape.padding, tile.column - shape.padding, shape.height, shape.width,
@@ -81,7 +82,7 @@ INLINE void transform_input(const ConvShape& shape, const T* x, const T* zeros, 
         }
 #pragma GCC unroll 4
         for (std::size_t i = 0; i < 4; ++i) {
-            const Pack<T>*d = half + 4 * i;
+            const Pack<T>* d = half + 4 * i;
             T* to = v + 4 * i * stride + c;
             store(to, d[0] - d[2], n);
             store(to + stride, d[1] + d[2], n);
@@ -117,8 +118,8 @@ INLINE void transform_output_gradient(const ConvShape& shape, const T* y_bar, co
 
 // y = Aᵀ m A of one tile and one panel of filters
 template <typename T>
-INLINE void transform_output(const ConvShape& shape, const T* m, std::size_t stride, std::size_t index, std::size_t filter,
-                             T* y) {
+INLINE void transform_output(const ConvShape& shape, const T* m, std::size_t stride, std::size_t index,
+                             std::size_t filter, T* y) {
     const std::size_t lanes = Pack<T>::lanes;
     const std::size_t n = shape.filters - filter < lanes ? shape.filters - filter : lanes;
     const Tile tile = tile_at(shape, index);
@@ -274,7 +275,8 @@ void patches_weight_gradient(const Patches<T>& a, std::size_t sample, T* scratch
         const std::size_t n = s.filters - filter < lanes ? s.filters - filter : lanes;
         for_rows(taps, [&](std::size_t tap, auto rows) INLINE_LAMBDA {
             Pack<T> sums[rows.value] = {};
-            multiply(scratch + tap, 1, taps, a.y_bar + sample * pixels * s.filters + filter, s.filters, n, pixels, sums);
+            multiply(scratch + tap, 1, taps, a.y_bar + sample * pixels * s.filters + filter, s.filters, n, pixels,
+                     sums);
             T* to = a.w_bar + (sample * taps + tap) * filters + filter;
             for (std::size_t r = 0; r < rows.value; ++r) store(to + r * filters, sums[r], lanes);
         });
@@ -295,7 +297,8 @@ void patches_input_gradient(const Patches<T>& a, std::size_t sample, T* scratch)
                 Pack<T> sums[rows.value] = {};
                 multiply(a.y_bar + from, s.filters, 1, a.w_taps_dot + tap * s.filters, lanes, lanes, s.filters, sums);
                 multiply(a.y_bar_dot + from, s.filters, 1, a.w_taps + tap * s.filters, lanes, lanes, s.filters, sums);
-                for (std::size_t r = 0; r < rows.value; ++r) store(scratch + (column + r) * taps_rounded + tap, sums[r], lanes);
+                for (std::size_t r = 0; r < rows.value; ++r)
+                    store(scratch + (column + r) * taps_rounded + tap, sums[r], lanes);
             });
         }
         for (std::size_t column = 0; column < s.out_width; ++column) {

@@ -1,5 +1,5 @@
-// The convolutions as Python functions: weights are transformed, blocks shared among threads. Tensors are channels-last,
-// so (B, H, W, C) and contiguous in memory; those that hold results were allocated by the caller.
+// The convolutions as Python functions: weights are transformed, blocks shared among threads. Tensors are
+// channels-last, so (B, H, W, C) and contiguous in memory; those that hold results were allocated by the caller.
 #include "conv_module.h"
 
 #include <nanobind/ndarray.h>
@@ -81,7 +81,8 @@ void transform_weights(const Weights<T>& w, std::size_t lanes, int threads, T* u
 
 // w_bar = Gᵀ (Σ sums) G: (parts, 16, C, K rounded) -> (K, C, 3, 3). The parts are added in their order, into the first.
 template <typename T>
-void transform_weight_gradient(const ConvShape& s, std::size_t lanes, std::size_t parts, int threads, T* sum, T* w_bar) {
+void transform_weight_gradient(const ConvShape& s, std::size_t lanes, std::size_t parts, int threads, T* sum,
+                               T* w_bar) {
     const std::size_t filters = rounded(s.filters, lanes), place = s.channels * filters;
     parallel_for(s.channels, grain_of(filters * 16 * (parts + 2)), threads, [&](std::size_t c) {
         for (std::size_t part = 1; part < parts; ++part) {
@@ -95,7 +96,8 @@ void transform_weight_gradient(const ConvShape& s, std::size_t lanes, std::size_
             const T* from = sum + c * filters + k;
             T half[12];
             for (std::size_t j = 0; j < 4; ++j) {
-                const T m0 = from[j * place], m1 = from[(4 + j) * place], m2 = from[(8 + j) * place], m3 = from[(12 + j) * place];
+                const T m0 = from[j * place], m1 = from[(4 + j) * place], m2 = from[(8 + j) * place],
+                        m3 = from[(12 + j) * place];
                 half[j] = m0 + (m1 + m2) / 2;
                 half[4 + j] = (m1 - m2) / 2;
                 half[8 + j] = (m1 + m2) / 2 + m3;
@@ -115,7 +117,8 @@ template <typename T>
 ConvShape conv_shape(const Input<T>& x, std::size_t filters, std::ptrdiff_t padding) {
     expect(x.ndim() == 4);
     ConvShape s{x.shape(0), x.shape(1), x.shape(2), x.shape(3), 0, 0, filters, padding};
-    const std::ptrdiff_t height = std::ptrdiff_t(s.height) + 2 * padding - 2, width = std::ptrdiff_t(s.width) + 2 * padding - 2;
+    const std::ptrdiff_t height = std::ptrdiff_t(s.height) + 2 * padding - 2,
+                         width = std::ptrdiff_t(s.width) + 2 * padding - 2;
     expect(height > 0 && width > 0);
     s.out_height = std::size_t(height);
     s.out_width = std::size_t(width);
@@ -153,13 +156,17 @@ Work patches_work(const ConvShape& s, std::size_t lanes) {
     return {s.batch * taps * rounded(s.filters, lanes), s.out_height * s.out_width * taps};
 }
 
-std::size_t winograd_operations(const ConvShape& s, std::size_t tiles) { return tiles * 16 * 2 * s.channels * s.filters; }
+std::size_t winograd_operations(const ConvShape& s, std::size_t tiles) {
+    return tiles * 16 * 2 * s.channels * s.filters;
+}
 
 // Operations of a sample.
-std::size_t patches_operations(const ConvShape& s) { return s.out_height * s.out_width * 9 * 2 * s.channels * s.filters; }
+std::size_t patches_operations(const ConvShape& s) {
+    return s.out_height * s.out_width * 9 * 2 * s.channels * s.filters;
+}
 
-// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only those that there is room for. `rotated`: W is that of a
-// convolution whose input gradient this is, (C, K, 3, 3), and the padding 2 minus its own.
+// y = W∗x and, if the dots are given, y_dot = W_dot∗x + W∗x_dot; only those that there is room for. `rotated`: W is
+// that of a convolution whose input gradient this is, (C, K, 3, 3), and the padding 2 minus its own.
 template <typename T>
 void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& weight,
               const std::optional<Input<T>>& weight_dot, std::ptrdiff_t padding, bool rotated,
@@ -179,7 +186,8 @@ void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Inp
     static thread_local Buffer<T> transformed;
     T* u = transformed.at_least(work.shared);
     transform_weights(Weights<T>{weight.data(), s.channels, s.filters, rotated}, unit.lanes, threads, u);
-    if (dual) transform_weights(Weights<T>{weight_dot_data, s.channels, s.filters, rotated}, unit.lanes, threads, u + each);
+    if (dual)
+        transform_weights(Weights<T>{weight_dot_data, s.channels, s.filters, rotated}, unit.lanes, threads, u + each);
     const std::vector<T> zeros(s.channels);
     const WinogradForward<T> arguments{s, x.data(), x_dot_data, u, u + each, zeros.data(), y_data, y_dot_data};
     const auto kernel = !dual    ? unit.winograd_forward
@@ -193,7 +201,8 @@ void winograd(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Inp
 // w_bar = y_bar ⋆ x, or with the dots  y_bar_dot ⋆ x + y_bar ⋆ x_dot
 template <typename T>
 void winograd_weight_gradient(const Input<T>& x, const std::optional<Input<T>>& x_dot, const Input<T>& y_bar,
-                              const std::optional<Input<T>>& y_bar_dot, std::ptrdiff_t padding, Array<T> w_bar, int threads) {
+                              const std::optional<Input<T>>& y_bar_dot, std::ptrdiff_t padding, Array<T> w_bar,
+                              int threads) {
     expect(y_bar.ndim() == 4);
     const ConvShape s = conv_shape<T>(x, y_bar.shape(3), padding);
     expect(y_bar.size() == output_size(s) && w_bar.size() == s.channels * s.filters * 9);
@@ -209,8 +218,7 @@ void winograd_weight_gradient(const Input<T>& x, const std::optional<Input<T>>& 
     T* sums = buffer.at_least(work.shared);
     std::fill(sums, sums + work.shared, T(0));
     const std::vector<T> zeros(std::max(s.channels, s.filters));
-    const WinogradSum<T> arguments{s,         parts, x.data(), x_dot_data, y_bar.data(), y_bar_dot_data,
-                                   zeros.data(), sums};
+    const WinogradSum<T> arguments{s, parts, x.data(), x_dot_data, y_bar.data(), y_bar_dot_data, zeros.data(), sums};
     const auto kernel = dual ? unit.winograd_dual_sum : unit.winograd_sum;
     const std::size_t grain = grain_of(winograd_operations(s, s.tiles() / parts) * (dual ? 2 : 1));
     parallel_for(parts, grain, threads, [&](std::size_t part) { kernel(arguments, part, scratch<T>(work.scratch)); });
@@ -239,14 +247,14 @@ void patches(const Input<T>& x, const Input<T>& weight, std::ptrdiff_t padding, 
     arguments.x = x.data();
     arguments.w = panels.data();
     arguments.y = y.data();
-    parallel_for(s.batch, grain_of(patches_operations(s)), threads, [&](std::size_t sample) {
-        unit.patches_forward(arguments, sample, scratch<T>(s.out_width * taps));
-    });
+    parallel_for(s.batch, grain_of(patches_operations(s)), threads,
+                 [&](std::size_t sample) { unit.patches_forward(arguments, sample, scratch<T>(s.out_width * taps)); });
 }
 
 // w_bar = y_bar ⋆ x for few channels: a sum for each sample, then over the samples in their order
 template <typename T>
-void patches_weight_gradient(const Input<T>& x, const Input<T>& y_bar, std::ptrdiff_t padding, Array<T> w_bar, int threads) {
+void patches_weight_gradient(const Input<T>& x, const Input<T>& y_bar, std::ptrdiff_t padding, Array<T> w_bar,
+                             int threads) {
     expect(y_bar.ndim() == 4);
     const ConvShape s = conv_shape<T>(x, y_bar.shape(3), padding);
     const std::size_t taps = 9 * s.channels;
@@ -311,8 +319,8 @@ void patches_input_gradient(const Input<T>& y_bar, const Input<T>& y_bar_dot, co
     });
 }
 
-// Bytes that all of one step's calls keep: layers in rows of (channels, height, width, filters, padding), of which those
-// of at most `few` channels take patches. A buffer is as large as its largest use.
+// Bytes that all of one step's calls keep: layers in rows of (channels, height, width, filters, padding), of which
+// those of at most `few` channels take patches. A buffer is as large as its largest use.
 template <typename T>
 std::size_t step_work(std::size_t batch, const std::vector<std::array<std::size_t, 5>>& layers, std::size_t few,
                       int threads) {
@@ -323,8 +331,8 @@ std::size_t step_work(std::size_t batch, const std::vector<std::array<std::size_
     };
     for (const auto& [channels, height, width, filters, padding] : layers) {
         const std::size_t grown = 2 * padding;
-        const ConvShape s{batch, height, width, channels, height + grown - 2, width + grown - 2, filters,
-                          std::ptrdiff_t(padding)};
+        const ConvShape s{
+            batch, height, width, channels, height + grown - 2, width + grown - 2, filters, std::ptrdiff_t(padding)};
         const ConvShape back{batch, s.out_height, s.out_width, filters, height, width, channels, 2 - s.padding};
         if (channels <= few) {
             grow(patches, patches_work(s, lanes));
@@ -342,8 +350,8 @@ std::size_t step_work(std::size_t batch, const std::vector<std::array<std::size_
 template <typename T>
 void define(nb::module_& module, const char* step_work_name) {
     module.def(step_work_name, step_work<T>);
-    module.def("winograd", winograd<T>, "x"_a.noconvert(), "x_dot"_a.none(), "weight"_a.noconvert(), "weight_dot"_a.none(),
-               "padding"_a, "rotated"_a, "y"_a.none(), "y_dot"_a.none(), "threads"_a);
+    module.def("winograd", winograd<T>, "x"_a.noconvert(), "x_dot"_a.none(), "weight"_a.noconvert(),
+               "weight_dot"_a.none(), "padding"_a, "rotated"_a, "y"_a.none(), "y_dot"_a.none(), "threads"_a);
     module.def("winograd_weight_gradient", winograd_weight_gradient<T>, "x"_a.noconvert(), "x_dot"_a.none(),
                "y_bar"_a.noconvert(), "y_bar_dot"_a.none(), "padding"_a, "w_bar"_a.noconvert(), "threads"_a);
     module.def("patches", patches<T>);

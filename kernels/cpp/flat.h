@@ -32,6 +32,7 @@ struct BFloat16 {
     }
 };
 
-// |a - b|^2 of two vectors, accumulated in double. The result depends on the values and the size alone, not on `threads`.
+// |a - b|^2 of two vectors, accumulated in double. The result depends on the values and the size alone, not on
+// `threads`.
 template <typename T>
 double squared_distance(const T* a, const T* b, std::size_t size, int threads);

@@ -7,8 +7,8 @@
 
 #include "parallel.h"
 
-// FOR_EACH_VECTOR_UNIT before a function compiles it once for each width of vectors; the loader takes the widest that the
-// processor has. So one binary is fast on a new machine and still starts on an old one.
+// FOR_EACH_VECTOR_UNIT before a function compiles it once for each width of vectors; the loader takes the widest that
+// the processor has. So one binary is fast on a new machine and still starts on an old one.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define FOR_EACH_VECTOR_UNIT __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -19,7 +19,7 @@ namespace {
 
 constexpr std::size_t kBlock = 1 << 15;  // elements; a sum a block, whoever computes it
 constexpr std::size_t kGrain = 16;       // blocks that take one thread longer (60 us) than it takes to start another
-constexpr std::size_t kLanes = 16;       // independent sums: the order is fixed, and yet a vector unit can do them at once
+constexpr std::size_t kLanes = 16;  // independent sums: the order is fixed, and yet a vector unit can do them at once
 
 template <typename T>
 FOR_EACH_VECTOR_UNIT double block_sum(const T* a, const T* b, std::size_t size) {

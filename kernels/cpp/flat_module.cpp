@@ -46,9 +46,8 @@ T* data(const Maybe<T>& vector, std::size_t size) {
 template <typename Arguments, typename Kernel>
 void for_each_block(const Arguments& arguments, Kernel kernel, std::size_t size, int threads) {
     nb::gil_scoped_release release;
-    parallel_for((size + kBlock - 1) / kBlock, kGrain, threads, [&](std::size_t block) {
-        kernel(arguments, block * kBlock, std::min(size, (block + 1) * kBlock));
-    });
+    parallel_for((size + kBlock - 1) / kBlock, kGrain, threads,
+                 [&](std::size_t block) { kernel(arguments, block * kBlock, std::min(size, (block + 1) * kBlock)); });
 }
 
 template <typename T>
@@ -57,8 +56,8 @@ void sgd_step(const Vector<const T>& theta, const Vector<const T>& gradient, dou
               int threads) {
     const std::size_t size = theta.size();
     expect(gradient.size() == size && out.size() == size);
-    const SgdStep<T> arguments{theta.data(), gradient.data(), data(velocity, size),   T(rate), T(momentum),
-                               T(weight_decay), out.data(),   data(velocity_out, size)};
+    const SgdStep<T> arguments{theta.data(), gradient.data(), data(velocity, size), T(rate),
+                               T(momentum),  T(weight_decay), out.data(),           data(velocity_out, size)};
     for_each_block(arguments, flat_unit<T>().sgd, size, threads);
 }
 
@@ -67,8 +66,9 @@ void adjoint_step(const Vector<const T>& adjoint, const Vector<const T>& hessian
                   double scale, Vector<T> out, const Maybe<const T>& incoming, double weight_decay, int threads) {
     const std::size_t size = adjoint.size();
     expect(hessian_v.size() == size && out.size() == size);
-    const AdjointStep<T> arguments{adjoint.data(), hessian_v.data(), data(direction, size), data(incoming, size),
-                                   T(scale),       T(weight_decay),  out.data()};
+    const AdjointStep<T> arguments{
+        adjoint.data(),  hessian_v.data(), data(direction, size), data(incoming, size), T(scale),
+        T(weight_decay), out.data()};
     for_each_block(arguments, flat_unit<T>().adjoint, size, threads);
 }
 
@@ -76,8 +76,9 @@ template <typename T>
 void define(nb::module_& module) {
     module.def("sgd_step", sgd_step<T>, "theta"_a.noconvert(), "gradient"_a.noconvert(), "rate"_a, "out"_a.noconvert(),
                "velocity"_a.none(), "velocity_out"_a.none(), "momentum"_a, "weight_decay"_a, "threads"_a);
-    module.def("adjoint_step", adjoint_step<T>, "adjoint"_a.noconvert(), "hessian_v"_a.noconvert(), "direction"_a.none(),
-               "scale"_a, "out"_a.noconvert(), "incoming"_a.none(), "weight_decay"_a, "threads"_a);
+    module.def("adjoint_step", adjoint_step<T>, "adjoint"_a.noconvert(), "hessian_v"_a.noconvert(),
+               "direction"_a.none(), "scale"_a, "out"_a.noconvert(), "incoming"_a.none(), "weight_decay"_a,
+               "threads"_a);
 }
 
 template <typename T>

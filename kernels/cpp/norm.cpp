@@ -12,7 +12,7 @@ namespace {
 // Statistics and parameters of one plane, a lane a channel.
 template <typename T>
 struct Norm {
-    Pack<T> mean, rstd, gamma, beta;        // primal
+    Pack<T> mean, rstd, gamma, beta;      // primal
     Pack<T> k1, k2, gamma_dot, beta_dot;  // tangent
 
     INLINE Pack<T> h(const Pack<T>& y) const { return (y - mean) * rstd; }
@@ -144,7 +144,8 @@ void backward(const NormBackward<T>& a, std::size_t sample, std::size_t group) {
             store(y_bar + pixel, norm.rstd * q, n);
             if constexpr (dual) {
                 const Pack<T> h_dot = norm.h_dot(h, load(y_dot + pixel, n));
-                const Pack<T> u_bar_dot = in_pool ? where_positive(u, load(p_bar_dot + pooled, n) * T(0.25)) : Pack<T>{};
+                const Pack<T> u_bar_dot =
+                    in_pool ? where_positive(u, load(p_bar_dot + pooled, n) * T(0.25)) : Pack<T>{};
                 const Pack<T> h_bar_dot = norm.gamma_dot * u_bar + norm.gamma * u_bar_dot;
                 const Pack<T> q_dot = h_bar_dot - mean_h_bar_dot - h_dot * along - h * along_dot;
                 store(y_bar_dot + pixel, norm.rstd * (q_dot - rstd_dot * q), n);

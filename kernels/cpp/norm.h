@@ -8,17 +8,17 @@
 template <typename T>
 struct NormForward {
     PlaneShape shape;
-    const T *y, *y_dot;                             // (B, H, W, C)
+    const T *y, *y_dot;                            // (B, H, W, C)
     const T *gamma, *beta, *gamma_dot, *beta_dot;  // (C,)
     double eps;
-    T *p, *p_dot;                  // (B, H/2, W/2, C)
-    T *mean, *rstd, *k1, *k2;      // (B, C)
+    T *p, *p_dot;              // (B, H/2, W/2, C)
+    T *mean, *rstd, *k1, *k2;  // (B, C)
 };
 
 template <typename T>
 struct NormBackward {
     PlaneShape shape;
-    const T *y, *y_dot;                             // (B, H, W, C)
+    const T *y, *y_dot;                            // (B, H, W, C)
     const T *mean, *rstd, *k1, *k2;                // (B, C)
     const T *gamma, *beta, *gamma_dot, *beta_dot;  // (C,)
     const T *p_bar, *p_bar_dot;                    // (B, H/2, W/2, C)

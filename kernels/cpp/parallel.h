@@ -56,8 +56,8 @@ void parallel_for(std::size_t blocks, std::size_t grain, int threads, const Body
     if (workers == 1) {
         work();
     } else if (const RunOnPool run = pool()) {
-        run([](void* data) { (*static_cast<decltype(work)*>(data))(); }, const_cast<void*>(static_cast<const void*>(&work)),
-            static_cast<unsigned>(workers), 0);
+        run([](void* data) { (*static_cast<decltype(work)*>(data))(); },
+            const_cast<void*>(static_cast<const void*>(&work)), static_cast<unsigned>(workers), 0);
     } else {
         std::vector<std::thread> started;
         for (std::size_t worker = 1; worker < workers; ++worker) started.emplace_back(work);

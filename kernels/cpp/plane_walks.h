@@ -6,8 +6,8 @@
 
 namespace {
 
-// One group of channels of one sample, whose planes a block walks through: `first` is its first channel, `count` how many
-// there are. Offsets are from the beginning of a tensor.
+// One group of channels of one sample, whose planes a block walks through: `first` is its first channel, `count` how
+// many there are. Offsets are from the beginning of a tensor.
 template <typename T>
 struct Group {
     std::size_t first, count;

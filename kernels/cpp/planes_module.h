@@ -1,5 +1,5 @@
-// Shared by norm_module.cpp and bias_module.cpp. The tensors are channels-last, so (B, H, W, C) and contiguous in memory;
-// those that hold results were allocated by the caller.
+// Shared by norm_module.cpp and bias_module.cpp. The tensors are channels-last, so (B, H, W, C) and contiguous in
+// memory; those that hold results were allocated by the caller.
 #pragma once
 
 #include <nanobind/nanobind.h>

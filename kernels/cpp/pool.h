@@ -34,14 +34,14 @@ inline void to_system(void* memory, [[maybe_unused]] std::size_t size) {
 
 // Blocks that are kept and blocks in use are together never more bytes than were once in use at the same time.
 class Pool {
-public:
+  public:
     struct Block {
         void* memory;
         std::size_t size;
     };
 
-    // At least `size` bytes without a value: the smallest free block that is large enough, or a new one; a block that is
-    // far too large waits for its like. Of several the last that came back, which may still be in the cache.
+    // At least `size` bytes without a value: the smallest free block that is large enough, or a new one; a block that
+    // is far too large waits for its like. Of several the last that came back, which may still be in the cache.
     Block take(std::size_t size) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto smallest = free_.lower_bound(size);
@@ -74,7 +74,7 @@ public:
         most_ = used_;
     }
 
-private:
+  private:
     static constexpr std::size_t kMostOver = 4;  // a pooled tensor is a quarter of what it comes from
 
     void* fresh(std::size_t size) {

@@ -8,7 +8,7 @@
 // Memory without a value that starts a cache line and is kept for the next call.
 template <typename T>
 class Buffer {
-public:
+  public:
     T* at_least(std::size_t count) {
         if (count > size_) {
             memory_.reset();
@@ -19,7 +19,7 @@ public:
         return memory_.get();
     }
 
-private:
+  private:
     struct Free {
         void operator()(T* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
     };

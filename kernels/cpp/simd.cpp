@@ -1,7 +1,7 @@
 #include "simd.h"
 
 #ifdef WITH_X86_UNITS
-#define WIDEST(unit, T)                                                                   \
+#define WIDEST(unit, T)                                                                    \
     __builtin_cpu_supports("avx512f")                                 ? unit##_avx512<T>() \
     : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? unit##_avx2<T>()   \
                                                                       : unit##_generic<T>()
@@ -10,13 +10,13 @@
 #endif
 
 // The table of the widest unit that the processor has, chosen once.
-#define DEFINE(Unit, unit)                            \
-    template <typename T>                             \
-    const Unit<T>& unit() {                           \
+#define DEFINE(Unit, unit)                             \
+    template <typename T>                              \
+    const Unit<T>& unit() {                            \
         static const Unit<T> widest = WIDEST(unit, T); \
-        return widest;                                \
-    }                                                 \
-    template const Unit<float>& unit();               \
+        return widest;                                 \
+    }                                                  \
+    template const Unit<float>& unit();                \
     template const Unit<double>& unit();
 
 DEFINE(NormUnit, norm_unit)

@@ -61,7 +61,8 @@ T mean(const T* values, std::size_t count) {
 
 // For the targets in row `i`. The remainders are never added to a pixel's number, which would round them.
 template <typename T>
-INLINE void place_row(const WarpShape& shape, const WarpNumbers<T>& number, std::size_t i, const WarpScratch<T>& scratch) {
+INLINE void place_row(const WarpShape& shape, const WarpNumbers<T>& number, std::size_t i,
+                      const WarpScratch<T>& scratch) {
     const T below = T(i) - T(shape.height - 1) / 2, centre = T(shape.width - 1) / 2, outside = -T(kMargin);
     const T down_row = number.row_by_row * below + number.row_shift, down_by = number.row_by_column;
     const T right_row = number.column_by_row * below + number.column_shift, right_by = number.column_by_column;

@@ -1,5 +1,5 @@
-// colour_warp_mask and its transpose, on contiguous tensors. The formulas are those of kernels/reference/warp.py. One call does
-// one image; images are independent of each other.
+// colour_warp_mask and its transpose, on contiguous tensors. The formulas are those of kernels/reference/warp.py. One
+// call does one image; images are independent of each other.
 #pragma once
 
 #include <cstddef>
@@ -29,16 +29,16 @@ struct WarpNumbers {
 template <typename T>
 struct Warp {
     WarpShape shape;
-    const T* from;  // (B, C, H, W)
+    const T* from;                  // (B, C, H, W)
     const WarpNumbers<T>* numbers;  // (B,)
-    T* to;  // (B, C, H, W)
+    T* to;                          // (B, C, H, W)
 };
 
 template <typename T>
 struct WarpScratch {
-    T* image;  // (groups, H + 4, W + 4, 4)
+    T* image;   // (groups, H + 4, W + 4, 4)
     T* pixels;  // (W, 4): a row of one group, pixel by pixel
-    T* rows;  // (4, W): the same, channel by channel
+    T* rows;    // (4, W): the same, channel by channel
     // of each target pixel of a row: where its source lies in a group, and how far past the pixel there
     std::int32_t* place;
     T *down, *right;  // (W,)

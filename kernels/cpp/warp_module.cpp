@@ -48,8 +48,10 @@ void for_each_image(Kernel<T> kernel, const Array<const T>& from, const Array<co
 
 template <typename T>
 void define(nb::module_& module) {
-    module.def("colour_warp_mask", [](const Array<const T>& images, const Array<const T>& parameters, Array<T> y,
-                                      int threads) { for_each_image(warp_unit<T>().forward, images, parameters, y, threads); });
+    module.def("colour_warp_mask",
+               [](const Array<const T>& images, const Array<const T>& parameters, Array<T> y, int threads) {
+                   for_each_image(warp_unit<T>().forward, images, parameters, y, threads);
+               });
     module.def("colour_warp_mask_transpose",
                [](const Array<const T>& y_bar, const Array<const T>& parameters, Array<T> x_bar, int threads) {
                    for_each_image(warp_unit<T>().transpose, y_bar, parameters, x_bar, threads);
