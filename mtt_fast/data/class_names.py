@@ -257,7 +257,10 @@ class _Classes:
 
 @lru_cache(maxsize=1)
 def _imagenet() -> tuple[dict[str, list[str]], list[str]]:
-    """Return (words by WordNet id, ImageNet's 1000 in order; those of them that are Tiny ImageNet's)."""
+    """Return (words by WordNet id, ImageNet's 1000 in order; those of them that are Tiny ImageNet's).
+
+    The words are WordNet's, as ILSVRC 2012 lists them, then the names of today's lists where these differ.
+    """
     text = (resources.files("mtt_fast.data") / "imagenet_classes.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines()]
     return {wnid: words.split("; ") for wnid, _, words in rows}, [wnid for wnid, tiny, _ in rows if tiny == "tiny"]

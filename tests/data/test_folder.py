@@ -411,6 +411,14 @@ def test_numbered_folders_are_classes_in_the_order_of_their_numbers(tmp_path: Pa
     assert data.train.images[:, 0, 0, 0].tolist() == data.train.labels.tolist() == list(range(12))
 
 
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"a\nb", b"tab\t"])
+def test_class_folders_are_named_in_text(tmp_path: Path, name: bytes) -> None:
+    root = six(tmp_path)
+    for split in ("train", "test"):
+        (root / split / "b").rename(root / split / os.fsdecode(name))
+    fails(root, "train: expected class folders named in plain text")
+
+
 def test_the_order_of_the_classes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         loaded(six(tmp_path / "x"), tmp_path)
