@@ -260,6 +260,8 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
     in_file = cli.read_toml(Path(chosen.config)) if chosen.config is not None else {}
     options, default = DistillOptions(), DistillOptions()
     of_file = cli.apply(default, in_file, str(chosen.config))
+    if of_file.resume:
+        raise InputError(f"{chosen.config}: option resume: has no effect in a file; leave it out, and say --resume")
     if chosen.recipe is None and of_file.recipe is not None:
         chosen = dataclasses.replace(chosen, recipe=of_file.recipe)
     if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
