@@ -67,10 +67,10 @@ def preview(
     start = defaults if isinstance(defaults, kind) else apply(kind(), defaults or {}, source)  # type: ignore[arg-type]
     line = _read(kind, argv)
     if line.unknown:
-        raise InputError(_unknown(line.unknown[0], [field.flag for field in fields_of(kind).values()]))
+        raise InputError(_unknown(line.unknown[0], list(_flags(kind))))
     options, unknown = _parsed(kind, line.words, prog, start)
     if unknown:
-        raise InputError(_unknown(unknown[0], [field.flag for field in fields_of(kind).values()]))
+        raise InputError(_unknown(unknown[0], list(_flags(kind))))
     check_values(options)
     for name, field in fields_of(kind).items():
         if name in line.given and getattr(options, name) == ():
@@ -127,12 +127,17 @@ class _Line:
     """flags that do nothing, which are not"""
 
 
+def _flags(kind: type) -> dict[str, Field]:
+    """Return the options of `kind` by the names of their flags."""
+    return {field.flag: field for field in fields_of(kind).values() if not field.is_positional}
+
+
 def _read(kind: type, argv: Sequence[str]) -> _Line:
     """Return `argv` as the options of `kind` are written: names with underscores, switches as --x True, --x or --no_x.
 
     Raises `InputError` for a switch that is neither on nor off.
     """
-    known = {field.flag: field for field in fields_of(kind).values()}
+    known = _flags(kind)
     line, left = _Line(), list(argv)
     while left:
         word = left.pop(0)
@@ -187,7 +192,7 @@ def ignored_flags(kind: type) -> Mapping[str, str]:
 
 def _unknown(word: str, names: Sequence[str]) -> str:
     if not word.startswith("-"):
-        return f"{word}: expected an option, which begins with --"
+        return f"{in_words(word)}: expected an option, which begins with --"
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     return f"{word}: unknown option{did_you_mean(name, names, '--')}; see --help"
 
