@@ -9,11 +9,17 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from mtt_fast.commands.option_fields import Field, fields_of
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.memory_info import is_out_of_memory
 
 log = logging.getLogger("mtt_fast")
+
+
+def _flags(kind: type) -> dict[str, Field]:
+    """Return the options of `kind` by the names of their flags."""
+    return {field.flag: field for field in fields_of(kind).values() if not field.is_positional}
 
 
 def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:

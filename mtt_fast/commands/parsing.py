@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
+from mtt_fast.commands.cli import _flags
 from mtt_fast.commands.option_fields import Field, Unfit, check_effects, check_values, converted, fields_of, in_words
 from mtt_fast.errors import InputError, did_you_mean
 
@@ -58,10 +59,10 @@ def preview(
     start = defaults if isinstance(defaults, kind) else apply(kind(), defaults or {}, source)  # type: ignore[arg-type]
     line = _read(kind, argv)
     if line.unknown:
-        raise InputError(_unknown(line.unknown[0], [field.flag for field in fields_of(kind).values()]))
+        raise InputError(_unknown(line.unknown[0], list(_flags(kind))))
     options, unknown = _parsed(kind, line.words, prog, start)
     if unknown:
-        raise InputError(_unknown(unknown[0], [field.flag for field in fields_of(kind).values()]))
+        raise InputError(_unknown(unknown[0], list(_flags(kind))))
     check_values(options)
     for name, field in fields_of(kind).items():
         if name in line.given and getattr(options, name) == ():
@@ -123,7 +124,7 @@ def _read(kind: type, argv: Sequence[str]) -> _Line:
 
     Raises `InputError` for a switch that is neither on nor off.
     """
-    known = {field.flag: field for field in fields_of(kind).values()}
+    known = _flags(kind)
     line, left = _Line(), list(argv)
     while left:
         word = left.pop(0)
@@ -178,7 +179,7 @@ def ignored_flags(kind: type) -> Mapping[str, str]:
 
 def _unknown(word: str, names: Sequence[str]) -> str:
     if not word.startswith("-"):
-        return f"{word}: expected an option, which begins with --"
+        return f"{in_words(word)}: expected an option, which begins with --"
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     return f"{word}: unknown option{did_you_mean(name, names, '--')}; see --help"
 
