@@ -13,7 +13,7 @@ import torch
 
 import mtt_fast
 import mtt_fast.interop
-from mtt_fast.distillation.options import DistillOptions
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.testing import assert_close
 
