@@ -119,7 +119,7 @@ def check_same_whitening(found: Whitening, expected: Whitening, where: str | os.
     Raises `InputError` that names the file `where`, which holds `found`.
     """
     for name in ("mean", "matrix"):
-        theirs, ours = (getattr(one, name).detach().to("cpu", torch.float64) for one in (found, expected))
+        theirs, ours = (getattr(one, name).detach().to("cpu", torch.float32) for one in (found, expected))
         if ours.shape != theirs.shape or float((ours - theirs).norm()) > _WHITENING_TOLERANCE * float(ours.norm()):
             raise InputError(
                 f"{where}: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1, found "

@@ -316,10 +316,11 @@ class TrajectoryStore:
         return self._path(expert)
 
     def digest(self, expert: int) -> str:
-        """Return what tells the expert's parameters from others', from the checksums in its header."""
+        """Return what tells the expert's parameters from others', from the checksums in its header; "" if it has none."""
         header = self._header(expert)
-        checksums = header.entry.checksums or (header.text.get("sha256", ""),)  # as files had before
-        return checksum_of("".join((*checksums, header.text.get("course", ""))).encode())
+        if not header.entry.checksums:
+            return ""
+        return checksum_of("".join((*header.entry.checksums, header.text.get("course", ""))).encode())
 
     def verify(self, expert: int) -> None:
         """Read all parameters of the expert. Raises `InputError` if they are not those that were written."""
