@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mtt_fast.cli import read_toml
 from mtt_fast.errors import InputError
+from mtt_fast.events import EventLog
 from mtt_fast.files import load_tensors, save_tensors, write_text
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
@@ -196,13 +197,11 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this job writes events
-
         self._path = folder / METRICS
         self.records = [record for record in read_records(self._path) if record["iteration"] <= iteration]
         write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._events = EventLog(folder / "events", iteration + 1)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._events = SummaryWriter(str(folder / "events"), purge_step=iteration + 1)
 
     def write(self, kind: str, iteration: int, **values: float | int) -> None:
         """Append one record.
@@ -215,7 +214,7 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, iteration)
+            self._events.write(f"{kind}/{name}", value, iteration)
 
     def find(self, kind: str, iteration: int | None = None) -> dict[str, Any] | None:
         """Return the first record of `kind` (at `iteration`, if given), or None."""
