@@ -414,7 +414,7 @@ FULL_DISK = """
 import resource, sys
 from mtt_fast import cli
 from mtt_fast.distill import main
-import mtt_fast.evaluate, matplotlib.backends.backend_agg, torch.utils.tensorboard
+import mtt_fast.evaluate, matplotlib.backends.backend_agg, tensorboard.summary.writer.record_writer
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 sys.exit(cli.run(main, sys.argv[1:]))
 """
