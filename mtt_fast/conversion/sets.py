@@ -32,7 +32,7 @@ from mtt_fast.interop.plain import hardened, in_place
 from mtt_fast.option_fields import check_effects
 from mtt_fast.provenance import versions
 from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.temporaries import is_empty
+from mtt_fast.temporaries import is_free
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         raise InputError(f"--to {to}: {options.source} holds a distilled set, not experts")
     for words in check_effects(options, given, options.without_effect_on_set(kind, to)):
         log.info("%s", words)
-    if destination.is_file() or (destination.is_dir() and to != "dc_benchmark" and not is_empty(destination)):
+    if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
     facts = _facts(options) if kind in _PICTURES and options.dataset else None
     found = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)
