@@ -279,7 +279,12 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
     try:
         names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
         values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
-        return State(**values | parse_json(metadata["numbers"]))
+        numbers = parse_json(metadata["numbers"])
+        if "format" in metadata:
+            check_form(numbers, dict.fromkeys(_NUMBERS, _NUMBER))
+            if metadata["format"] != _CHECKPOINT:
+                raise ValueError("another format")
+        return State(**values | numbers)
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 

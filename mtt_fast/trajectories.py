@@ -225,6 +225,7 @@ class TrajectoryStore:
         numbers = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names)
         self.indices: tuple[int, ...] = tuple(sorted(int(number[1]) for number in numbers if number))
         self._headers: dict[int, _Header] = {}
+        self._told = False  # that there are no checksums
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -252,6 +253,9 @@ class TrajectoryStore:
             raise InputError(f"{path}: truncated since it was opened; {_TRAIN_AGAIN}")
         if header.entry.checksums:
             check_part(path, f"row {number}", content, header.entry.checksums[number])
+        elif not self._told:
+            self._told = True
+            tell_unchecked(self.folder)
         if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):  # the sum alone needs no memory
             epoch = header.course.epochs[number] if header.course else number
             raise InputError(
@@ -289,9 +293,7 @@ class TrajectoryStore:
 
     def _header(self, expert: int) -> _Header:
         if expert not in self._headers:  # two threads may both read it, to the same result
-            header = self._headers[expert] = _read_header(self._path(expert))
-            if not header.entry.checksums and len(self._headers) == 1:
-                tell_unchecked(self.folder)
+            self._headers[expert] = _read_header(self._path(expert))
         return self._headers[expert]
 
 

@@ -57,6 +57,8 @@ def load_checkpoint(folder: Path, learning: Learning) -> Progress:
         return Progress()
     saved, metadata = load_tensors(path)
     try:
+        if metadata.get("format", _FORMAT) != _FORMAT:
+            raise ValueError("another format")
         progress = Progress(**parse_json(metadata["progress"]))
         for name, tensor in _tensors(learning).items():
             tensor.resize_(saved[name].shape).copy_(saved[name])
