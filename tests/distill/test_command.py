@@ -415,7 +415,7 @@ FULL_DISK = """
 import resource, sys
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
-import mtt_fast.evaluate, matplotlib.backends.backend_agg, torch.utils.tensorboard
+import mtt_fast.evaluate, matplotlib.backends.backend_agg, tensorboard.summary.writer.record_writer
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 sys.exit(cli.run(main, sys.argv[1:]))
 """
