@@ -126,6 +126,7 @@ def test_experts_trained_meanwhile_do_not_change_a_run(
     assert "the run was started with 2 experts, found 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_from_outside_and_continued(experts: list[str], tmp_path: Path, signum: signal.Signals) -> None:
     flags = [*TOY, *experts, "--Iteration", "400", "--eval_it", "400"]
