@@ -36,6 +36,7 @@ from mtt_fast.files import (
     tell_unchecked,
     write_text,
 )
+from mtt_fast.records import check_form
 from mtt_fast.waypoints import Course
 
 _FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
@@ -78,6 +79,8 @@ class ExpertMetadata:
         try:
             record = {field.name: parse_json(text[field.name]) for field in dataclasses.fields(cls)}
             check_types(record, _TYPES)
+            check_form(record["accuracy"], [int | float], "accuracy")
+            layer_sizes(record["layout"])
             return cls(**record)
         except MALFORMED as error:
             raise InputError(
@@ -278,7 +281,11 @@ class TrajectoryStore:
 
     def metadata(self, expert: int) -> ExpertMetadata:
         """Return what the file says of its expert."""
-        return ExpertMetadata.from_text(self._header(expert).text, self._path(expert))
+        header, path = self._header(expert), self._path(expert)
+        metadata = ExpertMetadata.from_text(header.text, path)
+        if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
+            raise InputError(f"{path}: its parameters are not those that its metadata tells of; {_TRAIN_AGAIN}")
+        return metadata
 
     def verify(self, expert: int) -> None:
         """Read all parameters of the expert. Raises `InputError` if they are not those that were written."""

@@ -375,6 +375,9 @@ def test_trajectories(tmp_path: Path) -> None:
     parameters = 4 * 21 * 4 * ConvNet(3, 10, 16, 64, 2).num_parameters
     assert rows["torch.load"]["disk"] >= parameters
     assert rows["TrajectoryStore"]["resident"] < rows["torch.load"]["resident"]
+    assert [row["reader"] for row in rows.values() if "share" in row] == ["TrajectoryStore"]
+    assert 0 < rows["TrajectoryStore"]["share"] < 0.5
+    assert rows["TrajectoryStore"]["checksums"]["n"] == 100
 
 
 def test_profile(tmp_path: Path) -> None:

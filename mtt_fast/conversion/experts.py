@@ -37,7 +37,7 @@ from mtt_fast.interop.waypoints import WAYPOINTS
 from mtt_fast.interrupts import Stopped, stop_request
 from mtt_fast.options import CommonOptions, buffer_folder, real_images
 from mtt_fast.provenance import choose_device, versions
-from mtt_fast.temporaries import is_empty
+from mtt_fast.temporaries import is_free
 from mtt_fast.training import accuracy
 from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
 
@@ -206,7 +206,7 @@ def _copy(store: TrajectoryStore, root: Path) -> None:
     """Write the experts anew, in the folder below `root` that is to it what theirs is to its --buffer_path."""
     source = store.folder.resolve()
     folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
-    if folder.is_dir() and not is_empty(folder):
+    if not is_free(folder):
         raise InputError(f"{folder}: is there already; choose another destination, or delete it")
     with whole_folder(folder) as content:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):

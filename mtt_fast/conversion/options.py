@@ -30,7 +30,8 @@ class ConvertOptions:
     """kind of the source, where its names do not tell"""
     to: str | None = None
     """kind of the destination: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts, buffer, waypoints. Without it:
-    what the destination's name tells; else this software's kind, or from this software's the public code's"""
+    what the destination's name tells; else this software's kind, or from this software's the public code's. Experts of this software
+become experts too, written anew, with --to experts"""
 
     dataset: str | None = None
     """the real images: foreign files do not say of which they are"""

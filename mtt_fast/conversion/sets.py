@@ -27,7 +27,7 @@ from mtt_fast.interop import (
 from mtt_fast.interop.plain import hardened, in_place
 from mtt_fast.provenance import versions
 from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.temporaries import is_empty
+from mtt_fast.temporaries import is_free
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def convert_set(options: ConvertOptions, kind: str | None) -> None:
     to = options.to or _kind_for(destination, native=kind == "synthetic")
     if to not in SET_KINDS:
         raise InputError(f"--to {to}: {options.source} holds a distilled set, not experts")
-    if destination.is_file() or (destination.is_dir() and to != "dc_benchmark" and not is_empty(destination)):
+    if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
     facts = _facts(options) if kind in _PICTURES and options.dataset else None
     found = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)

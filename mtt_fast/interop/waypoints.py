@@ -68,7 +68,7 @@ def export_waypoints(
     if any(len(course.epochs) != count for course in courses):
         raise InputError(f"{store.folder}: expected {count} waypoints of every expert, found others; export them apart")
     kind = "waypoint_buffer" if count == 2 else f"waypoint_buffer_ip{count}"
-    check_absent(folder / f"{kind}_0.pt", folder / f"{kind}_{len(chosen)}.pt")
+    check_absent(folder, f"{kind}_0.pt", f"{kind}_{len(chosen)}.pt")
     with whole_folder(folder, last=kind) as content:
         for number, experts in enumerate(chosen):
             path = content / f"{kind}_{number}.pt"
