@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import mtt_fast
@@ -22,6 +23,7 @@ from mtt_fast.compress import main as compress
 from mtt_fast.conversion.experts import options_in_path
 from mtt_fast.convert import main
 from mtt_fast.data import load
+from mtt_fast.data.class_names import SUBSETS
 from mtt_fast.distill import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.experts import main as experts
@@ -171,6 +173,19 @@ def test_pictures_come_back_with_the_real_images_whitening() -> None:
     assert convert("pictures", "back", "--zca", *DIGITS) == 0
     back = SyntheticDataset.load("back/synthetic.safetensors")
     assert torch.equal((back.pictures() * 255).round(), (synthetic.pictures() * 255).round())
+
+
+def test_folders_of_wordnet_ids_get_the_subsets_labels() -> None:
+    """Of this subset no class is where its folder's rank is."""
+    for number, wnid in enumerate(SUBSETS["imagewoof"]):
+        for split in ("train", "val"):
+            Path(f"woof/{split}/{wnid}").mkdir(parents=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(f"woof/{split}/{wnid}/0.png")
+    flags = "--dataset ImageNet --subset imagewoof --res 8 --data_path woof --packed_path packed".split()
+    assert convert("woof/train", "ours.safetensors", *flags) == 0
+    synthetic = SyntheticDataset.load("ours.safetensors")
+    assert (synthetic.pictures()[:, 0, 0, 0] * 255).round().tolist() == synthetic.labels.tolist() == list(range(10))
+    assert synthetic.class_names == tuple(SUBSETS["imagewoof"].values())
 
 
 def test_tensors_need_no_data_set_to_become_others() -> None:

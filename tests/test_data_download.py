@@ -27,6 +27,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `files`; a path that begins with /short/ breaks off in the middle, /endless/ names no length."""
 
     files: dict[str, bytes]
+    length = ""
 
     def do_GET(self) -> None:
         content = self.files.get(self.path.rsplit("/", 1)[1])
@@ -34,7 +35,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         self.send_response(200)
-        if not self.path.startswith("/endless/"):
+        if self.path.startswith("/odd/"):
+            self.send_header("Content-Length", self.length)
+        elif not self.path.startswith("/endless/"):
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content[: len(content) // 2] if self.path.startswith("/short/") else content)
@@ -89,6 +92,21 @@ def test_an_interrupted_transfer_leaves_nothing(server: str, tmp_path: Path) -> 
 def test_a_refused_connection_or_page_leaves_nothing(server: str, tmp_path: Path) -> None:
     fails(f"{server}b.bin", tmp_path, "expected an answer, found none.*404")
     fails("http://127.0.0.1:1/a.bin", tmp_path, "expected an answer, found none")
+
+
+def test_what_does_not_end_is_cut_off(server: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected at most 1,000 bytes, found more"):
+        fetch(f"{server}endless/a.bin", tmp_path / "a.bin", md5=md5(CONTENT), progress=False, most=1000)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "9" * 30, "²"])
+def test_a_length_that_is_none_does_not_matter(
+    server: str, tmp_path: Path, length: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "length", length)
+    fetch(f"{server}odd/a.bin", tmp_path / "a.bin", md5=md5(CONTENT), progress=False)
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 
 def test_a_failed_download_keeps_the_file_before_it(server: str, tmp_path: Path) -> None:

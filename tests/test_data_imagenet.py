@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 
 from mtt_fast.data import load
+from mtt_fast.data.class_names import imagenet_wnids
 from mtt_fast.data.imagenet import SUBSETS
 from mtt_fast.errors import InputError
 
@@ -98,6 +103,49 @@ def test_all_of_imagenet(tmp_path: Path) -> None:
     assert torch.equal(data.test.images[:, 0, 0, 0] + 256 * data.test.images[:, 1, 0, 0].int(), data.test.labels)
 
 
+def renamed(root: Path, names: dict[str, str], splits: Sequence[str] = ("train", "val")) -> Path:
+    """Give the class folders other names."""
+    for split in splits:
+        for old, new in names.items():
+            (root / split / old).rename(root / split / new)
+    return root
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("form", ["names", "words", "indices", "ranks"])
+def test_a_subset_goes_by_names(tmp_path: Path, subset: str, form: str) -> None:
+    root, wnids = tree(tmp_path, ids(subset)), ids(subset)
+    spelt = {
+        "names": list(SUBSETS[subset].values()),
+        "words": [name.replace("_", " ").lower() for name in SUBSETS[subset].values()],
+        "indices": [str(number) for number in range(10)],
+        "ranks": [str(rank) for rank in RANKS[subset]],
+    }[form]
+    renamed(root, dict(zip(wnids, spelt, strict=True)), ("train",) if form == "names" else ("train", "val"))
+    data = load(subset, data_path=root, res=4, progress=False)
+    assert data.class_names == tuple(SUBSETS[subset].values())
+    assert data.train.images[:, 0, 0, 0].tolist() == data.test.images[:, 0, 0, 0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("form", ["numbers", "words"])
+def test_all_of_imagenet_by_number_or_word(tmp_path: Path, form: str) -> None:
+    wnids = imagenet_wnids()
+    lines = (resources.files("mtt_fast.data") / "imagenet_classes.tsv").read_text().splitlines()
+    words = [line.split("\t")[2].split("; ")[0] for line in lines]
+    spelt = " " + " ".join(
+        line.split("\t")[2].casefold() + ";" for line in lines
+    )  # "Cardigan" is a dog, "cardigan" is none
+    words = [word if spelt.count(f" {word.casefold()};") < 2 else wnid for word, wnid in zip(words, wnids, strict=True)]
+    root = tree(tmp_path, list(map(str, range(1000))) if form == "numbers" else words)
+    data = load("ImageNet", data_path=root, res=2, progress=False)
+    assert data.class_names == tuple(wnids)
+    for images in (data.train.images, data.test.images):
+        assert torch.equal(images[:, 0, 0, 0] + 256 * images[:, 1, 0, 0].int(), torch.arange(1000))
+    for subset in SUBSETS:
+        images = load(subset, data_path=root, res=2, progress=False).train.images
+        assert (images[:, 0, 0, 0] + 256 * images[:, 1, 0, 0].int()).tolist() == RANKS[subset]
+
+
 def fails(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -> None:
     with pytest.raises(InputError, match=message) as raised:
         load(dataset, data_path=root, progress=False, **options)
@@ -142,6 +190,23 @@ def tiny(root: Path, rearranged: str | None = None) -> Path:
     return root
 
 
+def test_subset_folders_that_are_unclear_are_refused(tmp_path: Path) -> None:
+    root = tree(tmp_path, [*ids("imagenette"), "tench"])
+    fails(
+        root, r"train: expected one name for each class, found 'n01440764' and 'tench', which both mean", "imagenette"
+    )
+    renamed(root, {"tench": "other"})
+    renamed(root, {"n02102040": "springer spaniel?"}, ("val",))
+    fails(root, r"same classes in training and test images, found 1 in only one of them \(n02102040\)", "imagenette")
+
+
+def test_validation_images_that_are_not_sorted(tmp_path: Path) -> None:
+    root = tree(tmp_path, ids("imagenette"))
+    shutil.rmtree(root / "val")
+    flat(root / "val" / "ILSVRC2012_val_00000001.JPEG", 1)
+    fails(root, r"val: expected a folder a class, found ILSVRC2012_val_00000001\.JPEG; move", "imagenette")
+
+
 @pytest.mark.parametrize("layout", [None, "{}", "{}/images"])
 def test_tiny_in_its_layouts(tmp_path: Path, layout: str | None) -> None:
     root = tiny(tmp_path, layout)
@@ -164,6 +229,55 @@ def test_tiny_at_another_resolution(tmp_path: Path) -> None:
     tiny(tmp_path)
     data = load("Tiny", data_path=tmp_path, res=32, progress=False)
     assert (data.name, data.image_shape) == ("Tiny-32", (3, 32, 32))
+
+
+@pytest.mark.parametrize("names", [("goldfish", "European_fire_salamander", "chihuahua"), ("0", "1", "24")])
+def test_tiny_by_words_or_numbers(tmp_path: Path, names: tuple[str, ...]) -> None:
+    expected = load("Tiny", data_path=tiny(tmp_path / "a", "{}"), progress=False)
+    root = tiny(tmp_path / "b", "{}")
+    renamed(root, dict(zip(WNIDS, names, strict=True)))
+    assert load("Tiny", data_path=root, progress=False).fingerprint == expected.fingerprint
+
+
+def test_annotations_that_do_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    annotations = tiny(tmp_path) / "val" / "val_annotations.txt"
+    whole = annotations.read_text()
+    first = whole.splitlines()[0]
+    cases = {
+        whole + first + "\n": "line 4: expected each image once, found val_5.JPEG again",
+        whole + first.replace("n02085620", "n01443537") + "\n": "line 4: expected each image once",
+        whole.replace("val_7", "../../train/n01443537/images/n01443537_0"): "line 3: expected an image and its class",
+        whole.replace("val_7.JPEG", "notes.txt"): "line 3: expected an image and its class",
+        whole.replace("val_7", "val_\0"): r"val_annotations\.txt: expected text",
+        whole + "x" * 20_000: r"val_annotations\.txt: expected text",
+        whole + "\n\n": "line 4: expected an image and its class in train/, found ''",
+    }
+    for text, message in cases.items():
+        annotations.write_text(text)
+        fails(tmp_path, message, "Tiny")
+    annotations.write_bytes(b"\xef\xbb\xbf" + whole.replace("\n", "\r\n").encode())
+    flat(annotations.parent / "images" / "val_0.JPEG", 3, (64, 64))
+    with caplog.at_level(logging.INFO):
+        assert load("Tiny", data_path=tmp_path, progress=False).test.labels.tolist() == [0, 1, 2]
+    assert "not taken: 3 .txt, 1 images that val_annotations.txt does not name" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["wnids.txt", "words.txt", "val/val_annotations.txt"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "large"])
+def test_text_files_that_are_none(tmp_path: Path, name: str, kind: str) -> None:
+    path = tiny(tmp_path) / name
+    path.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "large":
+            with open(path, "wb") as file:
+                file.truncate(1 << 40)
+    fails(tmp_path, rf"{name}: expected (a file, found a|at most)", "Tiny")
 
 
 def test_mistakes_of_tiny_are_named(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
+import socket
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,75 @@ def test_truncated_gzip_is_named(tmp_path: Path) -> None:
     for content in (raw[:-200], raw[:5], b"<html>"):
         path.write_bytes(content)
         fails(tmp_path, r"train-images-idx3-ubyte\.gz: expected a whole")
+
+
+def fails_with(root: Path, file: int, content: bytes, message: str, zipped: bool = False) -> None:
+    """Check that the file is refused in at most a few times its honest size of memory."""
+    folder = files(root, zipped)
+    (folder / (FILES[file] + ".gz" * zipped)).write_bytes(content)
+    tracemalloc.start()
+    try:
+        fails(root, message)
+        assert tracemalloc.get_traced_memory()[1] < 150 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (0, struct.pack(">IIII", 0x803, 2**32 - 1, 28, 28), r"images-idx3-ubyte: expected 3367\d+ bytes for its"),
+        (0, struct.pack(">IIII", 0x803, 1, 2**32 - 1, 2**32 - 1), r"images-idx3-ubyte: expected images of \(28, 28\)"),
+        (1, struct.pack(">II", 0x801, 2**32 - 1), "labels-idx1-ubyte: expected 4294967303 bytes"),
+        (0, struct.pack(">IIII", 0x803, 0, 28, 28), "expected 0 labels|expected training images, found none"),
+        (1, idx(np.full(20, 255, np.uint8)), r"labels-idx1-ubyte: expected labels in \[0, 10\), found 255 to 255"),
+        (3, idx(arrays(10, 1)[1] + 1), r"t10k-labels-idx1-ubyte: expected labels in \[0, 10\)"),
+        (3, bytes(20_000), "t10k-labels-idx1-ubyte: expected at most 10,008 bytes, found 20,000"),
+        (1, bytes(60_009), "train-labels-idx1-ubyte: expected at most 60,008 bytes, found 60,009"),
+    ],
+)
+def test_headers_that_promise_too_much(tmp_path: Path, file: int, content: bytes, message: str) -> None:
+    fails_with(tmp_path / "plain", file, content, message)
+    zipped = message.replace("ubyte:", r"ubyte\.gz:").partition(" bytes, found")[0]
+    fails_with(tmp_path / "gz", file, gzip.compress(content), zipped, zipped=True)
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    bomb = gzip.compress(idx(np.zeros((60_000, 28, 28), np.uint8))) + 64 * gzip.compress(bytes(16 << 20))
+    fails_with(
+        tmp_path, 0, bomb, r"images-idx3-ubyte\.gz: expected at most 47,040,016 bytes in it, found more", zipped=True
+    )
+
+
+@pytest.mark.parametrize("file", range(4))
+def test_the_checksum_at_the_end_counts(tmp_path: Path, file: int) -> None:
+    path = files(tmp_path, zipped=True) / f"{FILES[file]}.gz"
+    whole = path.read_bytes()
+    for place in (-8, -5, -1):  # of the checksum and the length
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        fails(tmp_path, rf"{FILES[file]}\.gz: expected a whole \(gzip\) file, found a broken one")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling", "loop", "socket"])
+def test_what_is_no_file_is_named_unread(tmp_path: Path, kind: str) -> None:
+    path = files(tmp_path) / FILES[1]
+    path.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+            fails(tmp_path, "none of these places complete")
+            return
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "dangling":
+            path.symlink_to("gone")
+        case "loop":
+            path.symlink_to(path.name)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(os.path.relpath(path))
+    fails(tmp_path, f"{FILES[1]}: (expected a file, found|cannot be read)")

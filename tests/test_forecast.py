@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mtt_fast import cli
+from mtt_fast import InputError, cli
 from mtt_fast.data import load
+from mtt_fast.data.class_names import CIFAR10, SUBSETS
 from mtt_fast.data.facts import DataFacts, data_facts
 from mtt_fast.distill import main
 from mtt_fast.distillation import forecast
@@ -113,6 +115,61 @@ def test_an_image_folder_is_counted(tmp_path: Path) -> None:
     assert (facts.train, facts.test, facts.image_shape) == (6, 4, (3, 4, 6))
     assert (facts.name, facts.image_shape) == (data.name, data.image_shape)
     assert data_facts(str(tmp_path), res=8).image_shape == (3, 8, 8)
+
+
+def pictures(
+    root: Path, *, mode: str = "RGB", size: tuple[int, int] = (6, 4), classes: Sequence[str] = ("a", "b")
+) -> Path:
+    """Three training images and two test images of each class."""
+    from PIL import Image
+
+    for split, count in (("train", 3), ("test", 2)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new(mode, size).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("place", ["train/a/2.png", "train/b/0.png", "test/b/1.png"])
+def test_all_images_tell_the_shape(tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first image's mode and size need not be those of all."""
+    from PIL import Image
+
+    root = pictures(tmp_path / "x", mode="L")
+    assert data_facts(str(root)).image_shape == (1, 4, 6)
+    Image.new("RGB", (6, 4)).save(root / place)
+    assert data_facts(str(root)).image_shape == (3, 4, 6)
+    assert load(str(root), data_path=tmp_path / "data", progress=False).image_shape == (3, 4, 6)
+    Image.new("RGB", (7, 4)).save(root / place)
+    assert data_facts(str(root), res=8).image_shape == (3, 8, 8)
+    lines = []
+    for flags in (["--dry-run"], ["--out", f"{tmp_path}/run", "--data_path", f"{tmp_path}/data"]):
+        assert cli.run(main, ["--dataset", str(root), "--model", "ConvNetD1W4", *flags]) == 2
+        lines.append(capsys.readouterr().err.splitlines()[-1])
+    assert lines[0] == lines[1]
+    assert f"{root / place}: expected 6x4 pixels as in the other images, found 7x4; give --res" in lines[0]
+
+
+def test_a_known_data_set_that_is_there_is_counted(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "cifar", size=(32, 32), classes=CIFAR10)
+    facts, data = data_facts("cifar10", data_path=str(root)), load("CIFAR10", data_path=root, progress=False)
+    assert (facts.name, facts.image_shape, facts.train, facts.test) == (data.name, data.image_shape, 30, 20)
+    root = pictures(tmp_path / "woof", size=(32, 32), classes=list(SUBSETS["imagewoof"]))
+    (root / "test").rename(root / "val")
+    facts = data_facts("ImageNet", "ImageWoof", 16, data_path=str(root))
+    assert dataclasses.astuple(facts) == ("imagewoof-16", (3, 16, 16), 10, 30, 20)
+
+
+def test_what_the_run_refuses_is_refused(tmp_path: Path) -> None:
+    few = pictures(tmp_path / "few", size=(32, 32), classes=CIFAR10[:4])
+    odd = pictures(tmp_path / "odd", size=(32, 30), classes=CIFAR10)
+    for root, message in ((few, "expected the 10 class folders of CIFAR10 in train/"), (odd, "expected 32x32 pixels")):
+        for function in (data_facts, load):
+            with pytest.raises(InputError, match=message):
+                function("CIFAR10", data_path=str(root))
+    with pytest.raises(InputError, match="--subset: expected only with --dataset ImageNet"):
+        data_facts("digits", "imagewoof")
 
 
 def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

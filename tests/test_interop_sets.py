@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mtt_fast import InputError, SyntheticDataset, Whitening
+from mtt_fast.data.class_names import CIFAR10, CIFAR100, MNIST, SUBSETS, imagenet_wnids
 from mtt_fast.interop import (
     SET_KINDS,
     PlainSet,
@@ -473,6 +476,124 @@ def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
     assert found.lr == pytest.approx(0.05)
 
 
+def coloured_folder(root: Path, names: Sequence[str], value_of: Sequence[int]) -> Path:
+    """One picture a class folder, whose red is the class that it shows."""
+    for name, value in zip(names, value_of, strict=True):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4), (value, 0, 0)).save(root / name / "0.png")
+    return root
+
+
+WOOF = SUBSETS["imagewoof"]
+
+
+@pytest.mark.parametrize(
+    ("class_names", "names"),
+    [
+        (tuple(WOOF.values()), tuple(WOOF)),
+        (tuple(WOOF.values()), tuple(str(imagenet_wnids().index(wnid)) for wnid in WOOF)),
+        (tuple(WOOF), tuple(WOOF.values())),
+        (CIFAR10, ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
+        (CIFAR100, tuple(map(str, range(100)))),
+        (CIFAR100, tuple(f"new{number:03d}" for number in range(100))),
+        (("10", "9", "cat"), ("10", "9", "cat")),
+        (MNIST, tuple(f"{n} - {word}" for n, word in enumerate("zero one two three four five six seven eight nine".split()))),
+    ],
+    ids=["ids", "ranks", "words of ids", "cifar", "numbers", "numbers with a word", "own", "torchvision's digits"],
+)  # fmt: skip
+def test_folders_of_another_method_go_by_name(
+    tmp_path: Path, class_names: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    coloured_folder(tmp_path, names, range(len(names)))
+    found = read_set(tmp_path, facts=Facts(class_names, (0.5,) * 3, (0.25,) * 3, None))
+    assert isinstance(found, SyntheticDataset)
+    assert (found.pictures()[:, 0, 0, 0] * 255).round().tolist() == found.labels.tolist()
+    assert sorted(found.labels.tolist()) == list(range(len(names)))
+    assert found.class_names == class_names
+
+
+def test_folders_that_mean_no_class_or_are_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts = Facts(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    with pytest.raises(InputError, match=r"a: expected the names of .*found 'dogg' \(nearest: dog.*\); rename it"):
+        read_set(coloured_folder(tmp_path / "a", ["cat", "dogg"], [3, 5]), facts=facts)
+    found = read_set(coloured_folder(tmp_path / "b", [*CIFAR10[:7], "boat"], range(8)), "png", facts=facts)
+    assert found.labels.tolist()[-1] in (6, 8)
+    assert "no pictures of 2 classes: horse, truck" in caplog.text
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_a_set_with_its_classes_in_another_order_is_put_in_the_datas(tmp_path: Path, kind: str, labels: str) -> None:
+    synthetic = distilled(labels)
+    synthetic.export(kind, tmp_path)
+    order = [2, 0, 1]
+    facts = Facts(tuple(synthetic.class_names[i] for i in order), synthetic.mean, synthetic.std, None)
+    found = read_set(tmp_path, facts=facts)
+    assert isinstance(found, SyntheticDataset)
+    assert found.class_names == facts.class_names
+    if labels == "indices":
+        assert [facts.class_names[i] for i in found.labels] == [synthetic.class_names[i] for i in synthetic.labels]
+    else:
+        assert torch.equal(found.labels, synthetic.labels[:, order])
+    other = Facts(("cat", "fox", "owl"), synthetic.mean, synthetic.std, None)
+    with pytest.raises(InputError, match="found 'dog / wolf'"):
+        read_set(tmp_path, facts=other)
+
+
+def foreign_parquet(path: Path, labels: list[Any], names: list[str] | None) -> Path:
+    """A file as `datasets` writes it; the red of each picture is the place of its row."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = []
+    for number in range(len(labels)):
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(file, format="PNG")
+        rows.append({"bytes": file.getvalue(), "path": None})
+    features = {"label": {"names": names, "_type": "ClassLabel"}} if names else {"label": {"dtype": "int64"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    parquet.write_table(pyarrow.table({"image": rows, "label": labels}).replace_schema_metadata(metadata), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        ([0, 1, 2], ["car", "truck", "plane"], [1, 9, 0]),
+        (["car", "truck", "plane"], None, [1, 9, 0]),
+        ([0, 1, 2], None, [0, 1, 2]),
+    ],
+)
+def test_parquet_files_go_by_the_names_of_their_classes(
+    tmp_path: Path, labels: list[Any], names: list[str] | None, expected: list[int]
+) -> None:
+    facts = Facts(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    found = read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), facts=facts)
+    assert found.labels.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([0], ["zebra"], "found 'zebra'"),
+        ([3], ["car"], r"expected labels in \[0, 1\), one for each class name, found 3 to 3"),
+        ([0], ["car", "automobile"], "which both mean 'automobile'"),
+    ],
+)
+def test_parquet_files_of_other_classes(tmp_path: Path, labels: list[Any], names: list[str], message: str) -> None:
+    facts = Facts(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    with pytest.raises(InputError, match=rf"x\.parquet: .*{message}"):
+        read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), facts=facts)
+
+
+def test_transparent_pictures_lie_on_white(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(tmp_path / "cat" / "0.png")
+    found = read_set(tmp_path, facts=Facts(CIFAR10, (0.5,) * 3, (0.25,) * 3, None))
+    assert isinstance(found, SyntheticDataset)
+    assert (found.pictures() * 255).round().unique().tolist() == [255]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -556,6 +677,19 @@ def test_any_map_style_dataset_becomes_real_images() -> None:
         data = image_data_from(dataset, dataset)
         assert torch.equal(data.train.images, pixels)
         assert torch.equal(data.test.labels, labels)
+
+    class Named(list[Any]):
+        """As torchvision's ImageFolder, whose classes are the sorted folders of one split."""
+
+        def __init__(self, classes: list[str]) -> None:
+            super().__init__(pairs)
+            self.classes = classes
+
+    mixed = image_data_from(Named(["ape", "bee", "cow"]), Named(["cow", "ape", "Bee"]))
+    assert mixed.test.labels.tolist() == [2, 0, 1] * 2
+    assert mixed.class_names == ("ape", "bee", "cow")
+    with pytest.raises(InputError, match=r"test: expected the names of .* found 'dog'"):
+        image_data_from(Named(["ape", "bee", "cow"]), Named(["cow", "ape", "dog"]))
     grey = [(Image.fromarray(np.full((4, 5), 7, np.uint8)), 0)]
     assert image_data_from(grey, grey, class_names=["seven"]).train.images.shape == (1, 1, 4, 5)
 

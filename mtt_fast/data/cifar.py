@@ -198,12 +198,21 @@ def _read(name: str, place: Path, kind: _Distribution, read_files: Callable[[], 
         raise InputError(
             f"{place / kind.names}: expected {num_classes} class names, found {len(names)}; get {kind.archive} again"
         )
+    names, order = _official(name, names)
     batches = {}
     for file in (*kind.train, kind.test):
         images, labels = decode(files[file], kind.labels, place / file)
         _check_labels(labels, num_classes, place / file, "test" if file == kind.test else "training")
-        batches[file] = images, np.array(labels, np.int64)
+        batches[file] = images, order[np.array(labels, np.int64)]
     return Contents(names, _SHAPE, _part([batches[file] for file in kind.train]), _part([batches[kind.test]]))
+
+
+def _official(name: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], _Labels]:
+    """Return the class names in the official order, and the official class of each; names of one's own stay as they are."""
+    official = FACTS[name].class_names
+    if sorted(names) != sorted(official):
+        return names, np.arange(len(names))
+    return official, np.array([official.index(one) for one in names])
 
 
 def _part(batches: Sequence[tuple[_Images, _Labels]]) -> Part:

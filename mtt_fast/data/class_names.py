@@ -257,7 +257,10 @@ class _Classes:
 
 @lru_cache(maxsize=1)
 def _imagenet() -> tuple[dict[str, list[str]], list[str]]:
-    """Return (words by WordNet id, ImageNet's 1000 in order; those of them that are Tiny ImageNet's)."""
+    """Return (words by WordNet id, ImageNet's 1000 in order; those of them that are Tiny ImageNet's).
+
+    The words are WordNet's, as ILSVRC 2012 lists them, then the names of today's lists where these differ.
+    """
     text = (resources.files("mtt_fast.data") / "imagenet_classes.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines()]
     return {wnid: words.split("; ") for wnid, _, words in rows}, [wnid for wnid, tiny, _ in rows if tiny == "tiny"]
@@ -271,7 +274,9 @@ def _known_sets() -> tuple[_Classes, ...]:
     for wnids in (list(words), tiny):
         sets.append(_Classes(_wordnet(wnids), (tuple(range(len(wnids))),)))
     for subset in SUBSETS.values():
-        sets.append(_Classes(_wordnet(subset), (tuple(range(len(subset))), tuple(rank[wnid] for wnid in subset))))
+        words_or_own = zip(_wordnet(subset), subset.values(), strict=True)
+        spellings = tuple(spelling | {_normalised(name)} for spelling, name in words_or_own)
+        sets.append(_Classes(spellings, (tuple(range(len(subset))), tuple(rank[wnid] for wnid in subset))))
     return tuple(sets)
 
 
@@ -371,10 +376,16 @@ def _check_distinct(
 
 
 def _unknown(name: str, class_names: Sequence[str], where: object) -> InputError:
-    spelt = _by_spelling(_recognised(class_names).spellings)
+    spellings = _recognised(class_names).spellings
+    several = [class_names[index] for index, names in enumerate(spellings) if _normalised(name) in names]
+    spelt = _by_spelling(spellings)
     near = difflib.get_close_matches(_normalised(name), spelt, n=3, cutoff=0.5)
-    names = list(dict.fromkeys(class_names[spelt[one]] for one in near))
-    hint = f"nearest: {', '.join(names)}" if names else f"the classes are {shortened(class_names)}"
+    if several:
+        hint = f"which may be {' or '.join(several)}"
+    elif near:
+        hint = f"nearest: {', '.join(dict.fromkeys(class_names[spelt[one]] for one in near))}"
+    else:
+        hint = f"the classes are {shortened(class_names)}"
     return InputError(
         f"{where}: expected the names of the data set's {len(class_names)} classes, or numbers from 0 to "
         f"{len(class_names) - 1}, found {name!r} ({hint}); rename it, or name the data set that it belongs to"

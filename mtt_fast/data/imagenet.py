@@ -77,12 +77,20 @@ def _subset_classes(root: Path, split: Path, subset: str) -> Listing:
 
 def _places(split: Path, subset: str) -> dict[str, str]:
     """Return the names of the folders in `split` that hold classes of the subset, by WordNet id, in its order."""
-    wnids, names = list(SUBSETS[subset]), sorted(folder_names(split))
-    meant = meant_classes(names, list(SUBSETS[subset].values()), split)
-    if not any(index is not None for index in meant):  # all of ImageNet by number, perhaps
-        wnids, meant = imagenet_wnids(), meant_classes(names, imagenet_wnids(), split)
-    found = {wnids[index]: name for name, index in zip(names, meant, strict=True) if index is not None}
+    names = sorted(folder_names(split))
+    found: dict[str, str] = {}
+    if len(names) > len(
+        SUBSETS[subset]
+    ):  # a larger tree, where numbers are ImageNet's and words may be another class's
+        found = _by_wnid(names, imagenet_wnids(), imagenet_wnids(), split)
+    if not set(SUBSETS[subset]) <= set(found):
+        found = _by_wnid(names, list(SUBSETS[subset].values()), list(SUBSETS[subset]), split)
     return {wnid: found[wnid] for wnid in SUBSETS[subset] if wnid in found}
+
+
+def _by_wnid(names: list[str], class_names: list[str], wnids: list[str], where: Path) -> dict[str, str]:
+    meant = meant_classes(names, class_names, where)
+    return {wnids[index]: name for name, index in zip(names, meant, strict=True) if index is not None}
 
 
 def _find(data_path: Path, subset: str | None) -> Path:

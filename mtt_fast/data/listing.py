@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from mtt_fast.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
+_LOOP = "link(s) to a folder around them"
 _TOLD = 8  # kinds of things that are not taken
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,10 @@ def class_folders(folder: Path) -> list[Path]:
         raise InputError(
             f"{folder}: expected a folder a class, found {listed(folder)}; move the images into class folders"
         )
+    for name in names:
+        # control characters, and what Python makes of bytes that are no text: neither could be kept beside the images
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            raise InputError(f"{folder}: expected class folders named in plain text, found {name!a}; rename it")
     return [folder / name for name in in_order(names)]
 
 
@@ -88,20 +95,24 @@ def listed(folder: Path) -> str:
 def _is_class(folder: Path, child: os.DirEntry[str]) -> bool:
     if child.name.startswith("."):
         return False
-    if child.is_symlink():
+    if child.is_symlink():  # a link to a folder around the class folders is no class
         _check_target(child.path)
         return child.is_dir() and not _is_within(os.path.realpath(folder), {os.path.realpath(child.path)})
-    return child.is_dir()  # a link to a folder around the class folders is no class of its own
+    return child.is_dir()
 
 
 def _loose(folder: Path, folders: list[Path]) -> Counter[str]:
     """Count what lies in `folder` beside its class folders."""
     names = {place.name for place in folders}
-    return Counter(
-        "outside the class folders" if child.is_file() and is_image_name(child.name) else _kind(child)
-        for child in _children(folder)
-        if child.name not in names
-    )
+    return Counter(_loose_kind(child) for child in _children(folder) if child.name not in names)
+
+
+def _loose_kind(child: os.DirEntry[str]) -> str:
+    if child.name.startswith("."):
+        return _kind(child)
+    if os.path.isdir(child.path):
+        return _LOOP  # all other folders are classes
+    return "outside the class folders" if is_image_name(child.name) else _kind(child)
 
 
 def _files_below(top: str, homes: set[str], skipped: Counter[str]) -> dict[str, str]:
@@ -150,7 +161,7 @@ def _follow(
     _check_target(link.path)
     target = os.path.realpath(link.path)
     if is_folder and _is_within(parent, {target}):
-        skipped["link(s) to a folder around them"] += 1
+        skipped[_LOOP] += 1
     elif not _is_within(target, homes):
         raise InputError(
             f"{link.path}: expected links to files of the data set itself, found one to {target}; copy the images, or link "
@@ -169,7 +180,7 @@ def _add(child: os.DirEntry[str], real: str, files: dict[str, str], skipped: Cou
         status = child.stat()
     except OSError as error:
         raise _unreadable(child.path, error) from error
-    if not child.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{child.path}: expected an image, found no regular file; remove it")
     # Only a file of several names is told by its number: not every file system numbers its files reliably.
     identity = real if status.st_nlink == 1 else f"{status.st_dev}:{status.st_ino}"
@@ -202,7 +213,7 @@ def _kind(child: os.DirEntry[str]) -> str:
 def _children(folder: str | Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(
             f"{folder}: expected a folder that can be read ({error.strerror or error}); check the path"

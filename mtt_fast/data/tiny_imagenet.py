@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from mtt_fast.data.class_names import class_indices, is_wnid, tiny_wnids
@@ -42,8 +43,8 @@ def source(data_path: Path, res: int | None) -> Source:
             f"({', '.join(odd[:3])}); {_MEND}"
         )
     annotations = root / "val" / "val_annotations.txt"
-    own_layout = annotations.exists() and (root / "val" / "images").is_dir()
-    test = _annotated(root, annotations, wnids) if own_layout else _rearranged(root)
+    pictures = _pictures(root) if annotations.exists() else {}
+    test = _annotated(annotations, pictures, wnids) if pictures else _rearranged(root)
     name = "Tiny" if res in (None, 64) else f"Tiny-{res}"
     tell_skipped(name, train, test)
     return image_source(
@@ -70,12 +71,11 @@ def _by_wnid(listing: Listing, where: Path) -> Listing:
     return Listing({wnids[index]: listing.classes[by_index[index]] for index in sorted(by_index)}, listing.skipped)
 
 
-def _annotated(root: Path, annotations: Path, wnids: list[str]) -> Listing:
-    """List the validation images by class, from lines "file, WordNet id, box" parted by tabs.
+def _annotated(annotations: Path, pictures: Mapping[str, str], wnids: list[str]) -> Listing:
+    """List the validation images (`pictures`: paths by name) by class, from lines "file, WordNet id, box" parted by tabs.
 
     Raises `InputError` for a line that names no image, no class, or an image that has its class already.
     """
-    pictures = _pictures(root)
     classes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
     named: set[str] = set()
     for number, line in enumerate(read_lines(annotations, _MOST_BYTES, _MEND), 1):
@@ -100,13 +100,15 @@ def _annotated(root: Path, annotations: Path, wnids: list[str]) -> Listing:
 
 
 def _pictures(root: Path) -> dict[str, str]:
-    """Return the paths of the files in val/images/ by name."""
+    """Return the paths of the images in val/images/ by name; scripts that rearrange them leave it empty."""
+    if not (root / "val" / "images").is_dir():
+        return {}
     files = list_classes(root, root / "val", ["images"]).classes["images"]
     return {Path(file).name: file for file in files}
 
 
 def _rearranged(root: Path) -> Listing:
-    """List the images in val/CLASS/; an empty images/ is what a script that rearranges them leaves."""
+    """List the images in val/CLASS/."""
     listing = list_classes(root, root / "val")
     classes = {place: files for place, files in listing.classes.items() if place != "images" or files}
     return _by_wnid(Listing(classes, listing.skipped), root / "val")
