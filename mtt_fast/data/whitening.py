@@ -85,6 +85,11 @@ class Whitening:
                 f"{path}: expected matrices of {values}x{values}, found {tuple(whitening.matrix.shape)} and "
                 f"{tuple(whitening.inverse.shape)}; delete it and fit again"
             )
+        for name, tensor in vars(whitening).items():
+            if not bool(tensor.isfinite().all()):
+                raise InputError(
+                    f"{path}: {name}: expected finite numbers, found NaN or infinity; delete it and fit again"
+                )
         return whitening
 
     def to(self, device: torch.device | str) -> Whitening:

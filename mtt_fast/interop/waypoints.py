@@ -96,12 +96,9 @@ def _course(points: Any, pieces: Any) -> Course:
     for segment, (begin, piece) in enumerate(zip(ends[:-1], pieces, strict=True)):
         positions[begin + 1 : begin + len(piece)] = segment + torch.tensor(piece[1:], dtype=torch.float64)
         positions[begin + len(piece) - 1] = segment + 1
-    if not bool((positions.diff(dim=0) >= -_ROUNDING).all() and (positions <= len(pieces)).all()):
-        raise ValueError("shares that are not finite, fall, or are not within 0 and 1")
-    return Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
-
-
-_ROUNDING = 1e-5  # of shares in float32
+    course = Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
+    course.check()
+    return course
 
 
 def _shares(course: Course) -> list[list[list[Tensor]]]:

@@ -75,7 +75,10 @@ def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pat
         # what is in use as a folder cannot be replaced by another
         stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
         with temporary_folder(folder / folder.name if stays else folder) as content:
-            yield content
+            try:
+                yield content
+            except InputError as error:  # of a write below, which need not be told where that is
+                raise InputError(str(error).replace(str(content), str(folder))) from error
             for place, _, names in os.walk(content, topdown=False):
                 for name in names:
                     _sync(Path(place, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from mtt_fast import InputError, SyntheticDataset
 from mtt_fast.storage.files import atomic_path, whole_folder, write_text
 from mtt_fast.storage.temporaries import is_free, remove_leftovers, temporary_folder
 
@@ -111,6 +114,23 @@ def test_what_fails_leaves_no_folders(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_path(tmp_path / "a" / "b" / "file"):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["mtt", "png", "parquet", "synthetic"])
+def test_a_full_disk_leaves_nothing_of_a_set(tmp_path: Path, kind: str) -> None:
+    images = torch.rand(400, 3, 16, 16)
+    full = SyntheticDataset(
+        images, torch.arange(400) // 40, torch.tensor(0.1), tuple("abcdefghij"), (0.0,) * 3, (1.0,) * 3
+    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # stands in for a disk with so much left
+    try:
+        with pytest.raises(InputError, match=r"/new/out.*: cannot be written") as raised:
+            full.export(kind, tmp_path / "new" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ".partial" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_use_is_filled_and_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
