@@ -87,6 +87,13 @@ class DistanceOptions(ExpertTrainingOptions):
     out: str = "runs/distance"
     """folder for distance.png, distance.md and distance.json"""
 
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        found = super().without_effect() | {"networks_at_once": "here: one network is trained at a time"}
+        if not self.decay:
+            found["train_epochs"] = "without --decay: real training goes on for the largest of --deltas"
+        return found
+
 
 Nearest = tuple[float, int]
 """d(Δt), and the student's step k that is so near."""
