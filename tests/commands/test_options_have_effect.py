@@ -595,8 +595,8 @@ def toy(
     monkeypatch.setattr("os.fsync", lambda _: None)
     _tell(monkeypatch, "mtt_fast.commands.options.load")
     for job in ("mtt_fast.experts", "mtt_fast.training.protocols"):
-        _tell(monkeypatch, f"{job}.crew_for", of_result=True)
-    for job in ("mtt_fast.distill", "mtt_fast.baselines.learning"):
+        _tell(monkeypatch, f"{job}.concurrency_for", of_result=True)
+    for job in ("mtt_fast.distill.command", "mtt_fast.baselines.learning"):
         _tell(monkeypatch, f"{job}.save_checkpoint", arguments=False)
     return Toy(world, caplog, capsys)
 
