@@ -304,7 +304,7 @@ ROWS: dict[str, dict[str, Row]] = {
         **_DATA,
         "dataset": says("--dataset pictures", "expected"),
         "zca": says("--zca", "expected"),
-        "model": says("--model ConvNetD2W4", "expected"),
+        "model": changes("--model ConvNetD2W4"),
         "runs": changes("two=run"),
         **_EXPERTS,
         "train_epochs": needs("--decay", "--train_epochs 1"),
@@ -400,11 +400,6 @@ def _cases() -> list[Any]:
 
 
 NO_EFFECT = [
-    (
-        "distance",
-        "distance plain --device cpu --dsa False",
-        "--dsa: has no effect on sets that were distilled with --no_aug",
-    ),
     ("distill", f"{RUN} --out new --no_aug --dsa False", "--no_aug: has no effect without --dsa True"),
     (
         "distill",
