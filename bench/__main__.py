@@ -1,4 +1,4 @@
-"""The one entry: `python -m bench COMMAND …`."""
+"""The command line of all benchmarks: `python -m bench COMMAND …`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COMMANDS = {
     "memory_scaling": "peak memory against steps, batch and resolution, beside the plan's prediction",
     "kernels": "bandwidth and arithmetic of each operation, beside the device's own",
     "precision": "errors of the gradients in each precision of the products, against float64",
-    "tune": "the table of launch configurations anew, for the GPU at hand",
+    "tune": "a new table of launch configurations, for this machine's GPU",
     "experts": "training on real images, beside an ordinary module and optimiser",
-    "evaluate": "training on distilled images, beside the same",
+    "evaluate": "training on distilled images, beside an ordinary module and optimiser",
     "methods": "every method and the successors' options by one protocol: accuracy, time, memory",
     "trajectories": "time to the first sample and memory of the store, beside the public format",
     "profile": "a trace of one iteration for Perfetto or chrome://tracing",

@@ -16,7 +16,7 @@ def _correlations(programs: tuple[int, ...], *sizes: tuple[int, int, int, int, i
     return [tile | {"PROGRAMS": count} for tile in _tiles(*sizes) for count in programs]
 
 
-# Those that do not fit a GPU fail there, and are left out.
+# Candidates that do not fit a GPU fail there, and are left out.
 
 TILES: dict[str, list[Row]] = {
     "fp32": _tiles((64, 32, 16, 4, 2), (64, 64, 16, 4, 3), (128, 64, 16, 8, 2)),
@@ -78,7 +78,7 @@ shapes; the last one takes all larger numbers.""",
     "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
     "": "Flat vectors: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64.",
 }
-"""Comments above the operations whose names begin so."""
+"""Comments above the operations, by a prefix of their names."""
 
 
 def text_of(table: dict[str, dict[str, dict[str, Row]]]) -> str:
@@ -86,10 +86,10 @@ def text_of(table: dict[str, dict[str, dict[str, Row]]]) -> str:
     lines = [_comment(_HEAD)]
     section = None
     for operation, classes in sorted(table.items(), key=lambda item: _section(item[0])):
-        begins = list(_SECTIONS)[_section(operation)]
-        if begins != section:
-            lines += ["", _comment(_SECTIONS[begins])]
-            section = begins
+        prefix = list(_SECTIONS)[_section(operation)]
+        if prefix != section:
+            lines += ["", _comment(_SECTIONS[prefix])]
+            section = prefix
         for shape_class, rows in classes.items():
             lines += ["", f'[{operation}."{shape_class}"]']
             lines += [f"{architecture} = {{ {_entries(row)} }}" for architecture, row in rows.items()]
@@ -97,7 +97,7 @@ def text_of(table: dict[str, dict[str, dict[str, Row]]]) -> str:
 
 
 def _section(operation: str) -> int:
-    return next(place for place, begins in enumerate(_SECTIONS) if operation.startswith(begins))
+    return next(index for index, prefix in enumerate(_SECTIONS) if operation.startswith(prefix))
 
 
 def _comment(text: str) -> str:

@@ -22,20 +22,20 @@ _TARGET_BATCH = 32
 def make_case(setting: Setting, seed: int = 0) -> Case:
     """Return a case in float64, on the CPU; its numbers are float32's.
 
-    The target lies as many steps away as the student takes, on other images at ten times the rate. A direction that
-    training takes, since in a random one the Hessian terms would seem smaller than they are; and far away, as an
-    expert's epochs are, since float32 loses most of a short way.
+    The target lies as many steps away as the student takes, on other images at ten times the rate. The direction is one that
+    training takes, since in a random one the Hessian terms would seem smaller than they are; and the target is far away, as
+    an expert's epochs are, since float32 loses most of a short path.
     """
     generator = torch.Generator().manual_seed(seed)
     net = setting.net
     assert isinstance(net.image_size, int)
     start = net.init(generator)
-    others = torch.randn(_TARGET_BATCH, net.in_channels, net.image_size, net.image_size, generator=generator)
+    other_images = torch.randn(_TARGET_BATCH, net.in_channels, net.image_size, net.image_size, generator=generator)
     target, student = start, GenericStudent(net)
     labels = torch.randint(net.num_classes, (_TARGET_BATCH,), generator=generator)
     for _ in range(setting.steps):
-        target = target - 10 * _LR * student.gradient(target, others, labels).theta
-    images = torch.randn(setting.images, *others.shape[1:], generator=generator)
+        target = target - 10 * _LR * student.gradient(target, other_images, labels).theta
+    images = torch.randn(setting.images, *other_images.shape[1:], generator=generator)
     batches = [torch.randperm(setting.images, generator=generator)[: setting.batch] for _ in range(setting.steps)]
     return Case(
         net=net,
@@ -67,7 +67,7 @@ def to(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
 
 
 def save_case(case: Case, path: Path) -> dict[str, Any]:
-    """Write the case's tensors to `path`; return what `load_case` needs."""
+    """Write the case's tensors to `path`; return the arguments of `load_case`."""
     save_tensors(path, _tensors(case))
     return {"net": asdict(case.net), "path": str(path)}
 

@@ -1,4 +1,4 @@
-"""The ways to the meta-gradient that are compared: each a function from a case to the gradients of images and rate."""
+"""The engines that are compared: functions from a case to the gradients of images and learning rate."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Case:
 
 
 class Gradients(NamedTuple):
-    """Of the matching loss."""
+    """Gradients of the matching loss."""
 
     images: Tensor
     lr: Tensor
@@ -58,15 +58,15 @@ Run = Callable[..., Gradients]
 
 
 def whole_graph(case: Case) -> Gradients:
-    """What the public code does: record all N steps, then differentiate."""
-    found = testing.whole_graph(
+    """Record all N steps, then differentiate, as the public code does."""
+    result = testing.whole_graph(
         _module_function(case), case.start, case.target, case.images, case.labels, case.lr, list(case.batches)
     )
-    return Gradients(found.images, found.lr)
+    return Gradients(result.images, result.lr)
 
 
 def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
-    """Exact: the parameters of all steps are kept, and each step is recorded again and differentiated twice, alone."""
+    """Keep the parameters of all steps, then record each step again and differentiate it twice, alone. Exact."""
     network, adjoint, path = _module_function(case), *_plain_sweep(case, microbatch)
     to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
     for n in reversed(range(len(case.batches))):
@@ -86,26 +86,26 @@ def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
 
 
 def truncated(case: Case) -> Gradients:
-    """TESLA's: the last adjoint stands for that of every step, so every Hessian is left out. Not exact."""
-    found = testing.truncated(
+    """Use the last adjoint at every step, as TESLA does, so that every Hessian is left out. Not exact."""
+    result = testing.truncated(
         _module_function(case), case.start, case.target, case.images, case.labels, case.lr, list(case.batches)
     )
-    return Gradients(found.images, found.lr)
+    return Gradients(result.images, result.lr)
 
 
 def generic(case: Case, **cut: Any) -> Gradients:
-    """mtt_fast with the step that works for any network, by autograd."""
-    return _unrolled(case, loss=cross_entropy, **cut)  # a loss of one's own takes the generic step
+    """Run mtt_fast with the generic student, by autograd."""
+    return _unrolled(case, loss=cross_entropy, **cut)  # a loss of the user's own takes the generic student
 
 
 def fused(case: Case, precision: Precision = "fp32", **cut: Any) -> Gradients:
-    """mtt_fast with the step by hand over the kernels."""
+    """Run mtt_fast with the fused student, by hand over the kernels."""
     _fused_student(case, precision)
     return _unrolled(case, precision=precision, **cut)
 
 
 def fused_graph(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
-    """The same as mtt_fast's distillation runs it on CUDA: the whole iteration replayed from a graph."""
+    """Replay the whole iteration of `fused` from a graph, as mtt_fast's distillation does on CUDA."""
     _fused_student(case, precision)
     steps, batch = case.batches.shape
     limits = {"memory_budget": None} | limits
@@ -113,7 +113,7 @@ def fused_graph(case: Case, precision: Precision = "fp32", **limits: Any) -> Gra
         case.net, images=case.images, steps=steps, batch=batch, device=case.images.device, dtype=case.images.dtype,
         precision=precision, **limits,
     )  # fmt: skip
-    iteration = _replayed_iteration(case.net, planned)
+    iteration = _graphed_iteration(case.net, planned)
     _, *gradients = iteration(case.start, case.target, case.images, case.labels, case.lr, case.batches.flatten())
     if isinstance(iteration, GraphedFunction) and iteration.problem:
         raise InputError(f"fused-graph: not replayed but called: {iteration.problem}")
@@ -128,12 +128,12 @@ def _fused_student(case: Case, precision: Precision) -> FusedConvNetStudent:
 
 
 @functools.lru_cache(maxsize=2)  # the small case of the gate, and the one that is timed
-def _replayed_iteration(net: ConvNet, steps: Plan) -> Iteration:
-    return planned_iteration(net, steps, None, (steps.work.batch,) * steps.work.steps)
+def _graphed_iteration(net: ConvNet, plan: Plan) -> Iteration:
+    return planned_iteration(net, plan, None, (plan.work.batch,) * plan.work.steps)
 
 
 def compiled(case: Case) -> Gradients:
-    """The mixed step of torch.func through torch.compile; the plain gradients as they are."""
+    """Compile the mixed step of torch.func with torch.compile; the plain gradients are eager."""
     step = _compiled_step(case.net)
     adjoint, path = _plain_sweep(case)
     to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
@@ -148,7 +148,7 @@ def compiled(case: Case) -> Gradients:
 
 @functools.cache
 def _compiled_step(net: ConvNet) -> Callable[..., tuple[tuple[Tensor, Tensor], Tensor]]:
-    """Forward over reverse, as torch.compile has no double backward: ((H v, ∂(v·g)/∂x), v·g)."""
+    """Return the compiled step ((H v, ∂(v·g)/∂x), v·g), forward over reverse, as torch.compile has no double backward."""
 
     def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(net(theta, images), labels)
@@ -193,18 +193,18 @@ def _plain_sweep(case: Case, microbatch: int | None = None) -> tuple[Tensor, lis
 
 @dataclass(frozen=True)
 class Engine:
-    """How an engine is run, what it has to compute, and what is claimed of it."""
+    """An engine: its function, its work, and its properties."""
 
     run: Run
     passes: tuple[Passes, ...] = ()
-    """none if nobody knows"""
+    """forward passes' worth of work; none if unknown"""
     tuned: bool = True
     """whether glibc keeps freed memory for it, as it does for mtt_fast's commands"""
     exact: bool = True
     cuts: bool = False
-    """whether it takes `microbatch` and `memory_budget`"""
+    """whether `run` takes `microbatch` and `memory_budget`"""
     rounds: bool = False
-    """whether it takes a `precision` of its own; the others follow torch's settings"""
+    """whether `run` takes a `precision`; other engines follow torch's settings"""
     cuda_only: bool = False
 
 
@@ -223,9 +223,9 @@ ENGINES = {
 
 
 def engine_on(name: str, device: torch.device, precision: str) -> tuple[Engine, dict[str, str]]:
-    """Return the engine called `name` and what it is told of `precision` on `device`, where a CPU knows float32 alone.
+    """Return the engine called `name` and its `precision` argument on `device`, if any: a CPU computes in float32 alone.
 
-    Raises `InputError` for an engine that is not there, or that `device` cannot run.
+    Raises `InputError` for an unknown engine, or one that `device` cannot run.
     """
     engine = engine_named(name)
     if engine.cuda_only and device.type != "cuda":

@@ -12,10 +12,10 @@ from mtt_fast.training.sgd import Sgd
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """Time an epoch of an evaluation's training. Of the shape, the network counts."""
+    """Time an epoch of an evaluation's training. Of the shape, the network alone counts."""
 
     images: int = 100
-    """in the distilled set"""
+    """images in the distilled set"""
 
 
 def main(options: Options, command: str) -> None:

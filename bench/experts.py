@@ -11,7 +11,7 @@ from mtt_fast.training.sgd import Sgd
 
 @dataclass(frozen=True)
 class Options(TrainingOptions):
-    """Time an epoch of an expert's training. Of the shape, the network counts."""
+    """Time an epoch of an expert's training. Of the shape, the network alone counts."""
 
 
 def main(options: Options, command: str) -> None:

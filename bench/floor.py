@@ -15,7 +15,7 @@ from bench.settings import Setting
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution of the network, forward or to a gradient, ready to run, and how often a step needs it."""
+    """One convolution of the network, forward or to a gradient, ready to run, and its number of runs in a step."""
 
     run: Callable[[], Any]
     times: int
@@ -24,9 +24,9 @@ class Convolution:
 def convolutions(setting: Setting, device: torch.device) -> list[Convolution]:
     """Return the convolutions of a step: of the plain gradient and of the mixed one, 11 times a forward pass in all.
 
-    Each in the memory format that is faster here.
+    Each is in the memory format that is faster on `device`.
     """
-    net, found = setting.net, []
+    net, runs = setting.net, []
     assert isinstance(net.image_size, int)
     size = net.image_size
     for block in range(net.depth):
@@ -37,15 +37,15 @@ def convolutions(setting: Setting, device: torch.device) -> list[Convolution]:
         size += 2 * padding - 2
         y = torch.randn(setting.batch, net.width, size, size, device=device)
         size //= 2
-        # plain + mixed; the first layer has no ẋ, and the images' gradient is asked for in the mixed step alone
+        # plain + mixed; the first layer has no ẋ, and the images' gradient is needed in the mixed step alone
         counts = {"forward": 1 + (2 if first else 3), "input": 2 if first else 1 + 3, "weight": 1 + (1 if first else 2)}
-        found += [Convolution(_faster(kind, x, weight, y, padding, device), times) for kind, times in counts.items()]
-    return found
+        runs += [Convolution(_faster(kind, x, weight, y, padding, device), times) for kind, times in counts.items()]
+    return runs
 
 
-def run_all(found: list[Convolution]) -> None:
+def run_all(convolutions: list[Convolution]) -> None:
     """Run every convolution as often as a step needs it."""
-    for convolution in found:
+    for convolution in convolutions:
         for _ in range(convolution.times):
             convolution.run()
 
@@ -65,5 +65,5 @@ def _operation(kind: str, tensors: list[Tensor], padding: int) -> Callable[[], A
     shape = ([1, 1], [padding, padding], [1, 1])  # stride, padding, dilation
     if kind == "forward":
         return lambda: torch.convolution(x, weight, None, *shape, False, [0, 0], 1)
-    wanted = [kind == "input", kind == "weight", False]
-    return lambda: torch.ops.aten.convolution_backward(y, x, weight, None, *shape, False, [0, 0], 1, wanted)
+    output_mask = [kind == "input", kind == "weight", False]
+    return lambda: torch.ops.aten.convolution_backward(y, x, weight, None, *shape, False, [0, 0], 1, output_mask)

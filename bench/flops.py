@@ -1,4 +1,4 @@
-"""How many floating-point operations an engine needs, from the shapes of convolutions and classifier alone."""
+"""The floating-point operations that an engine needs, by the shapes of convolutions and classifier alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 from mtt_fast.networks.convnet import ConvNet
 
 Passes = tuple[int, int]
-"""How often a step does the work of a forward pass, and how often it is spared the first layer's share of it.
+"""The number of forward passes' worth of work in a step, and the number of times that the first layer's share is spared.
 
 A layer's forward pass, its gradient to the input and its gradient to the weight cost the same, F. A plain gradient is
-3F, less the first layer's input gradient (nobody asks for the images' own): (3, 1).
+3F, less the first layer's input gradient (the images' own, which is not needed): (3, 1).
 """
 
 PLAIN_GRADIENT: Passes = (3, 1)
@@ -21,9 +21,9 @@ DOUBLE_BACKWARD: Passes = (6, 2)
 DOUBLE_BACKWARD_TO_IMAGES: Passes = (5, 2)
 # By hand: forward 1, tangent 2, gradient to the inputs 1, its tangent 2, tangent of the weight's gradient 2.
 MIXED_STEP: Passes = (8, 3)
-# With the primal's activations kept: neither its forward nor its gradient to the inputs.
+# With the primal's activations saved: neither its forward nor its gradient to the inputs.
 MIXED_STEP_KEPT: Passes = (6, 2)
-# Through torch.compile, which has no double backward. torch.func computes the primal's own gradients to weights and images too, and takes the images' ẋ = 0 for a number.
+# Through torch.compile, which has no double backward. torch.func computes the primal's own gradients to weights and images too, and multiplies by the images' ẋ = 0.
 COMPILED_MIXED_STEP: Passes = (9, 0)
 
 

@@ -22,13 +22,13 @@ def float64_error(engine: Engine, setting: Setting, device: torch.device, *, cut
     With `cut` the engine has to cut each batch.
     """
     case = to(make_case(small_setting(setting)), torch.float64, device)
-    found = engine.run(case, **({"microbatch": _CUT} if cut else {}))
+    gradients = engine.run(case, **({"microbatch": _CUT} if cut else {}))
     expected = whole_graph(case)
-    return max(relative_error(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    return max(relative_error(mine, theirs) for mine, theirs in zip(gradients, expected, strict=True))
 
 
 def complaint(float64: float, float32: float, allowed_float32: float | None) -> str | None:
-    """Return why an engine with these errors may not be timed, or None. NaN may not."""
+    """Return the reason why an engine with these errors may not be timed, or None. NaN is a reason."""
     if not float64 <= FLOAT64_TOLERANCE:
         return f"wrong: float64 error {float64:.1e}, allowed {FLOAT64_TOLERANCE:.0e}"
     if allowed_float32 is not None and not float32 <= allowed_float32:
@@ -36,9 +36,9 @@ def complaint(float64: float, float32: float, allowed_float32: float | None) -> 
     return None
 
 
-def allowed_float32(of_autograd: float, precision: str = "tf32") -> float:
-    """Return the float32 error that an engine may have where autograd has `of_autograd`, in tf32 at worst.
+def allowed_float32(autograd: float, precision: str = "tf32") -> float:
+    """Return the float32 error that an engine may have where autograd has the error `autograd`, in tf32 at worst.
 
     With bf16 its factors keep three bits fewer than those of tf32.
     """
-    return max(FLOAT32_FACTOR * of_autograd * (8 if precision == "bf16" else 1), FLOAT32_FLOOR)
+    return max(FLOAT32_FACTOR * autograd * (8 if precision == "bf16" else 1), FLOAT32_FLOOR)

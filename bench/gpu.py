@@ -3,14 +3,14 @@
 | stage | what it does | result in FOLDER |
 |---|---|---|
 | suite | the tests marked gpu, and the engine's | tests-*.xml |
-| table | launch configurations anew, block by block; the kernels with them | configurations.toml, tune-*.json, kernels-*.json |
+| table | new launch configurations, block by block; the kernels with them | configurations.toml, tune-*.json, kernels-*.json |
 | steps | one iteration by every engine, and its memory | meta_step-*.json, memory_scaling.json |
 | training | experts, evaluations, reading trajectories | experts.json, evaluate.json, trajectories.json |
 | cifar10 | CIFAR-10, 1 image a class, from experts to accuracy | cifar10-ipc1/ |
 | imagenette | ImageNette at 128×128, 1 and 10 images a class, in 8 GiB | imagenette-ipc1/, imagenette-ipc10/ |
 
-What has its result is not done again, so a stage that its limit cuts off goes on with the same command. With --rehearse all is
-done on the CPU at toy size, in seconds.
+A task that has its result is not done again, so a stage that its limit cuts off goes on with the same command. With --rehearse
+all is done on the CPU at toy size, in seconds.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ Stage = Literal["suite", "table", "steps", "training", "cifar10", "imagenette"]
 
 @dataclass(frozen=True)
 class Options:
-    """Do a stage of what needs a GPU."""
+    """Do one stage of the work that needs a GPU."""
 
     stage: tyro.conf.Positional[Stage] = "suite"
-    """suite, table, steps, training, cifar10 or imagenette"""
+    """stage to do: suite, table, steps, training, cifar10 or imagenette"""
     out: str = "gpu"
     """folder of records, logs and runs"""
     seconds: float = 520.0
-    """limit of the stage"""
+    """time limit of the stage"""
     rehearse: bool = False
-    """do the same on the CPU at toy size"""
+    """do the stage on the CPU at toy size"""
     data_path: str = "data"
     """folder of the data sets, for cifar10 and imagenette (CIFAR-10 is fetched if it is not there)"""
     num_experts: int = 20
     """experts to train, for cifar10 and imagenette"""
     train_epochs: int = 10
-    """epochs of each"""
+    """epochs of each expert"""
     iterations: int = 1000
     """iterations of the distillation"""
 
@@ -80,7 +80,7 @@ class Task:
     result: Path
     environment: dict[str, str] = field(default_factory=dict)
     resumable: bool = False
-    """whether the command goes on from what a stopped one left, with --resume"""
+    """whether the command goes on with --resume after a stop"""
 
 
 def main(options: Options, command: str) -> None:
@@ -109,7 +109,7 @@ def main(options: Options, command: str) -> None:
 def _within(task: Task, out: Path, deadline: float) -> int:
     """Run a command until it ends, or the deadline comes; return its exit status, or `OUT_OF_TIME`.
 
-    At the deadline it is asked to stop, which the project's commands answer by saving what they have.
+    At the deadline the command gets SIGTERM, on which the project's commands save their work and stop.
     """
     left = deadline - time.monotonic()
     if left <= 0:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measuring import copy_peak, in_turns, matrix_product_peak, seconds, set_precision
+from bench.measuring import copy_peak, interleaved, matrix_product_peak, seconds, set_precision
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
@@ -35,12 +35,12 @@ class Options(CommonOptions, Shape):
     """Time each kernel at the shapes of a setting."""
 
     precision: str = "tf32"
-    """of a GPU's float32 products: tf32, or fp32"""
+    """precision of a GPU's float32 products: tf32, or fp32"""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation at one shape: its arguments, and what it has to move and to compute at the least."""
+    """One operation at one shape: its arguments, and the bytes and operations that it needs at least."""
 
     name: str
     shape: str
@@ -49,14 +49,14 @@ class Operation:
     """bytes: each input read once, each output written once"""
     flops: int
     tolerance: float = FLOAT32_TOLERANCE
-    """of the relative error in float32"""
+    """allowed relative error in float32"""
 
     def function(self) -> Callable[..., Any]:
         """Return the function that is measured."""
         return getattr(kernels, self.name)  # type: ignore[no-any-return]
 
     def run(self) -> Any:
-        """Call it once."""
+        """Call the operation once."""
         return call(self.function(), self.arguments)
 
 
@@ -65,15 +65,15 @@ def main(options: Options, command: str) -> None:
     device, setting = options.torch_device(), options.resolve()
     set_precision(device, options.precision)
     precision: Any = options.precision if device.type == "cuda" else "fp32"
-    found = {f"{op.name} {op.shape}": op for op in operations(setting, device, precision)}
+    cases = {f"{op.name} {op.shape}": op for op in operations(setting, device, precision)}
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, int] = {}
-    for name, operation in found.items():
+    for name, operation in cases.items():
         rows[name] = {"operation": operation.name, "shape": operation.shape, "problem": None, "seconds": None}
         try:
             rows[name] |= errors(operation)
             calls[name] = 1 + int(_LEAST_SECONDS / seconds(operation.run, device))
-        except Exception as error:  # its row says so, and the others go on
+        except Exception as error:  # the row tells the failure, and the others go on
             rows[name]["problem"] = f"{type(error).__name__}: {error}"
             continue
         if not (rows[name]["error_float64"] <= FLOAT64_TOLERANCE and rows[name]["error"] <= operation.tolerance):
@@ -84,13 +84,15 @@ def main(options: Options, command: str) -> None:
     def measure(name: str) -> float:
         def several() -> None:
             for _ in range(calls[name]):
-                found[name].run()
+                cases[name].run()
 
         return seconds(several, device) / calls[name]
 
-    timings = in_turns(options.repetitions, calls, measure, lambda name, error: rows[name].update(problem=str(error)))
+    timings = interleaved(
+        options.repetitions, calls, measure, lambda name, error: rows[name].update(problem=str(error))
+    )
     for name, timing in timings.items():
-        operation, median = found[name], timing["median"]
+        operation, median = cases[name], timing["median"]
         bandwidth, speed = operation.moved / median, operation.flops / median
         rows[name] |= {
             "seconds": timing, "bytes_per_second": bandwidth, "share_of_copy": bandwidth / copy,
@@ -124,17 +126,17 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        found = torch.randn(shape, generator=generator, device=device)
+        values = torch.randn(shape, generator=generator, device=device)
         planes = len(shape) == 4 and shape[2:] != (3, 3)
-        return found.contiguous(memory_format=torch.channels_last) if planes else found
+        return values.contiguous(memory_format=torch.channels_last) if planes else values
 
     assert isinstance(net.image_size, int)
     size = net.image_size
     images = random(batch, net.in_channels, size, size).contiguous()
-    turns = SiameseAugment("rotate").draw(images, generator)
-    turned = (images, augment_parameters(turns, images.shape).float())
+    draws = SiameseAugment("rotate").draw(images, generator)
+    rotated = (images, augment_parameters(draws, images.shape).float())
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
-        yield Operation(name, f"{batch}×{net.in_channels}×{size}²", turned, 2 * images.nbytes, 0)
+        yield Operation(name, f"{batch}×{net.in_channels}×{size}²", rotated, 2 * images.nbytes, 0)
     for block in range(net.depth):
         channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
         x, x_dot = random(batch, channels, size, size), random(batch, channels, size, size)
@@ -225,7 +227,7 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
 
 
 def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
-    """Yield what is done with flat vectors alone: as plain as it can be, then with all there is."""
+    """Yield the operations on flat vectors: with the fewest arguments, then with all."""
     a, b, c, d, *out = vectors
     rate, shape, one = a.new_full((), 0.01), f"{len(a)}", a.nbytes
     yield Operation("sgd_step", shape, (a, b, rate, out[0], None, None, 0.0, 0.0), 3 * one, 0)
@@ -238,7 +240,7 @@ def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
 
 
 def call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """Call `function` with `arguments`, and with a copy of the activations among them, which it takes."""
+    """Call `function` with `arguments`, and with a copy of the activations among them, which the function takes apart."""
     return function(*(copy(each) if isinstance(each, Activations) else each for each in arguments))
 
 
@@ -261,6 +263,6 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 
 def fields_of(activations: Activations) -> tuple[Any, ...]:
-    """Return the fields of `activations`, which keep them."""
+    """Return the fields of `activations`, which stay whole."""
     fields: tuple[Any, ...] = copy(activations).take()
     return fields

@@ -1,4 +1,4 @@
-"""How things are measured: seconds in turns, peak memory above a baseline, and what the device can do at best."""
+"""Measurements: interleaved seconds, peak memory above a baseline, and the peak performance of the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtt_fast.errors import InputError
 
 
 class Spread(TypedDict):
-    """Of repeated measurements."""
+    """Median, least and most of n repeated measurements."""
 
     median: float
     least: float
@@ -32,59 +32,59 @@ class Peak(TypedDict):
 
 
 def spread(values: list[float]) -> Spread:
-    """Return the median of `values` and how far they lie apart."""
+    """Return the median, least and most of `values`."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values), "n": len(values)}
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until `device` has done what it was given."""
+    """Wait until `device` has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return how long one call of `run` takes."""
+    """Return the seconds that one call of `run` takes."""
     synchronise(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     run()
     synchronise(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def turn(run: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of one call in this process's turn.
 
-    On a GPU the processes share the memory: what was cached goes back after the turn, so an untimed call fetches it
-    again before.
+    On a GPU the processes share the memory: the cache is given back after each turn, so an untimed call fills it again
+    first.
     """
     if device.type != "cuda":
         return seconds(run, device)
     run()
-    taken = seconds(run, device)
+    elapsed = seconds(run, device)
     torch.cuda.empty_cache()
-    return taken
+    return elapsed
 
 
-def in_turns(
+def interleaved(
     repetitions: int, subjects: Iterable[str], measure: Callable[[str], float], failed: Callable[[str, Exception], None]
 ) -> dict[str, Spread]:
     """Measure every subject once, then all again, `repetitions` times: a slow minute of the machine hits all alike.
 
-    A subject whose measurement raises is told to `failed` and left out.
+    A subject whose measurement raises is passed to `failed` and left out.
     """
-    found: dict[str, list[float]] = {name: [] for name in subjects}
+    times: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(repetitions):
-        for name in list(found):
+        for name in list(times):
             try:
-                found[name].append(measure(name))
+                times[name].append(measure(name))
             except Exception as error:
                 failed(name, error)
-                del found[name]
-    return {name: spread(values) for name, values in found.items()}
+                del times[name]
+    return {name: spread(values) for name, values in times.items()}
 
 
 def peak_above_baseline(run: Callable[[], Any], device: torch.device) -> Peak:
-    """Return the peak memory of one call of `run` above what is in use before. Libraries must be loaded already.
+    """Return the peak memory of one call of `run` above the memory in use before. Libraries must be loaded already.
 
     Raises `InputError` where a CPU's peak cannot be measured (Linux's /proc only).
     """
@@ -101,15 +101,15 @@ def peak_above_baseline(run: Callable[[], Any], device: torch.device) -> Peak:
 
 
 def _give_back_freed_memory() -> None:
-    """What glibc keeps of memory freed before would hide as much of the peak."""
+    """Have glibc give back memory that was freed before, which would hide as much of the peak."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def resident_bytes(what: str = "VmRSS") -> int:
+def resident_bytes(field: str = "VmRSS") -> int:
     """Return this process's resident memory (VmRSS) or its peak (VmHWM), from Linux's /proc."""
     with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(what))
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def _peak_on_gpu(run: Callable[[], Any], device: torch.device) -> Peak:
@@ -119,7 +119,7 @@ def _peak_on_gpu(run: Callable[[], Any], device: torch.device) -> Peak:
     allocated, used = torch.cuda.memory_allocated(device), used_on_gpu(device)
     run()
     synchronise(device)
-    # the allocator has not given anything back yet, so what NVML sees now is its peak
+    # the allocator has not given anything back yet, so NVML now sees its peak
     after = used_on_gpu(device)
     return {"bytes": torch.cuda.max_memory_allocated(device) - allocated, "device": after - used}
 
@@ -150,7 +150,7 @@ def driver_version() -> str:
 def set_precision(device: torch.device, precision: str) -> None:
     """Have a GPU multiply float32 numbers as tf32, as the public code runs, or fp32. A CPU knows fp32 only.
 
-    Under bf16, which is for engines that know it, whatever else multiplies does so in tf32.
+    Under bf16, which engines of mtt_fast alone know, all other products are in tf32.
     """
     if precision not in ("fp32", "tf32", "bf16"):
         raise InputError(f"--precision {precision}: expected fp32, tf32 or bf16")
@@ -160,16 +160,16 @@ def set_precision(device: torch.device, precision: str) -> None:
 
 
 def matrix_product_peak(device: torch.device) -> float:
-    """Return the FLOP/s of the best of forty products of square matrices: what the device does at best, now.
+    """Return the FLOP/s of the best of forty products of square matrices: the device's peak at this moment.
 
-    Half of them go the way of a 1×1 convolution, which is the same: on some processors another library does those.
+    Half of the products are 1×1 convolutions, which are the same: on some processors another library computes those.
     """
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     pixels = a.t().reshape(1, size, size // 64, 64).contiguous(memory_format=torch.channels_last)
     kernel = b[:, :, None, None].contiguous(memory_format=torch.channels_last)
-    ways = (lambda: torch.mm(a, b), lambda: torch.conv2d(pixels, kernel))
-    return 2 * size**3 / min(seconds(way, device) for way in ways for _ in range(20))
+    products = (lambda: torch.mm(a, b), lambda: torch.conv2d(pixels, kernel))
+    return 2 * size**3 / min(seconds(product, device) for product in products for _ in range(20))
 
 
 def copy_peak(device: torch.device, size: int | None = None) -> float:

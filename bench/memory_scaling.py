@@ -1,6 +1,6 @@
 """Peak memory of one iteration against the steps N, the batch b and the resolution, beside the plan's prediction.
 
-Each point is the first iteration of a fresh process, with whole batches and nothing kept. The prediction is the plan's.
+Each point is the first iteration of a fresh process, with whole batches and no saved activations. The prediction is the plan's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Options(CommonOptions, Shape):
     """Measure the peak memory of an iteration as N, b and the resolution grow, one at a time."""
 
     engine: str = "fused"
-    """fused or generic"""
+    """engine to measure: fused or generic"""
     vary_steps: str = "5,10,20,40"
     """values of N"""
     vary_batch: str = "25,50,100,200"
@@ -84,7 +84,7 @@ def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class State:
-    """What a worker holds."""
+    """State of a worker."""
 
     engine: Engine
     setting: Setting
@@ -92,7 +92,7 @@ class State:
 
 
 def build(engine: str, device: str, setting: dict[str, Any]) -> State:
-    """In a worker: return its state, with libraries loaded by a small iteration."""
+    """Return the state of a worker, with libraries loaded by a small iteration."""
     net = Shape().resolve().net
     state = State(
         engine_named(engine), Setting(**setting | {"net": replace(net, **setting["net"])}), torch.device(device)
@@ -102,7 +102,7 @@ def build(engine: str, device: str, setting: dict[str, Any]) -> State:
 
 
 def peak(state: State) -> dict[str, Any]:
-    """In a worker: return the peak memory of one iteration."""
+    """Return, in a worker, the peak memory of one iteration."""
     case = to(make_case(state.setting), torch.float32, state.device)
     return dict(peak_above_baseline(lambda: state.engine.run(case), state.device))
 

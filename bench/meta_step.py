@@ -1,7 +1,7 @@
 """One iteration of the method by every engine: time, memory, and error of the gradient, in one run.
 
-Each engine has a process of its own. It first passes the gate, then its memory is measured, and then all that passed
-are timed in turn. What an engine cannot do is told in its row, and the others go on.
+Each engine has a process of its own. It first passes the gate, then its memory is measured, and then all engines that
+passed are timed in turn. An engine's failure is told in its row, and the others go on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.cases import load_case, make_case, save_case, to
 from bench.engines import ENGINES, Case, Engine, checkpointed, engine_on, fused
 from bench.floor import Convolution, convolutions, run_all
 from bench.flops import MIXED_STEP, PLAIN_GRADIENT, iteration_flops
-from bench.measuring import Peak, in_turns, matrix_product_peak, peak_above_baseline, set_precision, turn
+from bench.measuring import Peak, interleaved, matrix_product_peak, peak_above_baseline, set_precision, turn
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
@@ -43,13 +43,13 @@ class Options(CommonOptions, Shape):
     """Time one iteration of the method by every engine."""
 
     engines: str | None = None
-    """which, in this order, without this all that the device can run; also MODULE:FUNCTION, a function of your own from a case to the gradients"""
+    """engines to time, in this order; without it all that the device can run; also MODULE:FUNCTION, a function of your own from a case to the gradients"""
     memory_budget: str = "400MiB"
-    """of fused-budget"""
+    """memory budget of fused-budget"""
     precision: str = "tf32"
-    """of a GPU's float32 products: tf32 as the public code runs, fp32, or bf16, which the fused engines alone know"""
+    """precision of a GPU's float32 products: tf32 as the public code runs, fp32, or bf16, which the fused engines alone know"""
     truth: str | None = None
-    """file to keep the gradients in float64 in, which take minutes on a CPU; used again for the same case"""
+    """file for the gradients in float64, which take minutes on a CPU; used again for the same case"""
     floor: bool = True
     """also time the convolutions alone"""
 
@@ -58,8 +58,8 @@ def main(options: Options, command: str) -> None:
     """Measure, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
     parse_bytes(options.memory_budget)
-    there = [name for name, engine in ENGINES.items() if device.type == "cuda" or not engine.cuda_only]
-    names = options.engines.split(",") if options.engines else there
+    runnable = [name for name, engine in ENGINES.items() if device.type == "cuda" or not engine.cuda_only]
+    names = options.engines.split(",") if options.engines else runnable
     engines = {name: engine_on(name, device, options.precision)[0] for name in names}
     common: dict[str, Any] = {"device": str(device), "precision": options.precision}
     set_precision(device, options.precision)
@@ -88,20 +88,20 @@ def main(options: Options, command: str) -> None:
             if options.floor:
                 rows[FLOOR] = {"engine": FLOOR, "exact": True, "tuned": True, "problem": None}
                 workers[FLOOR] = Worker(build_floor, shape=_shape(options), **common)
-            found = in_turns(
+            times = interleaved(
                 options.repetitions,
                 workers,
                 lambda name: float(workers[name].ask(timed)),
                 lambda name, error: _give_up(rows, workers, name, error),
             )
-            for name in [name for name in found if name in engines and engines[name].run is fused]:
+            for name in [name for name in times if name in engines and engines[name].run is fused]:
                 rows[name]["shares"] = workers[name].ask(shares)
         finally:
             for worker in workers.values():
                 worker.close()
     peak = max(peak, matrix_product_peak(device))  # on a shared machine the better of two moments
     for name, row in rows.items():
-        row["seconds"] = found.get(name)
+        row["seconds"] = times.get(name)
         row["flops"] = _flops(name, engines, setting)
     _compare(rows, peak)
     conditions = {
@@ -117,20 +117,20 @@ def main(options: Options, command: str) -> None:
 
 
 def build_case(net: dict[str, Any], path: str, device: str, precision: str) -> Case:
-    """In a worker: return the case, in float64."""
+    """Return the case, in float64, in a worker."""
     set_precision(torch.device(device), precision)
     return to(load_case(net, path), torch.float64, torch.device(device))
 
 
 def write_truth(case: Case, path: str, digest: str) -> None:
-    """In a worker: write the case's gradients, exact in float64, to `path`, with the case's digest."""
+    """Write the case's gradients, exact in float64, to `path`, with the case's digest, in a worker."""
     truth = checkpointed(case, microbatch=min(_TRUTH_MICROBATCH, case.batches.shape[1]))
     save_tensors(Path(path), truth._asdict(), {"case": digest})
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """What an engine's worker holds: the case in float32, and how the engine is to be called."""
+    """State of an engine's worker: the case in float32, and the engine's arguments."""
 
     engine: Engine
     case: Case
@@ -138,63 +138,63 @@ class EngineState:
     precision: dict[str, str]
 
     def run(self) -> Any:
-        """One iteration."""
+        """Run one iteration."""
         return self.engine.run(self.case, **self.cut, **self.precision)
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Return the device of the case."""
         return self.case.images.device
 
 
 def build_engine(case: dict[str, Any], engine: str, budget: str) -> EngineState:
-    """In a worker: return its state."""
+    """Return the state of an engine's worker."""
     budgets = {"fused-budget": budget, "fused-auto": AUTO}
     cut = {"memory_budget": budgets[engine]} if engine in budgets else {}
     device = torch.device(case["device"])
-    found, precision = engine_on(engine, device, case["precision"])
-    return EngineState(found, to(build_case(**case), torch.float32, device), cut, precision)
+    named_engine, precision = engine_on(engine, device, case["precision"])
+    return EngineState(named_engine, to(build_case(**case), torch.float32, device), cut, precision)
 
 
 def check(state: EngineState, truth: str) -> dict[str, Any]:
-    """In a worker: return the errors in float64 (small case) and in float32, and the peak memory of one iteration."""
+    """Return, in a worker, the errors in float64 (small case) and in float32, and the peak memory of one iteration."""
     from safetensors.torch import load_file
 
     net, (steps, batch) = state.case.net, state.case.batches.shape
     setting = Setting(net, len(state.case.images), steps, batch)
     float64 = gate.float64_error(state.engine, setting, state.device, cut=bool(state.cut))
-    found = []
-    peak: Peak = peak_above_baseline(lambda: found.append(state.run()), state.device)
-    error = relative_error(found[0].images.cpu(), load_file(truth)["images"])
+    gradients = []
+    peak: Peak = peak_above_baseline(lambda: gradients.append(state.run()), state.device)
+    error = relative_error(gradients[0].images.cpu(), load_file(truth)["images"])
     return {"error_float64": float64, "error": error, "peak": peak}
 
 
 def timed(state: EngineState | FloorState) -> float:
-    """In a worker: return the seconds of one iteration."""
+    """Return, in a worker, the seconds of one iteration."""
     return turn(state.run, state.device)
 
 
 def shares(state: EngineState) -> dict[str, float]:
-    """In a worker: return the shares of an iteration's operations."""
+    """Return, in a worker, the shares of an iteration's operations."""
     return share_of_operations(state.run, state.device)
 
 
 @dataclass(frozen=True)
 class FloorState:
-    """What the worker of the floor holds."""
+    """State of the floor's worker."""
 
     convolutions: list[Convolution]
     steps: int
     device: torch.device
 
     def run(self) -> None:
-        """The convolutions of one iteration."""
+        """Run the convolutions of one iteration."""
         for _ in range(self.steps):
             run_all(self.convolutions)
 
 
 def build_floor(shape: dict[str, Any], device: str, precision: str) -> FloorState:
-    """In a worker: return the convolutions of the setting."""
+    """Return the state of the floor's worker: the convolutions of the setting."""
     set_precision(torch.device(device), precision)
     setting = Shape(**shape).resolve()
     return FloorState(convolutions(setting, torch.device(device)), setting.steps, torch.device(device))
@@ -205,7 +205,7 @@ def _shape(options: Shape) -> dict[str, Any]:
 
 
 def _hold_to_gate(rows: dict[str, dict[str, Any]], name: str, precision: str) -> None:
-    """Raise `WorkerError` if the engine's errors are larger than they may be. What claims no exactness passes."""
+    """Raise `WorkerError` if the errors of an exact engine are larger than allowed."""
     row = rows[name]
     if not row["exact"]:
         return
@@ -220,9 +220,9 @@ def _hold_to_gate(rows: dict[str, dict[str, Any]], name: str, precision: str) ->
     )
     allowed = None if autograd is None else gate.allowed_float32(autograd, precision)
     row["allowed_error"] = allowed
-    wrong = gate.complaint(row["error_float64"], row["error"], allowed)
-    if wrong:
-        raise WorkerError(wrong)
+    complaint = gate.complaint(row["error_float64"], row["error"], allowed)
+    if complaint:
+        raise WorkerError(complaint)
 
 
 def _give_up(rows: dict[str, dict[str, Any]], workers: dict[str, Worker], name: str, error: Exception) -> None:
@@ -237,7 +237,7 @@ def _flops(name: str, engines: dict[str, Engine], setting: Setting) -> int | Non
 
 
 def _compare(rows: dict[str, dict[str, Any]], peak: float) -> None:
-    """Fill in what relates a row to another, or to the device's peak."""
+    """Fill in the ratios of a row to others, and to the device's peak."""
     medians = {name: row["seconds"]["median"] for name, row in rows.items() if row["seconds"]}
     for name, median in medians.items():
         row = rows[name]

@@ -1,7 +1,7 @@
 """Every method of the package under one protocol and with one set of experts: a table of methods by one command.
 
-Each is run as a user runs it, by one command in a process of its own, so that its peak memory is its own; what it
-reached is read from its run folder. A method that fails fills its row's last column, and the others go on.
+Each method runs as a user runs it, by one command in a process of its own, so that its peak memory is its own; its results
+are read from its run folder. A method that fails fills its row's last column, and the others go on.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ log = logging.getLogger("mtt_fast")
 
 @dataclass(frozen=True)
 class Method:
-    """A row: what is run after `python -m mtt_fast.`, and which of its accuracies counts."""
+    """A row: the command after `python -m mtt_fast.`, and the accuracy that counts."""
 
     title: str
     job: str
     flags: str = ""
-    """beside the setting's; {half_start} and {half_way} are half of its --max_start_epoch and of its --Iteration"""
+    """flags beside the setting's; {half_start} and {half_way} are half of its --max_start_epoch and of its --Iteration"""
     needs: tuple[str, ...] = ()
     """options of the setting that the job takes, beside those of data, network and evaluation"""
     accuracy: str = "distilled"
-    """as summary.json names it"""
+    """the accuracy's name in summary.json"""
 
 
 _EXPERT, _ITERATIONS = ("buffer_path",), ("Iteration", "eval_it")
@@ -100,9 +100,9 @@ class Options:
     dataset: str | None = None
     """another data set than the recipe's"""
     data_path: str = "data"
-    """where the data sets lie"""
+    """folder of the data sets"""
     packed_path: str | None = None
-    """where they are kept packed, if not in DATA_PATH/packed"""
+    """folder of the packed data sets, if not DATA_PATH/packed"""
     res: int | None = None
     """another resolution"""
     model: str | None = None
@@ -114,7 +114,7 @@ class Options:
     num_experts: int | None = None
     """another number of experts"""
     train_epochs: int | None = None
-    """another number of their epochs"""
+    """another number of the experts' epochs"""
     max_start_epoch: int | None = None
     """another last expert epoch to start from"""
     syn_steps: int | None = None
@@ -124,24 +124,24 @@ class Options:
     num_eval: int | None = None
     """another number of networks in an evaluation"""
     epoch_eval_train: int | None = None
-    """another number of their epochs"""
+    """another number of those networks' epochs"""
     seed: int = 0
     """every random number follows from it"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …"""
+    """device to run on: auto, cpu, cuda, cuda:1, …"""
     methods: str = ",".join(METHODS)
-    """which, joined by commas"""
+    """methods to run, joined by commas"""
     buffer_path: str | None = None
-    """use and keep the experts there; without it they are trained anew"""
+    """folder to use and keep the experts in; without it they are trained anew"""
     runs: str | None = None
-    """keep the run folders there; those that are finished are not run again. Without it they are thrown away"""
+    """folder to keep the run folders in; finished runs are not repeated. Without it they are thrown away"""
     out: str = "bench/results"
     """folder of the record"""
     name: str | None = None
     """name of the record; default from the setting and the device"""
 
     def setting(self, buffer_path: Path) -> DistillOptions:
-        """Return the options of plain MTT. Raises `InputError` for one that cannot be."""
+        """Return the options of plain MTT. Raises `InputError` for an invalid one."""
         own = ("methods", "runs", "out", "name", "buffer_path")
         given = {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
         words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
@@ -194,7 +194,7 @@ def _folder(runs: str | None) -> Iterator[Path]:
 
 
 def _experts(setting: DistillOptions, device: torch.device) -> dict[str, Any]:
-    """Train the experts that are missing; return their row: what all the data give."""
+    """Train the experts that are missing; return their row: the accuracy of all the data."""
     with numerics(device, setting.precision):
         data = setting.load_data()
         network = setting.network(data)
@@ -202,7 +202,7 @@ def _experts(setting: DistillOptions, device: torch.device) -> dict[str, Any]:
         folder = buffer_folder(setting.buffer_path, data, setting.model, setting.zca)
         complete = len(list(folder.glob("*.safetensors"))) >= setting.num_experts
         real = real_images(data, setting.zca, device)
-        began = time.monotonic()
+        start = time.monotonic()
         store = train_missing_experts(
             folder, setting.num_experts, real, network, setting.experts(), seed=setting.seed,
             precision=precision_on(device, network, setting.precision), at_once=setting.networks_at_once,
@@ -213,7 +213,7 @@ def _experts(setting: DistillOptions, device: torch.device) -> dict[str, Any]:
         "method": "all the data: the experts",
         "options": f"--num_experts {len(store)} --train_epochs {setting.train_epochs}",
         "accuracy": final.record(),
-        "seconds": None if complete else time.monotonic() - began,
+        "seconds": None if complete else time.monotonic() - start,
         "peak": None if complete else peak_memory_bytes(device),
         "problem": None,
     }
@@ -246,11 +246,11 @@ def own_flags(method: Method, setting: DistillOptions) -> list[str]:
 
 
 def command_of(method: Method, setting: DistillOptions) -> list[str]:
-    """Return what is run after `python -m`, but for its folder: the setting's options that the job takes, then its own."""
+    """Return the words after `python -m`, without the run folder: the setting's options that the command takes, then its own."""
     usual = DistillOptions()
-    taken = [field.name for field in dataclasses.fields(EvaluationOptions)]
+    common = [field.name for field in dataclasses.fields(EvaluationOptions)]
     words: list[str] = []
-    for name in dict.fromkeys([*taken, "ipc", *method.needs]):
+    for name in dict.fromkeys([*common, "ipc", *method.needs]):
         value = getattr(setting, name)
         if (method.job != "distill" and name in method.needs) or value != getattr(usual, name):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -258,13 +258,13 @@ def command_of(method: Method, setting: DistillOptions) -> list[str]:
 
 
 def _run(words: Sequence[str], log_file: Path) -> str | None:
-    """Run `python -m WORDS` to its end; return the last line that it said if it failed, or None.
+    """Run `python -m WORDS` to its end; return its last line of output if it failed, or None.
 
     Raises `Stopped` on Ctrl-C or SIGTERM, after the run has saved what it has.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with stop_request() as stop, log_file.open("w", encoding="utf-8") as said:
-        process = subprocess.Popen([sys.executable, "-m", *words], stdout=said, stderr=said, start_new_session=True)
+    with stop_request() as stop, log_file.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen([sys.executable, "-m", *words], stdout=output, stderr=output, start_new_session=True)
         status = None
         while status is None:
             try:

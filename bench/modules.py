@@ -1,7 +1,7 @@
 """Modules that other people wrote: mtt_fast's step for any network beside whole-graph autograd, in CPU seconds and time.
 
 Each row is a network and an engine in a process of its own, all timed in turn. CPU seconds are those of all threads, the
-system's included: they say what is computed, also on a machine that others use at the same time.
+system's included: they measure the work, also on a machine that others use at the same time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.engines import Gradients
 from bench.gate import FLOAT64_TOLERANCE
-from bench.measuring import in_turns, peak_above_baseline, spread, synchronise
+from bench.measuring import interleaved, peak_above_baseline, spread, synchronise
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
@@ -38,17 +38,17 @@ class Options(CommonOptions):
     """Time one iteration on networks that are ordinary modules, at CIFAR-10's shape."""
 
     networks: str = "ConvNet,ResNet18,ViT"
-    """which, joined by commas"""
+    """networks to time, joined by commas"""
     steps: int = 3
     """N, student steps in an iteration"""
     batch: int = 20
     """b, images in a student step"""
     tuned: bool = False
-    """have glibc keep freed memory, as mtt_fast's commands do; without it as an ordinary script runs"""
+    """have glibc keep freed memory, as mtt_fast's commands do; without it as in an ordinary script"""
 
 
 class _VisionTransformer(nn.Module):
-    """kornia's, with patches of four pixels, and a linear classifier on its class token."""
+    """A vision transformer of kornia, with patches of four pixels, and a linear classifier on its class token."""
 
     def __init__(self) -> None:
         from kornia.models.vit import VisionTransformer  # here, since kornia takes seconds to import
@@ -83,17 +83,17 @@ class Case:
 
 
 def whole_graph(case: Case) -> Gradients:
-    """What the public code does: record all N steps, then differentiate."""
+    """Record all N steps, then differentiate, as the public code does."""
     with sdpa_kernel(SDPBackend.MATH):  # torch's other attentions have no second derivative
-        found = testing.whole_graph(
+        result = testing.whole_graph(
             testing.module_function(case.module), case.start, case.target, case.images, case.labels, case.lr,
             list(case.batches),
         )  # fmt: skip
-    return Gradients(found.images, found.lr)
+    return Gradients(result.images, result.lr)
 
 
 def generic(case: Case, memory_budget: str | None = None) -> Gradients:
-    """mtt_fast: each step's graph is made again in the backward sweep, or kept where the budget allows."""
+    """Run mtt_fast, which makes each step's graph again in the backward sweep, or saves it where the budget allows."""
     images, lr = (value.detach().clone().requires_grad_() for value in (case.images, case.lr))
     path = unroll(case.net, case.start, images, case.labels, lr, case.batches, memory_budget=memory_budget)
     return Gradients(*torch.autograd.grad(matching_loss(path[-1], case.start, case.target), (images, lr)))
@@ -118,9 +118,9 @@ def main(options: Options, command: str) -> None:
     elapsed: dict[str, list[float]] = defaultdict(list)
 
     def measure(name: str) -> float:
-        taken = workers[name].ask(timed)
-        elapsed[name].append(taken["elapsed"])
-        return float(taken["cpu"])
+        times = workers[name].ask(timed)
+        elapsed[name].append(times["elapsed"])
+        return float(times["cpu"])
 
     def give_up(name: str, error: Exception) -> None:
         rows[name]["problem"] = str(error)
@@ -142,13 +142,13 @@ def main(options: Options, command: str) -> None:
                         raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")
                 except WorkerError as error:
                     give_up(name, error)
-        found = in_turns(options.repetitions, workers, measure, give_up)
+        cpu_seconds = interleaved(options.repetitions, workers, measure, give_up)
     finally:
         for worker in workers.values():
             worker.close()
-    for name, cpu in found.items():
+    for name, cpu in cpu_seconds.items():
         rows[name] |= {"cpu_seconds": cpu, "seconds": spread(elapsed[name])}
-        whole = found.get(f"{rows[name]['network']} whole_graph")
+        whole = cpu_seconds.get(f"{rows[name]['network']} whole_graph")
         rows[name]["cpu_of_whole_graph"] = cpu["least"] / whole["least"] if whole else None
     conditions = {
         "case": f"{'×'.join(map(str, _SHAPE))}, {_CLASSES} classes, N = {options.steps}, b = {options.batch}",
@@ -162,7 +162,7 @@ def main(options: Options, command: str) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """What a worker holds."""
+    """State of a worker."""
 
     network: str
     engine: Callable[[Case], Gradients]
@@ -171,13 +171,13 @@ class State:
 
 
 def build(network: str, engine: str, device: str, steps: int, batch: int) -> State:
-    """In a worker: return its state."""
-    place = torch.device(device)
-    return State(network, ENGINES[engine], make_case(network, steps, batch, torch.float32, place), place)
+    """Return the state of a worker."""
+    target = torch.device(device)
+    return State(network, ENGINES[engine], make_case(network, steps, batch, torch.float32, target), target)
 
 
 def check(state: State) -> dict[str, Any]:
-    """In a worker: return the error in float64 on a small case, and the peak memory of one iteration."""
+    """Return, in a worker, the error in float64 on a small case, and the peak memory of one iteration."""
     small = make_case(state.network, 2, 2, torch.float64, state.device)
     pairs = zip(state.engine(small), whole_graph(small), strict=True)
     error = max(relative_error(mine, theirs) for mine, theirs in pairs)
@@ -185,7 +185,7 @@ def check(state: State) -> dict[str, Any]:
 
 
 def timed(state: State) -> dict[str, float]:
-    """In a worker: return the CPU seconds of one iteration, of all threads, and those that went by."""
+    """Return, in a worker, the CPU seconds of one iteration, of all threads, and the elapsed seconds."""
     synchronise(state.device)
     cpu, elapsed = time.process_time(), time.perf_counter()
     state.engine(state.case)

@@ -1,4 +1,4 @@
-"""Command lines: the options that several benchmarks share, and an error in one line for what cannot be."""
+"""Command lines: the options that several benchmarks share, and errors of one line."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mtt_fast.runtime.provenance import choose_device
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """Where a benchmark runs, how often, and where its record goes."""
+    """Options of every benchmark: its device, its repetitions, and its record."""
 
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …"""
+    """device to run on: auto, cpu, cuda, cuda:1, …"""
     repetitions: int = 5
-    """timed repetitions, interleaved over what is compared"""
+    """timed repetitions, interleaved over the subjects that are compared"""
     out: str = "bench/results"
     """folder of the record"""
     name: str | None = None
     """name of the record; default from the benchmark, its setting and the device"""
 
     def torch_device(self) -> torch.device:
-        """Return the device. Raises `InputError` if it cannot be used, or if there is nothing to repeat."""
+        """Return the device. Raises `InputError` if it cannot be used, or for fewer than one repetition."""
         if self.repetitions < 1:
             raise InputError(f"--repetitions {self.repetitions}: expected at least 1")
         return choose_device(self.device)

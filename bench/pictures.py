@@ -16,11 +16,11 @@ def write_pictures(folder: Path, count: int = 10) -> None:
     generator = np.random.default_rng(0)
     for part in ("train", "test"):
         for name in ("first", "second"):
-            place = folder / part / name
-            place.mkdir(parents=True, exist_ok=True)
+            class_folder = folder / part / name
+            class_folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 pixels = generator.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(place / f"{number}.png")
+                Image.fromarray(pixels).save(class_folder / f"{number}.png")
 
 
 if __name__ == "__main__":

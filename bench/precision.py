@@ -1,4 +1,4 @@
-"""What a precision of the products costs in accuracy: the gradients' errors against float64, for one iteration.
+"""Accuracy in each precision of the products: the gradients' errors against float64, for one iteration.
 
 On a CPU a precision is emulated by the reference, which rounds the factors as tensor cores do and adds up in float32;
 on a GPU it is the GPU's own.
@@ -30,7 +30,7 @@ class Options(CommonOptions, Shape):
     """Compare the gradients in each precision of the products with float64's."""
 
     precisions: str = ",".join(get_args(Precision))
-    """which, as in fp32,bf16"""
+    """precisions to compare, as in fp32,bf16"""
     repetitions: int = 1
     """not used: nothing is timed"""
 
@@ -45,8 +45,8 @@ def main(options: Options, command: str) -> None:
     expected = _gradients(to(case, torch.float64, device), "fp32")
     rows = []
     for name in names:
-        found = _gradients(to(case, torch.float32, device), name)
-        errors = {what: relative_error(found[what].double(), expected[what]) for what in expected}
+        gradients = _gradients(to(case, torch.float32, device), name)
+        errors = {part: relative_error(gradients[part].double(), expected[part]) for part in expected}
         rows.append({"precision": name, **errors})
     conditions = {"case": str(setting), "products": "emulated" if device.type == "cpu" else "the GPU's own"}
     print(table("precision", conditions, rows))
@@ -55,7 +55,7 @@ def main(options: Options, command: str) -> None:
 
 
 def _gradients(case: Case, precision: Any) -> dict[str, torch.Tensor]:
-    """The gradients of images and rate, and the way that the student took."""
+    """Return the gradients of images and learning rate, and the student's displacement."""
     images, lr = case.images.clone().requires_grad_(), case.lr.clone().requires_grad_()
     path = unroll(
         case.net, case.start, images, case.labels, lr, case.batches, microbatch=_MICROBATCH, precision=precision

@@ -27,17 +27,17 @@ class Options(CommonOptions, Shape):
     """Write a trace of one iteration, after as many untimed ones as --repetitions says."""
 
     repetitions: int = 1
-    """iterations before the one that is traced"""
+    """untimed iterations before the one that is traced"""
     out: str = "runs/profile"
     """folder of the trace"""
     engine: str = "fused"
-    """which engine"""
+    """engine to trace"""
     precision: str = "tf32"
-    """of a GPU's float32 products: tf32, fp32, or bf16, which the fused engines alone know"""
+    """precision of a GPU's float32 products: tf32, fp32, or bf16, which the fused engines alone know"""
 
 
 def main(options: Options, command: str) -> None:
-    """Trace, print what took longest, write the file."""
+    """Profile one iteration, print the longest operations, write the file."""
     device, setting = options.torch_device(), options.resolve()
     set_precision(device, options.precision)
     engine, rounding = engine_on(options.engine, device, options.precision)
@@ -45,12 +45,12 @@ def main(options: Options, command: str) -> None:
     for _ in range(options.repetitions):
         engine.run(case, **rounding)
     on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with wrapped_operations(labelled), torch.profiler.profile(activities=[ProfilerActivity.CPU, *on_gpu]) as found:
+    with wrapped_operations(labelled), torch.profiler.profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
         engine.run(case, **rounding)
         synchronise(device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(found.key_averages().table(sort_by=order, row_limit=_LINES))
+    print(profiler.key_averages().table(sort_by=order, row_limit=_LINES))
     path = Path(options.out) / f"{options.name or f'{options.engine}-{options.label()}-{device.type}'}{TRACE}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found.export_chrome_trace(str(path))
+    profiler.export_chrome_trace(str(path))
     log.info("%s: open it with ui.perfetto.dev or chrome://tracing (%s)", path, command)

@@ -1,4 +1,4 @@
-"""A record: what was measured, on what, with which versions and command; one JSON file each."""
+"""Records of measurements with their device, versions and command; one JSON file each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtt_fast.storage.files import write_json
 log = logging.getLogger("mtt_fast")
 
 TRACE = ".trace.json"
-"""How the names of traces end, which are no records."""
+"""The end of the names of traces, which are no records."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +35,7 @@ def write_record(
 ) -> Path:
     """Write `rows`, with everything that they depend on, to FOLDER/NAME.json; return its path.
 
-    `conditions` is what a reader has to know of the case; the rest is found here.
+    `conditions` are those of the case that a reader has to know; the rest is added here.
     """
     path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,9 +71,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """The answer of git about this checkout; None where there is none."""
+    """Return the output of git about this checkout; None where there is none."""
     try:
-        found = subprocess.run(["git", "-C", str(_ROOT), *words], check=True, capture_output=True, text=True)
+        result = subprocess.run(["git", "-C", str(_ROOT), *words], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return result.stdout.strip()

@@ -1,7 +1,6 @@
 """Tables and plots from the records: `python -m bench render`.
 
-In the documents, what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` becomes the table of the
-record NAME.
+In the documents, the text between `<!-- bench:NAME -->` and `<!-- /bench -->` becomes the table of the record NAME.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ log = logging.getLogger("mtt_fast")
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
-"""A title, and what stands under it in a row."""
+"""A title, and the cell of a row under it."""
 
 _MARKED = re.compile(r"(<!-- bench:(?P<name>\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Make Markdown tables and PNG plots of the records, and bring the documents that quote them up to date."""
+    """Make Markdown tables and PNG plots of the records, and update the documents that quote them."""
 
     results: str = "bench/results"
     """folder of the records; NAME.md and NAME.png are written beside NAME.json"""
@@ -38,7 +37,7 @@ class Options:
 
 
 def main(options: Options, command: str) -> None:
-    """Render every record, then the marked places of the documents."""
+    """Render every record, then fill in the marked places of the documents."""
     folder = Path(options.results)
     paths = sorted(path for path in folder.glob("*.json") if not path.name.endswith(TRACE))
     if not paths:
@@ -108,10 +107,10 @@ def _condition(name: str, value: Any) -> str:
 
 def _seconds(key: str = "seconds") -> Callable[[Row], str]:
     def show(row: Row) -> str:
-        found = row[key]
-        unit, scale = ("s", 1.0) if found["median"] >= 1 else ("ms", 1e3)
-        low, middle, high = (f"{found[name] * scale:.3g}" for name in ("least", "median", "most"))
-        return f"{middle} {unit} ({low} to {high}, n = {found['n']})"
+        times = row[key]
+        unit, scale = ("s", 1.0) if times["median"] >= 1 else ("ms", 1e3)
+        low, middle, high = (f"{times[name] * scale:.3g}" for name in ("least", "median", "most"))
+        return f"{middle} {unit} ({low} to {high}, n = {times['n']})"
 
     return show
 
@@ -263,13 +262,13 @@ _LABELS = {
 }
 
 _TIMES_OF = {"trajectories": "first", "modules": "cpu_seconds"}
-"""The time that is drawn, where it is not that of `seconds`."""
+"""The name of the time that is drawn, where it is not `seconds`."""
 
 DRAWN = (*_LABELS, "memory_scaling", "methods")
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw a record: memory against what was varied, or a bar of accuracy or of time for each row."""
+    """Draw a record: memory against the varied number, or a bar of accuracy or of time for each row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -308,10 +307,10 @@ def _draw_memory(figure: Any, record: dict[str, Any]) -> None:
     rows = [row for row in record["rows"] if row.get("peak")]
     varied = list(dict.fromkeys(row["varied"] for row in rows))
     for axes, name in zip(figure.subplots(1, max(1, len(varied)), squeeze=False)[0], varied, strict=False):
-        those = sorted((row for row in rows if row["varied"] == name), key=lambda row: int(row[name]))
-        places = [row[name] for row in those]
-        axes.plot(places, [row["peak"]["bytes"] / 2**20 for row in those], "o-", label="measured")
-        axes.plot(places, [row["planned"] / 2**20 for row in those], "s--", label="planned")
+        points = sorted((row for row in rows if row["varied"] == name), key=lambda row: int(row[name]))
+        values = [row[name] for row in points]
+        axes.plot(values, [row["peak"]["bytes"] / 2**20 for row in points], "o-", label="measured")
+        axes.plot(values, [row["planned"] / 2**20 for row in points], "s--", label="planned")
         axes.set(xlabel=name, ylabel="peak memory, MiB", ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""What is benchmarked: the shapes of the paper's settings by name, or given one by one."""
+"""The settings of the benchmarks: the shapes of the paper's settings by name, or given one by one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Shape:
-    """A setting by name, and what to change of it."""
+    """A setting by name, and changes to it."""
 
     setting: str = "cifar10-ipc10"
     """cifar10-ipc1/10/50, cifar100-…, tiny-…, imagenet128-…"""
@@ -63,16 +63,16 @@ class Shape:
         for name, value in given.items():
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1")
-        found = named(self.setting)
-        net = found.net
+        setting = named(self.setting)
+        net = setting.net
         net = replace(
             net, image_size=self.size or net.image_size, depth=self.depth or net.depth, width=self.width or net.width
         )
-        batch = self.batch or found.batch
-        return Setting(net, max(found.images, batch), self.steps or found.steps, batch)
+        batch = self.batch or setting.batch
+        return Setting(net, max(setting.images, batch), self.steps or setting.steps, batch)
 
     def label(self) -> str:
-        """Return a name for files: the setting's, and what was changed."""
+        """Return a name for files: the setting's, with the changes."""
         changed = [
             f"{name}{value}" for name in ("steps", "batch", "size", "depth", "width") if (value := getattr(self, name))
         ]

@@ -1,4 +1,4 @@
-"""Measure where an iteration of the fused step spends its time: every operation is seen where it is dispatched."""
+"""Shares of an iteration's time: every operation of the fused step is measured where it is dispatched."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Operation = Callable[..., Any]
 
 @contextlib.contextmanager
 def wrapped_operations(wrap: Callable[[str, Operation], Operation]) -> Iterator[None]:
-    """Within, call `wrap(name, implementation)` in place of each implementation that mtt_fast.kernels dispatches to."""
+    """Have mtt_fast.kernels dispatch to `wrap(name, implementation)` in place of each implementation, within the block."""
 
     def wrapping(choose: Callable[..., Operation | None]) -> Callable[..., Operation | None]:
-        def chosen(operation: str, *arguments: Any) -> Operation | None:
+        def wrapped(operation: str, *arguments: Any) -> Operation | None:
             implementation = choose(operation, *arguments)
             return None if implementation is None else wrap(operation, implementation)
 
-        return chosen
+        return wrapped
 
     with contextlib.ExitStack() as patches:
         for name in ("implementation_of", "fused_implementation_of"):
@@ -44,27 +44,27 @@ def labelled(name: str, operation: Operation) -> Operation:
 
 
 def share_of_operations(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Return the share of one call of `run` of convolutions, of other operations and of the rest; nothing if none ran.
+    """Return the shares of convolutions, other operations and the rest in one call of `run`; empty if no operation ran.
 
-    On a GPU each operation is waited for, which takes time itself.
+    On a GPU each operation is awaited, which takes time itself.
     """
-    taken: dict[str, float] = defaultdict(float)
+    times: dict[str, float] = defaultdict(float)
 
     def timed(name: str, operation: Operation) -> Operation:
         def call(*args: Any, **kwargs: Any) -> Any:
             result: list[Any] = []
             synchronise(device)
-            taken[name] += seconds(lambda: result.append(operation(*args, **kwargs)), device)
+            times[name] += seconds(lambda: result.append(operation(*args, **kwargs)), device)
             return result[0]
 
         return call
 
     with wrapped_operations(timed):
         whole = seconds(run, device)
-    if not taken:
+    if not times:
         return {}
-    convolutions = sum(value for name, value in taken.items() if name.startswith("conv"))
-    others = sum(taken.values()) - convolutions
+    convolutions = sum(value for name, value in times.items() if name.startswith("conv"))
+    others = sum(times.values()) - convolutions
     return {
         "convolutions": convolutions / whole,
         "other operations": others / whole,

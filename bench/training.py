@@ -1,4 +1,4 @@
-"""Training on images, by mtt_fast and by an ordinary module and optimiser: what `experts` and `evaluate` compare."""
+"""Training on images, by mtt_fast and by an ordinary module and optimiser: the comparison of `experts` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gate import FLOAT64_TOLERANCE
-from bench.measuring import in_turns, peak_above_baseline, turn
+from bench.measuring import interleaved, peak_above_baseline, turn
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
@@ -45,11 +45,11 @@ def plain_loop(
     augmentation = augment_by_strategy(augment)
     order = torch.randperm(len(images), generator=generator).to(start.device)
     for index in order.split(sgd.batch_size):
-        seen, labels = images.batch(index)
+        inputs, targets = images.batch(index)
         if augmentation:
-            seen = augmentation(seen, augmentation.draw(seen, generator))
+            inputs = augmentation(inputs, augmentation.draw(inputs, generator))
         optimiser.zero_grad()
-        F.cross_entropy(module(seen), labels).backward()
+        F.cross_entropy(module(inputs), targets).backward()
         optimiser.step()
     return torch.nn.utils.parameters_to_vector(module.parameters()).detach()
 
@@ -64,7 +64,7 @@ def mtt_fast_loop(
 
 @functools.lru_cache(maxsize=1)
 def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epoch:
-    """Kept between calls, as a training does between its epochs: on CUDA its first epoch records a graph."""
+    """Return the epoch, the same between calls as in a training: on CUDA the first epoch records a graph."""
     return epoch_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
 
 
@@ -78,10 +78,10 @@ LOOPS: dict[str, tuple[Loop, bool]] = {
 
 @dataclass(frozen=True)
 class TrainingOptions(CommonOptions, Shape):
-    """What both benchmarks of training are told; the shape's N and b mean nothing here."""
+    """Options of both benchmarks of training; the shape's N and b have no effect here."""
 
     images: int = 1024
-    """in the epoch that is timed"""
+    """images in the epoch that is timed"""
     batch_train: int = 256
     """batch size"""
     augment: bool = True
@@ -113,7 +113,7 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
                     raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")
             except WorkerError as error:
                 give_up(name, error)
-        timings = in_turns(options.repetitions, workers, lambda name: float(workers[name].ask(timed)), give_up)
+        timings = interleaved(options.repetitions, workers, lambda name: float(workers[name].ask(timed)), give_up)
     finally:
         for worker in workers.values():
             worker.close()
@@ -136,7 +136,7 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
 
 @dataclass(frozen=True)
 class State:
-    """What a worker holds."""
+    """State of a worker."""
 
     loop: Loop
     net: ConvNet
@@ -146,29 +146,29 @@ class State:
     augment: str
 
     def run(self) -> Tensor:
-        """One epoch."""
+        """Run one epoch."""
         return self.loop(self.net, self.start, self.images, self.sgd, self.augment, torch.Generator().manual_seed(0))
 
 
 def build(loop: str, device: str, net: dict[str, Any], images: int, sgd: dict[str, Any], augment: str) -> State:
-    """In a worker: return its state."""
-    network, place = ConvNet(**net), torch.device(device)
+    """Return the state of a worker."""
+    network, target = ConvNet(**net), torch.device(device)
     assert isinstance(network.image_size, int)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(images, network.in_channels, network.image_size, network.image_size, generator=generator)
     labels = torch.arange(images) % network.num_classes
-    start = network.init(generator).to(place)
-    return State(LOOPS[loop][0], network, start, Images(pixels.to(place), labels.to(place)), Sgd(**sgd), augment)
+    start = network.init(generator).to(target)
+    return State(LOOPS[loop][0], network, start, Images(pixels.to(target), labels.to(target)), Sgd(**sgd), augment)
 
 
 def check(state: State) -> dict[str, Any]:
-    """In a worker: return the loop's float64 error on a small case, and the peak memory of an epoch."""
+    """Return, in a worker, the loop's float64 error on a small case, and the peak memory of an epoch."""
     error = float64_error(state.loop, state.sgd, state.start.device)
     return {"error_float64": error, "peak": peak_above_baseline(state.run, state.start.device)}
 
 
 def timed(state: State) -> float:
-    """In a worker: return the seconds of one epoch."""
+    """Return, in a worker, the seconds of one epoch."""
     return turn(state.run, state.start.device)
 
 
@@ -180,7 +180,7 @@ def float64_error(loop: Loop, sgd: Sgd, device: torch.device) -> float:
     pixels = torch.randn(setting.images, 3, 8, 8, generator=generator, dtype=torch.float64).to(device)
     images = Images(pixels, torch.arange(setting.images, device=device) % 4)
     start = net.init(generator).double().to(device)
-    found = loop(net, start, images, small, "none", torch.Generator().manual_seed(2))
+    end = loop(net, start, images, small, "none", torch.Generator().manual_seed(2))
 
     network = testing.module_function(testing.reference_convnet(3, 4, 8, 6, 2).to(start))
     theta, velocity = start, torch.zeros_like(start)
@@ -193,4 +193,4 @@ def float64_error(loop: Loop, sgd: Sgd, device: torch.device) -> float:
         )
         velocity = small.momentum * velocity + gradient + small.weight_decay * theta
         theta = theta - small.lr * velocity
-    return relative_error(found - start, theta - start)
+    return relative_error(end - start, theta - start)

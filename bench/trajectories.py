@@ -1,7 +1,7 @@
 """Reading experts: mtt_fast's store, with and without checksums, beside torch.load of the public code's buffers.
 
-Each time in a new process, since what an iteration waits for first is the whole file there, and two rows here. What the
-checksums of these two rows cost is timed by itself, too, and said as a share of an iteration of the same setting.
+Each reading is in a new process, since an iteration first waits for the whole file there, and for two rows here. What the
+checksums of these two rows cost is timed by itself, too, and given as a share of an iteration of the same setting.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _EXPERT_EPOCHS = 2
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Time how long the first sample of a trajectory takes, and what its checksums cost. Of the shape, the network counts."""
+    """Time the first sample of a trajectory, and its checksums. Of the shape, the network alone counts."""
 
     experts: int = 5
-    """in a file of the public layout (which holds ten by default)"""
+    """experts in a file of the public layout (which holds ten by default)"""
     epochs: int = 50
-    """of each expert"""
+    """epochs of each expert"""
 
 
 def main(options: Options, command: str) -> None:
@@ -53,16 +53,16 @@ def main(options: Options, command: str) -> None:
         raise InputError(f"--experts, --epochs: expected at least 1 and {_EXPERT_EPOCHS + 1}")
     last = {"expert": options.experts - 1, "epoch": options.epochs - _EXPERT_EPOCHS}
     with tempfile.TemporaryDirectory(prefix="mtt_fast-bench-") as folder:
-        places = write_all(Path(folder), net, options.experts, options.epochs)
+        paths = write_all(Path(folder), net, options.experts, options.epochs)
         rows = []
-        for reader, place in places.items():
+        for reader, path in paths.items():
             row: dict[str, Any] = {
                 "reader": reader,
                 "problem": None,
-                "disk": sum(file.stat().st_size for file in _files(place)),
+                "disk": sum(file.stat().st_size for file in _files(path)),
             }
             try:
-                row |= measured(reader, place, last, options.repetitions)
+                row |= measured(reader, path, last, options.repetitions)
             except WorkerError as error:
                 row["problem"] = str(error)
             rows.append(row)
@@ -98,7 +98,7 @@ def seconds_of_checksums(parameters: int, times: int = 100) -> Spread:
 
 
 def write_all(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[str, Path]:
-    """Write the same random experts in the public format and in ours, with and without checksums; return where, by reader.
+    """Write the same random experts in the public format and in ours, with and without checksums; return paths by reader.
 
     The public layout: a list of experts, each a list of epochs, each a list of the network's parameter tensors.
     """
@@ -123,42 +123,42 @@ def write_all(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[str
     }
 
 
-def measured(reader: str, place: Path, last: dict[str, int], repetitions: int) -> dict[str, Any]:
+def measured(reader: str, path: Path, last: dict[str, int], repetitions: int) -> dict[str, Any]:
     """Return the times and the memory of reading one sample, each time in a new process."""
     first, further, resident, sample = [], [], 0, []
     for _ in range(repetitions):
-        with Worker(build, reader=reader, place=str(place)) as worker:
-            found = worker.ask(read_sample, **last)
-            again = worker.ask(read_sample, expert=0, epoch=0)
-        first.append(found["seconds"])
-        further.append(again["seconds"])
-        resident, sample = found["resident"], found["sample"]
+        with Worker(build, reader=reader, path=str(path)) as worker:
+            first_sample = worker.ask(read_sample, **last)
+            further_sample = worker.ask(read_sample, expert=0, epoch=0)
+        first.append(first_sample["seconds"])
+        further.append(further_sample["seconds"])
+        resident, sample = first_sample["resident"], first_sample["sample"]
     times: dict[str, Spread] = {"first": spread(first), "further": spread(further)}
     return {**times, "resident": resident, "sample": sample}
 
 
 @dataclass
 class State:
-    """What a worker holds: a reader that opens its file or folder when it is first asked."""
+    """State of a worker: a reader that opens its file or folder on the first question."""
 
     open: Callable[[], Callable[[int, int], Tensor]]
     read: Callable[[int, int], Tensor] | None = None
 
 
-def build(reader: str, place: str) -> State:
-    """In a worker: return its state."""
-    return State((lambda: _open_public(place)) if reader == "torch.load" else (lambda: TrajectoryStore(place).read))
+def build(reader: str, path: str) -> State:
+    """Return the state of a worker."""
+    return State((lambda: _open_public(path)) if reader == "torch.load" else (lambda: TrajectoryStore(path).read))
 
 
 def read_sample(state: State, expert: int, epoch: int) -> dict[str, Any]:
-    """In a worker: return the time and memory for the start and target of one iteration, and their sums as a check."""
-    before, began = resident_bytes(), time.perf_counter()
+    """Return, in a worker, the time and memory for the start and target of one iteration, and their sums as a check."""
+    resident, begin = resident_bytes(), time.perf_counter()
     if state.read is None:
         state.read = state.open()
     start, target = state.read(expert, epoch), state.read(expert, epoch + _EXPERT_EPOCHS)
-    taken = time.perf_counter() - began
+    elapsed = time.perf_counter() - begin
     sums = [float(row.double().sum()) for row in (start, target)]
-    return {"seconds": taken, "resident": max(0, resident_bytes() - before), "sample": sums}
+    return {"seconds": elapsed, "resident": max(0, resident_bytes() - resident), "sample": sums}
 
 
 def _open_public(path: str) -> Callable[[int, int], Tensor]:
@@ -166,5 +166,5 @@ def _open_public(path: str) -> Callable[[int, int], Tensor]:
     return lambda expert, epoch: torch.cat([part.reshape(-1) for part in buffers[expert][epoch]])
 
 
-def _files(place: Path) -> list[Path]:
-    return [place] if place.is_file() else list(place.iterdir())
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else list(path.iterdir())

@@ -1,8 +1,8 @@
-"""Write the table of launch configurations anew for the GPU at hand: the fastest of those that give the right values.
+"""A new table of launch configurations for this machine's GPU: the fastest candidates that give the right values.
 
 For the blocks of one setting every candidate is held to the reference, and only then timed, all in turn. Rows of other
-architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 it is rehearsed on
-a CPU, where the times mean nothing.
+architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 a CPU
+rehearses the same, where the times mean nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.candidates import CORRELATIONS, FUSED_CORRELATIONS, FUSED_TILES, TILES, WINDOWS, text_of
 from bench.kernels import call, in_float64, tensors_of
-from bench.measuring import in_turns, seconds
+from bench.measuring import interleaved, seconds
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table as rendered
@@ -37,22 +37,22 @@ log = logging.getLogger("mtt_fast")
 Row = dict[str, Any]
 
 TOLERANCES = {"fp32": 1e-3, "tf32": 3e-2, "bf16": 2e-1}
-"""Relative errors against float64; most of them come from units that rounding carries over ReLU's kink."""
-_LEAST_SECONDS = 0.01  # what is timed is repeated within a measurement until it takes so long
+"""Allowed relative errors against float64; most errors come from units that rounding carries over ReLU's kink."""
+_LEAST_SECONDS = 0.01  # an operation is repeated within a measurement until it takes so long
 
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Write the table of launch configurations anew for the GPU at hand and the blocks of a setting."""
+    """Write a new table of launch configurations for this machine's GPU and the blocks of a setting."""
 
     precision: str = "tf32"
-    """of the products: tf32, bf16 or fp32"""
+    """precision of the products: tf32, bf16 or fp32"""
     blocks: str | None = None
-    """which of the network's blocks, counted from 1, as in 1,2; default all"""
+    """blocks of the network, counted from 1, as in 1,2; default all"""
     candidates: int | None = None
-    """how many of each operation's candidates at the most"""
+    """most candidates of each operation"""
     table: str = "bench/results/configurations.toml"
-    """file to write; what it holds already is kept, and where it is not there, what the table in use holds"""
+    """file to write; its other rows are kept, or those of the table in use where there is no file"""
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Subject:
-    """A row that is looked for, and the operation that shows how good it is."""
+    """A row to find, and the operation whose time decides."""
 
     row: str
     classes: tuple[str, str]
-    """the class of shapes to write the row for, and the looser one it falls back to"""
+    """the class of shapes of the row, and the looser class that it falls back to"""
     candidates: list[Row]
     operation: str
     arguments: Callable[[], list[Any]]
-    """fresh ones: an operation may use up what it is given"""
+    """makes fresh arguments: an operation may use up its own"""
     whole: Subject | None = None
     """the operation that has to be fused for this row to matter"""
 
@@ -90,7 +90,7 @@ class Subject:
 
 
 def main(options: Options, command: str) -> None:
-    """Tune, print what was found, write the record and the table."""
+    """Find the fastest rows, print them, write the record and the table."""
     device, setting = options.torch_device(), options.resolve()
     if options.precision not in TOLERANCES:
         raise InputError(f"--precision {options.precision}: expected one of {', '.join(TOLERANCES)}")
@@ -111,19 +111,19 @@ def main(options: Options, command: str) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """The table that kernels read in this process, and the file that keeps it."""
+    """The table that kernels read in this process, and its file."""
 
     rows: dict[str, dict[str, dict[str, Row]]]
     """by operation, class of shapes, architecture"""
     forget: Callable[[], None]
-    """has kernels look again"""
+    """makes kernels read the table again"""
     architecture: str
     device: torch.device
     path: Path
 
     @classmethod
     def of(cls, device: torch.device, path: Path) -> Table:
-        """Take the table in use, or `path` if that is there. Raises `InputError` where no kernel of Triton runs."""
+        """Return the table in use, or that of `path` if the file exists. Raises `InputError` where no kernel of Triton runs."""
         try:
             from mtt_fast.kernels.triton import configurations, launch
         except ImportError as error:
@@ -137,7 +137,7 @@ class Table:
         return cls(rows, forget, launch.architecture(device), device, path)
 
     def default(self, subject: Subject) -> Row:
-        """Return the row that stands for the looser class."""
+        """Return the row of the looser class."""
         rows = self.rows[subject.row][subject.classes[1]]
         row: Row = rows.get(self.architecture, rows["default"])
         return {name: value for name, value in row.items() if name != "microseconds"}
@@ -155,7 +155,7 @@ class Table:
 
 
 def tune(subject: Subject, table: Table, options: Options) -> Row:
-    """Put the fastest of the right candidates into `table`; return the findings."""
+    """Put the fastest of the right candidates into `table`; return a row of the record."""
     if subject.whole is not None:
         table.put(subject.whole, table.default(subject.whole) | {"backend": "fused"})
     default, expected = table.default(subject), subject.expected()
@@ -187,29 +187,29 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
 
     if errors and table.device.type == "cuda":
         calls = 1 + int(_LEAST_SECONDS / measure(next(iter(errors))))
-    times = in_turns(options.repetitions, errors, measure, lambda name, error: problems.append(f"{name}: {error}"))
-    found: Row = {"operation": subject.row, "class": subject.classes[0], "problem": "; ".join(problems)}
+    times = interleaved(options.repetitions, errors, measure, lambda name, error: problems.append(f"{name}: {error}"))
+    result: Row = {"operation": subject.row, "class": subject.classes[0], "problem": "; ".join(problems)}
     if not times:
         table.put(subject, default)
-        return found | {"chosen": None, "seconds": None}
+        return result | {"chosen": None, "seconds": None}
     order = sorted(times, key=lambda name: times[name]["median"])
     best, tile = (
         candidates[order[0]],
         next((candidates[name] for name in order if _has_tile(candidates[name])), default),
     )
     table.put(subject, tile | best | {"microseconds": round(1e6 * times[order[0]]["median"], 1)})
-    of_backend = {candidates[name].get("backend"): times[name]["median"] for name in reversed(order)}
-    return found | {
+    backend_times = {candidates[name].get("backend"): times[name]["median"] for name in reversed(order)}
+    return result | {
         "chosen": order[0],
         "error": errors[order[0]],
         "seconds": times[order[0]],
         "default_seconds": times.get(_text(default)),
-        "others": {name: taken for name, taken in of_backend.items() if name and name != best["backend"]},
+        "others": {name: median for name, median in backend_times.items() if name and name != best["backend"]},
     }
 
 
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
-    """Yield the rows that are looked for at a block's shapes; rows that others are made of come first."""
+    """Yield the rows to find at a block's shapes; parts of other operations come first."""
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
     from mtt_fast.kernels.triton.planes import Planes
     from mtt_fast.kernels.triton.windows import shape_class
@@ -218,8 +218,8 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def planes(channels: int, size: int) -> Tensor:
-        found = torch.randn(batch, channels, size, size, generator=generator, device=device)
-        return found.to(dtype, memory_format=torch.channels_last)
+        values = torch.randn(batch, channels, size, size, generator=generator, device=device)
+        return values.to(dtype, memory_format=torch.channels_last)
 
     def parameters(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=accumulator(dtype)) / len(shape)
@@ -296,13 +296,13 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
 
 
 def _blocks(setting: Setting) -> list[Block]:
-    net, channels, found = setting.net, setting.net.in_channels, []
+    net, channels, blocks = setting.net, setting.net.in_channels, []
     assert isinstance(net.image_size, int)
     size = net.image_size
     for number in range(1, net.depth + 1):
-        found.append(Block(number, channels, size, net.width, net.first_padding if number == 1 else 1))
-        channels, size = net.width, (size + 2 * found[-1].padding - 2) // 2
-    return found
+        blocks.append(Block(number, channels, size, net.width, net.first_padding if number == 1 else 1))
+        channels, size = net.width, (size + 2 * blocks[-1].padding - 2) // 2
+    return blocks
 
 
 def _has_tile(row: Row) -> bool:

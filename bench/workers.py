@@ -1,7 +1,7 @@
-"""Worker processes: each holds one thing to be measured, stays alive, and does what it is asked when it is its turn.
+"""Worker processes: each holds one subject of a measurement, stays alive, and answers questions in its turn.
 
-A process of its own, since allocator settings, compiled code and peak memory belong to a process; alive between turns,
-so that repetitions of what is compared can alternate. Questions and answers are lines of JSON: a question names a
+Each is a process of its own, since allocator settings, compiled code and peak memory belong to a process, and stays alive
+between turns, so that the repetitions of several subjects can alternate. Questions and answers are lines of JSON: a question names a
 function and its arguments, and the function gets the worker's state first. `python -m bench.workers` is the worker.
 """
 
@@ -22,11 +22,11 @@ TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**
 """Have glibc keep freed memory, as mtt_fast's commands do by themselves. Without it: as an ordinary script runs."""
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SHARE_OF_FREE_MEMORY = 0.8  # that a worker may take: an engine that wants more fails, and not the whole machine
+_SHARE_OF_FREE_MEMORY = 0.8  # for a worker: an engine that takes more fails, and not the whole machine
 
 
 class WorkerError(Exception):
-    """What a worker was asked to do failed; the message is one line."""
+    """A failure in a worker; the message is one line."""
 
 
 class Worker:
@@ -49,7 +49,7 @@ class Worker:
             raise
 
     def ask(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        """Return what `function(state, **arguments)` returns there. Raises `WorkerError` if it fails."""
+        """Return the result of `function(state, **arguments)` in the worker. Raises `WorkerError` if the function fails."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         question = {"function": f"{function.__module__}:{function.__qualname__}", "arguments": arguments}
@@ -82,7 +82,7 @@ class Worker:
 
 
 def serve(questions: TextIO, answers: TextIO) -> None:
-    """Answer questions until there are no more. The first builds the state that the later ones get."""
+    """Serve questions until there are no more. The first builds the state that the later ones get."""
     state, built = None, False
     for line in questions:
         question = json.loads(line)
@@ -93,13 +93,13 @@ def serve(questions: TextIO, answers: TextIO) -> None:
             else:
                 state, built, result = function(**question["arguments"]), True, None
             answer = {"result": result}
-        except Exception as error:  # whatever an engine does wrong fills its row; the others go on
+        except Exception as error:  # an engine's failure fills its row; the others go on
             answer = {"error": f"{type(error).__name__}: {_first_line(error)}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def named_function(name: str) -> Any:
-    """Return what `MODULE:NAME` stands for."""
+    """Return the object called `MODULE:NAME`."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
@@ -110,14 +110,14 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _answers_apart() -> Iterator[TextIO]:
-    """What this process prints goes to stderr, so that answers alone are on its stdout."""
+    """Redirect the prints of this process to stderr, so that its stdout has answers alone."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         yield answers
 
 
 def _limit_memory() -> None:
-    """On Linux, let an allocation fail before the machine is full."""
+    """Limit this process's memory on Linux, so that an allocation fails before the machine is full."""
     with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo", encoding="utf-8") as file:
         free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
         resource.setrlimit(resource.RLIMIT_DATA, (int(_SHARE_OF_FREE_MEMORY * free),) * 2)

@@ -17,7 +17,7 @@ WAYS = 5
 
 
 def network(width: int) -> nn.Module:
-    """Any module will do."""
+    """Return a small convolutional network: any module will do."""
     block = [nn.Conv2d(1, width, 3, padding=1), nn.GroupNorm(4, width), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(
         *block, nn.Conv2d(width, width, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(16 * width, WAYS)
@@ -25,7 +25,7 @@ def network(width: int) -> nn.Module:
 
 
 def task(kinds: list[Tensor], shots: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw five kinds; return `shots` images of each, ten more of each, and the names of the former."""
+    """Draw five kinds; return `shots` images of each, ten more of each, and the names of the first."""
     five = [kinds[int(kind)] for kind in torch.randperm(len(kinds), generator=random)[:WAYS]]
     drawn = [kind[torch.randperm(len(kind), generator=random)[: shots + 10]] for kind in five]
     support, query = torch.cat([images[:shots] for images in drawn]), torch.cat([images[shots:] for images in drawn])
@@ -37,9 +37,9 @@ def main(iterations: int = 200, tasks: int = 4, shots: int = 1, steps: int = 3, 
 
     Args:
         iterations: updates of the start.
-        tasks: in each iteration.
-        shots: images of each kind that a task is learned from.
-        steps: in which it is learned.
+        tasks: number in each iteration.
+        shots: images of each kind in a task.
+        steps: of the student on a task.
         width: channels of the network, a multiple of four.
     """
     random, digits = torch.Generator().manual_seed(0), load_digits()

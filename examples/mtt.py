@@ -14,7 +14,7 @@ AUGMENT = mtt_fast.SiameseAugment("color_crop_cutout_scale_rotate")  # no flip: 
 def expert(net: mtt_fast.ConvNet, images: Tensor, labels: Tensor, epochs: int, random: torch.Generator) -> Tensor:
     """Train a network on real images; return its parameters after every epoch, (epochs + 1, P).
 
-    Without gradients `unroll` is a training loop like any other, and its path is what an expert is.
+    Without gradients `unroll` is a training loop like any other, and its path is an expert's trajectory.
     """
     batches = [batch for _ in range(epochs) for batch in torch.randperm(len(images), generator=random).split(64)]
     path = mtt_fast.unroll(net, net.init(random), images, labels, 0.02, batches, AUGMENT, generator=random)

@@ -1,8 +1,8 @@
 """Distil by the loss on real images, through a random window of training. `python examples/truncated.py --help`.
 
-There are no experts: what is wanted of the images is that a network trained on them is right about real ones. As in RaT-BPTT
+There are no experts: a network trained on the images has to be right about real ones. As in RaT-BPTT
 (Y. Feng, R. Vedantam & J. Kempe, ICLR 2024) training is long, by SGD with momentum, and gradients go through a window of its
-last steps, which ends anywhere. The steps before it are made without gradients: the window starts from their last row and
+last steps, which ends anywhere. The steps before the window are made without gradients: it starts from their last row and
 their velocity.
 """
 
@@ -48,10 +48,10 @@ def main(
         start, velocity = net.init(random), None
         if before:
             with torch.no_grad():
-                way, velocity = mtt_fast.unroll(
+                before_window, velocity = mtt_fast.unroll(
                     net, start, images, labels, lr, steps_on(images, before), momentum=momentum, return_velocity=True
                 )
-                start = way[-1]
+                start = before_window[-1]
         path = mtt_fast.unroll(
             net, start, images, labels, lr, steps_on(images, window), momentum=momentum, velocity=velocity
         )

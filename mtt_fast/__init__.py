@@ -1,7 +1,7 @@
 """Dataset distillation by matching training trajectories: the exact meta-gradient in the memory of one step.
 
-The engine is `unroll`, `matching_loss` and `ConvNet` or `FlatModule`, and `plan` tells what a run will take; the jobs are `python -m mtt_fast.experts`,
-`mtt_fast.distill` and `mtt_fast.evaluate`. What lies on disk is imported when it is first named.
+The engine is `unroll`, `matching_loss` and `ConvNet` or `FlatModule`, and `plan` predicts the memory of a run; the commands are
+`python -m mtt_fast.experts`, `mtt_fast.distill` and `mtt_fast.evaluate`. Classes for files are imported on first use.
 """
 
 from __future__ import annotations

@@ -13,15 +13,15 @@ from mtt_fast.errors import did_you_mean
 _JOBS = {
     "experts": "train experts on real images and record their trajectories",
     "distill": "distil a data set into a few synthetic images a class",
-    "compress": "experts as a few waypoints each",
+    "compress": "compress experts to a few waypoints each",
     "evaluate": "train fresh networks on a distilled set and test them",
-    "baselines": "other methods, for comparison",
+    "baselines": "make sets by other methods, for comparison",
     "cross": "test a distilled set on other architectures",
-    "analysis": "the paper's analyses of a run",
-    "report": "one page about runs",
-    "convert": "distilled sets and experts to and from the files of other software",
-    "recipes": "settings by name",
-    "env": "what this installation can do here",
+    "analysis": "analyse a run as the paper does",
+    "report": "write one page about runs",
+    "convert": "convert distilled sets and experts to and from the files of other software",
+    "recipes": "list the settings by name",
+    "env": "list what this installation can do on this machine",
 }
 
 

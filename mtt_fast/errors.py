@@ -1,4 +1,4 @@
-"""The exception that a user's mistake, a bad file or a full disk raises, and the kinds of it that are told apart."""
+"""The exception for a user's mistake, a bad file or a full disk, and its subclasses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """An error in the user's input.
 
-    The message is one line: what (file or option), what was expected, what was found, how to mend it.
+    The message is one line: which file or argument, what was expected, what was found, how to mend it.
     The commands print it as `error: …` and exit with status 2; library callers catch a `ValueError`.
     """
 
@@ -18,15 +18,15 @@ class InputError(ValueError):
 
 
 class Diverged(InputError):
-    """A run whose gradients stayed non-finite until it gave up: other settings may do, these do not."""
+    """A run whose gradients stayed non-finite until it gave up: other settings may work, these do not."""
 
 
 class NotFound(InputError):
-    """A data set that is in none of the places where it was looked for: it may come there later."""
+    """A data set that is in none of the expected places: it may come there later."""
 
 
 def one_line(text: str) -> str:
-    """Return `text` with all that would break a line, or drive a terminal, escaped: file names may hold anything."""
+    """Return `text` with every character escaped that would break a line or drive a terminal: file names may hold anything."""
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 
 

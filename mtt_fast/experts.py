@@ -238,7 +238,7 @@ def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | Non
     device, training_images = images.train.labels.device, images.train
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
-        batch=min(training.batch_size, len(training_images)), jobs=max(1, len(missing)), asked=at_once,
+        batch=min(training.batch_size, len(training_images)), jobs=max(1, len(missing)), at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     with (

@@ -1,8 +1,8 @@
-"""Oracles that share no code with the engine: whole-graph autograd, as the public code computes the meta-gradient.
+"""Oracles that share no code with the engine: the meta-gradient by whole-graph autograd, as in the public code.
 
-And TESLA's truncated gradient, as its public code means to compute it.
+Beside it is TESLA's truncated gradient, as its public code means to compute it.
 
-For tests, benchmarks, and users who want to see for themselves. Memory grows with N: use small cases.
+The oracles are for tests, benchmarks, and users who check for themselves. Memory grows with N: use small cases.
 """
 
 from __future__ import annotations
@@ -79,26 +79,26 @@ def whole_graph(
 ) -> MetaGradient:
     """Differentiate `|θ_N − θ*|² / |θ_0 − θ*|²` through N recorded SGD steps (the denominator held constant).
 
-    `augment(images, n)` is step n's, with its random numbers fixed. Shapes as in `mtt_fast.unroll`.
+    `augment(images, n)` is the augmentation of step n, with its random numbers fixed. Shapes are those of `mtt_fast.unroll`.
     """
     theta_0, pixels, rate = (value.detach().clone().requires_grad_() for value in (start, images, lr))
     soft = labels.is_floating_point()
-    targets = labels.detach().clone().requires_grad_(soft)
+    all_targets = labels.detach().clone().requires_grad_(soft)
     theta, velocity = theta_0, torch.zeros_like(start)
     for n, index in enumerate(batches):
-        seen = pixels[index] if augment is None else augment(pixels[index], n)
-        wanted = targets[index]
-        log_p = F.log_softmax(network(theta, seen), dim=1)
+        inputs = pixels[index] if augment is None else augment(pixels[index], n)
+        targets = all_targets[index]
+        log_p = F.log_softmax(network(theta, inputs), dim=1)
         if not soft:
-            loss = F.nll_loss(log_p, wanted)
+            loss = F.nll_loss(log_p, targets)
         else:
-            loss = -((F.softmax(wanted, dim=1) if label_logits else wanted) * log_p).sum(1).mean()
+            loss = -((F.softmax(targets, dim=1) if label_logits else targets) * log_p).sum(1).mean()
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         velocity = momentum * velocity + gradient + weight_decay * theta
         theta = theta - (rate[n] if rate.dim() else rate) * velocity
     distance = F.mse_loss(theta, target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
-    wanted_gradients = [theta_0, pixels, rate] + ([targets] if soft else [])
-    to_start, to_images, to_lr, *to_labels = torch.autograd.grad(distance, wanted_gradients)
+    leaves = [theta_0, pixels, rate] + ([all_targets] if soft else [])
+    to_start, to_images, to_lr, *to_labels = torch.autograd.grad(distance, leaves)
     return MetaGradient(
         theta.detach(), distance.detach(), to_images, to_labels[0] if to_labels else None, to_lr, to_start
     )
@@ -116,8 +116,8 @@ def truncated(
     """Return TESLA's approximation of the meta-gradient (Cui et al., 2023), by its two loops. Not exact.
 
     The last adjoint stands for that of every step. The second loop records one step at a time. The image gradient is
-    that of the formula: the public code returns half of it, as it doubles a tuple in place of its only member.
-    `labels` are class indices or probabilities; `lr` is a scalar, or one a step. Else as `whole_graph`.
+    that of the formula: the public code returns half of it, since that code doubles a tuple in place of its only member.
+    `labels` are class indices or probabilities; `lr` is a scalar, or one a step. The rest is as in `whole_graph`.
     """
 
     def loss_of(theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -136,14 +136,14 @@ def truncated(
     to_images, to_rates = torch.zeros_like(images), torch.zeros_like(rates)
     to_labels = torch.zeros_like(labels) if soft else None
     for n, index in enumerate(batches):
-        theta, pixels, wanted = path[n].detach().requires_grad_(), images[index].requires_grad_(), labels[index]
-        wanted.requires_grad_(soft)
-        (gradient,) = torch.autograd.grad(loss_of(theta, pixels, wanted), theta, create_graph=True)
+        theta, pixels, targets = path[n].detach().requires_grad_(), images[index].requires_grad_(), labels[index]
+        targets.requires_grad_(soft)
+        (gradient,) = torch.autograd.grad(loss_of(theta, pixels, targets), theta, create_graph=True)
         along = gradient @ adjoint
-        to_pixels, *to_wanted = torch.autograd.grad(along, (pixels, wanted) if soft else (pixels,))
+        to_pixels, *to_targets = torch.autograd.grad(along, (pixels, targets) if soft else (pixels,))
         to_images.index_add_(0, index, -rates[n] * to_pixels)
         if to_labels is not None:
-            to_labels.index_add_(0, index, -rates[n] * to_wanted[0])
+            to_labels.index_add_(0, index, -rates[n] * to_targets[0])
         to_rates[n] = -along.detach()
     loss = (path[-1] - target).square().sum() / moved
     return MetaGradient(path[-1], loss, to_images, to_labels, to_rates if lr.dim() else to_rates.sum(), adjoint)

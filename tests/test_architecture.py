@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md: imports go downward only."""
+"""The layers of docs/architecture.md: imports go downward only. And docstrings of functions open with a verb."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mtt_fast"
 TOPS = {"__init__", "__main__", "testing"}  # the library's entry, the commands' and the oracles: they may use anything
 ONLY = {"runtime": {"errors"}, "networks": {"errors", "kernels"}, "augmentation": {"errors", "kernels"}}
 UPWARD = {("data.synthetic", "interop")}  # when it is called
+NO_VERB = re.compile(r"\W*(What|How|Whether|Of|Which|Where|Why|From|As)\b")
 
 
 def layers() -> list[set[str]]:
@@ -60,3 +63,19 @@ def test_imports_go_downward_only() -> None:
 def test_kernels_know_nothing_of_the_rest() -> None:
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         assert not set(imports(path)) - {"kernels"}, path
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("folder", ["mtt_fast", "kernels", "bench"])
+def test_docstrings_of_functions_open_with_a_verb(folder: str) -> None:
+    openings = {
+        f"{path.relative_to(ROOT)}: {function.name}: {docstring.splitlines()[0]}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for function in functions(path)
+        if (docstring := ast.get_docstring(function)) is not None and NO_VERB.match(docstring)
+    }
+    assert openings == set()

@@ -23,7 +23,7 @@ from bench.__main__ import main
 from bench.candidates import text_of
 from bench.cases import make_case, to
 from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, fused, whole_graph
-from bench.measuring import in_turns, peak_above_baseline, spread
+from bench.measuring import interleaved, peak_above_baseline, spread
 from bench.render import TABLES, filled_in, table
 from bench.settings import SETTINGS, Setting, Shape, named
 from bench.shares import share_of_operations
@@ -171,7 +171,7 @@ def test_turns_alternate_and_a_failure_is_left_out() -> None:
             raise RuntimeError("no")
         return float(len(order))
 
-    found = in_turns(3, ["a", "b"], measure, lambda name, error: told.append((name, str(error))))
+    found = interleaved(3, ["a", "b"], measure, lambda name, error: told.append((name, str(error))))
     assert order == ["a", "b", "a", "b", "a"]
     assert found == {"a": spread([1, 3, 5])}
     assert told == [("b", "no")]

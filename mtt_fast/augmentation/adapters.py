@@ -14,14 +14,14 @@ from mtt_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """An augmentation from two functions, one that draws and one that applies what was drawn.
+    """An augmentation from two functions, one that draws and one that applies the draws.
 
     `unroll` calls `draw` once a step, in order, and `apply` in both sweeps, so that both see the same images.
 
     Args:
-        draw: from the images of a step (b, C, H, W) and the source of random numbers to whatever `apply` wants to know.
-        apply: from images and what was drawn to the augmented images (b, C, H', W'); deterministic, differentiable in
-            the images, and on whichever device they are.
+        draw: from the images of a step (b, C, H, W) and the source of random numbers to the argument `draws` of `apply`.
+        apply: from images and draws to the augmented images (b, C, H', W'); deterministic, differentiable in the images,
+            on the images' device.
 
     Example:
         ```python
@@ -45,12 +45,12 @@ class KorniaAugment:
     """An augmentation of kornia: one of `kornia.augmentation`'s, or an `AugmentationSequential` of several.
 
     Its parameters are drawn once a step, by `forward_parameters`, and given to it again in the backward sweep. kornia
-    draws from torch's own CPU generator: that is seeded from the generator of `draw` meanwhile, and then put back, so a
-    run repeats. Labels stay as they are, so what mixes images with each other is not for it. Most of kornia's operations
-    expect images in [0, 1]; distilled ones are normalised, so those that move pixels fit best.
+    draws from torch's own CPU generator, which is seeded from the generator of `draw` meanwhile, and then put back, so that
+    a run repeats. Labels stay unchanged, so operations that mix images are unfit. Most of kornia's operations expect
+    images in [0, 1]; distilled images are normalised, so operations that move pixels fit best.
 
     Args:
-        module: what draws and applies. Its state of the last call is overwritten.
+        module: the augmentation of kornia. Its state of the last call is overwritten.
 
     Raises:
         InputError: a module without `forward_parameters`, as `nn.Sequential` is.
@@ -74,16 +74,16 @@ class KorniaAugment:
             return self.module.forward_parameters(images.shape)  # type: ignore[operator]
 
     def __call__(self, images: Tensor, draws: Any) -> Tensor:
-        """Apply the module with the parameters `draws`. Raises `InputError` if that is not a differentiable image batch."""
+        """Apply the module with the parameters `draws`. Raises `InputError` if the result is not a differentiable image batch."""
         return _checked(f"KorniaAugment {type(self.module).__name__}", self.module(images, params=draws), images)
 
 
-def _checked(what: str, augmented: Any, images: Tensor) -> Tensor:
+def _checked(name: str, augmented: Any, images: Tensor) -> Tensor:
     if not isinstance(augmented, Tensor) or len(augmented) != len(images):
-        found = tuple(augmented.shape) if isinstance(augmented, Tensor) else type(augmented).__name__
-        raise InputError(f"{what}: expected a tensor of {len(images)} images, found {found}")
+        kind = tuple(augmented.shape) if isinstance(augmented, Tensor) else type(augmented).__name__
+        raise InputError(f"{name}: expected a tensor of {len(images)} images, found {kind}")
     if images.requires_grad and not augmented.requires_grad:
         raise InputError(
-            f"{what}: expected a differentiable function of the images, found one that cuts the gradient off"
+            f"{name}: expected a differentiable function of the images, found one that cuts the gradient off"
         )
     return augmented

@@ -1,4 +1,4 @@
-"""What the engine asks of an augmentation."""
+"""The protocol that an augmentation fulfils for the engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 class Augment(Protocol):
     """Any random, differentiable function of images, as the engine uses it.
 
-    `SiameseAugment` is one, `Augmentation` makes one of two functions, and `KorniaAugment` of a module of kornia. One
-    that changes the images' shape, or takes more memory than one more batch, also has the method of `HasFootprint`.
+    `SiameseAugment` is one, `Augmentation` makes one of two functions, and `KorniaAugment` of a module of kornia. An
+    augmentation that changes the images' shape, or takes more memory than one more batch, also has the method of
+    `HasFootprint`.
     """
 
     def draw(self, images: Tensor, generator: torch.Generator | None, /) -> Any:
@@ -25,17 +26,17 @@ class Augment(Protocol):
 
 
 class Footprint(NamedTuple):
-    """What an augmentation makes of one image, and takes for it: the memory plan counts with both."""
+    """The shape of one augmented image, and the memory that the augmentation takes for it, for the memory plan."""
 
     input_shape: torch.Size
-    """(C, H, W) of what the network is given"""
+    """(C, H, W) of the network's inputs"""
     extra_bytes: int = 0
     """beyond the augmented image and its gradient"""
 
 
 @runtime_checkable
 class HasFootprint(Protocol):
-    """An augmentation that tells what it makes of an image."""
+    """An augmentation that knows its footprint."""
 
     def footprint(self, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
         """Return the footprint for an image of `image_shape` (C, H, W) and `dtype`."""
@@ -43,5 +44,5 @@ class HasFootprint(Protocol):
 
 
 def footprint_of(augment: object, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
-    """Return the footprint of `augment` for an image of `image_shape` (C, H, W): the image itself where it does not say."""
+    """Return the footprint of `augment` for an image of `image_shape` (C, H, W): that of the image itself by default."""
     return augment.footprint(image_shape, dtype) if isinstance(augment, HasFootprint) else Footprint(image_shape)

@@ -4,8 +4,8 @@ An augmentation is two functions: `draw` makes the random numbers of one step, a
 deterministic, differentiable function of the images. The backward sweep calls it again with the same numbers.
 
 Every operation is one affine function of the pixels with other parameters (`mtt_fast.kernels.colour_warp_mask`):
-`augment_parameters` makes them from the draws, `augment_with` applies them. What is applied does not depend on which
-operation was drawn, so a CUDA graph that holds `augment_with` can be replayed with the parameters of any.
+`augment_parameters` makes the parameters from the draws, `augment_with` applies them. The computation does not depend on the
+operation that was drawn, so a CUDA graph that holds `augment_with` can be replayed with the parameters of any.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class SiameseAugment:
         for name in self.operations:
             if name not in _OPERATIONS:
                 raise InputError(
-                    f"--dsa_strategy {self.strategy}: expected operations among {', '.join(_OPERATIONS)} joined by "
+                    f"strategy {self.strategy}: expected operations among {', '.join(_OPERATIONS)} joined by "
                     f"underscores, found '{name}'"
                 )
 
     @property
     def operations(self) -> list[str]:
-        """The operations to choose from."""
+        """Return the names of the operations to choose from."""
         return self.strategy.split("_")
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Draws:
@@ -65,9 +65,9 @@ class SiameseAugment:
         return Draws(operations[chosen], _OPERATIONS[operations[chosen]].draw(images, generator))
 
     def draw_parameters(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return what `augment_with` needs to do as `draw` says: the same random numbers, as a tensor (b, 13).
+        """Return the parameters (b, 13) of `augment_with` for the random numbers of `draw`.
 
-        In the dtype that it applies to images like these: float64 for float64, else float32.
+        Their dtype is float64 for float64 images, else float32.
         """
         parameters = augment_parameters(self.draw(images, generator), images.shape)
         return parameters.to(torch.promote_types(images.dtype, torch.float32))
@@ -90,9 +90,9 @@ def augment_by_strategy(strategy: str) -> SiameseAugment | None:
 
 
 def augment_parameters(draws: Draws, shape: torch.Size) -> Tensor:
-    """Return what `augment_with` needs to do as `draws` say to images of `shape` (b, C, H, W).
+    """Return the parameters of `augment_with` for `draws` and images of `shape` (b, C, H, W).
 
-    (b, 13), float64, on the device of the draws, with the columns `mtt_fast.kernels.WARP_PARAMETERS`.
+    The result is (b, 13), float64, on the device of the draws, with the columns `mtt_fast.kernels.WARP_PARAMETERS`.
     """
     numbers = [number.double() for number in draws.numbers]
     parameters = numbers[0].new_zeros(shape[0], len(kernels.WARP_PARAMETERS))
@@ -101,7 +101,7 @@ def augment_parameters(draws: Draws, shape: torch.Size) -> Tensor:
     return parameters
 
 
-_Parameters = dict[str, Tensor]  # those that are not zero, by name, (b,) each
+_Parameters = dict[str, Tensor]  # the parameters that are not zero, by name, (b,) each
 
 
 def _brightness(shape: torch.Size, u: Tensor) -> _Parameters:
@@ -133,7 +133,7 @@ def _cutout(shape: torch.Size, row: Tensor, column: Tensor) -> _Parameters:
 def _hole(centre: Tensor, side: int) -> tuple[Tensor, Tensor]:
     size = _hole_size(side)
     first = centre - size // 2
-    # the reference clamps indices into the image instead of dropping them, so a hole beyond the border still
+    # the public code clamps indices into the image instead of dropping them, so a hole beyond the border still
     # zeroes the border's own row
     return first.clamp(0, side - 1), (first + size - 1).clamp(0, side - 1) + 1
 
@@ -197,7 +197,7 @@ def _device(generator: torch.Generator | None) -> torch.device:
 
 
 class _Operation(NamedTuple):
-    """What `color` … `rotate` draws for images (b, C, H, W), and what that makes of the parameters."""
+    """An operation, `color` … `rotate`: its draws for images (b, C, H, W), and the parameters that follow from them."""
 
     draw: Callable[[Tensor, torch.Generator | None], tuple[Tensor, ...]]
     parameters: Callable[..., _Parameters]
@@ -270,11 +270,11 @@ def augment_with(images: Tensor, parameters: Tensor) -> Tensor:
     """Return `images` (b, C, H, W) augmented by `parameters` (b, 13), as `augment_parameters` makes them.
 
     Differentiable in the images, forward and backward, any number of times, and under `torch.func`. For parameters in
-    float32 (float64 for float64 images) on the images' device nothing is copied or awaited, as a CUDA graph needs it.
+    float32 (float64 for float64 images) on the images' device nothing is copied or awaited, as in a CUDA graph.
     Raises `InputError` for parameters that require grad, and `ValueError` as `mtt_fast.kernels.colour_warp_mask` does.
     """
     if parameters.requires_grad:
-        raise InputError("augment_with parameters: not differentiable, found some that require grad; detach them")
+        raise InputError("augment_with parameters: not differentiable, found parameters that require grad; detach them")
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     result: Tensor = _Affine.apply(images, parameters.to(images.device, dtype))
     return result
@@ -290,7 +290,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        _keep(ctx, inputs[1])
+        _save_parameters(ctx, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor, None]:
@@ -315,7 +315,7 @@ class _Transpose(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        _keep(ctx, inputs[1])
+        _save_parameters(ctx, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor, None]:
@@ -330,13 +330,13 @@ class _Transpose(torch.autograd.Function):
         return _over_samples(_Transpose, info.batch_size, dims, arguments)
 
 
-def _keep(ctx: Any, parameters: Tensor) -> None:
+def _save_parameters(ctx: Any, parameters: Tensor) -> None:
     ctx.save_for_backward(parameters)
     ctx.save_for_forward(parameters)
 
 
 def _linear(images: Tensor, parameters: Tensor) -> Tensor:
-    """A x: without the brightness, in column 0, nothing is added."""
+    """Return A x: without the brightness, in column 0, nothing is added."""
     return _Affine.apply(images, F.pad(parameters[:, 1:], (1, 0)))  # type: ignore[no-any-return]
 
 
@@ -348,5 +348,5 @@ def _over_samples(
         argument.expand(count, *argument.shape) if dim is None else argument.movedim(dim, 0)
         for argument, dim in zip(arguments, dims, strict=True)
     ]
-    found = function.apply(*(batch.flatten(0, 1) for batch in batches))
-    return found.unflatten(0, batches[0].shape[:2]), 0
+    result = function.apply(*(batch.flatten(0, 1) for batch in batches))
+    return result.unflatten(0, batches[0].shape[:2]), 0

@@ -2,8 +2,7 @@
 
 A crop that runs over one border goes on at the opposite one, as on a torus, so what is learned tiles without seams
 (Cazenavette et al., Wearable ImageNet, CVPR 2022 Workshops; `--texture` of the public code). The crop is one more
-augmentation in front of the others, with its draws kept apart from the operation; all that the engine knows of it is its
-`footprint`.
+augmentation before the others, with its draws kept apart from the operation; the engine knows its `footprint` alone.
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ from torch import Tensor
 from mtt_fast.augmentation.protocol import Footprint
 from mtt_fast.augmentation.siamese import SiameseAugment
 
-_COPIES = 3  # of a batch of canvases: as chosen, and its gradient, made and added up; at most
+_COPIES = 3  # of a batch of canvases, at most: the batch, and its gradient, computed and added up
 _INDICES = 2  # of a crop's pixels in its canvas, as long integers
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """How steps see canvases: as crops of H × W, where a canvas is `size`·H × `size`·W.
+    """Crops of H × W from canvases of `size`·H × `size`·W.
 
-    Each step takes `samples` crops of every canvas in its batch, all with the canvas's label.
+    A step takes `samples` crops of every canvas in its batch, all with the canvas's label.
     """
 
     size: int = 2
     samples: int = 1
 
     def batch(self, index: Tensor) -> Tensor:
-        """Return which canvases the crops of a step are taken from, for canvases `index` (b,): (`samples` · b,)."""
+        """Return the canvas of each crop of a step on the canvases `index` (b,), as indices (`samples` · b,)."""
         return index.repeat(self.samples)
 
     def crops(self, then: SiameseAugment | None) -> CanvasCrops:
-        """Return the augmentation that crops, and then does `then`."""
+        """Return the augmentation that crops, and then applies `then`."""
         return CanvasCrops(self.size, then)
 
     def image_shape(self, canvas_shape: torch.Size) -> torch.Size:
@@ -57,7 +56,8 @@ class CanvasCrops:
     def draw_parameters(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw for a batch like the canvases `images` (b, C, H, W): the first row and column of each crop, then `then`'s.
 
-        (b, 2) or (b, 2 + 13), in float64 for float64 canvases, else float32, which holds every row and column exactly.
+        The result is (b, 2) or (b, 2 + 13), float64 for float64 canvases, else float32, which holds every row and column
+        exactly.
         """
         device = torch.device("cpu") if generator is None else generator.device
         corners = [torch.randint(side, (len(images),), generator=generator, device=device) for side in images.shape[2:]]
@@ -70,14 +70,14 @@ class CanvasCrops:
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Return the augmented crops of the canvases `images` (b, C, H, W) for `parameters` of `draw_parameters`.
 
-        Differentiable in the canvases. For parameters on their device nothing is copied or awaited, as a CUDA graph
-        needs it.
+        The result is differentiable in the canvases. For parameters on the canvases' device nothing is copied or awaited, as
+        in a CUDA graph.
         """
         crops = crop(images, parameters[:, :2].to(images.device), *self._sides(images))
         return crops if self.then is None else self.then.apply(crops, parameters[:, 2:].contiguous())
 
     def footprint(self, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
-        """Return the shape of a crop of a canvas of `image_shape` (C, H, W), and what cropping takes for it."""
+        """Return the shape of a crop of a canvas of `image_shape` (C, H, W), and the memory that cropping takes."""
         crop_shape = Canvas(self.size).image_shape(image_shape)
         indices = crop_shape[1:].numel() * torch.long.itemsize
         return Footprint(crop_shape, _COPIES * image_shape.numel() * dtype.itemsize + _INDICES * indices)
@@ -85,7 +85,7 @@ class CanvasCrops:
     draw = draw_parameters
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Do as `apply` does."""
+        """Return `apply(images, draws)`."""
         return self.apply(images, draws)
 
     def _sides(self, images: Tensor) -> tuple[int, int]:
@@ -96,21 +96,21 @@ def crop(images: Tensor, corners: Tensor, height: int, width: int) -> Tensor:
     """Return `height` × `width` pixels of each of `images` (b, C, H, W) from the row and the column in `corners` (b, 2) on.
 
     After the last row comes the first, and likewise with columns: out[n, :, i, j] = images[n, :, (r + i) mod H, (c + j)
-    mod W]. `corners` are whole numbers in any dtype, and `height` and `width` at most H and W. Differentiable in `images`;
-    no tensor's value is asked for.
+    mod W]. `corners` are whole numbers in any dtype, and `height` and `width` at most H and W. The result is
+    differentiable in `images`; no tensor is asked for its value.
     """
     rows, columns = (
         (corners[:, side, None].long() + torch.arange(length, device=images.device)) % images.shape[2 + side]
         for side, length in enumerate((height, width))
     )
-    places = rows[:, :, None] * images.shape[3] + columns[:, None, :]  # (b, height, width), into a plane
-    chosen = places.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    crops: Tensor = images.flatten(2).gather(2, chosen).unflatten(2, (height, width))
+    pixels = rows[:, :, None] * images.shape[3] + columns[:, None, :]  # (b, height, width), into a plane
+    index = pixels.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    crops: Tensor = images.flatten(2).gather(2, index).unflatten(2, (height, width))
     return crops
 
 
 def tiled(images: Tensor, times: int = 2) -> Tensor:
-    """Return each of `images` (n, C, H, W) side by side with itself, `times` × `times`: how a texture looks as a pattern."""
+    """Return each of `images` (n, C, H, W) side by side with itself, `times` × `times`: a texture as a pattern."""
     return images.repeat(1, 1, times, times)
 
 

@@ -1,4 +1,4 @@
-"""What is random in a row of steps, drawn on the host before the first: so the steps themselves are functions of tensors."""
+"""All random numbers of a row of steps, drawn on the host before the first, so that the steps are functions of tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Apply = Callable[[Tensor, Tensor], Tensor]
-"""From a step's images (b, C, H, W) and parameters (b, K) to the augmented images, whatever operation they stand for."""
+"""From a step's images (b, C, H, W) and parameters (b, K) to the augmented images, whatever operation the parameters stand for."""
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
 """From images of a step's shape and dtype, without a value, to the parameters (b, K) that `Apply` takes."""
@@ -22,7 +22,7 @@ class StepDraws(NamedTuple):
     parameters: Tensor | None  # (ΣB, K), of the augmentation; None without one
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return those that there are."""
+        """Return the fields that are tensors, in order."""
         return (self.indices,) if self.parameters is None else (self.indices, self.parameters)
 
 
@@ -35,7 +35,7 @@ def draw_steps(
 ) -> StepDraws:
     """Draw, on the CPU, for steps that see images of `image_shape` (C, H, W) and `dtype` at `batches`, index vectors (b,).
 
-    The numbers come from `generator` step by step, as they would if each step drew its own.
+    The numbers come from `generator` step by step, as if each step drew its own.
     """
     indices = torch.cat(list(batches))
     if draw is None:

@@ -1,11 +1,11 @@
 """ConvNet's gradient and its directional derivative, scheduled by hand over `mtt_fast.kernels`: no autograd graph.
 
-The formulas are derived in docs/adjoint.md. Of each block a step keeps the input x, the convolution's output y, their
+The formulas are derived in docs/adjoint.md. Of each block a step saves the input x, the convolution's output y, their
 tangents, and the statistics of the planes; nothing else that is as large as an image. A dot is the derivative in
-direction v, a bar the gradient of the loss. What follows the convolution is in block_ends.py.
+direction v, a bar the gradient of the loss. What follows the convolution is in fused_blocks.py.
 
-What `gradient` keeps for `gradient_jvp`, if it is asked to, are of each block y and the gradient of the loss to the
-block's result p. With those the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
+If it is asked to, `gradient` saves for `gradient_jvp` y of each block and the gradient of the loss to the block's
+result p. With these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ class FusedConvNetStudent:
         gradient = torch.zeros_like(theta)
         block_gradients, classifier_gradient = self._parts(gradient)
         x = self._first(images)
-        held = []
+        activations = []
         for block, (weight, affine) in enumerate(blocks):
             y = kernels.conv3x3(x, weight, self._padding(block), self.precision)
-            pooled, of_y = epilogue.forward(y, affine)
+            pooled, plane_tensors = epilogue.forward(y, affine)
             del y
-            held.append((x, of_y))
+            activations.append((x, plane_tensors))
             x = pooled
 
         features = _features(x, theta.dtype)
-        loss, f_bar, *found = kernels.linear_cross_entropy(features, *classifier, labels, self.label_kind)
-        _assign(classifier_gradient, found)
+        loss, f_bar, *classifier_bar = kernels.linear_cross_entropy(features, *classifier, labels, self.label_kind)
+        _assign(classifier_gradient, classifier_bar)
         x_bar = _pixels(f_bar, x)
 
-        # Tensors are let go before the next ones are allocated, which may then take their place.
+        # tensors are let go before the next ones are allocated, which may then take the memory
         saved: SavedActivations = []
         for block in reversed(range(len(blocks))):
             (weight, affine), padding = blocks[block], self._padding(block)
-            x, of_y = held.pop()
+            x, plane_tensors = activations.pop()
             if save:
-                saved.append((of_y[0], x_bar))
-            y_bar, affine_bar = epilogue.backward(of_y, affine, x_bar, not save)
-            del of_y
+                saved.append((plane_tensors[0], x_bar))
+            y_bar, affine_bar = epilogue.backward(plane_tensors, affine, x_bar, not save)
+            del plane_tensors
             weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, padding, self.precision)
             del x
             if block > 0:
@@ -86,28 +86,28 @@ class FusedConvNetStudent:
         ]
         x, x_dot = self._first(images), None
         held: list[Activations] = []
-        known_bars = []
+        saved_bars = []
         for convolution, (_, affine), (_, affine_dot) in zip(convolutions, blocks, block_dots, strict=True):
-            y, known_bar = saved.pop() if saved else (None, None)
-            known_bars.append(known_bar)
+            y, saved_bar = saved.pop() if saved else (None, None)
+            saved_bars.append(saved_bar)
             x, x_dot, activations = epilogue.dual(x, x_dot, convolution, affine, affine_dot, y)
             held.append(activations)
             del y, activations
 
         assert x_dot is not None
         features = (_features(x, theta.dtype), _features(x_dot, theta.dtype))
-        v_dot_g, f_bar, f_bar_dot, *found, labels_bar_dot = kernels.linear_cross_entropy_dual(
+        v_dot_g, f_bar, f_bar_dot, *classifier_bar_dot, labels_bar_dot = kernels.linear_cross_entropy_dual(
             *features, *classifier, *classifier_dot, labels, self.label_kind
         )
-        _assign(classifier_result, found)
+        _assign(classifier_result, classifier_bar_dot)
         x_bar: Tensor | None = _pixels(f_bar, x)
         x_bar_dot = _pixels(f_bar_dot, x)
         del x, x_dot, features
 
         for block in reversed(range(len(blocks))):
-            (_, affine), (_, affine_dot), known_bar = blocks[block], block_dots[block], known_bars.pop()
-            p_bar = x_bar if known_bar is None else known_bar
-            wants_x_bar = block > 0 and known_bar is None
+            (_, affine), (_, affine_dot), saved_bar = blocks[block], block_dots[block], saved_bars.pop()
+            p_bar = x_bar if saved_bar is None else saved_bar
+            wants_x_bar = block > 0 and saved_bar is None
             x_bar, x_bar_dot, weight_bar_dot, affine_bar_dot = epilogue.dual_backward(
                 held.pop(), convolutions[block], affine, affine_dot, p_bar, x_bar_dot, wants_x_bar
             )
@@ -121,18 +121,18 @@ class FusedConvNetStudent:
         return 11, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`. Follows the schedule above; only a CPU's kernels write ȳ over y."""
+        """See `Student.step_bytes`. The sums follow the schedule above; only a CPU's kernels write ȳ over y."""
         layers = self._layers(image_shape)
         each = batch * dtype.itemsize
         features = each * self.network.width * math.prod(self.network.feature_size)
-        # of each block: x but for the images, y, and what its end puts out
+        # of each block: x but for the images, y, and the epilogue's output
         xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
         ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
         pooled = [*xs[1:], features]
         small = each * image_shape.numel() + dtype.itemsize * self.network.num_parameters  # channels last; the result
         fresh = 0 if device.type == "cpu" else 1
         forward_sweep = sum(xs) + sum(ys) + 3 * features + fresh * ys[0]
-        tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not held
+        tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not saved
         backward_sweep = [
             2 * (sum(xs[: block + 1]) + (1 + fresh) * ys[block] + pooled[block]) + tangents * sum(ys[:block])
             for block in range(len(layers))
@@ -158,7 +158,7 @@ class FusedConvNetStudent:
         return layers
 
     def _parts(self, theta: Tensor) -> tuple[list[tuple[Tensor, Tensors]], Tensors]:
-        """Views of the convolution's weight and the affine parameters of each block, and of the classifier's two.
+        """Return views of the convolution's weight and the affine parameters of each block, and of the classifier's two.
 
         In front of an instance norm the convolution's bias has no effect, so its gradient is exactly zero.
         """
@@ -167,7 +167,7 @@ class FusedConvNetStudent:
         return [(block[0], block[affine:]) for block in blocks], classifier
 
     def _first(self, images: Tensor) -> Tensor:
-        """The images as the first block takes them."""
+        """Return the images in the dtype and memory format of the first block."""
         narrow = self.precision == "bf16" and images.dtype == torch.float32
         return images.to(torch.bfloat16 if narrow else images.dtype, memory_format=torch.channels_last)
 
@@ -183,6 +183,6 @@ def _pixels(features: Tensor, like: Tensor) -> Tensor:
     return features.view(like.shape).to(like.dtype, memory_format=torch.channels_last)
 
 
-def _assign(places: Tensors, values: list[Tensor] | Tensors) -> None:
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
+def _assign(targets: Tensors, values: list[Tensor] | Tensors) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)

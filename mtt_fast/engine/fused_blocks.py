@@ -1,8 +1,8 @@
-"""What follows the convolution in a block of ConvNet, norm, ReLU and pool, and its derivatives: once for each norm.
+"""The epilogue of a block of ConvNet: norm, ReLU and pool after the convolution, and their derivatives, for each norm.
 
 A dot is the derivative in the direction of the parameters, a bar the gradient of the loss. `affine` are the parameters
 that have an effect here: γ, β of an instance norm; without a norm the convolution's bias. The derivatives take the
-convolution along, which some kernels do together with what follows.
+convolution along, which some kernels compute together with the epilogue.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Convolution(NamedTuple):
-    """The first part of a block: its weight (K, C, 3, 3), that in the direction, padding and precision."""
+    """The first part of a block: its weight (K, C, 3, 3), the direction of the weight, padding and precision."""
 
     weight: Tensor
     weight_dot: Tensor
@@ -31,13 +31,14 @@ class Convolution(NamedTuple):
 class Epilogue(NamedTuple):
     """Two functions of y (B, C, H, W), the convolution's result, and two of the whole block in a direction.
 
-    What is kept begins with y; `backward` destroys it only if it may. `dual_backward` takes the activations, and frees each as soon as it can.
+    `saved` begins with y, and `backward` overwrites y only if it may. `dual_backward` takes the activations, and frees each as soon
+    as it can.
     """
 
     forward: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]]
-    """y, affine -> p (B, C, H//2, W//2), kept"""
+    """y, affine -> p (B, C, H//2, W//2), saved"""
     backward: Callable[[Tensors, Tensors, Tensor, bool], tuple[Tensor, Tensors]]
-    """kept, affine, p̄, may kept be destroyed -> ȳ, the gradients of affine"""
+    """saved, affine, p̄, may y be overwritten -> ȳ, the gradients of affine"""
     dual: Callable[
         [Tensor, Tensor | None, Convolution, Tensors, Tensors, Tensor | None], tuple[Tensor, Tensor, Activations]
     ]

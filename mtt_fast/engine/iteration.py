@@ -1,7 +1,7 @@
-"""One iteration of the distillation as a function of tensors alone: student out, student back, gradients.
+"""One iteration of the distillation as a function of tensors alone: both sweeps of the student, loss, gradients.
 
-Nothing in it depends on the value of a tensor or draws a random number, so that it can be recorded once and replayed
-(mtt_fast/runtime/cuda_graphs.py). What is random comes in as tensors, drawn beforehand (mtt_fast/engine/draws.py).
+The iteration depends on no tensor's value and draws no random number, so that it can be recorded once and replayed
+(mtt_fast/runtime/cuda_graphs.py). Random numbers come in as tensors, drawn beforehand (mtt_fast/engine/draws.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PathLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def planned_iteration(
     net: Network,
-    steps: Plan,
+    plan: Plan,
     augment: Apply | None,
     lengths: tuple[int, ...],
     *,
@@ -39,17 +39,17 @@ def planned_iteration(
     gradient: Gradient = "exact",
     graph: bool = True,
 ) -> Iteration:
-    """Return `iterate` as the plan `steps` says, for steps that see `lengths` images each; on CUDA it replays a graph.
+    """Return `iterate` as `plan` says, for steps on `lengths` images each; on CUDA it replays a graph.
 
-    With the path in host memory it is called instead: a graph knows the device's alone. So it is without `graph`, for
-    what is done too rarely to keep the graph's memory.
+    With the path in host memory `iterate` is called instead: a graph knows the device's memory alone. Without `graph` it is
+    called as well, for iterations that are too rare to keep the graph's memory.
     """
-    student = student_for_plan(steps.work.student, net, steps, steps.work.batch)
+    student = student_for_plan(plan.work.student, net, plan, plan.work.batch)
     run = partial(
         iterate, student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
-        saved_steps=steps.saved_steps, path_on_host=steps.path_on_host,
+        saved_steps=plan.saved_steps, path_on_host=plan.path_on_host,
     )  # fmt: skip
-    return graphed(run, steps.work.device) if graph and not steps.path_on_host else run
+    return graphed(run, plan.work.device) if graph and not plan.path_on_host else run
 
 
 def iterate(
@@ -71,24 +71,31 @@ def iterate(
     saved_steps: int = 0,
     path_on_host: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return the loss () in float64, the matching loss unless told, and its gradients to images, lr and soft labels.
+    """Return `loss` () in float64, and its gradients to images, lr and soft labels.
 
-    The steps see `lengths` images each, through `augment`, and `student` answers for them. `momentum`, `weight_decay`
+    The steps see `lengths` images each, through `augment`, and `student` computes them. `momentum`, `weight_decay`
     and `gradient` are those of `unroll`; `saved_steps` and `path_on_host` those of a plan (mtt_fast/engine/memory_plan.py).
 
     A pure function of its tensors, all on one device: those of `matching_loss` and `unroll`, where `images` are all
     synthetic images (n, C, H, W), and those of `StepDraws`, ΣB = Σ `lengths`. Nothing is checked: indices were drawn in
-    range, and `augment` takes the rows of a step. A gradient that is not finite is returned as it is.
+    range, and `augment` takes the rows of one step. Gradients that are not finite are returned as well.
     """
     draws = (None,) * len(lengths) if parameters is None else parameters.split(lengths)
-    saved_from = max(0, len(lengths) - saved_steps)
-    batches = indices.split(lengths)
     steps = StudentSteps(
-        student, batches, saved_from, path_on_host, augment, draws, momentum, weight_decay, gradient, momentum != 0
+        student=student,
+        batches=indices.split(lengths),
+        saved_from=max(0, len(lengths) - saved_steps),
+        path_on_host=path_on_host,
+        augment=augment,
+        draws=draws,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        gradient=gradient,
+        has_velocity=momentum != 0,
     )
-    wanted = [images, lr, *([labels] if labels.is_floating_point() else [])]
+    learned = [images, lr, *([labels] if labels.is_floating_point() else [])]
     with torch.enable_grad():
-        images, lr, *soft = (tensor.detach().requires_grad_() for tensor in wanted)
+        images, lr, *soft = (tensor.detach().requires_grad_() for tensor in learned)
         path, _ = path_of(steps, start, images, soft[0] if soft else labels, lr)
         value = loss(path, start, target)
         return value.detach(), *torch.autograd.grad(value, (images, lr, *soft))

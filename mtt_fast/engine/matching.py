@@ -11,7 +11,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import squared_distance
 
 MatchStep = Literal["last", "nearest"]
-"""Which of the student's steps has to match: its last one, or the one that is nearest to the target."""
+"""The student's step that has to match: its last one, or the one that is nearest to the target."""
 
 
 class _SquaredDistance(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _SquaredDistance(torch.autograd.Function):
 def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     """Return `|θ_N − θ*|² / |θ_0 − θ*|²`, the paper's equation 2, as a float64 scalar.
 
-    Computed in the dtype and on the device of `end`, and accumulated in float64.
+    The loss is computed in the dtype and on the device of `end`, and accumulated in float64.
 
     `end` is the student's `θ_N` (P,); `start` and `target` are the expert's epochs `θ_0` and `θ*` (P,), constants: the
     gradient flows to `end` alone, as in the public code. Raises `InputError` if the expert did not move.
@@ -66,8 +66,8 @@ def nearest_step_loss(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
 def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """Return the number () int64, 1 … N, of the step whose parameters are nearest to `target` (P,), as ATT chooses it.
 
-    Near is `Σ |θ_n − θ*|`, accumulated in float64; of several that are as near the last one, and one that is not finite
-    is as far as can be. `path` (N + 1, P) is the student's; its start is no step. No tensor is asked for its value.
+    The distance is `Σ |θ_n − θ*|`, accumulated in float64; of equal distances the last step counts, and a step that is not
+    finite is as far as can be. `path` (N + 1, P) is the student's; its start is no step. No tensor is asked for its value.
     """
     path, target = path.detach(), target.detach().to(path.dtype)
     distances = [(row.to(target.device) - target).abs().sum(dtype=torch.float64) for row in path[1:]]
@@ -75,9 +75,9 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
 
 
 def relative_distance(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Return `matching_loss` of vectors that are known to fit: it asks no tensor for its values.
+    """Return `matching_loss` of vectors that are known to fit. No tensor is asked for its value.
 
-    Not finite where the expert did not move.
+    The loss is not finite where the expert did not move.
     """
     start, target = start.detach().to(end), target.detach().to(end)
     moved = squared_distance(start.contiguous(), target.contiguous())
@@ -89,8 +89,8 @@ def path_loss(
 ) -> Tensor:
     """Return the loss of a path that is known to fit, with the step and the parameters that are to match.
 
-    As `matching_loss`, `nearest_step_loss` and `masked_matching_loss`, or the latter two at once. It asks no tensor for
-    its values: the nearest row is taken by a tensor, so that its gradient is as large as the path.
+    The loss is `matching_loss`, `nearest_step_loss` or `masked_matching_loss`, or the latter two at once. No tensor is asked
+    for its value: a tensor chooses the nearest row, so that the loss's gradient is as large as the path.
     """
     if match_step == "nearest":
         step = nearest_step(path, target).to(path.device)

@@ -1,4 +1,4 @@
-"""How an unroll fits a memory budget: planned before the first step, and cut further where memory runs out all the same."""
+"""The memory plan: cut the steps of an unroll so that they fit a budget, before the first step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1} and the next one, and temporaries
 _VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
-_COPIES = 5  # of a batch: as it is seen, its gradient on the way to the images
+_COPIES = 5  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
 _BASE = (
     4 << 20,
@@ -36,7 +36,7 @@ _LARGE_PATH = 4  # from a quarter of the budget on, the path lies on the host
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be planned: N steps of a student on batches of some images."""
+    """The work that a plan cuts: N steps of a student on batches of some images."""
 
     student: Student
     num_parameters: int
@@ -50,20 +50,20 @@ class Work:
     momentum: bool = False
     augment: bool = False
     augment_bytes: int = 0
-    """what the augmentation takes of each image of a batch beyond the augmented image"""
+    """memory of the augmentation for each image of a batch, beyond the augmented image"""
     path_gradient: bool = False
-    """whether the loss's gradient is as large as the path, as where its row is chosen by a tensor"""
+    """whether the loss's gradient is as large as the path, as where a tensor chooses the row"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the steps of an unroll are cut, and what that takes. `str` tells it in a sentence for a log."""
+    """The cut of an unroll's steps, and the memory that they take with it. `str` is a sentence for a log."""
 
     work: Work
     microbatch: int
-    """samples at once; the whole batch if it is as large"""
+    """samples at once; the whole batch if the number is as large"""
     saved_steps: int = 0
-    """the last steps, whose primal activations are kept from the forward sweep for the backward one"""
+    """number of last steps whose primal activations the forward sweep saves for the backward one"""
     path_on_host: bool = False
     """whether θ_0 … θ_N lie in pinned host memory"""
     budget: int | None = None
@@ -71,58 +71,60 @@ class Plan:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes at the peak, by what they are for."""
+        """Return the bytes at the peak, by their purpose."""
         work = self.work
         vector = work.num_parameters * work.dtype.itemsize
-        image, given = (shape.numel() * work.dtype.itemsize for shape in (work.images[1:], work.input_shape))
+        image, network_input = (shape.numel() * work.dtype.itemsize for shape in (work.images[1:], work.input_shape))
         rows = (work.steps + 1) * (1 + work.path_gradient) + work.steps * work.momentum
         vectors = _VECTORS + _VECTORS_OF_MOMENTUM * work.momentum + self.cut
         copies = _COPIES + _COPIES_OF_AUGMENTATION * work.augment + self.cut
         pieces = InMicrobatches(work.student, self.microbatch)
         step = pieces.step_bytes(work.batch, work.input_shape, work.dtype, work.device)
-        held = self.saved_steps * step.saved
-        steps = [step.gradient_jvp, step.gradient]
+        saved_bytes = self.saved_steps * step.saved
+        peaks = [step.gradient_jvp, step.gradient]
         if self.saved_steps:  # the last piece of the forward sweep, the first one of the backward sweep
-            steps = [held - step.saved + step.gradient_saving, held + step.gradient_jvp_saved, *steps]
+            peaks = [saved_bytes - step.saved + step.gradient_saving, saved_bytes + step.gradient_jvp_saved, *peaks]
         parts = {
             "path": (2 if self.path_on_host else rows) * vector,
             "vectors": vectors * vector,
-            "images": work.images[0] * image + copies * work.batch * given,
+            "images": work.images[0] * image + copies * work.batch * network_input,
             "augmentation": work.augment_bytes * work.batch,
-            "kept activations": held,
-            "step": max(steps) - held,
+            "kept activations": saved_bytes,
+            "step": max(peaks) - saved_bytes,
             "work space": step.work,
         }
         return parts | {"rest": _BASE[work.device.type == "cuda"] + sum(parts.values()) // _ROUNDING}
 
     @property
     def peak_bytes(self) -> int:
-        """Peak of memory that the unroll, forward and backward, takes beyond its arguments."""
+        """Return the peak memory of the unroll, forward and backward, beyond its arguments."""
         return sum(self.parts.values())
 
     @property
     def cut(self) -> bool:
-        """Whether a batch is done in pieces."""
+        """Return whether a batch is done in pieces."""
         return self.microbatch < self.work.batch
 
     @property
     def passes(self) -> float:
-        """Cost of a step in both sweeps, on average, in units of the convolutions of one forward pass."""
+        """Return the mean cost of a step in both sweeps, in units of the convolutions of one forward pass."""
         recomputed, saved = self.work.student.passes
         share = self.saved_steps / self.work.steps
         return saved * share + recomputed * (1 - share)
 
     def smaller(self) -> Plan:
-        """Return the next plan that takes less: first nothing is kept, then pieces are halved. Same results, exactly.
+        """Return the next plan that takes less: first nothing is saved, then pieces are halved. The results are the same, exactly.
 
         Raises `InputError` if there is none.
         """
         if self.saved_steps:
             return dataclasses.replace(self, saved_steps=0)
         if self.microbatch == 1 or self.work.mixes_samples:
-            least = "with batch statistics, which cannot be cut" if self.work.mixes_samples else "a piece of one image"
+            smallest = (
+                "with batch statistics, which cannot be cut" if self.work.mixes_samples else "a piece of one image"
+            )
             raise InputError(
-                f"out of memory at {least} ({_mib(self.peak_bytes)} planned); lower the width, the resolution, syn_steps "
+                f"out of memory at {smallest} ({_mib(self.peak_bytes)} planned); lower the width, the resolution, syn_steps "
                 "or batch_syn, or take a device with more memory"
             )
         return dataclasses.replace(self, microbatch=_even(self.work.batch, self.microbatch // 2))
@@ -158,7 +160,7 @@ def plan(
     precision: Precision = "fp32",
     path_gradient: bool = False,
 ) -> Plan:
-    """Tell before a run what `unroll` will do and take: the plan that it makes itself, or can be given.
+    """Return, before a run, the plan that `unroll` makes itself, or can be given: how it cuts its steps, and its memory.
 
     Args:
         net: the student's network.
@@ -168,7 +170,7 @@ def plan(
         memory_budget: bytes or "6GiB", the peak of the unroll beyond its arguments; "auto", most of what is free on
             `device`; None, no limit: whole batches, and nothing kept.
         microbatch: in place of a budget: at most so many samples at once.
-        device: where it will run.
+        device: of the run.
         dtype: of the parameters.
         momentum: as in `unroll`; only whether there is any.
         augment: the augmentation; or only whether the images are augmented, to images of their own shape.
@@ -176,8 +178,8 @@ def plan(
         path_gradient: whether the loss's gradient is as large as the path: of `path` itself, not of rows `path[n]`.
 
     Raises:
-        InputError: the budget is too small even for one sample at once, with what would do; or the network's samples
-            depend on each other, so that its batches cannot be cut.
+        InputError: the budget is too small even for one sample at once (the message says how much would do); or the network's
+            samples depend on each other, so that its batches cannot be cut.
     """
     device = torch.device(device)
     shape = torch.Size(images.shape if isinstance(images, Tensor) else images)
@@ -201,7 +203,7 @@ def plan(
 
 
 def plan_for(work: Work, memory_budget: int | str | None, microbatch: int | None = None) -> Plan:
-    """Return the plan for `work`: the largest pieces that fit, and what then fits of activations to keep. As `plan`."""
+    """Return the plan for `work`: the largest pieces that fit, and as many saved activations as then fit. Raises as `plan`."""
     if microbatch is not None and memory_budget not in (None, AUTO):
         raise InputError("expected microbatch or memory_budget, found both; give one")
     if microbatch is not None:
@@ -237,14 +239,14 @@ def check_budget(amount: str) -> None:
         parse_bytes(amount)
 
 
-def _largest(most: int, of: Callable[[int], Plan], budget: int) -> Plan | None:
-    """Return the plan `of` the largest number in 1 … `most` whose peak is within `budget`; it grows with the number."""
-    fits = bisect.bisect_right(range(1, most + 1), budget, key=lambda number: of(number).peak_bytes)
-    return of(fits) if fits else None
+def _largest(most: int, plan_of: Callable[[int], Plan], budget: int) -> Plan | None:
+    """Return `plan_of` the largest number in 1 … `most` whose peak is within `budget`; the peak grows with the number."""
+    number = bisect.bisect_right(range(1, most + 1), budget, key=lambda number: plan_of(number).peak_bytes)
+    return plan_of(number) if number else None
 
 
 def _even(batch: int, most: int) -> int:
-    """Return the size of pieces, as many as pieces of `most` are, but even."""
+    """Return the size of even pieces, as many as pieces of `most` would be."""
     return math.ceil(batch / math.ceil(batch / most))
 
 

@@ -19,10 +19,10 @@ Result = TypeVar("Result")
 
 
 def with_smaller_pieces(plan: Plan, attempt: Callable[[Plan], Result]) -> tuple[Result, Plan]:
-    """Return what `attempt(plan)` returns, and the plan with which it did.
+    """Return the result of `attempt(plan)`, and the plan with which `attempt` succeeded.
 
-    Where memory runs out, the next smaller plan is tried, with a line in the log. `attempt` must be repeatable: what
-    it changes, it has to change last. Raises `InputError` where there is no smaller plan.
+    Where memory runs out, the next smaller plan is tried, with a line in the log. `attempt` must be repeatable: it has to
+    make its changes last. Raises `InputError` where there is no smaller plan.
     """
     while True:
         try:
@@ -30,7 +30,7 @@ def with_smaller_pieces(plan: Plan, attempt: Callable[[Plan], Result]) -> tuple[
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        # behind the except clause: its traceback holds what was allocated
+        # after the except clause: its traceback keeps the allocated tensors alive
         smaller = plan.smaller()
         kernels.release_memory()
         if plan.work.device.type == "cuda":

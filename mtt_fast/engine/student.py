@@ -1,7 +1,7 @@
-"""What the engine asks of a model: its gradient, and the directional derivative of that gradient (design: one step).
+"""The student: a network's gradient, and the directional derivative of that gradient, for one step.
 
-The generic student below answers for any network and any loss by autograd. A hand-written student for one architecture
-answers the same two questions; wrapped students (`InMicrobatches`) answer them by asking another.
+The generic student below computes both for any network and any loss by autograd. A hand-written student for one
+architecture computes the same two; a wrapped one (`InMicrobatches`) calls another.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 
-# What a generic step takes over what it holds, inside its operations and because glibc's allocator keeps freed blocks
-# between those in use, and what its graph takes that lies still. 0.8 to 2.3, and up to 1.9, measured on ConvNet (32 to 128
-# pixels), ResNet18, VGG11, AlexNet and a ViT.
-_TAKEN_OVER_HELD, _TAKEN_OVER_KEPT = 2.6, 2.0
+# The memory of a generic step over its live bytes, since operations allocate inside and glibc's allocator keeps freed
+# blocks between those in use, and that of a saved graph over the graph's bytes. 0.8 to 2.3, and up to 1.9, measured on
+# ConvNet (32 to 128 pixels), ResNet18, VGG11, AlexNet and a ViT.
+_TAKEN_OVER_LIVE, _TAKEN_OVER_SAVED = 2.6, 2.0
 _MANY = 128  # samples
 
 CANNOT_CUT = (
     "microbatch: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
     "use instance norm, evaluation mode, or no micro-batches"
 )
-"""What is said where batches of a network that mixes samples were to be cut."""
+"""The error where batches of a network that mixes samples were to be cut."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
 
 
 SavedActivations = list[Any]
-"""Activations of one step that its student can use again; what they are is known to that student alone."""
+"""Activations of one step that its student can use again; only that student knows their contents."""
 
 
 class StepGradient(NamedTuple):
-    """The loss and its gradient at θ, and what was kept on the way."""
+    """The loss and its gradient at θ, and the activations that were saved on the way."""
 
     loss: Tensor  # ()
     theta: Tensor  # (P,)
@@ -52,13 +52,13 @@ class StepGradient(NamedTuple):
 
 
 class StepBytes(NamedTuple):
-    """Peak memory of one step beyond its arguments and what lies kept already, in bytes."""
+    """Peak memory of one step beyond its arguments and the activations saved before, in bytes."""
 
     gradient: int
-    gradient_saving: int  # what is kept included
+    gradient_saving: int  # the saved activations included
     gradient_jvp: int
-    gradient_jvp_saved: int  # beyond what was kept
-    saved: int  # by one step; 0 if the student keeps nothing
+    gradient_jvp_saved: int  # beyond the saved activations
+    saved: int  # by one step; 0 if the student saves nothing
     work: int  # stays between calls
 
 
@@ -75,7 +75,7 @@ class Student(Protocol):
     """One step's gradient and its derivative; the loss is a mean over the samples of the batch."""
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
-        """Return the loss () and ∇θ loss (P,) at `theta`; with `save` also activations, if the student keeps any."""
+        """Return the loss () and ∇θ loss (P,) at `theta`; with `save` also activations, if the student saves any."""
         ...
 
     def gradient_jvp(
@@ -83,22 +83,22 @@ class Student(Protocol):
     ) -> GradientTangent:
         """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,).
 
-        `saved` is what `gradient` kept of the same step, if it did: it saves computing that again, and is used up.
+        `saved` are the activations that `gradient` saved of the same step: they are not computed again, and are used up.
         """
         ...
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Cost of one step in both sweeps, in units of the convolutions of one forward pass: as it is, with all kept."""
+        """Return the cost of one step in both sweeps, in convolutions of one forward pass: plain, and with saved activations."""
         ...
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """Return what a step on `batch` samples (C, H, W) of `dtype` takes."""
+        """Return the peak memory of a step on `batch` samples (C, H, W) of `dtype`."""
         ...
 
 
-class _HeldByAll:
-    """A setting of the whole process, in force from when the first thread enters until the last one has left."""
+class _SharedSetting:
+    """A setting of the whole process, in force from the first thread's entry until the last one has left."""
 
     def __init__(self, setting: Callable[[], AbstractContextManager[Any]]) -> None:
         self._setting, self._lock, self._inside = setting, threading.Lock(), 0
@@ -106,28 +106,28 @@ class _HeldByAll:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self.held = self._setting()
-                self.held.__enter__()
+                self._active = self._setting()
+                self._active.__enter__()
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self.held.__exit__(None, None, None)
+                self._active.__exit__(None, None, None)
 
 
 # the only attention that can be differentiated twice, in whichever mode
-_plain_attention = _HeldByAll(functools.partial(sdpa_kernel, SDPBackend.MATH))
+_plain_attention = _SharedSetting(functools.partial(sdpa_kernel, SDPBackend.MATH))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes)."""
+    """Return the mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes)."""
     return F.cross_entropy(logits, labels)
 
 
 def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
-    """Mean cross-entropy against softmax(`label_logits`) (b, classes): learned soft labels, as DATM keeps them."""
+    """Return the mean cross-entropy against softmax(`label_logits`) (b, classes): learned soft labels, as DATM keeps them."""
     return F.cross_entropy(logits, label_logits.softmax(dim=1))
 
 
@@ -135,7 +135,7 @@ def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
 class GenericStudent:
     """Any network and loss, by autograd: the directional derivative is the gradient of v·g, in the graph of one step.
 
-    What it keeps of a step is that graph, so that with all steps kept it does what autograd through all of them does.
+    Its saved activations are that graph, so that with those of all steps it does what autograd through all steps does.
     """
 
     network: Network
@@ -143,7 +143,7 @@ class GenericStudent:
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        if save:  # a copy, since a graph ends where something is written into what it saved: the next row of a path
+        if save:  # of a copy, since a graph is invalid once a tensor that it saved is overwritten, as by the next row of a path
             step = self._recorded(theta.clone(), images, labels)
             return StepGradient(step.loss.detach(), step.gradient.detach(), [step])
         with torch.enable_grad():
@@ -177,19 +177,19 @@ class GenericStudent:
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`.
 
-        What is held at once is found by steps on tensors without data, of few samples and of many. What the operations
-        take inside, and what the allocator keeps between blocks in use, is an allowance.
+        Steps on tensors without data, of few samples and of many, give the live bytes. An allowance stands for the memory that
+        operations take inside, and that the allocator keeps between blocks in use.
         """
         few = 2 if self.network.mixes_samples else 1  # one sample alone cannot be normalised together
         fewer, more = (live_bytes(self.network, count, image_shape, dtype) for count in (few, _MANY))
         share = (batch - few) / (_MANY - few)
-        held = StepBytes(*(int(less + share * (most - less)) for less, most in zip(fewer, more, strict=True)))
-        saved = int(_TAKEN_OVER_KEPT * held.saved)
+        live = StepBytes(*(int(less + share * (most - less)) for less, most in zip(fewer, more, strict=True)))
+        saved = int(_TAKEN_OVER_SAVED * live.saved)
         return StepBytes(
-            gradient=int(_TAKEN_OVER_HELD * held.gradient),
-            gradient_saving=int(_TAKEN_OVER_HELD * (held.gradient_saving - held.saved)) + saved,
-            gradient_jvp=int(_TAKEN_OVER_HELD * held.gradient_jvp),
-            gradient_jvp_saved=int(_TAKEN_OVER_HELD * held.gradient_jvp_saved),
+            gradient=int(_TAKEN_OVER_LIVE * live.gradient),
+            gradient_saving=int(_TAKEN_OVER_LIVE * (live.gradient_saving - live.saved)) + saved,
+            gradient_jvp=int(_TAKEN_OVER_LIVE * live.gradient_jvp),
+            gradient_jvp_saved=int(_TAKEN_OVER_LIVE * live.gradient_jvp_saved),
             saved=saved,
             work=0,
         )
@@ -205,7 +205,7 @@ class _RecordedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class InMicrobatches:
-    """A student that cuts each batch into pieces of at most `size` samples and asks `student` for each: exact.
+    """A student that cuts each batch into pieces of at most `size` samples and calls `student` on each: exact.
 
     The loss is a mean over samples, so the loss and its gradients are the weighted sums of the pieces'.
     """
@@ -231,8 +231,8 @@ class InMicrobatches:
         to_images = torch.empty_like(images)
         to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
         for piece, weight in self._pieces(len(images)):
-            of_piece = saved.pop(0) if saved else None
-            part = self.student.gradient_jvp(theta, images[piece], labels[piece], v, of_piece)
+            piece_saved = saved.pop(0) if saved else None
+            part = self.student.gradient_jvp(theta, images[piece], labels[piece], v, piece_saved)
             v_dot_g.add_(part.v_dot_g, alpha=weight)
             hessian_v.add_(part.hessian_v, alpha=weight)
             torch.mul(part.images, weight, out=to_images[piece])
@@ -246,16 +246,16 @@ class InMicrobatches:
         return self.student.passes
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`: of the largest piece, beside what all pieces keep."""
+        """See `Student.step_bytes`: the largest piece's, beside the saved activations of all pieces."""
         sizes = [piece.stop - piece.start for piece, _ in self._pieces(batch)]
         steps = {size: self.student.step_bytes(size, image_shape, dtype, device) for size in set(sizes)}
         largest, saved = steps[sizes[0]], sum(steps[size].saved for size in sizes)
         return largest._replace(saved=saved, gradient_saving=saved - largest.saved + largest.gradient_saving)
 
     def _pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
-        for begin in range(0, batch, self.size):
-            end = min(begin + self.size, batch)
-            yield slice(begin, end), (end - begin) / batch
+        for start in range(0, batch, self.size):
+            stop = min(start + self.size, batch)
+            yield slice(start, stop), (stop - start) / batch
 
 
 def in_microbatches(student: Student, network: Network, size: int) -> Student:
@@ -274,7 +274,7 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
 def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
     """Return the bytes in tensors of a generic student's steps, at their peaks and between the sweeps.
 
-    Nothing is computed: the steps are some on the meta device, with a loss that stands for any other.
+    Nothing is computed: the steps run on the meta device, with a loss that stands for any other.
     """
     theta = torch.empty(network.num_parameters, dtype=dtype, device="meta")
     images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
@@ -284,12 +284,19 @@ def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: tor
         student.gradient(theta, images, labels)
     with _CountLiveBytes() as gradient_jvp:
         student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
-    with _CountLiveBytes() as keeping:
+    with _CountLiveBytes() as saving:
         step = student.gradient(theta, images, labels, save=True)
-        saved, most = keeping.held, keeping.peak
-        keeping.peak = saved
+        saved, forward_peak = saving.live, saving.peak
+        saving.peak = saved
         student.gradient_jvp(theta, images, labels, torch.empty_like(theta), step.saved)
-    return StepBytes(gradient.peak, most, gradient_jvp.peak, keeping.peak - saved, saved, work=0)
+    return StepBytes(
+        gradient=gradient.peak,
+        gradient_saving=forward_peak,
+        gradient_jvp=gradient_jvp.peak,
+        gradient_jvp_saved=saving.peak - saved,
+        saved=saved,
+        work=0,
+    )
 
 
 class _CountLiveBytes(TorchDispatchMode):
@@ -297,8 +304,8 @@ class _CountLiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self.held = 0
-        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.peak = self.live = 0
+        self._storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -308,11 +315,11 @@ class _CountLiveBytes(TorchDispatchMode):
         return result
 
     def _allocated(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self.held += storage.nbytes()
-            self.peak = max(self.peak, self.held)
+        if storage not in self._storages:
+            self._storages.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._freed, storage.nbytes())
 
     def _freed(self, size: int) -> None:
-        self.held -= size
+        self.live -= size

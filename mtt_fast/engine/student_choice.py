@@ -1,4 +1,4 @@
-"""Which student answers for a network."""
+"""The choice of the student that computes a network's steps, and of its precision."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def student_for(
     loss: Loss | None = None,
     precision: Precision = "fp32",
 ) -> Student:
-    """Return the student for `network` on `device`: the fused one for `ConvNet` where its kernels are, else the generic.
+    """Return the student for `network` on `device`: the fused one for `ConvNet` where its kernels run, else the generic.
 
-    Without a `loss` it is cross-entropy with labels of `label_kind`; a loss of the user's own takes the generic one.
-    `precision` is the fused student's; the generic one's is what torch's own settings say.
+    Without a `loss` it is cross-entropy with labels of `label_kind`; a loss of the user's own takes the generic student.
+    `precision` is the fused student's; the generic one follows torch's own settings.
     """
     if isinstance(network, ConvNet) and loss is None and kernels_for(device):
         return FusedConvNetStudent(network, label_kind, precision)
@@ -39,31 +39,30 @@ def kernels_for(device: torch.device) -> bool:
     `InputError` for a CUDA device where Triton is missing.
     """
     try:
-        found: bool = has_kernels(device)
+        return bool(has_kernels(device))
     except ImportError as error:
         raise InputError(f"{device}: {error}") from error
-    return found
 
 
 def precision_on(device: torch.device, network: Network, precision: Precision) -> Precision:
-    """Return the precision of the factors of products in a job with `network` on `device`, of the one that was asked for.
+    """Return the precision of the factors of products in a run with `network` on `device`, where `precision` is requested.
 
-    A CPU computes in float32 whatever was asked for. Raises `InputError` for what is no precision, and for bf16 where
-    `network` takes the generic student, whose precision is what torch's own settings say.
+    A CPU computes in float32 whatever `precision` is. Raises `InputError` for an unknown precision, and for bf16 where
+    `network` takes the generic student, which follows torch's own settings.
     """
     if precision not in get_args(Precision):
-        raise InputError(f"--precision {precision}: expected {', '.join(get_args(Precision))}")
+        raise InputError(f"precision {precision}: expected {', '.join(get_args(Precision))}")
     if device.type == "cpu":
         return "fp32"
     if precision == "bf16" and not isinstance(student_for(network, device), FusedConvNetStudent):
         raise InputError(
-            f"--precision bf16: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
-            f"on {device}; use --precision tf32 or fp32"
+            f"precision bf16: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
+            f"on {device}; use tf32 or fp32"
         )
     return precision
 
 
 def describe_numerics(device: torch.device, network: Network, precision: Precision) -> str:
-    """Return which student answers for `network` on `device`, and with which precision, for a log."""
+    """Return the student of `network` on `device` and its precision, as text for a log."""
     used = precision_on(device, network, precision)
     return f"{type(student_for(network, device, precision=used)).__name__}, {used}"

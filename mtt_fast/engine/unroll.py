@@ -1,7 +1,7 @@
 """N student steps, and the exact meta-gradient through all of them in the memory of one.
 
-Forward, keep only the parameters θ_0 … θ_N. Backward, walk the steps in reverse with the adjoint λ of the parameters:
-everything that one step contributes is one directional derivative of its ordinary gradient (docs/adjoint.md).
+The forward sweep keeps only the parameters θ_0 … θ_N. The backward sweep walks the steps in reverse with the adjoint λ of the
+parameters: a step's contribution is one directional derivative of its ordinary gradient (docs/adjoint.md).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
 
 Gradient = Literal["exact", "truncated"]
-"""Exact, or without the steps' Hessians, as TESLA's: an approximation (docs/adjoint.md)."""
+"""The gradient is exact, or leaves out the steps' Hessians as TESLA does, an approximation (docs/adjoint.md)."""
 
-_ALIGNMENT = 64  # bytes: what torch's allocator for CPUs gives
+_ALIGNMENT = 64  # bytes, as torch's allocator for CPUs aligns
 
 
 @overload
@@ -77,17 +77,17 @@ def unroll(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
-    With `return_velocity` return the path and the velocity (P,) after the last step, from which a further `unroll` goes
-    on as if it were the same: row N and this velocity are its `theta` and `velocity`.
+    With `return_velocity` return the path and the velocity (P,) after the last step. A further `unroll` whose `theta` and
+    `velocity` are row N and this velocity goes on as if both were one.
 
     Any function of any rows of the path and of that velocity can be differentiated, with exact gradients to `theta`,
     `velocity`, `images`, floating `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The
-    graph kept is the path itself: peak memory is that of one step of one micro-batch, whatever N. Differentiable once:
-    a backward pass with create_graph=True is refused. Within `torch.autocast` it computes as without, and within
-    `torch.no_grad` path and velocity are all there is.
+    graph kept is the path itself: peak memory is that of one step of one micro-batch, whatever N. The path is
+    differentiable once: a backward pass with create_graph=True is refused. Within `torch.autocast` the result is the
+    same as without, and within `torch.no_grad` path and velocity alone are kept.
 
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
-    of the budget): then a single row `path[n]` is brought to the device when it is asked for.
+    of the budget): then a single row `path[n]` is brought to the device on access.
 
     Args:
         net: the student's network, `net(theta, images) -> logits`.
@@ -96,16 +96,16 @@ def unroll(
         labels: class indices (n,), or soft labels (n, classes).
         lr: learning rate, a scalar (tensor), or one a step (N,).
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again.
-        augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or what has their two methods. Its numbers are drawn
-            here, once a step in order, and used again by the backward sweep.
+        augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
+            are drawn here, once a step in order, and used again by the backward sweep.
         microbatch: at most so many samples at once; exact for networks that do not mix samples.
-        memory_budget: plan the steps so that the unroll's own peak stays below this: bytes, "6GiB", or "auto" for most
-            of what is free. Without it whole batches are done, and nothing is kept that can be computed again.
+        memory_budget: peak of the unroll's own memory, for which the steps are planned: bytes, "6GiB", or "auto" for most of
+            the free memory. Without it batches are whole, and nothing is saved that can be computed again.
         momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors of P.
         weight_decay: SGD weight decay (as torch.optim.SGD).
         velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; without it zero, as in a new optimiser.
         return_velocity: return the momentum buffer (P,) after the last step as well, on the device of `theta`.
-        plan: in place of `microbatch` and `memory_budget`: what `mtt_fast.plan` returned for these steps.
+        plan: in place of `microbatch` and `memory_budget`: the plan of `mtt_fast.plan` for these steps.
         label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
         loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
             micro-batches add up to it.
@@ -161,21 +161,19 @@ def unroll(
             augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
         )
         plan = plan_for(work, memory_budget, microbatch)
-    cut = student_for_plan(student, net, plan, largest)
-    saved_from = max(0, steps - plan.saved_steps)
-    way = StudentSteps(
-        cut,
-        indices,
-        saved_from,
-        plan.path_on_host,
-        augment,
-        tuple(draws),
-        momentum,
-        weight_decay,
-        gradient,
-        has_velocity,
+    student_steps = StudentSteps(
+        student=student_for_plan(student, net, plan, largest),
+        batches=indices,
+        saved_from=max(0, steps - plan.saved_steps),
+        path_on_host=plan.path_on_host,
+        augment=augment,
+        draws=tuple(draws),
+        momentum=momentum,
+        weight_decay=weight_decay,
+        gradient=gradient,
+        has_velocity=has_velocity,
     )
-    path, after = path_of(way, theta, images, labels, lr, velocity)
+    path, after = path_of(student_steps, theta, images, labels, lr, velocity)
     return (path, after) if return_velocity and after is not None else path
 
 
@@ -210,7 +208,7 @@ class _Path(Tensor):
 
     rows: tuple[Tensor, ...]
     home: torch.device
-    # what is computed from a path is an ordinary tensor
+    # results computed from a path are ordinary tensors
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -219,48 +217,49 @@ class _Path(Tensor):
 
 @dataclass(frozen=True)
 class StudentSteps:
-    """What both sweeps need to know besides the tensors that are differentiated."""
+    """The arguments of both sweeps besides the tensors that are differentiated."""
 
     student: Student
     batches: tuple[Tensor, ...]
-    saved_from: int  # the first step whose activations are kept
+    saved_from: int  # the first step whose activations are saved
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
     momentum: float = 0.0
     weight_decay: float = 0.0
     gradient: Gradient = "exact"
-    has_velocity: bool = False  # as with momentum there must be
+    has_velocity: bool = False  # always true with momentum
 
     def inputs(self, images: Tensor, n: int) -> Tensor:
-        """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
+        """Return the inputs of step n from its batch of `images`; contiguous, as networks and kernels expect them."""
         return (self.augment(images, self.draws[n]) if self.augment else images).contiguous()
 
     def targets(self, labels: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-        """The labels of step n, in the types that losses expect."""
-        chosen = labels[self.batches[n]]
-        return chosen.to(dtype) if chosen.is_floating_point() else chosen.long()
+        """Return the targets of step n out of `labels`, in the dtypes that losses expect."""
+        targets = labels[self.batches[n]]
+        return targets.to(dtype) if targets.is_floating_point() else targets.long()
 
 
 class _Rows:
-    """Vectors of one size, a row each: on the device, or in host memory behind two rows on the device."""
+    """Vectors of one size, a row each: on the device, or in host memory with two rows on the device in front."""
 
-    def __init__(self, stored: Tensor, device: torch.device, on_host: bool) -> None:
+    def __init__(self, stored: Tensor, device: torch.device, *, on_host: bool) -> None:
         self.stored = stored  # (rows, P)
         self._near = _aligned_rows(2, stored[0], device) if on_host else None
 
     @staticmethod
-    def empty(rows: int, like: Tensor, on_host: bool) -> _Rows:
+    def empty(rows: int, like: Tensor, *, on_host: bool) -> _Rows:
         """Return rows without values, for vectors like `like` (P,). Host memory of a GPU is pinned."""
-        place = torch.device("cpu") if on_host else like.device
-        return _Rows(_aligned_rows(rows, like, place, pin_memory=on_host and like.is_cuda), like.device, on_host)
+        device = torch.device("cpu") if on_host else like.device
+        stored = _aligned_rows(rows, like, device, pin_memory=on_host and like.is_cuda)
+        return _Rows(stored, like.device, on_host=on_host)
 
     def near(self, n: int) -> Tensor:
-        """Row n on the device, as it was last written or loaded there; the next row but one takes its place."""
+        """Return row n on the device, as last written or loaded there; the next row but one overwrites it."""
         return self.stored[n] if self._near is None else self._near[n % 2]
 
     def save(self, n: int) -> None:
-        """Put away row n, which was written on the device. In the order of the current stream, as is `load`."""
+        """Copy row n, which was written on the device, to where it is stored; in the current stream's order, as is `load`."""
         if self._near is not None:
             self.stored[n].copy_(self.near(n), non_blocking=True)
 
@@ -274,7 +273,7 @@ class _Rows:
 def _aligned_rows(rows: int, like: Tensor, device: torch.device, pin_memory: bool = False) -> Tensor:
     """Return `rows` vectors without values, of the length and dtype of `like` (P,), each aligned as one of its own.
 
-    Libraries add in another order where one is not, so that θ_n would have other bits as row n than as a start.
+    Libraries add in another order where a vector is not aligned, so that θ_n would have other bits as row n than as a start.
     """
     unit = _ALIGNMENT // like.element_size()
     width = -(-len(like) // unit) * unit
@@ -282,13 +281,13 @@ def _aligned_rows(rows: int, like: Tensor, device: torch.device, pin_memory: boo
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """All arithmetic is in the dtype of the parameters, whatever the caller has chosen for networks of their own."""
-    known = torch.amp.is_autocast_available(device.type)  # not to the meta device
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    """Compute in the dtype of the parameters, whatever the caller has chosen for networks of their own."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run as an autograd function's `backward`, once: what it returns would be a constant to a second derivative."""
+    """Return `function` as an autograd function's `backward`, once: its results would be constants to a second derivative."""
 
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -319,19 +318,19 @@ class _Unroll(torch.autograd.Function):
         """Return the path (N + 1, P), the last velocity (P,), and the rows, each an output (and a gradient) of its own."""
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
-        path = _Rows.empty(count + 1, theta, steps.path_on_host)
+        path = _Rows.empty(count + 1, theta, on_host=steps.path_on_host)
         path.near(0).copy_(theta)
         path.save(0)
-        # with momentum the update is no longer a function of one step, so its velocities are kept as well
-        velocities = _Rows.empty(count, theta, steps.path_on_host) if steps.has_velocity else None
+        # with momentum the update is no longer a function of one step, so the velocities are kept as well
+        velocities = _Rows.empty(count, theta, on_host=steps.path_on_host) if steps.has_velocity else None
         before = None if velocity is None else velocity.detach().contiguous()
         saved = {}
         for n, index in enumerate(steps.batches):
             inputs = steps.inputs(images[index], n).to(theta.dtype)
             targets = steps.targets(labels, n, theta.dtype)
-            _, gradient, of_step = steps.student.gradient(path.near(n), inputs, targets, n >= steps.saved_from)
-            if of_step:
-                saved[n] = of_step
+            _, gradient, activations = steps.student.gradient(path.near(n), inputs, targets, save=n >= steps.saved_from)
+            if activations:
+                saved[n] = activations
             after = None if velocities is None else velocities.near(n)
             kernels.sgd_step(
                 path.near(n),
@@ -347,12 +346,12 @@ class _Unroll(torch.autograd.Function):
             if velocities is not None:
                 velocities.save(n)
             before = after
-        if steps.path_on_host and theta.is_cuda:  # whoever reads the rows there must find them written
+        if steps.path_on_host and theta.is_cuda:  # a reader of the rows in host memory must find them written
             torch.cuda.current_stream(theta.device).synchronize()
         ctx.steps, ctx.saved = steps, saved
         ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
         ctx.set_materialize_grads(False)
-        # a copy, so that who goes on from it holds neither the others nor what this backward sweep needs
+        # a copy, so that a caller who keeps it keeps neither the other velocities nor this backward sweep's tensors
         return path.stored, None if after is None else after.clone(), *path.stored.unbind()
 
     @staticmethod
@@ -362,9 +361,9 @@ class _Unroll(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         steps: StudentSteps = ctx.steps
         images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
-        path = _Rows(rows, lr.device, steps.path_on_host)
-        of_momentum = ctx.saved_tensors[4]
-        velocities = None if of_momentum is None else _Rows(of_momentum, lr.device, steps.path_on_host)
+        path = _Rows(rows, lr.device, on_host=steps.path_on_host)
+        stored = ctx.saved_tensors[4]
+        velocities = None if stored is None else _Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.near(0)
         rates = _rates(lr, len(steps.batches), start)
@@ -373,19 +372,19 @@ class _Unroll(torch.autograd.Function):
         grad_rates = torch.zeros_like(rates)
 
         def incoming(n: int) -> Tensor | None:
-            """What the user's loss says of row n: as a row of the path, and as a row by itself."""
-            of_path, of_row = None if grad_path is None else grad_path[n], grad_rows[n]
-            parts = [part.to(lr.device).contiguous() for part in (of_path, of_row) if part is not None]
+            """Return the loss's own gradient to row n, both as a row of the path and as a row by itself, or None."""
+            from_path, from_row = None if grad_path is None else grad_path[n], grad_rows[n]
+            parts = [part.to(lr.device).contiguous() for part in (from_path, from_row) if part is not None]
             return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
 
-        # behind the last row that the loss looks at every adjoint is zero, and nothing comes of a step
-        looks_at_all = grad_path is not None or grad_velocity is not None
-        last = max((n for n, of_row in enumerate(grad_rows) if looks_at_all or of_row is not None), default=0)
+        # after the last row that the loss depends on every adjoint is zero, and a step contributes nothing
+        needs_all = grad_path is not None or grad_velocity is not None
+        last = max((n for n, grad_row in enumerate(grad_rows) if needs_all or grad_row is not None), default=0)
         for n in range(last, len(steps.batches)):
             ctx.saved.pop(n, None)
         adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
-        if (of_last := incoming(last)) is not None:
-            adjoint.copy_(of_last)
+        if (gradient_to_last := incoming(last)) is not None:
+            adjoint.copy_(gradient_to_last)
         velocity_adjoint = None if velocities is None else torch.zeros_like(adjoint)  # π_{n+1}, then ν
         if velocity_adjoint is not None and grad_velocity is not None:
             velocity_adjoint.copy_(grad_velocity)
@@ -402,19 +401,19 @@ class _Unroll(torch.autograd.Function):
                 batch = images[index].detach().requires_grad_(wants_images)
                 inputs = steps.inputs(batch, n).to(adjoint.dtype)
             targets, theta = steps.targets(labels, n, adjoint.dtype), path.load(n)
-            # what was kept is used up: a second backward through the same graph computes it again
+            # saved activations are used up: a second backward through the same graph computes them again
             tangent = steps.student.gradient_jvp(theta, inputs.detach(), targets, direction, ctx.saved.pop(n, None))
 
             if velocities is None:
-                along = tangent.v_dot_g
+                slope = tangent.v_dot_g
                 if steps.weight_decay:
-                    along = along + steps.weight_decay * torch.dot(direction, theta)
-                grad_rates[n] = -along
+                    slope = slope + steps.weight_decay * torch.dot(direction, theta)
+                grad_rates[n] = -slope
             else:
                 grad_rates[n] = -torch.dot(adjoint, velocities.load(n))
             if grad_images is not None:
                 (to_batch,) = torch.autograd.grad(inputs, batch, -size * tangent.images)
-                # an alpha of 1 would take a scatter that starts threads, and waits for them, for however few numbers
+                # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
                 grad_images.index_add_(0, index, to_batch, alpha=-1)
             if grad_labels is not None and tangent.labels is not None:
                 grad_labels.index_add_(0, index, (-size * tangent.labels).to(labels.dtype), alpha=-1)
@@ -436,23 +435,23 @@ class _Unroll(torch.autograd.Function):
 
 
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
-    """One learning rate a step (N,), in the dtype and on the device of the parameters."""
+    """Return one learning rate a step (N,), in the dtype and on the device of the parameters."""
     return lr.detach().to(like).expand(steps)
 
 
 @torch.no_grad()
 def _input_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Size:
-    """Return the shape (C, H, W) of what the network is given of a `batch`, which an augmentation may cut or scale."""
+    """Return the shape (C, H, W) of the network's inputs from a `batch`, which an augmentation may crop or scale."""
     return (batch if augment is None else augment(batch, drawn)).shape[1:]
 
 
 def _check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
     if velocity is None:
         return
-    for what in ("shape", "dtype", "device"):
-        found, expected = getattr(velocity, what), getattr(theta, what)
-        if found != expected:
-            raise InputError(f"unroll velocity: expected {what} {expected} of theta, found {found}")
+    for attribute in ("shape", "dtype", "device"):
+        actual, expected = getattr(velocity, attribute), getattr(theta, attribute)
+        if actual != expected:
+            raise InputError(f"unroll velocity: expected {attribute} {expected} of theta, found {actual}")
 
 
 def _kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:

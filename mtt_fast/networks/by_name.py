@@ -1,4 +1,4 @@
-"""Networks by the names that the public code gives them, and what the jobs ask of a network."""
+"""Networks by the names of the public code."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ class NamedNetwork(FlatModule):
         return default_parameters(self._module, generator)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the network is, as a record."""
+        """Return the description of the network, as a record."""
         return {"kind": self._name}
 
 
 def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: int) -> Trainable:
     """Return the network called `name` for images (C, H, W).
 
-    ConvNet with depth, width, activation, norm and pooling, each of them left out or not, in this order: ConvNetD4,
+    The name is ConvNet with depth, width, activation, norm and pooling, each of them optional, in this order: ConvNetD4,
     ConvNetW256, ConvNetD2W64BN, ConvNetAL, ConvNetNNMP. Activations: AS sigmoid, AR ReLU, AL leaky ReLU, ASwish.
-    Norms: IN instance, BN batch, LN layer, GN group, NN none. Pooling: AP average, MP max, NP none. Without them it is
-    ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. Besides: MLP, LeNet, AlexNet, VGG11, ResNet18 and ResNet18_AP
+    Norms: IN instance, BN batch, LN layer, GN group, NN none. Pooling: AP average, MP max, NP none. ConvNet alone is
+    ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. The others are MLP, LeNet, AlexNet, VGG11, ResNet18 and ResNet18_AP
     (average pooled), all with instance norm where they have a norm, and AlexNetBN, VGG11BN, ResNet18BN, ResNet18BN_AP.
 
     `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a student of its own;
-    all others are modules behind `FlatModule`. Raises `InputError` for any other name, or images too small for it.
+    all others are modules in a `FlatModule`. Raises `InputError` for any other name, or images too small for it.
     """
     match = _CONVNET.fullmatch({"ConvNetKIP": "ConvNetW1024NN"}.get(name, name))
     if match is None and name not in _OTHERS:
         raise InputError(
-            f"--model {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
+            f"model {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
             f"ConvNetD3W256, ConvNetAL, ConvNetBN or ConvNetNNMP, or one of {', '.join(_OTHERS)}"
         )
     if match is None:
@@ -83,7 +83,7 @@ def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: i
         size = height if height == side else (height, side)
         return ConvNet(channels, num_classes, size, width, depth, norm="instance" if norm == "IN" else "none")
     if min(depth, width) < 1:
-        raise InputError(f"--model {name}: expected a depth and a width of at least 1")
+        raise InputError(f"model {name}: expected a depth and a width of at least 1")
     variant = partial(
         convnet_variant, image_shape, num_classes, width=width, depth=depth, activation=_ACTIVATIONS[activation],
         norm=_NORMS[norm], pooling=_POOLINGS[pooling],
@@ -92,9 +92,9 @@ def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: i
 
 
 def full_name(described: Mapping[str, Any]) -> str:
-    """Return the name with all its parts of a network that says `described` of itself, for a comparison with another.
+    """Return the name with all its parts of the network that `described` describes, for a comparison with another.
 
-    ConvNet, ConvNetD3 and ConvNetW128IN are ConvNetD3W128ARINAP. "" where the record does not tell.
+    ConvNet, ConvNetD3 and ConvNetW128IN are ConvNetD3W128ARINAP. The result is "" where the record lacks the parts.
     """
     if "width" in described or described.get("kind") == "ConvNet":
         norm = {"instance": "IN", "none": "NN"}.get(described.get("norm", ""))
@@ -110,5 +110,5 @@ def full_name(described: Mapping[str, Any]) -> str:
 
 
 def _named(name: str, build: Callable[[], nn.Module]) -> NamedNetwork:
-    with torch.random.fork_rng(devices=[]):  # its layers draw parameters that no one asks for
+    with torch.random.fork_rng(devices=[]):  # its layers draw parameters that are not used
         return NamedNetwork(name, build())

@@ -1,7 +1,7 @@
 """MLP, LeNet, AlexNet and VGG11 as the public code has them: for 32-pixel images, and 28-pixel ones of one channel.
 
-Names and order of the parameters are the public code's. Other sizes, which it does not know, change nothing but the
-number of features that the classifier sees.
+Names and order of the parameters are the public code's. Other sizes, which that code lacks, change only the number of
+the classifier's features.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def lenet(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
 def alexnet(image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool = False) -> nn.Module:
     """Return AlexNet with the strides and widths of the public code, for images (C, H, W); it has no dropout.
 
-    `batch_norm` puts a batch norm behind each convolution. Raises `InputError` if the images are too small.
+    `batch_norm` puts a batch norm after each convolution. Raises `InputError` if the images are too small.
     """
     channels, *sides = image_shape
     padding = 4 if channels == 1 else 2
@@ -85,7 +85,7 @@ def vgg11(image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool 
             layers.append(nn.MaxPool2d(2))
         else:
             convolution = nn.Conv2d(before, after, 3, padding=1 if layers else padding)
-            layers += [convolution, norm_2d(after, batch_norm), nn.ReLU()]
+            layers += [convolution, norm_2d(after, batch_norm=batch_norm), nn.ReLU()]
             before = after
     return in_sequence(
         features=nn.Sequential(*layers),
@@ -96,6 +96,4 @@ def vgg11(image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool 
 
 def _check(name: str, image_shape: tuple[int, int, int], *sides: int) -> None:
     if min(sides) < 1:
-        raise InputError(
-            f"{name}: nothing is left of images {image_shape}; use larger images, or another --model, --models or --eval_mode"
-        )
+        raise InputError(f"{name}: nothing is left of images {image_shape}; use larger images, or another network")

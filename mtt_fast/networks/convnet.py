@@ -27,7 +27,7 @@ class ConvNet:
 
     The norm is an affine instance norm (a group norm with one group a channel, eps 1e-5), or there is none. Padding is
     1, but 3 in the first layer for one-channel images, as in the public code, where it makes MNIST's 28×28 into 32×32.
-    The parameters are one vector `theta` (P,), in the public code's order, so its trajectories load unchanged.
+    The parameters are one vector `theta` (P,), in the public code's order, so that code's trajectories load unchanged.
 
     Raises `InputError` if `depth` poolings leave nothing of `image_size`, and for a norm of another name.
     """
@@ -53,12 +53,12 @@ class ConvNet:
 
     @property
     def mixes_samples(self) -> bool:
-        """False: an instance norm never does, so a batch may be cut into micro-batches exactly."""
+        """Return False: an instance norm mixes no samples, so a batch may be cut into micro-batches exactly."""
         return False
 
     @property
     def feature_size(self) -> tuple[int, int]:
-        """Height and width of the last feature map."""
+        """Return the height and width of the last feature map."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
         grown = 2 * (self.first_padding - 1)
@@ -66,12 +66,12 @@ class ConvNet:
 
     @property
     def first_padding(self) -> int:
-        """Padding of the first convolution."""
+        """Return the padding of the first convolution."""
         return 3 if self.in_channels == 1 else 1
 
     @cached_property
     def layout(self) -> ParameterLayout:
-        """Names (those of the public code's module) and shapes, in flat order."""
+        """Return the names (those of the public code's module) and shapes of the parameters, in flat order."""
         shapes: dict[str, tuple[int, ...]] = {}
         for block in range(self.depth):
             conv = block * (4 if self.norm == "instance" else 3)  # the module's layers: conv, norm if any, ReLU, pool
@@ -86,11 +86,11 @@ class ConvNet:
 
     @property
     def num_parameters(self) -> int:
-        """P."""
+        """Return the number of parameters P."""
         return self.layout.num_parameters
 
     def describe(self) -> dict[str, Any]:
-        """Return what the network is, as a record."""
+        """Return the description of the network, as a record."""
         return {"kind": type(self).__name__, **dataclasses.asdict(self)}
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
@@ -121,7 +121,7 @@ class ConvNet:
         return F.linear(self._features(blocks, images), *classifier)
 
     def embed(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Return what the classifier sees of `images`: the last feature map, flattened, (n, F). As functional."""
+        """Return the classifier's inputs for `images`: the last feature map, flattened, (n, F). As functional as a call."""
         return self._features(self.split(theta)[:-1], images)
 
     def _features(self, blocks: Sequence[tuple[Tensor, ...]], images: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class ConvNet:
     def split(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
         """Return views of each block's parameters, and last of the classifier's weight and bias.
 
-        A block's are the weight and bias of its convolution, and those of its norm if it has one.
+        A block's parameters are the weight and bias of its convolution, and those of its norm if it has one.
         """
         parameters = self.layout.split(theta)
         each = len(parameters[:-2]) // self.depth

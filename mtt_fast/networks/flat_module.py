@@ -1,4 +1,4 @@
-"""Any `nn.Module` behind ConvNet's interface: a pure function of one flat parameter vector."""
+"""Any `nn.Module` with ConvNet's interface: a pure function of one flat parameter vector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtt_fast.networks.layout import ParameterLayout
 from mtt_fast.networks.protocol import Network
 
 Track = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From parameters (P,), a batch as the network sees it, and running statistics (S,) to those after the batch."""
+"""From parameters (P,), a batch of inputs, and running statistics (S,) to the statistics after the batch."""
 
 
 class FlatModule:
@@ -26,12 +26,12 @@ class FlatModule:
     Buffers keep the values they have now. The copy keeps the module's mode:
     a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is no longer a mean
     over independent samples and a batch cannot be cut into micro-batches; in evaluation mode it can.
-    The running statistics that `torch` would keep aside are explicit: `statistics` are those at the start, `track` says
-    what a batch makes of them, and `evaluated` tests with them.
+    The running statistics that `torch` keeps in buffers are explicit: `statistics` are those at the start, `track` updates
+    them by a batch, and `evaluated` tests with them.
 
     May be called in several threads at once. Raises `InputError` for a module with active dropout: its draws would
-    differ between the two sweeps. Found are torch's dropout layers and what keeps its share as `dropout`, as attention and
-    recurrent layers do; of other random operations a module must be free.
+    differ between the two sweeps. Torch's dropout layers are detected, and layers whose share is their `dropout`, as
+    that of attention and recurrent layers; a module must be free of other random operations.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -51,7 +51,7 @@ class FlatModule:
         running = {f"{name}.{key}": value for name, part in mixing.items() for key, value in part.named_buffers()}
         self._running = ParameterLayout(tuple(running), tuple(tuple(value.shape) for value in running.values()))
         self.statistics = _flat(running.values()) if running else None
-        """What its batch norms in training mode keep at the start (S,): means, variances, counts. None without them."""
+        """The running statistics (S,) of batch norms in training mode at the start: means, variances, counts. None without such."""
         self._initial = nn.utils.parameters_to_vector(parameters.values()).detach().clone()
         self._kind = type(module).__name__
         self._module = tracked
@@ -62,18 +62,18 @@ class FlatModule:
 
     @property
     def num_parameters(self) -> int:
-        """P."""
+        """Return the number of parameters P."""
         return self.layout.num_parameters
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
         """Return the parameters (P,) that the module had when it was wrapped, whatever the `generator`.
 
-        For fresh ones, build a fresh module: only it knows how its layers are drawn.
+        For fresh parameters, build a fresh module: only its layers know their distribution.
         """
         return self._initial.clone()
 
     def describe(self) -> dict[str, Any]:
-        """Return what the network is, as a record."""
+        """Return the description of the network, as a record."""
         return {"kind": self._kind}
 
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class FlatModule:
         return self._trained(self._parameters(theta), images)
 
     def embed(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Return what the module's last linear layer sees of `images`, (n, F), as the module's own mode has it.
+        """Return the inputs (n, F) of the module's last linear layer for `images`, in the module's own mode.
 
         Raises `InputError` for a module without a linear layer.
         """
@@ -91,17 +91,17 @@ class FlatModule:
 
     @torch.no_grad()
     def track(self, theta: Tensor, images: Tensor, statistics: Tensor) -> Tensor:
-        """Return what the running `statistics` (S,) are after a step on `images`, at `theta` (P,) before the step.
+        """Return the running `statistics` (S,) after a step on `images`, at `theta` (P,) before the step.
 
-        As `torch` does it in a forward pass in training mode: mean and unbiased variance of the batch enter with the
-        weight of the layer's momentum. Takes a forward pass.
+        They are those of `torch` after a forward pass in training mode: mean and unbiased variance of the batch enter with
+        the weight of the layer's momentum. The cost is a forward pass.
         """
         running = self._statistics(statistics.to(theta, copy=True))  # torch writes into these
         self._tracked(self._parameters(theta) | running, images)
         return _flat(running.values())
 
     def evaluated(self, statistics: Tensor) -> Network:
-        """Return the network in evaluation mode with the running `statistics` (S,), as it is tested."""
+        """Return the network in evaluation mode with the running `statistics` (S,), for a test."""
         return _Evaluated(self, statistics)
 
     def _parameters(self, theta: Tensor) -> dict[str, Tensor]:
@@ -112,17 +112,17 @@ class FlatModule:
 
 
 def statistics_of(network: Network) -> tuple[Tensor, ...]:
-    """Return the running statistics that training `network` starts with: one vector (S,), or none where it keeps none."""
+    """Return the running statistics at the start of a training of `network`: one vector (S,), or none if it keeps none."""
     return () if not isinstance(network, FlatModule) or network.statistics is None else (network.statistics,)
 
 
 def track_of(network: Network) -> Track | None:
-    """Return what brings the running statistics of `network` on by a batch, or None where it keeps none."""
+    """Return the function that updates the running statistics of `network` by a batch, or None if it keeps none."""
     return network.track if isinstance(network, FlatModule) and network.statistics is not None else None
 
 
 def in_evaluation(network: Network, *statistics: Tensor) -> Network:
-    """Return `network` as it is tested: in evaluation mode with its running `statistics`, if it keeps any."""
+    """Return `network` for a test: in evaluation mode with its running `statistics`, if it keeps any."""
     return network.evaluated(*statistics) if isinstance(network, FlatModule) and statistics else network
 
 
@@ -149,8 +149,8 @@ class _Evaluated:
 class _Stateless:
     """A module as a pure function of its parameters, and of those of its buffers that are given.
 
-    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself; their
-    own tensors are shared.
+    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself; the
+    copies share the layers' own tensors.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -184,7 +184,7 @@ def _dropped(part: nn.Module) -> float:
 
 
 def _with_the_same_tensors(module: nn.Module) -> nn.Module:
-    """Return a copy of the layers alone: it shares the parameters and buffers."""
+    """Return a copy of the layers alone, which shares the parameters and buffers."""
     own = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in own})
 
@@ -200,7 +200,7 @@ def _without_running_statistics(module: nn.Module) -> nn.Module:
 
 
 def _without_last_linear(module: nn.Module) -> nn.Module | None:
-    """Return a copy that returns what the last linear layer is given, or None if there is no such layer."""
+    """Return a copy that returns the inputs of the last linear layer, or None if there is no such layer."""
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name]
     if not names:
         return None

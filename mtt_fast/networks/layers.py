@@ -1,4 +1,4 @@
-"""Layers that several networks of the public code share, and how `torch` draws their parameters."""
+"""Layers that several networks of the public code share, and `torch`'s draws of their parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mtt_fast.errors import InputError
 
 
-def norm_2d(channels: int, batch_norm: bool) -> nn.Module:
+def norm_2d(channels: int, *, batch_norm: bool) -> nn.Module:
     """Return a batch norm, or an affine instance norm as the public code makes it: one group a channel."""
     return nn.BatchNorm2d(channels) if batch_norm else nn.GroupNorm(channels, channels)
 

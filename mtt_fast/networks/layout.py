@@ -1,4 +1,4 @@
-"""How the parameters of a network lie in one flat vector."""
+"""The layout of a network's parameters in one flat vector."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class ParameterLayout:
 
     @property
     def sizes(self) -> list[int]:
-        """Number of scalars of each parameter."""
+        """Return the number of scalars of each parameter."""
         return [math.prod(shape) for shape in self.shapes]
 
     @property
     def num_parameters(self) -> int:
-        """P, the length of the flat vector."""
+        """Return P, the length of the flat vector."""
         return sum(self.sizes)
 
     def split(self, theta: Tensor) -> list[Tensor]:

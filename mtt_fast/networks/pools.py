@@ -1,4 +1,4 @@
-"""Which networks an evaluation trains: the pools that the public code names by a letter."""
+"""The networks that an evaluation trains: the pools that the public code names by a letter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ POOLS: dict[str, tuple[str, ...]] = {
 }
 """Networks by the letter of `get_eval_pool`: M as in MTT (Table 3 of the paper), B as in DM, BN as in DATM.
 
-They ablate architecture (M), width (W), depth (D), activation (A), pooling (P), norm (N), batch norm (B, BN).
+The pools ablate architecture (M), width (W), depth (D), activation (A), pooling (P), norm (N), batch norm (B, BN).
 """
 
 
 def eval_pool(eval_mode: str, model: str) -> tuple[str, ...]:
-    """Return the names of the networks that `eval_mode` stands for, where the distillation's own is `model`.
+    """Return the names of the networks of the pool `eval_mode`, where the distillation's own network is `model`.
 
     Besides `POOLS`: S is `model` itself, with instance norm in place of batch norm as in the public code, since a
     small set says little of batch statistics; SS is `model` as it is; C is `model` and ConvNet.
@@ -30,5 +30,5 @@ def eval_pool(eval_mode: str, model: str) -> tuple[str, ...]:
     own = {"S": (model.replace("BN", ""),), "SS": (model,), "C": tuple(dict.fromkeys((model, "ConvNet")))}
     pool = (own | POOLS).get(eval_mode)
     if pool is None:
-        raise InputError(f"--eval_mode {eval_mode}: expected one of {', '.join([*own, *POOLS])}")
+        raise InputError(f"eval_mode {eval_mode}: expected one of {', '.join([*own, *POOLS])}")
     return pool

@@ -1,4 +1,4 @@
-"""What the engine and the commands ask of a network."""
+"""The protocols that a network fulfils for the engine and for the commands."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Network(Protocol):
 
     @property
     def num_parameters(self) -> int:
-        """P."""
+        """Return the number of parameters P."""
         ...
 
     @property
     def mixes_samples(self) -> bool:
-        """True where a sample's output depends on the others (batch statistics)."""
+        """Return whether a sample's output depends on the others (batch statistics)."""
         ...
 
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
@@ -28,16 +28,16 @@ class Network(Protocol):
         ...
 
     def __hash__(self) -> int:
-        """By its identity, or by what it is: what is found out about it is found out once."""
+        """Return a hash by identity or by value, under which measurements of the network are cached."""
         ...
 
 
 class Trainable(Network, Protocol):
-    """A network that the jobs can train from the start: `ConvNet`, `FlatModule`, or anything of the same shape."""
+    """A network that the commands can train from the start: `ConvNet`, `FlatModule`, or anything of the same shape."""
 
     @property
     def layout(self) -> ParameterLayout:
-        """Names and shapes of the parameters, in flat order."""
+        """Return the names and shapes of the parameters, in flat order."""
         ...
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
@@ -45,9 +45,9 @@ class Trainable(Network, Protocol):
         ...
 
     def embed(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Return what the last linear layer sees of `images` (n, C, H, W), (n, F)."""
+        """Return the inputs (n, F) of the last linear layer for `images` (n, C, H, W)."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what the network is, as a record."""
+        """Return the description of the network, as a record."""
         ...

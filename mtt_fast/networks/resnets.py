@@ -1,7 +1,7 @@
 """ResNet18 as the public code has it: a 3×3 first layer without pooling, for 32-pixel images.
 
-Names and order of the parameters are the public code's. Other sizes, which it does not know, change nothing but the
-number of features that the classifier sees.
+Names and order of the parameters are the public code's. Other sizes, which that code lacks, change only the number of
+the classifier's features.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def resnet18(
     """Return ResNet18 with instance or batch norm, for images (C, H, W).
 
     Three stages halve the image by a convolution with stride 2, and an average over 4×4 comes before the classifier.
-    `average_pooled` (ResNet18_AP): they halve it by an average pooling, and the classifier sees all features.
+    With `average_pooled` (ResNet18_AP) the stages halve it by an average pooling, and the classifier sees all features.
     """
     channels, *sides = image_shape
     for _ in _STAGES[1:]:
@@ -30,12 +30,13 @@ def resnet18(
     stages: dict[str, nn.Module] = {}
     before = _STAGES[0][0]
     for number, (after, stride) in enumerate(_STAGES, start=1):
-        first = BasicBlock(before, after, stride, batch_norm, average_pooled)
-        stages[f"layer{number}"] = nn.Sequential(first, BasicBlock(after, after, 1, batch_norm, average_pooled))
+        options = {"batch_norm": batch_norm, "average_pooled": average_pooled}
+        first, second = BasicBlock(before, after, stride, **options), BasicBlock(after, after, 1, **options)
+        stages[f"layer{number}"] = nn.Sequential(first, second)
         before = after
     return in_sequence(
         conv1=nn.Conv2d(channels, _STAGES[0][0], 3, padding=1, bias=False),
-        bn1=norm_2d(_STAGES[0][0], batch_norm),
+        bn1=norm_2d(_STAGES[0][0], batch_norm=batch_norm),
         relu=nn.ReLU(),
         **stages,
         pool=nn.AvgPool2d(pooled),
@@ -47,19 +48,19 @@ def resnet18(
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions with norms, beside a shortcut; with stride 2 both halve the image (B, C, H, W)."""
 
-    def __init__(self, before: int, after: int, stride: int, batch_norm: bool, average_pooled: bool) -> None:
+    def __init__(self, before: int, after: int, stride: int, *, batch_norm: bool, average_pooled: bool) -> None:
         super().__init__()
         step = 1 if average_pooled else stride
         self.conv1 = nn.Conv2d(before, after, 3, stride=step, padding=1, bias=False)
-        self.bn1 = norm_2d(after, batch_norm)
+        self.bn1 = norm_2d(after, batch_norm=batch_norm)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.bn2 = norm_2d(after, batch_norm)
+        self.bn2 = norm_2d(after, batch_norm=batch_norm)
         self.pooled = stride if average_pooled else 1
         self.shortcut = nn.Sequential()
         if stride != 1:
             pool = [nn.AvgPool2d(stride)] if average_pooled else []
             convolution = nn.Conv2d(before, after, 1, stride=step, bias=False)
-            self.shortcut = nn.Sequential(convolution, *pool, norm_2d(after, batch_norm))
+            self.shortcut = nn.Sequential(convolution, *pool, norm_2d(after, batch_norm=batch_norm))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the block's output (B, `after`, H / stride, W / stride)."""

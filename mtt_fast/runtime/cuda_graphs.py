@@ -1,6 +1,7 @@
-"""A function of tensors recorded once in a CUDA graph and then replayed: the host starts one thing instead of thousands.
+"""A function of tensors recorded once in a CUDA graph and then replayed: the host starts one graph instead of thousands of
+kernels.
 
-On a CPU there is nothing to record, and `graphed` returns the function itself. Only `recorder` speaks to CUDA.
+On a CPU there is nothing to record, and `graphed` returns the function itself. Only `recorder` calls CUDA.
 """
 
 from __future__ import annotations
@@ -22,34 +23,33 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 class Recording(NamedTuple):
-    """What repeats a recorded call, and where its results are afterwards."""
+    """A recorded call: the function that repeats it, and the tensors that hold its results afterwards."""
 
     replay: Callable[[], object]
     outputs: tuple[Tensor, ...]
 
 
 Record = Callable[[Callable[[], tuple[Tensor, ...]]], Recording]
-"""Records one call of a function without arguments."""
+"""Record one call of a function without arguments."""
 
-_MOST = 8  # recordings of one function: each keeps its own inputs and outputs
-_WARM_UPS = 2  # the first call compiles kernels and chooses algorithms, the second is like all that follow
-_one_capture = threading.Lock()  # each begins with a wait for the whole device, which no other capture may see
+_MOST = 8  # recordings of one function, since each keeps its own inputs and outputs
+_WARM_UPS = 2  # the first call compiles kernels and chooses algorithms, the second is like all later ones
+_one_capture = threading.Lock()  # a capture begins with a wait for the whole device, which no other capture survives
 
 
 def graphed(function: Function, device: torch.device) -> Function:
-    """Return a function that does as `function` does with tensors on `device`; on CUDA it replays a graph.
+    """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
-    `function` must depend on nothing but its arguments and what never changes. A call with shapes or dtypes that did
-    not come before is recorded first. Results are new tensors. Raises `torch.OutOfMemoryError` if a recording does not
+    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is recorded first. Results are new tensors. Raises `torch.OutOfMemoryError` if a recording does not
     fit on the device.
     """
     return GraphedFunction(function, recorder(device)) if device.type == "cuda" else function
 
 
 class GraphedFunction:
-    """A function by its recordings, one for each set of shapes and dtypes that it was called with.
+    """A function with its recordings, one for each set of shapes and dtypes that it was called with.
 
-    Where that makes too many, or a call cannot be recorded, the function itself is called, and the log says so.
+    Where these are too many, or a call cannot be recorded, the function itself is called, and the log says so.
     """
 
     def __init__(self, function: Function, record: Record) -> None:
@@ -82,7 +82,7 @@ class GraphedFunction:
             return
         except RuntimeError as error:
             exhausted, cause = _out_of_memory(error), f"{type(error).__name__}: {error}".splitlines()[0]
-        # out here, where the error and all that its frames hold on the device are gone
+        # after the except clause, where the error and the tensors of its frames are gone
         if exhausted:
             raise torch.OutOfMemoryError(exhausted)
         self._give_up(cause)
@@ -93,7 +93,7 @@ class GraphedFunction:
 
 
 def recorder(device: torch.device) -> Record:
-    """Return what records calls in CUDA graphs on `device`.
+    """Return a function that records calls in CUDA graphs on `device`.
 
     The graphs of one recorder share memory, so only one of them may run at a time, on one stream after another.
     """
@@ -108,7 +108,7 @@ def recorder(device: torch.device) -> Record:
             with torch.cuda.stream(stream):  # also brings the old stream back where a capture fails
                 for _ in range(_WARM_UPS):
                     run()
-                # thread_local: a thread that prefetches may meanwhile do as it likes
+                # thread_local: a thread that prefetches may meanwhile call CUDA freely
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = run()
             before.wait_stream(stream)
@@ -118,7 +118,7 @@ def recorder(device: torch.device) -> Record:
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:
-    """Return what was said when memory ran out, if that is where `error` comes from: an interrupted capture hides it."""
+    """Return the message of the out-of-memory error that caused `error`, or None: an interrupted capture hides the cause."""
     while error is not None:
         if is_out_of_memory(error):
             return str(error)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that long work looks at between its steps."""
+"""Ctrl-C and SIGTERM as a request that a long run checks between its steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """Work stopped early on request, with everything saved. `signum` is the signal; the message says how to go on."""
+    """A run that stopped early on request, with everything saved. `signum` is the signal; the message says how to go on."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether a signal has asked the work to stop, and which."""
+    """A request to stop: false until a signal arrives, whose number `signum` then is."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -27,14 +27,14 @@ class StopRequest:
         return self.signum != 0
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self:  # asked twice: at once
+        if self:  # the second signal interrupts at once
             raise KeyboardInterrupt
         self.signum = signum
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Within the block the first SIGINT or SIGTERM only sets the request; a second one interrupts at once.
+    """Set the request on the first SIGINT or SIGTERM within the block, without an interruption; a second one interrupts.
 
     Outside the main thread, where Python allows no handlers, the request is never set.
     """
@@ -43,9 +43,9 @@ def stop_request() -> Iterator[StopRequest]:
         yield request
         return
     signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, request._handle) for number in signals]
+    handlers = [signal.signal(number, request._handle) for number in signals]
     try:
         yield request
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in zip(signals, handlers, strict=True):
             signal.signal(number, handler)

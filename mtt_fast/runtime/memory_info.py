@@ -1,4 +1,4 @@
-"""How much memory is free, sizes as text, and errors that say that memory ran out."""
+"""Free memory, sizes as text, and errors that say that memory ran out."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from mtt_fast.errors import InputError
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 AUTO = "auto"
-"""The budget that is `MARGIN` of what is free."""
+"""The budget that is `MARGIN` of the free memory."""
 MARGIN = 0.8
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` says that memory ran out: Python's, torch's on either device, or a library's."""
-    said = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
+    phrases = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in phrases)
 
 
 def parse_bytes(amount: int | str) -> int:
     """Return a number of bytes from an integer or text such as "6GiB", "400 MB". Raises `InputError` for anything else."""
     if isinstance(amount, int):
-        found, unit = float(amount), ""
+        number, unit = float(amount), ""
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
         if match is None or match[2].upper() not in _UNITS:
             raise InputError(
                 f"memory budget '{amount}': expected a number of bytes or one with KB, MB, GB, KiB, MiB or GiB, e.g. 6GiB"
             )
-        found, unit = float(match[1]), match[2].upper()
-    if not 0 < found * _UNITS[unit] < 2**63:
+        number, unit = float(match[1]), match[2].upper()
+    if not 0 < number * _UNITS[unit] < 2**63:
         raise InputError(f"memory budget {amount}: expected more than nothing, and less than 8 EiB")
-    return int(found * _UNITS[unit])
+    return int(number * _UNITS[unit])
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what can still be allocated on `device`: what the driver says, or the system and the control group.
+    """Return the bytes that can still be allocated on `device`, by the driver, or the system and the control group.
 
-    On a GPU what torch has reserved and does not use counts as free. Where the system does not say (not Linux), half
-    of the physical memory is taken for free.
+    On a GPU memory that torch has reserved and does not use counts as free. Where the system does not say (not Linux), half
+    of the physical memory counts as free.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -57,18 +57,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _left_in_groups(membership: Path, mount: Path) -> list[int]:
-    """What each control group of this process, version 1 or 2, and those above it leave of their limits."""
+    """Return the bytes below the limit in each control group of this process, version 1 or 2, and the groups above."""
     left = []
     for line in membership.read_text().splitlines() if membership.exists() else []:
-        _, controllers, place = line.split(":", 2)
+        _, controllers, path = line.split(":", 2)
         if controllers == "memory":
             root, names = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         elif not controllers:
             root, names = mount, ("memory.max", "memory.current", "inactive_file")
         else:
             continue
-        within = root / place.lstrip("/")
-        for group in [within, *within.parents]:
+        own_group = root / path.lstrip("/")
+        for group in [own_group, *own_group.parents]:
             if group.is_relative_to(root):
                 left += _left_in_group(group, *names)
     return left

@@ -1,4 +1,4 @@
-"""How a device computes while a job runs: the precision of products, and that the same job gives the same bits."""
+"""Numerics of a run: the precision of products, and deterministic algorithms, so that the same run gives the same bits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in anothe
 
 @contextlib.contextmanager
 def numerics(device: torch.device, precision: str) -> Iterator[None]:
-    """Within the block, have torch compute on `device` with `precision`, and deterministically; then as before.
+    """Have torch compute on `device` with `precision`, and deterministically, within the block; then as before.
 
     On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32; operations
-    that add up in an order of their own take the place of those that do not, or raise `RuntimeError`; algorithms are
-    chosen by shapes, never by a race. CUBLAS_WORKSPACE_CONFIG is set if it is not, so the block has to begin before
-    the process first uses cuBLAS. Nothing is set for a CPU, which is deterministic as it is.
+    with a fixed order of sums take the place of those without, or raise `RuntimeError`; algorithms are chosen by shapes,
+    never by a race. CUBLAS_WORKSPACE_CONFIG is set unless the environment has it, so the block has to begin before the
+    process first uses cuBLAS. Nothing is set for a CPU, which is deterministic by itself.
     """
     if device.type != "cuda":
         yield
@@ -30,7 +30,7 @@ def numerics(device: torch.device, precision: str) -> Iterator[None]:
         (matmul, "allow_tf32", precision != "fp32"),
         (cudnn, "deterministic", True),
         (cudnn, "benchmark", False),
-        (memory, "fill_uninitialized_memory", False),  # a help in the search for errors, at the price of a kernel each
+        (memory, "fill_uninitialized_memory", False),  # an aid to debugging, at the price of a kernel for each tensor
     )
     before = [getattr(owner, name) for owner, name, _ in settings]
     deterministic, only_warned = (

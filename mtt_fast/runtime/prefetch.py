@@ -17,8 +17,8 @@ Item = TypeVar("Item")
 def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: int = 2) -> Generator[Item, None, None]:
     """Yield `make(index)` for each index in turn, made by one thread up to `depth` items ahead of the one in use.
 
-    What `make` raises is raised where its item would have come. Close the generator (`contextlib.closing`) to stop
-    early: what is being made is finished and dropped, the rest is not begun, and the thread has ended.
+    An exception of `make` is raised where its item would have come. Close the generator (`contextlib.closing`) to stop
+    early: the item under way is finished and dropped, no other is begun, and the thread has ended.
     """
     ahead: deque[Future[Item]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
@@ -34,10 +34,10 @@ def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: i
 
 
 def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]:
-    """Return a function that starts to copy CPU tensors to `device` and returns another, which gives out the copies.
+    """Return a function that starts to copy CPU tensors to `device` and returns another, which returns the copies.
 
     The first may be called in any thread; on CUDA it copies from pinned memory on a stream of its own and waits for
-    nothing. The second makes the caller's stream wait for the copies. On a CPU the tensors are given out themselves.
+    nothing. The second makes the caller's stream wait for the copies. On a CPU it returns the tensors themselves.
     """
     if device.type != "cuda":
         return lambda tensors: lambda: tensors
@@ -61,5 +61,5 @@ def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], 
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on `device`; on CUDA the copy is only begun, on the current stream, and nothing waits."""
+    """Return a CPU tensor on `device`; on CUDA the copy only starts, on the current stream, and nothing waits."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""What ran and where: versions, device and peak memory, for every record that is written."""
+"""Provenance of a record: versions, device and peak memory."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from mtt_fast.errors import InputError
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result can depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("mtt-fast", "torch", "triton", "kornia", "numpy", "safetensors"):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def digest(*tensors: Tensor) -> str:
-    """Return what tells these tensors from others: the SHA-256 of their values, in hexadecimal."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the tensors' values, in hexadecimal."""
+    checksum = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        checksum.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
 
 
 def device_name(device: torch.device) -> str:
-    """Return the device as a reader would name it: the GPU's model, or the processor with its number of threads."""
+    """Return a readable name of the device: the GPU's model, or the processor with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads"
@@ -59,9 +59,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def check_device_name(name: str) -> None:
-    """Raise `InputError` unless `name` is that of a device which this package computes on, be it here or elsewhere."""
+    """Raise `InputError` unless `name` is that of a device on which this package computes, on this machine or another."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+        raise InputError(f"device {name}: expected auto, cpu, cuda or cuda:N")
 
 
 def choose_device(name: str) -> torch.device:
@@ -71,5 +71,5 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu")
+        raise InputError(f"device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use cpu")
     return device

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on what was drawn before.
+"""Random numbers that depend on their purpose, not on earlier draws.
 
 Every expert, iteration and evaluation has a generator of its own, made from the run's seed and its place. So a resumed
 run repeats without saved generator states, and expert 7 is the same whether or not expert 6 was trained before it.

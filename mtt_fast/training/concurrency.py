@@ -20,15 +20,15 @@ from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
 Result = TypeVar("Result")
 Job = Generator[None, None, Result]
-"""Some work in pieces: it yields after each, and returns its result, on the host."""
+"""A training in pieces: it yields after each piece, and returns its result, on the host."""
 
-Lane = Callable[[], contextlib.AbstractContextManager[object]]
-"""Where the pieces of one work run."""
+Context = Callable[[], contextlib.AbstractContextManager[object]]
+"""The context, such as a CUDA stream, in which each piece of one job runs."""
 
-# The work of a step is told by the bytes that autograd would hold in it.
+# The work of a step is measured by the bytes that autograd would hold in the step.
 # On a CPU, a step of fewer is done sooner by one thread for each of several networks than by all threads for one.
 # Measured on two busy cores with ConvNet at 32×32, width 128: 10 images (47 MB) 1.4 times as fast; digits at width 32
-# are done neither sooner nor later, since what takes long there is Python's own share.
+# takes as long either way, since Python's own share is most of the time there.
 _SMALL = 64 * 2**20
 # On a GPU, so many numbers for each thread that the device holds fill it. An estimate: no device has confirmed it.
 _NUMBERS_A_THREAD = 200
@@ -36,7 +36,7 @@ _VECTORS = 12  # parameters and velocity before, within and after a recorded ste
 
 
 class Concurrency(NamedTuple):
-    """How many works run at the same time, and with how many threads each on a CPU."""
+    """The number of jobs at the same time, and of the threads of each on a CPU."""
 
     at_once: int
     threads: int
@@ -50,48 +50,48 @@ def concurrency_for(
     *,
     batch: int,
     jobs: int,
-    asked: int | None = None,
+    at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> Concurrency:
     """Return how many of `jobs` trainings of `network` in steps of `batch` images (C, H, W) to run at the same time.
 
-    `asked` overrides the formulas: on a CPU as many as there are threads, if a step is small, else one; on a GPU as
-    many as fill it and fit in `memory_budget`, where "auto" is most of what is free. The number of threads of one training
-    depends on the step alone, so its result does not depend on what runs beside it.
-    Raises `InputError` if `asked` is less than 1.
+    `at_once` overrides the formulas: on a CPU as many as threads, if a step is small, else one; on a GPU as many as fill
+    the device and fit in `memory_budget`, where "auto" is most of the free memory. The number of threads of one training
+    depends on the step alone, so its result does not depend on the jobs beside it.
+    Raises `InputError` if `at_once` is less than 1.
     """
-    if asked is not None and asked < 1:
-        raise InputError(f"--networks_at_once {asked}: expected at least 1")
-    job = live_bytes(network, batch, image_shape, torch.float32).gradient
+    if at_once is not None and at_once < 1:
+        raise InputError(f"at_once {at_once}: expected at least 1")
+    work = live_bytes(network, batch, image_shape, torch.float32).gradient
     threads = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        held = properties.multi_processor_count * properties.max_threads_per_multi_processor
+        gpu_threads = properties.multi_processor_count * properties.max_threads_per_multi_processor
         memory = int(MARGIN * free_bytes(device)) if memory_budget == AUTO else parse_bytes(memory_budget)
         step = student.step_bytes(batch, image_shape, torch.float32, device).gradient
         step += _VECTORS * network.num_parameters * torch.float32.itemsize
-        most = filling(job, held, step, memory)
+        most = filling(work, gpu_threads, step, memory)
     else:
-        most, threads = (threads, 1) if job <= _SMALL else (1, threads)
-    return Concurrency(max(1, min(asked or most, jobs)), threads)
+        most, threads = (threads, 1) if work <= _SMALL else (1, threads)
+    return Concurrency(max(1, min(at_once or most, jobs)), threads)
 
 
-def filling(job: int, held: int, step: int, memory: int) -> int:
-    """Return how many steps fill a GPU that holds `held` threads.
+def filling(work: int, gpu_threads: int, step: int, memory: int) -> int:
+    """Return the number of steps that fill a GPU of `gpu_threads` threads and fit in `memory` bytes.
 
-    Each is as much work as `job` bytes are, and takes `step` bytes of the `memory` there is.
+    A step is as much work as `work` bytes are, and takes `step` bytes.
     """
-    return min(held * _NUMBERS_A_THREAD * 4 // job, memory // step)
+    return min(gpu_threads * _NUMBERS_A_THREAD * 4 // work, memory // step)
 
 
 def run_concurrently(
     jobs: Iterable[Job[Result]], concurrency: Concurrency, device: torch.device
 ) -> Iterator[tuple[int, Result]]:
-    """Run `jobs`, `concurrency.at_once` at a time; yield (place among the works, result) as each is done.
+    """Run `jobs`, `concurrency.at_once` at a time; yield (index of the job, result) as each is done.
 
-    Works are taken from the iterable as others end. On a CPU each runs in a thread; on CUDA one thread begins the
-    pieces of all in turn, each work's on a stream of its own, so a piece should wait for nothing. When a work raises,
-    or the caller stops, the others end after the piece under way.
+    Jobs are taken from the iterable as others end. On a CPU each runs in a thread; on CUDA one thread begins the pieces
+    of all in turn, each job's on a stream of its own, so a piece should wait for nothing. When a job raises, or the
+    caller stops, the others end after the piece under way.
     """
     if device.type == "cuda":
         yield from round_robin(jobs, [_stream(device) for _ in range(concurrency.at_once)])
@@ -109,20 +109,20 @@ def result_of(job: Job[Result]) -> Result:
     return done[0]
 
 
-def round_robin(jobs: Iterable[Job[Result]], lanes: Sequence[Lane]) -> Iterator[tuple[int, Result]]:
-    """Run a piece of one work after a piece of another, as many works at a time as there are `lanes`."""
+def round_robin(jobs: Iterable[Job[Result]], contexts: Sequence[Context]) -> Iterator[tuple[int, Result]]:
+    """Run a piece of one job after a piece of another, as many jobs at a time as `contexts`; yield as `run_concurrently`."""
     waiting = enumerate(jobs)
-    running = deque((lane, place, job) for lane, (place, job) in zip(lanes, waiting, strict=False))
+    running = deque((context, index, job) for context, (index, job) in zip(contexts, waiting, strict=False))
     try:
         while running:
-            lane, place, job = running[0]
-            with lane():
+            context, index, job = running[0]
+            with context():
                 done = _advance(job)
             running.rotate(-1)
             if done is not None:
                 running.pop()
-                running.extend((lane, *following) for following in islice(waiting, 1))
-                yield place, done[0]
+                running.extend((context, *following) for following in islice(waiting, 1))
+                yield index, done[0]
     finally:
         for _, _, job in running:
             job.close()
@@ -137,15 +137,15 @@ def _advance(job: Job[Result]) -> tuple[Result] | None:
     return None
 
 
-def _stream(device: torch.device) -> Lane:
+def _stream(device: torch.device) -> Context:
     stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # what the works begin with may still be on its way
+    stream.wait_stream(torch.cuda.current_stream(device))  # the jobs' first tensors may still be on their way
     return partial(torch.cuda.stream, stream)
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Within the block, torch and the kernels use `count` threads for the operations of this thread."""
+    """Have torch and the kernels use `count` threads for the operations of this thread, within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -174,8 +174,8 @@ def _in_threads(jobs: Iterable[Job[Result]], concurrency: Concurrency) -> Iterat
     ):
         try:
             while True:
-                for place, job in islice(waiting, concurrency.at_once - len(running)):
-                    running[pool.submit(run, job)] = place
+                for index, job in islice(waiting, concurrency.at_once - len(running)):
+                    running[pool.submit(run, job)] = index
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -1,4 +1,4 @@
-"""Labelled images on a device, as networks see them."""
+"""Labelled images on a device, as inputs of networks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def as_training_images(synthetic: SyntheticDataset, device: torch.device) -> Ima
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images on one device, made into what the network sees one batch at a time.
+    """Labelled images on one device, made into the network's inputs one batch at a time.
 
-    `pixels` (n, C, H, W) are uint8 with `transform` from [0, 1] to the network's input, or floating point as the
-    network sees them and `transform` None. `labels` are indices (n,) or probabilities (n, classes). With a `canvas` they
-    are textures, of which each step of a training sees random crops.
+    `pixels` (n, C, H, W) are uint8 with `transform` from [0, 1] to the network's inputs, or floating-point inputs and
+    `transform` None. `labels` are indices (n,) or probabilities (n, classes). With a `canvas` the images are textures, of
+    which each step of a training sees random crops.
     """
 
     pixels: Tensor
@@ -40,29 +40,29 @@ class Images:
         return len(self.labels)
 
     @property
-    def seen_shape(self) -> torch.Size:
-        """The shape (C, H, W) of what the network sees."""
+    def input_shape(self) -> torch.Size:
+        """Return the shape (C, H, W) of the network's inputs."""
         shape = self.pixels.shape[1:]
         return shape if self.canvas is None else self.canvas.image_shape(shape)
 
     @property
     def crops(self) -> int:
-        """How many crops of each image a step sees; 1 where it sees the images themselves."""
+        """Return the number of crops of each image in a step; 1 where a step sees the images themselves."""
         return 1 if self.canvas is None else self.canvas.samples
 
     def seen_in(self, index: Tensor) -> Tensor:
-        """Return, for each image that a step on those at `index` sees, which one it is, or is cut from."""
+        """Return the index of the image that each input of a step on the images at `index` is, or is cropped from."""
         return index if self.canvas is None else self.canvas.batch(index)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Return (images (b, C, H, W) as the network sees them, labels)."""
+        """Return (inputs of the network (b, C, H, W), labels)."""
         pixels = self.pixels[index]
         return (self.transform(pixels.float() / 255) if self.transform else pixels), self.labels[index]
 
 
 @dataclass(frozen=True)
 class RealImages:
-    """A data set on the device, as networks see it, with the transform that makes it so."""
+    """A data set on the device, with the transform from its pixels to the network's inputs."""
 
     data: ImageData
     transform: Normalisation | Whitening
@@ -71,19 +71,19 @@ class RealImages:
 
     @property
     def identity(self) -> DatasetIdentity:
-        """What tells them from others."""
+        """Return the identity of the data set behind this transform."""
         return self.data.identity(zca=isinstance(self.transform, Whitening))
 
     @property
     def whitening(self) -> str:
-        """Which input space this is, as `DatasetIdentity.whitening`."""
+        """Return the input space, as `DatasetIdentity.whitening`."""
         return self.identity.whitening
 
 
 def real_images(
     data: ImageData, zca: bool, device: torch.device, transform: Normalisation | Whitening | None = None
 ) -> RealImages:
-    """Put `data` on `device` as uint8; each batch is normalised or whitened when it is used, or put through `transform`."""
+    """Put `data` on `device` as uint8; each batch is normalised or whitened on use, or transformed by `transform`."""
     transform = transform_for(data, zca) if transform is None else transform
     if isinstance(transform, Whitening):
         transform = transform.to(device)

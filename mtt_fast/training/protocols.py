@@ -1,6 +1,6 @@
-"""How networks are trained on a small set and tested: the protocols of the field by name, and what they measure.
+"""The evaluation of a small set: networks trained on it and tested, by the protocols of the field.
 
-Numbers compare under one protocol only. Each says what it does in `EvaluationProtocol.describe`, which the log shows.
+Accuracies compare under one protocol only. `EvaluationProtocol.describe` is a protocol in words, which the log shows.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs, where the best one is l
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """One way to train a network on a small set and to test it. The defaults are MTT's (its `evaluate_synset`).
+    """A protocol to train a network on a small set and to test it. The defaults are MTT's (its `evaluate_synset`).
 
-    SGD at the rate that comes with the set, which is divided by ten once, at half of the epochs.
+    It is SGD at the set's own learning rate, which is divided by ten once, at half of the epochs.
     """
 
     epochs: int = 1000
@@ -50,28 +50,28 @@ class EvaluationProtocol:
     name: str = "mtt"
     loop: Literal["public", "scheduler"] = "public"
     """public: `epochs` + 1 epochs, and after number `epochs` // 2 + 1 (from 0) a new optimiser at a tenth of the rate;
-    scheduler: `epochs` epochs, and behind the first `epochs` // 2 a tenth of the rate in the same optimiser"""
+    scheduler: `epochs` epochs, and after the first `epochs` // 2 a tenth of the rate in the same optimiser"""
     best_epoch: bool = False
     """report the highest accuracy on the test images of every tenth epoch (twentieth where the labels are soft) and the last
     one, in place of the last"""
 
     @property
     def total_epochs(self) -> int:
-        """Epochs that are run."""
+        """Return the number of epochs of a training."""
         return self.epochs + (self.loop == "public")
 
     @property
     def epochs_before_drop(self) -> int:
-        """Epochs before the rate is divided by ten."""
+        """Return the number of epochs before the rate is divided by ten."""
         return self.epochs // 2 + (2 if self.loop == "public" else 0)
 
-    def is_tested(self, epoch: int, soft: bool) -> bool:
-        """Return whether the network is tested after epoch number `epoch`, counted from 1, of labels that are `soft` or not."""
+    def is_tested(self, epoch: int, *, soft: bool) -> bool:
+        """Return whether the network is tested after `epoch`, counted from 1, where labels are `soft` or not."""
         every = _TESTED_EVERY_OF_SOFT if soft else _TESTED_EVERY
         return epoch == self.total_epochs or (self.best_epoch and epoch % every == 0)
 
     def describe(self) -> str:
-        """Return in a line what is done."""
+        """Return the protocol in words, on one line."""
         optimiser = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
         drop = "in a new optimiser" if self.loop == "public" else "in the same optimiser"
         reported = (
@@ -86,7 +86,7 @@ class EvaluationProtocol:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the settings, and what they say, as a record."""
+        """Return the settings, and their description, as a record."""
         return dataclasses.asdict(self) | {"text": self.describe()}
 
 
@@ -97,20 +97,20 @@ PROTOCOLS = {
 }
 """Protocols by name.
 
-mtt: the public MTT code, and FTD, TESLA and ATT, which have it from there.
-datm: the same loop in batches of 128, as DATM's configurations say (soft labels need no word: they bring themselves).
+mtt: the public MTT code, and FTD, TESLA and ATT, which share it.
+datm: the same loop in batches of 128, as DATM's configurations say (soft labels come with the set).
     Its authors' numbers are of the set with the highest accuracy on the test images: `best.safetensors` of a run.
-ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set brings no learning rate it tries five
-    and keeps the one best on the test images; here it is `--lr_teacher`.
+ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set has no learning rate it tries five
+    and keeps the one best on the test images; here the caller gives the rate.
 """
 
 
 def protocol_called(name: str) -> EvaluationProtocol:
     """Return the protocol called `name`, with its own settings. Raises `InputError` for another name."""
-    found = PROTOCOLS.get(name)
-    if found is None:
-        raise InputError(f"--protocol {name}: expected {', '.join(PROTOCOLS)}")
-    return found
+    protocol = PROTOCOLS.get(name)
+    if protocol is None:
+        raise InputError(f"protocol {name}: expected {', '.join(PROTOCOLS)}")
+    return protocol
 
 
 def protocol_by_name(
@@ -120,16 +120,16 @@ def protocol_by_name(
 
     `best_epoch` reports the best epoch also where the protocol reports the last. Raises `InputError` for another name.
     """
-    found = protocol_called(name)
+    published = protocol_called(name)
     protocol = dataclasses.replace(
-        found,
+        published,
         epochs=epochs,
-        batch_size=found.batch_size if batch_size is None else batch_size,
+        batch_size=published.batch_size if batch_size is None else batch_size,
         augment=augment,
-        best_epoch=best_epoch or found.best_epoch,
+        best_epoch=best_epoch or published.best_epoch,
     )
     if protocol.total_epochs < 1:
-        raise InputError(f"--epoch_eval_train {epochs}: expected at least 1 with --protocol {name}")
+        raise InputError(f"epochs {epochs}: expected at least 1 with protocol {name}")
     return protocol
 
 
@@ -139,18 +139,18 @@ class Accuracy:
 
     values: tuple[float, ...]
     best_epoch: bool = False
-    """whether each is of the network's best epoch, chosen on the test images, and not of its last"""
+    """whether each value is of the network's best epoch, chosen on the test images, and not of its last"""
     diverged: int = 0
-    """how many of the networks diverged; the accuracy of one that did is 0 from then on, and not what guessing reaches"""
+    """number of networks that diverged; the accuracy of such a network is 0 from then on, and not that of guessing"""
 
     @property
     def mean(self) -> float:
-        """Mean, in [0, 1]."""
+        """Return the mean, in [0, 1]."""
         return statistics.fmean(self.values)
 
     @property
     def std(self) -> float:
-        """Standard deviation over the networks (n − 1); 0 for a single one."""
+        """Return the standard deviation over the networks (n − 1); 0 for a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def record(self) -> dict[str, Any]:
@@ -196,9 +196,9 @@ def _trained(
     stop: StopRequest | None,
     test: Callable[[Network, Tensor, Tensor], None],
 ) -> Job[Tensor]:
-    """`train_network`, an epoch at a time; `test` is called when it is due.
+    """Train as `train_network` does, an epoch at a time, and call `test` whenever a test is due.
 
-    It gets the network as it is tested, its parameters, and whether it has diverged (), on the device.
+    The arguments of `test` are the network in evaluation, its parameters, and whether it has diverged (), on the device.
     """
     student = _student(network, images, precision)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
@@ -211,7 +211,7 @@ def _trained(
             raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
         theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
         losses.append(loss)
-        if protocol.is_tested(epoch, images.labels.is_floating_point()):
+        if protocol.is_tested(epoch, soft=images.labels.is_floating_point()):
             test(in_evaluation(network, *statistics), theta, has_diverged(torch.stack(losses), theta, *statistics))
         if epoch == protocol.epochs_before_drop:
             if protocol.loop == "public":
@@ -222,11 +222,11 @@ def _trained(
 
 
 def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:
-    """Return whether a training has diverged, () bool; no value is asked for.
+    """Return whether a training has diverged, () bool, without a wait for the device.
 
-    It has where the `losses` (epochs,) of its epochs or its `state` are not finite, and where the loss went beyond all
-    that a network can be wrong by that has learnt anything, and ended above its beginning: a normalised network may stay
-    finite at any rate.
+    A training has diverged where the `losses` (epochs,) of its epochs or its `state` are not finite, and where the loss
+    exceeded that of any network that has learnt something, and ended above its beginning: a normalised network may
+    stay finite at any rate.
     """
     finite = torch.stack([tensor.isfinite().all() for tensor in (losses, *state)]).all()
     return ~finite | ((losses.max() > _BEYOND_GUESSING) & (losses[-1] > losses[0]))
@@ -258,9 +258,9 @@ def evaluate(
 ) -> Accuracy:
     """Train `networks` fresh networks, each on `train(generator)`, and test each at the end (or as `protocol` says).
 
-    Network k's random numbers follow from (`seed`, "evaluation", *`place`, k) alone, and its result does not depend on
-    how many are trained `at_once` (mtt_fast/training/concurrency.py). A network that diverged gets none of the test images right, is
-    counted in the result, and told of in a warning. Raises `Stopped` between two epochs after a stop request.
+    The random numbers of network k follow from (`seed`, "evaluation", *`place`, k) alone, and its result does not depend on
+    the number that is trained `at_once` (mtt_fast/training/concurrency.py). A network that diverged gets none of the test images right,
+    is counted in the result, and named in a warning. Raises `Stopped` between two epochs after a stop request.
     """
 
     def job(k: int) -> Job[tuple[float, bool]]:
@@ -269,9 +269,9 @@ def evaluate(
         right: list[Tensor] = []
         diverged: list[Tensor] = []
 
-        def test_network(trained: Network, theta: Tensor, now: Tensor) -> None:
-            right.append(count_right(trained, theta, test).masked_fill(now, 0))
-            diverged.append(now)
+        def test_network(trained: Network, theta: Tensor, has_diverged: Tensor) -> None:
+            right.append(count_right(trained, theta, test).masked_fill(has_diverged, 0))
+            diverged.append(has_diverged)
 
         yield from _trained(
             network, theta, train(generator), lr, protocol, generator, precision, stop, test_network
@@ -282,8 +282,8 @@ def evaluate(
     device = test.labels.device
     example = train(generator_for(seed, "evaluation", *place, 0))
     concurrency = concurrency_for(
-        network, _student(network, example, precision), example.seen_shape, device,
-        batch=example.crops * min(protocol.batch_size, len(example)), jobs=networks, asked=at_once,
+        network, _student(network, example, precision), example.input_shape, device,
+        batch=example.crops * min(protocol.batch_size, len(example)), jobs=networks, at_once=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     values, failed = [0.0] * networks, 0

@@ -34,7 +34,7 @@ class Sgd:
 
 
 class Gradients(Protocol):
-    """What a step asks for: of a student, or of one that looks for flat minima (mtt_fast/training/sharpness.py)."""
+    """The gradient of a step: a student's, or one towards flat minima (mtt_fast/training/sharpness.py)."""
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> StepGradient:
         """Return the loss () at `theta` and the direction (P,) to descend against."""
@@ -44,41 +44,41 @@ class Gradients(Protocol):
 Epoch = Callable[..., tuple[Tensor, ...]]
 """From parameters and velocity (P,) and a source of random numbers to both after one epoch, and its mean loss ().
 
-Behind them, if the network keeps running statistics, come those (S,) before the epoch, and after it.
+If the network keeps running statistics (S,), the last argument is those before the epoch, and the last result those after.
 """
 
 
 class Step(NamedTuple):
-    """Where a training is after a step."""
+    """The state of a training after a step."""
 
     theta: Tensor  # (P,)
     velocity: Tensor  # (P,)
     loss: Tensor  # (), before the step
-    images: int  # that the step saw
-    statistics: list[Tensor]  # running ones, (S,), of a network that keeps some
+    images: int  # in the step
+    statistics: list[Tensor]  # the running statistics (S,) of a network that keeps some
 
 
 Steps = Callable[..., Iterator[Step]]
-"""From what an `Epoch` takes to where the training is after each of its steps."""
+"""From the arguments of an `Epoch` to the state of the training after each of its steps."""
 
 
 def epoch_on(
     student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
 ) -> Epoch:
-    """Return what visits every image once in random order, in steps of plain SGD; the last batch may be short.
+    """Return a function that visits every image once in random order, in steps of plain SGD; the last batch may be short.
 
     Order and augmentation are drawn from the generator before the first step. Nothing waits for the device, and on
-    CUDA a step is recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) is of networks that keep running
-    statistics.
+    CUDA a step is recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) belongs to networks that keep
+    running statistics.
     """
     steps = steps_on(student, images, sgd, augment, track)
 
     def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> tuple[Tensor, ...]:
-        total, seen = theta.new_zeros(()), 0
+        total, count = theta.new_zeros(()), 0
         for step in steps(theta, velocity, generator, *statistics):
             total += step.loss * step.images
-            seen += step.images
-        return step.theta, step.velocity, total / seen, *step.statistics
+            count += step.images
+        return step.theta, step.velocity, total / count, *step.statistics
 
     return epoch
 
@@ -86,17 +86,17 @@ def epoch_on(
 def steps_on(
     student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
 ) -> Steps:
-    """Return what goes through an epoch of `epoch_on` step by step."""
+    """Return a function that goes through an epoch of `epoch_on` step by step."""
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
-    seen = augment if images.canvas is None else images.canvas.crops(augment)
-    apply = None if seen is None else seen.apply
+    augmentation = augment if images.canvas is None else images.canvas.crops(augment)
+    apply = None if augmentation is None else augmentation.apply
     step = graphed(partial(training_step, student, images, sgd, apply), device)
     tracked = None if track is None else graphed(partial(_tracked, track, images, apply), device)
 
     def steps(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> Iterator[Step]:
         order = torch.randperm(len(images), generator=generator)
-        draw = None if seen is None else seen.draw_parameters
+        draw = None if augmentation is None else augmentation.draw_parameters
         batches = [images.seen_in(index) for index in order.split(sgd.batch_size)]
         lengths = [len(index) for index in batches]
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
@@ -124,28 +124,28 @@ def training_step(
 
     A pure function of its tensors, of which it asks for no value. `parameters` (b, K) are those of `augment`.
     """
-    seen, labels = _seen(images, augment, index, parameters)
-    loss, gradient, _ = student.gradient(theta, seen, labels)
-    after, moved = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
+    inputs, targets = _inputs(images, augment, index, parameters)
+    loss, gradient, _ = student.gradient(theta, inputs, targets)
+    theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
     kernels.sgd_step(
         theta,
         gradient.contiguous(),
         theta.new_full((), sgd.lr),
-        out=after,
+        out=theta_out,
         velocity=velocity if sgd.momentum else None,
-        velocity_out=moved,
+        velocity_out=velocity_out,
         momentum=sgd.momentum,
         weight_decay=sgd.weight_decay,
     )
-    return after, velocity if moved is None else moved, loss
+    return theta_out, velocity if velocity_out is None else velocity_out, loss
 
 
-def _seen(
+def _inputs(
     images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the batch at `index` (b,) as the network sees it, and its labels."""
-    seen, labels = images.batch(index)
-    return (seen if augment is None or parameters is None else augment(seen, parameters)), labels
+    """Return the network's inputs of the batch at `index` (b,), and its targets."""
+    inputs, targets = images.batch(index)
+    return (inputs if augment is None or parameters is None else augment(inputs, parameters)), targets
 
 
 def _tracked(
@@ -158,7 +158,7 @@ def _tracked(
     parameters: Tensor | None = None,
 ) -> tuple[Tensor]:
     """Return the running statistics (S,) after the step on the images at `index` (b,), from those before it."""
-    return (track(theta, _seen(images, augment, index, parameters)[0], statistics),)
+    return (track(theta, _inputs(images, augment, index, parameters)[0], statistics),)
 
 
 def accuracy(network: Network, theta: Tensor, images: Images) -> float:
@@ -168,13 +168,13 @@ def accuracy(network: Network, theta: Tensor, images: Images) -> float:
 
 @torch.no_grad()
 def count_right(network: Network, theta: Tensor, images: Images) -> Tensor:
-    """Return how many of `images` `network` puts into their class, () int64 on the device: nothing waits for it.
+    """Return the number of `images` whose class `network` gets right, () int64 on the device, without a wait.
 
-    Logits that are not finite put an image into no class.
+    An image with logits that are not finite counts as wrong.
     """
     right = torch.zeros((), dtype=torch.long, device=theta.device)
-    for begin in range(0, len(images), _TEST_BATCH):
-        seen, labels = images.batch(slice(begin, begin + _TEST_BATCH))
-        logits = network(theta, seen)
-        right += ((logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)).sum()
+    for start in range(0, len(images), _TEST_BATCH):
+        inputs, targets = images.batch(slice(start, start + _TEST_BATCH))
+        logits = network(theta, inputs)
+        right += ((logits.argmax(dim=1) == targets) & logits.isfinite().all(dim=1)).sum()
     return right

@@ -31,21 +31,21 @@ class SharpnessAware:
     adaptive: bool = False
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
-        """Return the loss () at `theta`, and the direction (P,) that takes the place of its gradient. Keeps nothing.
+        """Return the loss () at `theta`, and the direction (P,) that takes the place of its gradient. Nothing is saved.
 
         A pure function of its tensors: both gradients are of the same images.
         """
-        loss, here, _ = self.student.gradient(theta, images, labels)
-        scaled = theta * here if self.adaptive else here
-        uphill = theta * scaled if self.adaptive else here
+        loss, gradient, _ = self.student.gradient(theta, images, labels)
+        scaled = theta * gradient if self.adaptive else gradient
+        uphill = theta * scaled if self.adaptive else gradient
         worse = theta + uphill * (self.rho / (torch.linalg.vector_norm(scaled) + _SMALLEST_NORM))
-        _, there, _ = self.student.gradient(worse, images, labels)
+        _, direction, _ = self.student.gradient(worse, images, labels)
         if self.alpha:
-            along = (here * there).sum() / (there.square().sum() + _SMALLEST_NORM**2)
-            there = there - self.alpha * (here - along * there)
-        return StepGradient(loss, there, None)
+            along = (gradient * direction).sum() / (direction.square().sum() + _SMALLEST_NORM**2)
+            direction = direction - self.alpha * (gradient - along * direction)
+        return StepGradient(loss, direction, None)
 
 
 def sharpness_aware(student: Student, rho: float, alpha: float, adaptive: bool) -> Student | SharpnessAware:
-    """Return what computes the gradient of a training step; with `rho` 0 that is `student` itself."""
+    """Return the student that computes the gradient of a training step; with `rho` 0 `student` itself."""
     return SharpnessAware(student, rho, alpha, adaptive) if rho else student

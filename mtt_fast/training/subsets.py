@@ -10,7 +10,7 @@ from mtt_fast.training.images import Images
 
 
 def random_subset(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> Images:
-    """Return `ipc` random real images of each class, class-major, as networks see them (floating point).
+    """Return `ipc` random real images of each class, class-major, as inputs of networks (floating point).
 
     Raises `InputError` if a class has fewer.
     """
@@ -19,7 +19,7 @@ def random_subset(real: Images, num_classes: int, ipc: int, generator: torch.Gen
 
 
 def shuffled_classes(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> list[Tensor]:
-    """Return, for each class, where its images are in `real`, in random order: a vector of indices on the CPU.
+    """Return, for each class, a vector (on the CPU) of the indices of its images in `real`, in random order.
 
     Raises `InputError` if a class has fewer than `ipc`.
     """
@@ -28,6 +28,6 @@ def shuffled_classes(real: Images, num_classes: int, ipc: int, generator: torch.
     for label in range(num_classes):
         members = (labels == label).nonzero()[:, 0]
         if len(members) < ipc:
-            raise InputError(f"--ipc {ipc}: class {label} has only {len(members)} real images; use a smaller --ipc")
+            raise InputError(f"ipc {ipc}: class {label} has only {len(members)} real images; use a smaller ipc")
         shuffled.append(members[torch.randperm(len(members), generator=generator)])
     return shuffled

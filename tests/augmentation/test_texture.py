@@ -212,7 +212,7 @@ def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path:
     real = real_images(options.load_data(), False, torch.device("cpu"))
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
     images = as_training_images(found, torch.device("cpu"))
-    assert images.seen_shape == (1, 8, 8)
+    assert images.input_shape == (1, 8, 8)
     protocol = EvaluationProtocol(epochs=1, batch_size=4, augment="none")
     generator = generator_for(5, "evaluation", 0)
     trained = train_network(net, net.init(generator), images, 0.1, protocol, generator)

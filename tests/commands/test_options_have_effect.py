@@ -139,7 +139,7 @@ _DATA = {
     "dsa": changes("--dsa False"),
     "dsa_strategy": changes("--dsa_strategy flip_scale"),
     "seed": changes("--seed 1"),
-    "device": says("--device cuda:99", "--device cuda:99: this machine has"),
+    "device": says("--device cuda:99", "device cuda:99: this machine has"),
     "precision": says("--precision bf16", "--precision bf16 has no effect on a CPU, which computes in float32"),
 }
 _EVALUATION = {

@@ -247,7 +247,7 @@ MISTAKES = [
     pytest.param(["--batch_syn", "11"], r"--batch_syn 11: expected at most the 10 synthetic images", id="batch"),
     pytest.param(["--max_start_epoch", "3"], r"--max_start_epoch.*epoch 4", id="beyond-the-experts"),
     pytest.param(["--model", "ConvNetD9"], r"depth 9", id="too-deep"),
-    pytest.param(["--ipc", "5000"], r"--ipc 5000: class 0 has only", id="too-many"),
+    pytest.param(["--ipc", "5000"], r"ipc 5000: class 0 has only", id="too-many"),
     pytest.param(["--Iteration", "-1"], r"--Iteration -1: expected at least 0", id="negative"),
     pytest.param(["--lr_teacher", "0"], r"--lr_teacher 0.0: expected more than 0", id="rate"),
     pytest.param(["--memory_budget", "much"], r"memory budget 'much'", id="budget-text"),
@@ -281,7 +281,7 @@ WASTED = [
     (["--batch_syn", "11"], "--batch_syn 11: expected at most the 10 synthetic images"),
     (
         ["--eval_mode", "M"],
-        "VGG11: nothing is left of images (1, 8, 8); use larger images, or another --model, --models",
+        "VGG11: nothing is left of images (1, 8, 8); use larger images, or another network",
     ),
 ]
 

@@ -33,7 +33,7 @@ def test_hard_loss_to_second_order() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 9])
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("save", [False, True])
 def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, save: bool) -> None:
     theta = torch.randn(NET.num_parameters, dtype=torch.float64)
     v = torch.randn_like(theta)
@@ -42,7 +42,7 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, sa
     student = InMicrobatches(GenericStudent(NET), size)
     of_pieces = student.gradient(theta, images, labels, save)
     before = theta.clone()
-    theta.mul_(2 if save else 1)  # what is kept is of the parameters as they were
+    theta.mul_(2 if save else 1)  # the saved activations belong to the old parameters
     found = student.gradient_jvp(theta, images, labels, v, of_pieces.saved)
     theta = before
 

@@ -138,7 +138,7 @@ def test_protocols_say_what_they_do() -> None:
     )
     assert all("the last epoch is reported" in said[name] for name in ("mtt", "datm"))
     tested = [
-        [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft)]
+        [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft=soft)]
         for name, soft in (("mtt", False), ("ddranking", False), ("ddranking", True))
     ]
     assert tested == [[1001], list(range(10, 1001, 10)), list(range(20, 1001, 20))]
@@ -149,9 +149,9 @@ def test_options_choose_the_protocol() -> None:
     datm = EvaluationOptions(protocol="datm", epoch_eval_train=30, best_epoch=True, dsa=False).evaluation_protocol()
     assert (datm.batch_size, datm.epochs, datm.best_epoch, datm.augment) == (128, 30, True, "none")
     assert EvaluationOptions(protocol="datm", batch_train=64).evaluation_protocol().batch_size == 64
-    with pytest.raises(InputError, match="--protocol kip: expected mtt, datm, ddranking"):
+    with pytest.raises(InputError, match="protocol kip: expected mtt, datm, ddranking"):
         EvaluationOptions(protocol="kip").evaluation_protocol()
-    with pytest.raises(InputError, match="--epoch_eval_train 0: expected at least 1 with --protocol ddranking"):
+    with pytest.raises(InputError, match="epochs 0: expected at least 1 with protocol ddranking"):
         EvaluationOptions(protocol="ddranking", epoch_eval_train=0).evaluation_protocol()
 
 
