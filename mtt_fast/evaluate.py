@@ -33,7 +33,6 @@ from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, versions
-from mtt_fast.storage.identity import OTHER_DATA
 from mtt_fast.storage.records import write_record
 from mtt_fast.training.protocols import Accuracy, evaluate
 
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: torch.device) -> None:
     protocol = options.evaluation_protocol()
     if options.other_data and synthetic is None:
-        raise InputError(f"{OTHER_DATA}: expected a distilled set, found {options.source}, of no images; leave it out")
+        raise InputError(f"--other_data: expected a distilled set, found {options.source}, of no images; leave it out")
     data = data_for(options, options.source, synthetic)
     networks = options.evaluated_networks(data)
     real = real_images_for(options, options.source, synthetic, data, device)

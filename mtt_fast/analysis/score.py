@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtt_fast.commands import parsing
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.interop import label_robust_score
 from mtt_fast.storage.files import write_json
 
@@ -117,7 +117,7 @@ def _of_file(option: str, path: Path) -> _Accuracy:
         measured["protocol"] = str(record["protocol"]["name"])
     except OSError as error:
         raise InputError(
-            f"{option} {path}: expected a number in per cent or a file ({error.strerror or error}); mend the path"
+            f"{option} {path}: expected a number in per cent or a file ({reason_of(error)}); {remedy_for(error)}"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(

@@ -43,7 +43,6 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.files import MALFORMED, write_text
-from mtt_fast.storage.identity import OTHER_DATA
 from mtt_fast.storage.records import read_record, write_record
 from mtt_fast.storage.run_folder import only_user
 from mtt_fast.training.images import Images, RealImages
@@ -128,7 +127,7 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
     known = _measured_before(folder)
     shown = []
     if options.other_data and all(row.synthetic is None for row in sets):
-        raise InputError(f"{OTHER_DATA}: expected a distilled set, found none; leave it out")
+        raise InputError("--other_data: expected a distilled set, found none; leave it out")
     of_rows = [
         data_for(row.options, row.source, row.synthetic) for row in sets
     ]  # all are compared before one is tested

@@ -61,7 +61,7 @@ def concurrency_for(
     Raises `InputError` if `asked` is less than 1.
     """
     if asked is not None and asked < 1:
-        raise InputError(f"--networks_at_once {asked}: expected at least 1")
+        raise InputError(f"`networks_at_once` {asked}: expected at least 1")
     job = live_bytes(network, batch, image_shape, torch.float32).gradient
     threads = torch.get_num_threads()
     if device.type == "cuda":

@@ -109,7 +109,7 @@ def protocol_called(name: str) -> EvaluationProtocol:
     """Return the protocol called `name`, with its own settings. Raises `InputError` for another name."""
     found = PROTOCOLS.get(name)
     if found is None:
-        raise InputError(f"--protocol {name}: expected {', '.join(PROTOCOLS)}")
+        raise InputError(f"`protocol` {name}: expected {', '.join(PROTOCOLS)}")
     return found
 
 
@@ -129,7 +129,7 @@ def protocol_by_name(
         best_epoch=best_epoch or found.best_epoch,
     )
     if protocol.total_epochs < 1:
-        raise InputError(f"--epoch_eval_train {epochs}: expected at least 1 with --protocol {name}")
+        raise InputError(f"`epoch_eval_train` {epochs}: expected at least 1 with `protocol` {name}")
     return protocol
 
 
