@@ -264,7 +264,8 @@ class _Selection:
 def parse_options(argv: Sequence[str]) -> DistillOptions:
     """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
 
-    The recipe may also be named in the file of --config.
+    The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume it is the digits
+    recipe, whatever else is given.
     """
     chosen, in_file = _selection(argv)
     options, default = DistillOptions(), DistillOptions()
@@ -292,15 +293,19 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
     """Return what decides where defaults come from, and the options in the file of --config."""
     chosen = parsing.parse_known(_Selection, argv, PROGRAM)
     in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
-    if chosen.recipe is None and isinstance(in_file.get("recipe"), str):
-        chosen = dataclasses.replace(chosen, recipe=in_file["recipe"])
-    if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
+    texts = {name: in_file.get(name) for name in ("recipe", "out", "dataset") if getattr(chosen, name) is None}
+    in_words = {name: value for name, value in texts.items() if isinstance(value, str)}
+    chosen = dataclasses.replace(chosen, **in_words, resume=chosen.resume or in_file.get("resume") is True)
+    run_is_named = chosen.resume and chosen.out is not None
+    if chosen.recipe is None and chosen.dataset is None and not run_is_named:
         chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
     return chosen, in_file
 
 
 def _of_run(chosen: _Selection, options: DistillOptions) -> DistillOptions:
     """Return `options` with those of the run to resume. Raises `InputError` where there is none, or one of another recipe."""
+    if not chosen.out and chosen.recipe is None:
+        raise InputError("--resume: expected the run's folder with --out, or its --recipe, found neither")
     folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
     config = read_config(folder)
     if config is None:

@@ -99,7 +99,7 @@ def test_a_whitening_is_the_same_up_to_rounding() -> None:
     noise = 1e-5 * torch.randn_like(here.matrix)
     check_same_whitening(Whitening(here.mean, here.matrix + noise, here.inverse), here, "here")
     for other in (Whitening.fit(images, eps=0.01), Whitening.fit(images[:25]), Whitening.fit(torch.rand(9, 1, 3, 3))):
-        with pytest.raises(InputError, match=r"set\.safetensors: whitened otherwise: .* say --other_data"):
+        with pytest.raises(InputError, match=r"set\.safetensors: whitened otherwise: .* say `other_data`"):
             check_same_whitening(other, here, "set.safetensors")
 
 
