@@ -26,7 +26,7 @@ from mtt_fast.commands.evaluated_set import (
     settings_of,
     training_set,
 )
-from mtt_fast.commands.option_fields import Role
+from mtt_fast.commands.option_fields import Group, Role
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.errors import InputError
@@ -45,8 +45,8 @@ class EvaluateOptions(SetOptions):
 
     source: tyro.conf.Positional[str] = ""
     """a run's folder, a synthetic.safetensors, an images_*.pt with its labels_*.pt beside it, or the word "random" """
-    out: Annotated[str | None, Role.PLACE] = None
-    """also write the result to this JSON file"""
+    out: Annotated[str | None, Role.PLACE, Group.OUTPUT] = None
+    """JSON file to which the result is written as well"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

@@ -42,9 +42,9 @@ class EvolutionOptions:
     run: tyro.conf.Positional[str] = ""
     """the run's folder"""
     out: str | None = None
-    """another folder for the two pictures"""
+    """folder for the two pictures, if not the run's own"""
     seconds: Annotated[float, Range(0.02, 600)] = 0.3
-    """of each picture of the GIF, from 0.02 to 600; the last one stays five times as long"""
+    """seconds that each picture of the GIF is shown, from 0.02 to 600; the last picture stays five times as long"""
     rows: AtLeastTwo = 8
     """pictures in the strip, evenly spaced, with the first and the last"""
 

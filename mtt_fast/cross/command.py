@@ -29,7 +29,7 @@ from mtt_fast.commands.evaluated_set import (
     settings_of,
     training_set,
 )
-from mtt_fast.commands.option_fields import Checked, Role, names_of
+from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -63,12 +63,12 @@ class CrossOptions(SetOptions):
 
     sources: tyro.conf.Positional[tuple[str, ...]] = ()
     """runs' folders, files as of mtt_fast.evaluate, or the word "random" for random real images like the first set"""
-    models: tuple[str, ...] = ()
-    """networks; without them those of --eval_mode"""
-    eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
-    """networks by the letter of a pool (see mtt_fast.evaluate): M architectures"""
-    out: Annotated[str, Role.PLACE] = "runs/cross"
-    """folder of the table"""
+    models: Annotated[tuple[str, ...], Group.EVALUATION] = ()
+    """names of the networks to test on; without it those of --eval_mode"""
+    eval_mode: Annotated[str, Role.EVALUATION, Group.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
+    """networks to test on, by the letter of a pool (see mtt_fast.evaluate): M architectures"""
+    out: Annotated[str, Role.PLACE, Group.OUTPUT] = "runs/cross"
+    """folder for the table, as JSON, Markdown and a plot"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

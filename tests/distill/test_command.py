@@ -258,13 +258,17 @@ def test_without_a_data_set_it_is_the_digits_recipe(
     Path("mine.toml").write_text("syn_steps = 7\nnum_eval = 2\n")
     Path("out.toml").write_text('out = "elsewhere"\n')
     options, recipe = parse_options(words.split()), parse_options(["--recipe", "digits"])
-    given = {"device", "out", "dry_run", "ipc", "lr_img", "config", "model"} & parsing.given(DistillOptions, words.split())
+    given = {"device", "out", "dry_run", "ipc", "lr_img", "config", "model"} & parsing.given(
+        DistillOptions, words.split()
+    )
     given |= {"syn_steps", "num_eval"} if "mine.toml" in words else {"out"} if "out.toml" in words else set()
     assert options == dataclasses.replace(recipe, **{name: getattr(options, name) for name in given})
     assert options.recipe == "digits"
 
 
-@pytest.mark.parametrize("words", ["--dataset digits --out elsewhere", "--config mine.toml", "--config mine.toml --ipc 2"])
+@pytest.mark.parametrize(
+    "words", ["--dataset digits --out elsewhere", "--config mine.toml", "--config mine.toml --ipc 2"]
+)
 def test_with_a_data_set_it_is_no_recipe(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text('dataset = "digits"\n')
@@ -285,7 +289,9 @@ def test_a_run_goes_on_with_its_own_options(words: str, tmp_path: Path, monkeypa
 
 
 def test_what_is_to_be_resumed_is_named() -> None:
-    with pytest.raises(InputError, match="--resume: expected the run's folder with --out, or its --recipe, found neither"):
+    with pytest.raises(
+        InputError, match="--resume: expected the run's folder with --out, or its --recipe, found neither"
+    ):
         parse_options("--dataset digits --resume".split())
 
 
