@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class CompressOptions:
     """Compress experts to a few waypoints each, with straight lines between them (MCT)."""
 
-    folder: Annotated[str, tyro.conf.Positional] = ""
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = ""
     """folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet"""
     num_interpolation: AtLeastTwo = 4
     """waypoints of each expert, both ends included"""

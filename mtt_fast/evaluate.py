@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 class EvaluateOptions(SetOptions):
     """Train fresh networks on a distilled set, random real images, or files of the public code, and test them."""
 
-    source: tyro.conf.Positional[str] = ""
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SET")] = ""
     """a run's folder, a synthetic.safetensors, an images_*.pt with its labels_*.pt beside it, or the word "random" """
     out: Annotated[str | None, Role.PLACE, Group.OUTPUT] = None
     """JSON file to which the result is written as well"""

@@ -74,7 +74,7 @@ class DistanceOptions(ExpertTrainingOptions):
 
     GROUP: ClassVar[Group] = Group.OTHER
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN …")] = ()
     """run folders or synthetic.safetensors files, each plain or as LABEL=PATH, e.g. MTT=runs/mtt DSA=runs/dsa"""
     deltas: str = "10,20,50,100,200,500,1000,2000,5000"
     """Δt: numbers of steps on real images, joined by commas"""

@@ -39,7 +39,7 @@ _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 class EvolutionOptions:
     """Show the images over the iterations of a run: RUN/evolution.gif, and RUN/evolution.png with some of them."""
 
-    run: tyro.conf.Positional[str] = ""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """the run's folder"""
     out: str | None = None
     """folder for the two pictures, if not the run's own"""

@@ -28,7 +28,7 @@ def print_help(options: Any, prog: str) -> None:
 def _boxes(options: Any) -> type:
     """Return a dataclass with the options of no group, and a dataclass of its own for each group: tyro draws a box for each."""
     members: dict[Group, list[tuple[str, Any, Any]]] = {group: [] for group in Group}
-    texts = _help_texts(type(options))
+    texts = help_texts(type(options))
     for name, field in fields_of(type(options)).items():
         members[field.group].append((name, _with_help(field, texts.get(name, "")), getattr(options, name)))
     ungrouped = members.pop(Group.OTHER)
@@ -44,10 +44,11 @@ def _with_help(field: Field, text: str) -> Any:
     """Return the type of an option with all that is declared of it, and its help text."""
     import tyro
 
-    return Annotated[field.annotation, *field.declared, tyro.conf.arg(help=text)]
+    told = tyro.conf.arg(help=text, help_behavior_hint="" if tyro.conf.Positional in field.declared else None)
+    return Annotated[field.annotation, *field.declared, told]
 
 
-def _help_texts(kind: type) -> dict[str, str]:
+def help_texts(kind: type) -> dict[str, str]:
     """Return the text below each option in the source of the dataclass `kind` and its bases."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):

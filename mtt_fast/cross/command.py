@@ -61,7 +61,7 @@ TABLE, MARKDOWN, PLOT = "cross.json", "cross.md", "cross.png"
 class CrossOptions(SetOptions):
     """Evaluate sets on several networks: a table, as JSON, Markdown and a plot, that continues where it was stopped."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]] = ()
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SET …")] = ()
     """runs' folders, files as of mtt_fast.evaluate, or the word "random" for random real images like the first set"""
     models: Annotated[tuple[str, ...], Group.EVALUATION] = ()
     """names of the networks to test on; without it those of --eval_mode"""
