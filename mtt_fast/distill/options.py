@@ -117,7 +117,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """label the images in each iteration as the expert to be matched does (TESLA); labels that are saved are the mean of
     what all experts say after max_start_epoch epochs"""
     ema_decay: ShareOrNone = None
-    """also average the images over the iterations, with this weight on the average so far (FTD), and evaluate the average"""
+    """average the images over the iterations, with this weight on the average so far (FTD), and evaluate the average as well"""
     no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
     """no augmentation during distillation (evaluations keep the augmentation)"""
     texture: Annotated[bool, Group.TEXTURE] = False

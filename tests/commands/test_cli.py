@@ -156,7 +156,7 @@ def test_an_error_is_one_line_whatever_a_file_is_called(name: str, capsys: pytes
 
 
 def test_a_library_names_arguments_and_a_command_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match="^`model` VGG99: expected ConvNet"):
+    with pytest.raises(InputError, match=r"^`model` VGG99: expected ConvNet"):
         network_by_name("VGG99", (3, 32, 32), 10)
     assert cli.run(lambda argv: print(network_by_name("VGG99", (3, 32, 32), 10)), []) == 2
     assert capsys.readouterr().err.startswith("error: --model VGG99: expected ConvNet")
