@@ -1,6 +1,7 @@
-"""Reading experts: mtt_fast's store beside torch.load of the public code's buffers.
+"""Reading experts: mtt_fast's store, with and without checksums, beside torch.load of the public code's buffers.
 
-Each time in a new process, since what an iteration waits for first is the whole file there, and two rows here.
+Each time in a new process, since what an iteration waits for first is the whole file there, and two rows here. What the
+checksums of these two rows cost is timed by itself, too, and said as a share of an iteration of the same setting.
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.measuring import Spread, resident_bytes, spread
+from bench.cases import make_case, to
+from bench.engines import ENGINES
+from bench.measuring import Spread, resident_bytes, seconds, spread
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
-from bench.settings import Shape
+from bench.settings import Setting, Shape
 from bench.workers import Worker, WorkerError
 from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.storage.files import bytes_of, checksum_of, read_header
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
+CHECKED = "TrajectoryStore"
 _EXPERT_EPOCHS = 2
 
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Time how long the first sample of a trajectory takes. Of the shape, the network counts."""
+    """Time how long the first sample of a trajectory takes, and what its checksums cost. Of the shape, the network counts."""
 
     experts: int = 5
     """in a file of the public layout (which holds ten by default)"""
@@ -41,12 +47,13 @@ class Options(CommonOptions, Shape):
 
 def main(options: Options, command: str) -> None:
     """Write experts in both formats, measure, print the table, write the record."""
-    device, net = options.torch_device(), options.resolve().net
+    device, setting = options.torch_device(), options.resolve()
+    net = setting.net
     if min(options.experts, options.epochs - _EXPERT_EPOCHS) < 1:
         raise InputError(f"--experts, --epochs: expected at least 1 and {_EXPERT_EPOCHS + 1}")
     last = {"expert": options.experts - 1, "epoch": options.epochs - _EXPERT_EPOCHS}
     with tempfile.TemporaryDirectory(prefix="mtt_fast-bench-") as folder:
-        places = write_both(Path(folder), net, options.experts, options.epochs)
+        places = write_all(Path(folder), net, options.experts, options.epochs)
         rows = []
         for reader, place in places.items():
             row: dict[str, Any] = {
@@ -61,18 +68,37 @@ def main(options: Options, command: str) -> None:
             rows.append(row)
         samples = [row.pop("sample", None) for row in rows]
         if len({tuple(sample) for sample in samples if sample}) != 1:
-            raise InputError("trajectories: the two formats gave different parameters; nothing is recorded")
+            raise InputError("trajectories: the formats gave different parameters; nothing is recorded")
+    iteration = seconds_of_iteration(setting, device)
+    for row in rows:
+        if row["reader"] == CHECKED:
+            row["checksums"] = seconds_of_checksums(net.num_parameters)
+            row["share"] = row["checksums"]["median"] / iteration
     megabytes = 4 * net.num_parameters / 1e6
     conditions = {
-        "case": f"{options.experts} experts, {options.epochs} epochs, {megabytes:.1f} MB of parameters each time"
+        "case": f"{options.experts} experts, {options.epochs} epochs, {megabytes:.1f} MB of parameters each time",
+        "iteration": f"{iteration:.3g} s on {device.type}, {setting}",
     }
     print(table("trajectories", conditions, rows))
     name = options.name or f"trajectories-{options.label()}-cpu"
     write_record(options.out, name, "trajectories", device, conditions, rows, command)
 
 
-def write_both(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[str, Path]:
-    """Write the same random experts in both formats; return where, by the reader's name.
+def seconds_of_iteration(setting: Setting, device: torch.device) -> float:
+    """Return how long an iteration of the setting takes, the quickest of three after one that is not counted."""
+    case, engine = to(make_case(setting), torch.float32, device), ENGINES["fused"]
+    return min([seconds(lambda: engine.run(case), device) for _ in range(4)][1:])
+
+
+def seconds_of_checksums(parameters: int, times: int = 100) -> Spread:
+    """Return how long the checksums of two rows of so many parameters take."""
+    rows = [torch.randn(parameters) for _ in range(2)]
+    cpu = torch.device("cpu")
+    return spread([seconds(lambda: [checksum_of(bytes_of(row)) for row in rows], cpu) for _ in range(times)])
+
+
+def write_all(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[str, Path]:
+    """Write the same random experts in the public format and in ours, with and without checksums; return where, by reader.
 
     The public layout: a list of experts, each a list of epochs, each a list of the network's parameter tensors.
     """
@@ -86,7 +112,15 @@ def write_both(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[st
         write_expert(folder / "store", expert, parameters, metadata)
         public.append([[part.clone() for part in net.layout.split(row)] for row in parameters])
     torch.save(public, folder / "replay_buffer_0.pt")
-    return {"torch.load": folder / "replay_buffer_0.pt", "TrajectoryStore": folder / "store"}
+    (folder / "unchecked").mkdir()
+    for path in (folder / "store").iterdir():
+        text = read_header(path)[1] | {"format": "mtt_fast expert 1"}
+        save_file(load_file(path), folder / "unchecked" / path.name, text)
+    return {
+        "torch.load": folder / "replay_buffer_0.pt",
+        CHECKED: folder / "store",
+        f"{CHECKED}, no checksums": folder / "unchecked",
+    }
 
 
 def measured(reader: str, place: Path, last: dict[str, int], repetitions: int) -> dict[str, Any]:

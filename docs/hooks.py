@@ -29,9 +29,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Let links out of docs/ point to where `on_files` published the files."""
-    return markdown.replace("](../", "](") if page.file.src_uri.count("/") == 0 else markdown
+    return _at_home(markdown.replace("](../", "](")) if page.file.src_uri.count("/") == 0 else markdown
 
 
-def _at_home(readme: str) -> str:
-    """README's links, from the folder docs/."""
-    return readme.replace("](docs/", "](")
+def _at_home(page: str) -> str:
+    """Return a page of the repository root with its links as they are from the folder docs/."""
+    return page.replace("](docs/", "](")

@@ -125,7 +125,8 @@ def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: Tr
     """
     for place in experts:
         index, made_of = compressed.indices[place], compressed.metadata(place).made_of
-        if made_of and index in whole.indices and made_of != whole.digest(whole.indices.index(index)):
+        at_hand = whole.digest(whole.indices.index(index)) if index in whole.indices else ""
+        if made_of and at_hand and made_of != at_hand:
             raise InputError(
                 f"{compressed.path(place)}: made from another expert than {expert_path(whole.folder, index)}; "
                 "choose another --out, or delete that folder"

@@ -49,14 +49,15 @@ def reference_convnet(
 
 
 def module_function(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return f(theta, images) that runs `module` with the flat parameters `theta`, by plain slicing."""
+    """Return f(theta, images) that runs `module` with the flat parameters `theta`, split as the public code splits them.
+
+    A slice for each parameter would be as right, and its gradient a vector of all parameters, zero but for one.
+    """
     shapes = {name: value.shape for name, value in module.named_parameters()}
 
     def call(theta: Tensor, images: Tensor) -> Tensor:
-        values, begin = {}, 0
-        for name, shape in shapes.items():
-            values[name] = theta[begin : begin + shape.numel()].reshape(shape)
-            begin += shape.numel()
+        pieces = theta.split([shape.numel() for shape in shapes.values()])
+        values = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
         return torch.func.functional_call(module, values, (images,))  # type: ignore[no-any-return]
 
     return call

@@ -226,6 +226,7 @@ def test_a_worker_keeps_its_state_and_survives_a_failure(worker: Worker) -> None
 # ------------------------------------------------------------------ the commands
 
 
+@pytest.mark.slow
 @linux
 def test_meta_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = "tests.test_bench:wrong_in_float32"
@@ -250,6 +251,7 @@ def test_meta_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "wrong: float32 error 1.0e-03" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @linux
 def test_modules(tmp_path: Path) -> None:
     few = "--networks ConvNet,ViT --steps 2 --batch 2 --repetitions 2 --device cpu".split()
@@ -265,6 +267,7 @@ def test_modules(tmp_path: Path) -> None:
         assert row["cpu_of_whole_graph"] == 1 or row["engine"] != "whole_graph"
 
 
+@pytest.mark.slow
 @linux
 def test_memory_scaling(tmp_path: Path) -> None:
     vary = "--vary-steps 2 --vary-batch 100 --vary-size 32".split()
@@ -276,6 +279,7 @@ def test_memory_scaling(tmp_path: Path) -> None:
     assert 0 < rows["batch"]["peak"]["bytes"] < 2 * rows["batch"]["planned"]
 
 
+@pytest.mark.slow
 def test_kernels_and_their_stage(tmp_path: Path) -> None:
     stage("table", tmp_path)
     rows = rows_of(tmp_path, "kernels-cifar10-ipc10")
@@ -390,6 +394,9 @@ def test_trajectories(tmp_path: Path) -> None:
     parameters = 4 * 21 * 4 * ConvNet(3, 10, 16, 64, 2).num_parameters
     assert rows["torch.load"]["disk"] >= parameters
     assert rows["TrajectoryStore"]["resident"] < rows["torch.load"]["resident"]
+    assert [row["reader"] for row in rows.values() if "share" in row] == ["TrajectoryStore"]
+    assert 0 < rows["TrajectoryStore"]["share"] < 0.5
+    assert rows["TrajectoryStore"]["checksums"]["n"] == 100
 
 
 def test_profile(tmp_path: Path) -> None:
@@ -398,6 +405,7 @@ def test_profile(tmp_path: Path) -> None:
     assert "kernels.norm_relu_pool_dual_backward" in {event.get("name") for event in events}
 
 
+@pytest.mark.slow
 @linux
 def test_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setting = "--model ConvNetD1W4 --ipc 3 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --syn_steps 2".split()
@@ -437,6 +445,7 @@ def test_a_method_takes_the_options_of_the_setting(name: str) -> None:
         assert f"--{option}" in own or getattr(found, option) == getattr(setting, option)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "images"), [("experts", "32"), ("evaluate", "8")])
 def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(training.LOOPS, "plain-tuned")  # for time: the same loop again
@@ -450,6 +459,7 @@ def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pyte
     assert rows["plain"]["speedup"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "runs"), [("cifar10", ["cifar10-ipc1"]), ("imagenette", ["imagenette-ipc1", "imagenette-ipc10"])]
 )
@@ -468,6 +478,7 @@ STEP_RECORDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "records"), [("steps", STEP_RECORDS), ("training", ["experts", "evaluate", "trajectories"])]
 )

@@ -15,7 +15,7 @@ import mtt_fast
 import mtt_fast.interop
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
-from mtt_fast.testing import assert_close
+from mtt_fast.testing import assert_close, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,17 +60,60 @@ def _float64() -> Any:
 
 @pytest.mark.usefixtures("_float64")
 def test_the_call_leaves_the_gradients_of_the_loop_that_it_replaces() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/migrating.md").read_text(), re.DOTALL | re.MULTILINE)
-    setup, loop, call = blocks
+    setup, loop, call, graphed, *_ = blocks_of("migrating.md")
     space: dict[str, Any] = {}
     gradients = []
     exec(setup, space)
-    for way in (loop, call):
+    for way in (loop, call, graphed):
         exec(way, space)
         gradients.append({name: space[name].grad.clone() for name in ("images", "lr")} | {"loss": space["grand_loss"]})
         space["images"].grad = space["lr"].grad = None
     for name, expected in gradients[0].items():
         assert_close(name, gradients[1][name], expected, 1e-9)
+        assert torch.equal(gradients[2][name], gradients[1][name])  # its draws are those of the call
+
+
+@pytest.mark.usefixtures("_float64")
+def test_the_window_starts_with_the_velocity_that_was_left() -> None:
+    """The gradient of the page's window is that of recorded steps; without the velocity it is another one."""
+    setup, loop, _, _, window, *_ = blocks_of("migrating.md")
+    space: dict[str, Any] = {}
+    for block in (setup, loop):
+        exec(block, space)
+    space["images"].grad = None
+    exec(window, space)
+    net, images, labels, lr = (space[name] for name in ("net", "images", "labels", "lr"))
+    theta, velocity = space["start"], torch.zeros_like(space["start"])
+    for n, index in enumerate(space["order"]):
+        leaf = theta if n > 3 else theta.detach().requires_grad_()
+        seen, rate = (images[index], lr) if n >= 3 else (images[index].detach(), lr.detach())
+        loss = torch.nn.functional.cross_entropy(net(leaf, seen), labels[index])
+        velocity = 0.9 * velocity + torch.autograd.grad(loss, leaf, create_graph=n >= 3)[0]
+        theta = leaf - rate * velocity if n >= 3 else leaf.detach() - rate * velocity
+    expected = torch.nn.functional.cross_entropy(net(theta, images.detach().flip(3)), labels)
+    (gradient,) = torch.autograd.grad(expected, images)
+    assert_close("images", images.grad, gradient, 1e-9)
+    images.grad = None
+    exec(window.replace(", velocity=velocity", ""), space)
+    assert relative_error(images.grad, gradient) > 0.1
+
+
+def test_the_other_blocks_on_porting_do_what_they_say() -> None:
+    setup, loop, _, _, _, module, tesla = blocks_of("migrating.md")
+    space: dict[str, Any] = {}
+    for block in (setup, loop):
+        exec(block, space)
+    space["images"].grad = None
+    exec(module, space)
+    assert space["images"].grad.isfinite().all()
+    assert space["images"].grad.any()
+    exec(tesla, space)
+    torch.testing.assert_close(space["images_ours"], space["images_theirs"])
+
+
+def blocks_of(page: str) -> list[str]:
+    """Return the Python blocks of a page of docs/."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
 def test_flags_that_are_said_to_be_the_same_are_there() -> None:

@@ -44,7 +44,7 @@ def _with_help(field: Field, text: str) -> Any:
     """Return the type of an option with all that is declared of it, and its help text."""
     import tyro
 
-    told = tyro.conf.arg(help=text, help_behavior_hint="" if tyro.conf.Positional in field.declared else None)
+    told = tyro.conf.arg(help=text, help_behavior_hint="" if field.is_positional else None)
     return Annotated[field.annotation, *field.declared, told]
 
 

@@ -178,6 +178,18 @@ class Field:
         return next(own, getattr(self.declaring, "GROUP", Group.OTHER))
 
     @property
+    def is_positional(self) -> bool:
+        """Whether it stands on the command line without a flag."""
+        import tyro  # here, since only the commands need it
+
+        return tyro.conf.Positional in self.declared
+
+    @property
+    def shown(self) -> str:
+        """How messages name it."""
+        return self.flag if self.is_positional else f"--{self.flag}"
+
+    @property
     def is_switch(self) -> bool:
         """Whether it is on or off."""
         return self.annotation is bool
@@ -298,7 +310,7 @@ def check_values(options: Any) -> None:
         try:
             converted(field, value)
         except Unfit as unfit:
-            raise InputError(f"--{field.flag} {in_words(value)}: {unfit}") from unfit
+            raise InputError(f"{field.shown} {in_words(value)}: {unfit}") from unfit
 
 
 def in_words(value: Any) -> str:

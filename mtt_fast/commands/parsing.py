@@ -59,10 +59,10 @@ def preview(
     start = defaults if isinstance(defaults, kind) else apply(kind(), defaults or {}, source)  # type: ignore[arg-type]
     line = _read(kind, argv)
     if line.unknown:
-        raise InputError(_unknown(line.unknown[0], [field.flag for field in fields_of(kind).values()]))
+        raise InputError(_unknown(line.unknown[0], list(_flags(kind))))
     options, unknown = _parsed(kind, line.words, prog, start)
     if unknown:
-        raise InputError(_unknown(unknown[0], [field.flag for field in fields_of(kind).values()]))
+        raise InputError(_unknown(unknown[0], list(_flags(kind))))
     check_values(options)
     for name, field in fields_of(kind).items():
         if name in line.given and getattr(options, name) == ():
@@ -131,7 +131,7 @@ def _read(kind: type, argv: Sequence[str]) -> _Line:
 
     Raises `InputError` for a switch that is neither on nor off.
     """
-    known = {field.flag: field for field in fields_of(kind).values()}
+    known = _flags(kind)
     line, left = _Line(), list(argv)
     while left:
         word = left.pop(0)
@@ -178,6 +178,11 @@ def _switch(field: Field, word: str, value: str, negated: bool) -> list[str]:
     )
 
 
+def _flags(kind: type) -> dict[str, Field]:
+    """Return the options of `kind` by the names of their flags."""
+    return {field.flag: field for field in fields_of(kind).values() if not field.is_positional}
+
+
 def ignored_flags(kind: type) -> Mapping[str, str]:
     """Return the flags of the public code that have no work left to do in the command of `kind`, and why, by name."""
     found: Mapping[str, str] = getattr(kind, "IGNORED", {})
@@ -186,7 +191,7 @@ def ignored_flags(kind: type) -> Mapping[str, str]:
 
 def _unknown(word: str, names: Sequence[str]) -> str:
     if not word.startswith("-"):
-        return f"{word}: expected an option, which begins with --"
+        return f"{in_words(word)}: expected an option, which begins with --"
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     return f"{word}: unknown option{did_you_mean(name, names, '--')}; see --help"
 

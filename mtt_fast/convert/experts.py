@@ -31,7 +31,7 @@ from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.files import whole_folder
 from mtt_fast.storage.foreign import names_in
-from mtt_fast.storage.temporaries import is_empty
+from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
 from mtt_fast.training.images import real_images
 from mtt_fast.training.sgd import accuracy
@@ -200,7 +200,7 @@ def _copy(store: TrajectoryStore, root: Path) -> None:
     """Write the experts anew, in the folder below `root` that is to it what theirs is to its --buffer_path."""
     source = store.folder.resolve()
     folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
-    if folder.is_dir() and not is_empty(folder):
+    if not is_free(folder):
         raise InputError(f"{folder}: is there already; choose another destination, or delete it")
     with whole_folder(folder) as content:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):

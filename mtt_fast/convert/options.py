@@ -36,7 +36,8 @@ class ConvertOptions:
     """kind of the source, where the names of its files do not tell; the same kinds as --to"""
     to: str | None = None
     """kind of the destination: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts, buffer, waypoints. Without it:
-    what the destination's name tells; else this software's kind, or from this software's the public code's"""
+    what the destination's name tells; else this software's kind, or from this software's the public code's. Experts of this software
+become experts too, written anew, with --to experts"""
 
     dataset: Annotated[str | None, HARMLESS, Group.DATA] = None
     """data set of the real images, which foreign files do not name"""

@@ -33,7 +33,7 @@ from mtt_fast.interop.ddranking import VERSION
 from mtt_fast.interop.tensor_set import hardened, in_place
 from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
-from mtt_fast.storage.temporaries import is_empty
+from mtt_fast.storage.temporaries import is_free
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         raise InputError(f"--to {to}: {options.source} holds a distilled set, not experts")
     for words in check_effects(options, given, options.without_effect_on_set(kind, to)):
         log.info("%s", words)
-    if destination.is_file() or (destination.is_dir() and to != "dc_benchmark" and not is_empty(destination)):
+    if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
     facts = _facts(options) if kind in _PICTURES and options.dataset else None
     found = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mtt_fast.data.image_data import DatasetInfo, ImageData, Split, channel_statistics, check_labels, fingerprint
 from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.files import MALFORMED, atomic_path, header_of, load_tensors, parse_json
+from mtt_fast.storage.temporaries import remove_leftovers
 
 VERSION = 1  # of the packed files; raise it when the same source packs to something else
 _FORMAT = "mtt_fast data set 2"  # those from before there were checksums say nothing
@@ -92,6 +93,7 @@ def packed(source: Source, folder: Path, progress: bool) -> ImageData:
     Raises `InputError` if the source is bad or the file cannot be written; then nothing is left half-written.
     """
     path = folder / f"{source.stem}.safetensors"
+    remove_leftovers(folder)
     if (data := _open(path, source.key)) is not None:
         return data
     _pack(source, path, progress)

@@ -85,6 +85,11 @@ class Whitening:
                 f"{path}: expected matrices of {values}x{values}, found {tuple(whitening.matrix.shape)} and "
                 f"{tuple(whitening.inverse.shape)}; delete it and fit again"
             )
+        for name, tensor in vars(whitening).items():
+            if not bool(tensor.isfinite().all()):
+                raise InputError(
+                    f"{path}: {name}: expected finite numbers, found NaN or infinity; delete it and fit again"
+                )
         return whitening
 
     def to(self, device: torch.device | str) -> Whitening:
@@ -119,7 +124,7 @@ def check_same_whitening(found: Whitening, expected: Whitening, where: str | os.
     Raises `InputError` that names the file `where`, which holds `found`.
     """
     for name in ("mean", "matrix"):
-        theirs, ours = (getattr(one, name).detach().to("cpu", torch.float64) for one in (found, expected))
+        theirs, ours = (getattr(one, name).detach().to("cpu", torch.float32) for one in (found, expected))
         if ours.shape != theirs.shape or float((ours - theirs).norm()) > _WHITENING_TOLERANCE * float(ours.norm()):
             raise InputError(
                 f"{where}: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1, found "

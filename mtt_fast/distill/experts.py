@@ -159,7 +159,7 @@ def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> No
             f"say --num_experts {state.experts}, or give back its --buffer_path"
         )
     for expert, digest in enumerate(state.digests):
-        if store.digest(expert) != digest:
+        if store.digest(expert) not in (digest, "") and digest:  # one from before there were checksums has none
             raise InputError(
                 f"{store.path(expert)}: another expert than the one with which the run in {folder} began; give back its "
                 "--buffer_path, or choose another --out"

@@ -277,6 +277,8 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
     chosen, in_file = _selection(argv)
     options, default = DistillOptions(), DistillOptions()
     of_file = parsing.apply(default, in_file, str(chosen.config))
+    if of_file.resume:
+        raise InputError(f"{chosen.config}: option resume: has no effect in a file; leave it out, and say --resume")
     if chosen.resume:
         options = _of_run(chosen, options)
     elif chosen.recipe is not None:

@@ -81,10 +81,10 @@ def unroll(
     on as if it were the same: row N and this velocity are its `theta` and `velocity`.
 
     Any function of any rows of the path and of that velocity can be differentiated, with exact gradients to `theta`,
-    `velocity`, `images`, floating `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The graph kept is the path itself:
-    peak memory is that of one step of one micro-batch, whatever N. Differentiable once: a backward pass with
-    create_graph=True is refused. Within `torch.autocast` it computes as without, and within `torch.no_grad` the path is
-    all there is.
+    `velocity`, `images`, floating `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The
+    graph kept is the path itself: peak memory is that of one step of one micro-batch, whatever N. Differentiable once:
+    a backward pass with create_graph=True is refused. Within `torch.autocast` it computes as without, and within
+    `torch.no_grad` path and velocity are all there is.
 
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
     of the budget): then a single row `path[n]` is brought to the device when it is asked for.

@@ -29,7 +29,7 @@ from mtt_fast.interop.pairs import read_pair, write_pair, write_parts
 from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
 from mtt_fast.interop.tensor_set import TensorSet, tensor_set
 from mtt_fast.storage.foreign import names_in, shown
-from mtt_fast.storage.temporaries import is_empty
+from mtt_fast.storage.temporaries import is_free
 
 METHODS = ("TM", "DC", "DSA", "DM", "random", "Kmeans", "KIP")
 _RESULTS = ("DC", "DSA", "DM")
@@ -89,7 +89,7 @@ def write_benchmark(root: str | os.PathLike[str], found: TensorSet, dataset: str
         raise InputError(f"`method` {method}: expected TM, {', '.join((*_RESULTS, *_CHOSEN))}")
     name, ipc = _NAMES.get(dataset, dataset), found.ipc("dc_benchmark")
     folder = Path(root) / method / name / f"IPC{ipc}"
-    if folder.exists() and not is_empty(folder):
+    if not is_free(folder):
         raise InputError(f"{folder}: holds a set already; choose another root or `method`, or delete it")
     if method in _RESULTS:
         network = "ConvNetD4" if name == "tinyimagenet" else "ConvNet"

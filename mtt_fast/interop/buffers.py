@@ -29,6 +29,7 @@ from mtt_fast.storage.files import whole_folder
 from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 from mtt_fast.storage.identity import check_same_data
 from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert, write_waypoints
 from mtt_fast.storage.waypoints import Course
 
@@ -236,7 +237,7 @@ def export_experts(
     """
     folder, chosen = Path(folder), list(groups(len(store), experts_per_file))
     names = [f"replay_buffer_{number}.pt" for number in range(len(chosen) + 1)]
-    check_absent(folder / names[0], folder / names[-1])
+    check_absent(folder, names[0], names[-1])
     with whole_folder(folder, last="replay_buffer") as content:
         for name, experts in zip(names, chosen, strict=False):
             save_large_pickle(
@@ -245,10 +246,10 @@ def export_experts(
             yield folder / name
 
 
-def check_absent(*paths: Path) -> None:
-    """Raise `InputError` if a file is there: the first of a series, or one that would be taken for its next."""
-    for path in paths:
-        if path.exists():
+def check_absent(folder: Path, first: str, further: str) -> None:
+    """Raise `InputError` if `folder` holds the `first` file of a series, or one that would be taken for a `further` one."""
+    for path in (folder / first, folder / further):
+        if not is_free(folder) and path.exists():
             raise InputError(f"{path}: is there already; choose another destination, or delete it")
 
 

@@ -21,7 +21,7 @@ from mtt_fast.data.images import decode, read_headers
 from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.interop.picture_record import CHECKSUM, as_bytes, check_size, from_pictures, record_of
+from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import Facts, as_synthetic, as_tensor_set, tensor_set
 from mtt_fast.storage.files import whole_folder, write_json
 from mtt_fast.storage.foreign import names_in, read_json, shown
@@ -29,8 +29,7 @@ from mtt_fast.storage.foreign import names_in, read_json, shown
 log = logging.getLogger(__name__)
 
 LABELS = "labels.json"
-_FORMAT = "mtt_fast pictures 2"
-_READ = ("mtt_fast pictures 1", _FORMAT)  # the first had no checksum
+_LONGEST_NAME = 500  # letters of CLASS/NNNNN.png
 
 
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
@@ -44,7 +43,7 @@ def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDatas
             (content / files[-1]).parent.mkdir(exist_ok=True)
             as_image(picture.float() / 255).save(content / files[-1], format="PNG")
         kept = {"files": files, "labels": synthetic.labels.tolist()}
-        write_json(content / LABELS, {"format": _FORMAT, **record_of(synthetic, pictures), **kept})
+        write_json(content / LABELS, record_of(synthetic, pictures) | kept)
     return [Path(folder) / name for name in (*files, LABELS)]
 
 
@@ -74,16 +73,14 @@ def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
             raise TypeError("its files are no list of names, or its labels no list")
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the labels of pictures, found a broken file ({error})") from error
-    if form not in _READ:
+    if form not in (FORMAT, BEFORE_CHECKSUMS):
         raise InputError(
-            f"{path}: expected the format {_FORMAT!r}, found {shown(form)}; write it again with this version"
+            f"{path}: expected the format {FORMAT!r}, found {shown(form)}; write it again with this version"
         )
-    if form == _FORMAT and CHECKSUM not in record:
-        raise InputError(f"{path}: damaged: it has no checksum; get or make the set again")
     if not files or len(files) != len(labels):
         raise InputError(f"{path}: expected a label for each file, found {len(files)} and {len(labels)}")
     for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > _LONGEST_NAME:
             raise InputError(
                 f"{path}: expected files in its own folder, found {shown(name)[1:-1]}; it is not from this software, or damaged"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,27 +122,31 @@ def _most_bytes(path: Path) -> int:
 def _columns(file: Any, path: Path) -> tuple[list[bytes], list[Any], list[Any] | None]:
     """Return the encoded images, their classes, and their soft labels if there are such."""
     columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
-    size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
-    most = _most_bytes(path)
-    at_once = min(_BATCH, max(1, most // max(1, size)))  # of a dictionary, each row may be as large as the whole
-    rows, total = [], 0
-    for batch in file.iter_batches(at_once, columns=columns):
-        total += batch.nbytes
-        if total > most:
-            raise InputError(f"{path}: expected at most {most:,} bytes of images and labels, found more; it is damaged")
-        rows += batch.to_pylist()
-    contents = []
-    for number, row in enumerate(rows):
-        content = row["image"]["bytes"] if isinstance(row["image"], dict) else None
-        if not isinstance(content, bytes):
-            raise InputError(
-                f"{path}: row {number}: expected the bytes of an image, found none; put the image into the file"
-            )
-        contents.append(content)
-    if len(contents) != file.metadata.num_rows:
-        raise ValueError(f"{len(contents)} rows, not {file.metadata.num_rows}")
+    rows = list(_rows(file, columns, _most_bytes(path), path))
+    if len(rows) != file.metadata.num_rows:
+        raise ValueError(f"{len(rows)} rows, not {file.metadata.num_rows}")
     soft = [row["soft_label"] for row in rows] if "soft_label" in columns else None
-    return contents, [row["label"] for row in rows], soft
+    return [row["image"]["bytes"] for row in rows], [row["label"] for row in rows], soft
+
+
+def _rows(file: Any, columns: list[str], most: int, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows, each with the bytes of an image, until they take more than `most` bytes.
+
+    Of a dictionary each row may be as large as the whole file, so as many are unpacked at once as do no harm then.
+    """
+    size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+    total = number = 0
+    for batch in file.iter_batches(min(_BATCH, max(1, most // max(1, size))), columns=columns):
+        for row in batch.to_pylist():
+            content = row["image"]["bytes"] if isinstance(row["image"], dict) else None
+            if not isinstance(content, bytes):
+                raise InputError(
+                    f"{path}: row {number}: expected the bytes of an image, found none; put the image into the file"
+                )
+            total, number = total + len(content), number + 1
+            if total > most:
+                raise InputError(f"{path}: expected at most {most:,} bytes of images, found more; it is damaged")
+            yield row
 
 
 def _pyarrow(path: str | os.PathLike[str]) -> tuple[Any, Any]:

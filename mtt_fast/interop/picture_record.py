@@ -21,13 +21,16 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.tensor_set import Facts
 from mtt_fast.storage.files import bytes_of, checksum_of
-from mtt_fast.storage.foreign import as_tensor
+from mtt_fast.storage.foreign import as_tensor, shown
 from mtt_fast.storage.identity import check_same_data
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
 _OF_IMAGES = ("dataset", "fingerprint")
 _RECORDED = (*_PLAIN, *_OF_IMAGES, "lr", "lr_per_step", "canvas", "whitened")
-CHECKSUM = "checksum"
+_CHECKSUM = "checksum"
+FORMAT = "mtt_fast pictures 2"
+BEFORE_CHECKSUMS = "mtt_fast pictures 1"
+"""What the record of pictures says that it is."""
 LARGEST_SIDE = 4096
 """Pixels of a distilled picture, canvases included: what claims more is refused before it is decoded."""
 
@@ -54,7 +57,7 @@ def record_of(synthetic: SyntheticDataset, pictures: Tensor) -> dict[str, Any]:
         "whitened": synthetic.whitening is not None,
     }
     record: dict[str, Any] = json.loads(json.dumps(facts))  # as it comes back
-    return record | {CHECKSUM: _checksum(record, synthetic.labels.detach().cpu(), pictures)}
+    return {"format": FORMAT, **record} | {_CHECKSUM: _checksum(record, synthetic.labels.detach().cpu(), pictures)}
 
 
 def from_pictures(
@@ -84,7 +87,8 @@ def from_pictures(
     found = SyntheticDataset(own.transform.apply(pictures.float() / 255), whitening=own.whitening, **fields)
     check_set(found, where)
     told = {name: record[name] for name in _RECORDED if name in record}
-    if record.get(CHECKSUM) not in (None, _checksum(told, found.labels, pictures)):
+    before = record.get("format") in (None, BEFORE_CHECKSUMS) and _CHECKSUM not in record
+    if not before and record.get(_CHECKSUM) != _checksum(told, found.labels, pictures):
         raise InputError(f"{where}: damaged: its checksum is of other labels or pictures; get or make the set again")
     if facts is None:
         return found
@@ -98,6 +102,12 @@ def from_pictures(
 
 def _fields(record: Any, labels: Any) -> dict[str, Any]:
     """Return what a record and lists of labels say of a set, but for its images and whitening, as the set has it."""
+    if record.get("format") not in (
+        None,
+        FORMAT,
+        BEFORE_CHECKSUMS,
+    ):  # parquet files had none before there were checksums
+        raise ValueError(f"its format is {shown(record['format'])}, not {FORMAT!r}")
     fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _OF_IMAGES}
     for name in ("class_names", "mean", "std"):
         if not isinstance(fields[name], list):

@@ -68,7 +68,7 @@ def export_waypoints(
     if any(len(course.epochs) != count for course in courses):
         raise InputError(f"{store.folder}: expected {count} waypoints of every expert, found others; export them apart")
     kind = "waypoint_buffer" if count == 2 else f"waypoint_buffer_ip{count}"
-    check_absent(folder / f"{kind}_0.pt", folder / f"{kind}_{len(chosen)}.pt")
+    check_absent(folder, f"{kind}_0.pt", f"{kind}_{len(chosen)}.pt")
     with whole_folder(folder, last=kind) as content:
         for number, experts in enumerate(chosen):
             path = content / f"{kind}_{number}.pt"
@@ -96,12 +96,9 @@ def _course(points: Any, pieces: Any) -> Course:
     for segment, (begin, piece) in enumerate(zip(ends[:-1], pieces, strict=True)):
         positions[begin + 1 : begin + len(piece)] = segment + torch.tensor(piece[1:], dtype=torch.float64)
         positions[begin + len(piece) - 1] = segment + 1
-    if not bool((positions.diff(dim=0) >= -_ROUNDING).all() and (positions <= len(pieces)).all()):
-        raise ValueError("shares that are not finite, fall, or are not within 0 and 1")
-    return Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
-
-
-_ROUNDING = 1e-5  # of shares in float32
+    course = Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
+    course.check()
+    return course
 
 
 def _shares(course: Course) -> list[list[list[Tensor]]]:

@@ -23,7 +23,7 @@ _ACTIVATIONS = {"AS": "sigmoid", "AR": "relu", "AL": "leakyrelu", "ASwish": "swi
 _NORMS = {"NN": "none", "BN": "batch", "LN": "layer", "IN": "instance", "GN": "group"}
 _POOLINGS = {"NP": "none", "MP": "max", "AP": "average"}
 _CONVNET = re.compile(
-    rf"ConvNet(?:D(\d+))?(?:W(\d+))?({'|'.join(sorted(_ACTIVATIONS, reverse=True))})?({'|'.join(_NORMS)})?({'|'.join(_POOLINGS)})?"
+    rf"ConvNet(?:D(\d{{1,4}}))?(?:W(\d{{1,6}}))?({'|'.join(sorted(_ACTIVATIONS, reverse=True))})?({'|'.join(_NORMS)})?({'|'.join(_POOLINGS)})?"
 )
 
 _OTHERS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {

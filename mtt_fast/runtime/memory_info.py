@@ -34,8 +34,8 @@ def parse_bytes(amount: int | str) -> int:
                 f"memory budget '{amount}': expected a number of bytes or one with KB, MB, GB, KiB, MiB or GiB, e.g. 6GiB"
             )
         found, unit = float(match[1]), match[2].upper()
-    if found <= 0:
-        raise InputError(f"memory budget {amount}: expected more than nothing")
+    if not 0 < found * _UNITS[unit] < 2**63:
+        raise InputError(f"memory budget {amount}: expected more than nothing, and less than 8 EiB")
     return int(found * _UNITS[unit])
 
 

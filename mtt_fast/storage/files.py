@@ -27,7 +27,7 @@ import xxhash
 from torch import Tensor
 
 from mtt_fast.errors import InputError, reason_of, remedy_for
-from mtt_fast.storage.temporaries import is_empty, temporary_folder
+from mtt_fast.storage.temporaries import is_free, temporary_folder
 
 _LONGEST_HEADER = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
 _LONGEST_TEXT = 4 << 20  # bytes of options or of a record, which are parsed at once
@@ -73,9 +73,12 @@ def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pat
     folder = Path(folder).resolve()
     with _told(folder):
         # what is in use as a folder cannot be replaced by another
-        stays = folder.is_dir() and not (is_empty(folder) and folder != Path.cwd() and not folder.is_mount())
+        stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
         with temporary_folder(folder / folder.name if stays else folder) as content:
-            yield content
+            try:
+                yield content
+            except InputError as error:  # of a write below, which need not be told where that is
+                raise InputError(str(error).replace(str(content), str(folder))) from error
             for place, _, names in os.walk(content, topdown=False):
                 for name in names:
                     _sync(Path(place, name))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.events import EventLog
 from mtt_fast.storage.files import (
     MALFORMED,
     open_regular,
@@ -46,8 +47,6 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this job writes events
-
         self._path = folder / METRICS
         found = [record for record in read_records(self._path) if record["iteration"] <= iteration]
         saved = _evaluations_in(folder / CHECKPOINT)
@@ -55,8 +54,8 @@ class MetricsLog:
         others = saved + [record for record in found if record["kind"] not in _STEPS and record not in saved]
         self.records = sorted(steps + others, key=lambda record: int(record["iteration"]))
         write_text(self._path, "".join(_as_line(record) for record in self.records))
+        self._events = EventLog(folder / "events", iteration + 1)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._events = SummaryWriter(str(folder / "events"), purge_step=iteration + 1)
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -80,7 +79,7 @@ class MetricsLog:
             raise
         self.records.append(record)
         for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, iteration)
+            self._events.write(f"{kind}/{name}", value, iteration)
 
     def find(self, kind: str, iteration: int | None = None) -> dict[str, Any] | None:
         """Return the first record of `kind` (at `iteration`, if given), or None."""

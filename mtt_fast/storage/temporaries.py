@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}\.partial")  # the eight are tempfile's
-_LOCK = "lock"
+_CONTENT, _LOCK = "content", "lock"
 
 
 @contextlib.contextmanager
@@ -31,49 +31,68 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         remove_leftovers(path.parent)
         folder, lock = _locked_folder(path)
         try:
-            content = folder / "content"
+            content = folder / _CONTENT
             content.mkdir()
             yield content
         finally:
-            shutil.rmtree(folder)
+            _remove(folder)
             os.close(lock)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that have ended left in `folder`; leave what live ones are writing. Raises `OSError`."""
-    for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
-        path = folder / name
+    """Remove what writers that have ended left in `folder`, if it is there; leave what live ones are writing."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # whoever writes there will tell
+        return
+    for name in filter(_LEFTOVER.fullmatch, names):
         with contextlib.suppress(OSError):  # it is in use, or just goes by itself
-            is_folder = path.is_dir() and not path.is_symlink()
-            lock = _open_lock(path / _LOCK if is_folder else path)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path) if is_folder else path.unlink()
-            finally:
-                os.close(lock)
+            _remove_leftover(folder / name)
 
 
-def is_empty(folder: Path) -> bool:
-    """Return whether `folder` holds nothing, once leftovers are removed. Raises `OSError`."""
-    remove_leftovers(folder)
-    return not any(folder.iterdir())
+def _remove_leftover(path: Path) -> None:
+    """Remove a temporary folder, or a file of earlier versions, unless it is in use. Raises `OSError` if it is."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    place = path / _LOCK if is_folder else path
+    try:
+        lock = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:  # the lock is the first that comes and the last that goes
+        path.rmdir()
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), place.lstat()):
+            _remove(path) if is_folder else path.unlink()
+    finally:
+        os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a temporary folder that is locked, the lock last."""
+    shutil.rmtree(folder / _CONTENT, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # others remove one without a lock
+        (folder / _LOCK).unlink()
+        folder.rmdir()
+
+
+def is_free(path: Path) -> bool:
+    """Return whether there is nothing at `path`, or an empty folder, once leftovers are removed. Raises `OSError`."""
+    remove_leftovers(path.parent)
+    remove_leftovers(path)
+    return not any(path.iterdir()) if path.is_dir() else not os.path.lexists(path)
 
 
 def _locked_folder(path: Path) -> tuple[Path, int]:
     """Make a folder beside `path` and lock it; return it with the lock's descriptor."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        with contextlib.suppress(FileNotFoundError):  # between two lines it was not locked yet: taken for a leftover
-            lock = _open_lock(folder / _LOCK)
+        with contextlib.suppress(FileNotFoundError):  # it was not locked for a moment, and was taken for a leftover
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             with contextlib.suppress(OSError):  # a file system without locks: then nobody takes it for a leftover
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if (folder / _LOCK).exists():
                 return folder, lock
             os.close(lock)
-
-
-def _open_lock(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 @contextlib.contextmanager

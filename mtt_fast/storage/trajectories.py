@@ -38,6 +38,7 @@ from mtt_fast.storage.files import (
     write_text,
 )
 from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.records import check_form
 from mtt_fast.storage.waypoints import Course
 
 _FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
@@ -107,6 +108,8 @@ class ExpertMetadata:
             known = (unknown if text.get("format") in _BEFORE_CHECKSUMS else {}) | dict(text)
             record = {field.name: parse_json(known[field.name]) for field in dataclasses.fields(cls)}
             check_types(record, _TYPES)
+            check_form(record["accuracy"], [int | float], "accuracy")
+            layer_sizes(record["layout"])
             metadata = cls(**record)
             metadata.identity  # noqa: B018 - a broken record is told here, with the file's name
             return metadata
@@ -309,17 +312,22 @@ class TrajectoryStore:
 
     def metadata(self, expert: int) -> ExpertMetadata:
         """Return what the file says of its expert."""
-        return ExpertMetadata.from_text(self._header(expert).text, self._path(expert))
+        header, path = self._header(expert), self._path(expert)
+        metadata = ExpertMetadata.from_text(header.text, path)
+        if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
+            raise InputError(f"{path}: its parameters are not those that its metadata tells of; {_TRAIN_AGAIN}")
+        return metadata
 
     def path(self, expert: int) -> Path:
         """Return the expert's file."""
         return self._path(expert)
 
     def digest(self, expert: int) -> str:
-        """Return what tells the expert's parameters from others', from the checksums in its header."""
+        """Return what tells the expert's parameters from others', from the checksums in its header; "" if it has none."""
         header = self._header(expert)
-        checksums = header.entry.checksums or (header.text.get("sha256", ""),)  # as files had before
-        return checksum_of("".join((*checksums, header.text.get("course", ""))).encode())
+        if not header.entry.checksums:
+            return ""
+        return checksum_of("".join((*header.entry.checksums, header.text.get("course", ""))).encode())
 
     def verify(self, expert: int) -> None:
         """Read all parameters of the expert. Raises `InputError` if they are not those that were written."""

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 
+_ROUNDING = 1e-5  # of positions that were float32
+
 
 @dataclass(frozen=True)
 class Course:
@@ -58,9 +60,18 @@ class Course:
         record = json.loads(text)
         positions = torch.tensor(record["positions"], dtype=torch.float64)
         epochs, sizes = tuple(map(int, record["epochs"])), tuple(map(int, record["sizes"]))
-        if not epochs or positions.shape != (epochs[-1] + 1, len(sizes)):
+        course = cls(epochs, sizes, positions, bool(record["smooth"]))
+        course.check()
+        return course
+
+    def check(self) -> None:
+        """Raise `ValueError` unless each layer goes forward from waypoint to waypoint as the epochs rise."""
+        rising = len(self.epochs) > 1 and self.epochs[0] == 0 and all(a < b for a, b in itertools.pairwise(self.epochs))
+        if not rising or self.positions.shape != (self.epochs[-1] + 1, len(self.sizes)):
             raise ValueError("its positions do not fit its epochs")
-        return cls(epochs, sizes, positions, bool(record["smooth"]))
+        steps = self.positions.diff(dim=0)
+        if not bool((steps >= -_ROUNDING).all() and (self.positions >= 0).all()):  # NaN is neither
+            raise ValueError("its positions are not finite, or fall")
 
 
 def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:

@@ -317,19 +317,13 @@ def test_help_shows_every_flag_in_the_box_of_its_group(
     for title, box in boxes.items():
         for flag in re.findall(r"^│ --(\w+)", box, re.M):
             shown.setdefault(flag, []).append(title)
-    fields = [field for field in fields_of(COMMANDS[command]).values() if not is_positional(field.declared)]
+    fields = [field for field in fields_of(COMMANDS[command]).values() if not field.is_positional]
     expected = {
         field.flag: ["options" if field.group is Group.OTHER else f"{field.group.value} options"] for field in fields
     }
     assert shown == expected
     titles = [title for title in boxes if title not in ("options", "positional arguments")]
     assert titles == [f"{group.value} options" for group in Group if f"{group.value} options" in titles]
-
-
-def is_positional(declared: tuple[Any, ...]) -> bool:
-    import tyro
-
-    return tyro.conf.Positional in declared
 
 
 def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:

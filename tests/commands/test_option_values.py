@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import pytest
 import torch
+import tyro
 
 from mtt_fast import InputError, SyntheticDataset, evaluate, experts
 from mtt_fast.baselines.catalogue import METHODS
@@ -126,6 +127,10 @@ def test_a_range(given: Range, value: float, complaint: str | None) -> None:
         ("--num_interpolation 1", "--num_interpolation 1: expected at least 2"),
         ("--threshold 0", "--threshold 0.0: expected more than 0"),
         ("--memory_budget lots", "--memory_budget lots: expected a number of bytes"),
+        (
+            f"--memory_budget {'9' * 400}GiB",
+            f"--memory_budget {'9' * 400}GiB: expected more than nothing, and less than",
+        ),
         ("--memory_budget 0", "--memory_budget 0: expected more than nothing"),
         ("--dsa_strategy spin", "--dsa_strategy spin: expected operations among"),
         ("--eval_mode Z", "--eval_mode Z: expected one of S, SS"),
@@ -255,6 +260,7 @@ def test_what_a_file_may_say_in_another_type() -> None:
         ("model = 1979-05-27", "option model: expected a text"),
         ("canvas_size = 3", None),
         ("mine = 1", "unknown option 'mine'"),
+        ("resume = 1", "option resume: expected true or false, found 1"),
     ],
 )
 def test_files_of_a_distillation(
@@ -300,6 +306,12 @@ def test_every_value_comes_back_from_a_run_folder(tmp_path: Path) -> None:
     assert math.isnan((read_config(tmp_path) or {})["a"])
 
 
+def test_a_file_cannot_resume(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("resume = true\n")
+    with pytest.raises(InputError, match="option resume: has no effect in a file; leave it out, and say --resume"):
+        parse_options(["--config", str(tmp_path / "mine.toml")])
+
+
 def test_an_infinite_threshold_goes_on(tmp_path: Path) -> None:
     options = parse_options(["--dataset", "digits", "--threshold", "inf", "--save_seconds", "inf"])
     write_config(tmp_path, dataclasses.asdict(options))
@@ -339,6 +351,7 @@ class Spelled:
     no_aug: bool = False
     dsa: TrueOrFalse = True
     models: tuple[str, ...] = ()
+    place: tyro.conf.Positional[str] = ""
 
 
 @pytest.mark.parametrize(
@@ -373,10 +386,11 @@ def test_spellings(words: str, changed: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--zca maybe", "maybe: expected an option, which begins with --"),
+        ("--zca x maybe", "maybe: expected an option, which begins with --"),
         ("--zca=maybe", "--zca=maybe: expected True or False"),
         ("--lr_im 3", "--lr_im: unknown option (did you mean --lr_img?)"),
         ("--_zca", "--_zca: unknown option"),
+        ("--place x", "--place: unknown option"),
         ("-zca", "-zca: unknown option (did you mean --zca?)"),
         ("--lr_img", "--lr_img: expected a value after it"),
         ("--no_lr_img 3", "--no_lr_img: unknown option"),
@@ -391,6 +405,7 @@ def test_misspellings(words: str, message: str) -> None:
 
 def test_what_is_given_is_known_whatever_its_value() -> None:
     words = "--lr-img=1.0 --no_zca --dsa True x --what 3".split()
+    assert parsing.preview(Spelled, ["--zca", "True", "x"], "").place == "x"
     assert parsing.given(Spelled, words) == {"lr_img", "zca", "dsa"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast import InputError, SyntheticDataset, Whitening
+from mtt_fast import InputError, SyntheticDataset, Whitening, evaluate
+from mtt_fast.commands import cli
+from mtt_fast.cross import command as cross
 from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.interop import SET_KINDS, as_tensor_set, as_synthetic, read_set, write_set
 from mtt_fast.interop.tensor_set import Facts, TensorSet, guess_label_kind, tensor_set
@@ -224,3 +227,46 @@ def test_a_set_of_tensors_alone_is_checked() -> None:
     assert found == TensorSet(found.images, found.labels, found.lr, "indices")
     assert found.lr is not None
     assert found.lr.shape == ()
+
+
+TOY = "--dataset digits --model ConvNetD1W4 --num_eval 1 --epoch_eval_train 1".split()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            torch.arange(1, 11),
+            r"x\.pt: labels: expected class indices from 0 to 9, found 1 to 10; they seem .* subtract 1",
+        ),
+        (torch.arange(10) * 2, r"x\.pt: labels: expected class indices from 0 to 9, found 0 to 18"),
+        (torch.randn(10, 9), r"x\.pt: labels: expected soft labels of 10 classes, found 9"),
+        (torch.randn(10, 11).softmax(1), r"x\.pt: labels: expected soft labels of 10 classes, found 11"),
+        (-torch.arange(10), r"x\.pt: labels: expected class indices, counted from 0, found -9 to 0"),
+        (torch.full((10,), 1e30), r"x\.pt: labels: expected class indices"),
+        (torch.full((10,), math.nan), r"x\.pt: expected labels that are class indices"),
+        (torch.ones(10).bool(), r"x\.pt: expected labels that are class indices"),
+    ],
+)
+def test_evaluate_and_cross_refuse_labels_of_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], labels: Tensor, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.randn(10, 1, 8, 8), "images_x.pt")
+    torch.save(labels, "labels_x.pt")
+    for job, flags in ((evaluate.main, []), (cross.main, ["--models", "MLP"])):
+        assert cli.run(job, ["images_x.pt", *TOY, *flags, "--out", "out"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert re.search(message, error), error
+
+
+def test_classes_that_a_set_lacks_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.randn(9, 1, 8, 8), "images_x.pt")
+    torch.save(torch.arange(9), "labels_x.pt")
+    with caplog.at_level("INFO"):
+        assert cli.run(evaluate.main, ["images_x.pt", *TOY]) == 0
+    assert "images_x.pt: has images of 9 of the 10 classes of digits" in caplog.messages

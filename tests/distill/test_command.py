@@ -127,6 +127,7 @@ def test_experts_trained_meanwhile_do_not_change_a_run(
     assert "the run was started with 2 experts, found 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_from_outside_and_continued(experts: list[str], tmp_path: Path, signum: signal.Signals) -> None:
     flags = [*TOY, *experts, "--Iteration", "400", "--eval_it", "400"]
@@ -472,7 +473,7 @@ FULL_DISK = """
 import resource, sys
 from mtt_fast.commands import cli, parsing
 from mtt_fast.distill.command import main
-import mtt_fast.evaluate, matplotlib.backends.backend_agg, torch.utils.tensorboard
+import mtt_fast.evaluate, matplotlib.backends.backend_agg, tensorboard.summary.writer.record_writer
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 sys.exit(cli.run(main, sys.argv[1:]))
 """

@@ -43,7 +43,8 @@ from mtt_fast.interop.buffers import check_trajectory
 from mtt_fast.interop.tensor_set import Facts
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
-from mtt_fast.storage.run_folder import read_config, write_config
+from mtt_fast.storage.records import read_record, sealed, write_record
+from mtt_fast.storage.run_folder import METRICS, read_config, write_config
 from mtt_fast.storage.trajectories import write_waypoints
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 from tests.data.test_mnist import arrays, idx
@@ -54,7 +55,7 @@ pytestmark = pytest.mark.fuzz
 
 EXAMPLES = int(os.environ.get("MTT_FAST_FUZZ", "0"))
 fuzzed = settings(max_examples=EXAMPLES or 40, derandomize=not EXAMPLES, deadline=None)
-SECONDS = 10.0  # for a file of a few kilobytes, on a busy machine
+SECONDS = 30.0  # for a file of a few kilobytes, on a busy machine
 MEMORY = 256 << 20
 
 CPU = torch.device("cpu")
@@ -188,9 +189,21 @@ def whitening(folder: Path) -> None:
     Whitening.fit(torch.rand(20, 1, 2, 3)).save(folder / "zca.safetensors")
 
 
+LINES = [{"kind": "step", "iteration": i, "loss": 0.5, "lr": 0.01} for i in range(1, 9)]
+
+
 def metrics(folder: Path) -> None:
-    lines = [{"kind": "step", "iteration": i, "loss": 0.5, "lr": 0.01} for i in range(1, 9)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / METRICS).write_text("".join(json.dumps(sealed(line)) + "\n" for line in LINES))
+
+
+def of_metrics(folder: Path) -> str:
+    """Damaged lines are left out; the others are as they were."""
+    assert all(line in LINES for line in read_records(folder / METRICS))
+    return "lines that were written"
+
+
+def table(folder: Path) -> None:
+    write_record(folder / "cross.json", {"cells": [{"question": {"ipc": 1, "lr": 0.01}, "text": "×"}], "versions": {}})
 
 
 def mnist(folder: Path, zipped: bool) -> None:
@@ -234,8 +247,9 @@ READERS = {
     "waypoint buffers": Reader(waypoint_buffers, of_waypoints),
     "checkpoint": Reader(checkpoint, lambda folder: load_checkpoint(folder, CPU)),
     "whitening": Reader(whitening, lambda folder: Whitening.load(folder / "zca.safetensors")),
-    "metrics": Reader(metrics, lambda folder: read_records(folder / "metrics.jsonl"), checked=False),
-    "config": Reader(lambda folder: write_config(folder, {"dataset": "digits", "ipc": 1, "lr": 0.5}), read_config, checked=False),
+    "metrics": Reader(metrics, of_metrics),
+    "table": Reader(table, lambda folder: read_record(folder / "cross.json", "a table", "make it again")),
+    "config": Reader(lambda folder: write_config(folder, {"dataset": "digits", "ipc": 1, "lr": 0.5}), read_config),
     "mnist, gz": Reader(lambda folder: mnist(folder, True), of_data("MNIST")),
     "mnist": Reader(lambda folder: mnist(folder, False), of_data("MNIST"), checked=False),
     "image folder": Reader(image_folder, of_data("folder"), checked=False),

@@ -155,6 +155,7 @@ def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
         getattr(kernels, op)(*arguments)
 
 
+@pytest.mark.slow
 def test_triton_equals_the_reference_interpreted() -> None:
     assert any("refused: expected contiguous or channels_last" in line for line in compare("norm", "cpu"))
 

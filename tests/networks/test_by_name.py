@@ -352,3 +352,9 @@ def test_pools_are_those_of_the_public_code() -> None:
     assert {name for pool in POOLS.values() for name in pool} <= {name for name, *_ in COUNTS}  # all of them are there
     with pytest.raises(InputError, match="`eval_mode` X: expected one of S, SS, C, M, W, D, A, P, N, B, BN"):
         eval_pool("X", "ConvNet")
+
+
+@pytest.mark.parametrize("name", ["ConvNetW" + "9" * 30, "ConvNetD" + "9" * 30])
+def test_no_network_is_so_large(name: str) -> None:
+    with pytest.raises(InputError, match=f"--model {name}: expected ConvNet"):
+        network_by_name(name, (1, 8, 8), 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, expert_path, write_expert
 
 EPOCHS = 3
@@ -248,6 +250,28 @@ def test_broken_metadata_is_named(name: str, text: str | None) -> None:
         record[name] = text
     with pytest.raises(InputError, match=r"^here: expected an expert's metadata"):
         ExpertMetadata.from_text(record, "here")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": "weight:three"},
+        {"layout": "weight:3"},
+        {"accuracy": ["high"] * (EPOCHS + 1)},
+        {"accuracy": [0.5]},
+        {"seed": "seven"},
+        {"network": []},
+    ],
+    ids=str,
+)
+def test_metadata_that_cannot_be_is_named(store: TrajectoryStore, changes: dict[str, object]) -> None:
+    path = expert_path(store.folder, 0)
+    tensors, text = load_tensors(path)
+    save_tensors(
+        path, tensors, text | {name: json.dumps(value) for name, value in changes.items()}, by_row=["parameters"]
+    )
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        TrajectoryStore(store.folder).metadata(0)
 
 
 WRITE_UNTIL_KILLED = """

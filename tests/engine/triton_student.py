@@ -1,4 +1,4 @@
-"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.triton_student DEVICE`.
+"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.engine.triton_student DEVICE`.
 
 A program of its own, as kernels/triton_comparison.py is. Every back end that the table may name is taken in turn. It
 prints a line for each case that passed.

@@ -17,13 +17,13 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.testing import relative_error
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"]
 
 
 def compare(device: str, **environment: str) -> list[str]:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.triton_student", device]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.engine.triton_student", device]
     answer = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
     )

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-import mtt_fast.analysis
+import mtt_fast.commands
 from mtt_fast.commands.published import published
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.networks.by_name import network_by_name
 
-FILE = Path(mtt_fast.analysis.__file__).parent / "published.toml"
+FILE = Path(mtt_fast.commands.__file__).parent / "published.toml"
 SUBSETS = ("imagenette", "imagewoof", "imagefruit", "imagemeow", "imagesquawk", "imageyellow")
 
 # As the paper prints it: "*" with ZCA, "–" a dash, nothing where it could not be read with certainty.

@@ -1,0 +1,75 @@
+"""Scalars as TensorBoard reads them, written at once and by the caller's own thread, so that a full disk is its error."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+_FORMAT = "brain.Event:2"
+_number = itertools.count()
+
+
+class EventLog:
+    """A new file of events in `folder`, for iterations from `first` on: TensorBoard drops what others say of those.
+
+    Raises `OSError` that names the file, as `write` does, where it cannot be written.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import (
+            Event,
+            SessionLog,
+        )  # slow to import, and not all jobs write events
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_number)}"
+        self._file = _WholeWrites(folder / name)
+        self._records = RecordWriter(self._file)
+        try:
+            self._write(Event(file_version=_FORMAT))
+            self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, name: str, value: float, iteration: int) -> None:
+        """Append one scalar."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._write(Event(step=iteration, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)])))
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+
+class _WholeWrites:
+    """A new file without a buffer, in which a record is written whole or is an error that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
+
+    def write(self, data: bytes) -> None:
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if written != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+
+    def close(self) -> None:
+        self._file.close()

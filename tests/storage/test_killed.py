@@ -1,0 +1,171 @@
+"""Whatever moment a writer is killed at: what it wrote is whole or is not there, and no half of it stays for ever."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtt_fast import InputError, SyntheticDataset
+from mtt_fast.storage.files import atomic_path, whole_folder, write_text
+from mtt_fast.storage.temporaries import is_free, remove_leftovers, temporary_folder
+
+SCRIPT = Path(__file__).with_name("killed_script.py")
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system that need not wait for a disk, where there is one."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="mtt_fast-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("what", [pytest.param("sets", marks=pytest.mark.slow), "experts", "caches"])
+def test_killed_at_each_point(in_memory: Path, what: str) -> None:
+    root = str(SCRIPT.parents[1])
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPT), what], cwd=in_memory, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=250,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-2000:]
+    points = [
+        int(line.rpartition(": ")[2].split()[0]) for line in found.stdout.splitlines() if line.endswith(" points")
+    ]
+    assert min(points) >= 5
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mtt_fast.storage.temporaries import temporary_folder
+with temporary_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("x")
+    print("written", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_another_process_temporary_stays_until_it_ends(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "written\n"
+        write_text(tmp_path / "mine", "x")
+        assert len(list(tmp_path.glob(".out.*.partial/content/half"))) == 1
+        other.kill()
+        other.wait()
+    write_text(tmp_path / "mine", "y")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_other_files_are_no_leftovers(tmp_path: Path) -> None:
+    others = {".x.partial", "a.12345678.partial", ".a.12345678.partial.txt", ".a.1234567-.partial", ".lock"}
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".gone.abcd_123.partial").touch()  # as earlier versions left them
+    (tmp_path / ".link.abcd_123.partial").symlink_to(tmp_path / ".lock")
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == others | {".link.abcd_123.partial"}
+    remove_leftovers(tmp_path / "none")
+
+
+def test_many_threads_write_beside_each_other(tmp_path: Path) -> None:
+    failures: list[Exception] = []
+
+    def write(name: str) -> None:
+        try:
+            for number in range(40):
+                write_text(tmp_path / name, f"{name} {number}")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(f"file{number % 4}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"file{number}" for number in range(4)]
+
+
+def test_what_fails_leaves_no_folders(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a" / "b" / "file") as path:
+        fail(path)
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "a" / "b") as folder:
+        fail(folder / "one")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a" / "b" / "file"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["mtt", "png", "parquet", "synthetic"])
+def test_a_full_disk_leaves_nothing_of_a_set(tmp_path: Path, kind: str) -> None:
+    images = torch.rand(400, 3, 16, 16)
+    full = SyntheticDataset(
+        images, torch.arange(400) // 40, torch.tensor(0.1), tuple("abcdefghij"), (0.0,) * 3, (1.0,) * 3
+    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # stands in for a disk with so much left
+    try:
+        with pytest.raises(InputError, match=r"/new/out.*: cannot be written") as raised:
+            full.export(kind, tmp_path / "new" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ".partial" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_filled_and_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat().st_ino
+    with whole_folder(".", last="b") as folder:
+        for name in ("a", "b", "c"):
+            (folder / name).write_text(name)
+    assert tmp_path.stat().st_ino == before
+    assert sorted(path.name for path in Path().iterdir()) == ["a", "b", "c"]
+
+
+def test_what_readers_look_for_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").touch()
+    moved: list[str] = []
+    replace = os.replace
+
+    def noted(source: Path, place: Path) -> None:
+        moved.append(Path(place).name)
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", noted)
+    with whole_folder(tmp_path, last="buffer_") as folder:
+        for name in ("buffer_0", "buffer_1", "buffer_10", "step_0", "a/b"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+    assert moved == ["step_0", "b", "buffer_10", "buffer_1", "buffer_0"]
+
+
+def test_a_place_is_free_where_only_leftovers_are(tmp_path: Path) -> None:
+    assert is_free(tmp_path / "none")
+    with temporary_folder(tmp_path / "out" / "file"):
+        assert not is_free(tmp_path / "out")
+    (tmp_path / "out" / ".file.abcd_123.partial").mkdir(parents=True)
+    assert is_free(tmp_path / "out")
+    (tmp_path / "out" / "file").symlink_to("nowhere")
+    assert not is_free(tmp_path / "out")
+    assert not is_free(tmp_path / "out" / "file")
