@@ -117,7 +117,7 @@ def failing_with(error: Exception) -> Callable[[Sequence[str]], None]:
         (errno.EDQUOT, "free some of your quota"),
         (errno.EROFS, "choose a place that is not read-only"),
         (errno.EMFILE, "raise the limit of open files"),
-        (errno.ENFILE, "raise the limit of open files"),
+        (errno.ENFILE, "close other programs"),
         (errno.ENAMETOOLONG, "choose a shorter name"),
         (errno.EIO, "check the disk"),
     ],
