@@ -35,16 +35,16 @@ log = logging.getLogger(__name__)
 class CompressOptions:
     """Compress experts to a few waypoints each, with straight lines between them (MCT)."""
 
-    folder: Annotated[str, tyro.conf.Positional] = ""
-    """of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet"""
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = ""
+    """folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet"""
     num_interpolation: AtLeastTwo = 4
     """waypoints of each expert, both ends included"""
     epochs: Annotated[tuple[int, ...] | None, COUNT_FROM_ZERO] = None
-    """epochs at which they are, such as 0 6 25 50; without it evenly spaced"""
+    """epochs of the waypoints, such as 0 6 25 50; without it evenly spaced"""
     smooth: TrueOrFalse = True
-    """take for a waypoint the mean of the epochs before and after it, and for the last that of the last two"""
+    """take for a waypoint the mean of the epochs before and after it, and for the last waypoint the mean of the last two"""
     out: str | None = None
-    """where the compressed experts are written; default FOLDER/waypoints_K"""
+    """folder for the compressed experts; default FOLDER/waypoints_K"""
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, and why."""

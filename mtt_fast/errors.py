@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Sequence
 
 
 class InputError(ValueError):
     """An error in the user's input.
 
-    The message is one line: which file or argument, what was expected, what was found, how to mend it.
+    The message is one line: what (file or option), what was expected, what was found, how to mend it. A library names an
+    argument in backquotes, `lr_teacher`, which the commands show as the flag: --lr_teacher.
     The commands print it as `error: …` and exit with status 2; library callers catch a `ValueError`.
     """
 
@@ -23,6 +25,41 @@ class Diverged(InputError):
 
 class NotFound(InputError):
     """A data set that is in none of the expected places: it may come there later."""
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Return in words why the system refused something: those of its errno, without the path."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def remedy_for(error: OSError | ValueError, otherwise: str = "check the path") -> str:
+    """Return what mends a failed look at a file or a write, as an order; `otherwise` where the path is what is wrong.
+
+    Besides an `OSError` it takes the `ValueError` of a path with a NUL.
+    """
+    return _REMEDIES.get(getattr(error, "errno", None) or 0, otherwise)
+
+
+_REMEDIES = {
+    errno.ENOTEMPTY: "choose another folder, or empty this one",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "check the disk",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "check the permissions, or choose a place that you may read and write"
+    ),
+    errno.EROFS: "choose a place that is not read-only",
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some of your quota, or choose another disk",
+    errno.EFBIG: "choose a file system (or a limit, ulimit -f) that takes files of this size",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which hold too many files open",
+    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "end the program that uses it"),
+    errno.ENOMEM: "free some memory",
+    errno.EAGAIN: "end other programs, or raise the limit of processes (ulimit -u)",
+    **dict.fromkeys((errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT), "check that the network file system is there"),
+    **dict.fromkeys((errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH), "check the network"),
+}
+"""What mends an `OSError` other than a wrong path, by its errno."""
 
 
 def one_line(text: str) -> str:

@@ -26,14 +26,13 @@ from mtt_fast.commands.evaluated_set import (
     settings_of,
     training_set,
 )
-from mtt_fast.commands.option_fields import Role
+from mtt_fast.commands.option_fields import Group, Role
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, versions
-from mtt_fast.storage.identity import OTHER_DATA
 from mtt_fast.storage.records import write_record
 from mtt_fast.training.protocols import Accuracy, evaluate
 
@@ -44,10 +43,10 @@ log = logging.getLogger(__name__)
 class EvaluateOptions(SetOptions):
     """Train fresh networks on a distilled set, random real images, or files of the public code, and test them."""
 
-    source: tyro.conf.Positional[str] = ""
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SET")] = ""
     """a run's folder, a synthetic.safetensors, an images_*.pt with its labels_*.pt beside it, or the word "random" """
-    out: Annotated[str | None, Role.PLACE] = None
-    """also write the result to this JSON file"""
+    out: Annotated[str | None, Role.PLACE, Group.OUTPUT] = None
+    """JSON file to which the result is written as well"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: torch.device) -> None:
     protocol = options.evaluation_protocol()
     if options.other_data and synthetic is None:
-        raise InputError(f"{OTHER_DATA}: expected a distilled set, found {options.source}, of no images; leave it out")
+        raise InputError(f"--other_data: expected a distilled set, found {options.source}, of no images; leave it out")
     data = data_for(options, options.source, synthetic)
     networks = options.evaluated_networks(data)
     real = real_images_for(options, options.source, synthetic, data, device)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import cli, parsing
-from mtt_fast.commands.option_fields import Needs, Role
+from mtt_fast.commands.option_fields import Group, Needs, Role
 from mtt_fast.commands.options import (
     Count,
     Networks,
@@ -79,6 +79,8 @@ class ExpertTraining:
 class ExpertTrainingOptions(TrainingOptions):
     """How experts are trained, as all commands that train them name it."""
 
+    GROUP: ClassVar[Group] = Group.EXPERTS
+
     IGNORED: ClassVar[dict[str, str]] = {
         "load_all": "trajectories are memory-mapped; nothing is loaded whole",
         "max_files": "there is one file an expert; limit them with --max_experts",
@@ -99,11 +101,11 @@ class ExpertTrainingOptions(TrainingOptions):
     rho_max: RateOrZero = 0.0
     """radius in which experts look for sharpness (SAM), at the full learning rate; 0: plain SGD. FTD and DATM: 0.01"""
     rho_min: Annotated[RateOrZeroOrNone, Needs("rho_max")] = None
-    """the radius at the learning rate that --decay divided; without it the same as --rho_max"""
+    """radius of SAM at the learning rate that --decay divided; without it the same as --rho_max"""
     alpha: Annotated[RateOrZero, Needs("rho_max")] = 0.0
-    """how much of the experts' plain gradient across SAM's is taken off (GSAM); FTD: 0.3 or 1"""
+    """how much of the experts' plain gradient, across SAM's, is taken off (GSAM); FTD: 0.3 or 1"""
     adaptive: Annotated[TrueOrFalse, Needs("rho_max")] = True
-    """measure the radius in units of each parameter's size (ASAM), as FTD's code does"""
+    """measure SAM's radius in units of each parameter's size (ASAM), as FTD's code does"""
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
         """Return how these options train an expert. Raises `InputError` for values that cannot be."""
@@ -124,15 +126,15 @@ class ExpertOptions(ExpertTrainingOptions):
     }
 
     num_experts: Annotated[Networks, Role.EXTENT] = 100
-    """how many experts"""
+    """number of experts; those that the folder lacks are trained"""
     lr_teacher: Rate = 0.01
     """learning rate of the experts"""
     batch_train: Count = 256
     """batch size of the experts' training"""
-    buffer_path: Annotated[str, Role.PLACE] = "buffers"
-    """where the trajectories are written: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
-    store_dtype: StoreDtype = "float32"
-    """of the recorded parameters: float32, or bfloat16 at half the size"""
+    buffer_path: Annotated[str, Role.PLACE, Group.OUTPUT] = "buffers"
+    """folder for the trajectories: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
+    store_dtype: Annotated[StoreDtype, Group.OUTPUT] = "float32"
+    """number format of the recorded parameters: float32, or bfloat16 at half the size"""
 
     def training(self) -> ExpertTraining:
         """Return how these options train an expert. Raises `InputError` for values that cannot be."""

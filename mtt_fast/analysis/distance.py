@@ -25,7 +25,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import parsing
-from mtt_fast.commands.option_fields import Role, names_of
+from mtt_fast.commands.option_fields import Group, Role, names_of
 from mtt_fast.commands.options import CommonOptions, Count, Networks, Rate
 from mtt_fast.commands.tables import markdown_table, save_figure
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -72,19 +72,21 @@ class DistanceOptions(ExpertTrainingOptions):
     the first run that was distilled by matching trajectories. A stopped command goes on where it was.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    GROUP: ClassVar[Group] = Group.OTHER
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN …")] = ()
     """run folders or synthetic.safetensors files, each plain or as LABEL=PATH, e.g. MTT=runs/mtt DSA=runs/dsa"""
     deltas: str = "10,20,50,100,200,500,1000,2000,5000"
     """Δt: numbers of steps on real images, joined by commas"""
     steps: Count = 1000
     """K: steps on the distilled set, whose K + 1 vectors of parameters are in memory together"""
     starts: Networks = 1
-    """sets of initial parameters, of each of which there is a real training"""
-    expert_lr: Rate = 0.01
-    """learning rate on real images"""
-    batch_real: Count = 256
-    """batch size on real images"""
-    out: str = "runs/distance"
+    """initial networks, from each of which there is a real training"""
+    expert_lr: Annotated[Rate, Group.EXPERTS] = 0.01
+    """learning rate of the real training"""
+    batch_real: Annotated[Count, Group.EXPERTS] = 256
+    """batch size of the real training"""
+    out: Annotated[str, Group.OUTPUT] = "runs/distance"
     """folder for distance.png, distance.md and distance.json"""
 
     def without_effect(self) -> dict[str, str]:

@@ -39,12 +39,12 @@ _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 class EvolutionOptions:
     """Show the images over the iterations of a run: RUN/evolution.gif, and RUN/evolution.png with some of them."""
 
-    run: tyro.conf.Positional[str] = ""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """the run's folder"""
     out: str | None = None
-    """another folder for the two pictures"""
+    """folder for the two pictures, if not the run's own"""
     seconds: Annotated[float, Range(0.02, 600)] = 0.3
-    """of each picture of the GIF, from 0.02 to 600; the last one stays five times as long"""
+    """seconds that each picture of the GIF is shown, from 0.02 to 600; the last picture stays five times as long"""
     rows: AtLeastTwo = 8
     """pictures in the strip, evenly spaced, with the first and the last"""
 

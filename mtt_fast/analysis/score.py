@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtt_fast.commands import parsing
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.interop import label_robust_score
 from mtt_fast.storage.files import write_json
 
@@ -35,21 +35,21 @@ class ScoreOptions:
     """Compute the label-robust score from accuracies, each a number in per cent or a file that mtt_fast.evaluate wrote."""
 
     full: str | None = None
-    """on all real images, with hard labels"""
+    """accuracy on all real images, with hard labels"""
     hard: str | None = None
-    """on the distilled set with hard labels; without it the same as --distilled, for a set that has no others"""
+    """accuracy on the distilled set with hard labels; without it the same as --distilled, for a set whose own labels are hard"""
     distilled: str | None = None
-    """on the distilled set with the labels that it brings"""
+    """accuracy on the distilled set with the labels that the set brings"""
     random: str | None = None
-    """on as many random real images, labelled as the distilled set is"""
+    """accuracy on as many random real images, labelled as the distilled set is"""
     hlr: float | None = None
     """hard label recovery in per cent, in place of --full and --hard"""
     ior: float | None = None
     """improvement over random in per cent, in place of --random and, where --hlr is given, --distilled"""
     weight: float = 0.5
-    """w: what the improvement over random counts, in [0, 1]"""
+    """w: weight of the improvement over random in the score, in [0, 1]"""
     out: str | None = None
-    """also write the score to this JSON file"""
+    """JSON file to which the score is written as well"""
 
 
 class _Accuracy(NamedTuple):
@@ -117,7 +117,7 @@ def _of_file(option: str, path: Path) -> _Accuracy:
         measured["protocol"] = str(record["protocol"]["name"])
     except OSError as error:
         raise InputError(
-            f"{option} {path}: expected a number in per cent or a file ({error.strerror or error}); mend the path"
+            f"{option} {path}: expected a number in per cent or a file ({reason_of(error)}); {remedy_for(error)}"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(

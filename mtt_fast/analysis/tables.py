@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -44,7 +44,7 @@ _Key = tuple[str, str, str, str]
 class TablesOptions:
     """Write the paper's tables with what was measured beside what the paper says."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN …]")] = ()
     """run folders, or folders that hold some"""
     out: str = "runs/tables"
     """folder for tables.md and tables.json"""

@@ -49,7 +49,7 @@ class SiameseAugment:
         for name in self.operations:
             if name not in _OPERATIONS:
                 raise InputError(
-                    f"strategy {self.strategy}: expected operations among {', '.join(_OPERATIONS)} joined by "
+                    f"`strategy` {self.strategy}: expected operations among {', '.join(_OPERATIONS)} joined by "
                     f"underscores, found '{name}'"
                 )
 

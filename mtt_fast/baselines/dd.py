@@ -34,25 +34,25 @@ class DdOptions(LearnedImagesOptions):
     """Learn images that lower the loss on real images after a few steps on them."""
 
     lr_img: Rate = 0.01
-    """Adam's learning rate, of the pixels and of the learning rates"""
+    """learning rate of the pixels and of the learning rates (Adam)"""
     decay_it: Count = 2000
     """iterations between decays of --lr_img"""
     decay_factor: Rate = 0.5
-    """factor of each decay"""
+    """factor by which each decay multiplies --lr_img"""
     batch_real: Count = 1024
     """real images in the loss"""
     pix_init: Literal["real", "noise"] = "noise"
-    """start from real images or from noise"""
+    """images start from real images or from noise"""
     distilled_images_per_class_per_step: Count = 1
     """synthetic images of each class in a step; it divides --ipc, and there are as many different steps as that gives"""
     distill_epochs: Count = 3
     """times that the student goes through all synthetic images"""
     distill_lr: Rate = 0.02
-    """the learning rate of each step at the start"""
+    """learning rate of each of the student's steps at the start"""
     train_nets_type: Literal["unknown_init", "known_init"] = "unknown_init"
-    """fresh networks in each iteration, or always the same one"""
+    """train fresh networks in each iteration, or always the same one"""
     n_nets: Count = 1
-    """networks an iteration"""
+    """networks in an iteration"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.baselines.gradient_distance import Metric
 from mtt_fast.baselines.options import LearnedImagesOptions
-from mtt_fast.commands.option_fields import Role
+from mtt_fast.commands.option_fields import Group, Role
 from mtt_fast.commands.options import Count, CountFromZero, CountOrNone, Rate
 from mtt_fast.errors import InputError
 
@@ -22,18 +22,18 @@ class DcOptions(LearnedImagesOptions):
 
     Iteration: Annotated[CountFromZero, Role.EXTENT] = 1000
     """iterations, each with a fresh network"""
-    eval_it: Annotated[Count, Role.EXTENT] = 500
+    eval_it: Annotated[Count, Role.EXTENT, Group.EVALUATION] = 500
     """iterations between evaluations"""
     lr_img: Rate = 0.1
     """learning rate of the pixels"""
     pix_init: Literal["real", "noise"] = "noise"
-    """start from real images or from noise"""
+    """images start from real images or from noise"""
     dis_metric: Metric = "ours"
-    """distance of gradients: ours (layer by layer, the papers'), mse, or cos of the whole"""
+    """distance between gradients: ours (layer by layer, the papers'), mse, or cos of the whole"""
     outer_loop: CountOrNone = None
-    """updates of the images an iteration; the papers' for --ipc 1, 10, 20, 30, 40, 50 without this"""
+    """updates of the images in an iteration; without it the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
     inner_loop: CountOrNone = None
-    """epochs of the network between two updates; the papers' for the same without this"""
+    """epochs of the network between two updates of the images; without it the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
 
     def loops(self) -> tuple[int, int]:
         """Return updates an iteration and epochs between two. Raises `InputError` where the papers have none."""
@@ -67,7 +67,7 @@ class DsaOptions(DcOptions):
     """Learn images as DC does, where real and synthetic ones see the same augmentation."""
 
     pix_init: Literal["real", "noise"] = "real"
-    """start from real images or from noise"""
+    """images start from real images or from noise"""
 
     def check(self) -> None:
         """See `BaselineOptions.check`."""

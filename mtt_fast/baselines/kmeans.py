@@ -7,7 +7,7 @@ centres of clusters of pixels are a baseline of Dataset Distillation (Wang et al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
+from mtt_fast.commands.option_fields import Group
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
@@ -28,8 +29,8 @@ _RESTARTS = 10
 class KmeansOptions(TrainedNetworkOptions):
     """Cluster each class and take one image a cluster."""
 
-    pick: Literal["nearest", "centres"] = "nearest"
-    """nearest: real images nearest to the centres of embeddings; centres: the centres of pixels themselves"""
+    pick: Annotated[Literal["nearest", "centres"], Group.SET] = "nearest"
+    """what is taken of each cluster; nearest: real images nearest to the centres of embeddings; centres: the centres of pixels themselves"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

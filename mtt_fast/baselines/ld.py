@@ -9,6 +9,7 @@ are 17,600 iterations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import IterativeOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
+from mtt_fast.commands.option_fields import Group
 from mtt_fast.commands.options import Count, Rate
 from mtt_fast.engine.student_choice import precision_on, student_for
 from mtt_fast.networks.protocol import Trainable
@@ -34,11 +36,11 @@ class LdOptions(IterativeOptions):
     batch_real: Count = 1024
     """real images in the loss"""
     inner_batch_size: Count = 50
-    """images with learned labels in a step; all if there are fewer"""
+    """images with learned labels in a step of the network; all if there are fewer"""
     inner_lr: Rate = 0.01
-    """learning rate of the step that the labels are learned through"""
-    lr_y: Rate = 1e-3
-    """Adam's learning rate of the labels"""
+    """learning rate of the network's step that the labels are learned through"""
+    lr_y: Annotated[Rate, Group.LABELS] = 1e-3
+    """learning rate of the labels (Adam)"""
 
 
 def ld(options: LdOptions, real: RealImages, network: Trainable) -> Learning:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
-from mtt_fast.commands.option_fields import Role, check_values
+from mtt_fast.commands.option_fields import Group, Role, check_values
 from mtt_fast.commands.options import (
     Count,
     CountFromZero,
@@ -28,12 +28,12 @@ class BaselineOptions(EvaluationOptions):
 
     batch_train: CountOrNone = None
     """batch size for training networks; without it 256, or for those of an evaluation what its protocol says"""
-    out: Annotated[str | None, Role.PLACE] = None
+    out: Annotated[str | None, Role.PLACE, Group.OUTPUT] = None
     """run folder; default runs/METHOD-DATASET-ipcN"""
-    resume: Annotated[bool, Role.PLACE] = False
+    resume: Annotated[bool, Role.PLACE, Group.OUTPUT] = False
     """continue the run in --out, with its own options; the same command without it continues as well"""
 
-    ipc: Count = 1
+    ipc: Annotated[Count, Group.SET] = 1
     """images a class"""
     lr_net: Rate = REAL_IMAGES_LR
     """learning rate of networks that train on the set"""
@@ -57,18 +57,20 @@ class BaselineOptions(EvaluationOptions):
 class TrainedNetworkOptions(BaselineOptions):
     """Choose real images through a network that was trained on all of them, the first expert."""
 
+    GROUP: ClassVar[Group] = Group.EXPERTS
+
     buffer_path: Annotated[str, Role.PLACE] = "buffers"
-    """where the experts' trajectories are; the first one is trained if there is none"""
+    """folder of the experts' trajectories; the first expert is trained if there is none"""
     train_epochs: Annotated[Count, Role.EXTENT] = 50
-    """epochs of that expert"""
+    """epochs of the first expert"""
     expert_lr: Rate = 0.01
-    """learning rate of that expert"""
+    """learning rate of the first expert"""
     mom: Share = 0.0
-    """momentum of that expert"""
+    """momentum of the first expert"""
     l2: RateOrZero = 0.0
-    """weight decay of that expert"""
+    """weight decay of the first expert"""
     decay: bool = False
-    """divide that expert's learning rate by ten after half of the epochs"""
+    """divide the first expert's learning rate by ten after half of the epochs"""
 
     def expert(self) -> ExpertTraining:
         """Return how the expert is trained if there is none. Raises `InputError` for values that cannot be."""
@@ -87,12 +89,14 @@ class TrainedNetworkOptions(BaselineOptions):
 class IterativeOptions(BaselineOptions):
     """Learn a set in iterations."""
 
+    GROUP: ClassVar[Group] = Group.DISTILLATION
+
     Iteration: Annotated[CountFromZero, Role.EXTENT] = 20000
     """iterations (updates of the set)"""
-    eval_it: Annotated[Count, Role.EXTENT] = 2000
+    eval_it: Annotated[Count, Role.EXTENT, Group.EVALUATION] = 2000
     """iterations between evaluations"""
     batch_real: Count = 256
-    """real images in a batch"""
+    """batch size of the real images in an update"""
     save_seconds: Seconds = 60.0
     """seconds between checkpoints; inf: only at evaluations and at the end"""
 
@@ -104,4 +108,4 @@ class LearnedImagesOptions(IterativeOptions):
     lr_img: Rate = 1.0
     """learning rate of the pixels"""
     pix_init: Literal["real", "noise"] = "real"
-    """start from real images or from noise"""
+    """images start from real images or from noise"""

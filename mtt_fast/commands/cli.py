@@ -5,21 +5,16 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from mtt_fast.commands.option_fields import Field, fields_of
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, one_line, reason_of, remedy_for
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.memory_info import is_out_of_memory
 
 log = logging.getLogger("mtt_fast")
-
-
-def _flags(kind: type) -> dict[str, Field]:
-    """Return the options of `kind` by the names of their flags."""
-    return {field.flag: field for field in fields_of(kind).values() if not field.is_positional}
 
 
 def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -39,32 +34,46 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
             job(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(one_line(str(stopped)), file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
         print("interrupted; what was finished is saved", file=sys.stderr)
         return 130
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _mistake(with_flags(str(error)))
     except BrokenPipeError:  # what reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at the end fail
         return 128 + signal.SIGPIPE
     except OSError as error:
-        print(
-            f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and the free space",
-            file=sys.stderr,
-        )
-        return 2
+        return _mistake(_in_words(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            "error: out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result",
-            file=sys.stderr,
-        )
-        return 2
+        return _mistake("out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result")
     return 0
+
+
+def _mistake(message: str) -> int:
+    """Print `message` as the one line of an error, and return the exit status of a mistake in the input."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def with_flags(message: str) -> str:
+    """Return a library's error message with the arguments that it names, such as `lr_teacher`, as flags: --lr_teacher."""
+    return _ARGUMENT.sub(lambda match: f"--{_FLAGS.get(match[1], match[1])}", message)
+
+
+_ARGUMENT = re.compile(r"(?<![^\s(])`([A-Za-z_]\w*)`(?=[:;,.)]*(?:\s|$))")
+"""A name in backquotes as a word of its own, not as a part of a path."""
+_FLAGS = {"strategy": "dsa_strategy"}
+"""Flags of those arguments that have another name."""
+
+
+def _in_words(error: OSError) -> str:
+    """Return which files could not be used, why, and how to mend it."""
+    places = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return f"{' -> '.join(places) or 'a file'}: {reason_of(error)}; {remedy_for(error)}"
 
 
 def _keep_freed_memory() -> None:

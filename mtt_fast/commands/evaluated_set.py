@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import Canvas
-from mtt_fast.commands.option_fields import Needs, Role, names_of
+from mtt_fast.commands.option_fields import Group, Needs, Role, names_of
 from mtt_fast.commands.options import Count, EvaluationOptions, RateOrNone
 from mtt_fast.data import ImageData
 from mtt_fast.data.set_checks import check_classes
@@ -40,21 +40,23 @@ REAL_IMAGES_LR = 0.01
 class SetOptions(EvaluationOptions):
     """What networks are trained on."""
 
+    GROUP: ClassVar[Group] = Group.SET
+
     ipc: Count = 1
-    """images a class, of random real images"""
+    """random real images a class, where the set is the word "random" """
     lr_teacher: RateOrNone = None
-    """learning rate; without it the learned one, or 0.01 where there is none"""
-    texture: bool = False
+    """learning rate of the networks; without it the one that the set brings, or 0.01 where it brings none"""
+    texture: Annotated[bool, Group.TEXTURE] = False
     """the images of a .pt file are textures, of which networks see random crops"""
-    canvas_size: Annotated[Count, Needs("texture")] = 2
-    """side of such a canvas, in images"""
-    canvas_samples: Annotated[Count, Needs("texture")] = 1
-    """crops of each canvas in a step"""
-    label_kind: Literal["probabilities", "logits"] | None = None
-    """of soft labels in a .pt file: probabilities or logits (guessed from their sums without this)"""
+    canvas_size: Annotated[Count, Needs("texture"), Group.TEXTURE] = 2
+    """side of a canvas of --texture, in images"""
+    canvas_samples: Annotated[Count, Needs("texture"), Group.TEXTURE] = 1
+    """crops of each canvas of --texture in a step"""
+    label_kind: Annotated[Literal["probabilities", "logits"] | None, Group.LABELS] = None
+    """kind of the soft labels in a .pt file; without it guessed from their sums"""
     other_data: bool = False
-    """test on other images than those that the set was made from, of the same classes and size; they are normalised or whitened
-    as its own were"""
+    """test on other images than those that the set was made from, of the same classes and size; those images
+    are normalised or whitened as the set's own were"""
 
     def without_effect_on(self, sources: Sequence[str]) -> dict[str, str]:
         """Return the options that have no effect on these sets, and why."""

@@ -87,6 +87,27 @@ _ANY = Range()
 _ANY_INTEGER = Range(-(2**63), largest=2**63 - 1)
 
 
+class Group(Enum):
+    """The box of --help in which an option stands, in the order of the boxes.
+
+    An option declares its own, or has the one that its class names as `GROUP`.
+    """
+
+    OTHER = "options"
+    RUN = "run"
+    DATA = "data"
+    NETWORK = "network"
+    AUGMENTATION = "augmentation"
+    EXPERTS = "experts"
+    DISTILLATION = "distillation"
+    LABELS = "labels"
+    TEXTURE = "texture"
+    SET = "set"
+    EVALUATION = "evaluation"
+    OUTPUT = "output"
+    MACHINE = "machine"
+
+
 class Role(Enum):
     """What an option decides."""
 
@@ -137,6 +158,8 @@ class Field:
     """its type, without what is declared beside it"""
     declared: tuple[Any, ...]
     default: Any
+    declaring: type
+    """the class that declares it"""
 
     @property
     def flag(self) -> str:
@@ -147,6 +170,12 @@ class Field:
     def role(self) -> Role:
         """What it decides."""
         return next((word for word in self.declared if isinstance(word, Role)), Role.RESULT)
+
+    @property
+    def group(self) -> Group:
+        """Return the box of --help in which it stands."""
+        own = (word for word in self.declared if isinstance(word, Group))
+        return next(own, getattr(self.declaring, "GROUP", Group.OTHER))
 
     @property
     def is_positional(self) -> bool:
@@ -182,8 +211,14 @@ def fields_of(kind: type) -> Mapping[str, Field]:
 def _fields_of(kind: Any) -> Mapping[str, Field]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {
-        field.name: Field(field.name, *_parted(hints[field.name]), field.default) for field in dataclasses.fields(kind)
+        field.name: Field(field.name, *_parted(hints[field.name]), field.default, _declaring(kind, field.name))
+        for field in dataclasses.fields(kind)
     }
+
+
+def _declaring(kind: type, name: str) -> type:
+    """Return the class among `kind` and its bases that declares the option `name`, the last one to do so."""
+    return next(base for base in kind.__mro__ if name in vars(base).get("__annotations__", {}))
 
 
 def _parted(hint: Any) -> tuple[Any, tuple[Any, ...]]:

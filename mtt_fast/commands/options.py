@@ -6,7 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -21,6 +21,7 @@ from mtt_fast.commands.option_fields import (
     SEED,
     SHARE,
     Checked,
+    Group,
     Needs,
     Range,
     Role,
@@ -59,7 +60,7 @@ ShareOrNone = Annotated[float | None, SHARE, _hint(SHARE)]
 Seed = Annotated[int, SEED, _hint(SEED)]
 AtLeastTwo = Annotated[int, Range(2, largest=10**9), _hint(Range(2))]
 AtLeastTwoOrNone = Annotated[int | None, Range(2, largest=10**9), _hint(Range(2))]
-Seconds = Annotated[float, Range(0, infinite=True), _hint(Range(0)), Role.MACHINE]
+Seconds = Annotated[float, Range(0, infinite=True), _hint(Range(0)), Role.MACHINE, Group.OUTPUT]
 Strategy = Annotated[str, Checked(augment_by_strategy)]
 StoreDtype = Literal["float32", "bfloat16"]
 """Types of options with the range that holds for flags and files alike (mtt_fast/commands/option_fields.py)."""
@@ -74,33 +75,35 @@ OF_ONE_SIZE = (*DOWNLOADED, "digits")
 class CommonOptions:
     """Which images, which network, where, and with which random numbers."""
 
+    GROUP: ClassVar[Group] = Group.DATA
+
     dataset: str = "CIFAR10"
-    """digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, Tiny, ImageNet, or an image folder (train/CLASS/…, test/CLASS/…)"""
+    """data set: digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, Tiny, ImageNet, or an image folder (train/CLASS/…, test/CLASS/…)"""
     subset: str | None = None
-    """of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk, imageyellow; without it all of its classes"""
+    """subset of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk, imageyellow; without it all classes"""
     res: Side = None
-    """resolution in pixels, where the data set has no one size"""
+    """side of the images in pixels, to which they are resized where the data set has no one size"""
     data_path: Annotated[str, Role.PLACE] = "data"
-    """where the data sets lie"""
+    """folder of the data sets"""
     packed_path: Annotated[str | None, Role.PLACE] = None
-    """where they are kept packed, if not in DATA_PATH/packed (which may be read-only)"""
+    """folder of the packed data sets, if not DATA_PATH/packed (which may be read-only)"""
     download: Annotated[bool, Role.PLACE, HARMLESS] = False
     """fetch the data set if it is missing (MNIST, FashionMNIST, CIFAR10, CIFAR100)"""
     zca: bool = False
     """whiten the images (ZCA, eps 0.1) instead of normalising them"""
-    model: str = "ConvNet"
+    model: Annotated[str, Group.NETWORK] = "ConvNet"
     """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, ConvNetNN (no norm), ConvNetBN, AlexNet, VGG11, ResNet18,
     ResNet18_AP, …"""
-    dsa: TrueOrFalse = True
-    """differentiable siamese augmentation"""
-    dsa_strategy: Annotated[Strategy, Needs("dsa", " True")] = "color_crop_cutout_flip_scale_rotate"
-    """its operations, one of which is drawn for each step"""
-    seed: Seed = 0
-    """every random number follows from it"""
-    device: Annotated[str, Role.MACHINE, Checked(check_device_name)] = "auto"
-    """auto, cpu, cuda, cuda:1, …"""
-    precision: Annotated[Precision, HARMLESS] = "tf32"
-    """of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs) or bf16 (ConvNet's fused step alone);
+    dsa: Annotated[TrueOrFalse, Group.AUGMENTATION] = True
+    """differentiable siamese augmentation (DSA)"""
+    dsa_strategy: Annotated[Strategy, Needs("dsa", " True"), Group.AUGMENTATION] = "color_crop_cutout_flip_scale_rotate"
+    """operations of DSA, joined by underscores, one of which is drawn for each step"""
+    seed: Annotated[Seed, Group.RUN] = 0
+    """seed from which every random number follows"""
+    device: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_device_name)] = "auto"
+    """device that computes: auto, cpu, cuda, cuda:1, …"""
+    precision: Annotated[Precision, HARMLESS, Group.MACHINE] = "tf32"
+    """precision of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs) or bf16 (ConvNet's fused step alone);
     sums are float32. A CPU computes in float32 whatever this says"""
 
     def without_effect(self) -> dict[str, str]:
@@ -147,6 +150,8 @@ class CommonOptions:
 class TrainingOptions(CommonOptions):
     """How several networks are trained on one device."""
 
+    GROUP: ClassVar[Group] = Group.MACHINE
+
     networks_at_once: Annotated[NetworksOrNone, Role.MACHINE] = None
     """networks to train at the same time; without it as many as the device has room for. The result is the same"""
 
@@ -155,19 +160,21 @@ class TrainingOptions(CommonOptions):
 class EvaluationOptions(TrainingOptions):
     """How networks are evaluated, and which."""
 
+    GROUP: ClassVar[Group] = Group.EVALUATION
+
     batch_train: Annotated[CountOrNone, Role.EVALUATION] = None
     """batch size for training networks; without it 256, or what the evaluation's protocol says"""
     num_eval: Annotated[Networks, Role.EVALUATION] = 5
-    """networks in an evaluation"""
+    """networks that an evaluation trains and tests"""
     epoch_eval_train: Annotated[CountFromZero, Role.EVALUATION] = 1000
-    """epochs of each"""
+    """epochs of each network in an evaluation"""
     eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "S"
     """networks to evaluate: S the model itself (instance norm in place of batch norm), SS the model as it is, C itself and ConvNet,
     M architectures, W widths, D depths, A activations, P poolings, N norms, B and BN batch norm"""
     protocol: Annotated[str, Role.EVALUATION, Checked(protocol_called)] = "mtt"
-    """how networks are trained and tested: mtt, datm (batches of 128) or ddranking (the best epoch)"""
+    """how an evaluation trains and tests networks: mtt, datm (batches of 128) or ddranking (the best epoch)"""
     best_epoch: Annotated[bool, Role.EVALUATION, HARMLESS] = False
-    """report the best epoch, chosen on the test images, in place of the last"""
+    """report the best epoch of each evaluated network, chosen on the test images, in place of the last"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""

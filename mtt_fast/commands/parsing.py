@@ -9,10 +9,10 @@ import logging
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any, TypeVar
 
-from mtt_fast.commands.cli import _flags
+from mtt_fast.commands.help_page import print_help
 from mtt_fast.commands.option_fields import Field, Unfit, check_effects, check_values, converted, fields_of, in_words
 from mtt_fast.errors import InputError, did_you_mean
 
@@ -88,6 +88,8 @@ def _parsed(kind: type[Options], words: Sequence[str], prog: str, start: Options
     """Return the options, and the words that are none of theirs."""
     import tyro  # here, since only the commands need it
 
+    if _asks_for_help(words):
+        print_help(start, prog)  # which ends the process
     try:
         with _one_line(prog):
             options, unknown = tyro.cli(
@@ -104,6 +106,11 @@ def _parsed(kind: type[Options], words: Sequence[str], prog: str, start: Options
     except ValueError as error:
         raise InputError(str(error)) from error
     return options, list(unknown)
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    """Return whether -h or --help is among the words, before a -- that ends the options."""
+    return any(word in ("-h", "--help") for word in takewhile(lambda word: word != "--", words))
 
 
 @dataclass
@@ -169,6 +176,11 @@ def _switch(field: Field, word: str, value: str, negated: bool) -> list[str]:
         if tyro.conf.FlagConversionOff in field.declared
         else [f"--{field.flag}" if on else f"--no_{field.flag}"]
     )
+
+
+def _flags(kind: type) -> dict[str, Field]:
+    """Return the options of `kind` by the names of their flags."""
+    return {field.flag: field for field in fields_of(kind).values() if not field.is_positional}
 
 
 def ignored_flags(kind: type) -> Mapping[str, str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mtt_fast.commands import parsing
-from mtt_fast.commands.option_fields import HARMLESS, Checked, Role
+from mtt_fast.commands.option_fields import HARMLESS, Checked, Group, Role
 from mtt_fast.commands.options import CommonOptions, Count, Rate, Side, StoreDtype
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import check_device_name
@@ -29,53 +29,53 @@ class ConvertOptions:
     """Convert a distilled set, or experts' trajectories, to or from the files of other software."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")] = ""
-    """a file or a folder"""
+    """what is converted: a file or a folder"""
     destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")] = ""
-    """a file or a folder that is not there yet; for experts the --buffer_path of who will read them"""
+    """what is written: a file or a folder that is not there yet; for experts the --buffer_path of who will read them"""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """kind of the source, where its names do not tell"""
+    """kind of the source, where the names of its files do not tell; the same kinds as --to"""
     to: str | None = None
     """kind of the destination: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts, buffer, waypoints. Without it:
     what the destination's name tells; else this software's kind, or from this software's the public code's. Experts of this software
 become experts too, written anew, with --to experts"""
 
-    dataset: Annotated[str | None, HARMLESS] = None
-    """the real images: foreign files do not say of which they are"""
-    subset: Annotated[str | None, HARMLESS] = None
-    """of ImageNet"""
-    res: Annotated[Side, HARMLESS] = None
-    """resolution in pixels, where the data set has no one size"""
-    data_path: Annotated[str, Role.PLACE, HARMLESS] = "data"
-    """where the data sets lie"""
-    packed_path: Annotated[str | None, Role.PLACE, HARMLESS] = None
-    """where they are kept packed, if not in DATA_PATH/packed"""
-    download: Annotated[bool, Role.PLACE, HARMLESS] = False
+    dataset: Annotated[str | None, HARMLESS, Group.DATA] = None
+    """data set of the real images, which foreign files do not name"""
+    subset: Annotated[str | None, HARMLESS, Group.DATA] = None
+    """subset of ImageNet"""
+    res: Annotated[Side, HARMLESS, Group.DATA] = None
+    """side of the images in pixels, to which they are resized where the data set has no one size"""
+    data_path: Annotated[str, Role.PLACE, HARMLESS, Group.DATA] = "data"
+    """folder of the data sets"""
+    packed_path: Annotated[str | None, Role.PLACE, HARMLESS, Group.DATA] = None
+    """folder of the packed data sets, if not DATA_PATH/packed (which may be read-only)"""
+    download: Annotated[bool, Role.PLACE, HARMLESS, Group.DATA] = False
     """fetch the data set if it is missing"""
-    zca: Annotated[bool, HARMLESS] = False
+    zca: Annotated[bool, HARMLESS, Group.DATA] = False
     """the source was made with ZCA-whitened images"""
-    model: Annotated[str, HARMLESS] = "ConvNet"
+    model: Annotated[str, HARMLESS, Group.NETWORK] = "ConvNet"
     """network of the experts"""
-    device: Annotated[str, Role.MACHINE, HARMLESS, Checked(check_device_name)] = "auto"
-    """auto, cpu, cuda, …, where experts are measured"""
+    device: Annotated[str, Role.MACHINE, HARMLESS, Group.MACHINE, Checked(check_device_name)] = "auto"
+    """device that measures experts: auto, cpu, cuda, cuda:1, …"""
 
-    lr_teacher: Rate = 0.01
+    lr_teacher: Annotated[Rate, Group.SET] = 0.01
     """learning rate of a set that comes without one"""
-    label_kind: Literal["probabilities", "logits"] | None = None
-    """what the source's soft labels are (guessed from their sums without this)"""
-    reorder: bool = False
+    label_kind: Annotated[Literal["probabilities", "logits"] | None, Group.LABELS] = None
+    """kind of the source's soft labels; without it guessed from their sums"""
+    reorder: Annotated[bool, Group.LABELS] = False
     """put a set with soft labels into the order of its largest labels"""
-    hard_labels: bool = False
+    hard_labels: Annotated[bool, Group.LABELS] = False
     """write each image's class in place of its soft label"""
-    method: Annotated[str | None, Checked(_check_method)] = None
-    """whose set it is, in names of dc_benchmark's and DC's files: TM, DC, DSA, DM, random, Kmeans; without it what the set's own
+    method: Annotated[str | None, Checked(_check_method), Group.SET] = None
+    """method that made the set, for the names of dc_benchmark's and DC's files: TM, DC, DSA, DM, random, Kmeans; without it what the set's own
     record says, or TM"""
 
-    measure: Literal["last", "all"] = "last"
-    """epochs of each imported expert whose test accuracy is measured; that of the others is unknown (NaN)"""
-    store_dtype: StoreDtype = "float32"
-    """of imported experts: float32, or bfloat16 at half the size"""
-    experts_per_file: Count = 10
-    """experts in one replay_buffer_N.pt (the public code's --save_interval); they are in memory together"""
+    measure: Annotated[Literal["last", "all"], Group.EXPERTS] = "last"
+    """epochs of each imported expert whose test accuracy is measured; the accuracy of other epochs is unknown (NaN)"""
+    store_dtype: Annotated[StoreDtype, Group.EXPERTS] = "float32"
+    """number format of imported experts: float32, or bfloat16 at half the size"""
+    experts_per_file: Annotated[Count, Group.EXPERTS] = 10
+    """experts in one replay_buffer_N.pt (the public code's --save_interval); experts of one file are in memory together"""
 
     def common(self) -> CommonOptions:
         """Return the options that name the real images and the network. Raises `InputError` without a data set."""

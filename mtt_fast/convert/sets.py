@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mtt_fast.commands.cli import with_flags
 from mtt_fast.commands.option_fields import check_effects
 from mtt_fast.convert.options import ConvertOptions
 from mtt_fast.data import NAMES, transform_for
@@ -162,7 +163,7 @@ def _for_ddranking(
             raise InputError("it has no random crops, which the canvases of --texture need")
         call = ddranking_call(folder, plain, dataset, zca, subset, data_path)
     except InputError as error:
-        return f"DD-Ranking {VERSION} cannot take the set: {error}"
+        return f"DD-Ranking {VERSION} cannot take the set: {with_flags(str(error))}"
     return f"DD-Ranking {VERSION} takes it with\n{call}"
 
 

@@ -29,7 +29,7 @@ from mtt_fast.commands.evaluated_set import (
     settings_of,
     training_set,
 )
-from mtt_fast.commands.option_fields import Checked, Role, names_of
+from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 from mtt_fast.data import ImageData
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -43,7 +43,6 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.files import MALFORMED, write_text
-from mtt_fast.storage.identity import OTHER_DATA
 from mtt_fast.storage.records import read_record, write_record
 from mtt_fast.storage.run_folder import only_user
 from mtt_fast.training.images import Images, RealImages
@@ -62,14 +61,14 @@ TABLE, MARKDOWN, PLOT = "cross.json", "cross.md", "cross.png"
 class CrossOptions(SetOptions):
     """Evaluate sets on several networks: a table, as JSON, Markdown and a plot, that continues where it was stopped."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]] = ()
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SET …")] = ()
     """runs' folders, files as of mtt_fast.evaluate, or the word "random" for random real images like the first set"""
-    models: tuple[str, ...] = ()
-    """networks; without them those of --eval_mode"""
-    eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
-    """networks by the letter of a pool (see mtt_fast.evaluate): M architectures"""
-    out: Annotated[str, Role.PLACE] = "runs/cross"
-    """folder of the table"""
+    models: Annotated[tuple[str, ...], Group.EVALUATION] = ()
+    """names of the networks to test on; without it those of --eval_mode"""
+    eval_mode: Annotated[str, Role.EVALUATION, Group.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
+    """networks to test on, by the letter of a pool (see mtt_fast.evaluate): M architectures"""
+    out: Annotated[str, Role.PLACE, Group.OUTPUT] = "runs/cross"
+    """folder for the table, as JSON, Markdown and a plot"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
@@ -128,7 +127,7 @@ def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop
     known = _measured_before(folder)
     shown = []
     if options.other_data and all(row.synthetic is None for row in sets):
-        raise InputError(f"{OTHER_DATA}: expected a distilled set, found none; leave it out")
+        raise InputError("--other_data: expected a distilled set, found none; leave it out")
     of_rows = [
         data_for(row.options, row.source, row.synthetic) for row in sets
     ]  # all are compared before one is tested

@@ -54,9 +54,9 @@ def find(
     data_path = Path(data_path).expanduser().absolute()
     name = {known.casefold(): known for known in NAMES}.get(dataset.casefold())
     if res is not None and res < 1:
-        raise InputError(f"--res: expected a positive number of pixels, found {res}; leave it out for the default")
+        raise InputError(f"`res`: expected a positive number of pixels, found {res}; leave it out for the default")
     if subset is not None and name != "ImageNet":
-        raise InputError(f"--subset: expected only with --dataset ImageNet, found with {dataset}; leave it out")
+        raise InputError(f"`subset`: expected only with `dataset` ImageNet, found with {dataset}; leave it out")
     match name:
         case "CIFAR10" | "CIFAR100":
             _check_size(name, 32, res)
@@ -78,18 +78,18 @@ def find(
     path = Path(dataset).expanduser()
     if path.is_dir() or os.sep in dataset:
         return folder.source(path, res)
-    raise _unknown("--dataset", dataset, NAMES, ", or the path of an image folder")
+    raise _unknown("`dataset`", dataset, NAMES, ", or the path of an image folder")
 
 
 def _subset(subset: str) -> str:
     if subset.casefold() in imagenet.SUBSETS:
         return subset.casefold()
-    raise _unknown("--subset", subset, tuple(imagenet.SUBSETS), "")
+    raise _unknown("`subset`", subset, tuple(imagenet.SUBSETS), "")
 
 
 def _check_size(name: str, size: int, res: int | None) -> None:
     if res not in (None, size):
-        raise InputError(f"--res: expected {size} or nothing, the size of {name}, found {res}; leave it out")
+        raise InputError(f"`res`: expected {size} or nothing, the size of {name}, found {res}; leave it out")
 
 
 def _unknown(option: str, name: str, known: tuple[str, ...], otherwise: str) -> InputError:

@@ -136,7 +136,7 @@ def source(name: str, data_path: Path, res: int | None, download: bool, progress
         raise NotFound(
             f"{name}: expected {facts.python.folder}/, {facts.binary.folder}/, {facts.python.archive}, "
             f"{facts.binary.archive} or an image folder (train/CLASS/, test/CLASS/) in {data_path} or "
-            f"{data_path / name}, found none; add --download, or mend --data_path"
+            f"{data_path / name}, found none; add `download`, or mend `data_path`"
         )
     return found
 
@@ -174,7 +174,7 @@ def _archived(name: str, archive: Path, kind: _Distribution) -> Source:
     wanted = {f"{kind.folder}/{file}": size for file, size in FACTS[name].most_bytes(kind).items()}
 
     def read_files() -> dict[str, bytes]:
-        found = read_tar(archive, wanted, "delete it and add --download")
+        found = read_tar(archive, wanted, "delete it and add `download`")
         return {path.rpartition("/")[2]: content for path, content in found.items()}
 
     key = key_of(archive.parent, [archive], name, kind)

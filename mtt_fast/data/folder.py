@@ -84,7 +84,7 @@ def by_class(name: str, folder: Path, listing: Listing, class_names: Sequence[st
     if missing := [class_names[index] for index in range(len(class_names)) if index not in indices]:
         raise InputError(
             f"{folder.parent}: expected the {len(class_names)} class folders of {name} in {folder.name}/, found "
-            f"{len(places)}, none for {shortened(missing)}; mend --data_path, or name the folder itself: --dataset "
+            f"{len(places)}, none for {shortened(missing)}; mend `data_path`, or name the folder itself: `dataset` "
             f"{folder.parent}"
         )
     found = dict(zip(indices, places, strict=True))

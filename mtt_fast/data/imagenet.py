@@ -56,8 +56,8 @@ def _all_classes(root: Path, split: Path) -> Listing:
     places = [folder.name for folder in class_folders(split)]
     if len(places) != _CLASSES:
         raise InputError(
-            f"{split}: expected ImageNet's {_CLASSES} class folders, found {len(places)}; give --subset "
-            f"({', '.join(SUBSETS)}), or name the folder itself: --dataset {root}"
+            f"{split}: expected ImageNet's {_CLASSES} class folders, found {len(places)}; give `subset` "
+            f"({', '.join(SUBSETS)}), or name the folder itself: `dataset` {root}"
         )
     listing = list_classes(root, split)
     if all(map(is_wnid, places)):
@@ -107,7 +107,7 @@ def _find(data_path: Path, subset: str | None) -> Path:
     if subset is None:
         raise NotFound(
             f"ImageNet: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders {', '.join(places[1:])}, "
-            "found none; mend --data_path (sort the validation images into class folders first)"
+            "found none; mend `data_path` (sort the validation images into class folders first)"
         )
     missing = list(SUBSETS[subset])
     for root in roots:
@@ -119,5 +119,5 @@ def _find(data_path: Path, subset: str | None) -> Path:
     raise (InputError if roots else NotFound)(
         f"{subset}: expected train/WNID/ and val/WNID/ in {data_path} or its sub-folders {', '.join(places[1:])}, found "
         f"no training folder for {len(missing)} of {len(SUBSETS[subset])} classes ({', '.join(missing[:3])}…); mend "
-        "--data_path"
+        "`data_path`"
     )

@@ -242,7 +242,7 @@ def _check_size(path: str, found: tuple[int, int], expected: tuple[int, int]) ->
     if found != expected:
         raise InputError(
             f"{path}: expected {expected[1]}x{expected[0]} pixels as in the other images, found {found[1]}x{found[0]}; "
-            "give --res to resize them all"
+            "give `res` to resize them all"
         )
 
 

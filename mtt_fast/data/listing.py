@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mtt_fast.data.class_names import in_order
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -201,7 +201,9 @@ def _check_target(link: str) -> None:
 
 
 def _unreadable(path: str, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be read ({error.strerror or error}); restore it, or remove its link")
+    return InputError(
+        f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error, 'restore it, or remove its link')}"
+    )
 
 
 def _kind(child: os.DirEntry[str]) -> str:
@@ -216,5 +218,5 @@ def _children(folder: str | Path) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(
-            f"{folder}: expected a folder that can be read ({error.strerror or error}); check the path"
+            f"{folder}: expected a folder that can be read ({reason_of(error)}); {remedy_for(error)}"
         ) from error

@@ -22,7 +22,7 @@ import xxhash
 from tqdm import tqdm
 
 from mtt_fast.data.image_data import DatasetInfo, ImageData, Split, channel_statistics, check_labels, fingerprint
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.files import MALFORMED, atomic_path, header_of, load_tensors, parse_json
 from mtt_fast.storage.temporaries import remove_leftovers
 
@@ -78,7 +78,8 @@ def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
         try:
             status = os.stat(file)
         except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror}); restore it, or remove its link") from error
+            remedy = remedy_for(error, "restore it, or remove its link")
+            raise InputError(f"{file}: cannot be read ({reason_of(error)}); {remedy}") from error
         digest.update(
             f"{str(file)[prefix:]}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
         )

@@ -34,7 +34,7 @@ def dataset_info(
     published = _published(dataset, subset, res)
     place = Path(data_path if dataset.casefold() == "folder" else dataset).expanduser()
     if published is None and not place.is_dir():
-        raise InputError(f"--dataset {place}: expected a data set by name or an image folder, found no folder")
+        raise InputError(f"`dataset` {place}: expected a data set by name or an image folder, found no folder")
     try:
         source = catalogue.find(dataset, data_path=data_path, subset=subset, res=res)
     except NotFound:

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -26,7 +26,7 @@ def check_regular(path: str | os.PathLike[str], most: int, mend: str = "get it a
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); {mend}") from error
+        raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error, mend)}") from error
     if not stat.S_ISREG(found.st_mode):
         raise InputError(f"{path}: expected a file, found {_KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}; {mend}")
     if found.st_size > most:
@@ -40,7 +40,7 @@ def read_bytes(path: str | os.PathLike[str], most: int, mend: str = "get it agai
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); {mend}") from error
+        raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error, mend)}") from error
 
 
 def read_lines(path: str | os.PathLike[str], most: int, mend: str = "get it again") -> list[str]:

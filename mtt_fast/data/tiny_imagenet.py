@@ -33,7 +33,7 @@ def source(data_path: Path, res: int | None) -> Source:
     if root is None:
         raise NotFound(
             f"Tiny: expected tiny-imagenet-200/ with train/ and val/ in {data_path}, found none; get "
-            "http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, or mend --data_path"
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, or mend `data_path`"
         )
     train = _by_wnid(list_classes(root, root / "train"), root / "train")
     wnids, listed = list(train.classes), root / "wnids.txt"

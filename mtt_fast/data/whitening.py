@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import load_tensors, save_tensors
-from mtt_fast.storage.identity import _WHITENING_TOLERANCE, OTHER_DATA
+from mtt_fast.storage.identity import _WHITENING_TOLERANCE
 
 # A covariance of 12,288 values an image (3x64x64) takes 0.6 GB, and its decomposition minutes; one of 3x128x128 takes
 # 10 GB, and hours.
@@ -39,12 +39,12 @@ class Whitening:
         values = images[0].numel() if len(images) else 0
         if len(images) < 2:
             raise InputError(
-                f"ZCA whitening: expected at least 2 training images, found {len(images)}; use more, or no --zca"
+                f"ZCA whitening: expected at least 2 training images, found {len(images)}; use more, or no `zca`"
             )
         if values > LARGEST_IMAGE:
             raise InputError(
                 f"ZCA whitening: expected images of at most {LARGEST_IMAGE} values, found {values} ({_shape(images)}), "
-                f"whose covariance alone takes {values**2 * 4 / 1e9:.0f} GB; use no --zca, or a smaller --res"
+                f"whose covariance alone takes {values**2 * 4 / 1e9:.0f} GB; use no `zca`, or a smaller `res`"
             )
         _check_floating(images)
         from kornia.enhance import (
@@ -128,5 +128,5 @@ def check_same_whitening(found: Whitening, expected: Whitening, where: str | os.
         if ours.shape != theirs.shape or float((ours - theirs).norm()) > _WHITENING_TOLERANCE * float(ours.norm()):
             raise InputError(
                 f"{where}: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1, found "
-                f"another {name}; say {OTHER_DATA} to test it on images that are whitened as its own were"
+                f"another {name}; say `other_data` to test it on images that are whitened as its own were"
             )

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method
-from mtt_fast.commands.option_fields import Checked, Needs, Range, Role, Told, check_values
+from mtt_fast.commands.option_fields import Checked, Group, Needs, Range, Role, Told, check_values
 from mtt_fast.commands.options import (
     AtLeastTwoOrNone,
     Count,
@@ -46,16 +46,18 @@ DEFAULT_RECIPE = "digits"
 class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
 
-    recipe: Annotated[str | None, Role.PLACE] = None
-    """a named setting (python -m mtt_fast.recipes lists them); other flags override it"""
-    config: Annotated[str | None, Role.PLACE] = None
-    """a TOML file of options; other flags override it"""
-    out: Annotated[str | None, Role.PLACE] = None
-    """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
-    resume: Annotated[bool, Role.PLACE] = False
-    """continue the run in --out (or that of --recipe), with its own options; say --Iteration to extend it"""
+    GROUP: ClassVar[Group] = Group.DISTILLATION
 
-    dry_run: Annotated[bool, Role.PLACE] = False
+    recipe: Annotated[str | None, Role.PLACE, Group.RUN] = None
+    """named setting (python -m mtt_fast.recipes lists them); other flags override it"""
+    config: Annotated[str | None, Role.PLACE, Group.RUN] = None
+    """TOML file of options; other flags override it"""
+    out: Annotated[str | None, Role.PLACE, Group.OUTPUT] = None
+    """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
+    resume: Annotated[bool, Role.PLACE, Group.OUTPUT] = False
+    """continue the run in --out (or of --recipe), with the run's own options; say --Iteration to extend the run"""
+
+    dry_run: Annotated[bool, Role.PLACE, Group.RUN] = False
     """tell what would be done, the memory plan, and an estimate of time and disk; do nothing"""
 
     ipc: Count = 1
@@ -71,85 +73,90 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     continuous_start: bool = False
     """the student starts at any real number of epochs, not at whole ones alone (MCT); between recorded ones on a straight line"""
     min_start_epoch: CountFromZero = 0
-    """T-: and not before this one (DATM)"""
+    """T-: the student does not start before this expert epoch (DATM)"""
     current_max_start_epoch: CountOrNone = None
-    """T: in the first iteration, in place of max_start_epoch, which is approached linearly (DATM)"""
+    """T: bound on the start epoch in the first iteration, which grows linearly to max_start_epoch (DATM)"""
     expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
-    """iteration from which on max_start_epoch counts, where current_max_start_epoch is given"""
+    """iteration at which the bound on the start epoch has grown from current_max_start_epoch to max_start_epoch"""
     threshold: Annotated[float | None, Range(0, above=True, infinite=True)] = None
     """make no update in an iteration whose matching loss is above this (DATM); inf: update in each, as without it"""
     batch_syn: CountOrNone = None
-    """synthetic images in a student step; without it, all of them"""
+    """synthetic images in a student step; without it all synthetic images"""
     lr_img: RateOrZero = 1000.0
-    """learning rate of the pixels; 0 leaves them as they are"""
+    """learning rate of the pixels; 0 leaves the pixels as they are"""
     lr_lr: RateOrZero = 1e-5
-    """learning rate of the student's learning rate; 0 leaves it as it is"""
+    """learning rate of the student's learning rate; 0 leaves that rate as it is"""
     lr_teacher: Rate = 0.01
     """the student's learning rate at the start"""
     lr_per_step: bool = False
-    """learn one learning rate for each of the student's steps; networks are evaluated at their mean"""
+    """learn one learning rate for each of the student's steps; networks are evaluated at the mean of the rates"""
     student_mom: Share = 0.0
     """momentum of the student's steps"""
     student_l2: RateOrZero = 0.0
     """weight decay of the student's steps"""
     gradient: Gradient = "exact"
-    """exact, or truncated: TESLA's, an approximation without the Hessian terms, compared with the exact one at evaluations"""
+    """meta-gradient: exact, or truncated: TESLA's, an approximation without the Hessian terms, compared with the exact one at evaluations"""
     match_step: MatchStep = "last"
-    """match the student's last step, or the one nearest to the expert (ATT)"""
+    """match the student's last step, or the step nearest to the expert (ATT)"""
     loss_ratio: Share = 0.0
     """leave this share of the parameters, those of lowest loss, out of the matching loss (PAD)"""
     num_trajectories: Count = 1
-    """segments that each iteration matches, of one expert after the other; their gradients are averaged"""
+    """segments that each iteration matches, of one expert after the other; the gradients are averaged"""
     pix_init: Literal["real", "noise", "samples_predicted_correctly"] = "real"
-    """start from random real images, from noise, or from real images that experts classify correctly (DATM)"""
-    lr_y: RateOrZeroOrNone = None
-    """learn soft labels, kept as logits, at this learning rate (DATM), where 0 keeps them as they begin; without it the labels are
-    the classes"""
-    mom_y: Annotated[Share, Needs("lr_y")] = 0.9
+    """images start from random real images, from noise, or from real images that experts classify correctly (DATM)"""
+    lr_y: Annotated[RateOrZeroOrNone, Group.LABELS] = None
+    """learn soft labels, kept as logits, at this learning rate (DATM), where 0 keeps the labels as they begin; without it the
+    labels are the classes"""
+    mom_y: Annotated[Share, Needs("lr_y"), Group.LABELS] = 0.9
     """momentum of the learned labels"""
-    label_init: Annotated[Literal["classes", "experts"], Needs("lr_y", " (0 keeps the labels as they begin)")] = (
-        "classes"
-    )
-    """they start from probability 0.9 for the image's class, or from the mean logits of the experts that are right (DATM)"""
-    teacher_label: bool = False
+    label_init: Annotated[
+        Literal["classes", "experts"], Needs("lr_y", " (0 keeps the labels as they begin)"), Group.LABELS
+    ] = "classes"
+    """learned labels start from probability 0.9 for the image's class, or from the mean logits of the experts that are right (DATM)"""
+    teacher_label: Annotated[bool, Group.LABELS] = False
     """label the images in each iteration as the expert to be matched does (TESLA); labels that are saved are the mean of
     what all experts say after max_start_epoch epochs"""
     ema_decay: ShareOrNone = None
-    """also average the images over the iterations, with this weight on what was (FTD), and evaluate that"""
-    no_aug: Annotated[bool, Needs("dsa", " True")] = False
-    """no augmentation during distillation (evaluation keeps it)"""
-    texture: bool = False
+    """average the images over the iterations, with this weight on the average so far (FTD), and evaluate the average as well"""
+    no_aug: Annotated[bool, Needs("dsa", " True"), Group.AUGMENTATION] = False
+    """no augmentation during distillation (evaluations keep the augmentation)"""
+    texture: Annotated[bool, Group.TEXTURE] = False
     """distil textures: canvases that tile without seams, of which each student step sees random crops"""
-    canvas_size: Annotated[Count, Needs("texture")] = 2
-    """side of a canvas, in images"""
-    canvas_samples: Annotated[Count, Needs("texture")] = 1
-    """crops of each canvas in a student step"""
+    canvas_size: Annotated[Count, Needs("texture"), Group.TEXTURE] = 2
+    """side of a canvas of --texture, in images"""
+    canvas_samples: Annotated[Count, Needs("texture"), Group.TEXTURE] = 1
+    """crops of each canvas of --texture in a student step"""
 
-    eval_it: Annotated[Count, Role.EXTENT] = 100
+    eval_it: Annotated[Count, Role.EXTENT, Group.EVALUATION] = 100
     """iterations between evaluations"""
 
-    buffer_path: Annotated[str, Role.PLACE] = "buffers"
-    """where the experts' trajectories are"""
-    other_data: Annotated[bool, Role.EXTENT] = False
+    buffer_path: Annotated[str, Role.PLACE, Group.EXPERTS] = "buffers"
+    """folder of the experts' trajectories"""
+    other_data: Annotated[bool, Role.EXTENT, Group.EXPERTS] = False
     """use experts that were trained on other images, of the same classes and size"""
-    num_experts: Annotated[Networks, Role.EXTENT] = 100
-    """experts to train if there are fewer; beside experts from elsewhere none is trained"""
+    num_experts: Annotated[Networks, Role.EXTENT, Group.EXPERTS] = 100
+    """number of experts; those that the folder lacks are trained first, but none beside experts from elsewhere"""
     max_experts: Annotated[
-        NetworksOrNone, Role.EXTENT, Told("of all experts, where the public code takes as many of each of its files")
+        NetworksOrNone,
+        Role.EXTENT,
+        Group.EXPERTS,
+        Told("of all experts, where the public code takes as many of each of its files"),
     ] = None
-    """use only so many experts"""
-    num_interpolation: AtLeastTwoOrNone = None
-    """use the experts as so many waypoints with straight lines between them (MCT: 4), compressing those that are not"""
-    expert_lr: Rate = 0.01
+    """largest number of experts to use; without it all of the folder"""
+    num_interpolation: Annotated[AtLeastTwoOrNone, Group.EXPERTS] = None
+    """use each expert as so many waypoints with straight lines between them (MCT: 4); experts of all epochs are compressed first"""
+    expert_lr: Annotated[Rate, Group.EXPERTS] = 0.01
     """learning rate of experts that are trained first"""
     batch_real: Annotated[
-        Count, Told("the batch size of experts that are trained first; in the public code it changes nothing")
+        Count,
+        Group.EXPERTS,
+        Told("the batch size of experts that are trained first; in the public code it changes nothing"),
     ] = 256
     """batch size of experts that are trained first"""
 
-    memory_budget: Annotated[str, Role.MACHINE, Checked(check_budget)] = AUTO
-    """cut student batches so that an iteration stays below this, e.g. 6GiB; auto: most of what is free; the result is the same"""
-    microbatch: Annotated[CountOrNone, Role.MACHINE] = None
+    memory_budget: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_budget)] = AUTO
+    """cut student batches so that an iteration takes less memory than this, e.g. 6GiB; auto: most of what is free; the result is the same"""
+    microbatch: Annotated[CountOrNone, Role.MACHINE, Group.MACHINE] = None
     """cut student batches into pieces of so many images; the result is the same"""
     save_seconds: Seconds = 60.0
     """seconds between checkpoints; inf: only at evaluations and at the end"""
@@ -264,7 +271,8 @@ class _Selection:
 def parse_options(argv: Sequence[str]) -> DistillOptions:
     """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
 
-    The recipe may also be named in the file of --config.
+    The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume it is the digits
+    recipe, whatever else is given.
     """
     chosen, in_file = _selection(argv)
     options, default = DistillOptions(), DistillOptions()
@@ -294,15 +302,19 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
     """Return what decides where defaults come from, and the options in the file of --config."""
     chosen = parsing.parse_known(_Selection, argv, PROGRAM)
     in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
-    if chosen.recipe is None and isinstance(in_file.get("recipe"), str):
-        chosen = dataclasses.replace(chosen, recipe=in_file["recipe"])
-    if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
+    texts = {name: in_file.get(name) for name in ("recipe", "out", "dataset") if getattr(chosen, name) is None}
+    in_words = {name: value for name, value in texts.items() if isinstance(value, str)}
+    chosen = dataclasses.replace(chosen, **in_words, resume=chosen.resume or in_file.get("resume") is True)
+    run_is_named = chosen.resume and chosen.out is not None
+    if chosen.recipe is None and chosen.dataset is None and not run_is_named:
         chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
     return chosen, in_file
 
 
 def _of_run(chosen: _Selection, options: DistillOptions) -> DistillOptions:
     """Return `options` with those of the run to resume. Raises `InputError` where there is none, or one of another recipe."""
+    if not chosen.out and chosen.recipe is None:
+        raise InputError("--resume: expected the run's folder with --out, or its --recipe, found neither")
     folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
     config = read_config(folder)
     if config is None:

@@ -51,13 +51,13 @@ def precision_on(device: torch.device, network: Network, precision: Precision) -
     `network` takes the generic student, which follows torch's own settings.
     """
     if precision not in get_args(Precision):
-        raise InputError(f"precision {precision}: expected {', '.join(get_args(Precision))}")
+        raise InputError(f"`precision` {precision}: expected {', '.join(get_args(Precision))}")
     if device.type == "cpu":
         return "fp32"
     if precision == "bf16" and not isinstance(student_for(network, device), FusedConvNetStudent):
         raise InputError(
-            f"precision bf16: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
-            f"on {device}; use tf32 or fp32"
+            f"`precision` bf16: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
+            f"on {device}; use `precision` tf32 or fp32"
         )
     return precision
 

@@ -83,14 +83,14 @@ def write_benchmark(root: str | os.PathLike[str], found: TensorSet, dataset: str
     if found.label_kind != "indices":
         raise InputError(
             f"{root}: expected class indices, as dc_benchmark makes all labels whole numbers, found {found.label_kind}; "
-            "say --hard_labels to write each image's class alone"
+            "say `hard_labels` to write each image's class alone"
         )
     if method not in ("TM", *_RESULTS, *_CHOSEN):
-        raise InputError(f"--method {method}: expected TM, {', '.join((*_RESULTS, *_CHOSEN))}")
+        raise InputError(f"`method` {method}: expected TM, {', '.join((*_RESULTS, *_CHOSEN))}")
     name, ipc = _NAMES.get(dataset, dataset), found.ipc("dc_benchmark")
     folder = Path(root) / method / name / f"IPC{ipc}"
     if not is_free(folder):
-        raise InputError(f"{folder}: holds a set already; choose another root or --method, or delete it")
+        raise InputError(f"{folder}: holds a set already; choose another root or `method`, or delete it")
     if method in _RESULTS:
         network = "ConvNetD4" if name == "tinyimagenet" else "ConvNet"
         return write_result(folder / f"res_{method}_{name}_{network}_{ipc}ipc.pt", found)

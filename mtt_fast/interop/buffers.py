@@ -141,7 +141,7 @@ def check_trajectory(expert: Trajectory, layout: ParameterLayout) -> None:
         if found != list(layout.shapes):
             raise InputError(
                 f"{expert.file}: expert {expert.place}, row {point}: the parameters are of another network: "
-                f"{_difference(layout, found)}; name its network with --model, and its data set with --dataset and --res"
+                f"{_difference(layout, found)}; name its network with `model`, and its data set with `dataset` and `res`"
             )
     held = expert.file.stat().st_size
     shared = sum(tensor.nbytes for point in expert.points for tensor in point) > held

@@ -117,7 +117,7 @@ def ddranking_call(
 def _data_of(found: TensorSet, dataset: str | None, subset: str | None, zca: bool | None) -> _Data:
     """Return the data set that a set is of. Raises `InputError` if DD-Ranking has none such, or cannot evaluate on it."""
     if dataset is None:
-        raise InputError("the set does not say of which data set it is; say it with --dataset")
+        raise InputError("the set does not say of which data set it is; say it with `dataset`")
     data = _DATA.get((subset or dataset).casefold())
     if data is None:
         raise InputError(f"it has CIFAR10, CIFAR100, Tiny, ImageNet and its subsets, not {subset or dataset}")
@@ -131,7 +131,7 @@ def _data_of(found: TensorSet, dataset: str | None, subset: str | None, zca: boo
     if zca and not data.name.startswith("CIFAR"):
         raise InputError(f"it whitens CIFAR10 and CIFAR100 alone, and the images of {data.name} are whitened")
     if found.label_kind != "indices" and data.classes == 10 and data.name.startswith("Image"):
-        raise InputError(f"it takes no soft labels for {data.name}; --hard_labels writes the set with classes")
+        raise InputError(f"it takes no soft labels for {data.name}; `hard_labels` writes the set with classes")
     return data
 
 

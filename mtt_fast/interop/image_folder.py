@@ -91,7 +91,7 @@ def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticData
     if facts is None:
         raise InputError(
             f"{folder}: expected {LABELS}, which says how its pictures are normalised, found none; name the real images "
-            "with --dataset and --data_path"
+            "with `dataset` and `data_path`"
         )
     listing = list_classes(folder, folder)
     tell_skipped(str(folder), listing)

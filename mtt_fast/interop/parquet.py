@@ -85,7 +85,7 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
     if facts is None:
         raise InputError(
             f"{path}: another program's file, which does not say how its pictures are normalised; name the real images "
-            "with --dataset and --data_path"
+            "with `dataset` and `data_path`"
         )
     try:
         targets = as_tensor(labels, torch.int64) if soft is None else as_tensor(soft, torch.float32)

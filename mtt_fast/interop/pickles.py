@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.files import atomic_path
 from mtt_fast.storage.foreign import plain_tensor, regular_file, shown
 
@@ -53,7 +53,7 @@ def load_pickle(
             warnings.simplefilter("ignore")  # of torch, about what is refused a moment later
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
     except Exception as error:  # torch raises many kinds for a broken or foreign pickle
         reason = f" ({error})" if isinstance(error, _RefusedError) else ""
         raise InputError(

@@ -43,7 +43,7 @@ def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tens
     channels = synthetic.images.shape[1]
     if channels not in (1, 3):
         raise InputError(
-            f"{where}: expected images of 1 or 3 channels, as pictures have, found {channels}; use --to mtt"
+            f"{where}: expected images of 1 or 3 channels, as pictures have, found {channels}; use `to` mtt"
         )
     return (synthetic.to("cpu").pictures() * 255).round().byte()
 
@@ -78,7 +78,7 @@ def from_pictures(
     if whitened and (facts is None or facts.whitening is None):
         raise InputError(
             f"{where}: the set was whitened, and pictures do not hold the whitening; give the real images with "
-            "--dataset, --data_path and --zca"
+            "`dataset`, `data_path` and `zca`"
         )
     own = Facts(
         fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None,

@@ -97,7 +97,7 @@ def read_set(
             return read_image_folder(source, facts, lr)
         case "parquet":
             return read_parquet(_only(source, "*.parquet"), facts, lr)
-    raise InputError(_unknown(source, "--from", kind))
+    raise InputError(_unknown(source, "`from`", kind))
 
 
 def write_set(
@@ -134,9 +134,9 @@ def write_set(
         case "dc_benchmark":
             return write_benchmark(path, plain, _dataset(found, dataset), method)
     if kind not in SET_KINDS:
-        raise InputError(_unknown(path, "--to", kind))
+        raise InputError(_unknown(path, "`to`", kind))
     if isinstance(found, TensorSet):
-        raise InputError(f"{path}: expected the facts of the real images for kind {kind}; name them with --dataset")
+        raise InputError(f"{path}: expected the facts of the real images for kind {kind}; name them with `dataset`")
     match kind:
         case "png":
             return write_image_folder(path, found)
@@ -159,7 +159,7 @@ def _only(source: Path, pattern: str) -> Path:
 def _dataset(found: SyntheticDataset | TensorSet, dataset: str | None) -> str:
     name = dataset or (None if isinstance(found, TensorSet) else found.recipe.get("dataset"))
     if not name:
-        raise InputError("--dataset: expected the data set's name, which the other software's files bear, found none")
+        raise InputError("`dataset`: expected the data set's name, which the other software's files bear, found none")
     return str(name)
 
 

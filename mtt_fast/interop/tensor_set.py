@@ -97,7 +97,7 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
     indices. Raises `InputError` if they are no dense tensors, or shapes or values do not fit together.
     """
     if label_kind not in (None, *LABEL_KINDS):
-        raise InputError(f"--label_kind {label_kind}: expected one of {', '.join(LABEL_KINDS)}")
+        raise InputError(f"`label_kind` {label_kind}: expected one of {', '.join(LABEL_KINDS)}")
     images, labels = plain_tensor(images, f"{where}: images"), plain_tensor(labels, f"{where}: labels")
     if (
         images.dim() != 4
@@ -114,7 +114,7 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
     else:
         kind, labels = "indices", _as_indices(labels, where)
     if label_kind not in (None, kind):
-        raise InputError(f"--label_kind {label_kind}: found labels of {where} that are {kind}; leave it out")
+        raise InputError(f"`label_kind` {label_kind}: found labels of {where} that are {kind}; leave it out")
     found = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
     check_plain(found, where)
     return found
@@ -173,7 +173,7 @@ def hardened(found: TensorSet) -> TensorSet:
     """
     if found.label_kind == "indices":
         return found
-    found.ipc("--hard_labels")
+    found.ipc("`hard_labels`")
     return dataclasses.replace(found, labels=found.classes, label_kind="indices")
 
 
@@ -204,12 +204,12 @@ def as_synthetic(
     if shape[0] != len(facts.mean) or classes > known or (classes < known and not fewer):
         raise InputError(
             f"{where}: expected images of {len(facts.mean)} channels and {known} classes, found "
-            f"{shape} of {classes} classes; name with --dataset the data set that it was distilled from"
+            f"{shape} of {classes} classes; name with `dataset` the data set that it was distilled from"
         )
     if facts.image_shape and shape != facts.image_shape:
         raise InputError(
-            f"--dataset: expected images {facts.image_shape} of {facts.dataset}, found {shape}; name the data set that the "
-            "source was distilled from, and its --res"
+            f"`dataset`: expected images {facts.image_shape} of {facts.dataset}, found {shape}; name the data set that the "
+            "source was distilled from, and its `res`"
         )
     synthetic = SyntheticDataset(
         found.images,

@@ -71,7 +71,7 @@ def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: i
     match = _CONVNET.fullmatch({"ConvNetKIP": "ConvNetW1024NN"}.get(name, name))
     if match is None and name not in _OTHERS:
         raise InputError(
-            f"model {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
+            f"`model` {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
             f"ConvNetD3W256, ConvNetAL, ConvNetBN or ConvNetNNMP, or one of {', '.join(_OTHERS)}"
         )
     if match is None:
@@ -83,7 +83,7 @@ def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: i
         size = height if height == side else (height, side)
         return ConvNet(channels, num_classes, size, width, depth, norm="instance" if norm == "IN" else "none")
     if min(depth, width) < 1:
-        raise InputError(f"model {name}: expected a depth and a width of at least 1")
+        raise InputError(f"`model` {name}: expected a depth and a width of at least 1")
     variant = partial(
         convnet_variant, image_shape, num_classes, width=width, depth=depth, activation=_ACTIVATIONS[activation],
         norm=_NORMS[norm], pooling=_POOLINGS[pooling],

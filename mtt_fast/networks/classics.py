@@ -96,4 +96,6 @@ def vgg11(image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool 
 
 def _check(name: str, image_shape: tuple[int, int, int], *sides: int) -> None:
     if min(sides) < 1:
-        raise InputError(f"{name}: nothing is left of images {image_shape}; use larger images, or another network")
+        raise InputError(
+            f"{name}: nothing is left of images {image_shape}; use larger images, or another `model`, `models` or `eval_mode`"
+        )

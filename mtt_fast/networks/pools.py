@@ -30,5 +30,5 @@ def eval_pool(eval_mode: str, model: str) -> tuple[str, ...]:
     own = {"S": (model.replace("BN", ""),), "SS": (model,), "C": tuple(dict.fromkeys((model, "ConvNet")))}
     pool = (own | POOLS).get(eval_mode)
     if pool is None:
-        raise InputError(f"eval_mode {eval_mode}: expected one of {', '.join([*own, *POOLS])}")
+        raise InputError(f"`eval_mode` {eval_mode}: expected one of {', '.join([*own, *POOLS])}")
     return pool

@@ -23,7 +23,7 @@ class ListOptions:
     """List the settings by name; with words, those that have all of them; with one's name, its options."""
 
     words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[WORD …]")] = ()
-    """such as: datm cifar10"""
+    """words of the names and descriptions to list, such as: datm cifar10"""
 
 
 class _Listed(NamedTuple):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 class ReportOptions:
     """Write one self-contained page of HTML about one run, or several side by side, finished or not."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN …")] = ()
     """folders of runs, of baselines too"""
     out: str | None = None
     """the file to write; default RUN/report.html for one run, report.html here for several"""

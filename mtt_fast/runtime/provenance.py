@@ -61,7 +61,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def check_device_name(name: str) -> None:
     """Raise `InputError` unless `name` is that of a device on which this package computes, on this machine or another."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
-        raise InputError(f"device {name}: expected auto, cpu, cuda or cuda:N")
+        raise InputError(f"`device` {name}: expected auto, cpu, cuda or cuda:N")
 
 
 def choose_device(name: str) -> torch.device:
@@ -71,5 +71,5 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use cpu")
+        raise InputError(f"`device` {name}: this machine has {torch.cuda.device_count()} usable GPUs; use `device` cpu")
     return device

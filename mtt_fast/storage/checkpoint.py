@@ -90,7 +90,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
                 raise ValueError("another format")
         return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))
     except MALFORMED as error:
-        raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
+        raise InputError(f"{path}: not a checkpoint of this version; choose another `out`") from error
 
 
 def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
@@ -98,5 +98,5 @@ def check_same_images(folder: Path, began_with: DatasetIdentity, identity: Datas
 
     Raises `InputError` that names its checkpoint otherwise.
     """
-    mend = "give back the images that the run began with, or choose another --out"
+    mend = "give back the images that the run began with, or choose another `out`"
     check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)

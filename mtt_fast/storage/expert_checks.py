@@ -46,7 +46,7 @@ def check_belongs(
     `other_data` as in `check_same_data`. Raises `InputError` that names the expert's file otherwise.
     """
     metadata, path = store.metadata(expert), store.path(expert)
-    mend = "give the options that it was trained with (--model, --dataset, --res), or train experts anew"
+    mend = "give the options that it was trained with (`model`, `dataset`, `res`), or train experts anew"
     _check_network(path, metadata, network.layout.describe(), network.describe(), mend)
     check_same_data(metadata.identity, identity, path, other_data=other_data)
 
@@ -66,8 +66,8 @@ def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
     epochs = store.epochs(expert)
     if needed > epochs:
         raise InputError(
-            f"{store.path(expert)}: --max_start_epoch and --expert_epochs reach epoch {needed}, but the expert ends at "
-            f"epoch {epochs}; lower one of them, or train longer experts with --train_epochs {needed}"
+            f"{store.path(expert)}: `max_start_epoch` and `expert_epochs` reach epoch {needed}, but the expert ends at "
+            f"epoch {epochs}; lower one of them, or train longer experts with `train_epochs` {needed}"
         )
 
 
@@ -81,10 +81,10 @@ def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]
     found = hyperparameters_of(store.metadata(expert))
     differing = _differing(asked, found, to_the_end) if found else []
     if differing:
-        first, flags = differing[0], " ".join(_flag(name, found[name]) for name in differing)
+        first, arguments = differing[0], " ".join(_argument(name, found[name]) for name in differing)
         raise InputError(
-            f"{store.path(expert)}: trained with {first} {found[first]}, not {asked[first]}; choose another --buffer_path, or "
-            f"say {flags} to use the experts that are there"
+            f"{store.path(expert)}: trained with {first} {found[first]}, not {asked[first]}; choose another `buffer_path`, or "
+            f"say {arguments} to use the experts that are there"
         )
 
 
@@ -99,7 +99,7 @@ def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: b
         for name in _differing(known[first], found, to_the_end)[:1]:
             raise InputError(
                 f"{store.path(expert)}: trained with {name} {found.get(name)}, but {store.path(first).name} with "
-                f"{known[first][name]}; keep those of one training in the folder, or say --max_experts {expert}"
+                f"{known[first][name]}; keep those of one training in the folder, or say `max_experts` {expert}"
             )
 
 
@@ -145,7 +145,7 @@ def check_same_training(
     if metadata.imported:
         raise InputError(
             f"{path}: comes from elsewhere, so how it was trained is not known and none can be trained beside it; "
-            "choose another --buffer_path"
+            "choose another `buffer_path`"
         )
     wanted = dict(hyperparameters) | {"seed": seed, "store_dtype": _name(dtype), "precision": _rounding(precision)}
     found = hyperparameters_of(metadata) | {"seed": metadata.seed, "store_dtype": _name(store.dtype(expert))}
@@ -153,7 +153,7 @@ def check_same_training(
     for name, value in wanted.items():
         if found.get(name) != value:
             raise InputError(
-                f"{path}: trained with {name} {found.get(name)}, not {value}; choose another --buffer_path, or give the "
+                f"{path}: trained with {name} {found.get(name)}, not {value}; choose another `buffer_path`, or give the "
                 "options that the experts there were trained with"
             )
 
@@ -173,11 +173,9 @@ def as_trained(options: Options, hyperparameters: Mapping[str, Any], expert: Exp
     return dataclasses.replace(options, **changed)  # type: ignore[type-var]
 
 
-def _flag(name: str, value: Any) -> str:
-    """Return the words of a command line that set a hyperparameter."""
-    if name == "decay":
-        return "--decay" if value else "--no_decay"
-    return f"--{FLAGS[name]} {value}"
+def _argument(name: str, value: Any) -> str:
+    """Return the argument that sets a hyperparameter, in words."""
+    return f"`{FLAGS[name]}` {value}"
 
 
 def _rounding(precision: str) -> str:

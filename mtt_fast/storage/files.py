@@ -26,7 +26,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.temporaries import is_free, temporary_folder
 
 _LONGEST_HEADER = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
@@ -107,7 +107,7 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); nothing was changed; free space or choose another folder"
+            f"{path}: cannot be written ({reason_of(error)}); nothing was changed; {remedy_for(error)}"
         ) from error
 
 
@@ -139,8 +139,7 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
     try:
         file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115 - it is returned
     except (OSError, ValueError) as error:  # of a path with a NUL
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise InputError(f"{path}: cannot be read ({reason or error}); check the path") from error
+        raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
     status = os.fstat(file.fileno())
     if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):
         return file
@@ -162,7 +161,7 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
             while block := file.read(most + 1 - len(content)):
                 content += block
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the disk") from error
+            raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
     return content
 
 
@@ -298,7 +297,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], d
                 )
             raw = file.read(length)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the disk") from error
+            raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
     try:
         entries, metadata = _parsed(raw)
     except MALFORMED as error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.files import open_regular, parse_json, read_text
 
 LARGEST_FILE = 64 << 30
@@ -39,9 +39,8 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except (OSError, ValueError) as error:  # of a name with a NUL
-        reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{os.fspath(folder)}: expected a folder, found none that can be read ({reason}); check the path"
+            f"{os.fspath(folder)}: expected a folder, found none that can be read ({reason_of(error)}); {remedy_for(error)}"
         ) from error
 
 

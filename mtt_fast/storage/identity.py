@@ -17,9 +17,6 @@ from mtt_fast.errors import InputError
 NORMALISED, WHITENED = "none", "zca"
 """What `DatasetIdentity.whitening` says."""
 
-OTHER_DATA = "--other_data"
-"""The flag of those commands that can use a thing with other images of the same classes and shape."""
-
 _STATISTICS_TOLERANCE = 1e-4  # of means and deviations in [0, 1]; published ones have four digits
 _WHITENING_TOLERANCE = 1e-3  # of a whole matrix; two machines differ by 1e-5 of it, another eps by more than 0.1
 
@@ -95,14 +92,16 @@ def check_same_data(
         allowed = other_data is False and all(each.deliberate for each in differences)
         raise InputError(
             f"{where}: {one.what}: expected {one.expected}, found {one.found}; {mend or one.mend}"
-            + (f", or say {OTHER_DATA} to use it with these" if allowed else "")
+            + (", or say `other_data` to use it with these" if allowed else "")
         )
 
 
 def other_data_in_words(found: DatasetIdentity, expected: DatasetIdentity) -> str:
-    """Return what --other_data let pass, for the log; "" if the images are those that a thing was made from."""
+    """Return what `other_data` let pass, for the log; "" if the images are those that a thing was made from."""
     first = next(_differences(expected, found), None)
-    return "" if first is None else f"{first.what}: {first.found}, used with {first.expected} ({OTHER_DATA})"
+    return (
+        "" if first is None else f"{first.what}: {first.found}, used with {first.expected}, as other data are allowed"
+    )
 
 
 class _Difference(NamedTuple):
@@ -111,7 +110,7 @@ class _Difference(NamedTuple):
     what: str
     expected: str
     found: str
-    mend: str = "give the --dataset, --subset, --res and --data_path that it was made from"
+    mend: str = "give the `dataset`, `subset`, `res` and `data_path` that it was made from"
     deliberate: bool = False
     """whether the thing can be used all the same, by who says so"""
 
@@ -131,7 +130,7 @@ def _differences(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[
             "whitened otherwise",
             _SEEN.get(expected.whitening, expected.whitening),
             _SEEN.get(found.whitening, found.whitening),
-            f"{'leave out' if found.whitening == NORMALISED else 'give'} --zca, as when it was made",
+            f"{'leave out' if found.whitening == NORMALISED else 'give'} `zca`, as when it was made",
         )
     if not same_images:
         yield from _of_images(expected, found)

@@ -106,7 +106,7 @@ def _evaluations_in(checkpoint: Path) -> list[dict[str, Any]]:
     try:
         return [_as_record(value) for value in parse_json(metadata.get(EVALUATIONS, "[]"))]
     except MALFORMED as error:
-        raise InputError(f"{checkpoint}: not a checkpoint of this version; choose another --out") from error
+        raise InputError(f"{checkpoint}: not a checkpoint of this version; choose another `out`") from error
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

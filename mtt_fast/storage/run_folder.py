@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def only_user(
-    folder: Path, doing: str = "writing to this run", otherwise: str = "choose another --out"
+    folder: Path, doing: str = "writing to this run", otherwise: str = "choose another `out`"
 ) -> Iterator[None]:
     """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
 
@@ -64,7 +64,7 @@ def only_writer_of_experts(folder: Path) -> Iterator[None]:
 
     Nothing but experts stays, and no folder without one. Raises `InputError` if another process writes there.
     """
-    with only_user(folder, "training or writing experts here", "choose another --buffer_path"):
+    with only_user(folder, "training or writing experts here", "choose another `buffer_path`"):
         try:
             yield
         finally:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.files import (
     MALFORMED,
     TensorEntry,
@@ -203,7 +203,7 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
         return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
     rate = metadata.hyperparameters.get("lr")
     at = "" if rate is None else f" at the learning rate {rate:g}"
-    return f"its training diverged{at}; train with a smaller --lr_teacher"
+    return f"its training diverged{at}; train with a smaller `lr_teacher`"
 
 
 def layer_sizes(layout: str) -> list[int]:
@@ -248,7 +248,7 @@ class TrajectoryStore:
             names = os.listdir(self.folder)
         except OSError as error:
             raise InputError(
-                f"{self.folder}: expected a folder of experts ({error.strerror}); check --buffer_path, "
+                f"{self.folder}: expected a folder of experts ({reason_of(error)}); {remedy_for(error)}, "
                 "or train some with `python -m mtt_fast.experts`"
             ) from error
         if _UNFINISHED in names and not unfinished:

@@ -78,7 +78,7 @@ def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:
     """Return `count` epochs from 0 to `epochs`, rounded up, as MCT's code spaces them: 0, 17, 34, 50 for 4 of 50."""
     if not 2 <= count <= epochs + 1:
         raise InputError(
-            f"--num_interpolation {count}: expected from 2 waypoints (the ends) to the {epochs + 1} recorded epochs"
+            f"`num_interpolation` {count}: expected from 2 waypoints (the ends) to the {epochs + 1} recorded epochs"
         )
     return tuple(math.ceil(k * epochs / (count - 1)) for k in range(count))
 
@@ -95,7 +95,7 @@ def convexified(
     last = len(parameters) - 1
     if len(epochs) < 2 or list(epochs) != sorted(set(epochs)) or epochs[0] != 0 or epochs[-1] != last:
         raise InputError(
-            f"--epochs {' '.join(map(str, epochs))}: expected rising epochs from 0 to the expert's last, {last}"
+            f"`epochs` {' '.join(map(str, epochs))}: expected rising epochs from 0 to the expert's last, {last}"
         )
     layers = parameters.double().diff(dim=0).split(list(layer_sizes), dim=1)
     strides = torch.stack([layer.norm(dim=1) for layer in layers], dim=1)  # (epochs, layers)

@@ -61,7 +61,7 @@ def concurrency_for(
     Raises `InputError` if `at_once` is less than 1.
     """
     if at_once is not None and at_once < 1:
-        raise InputError(f"at_once {at_once}: expected at least 1")
+        raise InputError(f"`networks_at_once` {at_once}: expected at least 1")
     work = live_bytes(network, batch, image_shape, torch.float32).gradient
     threads = torch.get_num_threads()
     if device.type == "cuda":

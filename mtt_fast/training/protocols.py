@@ -109,7 +109,7 @@ def protocol_called(name: str) -> EvaluationProtocol:
     """Return the protocol called `name`, with its own settings. Raises `InputError` for another name."""
     protocol = PROTOCOLS.get(name)
     if protocol is None:
-        raise InputError(f"protocol {name}: expected {', '.join(PROTOCOLS)}")
+        raise InputError(f"`protocol` {name}: expected {', '.join(PROTOCOLS)}")
     return protocol
 
 
@@ -129,7 +129,7 @@ def protocol_by_name(
         best_epoch=best_epoch or published.best_epoch,
     )
     if protocol.total_epochs < 1:
-        raise InputError(f"epochs {epochs}: expected at least 1 with protocol {name}")
+        raise InputError(f"`epoch_eval_train` {epochs}: expected at least 1 with `protocol` {name}")
     return protocol
 
 

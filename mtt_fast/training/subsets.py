@@ -28,6 +28,6 @@ def shuffled_classes(real: Images, num_classes: int, ipc: int, generator: torch.
     for label in range(num_classes):
         members = (labels == label).nonzero()[:, 0]
         if len(members) < ipc:
-            raise InputError(f"ipc {ipc}: class {label} has only {len(members)} real images; use a smaller ipc")
+            raise InputError(f"`ipc` {ipc}: class {label} has only {len(members)} real images; use a smaller `ipc`")
         shuffled.append(members[torch.randperm(len(members), generator=generator)])
     return shuffled

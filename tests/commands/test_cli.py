@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import errno
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,8 +17,10 @@ import pytest
 import torch
 
 from mtt_fast import InputError
+from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.commands import cli, parsing
 from mtt_fast.distill.options import parse_options
+from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.recipes import recipe_about, recipe_names
 from mtt_fast.recipes.__main__ import listing
 from mtt_fast.runtime.interrupts import Stopped
@@ -88,10 +94,101 @@ def test_exit_statuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert capsys.readouterr().err == "error: --ipc 0: expected at least 1\n"
     assert failing(Stopped("continue with: this", 15)) == 143
     assert failing(KeyboardInterrupt()) == 130
-    assert failing(OSError(28, "No space left on device", "run/x")) == 2
-    assert "error: run/x: No space left on device" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         failing(RuntimeError("a bug"))
+
+
+def failing_with(error: Exception) -> Callable[[Sequence[str]], None]:
+    def job(argv: Sequence[str]) -> None:
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOENT, "check the path"),
+        (errno.ENOTDIR, "check the path"),
+        (errno.EISDIR, "check the path"),
+        (errno.EACCES, "check the permissions"),
+        (errno.EPERM, "check the permissions"),
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some of your quota"),
+        (errno.EROFS, "choose a place that is not read-only"),
+        (errno.EMFILE, "raise the limit of open files"),
+        (errno.ENFILE, "close other programs"),
+        (errno.ENAMETOOLONG, "choose a shorter name"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_its_own_remedy(
+    number: int, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = OSError(number, os.strerror(number), "run/x")
+    assert cli.run(failing_with(error), []) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: run/x: {os.strerror(number)}; {remedy}")
+    assert ("space" in told) == (number == errno.ENOSPC)
+    assert ("path" in told) == (remedy == "check the path")
+
+
+def test_an_error_of_two_files_or_of_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(failing_with(OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b")), []) == 2
+    assert capsys.readouterr().err.startswith("error: a -> b: Invalid cross-device link; ")
+    assert cli.run(failing_with(OSError("no such thing")), []) == 2
+    assert capsys.readouterr().err.startswith("error: a file: no such thing; ")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\r\nb", "a\x1b[2Jb", "a\u2028b", "a\x85b", "a\udcffb", "a\tb", "a\x00b"])
+def test_an_error_is_one_line_whatever_a_file_is_called(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (
+        FileNotFoundError(2, "No such file or directory", name),
+        FileNotFoundError(2, "No such file or directory", os.fsencode(name)) if "\0" not in name else OSError(name),
+        OSError(f"cannot open {name}"),
+        InputError(f"{name}: expected a file"),
+        Stopped(f"stopped; continue with {name}", 15),
+    ):
+        assert cli.run(failing_with(error), []) in (2, 143)
+        told = capsys.readouterr().err
+        assert told.endswith("\n")
+        assert told[:-1].isprintable()
+
+
+def test_a_library_names_arguments_and_a_command_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"^`model` VGG99: expected ConvNet"):
+        network_by_name("VGG99", (3, 32, 32), 10)
+    assert cli.run(lambda argv: print(network_by_name("VGG99", (3, 32, 32), 10)), []) == 2
+    assert capsys.readouterr().err.startswith("error: --model VGG99: expected ConvNet")
+    assert cli.run(lambda argv: print(SiameseAugment("spin")), []) == 2
+    assert capsys.readouterr().err.startswith("error: --dsa_strategy spin: expected operations among")
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("`lr_teacher` 0: expected more", "--lr_teacher 0: expected more"),
+        ("give them (`model`, `res`), or say `zca`.", "give them (--model, --res), or say --zca."),
+        ("x: run `python -m mtt_fast.experts`", "x: run `python -m mtt_fast.experts`"),
+        ("a/`b`.pt: broken", "a/`b`.pt: broken"),
+        ("`rm`.pt: broken", "`rm`.pt: broken"),
+    ],
+)
+def test_arguments_in_backquotes_are_flags(message: str, shown: str) -> None:
+    assert cli.with_flags(message) == shown
+
+
+LIBRARY = ("engine", "networks", "augmentation", "training", "storage", "data", "interop", "runtime")
+
+
+def test_no_error_of_the_library_names_a_flag() -> None:
+    root = Path(cli.__file__).parents[1]
+    for path in (path for folder in LIBRARY for path in (root / folder).rglob("*.py")):
+        for raised in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)):
+            texts = [node.value for node in ast.walk(raised) if isinstance(node, ast.Constant)]
+            assert not any(re.search(r"(^|\W)--\w", text) for text in texts if isinstance(text, str)), (
+                f"{path}:{raised.lineno}"
+            )
 
 
 @pytest.mark.parametrize("words", ["mtt_fast --help", "mtt_fast.recipes", "mtt_fast.recipes --help"])

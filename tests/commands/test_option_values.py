@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import types
 import typing
@@ -16,35 +15,19 @@ import torch
 import tyro
 
 from mtt_fast import InputError, SyntheticDataset, evaluate, experts
-from mtt_fast.analysis.distance import DistanceOptions
-from mtt_fast.analysis.evolution import EvolutionOptions
-from mtt_fast.analysis.grid import GridOptions
-from mtt_fast.analysis.tables import TablesOptions
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import _parse
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import COUNT, SHARE, Range, Role, check_values, fields_of, names_of, outside_result
 from mtt_fast.commands.options import TrueOrFalse
-from mtt_fast.compress import CompressOptions
-from mtt_fast.convert.options import ConvertOptions
-from mtt_fast.cross.command import CrossOptions
 from mtt_fast.data import load
 from mtt_fast.distill.command import main as distill
 from mtt_fast.distill.options import DistillOptions, parse_options
-from mtt_fast.evaluate import EvaluateOptions
-from mtt_fast.experts import ExpertOptions
 from mtt_fast.recipes import recipe_names, recipe_options
-from mtt_fast.recipes.__main__ import ListOptions
-from mtt_fast.report.__main__ import ReportOptions
 from mtt_fast.storage.files import read_toml
 from mtt_fast.storage.run_folder import read_config, write_config
+from tests.commands.test_flags import COMMANDS as KINDS
 
-KINDS = {
-    "distill": DistillOptions, "experts": ExpertOptions, "evaluate": EvaluateOptions, "cross": CrossOptions,
-    "compress": CompressOptions, "convert": ConvertOptions, "grid": GridOptions, "distance": DistanceOptions,
-    "tables": TablesOptions, "evolution": EvolutionOptions, "report": ReportOptions, "recipes": ListOptions,
-    **{name: method.options for name, method in METHODS.items()},
-}  # fmt: skip
 MEANT_INFINITE = {"threshold", "save_seconds"}
 """Options for which inf has a meaning."""
 
@@ -445,120 +428,6 @@ def test_what_options_decide() -> None:
     for method in METHODS.values():
         assert names_of(method.options, Role.EVALUATION) == evaluation  # its own networks take --batch_train as well
         assert outside_result(method.options) < outside_result(DistillOptions)
-
-
-# ------------------------------------------------------------------ the public code's arguments
-
-PUBLIC_DISTILL: dict[str, tuple[str, object, object, str]] = {
-    # argument: (a value as users type it, the public default, ours, what a line says of the difference)
-    "dataset": ("CIFAR100", "CIFAR10", "CIFAR10", ""),
-    "subset": ("imagewoof", "imagenette", None, "has no effect without --dataset ImageNet"),
-    "model": ("ConvNetD4", "ConvNet", "ConvNet", ""),
-    "ipc": ("10", 1, 1, ""),
-    "eval_mode": ("M", "S", "S", ""),
-    "num_eval": ("3", 5, 5, ""),
-    "eval_it": ("50", 100, 100, ""),
-    "epoch_eval_train": ("300", 1000, 1000, ""),
-    "Iteration": ("100", 5000, 5000, ""),
-    "lr_img": ("100", 1000, 1000.0, ""),
-    "lr_lr": ("1e-07", 1e-05, 1e-05, ""),
-    "lr_teacher": ("0.001", 0.01, 0.01, ""),
-    "lr_init": ("0.02", 0.01, ..., "--lr_init is ignored: nothing reads it in the public code"),
-    "batch_real": ("512", 256, 256, "--batch_real 512: the batch size of experts that are trained first"),
-    "batch_syn": ("5", None, None, ""),
-    "batch_train": ("128", 256, None, ""),  # None: what the protocol says, 256 by that of the public code
-    "pix_init": ("noise", "real", "real", ""),
-    "dsa": ("False", "True", True, ""),
-    "dsa_strategy": ("color_crop", "color_crop_cutout_flip_scale_rotate", "color_crop_cutout_flip_scale_rotate", ""),
-    "data_path": ("elsewhere", "data", "data", ""),
-    "buffer_path": ("elsewhere", "./buffers", "buffers", ""),
-    "expert_epochs": ("2", 3, 3, ""),
-    "syn_steps": ("30", 20, 20, ""),
-    "max_start_epoch": ("20", 25, 25, ""),
-    "zca": ("", False, False, ""),
-    "load_all": ("", False, ..., "--load_all is ignored: trajectories are memory-mapped"),
-    "no_aug": ("True", False, False, ""),
-    "texture": ("", False, False, ""),
-    "canvas_size": ("3", 2, 2, "has no effect without --texture"),
-    "canvas_samples": ("3", 1, 1, "has no effect without --texture"),
-    "max_files": ("1", None, ..., "--max_files is ignored: there is one file an expert; limit them with --max_experts"),
-    "max_experts": ("5", None, None, "--max_experts 5: of all experts, where the public code takes as many of each"),
-    "force_save": ("", False, ..., "--force_save is ignored: every evaluation is saved"),
-}
-PUBLIC_BUFFER: dict[str, tuple[str, object, object, str]] = {
-    **{
-        name: PUBLIC_DISTILL[name]
-        for name in ("dataset", "subset", "model", "dsa", "dsa_strategy", "data_path", "buffer_path", "zca")
-    },
-    "num_experts": ("20", 100, 100, ""),
-    "lr_teacher": ("0.1", 0.01, 0.01, ""),
-    "batch_train": ("128", 256, 256, ""),
-    "batch_real": ("512", 256, ..., "--batch_real is ignored: it changes no expert in the public code either"),
-    "train_epochs": ("100", 50, 50, ""),
-    "decay": ("", False, False, ""),
-    "mom": ("0.9", 0, 0.0, ""),
-    "l2": ("0.0005", 0, 0.0, ""),
-    "save_interval": ("10", 10, ..., "--save_interval is ignored: every expert is saved as soon as it is trained"),
-}
-"""All arguments of the public distill.py and buffer.py. Ours is ... where nothing is left to do for it."""
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "row"),
-    [(DistillOptions, name, row) for name, row in PUBLIC_DISTILL.items()]
-    + [(ExpertOptions, name, row) for name, row in PUBLIC_BUFFER.items()],
-    ids=lambda value: value.__name__ if isinstance(value, type) else value if isinstance(value, str) else "",
-)
-def test_an_argument_of_the_public_code(
-    kind: type, name: str, row: tuple[str, object, object, str], caplog: pytest.LogCaptureFixture
-) -> None:
-    typed, public, ours, difference = row
-    options: Any
-
-    words = [f"--{name}", *([typed] if typed else [])]
-    caplog.set_level(logging.INFO)
-    said = ""
-    try:
-        options = parsing.parse(kind, words, "")
-    except InputError as error:
-        said = str(error)
-    else:
-        said = "\n".join(caplog.messages)
-        if ours is ...:
-            assert options == kind()
-        else:
-            found = getattr(options, name)
-            assert found == type(found)(typed) if not isinstance(found, bool) else found is (typed in ("", "True"))
-            assert options == dataclasses.replace(kind(), **{name: found})
-    assert difference in said
-    assert bool(difference) == bool(said)
-    if ours is ...:
-        return
-    default = getattr(kind(), name)
-    assert default == ours
-    same = (
-        str(public) == str(default)
-        or public == default
-        or (name, default) in (("batch_train", None), ("buffer_path", "buffers"))
-    )
-    assert same or difference
-
-
-def test_the_public_codes_default_batch_is_the_protocols() -> None:
-    assert DistillOptions().evaluation_protocol().batch_size == 256
-
-
-def test_lines_that_say_what_the_public_code_means(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    parsing.parse(DistillOptions, ["--dataset", "ImageNet", "--no_aug", "False"], "")
-    assert (
-        "--dataset ImageNet without --subset is all of its classes; the public code takes imagenette" in caplog.messages
-    )
-    assert any(line.startswith("--no_aug False keeps the augmentation") for line in caplog.messages)
-    caplog.clear()
-    parsing.parse(DistillOptions, ["--dataset", "ImageNet", "--subset", "imagenette"], "")
-    parsing.parse(ExpertOptions, "--dataset CIFAR100 --zca --save_interval 10 --batch_real 256".split(), "")
-    assert [line.split(":")[0] for line in caplog.messages] == ["--batch_real is ignored", "--save_interval is ignored"]
 
 
 # ------------------------------------------------------------------ zero means zero

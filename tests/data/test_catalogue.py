@@ -21,14 +21,14 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        ("cifar11", {}, r"--dataset: expected one of .*CIFAR10.*folder.*'cifar11'; did you mean CIFAR10\?"),
+        ("cifar11", {}, r"`dataset`: expected one of .*CIFAR10.*folder.*'cifar11'; did you mean CIFAR10\?"),
         ("Imagenett", {}, r"did you mean imagenette\?"),
         ("zzz", {}, "choose one of these"),
         ("no/such/place", {}, "no/such/place: expected an image folder"),
-        ("CIFAR10", {"subset": "imagenette"}, "--subset: expected only with --dataset ImageNet, found with CIFAR10"),
-        ("CIFAR10", {"res": 64}, "--res: expected 32 or nothing, the size of CIFAR10, found 64"),
-        ("digits", {"res": 32}, "--res: expected 8 or nothing"),
-        ("imagenette", {"res": -1}, "--res: expected a positive number"),
+        ("CIFAR10", {"subset": "imagenette"}, "`subset`: expected only with `dataset` ImageNet, found with CIFAR10"),
+        ("CIFAR10", {"res": 64}, "`res`: expected 32 or nothing, the size of CIFAR10, found 64"),
+        ("digits", {"res": 32}, "`res`: expected 8 or nothing"),
+        ("imagenette", {"res": -1}, "`res`: expected a positive number"),
     ],
 )
 def test_wrong_words_are_explained(tmp_path: Path, dataset: str, options: dict[str, Any], message: str) -> None:

@@ -190,8 +190,8 @@ def fails(root: Path, message: str, name: str = "CIFAR10") -> None:
 
 
 def test_missing_says_what_was_looked_for(tmp_path: Path) -> None:
-    fails(tmp_path, r"cifar-10-batches-py/.*cifar-10-batches-bin/.*cifar-10-python\.tar\.gz.*--download")
-    fails(tmp_path, r"cifar-100-python/.*cifar-100-binary\.tar\.gz.*--download", "CIFAR100")
+    fails(tmp_path, r"cifar-10-batches-py/.*cifar-10-batches-bin/.*cifar-10-python\.tar\.gz.*`download`")
+    fails(tmp_path, r"cifar-100-python/.*cifar-100-binary\.tar\.gz.*`download`", "CIFAR100")
 
 
 def test_a_missing_batch_is_named(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_truncated_archive(tmp_path: Path) -> None:
     raw = archive.read_bytes()
     for content in (b"", raw[:9], raw[: len(raw) // 2], raw[:-2000], b"<html>not found</html>"):
         archive.write_bytes(content)
-        fails(tmp_path, r"cifar-10-python\.tar\.gz: expected .*delete it and add --download")
+        fails(tmp_path, r"cifar-10-python\.tar\.gz: expected .*delete it and add `download`")
 
 
 def test_archive_without_a_member(tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_what_is_no_file_is_named_unread(tmp_path: Path, kind: str) -> None:
     archive = tmp_path / "cifar-10-python.tar.gz"
     if kind == "archive folder":
         archive.mkdir()
-        fails(tmp_path, "found none; add --download")
+        fails(tmp_path, "found none; add `download`")
         return
     if kind == "archive fifo":
         os.mkfifo(archive)

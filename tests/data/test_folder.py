@@ -209,7 +209,7 @@ def test_deep_grey_is_refused_not_clipped(tmp_path: Path) -> None:
 def test_sizes_that_differ_need_res(tmp_path: Path) -> None:
     folder(tmp_path)
     write(tmp_path / "train" / "b" / "2.png", noise(1, 6, 7))
-    fails(tmp_path, r"b/2\.png: expected 6x6 pixels.*found 7x6; give --res")
+    fails(tmp_path, r"b/2\.png: expected 6x6 pixels.*found 7x6; give `res`")
     assert load("folder", data_path=tmp_path, res=6, progress=False).image_shape == (3, 6, 6)
 
 
@@ -246,7 +246,7 @@ def test_dangling_link_is_named(tmp_path: Path) -> None:
 
 
 def test_resolution_must_be_positive(tmp_path: Path) -> None:
-    fails(folder(tmp_path), "--res: expected a positive number", res=0)
+    fails(folder(tmp_path), "`res`: expected a positive number", res=0)
 
 
 def six(root: Path) -> Path:
@@ -521,7 +521,7 @@ def test_the_first_image_that_differs_is_named_before_any_is_decoded(
     write(six(tmp_path) / "train/b/0.png", noise(1, 6, 7))
     write(tmp_path / "test/b/0.png", noise(1, 9, 9))
     monkeypatch.setattr(Image.Image, "convert", None)
-    fails(tmp_path, r"train/b/0\.png: expected 6x6 pixels as in the other images, found 7x6; give --res")
+    fails(tmp_path, r"train/b/0\.png: expected 6x6 pixels as in the other images, found 7x6; give `res`")
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -156,10 +156,10 @@ def fails(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -
 def test_mistakes_are_named(tmp_path: Path) -> None:
     fails(tmp_path, r"ImageNet: expected train/WNID/ and val/WNID/")
     fails(tmp_path, r"imagemeow: expected train/WNID/.*for 10 of 10 classes", subset="imagemeow")
-    fails(tmp_path, r"--subset: expected one of .*'imagenet'; did you mean imagenette", subset="imagenet")
+    fails(tmp_path, r"`subset`: expected one of .*'imagenet'; did you mean imagenette", subset="imagenet")
     tree(tmp_path, ids("imagenette")[:-1])
     fails(tmp_path, r"for 1 of 10 classes \(n03888257…\)", subset="imagenette")
-    fails(tmp_path, r"expected ImageNet's 1000 class folders, found 9; give --subset")
+    fails(tmp_path, r"expected ImageNet's 1000 class folders, found 9; give `subset`")
     tree(tmp_path, ids("imagenette"))
     (tmp_path / "val" / "n03888257" / "n03888257_1.JPEG").unlink()
     fails(tmp_path, r"expected test images .*found none of 'n03888257'", subset="imagenette")

@@ -84,13 +84,13 @@ def fails(root: Path, message: str, **options: Any) -> None:
 
 
 def test_missing_says_where_and_offers_the_download(tmp_path: Path) -> None:
-    fails(tmp_path, r"train-images-idx3-ubyte.*MNIST/raw.*--download")
+    fails(tmp_path, r"train-images-idx3-ubyte.*MNIST/raw.*`download`")
     (files(tmp_path) / FILES[3]).unlink()
     fails(tmp_path, "none of these places complete")
 
 
 def test_another_resolution_is_refused(tmp_path: Path) -> None:
-    fails(files(tmp_path), "--res: expected 28 or nothing", res=32)
+    fails(files(tmp_path), "`res`: expected 28 or nothing", res=32)
 
 
 @pytest.mark.parametrize(

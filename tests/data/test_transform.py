@@ -114,5 +114,5 @@ def test_a_place_that_cannot_be_written_does_not_stop(
 def test_too_large_to_whiten() -> None:
     images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(2, 3, 65, 65)
     data = from_tensors((images, torch.arange(2)), (images, torch.arange(2)), mean=(0, 0, 0), std=(1, 1, 1))
-    with pytest.raises(InputError, match="use no --zca"):
+    with pytest.raises(InputError, match="use no `zca`"):
         transform_for(data, zca=True)

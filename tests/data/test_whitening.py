@@ -69,7 +69,7 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
 
 def test_refuses_images_too_large_before_it_begins() -> None:
     huge = torch.zeros(1, 1, 1, 1).expand(5, 3, 128, 128)
-    with pytest.raises(InputError, match=rf"at most {LARGEST_IMAGE} .*49152 \(3x128x128\).*no --zca") as raised:
+    with pytest.raises(InputError, match=rf"at most {LARGEST_IMAGE} .*49152 \(3x128x128\).*no `zca`") as raised:
         Whitening.fit(huge)
     assert "\n" not in str(raised.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,10 +19,10 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from mtt_fast import SyntheticDataset, TrajectoryStore
-from mtt_fast.commands import cli
+from mtt_fast import InputError, SyntheticDataset, TrajectoryStore
+from mtt_fast.commands import cli, parsing
 from mtt_fast.distill.command import main
-from mtt_fast.distill.options import parse_options
+from mtt_fast.distill.options import DistillOptions, parse_options
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent
@@ -234,9 +235,65 @@ def test_options_come_from_the_recipe_then_the_file_then_the_flags(tmp_path: Pat
     config.write_text('recipe = "quick-digits-datm"\nlr_y = 3\n')
     named = parse_options(["--config", str(config)])
     assert (named.recipe, named.lr_y, named.label_init) == ("quick-digits-datm", 3, "experts")
-    assert parse_options([]).recipe == "digits"
     public = parse_options(["--dataset", "CIFAR10"])  # the public code's defaults
     assert (public.recipe, public.syn_steps, public.lr_img, public.max_start_epoch) == (None, 20, 1000.0, 25)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--device cpu",
+        "--out elsewhere",
+        "--out elsewhere --dry_run",
+        "--ipc 2 --lr_img 7",
+        "--config mine.toml",
+        "--config out.toml",
+        "--config mine.toml --out elsewhere --model ConvNetD1W4",
+    ],
+)
+def test_without_a_data_set_it_is_the_digits_recipe(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text("syn_steps = 7\nnum_eval = 2\n")
+    Path("out.toml").write_text('out = "elsewhere"\n')
+    options, recipe = parse_options(words.split()), parse_options(["--recipe", "digits"])
+    given = {"device", "out", "dry_run", "ipc", "lr_img", "config", "model"} & parsing.given(
+        DistillOptions, words.split()
+    )
+    given |= {"syn_steps", "num_eval"} if "mine.toml" in words else {"out"} if "out.toml" in words else set()
+    assert options == dataclasses.replace(recipe, **{name: getattr(options, name) for name in given})
+    assert options.recipe == "digits"
+
+
+@pytest.mark.parametrize(
+    "words", ["--dataset digits --out elsewhere", "--config mine.toml", "--config mine.toml --ipc 2"]
+)
+def test_with_a_data_set_it_is_no_recipe(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text('dataset = "digits"\n')
+    options = parse_options(words.split())
+    assert (options.recipe, options.dataset, options.syn_steps, options.lr_img) == (None, "digits", 20, 1000.0)
+
+
+@pytest.mark.parametrize("words", ["--out run --resume", "--config mine.toml --resume", "--config again.toml"])
+def test_a_run_goes_on_with_its_own_options(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text('out = "run"\n')
+    Path("again.toml").write_text('out = "run"\nresume = true\n')
+    Path("run").mkdir()
+    Path("run/config.toml").write_text('dataset = "MNIST"\nsyn_steps = 3\n')
+    options = parse_options(words.split())
+    assert (options.recipe, options.dataset, options.syn_steps, options.lr_img) == (None, "MNIST", 3, 1000.0)
+    assert (options.resume, options.folder()) == (True, Path("run"))
+
+
+def test_what_is_to_be_resumed_is_named() -> None:
+    with pytest.raises(
+        InputError, match="--resume: expected the run's folder with --out, or its --recipe, found neither"
+    ):
+        parse_options("--dataset digits --resume".split())
 
 
 MISTAKES = [
@@ -414,7 +471,7 @@ def test_a_broken_checkpoint_is_named(experts: list[str], tmp_path: Path, capsys
 
 FULL_DISK = """
 import resource, sys
-from mtt_fast.commands import cli
+from mtt_fast.commands import cli, parsing
 from mtt_fast.distill.command import main
 import mtt_fast.evaluate, matplotlib.backends.backend_agg, tensorboard.summary.writer.record_writer
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

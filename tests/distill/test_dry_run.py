@@ -169,7 +169,7 @@ def test_what_the_run_refuses_is_refused(tmp_path: Path) -> None:
         for function in (dataset_info, load):
             with pytest.raises(InputError, match=message):
                 function("CIFAR10", data_path=str(root))
-    with pytest.raises(InputError, match="--subset: expected only with --dataset ImageNet"):
+    with pytest.raises(InputError, match="`subset`: expected only with `dataset` ImageNet"):
         dataset_info("digits", "imagewoof")
 
 

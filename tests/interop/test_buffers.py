@@ -206,7 +206,7 @@ def spoiled(what: str) -> Any:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("another network", r"row 0: the parameters are of another network: expected features\.0\.weight of shape \(4, 1, 3, 3\), found \(8, 1, 3, 3\); .*--model"),
+        ("another network", r"row 0: the parameters are of another network: expected features\.0\.weight of shape \(4, 1, 3, 3\), found \(8, 1, 3, 3\); .*`model`"),
         ("too few tensors", "of another network: expected 6 tensors, found 5"),
         ("one epoch odd", r"row 3: .*expected classifier\.bias of shape \(3,\), found \(4,\)"),
         ("one epoch", "expert 0: expected a list of two or more epochs, each a list of tensors, found a list of 1"),

@@ -181,14 +181,14 @@ def test_against_dd_ranking_itself_where_it_is_installed() -> None:
 @pytest.mark.parametrize(
     ("found", "dataset", "zca", "message"),
     [
-        (plain(10, 32), None, False, "does not say of which data set it is; say it with --dataset"),
+        (plain(10, 32), None, False, "does not say of which data set it is; say it with `dataset`"),
         (plain(10, 32), "digits", False, "it has CIFAR10, CIFAR100, Tiny, ImageNet and its subsets, not digits"),
         (plain(10, 32), "/my/CIFAR10", False, "and its subsets, not /my/CIFAR10"),
         (plain(10, 28), "CIFAR10", False, r"images \(3, 32, 32\) of 10 classes of CIFAR10, found \(3, 28, 28\) of 10"),
         (plain(9, 32), "CIFAR10", False, r"of 10 classes of CIFAR10, found \(3, 32, 32\) of 9"),
         (plain(200, 32, ipc=1), "Tiny", False, r"images \(3, 64, 64\) of 200 classes of TinyImageNet"),
         (plain(200, 64, ipc=1), "Tiny", True, "it whitens CIFAR10 and CIFAR100 alone, and the images of TinyImageNet are"),
-        (plain(10, 64, "logits"), "imagewoof", False, "no soft labels for ImageWoof; --hard_labels writes the set with classes"),
+        (plain(10, 64, "logits"), "imagewoof", False, "no soft labels for ImageWoof; `hard_labels` writes the set with classes"),
     ],
 )  # fmt: skip
 def test_sets_that_it_cannot_take(found: TensorSet, dataset: str | None, zca: bool, message: str) -> None:

@@ -413,7 +413,7 @@ def test_pictures_of_whitened_images_need_the_whitening(tmp_path: Path, kind: st
     whitening = Whitening.fit(torch.rand(200, 3, 4, 5))
     synthetic = distilled(whitening=whitening, images=whitening.apply(torch.rand(N, 3, 4, 5)))
     synthetic.export(kind, tmp_path)
-    with pytest.raises(InputError, match=r"the set was whitened.*--zca"):
+    with pytest.raises(InputError, match=r"the set was whitened.*`zca`"):
         read_set(tmp_path)
     facts = Facts(synthetic.class_names, synthetic.mean, synthetic.std, whitening)
     back = read_set(tmp_path, facts=facts)
@@ -698,13 +698,13 @@ def test_datasets_that_cannot_be_read(dataset: Any, message: str) -> None:
 
 
 def test_kinds_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--to pgn: expected one of .*\(did you mean png\?\)"):
+    with pytest.raises(InputError, match=r"`to` pgn: expected one of .*\(did you mean png\?\)"):
         distilled().export("pgn", tmp_path)
     with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):
         read_set(tmp_path / "nothing")
     with pytest.raises(InputError, match="expected the facts of the real images for kind png"):
         write_set(tmp_path, as_tensor_set(distilled()), "png")
-    with pytest.raises(InputError, match="--dataset: expected the data set's name"):
+    with pytest.raises(InputError, match="`dataset`: expected the data set's name"):
         write_set(tmp_path, as_tensor_set(distilled()), "dc_benchmark")
     with pytest.raises(InputError, match="expected class indices, as dc_benchmark makes all labels whole numbers"):
         distilled("logits").export("dc_benchmark", tmp_path)

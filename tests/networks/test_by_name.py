@@ -326,8 +326,8 @@ def test_plain_names_keep_the_network_with_a_student_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("VGG16", CIFAR, "model VGG16: expected ConvNet"),
-        ("ConvNetBNAL", CIFAR, "model ConvNetBNAL: expected ConvNet"),
+        ("VGG16", CIFAR, "`model` VGG16: expected ConvNet"),
+        ("ConvNetBNAL", CIFAR, "`model` ConvNetBNAL: expected ConvNet"),
         ("ConvNetW6GN", CIFAR, "width divisible by 4, found 6"),
         ("ConvNetD4MP", (3, 8, 8), "4 poolings leave nothing of 8×8 images"),
         ("ConvNetD0MP", CIFAR, "a depth and a width of at least 1"),
@@ -350,7 +350,7 @@ def test_pools_are_those_of_the_public_code() -> None:
     assert eval_pool("M", "ConvNetD4") == ("ConvNet", "AlexNet", "VGG11", "ResNet18_AP", "ResNet18")
     assert eval_pool("D", "MLP") == ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4")
     assert {name for pool in POOLS.values() for name in pool} <= {name for name, *_ in COUNTS}  # all of them are there
-    with pytest.raises(InputError, match="eval_mode X: expected one of S, SS, C, M, W, D, A, P, N, B, BN"):
+    with pytest.raises(InputError, match="`eval_mode` X: expected one of S, SS, C, M, W, D, A, P, N, B, BN"):
         eval_pool("X", "ConvNet")
 
 

@@ -120,7 +120,7 @@ def test_names_of_the_public_code() -> None:
     assert network_by_name("ConvNetIN", (3, 32, 32), 10) == ConvNet(3, 10, 32)
     assert network_by_name("ConvNetD3W32NN", (1, 28, 28), 10) == ConvNet(1, 10, 28, width=32, norm="none")
     for name in ("ResNet99", "ConvNetXN", "ConvNetNND3"):
-        with pytest.raises(InputError, match=f"model {name}"):
+        with pytest.raises(InputError, match=f"`model` {name}"):
             network_by_name(name, (3, 32, 32), 10)
 
 

@@ -69,12 +69,12 @@ def test_a_cpu_computes_in_float32() -> None:
 
 
 def test_what_is_no_precision_is_refused() -> None:
-    with pytest.raises(InputError, match="precision fp8: expected fp32, tf32, bf16"):
+    with pytest.raises(InputError, match="`precision` fp8: expected fp32, tf32, bf16"):
         precision_on(CPU, ConvNet(3, 4, 8, width=2, depth=1), cast(Precision, "fp8"))
 
 
 def test_bf16_needs_the_fused_step() -> None:
     net = FlatModule(torch.nn.Linear(3, 2))
     assert precision_on(CUDA, net, "tf32") == "tf32"
-    with pytest.raises(InputError, match="precision bf16: only the fused step of ConvNet knows it, and FlatModule"):
+    with pytest.raises(InputError, match="`precision` bf16: only the fused step of ConvNet knows it, and FlatModule"):
         precision_on(CUDA, net, "bf16")

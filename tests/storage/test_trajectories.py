@@ -118,7 +118,7 @@ def test_an_empty_folder_is_an_empty_store(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere: expected a folder of experts .*--buffer_path"):
+    with pytest.raises(InputError, match=r"nowhere: expected a folder of experts .*; check the path, or train some"):
         TrajectoryStore(tmp_path / "nowhere")
 
 

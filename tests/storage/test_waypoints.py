@@ -91,7 +91,7 @@ def test_waypoints_are_spaced_as_in_the_public_code() -> None:
     assert evenly_spaced(50, 2) == (0, 50)
     assert evenly_spaced(7, 8) == tuple(range(8))
     for count in (1, 9):
-        with pytest.raises(InputError, match=f"--num_interpolation {count}: expected from 2"):
+        with pytest.raises(InputError, match=f"`num_interpolation` {count}: expected from 2"):
             evenly_spaced(7, count)
 
 

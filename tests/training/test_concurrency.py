@@ -157,7 +157,7 @@ def test_the_formulas() -> None:
     # asked for or not, one of them computes with the same number of threads
     assert concurrency(NET, small, 10, 5, 1) == Concurrency(1, 1)
     assert concurrency(wide, large, 10, 5, 3) == Concurrency(3, 2)
-    with pytest.raises(InputError, match="at_once 0: expected at least 1"):
+    with pytest.raises(InputError, match="`networks_at_once` 0: expected at least 1"):
         concurrency(NET, small, 10, 5, 0)
     device_threads = 132 * 2048
     assert filling(47_000_000, device_threads, step=10**8, memory=10**11) == 4

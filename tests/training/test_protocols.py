@@ -149,9 +149,9 @@ def test_options_choose_the_protocol() -> None:
     datm = EvaluationOptions(protocol="datm", epoch_eval_train=30, best_epoch=True, dsa=False).evaluation_protocol()
     assert (datm.batch_size, datm.epochs, datm.best_epoch, datm.augment) == (128, 30, True, "none")
     assert EvaluationOptions(protocol="datm", batch_train=64).evaluation_protocol().batch_size == 64
-    with pytest.raises(InputError, match="protocol kip: expected mtt, datm, ddranking"):
+    with pytest.raises(InputError, match="`protocol` kip: expected mtt, datm, ddranking"):
         EvaluationOptions(protocol="kip").evaluation_protocol()
-    with pytest.raises(InputError, match="epochs 0: expected at least 1 with protocol ddranking"):
+    with pytest.raises(InputError, match="`epoch_eval_train` 0: expected at least 1 with `protocol` ddranking"):
         EvaluationOptions(protocol="ddranking", epoch_eval_train=0).evaluation_protocol()
 
 
