@@ -21,7 +21,8 @@ from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Range
 from mtt_fast.commands.options import AtLeastTwo
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import atomic_path, read_bytes
+from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.regular import read_bytes
 from mtt_fast.storage.run_folder import HISTORY
 
 log = logging.getLogger(__name__)

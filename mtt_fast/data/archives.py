@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mtt_fast.data.regular import check_regular
 from mtt_fast.errors import InputError
+from mtt_fast.storage.regular import check_regular
 
 _BLOCK = 1 << 20
 _BESIDES = 1 << 20  # bytes of an archive beside the content of the files: headers, other small files

@@ -15,9 +15,9 @@ from mtt_fast.data.download import fetch
 from mtt_fast.data.folder import by_class, find_splits, has_splits, image_source
 from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of
-from mtt_fast.data.regular import lines_of, read_bytes
 from mtt_fast.data.safe_pickle import unpickle
 from mtt_fast.errors import InputError, NotFound
+from mtt_fast.storage.regular import lines_of, read_bytes
 
 URL = "https://www.cs.toronto.edu/~kriz/"
 
@@ -262,4 +262,4 @@ def _class_names(raw: bytes, kind: _Distribution, place: Path) -> tuple[str, ...
         names = unpickle(raw, place).get(kind.names_key, [])
         named = isinstance(names, list) and all(isinstance(name, str) for name in names)
         return tuple(names) if named else ()
-    return tuple(line.strip() for line in lines_of(raw, place) if line.strip())
+    return tuple(line.strip() for line in lines_of(raw, place, f"get {kind.archive} again") if line.strip())

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from mtt_fast.data.regular import check_regular
 from mtt_fast.errors import InputError
+from mtt_fast.storage.regular import check_regular
 
 # Not all that Pillow can read: some of its readers start other programs, or are hardly ever used.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")

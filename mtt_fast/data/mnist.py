@@ -12,8 +12,8 @@ from mtt_fast.data import class_names
 from mtt_fast.data.archives import is_file_or_link, read_gzip
 from mtt_fast.data.download import fetch
 from mtt_fast.data.packing import Contents, Part, Source, key_of
-from mtt_fast.data.regular import read_bytes
 from mtt_fast.errors import InputError, NotFound
+from mtt_fast.storage.regular import read_bytes
 
 # image and label file of the training split, then of the test split
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

@@ -11,8 +11,8 @@ from mtt_fast.data.folder import image_source
 from mtt_fast.data.imagenet import MEAN, STD
 from mtt_fast.data.listing import Listing, is_image_name, list_classes, tell_skipped
 from mtt_fast.data.packing import Source
-from mtt_fast.data.regular import read_lines
 from mtt_fast.errors import InputError, NotFound
+from mtt_fast.storage.regular import read_lines
 
 _MOST_BYTES = 16 << 20  # of a text file; words.txt, the longest, has 2.6 MB
 _MEND = "unpack the data set again"

@@ -6,12 +6,14 @@ import math
 import os
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.foreign import regular_file, shortened
+from mtt_fast.storage.foreign import LARGEST_FILE, shortened
+from mtt_fast.storage.regular import check_regular
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,7 +28,8 @@ def read_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> list[Arra
     Checksums are checked. Raises `InputError` for a missing, broken, hostile or foreign file, for another type of array,
     and for one that claims more than there is.
     """
-    path = regular_file(path)
+    path = Path(path)
+    check_regular(path, LARGEST_FILE)
     try:
         with zipfile.ZipFile(path) as archive:
             return [_read(archive, f"{name}.npy", path.stat().st_size) for name in names]

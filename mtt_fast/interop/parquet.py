@@ -24,7 +24,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
 from mtt_fast.interop.tensor_set import Facts, as_synthetic, as_tensor_set, tensor_set
 from mtt_fast.storage.files import atomic_path, parse_json
-from mtt_fast.storage.foreign import as_tensor, regular_file, shortened
+from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, shortened
+from mtt_fast.storage.regular import check_regular
 
 _RECORD = b"mtt_fast"
 _COLUMNS = ("image", "label", "soft_label")
@@ -64,7 +65,8 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
     Raises `InputError` for a broken or foreign file, where facts are needed and not given, and if pyarrow is not installed.
     """
     arrow, parquet = _pyarrow(path)
-    path = regular_file(path)
+    path = Path(path)
+    check_regular(path, LARGEST_FILE)
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _check_columns(file, path)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.files import atomic_path
-from mtt_fast.storage.foreign import plain_tensor, regular_file, shown
+from mtt_fast.storage.foreign import LARGEST_FILE, plain_tensor, shown
+from mtt_fast.storage.regular import check_regular
 
 SMALL = 1 << 20
 """Bytes of the pickle in a file with a few tensors."""
@@ -44,7 +45,8 @@ def load_pickle(
     most `most` bytes. Tensors have still to be looked at (`mtt_fast.storage.foreign.plain_tensor`).
     Raises `InputError` for a missing, damaged, hostile or foreign file.
     """
-    path = regular_file(path)
+    path = Path(path)
+    check_regular(path, LARGEST_FILE)
     try:
         zipped = _is_zip(path)  # the format before torch 1.6 is none, and cannot be mapped
         (_check_zip if zipped else _check_pickles)(path, most)

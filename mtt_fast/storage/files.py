@@ -14,23 +14,22 @@ import logging
 import math
 import os
 import re
-import stat
 import struct
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
 from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.storage.regular import open_regular, read_text
 from mtt_fast.storage.temporaries import is_free, temporary_folder
 
 _LONGEST_HEADER = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
-_LONGEST_TEXT = 4 << 20  # bytes of options or of a record, which are parsed at once
 _BLOCK = 64 << 20  # bytes hashed at once: between two blocks Ctrl-C is heard
 _MEND = "restore a copy, or delete it and make it again"
 _DTYPES = {
@@ -129,48 +128,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` to `path` atomically, as indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
-    """Open a file for reading, unbuffered, if it is a regular one of at most so many bytes.
-
-    Raises `InputError` for one that is missing, larger, or of another kind: a folder, a pipe, a device.
-    """
-    try:
-        file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115 - it is returned
-    except (OSError, ValueError) as error:  # of a path with a NUL
-        raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
-    status = os.fstat(file.fileno())
-    if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):
-        return file
-    file.close()
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: expected a file, found a pipe, a device or the like; check the path")
-    raise InputError(f"{path}: expected at most {most} bytes, found {status.st_size}; is it another file?")
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for
-
-
-def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
-    """Return what a file of at most `most` bytes holds. Raises `InputError` as `open_regular`."""
-    with open_regular(path, most) as file:
-        try:
-            content = b""
-            while block := file.read(most + 1 - len(content)):
-                content += block
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error)}") from error
-    return content
-
-
-def read_text(path: str | os.PathLike[str], most: int = _LONGEST_TEXT) -> str:
-    """Return the text, UTF-8, of a file of at most `most` bytes. Raises `InputError` as `open_regular`."""
-    try:
-        return read_bytes(path, most).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected text in UTF-8, found other bytes ({error}); {_MEND}") from error
 
 
 def parse_json(text: str | bytes) -> Any:

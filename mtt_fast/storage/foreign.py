@@ -7,14 +7,14 @@ number of it is looked at.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError, reason_of, remedy_for
-from mtt_fast.storage.files import open_regular, parse_json, read_text
+from mtt_fast.storage.files import parse_json
+from mtt_fast.storage.regular import read_text
 
 LARGEST_FILE = 64 << 30
 """Bytes; the largest distilled set that was published takes 10 GB, a buffer of ten experts of ResNet-18 23 GB."""
@@ -26,12 +26,6 @@ _NUMBERS = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
 )  # fmt: skip
 _BEYOND_ITS_STORAGE = 1 << 20  # bytes that an expanded view may claim besides those that it has
-
-
-def regular_file(path: str | os.PathLike[str], most: int = LARGEST_FILE) -> Path:
-    """Return `path` for a library to open. Raises `InputError` unless it is a regular file of at most `most` bytes."""
-    with open_regular(path, most):
-        return Path(path)
 
 
 def names_in(folder: str | os.PathLike[str]) -> list[str]:

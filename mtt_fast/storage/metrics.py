@@ -14,14 +14,9 @@ from typing import Any
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.events import EventLog
-from mtt_fast.storage.files import (
-    MALFORMED,
-    open_regular,
-    parse_json,
-    read_header,
-    write_text,
-)
+from mtt_fast.storage.files import MALFORMED, parse_json, read_header, write_text
 from mtt_fast.storage.records import check_form, sealed, unsealed
+from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.run_folder import _NUMBER, CHECKPOINT, EVALUATIONS, METRICS
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import MALFORMED, checksum_of, parse_json, read_text, write_json
+from mtt_fast.storage.files import MALFORMED, checksum_of, parse_json, write_json
+from mtt_fast.storage.regular import read_text
 
 _FORMAT = 2
 _SEAL = ("format", "checksum")

@@ -12,14 +12,9 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import (
-    MALFORMED,
-    checksum_of,
-    parse_toml,
-    read_text,
-    write_text,
-)
+from mtt_fast.storage.files import MALFORMED, checksum_of, parse_toml, write_text
 from mtt_fast.storage.records import check_form, read_record
+from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.temporaries import remove_leftovers
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"

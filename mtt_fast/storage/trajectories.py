@@ -30,7 +30,6 @@ from mtt_fast.storage.files import (
     check_part,
     check_types,
     checksum_of,
-    open_regular,
     parse_json,
     read_header,
     save_tensors,
@@ -39,6 +38,7 @@ from mtt_fast.storage.files import (
 )
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.records import check_form
+from mtt_fast.storage.regular import open_regular
 from mtt_fast.storage.waypoints import Course
 
 _FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtt_fast.data.archives import read_gzip, read_tar
-from mtt_fast.data.regular import read_lines
 from mtt_fast.errors import InputError
+from mtt_fast.storage.regular import read_lines
 
 WANTED = {"folder/a": 2000, "folder/b": 2000}
 

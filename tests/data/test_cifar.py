@@ -22,6 +22,7 @@ from PIL import Image
 from mtt_fast.data import ImageData, load
 from mtt_fast.data.safe_pickle import unpickle
 from mtt_fast.errors import InputError
+from mtt_fast.storage import regular
 
 Array = np.ndarray[Any, Any]
 
@@ -145,8 +146,8 @@ def test_second_load_reads_no_batch_and_a_touched_one_is_read(tmp_path: Path, mo
     folder = python_folder(tmp_path, "CIFAR10")
     load("CIFAR10", data_path=tmp_path, progress=False)
     reads: list[Path] = []
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))  # type: ignore[func-returns-value]
+    open_regular = regular.open_regular
+    monkeypatch.setattr(regular, "open_regular", lambda path, *limits: reads.append(path) or open_regular(path, *limits))  # type: ignore[func-returns-value]
     load("CIFAR10", data_path=tmp_path, progress=False)
     assert reads == []
     os.utime(folder / "data_batch_3", ns=(1, 1))

@@ -1,0 +1,106 @@
+"""Regular files of a size that they can honestly have: no pipe is waited for, no device read, no bomb loaded."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import BinaryIO
+
+from mtt_fast.errors import InputError, reason_of, remedy_for
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_CHECK_PATH = "check the path"
+_LONGEST_TEXT = 4 << 20  # bytes of options or of a record, which are parsed at once
+_LONGEST_LINE = 10_000  # characters
+
+StrPath = str | os.PathLike[str]
+
+
+def open_regular(path: StrPath, most: int | None = None, mend: str = _CHECK_PATH) -> BinaryIO:
+    """Open a file for reading, unbuffered, if it is a regular one, or a link to one, of at most `most` bytes.
+
+    Raises `InputError`, which ends in `mend`, for one that is missing, larger, or of another kind: a folder, a FIFO, a device.
+    """
+    try:
+        file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115 - it is returned
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error, mend) from error
+    try:
+        _check_status(os.fstat(file.fileno()), path, most, mend)
+    except InputError:
+        file.close()
+        raise
+    return file
+
+
+def check_regular(path: StrPath, most: int, mend: str = _CHECK_PATH) -> None:
+    """Check, without opening it, a file that a library is to open by its path. Raises `InputError` as `open_regular`."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error, mend) from error
+    _check_status(status, path, most, mend)
+
+
+def read_bytes(path: StrPath, most: int, mend: str = _CHECK_PATH) -> bytes:
+    """Return the content of a file of at most `most` bytes. Raises `InputError` as `open_regular`."""
+    with open_regular(path, most, mend) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise _unreadable(path, error, "check the disk") from error
+
+
+def read_text(path: StrPath, most: int = _LONGEST_TEXT) -> str:
+    """Return the text, UTF-8, of a file of at most `most` bytes.
+
+    Raises `InputError` as `open_regular`, and for a file that is no text.
+    """
+    return _decoded(read_bytes(path, most), "utf-8", path, "restore a copy, or delete it and make it again")
+
+
+def read_lines(path: StrPath, most: int, mend: str) -> list[str]:
+    """Return the lines of a text file, UTF-8, of at most `most` bytes; an empty last one is left out.
+
+    Raises `InputError` as `open_regular`, and for a file that is no text.
+    """
+    return lines_of(read_bytes(path, most, mend), path, mend)
+
+
+def lines_of(content: bytes, path: StrPath, mend: str) -> list[str]:
+    """Return the lines in the `content` of the text file `path`. Raises `InputError` if it is no text."""
+    text = _decoded(content, "utf-8-sig", path, mend)
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if "\0" in text or max(map(len, lines)) > _LONGEST_LINE:
+        raise InputError(f"{path}: expected text, found bytes that are none or a line without an end; {mend}")
+    return lines if text else []
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO that nobody writes to would be waited for
+
+
+def _check_status(status: os.stat_result, path: StrPath, most: int | None, mend: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
+        raise InputError(f"{path}: expected a file, found {kind}; {mend}")
+    if most is not None and status.st_size > most:
+        raise InputError(f"{path}: expected at most {most:,} bytes, found {status.st_size:,}; {mend}")
+
+
+def _decoded(content: bytes, encoding: str, path: StrPath, mend: str) -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8, found other bytes ({error.reason}); {mend}") from error
+
+
+def _unreadable(path: StrPath, error: OSError | ValueError, mend: str) -> InputError:
+    """Return the error that a file cannot be read; a `ValueError` is that of a path with a NUL."""
+    return InputError(f"{path}: cannot be read ({reason_of(error)}); {remedy_for(error, mend)}")
