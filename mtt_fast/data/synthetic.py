@@ -101,11 +101,11 @@ class SyntheticDataset:
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
         """Read what `save` wrote. Raises `InputError` if the file is missing, broken, something else, or no sound set."""
         tensors, metadata = load_tensors(path)
-        if metadata.get("format") not in (_FORMAT, _BEFORE_CHECKSUMS):
-            raise InputError(
-                f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}"
-            )
-        before = {} if metadata["format"] == _FORMAT else {"dataset": "", "fingerprint": ""}
+        form = metadata.get("format")
+        if form not in (_FORMAT, _BEFORE_CHECKSUMS):
+            what = "another file" if form is None else repr(form)
+            raise InputError(f"{path}: expected a distilled set ({_FORMAT}), found {what}; name another file")
+        before = {} if form == _FORMAT else {"dataset": "", "fingerprint": ""}
         try:
             found = _from_parts(tensors, before | parse_json(metadata["record"]))
         except MALFORMED as error:
