@@ -231,7 +231,7 @@ TABLES: dict[str, list[Column]] = {
         ("to the first sample (least to most)", _seconds("first")),
         ("each further sample", _seconds("further")),
         ("its checksums", _seconds("checksums")),
-        ("of an iteration", _number("share", "{:.2%}")),
+        ("of an iteration", _number("share", "{:.4%}")),
         ("resident memory", _mebibytes("resident")),
         ("on disk", _mebibytes("disk")),
         ("not timed because", _text("problem")),

@@ -7,6 +7,7 @@ checksums of these two rows cost is timed by itself, too, and said as a share of
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def main(options: Options, command: str) -> None:
     megabytes = 4 * net.num_parameters / 1e6
     conditions = {
         "case": f"{options.experts} experts, {options.epochs} epochs, {megabytes:.1f} MB of parameters each time",
+        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors",
         "iteration": f"{iteration:.3g} s on {device.type}, {setting}",
     }
     print(table("trajectories", conditions, rows))

@@ -120,9 +120,9 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` atomically, in UTF-8."""
+    """Write `text` to `path` atomically, in UTF-8; bytes of a path that are none, as Python holds them, as \\udcNN."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -176,12 +176,9 @@ def read_text(path: str | os.PathLike[str], most: int = _LONGEST_TEXT) -> str:
 def parse_json(text: str | bytes) -> Any:
     """Return the value of JSON text. Raises `ValueError` for all that is none, or is nested too deeply to be read."""
     try:
-        value = json.loads(text)
-        if "\\ud" in (text if isinstance(text, str) else text.decode()).lower():
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a character cannot be written again
+        return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    return value
 
 
 def check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
@@ -191,7 +188,7 @@ def check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
             raise TypeError(f"{name}: expected {kind.__name__}, found {type(record[name]).__name__}")
     for name in record:
         if name not in types:
-            raise TypeError(f"{name}: not known here; is the file from a later version?")
+            raise TypeError(f"{name!r}: not known here; is the file from a later version?")
 
 
 def checksum_of(*parts: Any) -> str:

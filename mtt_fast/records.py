@@ -52,7 +52,7 @@ def check_form(value: Any, form: Any, name: str = "record") -> None:
         for key, part in form.items():
             for field in value if key == "*" else [key.rstrip("?")]:
                 if field in value:
-                    check_form(value[field], part, str(field))
+                    check_form(value[field], part, repr(field))
                 elif not key.endswith("?"):
                     raise KeyError(field)
     elif isinstance(form, list):

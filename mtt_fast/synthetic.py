@@ -84,10 +84,10 @@ class SyntheticDataset:
     def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
         """Read what `save` wrote. Raises `InputError` if the file is missing, broken, something else, or no sound set."""
         tensors, metadata = load_tensors(path)
-        if metadata.get("format") not in (_FORMAT, _BEFORE_CHECKSUMS):
-            raise InputError(
-                f"{path}: expected a distilled set ({_FORMAT}), found {metadata.get('format', 'another file')}"
-            )
+        form = metadata.get("format")
+        if form not in (_FORMAT, _BEFORE_CHECKSUMS):
+            found = "another file" if form is None else repr(form)
+            raise InputError(f"{path}: expected a distilled set ({_FORMAT}), found {found}; name another file")
         try:
             found = _from_parts(tensors, parse_json(metadata["record"]))
         except MALFORMED as error:
