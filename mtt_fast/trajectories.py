@@ -202,8 +202,7 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
     if origin is not None:
         return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
     rate = metadata.hyperparameters.get("lr")
-    at = "" if rate is None else f" at the learning rate {rate:g}"
-    return f"its training diverged{at}; train with a smaller --lr_teacher"
+    return "train with a smaller --lr_teacher" + ("" if rate is None else f" than {rate:g}")
 
 
 def layer_sizes(layout: str) -> list[int]:
