@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,10 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+
+# Before OpenMP starts: its threads would spin while they wait, and take the cores from the tests beside.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 THREADS = 2

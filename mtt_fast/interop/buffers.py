@@ -112,11 +112,12 @@ def check_points(points: Any, where: str, kind: str) -> None:
     The lists are distinct, as programs write them: a small file could name one list a million times. `kind` is what the
     points are called. Raises `InputError`, which begins with `where`.
     """
-    good = isinstance(points, list) and len(points) > 1
-    odd = next((point for point in points if not isinstance(point, list) or not point), None) if good else points
-    if not good or odd is not None:
+    lists = points if isinstance(points, list) else []
+    odd = [point for point in lists if not isinstance(point, list) or not point]
+    if len(lists) < 2 or odd:
         raise InputError(
-            f"{where}: expected a list of two or more {kind}, each a list of tensors, found {shown(odd)}; get the file again"
+            f"{where}: expected a list of two or more {kind}, each a list of tensors, found "
+            f"{shown(odd[0] if odd else points)}; get the file again"
         )
     _check_distinct(points, where)
     for row, point in enumerate(points):

@@ -20,7 +20,7 @@ _SEAL = ("format", "checksum")
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with its checksum, ready to be written as JSON."""
-    whole = {**record, "format": _FORMAT}
+    whole = {"format": _FORMAT, **record}  # first and last, so that what is cut out does not take both
     return whole | {"checksum": _checksum(json.loads(json.dumps(whole)))}  # keys and tuples as they will be read
 
 

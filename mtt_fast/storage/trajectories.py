@@ -202,8 +202,8 @@ def _why_not_finite(metadata: ExpertMetadata) -> str:
     if origin is not None:
         return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
     rate = metadata.hyperparameters.get("lr")
-    at = "" if rate is None else f" at the learning rate {rate:g}"
-    return f"its training diverged{at}; train with a smaller `lr_teacher`"
+    than = "" if rate is None else f" than {rate:g}"
+    return f"its training diverged; train with a smaller `lr_teacher`{than}"
 
 
 def layer_sizes(layout: str) -> list[int]:
