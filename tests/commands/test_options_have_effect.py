@@ -497,7 +497,7 @@ def _save_foreign_files() -> None:
 
 _DROPPED = {
     "versions", "seconds", "command", "options", "recipe", "device", "peak_memory_bytes", "arithmetic", "hyperparameters",
-    "seed", "iteration_seconds", "question", "imported_from",
+    "seed", "iteration_seconds", "question", "imported_from", "checksum",
 }  # fmt: skip
 """Records that repeat the options, or differ from one run to the next."""
 

@@ -356,5 +356,5 @@ def test_pools_are_those_of_the_public_code() -> None:
 
 @pytest.mark.parametrize("name", ["ConvNetW" + "9" * 30, "ConvNetD" + "9" * 30])
 def test_no_network_is_so_large(name: str) -> None:
-    with pytest.raises(InputError, match=f"--model {name}: expected ConvNet"):
+    with pytest.raises(InputError, match=f"`model` {name}: expected ConvNet"):
         network_by_name(name, (1, 8, 8), 10)
