@@ -304,7 +304,7 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
     in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
     texts = {name: in_file.get(name) for name in ("recipe", "out", "dataset") if getattr(chosen, name) is None}
     in_words = {name: value for name, value in texts.items() if isinstance(value, str)}
-    chosen = dataclasses.replace(chosen, **in_words, resume=chosen.resume or in_file.get("resume") is True)
+    chosen = dataclasses.replace(chosen, **in_words)
     run_is_named = chosen.resume and chosen.out is not None
     if chosen.recipe is None and chosen.dataset is None and not run_is_named:
         chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)

@@ -51,7 +51,7 @@ def run(size, width, depth, steps, batch, kept=0, augment=False, canvas=1, again
     augmentation = CanvasCrops(canvas, SiameseAugment()) if canvas > 1 else SiameseAugment() if augment else None
     lr = torch.tensor(0.01, requires_grad=True)
     shape = {"images": images, "steps": steps, "augment": augmentation or False}
-    chosen = dataclasses.replace(plan(net, **shape, **{"memory_budget": None, **options}), kept_steps=kept)
+    chosen = dataclasses.replace(plan(net, **shape, **{"memory_budget": None, **options}), saved_steps=kept)
     if "memory_budget" in options:
         chosen = plan(net, **shape, **options)
     labels, batches = torch.arange(batch) % 10, torch.arange(batch).expand(steps, batch)

@@ -175,7 +175,7 @@ def test_other_images_on_purpose(here: Path, caplog: pytest.LogCaptureFixture) -
     other = ["--dataset", "./pets", "--other_data", *EVALUATED]
     assert cli.run(evaluate, ["run", *other, "--out", "result.json"]) == 0
     assert (
-        "run/synthetic.safetensors: made from another data set: digits, used with folder-pets (--other_data)"
+        "run/synthetic.safetensors: made from another data set: digits, used with folder-pets, as other data are allowed"
         in caplog.text
     )
     result = json.loads(Path("result.json").read_text())
@@ -313,7 +313,10 @@ def test_experts_of_other_images_on_purpose(
     assert error.endswith("or say --other_data to use it with these")
     caplog.set_level("INFO")
     assert cli.run(distill, [*toys, "--other_data"]) == 0
-    assert "ConvNetD1W4: made from another data set: folder-pets, used with folder-toys (--other_data)" in caplog.text
+    assert (
+        "ConvNetD1W4: made from another data set: folder-pets, used with folder-toys, as other data are allowed"
+        in caplog.text
+    )
     assert read_toml(Path("new/config.toml"))["other_data"] is True
     summary = json.loads(Path("new/summary.json").read_text())
     assert (summary["data"]["name"], summary["experts"]["data"]["name"]) == ("folder-toys", "folder-pets")

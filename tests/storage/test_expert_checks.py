@@ -61,16 +61,16 @@ def test_an_expert_of_the_same_setting_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("expert", "reason"),
     [
-        (metadata_for("ConvNetD1W8"), r"another network: expected features\.0\.weight:4x3x3x3, found features\.0\.weight:8x3x3x3; .*--model"),
+        (metadata_for("ConvNetD1W8"), r"another network: expected features\.0\.weight:4x3x3x3, found features\.0\.weight:8x3x3x3; .*`model`"),
         (metadata_for("ConvNetD1W4NN"), "another network: expected features"),
         (metadata_for("ConvNetD1W4BN"), "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ARBNAP"),
         (metadata_for("ConvNetD1W4AS"), "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ASINAP"),
         (metadata_for("ConvNetD1W4MP"), "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ARINMP"),
-        (metadata_for(identity=replace(DATA, name="toys", fingerprint="beef")), "made from another data set: expected pets, found toys; .*--data_path"),
+        (metadata_for(identity=replace(DATA, name="toys", fingerprint="beef")), "made from another data set: expected pets, found toys; .*`data_path`"),
         (metadata_for(identity=replace(DATA, image_shape=(3, 17, 17), fingerprint="beef")), "images of another size: expected 3×16×16, found 3×17×17"),
         (metadata_for(identity=replace(DATA, class_names=("dog", "cat"), fingerprint="beef")), "the classes in another order: expected 'cat' as class 0, found 'dog'"),
-        (metadata_for(identity=replace(DATA, whitening="zca")), "whitened otherwise: expected normalised images, found ZCA-whitened images; give --zca"),
-        (metadata_for(identity=replace(DATA, fingerprint="beef")), "made from other images: expected pets with fingerprint f00d, found pets with fingerprint beef; .*--data_path"),
+        (metadata_for(identity=replace(DATA, whitening="zca")), "whitened otherwise: expected normalised images, found ZCA-whitened images; give `zca`"),
+        (metadata_for(identity=replace(DATA, fingerprint="beef")), "made from other images: expected pets with fingerprint f00d, found pets with fingerprint beef; .*`data_path`"),
     ],
 )  # fmt: skip
 def test_an_expert_of_another_setting_is_refused(tmp_path: Path, expert: ExpertMetadata, reason: str) -> None:
@@ -82,7 +82,7 @@ def test_an_expert_of_another_setting_is_refused(tmp_path: Path, expert: ExpertM
 
 
 def test_epochs_beyond_the_recorded_ones_are_refused_with_the_flags(tmp_path: Path) -> None:
-    flags = "--max_start_epoch and --expert_epochs reach epoch 4, but the expert ends at epoch 3; .*--train_epochs 4"
+    flags = "`max_start_epoch` and `expert_epochs` reach epoch 4, but the expert ends at epoch 3; .*`train_epochs` 4"
     with pytest.raises(InputError, match=flags):
         check_long_enough(store_of(tmp_path, metadata_for()), 0, 4)
 
@@ -93,10 +93,10 @@ def test_epochs_beyond_the_recorded_ones_are_refused_with_the_flags(tmp_path: Pa
         ({}, True, ""),
         ({"lr": 0.01, "mom": 0.0}, True, ""),
         ({"train_epochs": 2}, False, ""),  # the longer one goes the same way
-        ({"train_epochs": 2}, True, "trained with train_epochs 3, not 2; choose another --buffer_path, or say --train_epochs 3"),
-        ({"lr": 0.5, "mom": 0.9, "l2": 0.1}, False, "trained with lr 0.01, not 0.5; .* say --expert_lr 0.01 --mom 0.0 --l2 0.0 to"),
-        ({"decay": True}, False, "trained with decay False, not True; .* say --no_decay to"),
-        ({"batch_size": 64}, False, "trained with batch_size 256, not 64; .* say --batch_real 256"),
+        ({"train_epochs": 2}, True, "trained with train_epochs 3, not 2; choose another `buffer_path`, or say `train_epochs` 3"),
+        ({"lr": 0.5, "mom": 0.9, "l2": 0.1}, False, "trained with lr 0.01, not 0.5; .* say `expert_lr` 0.01 `mom` 0.0 `l2` 0.0 to"),
+        ({"decay": True}, False, "trained with decay False, not True; .* say `decay` False to"),
+        ({"batch_size": 64}, False, "trained with batch_size 256, not 64; .* say `batch_real` 256"),
         ({"rho_max": 0.1}, False, "trained with rho_max 0.0, not 0.1"),
     ],
 )  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_mixture_is_told(tmp_path: Path) -> None:
         check_alike(store, range(2), to_the_end=True)
     with pytest.raises(
         InputError,
-        match=r"expert_0002\.safetensors: trained with lr 0\.1, but expert_0000\.safetensors with 0\.01; .*--max_experts 2",
+        match=r"expert_0002\.safetensors: trained with lr 0\.1, but expert_0000\.safetensors with 0\.01; .*`max_experts` 2",
     ):
         check_alike(store, range(3), to_the_end=False)
 
