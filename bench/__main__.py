@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from bench.parsing import parse
-from mtt_fast import cli
-from mtt_fast.errors import InputError
+from mtt_fast.commands import cli
+from mtt_fast.errors import InputError, did_you_mean
 
 COMMANDS = {
     "meta_step": "one iteration of the method by every engine: time, memory, error",
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         return
     name = argv[0].replace("-", "_")
     if name not in COMMANDS:
-        raise InputError(f"{argv[0]}: no such benchmark{cli.did_you_mean(name, list(COMMANDS))}; see python -m bench")
+        raise InputError(f"{argv[0]}: no such benchmark{did_you_mean(name, list(COMMANDS))}; see python -m bench")
     benchmark = importlib.import_module(f"bench.{name}")
     prog = f"python -m bench {name}"
     benchmark.main(parse(benchmark.Options, argv[1:], prog), " ".join([prog, *argv[1:]]))

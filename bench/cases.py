@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bench.engines import Case
 from bench.settings import Setting
-from mtt_fast.convnet import ConvNet
-from mtt_fast.files import save_tensors
-from mtt_fast.student import GenericStudent
+from mtt_fast.engine.student import GenericStudent
+from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.storage.files import save_tensors
 
 _LR = 0.01  # of the experts, and of the students of most settings
 _TARGET_BATCH = 32

@@ -22,15 +22,15 @@ from bench.flops import (
 )
 from bench.workers import named_function
 from mtt_fast import matching_loss, testing, unroll
-from mtt_fast.choice import student_for
-from mtt_fast.convnet import ConvNet
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.iteration import Iteration, planned_iteration
+from mtt_fast.engine.memory_plan import Plan, plan
+from mtt_fast.engine.student import cross_entropy
+from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.fused import FusedConvNetStudent
-from mtt_fast.iteration import Iteration, planned_iteration
 from mtt_fast.kernels import Precision
-from mtt_fast.memory import Plan, plan
-from mtt_fast.replay import Replayed
-from mtt_fast.student import cross_entropy
+from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.runtime.cuda_graphs import GraphedFunction
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def fused_graph(case: Case, precision: Precision = "fp32", **limits: Any) -> Gra
     )  # fmt: skip
     iteration = _replayed_iteration(case.net, planned)
     _, *gradients = iteration(case.start, case.target, case.images, case.labels, case.lr, case.batches.flatten())
-    if isinstance(iteration, Replayed) and iteration.problem:
+    if isinstance(iteration, GraphedFunction) and iteration.problem:
         raise InputError(f"fused-graph: not replayed but called: {iteration.problem}")
     return Gradients(*gradients)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.training import TrainingOptions, compare
-from mtt_fast.evaluate import REAL_IMAGES_LR
-from mtt_fast.protocols import EvaluationProtocol
-from mtt_fast.training import Sgd
+from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
+from mtt_fast.training.protocols import EvaluationProtocol
+from mtt_fast.training.sgd import Sgd
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mtt_fast.convnet import ConvNet
+from mtt_fast.networks.convnet import ConvNet
 
 Passes = tuple[int, int]
 """How often a step does the work of a forward pass, and how often it is spared the first layer's share of it.

@@ -89,12 +89,12 @@ settings=(cifar10-ipc1 cifar10-ipc10 cifar10-ipc50 cifar100-ipc1 cifar100-ipc10 
 
 case $stage in
     1)
-        if [ -n "$rehearse" ]; then tests=(tests/test_matching.py); else tests=(-m gpu); fi
+        if [ -n "$rehearse" ]; then tests=(tests/engine/test_matching.py); else tests=(-m gpu); fi
         status=0
         within "$python" -m pytest -q "${tests[@]}" --junit-xml="$out/tests-gpu.xml" >"$out/tests-gpu.log" 2>&1 || status=$?
         [ $status -ne 5 ] || fail "no test is marked gpu"
         if [ -z "$rehearse" ]; then
-            within "$python" -m pytest -q tests/test_unroll.py tests/test_fused.py tests/test_student.py \
+            within "$python" -m pytest -q tests/engine/test_unroll.py tests/engine/test_fused.py tests/engine/test_student.py \
                 --junit-xml="$out/tests-engine.xml" >"$out/tests-engine.log" 2>&1 || status=$?
         fi
         tail -n 1 "$out"/tests-*.log

@@ -17,9 +17,9 @@ from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
-from mtt_fast.augment import SiameseAugment, augment_parameters
-from mtt_fast.convnet import NORM_EPS
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
 from mtt_fast.kernels import Activations, Affine, PlaneStats, Precision, reference
+from mtt_fast.networks.convnet import NORM_EPS
 from mtt_fast.testing import relative_error
 
 log = logging.getLogger("mtt_fast")

@@ -19,10 +19,10 @@ from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from bench.workers import Worker, WorkerError
-from mtt_fast.cli import integers
+from mtt_fast.commands.parsing import integers
+from mtt_fast.engine.memory_plan import plan
+from mtt_fast.engine.student import cross_entropy
 from mtt_fast.errors import InputError
-from mtt_fast.memory import plan
-from mtt_fast.student import cross_entropy
 
 log = logging.getLogger("mtt_fast")
 

@@ -28,8 +28,8 @@ from bench.render import table
 from bench.settings import Setting, Shape
 from bench.shares import share_of_operations
 from bench.workers import Worker, WorkerError
-from mtt_fast.files import read_header, save_tensors
-from mtt_fast.memory import AUTO, parse_bytes
+from mtt_fast.runtime.memory_info import AUTO, parse_bytes
+from mtt_fast.storage.files import read_header, save_tensors
 from mtt_fast.testing import relative_error
 
 log = logging.getLogger("mtt_fast")

@@ -25,16 +25,17 @@ from tqdm import tqdm
 
 from bench.records import write_record
 from bench.render import percent, table
-from mtt_fast import cli
-from mtt_fast.arithmetic import arithmetic, precision_on
-from mtt_fast.distillation.options import DistillOptions, parse_options
-from mtt_fast.errors import InputError
+from mtt_fast.commands.options import EvaluationOptions, buffer_folder
+from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.experts import train_missing_experts
-from mtt_fast.interrupts import Stopped, stop_request
-from mtt_fast.options import EvaluationOptions, buffer_folder, real_images
-from mtt_fast.protocols import Accuracy
-from mtt_fast.provenance import choose_device, peak_memory_bytes
-from mtt_fast.run_folder import SUMMARY
+from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.runtime.numerics import numerics
+from mtt_fast.runtime.provenance import choose_device, peak_memory_bytes
+from mtt_fast.storage.run_folder import SUMMARY
+from mtt_fast.training.images import real_images
+from mtt_fast.training.protocols import Accuracy
 
 log = logging.getLogger("mtt_fast")
 
@@ -177,7 +178,7 @@ def _chosen(names: str) -> list[str]:
     for name in chosen:
         if name not in METHODS:
             raise InputError(
-                f"--methods {name}: expected some of {', '.join(METHODS)}{cli.did_you_mean(name, list(METHODS))}"
+                f"--methods {name}: expected some of {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}"
             )
     return chosen
 
@@ -194,7 +195,7 @@ def _folder(runs: str | None) -> Iterator[Path]:
 
 def _experts(setting: DistillOptions, device: torch.device) -> dict[str, Any]:
     """Train the experts that are missing; return their row: what all the data give."""
-    with arithmetic(device, setting.precision):
+    with numerics(device, setting.precision):
         data = setting.load_data()
         network = setting.network(data)
         setting.evaluated_networks(data)

@@ -26,8 +26,8 @@ from bench.render import table
 from bench.workers import Worker, WorkerError
 from mtt_fast import FlatModule, matching_loss, testing, unroll
 from mtt_fast.errors import InputError
-from mtt_fast.memory import AUTO
-from mtt_fast.models.resnets import resnet18
+from mtt_fast.networks.resnets import resnet18
+from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.testing import relative_error
 
 _SHAPE, _CLASSES, _LR = (3, 32, 32), 10, 0.01

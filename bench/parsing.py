@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import torch
 
-from mtt_fast import cli
+from mtt_fast.commands import parsing
 from mtt_fast.errors import InputError
-from mtt_fast.provenance import choose_device
+from mtt_fast.runtime.provenance import choose_device
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ Options = TypeVar("Options")
 
 def parse(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
     """Return the dataclass `kind` from `argv`. Raises `InputError` for an unknown option."""
-    return cli.parse(kind, argv, prog)
+    return parsing.parse(kind, argv, prog)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mtt_fast.cli import did_you_mean
-from mtt_fast.convnet import ConvNet
-from mtt_fast.errors import InputError
-from mtt_fast.models import network_by_name
+from mtt_fast.errors import InputError, did_you_mean
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.recipes import recipe_options
 
 _IMAGES = {"CIFAR10": (3, 32, 10), "CIFAR100": (3, 32, 100), "Tiny": (3, 64, 200), "ImageNet": (3, 128, 10)}

@@ -19,13 +19,14 @@ from bench.render import table
 from bench.settings import Setting, Shape
 from bench.workers import Worker, WorkerError
 from mtt_fast import testing
-from mtt_fast.augment import augment_by_strategy
-from mtt_fast.choice import student_for
-from mtt_fast.convnet import ConvNet
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining
+from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.testing import relative_error
-from mtt_fast.training import Epoch, Images, Sgd, epoch_on
+from mtt_fast.training.images import Images
+from mtt_fast.training.sgd import Epoch, Sgd, epoch_on
 
 _EPOCH = 50_000  # images of CIFAR that an expert sees in an epoch
 Loop = Callable[[ConvNet, Tensor, Images, Sgd, str, torch.Generator], Tensor]

@@ -27,10 +27,10 @@ from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from bench.workers import Worker, WorkerError
-from mtt_fast.convnet import ConvNet
 from mtt_fast.errors import InputError
-from mtt_fast.files import bytes_of, checksum_of, read_header
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.storage.files import bytes_of, checksum_of, read_header
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 
 CHECKED = "TrajectoryStore"
 _EXPERT_EPOCHS = 2

@@ -25,11 +25,11 @@ from bench.records import write_record
 from bench.render import table as rendered
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
-from mtt_fast.cli import integers
-from mtt_fast.convnet import NORM_EPS
+from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Activations, Affine, reference
 from mtt_fast.kernels.types import accumulator
+from mtt_fast.networks.convnet import NORM_EPS
 from mtt_fast.testing import relative_error
 
 log = logging.getLogger("mtt_fast")

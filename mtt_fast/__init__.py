@@ -9,19 +9,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mtt_fast.adapters import Augmentation, KorniaAugment
-from mtt_fast.augment import SiameseAugment
-from mtt_fast.convnet import ConvNet
+from mtt_fast.augmentation.adapters import Augmentation, KorniaAugment
+from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.engine.matching import masked_matching_loss, matching_loss, nearest_step, nearest_step_loss
+from mtt_fast.engine.memory_plan import Plan, plan
+from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
-from mtt_fast.flat_module import FlatModule
-from mtt_fast.matching import masked_matching_loss, matching_loss, nearest_step, nearest_step_loss
-from mtt_fast.memory import Plan, plan
-from mtt_fast.unroll import unroll
+from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.networks.flat_module import FlatModule
 
 if TYPE_CHECKING:
-    from mtt_fast.synthetic import SyntheticDataset
-    from mtt_fast.trajectories import TrajectoryStore
-    from mtt_fast.whitening import Whitening
+    from mtt_fast.data.synthetic import SyntheticDataset
+    from mtt_fast.data.whitening import Whitening
+    from mtt_fast.storage.trajectories import TrajectoryStore
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,11 @@ __all__ = [
     "unroll",
 ]
 
-_LATER = {"SyntheticDataset": "synthetic", "TrajectoryStore": "trajectories", "Whitening": "whitening"}
+_LATER = {
+    "SyntheticDataset": "data.synthetic",
+    "TrajectoryStore": "storage.trajectories",
+    "Whitening": "data.whitening",
+}
 
 
 def __getattr__(name: str) -> Any:

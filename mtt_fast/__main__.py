@@ -6,7 +6,9 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from mtt_fast import __version__, cli
+from mtt_fast import __version__
+from mtt_fast.commands import cli
+from mtt_fast.errors import did_you_mean
 
 _JOBS = {
     "experts": "train experts on real images and record their trajectories",
@@ -32,9 +34,7 @@ def main() -> int:
         return 0
     name, *arguments = sys.argv[1:]
     if name not in _JOBS:
-        print(
-            f"error: {name}: expected one of {', '.join(_JOBS)}{cli.did_you_mean(name, list(_JOBS))}", file=sys.stderr
-        )
+        print(f"error: {name}: expected one of {', '.join(_JOBS)}{did_you_mean(name, list(_JOBS))}", file=sys.stderr)
         return 2
     return _run(name, arguments)
 

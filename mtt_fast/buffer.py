@@ -2,7 +2,7 @@
 
 import sys
 
-from mtt_fast import cli
+from mtt_fast.commands import cli
 from mtt_fast.experts import main
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compress experts to a few waypoints each, with straight lines between them: `python -m mtt_fast.compress FOLDER`.
 
-What MCT does to a buffer (mtt_fast/waypoints.py has the equations). `python -m mtt_fast.distill --num_interpolation K`
+What MCT does to a buffer (mtt_fast/storage/waypoints.py has the equations). `python -m mtt_fast.distill --num_interpolation K`
 does it by itself; this command does it to any folder, and to epochs of one's own choice.
 """
 
@@ -18,15 +18,15 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from mtt_fast import cli
+from mtt_fast.commands import cli, parsing
+from mtt_fast.commands.option_fields import COUNT_FROM_ZERO
+from mtt_fast.commands.options import AtLeastTwo, TrueOrFalse
 from mtt_fast.errors import InputError
-from mtt_fast.expert_checks import check_one_kind
-from mtt_fast.interrupts import Stopped, stop_request
-from mtt_fast.option_fields import COUNT_FROM_ZERO
-from mtt_fast.options import AtLeastTwo, TrueOrFalse
-from mtt_fast.run_folder import only_writer_of_experts
-from mtt_fast.trajectories import TrajectoryStore, expert_path, layer_sizes, write_waypoints
-from mtt_fast.waypoints import convexified, evenly_spaced
+from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.storage.expert_checks import check_one_kind
+from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_waypoints
+from mtt_fast.storage.waypoints import convexified, evenly_spaced
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _size(count: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(CompressOptions, argv, "python -m mtt_fast.compress")
+    options = parsing.parse(CompressOptions, argv, "python -m mtt_fast.compress")
     if not options.folder:
         raise InputError("expected a folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet; see --help")
     folder, count = Path(options.folder), len(options.epochs) if options.epochs else options.num_interpolation

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
-from mtt_fast import cli
-from mtt_fast.arithmetic import describe_arithmetic, precision_on
-from mtt_fast.convnet import ConvNet
+from mtt_fast.commands import cli
+from mtt_fast.commands.options import CommonOptions
+from mtt_fast.engine.student import GenericStudent
+from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import native_available
-from mtt_fast.options import CommonOptions
-from mtt_fast.provenance import choose_device, device_name, versions
-from mtt_fast.student import GenericStudent
+from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.runtime.provenance import choose_device, device_name, versions
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         "in use" if native_available() else "not in use: not compiled, or turned off by MTT_FAST_NATIVE=0"
     )
     device = choose_device("auto")
-    lines["student of ConvNet"] = describe_arithmetic(device, ConvNet(), CommonOptions.precision)
+    lines["student of ConvNet"] = describe_numerics(device, ConvNet(), CommonOptions.precision)
     lines["student of other networks"] = (
         f"{GenericStudent.__name__}, {precision_on(device, ConvNet(), CommonOptions.precision)}"
     )

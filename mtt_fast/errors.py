@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -29,3 +32,9 @@ def one_line(text: str) -> str:
 
 def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
+
+
+def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Return " (did you mean …?)" for the known name closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1) or [other for other in known if name and other.startswith(name)]
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""

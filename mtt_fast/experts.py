@@ -19,40 +19,39 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast import cli
-from mtt_fast.arithmetic import arithmetic, describe_arithmetic, precision_on
-from mtt_fast.augment import augment_by_strategy
-from mtt_fast.choice import student_for
-from mtt_fast.errors import InputError
-from mtt_fast.expert_checks import check_belongs, check_same_training
-from mtt_fast.flat_module import in_evaluation, statistics_of, track_of
-from mtt_fast.flatness import sharpness_aware
-from mtt_fast.identity import DatasetIdentity
-from mtt_fast.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.kernels import Precision
-from mtt_fast.memory import AUTO
-from mtt_fast.models import Trainable
-from mtt_fast.option_fields import Needs, Role
-from mtt_fast.options import (
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands import cli, parsing
+from mtt_fast.commands.option_fields import Needs, Role
+from mtt_fast.commands.options import (
     Count,
     Networks,
     Rate,
     RateOrZero,
     RateOrZeroOrNone,
-    RealImages,
     Share,
     StoreDtype,
     TrainingOptions,
     TrueOrFalse,
     buffer_folder,
-    real_images,
 )
-from mtt_fast.provenance import choose_device, versions
-from mtt_fast.run_folder import only_writer_of_experts
-from mtt_fast.seeding import generator_for
-from mtt_fast.together import Work, crew_for, result_of, together
-from mtt_fast.training import Epoch, Sgd, accuracy, count_right, epoch_on, steps_on
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.memory_info import AUTO
+from mtt_fast.runtime.numerics import numerics
+from mtt_fast.runtime.provenance import choose_device, versions
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.expert_checks import check_belongs, check_same_training
+from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
+from mtt_fast.training.images import RealImages, real_images
+from mtt_fast.training.sgd import Epoch, Sgd, accuracy, count_right, epoch_on, steps_on
+from mtt_fast.training.sharpness import sharpness_aware
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +167,7 @@ def train_missing_experts(
     """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
 
     They are stored as `dtype`; None: as those that are there, else float32. Several are trained at the same time where one
-    does not fill the device, to the same result (mtt_fast/together.py).
+    does not fill the device, to the same result (mtt_fast/training/concurrency.py).
     Raises `InputError` if an expert that is there is of something else or was trained otherwise, or if another process
     trains experts there; `Stopped` on Ctrl-C or SIGTERM.
     """
@@ -237,9 +236,9 @@ def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | Non
     there = TrajectoryStore(folder)
     dtype = wanted.dtype or (there.dtype(0) if len(there) else torch.float32)
     device, training_images = images.train.labels.device, images.train
-    crew = crew_for(
+    concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
-        batch=min(training.batch_size, len(training_images)), works=max(1, len(missing)), asked=at_once,
+        batch=min(training.batch_size, len(training_images)), jobs=max(1, len(missing)), asked=at_once,
         memory_budget=memory_budget,
     )  # fmt: skip
     with (
@@ -247,10 +246,10 @@ def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | Non
         tqdm(total=len(missing) * training.train_epochs, unit="epoch", disable=not missing) as bar,
     ):
 
-        def work(index: int) -> Work[tuple[Tensor, list[float]]]:
+        def job(index: int) -> Job[tuple[Tensor, list[float]]]:
             return _training(images, network, training, precision, seed=wanted.seed, index=index, bar=bar, stop=stop)
 
-        for place, (parameters, accuracies) in together(map(work, missing), crew, device):
+        for place, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
             metadata = ExpertMetadata.of(
                 images.identity,
                 network=network.describe(),
@@ -287,7 +286,7 @@ def _training(
     index: int,
     bar: tqdm | None = None,
     stop: StopRequest | None = None,
-) -> Work[tuple[Tensor, list[float]]]:
+) -> Job[tuple[Tensor, list[float]]]:
     """`train_expert`, an epoch at a time."""
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
@@ -365,10 +364,10 @@ def expert_steps(
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
+    options = parsing.parse(ExpertOptions, argv, "python -m mtt_fast.experts")
     training = options.training()
     device = choose_device(options.device)
-    with arithmetic(device, options.precision):
+    with numerics(device, options.precision):
         _run(options, training, device)
 
 
@@ -376,7 +375,7 @@ def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device)
     data = options.load_data()
     network = options.network(data)
     folder = buffer_folder(options.buffer_path, data, options.model, options.zca)
-    log.info("%s: %s", options.model, describe_arithmetic(device, network, options.precision))
+    log.info("%s: %s", options.model, describe_numerics(device, network, options.precision))
     images = real_images(data, options.zca, device)
     store = train_missing_experts(
         folder,

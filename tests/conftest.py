@@ -49,9 +49,9 @@ def golden() -> Path:
 
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
-    """Drawing them, which tests/test_distill.py covers, takes nine tenths of a toy run."""
+    """Drawing them, which tests/distill/test_command.py covers, takes nine tenths of a toy run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mtt_fast.distillation.assessment.save_curves", lambda *_: None)
+        patch.setattr("mtt_fast.distill.evaluation.save_curves", lambda *_: None)
         yield
 
 
@@ -76,8 +76,8 @@ def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 @pytest.fixture(scope="module")
 def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of a data and a buffer folder in which the experts of the module's toy run, its `TOY`, are trained."""
-    from mtt_fast import cli
-    from mtt_fast.distill import main
+    from mtt_fast.commands import cli
+    from mtt_fast.distill.command import main
 
     folder = tmp_path_factory.mktemp("experts")
     flags = ["--data_path", str(folder / "data"), "--buffer_path", str(folder / "buffers")]

@@ -25,9 +25,9 @@ from mtt_fast.compress import compress
 from mtt_fast.data.packing import Contents, Part, Source, packed
 from mtt_fast.interop import export_experts, export_waypoints, import_experts, read_buffer, read_set, write_set
 from mtt_fast.interop.buffers import Trajectory, buffer_files
-from mtt_fast.interop.plain import as_plain
-from mtt_fast.run_folder import read_config, write_config
-from mtt_fast.trajectories import ExpertMetadata, write_expert
+from mtt_fast.interop.tensor_set import as_tensor_set
+from mtt_fast.storage.run_folder import read_config, write_config
+from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
 
 CALLS = ("replace", "mkdir", "rmdir", "unlink")
 """What is counted: each is preceded, in one of the points, by the end of the process."""
@@ -105,7 +105,7 @@ def an_empty_folder() -> None:
 def same(read: Callable[[], Any], with_lr: bool = True) -> Callable[[], bool]:
     def found() -> bool:
         plain = read()
-        plain = as_plain(plain) if isinstance(plain, SyntheticDataset) else plain
+        plain = as_tensor_set(plain) if isinstance(plain, SyntheticDataset) else plain
         assert torch.equal(plain.labels, SET.labels), "half of a set was read"
         assert len(plain.images) == len(SET.images), "half of a set was read"
         assert not with_lr or plain.lr is not None, "read without its learning rate"

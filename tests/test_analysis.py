@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore, cli
+from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.__main__ import COMMANDS, main
 from mtt_fast.analysis.distance import (
     DistanceOptions,
@@ -27,13 +27,14 @@ from mtt_fast.analysis.distance import (
     student_path,
 )
 from mtt_fast.analysis.evolution import CAPTION, evenly
+from mtt_fast.commands import cli, parsing
 from mtt_fast.data import load, transform_for
-from mtt_fast.distill import main as distill
+from mtt_fast.distill.command import main as distill
 from mtt_fast.experts import ExpertTraining, expert_steps, train_expert
-from mtt_fast.files import write_json
-from mtt_fast.interrupts import Stopped
-from mtt_fast.options import real_images
-from mtt_fast.seeding import generator_for
+from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.files import write_json
+from mtt_fast.training.images import real_images
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 4 --max_start_epoch 2 --Iteration 2 --eval_it 1 "
@@ -49,12 +50,12 @@ def run(*arguments: str) -> int:
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two toy experts, and a run distilled without augmentation in batches of six of ten images."""
     folder = tmp_path_factory.mktemp("toy")
-    flags = [*TOY, *places(folder), "--syn_steps", "2", "--expert_epochs", "1"]
+    flags = [*TOY, *log_fields(folder), "--syn_steps", "2", "--expert_epochs", "1"]
     assert cli.run(distill, [*flags, "--no_aug", "--batch_syn", "6", "--out", str(folder / "run")]) == 0
     return folder
 
 
-def places(folder: Path) -> list[str]:
+def log_fields(folder: Path) -> list[str]:
     return ["--data_path", str(folder / "data"), "--buffer_path", str(folder / "buffers")]
 
 
@@ -81,7 +82,7 @@ def test_grid_runs_every_cell_once_and_draws_them(toy: Path, tmp_path: Path) -> 
     flags = [
         "grid",
         *TOY,
-        *places(toy),
+        *log_fields(toy),
         "--expert-epochs",
         "2,1",
         "--syn_steps=1,3",
@@ -115,7 +116,7 @@ def test_grid_runs_every_cell_once_and_draws_them(toy: Path, tmp_path: Path) -> 
 
 def test_a_cell_that_diverges_is_left_open(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "grid"
-    flags = ["grid", *TOY, *places(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)]
+    flags = ["grid", *TOY, *log_fields(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)]
     assert run(*flags, "--Iteration", "30", "--eval_it", "40", "--lr_teacher", "1e30") == 0
     assert [cell["accuracy"] for cell in read(out / "grid.json")["cells"]] == [None, None]
     assert "| M = 1 | — | — |" in (out / "grid.md").read_text()
@@ -128,9 +129,9 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
             raise Stopped("stopped", 2)
         write_json(place / "summary.json", summary(0.5))
 
-    monkeypatch.setattr("mtt_fast.distill.main", distilled_or_stopped)
+    monkeypatch.setattr("mtt_fast.distill.command.main", distilled_or_stopped)
     out = tmp_path / "grid"
-    assert run("grid", *TOY, *places(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)) == 130
+    assert run("grid", *TOY, *log_fields(toy), "--expert_epochs", "1", "--syn_steps", "1,2", "--out", str(out)) == 130
     assert [cell["accuracy"] is None for cell in read(out / "grid.json")["cells"]] == [False, True]
     assert "| M = 1 | 50.0 ± 1.0 | — |" in (out / "grid.md").read_text()
     assert (out / "grid.png").exists()
@@ -148,7 +149,7 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
 def test_grid_refuses_before_the_first_cell(
     flags: list[str], message: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("grid", *TOY, *places(toy), "--out", str(tmp_path / "grid"), *flags) == 2
+    assert run("grid", *TOY, *log_fields(toy), "--out", str(tmp_path / "grid"), *flags) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("summary.json"))
 
@@ -244,7 +245,7 @@ def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
 def test_distance_is_the_papers_by_default() -> None:
     options = DistanceOptions()
     assert (options.steps, options.starts) == (1000, 1)
-    deltas = cli.integers(options.deltas, "--deltas")
+    deltas = parsing.integers(options.deltas, "--deltas")
     assert deltas == sorted(deltas)
     assert deltas[0] <= 10  # short
     assert deltas[-1] >= 3 * 196  # long: beyond the three epochs of CIFAR-100 that its sets were matched over
@@ -642,7 +643,7 @@ def test_evolution_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_dry_run_of_a_grid_writes_nothing(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*TOY, *places(toy), "--out", str(tmp_path / "grid"), "--expert_epochs", "1", "--syn_steps", "1,2"]
+    flags = [*TOY, *log_fields(toy), "--out", str(tmp_path / "grid"), "--expert_epochs", "1", "--syn_steps", "1,2"]
     assert run("grid", *flags, "--dry_run") == 0
     assert capsys.readouterr().out.count("data set  digits") == 2
     assert not (tmp_path / "grid").exists()

@@ -14,20 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from mtt_fast import SyntheticDataset, TrajectoryStore, cli
+from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
 from mtt_fast.baselines.method import Learning
+from mtt_fast.commands import cli
+from mtt_fast.commands.accuracies import measured
 from mtt_fast.compress import compress
-from mtt_fast.distill import main as distill
+from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
-from mtt_fast.evaluation_records import measured
-from mtt_fast.files import load_tensors
-from mtt_fast.interrupts import Stopped
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.protocols import Accuracy
-from mtt_fast.training import Images
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.storage.files import load_tensors
+from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.protocols import Accuracy
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_eval 2 --epoch_eval_train 2 --ipc 2".split()
 SHORT = "--Iteration 2 --eval_it 2 --batch_real 32 --save_seconds 0".split()
@@ -260,7 +260,7 @@ def test_the_best_set_is_that_of_the_best_evaluation(
     accuracies = {0: 0.3, 1: 0.5, 2: 0.4}
     monkeypatch.setattr(
         "mtt_fast.baselines.learning.evaluated",
-        lambda job, made, iteration, stop, words: measured({"": Accuracy((accuracies[iteration],))}),
+        lambda run, made, iteration, stop, words: measured({"": Accuracy((accuracies[iteration],))}),
     )
     assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1") == 0
     assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == 1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import ConvNet, InputError
-from mtt_fast.augment import SiameseAugment, augment_with
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
 from mtt_fast.baselines import gradient_matching
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.dd import DdOptions, dd, step_batches
@@ -27,13 +27,13 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
 from mtt_fast.baselines.siamese import siamese_augmentation
-from mtt_fast.choice import student_for
 from mtt_fast.data import load
+from mtt_fast.engine.student import GenericStudent
+from mtt_fast.engine.student_choice import student_for
 from mtt_fast.experts import ExpertTraining, train_missing_experts
-from mtt_fast.options import RealImages, real_images
-from mtt_fast.seeding import generator_for
-from mtt_fast.student import GenericStudent
+from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close, module_function, reference_convnet
+from mtt_fast.training.images import RealImages, real_images
 
 SHAPE = (1, 10, 8, 4, 1)  # channels, classes, size, width, depth
 NET = ConvNet(*SHAPE)

@@ -28,14 +28,16 @@ from bench.render import TABLES, filled_in, table
 from bench.settings import SETTINGS, Setting, Shape, named
 from bench.shares import share_of_operations
 from bench.workers import Worker, WorkerError
-from mtt_fast import ConvNet, InputError, cli
+from mtt_fast import ConvNet, InputError
 from mtt_fast import kernels as operations
 from mtt_fast.baselines.catalogue import METHODS as BASELINES
-from mtt_fast.distillation.options import parse_options
+from mtt_fast.commands import cli, parsing
+from mtt_fast.commands.options import EvaluationOptions
+from mtt_fast.distill.options import parse_options
 from mtt_fast.kernels import reference
-from mtt_fast.options import EvaluationOptions
 from mtt_fast.testing import relative_error
-from mtt_fast.training import Images, Sgd
+from mtt_fast.training.images import Images
+from mtt_fast.training.sgd import Sgd
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -432,7 +434,7 @@ def test_a_method_takes_the_options_of_the_setting(name: str) -> None:
     if method.job == "distill":
         found: EvaluationOptions = parse_options(words)
     else:
-        found = cli.parse(BASELINES[words[0]].options, words[1:], module)
+        found = parsing.parse(BASELINES[words[0]].options, words[1:], module)
     assert found.evaluation_protocol() == setting.evaluation_protocol()
     assert (found.dataset, found.model, found.seed) == (setting.dataset, setting.model, setting.seed)
     own = methods.own_flags(method, setting)

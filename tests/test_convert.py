@@ -17,18 +17,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mtt_fast
-from mtt_fast import SyntheticDataset, TrajectoryStore, cli
+from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.__main__ import main as all_jobs
+from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.commands import cli
 from mtt_fast.compress import main as compress
-from mtt_fast.conversion.experts import options_in_path
-from mtt_fast.convert import main
+from mtt_fast.convert.command import main
+from mtt_fast.convert.experts import options_in_path
 from mtt_fast.data import load
 from mtt_fast.data.class_names import SUBSETS
-from mtt_fast.distill import main as distill
+from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.experts import main as experts
 from mtt_fast.testing import reference_convnet
-from mtt_fast.texture import Canvas
 
 DIGITS = "--dataset digits --model ConvNetD1W4".split()
 DISTIL = (

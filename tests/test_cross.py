@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mtt_fast import SyntheticDataset, cli, cross, evaluate
-from mtt_fast.cross_table import markdown, quoted_for, save_plot
-from mtt_fast.texture import Canvas
+from mtt_fast import SyntheticDataset, evaluate
+from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.commands import cli
+from mtt_fast.cross import command as cross
+from mtt_fast.cross.table import markdown, quoted_for, save_plot
 
 TOY = "--num_eval 2 --epoch_eval_train 2 --models ConvNetD1W4 MLP --out table".split()
 

@@ -11,24 +11,27 @@ from typing import Any
 import pytest
 import torch
 
-from mtt_fast import ConvNet, InputError, SyntheticDataset, TrajectoryStore, cli, compress, cross, distill, evaluate
-from mtt_fast.analysis import output
+from mtt_fast import ConvNet, InputError, SyntheticDataset, TrajectoryStore, compress, evaluate
 from mtt_fast.analysis.measured import measured as grouped
 from mtt_fast.baselines import command as baselines
-from mtt_fast.cross_table import markdown
+from mtt_fast.commands import cli, tables
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, label_of, measured, percent
+from mtt_fast.cross import command as cross
+from mtt_fast.cross.table import markdown
 from mtt_fast.data import load
-from mtt_fast.distillation.assessment import assess
+from mtt_fast.distill import command as distill
+from mtt_fast.distill.evaluation import evaluate_sets
 from mtt_fast.errors import Diverged
-from mtt_fast.evaluation_records import accuracy_by_network, accuracy_record, label_of, measured, percent
 from mtt_fast.interop import export_experts
-from mtt_fast.models import network_by_name
-from mtt_fast.protocols import Accuracy, EvaluationProtocol, has_diverged
-from mtt_fast.protocols import evaluate as measure
+from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.report.page import percent as on_the_page
-from mtt_fast.training import Images, count_right
-from mtt_fast.trajectories import write_expert, write_waypoints
-from mtt_fast.waypoints import convexified
-from tests.test_interop_buffers import NET, flat, imported, metadata, save_buffers, trained
+from mtt_fast.storage.trajectories import write_expert, write_waypoints
+from mtt_fast.storage.waypoints import convexified
+from mtt_fast.training.images import Images
+from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, has_diverged
+from mtt_fast.training.protocols import evaluate as measure
+from mtt_fast.training.sgd import count_right
+from tests.interop.test_buffers import NET, flat, imported, metadata, save_buffers, trained
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -92,7 +95,7 @@ def test_the_records_carry_it() -> None:
     assert "diverged" not in measured({"B": other})
     record = one.record() | {"epoch": "best"}
     assert label_of(record) == " (best epoch, 2 of 3 diverged)"
-    for shown in (on_the_page(record), output.percent(record)):
+    for shown in (on_the_page(record), tables.percent(record)):
         assert shown.endswith(label_of(record))
     cell = {"set": "mine", "question": {"network": "A", "dataset": "x", "ipc": 1}, "accuracy": record}
     assert "(best epoch, 2 of 3 diverged)" in markdown([cell], [], "p")
@@ -104,9 +107,9 @@ def test_the_paper_s_tables_carry_it() -> None:
         return {"accuracy": {"distilled": {"mean": 0.5, "std": 0.1, "n": 5, **label}}, "options": options}
 
     ((alone,),) = grouped({Path("a"): summary(0, diverged=3)}).values()
-    assert output.percent(alone.record()) == "50.0 ± 10.0 (3 of 5 diverged)"
+    assert tables.percent(alone.record()) == "50.0 ± 10.0 (3 of 5 diverged)"
     ((both,),) = grouped({Path("a"): summary(0, diverged=3), Path("b"): summary(1)}).values()
-    assert output.percent(both.record()) == "50.0 ± 0.0 (1 of 2 diverged)"
+    assert tables.percent(both.record()) == "50.0 ± 0.0 (1 of 2 diverged)"
 
 
 def a_set(lr: float = 0.02) -> SyntheticDataset:
@@ -159,13 +162,13 @@ def test_a_distillation_whose_set_is_not_finite_is_told_apart(name: str) -> None
     state = {"images": torch.zeros(1), "labels": torch.zeros(1).long(), "lr": torch.ones(()), "iteration": 7}
     state[name] = torch.tensor(math.nan)
 
-    class Job:
+    class Run:
         folder = Path("run")
 
     with pytest.raises(
         Diverged, match=f"run: iteration 7: the {'learning rate' if name == 'lr' else name} are no longer"
     ):
-        assess(Job(), type("S", (), state)(), None)  # type: ignore[arg-type]
+        evaluate_sets(Run(), type("S", (), state)(), None)  # type: ignore[arg-type]
 
 
 def spoiled_expert(folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, epoch: int) -> None:
@@ -174,7 +177,7 @@ def spoiled_expert(folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, ep
     rows = torch.stack([store.read(index, e) for e in range(store.epochs(index) + 1)])
     rows[epoch, 5] = math.nan
     with monkeypatch.context() as patch:
-        patch.setattr("mtt_fast.trajectories._unfit", lambda *_: None)
+        patch.setattr("mtt_fast.storage.trajectories._unfit", lambda *_: None)
         write_expert(folder, index, rows, store.metadata(index))
 
 

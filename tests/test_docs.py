@@ -13,7 +13,7 @@ import torch
 
 import mtt_fast
 import mtt_fast.interop
-from mtt_fast.distillation.options import DistillOptions
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.experts import ExpertOptions
 from mtt_fast.testing import assert_close, relative_error
 
@@ -60,11 +60,11 @@ def _float64() -> Any:
 
 @pytest.mark.usefixtures("_float64")
 def test_the_call_leaves_the_gradients_of_the_loop_that_it_replaces() -> None:
-    setup, loop, call, replayed, *_ = blocks_of("migrating.md")
+    setup, loop, call, graphed, *_ = blocks_of("migrating.md")
     space: dict[str, Any] = {}
     gradients = []
     exec(setup, space)
-    for way in (loop, call, replayed):
+    for way in (loop, call, graphed):
         exec(way, space)
         gradients.append({name: space[name].grad.clone() for name in ("images", "lr")} | {"loss": space["grand_loss"]})
         space["images"].grad = space["lr"].grad = None

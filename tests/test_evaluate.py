@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from mtt_fast import ConvNet, SyntheticDataset, cli
+from mtt_fast import ConvNet, SyntheticDataset
+from mtt_fast.commands import cli
 from mtt_fast.data import load
-from mtt_fast.evaluate import main, random_subset
-from mtt_fast.protocols import Accuracy, EvaluationProtocol, train_network
+from mtt_fast.evaluate import main
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training import Images
+from mtt_fast.training.images import Images
+from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, train_network
+from mtt_fast.training.subsets import random_subset
 
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
 TOY = "--model ConvNetD1W4 --num_eval 2 --epoch_eval_train 3".split()
@@ -140,7 +142,7 @@ def test_export_and_evaluation_of_the_exported() -> None:
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    from mtt_fast.files import save_tensors
+    from mtt_fast.storage.files import save_tensors
 
     Path("folder").mkdir()
     Path("text.safetensors").write_text("hello")

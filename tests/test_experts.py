@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtt_fast import ConvNet, TrajectoryStore, cli
+from mtt_fast import ConvNet, TrajectoryStore
+from mtt_fast.commands import cli
 from mtt_fast.data import from_tensors
 from mtt_fast.experts import ExpertTraining, main, train_expert
-from mtt_fast.files import load_tensors
-from mtt_fast.options import RealImages, real_images
+from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.trajectories import write_expert
+from mtt_fast.training.images import RealImages, real_images
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 2 --batch_train 512".split()
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)

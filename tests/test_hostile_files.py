@@ -26,10 +26,9 @@ from pyarrow import parquet
 from torch import Tensor
 
 from mtt_fast import InputError, SyntheticDataset, TrajectoryStore
-from mtt_fast.conversion.experts import expert_kind_of, options_in_path
+from mtt_fast.convert.experts import expert_kind_of, options_in_path
 from mtt_fast.data import from_tensors
 from mtt_fast.errors import one_line
-from mtt_fast.foreign import LARGEST_FILE, as_tensor, plain_tensor, shown
 from mtt_fast.interop import (
     buffer_files,
     image_data_from,
@@ -40,10 +39,11 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.buffers import check_trajectory, layout_from
-from mtt_fast.interop.plain import Facts
-from tests.test_fuzz_files import EXAMPLES
-from tests.test_interop_buffers import NET, Epochs, trained
-from tests.test_interop_sets import CLASSES, N, distilled
+from mtt_fast.interop.tensor_set import Facts
+from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, plain_tensor, shown
+from tests.interop.test_buffers import NET, Epochs, trained
+from tests.interop.test_fuzz_files import EXAMPLES
+from tests.interop.test_sets import CLASSES, N, distilled
 
 FACTS = Facts(("cat", "dog / wolf", "owl"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None)
 SECONDS, MEMORY = 30.0, 192 << 20  # on a busy machine; all take less than one

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from mtt_fast import InputError, SyntheticDataset
-from mtt_fast.files import atomic_path, whole_folder, write_text
-from mtt_fast.temporaries import is_free, remove_leftovers, temporary_folder
+from mtt_fast.storage.files import atomic_path, whole_folder, write_text
+from mtt_fast.storage.temporaries import is_free, remove_leftovers, temporary_folder
 
 SCRIPT = Path(__file__).with_name("killed_script.py")
 
@@ -48,7 +48,7 @@ def test_killed_at_each_point(in_memory: Path, what: str) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from mtt_fast.temporaries import temporary_folder
+from mtt_fast.storage.temporaries import temporary_folder
 with temporary_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("x")
     print("written", flush=True)

@@ -13,8 +13,8 @@ import pytest
 
 import mtt_fast.analysis
 from mtt_fast.analysis.published import published
-from mtt_fast.data.facts import data_facts
-from mtt_fast.models import network_by_name
+from mtt_fast.data.published_info import dataset_info
+from mtt_fast.networks.by_name import network_by_name
 
 FILE = Path(mtt_fast.analysis.__file__).parent / "published.toml"
 SUBSETS = ("imagenette", "imagewoof", "imagefruit", "imagemeow", "imagesquawk", "imageyellow")
@@ -164,7 +164,7 @@ def test_shares_are_those_of_the_data_sets() -> None:
         "Tiny": {"1": 0.2, "10": 2, "50": 10},
     }
     for dataset, shares in published().shares.items():
-        facts = data_facts(dataset)
+        facts = dataset_info(dataset)
         for ipc, share in shares.items():
             assert 100 * int(ipc) * facts.num_classes / facts.train == pytest.approx(share)
 
@@ -180,6 +180,6 @@ def test_costs() -> None:
 def test_names_are_those_of_the_options() -> None:
     """So that what is measured finds its line."""
     for row in published().rows:
-        facts = data_facts(row.dataset)
+        facts = dataset_info(row.dataset)
         if row.model != "not said":
             network_by_name(row.model, facts.image_shape, facts.num_classes)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mtt_fast import cli
-from mtt_fast.distill import main as distill
-from mtt_fast.files import write_json
+from mtt_fast.commands import cli
+from mtt_fast.distill.command import main as distill
 from mtt_fast.report.__main__ import main
 from mtt_fast.report.charts import thinned
 from mtt_fast.report.page import number, percent, seconds
+from mtt_fast.storage.files import write_json
 
 TOY = (
     "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
@@ -58,8 +58,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    places = ["--data_path", f"{folder}/data", "--buffer_path", f"{folder}/buffers", "--out", f"{folder}/toy"]
-    assert cli.run(distill, [*TOY, *places]) == 0
+    log_fields = ["--data_path", f"{folder}/data", "--buffer_path", f"{folder}/buffers", "--out", f"{folder}/toy"]
+    assert cli.run(distill, [*TOY, *log_fields]) == 0
     return folder / "toy"
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 from mtt_fast import ConvNet, matching_loss, unroll
-from mtt_fast.choice import student_for
-from mtt_fast.fused import FusedConvNetStudent
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.student_choice import student_for
 from mtt_fast.testing import relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,7 @@ def test_a_gpu_without_triton_is_an_error_in_one_line() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from mtt_fast import ConvNet, InputError\n"
-        "from mtt_fast.choice import student_for\n"
+        "from mtt_fast.engine.student_choice import student_for\n"
         "try:\n    student_for(ConvNet(3, 2, 8, 4, 1), torch.device('cuda:1'))\n"
         "except InputError as error:\n    print(error)\n"
     )

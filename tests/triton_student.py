@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast import ConvNet
-from mtt_fast.fused import FusedConvNetStudent
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.student import GenericStudent
 from mtt_fast.kernels.triton import dispatch
-from mtt_fast.student import GenericStudent
 from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import poison
 

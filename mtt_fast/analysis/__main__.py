@@ -6,8 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mtt_fast import cli
-from mtt_fast.errors import InputError
+from mtt_fast.commands import cli
+from mtt_fast.errors import InputError, did_you_mean
 
 COMMANDS = {
     "grid": "accuracy over expert epochs M and student steps N: Figure 5, left",
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     name = argv[0]
     if name not in COMMANDS:
         raise InputError(
-            f"{name}: no such analysis{cli.did_you_mean(name, list(COMMANDS))}; see python -m mtt_fast.analysis"
+            f"{name}: no such analysis{did_you_mean(name, list(COMMANDS))}; see python -m mtt_fast.analysis"
         )
     importlib.import_module(f"mtt_fast.analysis.{name}").main(argv[1:])
 

@@ -32,26 +32,27 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast import cli
-from mtt_fast.analysis.output import markdown_table, save_figure
-from mtt_fast.arithmetic import arithmetic, precision_on
-from mtt_fast.augment import augment_by_strategy
-from mtt_fast.distillation.segments import student_batches
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import Role, names_of
+from mtt_fast.commands.options import CommonOptions, Count, Networks, Rate
+from mtt_fast.commands.tables import markdown_table, save_figure
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.distill.segments import student_batches
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import as_training_images
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions, expert_steps
-from mtt_fast.files import MALFORMED, write_text
-from mtt_fast.identity import check_same_data
-from mtt_fast.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.models import Trainable
-from mtt_fast.option_fields import Role, names_of
-from mtt_fast.options import CommonOptions, Count, Networks, Rate, RealImages, real_images
-from mtt_fast.provenance import choose_device, device_name, digest, versions
-from mtt_fast.records import read_record, write_record
-from mtt_fast.run_folder import SYNTHETIC, only_user
-from mtt_fast.seeding import generator_for
-from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.unroll import unroll
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.numerics import numerics
+from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.files import MALFORMED, write_text
+from mtt_fast.storage.identity import check_same_data
+from mtt_fast.storage.records import read_record, write_record
+from mtt_fast.storage.run_folder import SYNTHETIC, only_user
+from mtt_fast.training.images import RealImages, as_training_images, real_images
 
 log = logging.getLogger(__name__)
 
@@ -93,19 +94,19 @@ Nearest = tuple[float, int]
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    sets = _distilled_sets(cli.preview(DistanceOptions, argv, PROGRAM).runs)
+    sets = _distilled_sets(parsing.preview(DistanceOptions, argv, PROGRAM).runs)
     if not sets:
         raise InputError(f"expected run folders, plain or as LABEL=FOLDER; see {PROGRAM} --help")
     defaults = _defaults([synthetic.recipe for synthetic in sets.values()])
-    options = cli.parse(DistanceOptions, argv, PROGRAM, defaults, source=next(iter(sets)))
-    deltas = sorted(set(cli.integers(options.deltas, "--deltas")))
+    options = parsing.parse(DistanceOptions, argv, PROGRAM, defaults, source=next(iter(sets)))
+    deltas = sorted(set(parsing.integers(options.deltas, "--deltas")))
     training = options.training_at(options.expert_lr, options.batch_real)
     device = choose_device(options.device)
     data = options.load_data()
     network = options.network(data)
     for label, synthetic in sets.items():
         check_same_data(synthetic.identity, data.identity(options.zca), label)
-    with arithmetic(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
+    with numerics(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
         _run(options, sets, network, real_images(data, options.zca, device), training, deltas, stop)
 
 

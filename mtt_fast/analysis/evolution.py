@@ -17,12 +17,12 @@ from typing import Annotated
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from mtt_fast import cli
+from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import Range
+from mtt_fast.commands.options import AtLeastTwo
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path, read_bytes
-from mtt_fast.option_fields import Range
-from mtt_fast.options import AtLeastTwo
-from mtt_fast.run_folder import HISTORY
+from mtt_fast.storage.files import atomic_path, read_bytes
+from mtt_fast.storage.run_folder import HISTORY
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class EvolutionOptions:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(EvolutionOptions, argv, PROGRAM)
+    options = parsing.parse(EvolutionOptions, argv, PROGRAM)
     if not options.run:
         raise InputError(f"expected a run's folder; see {PROGRAM} --help")
     frames = [_with_caption(iteration, image) for iteration, image in read_history(Path(options.run)).items()]

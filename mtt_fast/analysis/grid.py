@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from mtt_fast import cli, distill
-from mtt_fast.analysis.output import MISSING, markdown_table, percent, save_figure
 from mtt_fast.analysis.runs import read_summary
-from mtt_fast.distillation.options import parse_options
+from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import Told
+from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
+from mtt_fast.distill import command as distill
+from mtt_fast.distill.options import parse_options
 from mtt_fast.errors import Diverged
-from mtt_fast.files import write_text
-from mtt_fast.interrupts import Stopped
-from mtt_fast.option_fields import Told
-from mtt_fast.records import write_record
+from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.storage.files import write_text
+from mtt_fast.storage.records import write_record
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,9 @@ class GridOptions:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options, others = cli.parse_part(GridOptions, argv, PROGRAM)
-    epochs = sorted(set(cli.integers(options.expert_epochs, "--expert_epochs")))
-    steps = sorted(set(cli.integers(options.syn_steps, "--syn_steps")))
+    options, others = parsing.parse_part(GridOptions, argv, PROGRAM)
+    epochs = sorted(set(parsing.integers(options.expert_epochs, "--expert_epochs")))
+    steps = sorted(set(parsing.integers(options.syn_steps, "--syn_steps")))
     folder = Path(options.out)
     # the longest segments first: experts that are too short for them are told of before hours have passed
     cells = {(m, n): folder / f"M{m}-N{n}" for m in reversed(epochs) for n in steps}

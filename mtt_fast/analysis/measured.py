@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtt_fast.distillation.options import DistillOptions
+from mtt_fast.commands.option_fields import Role, names_of
+from mtt_fast.commands.options import EvaluationOptions
+from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
-from mtt_fast.option_fields import Role, names_of
-from mtt_fast.options import EvaluationOptions
 
 RANDOM = "Random"
 """The method of as many random real images, which every distillation measures as well."""

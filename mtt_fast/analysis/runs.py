@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mtt_fast import run_folder
 from mtt_fast.errors import InputError
-from mtt_fast.files import MALFORMED
-from mtt_fast.run_folder import SUMMARY
+from mtt_fast.storage import run_folder
+from mtt_fast.storage.files import MALFORMED
+from mtt_fast.storage.run_folder import SUMMARY
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

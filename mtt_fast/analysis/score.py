@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtt_fast import cli
+from mtt_fast.commands import parsing
 from mtt_fast.errors import InputError
-from mtt_fast.files import write_json
 from mtt_fast.interop import label_robust_score
+from mtt_fast.storage.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class _Accuracy(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(ScoreOptions, argv, PROGRAM)
+    options = parsing.parse(ScoreOptions, argv, PROGRAM)
     given = {name: getattr(options, name) for name in ("full", "hard", "distilled", "random")}
     accuracies = {name: _accuracy(f"--{name}", text) for name, text in given.items() if text is not None}
     measured = _measured_alike(accuracies)

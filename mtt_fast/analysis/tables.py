@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from mtt_fast import cli
 from mtt_fast.analysis.measured import Measured, Setting, measured
-from mtt_fast.analysis.output import MISSING, markdown_table, percent
 from mtt_fast.analysis.published import Paper, Published, published
 from mtt_fast.analysis.runs import finished_runs
+from mtt_fast.commands import parsing
+from mtt_fast.commands.tables import MISSING, markdown_table, percent
 from mtt_fast.errors import InputError
-from mtt_fast.files import write_text
-from mtt_fast.records import write_record
+from mtt_fast.storage.files import write_text
+from mtt_fast.storage.records import write_record
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Row(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(TablesOptions, argv, PROGRAM)
+    options = parsing.parse(TablesOptions, argv, PROGRAM)
     if not options.runs:
         raise InputError(f"expected run folders; see {PROGRAM} --help")
     paper = published()

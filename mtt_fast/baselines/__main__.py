@@ -2,8 +2,8 @@
 
 import sys
 
-from mtt_fast import cli
 from mtt_fast.baselines.command import main
+from mtt_fast.commands import cli
 
 if __name__ == "__main__":
     sys.exit(cli.run(main))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mtt_fast.baselines.method import Learning
 from mtt_fast.errors import InputError
-from mtt_fast.files import MALFORMED, load_tensors, parse_json, read_header, save_tensors
-from mtt_fast.identity import DatasetIdentity
-from mtt_fast.run_folder import CHECKPOINT, EVALUATIONS, check_same_images
+from mtt_fast.storage.checkpoint import check_same_images
+from mtt_fast.storage.files import MALFORMED, load_tensors, parse_json, read_header, save_tensors
+from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS
 
 _FORMAT = "mtt_fast baseline checkpoint 2"  # those from before there were checksums say nothing
 _OPTIMISER = "optimiser."

@@ -7,10 +7,10 @@ import time
 import torch
 
 from mtt_fast.baselines.results import Job, as_set, evaluated, save_pictures, write_summary
-from mtt_fast.interrupts import Stopped, stop_request
-from mtt_fast.pictures import save_snapshot
-from mtt_fast.run_folder import HISTORY, SYNTHETIC
-from mtt_fast.training import Images
+from mtt_fast.commands.plots import save_snapshot
+from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.storage.run_folder import HISTORY, SYNTHETIC
+from mtt_fast.training.images import Images
 
 
 def evaluate_chosen(job: Job, images: Images, seconds: float) -> None:

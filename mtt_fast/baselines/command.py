@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from mtt_fast import cli
-from mtt_fast.arithmetic import arithmetic, describe_arithmetic
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.checkpoint import check_goes_on
 from mtt_fast.baselines.choosing import evaluate_chosen
@@ -24,20 +22,16 @@ from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.results import Job
 from mtt_fast.baselines.trained import as_first_expert, asked_of_the_expert
-from mtt_fast.errors import InputError
-from mtt_fast.expert_checks import FLAGS
-from mtt_fast.option_fields import outside_result
-from mtt_fast.options import real_images
-from mtt_fast.provenance import choose_device, device_name
-from mtt_fast.run_folder import (
-    CONFIG,
-    check_same_method,
-    check_same_run,
-    is_finished,
-    only_user,
-    read_config,
-    write_config,
-)
+from mtt_fast.commands import parsing
+from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
+from mtt_fast.commands.option_fields import outside_result
+from mtt_fast.engine.student_choice import describe_numerics
+from mtt_fast.errors import InputError, did_you_mean
+from mtt_fast.runtime.numerics import numerics
+from mtt_fast.runtime.provenance import choose_device, device_name
+from mtt_fast.storage.expert_checks import FLAGS
+from mtt_fast.storage.run_folder import CONFIG, only_user, read_config, write_config
+from mtt_fast.training.images import real_images
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     name = argv[0].lower()
     if name not in METHODS:
         raise InputError(
-            f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{cli.did_you_mean(name, list(METHODS))}; "
+            f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}; "
             f"see {PROGRAM} --help"
         )
     options = _parse(name, argv[1:])
@@ -61,11 +55,11 @@ def main(argv: Sequence[str]) -> None:
     check_same_method(folder, name)
     may_differ = outside_result(type(options))
     if isinstance(options, TrainedNetworkOptions):  # what is not given says nothing of the expert that was used
-        may_differ |= set(FLAGS.values()) - cli.given(type(options), argv)
+        may_differ |= set(FLAGS.values()) - parsing.given(type(options), argv)
     check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
-    with arithmetic(device, options.precision):
+    with numerics(device, options.precision):
         _run(name, options, folder, device, argv)
 
 
@@ -88,7 +82,7 @@ class _Selection:
 def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
     """Return the method's options: defaults, or with --resume those of the run, then flags."""
     program = f"{PROGRAM} {name}"
-    chosen = cli.parse_known(_Selection, argv, program)
+    chosen = parsing.parse_known(_Selection, argv, program)
     defaults: dict[str, Any] = {}
     place = Path(chosen.out or "")
     if chosen.resume:
@@ -99,7 +93,7 @@ def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
             raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
         check_same_method(place, name)
         defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
-    options = cli.parse(METHODS[name].options, argv, program, defaults, source=str(place / CONFIG))
+    options = parsing.parse(METHODS[name].options, argv, program, defaults, source=str(place / CONFIG))
     options.check()
     return options
 
@@ -116,7 +110,7 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
     real = real_images(data, options.zca, device)
     class_members(real, options.ipc)  # and so are more images a class than there are
     if isinstance(options, TrainedNetworkOptions):
-        asked = asked_of_the_expert(options, cli.given(type(options), argv))
+        asked = asked_of_the_expert(options, parsing.given(type(options), argv))
         options = as_first_expert(options, real, network, asked)
     method, command = METHODS[name], shlex.join([*PROGRAM.split(), *argv])
     with only_user(folder):
@@ -125,7 +119,7 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
         log.info(
             "%s: %s, %d images of %s, %s with %d parameters (%s), on %s",
             folder, method.title, options.ipc * data.num_classes, data.name, options.model, network.num_parameters,
-            describe_arithmetic(device, network, options.precision), device_name(device),
+            describe_numerics(device, network, options.precision), device_name(device),
         )  # fmt: skip
         job = Job(f"{PROGRAM} {name}", method, options, folder, real, network, evaluated, command)
         began = time.monotonic()

@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast.arithmetic import precision_on
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
+from mtt_fast.commands.options import Count, Rate
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
-from mtt_fast.models import Trainable
-from mtt_fast.options import Count, Rate, RealImages
-from mtt_fast.seeding import generator_for
-from mtt_fast.unroll import unroll
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import RealImages
 
 _BETAS = (0.5, 0.999)
 

@@ -16,9 +16,9 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.seeding import generator_for
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import RealImages
 
 PIXEL_MOMENTUM = 0.5
 

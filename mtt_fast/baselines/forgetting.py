@@ -14,11 +14,10 @@ from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import first_expert
 from mtt_fast.errors import InputError
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.seeding import generator_for
-from mtt_fast.training import Images
-from mtt_fast.trajectories import TrajectoryStore
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.training.images import Images, RealImages
 
 _BLOCK = 500  # images looked at together
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtt_fast.layout import ParameterLayout
+from mtt_fast.networks.layout import ParameterLayout
 
 Metric = Literal["ours", "mse", "cos"]
 

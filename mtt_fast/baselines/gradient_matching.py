@@ -16,20 +16,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mtt_fast.arithmetic import precision_on
-from mtt_fast.augment import augment_by_strategy
+from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.baselines.dm import PIXEL_MOMENTUM
 from mtt_fast.baselines.gradient_distance import DISTANCES
 from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
-from mtt_fast.choice import student_for
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.seeding import generator_for
-from mtt_fast.student import Student
-from mtt_fast.training import Images, Sgd, epoch_on
+from mtt_fast.engine.student import Student
+from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.sgd import Sgd, epoch_on
 
 
 def dc(options: DcOptions, real: RealImages, network: Trainable) -> Learning:

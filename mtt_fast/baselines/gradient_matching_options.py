@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mtt_fast.augment import augment_by_strategy
+from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.baselines.gradient_distance import Metric
 from mtt_fast.baselines.options import LearnedImagesOptions
+from mtt_fast.commands.option_fields import Role
+from mtt_fast.commands.options import Count, CountFromZero, CountOrNone, Rate
 from mtt_fast.errors import InputError
-from mtt_fast.option_fields import Role
-from mtt_fast.options import Count, CountFromZero, CountOrNone, Rate
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 """Updates of the images an iteration, and epochs of the network between two, by images a class."""

@@ -12,9 +12,8 @@ from torch import Tensor
 from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.training import Images
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.training.images import Images, RealImages
 
 
 def herding(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:

@@ -17,10 +17,9 @@ from mtt_fast.baselines.options import TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
 from mtt_fast.errors import InputError
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.seeding import generator_for
-from mtt_fast.training import Images
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import Images, RealImages
 
 _RESTARTS = 10
 

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast.arithmetic import precision_on
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import IterativeOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
-from mtt_fast.choice import student_for
-from mtt_fast.models import Trainable
-from mtt_fast.options import Count, Rate, RealImages
-from mtt_fast.seeding import generator_for
+from mtt_fast.commands.options import Count, Rate
+from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import RealImages
 
 _MODEL_LR = 1e-3  # Adam's default, which the public code takes
 

@@ -12,15 +12,16 @@ from tqdm import tqdm
 from mtt_fast.baselines.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.results import Job, as_set, evaluated, save_pictures, write_summary
+from mtt_fast.commands.accuracies import accuracy_record, measured
+from mtt_fast.commands.plots import save_curves, save_snapshot
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.evaluation_records import accuracy_record, measured
-from mtt_fast.interrupts import Stopped, StopRequest, stop_request
-from mtt_fast.pictures import save_curves, save_snapshot
-from mtt_fast.protocols import Accuracy
-from mtt_fast.run_folder import BEST, HISTORY, SYNTHETIC, MetricsLog
-from mtt_fast.seeding import generator_for
-from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.training import accuracy
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.metrics import MetricsLog
+from mtt_fast.storage.run_folder import BEST, HISTORY, SYNTHETIC
+from mtt_fast.training.protocols import Accuracy
+from mtt_fast.training.sgd import accuracy
 
 
 def learn(job: Job, learning: Learning) -> None:

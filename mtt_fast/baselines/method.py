@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.baselines.options import BaselineOptions
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.training import Images
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.training.images import Images, RealImages
 
 
 @dataclass(frozen=True)

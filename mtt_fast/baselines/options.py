@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from mtt_fast.evaluate import REAL_IMAGES_LR
-from mtt_fast.experts import ExpertTraining, checked
-from mtt_fast.option_fields import Role, check_values
-from mtt_fast.options import (
+from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
+from mtt_fast.commands.option_fields import Role, check_values
+from mtt_fast.commands.options import (
     Count,
     CountFromZero,
     CountOrNone,
@@ -19,7 +18,8 @@ from mtt_fast.options import (
     Seconds,
     Share,
 )
-from mtt_fast.protocols import EvaluationProtocol
+from mtt_fast.experts import ExpertTraining, checked
+from mtt_fast.training.protocols import EvaluationProtocol
 
 
 @dataclass(frozen=True)

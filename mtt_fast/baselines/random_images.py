@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from mtt_fast.baselines.options import BaselineOptions
-from mtt_fast.evaluate import random_subset
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.seeding import generator_for
-from mtt_fast.training import Images
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.subsets import random_subset
 
 
 def random_images(options: BaselineOptions, real: RealImages, network: Trainable) -> Images:

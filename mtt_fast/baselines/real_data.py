@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.evaluate import random_subset
-from mtt_fast.options import RealImages
-from mtt_fast.seeding import generator_for
-from mtt_fast.training import Images
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.subsets import random_subset
 
 
 def class_members(real: RealImages, ipc: int) -> list[Tensor]:

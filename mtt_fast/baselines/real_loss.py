@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mtt_fast.engine.unroll import unroll
 from mtt_fast.kernels import Precision
-from mtt_fast.student import Network
-from mtt_fast.unroll import unroll
+from mtt_fast.networks.protocol import Network
 
 
 def logits_after_steps(

@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtt_fast.arithmetic import describe_arithmetic, precision_on
 from mtt_fast.baselines.method import Method
-from mtt_fast.evaluate import as_training_images
-from mtt_fast.evaluation_records import accuracy_by_network, accuracy_record, measured, percent
-from mtt_fast.interrupts import StopRequest
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages
-from mtt_fast.pictures import save_grid
-from mtt_fast.protocols import evaluate
-from mtt_fast.provenance import device_name, peak_memory_bytes, versions
-from mtt_fast.records import write_record
-from mtt_fast.run_folder import SUMMARY
-from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.whitening import Whitening
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured, percent
+from mtt_fast.commands.plots import save_grid
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.data.whitening import Whitening
+from mtt_fast.engine.student_choice import describe_numerics, precision_on
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import StopRequest
+from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
+from mtt_fast.storage.records import write_record
+from mtt_fast.storage.run_folder import SUMMARY
+from mtt_fast.training.images import RealImages, as_training_images
+from mtt_fast.training.protocols import evaluate
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def write_summary(
             "seconds": dict(seconds),
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),
-            "arithmetic": describe_arithmetic(device, job.network, job.options.precision),
+            "arithmetic": describe_numerics(device, job.network, job.options.precision),
             "versions": versions(),
             "command": job.command,
             "data": job.real.identity.record(),

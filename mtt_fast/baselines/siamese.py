@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mtt_fast.augment import augment_by_strategy, augment_with
+from mtt_fast.augmentation.siamese import augment_by_strategy, augment_with
 
 
 def siamese_augmentation(strategy: str, like: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:

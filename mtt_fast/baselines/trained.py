@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast.arithmetic import precision_on
 from mtt_fast.baselines.options import TrainedNetworkOptions
-from mtt_fast.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs
+from mtt_fast.commands.options import buffer_folder
+from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.experts import train_missing_experts
-from mtt_fast.models import Trainable
-from mtt_fast.options import RealImages, buffer_folder
-from mtt_fast.trajectories import TrajectoryStore
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.training.images import RealImages
 
 _BLOCK = 500  # images looked at together
 

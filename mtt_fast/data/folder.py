@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtt_fast.data.class_names import class_indices, shortened
-from mtt_fast.data.image_data import DataFacts
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.images import decode, read_headers
 from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, tell_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of, stack_labels
@@ -145,8 +145,8 @@ def image_source(
             Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, resize)),
         )
 
-    def facts() -> DataFacts:
-        return DataFacts(name, image_shape(), len(names), len(train_files), len(test_files))
+    def facts() -> DatasetInfo:
+        return DatasetInfo(name, image_shape(), len(names), len(train_files), len(test_files))
 
     key = key_of(root, train_files + test_files, name, list(train), class_names, channels, size, resize, mean, std)
     return Source(name, stem or name, key, read, mean, std, facts)

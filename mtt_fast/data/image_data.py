@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtt_fast.data.set_checks import MOST_CLASSES, check_names
 from mtt_fast.errors import InputError
-from mtt_fast.foreign import plain_tensor
-from mtt_fast.identity import NORMALISED, WHITENED, DatasetIdentity
-from mtt_fast.set_checks import MOST_CLASSES, check_names
+from mtt_fast.storage.foreign import plain_tensor
+from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
 _BLOCK = 4096  # images looked at together, so that a memory-mapped data set is never copied whole
 
@@ -66,7 +66,7 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class DatasetInfo:
     """A data set in numbers. `name` is that of the `ImageData` it will be."""
 
     name: str

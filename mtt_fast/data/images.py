@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
+from torch import Tensor
 
 from mtt_fast.data.regular import check_regular
 from mtt_fast.errors import InputError
@@ -255,3 +256,9 @@ def _broken(path: str, error: Exception) -> InputError:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """Return one picture (C, H, W) in [0, 1], C 1 or 3, as an 8-bit image."""
+    values = (picture.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    return Image.fromarray(values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0)))

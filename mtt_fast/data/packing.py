@@ -21,10 +21,10 @@ import torch
 import xxhash
 from tqdm import tqdm
 
-from mtt_fast.data.image_data import DataFacts, ImageData, Split, channel_statistics, check_labels, fingerprint
+from mtt_fast.data.image_data import DatasetInfo, ImageData, Split, channel_statistics, check_labels, fingerprint
 from mtt_fast.errors import InputError
-from mtt_fast.files import MALFORMED, atomic_path, header_of, load_tensors, parse_json
-from mtt_fast.temporaries import remove_leftovers
+from mtt_fast.storage.files import MALFORMED, atomic_path, header_of, load_tensors, parse_json
+from mtt_fast.storage.temporaries import remove_leftovers
 
 VERSION = 1  # of the packed files; raise it when the same source packs to something else
 _FORMAT = "mtt_fast data set 2"  # those from before there were checksums say nothing
@@ -64,7 +64,7 @@ class Source:
     read: Callable[[], Contents]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    facts: Callable[[], DataFacts] | None = None
+    facts: Callable[[], DatasetInfo] | None = None
 
 
 def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:

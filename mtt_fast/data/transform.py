@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mtt_fast.data.image_data import ImageData
+from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
-from mtt_fast.files import read_header
-from mtt_fast.whitening import Whitening
+from mtt_fast.storage.files import read_header
 
 _FORMAT = "mtt_fast whitening 2"  # those from before there were checksums say nothing
 _EPS = 0.1  # the public code's; a distilled set can be compared with others only at the same value

@@ -8,17 +8,17 @@ from mtt_fast.interop.buffers import buffer_files, export_experts, import_expert
 from mtt_fast.interop.datasets import SyntheticView, image_data_from
 from mtt_fast.interop.ddranking import ddranking_call, label_robust_score
 from mtt_fast.interop.pairs import load_public_pair
-from mtt_fast.interop.plain import Facts, PlainSet, as_plain, as_synthetic, class_major, facts_of
 from mtt_fast.interop.sets import SET_KINDS, read_set, set_kind_of, write_set
+from mtt_fast.interop.tensor_set import Facts, TensorSet, as_synthetic, as_tensor_set, class_major, facts_of
 from mtt_fast.interop.waypoints import export_waypoints, read_waypoints
 
 __all__ = [
     "SET_KINDS",
     "Facts",
-    "PlainSet",
     "SyntheticView",
-    "as_plain",
+    "TensorSet",
     "as_synthetic",
+    "as_tensor_set",
     "buffer_files",
     "class_major",
     "ddranking_call",

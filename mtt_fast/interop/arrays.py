@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mtt_fast.errors import InputError
-from mtt_fast.foreign import regular_file, shortened
+from mtt_fast.storage.foreign import regular_file, shortened
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

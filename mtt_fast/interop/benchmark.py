@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.foreign import names_in, shown
 from mtt_fast.interop.arrays import read_arrays
 from mtt_fast.interop.pairs import read_pair, write_pair, write_parts
 from mtt_fast.interop.pickles import load_pickle, plain_copy, save_pickle
-from mtt_fast.interop.plain import PlainSet, plain_set
-from mtt_fast.temporaries import is_free
+from mtt_fast.interop.tensor_set import TensorSet, tensor_set
+from mtt_fast.storage.foreign import names_in, shown
+from mtt_fast.storage.temporaries import is_free
 
 METHODS = ("TM", "DC", "DSA", "DM", "random", "Kmeans", "KIP")
 _RESULTS = ("DC", "DSA", "DM")
@@ -38,7 +38,7 @@ _NAMES = {"Tiny": "tinyimagenet"}
 _PARTS = {("tinyimagenet", 50): 5}  # GitHub takes no larger files
 
 
-def read_result(path: str | os.PathLike[str]) -> PlainSet:
+def read_result(path: str | os.PathLike[str]) -> TensorSet:
     """Read the set of the last experiment in a res_*.pt, as dc_benchmark does.
 
     Raises `InputError` for a missing, broken or hostile file, or one of another content.
@@ -51,16 +51,16 @@ def read_result(path: str | os.PathLike[str]) -> PlainSet:
             "res_*.pt of DC, DSA or DM"
         )
     images, labels = data[-1][:2]
-    return plain_set(images, labels, None, str(path))
+    return tensor_set(images, labels, None, str(path))
 
 
-def write_result(path: str | os.PathLike[str], found: PlainSet) -> list[Path]:
+def write_result(path: str | os.PathLike[str], found: TensorSet) -> list[Path]:
     """Write the set as the one experiment of a res file (no accuracies), and return the file."""
     pair = [plain_copy(found.images), plain_copy(found.labels)]
     return [save_pickle(path, {"data": [pair], "accs_all_exps": {}})]
 
 
-def read_benchmark(folder: str | os.PathLike[str]) -> PlainSet:
+def read_benchmark(folder: str | os.PathLike[str]) -> TensorSet:
     """Read the set in a folder METHOD/DATASET/IPCn, or the only one below `folder`.
 
     Raises `InputError` if there is none or more than one, and for broken files.
@@ -75,7 +75,7 @@ def read_benchmark(folder: str | os.PathLike[str]) -> PlainSet:
     return read_pair(folder)
 
 
-def write_benchmark(root: str | os.PathLike[str], found: PlainSet, dataset: str, method: str) -> list[Path]:
+def write_benchmark(root: str | os.PathLike[str], found: TensorSet, dataset: str, method: str) -> list[Path]:
     """Write the set below `root`, where dc_benchmark looks for sets of `method` (all but KIP).
 
     Raises `InputError` for soft labels, another method, classes that differ in number, and where a set is already.
@@ -120,7 +120,7 @@ def _only_set(folder: Path) -> Path:
     return sets[0]
 
 
-def _read_kip(path: Path) -> PlainSet:
+def _read_kip(path: Path) -> TensorSet:
     """Read KIP's images and the classes of its labels, as dc_benchmark does; they are in a whitening of its own."""
     images, labels = (torch.from_numpy(array) for array in read_arrays(path, ("images", "labels")))
     if images.dim() != 4 or labels.dim() != 2 or not labels.numel() or not labels.isfinite().all():
@@ -128,7 +128,7 @@ def _read_kip(path: Path) -> PlainSet:
             f"{path}: expected images (n, H, W, C) and finite labels (n, classes), found {tuple(images.shape)} and "
             f"{tuple(labels.shape)}; get it again"
         )
-    return plain_set(images.permute(0, 3, 1, 2).contiguous(), labels.argmax(1), None, str(path))
+    return tensor_set(images.permute(0, 3, 1, 2).contiguous(), labels.argmax(1), None, str(path))
 
 
 def _is_pair(value: Any) -> bool:

@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.files import whole_folder
-from mtt_fast.foreign import names_in, plain_tensor, shown
-from mtt_fast.identity import check_same_data
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle
-from mtt_fast.layout import ParameterLayout
-from mtt_fast.models import full_name
-from mtt_fast.run_folder import only_writer_of_experts
-from mtt_fast.temporaries import is_free
-from mtt_fast.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert, write_waypoints
-from mtt_fast.waypoints import Course
+from mtt_fast.networks.by_name import full_name
+from mtt_fast.networks.layout import ParameterLayout
+from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.foreign import names_in, plain_tensor, shown
+from mtt_fast.storage.identity import check_same_data
+from mtt_fast.storage.run_folder import only_writer_of_experts
+from mtt_fast.storage.temporaries import is_free
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert, write_waypoints
+from mtt_fast.storage.waypoints import Course
 
 BUFFER = r"replay_buffer_(\d+)\.pt"
 CONVEXIFIED = r"convexified_(?:v\d+_)?replay_buffer_(\d+)\.pt"

@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 
 from mtt_fast.data import ImageData, from_tensors
 from mtt_fast.data.class_names import class_indices, relabelled
+from mtt_fast.data.set_checks import MOST_CLASSES
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.foreign import plain_tensor, shown
-from mtt_fast.set_checks import MOST_CLASSES
-from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.storage.foreign import plain_tensor, shown
 
 
 class SyntheticView(Dataset[tuple[Tensor, Tensor]]):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mtt_fast.errors import InputError
-from mtt_fast.interop.plain import PlainSet
+from mtt_fast.interop.tensor_set import TensorSet
 
 VERSION = "0.2.0"
 """The version of DD-Ranking that the call is for."""
@@ -77,7 +77,7 @@ def label_robust_score(hard_label_recovery: float, improvement_over_random: floa
 
 def ddranking_call(
     folder: str | os.PathLike[str],
-    found: PlainSet,
+    found: TensorSet,
     dataset: str | None,
     zca: bool | None,
     subset: str | None = None,
@@ -114,7 +114,7 @@ def ddranking_call(
     return "\n".join(lines)
 
 
-def _data_of(found: PlainSet, dataset: str | None, subset: str | None, zca: bool | None) -> _Data:
+def _data_of(found: TensorSet, dataset: str | None, subset: str | None, zca: bool | None) -> _Data:
     """Return the data set that a set is of. Raises `InputError` if DD-Ranking has none such, or cannot evaluate on it."""
     if dataset is None:
         raise InputError("the set does not say of which data set it is; say it with --dataset")
@@ -136,7 +136,7 @@ def _data_of(found: PlainSet, dataset: str | None, subset: str | None, zca: bool
 
 
 def _arguments(
-    found: PlainSet, data: _Data, model: str, zca: bool | None, real_data_path: Path, soft: bool
+    found: TensorSet, data: _Data, model: str, zca: bool | None, real_data_path: Path, soft: bool
 ) -> Sequence[str]:
     """Return the lines of keyword arguments of the metric: all that its version needs, as for MTT on its board."""
     guessed = "" if zca is not None else "  # True if the images are whitened: their files do not say"

@@ -19,12 +19,12 @@ from torch import Tensor
 from mtt_fast.data.class_names import class_indices, shortened
 from mtt_fast.data.images import decode, read_headers
 from mtt_fast.data.listing import list_classes, tell_skipped
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.files import whole_folder, write_json
-from mtt_fast.foreign import names_in, read_json, shown
 from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
-from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.interop.tensor_set import Facts, as_synthetic, as_tensor_set, tensor_set
+from mtt_fast.storage.files import whole_folder, write_json
+from mtt_fast.storage.foreign import names_in, read_json, shown
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ _LONGEST_NAME = 500  # letters of CLASS/NNNNN.png
 
 def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write each image as CLASS/NNNNN.png, NNNNN its place in the set, then labels.json, and return the files."""
-    from mtt_fast.pictures import as_image
+    from mtt_fast.data.images import as_image
 
-    classes, pictures, files = as_plain(synthetic).classes, as_bytes(synthetic, folder), []
+    classes, pictures, files = as_tensor_set(synthetic).classes, as_bytes(synthetic, folder), []
     with whole_folder(folder, last=LABELS) as content:
         for number, (picture, label) in enumerate(zip(pictures, classes.tolist(), strict=True)):
             files.append(f"{label:03d}-{_file_name(synthetic.class_names[label])}/{number:05d}.png")
@@ -105,7 +105,7 @@ def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticData
     counts = torch.tensor([len(files) for files in classes.values()])
     labels = torch.tensor(indices).repeat_interleave(counts)
     images = facts.transform.apply(_pictures(files).float() / 255)
-    return as_synthetic(plain_set(images, labels, None, str(folder)), facts, lr, {}, {}, str(folder))
+    return as_synthetic(tensor_set(images, labels, None, str(folder)), facts, lr, {}, {}, str(folder))
 
 
 def _pictures(files: list[str]) -> Tensor:

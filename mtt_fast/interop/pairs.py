@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.files import whole_folder
-from mtt_fast.foreign import names_in, plain_tensor, shown
 from mtt_fast.interop.pickles import load_pickle, load_tensor, plain_copy, save_pickle
-from mtt_fast.interop.plain import PlainSet, plain_set
+from mtt_fast.interop.tensor_set import TensorSet, tensor_set
+from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.foreign import names_in, plain_tensor, shown
 
 _PART = re.compile(r"(.*best)_(0|[1-9]\d{0,4})\.pt")
 
 
-def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> PlainSet:
+def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> TensorSet:
     """Read a file of images and the labels beside it, or the set in a folder: the best, else the only one.
 
     A set in parts (images_best_0.pt, …) is put together, whichever part is named. Raises `InputError` for files that
@@ -50,7 +50,7 @@ def read_pair(source: str | os.PathLike[str], label_kind: str | None = None) -> 
             )
     labels = _joined([load_tensor(beside(file, "labels")) for file in files], beside(path, "labels"))
     lr = next((_load_rate(file) for file in _rate_files(path) if os.path.lexists(file)), None)
-    return plain_set(images, labels, lr, str(path), label_kind)
+    return tensor_set(images, labels, lr, str(path), label_kind)
 
 
 def _joined(parts: list[Tensor], path: Path) -> Tensor:
@@ -66,7 +66,7 @@ def _joined(parts: list[Tensor], path: Path) -> Tensor:
     return torch.cat(parts)
 
 
-def write_pair(images_path: str | os.PathLike[str], found: PlainSet) -> list[Path]:
+def write_pair(images_path: str | os.PathLike[str], found: TensorSet) -> list[Path]:
     """Write images, labels and learning rate (if there is one) as tensors, and return the files.
 
     The images go to `images_path`, whose name has the word images; "labels" and "lr" stand in its place in the others.
@@ -85,7 +85,7 @@ def write_pair(images_path: str | os.PathLike[str], found: PlainSet) -> list[Pat
     return [beside(path, name) for name in parts]
 
 
-def write_parts(folder: str | os.PathLike[str], found: PlainSet, parts: int) -> list[Path]:
+def write_parts(folder: str | os.PathLike[str], found: TensorSet, parts: int) -> list[Path]:
     """Write images_best_0.pt, labels_best_0.pt, … in `parts` parts of consecutive images, and return the files."""
     names = []
     with whole_folder(folder, last="images") as content:
@@ -96,7 +96,7 @@ def write_parts(folder: str | os.PathLike[str], found: PlainSet, parts: int) -> 
     return [Path(folder) / name for name in names]
 
 
-def write_ddranking(folder: str | os.PathLike[str], found: PlainSet) -> list[Path]:
+def write_ddranking(folder: str | os.PathLike[str], found: TensorSet) -> list[Path]:
     """Write what DD-Ranking's metrics take: images.pt, labels.pt, and lr.pt if there is a learning rate.
 
     Images must be class-major with as many of each class, as it gives hard labels by place. It takes soft labels for

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.data.images import decode_bytes, read_header
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path, parse_json
-from mtt_fast.foreign import as_tensor, regular_file, shortened
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.plain import Facts, as_plain, as_synthetic, plain_set
-from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.interop.tensor_set import Facts, as_synthetic, as_tensor_set, tensor_set
+from mtt_fast.storage.files import atomic_path, parse_json
+from mtt_fast.storage.foreign import as_tensor, regular_file, shortened
 
 _RECORD = b"mtt_fast"
 _COLUMNS = ("image", "label", "soft_label")
@@ -35,7 +35,7 @@ _EXPANDS, _SMALL = 20, 64 << 20  # how many times its size, besides so many byte
 def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write the set to one file, atomically, and return it. Raises `InputError` if pyarrow is not installed."""
     arrow, parquet = _pyarrow(path)
-    found, pictures = as_plain(synthetic), as_bytes(synthetic, path)
+    found, pictures = as_tensor_set(synthetic), as_bytes(synthetic, path)
     names = [f"{number:05d}.png" for number in range(len(found.labels))]
     encoded = [_encode(picture) for picture in pictures]
     image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
@@ -95,7 +95,7 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
         indices = class_indices(names, facts.class_names, path)
         targets = relabelled(targets, indices, len(facts.class_names), path)
     images = facts.transform.apply(pictures.float() / 255)
-    return as_synthetic(plain_set(images, targets, None, str(path)), facts, lr, {}, {}, str(path))
+    return as_synthetic(tensor_set(images, targets, None, str(path)), facts, lr, {}, {}, str(path))
 
 
 def _check_columns(file: Any, path: Path) -> None:
@@ -172,7 +172,7 @@ def _features(synthetic: SyntheticDataset, soft: bool) -> dict[str, Any]:
 
 
 def _encode(picture: Tensor) -> bytes:
-    from mtt_fast.pictures import as_image
+    from mtt_fast.data.images import as_image
 
     file = io.BytesIO()
     as_image(picture.float() / 255).save(file, format="PNG")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.files import atomic_path
-from mtt_fast.foreign import plain_tensor, regular_file, shown
+from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.foreign import plain_tensor, regular_file, shown
 
 SMALL = 1 << 20
 """Bytes of the pickle in a file with a few tensors."""
@@ -41,7 +41,7 @@ def load_pickle(
 
     Read with `weights_only`: nothing in the file is run. `numpy_numbers` lets numpy's floating-point numbers through
     besides, which the public code puts beside its tensors. The pickle in it, which is all but the tensors' numbers, has at
-    most `most` bytes. Tensors have still to be looked at (`mtt_fast.foreign.plain_tensor`).
+    most `most` bytes. Tensors have still to be looked at (`mtt_fast.storage.foreign.plain_tensor`).
     Raises `InputError` for a missing, damaged, hostile or foreign file.
     """
     path = regular_file(path)

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.data.class_names import class_indices, relabelled
+from mtt_fast.data.set_checks import check_normalisation, check_set
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.files import bytes_of, checksum_of
-from mtt_fast.foreign import as_tensor, shown
-from mtt_fast.identity import check_same_data
-from mtt_fast.interop.plain import Facts
-from mtt_fast.set_checks import check_normalisation, check_set
-from mtt_fast.synthetic import SyntheticDataset
-from mtt_fast.texture import Canvas
+from mtt_fast.interop.tensor_set import Facts
+from mtt_fast.storage.files import bytes_of, checksum_of
+from mtt_fast.storage.foreign import as_tensor, shown
+from mtt_fast.storage.identity import check_same_data
 
 _PLAIN = ("class_names", "mean", "std", "label_kind", "recipe", "versions")
 _OF_IMAGES = ("dataset", "fingerprint")

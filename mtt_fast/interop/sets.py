@@ -7,17 +7,16 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mtt_fast.cli import did_you_mean
-from mtt_fast.errors import InputError
-from mtt_fast.foreign import names_in
+from mtt_fast.data.set_checks import check_set
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result, write_benchmark, write_result
 from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
-from mtt_fast.interop.plain import Facts, PlainSet, as_plain, check_plain, class_major
-from mtt_fast.run_folder import SYNTHETIC
-from mtt_fast.set_checks import check_set
-from mtt_fast.synthetic import SyntheticDataset
+from mtt_fast.interop.tensor_set import Facts, TensorSet, as_tensor_set, check_plain, class_major
+from mtt_fast.storage.foreign import names_in
+from mtt_fast.storage.run_folder import SYNTHETIC
 
 SET_KINDS = {
     "synthetic": "this software's: synthetic.safetensors, with all that is needed to use it",
@@ -72,10 +71,10 @@ def read_set(
     label_kind: str | None = None,
     facts: Facts | None = None,
     lr: float = 0.01,
-) -> SyntheticDataset | PlainSet:
+) -> SyntheticDataset | TensorSet:
     """Read a distilled set of any kind; of that which its names look like, without `kind`.
 
-    Kinds that hold tensors alone give a `PlainSet`. `label_kind`: what soft labels of such kinds are, if not what they
+    Kinds that hold tensors alone give a `TensorSet`. `label_kind`: what soft labels of such kinds are, if not what they
     look like. `facts` and `lr`: see `read_image_folder` and `read_parquet`.
     Raises `InputError` for another kind, and for files that are missing, broken or hostile.
     """
@@ -103,7 +102,7 @@ def read_set(
 
 def write_set(
     destination: str | os.PathLike[str],
-    found: SyntheticDataset | PlainSet,
+    found: SyntheticDataset | TensorSet,
     kind: str,
     *,
     dataset: str | None = None,
@@ -117,11 +116,11 @@ def write_set(
     Raises `InputError` for another kind, and for a set that the kind cannot hold.
     """
     path = Path(destination)
-    if isinstance(found, PlainSet):
+    if isinstance(found, TensorSet):
         check_plain(found, f"{path}: not written")
     else:
         check_set(found, f"{path}: not written")
-    plain = class_major(found if isinstance(found, PlainSet) else as_plain(found))
+    plain = class_major(found if isinstance(found, TensorSet) else as_tensor_set(found))
     match kind:
         case "mtt":
             return write_pair(path if path.suffix == ".pt" else path / "images_best.pt", plain)
@@ -136,7 +135,7 @@ def write_set(
             return write_benchmark(path, plain, _dataset(found, dataset), method)
     if kind not in SET_KINDS:
         raise InputError(_unknown(path, "--to", kind))
-    if isinstance(found, PlainSet):
+    if isinstance(found, TensorSet):
         raise InputError(f"{path}: expected the facts of the real images for kind {kind}; name them with --dataset")
     match kind:
         case "png":
@@ -157,8 +156,8 @@ def _only(source: Path, pattern: str) -> Path:
     return files[0]
 
 
-def _dataset(found: SyntheticDataset | PlainSet, dataset: str | None) -> str:
-    name = dataset or (None if isinstance(found, PlainSet) else found.recipe.get("dataset"))
+def _dataset(found: SyntheticDataset | TensorSet, dataset: str | None) -> str:
+    name = dataset or (None if isinstance(found, TensorSet) else found.recipe.get("dataset"))
     if not name:
         raise InputError("--dataset: expected the data set's name, which the other software's files bear, found none")
     return str(name)

@@ -3,7 +3,7 @@
 Of each expert there are K waypoints (lists of parameter tensors) and, for each of the K − 1 pieces between them, the
 share of the way that each parameter tensor has gone at each epoch: 0 … 1, proportional to the path's length in that
 tensor. With K = 2 the one piece is not wrapped in a list; otherwise the names say _ipK. They are this software's
-compressed experts (mtt_fast/waypoints.py) in another form. A tensor that stands still through a piece has the share 0
+compressed experts (mtt_fast/storage/waypoints.py) in another form. A tensor that stands still through a piece has the share 0
 at its end there, and 1 here.
 """
 
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
-from mtt_fast.files import whole_folder
-from mtt_fast.foreign import shortened, shown
 from mtt_fast.interop.buffers import Trajectory, as_epochs, check_absent, check_points, experts_in, groups
 from mtt_fast.interop.pickles import LARGE, load_pickle, save_large_pickle, save_pickle
-from mtt_fast.trajectories import TrajectoryStore
-from mtt_fast.waypoints import Course
+from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.foreign import shortened, shown
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.storage.waypoints import Course
 
 WAYPOINTS = r"waypoint_buffer_(?:(?:ip\d+|uni|dec|proj)_)?(\d+)\.pt"
 

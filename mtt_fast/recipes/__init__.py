@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mtt_fast.cli import did_you_mean, read_toml
-from mtt_fast.errors import InputError
+from mtt_fast.errors import InputError, did_you_mean
+from mtt_fast.storage.files import read_toml
 
 _ABOUT = ("description", "source", "method")
 

@@ -11,9 +11,8 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from mtt_fast import cli
-from mtt_fast.cli import did_you_mean
-from mtt_fast.errors import InputError
+from mtt_fast.commands import cli, parsing
+from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.recipes import recipe_about, recipe_names, recipe_options, recipe_text
 
 PROGRAM = "python -m mtt_fast.recipes"
@@ -88,7 +87,7 @@ def _natural(name: str) -> list[tuple[str, int]]:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    print(listing(cli.parse(ListOptions, argv, PROGRAM).words))
+    print(listing(parsing.parse(ListOptions, argv, PROGRAM).words))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import tyro
 
-from mtt_fast import cli
+from mtt_fast.commands import cli, parsing
 from mtt_fast.errors import InputError
-from mtt_fast.files import write_text
 from mtt_fast.report.page import render
 from mtt_fast.report.runs import read_runs
+from mtt_fast.storage.files import write_text
 
 PROGRAM = "python -m mtt_fast.report"
 
@@ -33,7 +33,7 @@ class ReportOptions:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    options = cli.parse(ReportOptions, argv, PROGRAM)
+    options = parsing.parse(ReportOptions, argv, PROGRAM)
     if not options.runs:
         raise InputError(f"expected the folder of a run; see {PROGRAM} --help")
     folders = [Path(run) for run in options.runs]

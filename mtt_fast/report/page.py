@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mtt_fast.evaluation_records import label_of
-from mtt_fast.files import read_bytes
+from mtt_fast.commands.accuracies import label_of
 from mtt_fast.report.charts import charts
 from mtt_fast.report.runs import Run
+from mtt_fast.storage.files import read_bytes
 
 _LARGEST = 64 << 20  # bytes of a snapshot
 _SHOWN = 5  # snapshots of a run, the first and the last among them

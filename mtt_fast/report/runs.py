@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mtt_fast.baselines.catalogue import METHODS
+from mtt_fast.commands.accuracies import accuracy_record
 from mtt_fast.errors import InputError
-from mtt_fast.evaluation_records import accuracy_record
 from mtt_fast.recipes import recipe_about, recipe_names
-from mtt_fast.run_folder import HISTORY, METRICS, SUMMARY, read_config, read_records, read_summary
+from mtt_fast.storage.metrics import read_records
+from mtt_fast.storage.run_folder import HISTORY, METRICS, SUMMARY, read_config, read_summary
 
 _EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
 

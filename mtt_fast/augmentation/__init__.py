@@ -1,0 +1,1 @@
+"""Augmentations whose random numbers are drawn apart from the operation."""

@@ -1,0 +1,1 @@
+"""What the commands share: options, parsing, exit statuses, plots, tables and records."""

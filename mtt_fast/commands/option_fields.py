@@ -1,0 +1,323 @@
+"""What an option declares of itself beside its field: range, role, what it needs to have an effect; and who reads that.
+
+    mom_y: Annotated[float, SHARE, Needs("lr_y")] = 0.9
+
+Command lines, files of --config, recipes, config.toml and the record of a distilled set are all checked by what is
+declared, here and nowhere else (mtt_fast/commands/cli.py). Without a word of its own a number is finite, a whole number fits 64 bits,
+and a text is not empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, Literal, Union
+
+from mtt_fast.errors import InputError
+
+FLOAT64_MAX = int(sys.float_info.max)
+FLOAT32_MAX = 3.4028234e38
+FLOAT32_TINY = 1.1754944e-38
+"""The largest finite numbers of both, and the smallest normal one of float32, as which rates are used."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers an option takes: from `low` to `high`, both included unless `above` or `below` says otherwise."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    """`low` itself is not taken"""
+    below: bool = False
+    """`high` itself is not taken"""
+    infinite: bool = False
+    """inf is taken; the option's help says what it means"""
+    largest: int | None = None
+    """the largest number that can be meant; larger ones would fill the memory with nothing"""
+
+    def complaint(self, value: float) -> str | None:
+        """Return what was expected if `value` is out of range, or None."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return None if self.infinite and value == math.inf else f"expected a finite number{self._of()}"
+        too_low = value <= self.low if self.above else value < self.low
+        too_high = value >= self.high if self.below else value > self.high
+        if too_low or too_high:
+            return f"expected {self}"
+        if self.largest is not None and value > self.largest:
+            return f"expected at most {self.largest}"
+        if isinstance(value, float) and abs(value) > FLOAT32_MAX:
+            return f"expected at most {FLOAT32_MAX:.2g}, the largest number of float32"
+        if isinstance(value, float) and self.above and self.low == 0 and value < FLOAT32_TINY:
+            return f"expected more than 0 in float32, which begins at {FLOAT32_TINY:.2g}"
+        return None
+
+    def __str__(self) -> str:
+        """Return the range in words: "at least 0 and less than 1"."""
+        low = f"{'more than' if self.above else 'at least'} {_number(self.low)}" if self.low > -math.inf else ""
+        high = f"{'less than' if self.below else 'at most'} {_number(self.high)}" if self.high < math.inf else ""
+        return " and ".join(filter(None, (low, high))) or "a number"
+
+    def _of(self) -> str:
+        return f", {self}" if self.low > -math.inf or self.high < math.inf else ""
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+COUNT = Range(1, largest=10**9)
+COUNT_FROM_ZERO = Range(0, largest=10**9)
+NETWORKS = Range(1, largest=10**6)
+"""How many experts or networks: each is listed, in memory or in a folder."""
+RATE = Range(0, above=True)
+RATE_OR_ZERO = Range(0)
+SHARE = Range(0, 1, below=True)
+SEED = Range(0, largest=2**63 - 1)
+"""What torch's generators and TOML's integers both hold; below 0 stands for a seed that is not known."""
+_ANY = Range()
+_ANY_INTEGER = Range(-(2**63), largest=2**63 - 1)
+
+
+class Role(Enum):
+    """What an option decides."""
+
+    RESULT = "what is made; a run cannot go on with another value"
+    EVALUATION = "how what was made is measured"
+    EXTENT = "how much is made or measured, which a run may extend"
+    PLACE = "where things are, and which words name them"
+    MACHINE = "where and how fast it is computed; the result is the same"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """An option that has an effect only where another one, `option`, is on."""
+
+    option: str
+    also: str = ""
+    """what else turns it on, for the message"""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Words for the log where the option is given: how it differs from the public code's of the same name."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A check of a text's own: `check` raises `InputError` for what cannot be."""
+
+    check: Callable[[str], object]
+
+
+HARMLESS = "harmless"
+"""Marks an option which, given where it has no effect, is told in the log and not refused: no result is another for it."""
+
+
+MAY_BE_EMPTY = "may be empty"
+"""Marks a text for which the empty one has a meaning."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """An option as it is declared."""
+
+    name: str
+    annotation: Any
+    """its type, without what is declared beside it"""
+    declared: tuple[Any, ...]
+    default: Any
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line, behind two hyphens."""
+        return self.name.rstrip("_")
+
+    @property
+    def role(self) -> Role:
+        """What it decides."""
+        return next((word for word in self.declared if isinstance(word, Role)), Role.RESULT)
+
+    @property
+    def is_positional(self) -> bool:
+        """Whether it stands on the command line without a flag."""
+        import tyro  # here, since only the commands need it
+
+        return tyro.conf.Positional in self.declared
+
+    @property
+    def shown(self) -> str:
+        """How messages name it."""
+        return self.flag if self.is_positional else f"--{self.flag}"
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is on or off."""
+        return self.annotation is bool
+
+    def all_of(self, kind: type[_Declared]) -> list[_Declared]:
+        """Return what is declared of a kind."""
+        return [word for word in self.declared if isinstance(word, kind)]
+
+
+_Declared = typing.TypeVar("_Declared", Needs, Told, Checked, Range)
+
+
+def fields_of(kind: type) -> Mapping[str, Field]:
+    """Return the options of the dataclass `kind` by name."""
+    return _fields_of(kind)
+
+
+@cache
+def _fields_of(kind: Any) -> Mapping[str, Field]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        field.name: Field(field.name, *_parted(hints[field.name]), field.default) for field in dataclasses.fields(kind)
+    }
+
+
+def _parted(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    if typing.get_origin(hint) is typing.Annotated:
+        inner, *declared = typing.get_args(hint)
+        return inner, tuple(declared)
+    return hint, ()
+
+
+def names_of(kind: type, *roles: Role) -> frozenset[str]:
+    """Return the names of the options of the dataclass `kind` that have one of `roles`."""
+    return frozenset(name for name, field in fields_of(kind).items() if field.role in roles)
+
+
+def outside_result(kind: type) -> frozenset[str]:
+    """Return the names of the options of `kind` that may be others when a run goes on: its result does not depend on them."""
+    return names_of(kind, Role.EVALUATION, Role.EXTENT, Role.PLACE, Role.MACHINE)
+
+
+class Unfit(Exception):
+    """A value that an option does not take; the text says what was expected."""
+
+
+def converted(field: Field, value: Any) -> Any:
+    """Return `value`, as it stands in a file, as the option has it: a whole number for one with a point, a list as a tuple.
+
+    Raises `Unfit` for another type, another choice or another range than is declared.
+    """
+    found = _as(field.annotation, value)
+    for part in found if isinstance(found, tuple) else (found,):
+        _check_one(field, part)
+    if isinstance(found, tuple) and not found and field.default != ():
+        raise Unfit("expected at least one value")
+    return found
+
+
+def _as(annotation: Any, value: Any) -> Any:
+    annotation, _ = _parted(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (annotation,) = (argument for argument in arguments if argument is not type(None))
+        return _as(annotation, value)
+    if origin is Literal:
+        if type(value) is str and value in arguments:
+            return value
+        raise Unfit(f"expected one of {', '.join(map(repr, arguments))}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise Unfit("expected a list")
+        return tuple(_as(arguments[0], part) for part in value)
+    if annotation is float and type(value) is int:
+        return float(max(-FLOAT64_MAX, min(value, FLOAT64_MAX)))
+    if type(value) is not annotation:
+        raise Unfit(f"expected {_TYPES[annotation]}")
+    return value
+
+
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _check_one(field: Field, value: Any) -> None:
+    """Raise `Unfit` if a value of the right type is out of the option's range."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        ranges = field.all_of(Range) or [_ANY_INTEGER if isinstance(value, int) else _ANY]
+        for complaint in filter(None, (each.complaint(value) for each in ranges)):
+            raise Unfit(complaint)
+    if isinstance(value, str) and value != field.default:
+        if not value and MAY_BE_EMPTY not in field.declared:
+            raise Unfit("expected a text, found an empty one")
+        if "\0" in value:
+            raise Unfit("expected a text without the character 0")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise Unfit("expected a text of Unicode characters (UTF-8)") from error
+        for checked in field.all_of(Checked):
+            try:
+                checked.check(value)
+            except InputError as error:
+                raise Unfit(re.sub(r"^.*?: (?=expected)", "", str(error))) from error  # who raises it names the option
+
+
+def check_values(options: Any) -> None:
+    """Raise `InputError` for the first option of the dataclass `options` whose value is not what it declares."""
+    for name, field in fields_of(type(options)).items():
+        value = getattr(options, name)
+        try:
+            converted(field, value)
+        except Unfit as unfit:
+            raise InputError(f"{field.shown} {in_words(value)}: {unfit}") from unfit
+
+
+def in_words(value: Any) -> str:
+    """Return a value for a message: of a number with thousands of digits, how many it has; what cannot be shown, quoted."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"(a number of {int(math.log10(abs(value))) + 1} digits)"
+    text = " ".join(map(in_words, value)) if isinstance(value, list | tuple) else str(value)
+    return text if text and text.isprintable() else ascii(text)
+
+
+def check_effects(options: Any, given: Container[str], reasons: Mapping[str, str] | None = None) -> list[str]:
+    """Return, for the log, what is to be said of the options in `given`, which somebody wrote down.
+
+    `reasons` says by name which have no effect, and why; without it the options' own method `without_effect` does, for
+    those that other values than a switch decide. What else is to be said of them their method `remarks` knows.
+    Raises `InputError` for one that has no effect with the others, and says with what it would.
+    """
+    fields = fields_of(type(options))
+    if reasons is None:
+        reasons = options.without_effect() if hasattr(options, "without_effect") else {}
+    needed = {
+        name: f"without --{fields[needs.option].flag}{needs.also}; give that too, or"
+        for name, field in fields.items()
+        for needs in field.all_of(Needs)
+        if not _is_on(fields[needs.option], getattr(options, needs.option))
+    }
+    reasons = needed | {name: f"{reason};" for name, reason in reasons.items()}
+    said: list[str] = options.remarks(given) if hasattr(options, "remarks") else []
+    for name, field in fields.items():
+        if name not in given:
+            continue
+        value = getattr(options, name)
+        shown = f"--{field.flag}" + ("" if field.is_switch else f" {in_words(value)}")
+        if name not in reasons:
+            said += [f"{shown}: {told.words}" for told in field.all_of(Told)]
+        elif HARMLESS in field.declared:
+            said.append(f"{shown} has no effect {reasons[name].partition(';')[0]}")
+        else:
+            raise InputError(f"{shown}: has no effect {reasons[name]} leave it out")
+    return said
+
+
+def _is_on(field: Field, value: Any) -> bool:
+    """Return whether an option that others need is on: neither off nor absent, nor 0 where 0 is its default."""
+    return value is not None and value is not False and not (value == 0 and field.default == 0)

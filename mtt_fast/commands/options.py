@@ -1,0 +1,214 @@
+"""Options that the jobs share, with the names, meanings and defaults of the public MTT code."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.commands.option_fields import (
+    COUNT,
+    COUNT_FROM_ZERO,
+    HARMLESS,
+    NETWORKS,
+    RATE,
+    RATE_OR_ZERO,
+    SEED,
+    SHARE,
+    Checked,
+    Needs,
+    Range,
+    Role,
+)
+from mtt_fast.data import NAMES, ImageData, load
+from mtt_fast.data.published_info import DatasetInfo, dataset_info
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.pools import eval_pool
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.provenance import check_device_name, choose_device
+from mtt_fast.training.protocols import EvaluationProtocol, protocol_by_name, protocol_called
+
+TrueOrFalse = Annotated[bool, tyro.conf.FlagConversionOff]
+"""A flag that takes the word True or False, as some of the public code's do."""
+
+
+def _hint(numbers: Range) -> Any:
+    """Return what has --help say which numbers an option takes."""
+    return tyro.conf.arg(help_behavior_hint=lambda default: f"({numbers}; default: {default})")
+
+
+Count = Annotated[int, COUNT, _hint(COUNT)]
+CountOrNone = Annotated[int | None, COUNT, _hint(COUNT)]
+CountFromZero = Annotated[int, COUNT_FROM_ZERO, _hint(COUNT_FROM_ZERO)]
+CountFromZeroOrNone = Annotated[int | None, COUNT_FROM_ZERO, _hint(COUNT_FROM_ZERO)]
+Networks = Annotated[int, NETWORKS, _hint(NETWORKS)]
+NetworksOrNone = Annotated[int | None, NETWORKS, _hint(NETWORKS)]
+Side = Annotated[int | None, Range(1, largest=2**14), _hint(Range(1))]
+Rate = Annotated[float, RATE, _hint(RATE)]
+RateOrNone = Annotated[float | None, RATE, _hint(RATE)]
+RateOrZero = Annotated[float, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
+RateOrZeroOrNone = Annotated[float | None, RATE_OR_ZERO, _hint(RATE_OR_ZERO)]
+Share = Annotated[float, SHARE, _hint(SHARE)]
+ShareOrNone = Annotated[float | None, SHARE, _hint(SHARE)]
+Seed = Annotated[int, SEED, _hint(SEED)]
+AtLeastTwo = Annotated[int, Range(2, largest=10**9), _hint(Range(2))]
+AtLeastTwoOrNone = Annotated[int | None, Range(2, largest=10**9), _hint(Range(2))]
+Seconds = Annotated[float, Range(0, infinite=True), _hint(Range(0)), Role.MACHINE]
+Strategy = Annotated[str, Checked(augment_by_strategy)]
+StoreDtype = Literal["float32", "bfloat16"]
+"""Types of options with the range that holds for flags and files alike (mtt_fast/commands/option_fields.py)."""
+
+DOWNLOADED = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")
+"""Data sets that --download fetches."""
+OF_ONE_SIZE = (*DOWNLOADED, "digits")
+"""Data sets whose images are not resized."""
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Which images, which network, where, and with which random numbers."""
+
+    dataset: str = "CIFAR10"
+    """digits, MNIST, FashionMNIST, CIFAR10, CIFAR100, Tiny, ImageNet, or an image folder (train/CLASS/…, test/CLASS/…)"""
+    subset: str | None = None
+    """of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk, imageyellow; without it all of its classes"""
+    res: Side = None
+    """resolution in pixels, where the data set has no one size"""
+    data_path: Annotated[str, Role.PLACE] = "data"
+    """where the data sets lie"""
+    packed_path: Annotated[str | None, Role.PLACE] = None
+    """where they are kept packed, if not in DATA_PATH/packed (which may be read-only)"""
+    download: Annotated[bool, Role.PLACE, HARMLESS] = False
+    """fetch the data set if it is missing (MNIST, FashionMNIST, CIFAR10, CIFAR100)"""
+    zca: bool = False
+    """whiten the images (ZCA, eps 0.1) instead of normalising them"""
+    model: str = "ConvNet"
+    """network: ConvNet (depth 3, width 128), ConvNetD4, ConvNetD3W64, ConvNetNN (no norm), ConvNetBN, AlexNet, VGG11, ResNet18,
+    ResNet18_AP, …"""
+    dsa: TrueOrFalse = True
+    """differentiable siamese augmentation"""
+    dsa_strategy: Annotated[Strategy, Needs("dsa", " True")] = "color_crop_cutout_flip_scale_rotate"
+    """its operations, one of which is drawn for each step"""
+    seed: Seed = 0
+    """every random number follows from it"""
+    device: Annotated[str, Role.MACHINE, Checked(check_device_name)] = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    precision: Annotated[Precision, HARMLESS] = "tf32"
+    """of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs) or bf16 (ConvNet's fused step alone);
+    sums are float32. A CPU computes in float32 whatever this says"""
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the options that have no effect with the others, and why, for whoever gives one all the same."""
+        found, name = {}, _known_name(self.dataset)
+        if name != "ImageNet":
+            found["subset"] = "without --dataset ImageNet"
+        if name in OF_ONE_SIZE and self.res != (side := dataset_info(name).image_shape[-1]):
+            found["res"] = f"on {name}, whose images have {side} pixels a side"
+        if name not in DOWNLOADED:
+            found["download"] = f"on {self.dataset}: only {', '.join(DOWNLOADED)} are fetched"
+        if choose_device(self.device).type == "cpu":
+            found["precision"] = "on a CPU, which computes in float32"
+        return found
+
+    def remarks(self, given: Container[str]) -> list[str]:
+        """Return what the log is to say of the options in `given`, where the public code means something else by them."""
+        if "dataset" in given and self.subset is None and _known_name(self.dataset) == "ImageNet":
+            return ["--dataset ImageNet without --subset is all of its classes; the public code takes imagenette"]
+        return []
+
+    def load_data(self) -> ImageData:
+        """Return the images that the options name."""
+        return load(
+            self.dataset,
+            data_path=self.data_path,
+            subset=self.subset,
+            res=self.res,
+            download=self.download,
+            packed_path=self.packed_path,
+        )
+
+    def network(self, data: ImageData | DatasetInfo) -> Trainable:
+        """Return the network that the options name, for `data`."""
+        return network_by_name(self.model, data.image_shape, data.num_classes)
+
+    @property
+    def strategy(self) -> str:
+        """The augmentation's operations, or "none"."""
+        return self.dsa_strategy if self.dsa else "none"
+
+
+@dataclass(frozen=True)
+class TrainingOptions(CommonOptions):
+    """How several networks are trained on one device."""
+
+    networks_at_once: Annotated[NetworksOrNone, Role.MACHINE] = None
+    """networks to train at the same time; without it as many as the device has room for. The result is the same"""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(TrainingOptions):
+    """How networks are evaluated, and which."""
+
+    batch_train: Annotated[CountOrNone, Role.EVALUATION] = None
+    """batch size for training networks; without it 256, or what the evaluation's protocol says"""
+    num_eval: Annotated[Networks, Role.EVALUATION] = 5
+    """networks in an evaluation"""
+    epoch_eval_train: Annotated[CountFromZero, Role.EVALUATION] = 1000
+    """epochs of each"""
+    eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "S"
+    """networks to evaluate: S the model itself (instance norm in place of batch norm), SS the model as it is, C itself and ConvNet,
+    M architectures, W widths, D depths, A activations, P poolings, N norms, B and BN batch norm"""
+    protocol: Annotated[str, Role.EVALUATION, Checked(protocol_called)] = "mtt"
+    """how networks are trained and tested: mtt, datm (batches of 128) or ddranking (the best epoch)"""
+    best_epoch: Annotated[bool, Role.EVALUATION, HARMLESS] = False
+    """report the best epoch, chosen on the test images, in place of the last"""
+
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        found = super().without_effect()
+        if protocol_called(self.protocol).best_epoch:
+            found["best_epoch"] = f"with --protocol {self.protocol}, which reports the best epoch by itself"
+        return found
+
+    def evaluated_networks(self, data: ImageData | DatasetInfo) -> dict[str, Trainable]:
+        """Return the networks to evaluate for `data`, by name, the model itself first if it is among them.
+
+        Raises `InputError` for an unknown --eval_mode, or images that are too small for one of them.
+        """
+        own = self.network(data)
+        pool = {
+            name: network_by_name(name, data.image_shape, data.num_classes)
+            for name in eval_pool(self.eval_mode, self.model)
+        }
+        first = [name for name, network in pool.items() if name == self.model or network == own][:1]
+        return {name: pool[name] for name in [*first, *pool]}
+
+    def evaluation_protocol(self) -> EvaluationProtocol:
+        """Return the protocol. Raises `InputError` for a number of epochs that it cannot have."""
+        return protocol_by_name(
+            self.protocol,
+            epochs=self.epoch_eval_train,
+            batch_size=self.batch_train,
+            augment=self.strategy,
+            best_epoch=self.best_epoch,
+        )
+
+
+def _known_name(dataset: str) -> str:
+    """Return the name of a data set as it is spelled in the list of them; that of an image folder as it is."""
+    return {name.casefold(): name for name in NAMES}.get(dataset.casefold(), dataset)
+
+
+def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo, model: str, zca: bool) -> Path:
+    """Return the folder of the experts, laid out as the public code does: PATH/CIFAR10_NO_ZCA/ConvNet."""
+    if data.name.upper().startswith("CIFAR"):
+        name = data.name if zca else f"{data.name}_NO_ZCA"
+    else:
+        name = f"{data.name}_ZCA" if zca else data.name
+    return Path(buffer_path) / name / model

@@ -1,0 +1,131 @@
+"""Pictures for people: a labelled grid of images, a snapshot of them, and the curves of a run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mtt_fast.data.images import as_image
+from mtt_fast.storage.files import atomic_path
+
+_LONGEST_ROW = 10
+_MOST_CLASSES = 100  # in a snapshot
+_SMALLEST_TILE = 96  # pixels on the screen
+_GAP, _CAPTION, _HEADER = 6, 20, 34
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+
+
+def save_grid(
+    path: str | os.PathLike[str],
+    panels: Sequence[tuple[str, Tensor]],
+    labels: Tensor,
+    class_names: Sequence[str],
+) -> None:
+    """Write panels, each a title and pictures (n, C, H, W) in [0, 1], one above the other with class names, atomically.
+
+    One image a class: ten classes a row, names above. More: a class a row, its first ten images.
+    Small images are enlarged by a whole factor, without smoothing.
+    """
+    by_class = [[int(i) for i in (labels == label).nonzero()[:_LONGEST_ROW, 0]] for label in range(len(class_names))]
+    rows: list[list[tuple[str, int]]]
+    if max(map(len, by_class)) <= 1:
+        present = [(name, found[0]) for name, found in zip(class_names, by_class, strict=True) if found]
+        rows = [present[begin : begin + _LONGEST_ROW] for begin in range(0, len(present), _LONGEST_ROW)]
+    else:
+        rows = [
+            [(name if column == 0 else "", index) for column, index in enumerate(found)]
+            for name, found in zip(class_names, by_class, strict=True)
+            if found
+        ]
+    drawn = [_panel(title, pictures, rows) for title, pictures in panels]
+    canvas = Image.new("RGB", (max(image.width for image in drawn), sum(image.height for image in drawn)), _PAPER)
+    top = 0
+    for image in drawn:
+        canvas.paste(image, (0, top))
+        top += image.height
+    with atomic_path(path) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
+def _panel(title: str, pictures: Tensor, rows: Sequence[Sequence[tuple[str, int]]]) -> Image.Image:
+    """Draw one panel; each tile of `rows` is a name above the picture of that index."""
+    factor = max(1, math.ceil(_SMALLEST_TILE / pictures.shape[-1]))
+    width, height = pictures.shape[-1] * factor, pictures.shape[-2] * factor
+    font, title_font = ImageFont.load_default(size=14), ImageFont.load_default(size=17)
+    pitch = height + _CAPTION + _GAP
+    columns = max(map(len, rows))
+    image = Image.new("RGB", (_GAP + columns * (width + _GAP), _HEADER + len(rows) * pitch + _GAP), _PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((_GAP, _GAP), title, fill=_INK, font=title_font)
+    for row, tiles in enumerate(rows):
+        top = _HEADER + row * pitch
+        for column, (name, index) in enumerate(tiles):
+            left = _GAP + column * (width + _GAP)
+            draw.text((left, top), _shortened(name, width, font), fill=_INK, font=font)
+            tile = as_image(pictures[index]).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            image.paste(tile, (left, top + _CAPTION))
+    return image
+
+
+def _shortened(name: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    while name and font.getlength(name) > width:
+        name = name[:-1]
+    return name
+
+
+def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]], baseline: float | None = None) -> None:
+    """Write loss, learning rate and accuracy over the iterations as one figure, atomically.
+
+    `records` are the lines of metrics.jsonl; `baseline` is the accuracy of as many random real images, or None.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only the jobs draw
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    loss, rate, accuracy = figure.subplots(1, 3)
+    steps = [record for record in records if record["kind"] == "step"]
+    iterations = [record["iteration"] for record in steps]
+    loss.plot(iterations, [record["loss"] for record in steps], linewidth=0.8)
+    loss.set(title="loss", xlabel="iteration")
+    rate.plot(iterations, [record["lr"] for record in steps], linewidth=1.2)
+    rate.set(title="student's learning rate", xlabel="iteration")
+    for kind, name in (("evaluation", "distilled"), ("ema_evaluation", "average over the iterations")):
+        if evaluations := [record for record in records if record["kind"] == kind]:
+            accuracy.errorbar(
+                [record["iteration"] for record in evaluations],
+                [record["accuracy_mean"] for record in evaluations],
+                [record["accuracy_std"] for record in evaluations],
+                marker="o",
+                capsize=3,
+                label=name,
+            )
+    if baseline is not None:
+        accuracy.axhline(baseline, color="grey", linestyle="--", label="random real images")
+    accuracy.set(title="test accuracy of fresh networks", xlabel="iteration")
+    accuracy.legend(frameon=False)
+    for axes in (loss, rate, accuracy):
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def save_snapshot(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor) -> None:
+    """Write the first picture (C, H, W) in [0, 1] of each class, ten a row and pixel for pixel, atomically.
+
+    `pictures` (n, C, H, W) with class indices `labels` (n,). At most a hundred classes are shown. Pictures of one run
+    made at different iterations lie at the same places.
+    """
+    first = [int((labels == label).nonzero()[0, 0]) for label in labels.unique()[:_MOST_CLASSES]]
+    height, width = pictures.shape[-2:]
+    columns = min(_LONGEST_ROW, len(first))
+    canvas = Image.new("RGB", (columns * width, math.ceil(len(first) / columns) * height), _PAPER)
+    for place, index in enumerate(first):
+        row, column = divmod(place, columns)
+        canvas.paste(as_image(pictures[index]).convert("RGB"), (column * width, row * height))
+    with atomic_path(path) as temporary:
+        canvas.save(temporary, format="PNG")

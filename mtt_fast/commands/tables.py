@@ -1,0 +1,41 @@
+"""What the analyses write: figures, Markdown tables, accuracies in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mtt_fast.commands.accuracies import label_of
+from mtt_fast.storage.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MISSING = "—"
+"""Stands where nothing was measured, or nothing is known."""
+
+
+def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
+    """Write `figure` as PNG, atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+
+    with atomic_path(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, one line a row; a bar within a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+
+
+def percent(accuracy: Mapping[str, Any] | None) -> str:
+    """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None.
+
+    A single network has no deviation; the best epoch, and networks that diverged, are named as such.
+    """
+    if accuracy is None:
+        return MISSING
+    spread = accuracy.get("std") if accuracy.get("n") != 1 else None
+    return f"{100 * accuracy['mean']:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}") + label_of(accuracy)

@@ -1,0 +1,51 @@
+"""Distilled sets and experts to and from the files of other software: `python -m mtt_fast convert SOURCE DESTINATION`.
+
+The kinds of files are in mtt_fast/interop. Experts come as replay_buffer_N.pt of the public code; a destination of
+experts is what --buffer_path names, in the public code and here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import check_effects
+from mtt_fast.convert.experts import EXPERT_KINDS, expert_kind_of, export_to, import_from, options_in_path
+from mtt_fast.convert.options import ConvertOptions, parse_options
+from mtt_fast.convert.sets import convert_set
+from mtt_fast.errors import InputError, did_you_mean
+from mtt_fast.interop import SET_KINDS, set_kind_of
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options = parse_options(argv)
+    source, kinds = Path(options.source), EXPERT_KINDS | SET_KINDS
+    kind = options.from_ or expert_kind_of(source) or set_kind_of(source)
+    if kind is None:
+        what = "other files" if os.path.lexists(source) else "nothing there"
+        raise InputError(f"{source}: expected files of a known kind, found {what}; check the path, or say --from KIND")
+    for option, name in (("--from", kind), ("--to", options.to)):
+        if name is not None and name not in kinds:
+            raise InputError(f"{option} {name}: expected one of {', '.join(kinds)}{did_you_mean(name, list(kinds))}")
+    log.info("%s: %s", source, kinds[kind])
+    given = parsing.given(ConvertOptions, argv)
+    if kind in EXPERT_KINDS:
+        if kind != "experts":
+            told = options_in_path(source)
+            options = parse_options(argv, told)
+            for name, value in told.items():
+                if getattr(options, name) != value:
+                    log.warning(
+                        "--%s %s: its folder's name tells %s; is it another?", name, getattr(options, name), value
+                    )
+        for words in check_effects(options, given, options.without_effect_on_experts(kind == "experts")):
+            log.info("%s", words)
+        export_to(options) if kind == "experts" else import_from(options, kind)
+    else:
+        convert_set(options, kind, given)

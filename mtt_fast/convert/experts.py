@@ -1,0 +1,225 @@
+"""Experts from the buffers of other software, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtt_fast.commands.options import CommonOptions, buffer_folder
+from mtt_fast.compress import waypoint_folder
+from mtt_fast.convert.options import ConvertOptions
+from mtt_fast.data import NAMES, ImageData
+from mtt_fast.data.imagenet import SUBSETS
+from mtt_fast.errors import InputError
+from mtt_fast.experts import STORE_DTYPES
+from mtt_fast.interop import buffer_files, export_experts, export_waypoints, import_experts, read_buffer, read_waypoints
+from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED, Trajectory
+from mtt_fast.interop.waypoints import WAYPOINTS
+from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.runtime.numerics import numerics
+from mtt_fast.runtime.provenance import choose_device, versions
+from mtt_fast.storage.expert_checks import check_one_kind
+from mtt_fast.storage.files import whole_folder
+from mtt_fast.storage.foreign import names_in
+from mtt_fast.storage.temporaries import is_free
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
+from mtt_fast.training.images import real_images
+from mtt_fast.training.sgd import accuracy
+
+log = logging.getLogger(__name__)
+
+EXPERT_KINDS = {
+    "experts": "this software's: expert_NNNN.safetensors, one file an expert",
+    "buffer": "replay_buffer_N.pt of MTT and its successors",
+    "convexified": "convexified_replay_buffer_N.pt of MCT",
+    "waypoints": "waypoint_buffer_N.pt and step_buffer_N.pt of MCT",
+}
+_SERIES = {
+    "buffer": BUFFER,
+    "convexified": CONVEXIFIED,
+    "waypoints": WAYPOINTS,
+    "experts": r"expert_(\d+)\.safetensors",
+}
+
+
+def expert_kind_of(source: Path) -> str | None:
+    """Return the kind of the experts that `source`, a file or a folder, looks like by its names, or None.
+
+    Raises `InputError` for a folder that cannot be listed.
+    """
+    names = names_in(source) if os.path.isdir(source) else [source.name]
+    for kind, pattern in _SERIES.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            return kind
+    return None
+
+
+def options_in_path(source: Path) -> dict[str, Any]:
+    """Return the options that the public code's folders tell: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
+    place = Path(os.path.realpath(source))
+    folder = place if place.is_dir() else place.parent
+    model, *above = [part.name for part in (folder, *folder.parents)]
+    if not model.startswith("ConvNet") or len(above) < 3:
+        return {}
+    if above[2] == "ImageNet" and above[1] in SUBSETS and above[0].isdigit():
+        found: dict[str, Any] = {"dataset": "ImageNet", "subset": above[1], "res": int(above[0]), "model": model}
+    else:
+        name = above[0].removesuffix("_NO_ZCA")
+        if name not in NAMES:
+            return {}
+        found = {"dataset": name, "zca": name.startswith("CIFAR") and name == above[0], "model": model}
+    log.info("its folder's name tells %s", ", ".join(f"--{option} {value}" for option, value in found.items()))
+    return found
+
+
+def import_from(options: ConvertOptions, kind: str) -> None:
+    """Read experts of `kind` from `options.source` and write them where distill finds them.
+
+    All are checked first. Ctrl-C stops after an expert; the same command continues.
+    Raises `InputError` for files that hold no experts of the network, and without the data set's name.
+    """
+    if options.to not in (None, "experts"):
+        raise InputError(f"--to {options.to}: {options.source} holds experts, which become experts")
+    common = options.common()
+    files = buffer_files(options.source, _SERIES[kind])
+    data = common.load_data()
+    network = common.network(data)
+    folder = buffer_folder(options.destination, data, options.model, options.zca)
+    if kind == "waypoints":
+        folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
+    metadata = ExpertMetadata.of(
+        data.identity(options.zca),
+        network=network.describe(),
+        layout=network.layout.describe(),
+        hyperparameters={},
+        seed=-1,  # unknown
+        accuracy=[],
+        versions=versions(),
+    )
+    read = read_waypoints if kind == "waypoints" else read_buffer
+
+    def experts() -> Iterator[Trajectory]:
+        for file in files:
+            yield from read(file)
+
+    count = sum(1 for _ in experts())
+    device = choose_device(options.device)
+    with numerics(device, common.precision), stop_request() as stop, tqdm(total=count, unit="expert") as bar:
+
+        def after_each(expert: Trajectory) -> None:
+            bar.update()
+            if stop:
+                raise Stopped(
+                    "stopped; the experts that were converted are saved; the same command continues", stop.signum
+                )
+
+        store = import_experts(
+            experts, folder, network.layout, metadata, _measurer(options, common, data, device),
+            STORE_DTYPES[options.store_dtype], after_each,
+        )  # fmt: skip
+    _say_imported(options, store, data)
+
+
+def _measurer(
+    options: ConvertOptions, common: CommonOptions, data: ImageData, device: torch.device
+) -> Callable[[Tensor], list[float]]:
+    """Return what measures the test accuracy of an expert's rows that --measure names, and gives NaN for the others."""
+    network, test = common.network(data), real_images(data, options.zca, device).test
+
+    def measure(rows: Tensor) -> list[float]:
+        values = [math.nan] * len(rows)
+        for row in range(len(rows)) if options.measure == "all" else [len(rows) - 1]:
+            values[row] = accuracy(network, rows[row].to(device), test)
+        return values
+
+    return measure
+
+
+def _say_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageData) -> None:
+    final = torch.tensor([store.metadata(expert).accuracy[-1] for expert in range(len(store))])
+    log.info("wrote %d experts of %d epochs to %s", len(store), store.epochs(0), store.folder)
+    log.info("their test accuracy is %.4f", final.mean())
+    if final.mean() < 2 / data.num_classes:
+        log.warning(
+            "that is hardly more than guessing: were they trained on %s %s ZCA whitening?",
+            data.name, "with" if options.zca else "without",
+        )  # fmt: skip
+    names = ("dataset", "subset", "res", "data_path", "model")
+    told = [f"--{name} {getattr(options, name)}" for name in names if getattr(options, name) is not None]
+    told += ["--zca"] * options.zca + [f"--num_experts {len(store)}"]
+    course = store.course(0)
+    told += [f"--num_interpolation {len(course.epochs)}"] if course else []
+    log.info("use them with: python -m mtt_fast.distill --buffer_path %s %s …", options.destination, " ".join(told))
+
+
+def export_to(options: ConvertOptions) -> None:
+    """Write this software's experts in `options.source` as buffers, where the code that reads them looks for them.
+
+    Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer. With
+    --to experts they stay this software's, and are written anew, with checksums.
+    Nothing is written if it is stopped.
+    """
+    store = TrajectoryStore(options.source)
+    if not len(store):
+        raise InputError(
+            f"{options.source}: expected experts (expert_0000.safetensors, …), found none; name their folder"
+        )
+    check_one_kind(store)
+    kind = options.to or ("waypoints" if store.course(0) else "buffer")
+    if kind == "experts":
+        _copy(store, Path(options.destination))
+        return
+    if kind not in ("buffer", "waypoints"):
+        raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer, waypoints or experts")
+    folder = _public_folder(Path(options.destination), store, kind)
+    export = export_waypoints if kind == "waypoints" else export_experts
+    written = []
+    files = export(store, folder, options.experts_per_file)
+    with stop_request() as stop, tqdm(total=len(store), unit="expert") as bar, contextlib.closing(files):
+        for path in files:
+            written.append(path)
+            bar.update(min(options.experts_per_file, len(store) - bar.n))
+            if stop:
+                raise Stopped("stopped; nothing was written", stop.signum)
+    log.info("wrote %d experts to %s", len(store), ", ".join(map(str, written)))
+    readers = {"buffer": "the public code's distill.py reads", "waypoints": "MCT's distill_compressed.py reads"}
+    log.info("%s them with --buffer_path %s", readers[kind], options.destination)
+
+
+def _copy(store: TrajectoryStore, root: Path) -> None:
+    """Write the experts anew, in the folder below `root` that is to it what theirs is to its --buffer_path."""
+    source = store.folder.resolve()
+    folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
+    if not is_free(folder):
+        raise InputError(f"{folder}: is there already; choose another destination, or delete it")
+    with whole_folder(folder) as content:
+        for expert, index in enumerate(tqdm(store.indices, unit="expert")):
+            course, epochs = store.course(expert), range(store.epochs(expert) + 1)
+            rows = torch.stack([store.read(expert, epoch) for epoch in (course.epochs if course else epochs)])
+            if course is None:
+                write_expert(content, index, rows, store.metadata(expert), store.dtype(expert))
+            else:
+                write_waypoints(content, index, rows, course, store.metadata(expert), store.dtype(expert))
+    log.info("wrote %d experts to %s", len(store), folder)
+
+
+def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:
+    """Return where the public code, or MCT's for waypoints, looks for these experts, below its --buffer_path."""
+    folder, metadata = store.folder.resolve(), store.metadata(0)
+    model = folder.parent.name if folder.name.startswith("waypoints_") else folder.name
+    subset, _, res = metadata.dataset.partition("-")
+    if subset in SUBSETS:
+        return root / "ImageNet" / subset / (res or "128") / model
+    suffixed = ("CIFAR10", "CIFAR100", "Tiny") if kind == "waypoints" else ("CIFAR10", "CIFAR100")
+    plain = metadata.dataset in suffixed and metadata.whitening == "none"
+    return root / (metadata.dataset + ("_NO_ZCA" if plain else "")) / model

@@ -1,0 +1,138 @@
+"""The options of a conversion."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import HARMLESS, Checked, Role
+from mtt_fast.commands.options import CommonOptions, Count, Rate, Side, StoreDtype
+from mtt_fast.errors import InputError
+from mtt_fast.runtime.provenance import check_device_name
+
+PROGRAM = "python -m mtt_fast convert"
+
+
+def _check_method(name: str) -> None:
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"--method {name}: expected a name of letters and digits, as names of files hold it")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Convert a distilled set, or experts' trajectories, to or from the files of other software."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")] = ""
+    """a file or a folder"""
+    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")] = ""
+    """a file or a folder that is not there yet; for experts the --buffer_path of who will read them"""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """kind of the source, where its names do not tell"""
+    to: str | None = None
+    """kind of the destination: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts, buffer, waypoints. Without it:
+    what the destination's name tells; else this software's kind, or from this software's the public code's. Experts of this software
+become experts too, written anew, with --to experts"""
+
+    dataset: Annotated[str | None, HARMLESS] = None
+    """the real images: foreign files do not say of which they are"""
+    subset: Annotated[str | None, HARMLESS] = None
+    """of ImageNet"""
+    res: Annotated[Side, HARMLESS] = None
+    """resolution in pixels, where the data set has no one size"""
+    data_path: Annotated[str, Role.PLACE, HARMLESS] = "data"
+    """where the data sets lie"""
+    packed_path: Annotated[str | None, Role.PLACE, HARMLESS] = None
+    """where they are kept packed, if not in DATA_PATH/packed"""
+    download: Annotated[bool, Role.PLACE, HARMLESS] = False
+    """fetch the data set if it is missing"""
+    zca: Annotated[bool, HARMLESS] = False
+    """the source was made with ZCA-whitened images"""
+    model: Annotated[str, HARMLESS] = "ConvNet"
+    """network of the experts"""
+    device: Annotated[str, Role.MACHINE, HARMLESS, Checked(check_device_name)] = "auto"
+    """auto, cpu, cuda, …, where experts are measured"""
+
+    lr_teacher: Rate = 0.01
+    """learning rate of a set that comes without one"""
+    label_kind: Literal["probabilities", "logits"] | None = None
+    """what the source's soft labels are (guessed from their sums without this)"""
+    reorder: bool = False
+    """put a set with soft labels into the order of its largest labels"""
+    hard_labels: bool = False
+    """write each image's class in place of its soft label"""
+    method: Annotated[str | None, Checked(_check_method)] = None
+    """whose set it is, in names of dc_benchmark's and DC's files: TM, DC, DSA, DM, random, Kmeans; without it what the set's own
+    record says, or TM"""
+
+    measure: Literal["last", "all"] = "last"
+    """epochs of each imported expert whose test accuracy is measured; that of the others is unknown (NaN)"""
+    store_dtype: StoreDtype = "float32"
+    """of imported experts: float32, or bfloat16 at half the size"""
+    experts_per_file: Count = 10
+    """experts in one replay_buffer_N.pt (the public code's --save_interval); they are in memory together"""
+
+    def common(self) -> CommonOptions:
+        """Return the options that name the real images and the network. Raises `InputError` without a data set."""
+        if self.dataset is None:
+            raise InputError(
+                f"{self.source}: expected the real images that it belongs to, which its files do not name; say --dataset "
+                "(and --data_path, --zca, --model where needed)"
+            )
+        names = {field.name for field in dataclasses.fields(CommonOptions)} & set(vars(self))
+        return CommonOptions(**{name: getattr(self, name) for name in names})
+
+    def without_effect_on_experts(self, exported: bool) -> dict[str, str]:
+        """Return the options that have no effect where experts are converted, and why."""
+        of_sets = ("lr_teacher", "label_kind", "reorder", "hard_labels", "method")
+        found = dict.fromkeys(of_sets, "on experts, only on distilled sets")
+        if exported:
+            found |= dict.fromkeys((*_OF_DATA, "dataset", "zca", "model"), "on experts of this software, which know it")
+            found |= dict.fromkeys(_OF_IMPORTS, "on experts that are exported, only on imported ones")
+        else:
+            found["experts_per_file"] = "on experts that are imported, which have a file each"
+            found |= self._without_effect_on_data()
+        return found
+
+    def without_effect_on_set(self, kind: str, to: str) -> dict[str, str]:
+        """Return the options that have no effect where a distilled set of `kind` becomes one of kind `to`, and why."""
+        found = dict.fromkeys((*_OF_IMPORTS, "experts_per_file"), "on a distilled set, only on experts")
+        with_facts = ("synthetic", "png", "parquet")
+        if kind == "synthetic":
+            known = "on a set of this software, which knows it"
+            found |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "label_kind"), known)
+        elif to not in with_facts:
+            unread = f"where nothing becomes {' or '.join(with_facts)}"
+            found |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher"), unread)
+        else:
+            found |= self._without_effect_on_data()
+        if kind in ("dc", "dc_benchmark", "png", "parquet"):
+            found["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
+        if to not in ("dc", "dc_benchmark"):
+            found["method"] = "without --to dc or dc_benchmark, whose names hold it"
+        return found
+
+    def _without_effect_on_data(self) -> dict[str, str]:
+        """Return the options of the real images that have no effect on them, and why."""
+        reasons = {} if self.dataset is None else dataclasses.replace(self.common(), device="cpu").without_effect()
+        return {name: reason for name, reason in reasons.items() if name in _OF_DATA}
+
+
+_OF_DATA = ("subset", "res", "data_path", "packed_path", "download")
+_OF_IMPORTS = ("measure", "store_dtype", "device")
+
+
+def parse_options(argv: Sequence[str], defaults: dict[str, Any] | None = None) -> ConvertOptions:
+    """Return the options of a command line, where `defaults` replace their own. Raises `InputError` for bad values.
+
+    Which have an effect depends on what the source turns out to be: whoever knows that asks `check_effects`.
+    """
+    options = parsing.preview(ConvertOptions, argv, PROGRAM, defaults)
+    if not options.source or not options.destination:
+        raise InputError(f"expected a source and a destination; see {PROGRAM} --help")
+    return options

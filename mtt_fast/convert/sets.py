@@ -1,0 +1,191 @@
+"""Distilled sets from and to the files of other software."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtt_fast.commands.option_fields import check_effects
+from mtt_fast.convert.options import ConvertOptions
+from mtt_fast.data import NAMES, transform_for
+from mtt_fast.data.published_info import dataset_info
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.errors import InputError
+from mtt_fast.interop import (
+    SET_KINDS,
+    Facts,
+    TensorSet,
+    as_synthetic,
+    as_tensor_set,
+    class_major,
+    ddranking_call,
+    facts_of,
+    read_set,
+    write_set,
+)
+from mtt_fast.interop.ddranking import VERSION
+from mtt_fast.interop.tensor_set import hardened, in_place
+from mtt_fast.runtime.provenance import versions
+from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
+from mtt_fast.storage.temporaries import is_free
+
+log = logging.getLogger(__name__)
+
+_PICTURES = ("png", "parquet")
+_LOSSY = "Pictures are cut to [0, 1] and rounded to 8 bits: train on tensors where you can"
+
+
+def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) -> None:
+    """Read a distilled set of `kind` from `options.source`, write it to `options.destination`, and say how to use it.
+
+    `given` are the options that somebody wrote down, which are refused where they have no effect.
+    Raises `InputError` for files that hold no set, for a destination that is there, and for a set that its kind cannot
+    hold or that needs the data set's name.
+    """
+    destination = Path(options.destination)
+    to = options.to or _kind_for(destination, native=kind == "synthetic")
+    if to not in SET_KINDS:
+        raise InputError(f"--to {to}: {options.source} holds a distilled set, not experts")
+    for words in check_effects(options, given, options.without_effect_on_set(kind, to)):
+        log.info("%s", words)
+    if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
+        raise InputError(f"{destination}: is there already; choose another destination, or delete it")
+    facts = _facts(options) if kind in _PICTURES and options.dataset else None
+    found = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)
+    if isinstance(found, SyntheticDataset):
+        _check_belongs(options, found)
+    check_effects(options, given, _without_effect(found))
+    found = _in_order(options, found)
+    if isinstance(found, TensorSet) and to in ("synthetic", *_PICTURES):
+        if found.lr is None:
+            log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
+        recipe = _recipe(options, found)
+        found = as_synthetic(found, _facts(options), options.lr_teacher, recipe, versions(), options.source)
+    written = write_set(destination, found, to, dataset=options.dataset, method=options.method or _method(found))
+    log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
+    log.info("%s", _usage(options, to, written, found))
+    if isinstance(found, SyntheticDataset) and found.canvas and to != "synthetic":
+        log.info(
+            "The images are canvases of %d by %d images: train on random crops of the size of an image (evaluate: --texture)",
+            found.canvas.size, found.canvas.size,
+        )  # fmt: skip
+
+
+def _check_belongs(options: ConvertOptions, found: SyntheticDataset) -> None:
+    """Raise `InputError` where the options name other images than those that the set says it was made from.
+
+    It knows that by itself, so they need not; a name that is none of the data sets' is one for the files that are written.
+    """
+    expected = UNKNOWN
+    known = {name.casefold() for name in NAMES if name != "folder"}
+    if options.dataset is not None and options.dataset.casefold() in known:
+        expected = dataset_info(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
+    expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
+    check_same_data(found.identity, expected, options.source, mend="leave out what says otherwise: it knows its images")
+
+
+def _without_effect(found: SyntheticDataset | TensorSet) -> dict[str, str]:
+    """Return the options that have no effect on this set, and why."""
+    reasons: dict[str, str] = {}
+    if found.label_kind == "indices":
+        reasons |= dict.fromkeys(("reorder", "hard_labels"), "on labels that are classes")
+    if isinstance(found, TensorSet) and found.lr is not None:
+        reasons["lr_teacher"] = f"on a set that brings its learning rate, {float(found.lr):.4g}"
+    return reasons
+
+
+def _facts(options: ConvertOptions) -> Facts:
+    data = options.common().load_data()
+    return facts_of(data, transform_for(data, options.zca))
+
+
+def _recipe(options: ConvertOptions, found: TensorSet) -> dict[str, Any]:
+    """Return what `evaluate` has to know of a set that came from elsewhere."""
+    names = ("dataset", "subset", "res", "data_path", "packed_path", "zca", "model")
+    return {name: getattr(options, name) for name in names} | {
+        "ipc": len(found.labels) // found.num_classes,
+        "imported_from": options.source,
+    }
+
+
+def _method(found: SyntheticDataset | TensorSet) -> str:
+    """Return the method as names of DC's and dc_benchmark's files have it; TM, matching trajectories, for all others."""
+    name = found.recipe.get("method") if isinstance(found, SyntheticDataset) else None
+    return {"DC": "DC", "DSA": "DSA", "DM": "DM", "Random": "random", "K-means": "Kmeans"}.get(str(name), "TM")
+
+
+def _kind_for(destination: Path, native: bool) -> str:
+    by_suffix = {".safetensors": "synthetic", ".parquet": "parquet"}.get(destination.suffix)
+    if destination.suffix == ".pt":
+        by_suffix = "dc" if destination.name.startswith("res_") else "mtt"
+    return by_suffix or ("mtt" if native else "synthetic")
+
+
+def _in_order(options: ConvertOptions, found: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
+    """Return the set class-major, with the labels that are asked for, and say what was found."""
+    plain = found if isinstance(found, TensorSet) else as_tensor_set(found)
+    count, before = len(plain.labels), in_place(plain)
+    rate = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
+    log.info(
+        "%d images %s of %d classes, labels: %s, learning rate: %s",
+        count, tuple(plain.images.shape[1:]), plain.num_classes, plain.label_kind, rate,
+    )  # fmt: skip
+    ordered = class_major(plain, options.reorder)
+    if not torch.equal(ordered.labels, plain.labels):
+        log.info("reordered: class by class")
+    elif plain.label_kind != "indices" and before < count:
+        log.info(
+            "in %d of %d images the largest label is the class of their place; --reorder sorts by it", before, count
+        )
+    if options.hard_labels:
+        ordered = hardened(ordered)
+    changed: dict[str, Any] = {
+        "images": ordered.images, "labels": ordered.labels, "label_kind": ordered.label_kind,
+    }  # fmt: skip
+    return dataclasses.replace(found, **changed)
+
+
+def _for_ddranking(
+    options: ConvertOptions, folder: Path, found: SyntheticDataset | TensorSet, plain: TensorSet, zca: bool | None
+) -> str:
+    """Return the call of DD-Ranking, or why it cannot take the set."""
+    recipe = found.recipe if isinstance(found, SyntheticDataset) else {}
+    dataset, subset = options.dataset or recipe.get("dataset"), options.subset or recipe.get("subset")
+    data_path = recipe.get("data_path", options.data_path)
+    try:
+        if isinstance(found, SyntheticDataset) and found.canvas:
+            raise InputError("it has no random crops, which the canvases of --texture need")
+        call = ddranking_call(folder, plain, dataset, zca, subset, data_path)
+    except InputError as error:
+        return f"DD-Ranking {VERSION} cannot take the set: {error}"
+    return f"DD-Ranking {VERSION} takes it with\n{call}"
+
+
+def _usage(options: ConvertOptions, kind: str, written: list[Path], found: SyntheticDataset | TensorSet) -> str:
+    """Return what the software that reads the files has to do."""
+    first = written[0]
+    plain = found if isinstance(found, TensorSet) else as_tensor_set(found)
+    zca: bool | None = options.zca or None
+    if isinstance(found, SyntheticDataset):
+        zca = found.whitening is not None
+    space = {True: "ZCA-whitened", False: "normalised", None: "normalised or whitened, as in the source"}[zca]
+    match kind:
+        case "synthetic":
+            return f"use it with: python -m mtt_fast.evaluate {first}"
+        case "ddranking":
+            return _for_ddranking(options, first.parent, found, plain, zca)
+        case "dc_benchmark":
+            return f"dc_benchmark's root is {options.destination}; images are {space}"
+        case "dc":
+            return f"images, labels = torch.load({str(first)!r}, weights_only=False)['data'][-1]; images are {space}"
+        case "png":
+            return f"torchvision.datasets.ImageFolder({options.destination!r}) reads it. {_LOSSY}"
+        case "parquet":
+            return f"datasets.load_dataset('parquet', data_files={str(first)!r}) reads it. {_LOSSY}"
+    what = {"indices": "class indices", "probabilities": "probabilities", "logits": "logits (take their softmax)"}
+    return f"torch.load reads each; images are {space}, labels are {what[plain.label_kind]}"

@@ -1,0 +1,225 @@
+"""How sets do on networks other than their own, as one table: `python -m mtt_fast.cross RUN_OR_FILE…`.
+
+The paper's Table 3: each set trains fresh networks of each kind. What the table's folder holds already is not measured
+again, so a stopped table continues, and a set or a network can be added later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from mtt_fast.commands import parsing
+from mtt_fast.commands.evaluated_set import (
+    RANDOM,
+    SetOptions,
+    check_any_trained,
+    data_for,
+    read_synthetic,
+    real_images_for,
+    settings_of,
+    training_set,
+)
+from mtt_fast.commands.option_fields import Checked, Role, names_of
+from mtt_fast.cross.table import markdown, quoted_for, save_plot
+from mtt_fast.data import ImageData
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.errors import InputError
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.pools import eval_pool
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.numerics import numerics
+from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.files import MALFORMED, write_text
+from mtt_fast.storage.identity import OTHER_DATA
+from mtt_fast.storage.records import read_record, write_record
+from mtt_fast.storage.run_folder import only_user
+from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.protocols import Accuracy, evaluate
+
+log = logging.getLogger(__name__)
+
+Train = Callable[[torch.Generator], Images]
+"""What a network is trained on, from its random numbers."""
+
+PROGRAM = "python -m mtt_fast.cross"
+TABLE, MARKDOWN, PLOT = "cross.json", "cross.md", "cross.png"
+
+
+@dataclass(frozen=True)
+class CrossOptions(SetOptions):
+    """Evaluate sets on several networks: a table, as JSON, Markdown and a plot, that continues where it was stopped."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]] = ()
+    """runs' folders, files as of mtt_fast.evaluate, or the word "random" for random real images like the first set"""
+    models: tuple[str, ...] = ()
+    """networks; without them those of --eval_mode"""
+    eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
+    """networks by the letter of a pool (see mtt_fast.evaluate): M architectures"""
+    out: Annotated[str, Role.PLACE] = "runs/cross"
+    """folder of the table"""
+
+    def without_effect(self) -> dict[str, str]:
+        """See `CommonOptions.without_effect`."""
+        found = super().without_effect() | self.without_effect_on(self.sources)
+        return found | ({"eval_mode": "with --models, which names the networks"} if self.models else {})
+
+
+@dataclass(frozen=True)
+class _Set:
+    """One row of the table."""
+
+    source: str
+    options: CrossOptions
+    synthetic: SyntheticDataset | None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command with the arguments `argv`."""
+    options = parsing.preview(CrossOptions, argv, PROGRAM)
+    if not options.sources:
+        raise InputError(f"expected runs' folders, files, or the word {RANDOM}; see {PROGRAM} --help")
+    repeated = {source for source in options.sources if options.sources.count(source) > 1}
+    if repeated:
+        raise InputError(f"{repeated.pop()}: expected each set once, found it twice")
+    sets = _sets(options, argv)
+    device = choose_device(options.device)
+    with numerics(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
+        _run(options, sets, device, stop)
+
+
+def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
+    """Return the sets, each with the options of the distillation that it comes from; flags override them."""
+    found = {source: read_synthetic(source) for source in options.sources}
+    of_the_table = names_of(CrossOptions, Role.EVALUATION) - {"batch_train"} | {"seed"}
+    settings = {
+        source: {name: value for name, value in settings_of(synthetic).items() if name not in of_the_table}
+        for source, synthetic in found.items()
+        if synthetic is not None
+    }
+    first = next(iter(settings), None)
+    like_first: dict[str, Any] = {}
+    if first is not None and (synthetic := found[first]) is not None:
+        like_first = settings[first] | {"ipc": len(synthetic.images) // len(synthetic.class_names)}
+    return [
+        _Set(
+            source,
+            parsing.parse(CrossOptions, argv, PROGRAM, settings.get(source, like_first), source=source),
+            synthetic,
+        )
+        for source, synthetic in found.items()
+    ]
+
+
+def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop: StopRequest) -> None:
+    folder, protocol = Path(options.out), options.evaluation_protocol()
+    known = _measured_before(folder)
+    shown = []
+    if options.other_data and all(row.synthetic is None for row in sets):
+        raise InputError(f"{OTHER_DATA}: expected a distilled set, found none; leave it out")
+    of_rows = [
+        data_for(row.options, row.source, row.synthetic) for row in sets
+    ]  # all are compared before one is tested
+    log.info("%s", protocol.describe())
+    for row, data in zip(sets, of_rows, strict=True):
+        networks = _networks(row.options, data)
+        real = real_images_for(row.options, row.source, row.synthetic, data, device)
+        train, lr = training_set(row.options, row.source, row.synthetic, real, device)
+        of_row = _question(row, real, train, lr)
+        for name, network in networks.items():
+            question = of_row | {"network": name}
+            cell = next((cell for cell in known if cell["question"] == question), None)
+            if cell is None:
+                cell = {"question": question} | _measure(row, real, train, lr, name, network, stop)
+                known.append(cell)
+                write_record(folder / TABLE, {"cells": known, "versions": versions()})
+            log.info("%s on %s: %s", row.source, name, cell["text"])
+            shown.append({"set": row.source, **cell})
+    quoted = quoted_for(shown)
+    table = markdown(shown, quoted, protocol.describe())
+    write_text(folder / MARKDOWN, table)
+    save_plot(folder / PLOT, shown, quoted)
+    log.info("%s", table)
+    check_any_trained(
+        Accuracy(tuple(cell["accuracy"]["values"]), diverged=cell["accuracy"].get("diverged", 0)) for cell in shown
+    )
+
+
+def _networks(options: CrossOptions, data: ImageData) -> dict[str, Trainable]:
+    """Return the networks of a row; each is looked up before the first is trained."""
+    if options.models:
+        return {name: network_by_name(name, data.image_shape, data.num_classes) for name in options.models}
+    return options.evaluated_networks(data)
+
+
+def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str, Any]:
+    """Return all that the cells of a row follow from, but for the network: the same question has one answer."""
+    options = row.options
+    example = train(generator_for(options.seed, "evaluation", 0))
+    return {
+        "images": RANDOM if row.source == RANDOM else digest(example.pixels, example.labels),
+        "canvas": None if example.canvas is None else dataclasses.asdict(example.canvas),
+        "ipc": len(example) // real.data.num_classes,
+        "lr": lr,
+        "dataset": real.data.name,
+        "fingerprint": real.data.fingerprint,
+        "whitening": real.whitening,
+        "protocol": dataclasses.asdict(options.evaluation_protocol()),
+        "networks": options.num_eval,
+        "seed": options.seed,
+    } | ({"seen_as": row.synthetic.identity.record()} if row.synthetic and options.other_data else {})
+
+
+def _measure(
+    row: _Set, real: RealImages, train: Train, lr: float, name: str, network: Trainable, stop: StopRequest
+) -> dict[str, Any]:
+    """Train and test the networks of a cell. Raises `Stopped` after a stop request."""
+    options, device = row.options, real.test.labels.device
+    began = time.monotonic()
+    try:
+        result = evaluate(
+            network, train, real.test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
+            name=f"{row.source} on {name}", stop=stop, precision=precision_on(device, network, options.precision),
+            at_once=options.networks_at_once,
+        )  # fmt: skip
+    except Stopped as stopped:
+        raise Stopped("stopped; what was measured is saved, and the same command continues", stopped.signum) from None
+    return {
+        "accuracy": result.record(),
+        "text": str(result),
+        "seconds": time.monotonic() - began,
+        "device": device_name(device),
+    }
+
+
+def _measured_before(folder: Path) -> list[dict[str, Any]]:
+    path = folder / TABLE
+    if not path.exists():
+        return []
+    what, mend = "a table of this command", "delete it or choose another --out"
+    record = read_record(path, what, mend)
+    try:
+        return [_cell(**cell) for cell in record["cells"]]
+    except MALFORMED as error:
+        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
+
+
+def _cell(question: dict[str, Any], accuracy: dict[str, Any], text: str, seconds: float, device: str) -> dict[str, Any]:
+    """Return a cell as `_measure` gives it with its question. Raises one of `MALFORMED` for anything else."""
+    for name in ("mean", "std", "n"):
+        float(accuracy[name])
+    return {
+        "question": dict(question), "accuracy": accuracy, "text": text, "seconds": seconds, "device": device,
+    }  # fmt: skip

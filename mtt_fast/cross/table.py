@@ -1,0 +1,116 @@
+"""The cross-architecture table as people read it: Markdown and a plot, with the numbers of the papers beside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mtt_fast.analysis.published import published
+from mtt_fast.commands.accuracies import label_of
+from mtt_fast.commands.tables import markdown_table, percent, save_figure
+
+
+class Quoted(NamedTuple):
+    """Accuracies by network that a paper reports of one set; nobody measured them here."""
+
+    method: str
+    dataset: str
+    ipc: int
+    source: str
+    accuracies: dict[str, dict[str, float]]
+    """mean and, where it is known, std, in [0, 1]"""
+
+    @property
+    def name(self) -> str:
+        """The set in words."""
+        return f"{self.method}, {self.ipc} a class"
+
+    @property
+    def text(self) -> str:
+        """The set as a table lists it."""
+        return f"{self.name} (quoted)"
+
+
+def quoted_for(cells: Sequence[dict[str, Any]]) -> list[Quoted]:
+    """Return what papers report of the data sets and numbers of images that `cells` have: Table 3, and later ones like it."""
+    settings = {(cell["question"]["dataset"], str(cell["question"]["ipc"])) for cell in cells}
+    found: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
+    for row in published().rows:
+        for ipc, accuracy in row.accuracy.items():
+            if row.table == "3" and (row.dataset, ipc) in settings:
+                found.setdefault((row.method, row.dataset, ipc, row.source), {})[row.model] = accuracy
+    return [
+        Quoted(method, dataset, int(ipc), source, accuracies)
+        for (method, dataset, ipc, source), accuracies in found.items()
+    ]
+
+
+def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol: str) -> str:
+    """Return the table: a row a set, a column a network, mean ± std of the test accuracy in per cent.
+
+    Each cell is a record of cross.json, with the "set" that it is of.
+    """
+    networks = list(dict.fromkeys(cell["question"]["network"] for cell in cells))
+    rows = []
+    for name in dict.fromkeys(cell["set"] for cell in cells):
+        own = {cell["question"]["network"]: cell for cell in cells if cell["set"] == name}
+        ipc = next(iter(own.values()))["question"]["ipc"]
+        rows.append([name, str(ipc), *(_percent(own[network]) if network in own else "" for network in networks)])
+    for row in quoted:
+        known = [row.accuracies.get(network) for network in networks]
+        rows.append([row.text, str(row.ipc), *("" if accuracy is None else percent(accuracy) for accuracy in known)])
+    counts = sorted({cell["accuracy"]["n"] for cell in cells})
+    notes = [
+        f"Test accuracy in per cent, mean ± standard deviation over {' or '.join(map(str, counts))} networks; {protocol}."
+    ]
+    if quoted:
+        sources = "; ".join(f"{row.name}: {row.source}" for row in quoted)
+        notes.append(
+            "Rows marked as quoted are the papers' own numbers, under their own protocols: they were not measured here. "
+            f"{sources}."
+        )
+    return "\n".join([markdown_table(["set", "images a class", *networks], rows), *notes, ""])
+
+
+def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted]) -> None:
+    """Write the table as bars with standard deviations, networks side by side, quoted numbers as crosses, atomically."""
+    from matplotlib.figure import Figure  # slow to import
+
+    networks = list(dict.fromkeys(cell["question"]["network"] for cell in cells))
+    sets = list(dict.fromkeys(cell["set"] for cell in cells))
+    figure = Figure(figsize=(2 + 1.6 * len(networks), 3.8), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(sets)
+    for place, name in enumerate(sets):
+        own = [cell for cell in cells if cell["set"] == name]
+        axes.bar(
+            [networks.index(cell["question"]["network"]) + (place - (len(sets) - 1) / 2) * width for cell in own],
+            [100 * cell["accuracy"]["mean"] for cell in own],
+            width,
+            yerr=[100 * cell["accuracy"]["std"] for cell in own],
+            capsize=3,
+            label=name.replace("$", r"\$"),  # no formula
+        )
+    for row, marker in zip(quoted, "x+*1234", strict=False):
+        known = [network for network in networks if network in row.accuracies]
+        axes.errorbar(
+            [networks.index(network) for network in known],
+            [100 * row.accuracies[network]["mean"] for network in known],
+            yerr=[100 * row.accuracies[network].get("std", 0.0) for network in known],
+            fmt=marker,
+            color="black",
+            elinewidth=0.8,
+            zorder=3,
+            label=row.text,
+        )
+    axes.set_xticks(range(len(networks)), networks)
+    axes.set(ylabel="test accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    save_figure(path, figure)
+
+
+def _percent(cell: dict[str, Any]) -> str:
+    accuracy = cell["accuracy"]
+    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f}{label_of(accuracy)}"

@@ -1,0 +1,203 @@
+"""What a distilled set has to be, whoever made it: checked where it is read, where it is written, and where it is used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import shown
+
+if TYPE_CHECKING:
+    from mtt_fast.data.synthetic import SyntheticDataset
+
+LABEL_KINDS = ("indices", "probabilities", "logits")
+MOST_CLASSES = 1 << 20
+"""A larger class index is damage: no data set has so many."""
+
+_LARGEST = 1e30  # that a mean or deviation may be: float32 holds it
+_SUM_WITHIN = 1e-2  # of 1: what a row of a thousand probabilities in bfloat16 needs
+
+Where = str | os.PathLike[str]
+
+
+def check_set(found: SyntheticDataset, where: Where) -> None:
+    """Check that a distilled set is whole and sound: tensors, rates, and the facts that undo its normalisation.
+
+    Raises `InputError`, which begins with `where` and names what is wrong.
+    """
+    check_tensors(found.images, found.labels, found.label_kind, where)
+    check_rate(found.lr, where)
+    if found.lr_per_step is not None:
+        _check_rates(found.lr_per_step, where)
+    check_names(found.class_names, where)
+    check_classes(found.labels, len(found.class_names), where)
+    channels, height, width = found.images.shape[1:]
+    check_normalisation(found.mean, found.std, channels, where)
+    if found.canvas is not None:
+        _check_canvas(found.canvas, height, width, where)
+    if found.whitening is not None:
+        _check_whitening(found.whitening, channels * height * width, where)
+    for name in ("recipe", "versions"):
+        if not isinstance(getattr(found, name), dict):
+            raise InputError(f"{where}: {name}: expected a dictionary, found {shown(getattr(found, name))}")
+
+
+def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:
+    """Check images float32 (n, C, H, W) and labels of `label_kind`, int64 (n,) or float32 (n, classes): all finite.
+
+    Class indices are in [0, `MOST_CLASSES`), rows of probabilities at least 0 with the sum 1.
+    Raises `InputError`, which begins with `where`.
+    """
+    _check_images(images, where)
+    if label_kind not in LABEL_KINDS:
+        raise InputError(f"{where}: label_kind: expected {', '.join(LABEL_KINDS)}, found {shown(label_kind)}")
+    if not isinstance(labels, Tensor) or labels.dim() < 1 or len(labels) != len(images):
+        raise InputError(f"{where}: labels: expected one of each of {len(images)} images, found {shown(labels)}")
+    if label_kind == "indices":
+        _check_indices(labels, where)
+    else:
+        _check_soft(labels, label_kind, where)
+
+
+def _check_images(images: Tensor, where: Where) -> None:
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.numel() or images.dtype != torch.float32:
+        raise InputError(
+            f"{where}: images: expected float32 (n, C, H, W), not empty, found {shown(images)}; convert them"
+        )
+    _check_finite(images, "images", where)
+
+
+def _check_finite(values: Tensor, name: str, where: Where) -> None:
+    if not bool(values.isfinite().all()):
+        count = int((~values.isfinite()).sum())
+        raise InputError(
+            f"{where}: {name}: expected finite numbers, found {count} of {values.numel()} infinite or NaN; make the set again, "
+            "with smaller learning rates if its distillation diverged"
+        )
+
+
+def _check_indices(labels: Tensor, where: Where) -> None:
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise InputError(f"{where}: labels: expected class indices, int64 (n,), found {shown(labels)}; convert them")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= MOST_CLASSES:
+        raise InputError(
+            f"{where}: labels: expected class indices, counted from 0, found {lowest} to {highest}; mend the labels"
+        )
+
+
+def _check_soft(labels: Tensor, label_kind: str, where: Where) -> None:
+    if labels.dim() != 2 or labels.shape[1] < 2 or labels.dtype != torch.float32:
+        raise InputError(
+            f"{where}: labels: expected {label_kind}, float32 (n, classes) of two or more classes, found {shown(labels)}; "
+            "mend the labels"
+        )
+    _check_finite(labels, "labels", where)
+    if label_kind == "probabilities" and not are_probabilities(labels):
+        sums = labels.sum(dim=1)
+        raise InputError(
+            f"{where}: labels: expected rows of probabilities, at least 0 with the sum 1, found a least value of "
+            f"{float(labels.min()):.3g} and sums from {float(sums.min()):.3g} to {float(sums.max()):.3g}; are they logits?"
+        )
+
+
+def are_probabilities(labels: Tensor) -> bool:
+    """Return whether all rows of `labels` (n, classes) are at least 0 and sum to 1, as nearly as bfloat16 holds it."""
+    sums = labels.sum(dim=1, dtype=torch.float32)
+    return bool(((sums - 1).abs() < _SUM_WITHIN).all() and (labels >= 0).all())
+
+
+def check_classes(labels: Tensor, classes: int, where: Where) -> int:
+    """Check that `labels`, indices (n,) or soft labels (n, classes), are of `classes` classes; return of how many.
+
+    Class indices may leave classes out, soft labels may not. Raises `InputError`, which begins with `where`.
+    """
+    if labels.is_floating_point():
+        if labels.shape[1] != classes:
+            raise InputError(
+                f"{where}: labels: expected soft labels of {classes} classes, found {labels.shape[1]}; name the data set that "
+                "the set is of"
+            )
+        return classes
+    lowest, highest = int(labels.min()), int(labels.max())
+    if not 0 <= lowest <= highest < classes:
+        from_one = "; they seem to be counted from 1: subtract 1" if (lowest, highest) == (1, classes) else ""
+        raise InputError(
+            f"{where}: labels: expected class indices from 0 to {classes - 1}, found {lowest} to {highest}"
+            f"{from_one or '; name the data set that the set is of'}"
+        )
+    return len(labels.unique())
+
+
+def check_rate(lr: Tensor, where: Where) -> None:
+    """Check that `lr` is one learning rate (), positive and finite. Raises `InputError`, which begins with `where`."""
+    if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < float(lr) < math.inf:
+        found = float(lr) if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
+        raise InputError(
+            f"{where}: lr: expected one learning rate, finite and above 0, found {found}; give the one that it was made with"
+        )
+
+
+def _check_rates(rates: Tensor, where: Where) -> None:
+    good = isinstance(rates, Tensor) and rates.dim() == 1 and len(rates) and rates.is_floating_point()
+    if not good or not bool(((rates > 0) & rates.isfinite()).all()):
+        raise InputError(
+            f"{where}: lr_per_step: expected a learning rate of each step, finite and above 0, found {shown(rates)} that is "
+            "not so; make the set again"
+        )
+
+
+def check_names(names: Sequence[str], where: Where) -> None:
+    """Check that there are names of classes, each once. Raises `InputError`, which begins with `where`."""
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: class_names: expected the classes' names, found {shown(names)}")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise InputError(f"{where}: class_names: expected each name once, found {shown(twice)} twice; rename one")
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float], channels: int, where: Where) -> None:
+    """Check that `mean` and `std` are finite numbers, one a channel, and `std` above 0. Raises `InputError`."""
+    for name, values, least in (("mean", mean, -_LARGEST), ("std", std, 0.0)):
+        if len(values) != channels or not all(_is_number(value) and least < value < _LARGEST for value in values):
+            more = " above 0" if name == "std" else ""
+            raise InputError(
+                f"{where}: {name}: expected a finite number{more} of each of {channels} channels, found "
+                f"({', '.join(shown(value) for value in values[:4])}{', …' if len(values) > 4 else ''})"
+            )
+
+
+def _check_canvas(canvas: Any, height: int, width: int, where: Where) -> None:
+    sides = (canvas.size, canvas.samples)
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
+        raise InputError(
+            f"{where}: canvas: expected its size and samples as whole numbers of at least 1, found "
+            f"{', '.join(map(shown, sides))}"
+        )
+    if height % canvas.size or width % canvas.size:
+        raise InputError(
+            f"{where}: canvas: expected a size that divides {height} and {width} pixels, found {canvas.size}"
+        )
+
+
+def _check_whitening(whitening: Any, values: int, where: Where) -> None:
+    shapes = {"mean": (values,), "matrix": (values, values), "inverse": (values, values)}
+    for name, shape in shapes.items():
+        tensor = getattr(whitening, name)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise InputError(
+                f"{where}: whitening.{name}: expected floating point {shape}, as images of {values} values need it, found "
+                f"{shown(tensor)}"
+            )
+        _check_finite(tensor, f"whitening.{name}", where)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

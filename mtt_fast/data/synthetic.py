@@ -1,0 +1,171 @@
+"""The distilled set: images, labels and learning rate, with all that is needed to use them, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.data import Normalisation
+from mtt_fast.data.set_checks import check_set
+from mtt_fast.data.whitening import Whitening
+from mtt_fast.errors import InputError
+from mtt_fast.storage.files import MALFORMED, check_types, load_tensors, parse_json, save_tensors
+from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
+
+_FORMAT = "mtt_fast.data.synthetic.2"
+_BEFORE_CHECKSUMS = "mtt_fast.data.synthetic.1"
+
+
+@dataclass(frozen=True)
+class SyntheticDataset:
+    """A distilled set, class-major: equally many images of each class, those of the first class first.
+
+    `images` (n, C, H, W) float32 are in the networks' input space: normalised, or whitened if `whitening` is there.
+    `labels` are class indices (n,) or soft labels (n, classes), of `label_kind` "indices", "probabilities" or "logits".
+    `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
+    learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
+    With a `canvas` the images are textures, of which networks see random crops (mtt_fast/augmentation/texture.py).
+    `recipe` holds the options it was made with; `versions` the software's. `dataset` and `fingerprint` are the name and the
+    fingerprint of the real images that it was made from (`ImageData`), "" where they are not known.
+    """
+
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    whitening: Whitening | None = None
+    label_kind: str = "indices"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    lr_per_step: Tensor | None = None
+    canvas: Canvas | None = None
+    dataset: str = ""
+    fingerprint: str = ""
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """Which real images it was made from, as far as it knows: what it may be used with."""
+        channels, height, width = self.images.shape[1:]
+        side = 1 if self.canvas is None else self.canvas.size
+        whitening = NORMALISED if self.whitening is None else WHITENED
+        return DatasetIdentity(
+            self.dataset, self.class_names, (channels, height // side, width // side), self.mean, self.std, whitening,
+            self.fingerprint,
+        )  # fmt: skip
+
+    @property
+    def transform(self) -> Normalisation | Whitening:
+        """From pictures in [0, 1] to the space of its images, and back."""
+        return self.whitening or Normalisation(self.mean, self.std)
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each image, (n,) int64. That of soft labels is its place: learned ones may favour another."""
+        if self.label_kind == "indices":
+            return self.labels
+        place = torch.arange(len(self.labels), device=self.labels.device)
+        return place * len(self.class_names) // len(place)
+
+    def pictures(self) -> Tensor:
+        """Return the images as they look, (n, C, H, W) in [0, 1]: normalisation or whitening undone, then clipped."""
+        return self.transform.invert(self.images).clamp(0, 1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, atomically.
+
+        Raises `InputError` for a set that `mtt_fast.data.set_checks.check_set` finds fault with; then nothing is written.
+        """
+        check_set(self, f"{os.fspath(path)}: not written")
+        tensors = {"images": self.images, "labels": self.labels, "lr": self.lr}
+        if self.lr_per_step is not None:
+            tensors["lr_per_step"] = self.lr_per_step
+        if self.whitening:
+            tensors |= {f"whitening.{name}": value for name, value in vars(self.whitening).items()}
+        record = {name: getattr(self, name) for name in _RECORD}
+        if self.canvas:
+            record["canvas"] = dataclasses.asdict(self.canvas)
+        save_tensors(path, tensors, {"format": _FORMAT, "record": json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SyntheticDataset:
+        """Read what `save` wrote. Raises `InputError` if the file is missing, broken, something else, or no sound set."""
+        tensors, metadata = load_tensors(path)
+        form = metadata.get("format")
+        if form not in (_FORMAT, _BEFORE_CHECKSUMS):
+            what = "another file" if form is None else repr(form)
+            raise InputError(f"{path}: expected a distilled set ({_FORMAT}), found {what}; name another file")
+        before = {} if form == _FORMAT else {"dataset": "", "fingerprint": ""}
+        try:
+            found = _from_parts(tensors, before | parse_json(metadata["record"]))
+        except MALFORMED as error:
+            raise InputError(
+                f"{path}: expected a distilled set with all its parts, found another ({type(error).__name__}: {error}); "
+                "use the version that wrote it, or make it again"
+            ) from error
+        check_set(found, path)
+        return found
+
+    def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write the set for other software and return the files.
+
+        kind "mtt": images_best.pt, labels_best.pt and lr_best.pt, as the public code and its successors read them;
+        "png": CLASS/NNNNN.png, the pictures, with labels.json; and the other kinds of `mtt_fast.interop.SET_KINDS`.
+        Raises `InputError` for another kind, and for a set that the kind cannot hold.
+        """
+        from mtt_fast.interop import write_set  # here, as it imports this module
+
+        return write_set(folder, self, kind)
+
+    def to(self, device: torch.device | str) -> SyntheticDataset:
+        """Return the set with images, labels and learning rates on `device`."""
+        names = ("images", "labels", "lr", "lr_per_step")
+        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(self, **moved)
+
+
+_RECORD = {
+    "class_names": list, "mean": list, "std": list, "label_kind": str, "recipe": dict, "versions": dict, "dataset": str,
+    "fingerprint": str,
+}  # fmt: skip
+"""The fields of a set's record, and their types."""
+
+
+def _from_parts(tensors: Mapping[str, Tensor], record: dict[str, Any]) -> SyntheticDataset:
+    """Return the set that a file holds. Raises one of `MALFORMED` for a part that is missing, unknown or of another kind."""
+    canvas = record.pop("canvas", None)
+    check_types(record, _RECORD)
+    for name in ("class_names", "mean", "std"):
+        record[name] = tuple(record[name])
+    white = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith("whitening.")}
+    return SyntheticDataset(
+        tensors["images"],
+        tensors["labels"],
+        tensors["lr"],
+        whitening=Whitening(**white) if white else None,
+        lr_per_step=tensors.get("lr_per_step"),
+        canvas=Canvas(**canvas) if canvas is not None else None,
+        **record,
+    )
+
+
+def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read images_*.pt and the labels_*.pt beside it, as the public code and its successors write them.
+
+    Returns images (n, C, H, W) float32 in the networks' input space; labels, integers (n,) or floating (n, classes);
+    and the learning rate of lr_*.pt if that file is there. The files are read with `weights_only`: nothing in them is
+    run. Raises `InputError` if one is missing or broken, or they do not fit.
+    """
+    from mtt_fast.interop import load_public_pair  # here, as it imports this module
+
+    return load_public_pair(images_path)

@@ -1,0 +1,59 @@
+"""Whether the options fit the images, the networks and the experts that are there: told before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.distill.experts import check_experts
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.errors import InputError
+from mtt_fast.networks.protocol import Trainable
+
+
+def check_fits(
+    options: DistillOptions,
+    data: ImageData | DatasetInfo,
+    network: Trainable,
+    device: torch.device,
+    asked: Mapping[str, Any],
+) -> None:
+    """Raise `InputError` for an option that the run would stumble on later.
+
+    `asked` are hyperparameters of experts, see `check_experts`. Of images that are not there yet (`DatasetInfo`) it is not asked
+    whether each class has enough, nor, but for their size, whether they are those that the experts were trained on.
+    """
+    images = options.ipc * data.num_classes
+    if options.batch_syn and options.batch_syn > images:
+        raise InputError(
+            f"--batch_syn {options.batch_syn}: expected at most the {images} synthetic images there are ({options.ipc} for "
+            f"each of {data.num_classes} classes); leave it out to use all"
+        )
+    if isinstance(data, ImageData):
+        _check_enough_images(options, data)
+    if network.mixes_samples and (asking := options.asks_experts()):
+        raise InputError(
+            f"--model {options.model}, {asking}: expected a network without batch norm, since what experts say of single images "
+            "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
+        )
+    for evaluated in options.evaluated_networks(data).values():
+        precision_on(device, evaluated, options.precision)
+    check_experts(options, data, network, asked)
+
+
+def _check_enough_images(options: DistillOptions, data: ImageData) -> None:
+    """Raise `InputError` if a class has fewer real images than the synthetic ones start from, or are compared with."""
+    counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
+    needed = options.ipc * options.tiles
+    short = next((label for label, count in enumerate(counts) if count < needed), None)
+    if short is not None:
+        asked = f"--ipc {options.ipc}" + (f", --canvas_size {options.canvas_size}" if options.texture else "")
+        raise InputError(
+            f"{asked}: class {data.class_names[short]} has only {counts[short]} real images of the {needed} that each "
+            "begins with; use a smaller --ipc"
+        )

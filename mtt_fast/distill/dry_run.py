@@ -1,0 +1,227 @@
+"""What a distillation will do and take, told before it begins: `--dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mtt_fast.data.published_info import DatasetInfo, dataset_info
+from mtt_fast.distill.checks import check_fits
+from mtt_fast.distill.experts import Supply, check_same_experts, supply
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.segments import planned
+from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.networks.protocol import Network
+from mtt_fast.recipes import recipe_about
+from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
+from mtt_fast.storage.run_folder import SUMMARY, read_config
+from mtt_fast.storage.trajectories import TrajectoryStore
+
+_SAMPLES = 16  # images in the steps that are measured
+_CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # how often a step is measured; seconds
+_WHITENING = 2  # matrices of D² in a distilled set
+
+
+class _Seconds(NamedTuple):
+    """What an image costs."""
+
+    gradient: float
+    tangent: float
+
+
+class _Amounts(NamedTuple):
+    """Something of the experts, of the iterations, and of the evaluations or the data."""
+
+    experts: float
+    iterations: float
+    rest: float
+
+
+def dry_run(options: DistillOptions, folder: Path, device: torch.device, asked: Mapping[str, Any]) -> str:
+    """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk.
+
+    Nothing is written, downloaded or decoded. The time is that of student steps on a few random images, measured on
+    `device` and scaled: networks are taken to be trained one after another, reading and drawing to cost nothing.
+    `asked`: see `check_experts`. Raises `InputError` as the run itself would for its options, its memory budget, an image
+    folder, the experts there or the run's checkpoint.
+    """
+    facts = dataset_info(options.dataset, options.subset, options.res, options.data_path)
+    network = options.network(facts)
+    check_fits(options, facts, network, device, asked)
+    experts = supply(options, facts)
+    if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
+        check_same_images(folder, state.data, facts.identity(options.zca))
+        if not (experts.missing or experts.uncompressed):
+            check_same_experts(folder, state, TrajectoryStore(experts.used))
+    missing, uncompressed = experts.missing, experts.uncompressed
+    precision = precision_on(device, network, options.precision)
+    count = options.ipc * facts.num_classes
+    steps = planned(options, network, (count, *facts.image_shape), device, precision)
+    saved = steps.passes / steps.work.student.passes[0]  # by activations that are kept
+    costs = [
+        _seconds(one, facts.image_shape, device, precision_on(device, one, options.precision))
+        for one in (network, *options.evaluated_networks(facts).values())
+    ]
+    seconds = _times(options, facts, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
+    size = _sizes(options, facts, network.num_parameters, missing, uncompressed)
+    lines = {
+        "recipe": _recipe(options),
+        "data set": f"{facts.name}: {_shape(facts.image_shape)}, {facts.num_classes} classes, "
+        f"{facts.train:,} + {facts.test:,} images, {'whitened' if options.zca else 'normalised'}",
+        "network": f"{options.model}, {network.num_parameters:,} parameters",
+        "experts": _experts(options, experts),
+        "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
+        f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
+        f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
+        "besides": _besides(options),
+        "memory": str(steps).removeprefix("memory plan: "),
+        "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
+        f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.rest)}; scaled from steps of {_SAMPLES} images "
+        f"on {device}, one network after another",
+        "disk": f"about {_bytes(sum(size))}: experts {_bytes(size.experts)}, run folder {_bytes(size.iterations)}, "
+        f"packed data set {_bytes(size.rest)}; free {_bytes(_free(folder))}",
+    }
+    return "\n".join(f"{name:10}{text}" for name, text in lines.items() if text)
+
+
+_TOLD = {
+    "dataset", "subset", "res", "zca", "model", "ipc", "Iteration", "syn_steps", "expert_epochs", "max_start_epoch",
+    "min_start_epoch", "batch_syn", "num_experts", "max_experts", "train_epochs", "recipe", "config", "out", "resume",
+    "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "memory_budget", "microbatch",
+}  # fmt: skip
+"""Options that another line tells, or that only say where things are."""
+
+
+def _besides(options: DistillOptions) -> str:
+    """Return the other options that are not the defaults."""
+    plain, given = dataclasses.asdict(DistillOptions()), dataclasses.asdict(options)
+    others = {name: value for name, value in given.items() if name not in _TOLD and value != plain[name]}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in others.items())
+
+
+def _recipe(options: DistillOptions) -> str:
+    if options.recipe is None:
+        return ""
+    about = recipe_about(options.recipe)
+    return f"{options.recipe}: {about['description']} ({about['source']})"
+
+
+def _experts(options: DistillOptions, experts: Supply) -> str:
+    kind = "experts from elsewhere, used as they are" if experts.imported else ""
+    to_train = kind or f"{experts.missing} to train for {options.train_epochs} epochs"
+    to_compress = f", {experts.uncompressed} to compress to {options.num_interpolation} waypoints"
+    return f"{to_train}, {experts.there} in {experts.whole}" + (to_compress if experts.uncompressed else "")
+
+
+def _state(folder: Path) -> str:
+    if (folder / SUMMARY).exists():
+        return f"{folder} is finished, or goes on with more iterations"
+    return f"{folder} goes on" if read_config(folder) else f"into {folder}"
+
+
+def _times(
+    options: DistillOptions, facts: DatasetInfo, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
+) -> _Amounts:
+    """Return seconds, where an image costs `cost` in the student, and in a step of the `evaluated` networks so many."""
+    gradients = 2 if options.rho_max else 1  # of an expert's step
+    count = options.ipc * facts.num_classes
+    crops = options.canvas.samples if options.canvas else 1
+    batch = (options.batch_syn or count) * crops
+    forward = cost.gradient / 3  # a backward pass is two forward ones
+    epochs = options.evaluation_protocol().total_epochs
+    trainings = [epochs * count * crops * gradient + facts.test * gradient / 3 for gradient in evaluated]
+    steps = options.Iteration * options.num_trajectories * options.syn_steps
+    # of the initial images and of those after them, for each set
+    evaluations = _sets(options) * (1 + math.ceil(options.Iteration / options.eval_it))
+    return _Amounts(
+        experts=missing * options.train_epochs * (facts.train * gradients * cost.gradient + facts.test * forward),
+        iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
+        # of the first network on random real images too
+        rest=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
+    )
+
+
+def _sets(options: DistillOptions) -> int:
+    """Return how many sets are evaluated and kept: the images, and their average if there is one."""
+    return 1 if options.ema_decay is None else 2
+
+
+def _sizes(
+    options: DistillOptions, facts: DatasetInfo, num_parameters: int, missing: int, uncompressed: int
+) -> _Amounts:
+    """Return bytes."""
+    rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
+    values = math.prod(facts.image_shape)
+    images = 4 * options.ipc * facts.num_classes * values * options.tiles
+    sets = _sets(options)
+    whitening = 4 * _WHITENING * values**2 if options.zca else 0
+    return _Amounts(
+        experts=4 * rows * num_parameters,
+        # each set and the best one of it; the checkpoint's images with their velocity and their average
+        iterations=2 * sets * (images + whitening) + (1 + sets) * images,
+        rest=facts.packed_bytes,
+    )
+
+
+@lru_cache(maxsize=8)
+def _seconds(
+    network: Network, image_shape: tuple[int, int, int], device: torch.device, precision: Precision
+) -> _Seconds:
+    """Measure what an image costs in a student's gradient and in its derivative."""
+    kind: LabelKind = "indices"
+    student = student_for(network, device, kind, precision=precision)
+    theta = torch.randn(network.num_parameters, device=device) / 100
+    images = torch.randn(_SAMPLES, *image_shape, device=device)
+    labels = torch.zeros(_SAMPLES, dtype=torch.long, device=device)
+    return _Seconds(
+        _timed(lambda: student.gradient(theta, images, labels), device) / _SAMPLES,
+        _timed(lambda: student.gradient_jvp(theta, images, labels, theta), device) / _SAMPLES,
+    )
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the least seconds of some calls, after one that finds its memory and its code.
+
+    The least, since other processes can make a call last many times as long, and none shorter.
+    """
+    found: list[float] = []
+    while len(found) < _CALLS or (sum(found) < _LONG_ENOUGH and len(found) < _MOST_CALLS):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return min(found[1:])
+
+
+def _free(folder: Path) -> float:
+    """Return the bytes that are free where `folder` is, or will be."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def _shape(image_shape: tuple[int, int, int]) -> str:
+    return "×".join(map(str, image_shape))
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _bytes(size: float) -> str:
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= length:
+            return f"{size / length:.1f} {unit}"
+    return f"{size / 1e3:.0f} kB"

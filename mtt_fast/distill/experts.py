@@ -1,0 +1,196 @@
+"""The experts of a distillation: those that are there, those to be trained or compressed first, and whether they are of use."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from mtt_fast.commands.options import buffer_folder
+from mtt_fast.compress import check_made_of, compress, waypoint_folder
+from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import DatasetInfo
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.errors import InputError
+from mtt_fast.experts import check_trained_alike, train_missing_experts
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.expert_checks import (
+    FLAGS,
+    as_trained,
+    check_alike,
+    check_as_asked,
+    check_belongs,
+    check_long_enough,
+    hyperparameters_of,
+)
+from mtt_fast.storage.identity import other_data_in_words
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.storage.waypoints import evenly_spaced
+from mtt_fast.training.images import RealImages
+
+log = logging.getLogger(__name__)
+
+
+class Supply(NamedTuple):
+    """Where a run's experts come from."""
+
+    whole: Path
+    """folder of whole experts"""
+    used: Path
+    """folder of those that take turns: the same, or that of the waypoints made of them"""
+    there: int
+    """whole experts that are there, or compressed ones where there are no others"""
+    missing: int
+    """whole experts to train"""
+    uncompressed: int
+    """experts to compress to waypoints"""
+    imported: bool
+    """whether experts from elsewhere are there, beside which none is trained"""
+
+
+def supply(options: DistillOptions, data: ImageData | DatasetInfo) -> Supply:
+    """Return which experts are there, and which have to be made first. Raises `InputError` for a broken one."""
+    whole = buffer_folder(options.buffer_path, data, options.model, options.zca)
+    count = options.num_interpolation
+    used = whole if count is None else waypoint_folder(whole, count)
+    experts, ready = _indices(whole), _indices(used)
+    wanted = options.max_experts or options.num_experts
+    imported = any(_imported(folder) for folder in {whole, used})
+    enough = len(ready) >= wanted or (imported and not experts)
+    untrained = set(range(options.num_experts)) - experts
+    missing = set() if enough or imported or len(experts) >= wanted else untrained
+    uncompressed = set() if enough or count is None else (experts | missing) - ready
+    return Supply(whole, used, len(experts or ready), len(missing), len(uncompressed), imported)
+
+
+def check_experts(
+    options: DistillOptions,
+    data: ImageData | DatasetInfo,
+    network: Trainable,
+    asked: Mapping[str, Any],
+) -> None:
+    """Check that the experts that are there, and those that will be trained or compressed, are of use to the run.
+
+    `asked` are the hyperparameters of experts that the user named. Of images that are not there yet (`DatasetInfo`) little is
+    compared. Raises `InputError` that names an expert's file, or the options that do not fit.
+    """
+    found = supply(options, data)
+    needed = options.max_start_epoch + options.expert_epochs
+    experts = _store(found.whole)
+    if found.uncompressed and options.num_interpolation is not None:
+        evenly_spaced(experts.epochs(0) if experts else options.train_epochs, options.num_interpolation)
+    store = experts if found.uncompressed else _store(found.used)
+    if found.missing and needed > options.train_epochs:
+        raise InputError(
+            f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
+            f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
+        )
+    identity = data.identity(options.zca)
+    if found.missing and experts is not None:
+        precision = experts.metadata(0).precision or options.precision  # which this is follows from the device
+        check_trained_alike(
+            experts, network, identity, options.experts(), options.seed, experts.dtype(0), cast(Precision, precision)
+        )
+    if store is None:
+        return
+    taking_turns = range(min(options.max_experts or len(store), len(store)))
+    for expert in taking_turns:
+        check_belongs(store, expert, network, identity, other_data=options.other_data)
+        check_long_enough(store, expert, needed)
+        check_as_asked(store, expert, asked, to_the_end=options.looks_at_last_epochs)
+    check_alike(store, taking_turns, to_the_end=options.looks_at_last_epochs)
+    if experts is not None and store.folder != experts.folder:
+        check_made_of(store, taking_turns, experts)
+
+
+def prepare_experts(
+    options: DistillOptions, real: RealImages, network: Trainable, asked: Mapping[str, Any]
+) -> TrajectoryStore:
+    """Train and compress the experts that are missing; return the store of those that take turns, and tell what is odd of them.
+
+    Experts from elsewhere are used as they are and as many as there are, as the public code does. `asked`: see `check_experts`.
+    """
+    found = supply(options, real.data)
+    if found.missing:
+        train_missing_experts(
+            found.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
+            precision=precision_on(real.train.labels.device, network, options.precision),
+            at_once=options.networks_at_once, memory_budget=options.memory_budget,
+        )  # fmt: skip
+    if found.uncompressed and options.num_interpolation is not None:
+        compress(found.whole, found.used, options.num_interpolation)
+    store = TrajectoryStore(found.used)
+    for line in _told_of_experts(options, real, store, asked):
+        log.info("%s: %s", found.used, line)
+    return store
+
+
+def _told_of_experts(
+    options: DistillOptions, real: RealImages, store: TrajectoryStore, asked: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what a user may not expect of the experts."""
+    first = store.metadata(0)
+    if told := other_data_in_words(first.identity, real.identity):
+        yield told
+    if first.imported and len(store) < options.num_experts:
+        yield (
+            f"experts from elsewhere, used as they are: all {len(store)} that are there; --num_experts {options.num_experts} "
+            "trains none beside them"
+        )
+    if first.imported and asked:
+        yield f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in asked)} has no effect"
+    if (augment := hyperparameters_of(first).get("augment", options.strategy)) != options.strategy:
+        yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
+
+
+def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:
+    """Check that the run in `folder`, which is at `state`, has the experts that it began with.
+
+    Raises `InputError` that names the first that is another.
+    """
+    if len(store) < state.experts:
+        raise InputError(
+            f"{folder}: the run was started with {state.experts} experts, found {len(store)}; "
+            f"say --num_experts {state.experts}, or give back its --buffer_path"
+        )
+    for expert, digest in enumerate(state.digests):
+        if store.digest(expert) not in (digest, "") and digest:  # one from before there were checksums has none
+            raise InputError(
+                f"{store.path(expert)}: another expert than the one with which the run in {folder} began; give back its "
+                "--buffer_path, or choose another --out"
+            )
+
+
+def asked_of_experts(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
+    """Return the experts' hyperparameters that the options `given` name: what is a default holds for missing experts alone."""
+    training = dataclasses.asdict(options.experts())
+    names = {name for name, flag in FLAGS.items() if flag in given}
+    flatness = {"rho_max", "rho_min", "alpha", "adaptive"}
+    if names & flatness:  # one says nothing without the others
+        names |= flatness
+    return {name: training[name] for name in FLAGS if name in names}
+
+
+def with_true_experts(options: DistillOptions, store: TrajectoryStore) -> DistillOptions:
+    """Return `options` with what the experts were in fact trained with, for the record."""
+    return as_trained(options, dataclasses.asdict(options.experts()), store.metadata(0))
+
+
+def _store(folder: Path) -> TrajectoryStore | None:
+    """Return the experts in `folder`, or None if there is none."""
+    return (TrajectoryStore(folder) if folder.is_dir() else None) or None
+
+
+def _indices(folder: Path) -> set[int]:
+    store = _store(folder)
+    return set(store.indices) if store else set()
+
+
+def _imported(folder: Path) -> bool:
+    store = _store(folder)
+    return store is not None and any(store.metadata(expert).imported for expert in range(len(store)))

@@ -1,0 +1,112 @@
+"""What a distillation starts from: images, and their labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augmentation.texture import canvases_of
+from mtt_fast.distill.labels import class_logits, expert_logits, experts_at
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.subsets import random_subset, shuffled_classes
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 64  # images of a class that an expert looks at, of which one is enough at one image a class
+
+
+def initial_state(
+    options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
+) -> State:
+    """Return the state before the first iteration, where the first `experts` of `store` will take turns."""
+    start, wrong = initial_images(options, real, network, store, experts)
+    if wrong:
+        log.warning(
+            "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
+            "others of their class",
+            wrong, len(start) * options.tiles,
+        )  # fmt: skip
+    images, labels, device = start.pixels, start.labels, start.pixels.device
+    if options.lr_y is not None:
+        labels = class_logits(labels, real.data.num_classes)
+        if options.label_init == "experts":
+            labels = expert_logits(network, experts_at(store, experts, None, device), images, labels)
+    lr = torch.full((options.syn_steps,) if options.lr_per_step else (), options.lr_teacher, device=device)
+    return State(
+        0, experts, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr),
+        labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
+        ema=None if options.ema_decay is None else images.clone(),
+        data=real.identity, digests=tuple(map(store.digest, range(experts))),
+    )  # fmt: skip
+
+
+def initial_images(
+    options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
+) -> tuple[Images, int]:
+    """Return what the synthetic images begin as, class-major, with their classes, and how many are not as `pix_init` says.
+
+    Those are images that none of the first `experts` of `store` gets right, where a class has too few of the others.
+    Canvases are put together of as many such images as they are large.
+    """
+    found, wrong = _images(options, real, network, store, experts)
+    if options.canvas is None:
+        return found, wrong
+    return Images(canvases_of(found.pixels, options.canvas_size), found.labels[:: options.tiles]), wrong
+
+
+def _images(
+    options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
+) -> tuple[Images, int]:
+    """Return the images of `pix_init`, `options.ipc` a class, or as many as canvases are put together of."""
+    generator = generator_for(options.seed, "initial images")
+    classes, ipc, device = real.data.num_classes, options.ipc * options.tiles, real.train.labels.device
+    if options.pix_init == "samples_predicted_correctly":
+        members = shuffled_classes(real.train, classes, ipc, generator)
+        finished = (store.read(expert, store.epochs(expert)).to(device) for expert in range(experts))
+        chosen, wrong = predicted_correctly(network, finished, real.train, members, ipc)
+        return Images(*real.train.batch(torch.cat(chosen).to(device))), wrong
+    start = random_subset(real.train, classes, ipc, generator)
+    if options.pix_init == "noise":
+        noise = torch.randn(start.pixels.shape, generator=generator).to(device)
+        return Images(noise, start.labels), 0
+    return start, 0
+
+
+def predicted_correctly(
+    network: Network, experts: Iterable[Tensor], real: Images, members: Sequence[Tensor], ipc: int
+) -> tuple[list[Tensor], int]:
+    """Return the first `ipc` of each class's `members`, indices into `real`, that an expert gets right (DATM).
+
+    The first of `experts`, parameters (P,), is asked; then the next for the classes where that gave too few, and so on.
+    What is missing in the end are images that no expert gets right; how many these are is returned as well.
+    """
+    right, left = [rows[:0] for rows in members], list(members)
+    for theta in experts:
+        for label, found in enumerate(right):
+            if len(found) < ipc:
+                more, left[label] = _right_and_wrong(network, theta, real, left[label], ipc - len(found))
+                right[label] = torch.cat([found, more])
+        if all(len(found) == ipc for found in right):
+            break
+    wrong = sum(ipc - len(found) for found in right)
+    return [torch.cat([found, rest])[:ipc] for found, rest in zip(right, left, strict=True)], wrong
+
+
+@torch.no_grad()
+def _right_and_wrong(network: Network, theta: Tensor, real: Images, rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """Return the first `wanted` of `rows` that `theta` gets right, and those before them that it does not."""
+    right, wrong = rows[:0], rows[:0]
+    for part in rows.split(_AT_ONCE):
+        if len(right) < wanted:
+            seen, labels = real.batch(part.to(real.labels.device))
+            hit = (network(theta, seen).argmax(dim=1) == labels).cpu()
+            right, wrong = torch.cat([right, part[hit]]), torch.cat([wrong, part[~hit]])
+    return right[:wanted], wrong

@@ -1,0 +1,319 @@
+"""The options of a distillation: the public code's flags, recipes, option files, and the run to resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.commands import parsing
+from mtt_fast.commands.earlier_run import check_same_method
+from mtt_fast.commands.option_fields import Checked, Needs, Range, Role, Told, check_values
+from mtt_fast.commands.options import (
+    AtLeastTwoOrNone,
+    Count,
+    CountFromZero,
+    CountOrNone,
+    EvaluationOptions,
+    Networks,
+    NetworksOrNone,
+    Rate,
+    RateOrZero,
+    RateOrZeroOrNone,
+    Seconds,
+    Share,
+    ShareOrNone,
+)
+from mtt_fast.engine.matching import MatchStep
+from mtt_fast.engine.memory_plan import check_budget
+from mtt_fast.engine.unroll import Gradient
+from mtt_fast.errors import InputError
+from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions
+from mtt_fast.kernels import LabelKind
+from mtt_fast.recipes import recipe_options
+from mtt_fast.runtime.memory_info import AUTO
+from mtt_fast.storage.files import read_toml
+from mtt_fast.storage.run_folder import CONFIG, read_config
+
+PROGRAM = "python -m mtt_fast.distill"
+DEFAULT_RECIPE = "digits"
+
+
+@dataclass(frozen=True)
+class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
+    """Distil a data set into a few synthetic images a class. Without --dataset or --recipe: the digits recipe."""
+
+    recipe: Annotated[str | None, Role.PLACE] = None
+    """a named setting (python -m mtt_fast.recipes lists them); other flags override it"""
+    config: Annotated[str | None, Role.PLACE] = None
+    """a TOML file of options; other flags override it"""
+    out: Annotated[str | None, Role.PLACE] = None
+    """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
+    resume: Annotated[bool, Role.PLACE] = False
+    """continue the run in --out (or that of --recipe), with its own options; say --Iteration to extend it"""
+
+    dry_run: Annotated[bool, Role.PLACE] = False
+    """tell what would be done, the memory plan, and an estimate of time and disk; do nothing"""
+
+    ipc: Count = 1
+    """synthetic images a class"""
+    Iteration: Annotated[CountFromZero, Role.EXTENT] = 5000
+    """iterations (updates of the images)"""
+    syn_steps: Count = 20
+    """N: student steps in each iteration"""
+    expert_epochs: Count = 3
+    """M: expert epochs that the student has to match"""
+    max_start_epoch: Count = 25
+    """T+: the student starts at an expert epoch below this"""
+    continuous_start: bool = False
+    """the student starts at any real number of epochs, not at whole ones alone (MCT); between recorded ones on a straight line"""
+    min_start_epoch: CountFromZero = 0
+    """T-: and not before this one (DATM)"""
+    current_max_start_epoch: CountOrNone = None
+    """T: in the first iteration, in place of max_start_epoch, which is approached linearly (DATM)"""
+    expansion_end_epoch: Annotated[CountFromZero, Needs("current_max_start_epoch")] = 0
+    """iteration from which on max_start_epoch counts, where current_max_start_epoch is given"""
+    threshold: Annotated[float | None, Range(0, above=True, infinite=True)] = None
+    """make no update in an iteration whose matching loss is above this (DATM); inf: update in each, as without it"""
+    batch_syn: CountOrNone = None
+    """synthetic images in a student step; without it, all of them"""
+    lr_img: RateOrZero = 1000.0
+    """learning rate of the pixels; 0 leaves them as they are"""
+    lr_lr: RateOrZero = 1e-5
+    """learning rate of the student's learning rate; 0 leaves it as it is"""
+    lr_teacher: Rate = 0.01
+    """the student's learning rate at the start"""
+    lr_per_step: bool = False
+    """learn one learning rate for each of the student's steps; networks are evaluated at their mean"""
+    student_mom: Share = 0.0
+    """momentum of the student's steps"""
+    student_l2: RateOrZero = 0.0
+    """weight decay of the student's steps"""
+    gradient: Gradient = "exact"
+    """exact, or truncated: TESLA's, an approximation without the Hessian terms, compared with the exact one at evaluations"""
+    match_step: MatchStep = "last"
+    """match the student's last step, or the one nearest to the expert (ATT)"""
+    loss_ratio: Share = 0.0
+    """leave this share of the parameters, those of lowest loss, out of the matching loss (PAD)"""
+    num_trajectories: Count = 1
+    """segments that each iteration matches, of one expert after the other; their gradients are averaged"""
+    pix_init: Literal["real", "noise", "samples_predicted_correctly"] = "real"
+    """start from random real images, from noise, or from real images that experts classify correctly (DATM)"""
+    lr_y: RateOrZeroOrNone = None
+    """learn soft labels, kept as logits, at this learning rate (DATM), where 0 keeps them as they begin; without it the labels are
+    the classes"""
+    mom_y: Annotated[Share, Needs("lr_y")] = 0.9
+    """momentum of the learned labels"""
+    label_init: Annotated[Literal["classes", "experts"], Needs("lr_y", " (0 keeps the labels as they begin)")] = (
+        "classes"
+    )
+    """they start from probability 0.9 for the image's class, or from the mean logits of the experts that are right (DATM)"""
+    teacher_label: bool = False
+    """label the images in each iteration as the expert to be matched does (TESLA); labels that are saved are the mean of
+    what all experts say after max_start_epoch epochs"""
+    ema_decay: ShareOrNone = None
+    """also average the images over the iterations, with this weight on what was (FTD), and evaluate that"""
+    no_aug: Annotated[bool, Needs("dsa", " True")] = False
+    """no augmentation during distillation (evaluation keeps it)"""
+    texture: bool = False
+    """distil textures: canvases that tile without seams, of which each student step sees random crops"""
+    canvas_size: Annotated[Count, Needs("texture")] = 2
+    """side of a canvas, in images"""
+    canvas_samples: Annotated[Count, Needs("texture")] = 1
+    """crops of each canvas in a student step"""
+
+    eval_it: Annotated[Count, Role.EXTENT] = 100
+    """iterations between evaluations"""
+
+    buffer_path: Annotated[str, Role.PLACE] = "buffers"
+    """where the experts' trajectories are"""
+    other_data: Annotated[bool, Role.EXTENT] = False
+    """use experts that were trained on other images, of the same classes and size"""
+    num_experts: Annotated[Networks, Role.EXTENT] = 100
+    """experts to train if there are fewer; beside experts from elsewhere none is trained"""
+    max_experts: Annotated[
+        NetworksOrNone, Role.EXTENT, Told("of all experts, where the public code takes as many of each of its files")
+    ] = None
+    """use only so many experts"""
+    num_interpolation: AtLeastTwoOrNone = None
+    """use the experts as so many waypoints with straight lines between them (MCT: 4), compressing those that are not"""
+    expert_lr: Rate = 0.01
+    """learning rate of experts that are trained first"""
+    batch_real: Annotated[
+        Count, Told("the batch size of experts that are trained first; in the public code it changes nothing")
+    ] = 256
+    """batch size of experts that are trained first"""
+
+    memory_budget: Annotated[str, Role.MACHINE, Checked(check_budget)] = AUTO
+    """cut student batches so that an iteration stays below this, e.g. 6GiB; auto: most of what is free; the result is the same"""
+    microbatch: Annotated[CountOrNone, Role.MACHINE] = None
+    """cut student batches into pieces of so many images; the result is the same"""
+    save_seconds: Seconds = 60.0
+    """seconds between checkpoints; inf: only at evaluations and at the end"""
+
+    def folder(self) -> Path:
+        """Return the run folder."""
+        return Path(
+            self.out or Path("runs") / (self.recipe or f"{Path(self.subset or self.dataset).name}-ipc{self.ipc}")
+        )
+
+    def experts(self) -> ExpertTraining:
+        """Return how missing experts are trained."""
+        return self.training_at(self.expert_lr, self.batch_real)
+
+    @property
+    def label_kind(self) -> LabelKind:
+        """What the student's labels are."""
+        if self.lr_y is not None:
+            return "logits"
+        return "probabilities" if self.teacher_label else "indices"
+
+    @property
+    def canvas(self) -> Canvas | None:
+        """How steps see the images of --texture."""
+        return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None
+
+    @property
+    def tiles(self) -> int:
+        """How many real images each synthetic one is as large as: more than one for a canvas."""
+        return self.canvas_size**2 if self.texture else 1
+
+    def remarks(self, given: Container[str]) -> list[str]:
+        """See `CommonOptions.remarks`."""
+        kept = "--no_aug False keeps the augmentation; the public code's parser takes any word behind it for yes"
+        return super().remarks(given) + ([kept] if "no_aug" in given and not self.no_aug else [])
+
+    def check(self) -> None:
+        """Raise `InputError` for the first option whose value cannot be, or not with the others."""
+        check_values(self)
+        self._check_start_epochs()
+        if self.teacher_label and self.lr_y is not None:
+            raise InputError("--teacher_label, --lr_y: expected one of them, found both: labels are given, or learned")
+        if self.label_init == "experts" and self.lr_y is None:
+            raise InputError(
+                "--label_init experts: expected --lr_y with it (0 keeps the labels as the experts gave them)"
+            )
+        if self.memory_budget != AUTO and self.microbatch is not None:
+            raise InputError("--microbatch, --memory_budget: expected one of them, found both")
+        if self.texture:
+            self._check_texture()
+        self.experts()
+        self.evaluation_protocol()
+
+    @property
+    def looks_at_last_epochs(self) -> bool:
+        """Whether images or labels come from what experts say after their last epoch."""
+        return self.pix_init == "samples_predicted_correctly" or self.label_init == "experts"
+
+    def asks_experts(self) -> str | None:
+        """Return the first option for which experts classify images, or None."""
+        options = {
+            "--pix_init samples_predicted_correctly": self.pix_init == "samples_predicted_correctly",
+            "--label_init experts": self.label_init == "experts",
+            "--teacher_label": self.teacher_label,
+        }
+        return next((option for option, given in options.items() if given), None)
+
+    def _check_start_epochs(self) -> None:
+        """Raise `InputError` where T- < T <= T+ does not hold, or T and the end of its growth are not given together."""
+        earliest, first, last = self.min_start_epoch, self.current_max_start_epoch, self.max_start_epoch
+        if first is None and self.expansion_end_epoch:
+            raise InputError(
+                f"--expansion_end_epoch {self.expansion_end_epoch}: expected --current_max_start_epoch with it, from which "
+                "--max_start_epoch is approached"
+            )
+        if first is not None and not self.expansion_end_epoch:
+            raise InputError(
+                f"--current_max_start_epoch {first}: expected with it the iteration at which --max_start_epoch {last} is "
+                "reached, --expansion_end_epoch"
+            )
+        if first is not None and first > last:
+            raise InputError(f"--current_max_start_epoch {first}: expected at most --max_start_epoch {last}")
+        name, bound = ("max", last) if first is None else ("current_max", first)
+        if earliest >= bound:
+            raise InputError(f"--min_start_epoch {earliest}: expected less than --{name}_start_epoch {bound}")
+
+    def _check_texture(self) -> None:
+        """Raise `InputError` for what needs images of the size that networks and the whitening take, as canvases are not."""
+        others = {
+            "--zca": self.zca,
+            "--teacher_label": self.teacher_label,
+            "--label_init experts": self.label_init == "experts",
+        }
+        for other, given in others.items():
+            if given:
+                raise InputError(
+                    f"--texture, {other}: expected one of them, found both; a canvas is larger than an image"
+                )
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """The flags that decide where the other options' defaults come from."""
+
+    recipe: str | None = None
+    config: str | None = None
+    out: str | None = None
+    resume: bool = False
+    dataset: str | None = None
+
+
+def parse_options(argv: Sequence[str]) -> DistillOptions:
+    """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
+
+    The recipe may also be named in the file of --config.
+    """
+    chosen, in_file = _selection(argv)
+    options, default = DistillOptions(), DistillOptions()
+    of_file = parsing.apply(default, in_file, str(chosen.config))
+    if of_file.resume:
+        raise InputError(f"{chosen.config}: option resume: has no effect in a file; leave it out, and say --resume")
+    if chosen.resume:
+        options = _of_run(chosen, options)
+    elif chosen.recipe is not None:
+        values = recipe_options(chosen.recipe) | {"recipe": chosen.recipe}
+        options = parsing.apply(options, values, f"recipe {chosen.recipe}")
+    options = parsing.apply(options, in_file, str(chosen.config))
+    written = {name for name in in_file if getattr(of_file, name) != getattr(default, name)}
+    options = parsing.parse(DistillOptions, argv, PROGRAM, options, in_file=written)
+    options.check()
+    return options
+
+
+def given_options(argv: Sequence[str]) -> set[str]:
+    """Return the names of the options that a command line gives, or its recipe or file of options; not those of a run."""
+    chosen, in_file = _selection(argv)
+    recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
+    return {*recipe, *in_file, *parsing.given(DistillOptions, argv)}
+
+
+def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
+    """Return what decides where defaults come from, and the options in the file of --config."""
+    chosen = parsing.parse_known(_Selection, argv, PROGRAM)
+    in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
+    if chosen.recipe is None and isinstance(in_file.get("recipe"), str):
+        chosen = dataclasses.replace(chosen, recipe=in_file["recipe"])
+    if chosen.recipe is None and chosen.config is None and chosen.dataset is None and chosen.out is None:
+        chosen = dataclasses.replace(chosen, recipe=DEFAULT_RECIPE)
+    return chosen, in_file
+
+
+def _of_run(chosen: _Selection, options: DistillOptions) -> DistillOptions:
+    """Return `options` with those of the run to resume. Raises `InputError` where there is none, or one of another recipe."""
+    folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
+    config = read_config(folder)
+    if config is None:
+        raise InputError(
+            f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
+        )
+    check_same_method(folder, None)
+    found = parsing.apply(options, config, str(folder / CONFIG))
+    if chosen.recipe not in (None, found.recipe):
+        began = "without a recipe" if found.recipe is None else f"with --recipe {found.recipe}"
+        raise InputError(
+            f"--recipe {chosen.recipe}: has no effect with --resume, as the run in {folder} began {began}; leave it out"
+        )
+    return dataclasses.replace(found, resume=True, out=str(folder))

@@ -1,0 +1,143 @@
+"""What an iteration has to match, and what is random in it: all of it follows from the seed and its number alone.
+
+There is one sequence of segments. An iteration matches the next one of them, or the next k (--num_trajectories).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy
+from mtt_fast.augmentation.texture import Canvas, CanvasCrops
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.run import Run
+from mtt_fast.engine.draws import draw_steps
+from mtt_fast.engine.memory_plan import Plan, plan
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.seeding import generator_for
+
+Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
+"""Begins to bring tensors to the device, and returns what waits for them (mtt_fast/runtime/prefetch.py)."""
+
+
+def augmentation(options: DistillOptions) -> SiameseAugment | CanvasCrops | None:
+    """Return that of the student's steps, which begins with crops where the images are canvases."""
+    then = None if options.no_aug else augment_by_strategy(options.strategy)
+    return then if options.canvas is None else options.canvas.crops(then)
+
+
+class Segment(NamedTuple):
+    """A piece of an expert's trajectory to be matched in an iteration, and what is random in that."""
+
+    expert: int
+    epoch: float
+    tensors: Callable[[], tuple[Tensor, ...]]  # start, target (P,) and those of `StepDraws`, on the device
+
+
+def turns(options: DistillOptions, iterations: range) -> range:
+    """Return the numbers of the segments that `iterations` match: k after k, where each matches k."""
+    return range(iterations.start * options.num_trajectories, iterations.stop * options.num_trajectories)
+
+
+def read_segment(run: Run, send: Send, experts: int, images: Tensor, turn: int) -> Segment:
+    """Read and draw segment number `turn`; all of it follows from the seed and this number alone.
+
+    `experts` take turns; of `images` only shape and dtype are looked at. Called in a thread.
+    """
+    options = run.options
+    generator = generator_for(options.seed, "iteration", turn)
+    expert = _expert_of(options.seed, experts, turn)
+    epoch = _start_epoch(options, start_epochs(options, turn // options.num_trajectories), generator)
+    start, target = (run.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
+    if start.equal(target):
+        raise InputError(
+            f"{run.experts.folder}: expert {expert} did not move between epochs {epoch} and "
+            f"{epoch + options.expert_epochs}; train it again with a larger learning rate, or leave it out"
+        )
+    batches = seen_batches(options, len(images), generator)
+    augment = augmentation(options)
+    draws = draw_steps(
+        batches, images.shape[1:], images.dtype, None if augment is None else augment.draw_parameters, generator
+    )
+    return Segment(expert, epoch, send((start, target, *draws.tensors())))
+
+
+def _start_epoch(options: DistillOptions, epochs: range, generator: torch.Generator) -> float:
+    """Draw the epoch at which the student starts, evenly among `epochs`, or between the first and the end of them."""
+    if options.continuous_start:
+        return epochs.start + len(epochs) * float(torch.rand((), dtype=torch.float64, generator=generator))
+    return int(torch.randint(epochs.start, epochs.stop, (), generator=generator))
+
+
+def start_epochs(options: DistillOptions, iteration: int) -> range:
+    """Return the expert epochs at one of which the student starts in `iteration`, 0 for the first: T- and up, below T.
+
+    T grows linearly, rounded down, from `current_max_start_epoch` to T+, which it has from `expansion_end_epoch` on
+    (DATM). Without `current_max_start_epoch` it is T+ throughout, as in the paper.
+    """
+    upper = options.max_start_epoch
+    if options.current_max_start_epoch is not None and iteration < options.expansion_end_epoch:
+        growth = (upper - options.current_max_start_epoch) * iteration // options.expansion_end_epoch
+        upper = options.current_max_start_epoch + growth
+    return range(options.min_start_epoch, upper)
+
+
+def log_fields(segments: Sequence[Segment]) -> dict[str, float]:
+    """Return start epoch and expert of `segments` as numbers for a log: start_epoch, expert, start_epoch_2, expert_2, …"""
+    named: dict[str, float] = {}
+    for number, segment in enumerate(segments, 1):
+        which = f"_{number}" if number > 1 else ""
+        named |= {f"start_epoch{which}": segment.epoch, f"expert{which}": segment.expert}
+    return named
+
+
+def _expert_of(seed: int, count: int, turn: int) -> int:
+    """Visit the experts in random order, each once before any comes again."""
+    order = torch.randperm(count, generator=generator_for(seed, "expert order", turn // count))
+    return int(order[turn % count])
+
+
+def seen_batches(options: DistillOptions, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Return which of `count` images each student step sees, or, of canvases, sees a crop of."""
+    batches = student_batches(count, options.batch_syn, options.syn_steps, generator)
+    return batches if options.canvas is None else [options.canvas.batch(index) for index in batches]
+
+
+def student_batches(count: int, batch: int | None, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """Return the indices of each student step as the public code draws them.
+
+    A random permutation of all `count` images is cut into chunks of `batch` (all if None) which are used from the end,
+    so that a shorter last chunk comes first; a new permutation follows when they are used up.
+    """
+    batches: list[Tensor] = []
+    while len(batches) < steps:
+        batches += reversed(torch.randperm(count, generator=generator).split(batch or count))
+    return batches[:steps]
+
+
+def planned(
+    options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
+) -> Plan:
+    """How the student steps of each iteration, on `images` (n, C, H, W) or canvases of n such, fit into memory."""
+    canvas = options.canvas or Canvas(1)
+    return plan(
+        network,
+        images=images,
+        steps=options.syn_steps,
+        batch=(options.batch_syn or images[0]) * canvas.samples,
+        memory_budget=options.memory_budget,
+        microbatch=options.microbatch,
+        device=device,
+        momentum=options.student_mom,
+        augment=augmentation(options) is not None,
+        label_kind=options.label_kind,
+        path_gradient=options.match_step == "nearest",
+        canvas_size=canvas.size,
+        precision=precision,
+    )

@@ -1,0 +1,89 @@
+"""What an iteration's gradient does to the images, to learned labels and to the student's learning rate."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.run import Run
+from mtt_fast.errors import Diverged
+from mtt_fast.storage.checkpoint import State
+
+log = logging.getLogger(__name__)
+
+PIXEL_MOMENTUM = 0.5
+_GIVE_UP_AFTER = 25  # iterations without a finite gradient
+
+
+def update(
+    options: DistillOptions,
+    state: State,
+    images_gradient: Tensor,
+    lr_gradient: Tensor,
+    labels_gradient: Tensor | None = None,
+) -> None:
+    """SGD with momentum on pixels, learning rate and labels, if they are learned; each learning rate stays positive.
+
+    The average of the images, if there is one, takes in what they become (FTD).
+    """
+    _descend(state.images, state.images_velocity, images_gradient, options.lr_img, PIXEL_MOMENTUM)
+    if options.lr_y is not None and state.labels_velocity is not None and labels_gradient is not None:
+        _descend(state.labels, state.labels_velocity, labels_gradient, options.lr_y, options.mom_y)
+    if options.ema_decay is not None and state.ema is not None:
+        state.ema.lerp_(state.images, 1 - options.ema_decay)
+    state.lr_velocity.mul_(PIXEL_MOMENTUM).add_(lr_gradient)
+    proposed = state.lr - options.lr_lr * state.lr_velocity
+    positive = proposed > 0
+    before, state.lr = state.lr, torch.where(positive, proposed, state.lr)
+    if positive.all():
+        return
+    if not state.lr_kept:
+        log.warning(
+            "iteration %d: the update would make the student's learning rate negative (%.3g); it is kept at %.3g. "
+            "If this goes on, lower --lr_lr",
+            state.iteration, float(proposed.min()), float(before.view(-1)[proposed.argmin()]),
+        )  # fmt: skip
+    state.lr_kept += 1
+    state.lr_velocity.masked_fill_(~positive, 0)
+
+
+def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, rate: float, momentum: float) -> None:
+    """One step of torch.optim.SGD, in place."""
+    velocity.mul_(momentum).add_(gradient)
+    values.sub_(velocity, alpha=rate)
+
+
+def reject_above_threshold(run: Run, state: State, loss: float, **matched: float) -> None:
+    """Count an iteration whose loss is above the threshold: nothing is updated, velocities included, as in DATM.
+
+    `matched` says what it was, for metrics.jsonl.
+    """
+    state.above_threshold += 1
+    if state.above_threshold == 1:
+        log.warning(
+            "iteration %d: the matching loss %.4g is above --threshold %g and no update is made. If most iterations are "
+            "like that, raise it",
+            state.iteration, loss, run.options.threshold,
+        )  # fmt: skip
+    run.metrics.write("above_threshold", state.iteration, loss=loss, **matched)
+
+
+def skip(run: Run, state: State, loss: float) -> None:
+    """Count an iteration whose gradient is not finite; give up if no other kind comes any more."""
+    state.skipped += 1
+    if state.skipped == 1:
+        log.warning(
+            "iteration %d: the student diverged (loss %s) and the step is skipped. If this goes on, lower --lr_img, --lr_lr or "
+            "--lr_teacher",
+            state.iteration, loss,
+        )  # fmt: skip
+    run.metrics.write("skip", state.iteration, skipped=state.skipped)
+    kinds = [record["kind"] for record in run.metrics.records if record["kind"] in ("step", "above_threshold", "skip")]
+    if kinds[-_GIVE_UP_AFTER:] == ["skip"] * _GIVE_UP_AFTER:
+        raise Diverged(
+            f"{run.folder}: {_GIVE_UP_AFTER} iterations in a row diverged at a student's learning rate of {state.mean_lr:.3g}; "
+            "the last checkpoint is good; start again with a smaller --lr_lr, --lr_img or --lr_teacher and another --out"
+        )

@@ -1,0 +1,318 @@
+"""What the engine asks of a model: its gradient, and the directional derivative of that gradient (design: one step).
+
+The generic student below answers for any network and any loss by autograd. A hand-written student for one architecture
+answers the same two questions; wrapped students (`InMicrobatches`) answer them by asking another.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtt_fast.errors import InputError
+from mtt_fast.networks.protocol import Network
+
+# What a generic step takes over what it holds, inside its operations and because glibc's allocator keeps freed blocks
+# between those in use, and what its graph takes that lies still. 0.8 to 2.3, and up to 1.9, measured on ConvNet (32 to 128
+# pixels), ResNet18, VGG11, AlexNet and a ViT.
+_TAKEN_OVER_HELD, _TAKEN_OVER_KEPT = 2.6, 2.0
+_MANY = 128  # samples
+
+CANNOT_CUT = (
+    "microbatch: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
+    "use instance norm, evaluation mode, or no micro-batches"
+)
+"""What is said where batches of a network that mixes samples were to be cut."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Mean loss of a batch from logits (b, classes) and labels (b,) or (b, classes)."""
+
+
+SavedActivations = list[Any]
+"""Activations of one step that its student can use again; what they are is known to that student alone."""
+
+
+class StepGradient(NamedTuple):
+    """The loss and its gradient at θ, and what was kept on the way."""
+
+    loss: Tensor  # ()
+    theta: Tensor  # (P,)
+    saved: SavedActivations | None
+
+
+class StepBytes(NamedTuple):
+    """Peak memory of one step beyond its arguments and what lies kept already, in bytes."""
+
+    gradient: int
+    gradient_saving: int  # what is kept included
+    gradient_jvp: int
+    gradient_jvp_saved: int  # beyond what was kept
+    saved: int  # by one step; 0 if the student keeps nothing
+    work: int  # stays between calls
+
+
+class GradientTangent(NamedTuple):
+    """Derivative at θ in direction v of the loss and its gradient (g is the gradient to θ, H the Hessian)."""
+
+    v_dot_g: Tensor  # ()
+    hessian_v: Tensor  # (P,)
+    images: Tensor  # (b, C, H, W): ∂(v·g)/∂x
+    labels: Tensor | None  # (b, classes): ∂(v·g)/∂y; None for class indices
+
+
+class Student(Protocol):
+    """One step's gradient and its derivative; the loss is a mean over the samples of the batch."""
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+        """Return the loss () and ∇θ loss (P,) at `theta`; with `save` also activations, if the student keeps any."""
+        ...
+
+    def gradient_jvp(
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+    ) -> GradientTangent:
+        """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,).
+
+        `saved` is what `gradient` kept of the same step, if it did: it saves computing that again, and is used up.
+        """
+        ...
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Cost of one step in both sweeps, in units of the convolutions of one forward pass: as it is, with all kept."""
+        ...
+
+    def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
+        """Return what a step on `batch` samples (C, H, W) of `dtype` takes."""
+        ...
+
+
+class _HeldByAll:
+    """A setting of the whole process, in force from when the first thread enters until the last one has left."""
+
+    def __init__(self, setting: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._setting, self._lock, self._inside = setting, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self.held = self._setting()
+                self.held.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self.held.__exit__(None, None, None)
+
+
+# the only attention that can be differentiated twice, in whichever mode
+_plain_attention = _HeldByAll(functools.partial(sdpa_kernel, SDPBackend.MATH))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes)."""
+    return F.cross_entropy(logits, labels)
+
+
+def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
+    """Mean cross-entropy against softmax(`label_logits`) (b, classes): learned soft labels, as DATM keeps them."""
+    return F.cross_entropy(logits, label_logits.softmax(dim=1))
+
+
+@dataclass(frozen=True)
+class GenericStudent:
+    """Any network and loss, by autograd: the directional derivative is the gradient of v·g, in the graph of one step.
+
+    What it keeps of a step is that graph, so that with all steps kept it does what autograd through all of them does.
+    """
+
+    network: Network
+    loss: Loss = cross_entropy
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+        """See `Student.gradient`."""
+        if save:  # a copy, since a graph ends where something is written into what it saved: the next row of a path
+            step = self._recorded(theta.clone(), images, labels)
+            return StepGradient(step.loss.detach(), step.gradient.detach(), [step])
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            loss = self.loss(self.network(leaf, images), labels)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return StepGradient(loss.detach(), gradient, None)
+
+    def gradient_jvp(
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+    ) -> GradientTangent:
+        """See `Student.gradient_jvp`."""
+        step = saved.pop() if saved else self._recorded(theta, images, labels)
+        v_dot_g = torch.dot(step.gradient.detach(), v)
+        derivatives = torch.autograd.grad(step.gradient, step.leaves, v, materialize_grads=True)
+        return GradientTangent(v_dot_g, *derivatives, *(None,) * (3 - len(derivatives)))
+
+    def _recorded(self, theta: Tensor, images: Tensor, labels: Tensor) -> _RecordedStep:
+        differentiated = (theta, images, labels) if labels.is_floating_point() else (theta, images)
+        with _plain_attention, torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
+            loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
+            (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+        return _RecordedStep(leaves, loss, gradient)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """See `Student.passes`: 3 F, and 9 F, of which three are those of the forward sweep again."""
+        return 12, 9
+
+    def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
+        """See `Student.step_bytes`.
+
+        What is held at once is found by steps on tensors without data, of few samples and of many. What the operations
+        take inside, and what the allocator keeps between blocks in use, is an allowance.
+        """
+        few = 2 if self.network.mixes_samples else 1  # one sample alone cannot be normalised together
+        fewer, more = (live_bytes(self.network, count, image_shape, dtype) for count in (few, _MANY))
+        share = (batch - few) / (_MANY - few)
+        held = StepBytes(*(int(less + share * (most - less)) for less, most in zip(fewer, more, strict=True)))
+        saved = int(_TAKEN_OVER_KEPT * held.saved)
+        return StepBytes(
+            gradient=int(_TAKEN_OVER_HELD * held.gradient),
+            gradient_saving=int(_TAKEN_OVER_HELD * (held.gradient_saving - held.saved)) + saved,
+            gradient_jvp=int(_TAKEN_OVER_HELD * held.gradient_jvp),
+            gradient_jvp_saved=int(_TAKEN_OVER_HELD * held.gradient_jvp_saved),
+            saved=saved,
+            work=0,
+        )
+
+
+class _RecordedStep(NamedTuple):
+    """The graph of a step, to its gradient at the parameters."""
+
+    leaves: list[Tensor]  # parameters, images, and soft labels
+    loss: Tensor  # ()
+    gradient: Tensor  # (P,)
+
+
+@dataclass(frozen=True)
+class InMicrobatches:
+    """A student that cuts each batch into pieces of at most `size` samples and asks `student` for each: exact.
+
+    The loss is a mean over samples, so the loss and its gradients are the weighted sums of the pieces'.
+    """
+
+    student: Student
+    size: int
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+        """See `Student.gradient`."""
+        total_loss, total, saved = theta.new_zeros(()), torch.zeros_like(theta), []
+        for piece, weight in self._pieces(len(images)):
+            part = self.student.gradient(theta, images[piece], labels[piece], save)
+            total_loss.add_(part.loss, alpha=weight)
+            total.add_(part.theta, alpha=weight)
+            saved.append(part.saved)
+        return StepGradient(total_loss, total, saved if save else None)
+
+    def gradient_jvp(
+        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+    ) -> GradientTangent:
+        """See `Student.gradient_jvp`."""
+        v_dot_g, hessian_v = theta.new_zeros(()), torch.zeros_like(theta)
+        to_images = torch.empty_like(images)
+        to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
+        for piece, weight in self._pieces(len(images)):
+            of_piece = saved.pop(0) if saved else None
+            part = self.student.gradient_jvp(theta, images[piece], labels[piece], v, of_piece)
+            v_dot_g.add_(part.v_dot_g, alpha=weight)
+            hessian_v.add_(part.hessian_v, alpha=weight)
+            torch.mul(part.images, weight, out=to_images[piece])
+            if to_labels is not None and part.labels is not None:
+                torch.mul(part.labels, weight, out=to_labels[piece])
+        return GradientTangent(v_dot_g, hessian_v, to_images, to_labels)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """See `Student.passes`."""
+        return self.student.passes
+
+    def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
+        """See `Student.step_bytes`: of the largest piece, beside what all pieces keep."""
+        sizes = [piece.stop - piece.start for piece, _ in self._pieces(batch)]
+        steps = {size: self.student.step_bytes(size, image_shape, dtype, device) for size in set(sizes)}
+        largest, saved = steps[sizes[0]], sum(steps[size].saved for size in sizes)
+        return largest._replace(saved=saved, gradient_saving=saved - largest.saved + largest.gradient_saving)
+
+    def _pieces(self, batch: int) -> Iterator[tuple[slice, float]]:
+        for begin in range(0, batch, self.size):
+            end = min(begin + self.size, batch)
+            yield slice(begin, end), (end - begin) / batch
+
+
+def in_microbatches(student: Student, network: Network, size: int) -> Student:
+    """Return `student` cutting its batches into pieces of at most `size` samples.
+
+    Raises `InputError` if `network` makes its samples depend on each other (batch norm).
+    """
+    if size < 1:
+        raise InputError(f"microbatch: expected at least 1, found {size}")
+    if network.mixes_samples:
+        raise InputError(CANNOT_CUT)
+    return InMicrobatches(student, size)
+
+
+@functools.lru_cache(maxsize=32)  # an evaluation asks for each network of a pool again and again
+def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
+    """Return the bytes in tensors of a generic student's steps, at their peaks and between the sweeps.
+
+    Nothing is computed: the steps are some on the meta device, with a loss that stands for any other.
+    """
+    theta = torch.empty(network.num_parameters, dtype=dtype, device="meta")
+    images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
+    labels = torch.empty(batch, dtype=torch.long, device="meta")
+    student = GenericStudent(network, lambda logits, _: logits.square().mean())
+    with _CountLiveBytes() as gradient:
+        student.gradient(theta, images, labels)
+    with _CountLiveBytes() as gradient_jvp:
+        student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
+    with _CountLiveBytes() as keeping:
+        step = student.gradient(theta, images, labels, save=True)
+        saved, most = keeping.held, keeping.peak
+        keeping.peak = saved
+        student.gradient_jvp(theta, images, labels, torch.empty_like(theta), step.saved)
+    return StepBytes(gradient.peak, most, gradient_jvp.peak, keeping.peak - saved, saved, work=0)
+
+
+class _CountLiveBytes(TorchDispatchMode):
+    """Follow the bytes of the tensors that operations allocate, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.held = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self._allocated(tensor.untyped_storage())
+        return result
+
+    def _allocated(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._freed, storage.nbytes())
+
+    def _freed(self, size: int) -> None:
+        self.held -= size

@@ -1,0 +1,500 @@
+"""N student steps, and the exact meta-gradient through all of them in the memory of one.
+
+Forward, keep only the parameters θ_0 … θ_N. Backward, walk the steps in reverse with the adjoint λ of the parameters:
+everything that one step contributes is one directional derivative of its ordinary gradient (docs/adjoint.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+import mtt_fast.kernels as kernels
+from mtt_fast.augmentation.siamese import Augment
+from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.engine.memory_plan import Plan, Work, plan_for
+from mtt_fast.engine.student import Loss, Student, in_microbatches
+from mtt_fast.engine.student_choice import student_for
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.networks.protocol import Network
+
+Gradient = Literal["exact", "truncated"]
+"""Exact, or without the steps' Hessians, as TESLA's: an approximation (docs/adjoint.md)."""
+
+_ALIGNMENT = 64  # bytes: what torch's allocator for CPUs gives
+
+
+@overload
+def unroll(
+    net: Network, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor | float, batches: Tensor | Sequence[Tensor],
+    augment: Augment | None = None, microbatch: int | None = None, memory_budget: int | str | None = None,
+    momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
+    return_velocity: Literal[False] = False, plan: Plan | None = None, label_kind: LabelKind | None = None,
+    loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
+    precision: Precision = "fp32", gradient: Gradient = "exact",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def unroll(
+    net: Network, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor | float, batches: Tensor | Sequence[Tensor],
+    augment: Augment | None = None, microbatch: int | None = None, memory_budget: int | str | None = None,
+    momentum: float = 0.0, weight_decay: float = 0.0, *, velocity: Tensor | None = None,
+    return_velocity: Literal[True], plan: Plan | None = None, label_kind: LabelKind | None = None,
+    loss: Loss | None = None, generator: torch.Generator | None = None, draws: Sequence[Any] | None = None,
+    precision: Precision = "fp32", gradient: Gradient = "exact",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def unroll(
+    net: Network,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor | float,
+    batches: Tensor | Sequence[Tensor],
+    augment: Augment | None = None,
+    microbatch: int | None = None,
+    memory_budget: int | str | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    *,
+    velocity: Tensor | None = None,
+    return_velocity: bool = False,
+    plan: Plan | None = None,
+    label_kind: LabelKind | None = None,
+    loss: Loss | None = None,
+    generator: torch.Generator | None = None,
+    draws: Sequence[Any] | None = None,
+    precision: Precision = "fp32",
+    gradient: Gradient = "exact",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
+
+    With `return_velocity` return the path and the velocity (P,) after the last step, from which a further `unroll` goes
+    on as if it were the same: row N and this velocity are its `theta` and `velocity`.
+
+    Any function of any rows of the path and of that velocity can be differentiated, with exact gradients to `theta`,
+    `velocity`, `images`, floating `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The
+    graph kept is the path itself: peak memory is that of one step of one micro-batch, whatever N. Differentiable once:
+    a backward pass with create_graph=True is refused. Within `torch.autocast` it computes as without, and within
+    `torch.no_grad` path and velocity are all there is.
+
+    The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
+    of the budget): then a single row `path[n]` is brought to the device when it is asked for.
+
+    Args:
+        net: the student's network, `net(theta, images) -> logits`.
+        theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
+        images: all synthetic images (n, C, H, W).
+        labels: class indices (n,), or soft labels (n, classes).
+        lr: learning rate, a scalar (tensor), or one a step (N,).
+        batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again.
+        augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or what has their two methods. Its numbers are drawn
+            here, once a step in order, and used again by the backward sweep.
+        microbatch: at most so many samples at once; exact for networks that do not mix samples.
+        memory_budget: plan the steps so that the unroll's own peak stays below this: bytes, "6GiB", or "auto" for most
+            of what is free. Without it whole batches are done, and nothing is kept that can be computed again.
+        momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors of P.
+        weight_decay: SGD weight decay (as torch.optim.SGD).
+        velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; without it zero, as in a new optimiser.
+        return_velocity: return the momentum buffer (P,) after the last step as well, on the device of `theta`.
+        plan: in place of `microbatch` and `memory_budget`: what `mtt_fast.plan` returned for these steps.
+        label_kind: of soft labels, "probabilities" (the default) or "logits"; "indices" for integers.
+        loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
+            micro-batches add up to it.
+        generator: source of the augmentation's random numbers.
+        draws: those numbers themselves, one a step, made beforehand by `augment.draw`.
+        precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32" or "bf16"; sums are
+            float32. Any other network takes torch's own settings.
+        gradient: "exact", or "truncated", an approximation: each g_n is taken for a constant in θ_n, so that every
+            Hessian term is left out. With a loss of θ_N and plain SGD that is TESLA's gradient, λ_N for every λ_n,
+            at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
+
+    Raises:
+        InputError: shapes, dtypes, indices or options that do not fit each other, or `torch.inference_mode`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
+        )
+    indices = _checked_batches(batches, images)
+    lr = torch.as_tensor(lr, dtype=None if isinstance(lr, Tensor) else theta.dtype, device=theta.device)
+    _check_tensors(theta, images, labels, lr, len(indices), net)
+    _check_velocity(velocity, theta)
+    if gradient not in ("exact", "truncated"):
+        raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{gradient}'")
+    if [microbatch, memory_budget, plan].count(None) < 2:
+        raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
+    student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
+    has_velocity = momentum != 0 or velocity is not None or return_velocity
+    largest, steps = max(len(index) for index in indices), len(indices)
+    if draws is None:
+        draws = [augment.draw(images.detach()[index], generator) if augment else None for index in indices]
+    elif augment is None or len(draws) != len(indices):
+        raise InputError(
+            f"unroll draws: expected those of an augmentation for each of {len(indices)} steps, found {len(draws)}"
+            + (" and no augment" if augment is None else "")
+        )
+    if plan is None:
+        image_shape = (
+            images.shape[1:] if memory_budget is None else _seen_shape(augment, images.detach()[indices[0]], draws[0])
+        )
+        work = Work(
+            *(student, net.num_parameters, net.mixes_samples, torch.Size((len(images), *image_shape)), largest, steps),
+            *(theta.dtype, theta.device),
+            momentum=has_velocity,
+            augment=augment is not None,
+            canvas_size=augment.size if isinstance(augment, CanvasCrops) else 1,
+        )
+        plan = plan_for(work, memory_budget, microbatch)
+    cut = student_for_plan(student, net, plan, largest)
+    saved_from = max(0, steps - plan.saved_steps)
+    way = StudentSteps(
+        cut,
+        indices,
+        saved_from,
+        plan.path_on_host,
+        augment,
+        tuple(draws),
+        momentum,
+        weight_decay,
+        gradient,
+        has_velocity,
+    )
+    path, after = path_of(way, theta, images, labels, lr, velocity)
+    return (path, after) if return_velocity and after is not None else path
+
+
+def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:
+    """Return `student`, cutting batches of at most `batch` images if the plan says so.
+
+    Raises `InputError` if the samples of `net` depend on each other.
+    """
+    return in_microbatches(student, net, plan.microbatch) if plan.microbatch < batch else student
+
+
+def path_of(
+    steps: StudentSteps, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, velocity: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the path of `unroll` and the velocity (P,) after it, if there is one, for steps that fit the tensors.
+
+    No tensor is asked for its values, so on a GPU nothing waits for the device, and both sweeps can be recorded
+    (mtt_fast/runtime/cuda_graphs.py).
+    """
+    with _without_autocast(theta.device):
+        path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
+    path = path.as_subclass(_Path)
+    path.rows, path.home = tuple(rows), theta.device
+    return path, after
+
+
+class _Path(Tensor):
+    """A path whose single rows remember that they are rows, and come to the device where the student was trained.
+
+    The gradient of an ordinary `path[-1]` is as large as the path, and all zeros but for one row.
+    """
+
+    rows: tuple[Tensor, ...]
+    home: torch.device
+    # what is computed from a path is an ordinary tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.rows[index].to(self.home) if isinstance(index, int) else super().__getitem__(index)
+
+
+@dataclass(frozen=True)
+class StudentSteps:
+    """What both sweeps need to know besides the tensors that are differentiated."""
+
+    student: Student
+    batches: tuple[Tensor, ...]
+    saved_from: int  # the first step whose activations are kept
+    path_on_host: bool
+    augment: Callable[[Tensor, Any], Tensor] | None
+    draws: tuple[Any, ...]
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    gradient: Gradient = "exact"
+    has_velocity: bool = False  # as with momentum there must be
+
+    def inputs(self, images: Tensor, n: int) -> Tensor:
+        """The images that step n sees, from the batch's own; contiguous, as networks and kernels expect them."""
+        return (self.augment(images, self.draws[n]) if self.augment else images).contiguous()
+
+    def targets(self, labels: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+        """The labels of step n, in the types that losses expect."""
+        chosen = labels[self.batches[n]]
+        return chosen.to(dtype) if chosen.is_floating_point() else chosen.long()
+
+
+class _Rows:
+    """Vectors of one size, a row each: on the device, or in host memory behind two rows on the device."""
+
+    def __init__(self, stored: Tensor, device: torch.device, on_host: bool) -> None:
+        self.stored = stored  # (rows, P)
+        self._near = _aligned_rows(2, stored[0], device) if on_host else None
+
+    @staticmethod
+    def empty(rows: int, like: Tensor, on_host: bool) -> _Rows:
+        """Return rows without values, for vectors like `like` (P,). Host memory of a GPU is pinned."""
+        place = torch.device("cpu") if on_host else like.device
+        return _Rows(_aligned_rows(rows, like, place, pin_memory=on_host and like.is_cuda), like.device, on_host)
+
+    def near(self, n: int) -> Tensor:
+        """Row n on the device, as it was last written or loaded there; the next row but one takes its place."""
+        return self.stored[n] if self._near is None else self._near[n % 2]
+
+    def save(self, n: int) -> None:
+        """Put away row n, which was written on the device. In the order of the current stream, as is `load`."""
+        if self._near is not None:
+            self.stored[n].copy_(self.near(n), non_blocking=True)
+
+    def load(self, n: int) -> Tensor:
+        """Return row n, brought back to the device."""
+        if self._near is not None:
+            self.near(n).copy_(self.stored[n], non_blocking=True)
+        return self.near(n)
+
+
+def _aligned_rows(rows: int, like: Tensor, device: torch.device, pin_memory: bool = False) -> Tensor:
+    """Return `rows` vectors without values, of the length and dtype of `like` (P,), each aligned as one of its own.
+
+    Libraries add in another order where one is not, so that θ_n would have other bits as row n than as a start.
+    """
+    unit = _ALIGNMENT // like.element_size()
+    width = -(-len(like) // unit) * unit
+    return torch.empty(rows, width, dtype=like.dtype, device=device, pin_memory=pin_memory)[:, : len(like)]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """All arithmetic is in the dtype of the parameters, whatever the caller has chosen for networks of their own."""
+    known = torch.amp.is_autocast_available(device.type)  # not to the meta device
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run as an autograd function's `backward`, once: what it returns would be a constant to a second derivative."""
+
+    @functools.wraps(function)
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise InputError(
+                "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
+                "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
+            )
+        with _without_autocast(ctx.saved_tensors[2].device):
+            return function(ctx, *gradients)
+
+    return backward
+
+
+class _Unroll(torch.autograd.Function):
+    """One node in the user's graph for all N steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        steps: StudentSteps,
+        theta: Tensor,
+        velocity: Tensor | None,
+        images: Tensor,
+        labels: Tensor,
+        lr: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the path (N + 1, P), the last velocity (P,), and the rows, each an output (and a gradient) of its own."""
+        count = len(steps.batches)
+        rates = _rates(lr, count, theta)
+        path = _Rows.empty(count + 1, theta, steps.path_on_host)
+        path.near(0).copy_(theta)
+        path.save(0)
+        # with momentum the update is no longer a function of one step, so its velocities are kept as well
+        velocities = _Rows.empty(count, theta, steps.path_on_host) if steps.has_velocity else None
+        before = None if velocity is None else velocity.detach().contiguous()
+        saved = {}
+        for n, index in enumerate(steps.batches):
+            inputs = steps.inputs(images[index], n).to(theta.dtype)
+            targets = steps.targets(labels, n, theta.dtype)
+            _, gradient, of_step = steps.student.gradient(path.near(n), inputs, targets, n >= steps.saved_from)
+            if of_step:
+                saved[n] = of_step
+            after = None if velocities is None else velocities.near(n)
+            kernels.sgd_step(
+                path.near(n),
+                gradient.contiguous(),
+                rates[n],
+                out=path.near(n + 1),
+                velocity=before,
+                velocity_out=after,
+                momentum=steps.momentum,
+                weight_decay=steps.weight_decay,
+            )
+            path.save(n + 1)
+            if velocities is not None:
+                velocities.save(n)
+            before = after
+        if steps.path_on_host and theta.is_cuda:  # whoever reads the rows there must find them written
+            torch.cuda.current_stream(theta.device).synchronize()
+        ctx.steps, ctx.saved = steps, saved
+        ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
+        ctx.set_materialize_grads(False)
+        # a copy, so that who goes on from it holds neither the others nor what this backward sweep needs
+        return path.stored, None if after is None else after.clone(), *path.stored.unbind()
+
+    @staticmethod
+    @_backward_sweep
+    def backward(
+        ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        steps: StudentSteps = ctx.steps
+        images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
+        path = _Rows(rows, lr.device, steps.path_on_host)
+        of_momentum = ctx.saved_tensors[4]
+        velocities = None if of_momentum is None else _Rows(of_momentum, lr.device, steps.path_on_host)
+        _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
+        start = path.near(0)
+        rates = _rates(lr, len(steps.batches), start)
+        grad_images = torch.zeros_like(images) if wants_images else None
+        grad_labels = torch.zeros_like(labels) if wants_labels else None
+        grad_rates = torch.zeros_like(rates)
+
+        def incoming(n: int) -> Tensor | None:
+            """What the user's loss says of row n: as a row of the path, and as a row by itself."""
+            of_path, of_row = None if grad_path is None else grad_path[n], grad_rows[n]
+            parts = [part.to(lr.device).contiguous() for part in (of_path, of_row) if part is not None]
+            return parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
+
+        # behind the last row that the loss looks at every adjoint is zero, and nothing comes of a step
+        looks_at_all = grad_path is not None or grad_velocity is not None
+        last = max((n for n, of_row in enumerate(grad_rows) if looks_at_all or of_row is not None), default=0)
+        for n in range(last, len(steps.batches)):
+            ctx.saved.pop(n, None)
+        adjoint = torch.zeros_like(start)  # λ_{n+1}, of the parameters
+        if (of_last := incoming(last)) is not None:
+            adjoint.copy_(of_last)
+        velocity_adjoint = None if velocities is None else torch.zeros_like(adjoint)  # π_{n+1}, then ν
+        if velocity_adjoint is not None and grad_velocity is not None:
+            velocity_adjoint.copy_(grad_velocity)
+        for n in reversed(range(last)):
+            index = steps.batches[n]
+            # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
+            # direction: it stays defined at α = 0 and gives λ·g_n, which dα needs, for nothing
+            if velocity_adjoint is None:
+                direction, size = adjoint, -rates[n]
+            else:
+                direction = velocity_adjoint.addcmul_(adjoint, rates[n], value=-1)
+                size = torch.ones_like(rates[n])
+            with torch.enable_grad():
+                batch = images[index].detach().requires_grad_(wants_images)
+                inputs = steps.inputs(batch, n).to(adjoint.dtype)
+            targets, theta = steps.targets(labels, n, adjoint.dtype), path.load(n)
+            # what was kept is used up: a second backward through the same graph computes it again
+            tangent = steps.student.gradient_jvp(theta, inputs.detach(), targets, direction, ctx.saved.pop(n, None))
+
+            if velocities is None:
+                along = tangent.v_dot_g
+                if steps.weight_decay:
+                    along = along + steps.weight_decay * torch.dot(direction, theta)
+                grad_rates[n] = -along
+            else:
+                grad_rates[n] = -torch.dot(adjoint, velocities.load(n))
+            if grad_images is not None:
+                (to_batch,) = torch.autograd.grad(inputs, batch, -size * tangent.images)
+                # an alpha of 1 would take a scatter that starts threads, and waits for them, for however few numbers
+                grad_images.index_add_(0, index, to_batch, alpha=-1)
+            if grad_labels is not None and tangent.labels is not None:
+                grad_labels.index_add_(0, index, (-size * tangent.labels).to(labels.dtype), alpha=-1)
+            exact = steps.gradient == "exact"
+            kernels.adjoint_step(
+                adjoint,
+                tangent.hessian_v.contiguous() if exact else torch.zeros_like(adjoint),
+                direction,
+                size,
+                out=adjoint,
+                incoming=incoming(n),
+                weight_decay=steps.weight_decay,
+            )
+            if velocity_adjoint is not None:
+                velocity_adjoint.mul_(steps.momentum)  # π_n
+
+        grad_lr = (grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)).to(lr.dtype)
+        return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
+
+
+def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
+    """One learning rate a step (N,), in the dtype and on the device of the parameters."""
+    return lr.detach().to(like).expand(steps)
+
+
+@torch.no_grad()
+def _seen_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Size:
+    """Return the shape (C, H, W) of what the network sees of a `batch`, which an augmentation may cut or scale."""
+    return (batch if augment is None else augment(batch, drawn)).shape[1:]
+
+
+def _check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
+    if velocity is None:
+        return
+    for what in ("shape", "dtype", "device"):
+        found, expected = getattr(velocity, what), getattr(theta, what)
+        if found != expected:
+            raise InputError(f"unroll velocity: expected {what} {expected} of theta, found {found}")
+
+
+def _kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
+    soft = labels.is_floating_point()
+    if kind is None:
+        return "probabilities" if soft else "indices"
+    if (kind == "indices") == soft:
+        raise InputError(f"unroll label_kind '{kind}': does not fit labels of dtype {labels.dtype}")
+    return kind
+
+
+def _checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
+    rows = tuple(batches.unbind(0)) if isinstance(batches, Tensor) else tuple(batches)
+    if not rows:
+        raise InputError("unroll batches: expected at least one step, found none")
+    for n, row in enumerate(rows):
+        if row.dim() != 1 or len(row) == 0 or row.is_floating_point() or row.dtype == torch.bool:
+            raise InputError(
+                f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
+            )
+        # on an accelerator the look-up itself checks, without a wait for the device
+        if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < len(images):
+            raise InputError(
+                f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
+            )
+    return tuple(row.to(images.device, torch.long) for row in rows)
+
+
+def _check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:
+    if theta.shape != (net.num_parameters,) or not theta.is_floating_point():
+        raise InputError(
+            f"unroll theta: expected ({net.num_parameters},) floating-point parameters of the network, "
+            f"found {theta.dtype} of shape {tuple(theta.shape)}"
+        )
+    if not images.is_floating_point() or len(labels) != len(images):
+        raise InputError(
+            f"unroll images, labels: expected floating-point images and as many labels, found {images.dtype} of shape "
+            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
+        )
+    if labels.dim() != (2 if labels.is_floating_point() else 1):
+        raise InputError(
+            f"unroll labels: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    if lr.dim() > 1 or lr.numel() not in (1, steps):
+        raise InputError(
+            f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}"
+        )
+    devices = {tensor.device for tensor in (theta, images, labels, lr)}
+    if len(devices) > 1:
+        raise InputError(f"unroll: expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")

@@ -1,0 +1,231 @@
+"""Images, labels and learning rate alone, as other code bases keep a distilled set; order and kinds of labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.data import ImageData, Normalisation
+from mtt_fast.data.set_checks import LABEL_KINDS, are_probabilities, check_rate, check_set, check_tensors
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.data.whitening import Whitening
+from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import plain_tensor, shown
+from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the real images that a set was distilled from; "" and () where it is not."""
+
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    whitening: Whitening | None
+    dataset: str = ""
+    fingerprint: str = ""
+    image_shape: tuple[int, ...] = ()
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """What tells the images from others."""
+        whitening = NORMALISED if self.whitening is None else WHITENED
+        return DatasetIdentity(
+            self.dataset, self.class_names, self.image_shape, self.mean, self.std, whitening, self.fingerprint
+        )
+
+    @property
+    def transform(self) -> Normalisation | Whitening:
+        """From pictures in [0, 1] to the networks' input space, and back."""
+        return self.whitening or Normalisation(self.mean, self.std)
+
+
+def facts_of(data: ImageData, transform: Normalisation | Whitening) -> Facts:
+    """Return the facts of real images and of how networks see them."""
+    whitening = transform if isinstance(transform, Whitening) else None
+    return Facts(
+        data.class_names, data.mean, data.std, whitening, data.name, data.fingerprint, data.image_shape
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorSet:
+    """A distilled set without the facts that undo its normalisation.
+
+    `images` (n, C, H, W) float32 are in the networks' input space; `labels` are indices (n,) int64 or soft labels
+    (n, classes) float32, of `label_kind` "indices", "probabilities" or "logits"; `lr` () float32, or None where the
+    software that wrote the set kept no learning rate.
+    """
+
+    images: Tensor
+    labels: Tensor
+    lr: Tensor | None
+    label_kind: str
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each image (n,). That of soft labels is its place: learned ones may favour another."""
+        if self.label_kind == "indices":
+            return self.labels
+        return torch.arange(len(self.labels)) * self.num_classes // len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell of."""
+        return int(self.labels.max()) + 1 if self.label_kind == "indices" else self.labels.shape[1]
+
+    def ipc(self, where: str) -> int:
+        """Return the images a class. Raises `InputError`, which names `where`, if the classes differ in number."""
+        count, classes = len(self.labels), self.num_classes
+        evenly = count % classes == 0  # looked at first: a label may be a large number
+        if evenly and self.label_kind == "indices":
+            evenly = bool((torch.bincount(self.labels, minlength=classes) == count // classes).all())
+        if not evenly:
+            raise InputError(f"{where}: expected as many images of every class, found {count} of {classes} classes")
+        return count // classes
+
+
+def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | None = None) -> TensorSet:
+    """Return a set of tensors that `where` (a file) held. Soft labels are of `label_kind`, or of the kind they look.
+
+    Images and labels may be of any width of number and still require a gradient; whole floating-point numbers (n,) are
+    indices. Raises `InputError` if they are no dense tensors, or shapes or values do not fit together.
+    """
+    if label_kind not in (None, *LABEL_KINDS):
+        raise InputError(f"--label_kind {label_kind}: expected one of {', '.join(LABEL_KINDS)}")
+    images, labels = plain_tensor(images, f"{where}: images"), plain_tensor(labels, f"{where}: labels")
+    if (
+        images.dim() != 4
+        or not images.is_floating_point()
+        or not images.numel()
+        or labels.shape[:1] != images.shape[:1]
+    ):
+        raise InputError(
+            f"{where}: expected images (n, C, H, W) with n labels, found {tuple(images.shape)} and labels "
+            f"{tuple(labels.shape)} ({images.dtype})"
+        )
+    if labels.dim() == 2 and labels.is_floating_point():
+        kind, labels = label_kind or guess_label_kind(labels), labels.float()
+    else:
+        kind, labels = "indices", _as_indices(labels, where)
+    if label_kind not in (None, kind):
+        raise InputError(f"--label_kind {label_kind}: found labels of {where} that are {kind}; leave it out")
+    found = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
+    check_plain(found, where)
+    return found
+
+
+def check_plain(found: TensorSet, where: str | os.PathLike[str]) -> None:
+    """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for what is unsound."""
+    check_tensors(found.images, found.labels, found.label_kind, where)
+    if found.lr is not None:
+        check_rate(found.lr, where)
+
+
+def _as_indices(labels: Tensor, where: str) -> Tensor:
+    """Return labels (n,) of any width, or whole floating-point numbers, as int64."""
+    if labels.dim() != 1 or labels.dtype == torch.bool or not bool((labels == labels.double().round()).all()):
+        raise InputError(
+            f"{where}: expected labels that are class indices (n,) or soft labels (n, classes), found {labels.dtype} "
+            f"{tuple(labels.shape)} that are neither; save the labels of its images beside it"
+        )
+    return labels.double().clamp(-_EXACT, _EXACT).long() if labels.is_floating_point() else labels.long()
+
+
+_EXACT = 2.0**53  # whole numbers in float64
+
+
+def guess_label_kind(labels: Tensor) -> str:
+    """Return "probabilities" if all rows of `labels` (n, classes) are such, else "logits".
+
+    Both lie in files of one name: TESLA and MCT write probabilities, DATM and its successors logits.
+    """
+    return "probabilities" if are_probabilities(labels) else "logits"
+
+
+def class_major(found: TensorSet, reorder_soft: bool = False) -> TensorSet:
+    """Return the set in the order of its classes; images of one class keep theirs.
+
+    Sets with soft labels stay as they are, as the largest of an image's learned labels need not be its class, unless
+    `reorder_soft` orders them by it.
+    """
+    if found.label_kind != "indices" and not reorder_soft:
+        return found
+    order = _largest(found).argsort(stable=True)
+    return dataclasses.replace(found, images=found.images[order], labels=found.labels[order])
+
+
+def in_place(found: TensorSet) -> int:
+    """Return how many images are labelled, or most strongly labelled, with the class that class-major order gives them."""
+    places = torch.arange(len(found.labels)) * found.num_classes // len(found.labels)
+    return int((_largest(found) == places).sum())
+
+
+def hardened(found: TensorSet) -> TensorSet:
+    """Return a class-major set with class indices for its soft labels, which its order tells.
+
+    Raises `InputError` if the number of images is no multiple of the number of classes.
+    """
+    if found.label_kind == "indices":
+        return found
+    found.ipc("--hard_labels")
+    return dataclasses.replace(found, labels=found.classes, label_kind="indices")
+
+
+def _largest(found: TensorSet) -> Tensor:
+    return found.labels if found.label_kind == "indices" else found.labels.argmax(1)
+
+
+def as_tensor_set(synthetic: SyntheticDataset) -> TensorSet:
+    """Return the tensors of a distilled set, on the CPU."""
+    moved = synthetic.to("cpu")
+    return TensorSet(moved.images.detach(), moved.labels.detach(), moved.lr.detach(), moved.label_kind)
+
+
+def as_synthetic(
+    found: TensorSet,
+    facts: Facts,
+    lr: float,
+    recipe: dict[str, Any],
+    versions: dict[str, str],
+    where: str = "the set",
+) -> SyntheticDataset:
+    """Return the set with the `facts` of the real images that it was distilled from; with `lr` where it brings none.
+
+    `where` says in messages where it came from. Class indices may leave classes out. Raises `InputError` if it cannot be distilled from such images.
+    """
+    shape, fewer = tuple(found.images.shape[1:]), found.label_kind == "indices"
+    classes, known = found.num_classes, len(facts.class_names)
+    if shape[0] != len(facts.mean) or classes > known or (classes < known and not fewer):
+        raise InputError(
+            f"{where}: expected images of {len(facts.mean)} channels and {known} classes, found "
+            f"{shape} of {classes} classes; name with --dataset the data set that it was distilled from"
+        )
+    if facts.image_shape and shape != facts.image_shape:
+        raise InputError(
+            f"--dataset: expected images {facts.image_shape} of {facts.dataset}, found {shape}; name the data set that the "
+            "source was distilled from, and its --res"
+        )
+    synthetic = SyntheticDataset(
+        found.images,
+        found.labels,
+        torch.tensor(lr) if found.lr is None else found.lr,
+        label_kind=found.label_kind,
+        recipe=recipe,
+        versions=versions,
+        **{name: value for name, value in vars(facts).items() if name != "image_shape"},
+    )
+    check_set(synthetic, where)
+    return synthetic
+
+
+def _rate(lr: Any, where: str) -> Tensor:
+    rate = plain_tensor(lr, f"{where}: lr")
+    if rate.numel() != 1 or rate.dtype == torch.bool:
+        raise InputError(f"{where}: expected one learning rate above 0 beside it, found {shown(rate)}")
+    return rate.float().reshape(())

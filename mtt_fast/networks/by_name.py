@@ -1,0 +1,114 @@
+"""Networks by the names that the public code gives them, and what the jobs ask of a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtt_fast.errors import InputError
+from mtt_fast.networks.classics import alexnet, lenet, mlp, vgg11
+from mtt_fast.networks.convnet import ConvNet
+from mtt_fast.networks.convnet_variants import convnet_variant
+from mtt_fast.networks.flat_module import FlatModule
+from mtt_fast.networks.layers import default_parameters
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.networks.resnets import resnet18
+
+_ACTIVATIONS = {"AS": "sigmoid", "AR": "relu", "AL": "leakyrelu", "ASwish": "swish"}
+_NORMS = {"NN": "none", "BN": "batch", "LN": "layer", "IN": "instance", "GN": "group"}
+_POOLINGS = {"NP": "none", "MP": "max", "AP": "average"}
+_CONVNET = re.compile(
+    rf"ConvNet(?:D(\d{{1,4}}))?(?:W(\d{{1,6}}))?({'|'.join(sorted(_ACTIVATIONS, reverse=True))})?({'|'.join(_NORMS)})?({'|'.join(_POOLINGS)})?"
+)
+
+_OTHERS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
+    "MLP": mlp,
+    "LeNet": lenet,
+    "AlexNet": alexnet,
+    "AlexNetBN": partial(alexnet, batch_norm=True),
+    "VGG11": vgg11,
+    "VGG11BN": partial(vgg11, batch_norm=True),
+    "ResNet18": resnet18,
+    "ResNet18BN": partial(resnet18, batch_norm=True),
+    "ResNet18_AP": partial(resnet18, average_pooled=True),
+    "ResNet18BN_AP": partial(resnet18, batch_norm=True, average_pooled=True),
+}
+
+
+class NamedNetwork(FlatModule):
+    """A network of the public code: a `FlatModule` in training mode that draws fresh parameters."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(module)
+        self._name = name
+
+    def init(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw initial parameters (P,), float32, on the generator's device, with `torch`'s default distribution."""
+        return default_parameters(self._module, generator)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the network is, as a record."""
+        return {"kind": self._name}
+
+
+def network_by_name(name: str, image_shape: tuple[int, int, int], num_classes: int) -> Trainable:
+    """Return the network called `name` for images (C, H, W).
+
+    ConvNet with depth, width, activation, norm and pooling, each of them left out or not, in this order: ConvNetD4,
+    ConvNetW256, ConvNetD2W64BN, ConvNetAL, ConvNetNNMP. Activations: AS sigmoid, AR ReLU, AL leaky ReLU, ASwish.
+    Norms: IN instance, BN batch, LN layer, GN group, NN none. Pooling: AP average, MP max, NP none. Without them it is
+    ConvNetD3W128ARINAP. ConvNetKIP is ConvNetW1024NN. Besides: MLP, LeNet, AlexNet, VGG11, ResNet18 and ResNet18_AP
+    (average pooled), all with instance norm where they have a norm, and AlexNetBN, VGG11BN, ResNet18BN, ResNet18BN_AP.
+
+    `ConvNet` with ReLU, average pooling and instance norm or none is `mtt_fast.ConvNet`, which has a student of its own;
+    all others are modules behind `FlatModule`. Raises `InputError` for any other name, or images too small for it.
+    """
+    match = _CONVNET.fullmatch({"ConvNetKIP": "ConvNetW1024NN"}.get(name, name))
+    if match is None and name not in _OTHERS:
+        raise InputError(
+            f"--model {name}: expected ConvNet, with depth, width, activation, norm and pooling as in ConvNetD4, "
+            f"ConvNetD3W256, ConvNetAL, ConvNetBN or ConvNetNNMP, or one of {', '.join(_OTHERS)}"
+        )
+    if match is None:
+        return _named(name, partial(_OTHERS[name], image_shape, num_classes))
+    channels, height, side = image_shape
+    depth, width = int(match[1] or 3), int(match[2] or 128)
+    activation, norm, pooling = match[3] or "AR", match[4] or "IN", match[5] or "AP"
+    if (activation, pooling) == ("AR", "AP") and norm in ("IN", "NN"):
+        size = height if height == side else (height, side)
+        return ConvNet(channels, num_classes, size, width, depth, norm="instance" if norm == "IN" else "none")
+    if min(depth, width) < 1:
+        raise InputError(f"--model {name}: expected a depth and a width of at least 1")
+    variant = partial(
+        convnet_variant, image_shape, num_classes, width=width, depth=depth, activation=_ACTIVATIONS[activation],
+        norm=_NORMS[norm], pooling=_POOLINGS[pooling],
+    )  # fmt: skip
+    return _named(name, variant)
+
+
+def full_name(described: Mapping[str, Any]) -> str:
+    """Return the name with all its parts of a network that says `described` of itself, for a comparison with another.
+
+    ConvNet, ConvNetD3 and ConvNetW128IN are ConvNetD3W128ARINAP. "" where the record does not tell.
+    """
+    if "width" in described or described.get("kind") == "ConvNet":
+        norm = {"instance": "IN", "none": "NN"}.get(described.get("norm", ""))
+        if norm is None or "depth" not in described or "width" not in described:
+            return ""
+        return f"ConvNetD{described['depth']}W{described['width']}AR{norm}AP"
+    kind = str(described.get("kind", ""))
+    match = _CONVNET.fullmatch(kind)
+    if match is None:
+        return kind
+    parts = match[1] or 3, match[2] or 128, match[3] or "AR", match[4] or "IN", match[5] or "AP"
+    return "ConvNetD{}W{}{}{}{}".format(*parts)
+
+
+def _named(name: str, build: Callable[[], nn.Module]) -> NamedNetwork:
+    with torch.random.fork_rng(devices=[]):  # its layers draw parameters that no one asks for
+        return NamedNetwork(name, build())

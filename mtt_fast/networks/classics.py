@@ -1,0 +1,101 @@
+"""MLP, LeNet, AlexNet and VGG11 as the public code has them: for 32-pixel images, and 28-pixel ones of one channel.
+
+Names and order of the parameters are the public code's. Other sizes, which it does not know, change nothing but the
+number of features that the classifier sees.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mtt_fast.errors import InputError
+from mtt_fast.networks.layers import in_sequence, norm_2d
+
+_VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+
+
+def mlp(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Return a perceptron with two hidden layers of 128 and ReLU, for images (C, H, W)."""
+    channels, height, width = image_shape
+    return in_sequence(
+        flatten=nn.Flatten(),
+        fc_1=nn.Linear(channels * height * width, 128),
+        relu_1=nn.ReLU(),
+        fc_2=nn.Linear(128, 128),
+        relu_2=nn.ReLU(),
+        fc_3=nn.Linear(128, num_classes),
+    )
+
+
+def lenet(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Return LeNet-5 with ReLU and max pooling, for images (C, H, W). Raises `InputError` if they are too small."""
+    channels, *sides = image_shape
+    padding = 2 if channels == 1 else 0
+    height, width = (((side + 2 * padding - 4) // 2 - 4) // 2 for side in sides)
+    _check("LeNet", image_shape, height, width)
+    features = nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+    )  # fmt: skip
+    return in_sequence(
+        features=features,
+        flatten=nn.Flatten(),
+        fc_1=nn.Linear(16 * height * width, 120),
+        relu_1=nn.ReLU(),
+        fc_2=nn.Linear(120, 84),
+        relu_2=nn.ReLU(),
+        fc_3=nn.Linear(84, num_classes),
+    )
+
+
+def alexnet(image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool = False) -> nn.Module:
+    """Return AlexNet with the strides and widths of the public code, for images (C, H, W); it has no dropout.
+
+    `batch_norm` puts a batch norm behind each convolution. Raises `InputError` if the images are too small.
+    """
+    channels, *sides = image_shape
+    padding = 4 if channels == 1 else 2
+    height, width = ((side + 2 * (padding - 2)) // 8 for side in sides)
+    _check("AlexNet", image_shape, height, width)
+
+    def block(before: int, after: int, kernel: int, padding: int) -> list[nn.Module]:
+        norm = [nn.BatchNorm2d(after)] if batch_norm else []
+        return [nn.Conv2d(before, after, kernel, padding=padding), *norm, nn.ReLU()]
+
+    features = nn.Sequential(
+        *block(channels, 128, 5, padding), nn.MaxPool2d(2), *block(128, 192, 5, 2), nn.MaxPool2d(2),
+        *block(192, 256, 3, 1), *block(256, 192, 3, 1), *block(192, 192, 3, 1), nn.MaxPool2d(2),
+    )  # fmt: skip
+    return in_sequence(features=features, flatten=nn.Flatten(), fc=nn.Linear(192 * height * width, num_classes))
+
+
+def vgg11(image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool = False) -> nn.Module:
+    """Return VGG11 with one linear layer and no dropout, for images (C, H, W).
+
+    Its norm is an instance norm, or a batch norm. Raises `InputError` if the images are too small.
+    """
+    channels, *sides = image_shape
+    padding = 3 if channels == 1 else 1
+    height, width = ((side + 2 * (padding - 1)) // 32 for side in sides)
+    _check("VGG11", image_shape, height, width)
+    layers: list[nn.Module] = []
+    before = channels
+    for after in _VGG11:
+        if isinstance(after, str):
+            layers.append(nn.MaxPool2d(2))
+        else:
+            convolution = nn.Conv2d(before, after, 3, padding=1 if layers else padding)
+            layers += [convolution, norm_2d(after, batch_norm), nn.ReLU()]
+            before = after
+    return in_sequence(
+        features=nn.Sequential(*layers),
+        flatten=nn.Flatten(),
+        classifier=nn.Linear(before * height * width, num_classes),
+    )
+
+
+def _check(name: str, image_shape: tuple[int, int, int], *sides: int) -> None:
+    if min(sides) < 1:
+        raise InputError(
+            f"{name}: nothing is left of images {image_shape}; use larger images, or another --model, --models or --eval_mode"
+        )

@@ -1,0 +1,145 @@
+"""ConvNet, the network of the field (Gidaris & Komodakis 2018), as a pure function of one flat parameter vector."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.networks.layout import ParameterLayout
+
+NORM_EPS = 1e-5
+
+Norm = Literal["instance", "none"]
+
+
+@dataclass(frozen=True)
+class ConvNet:
+    """[conv 3×3 → norm → ReLU → average pool 2×2] × depth, then a linear classifier.
+
+    The norm is an affine instance norm (a group norm with one group a channel, eps 1e-5), or there is none. Padding is
+    1, but 3 in the first layer for one-channel images, as in the public code, where it makes MNIST's 28×28 into 32×32.
+    The parameters are one vector `theta` (P,), in the public code's order, so its trajectories load unchanged.
+
+    Raises `InputError` if `depth` poolings leave nothing of `image_size`, and for a norm of another name.
+    """
+
+    in_channels: int = 3
+    num_classes: int = 10
+    image_size: int | tuple[int, int] = 32
+    width: int = 128
+    depth: int = 3
+    norm: Norm = "instance"
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "num_classes", "width", "depth"):
+            if getattr(self, name) < 1:
+                raise InputError(f"ConvNet {name}: expected at least 1, found {getattr(self, name)}")
+        if self.norm not in get_args(Norm):
+            raise InputError(f"ConvNet norm: expected {' or '.join(get_args(Norm))}, found {self.norm}")
+        if min(self.feature_size) < 1:
+            raise InputError(
+                f"ConvNet depth {self.depth}: {self.depth} poolings leave nothing of {self.image_size}-pixel images; "
+                "use a smaller depth or larger images"
+            )
+
+    @property
+    def mixes_samples(self) -> bool:
+        """False: an instance norm never does, so a batch may be cut into micro-batches exactly."""
+        return False
+
+    @property
+    def feature_size(self) -> tuple[int, int]:
+        """Height and width of the last feature map."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        grown = 2 * (self.first_padding - 1)
+        return (height + grown) >> self.depth, (width + grown) >> self.depth
+
+    @property
+    def first_padding(self) -> int:
+        """Padding of the first convolution."""
+        return 3 if self.in_channels == 1 else 1
+
+    @cached_property
+    def layout(self) -> ParameterLayout:
+        """Names (those of the public code's module) and shapes, in flat order."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for block in range(self.depth):
+            conv = block * (4 if self.norm == "instance" else 3)  # the module's layers: conv, norm if any, ReLU, pool
+            shapes[f"features.{conv}.weight"] = (self.width, self.width if block else self.in_channels, 3, 3)
+            shapes[f"features.{conv}.bias"] = (self.width,)
+            if self.norm == "instance":
+                shapes[f"features.{conv + 1}.weight"] = (self.width,)
+                shapes[f"features.{conv + 1}.bias"] = (self.width,)
+        shapes["classifier.weight"] = (self.num_classes, self.width * math.prod(self.feature_size))
+        shapes["classifier.bias"] = (self.num_classes,)
+        return ParameterLayout(tuple(shapes), tuple(shapes.values()))
+
+    @property
+    def num_parameters(self) -> int:
+        """P."""
+        return self.layout.num_parameters
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the network is, as a record."""
+        return {"kind": type(self).__name__, **dataclasses.asdict(self)}
+
+    def init(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw initial parameters (P,), float32, on the generator's device (else the CPU).
+
+        The distribution is PyTorch's default, which the public code uses: convolutions and classifier uniform in
+        ±1/√fan_in, norm weights one and biases zero.
+        """
+        device = generator.device if generator is not None else torch.device("cpu")
+        theta = torch.empty(self.num_parameters, device=device)
+        parameters = dict(zip(self.layout.names, self.layout.split(theta), strict=True))
+        for name, parameter in parameters.items():
+            module, kind = name.rsplit(".", 1)
+            weight = parameters[f"{module}.weight"]
+            if weight.dim() == 1:
+                parameter.fill_(1.0 if kind == "weight" else 0.0)
+            else:
+                bound = 1 / math.sqrt(weight[0].numel())
+                parameter.uniform_(-bound, bound, generator=generator)
+        return theta
+
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return logits (n, num_classes) of `images` (n, in_channels, H, W) under the parameters `theta` (P,).
+
+        Functional: differentiable to any order, in forward and reverse mode, and usable under `torch.func`.
+        """
+        *blocks, classifier = self.split(theta)
+        return F.linear(self._features(blocks, images), *classifier)
+
+    def embed(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return what the classifier sees of `images`: the last feature map, flattened, (n, F). As functional."""
+        return self._features(self.split(theta)[:-1], images)
+
+    def _features(self, blocks: Sequence[tuple[Tensor, ...]], images: Tensor) -> Tensor:
+        features = images
+        for block, (weight, bias, *norm) in enumerate(blocks):
+            features = F.conv2d(features, weight, bias, padding=self.first_padding if block == 0 else 1)
+            if norm:
+                gamma, beta = norm
+                features = F.group_norm(features, self.width, gamma, beta, NORM_EPS)
+            features = F.avg_pool2d(F.relu(features), 2)
+        return features.flatten(1)
+
+    def split(self, theta: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return views of each block's parameters, and last of the classifier's weight and bias.
+
+        A block's are the weight and bias of its convolution, and those of its norm if it has one.
+        """
+        parameters = self.layout.split(theta)
+        each = len(parameters[:-2]) // self.depth
+        blocks = [tuple(parameters[each * block : each * (block + 1)]) for block in range(self.depth)]
+        return [*blocks, tuple(parameters[-2:])]

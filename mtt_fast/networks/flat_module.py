@@ -1,0 +1,215 @@
+"""Any `nn.Module` behind ConvNet's interface: a pure function of one flat parameter vector."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mtt_fast.errors import InputError
+from mtt_fast.networks.layout import ParameterLayout
+from mtt_fast.networks.protocol import Network
+
+Track = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From parameters (P,), a batch as the network sees it, and running statistics (S,) to those after the batch."""
+
+
+class FlatModule:
+    """A copy of `module`, called with its parameters as one vector `theta` (P,), in `module.parameters()` order.
+
+    Buffers keep the values they have now. The copy keeps the module's mode:
+    a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is no longer a mean
+    over independent samples and a batch cannot be cut into micro-batches; in evaluation mode it can.
+    The running statistics that `torch` would keep aside are explicit: `statistics` are those at the start, `track` says
+    what a batch makes of them, and `evaluated` tests with them.
+
+    May be called in several threads at once. Raises `InputError` for a module with active dropout: its draws would
+    differ between the two sweeps. Found are torch's dropout layers and what keeps its share as `dropout`, as attention and
+    recurrent layers do; of other random operations a module must be free.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        tracked = copy.deepcopy(module)
+        for name, part in tracked.named_modules():
+            if part.training and _dropped(part) > 0:
+                raise InputError(
+                    f"FlatModule: layer {name or type(part).__name__} draws random numbers in training mode, so the backward "
+                    "sweep would not repeat the forward one; set its share to 0, or call .eval()"
+                )
+        parameters = dict(tracked.named_parameters())
+        self.layout = ParameterLayout(tuple(parameters), tuple(tuple(value.shape) for value in parameters.values()))
+        norms = {name: part for name, part in tracked.named_modules() if isinstance(part, _BatchNorm)}
+        mixing = {name: part for name, part in norms.items() if part.training or part.running_mean is None}
+        self.mixes_samples = bool(mixing)
+        """True where a sample's output depends on the others (batch statistics): no micro-batches then."""
+        running = {f"{name}.{key}": value for name, part in mixing.items() for key, value in part.named_buffers()}
+        self._running = ParameterLayout(tuple(running), tuple(tuple(value.shape) for value in running.values()))
+        self.statistics = _flat(running.values()) if running else None
+        """What its batch norms in training mode keep at the start (S,): means, variances, counts. None without them."""
+        self._initial = nn.utils.parameters_to_vector(parameters.values()).detach().clone()
+        self._kind = type(module).__name__
+        self._module = tracked
+        self._trained = _Stateless(_without_running_statistics(tracked))
+        features = _without_last_linear(self._trained.module)
+        self._features = None if features is None else _Stateless(features)
+        self._tracked, self._tested = _Stateless(tracked), _Stateless(_with_the_same_tensors(tracked).eval())
+
+    @property
+    def num_parameters(self) -> int:
+        """P."""
+        return self.layout.num_parameters
+
+    def init(self, generator: torch.Generator | None = None) -> Tensor:
+        """Return the parameters (P,) that the module had when it was wrapped, whatever the `generator`.
+
+        For fresh ones, build a fresh module: only it knows how its layers are drawn.
+        """
+        return self._initial.clone()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the network is, as a record."""
+        return {"kind": self._kind}
+
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return the module's output for `images` under the parameters `theta` (P,)."""
+        return self._trained(self._parameters(theta), images)
+
+    def embed(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return what the module's last linear layer sees of `images`, (n, F), as the module's own mode has it.
+
+        Raises `InputError` for a module without a linear layer.
+        """
+        if self._features is None:
+            raise InputError(f"embed: expected a network with a linear layer, found none in {self._kind}")
+        return self._features(self._parameters(theta), images)
+
+    @torch.no_grad()
+    def track(self, theta: Tensor, images: Tensor, statistics: Tensor) -> Tensor:
+        """Return what the running `statistics` (S,) are after a step on `images`, at `theta` (P,) before the step.
+
+        As `torch` does it in a forward pass in training mode: mean and unbiased variance of the batch enter with the
+        weight of the layer's momentum. Takes a forward pass.
+        """
+        running = self._statistics(statistics.to(theta, copy=True))  # torch writes into these
+        self._tracked(self._parameters(theta) | running, images)
+        return _flat(running.values())
+
+    def evaluated(self, statistics: Tensor) -> Network:
+        """Return the network in evaluation mode with the running `statistics` (S,), as it is tested."""
+        return _Evaluated(self, statistics)
+
+    def _parameters(self, theta: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.layout.names, self.layout.split(theta), strict=True))
+
+    def _statistics(self, statistics: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._running.names, self._running.split(statistics), strict=True))
+
+
+def statistics_of(network: Network) -> tuple[Tensor, ...]:
+    """Return the running statistics that training `network` starts with: one vector (S,), or none where it keeps none."""
+    return () if not isinstance(network, FlatModule) or network.statistics is None else (network.statistics,)
+
+
+def track_of(network: Network) -> Track | None:
+    """Return what brings the running statistics of `network` on by a batch, or None where it keeps none."""
+    return network.track if isinstance(network, FlatModule) and network.statistics is not None else None
+
+
+def in_evaluation(network: Network, *statistics: Tensor) -> Network:
+    """Return `network` as it is tested: in evaluation mode with its running `statistics`, if it keeps any."""
+    return network.evaluated(*statistics) if isinstance(network, FlatModule) and statistics else network
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """A `FlatModule` in evaluation mode, with running statistics."""
+
+    network: FlatModule
+    statistics: Tensor
+    mixes_samples: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        return self.network.num_parameters
+
+    def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
+        network = self.network
+        return network._tested(network._parameters(theta) | network._statistics(self.statistics.to(theta)), images)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _Stateless:
+    """A module as a pure function of its parameters, and of those of its buffers that are given.
+
+    `functional_call` puts tensors into the module while it runs, so each call has a copy of the layers to itself; their
+    own tensors are shared.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._idle: list[nn.Module] = []
+
+    def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
+        like = next(iter(tensors.values()), images)
+        buffers = {
+            name: buffer.to(like) if buffer.is_floating_point() else buffer.to(like.device)
+            for name, buffer in self.module.named_buffers()
+            if name not in tensors
+        }
+        try:
+            module = self._idle.pop()  # atomic, as is append
+        except IndexError:
+            module = _with_the_same_tensors(self.module)
+        try:
+            output = functional_call(module, tensors | buffers, (images,))
+        finally:
+            self._idle.append(module)
+        if not isinstance(output, Tensor):
+            raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
+        return output
+
+
+def _dropped(part: nn.Module) -> float:
+    """Return the share that a layer drops at random in training mode."""
+    share = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0)
+    return share if isinstance(share, (int, float)) else 0
+
+
+def _with_the_same_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of the layers alone: it shares the parameters and buffers."""
+    own = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in own})
+
+
+def _without_running_statistics(module: nn.Module) -> nn.Module:
+    """Return a copy whose batch norms in training mode write no running statistics, which `torch.func` forbids."""
+    module = _with_the_same_tensors(module)
+    for part in module.modules():
+        if isinstance(part, _BatchNorm) and part.training:
+            part.running_mean = part.running_var = part.num_batches_tracked = None
+            part.track_running_stats = False
+    return module
+
+
+def _without_last_linear(module: nn.Module) -> nn.Module | None:
+    """Return a copy that returns what the last linear layer is given, or None if there is no such layer."""
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name]
+    if not names:
+        return None
+    module = _with_the_same_tensors(module)
+    module.set_submodule(names[-1], nn.Identity())
+    return module
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the tensors one after another in one new vector of the first one's dtype, so that counts become floating."""
+    first, *rest = (tensor.detach().reshape(-1) for tensor in tensors)
+    return torch.cat([first, *(tensor.to(first) for tensor in rest)])

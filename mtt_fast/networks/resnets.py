@@ -1,0 +1,69 @@
+"""ResNet18 as the public code has it: a 3×3 first layer without pooling, for 32-pixel images.
+
+Names and order of the parameters are the public code's. Other sizes, which it does not know, change nothing but the
+number of features that the classifier sees.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtt_fast.networks.layers import in_sequence, norm_2d
+
+_STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first of the two blocks
+
+
+def resnet18(
+    image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool = False, average_pooled: bool = False
+) -> nn.Module:
+    """Return ResNet18 with instance or batch norm, for images (C, H, W).
+
+    Three stages halve the image by a convolution with stride 2, and an average over 4×4 comes before the classifier.
+    `average_pooled` (ResNet18_AP): they halve it by an average pooling, and the classifier sees all features.
+    """
+    channels, *sides = image_shape
+    for _ in _STAGES[1:]:
+        sides = [side // 2 if average_pooled else (side + 1) // 2 for side in sides]
+    pooled = 1 if average_pooled else min(4, *sides)
+    height, width = (side // pooled for side in sides)
+    stages: dict[str, nn.Module] = {}
+    before = _STAGES[0][0]
+    for number, (after, stride) in enumerate(_STAGES, start=1):
+        first = BasicBlock(before, after, stride, batch_norm, average_pooled)
+        stages[f"layer{number}"] = nn.Sequential(first, BasicBlock(after, after, 1, batch_norm, average_pooled))
+        before = after
+    return in_sequence(
+        conv1=nn.Conv2d(channels, _STAGES[0][0], 3, padding=1, bias=False),
+        bn1=norm_2d(_STAGES[0][0], batch_norm),
+        relu=nn.ReLU(),
+        **stages,
+        pool=nn.AvgPool2d(pooled),
+        flatten=nn.Flatten(),
+        classifier=nn.Linear(before * height * width, num_classes),
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with norms, beside a shortcut; with stride 2 both halve the image (B, C, H, W)."""
+
+    def __init__(self, before: int, after: int, stride: int, batch_norm: bool, average_pooled: bool) -> None:
+        super().__init__()
+        step = 1 if average_pooled else stride
+        self.conv1 = nn.Conv2d(before, after, 3, stride=step, padding=1, bias=False)
+        self.bn1 = norm_2d(after, batch_norm)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.bn2 = norm_2d(after, batch_norm)
+        self.pooled = stride if average_pooled else 1
+        self.shortcut = nn.Sequential()
+        if stride != 1:
+            pool = [nn.AvgPool2d(stride)] if average_pooled else []
+            convolution = nn.Conv2d(before, after, 1, stride=step, bias=False)
+            self.shortcut = nn.Sequential(convolution, *pool, norm_2d(after, batch_norm))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the block's output (B, `after`, H / stride, W / stride)."""
+        inner = F.relu(self.bn1(self.conv1(images)))
+        if self.pooled != 1:
+            inner = F.avg_pool2d(inner, self.pooled)
+        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))

@@ -1,0 +1,1 @@
+"""How a device is kept busy and a process behaves: CUDA graphs, prefetching, numerics, signals, seeds, memory."""

@@ -1,0 +1,126 @@
+"""A function of tensors recorded once in a CUDA graph and then replayed: the host starts one thing instead of thousands.
+
+On a CPU there is nothing to record, and `graphed` returns the function itself. Only `recorder` speaks to CUDA.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtt_fast.runtime.memory_info import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+Function = Callable[..., tuple[Tensor, ...]]
+"""A pure function of tensors on one device, that asks for no tensor's value and draws no random number."""
+
+
+class Recording(NamedTuple):
+    """What repeats a recorded call, and where its results are afterwards."""
+
+    replay: Callable[[], object]
+    outputs: tuple[Tensor, ...]
+
+
+Record = Callable[[Callable[[], tuple[Tensor, ...]]], Recording]
+"""Records one call of a function without arguments."""
+
+_MOST = 8  # recordings of one function: each keeps its own inputs and outputs
+_WARM_UPS = 2  # the first call compiles kernels and chooses algorithms, the second is like all that follow
+_one_capture = threading.Lock()  # each begins with a wait for the whole device, which no other capture may see
+
+
+def graphed(function: Function, device: torch.device) -> Function:
+    """Return a function that does as `function` does with tensors on `device`; on CUDA it replays a graph.
+
+    `function` must depend on nothing but its arguments and what never changes. A call with shapes or dtypes that did
+    not come before is recorded first. Results are new tensors. Raises `torch.OutOfMemoryError` if a recording does not
+    fit on the device.
+    """
+    return GraphedFunction(function, recorder(device)) if device.type == "cuda" else function
+
+
+class GraphedFunction:
+    """A function by its recordings, one for each set of shapes and dtypes that it was called with.
+
+    Where that makes too many, or a call cannot be recorded, the function itself is called, and the log says so.
+    """
+
+    def __init__(self, function: Function, record: Record) -> None:
+        self._function = function
+        self._record = record
+        self._recordings: dict[tuple[object, ...], tuple[tuple[Tensor, ...], Recording]] = {}
+        self.problem: str | None = None
+        """why calls are not recorded any more; None while they are"""
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the function's results for `inputs`."""
+        kind = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        if kind not in self._recordings and self.problem is None:
+            self._add(kind, inputs)
+        if kind not in self._recordings:
+            return self._function(*inputs)
+        static_inputs, recording = self._recordings[kind]
+        for static_input, tensor in zip(static_inputs, inputs, strict=True):
+            static_input.copy_(tensor, non_blocking=True)
+        recording.replay()
+        return tuple(output.clone() for output in recording.outputs)  # the next replay writes over them
+
+    def _add(self, kind: tuple[object, ...], inputs: tuple[Tensor, ...]) -> None:
+        if len(self._recordings) == _MOST:
+            self._give_up(f"more than {_MOST} sets of shapes")
+            return
+        static_inputs = tuple(tensor.detach().clone() for tensor in inputs)
+        try:
+            self._recordings[kind] = static_inputs, self._record(lambda: self._function(*static_inputs))
+            return
+        except RuntimeError as error:
+            exhausted, cause = _out_of_memory(error), f"{type(error).__name__}: {error}".splitlines()[0]
+        # out here, where the error and all that its frames hold on the device are gone
+        if exhausted:
+            raise torch.OutOfMemoryError(exhausted)
+        self._give_up(cause)
+
+    def _give_up(self, problem: str) -> None:
+        self.problem = problem
+        log.warning("not recorded in a CUDA graph, so that it runs slower, with the same result: %s", problem)
+
+
+def recorder(device: torch.device) -> Record:
+    """Return what records calls in CUDA graphs on `device`.
+
+    The graphs of one recorder share memory, so only one of them may run at a time, on one stream after another.
+    """
+    with torch.cuda.device(device):
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def record(run: Callable[[], tuple[Tensor, ...]]) -> Recording:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), _one_capture:
+            before = torch.cuda.current_stream()
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):  # also brings the old stream back where a capture fails
+                for _ in range(_WARM_UPS):
+                    run()
+                # thread_local: a thread that prefetches may meanwhile do as it likes
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = run()
+            before.wait_stream(stream)
+        return Recording(graph.replay, outputs)
+
+    return record
+
+
+def _out_of_memory(error: BaseException | None) -> str | None:
+    """Return what was said when memory ran out, if that is where `error` comes from: an interrupted capture hides it."""
+    while error is not None:
+        if is_out_of_memory(error):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,85 @@
+"""How much memory is free, sizes as text, and errors that say that memory ran out."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from mtt_fast.errors import InputError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+AUTO = "auto"
+"""The budget that is `MARGIN` of what is free."""
+MARGIN = 0.8
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that memory ran out: Python's, torch's on either device, or a library's."""
+    said = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
+
+
+def parse_bytes(amount: int | str) -> int:
+    """Return a number of bytes from an integer or text such as "6GiB", "400 MB". Raises `InputError` for anything else."""
+    if isinstance(amount, int):
+        found, unit = float(amount), ""
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
+        if match is None or match[2].upper() not in _UNITS:
+            raise InputError(
+                f"memory budget '{amount}': expected a number of bytes or one with KB, MB, GB, KiB, MiB or GiB, e.g. 6GiB"
+            )
+        found, unit = float(match[1]), match[2].upper()
+    if not 0 < found * _UNITS[unit] < 2**63:
+        raise InputError(f"memory budget {amount}: expected more than nothing, and less than 8 EiB")
+    return int(found * _UNITS[unit])
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what can still be allocated on `device`: what the driver says, or the system and the control group.
+
+    On a GPU what torch has reserved and does not use counts as free. Where the system does not say (not Linux), half
+    of the physical memory is taken for free.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        system = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min([system, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _left_in_groups(membership: Path, mount: Path) -> list[int]:
+    """What each control group of this process, version 1 or 2, and those above it leave of their limits."""
+    left = []
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, place = line.split(":", 2)
+        if controllers == "memory":
+            root, names = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif not controllers:
+            root, names = mount, ("memory.max", "memory.current", "inactive_file")
+        else:
+            continue
+        within = root / place.lstrip("/")
+        for group in [within, *within.parents]:
+            if group.is_relative_to(root):
+                left += _left_in_group(group, *names)
+    return left
+
+
+def _left_in_group(group: Path, limit: str, usage: str, cached: str) -> list[int]:
+    try:
+        allowed = (group / limit).read_text().strip()
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # the page cache is the first thing to go when a group is full
+        used = int((group / usage).read_text()) - int(statistics.get(cached, 0))
+    except (OSError, ValueError):  # no such group here, or not ours to read
+        return []
+    return [] if allowed == "max" else [max(0, int(allowed) - used)]

@@ -1,0 +1,54 @@
+"""How a device computes while a job runs: the precision of products, and that the same job gives the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from mtt_fast.kernels import Precision
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in another order on each stream
+
+
+@contextlib.contextmanager
+def numerics(device: torch.device, precision: Precision) -> Iterator[None]:
+    """Within the block, have torch compute on `device` with `precision`, and deterministically; then as before.
+
+    On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32; operations
+    that add up in an order of their own take the place of those that do not, or raise `RuntimeError`; algorithms are
+    chosen by shapes, never by a race. CUBLAS_WORKSPACE_CONFIG is set if it is not, so the block has to begin before
+    the process first uses cuBLAS. Nothing is set for a CPU, which is deterministic as it is.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, matmul, memory = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
+    settings: tuple[tuple[Any, str, bool], ...] = (
+        (cudnn, "allow_tf32", precision != "fp32"),
+        (matmul, "allow_tf32", precision != "fp32"),
+        (cudnn, "deterministic", True),
+        (cudnn, "benchmark", False),
+        (memory, "fill_uninitialized_memory", False),  # a help in the search for errors, at the price of a kernel each
+    )
+    before = [getattr(owner, name) for owner, name, _ in settings]
+    deterministic, only_warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    workspace = os.environ.get(_WORKSPACE)
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=only_warned)
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
+        if workspace is None:
+            del os.environ[_WORKSPACE]

@@ -1,0 +1,102 @@
+"""The state of a distillation between two iterations, in a file from which a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.files import (
+    MALFORMED,
+    load_tensors,
+    parse_json,
+    save_tensors,
+)
+from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
+from mtt_fast.storage.records import check_form
+from mtt_fast.storage.run_folder import _NUMBER, CHECKPOINT, EVALUATIONS
+
+
+@dataclass
+class State:
+    """All that a distillation carries from one iteration to the next."""
+
+    iteration: int  # completed ones
+    experts: int  # how many take turns; those trained since the start of the run stay out of it
+    images: Tensor  # (n, C, H, W) float32
+    labels: Tensor  # (n,) int64, the classes; or learned logits (n, classes) float32
+    lr: Tensor  # () float32; (N,) where each step has one
+    images_velocity: Tensor
+    lr_velocity: Tensor
+    labels_velocity: Tensor | None = None  # of learned labels
+    ema: Tensor | None = None  # (n, C, H, W): the average of the images over the iterations, where it is asked for
+    skipped: int = 0  # iterations whose loss or gradient was not finite
+    above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
+    lr_kept: int = 0  # iterations whose update would have made the learning rate negative
+    seconds: float = 0.0
+    seconds_evaluation: float = 0.0
+    data: DatasetIdentity = UNKNOWN  # of the real images
+    digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
+
+    @property
+    def mean_lr(self) -> float:
+        """The student's learning rate; of several, one a step, the mean."""
+        return float(self.lr.mean())
+
+
+_CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums say nothing
+_TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
+_OPTIONAL_TENSORS = ("labels_velocity", "ema")
+_NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept", "seconds", "seconds_evaluation")
+
+
+def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write `state` and the records of the evaluations so far (`MetricsLog.evaluations`), atomically."""
+    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    tensors = {name: getattr(state, name) for name in (*_TENSORS, *_OPTIONAL_TENSORS)}
+    save_tensors(
+        folder / CHECKPOINT,
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        {
+            "format": _CHECKPOINT,
+            "numbers": json.dumps(numbers),
+            "data": json.dumps(state.data.record()),
+            "digests": json.dumps(state.digests),
+            EVALUATIONS: json.dumps(evaluations),
+        },
+    )
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> State | None:
+    """Return the last saved state on `device`, or None if there is none. Raises `InputError` if it is broken."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    tensors, metadata = load_tensors(path)
+    try:
+        names = (*_TENSORS, *(name for name in _OPTIONAL_TENSORS if name in tensors))
+        values: dict[str, Any] = {name: tensors[name].to(device, copy=True) for name in names}
+        before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
+        numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
+        if "format" in metadata:
+            check_form(numbers, dict.fromkeys(_NUMBERS, _NUMBER))
+            if metadata["format"] != _CHECKPOINT:
+                raise ValueError("another format")
+        return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))
+    except MALFORMED as error:
+        raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
+
+
+def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder` has the real images that it `began_with`, where those at hand are of this `identity`.
+
+    Raises `InputError` that names its checkpoint otherwise.
+    """
+    mend = "give back the images that the run began with, or choose another --out"
+    check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)

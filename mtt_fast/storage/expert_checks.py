@@ -1,0 +1,198 @@
+"""Whether experts are those that a job can use: of its network and images, and trained as it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision
+from mtt_fast.networks.by_name import full_name
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.storage.identity import DatasetIdentity, check_same_data
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore
+
+Options = TypeVar("Options")
+
+FLAGS = {
+    "train_epochs": "train_epochs", "lr": "expert_lr", "mom": "mom", "l2": "l2", "decay": "decay",
+    "batch_size": "batch_real", "rho_max": "rho_max", "rho_min": "rho_min", "alpha": "alpha", "adaptive": "adaptive",
+}  # fmt: skip
+"""The option of a distillation for each of an expert's hyperparameters that the student does not share."""
+
+_FLATNESS = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False}
+"""Hyperparameters that experts lack which were recorded before there were any."""
+
+
+def hyperparameters_of(metadata: ExpertMetadata) -> dict[str, Any]:
+    """Return how an expert was trained, by the names of `ExpertTraining`; {} where that is not known."""
+    return {} if metadata.imported else _FLATNESS | metadata.hyperparameters
+
+
+def check_belongs(
+    store: TrajectoryStore,
+    expert: int,
+    network: Trainable,
+    identity: DatasetIdentity,
+    *,
+    other_data: bool | None = None,
+) -> None:
+    """Check that an expert is of `network`, and of the images at hand as networks see them here.
+
+    `other_data` as in `check_same_data`. Raises `InputError` that names the expert's file otherwise.
+    """
+    metadata, path = store.metadata(expert), store.path(expert)
+    mend = "give the options that it was trained with (--model, --dataset, --res), or train experts anew"
+    _check_network(path, metadata, network.layout.describe(), network.describe(), mend)
+    check_same_data(metadata.identity, identity, path, other_data=other_data)
+
+
+def _check_network(path: Path, metadata: ExpertMetadata, layout: str, described: Mapping[str, Any], mend: str) -> None:
+    """Raise `InputError` unless an expert is of the network of this `layout` that says `described` of itself."""
+    wanted, found = full_name(described), full_name(metadata.network)
+    difference = _first_difference(layout, metadata.layout) if metadata.layout != layout else ""
+    if not difference and wanted and found and wanted != found:
+        difference = f"expected {wanted}, found {found}, whose parameters have the same shapes"
+    if difference:
+        raise InputError(f"{path}: the expert is of another network: {difference}; {mend}")
+
+
+def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
+    """Check that an expert has the epoch `needed`. Raises `InputError` that names the options from which that comes."""
+    epochs = store.epochs(expert)
+    if needed > epochs:
+        raise InputError(
+            f"{store.path(expert)}: --max_start_epoch and --expert_epochs reach epoch {needed}, but the expert ends at "
+            f"epoch {epochs}; lower one of them, or train longer experts with --train_epochs {needed}"
+        )
+
+
+def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any], *, to_the_end: bool) -> None:
+    """Check that an expert was trained with the hyperparameters that the user `asked` for, by their names.
+
+    One that was trained for longer is the same as far as the other goes, unless its learning rate decays, which follows from
+    the number of epochs: that counts only then, and where the job looks at its last epoch (`to_the_end`). Of an expert from
+    elsewhere nothing is known, so it is used as it is. Raises `InputError` that says with which options it would be used.
+    """
+    found = hyperparameters_of(store.metadata(expert))
+    differing = _differing(asked, found, to_the_end) if found else []
+    if differing:
+        first, flags = differing[0], " ".join(_flag(name, found[name]) for name in differing)
+        raise InputError(
+            f"{store.path(expert)}: trained with {first} {found[first]}, not {asked[first]}; choose another --buffer_path, or "
+            f"say {flags} to use the experts that are there"
+        )
+
+
+def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
+    """Check that `experts` were trained alike, as far as is known, with whatever seeds; `to_the_end` as in `check_as_asked`.
+
+    Raises `InputError` that names one that differs from the first.
+    """
+    known = {expert: found for expert in experts if (found := hyperparameters_of(store.metadata(expert)))}
+    for expert, found in known.items():
+        first = next(iter(known))
+        for name in _differing(known[first], found, to_the_end)[:1]:
+            raise InputError(
+                f"{store.path(expert)}: trained with {name} {found.get(name)}, but {store.path(first).name} with "
+                f"{known[first][name]}; keep those of one training in the folder, or say --max_experts {expert}"
+            )
+
+
+def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any], to_the_end: bool) -> list[str]:
+    """Return the hyperparameters in which an expert is another one, as far as it is looked at."""
+    return [
+        name
+        for name, value in wanted.items()
+        if found.get(name) != value and (name != "train_epochs" or to_the_end or found.get("decay"))
+    ]
+
+
+def check_one_kind(store: TrajectoryStore) -> None:
+    """Check that all experts of a folder are of one network and of the same images, and were trained alike.
+
+    Raises `InputError` that names one that differs from the first.
+    """
+    first = store.metadata(0)
+    for expert in range(1, len(store)):
+        metadata = store.metadata(expert)
+        _check_network(
+            store.path(expert), metadata, first.layout, first.network, "keep those of one network in the folder"
+        )
+        check_same_data(
+            metadata.identity, first.identity, store.path(expert), mend="keep those of one data set in the folder"
+        )
+    check_alike(store, range(len(store)), to_the_end=False)
+
+
+def check_same_training(
+    store: TrajectoryStore,
+    expert: int,
+    hyperparameters: Mapping[str, Any],
+    seed: int,
+    dtype: torch.dtype,
+    precision: Precision,
+) -> None:
+    """Check that an expert was trained as those will be that are to lie beside it.
+
+    Raises `InputError` that names its file and the first difference.
+    """
+    path, metadata = store.path(expert), store.metadata(expert)
+    if metadata.imported:
+        raise InputError(
+            f"{path}: comes from elsewhere, so how it was trained is not known and none can be trained beside it; "
+            "choose another --buffer_path"
+        )
+    wanted = dict(hyperparameters) | {"seed": seed, "store_dtype": _name(dtype), "precision": _rounding(precision)}
+    found = hyperparameters_of(metadata) | {"seed": metadata.seed, "store_dtype": _name(store.dtype(expert))}
+    found["precision"] = _rounding(metadata.precision or precision)
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{path}: trained with {name} {found.get(name)}, not {value}; choose another --buffer_path, or give the "
+                "options that the experts there were trained with"
+            )
+
+
+def as_trained(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
+    """Return `options` with those of the experts' training as the `expert` has them.
+
+    `hyperparameters` are what the options say, which is not what happened where experts that are there were used.
+    """
+    found = hyperparameters_of(expert)
+    names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    changed = {
+        flag: found[name]
+        for name, flag in FLAGS.items()
+        if flag in names and name in found and found[name] != hyperparameters[name]
+    }
+    return dataclasses.replace(options, **changed)  # type: ignore[type-var]
+
+
+def _flag(name: str, value: Any) -> str:
+    """Return the words of a command line that set a hyperparameter."""
+    if name == "decay":
+        return "--decay" if value else "--no_decay"
+    return f"--{FLAGS[name]} {value}"
+
+
+def _rounding(precision: str) -> str:
+    """Return what of a precision tells experts apart: the products' factors of 10 bits or more make no difference."""
+    return "bf16" if precision == "bf16" else "fp32 or tf32"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_difference(expected: str, found: str) -> str:
+    """Return where two layouts part, in words."""
+    ours, theirs = expected.split(";"), found.split(";")
+    position = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+    if position is None:
+        return f"expected {len(ours)} parameter tensors, found {len(theirs)}"
+    return f"expected {ours[position]}, found {theirs[position]}"

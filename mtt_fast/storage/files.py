@@ -1,0 +1,396 @@
+"""Files that are whole or absent, and checked when they are read: atomic writes, safetensors with checksums.
+
+Every tensor file that is written here carries in its metadata `checksums`, those of the bytes of each tensor (of one that
+is read by rows, of each row), and `checksum`, that of all else that its header says. Where one of the two is missing, the
+file is damaged; where both are, too, unless its format's number is 1: those are from before there were checksums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import math
+import os
+import re
+import stat
+import struct
+import tomllib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.temporaries import is_free, temporary_folder
+
+_LONGEST_HEADER = 8 << 20  # bytes; that of a data set of 20,000 classes takes 0.7 MB
+_LONGEST_TEXT = 4 << 20  # bytes of options or of a record, which are parsed at once
+_BLOCK = 64 << 20  # bytes hashed at once: between two blocks Ctrl-C is heard
+_MEND = "restore a copy, or delete it and make it again"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What code raises that takes apart a record which is not made as it expects."""
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of an empty file to write; rename it to `path` if the block succeeds, delete it if it does not.
+
+    The content reaches the disk before the name does, so a crash at any moment leaves the old file or the new one.
+    Raises `InputError` when the folder cannot be made or written, or the disk is full.
+    """
+    path = Path(path)
+    with _told(path), temporary_folder(path) as folder:
+        temporary = folder / path.name
+        temporary.touch()
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Path]:
+    """Yield an empty folder to write files in, which appears as `folder` if the block succeeds, and not at all if not.
+
+    Where `folder` holds other things, the files are moved into it one by one, those whose names begin with `last` after all
+    others and the first of them at the very end: what readers look for is only there when all is.
+    Raises `InputError` when the folder cannot be made or written, or the disk is full.
+    """
+    folder = Path(folder).resolve()
+    with _told(folder):
+        # what is in use as a folder cannot be replaced by another
+        stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
+        with temporary_folder(folder / folder.name if stays else folder) as content:
+            try:
+                yield content
+            except InputError as error:  # of a write below, which need not be told where that is
+                raise InputError(str(error).replace(str(content), str(folder))) from error
+            for place, _, names in os.walk(content, topdown=False):
+                for name in names:
+                    _sync(Path(place, name))
+                _sync(Path(place))
+            if stays:
+                _move_files(content, folder, last)
+            else:
+                os.replace(content, folder)
+                _sync(folder.parent)
+
+
+def _move_files(source: Path, folder: Path, last: str) -> None:
+    """Move all files below `source` to the same places below `folder`, those whose names begin with `last` last."""
+    files = sorted((path for path in source.rglob("*") if path.is_file()), reverse=True)
+    for path in sorted(files, key=lambda path: path.name.startswith(last)):
+        place = folder / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+        _sync(place.parent)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Raise `InputError` that names `path` in place of the `OSError` of a failed write."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); nothing was changed; free space or choose another folder"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` atomically, in UTF-8; bytes of a path that are none, as Python holds them, as \\udcNN."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` to `path` atomically, as indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
+    """Open a file for reading, unbuffered, if it is a regular one of at most so many bytes.
+
+    Raises `InputError` for one that is missing, larger, or of another kind: a folder, a pipe, a device.
+    """
+    try:
+        file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115 - it is returned
+    except (OSError, ValueError) as error:  # of a path with a NUL
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"{path}: cannot be read ({reason or error}); check the path") from error
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):
+        return file
+    file.close()
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: expected a file, found a pipe, a device or the like; check the path")
+    raise InputError(f"{path}: expected at most {most} bytes, found {status.st_size}; is it another file?")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """Return what a file of at most `most` bytes holds. Raises `InputError` as `open_regular`."""
+    with open_regular(path, most) as file:
+        try:
+            content = b""
+            while block := file.read(most + 1 - len(content)):
+                content += block
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the disk") from error
+    return content
+
+
+def read_text(path: str | os.PathLike[str], most: int = _LONGEST_TEXT) -> str:
+    """Return the text, UTF-8, of a file of at most `most` bytes. Raises `InputError` as `open_regular`."""
+    try:
+        return read_bytes(path, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8, found other bytes ({error}); {_MEND}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON text. Raises `ValueError` for all that is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
+    """Raise `KeyError` or `TypeError` unless `record` has all these fields, and no others, of these types."""
+    for name, kind in types.items():
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, found {type(record[name]).__name__}")
+    for name in record:
+        if name not in types:
+            raise TypeError(f"{name!r}: not known here; is the file from a later version?")
+
+
+def checksum_of(*parts: Any) -> str:
+    """Return the checksum, XXH3 of 128 bits, of bytes or of what shows as such, one after another."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        whole = memoryview(part)
+        for begin in range(0, whole.nbytes, _BLOCK):
+            digest.update(whole[begin : begin + _BLOCK])
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, without a copy; the view keeps the tensor alive.
+
+    `Tensor.numpy` would forbid its owner to resize it.
+    """
+    if not tensor.nbytes:
+        return memoryview(b"")
+    content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    content.tensor = tensor  # type: ignore[attr-defined]  # the view holds `content`, which holds no memory of its own
+    return memoryview(content).cast("B")
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    by_row: Collection[str] = (),
+) -> None:
+    """Write tensors (any device; copied to contiguous CPU memory) and text metadata to a safetensors file, atomically.
+
+    Each tensor has a checksum; those named in `by_row`, which are read so, one for each row.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # the format wants data aligned, so wide types come first
+    order = sorted(contiguous, key=lambda name: (-contiguous[name].element_size(), name))
+    shapes = {name: (_NAMES[contiguous[name].dtype], tuple(contiguous[name].shape)) for name in order}
+    checksums = {
+        name: [checksum_of(bytes_of(part)) for part in (contiguous[name] if name in by_row else [contiguous[name]])]
+        for name in order
+    }
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(header_of(shapes, metadata or {}, checksums))
+        for name in order:
+            file.write(bytes_of(contiguous[name]))
+
+
+def header_of(
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    checksums: Mapping[str, Sequence[str]],
+) -> bytes:
+    """Return the header of a safetensors file: its length, and JSON with the metadata and where each tensor lies.
+
+    `shapes`: types, as the format spells them, and shapes of the tensors in the order in which they lie in the file;
+    `checksums`: of the bytes of each, or of equal parts of them. Its length depends on no checksum's value.
+    """
+    sealed = dict(metadata) | {"checksums": json.dumps(checksums)}
+    header: dict[str, Any] = {"__metadata__": sealed | {"checksum": _checksum_of_header(shapes, sealed)}}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + math.prod(shape) * _DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _checksum_of_header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> str:
+    return checksum_of(json.dumps([shapes, metadata], sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in a safetensors file: `dtype` as the format spells it, `shape`, bytes [`begin`, `end`).
+
+    `checksums` are those of equal parts of its bytes; none in a file from before there were checksums.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    checksums: tuple[str, ...] = ()
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Return (entries by tensor name, metadata) of a safetensors file, reading and checking its header alone.
+
+    Raises `InputError` if the file is missing, is no safetensors file, is shorter or longer than its header says, or its
+    header is not the one that was written.
+    """
+    path = Path(path)
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+                raise InputError(
+                    f"{path}: expected a safetensors file, found {size} bytes without its header; make it again or restore a copy"
+                )
+            raw = file.read(length)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the disk") from error
+    try:
+        entries, metadata = _parsed(raw)
+    except MALFORMED as error:
+        raise InputError(
+            f"{path}: expected a safetensors file, found a broken header; make it again or restore a copy"
+        ) from error
+    expected = max((entry.end for entry in entries.values()), default=8 + length)
+    if size != expected:
+        what = "truncated" if size < expected else "damaged"
+        raise InputError(f"{path}: {what}: expected {expected} bytes, found {size}; delete it and make it again")
+    return _checked(path, entries, metadata), metadata
+
+
+def _parsed(raw: bytes) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Return what a header says, the checksums among the metadata. Raises many kinds of errors for what is none."""
+    header = parse_json(raw)
+    metadata = dict(header.pop("__metadata__", {}))
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError("metadata that is no text")
+    entries = {}
+    end = 8 + len(raw)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape = tuple(entry["shape"])
+        if not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError("a shape that is none")
+        begin, end = end, end + math.prod(shape) * _DTYPES[entry["dtype"]].itemsize
+        if entry["data_offsets"] != [begin - 8 - len(raw), end - 8 - len(raw)]:
+            raise ValueError("tensors that do not follow one another")
+        entries[name] = TensorEntry(entry["dtype"], shape, begin, end)
+    return entries, metadata
+
+
+def _checked(path: Path, entries: dict[str, TensorEntry], metadata: dict[str, str]) -> dict[str, TensorEntry]:
+    """Take the checksums out of `metadata`; return the entries with them. Raises `InputError` if the header's is wrong."""
+    checksum = metadata.pop("checksum", None)
+    if checksum is None and "checksums" not in metadata and _is_from_before(metadata):
+        return entries
+    shapes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    if checksum != _checksum_of_header(shapes, metadata):
+        raise InputError(f"{path}: damaged: its header is not the one that was written; {_MEND}")
+    found = parse_json(metadata.pop("checksums"))
+    return {name: replace(entry, checksums=tuple(found[name])) for name, entry in entries.items()}
+
+
+def _is_from_before(metadata: Mapping[str, str]) -> bool:
+    """Return whether a file with this metadata may lack checksums: another software's, or from before there were any."""
+    number = re.fullmatch(r"mtt_fast.*\D(\d+)", metadata.get("format", ""))
+    return number is None or number[1] == "1"
+
+
+def check_part(path: str | os.PathLike[str], name: str, part: memoryview, checksum: str) -> None:
+    """Raise `InputError` unless these bytes of a file, which hold the tensor or row `name`, have this checksum."""
+    if checksum_of(part) != checksum:
+        raise InputError(f"{path}: damaged: {name}: not the bytes that were written; {_MEND}")
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors by name, memory-mapped, CPU; metadata) of a safetensors file, read once to check all of it.
+
+    Raises `InputError` as `read_header`, and for tensors that are not those that were written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    entries, metadata = read_header(path)
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in entries}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a valid safetensors file ({error}); delete it and make it again") from error
+    for name, entry in entries.items():
+        content = bytes_of(tensors[name])
+        length = len(content) // max(1, len(entry.checksums))
+        for place, checksum in enumerate(entry.checksums):
+            check_part(path, name, content[place * length : (place + 1) * length], checksum)
+    if not all(entry.checksums for entry in entries.values()):
+        tell_unchecked(path)
+    return tensors, metadata
+
+
+def tell_unchecked(path: str | os.PathLike[str]) -> None:
+    """Say in the log that a file or a folder is from before there were checksums."""
+    log.warning(
+        "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert writes it anew",
+        path,
+    )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the table in a TOML file. Raises `InputError` if it is missing or is not TOML."""
+    return parse_toml(read_text(path), path)
+
+
+def parse_toml(text: str, path: Path) -> dict[str, Any]:
+    """Return the table in TOML text, which `path` held. Raises `InputError` if it is none."""
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of the syntax, a number's digits, or the depth
+        raise InputError(f"{path}: not valid TOML ({error})") from error

@@ -1,0 +1,141 @@
+"""What anybody's files may be: looked at before they are read, so that a bad one costs one line and a moment.
+
+A file is refused by its kind and its size before a byte of it is read, a tensor by its kind and its claims before a
+number of it is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.files import open_regular, parse_json, read_text
+
+LARGEST_FILE = 64 << 30
+"""Bytes; the largest distilled set that was published takes 10 GB, a buffer of ten experts of ResNet-18 23 GB."""
+LARGEST_TEXT = 64 << 20
+"""Bytes of a file of JSON: a million labels of a hundred classes are fewer."""
+
+_NUMBERS = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
+)  # fmt: skip
+_BEYOND_ITS_STORAGE = 1 << 20  # bytes that an expanded view may claim besides those that it has
+
+
+def regular_file(path: str | os.PathLike[str], most: int = LARGEST_FILE) -> Path:
+    """Return `path` for a library to open. Raises `InputError` unless it is a regular file of at most `most` bytes."""
+    with open_regular(path, most):
+        return Path(path)
+
+
+def names_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the sorted names in a folder. Raises `InputError` if it cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:  # of a name with a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{os.fspath(folder)}: expected a folder, found none that can be read ({reason}); check the path"
+        ) from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return what a file of JSON holds. Raises `InputError` if it is missing, too large, no JSON or nested too deeply."""
+    try:
+        return parse_json(read_text(path, LARGEST_TEXT))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, found a broken file ({shortened(error)}); write it again") from error
+
+
+def as_tensor(values: Any, dtype: torch.dtype) -> Tensor:
+    """Return lists of numbers as a tensor. Raises `ValueError` for anything else, and numbers that `dtype` cannot hold."""
+    exact = not dtype.is_floating_point
+    _check_numbers(values, (int,) if exact else (int, float))
+    try:
+        return torch.tensor(values, dtype=dtype)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(str(error).partition("\n")[0]) from error
+
+
+def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
+    """Return a tensor from elsewhere, detached, if it is of the plain kind: strided, in memory, of real numbers.
+
+    One of a subclass becomes a `Tensor`. It may be a view, and expanded, but claims hardly more bytes than its storage has,
+    so that copies of it are bounded. Raises `InputError`, which begins with `where`, for anything else.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"{where}: expected a tensor, found {shown(value)}; name the right file")
+    other = _other_kind(value)
+    if other is not None:
+        raise InputError(f"{where}: expected a dense tensor of real numbers, found {other}; save it as such a one")
+    found: Tensor = value.detach().as_subclass(Tensor)
+    held, claimed = found.untyped_storage().nbytes(), found.numel() * found.element_size()
+    if claimed > held + _BEYOND_ITS_STORAGE:
+        raise InputError(
+            f"{where}: expected a tensor that holds its numbers, found {claimed:,} bytes claimed of a storage of {held:,}; "
+            "save a copy of it (tensor.clone())"
+        )
+    return found
+
+
+def shown(value: Any) -> str:
+    """Return a short description of any object, without looking deep into it."""
+    name = type(value).__name__
+    if isinstance(value, Tensor):
+        return "a nested Tensor" if value.is_nested else f"Tensor {str(value.dtype)[6:]} {tuple(value.shape)}"
+    if isinstance(value, bool | float | None) or (isinstance(value, int) and abs(value) < 10**12):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= _SHOWN else value[:_SHOWN] + "…")
+    if isinstance(value, dict):
+        return f"a dictionary with {_listed(value)}" if value else "an empty dictionary"
+    if isinstance(value, list | tuple):
+        if 0 < len(value) <= 4 and all(isinstance(one, bool | float | int) for one in value):
+            return f"[{', '.join(map(shown, value))}]"
+        return f"a {name} of {len(value)}"
+    return name
+
+
+def shortened(error: Exception) -> str:
+    """Return what a library says of a bad file, in a line of words."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= _WORDS else words[:_WORDS] + " …"
+
+
+_SHOWN, _WORDS = 60, 200  # letters
+
+
+def _listed(names: Any) -> str:
+    first = [shown(name).strip("'") for name, _ in zip(names, range(4), strict=False)]
+    return ", ".join(first) + (", …" if len(names) > len(first) else "")
+
+
+def _other_kind(value: Tensor) -> str | None:
+    """Return in words what kind of tensor `value` is, or None if it is a plain one."""
+    if value.is_nested:
+        return "a nested one"
+    if value.layout != torch.strided:
+        return f"one of the layout {value.layout}"
+    if value.device.type != "cpu":
+        return f"one on the device {value.device}"
+    if value.dtype not in _NUMBERS:
+        return f"one of {value.dtype}"
+    return None
+
+
+def _check_numbers(values: Any, kinds: tuple[type, ...]) -> None:
+    """Raise `ValueError` unless `values` are lists, at most one within another, of numbers of `kinds`."""
+    if not isinstance(values, list):
+        raise ValueError(f"expected a list of numbers, found {shown(values)}")
+    for row in values:
+        for value in row if isinstance(row, list) else [row]:
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"expected {kinds[-1].__name__}, found {shown(value)}")

@@ -1,0 +1,188 @@
+"""Which real images a thing was made from, and how networks see them: written with it, and compared by whoever uses it.
+
+Distilled sets, checkpoints and experts are of use only with the images that they were made from, in the same order of
+classes, normalised or whitened alike. With others they give numbers that look like results.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mtt_fast.errors import InputError
+
+NORMALISED, WHITENED = "none", "zca"
+"""What `DatasetIdentity.whitening` says."""
+
+OTHER_DATA = "--other_data"
+"""The flag of those commands that can use a thing with other images of the same classes and shape."""
+
+_STATISTICS_TOLERANCE = 1e-4  # of means and deviations in [0, 1]; published ones have four digits
+_WHITENING_TOLERANCE = 1e-3  # of a whole matrix; two machines differ by 1e-5 of it, another eps by more than 0.1
+
+
+@dataclass(frozen=True)
+class DatasetIdentity:
+    """Real images as networks see them. What is empty is unknown, and compares as equal to anything."""
+
+    name: str = ""
+    """as `ImageData.name`: CIFAR10, imagewoof-128, folder-pets"""
+    class_names: tuple[str, ...] = ()
+    """in the order of the labels"""
+    image_shape: tuple[int, ...] = ()
+    """(C, H, W)"""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    whitening: str = ""
+    """"none" for normalised images, "zca" for those that are whitened by a fit to these very images with eps 0.1. Not a digest
+    of the matrix, whose last bits another machine rounds otherwise; two matrices are compared by `check_same_whitening`"""
+    fingerprint: str = ""
+    """as `ImageData.fingerprint`: of all images, labels, class names, mean and std"""
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> DatasetIdentity:
+        """Read what `record` returned. Raises `TypeError` for other fields, or of other types."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+        }
+        for name, value in fields.items():
+            items = _ITEMS.get(name)
+            if not (isinstance(value, str) if items is None else _all_are(items, value)):
+                raise TypeError(f"{name}: not as it is written in the identity of a data set")
+        return cls(**fields)
+
+
+_ITEMS: dict[str, type | tuple[type, ...]] = {
+    "class_names": str, "image_shape": int, "mean": (int, float), "std": (int, float),
+}  # fmt: skip
+"""What the fields hold that are no text."""
+
+
+def _all_are(kind: type | tuple[type, ...], value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
+
+
+UNKNOWN = DatasetIdentity()
+"""Of a thing that does not say from which images it was made."""
+
+
+def check_same_data(
+    found: DatasetIdentity,
+    expected: DatasetIdentity,
+    where: str | os.PathLike[str],
+    *,
+    mend: str | None = None,
+    other_data: bool | None = None,
+) -> None:
+    """Check that a thing was made from the images that it is used with.
+
+    `found` is what the file `where` says of itself, `expected` what the images at hand are. `mend` says how to go on, in
+    place of the options that would name the right images. `other_data` True lets other images of the same classes and
+    shape pass; False refuses them and says that there is such an option; None has no such option.
+    Raises `InputError` that tells the first difference, the one that a user recognises most easily.
+    """
+    differences = list(_differences(expected, found))
+    for one in differences:
+        if other_data and one.deliberate:
+            continue
+        allowed = other_data is False and all(each.deliberate for each in differences)
+        raise InputError(
+            f"{where}: {one.what}: expected {one.expected}, found {one.found}; {mend or one.mend}"
+            + (f", or say {OTHER_DATA} to use it with these" if allowed else "")
+        )
+
+
+def other_data_in_words(found: DatasetIdentity, expected: DatasetIdentity) -> str:
+    """Return what --other_data let pass, for the log; "" if the images are those that a thing was made from."""
+    first = next(_differences(expected, found), None)
+    return "" if first is None else f"{first.what}: {first.found}, used with {first.expected} ({OTHER_DATA})"
+
+
+class _Difference(NamedTuple):
+    """One thing in which two identities differ, in words."""
+
+    what: str
+    expected: str
+    found: str
+    mend: str = "give the --dataset, --subset, --res and --data_path that it was made from"
+    deliberate: bool = False
+    """whether the thing can be used all the same, by who says so"""
+
+
+def _differences(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
+    """Yield what differs, first what a user recognises most easily."""
+    same_images = _known(expected.fingerprint, found.fingerprint) and expected.fingerprint == found.fingerprint
+    if not same_images:
+        of_classes_or_shape = list(_of_classes_and_shape(expected, found))
+        if _differ(expected.name, found.name):
+            yield _Difference(
+                "made from another data set", expected.name, found.name, deliberate=not of_classes_or_shape
+            )
+        yield from of_classes_or_shape
+    if _differ(expected.whitening, found.whitening):
+        yield _Difference(
+            "whitened otherwise",
+            _SEEN.get(expected.whitening, expected.whitening),
+            _SEEN.get(found.whitening, found.whitening),
+            f"{'leave out' if found.whitening == NORMALISED else 'give'} --zca, as when it was made",
+        )
+    if not same_images:
+        yield from _of_images(expected, found)
+
+
+def _of_classes_and_shape(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
+    if _differ(expected.image_shape, found.image_shape):
+        yield _Difference("images of another size", _times(expected.image_shape), _times(found.image_shape))
+    ours, theirs = expected.class_names, found.class_names
+    if not _differ(ours, theirs):
+        return
+    if len(ours) != len(theirs):
+        yield _Difference("another number of classes", str(len(ours)), str(len(theirs)))
+    else:
+        place = next(place for place in range(len(ours)) if ours[place] != theirs[place])
+        what = "the classes in another order" if sorted(ours) == sorted(theirs) else "other classes"
+        yield _Difference(what, f"{ours[place]!r} as class {place}", repr(theirs[place]))
+
+
+def _of_images(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
+    """Yield what differs between images of one name, shape and classes."""
+    if _differ(expected.fingerprint, found.fingerprint):
+        ours, theirs = (f"{one.name or 'images'} with fingerprint {one.fingerprint}" for one in (expected, found))
+        yield _Difference("made from other images", ours, theirs, deliberate=True)
+    for name in ("mean", "std") if expected.whitening != WHITENED else ():
+        ours, theirs = getattr(expected, name), getattr(found, name)
+        if _differ(ours, theirs) and not _close(ours, theirs):
+            yield _Difference(f"normalised by another {name}", _rounded(ours), _rounded(theirs), deliberate=True)
+
+
+_SEEN = {NORMALISED: "normalised images", WHITENED: "ZCA-whitened images"}
+
+
+def _known(one: Any, other: Any) -> bool:
+    return bool(one) and bool(other)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Return whether two values are known and differ."""
+    return _known(one, other) and one != other
+
+
+def _close(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=0, abs_tol=_STATISTICS_TOLERANCE) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _times(sides: Sequence[int]) -> str:
+    return "×".join(map(str, sides))
+
+
+def _rounded(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)

@@ -1,0 +1,142 @@
+"""The metrics of a run: lines of JSON, and TensorBoard events."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.events import EventLog
+from mtt_fast.storage.files import (
+    MALFORMED,
+    open_regular,
+    parse_json,
+    read_header,
+    write_text,
+)
+from mtt_fast.storage.records import check_form, sealed, unsealed
+from mtt_fast.storage.run_folder import _NUMBER, CHECKPOINT, EVALUATIONS, METRICS
+
+log = logging.getLogger(__name__)
+
+
+_STEPS = ("step", "skip", "above_threshold")
+"""Kinds of records in metrics.jsonl, one for each iteration."""
+_OF_EVALUATION = ("accuracy_mean", "accuracy_std", "networks")
+_FIELDS = {
+    "step": ("loss", "lr"), "evaluation": _OF_EVALUATION, "ema_evaluation": _OF_EVALUATION, "baseline": _OF_EVALUATION,
+    "gradient": ("cosine",),
+}  # fmt: skip
+"""What records of a kind have besides; all numbers."""
+_NO_NUMBERS = ("kind", "checksum")
+_LONGEST_LINE, _LONGEST_METRICS = 1 << 16, 1 << 30  # bytes
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events of a run, from a given iteration on.
+
+    What was written after that iteration, by a run that was killed before its next checkpoint, is dropped first; an
+    evaluation that was damaged since is taken from the checkpoint.
+    """
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        self._path = folder / METRICS
+        found = [record for record in read_records(self._path) if record["iteration"] <= iteration]
+        saved = _evaluations_in(folder / CHECKPOINT)
+        steps = [record for record in found if record["kind"] in _STEPS]
+        others = saved + [record for record in found if record["kind"] not in _STEPS and record not in saved]
+        self.records = sorted(steps + others, key=lambda record: int(record["iteration"]))
+        write_text(self._path, "".join(_as_line(record) for record in self.records))
+        self._events = EventLog(folder / "events", iteration + 1)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The records of all kinds but those that each iteration has."""
+        return [record for record in self.records if record["kind"] not in _STEPS]
+
+    def write(self, kind: str, iteration: int, **values: float | int) -> None:
+        """Append one record, all of it or nothing. Raises `OSError` where the disk is full.
+
+        `kind` is "step", "skip" or "above_threshold" of an iteration, "evaluation", "ema_evaluation", "gradient" or
+        "baseline".
+        """
+        record = {"kind": kind, "iteration": iteration, **values}
+        line = _as_line(record).encode()
+        before = self._file.tell()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            self._file.truncate(before)
+            raise
+        self.records.append(record)
+        for name, value in values.items():
+            self._events.write(f"{kind}/{name}", value, iteration)
+
+    def find(self, kind: str, iteration: int | None = None) -> dict[str, Any] | None:
+        """Return the first record of `kind` (at `iteration`, if given), or None."""
+        for record in self.records:
+            if record["kind"] == kind and iteration in (None, record["iteration"]):
+                return record
+        return None
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        self._events.close()
+
+
+def _as_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(sealed(record)) + "\n"
+
+
+def _evaluations_in(checkpoint: Path) -> list[dict[str, Any]]:
+    """Return the records of evaluations that were saved with a checkpoint; none if there is none, or it is an old one."""
+    if not checkpoint.exists():
+        return []
+    _, metadata = read_header(checkpoint)
+    try:
+        return [_as_record(value) for value in parse_json(metadata.get(EVALUATIONS, "[]"))]
+    except MALFORMED as error:
+        raise InputError(f"{checkpoint}: not a checkpoint of this version; choose another --out") from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl; none if it is not there. Those that are damaged are left out, with a warning.
+
+    Raises `InputError` if it cannot be read.
+    """
+    if not path.exists():
+        return []
+    with io.BufferedReader(open_regular(path, _LONGEST_METRICS)) as file:  # type: ignore[type-var]
+        lines = [_record_in(line) for line in iter(lambda: file.readline(_LONGEST_LINE), b"")]
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if line is not None:
+                records.append(unsealed(line))
+    if len(records) < len(lines):
+        log.warning("%s: %d damaged lines are left out", path, len(lines) - len(records))
+    return records
+
+
+def _record_in(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line of metrics.jsonl; None if there is none."""
+    with contextlib.suppress(*MALFORMED):
+        return _as_record(parse_json(line))
+    return None
+
+
+def _as_record(value: Any) -> dict[str, Any]:
+    """Return what a line of metrics.jsonl holds. Raises one of `MALFORMED` for anything else."""
+    check_form(value, {"kind": str, "iteration": int})
+    check_form(value, {name: _NUMBER for name in (*_FIELDS.get(value["kind"], ()), *value) if name not in _NO_NUMBERS})
+    return dict(value)

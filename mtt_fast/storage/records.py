@@ -1,0 +1,85 @@
+"""JSON records that a job reads back: each carries a checksum of what it says, so that damage is not taken for a result.
+
+A record has two fields besides its own, `format` and `checksum`. One with neither is from before there were checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.files import MALFORMED, checksum_of, parse_json, read_text, write_json
+
+_FORMAT = 2
+_SEAL = ("format", "checksum")
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with its checksum, ready to be written as JSON."""
+    whole = {"format": _FORMAT, **record}  # first and last, so that what is cut out does not take both
+    return whole | {"checksum": _checksum(json.loads(json.dumps(whole)))}  # keys and tuples as they will be read
+
+
+def unsealed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what `sealed` was given, or a record from before there were checksums as it is.
+
+    Raises `ValueError` if it is not what was written.
+    """
+    if not any(name in record for name in _SEAL):
+        return record
+    whole = {name: value for name, value in record.items() if name != "checksum"}
+    if record.get("checksum") != _checksum(whole):
+        raise ValueError("it is not what was written")
+    return {name: value for name, value in whole.items() if name != "format"}
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return checksum_of(json.dumps(record, sort_keys=True).encode())
+
+
+def check_form(value: Any, form: Any, name: str = "record") -> None:
+    """Raise `KeyError` or `TypeError` unless `value` is made like `form`; `name` is what it is called.
+
+    A form is a type; a list with the form of all items; or a mapping with the forms of fields: all must be there but those
+    whose names end in "?", "*" stands for all that there are, and others may be there besides.
+    """
+    if isinstance(form, Mapping):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name}: expected fields, found {type(value).__name__}")
+        for key, part in form.items():
+            for field in value if key == "*" else [key.rstrip("?")]:
+                if field in value:
+                    check_form(value[field], part, repr(field))
+                elif not key.endswith("?"):
+                    raise KeyError(field)
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            raise TypeError(f"{name}: expected a list, found {type(value).__name__}")
+        for item in value:
+            check_form(item, form[0], name)
+    elif not isinstance(value, form):
+        raise TypeError(f"{name}: expected {getattr(form, '__name__', form)}, found {type(value).__name__}")
+
+
+def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write `record` with its checksum to `path` atomically, as indented JSON."""
+    write_json(path, sealed(record))
+
+
+def read_record(path: str | os.PathLike[str], what: str, mend: str) -> dict[str, Any]:
+    """Return what `write_record` wrote to `path`: `what` it is, and how to `mend` it, stands in the errors.
+
+    Raises `InputError` for a file that is missing, no record, or not what was written.
+    """
+    try:
+        record = parse_json(read_text(path))
+        if not isinstance(record, dict):
+            raise TypeError(f"expected an object, found {type(record).__name__}")
+        return unsealed(record)
+    except InputError:
+        raise
+    except MALFORMED as error:
+        raise InputError(f"{path}: expected {what}, found it damaged ({error}); {mend}") from error

@@ -1,0 +1,155 @@
+"""The folder of one distillation: its options, its checkpoint, its metrics. Whatever stops the run, it can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from filelock import FileLock, Timeout
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.files import (
+    MALFORMED,
+    checksum_of,
+    parse_toml,
+    read_text,
+    write_text,
+)
+from mtt_fast.storage.records import check_form, read_record
+from mtt_fast.storage.temporaries import remove_leftovers
+
+CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
+SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
+"""The distilled set as it is, and that of the evaluation with the highest accuracy on the test images."""
+EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
+"""The same with the average of the images over the iterations in their place."""
+_LOCK = ".lock"
+HISTORY = "history"
+"""Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
+
+_CONFIG_BEGINS = "# the options of this run: flags change them, and the last line tells whether anything else did"
+_CONFIG_ENDS = "# checksum "
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def only_user(
+    folder: Path, doing: str = "writing to this run", otherwise: str = "choose another --out"
+) -> Iterator[None]:
+    """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
+
+    The lock ends with the process that holds it, whatever ends that. Raises `InputError` if another process is in: what it is
+    `doing`, and what to do `otherwise` than to wait.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            remove_leftovers(folder)
+            for leftover in folder.glob(".*.partial"):  # as writers left them before they locked what they write
+                if leftover.is_file():
+                    leftover.unlink()
+            yield
+    except Timeout as error:
+        raise InputError(f"{folder}: another process is {doing}; wait for it or {otherwise}") from error
+
+
+@contextlib.contextmanager
+def only_writer_of_experts(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing experts to `folder` while the block lasts; readers need not ask.
+
+    Nothing but experts stays, and no folder without one. Raises `InputError` if another process writes there.
+    """
+    with only_user(folder, "training or writing experts here", "choose another --buffer_path"):
+        try:
+            yield
+        finally:
+            (folder / _LOCK).unlink(
+                missing_ok=True
+            )  # who opened it just now finds that it has no name, and starts over
+            with contextlib.suppress(OSError):  # there are experts
+                folder.rmdir()
+
+
+def write_config(folder: Path, options: dict[str, Any], note: str = "") -> None:
+    """Write options (text, numbers, booleans, lists; None is left out) as TOML, below a `note` of one line.
+
+    The last line is a comment with the checksum of all before it.
+    """
+    notes = "".join(f"{line}\n" for line in (_CONFIG_BEGINS, *[f"# {note}"] * bool(note)))
+    text = notes + tomli_w.dumps({name: value for name, value in options.items() if value is not None})
+    write_text(folder / CONFIG, f"{text}{_CONFIG_ENDS}{checksum_of(text.encode())}\n")
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the options that the run was started with, or None if there is no run in `folder`.
+
+    Raises `InputError` if the file is not the one that was written.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        return None
+    text = read_text(path)
+    above, mark, checksum = text.rpartition(_CONFIG_ENDS)
+    is_checked = bool(mark) or text.startswith(_CONFIG_BEGINS)  # else it is from before there were checksums
+    options = parse_toml(text, path) if not is_checked or checksum == f"{checksum_of(above.encode())}\n" else {}
+    try:
+        check_form(options, dict.fromkeys(("method?", "recipe?", "dataset?", "model?"), str))
+    except TypeError:
+        options = {}
+    if not options:
+        raise InputError(
+            f"{path}: damaged or changed by hand; restore a copy, or delete it and give the command that began the run with "
+            "all its options: it goes on where it was"
+        )
+    return options
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the fields of summary.json that have a value, or None if the run is not finished.
+
+    Raises `InputError` if it is broken.
+    """
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    record = read_record(path, _A_SUMMARY, _SUMMARISE_AGAIN)
+    summary = {name: value for name, value in record.items() if value is not None}
+    try:
+        check_form(summary, _SUMMARY)
+    except MALFORMED as error:
+        raise broken_summary(folder, error) from error
+    return summary
+
+
+_NUMBER = int | float
+_ACCURACY = {"mean": _NUMBER, "std": _NUMBER, "n": int}
+_SUMMARY = {
+    "accuracy": {"*": _ACCURACY},
+    "accuracy_by_network?": {"*": {"*": _ACCURACY}},
+    "options?": {
+        "dataset?": str, "subset?": str | None, "res?": int | None, "model?": str, "ipc?": int, "seed?": int,
+    },
+    "text?": str, "method?": str, "protocol?": {"text?": str}, "gradient?": {"kind?": str, "cosines_to_exact?": [_NUMBER]},
+    "iterations?": int, "skipped_iterations?": int, "iterations_above_threshold?": int, "learning_rate_kept?": int,
+    "learning_rate?": _NUMBER, "learning_rate_per_step?": [_NUMBER], "seconds?": {"*": _NUMBER},
+    "data?": {"fingerprint?": str}, "peak_memory_bytes?": _NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
+}  # fmt: skip
+"""What readers of a summary take for granted."""
+_A_SUMMARY = "the summary of a run with its accuracy"
+_SUMMARISE_AGAIN = "delete it, and the command of the run writes it again"
+
+
+def broken_summary(folder: Path, error: Exception) -> InputError:
+    """Return the error that the summary in `folder` lacks what it should have, or has it in another form."""
+    return InputError(
+        f"{folder / SUMMARY}: expected {_A_SUMMARY}, found {type(error).__name__}: {error}; {_SUMMARISE_AGAIN}"
+    )
+
+
+EVALUATIONS = "evaluations"
+"""The field of a checkpoint with the records of evaluations, whichever method it is of."""

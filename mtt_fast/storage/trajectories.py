@@ -1,0 +1,391 @@
+"""Expert trajectories on disk: one safetensors file an expert, of which a reader touches only the epoch that it wants.
+
+The tensor `parameters` (epochs + 1, P) is float32 or bfloat16; row e is the network after e epochs of training, row 0
+its initialisation. An iteration of the method needs two rows of one expert, so nothing here ever loads a whole file, and
+each row has a checksum of its own, checked whenever it is read.
+A compressed expert has the rows of a few waypoints instead, and its course between them (mtt_fast/storage/waypoints.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.files import (
+    MALFORMED,
+    TensorEntry,
+    bytes_of,
+    check_part,
+    check_types,
+    checksum_of,
+    open_regular,
+    parse_json,
+    read_header,
+    save_tensors,
+    tell_unchecked,
+    write_text,
+)
+from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.records import check_form
+from mtt_fast.storage.waypoints import Course
+
+_FORMAT = "mtt_fast expert 2"  # raise the number when a reader of the old format would misread the new one
+_WAYPOINTS = "mtt_fast waypoints 2"
+_BEFORE_CHECKSUMS = {"mtt_fast expert 1": _FORMAT, "mtt_fast waypoints 1": _WAYPOINTS}
+_TENSOR = "parameters"
+_UNFINISHED = ".unfinished"
+"""A file in a folder that experts are being imported to, or were when it was stopped."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_TRAIN_AGAIN = "delete it and train it again with `python -m mtt_fast.experts`"
+_COMPRESS_AGAIN = "delete it and make it again with `python -m mtt_fast.compress`"
+
+
+@dataclass(frozen=True)
+class ExpertMetadata:
+    """What is known of an expert besides its parameters; its fields survive a round trip through JSON."""
+
+    network: dict[str, Any]
+    """kind, width, depth, in_channels, num_classes, image_size, …"""
+    layout: str
+    """the order of the flat parameters, `features.0.weight:128x3x3x3;…`, as `ParameterLayout.describe` writes it"""
+    dataset: str
+    fingerprint: str
+    """of the data set's content"""
+    whitening: str
+    """as `DatasetIdentity.whitening`"""
+    hyperparameters: dict[str, Any]
+    """how it was trained; of an expert from elsewhere only where it came from"""
+    seed: int
+    accuracy: list[float]
+    """on the test set, after every epoch"""
+    versions: dict[str, Any]
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """the other fields of the images' `DatasetIdentity`"""
+    precision: str = ""
+    """of the products of its training: fp32, tf32 or bf16; "" where it is not known"""
+    made_of: str = ""
+    """`TrajectoryStore.digest` of the whole expert that a compressed one was made of"""
+
+    @classmethod
+    def of(cls, identity: DatasetIdentity, **others: Any) -> ExpertMetadata:
+        """Return the metadata of an expert that was trained on the images of `identity`, with the `others` as given."""
+        record = identity.record()
+        own = {"dataset": record.pop("name")} | {name: record.pop(name) for name in ("fingerprint", "whitening")}
+        return cls(**own, data=record, **others)
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """Which images it was trained on, as far as it knows."""
+        own = {"name": self.dataset, "fingerprint": self.fingerprint, "whitening": self.whitening}
+        return DatasetIdentity.from_record(own | self.data)
+
+    @property
+    def imported(self) -> bool:
+        """Whether it comes from other software, which does not say how it was trained."""
+        return "lr" not in self.hyperparameters
+
+    def to_text(self) -> dict[str, str]:
+        """Return the fields as the text that safetensors metadata can hold: JSON, each under its name."""
+        return {field.name: json.dumps(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_text(cls, text: Mapping[str, str], where: str | os.PathLike[str]) -> ExpertMetadata:
+        """Read what `to_text` wrote. Raises `InputError` naming the file `where` if something is missing or broken."""
+        try:
+            unknown = dict.fromkeys(("precision", "made_of"), '""') | {"data": "{}"}
+            known = (unknown if text.get("format") in _BEFORE_CHECKSUMS else {}) | dict(text)
+            record = {field.name: parse_json(known[field.name]) for field in dataclasses.fields(cls)}
+            check_types(record, _TYPES)
+            check_form(record["accuracy"], [int | float], "accuracy")
+            layer_sizes(record["layout"])
+            metadata = cls(**record)
+            metadata.identity  # noqa: B018 - a broken record is told here, with the file's name
+            return metadata
+        except MALFORMED as error:
+            raise InputError(
+                f"{where}: expected an expert's metadata, found none or broken ({error}); {_TRAIN_AGAIN}"
+            ) from error
+
+
+_TYPES = {
+    "network": dict, "layout": str, "dataset": str, "fingerprint": str, "whitening": str, "hyperparameters": dict,
+    "seed": int, "accuracy": list, "versions": dict, "data": dict, "precision": str, "made_of": str,
+}  # fmt: skip
+"""Of the metadata's fields."""
+
+
+def expert_path(folder: str | os.PathLike[str], index: int) -> Path:
+    """Return the file of expert number `index` in `folder`."""
+    return Path(folder) / f"expert_{index:04d}.safetensors"
+
+
+def write_expert(
+    folder: str | os.PathLike[str],
+    index: int,
+    parameters: Tensor,
+    metadata: ExpertMetadata,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write expert number `index`, all of it or nothing, and return its path.
+
+    `parameters`: (epochs + 1, P), any floating type and device; stored as `dtype`, float32 or bfloat16, rounded to
+    nearest.
+    Raises `InputError` for parameters that are not finite, do not change, or do not fit the metadata, and where the
+    disk is full.
+    """
+    return _write(expert_path(folder, index), parameters, None, metadata, dtype)
+
+
+def write_waypoints(
+    folder: str | os.PathLike[str],
+    index: int,
+    parameters: Tensor,
+    course: Course,
+    metadata: ExpertMetadata,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write expert number `index` as the waypoints `parameters` (K, P) with the `course` between them.
+
+    `metadata` is that of the whole expert. Otherwise as `write_expert`.
+    """
+    return _write(expert_path(folder, index), parameters, course, metadata, dtype)
+
+
+def _write(path: Path, parameters: Tensor, course: Course | None, metadata: ExpertMetadata, dtype: torch.dtype) -> Path:
+    if dtype not in _DTYPES.values():
+        raise InputError(f"{path}: expected the stored type float32 or bfloat16, found {dtype}")
+    stored = parameters.detach().to("cpu", dtype).contiguous()
+    complaint = _unfit(stored, course, metadata)
+    if complaint:
+        raise InputError(f"{path}: not written: {complaint}")
+    text = {"format": _WAYPOINTS, "course": course.to_text()} if course else {"format": _FORMAT}
+    save_tensors(path, {_TENSOR: stored}, metadata.to_text() | text, by_row=(_TENSOR,))
+    return path
+
+
+def _unfit(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) -> str | None:
+    """Return why `parameters` (rows, P) are no trajectory of the network in `metadata`, or None."""
+    if parameters.dim() != 2 or len(parameters) < 2:
+        return f"expected parameters of shape (epochs + 1, P) with at least one epoch, found {tuple(parameters.shape)}"
+    size = sum(layer_sizes(metadata.layout))
+    if parameters.shape[1] != size:
+        return f"the layout describes {size} parameters, found {parameters.shape[1]}"
+    epochs = len(course.positions if course else parameters)
+    if len(metadata.accuracy) != epochs:
+        return f"expected an accuracy for each of {epochs} rows, found {len(metadata.accuracy)}"
+    for row, values in enumerate(parameters):
+        if not values.isfinite().all():
+            epoch = course.epochs[row] if course else row
+            return f"the parameters after epoch {epoch} are not finite; {_why_not_finite(metadata)}"
+    if (parameters == parameters[0]).all():
+        return (
+            "the parameters are the same in every epoch; was each epoch copied, or a view of the live network recorded?"
+        )
+    return None
+
+
+def _why_not_finite(metadata: ExpertMetadata) -> str:
+    """Return where NaN or infinite parameters come from, as far as the metadata tells, and what to do."""
+    origin = metadata.hyperparameters.get("imported_from")
+    if origin is not None:
+        return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
+    rate = metadata.hyperparameters.get("lr")
+    return "train with a smaller --lr_teacher" + ("" if rate is None else f" than {rate:g}")
+
+
+def layer_sizes(layout: str) -> list[int]:
+    """Return the number of scalars of each parameter tensor in a layout, as `ParameterLayout.describe` writes it."""
+    shapes = (entry.rpartition(":")[2] for entry in layout.split(";"))
+    return [math.prod(int(side) for side in shape.split("x") if side) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The part of an expert's file that is read once."""
+
+    entry: TensorEntry
+    dtype: torch.dtype
+    text: dict[str, str]
+    course: Course | None  # of a compressed expert
+
+    @property
+    def epochs(self) -> int:
+        return (len(self.course.positions) if self.course else self.entry.shape[0]) - 1
+
+    def at(self, epoch: float) -> tuple[int, Tensor | None]:
+        """Return the row at `epoch`, or the row before it and how far it is, of each parameter, from there to the next."""
+        if self.course is not None:
+            return self.course.at(epoch)
+        row = math.floor(epoch)
+        return row, torch.tensor(epoch - row, dtype=torch.float32) if epoch > row else None
+
+
+class TrajectoryStore:
+    """The experts of a folder, read only. Opening it lists names; each file's header is read at the first use of it.
+
+    Methods take an expert's position, 0 … len − 1, in the order of the experts' numbers (`indices`). They may be called
+    from several threads. All raise `InputError` for a file that is missing, truncated or no expert's, and `IndexError`
+    for a position or an epoch that is not there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
+        """Open `folder`; one that `being_filled` has marked only if `unfinished` is said."""
+        self.folder = Path(folder)
+        try:
+            names = os.listdir(self.folder)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: expected a folder of experts ({error.strerror}); check --buffer_path, "
+                "or train some with `python -m mtt_fast.experts`"
+            ) from error
+        if _UNFINISHED in names and not unfinished:
+            raise InputError(
+                f"{self.folder}: expected all experts of a conversion, found it stopped half-way; give its command again, or "
+                "delete the folder"
+            )
+        numbers = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names)
+        self.indices: tuple[int, ...] = tuple(sorted(int(number[1]) for number in numbers if number))
+        self._headers: dict[int, _Header] = {}
+        self._told = False  # that there are no checksums
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, expert: int, epoch: float) -> Tensor:
+        """Return the parameters (P,), float32, after `epoch` epochs, 0 … epochs(expert), reading only their bytes.
+
+        Between the recorded rows, which are those of whole epochs or a compressed expert's waypoints, that is a point of
+        the straight line from one to the next.
+        """
+        header = self._header(expert)
+        if not 0 <= epoch <= header.epochs:
+            raise IndexError(f"{self._path(expert)}: expected an epoch from 0 to {header.epochs}, found {epoch}")
+        row, weights = header.at(epoch)
+        start = self._row(expert, header, row)
+        return start if weights is None else torch.lerp(start, self._row(expert, header, row + 1), weights)
+
+    def _row(self, expert: int, header: _Header, number: int) -> Tensor:
+        path, row = self._path(expert), torch.empty(header.entry.shape[1], dtype=header.dtype)
+        content = bytes_of(row)
+        with open_regular(path) as file:
+            file.seek(header.entry.begin + number * len(content))
+            count = file.readinto(content)  # type: ignore[attr-defined] # of unbuffered files
+        if count != len(content):
+            raise InputError(f"{path}: truncated since it was opened; {_TRAIN_AGAIN}")
+        if header.entry.checksums:
+            check_part(path, f"row {number}", content, header.entry.checksums[number])
+        elif not self._told:
+            self._told = True
+            tell_unchecked(self.folder)
+        if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):  # the sum alone needs no memory
+            epoch = header.course.epochs[number] if header.course else number
+            raise InputError(
+                f"{path}: the expert's parameters after epoch {epoch} are not finite (NaN or infinite): it diverged, or the file "
+                f"was not written here; {_TRAIN_AGAIN}"
+            )
+        return row.float()
+
+    def epochs(self, expert: int) -> int:
+        """Return how many epochs of training are recorded."""
+        return self._header(expert).epochs
+
+    def dtype(self, expert: int) -> torch.dtype:
+        """Return the type in which the parameters are stored."""
+        return self._header(expert).dtype
+
+    def course(self, expert: int) -> Course | None:
+        """Return where the waypoints of a compressed expert are; None for one that is recorded whole."""
+        return self._header(expert).course
+
+    def metadata(self, expert: int) -> ExpertMetadata:
+        """Return what the file says of its expert."""
+        header, path = self._header(expert), self._path(expert)
+        metadata = ExpertMetadata.from_text(header.text, path)
+        if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
+            raise InputError(f"{path}: its parameters are not those that its metadata tells of; {_TRAIN_AGAIN}")
+        return metadata
+
+    def path(self, expert: int) -> Path:
+        """Return the expert's file."""
+        return self._path(expert)
+
+    def digest(self, expert: int) -> str:
+        """Return what tells the expert's parameters from others', from the checksums in its header; "" if it has none."""
+        header = self._header(expert)
+        if not header.entry.checksums:
+            return ""
+        return checksum_of("".join((*header.entry.checksums, header.text.get("course", ""))).encode())
+
+    def verify(self, expert: int) -> None:
+        """Read all parameters of the expert. Raises `InputError` if they are not those that were written."""
+        header = self._header(expert)
+        for number in range(header.entry.shape[0]):
+            self._row(expert, header, number)
+
+    def _path(self, expert: int) -> Path:
+        if not 0 <= expert < len(self):
+            raise IndexError(f"{self.folder}: expected an expert from 0 to {len(self) - 1}, found {expert}")
+        return expert_path(self.folder, self.indices[expert])
+
+    def _header(self, expert: int) -> _Header:
+        if expert not in self._headers:  # two threads may both read it, to the same result
+            self._headers[expert] = _read_header(self._path(expert))
+        return self._headers[expert]
+
+
+def _read_header(path: Path) -> _Header:
+    entries, text = read_header(path)
+    entry, form = entries.get(_TENSOR), text.get("format", "another")
+    form = _BEFORE_CHECKSUMS.get(form, form)
+    if form not in (_FORMAT, _WAYPOINTS) or entry is None or entry.dtype not in _DTYPES or len(entry.shape) != 2:
+        raise InputError(
+            f"{path}: expected a file in the format {_FORMAT!r}, found {form!r}; "
+            "choose a folder that `python -m mtt_fast.experts` wrote"
+        )
+    if len(entry.checksums) not in (0, entry.shape[0]):
+        raise InputError(f"{path}: expected a checksum for each of {entry.shape[0]} rows; {_TRAIN_AGAIN}")
+    dtype = _DTYPES[entry.dtype]
+    course = _read_course(path, text, entry.shape) if form == _WAYPOINTS else None
+    return _Header(entry, dtype, text, course)
+
+
+def _read_course(path: Path, text: Mapping[str, str], shape: tuple[int, ...]) -> Course:
+    """Return the course of waypoints (K, P) of this `shape`."""
+    try:
+        course = Course.from_text(text["course"])
+    except MALFORMED as error:
+        raise InputError(f"{path}: the course between its waypoints is broken ({error}); {_COMPRESS_AGAIN}") from error
+    if (len(course.epochs), sum(course.sizes)) != shape:
+        raise InputError(f"{path}: its waypoints do not fit the course between them; {_COMPRESS_AGAIN}")
+    return course
+
+
+@contextlib.contextmanager
+def being_filled(folder: Path) -> Iterator[None]:
+    """Keep a folder from being taken for a whole one until all experts are in it, which is when the block succeeds.
+
+    It stays marked if the block fails, however it ends, unless no expert is there yet.
+    """
+    mark = folder / _UNFINISHED
+    write_text(mark, "")
+    try:
+        yield
+    except BaseException:
+        if not len(TrajectoryStore(folder, unfinished=True)):
+            mark.unlink()
+            with contextlib.suppress(OSError):  # it holds other things
+                folder.rmdir()
+        raise
+    mark.unlink()

@@ -1,0 +1,1 @@
+"""SGD on real or distilled images: experts, evaluations, and what both share."""

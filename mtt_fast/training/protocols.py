@@ -1,0 +1,300 @@
+"""How networks are trained on a small set and tested: the protocols of the field by name, and what they measure.
+
+Numbers compare under one protocol only. Each says what it does in `EvaluationProtocol.describe`, which the log shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtt_fast.augmentation.siamese import augment_by_strategy
+from mtt_fast.engine.student import Student
+from mtt_fast.engine.student_choice import student_for
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
+from mtt_fast.networks.protocol import Network, Trainable
+from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.runtime.memory_info import AUTO
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
+from mtt_fast.training.images import Images
+from mtt_fast.training.sgd import Sgd, count_right, epoch_on
+
+log = logging.getLogger(__name__)
+
+_TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs, where the best one is looked for: DD-Ranking's
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """One way to train a network on a small set and to test it. The defaults are MTT's (its `evaluate_synset`).
+
+    SGD at the rate that comes with the set, which is divided by ten once, at half of the epochs.
+    """
+
+    epochs: int = 1000
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 256
+    augment: str = "color_crop_cutout_flip_scale_rotate"
+    name: str = "mtt"
+    loop: Literal["public", "scheduler"] = "public"
+    """public: `epochs` + 1 epochs, and after number `epochs` // 2 + 1 (from 0) a new optimiser at a tenth of the rate;
+    scheduler: `epochs` epochs, and behind the first `epochs` // 2 a tenth of the rate in the same optimiser"""
+    best_epoch: bool = False
+    """report the highest accuracy on the test images of every tenth epoch (twentieth where the labels are soft) and the last
+    one, in place of the last"""
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs that are run."""
+        return self.epochs + (self.loop == "public")
+
+    @property
+    def epochs_before_drop(self) -> int:
+        """Epochs before the rate is divided by ten."""
+        return self.epochs // 2 + (2 if self.loop == "public" else 0)
+
+    def is_tested(self, epoch: int, soft: bool) -> bool:
+        """Return whether the network is tested after epoch number `epoch`, counted from 1, of labels that are `soft` or not."""
+        every = _TESTED_EVERY_OF_SOFT if soft else _TESTED_EVERY
+        return epoch == self.total_epochs or (self.best_epoch and epoch % every == 0)
+
+    def describe(self) -> str:
+        """Return in a line what is done."""
+        optimiser = f"SGD with momentum {self.momentum:g} and weight decay {self.weight_decay:g}"
+        drop = "in a new optimiser" if self.loop == "public" else "in the same optimiser"
+        reported = (
+            f"the BEST of every {_TESTED_EVERY}th epoch ({_TESTED_EVERY_OF_SOFT}th with soft labels) and the last is reported, "
+            "chosen on the test images"
+            if self.best_epoch
+            else "the last epoch is reported"
+        )
+        return (
+            f"protocol {self.name}: {self.total_epochs} epochs in batches of {self.batch_size}, {optimiser}, the set's learning "
+            f"rate, a tenth of it after {self.epochs_before_drop} epochs {drop}, augmentation {self.augment}; {reported}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings, and what they say, as a record."""
+        return dataclasses.asdict(self) | {"text": self.describe()}
+
+
+PROTOCOLS = {
+    "mtt": EvaluationProtocol(),
+    "datm": EvaluationProtocol(name="datm", batch_size=128),
+    "ddranking": EvaluationProtocol(name="ddranking", loop="scheduler", best_epoch=True),
+}
+"""Protocols by name.
+
+mtt: the public MTT code, and FTD, TESLA and ATT, which have it from there.
+datm: the same loop in batches of 128, as DATM's configurations say (soft labels need no word: they bring themselves).
+    Its authors' numbers are of the set with the highest accuracy on the test images: `best.safetensors` of a run.
+ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set brings no learning rate it tries five
+    and keeps the one best on the test images; here it is `--lr_teacher`.
+"""
+
+
+def protocol_called(name: str) -> EvaluationProtocol:
+    """Return the protocol called `name`, with its own settings. Raises `InputError` for another name."""
+    found = PROTOCOLS.get(name)
+    if found is None:
+        raise InputError(f"--protocol {name}: expected {', '.join(PROTOCOLS)}")
+    return found
+
+
+def protocol_by_name(
+    name: str, *, epochs: int, batch_size: int | None, augment: str, best_epoch: bool
+) -> EvaluationProtocol:
+    """Return the protocol called `name` with other `epochs` and augmentation and, if given, another batch size.
+
+    `best_epoch` reports the best epoch also where the protocol reports the last. Raises `InputError` for another name.
+    """
+    found = protocol_called(name)
+    protocol = dataclasses.replace(
+        found,
+        epochs=epochs,
+        batch_size=found.batch_size if batch_size is None else batch_size,
+        augment=augment,
+        best_epoch=best_epoch or found.best_epoch,
+    )
+    if protocol.total_epochs < 1:
+        raise InputError(f"--epoch_eval_train {epochs}: expected at least 1 with --protocol {name}")
+    return protocol
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Test accuracies of networks that differ only in their random numbers."""
+
+    values: tuple[float, ...]
+    best_epoch: bool = False
+    """whether each is of the network's best epoch, chosen on the test images, and not of its last"""
+    diverged: int = 0
+    """how many of the networks diverged; the accuracy of one that did is 0 from then on, and not what guessing reaches"""
+
+    @property
+    def mean(self) -> float:
+        """Mean, in [0, 1]."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the networks (n − 1); 0 for a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def record(self) -> dict[str, Any]:
+        """Return mean, std and n, the values themselves, "epoch": "best" if they are of the best one, and "diverged" if any did."""
+        label = {"epoch": "best"} if self.best_epoch else {}
+        diverged = {"diverged": self.diverged} if self.diverged else {}
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "n": len(self.values),
+            "values": list(self.values),
+            **label,
+            **diverged,
+        }
+
+    def __str__(self) -> str:
+        label = (", best epoch" if self.best_epoch else "") + (f", {self.diverged} diverged" if self.diverged else "")
+        return f"{100 * self.mean:.2f} % ± {100 * self.std:.2f} (n = {len(self.values)}{label})"
+
+
+def train_network(
+    network: Trainable,
+    theta: Tensor,
+    images: Images,
+    lr: float,
+    protocol: EvaluationProtocol,
+    generator: torch.Generator,
+    precision: Precision = "fp32",
+    stop: StopRequest | None = None,
+) -> Tensor:
+    """Train from `theta` (P,) on `images` by the protocol; return the final parameters (P,)."""
+    return result_of(_trained(network, theta, images, lr, protocol, generator, precision, stop, lambda *_: None))
+
+
+def _trained(
+    network: Network,
+    theta: Tensor,
+    images: Images,
+    lr: float,
+    protocol: EvaluationProtocol,
+    generator: torch.Generator,
+    precision: Precision,
+    stop: StopRequest | None,
+    test: Callable[[Network, Tensor, Tensor], None],
+) -> Job[Tensor]:
+    """`train_network`, an epoch at a time; `test` is called when it is due.
+
+    It gets the network as it is tested, its parameters, and whether it has diverged (), on the device.
+    """
+    student = _student(network, images, precision)
+    sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
+    augment, track = augment_by_strategy(protocol.augment), track_of(network)
+    velocity, run_epoch = torch.zeros_like(theta), epoch_on(student, images, sgd, augment, track)
+    statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
+    losses: list[Tensor] = []
+    for epoch in range(1, protocol.total_epochs + 1):
+        if stop:
+            raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
+        theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
+        losses.append(loss)
+        if protocol.is_tested(epoch, images.labels.is_floating_point()):
+            test(in_evaluation(network, *statistics), theta, has_diverged(torch.stack(losses), theta, *statistics))
+        if epoch == protocol.epochs_before_drop:
+            if protocol.loop == "public":
+                velocity = torch.zeros_like(theta)
+            run_epoch = epoch_on(student, images, dataclasses.replace(sgd, lr=sgd.lr * 0.1), augment, track)
+        yield
+    return theta
+
+
+def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:
+    """Return whether a training has diverged, () bool; no value is asked for.
+
+    It has where the `losses` (epochs,) of its epochs or its `state` are not finite, and where the loss went beyond all
+    that a network can be wrong by that has learnt anything, and ended above its beginning: a normalised network may stay
+    finite at any rate.
+    """
+    finite = torch.stack([tensor.isfinite().all() for tensor in (losses, *state)]).all()
+    return ~finite | ((losses.max() > _BEYOND_GUESSING) & (losses[-1] > losses[0]))
+
+
+_BEYOND_GUESSING = 100.0  # the loss of guessing among a million classes is 14
+
+
+def _student(network: Network, images: Images, precision: Precision) -> Student:
+    kind: LabelKind = "probabilities" if images.labels.is_floating_point() else "indices"
+    return student_for(network, images.labels.device, kind, precision=precision)
+
+
+def evaluate(
+    network: Trainable,
+    train: Callable[[torch.Generator], Images],
+    test: Images,
+    lr: float,
+    protocol: EvaluationProtocol,
+    *,
+    networks: int,
+    seed: int,
+    place: Sequence[int] = (),
+    name: str = "evaluation",
+    stop: StopRequest | None = None,
+    precision: Precision = "fp32",
+    at_once: int | None = None,
+    memory_budget: str = AUTO,
+) -> Accuracy:
+    """Train `networks` fresh networks, each on `train(generator)`, and test each at the end (or as `protocol` says).
+
+    Network k's random numbers follow from (`seed`, "evaluation", *`place`, k) alone, and its result does not depend on
+    how many are trained `at_once` (mtt_fast/training/concurrency.py). A network that diverged gets none of the test images right, is
+    counted in the result, and told of in a warning. Raises `Stopped` between two epochs after a stop request.
+    """
+
+    def job(k: int) -> Job[tuple[float, bool]]:
+        generator = generator_for(seed, "evaluation", *place, k)
+        theta = network.init(generator).to(test.labels.device)
+        right: list[Tensor] = []
+        diverged: list[Tensor] = []
+
+        def test_network(trained: Network, theta: Tensor, now: Tensor) -> None:
+            right.append(count_right(trained, theta, test).masked_fill(now, 0))
+            diverged.append(now)
+
+        yield from _trained(
+            network, theta, train(generator), lr, protocol, generator, precision, stop, test_network
+        )  # fmt: skip
+        yield
+        return int(torch.stack(right).max()) / len(test), bool(diverged[-1])
+
+    device = test.labels.device
+    example = train(generator_for(seed, "evaluation", *place, 0))
+    concurrency = concurrency_for(
+        network, _student(network, example, precision), example.seen_shape, device,
+        batch=example.crops * min(protocol.batch_size, len(example)), jobs=networks, asked=at_once,
+        memory_budget=memory_budget,
+    )  # fmt: skip
+    values, failed = [0.0] * networks, 0
+    with tqdm(total=networks, desc=name, unit="network", leave=False) as bar:
+        for k, (value, diverged) in run_concurrently((job(k) for k in range(networks)), concurrency, device):
+            values[k] = value
+            failed += diverged
+            bar.update()
+    if failed:
+        log.warning(
+            "%s: %d of %d networks diverged at the learning rate %.3g and count as 0 %%; a smaller one may do",
+            name, failed, networks, lr,
+        )  # fmt: skip
+    return Accuracy(tuple(values), protocol.best_epoch, failed)

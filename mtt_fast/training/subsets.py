@@ -1,0 +1,33 @@
+"""Draw real images at random, as many of every class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.training.images import Images
+
+
+def random_subset(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> Images:
+    """Return `ipc` random real images of each class, class-major, as networks see them (floating point).
+
+    Raises `InputError` if a class has fewer.
+    """
+    chosen = [members[:ipc] for members in shuffled_classes(real, num_classes, ipc, generator)]
+    return Images(*real.batch(torch.cat(chosen).to(real.labels.device)))
+
+
+def shuffled_classes(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> list[Tensor]:
+    """Return, for each class, where its images are in `real`, in random order: a vector of indices on the CPU.
+
+    Raises `InputError` if a class has fewer than `ipc`.
+    """
+    shuffled = []
+    labels = real.labels.cpu()
+    for label in range(num_classes):
+        members = (labels == label).nonzero()[:, 0]
+        if len(members) < ipc:
+            raise InputError(f"--ipc {ipc}: class {label} has only {len(members)} real images; use a smaller --ipc")
+        shuffled.append(members[torch.randperm(len(members), generator=generator)])
+    return shuffled

@@ -1,0 +1,235 @@
+"""Options, exit statuses, recipes, random numbers by place, atomic files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from mtt_fast import InputError
+from mtt_fast.commands import cli, parsing
+from mtt_fast.distill.options import parse_options
+from mtt_fast.recipes import recipe_about, recipe_names
+from mtt_fast.recipes.__main__ import listing
+from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.storage.files import atomic_path, load_tensors, read_header, read_toml, save_tensors, write_text
+from mtt_fast.storage.run_folder import read_config, write_config
+
+
+@dataclass(frozen=True)
+class Options:
+    lr_img: float = 1.0
+    ipc: int = 1
+    name: str | None = None
+    size: int | None = None
+    gradient: Literal["exact", "truncated"] = "exact"
+
+
+def test_hyphens_underscores_and_defaults() -> None:
+    assert parsing.parse(Options, ["--lr-img", "3"], "x") == parsing.parse(Options, ["--lr_img=3"], "x") == Options(3.0)
+    assert parsing.parse(Options, [], "x", {"ipc": 4, "name": "n"}) == Options(1.0, 4, "n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ipc two", "--ipc: expected a whole number, found 'two'; see x --help"),
+        ("--lr-img=1,5", "--lr_img: expected a number, found '1,5'; see x --help"),
+        ("--ipc", "--ipc: expected a value after it, found none; see x --help"),
+        ("--size 3.5", "--size: expected a whole number, found '3.5'; see x --help"),
+        ("--gradient trunc", "--gradient: expected one of 'exact', 'truncated', found 'trunc'; see x --help"),
+        ("--grad exact", "--grad: unknown option (did you mean --gradient?); see --help"),
+        ("--lr_imgs=3", "--lr_imgs=3: unknown option (did you mean --lr_img?); see --help"),
+        ("True", "True: expected an option, which begins with --"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(lambda argv: print(parsing.parse(Options, argv, "x")), arguments.split()) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"error: {message}")
+    assert (told.out, told.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ipcc": 1}, r"unknown option 'ipcc' \(did you mean ipc\?\)"),
+        ({"ipc": "many"}, "option ipc: expected a whole number, found 'many'"),
+    ],
+)
+def test_a_file_with_wrong_options(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parsing.apply(Options(), values, "mine.toml")
+
+
+def test_broken_toml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("lr_img = = 3")
+    with pytest.raises(InputError, match=r"mine.toml: not valid TOML"):
+        read_toml(path)
+
+
+def test_exit_statuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def failing(error: BaseException) -> int:
+        def job(argv: Sequence[str]) -> None:
+            raise error
+
+        return cli.run(job, [])
+
+    assert cli.run(lambda argv: None, []) == 0
+    assert failing(InputError("--ipc 0: expected at least 1")) == 2
+    assert capsys.readouterr().err == "error: --ipc 0: expected at least 1\n"
+    assert failing(Stopped("continue with: this", 15)) == 143
+    assert failing(KeyboardInterrupt()) == 130
+    assert failing(OSError(28, "No space left on device", "run/x")) == 2
+    assert "error: run/x: No space left on device" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        failing(RuntimeError("a bug"))
+
+
+@pytest.mark.parametrize("words", ["mtt_fast --help", "mtt_fast.recipes", "mtt_fast.recipes --help"])
+def test_a_reader_that_has_seen_enough_is_no_error(words: str) -> None:
+    command = f"{sys.executable} -m {words} | true"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stderr == ""
+
+
+def test_a_job_without_options_has_help() -> None:
+    command = [sys.executable, "-m", "mtt_fast", "env"]
+    found = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.startswith("usage: python -m mtt_fast.env\n")
+    wrong = subprocess.run([*command, "--x"], capture_output=True, text=True, timeout=60, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --x: ")
+
+
+def test_out_of_memory_is_told_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(lambda argv: torch.ones(2**55), []) == 2  # type: ignore[arg-type]
+    assert capsys.readouterr().err.startswith("error: out of memory; set a smaller --memory_budget")
+
+
+def test_what_runs_here() -> None:
+    command = [sys.executable, "-m", "mtt_fast.env"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"torch                      {torch.__version__}" in found
+    assert "student of ConvNet" in found
+    assert subprocess.run([*command, "--x"], capture_output=True, timeout=60, check=False).returncode == 2
+
+
+@pytest.mark.parametrize("job", ["experts", "buffer", "distill", "evaluate"])
+def test_help(job: str) -> None:
+    command = [sys.executable, "-m", f"mtt_fast.{job}", "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "--dsa_strategy" in found.stdout
+    assert found.stderr == ""
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_complete(name: str) -> None:
+    options = parse_options(["--recipe", name])
+    assert options.recipe == name
+    assert options.max_start_epoch + options.expert_epochs <= options.train_epochs
+    assert all(recipe_about(name).values())
+
+
+def test_the_recipes_are_listed() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "mtt_fast.recipes"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert all(name in found.stdout for name in recipe_names())
+    assert "\nDATM: DATM (ICLR 2024)" in found.stdout
+
+
+def names_in(listed: str) -> list[str]:
+    return [line.split()[0] for line in listed.splitlines() if line.startswith("  ")]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("datm cifar10", [f"datm-cifar10-ipc{ipc}" for ipc in (1, 10, 50, 500, 1000)]),
+        ("DATM CIFAR-100 ipc1", ["datm-cifar100-ipc1"]),
+        ("mtt tiny", ["tiny-ipc1", "tiny-ipc10", "tiny-ipc50"]),
+        ("imagenet tesla", ["tesla-imagenet-ipc1"]),
+    ],
+)
+def test_recipes_by_words(words: str, names: list[str]) -> None:
+    assert names_in(listing(words.split())) == names
+
+
+def test_images_of_imagenet_are_found_by_its_name() -> None:
+    assert "imagefruit-ipc10" in names_in(listing(["imagenet", "ipc10"]))
+
+
+def test_a_recipe_by_its_name_is_its_file(tmp_path: Path) -> None:
+    text = listing(["datm-cifar10-ipc10"])
+    assert 'source = "DATM (ICLR 2024), the public code, configs/CIFAR-10/ConvIN/IPC10.yaml"' in text
+    (tmp_path / "x.toml").write_text(text)
+    assert read_toml(tmp_path / "x.toml")["lr_y"] == 2.0
+
+
+def test_no_recipe() -> None:
+    with pytest.raises(InputError, match=r"dtam cifar10: no recipe has all of these words \(did you mean datm\?\)"):
+        listing(["dtam", "cifar10"])
+
+
+def test_who_reads_may_leave() -> None:
+    """As `… | head` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtt_fast.recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert errors == b""
+    assert process.returncode == 141
+
+
+def test_random_numbers_by_place() -> None:
+    def first(*place: int, purpose: str = "a", seed: int = 0) -> float:
+        return float(torch.rand((), generator=generator_for(seed, purpose, *place)))
+
+    assert first(3) == first(3)
+    assert len({first(3), first(4), first(3, 0), first(3, purpose="b"), first(3, seed=1), first(0, 3)}) == 6
+
+
+def test_options_come_back_from_a_run_folder(tmp_path: Path) -> None:
+    options = {"out": 'runs/é "x" 😀\\', "lr_lr": 1e-7, "ipc": 3, "zca": True, "subset": None}
+    write_config(tmp_path, options, "gradient: exact")
+    assert read_config(tmp_path) == {name: value for name, value in options.items() if value is not None}
+
+
+def write_half(path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError("killed")
+
+
+def test_atomic_files(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="killed"):
+        write_half(path)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+    with pytest.raises(InputError, match=r"cannot be written"):
+        write_text(path / "below a file", "x")
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 40, -1])
+def test_foreign_and_truncated_tensor_files(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"x": torch.arange(100)}, {"key": "value"})
+    tensors, metadata = load_tensors(path)
+    assert torch.equal(tensors["x"], torch.arange(100))
+    assert metadata == {"key": "value"}
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=r"x\.safetensors: "):
+        read_header(path)

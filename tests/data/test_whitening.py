@@ -1,0 +1,107 @@
+"""ZCA whitening equals kornia's, survives a file, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtt_fast.errors import InputError
+from mtt_fast.storage.files import save_tensors
+from mtt_fast.data.whitening import LARGEST_IMAGE, Whitening
+
+
+def pictures(n: int = 40, shape: tuple[int, int, int] = (3, 5, 4), seed: int = 0) -> Tensor:
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_apply_and_invert_equal_kornia(eps: float, dtype: torch.dtype) -> None:
+    from kornia.enhance import ZCAWhitening
+
+    train, other = pictures().to(dtype), pictures(7, seed=1).to(dtype)
+    theirs, ours = ZCAWhitening(eps=eps, compute_inv=True).fit(train), Whitening.fit(train, eps)
+    torch.testing.assert_close(ours.apply(other), theirs(other), rtol=0, atol=0)
+    torch.testing.assert_close(ours.invert(other), theirs.inverse_transform(other), rtol=1e-5, atol=1e-5)
+
+
+def test_default_eps_is_the_public_codes() -> None:
+    torch.testing.assert_close(Whitening.fit(pictures()).matrix, Whitening.fit(pictures(), 0.1).matrix)
+    assert not torch.allclose(Whitening.fit(pictures()).matrix, Whitening.fit(pictures(), 0.2).matrix)
+
+
+def test_whitened_training_images_have_the_covariance_that_eps_leaves() -> None:
+    train = pictures(4000, (1, 3, 2)).double()
+    mixing = torch.randn(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mixed = (train.flatten(1) @ mixing).reshape(train.shape)
+    white = Whitening.fit(mixed, eps=1e-9).apply(mixed).flatten(1)
+    torch.testing.assert_close(white.T.cov(), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_invert_undoes_apply() -> None:
+    train, other = pictures().double(), pictures(3, seed=5).double()
+    whitening = Whitening.fit(train)
+    torch.testing.assert_close(whitening.invert(whitening.apply(other)), other)
+
+
+def test_half_precision_images_are_computed_in_float32() -> None:
+    whitening, other = Whitening.fit(pictures()), pictures(3, seed=5).bfloat16()
+    assert whitening.apply(other).dtype == torch.bfloat16
+    torch.testing.assert_close(whitening.apply(other), whitening.apply(other.float()).bfloat16(), rtol=0, atol=0)
+
+
+def test_gradients_flow_through_apply() -> None:
+    whitening = Whitening.fit(pictures(12, (1, 2, 2)).double())
+    images = pictures(2, (1, 2, 2), 3).double().requires_grad_()
+    assert torch.autograd.gradcheck(whitening.apply, images)
+    assert torch.autograd.gradcheck(whitening.invert, images)
+
+
+def test_save_and_load_are_exact(tmp_path: Path) -> None:
+    whitening = Whitening.fit(pictures())
+    whitening.save(tmp_path / "zca.safetensors", {"eps": "0.1"})
+    again = Whitening.load(tmp_path / "zca.safetensors")
+    assert all(torch.equal(getattr(whitening, f), getattr(again, f)) for f in ("mean", "matrix", "inverse"))
+
+
+def test_refuses_images_too_large_before_it_begins() -> None:
+    huge = torch.zeros(1, 1, 1, 1).expand(5, 3, 128, 128)
+    with pytest.raises(InputError, match=rf"at most {LARGEST_IMAGE} .*49152 \(3x128x128\).*no --zca") as raised:
+        Whitening.fit(huge)
+    assert "\n" not in str(raised.value)
+
+
+def test_refuses_too_few_bytes_and_other_shapes() -> None:
+    with pytest.raises(InputError, match="at least 2 training images, found 1"):
+        Whitening.fit(pictures(1))
+    with pytest.raises(InputError, match="at least 2 training images, found 0"):
+        Whitening.fit(pictures(0))
+    with pytest.raises(InputError, match="floating point"):
+        Whitening.fit((255 * pictures()).byte())
+    whitening = Whitening.fit(pictures())
+    with pytest.raises(InputError, match="floating point"):
+        whitening.apply((255 * pictures()).byte())
+    with pytest.raises(InputError, match=r"images of 60 values, found 12 \(3x2x2\)"):
+        whitening.apply(pictures(2, (3, 2, 2)))
+
+
+def test_refuses_files_of_another_kind(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "other", {"images": torch.zeros(2)})
+    with pytest.raises(InputError, match="expected a whitening"):
+        Whitening.load(tmp_path / "other")
+    save_tensors(tmp_path / "odd", {"mean": torch.zeros(4), "matrix": torch.zeros(4, 4), "inverse": torch.zeros(3, 4)})
+    with pytest.raises(InputError, match="expected matrices of 4x4"):
+        Whitening.load(tmp_path / "odd")
+    with pytest.raises(InputError, match="cannot be read"):
+        Whitening.load(tmp_path / "absent")
+
+
+def test_importing_does_not_import_kornia() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, mtt_fast.data.whitening; sys.exit('kornia' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,236 @@
+"""`--dry-run`: what is told beforehand is what happens, and nothing else happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtt_fast import InputError
+from mtt_fast.commands import cli
+from mtt_fast.data import load
+from mtt_fast.data.class_names import CIFAR10, SUBSETS
+from mtt_fast.data.published_info import DatasetInfo, dataset_info
+from mtt_fast.distill import dry_run
+from mtt_fast.distill.command import main
+from mtt_fast.distill.dry_run import _Seconds, _sizes, _times
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.recipes import recipe_names, recipe_options
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
+    "--syn_steps 3 --Iteration 2 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10"
+).split()
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    assert cli.run(main, [*arguments, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:10].strip(): line[10:] for line in lines}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_of_every_recipe(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dry_run, "_SAMPLES", 1)  # the time is not looked at
+    monkeypatch.setattr(dry_run, "_LONG_ENOUGH", 0.0)
+    lines = told(capsys, "--recipe", name)
+    assert lines["recipe"].startswith(f"{name}: ")
+    assert "peak" in lines["memory"]
+    assert "free" in lines["disk"]
+    assert not list(tmp_path.iterdir())
+
+
+PAD_IS_DATM_BUT_FOR: dict[str, dict[str, float]] = {
+    "cifar10-ipc1": {},
+    "cifar10-ipc10": {"loss_ratio": 0.5},
+    "cifar10-ipc50": {"loss_ratio": 0.25, "expert_epochs": 3},
+    "cifar10-ipc500": {
+        "loss_ratio": 0.5, "current_max_start_epoch": 60, "max_start_epoch": 70, "expansion_end_epoch": 2000,
+    },
+    "cifar10-ipc1000": {"loss_ratio": 0.5},
+    "cifar100-ipc1": {"loss_ratio": 0.5, "current_max_start_epoch": 20, "max_start_epoch": 30},
+    "cifar100-ipc10": {"loss_ratio": 0.5},
+    "cifar100-ipc50": {},
+    "cifar100-ipc100": {"loss_ratio": 0.5},
+    "tiny-ipc1": {"loss_ratio": 0.5},
+    "tiny-ipc10": {"loss_ratio": 0.5},
+    "tiny-ipc50": {"loss_ratio": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", PAD_IS_DATM_BUT_FOR)
+def test_what_pads_configurations_change_of_datms(setting: str) -> None:
+    pad, datm = (recipe_options(f"{method}-{setting}") for method in ("pad", "datm"))
+    every = {"eval_it"}  # how often the authors looked
+    changed = {name: value for name, value in pad.items() if name not in every and datm.get(name) != value}
+    assert changed == PAD_IS_DATM_BUT_FOR[setting]
+    assert set(datm) <= set(pad) | every
+
+
+def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = ["--data_path", f"{tmp_path}/data", "--buffer_path", f"{tmp_path}/buffers", "--out", f"{tmp_path}/run"]
+    before = told(capsys, *TOY, *folders)
+    assert before["experts"].startswith("2 to train for 3 epochs, 0 in")
+    assert f"into {tmp_path}/run" in before["run"]
+    assert cli.run(main, [*TOY, *folders]) == 0
+    capsys.readouterr()
+    parts = dict(re.findall(r"(experts|packed data set) ([\d.]+) kB", before["disk"]))
+    for name, pattern in (("experts", "buffers/**/*.safetensors"), ("packed data set", "data/packed/*.safetensors")):
+        size = sum(path.stat().st_size for path in tmp_path.glob(pattern)) / 1e3
+        assert size == pytest.approx(float(parts[name]), rel=0.4 if name == "experts" else 0.02), name  # headers
+    after = told(capsys, *TOY, *folders)
+    assert after["experts"].startswith("0 to train for 3 epochs, 2 in")
+    assert "is finished" in after["run"]
+
+
+def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--lr_y", "2", "--texture", "--protocol", "datm", "--out", f"{tmp_path}/run"]
+    told_besides = told(capsys, "--dataset", "digits", "--model", "ConvNetD1W4", *flags)["besides"]
+    assert told_besides == "--protocol datm --lr_y 2.0 --texture"
+
+
+def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
+    facts, data = dataset_info("digits"), load("digits", data_path=tmp_path, progress=False)
+    assert (facts.name, facts.image_shape, facts.num_classes) == (data.name, data.image_shape, data.num_classes)
+    assert (facts.train, facts.test) == (len(data.train.labels), len(data.test.labels))
+
+
+def test_an_image_folder_is_counted(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (6, 4)).save(tmp_path / split / name / f"{number}.png")
+    facts, data = dataset_info(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
+    assert (facts.train, facts.test, facts.image_shape) == (6, 4, (3, 4, 6))
+    assert (facts.name, facts.image_shape) == (data.name, data.image_shape)
+    assert dataset_info(str(tmp_path), res=8).image_shape == (3, 8, 8)
+
+
+def pictures(
+    root: Path, *, mode: str = "RGB", size: tuple[int, int] = (6, 4), classes: Sequence[str] = ("a", "b")
+) -> Path:
+    """Three training images and two test images of each class."""
+    from PIL import Image
+
+    for split, count in (("train", 3), ("test", 2)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new(mode, size).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("place", ["train/a/2.png", "train/b/0.png", "test/b/1.png"])
+def test_all_images_tell_the_shape(tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first image's mode and size need not be those of all."""
+    from PIL import Image
+
+    root = pictures(tmp_path / "x", mode="L")
+    assert dataset_info(str(root)).image_shape == (1, 4, 6)
+    Image.new("RGB", (6, 4)).save(root / place)
+    assert dataset_info(str(root)).image_shape == (3, 4, 6)
+    assert load(str(root), data_path=tmp_path / "data", progress=False).image_shape == (3, 4, 6)
+    Image.new("RGB", (7, 4)).save(root / place)
+    assert dataset_info(str(root), res=8).image_shape == (3, 8, 8)
+    lines = []
+    for flags in (["--dry-run"], ["--out", f"{tmp_path}/run", "--data_path", f"{tmp_path}/data"]):
+        assert cli.run(main, ["--dataset", str(root), "--model", "ConvNetD1W4", *flags]) == 2
+        lines.append(capsys.readouterr().err.splitlines()[-1])
+    assert lines[0] == lines[1]
+    assert f"{root / place}: expected 6x4 pixels as in the other images, found 7x4; give --res" in lines[0]
+
+
+def test_a_known_data_set_that_is_there_is_counted(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "cifar", size=(32, 32), classes=CIFAR10)
+    facts, data = dataset_info("cifar10", data_path=str(root)), load("CIFAR10", data_path=root, progress=False)
+    assert (facts.name, facts.image_shape, facts.train, facts.test) == (data.name, data.image_shape, 30, 20)
+    root = pictures(tmp_path / "woof", size=(32, 32), classes=list(SUBSETS["imagewoof"]))
+    (root / "test").rename(root / "val")
+    facts = dataset_info("ImageNet", "ImageWoof", 16, data_path=str(root))
+    assert dataclasses.astuple(facts) == ("imagewoof-16", (3, 16, 16), 10, 30, 20)
+
+
+def test_what_the_run_refuses_is_refused(tmp_path: Path) -> None:
+    few = pictures(tmp_path / "few", size=(32, 32), classes=CIFAR10[:4])
+    odd = pictures(tmp_path / "odd", size=(32, 30), classes=CIFAR10)
+    for root, message in ((few, "expected the 10 class folders of CIFAR10 in train/"), (odd, "expected 32x32 pixels")):
+        for function in (dataset_info, load):
+            with pytest.raises(InputError, match=message):
+                function("CIFAR10", data_path=str(root))
+    with pytest.raises(InputError, match="--subset: expected only with --dataset ImageNet"):
+        dataset_info("digits", "imagewoof")
+
+
+def test_a_missing_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.run(main, ["--dataset", f"{tmp_path}/none", "--dry-run"]) == 2
+    assert f"--dataset {tmp_path}/none: expected a data set by name or an image folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch_syn 11", "--batch_syn 11: expected at most the 10 synthetic images there are"),
+        ("--model ConvNetD1W4BN --teacher_label", "--teacher_label: expected a network without batch norm"),
+    ],
+)
+def test_what_does_not_fit_is_told(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(main, [*TOY, *flags.split(), "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+FACTS = DatasetInfo("toy", (1, 8, 8), 10, 100, 30)
+OPTIONS = DistillOptions(
+    ipc=2, train_epochs=5, syn_steps=4, Iteration=7, eval_it=3, num_eval=2, epoch_eval_train=9, num_trajectories=3, max_start_epoch=2
+)  # fmt: skip
+
+
+def test_the_time_is_that_of_every_image_in_every_step() -> None:
+    cost, evaluated = _Seconds(gradient=3.0, tangent=5.0), [3.0, 6.0]
+    times = _times(OPTIONS, FACTS, 2, cost, evaluated, saved=0.5)
+    assert times.experts == 2 * 5 * (100 * 3 + 30 * 1)  # a test is a third of a gradient
+    assert times.iterations == 7 * 3 * 4 * 20 * (3 + 5) * 0.5
+    one, other = 10 * 20 * 3 + 30 * 1, 10 * 20 * 6 + 30 * 2  # an epoch more, as in the public code
+    assert times.rest == 2 * (4 * (one + other) + one)  # before, after 3, 6 and 7 iterations; random real images
+
+    more = dataclasses.replace(OPTIONS, rho_max=0.1, ema_decay=0.9, batch_syn=6, texture=True, canvas_samples=3)
+    times = _times(more, FACTS, 2, cost, evaluated, saved=1.0)
+    assert times.experts == 2 * 5 * (100 * 2 * 3 + 30 * 1)
+    assert times.iterations == 7 * 3 * 4 * 18 * (3 + 5)
+    one, other = 3 * (one - 30) + 30, 3 * (other - 60) + 60
+    assert times.rest == 2 * (2 * 4 * (one + other) + one)
+
+
+def test_the_sizes_are_those_of_every_number() -> None:
+    images, whitening = 4 * 20 * 64, 4 * 2 * 64**2
+    assert _sizes(OPTIONS, FACTS, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
+    more = dataclasses.replace(OPTIONS, zca=True, ema_decay=0.9, texture=True, canvas_size=2, num_interpolation=4)
+    experts, run, _ = _sizes(more, FACTS, 1000, 3, 5)
+    assert experts == 4 * (3 * 6 + 5 * 4) * 1000
+    assert run == 4 * (4 * images + whitening) + 3 * 4 * images
+
+
+@pytest.mark.parametrize(
+    ("dataset", "subset", "res", "expected"),
+    [
+        ("cifar100", None, None, ("CIFAR100", (3, 32, 32), 100, 50_000, 10_000)),
+        ("Tiny", None, None, ("Tiny", (3, 64, 64), 200, 100_000, 10_000)),
+        ("Tiny", None, 32, ("Tiny-32", (3, 32, 32), 200, 100_000, 10_000)),
+        ("ImageNet", None, 64, ("ImageNet-64", (3, 64, 64), 1000, 1_281_167, 50_000)),
+        ("ImageNet", "imagewoof", None, ("imagewoof-128", (3, 128, 128), 10, 13_000, 500)),
+        ("imagewoof", None, None, ("imagewoof-128", (3, 128, 128), 10, 13_000, 500)),
+    ],
+)
+def test_facts_by_name(dataset: str, subset: str | None, res: int | None, expected: tuple[Any, ...]) -> None:
+    assert dataclasses.astuple(dataset_info(dataset, subset, res)) == expected

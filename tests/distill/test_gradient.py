@@ -1,0 +1,253 @@
+"""Options of the gradient, the student and the matching: what a toy run makes of each, also when it is continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtt_fast import ConvNet, SyntheticDataset, evaluate
+from mtt_fast.commands import cli
+from mtt_fast.distill.command import main
+from mtt_fast.distill.gradients import mean_gradients
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.segments import Segment, log_fields, planned, turns
+from mtt_fast.distill.updates import update
+from mtt_fast.engine.iteration import planned_iteration
+from mtt_fast.engine.memory_plan import Work, plan
+from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.files import load_tensors
+from mtt_fast.testing import assert_close
+from mtt_fast.training.protocols import Accuracy
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
+    "--syn_steps 3 --Iteration 4 --eval_it 2 --num_eval 1 --epoch_eval_train 1 --batch_real 512 --lr_img 10 "
+    "--save_seconds 0"
+).split()
+
+
+def run(*arguments: str) -> int:
+    return cli.run(main, arguments)
+
+
+def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def images_of(folder: Path) -> Tensor:
+    return SyntheticDataset.load(folder / "synthetic.safetensors").images
+
+
+OPTIONS = {
+    "plain": [],
+    "truncated": ["--gradient", "truncated"],
+    "fast": ["--lr_teacher", "0.3"],  # steps so long that the last is not the nearest
+    "nearest": ["--lr_teacher", "0.3", "--match_step", "nearest"],
+    "loss-ratio": ["--loss_ratio", "0.4"],
+    "trajectories": ["--num_trajectories", "2"],
+    "lr-per-step": ["--lr_per_step", "--lr_lr", "1e-4"],
+    "momentum": ["--student_mom", "0.9"],
+    "weight-decay": ["--student_l2", "0.1"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(experts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each option, done in two parts."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in OPTIONS.items():
+        out = ["--out", str(folder / name)]
+        assert run(*TOY, *experts, *flags, *out, "--Iteration", "2") == 0
+        assert run(*out, "--resume", "--Iteration", "4") == 0
+    return {name: folder / name for name in OPTIONS}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_resumed_is_bit_identical_and_the_option_counts(
+    name: str, runs: dict[str, Path], experts: list[str], tmp_path: Path
+) -> None:
+    assert run(*TOY, *experts, *OPTIONS[name], "--out", str(tmp_path)) == 0
+    assert torch.equal(images_of(tmp_path), images_of(runs[name]))
+    assert records_of(tmp_path, "step") == records_of(runs[name], "step")
+    assert records_of(tmp_path, "gradient") == records_of(runs[name], "gradient")
+    if name != "plain":
+        without = "fast" if name == "nearest" else "plain"
+        assert not torch.equal(images_of(runs[name]), images_of(runs[without]))
+
+
+def test_a_truncated_run_says_so(
+    experts: list[str], tmp_path: Path, runs: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert run(*TOY, *experts, *OPTIONS["truncated"], "--out", str(tmp_path)) == 0
+    assert "gradient: truncated (approximate" in caplog.text
+    assert "cosine of the truncated image gradient to the exact one" in caplog.text
+    assert "approximate" in (tmp_path / "config.toml").read_text()
+    told = json.loads((tmp_path / "summary.json").read_text())["gradient"]
+    assert "approximate" in told["kind"]
+    records = records_of(tmp_path, "gradient")
+    assert [record["iteration"] for record in records] == [0, 2, 4]
+    assert told["cosines_to_exact"] == [record["cosine"] for record in records]
+    assert all(0.5 < record["cosine"] < 1 - 1e-9 for record in records)
+    exact = json.loads((runs["plain"] / "summary.json").read_text())["gradient"]
+    assert exact == {"kind": "exact", "cosines_to_exact": []}
+    assert "approximate" not in (runs["plain"] / "config.toml").read_text()
+
+
+def test_learning_rates_of_each_step(runs: dict[str, Path], experts: list[str], tmp_path: Path) -> None:
+    folder = runs["lr-per-step"]
+    distilled = SyntheticDataset.load(folder / "synthetic.safetensors")
+    rates = distilled.lr_per_step
+    assert rates is not None
+    assert rates.shape == (3,)
+    assert len(set(rates.tolist())) == 3
+    assert distilled.lr.shape == ()
+    assert float(distilled.lr) == pytest.approx(float(rates.mean()))
+    assert records_of(folder, "step")[-1]["lr"] == pytest.approx(float(rates.mean()))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["learning_rate_per_step"] == pytest.approx(rates.tolist())
+    exported = {path.name: torch.load(path) for path in distilled.export("mtt", tmp_path)}
+    assert exported["lr_best.pt"].shape == ()
+    moved = distilled.to("cpu").lr_per_step
+    assert moved is not None
+    assert torch.equal(moved, rates)
+    flags = [*experts[:2], "--num_eval", "1", "--epoch_eval_train", "0", "--out", str(tmp_path / "result.json")]
+    assert cli.run(evaluate.main, [str(folder), *flags]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["lr"] == pytest.approx(float(rates.mean()))
+    plain = SyntheticDataset.load(runs["plain"] / "synthetic.safetensors")
+    assert plain.lr_per_step is None
+
+
+def test_each_learning_rate_stays_positive() -> None:
+    options = DistillOptions(lr_lr=1.0)
+    images = torch.zeros(2, 1, 4, 4)
+    state = State(
+        0, 1, images, torch.zeros(2), torch.tensor([0.5, 0.5, 0.5]), torch.zeros_like(images),
+        torch.tensor([0.0, 0.2, 0.0]),
+    )  # fmt: skip
+    update(options, state, images, torch.tensor([0.25, 0.6, -1.0]))
+    assert state.lr.tolist() == pytest.approx([0.25, 0.5, 1.5])  # 0.5 − 0.7 would be negative
+    assert state.lr_velocity.tolist() == pytest.approx([0.25, 0.0, -1.0])
+    assert state.lr_kept == 1
+
+
+def test_segments_of_several_trajectories_follow_each_other(runs: dict[str, Path]) -> None:
+    options = DistillOptions(num_trajectories=3)
+    assert list(turns(options, range(4, 6))) == [12, 13, 14, 15, 16, 17]
+    assert list(turns(DistillOptions(), range(4, 6))) == [4, 5]
+    one, two = (records_of(runs[name], "step") for name in ("plain", "trajectories"))
+    singles = [(record["expert"], record["start_epoch"]) for record in one]
+    in_pairs = [(record[f"expert{which}"], record[f"start_epoch{which}"]) for record in two for which in ("", "_2")]
+    assert in_pairs[:4] == singles
+    assert {expert for expert, _ in in_pairs[:3]} == {0, 1, 2}  # different experts in turn
+    assert log_fields([Segment(1, 2, tuple)]) == {"start_epoch": 2, "expert": 1}
+
+
+def test_gradients_are_the_mean_over_the_segments() -> None:
+    """Equal to autograd of the mean of the losses, one graph for all."""
+    net = ConvNet(1, 3, 4, width=3, depth=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    images, labels, lr = randn(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1]), torch.tensor(0.3).double()
+    state = State(0, 2, images, labels, lr, images, lr)
+    parts, given = [], []
+    for _ in range(3):
+        start = randn(net.num_parameters)
+        index = torch.randperm(5, generator=generator)
+        given.append((start, start + 0.1 * randn(len(start)), index))
+        parts.append(Segment(0, 0, partial(tuple, given[-1])))
+    steps = plan(net, images=images, steps=2, batch=3, memory_budget=None, dtype=torch.float64)
+    found = mean_gradients(planned_iteration(net, steps, None, (2, 3)), state, parts)
+
+    pixels, rate = images.clone().requires_grad_(), lr.clone().requires_grad_()
+    losses = []
+    for start, target, order in given:
+        theta = start.clone().requires_grad_()
+        for index in order.split((2, 3)):
+            loss = torch.nn.functional.cross_entropy(net(theta, pixels[index]), labels[index])
+            theta = theta - rate * torch.autograd.grad(loss, theta, create_graph=True)[0]
+        losses.append((theta - target).square().sum() / (start - target).square().sum())
+    mean = torch.stack(losses).mean()
+    expected = (mean.detach(), *torch.autograd.grad(mean, (pixels, rate)))
+    for name, mine, theirs in zip(("loss", "images", "lr"), found, expected, strict=True):
+        assert_close(name, mine, theirs, 1e-10)
+
+
+def test_a_checkpoint_holds_the_rates_of_all_steps(runs: dict[str, Path]) -> None:
+    tensors, _ = load_tensors(runs["lr-per-step"] / "checkpoint.safetensors")
+    assert tensors["lr"].shape == tensors["lr_velocity"].shape == (3,)
+
+
+def test_a_student_that_diverges_is_not_compared(
+    experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = [*OPTIONS["truncated"], "--lr_teacher", "1e38", "--Iteration", "0"]
+    assert run(*TOY, *experts, "--out", str(tmp_path), *flags) == 0
+    assert "so the gradients are not compared" in caplog.text
+    assert not records_of(tmp_path, "gradient")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss_ratio", "1"], "--loss_ratio 1.0: expected at least 0 and less than 1"),
+        (["--student_mom", "-0.1"], "--student_mom -0.1: expected at least 0 and less than 1"),
+        (["--student_l2", "-1"], "--student_l2 -1.0: expected at least 0"),
+        (["--num_trajectories", "0"], "--num_trajectories 0: expected at least 1"),
+    ],
+)
+def test_mistakes_are_told(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_plan_knows_the_options_that_take_memory() -> None:
+    def work(**options: Any) -> Work:
+        given = DistillOptions(syn_steps=3, memory_budget="1GiB", **options)
+        return planned(given, ConvNet(1, 10, 8, 4, 1), (10, 1, 8, 8), torch.device("cpu"), "fp32").work
+
+    plain = work()
+    assert plain == dataclasses.replace(plain, batch=10, steps=3, momentum=False, augment=True, path_gradient=False)
+    assert work(student_mom=0.9) == dataclasses.replace(plain, momentum=True)
+    assert work(match_step="nearest") == dataclasses.replace(plain, path_gradient=True)
+    assert work(no_aug=True) == dataclasses.replace(plain, augment=False)
+    assert work(batch_syn=7) == dataclasses.replace(plain, batch=7)
+    crops = work(texture=True, canvas_size=3, canvas_samples=2, batch_syn=7, no_aug=True)
+    assert crops == dataclasses.replace(plain, batch=14, canvas_size=3)
+    assert work(lr_y=1.0).student != plain.student
+
+
+def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_numbers_each_time(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(network: Any, train: Any, test: Any, lr: float, *_: Any, place: Any = (), **__: Any) -> Accuracy:
+        asked.append((lr, tuple(place)))
+        return Accuracy((0.5,))
+
+    monkeypatch.setattr("mtt_fast.distill.evaluation.evaluate", measured)
+    assert run(*TOY, *experts, "--lr_per_step", "--lr_lr", "1e-4", "--out", str(tmp_path)) == 0
+    rates = {0: pytest.approx(0.01)} | {
+        record["iteration"]: pytest.approx(record["lr"]) for record in records_of(tmp_path, "step")
+    }
+    assert asked[:-1] == [(rates[iteration], (iteration,)) for iteration in (0, 2, 4)]
+    assert abs(asked[2][0] - 0.01) > 1e-5
+    assert asked[-1] == (0.01, ())  # random real images
+    assert float(SyntheticDataset.load(tmp_path / "synthetic.safetensors").lr) == pytest.approx(asked[2][0])

@@ -1,0 +1,224 @@
+"""Labels that are learned, or that experts give: values against plain torch, and runs that go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
+from mtt_fast.commands import cli
+from mtt_fast.distill.command import main
+from mtt_fast.distill.labels import class_logits, expert_logits, mean_teacher_labels, teacher_labels
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.distill.updates import update
+from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
+from mtt_fast.storage.files import load_tensors
+from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, whole_graph
+from mtt_fast.training.images import as_training_images
+from mtt_fast.training.protocols import EvaluationProtocol, train_network
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+CPU = torch.device("cpu")
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
+    "--syn_steps 3 --Iteration 1 --eval_it 9 --num_eval 1 --epoch_eval_train 1 --batch_real 64 --expert_lr 0.05 --lr_img 10"
+).split()
+
+
+def state_of(labels: torch.Tensor, labels_velocity: torch.Tensor | None = None) -> State:
+    images, lr = torch.randn(len(labels), 1, 4, 4), torch.tensor(0.02)
+    return State(0, 2, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr), labels_velocity)
+
+
+def test_updates_are_sgd_with_momentum_of_each() -> None:
+    labels = torch.randn(6, 3)
+    state = state_of(labels, labels_velocity=torch.zeros_like(labels))
+    parts = (state.images.clone(), state.labels.clone(), state.lr.clone())
+    options = DistillOptions(lr_img=3.0, lr_y=2.0, mom_y=0.9, lr_lr=1e-3)
+    optimisers = [
+        torch.optim.SGD([part], lr=rate, momentum=momentum)
+        for part, rate, momentum in zip(parts, (3.0, 2.0, 1e-3), (0.5, 0.9, 0.5), strict=True)
+    ]
+    for _ in range(4):
+        gradients = [torch.randn_like(part) for part in parts]
+        update(options, state, gradients[0], gradients[2], gradients[1])
+        for part, gradient, optimiser in zip(parts, gradients, optimisers, strict=True):
+            part.grad = gradient
+            optimiser.step()
+    for name, part in zip(("images", "labels", "lr"), parts, strict=True):
+        torch.testing.assert_close(getattr(state, name), part, msg=name)
+
+
+def test_fixed_labels_stay_what_they_are() -> None:
+    state = state_of(torch.arange(3))
+    update(DistillOptions(), state, torch.ones_like(state.images), torch.zeros(()))
+    assert state.labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_checkpoint_holds_the_labels_and_their_velocity(tmp_path: Path, learned: bool) -> None:
+    state = state_of(torch.randn(6, 3), torch.randn(6, 3)) if learned else state_of(torch.arange(6))
+    save_checkpoint(tmp_path, state)
+    again = load_checkpoint(tmp_path, CPU)
+    assert again is not None
+    assert torch.equal(again.labels, state.labels)
+    assert again.labels.dtype == state.labels.dtype
+    if state.labels_velocity is None:
+        assert again.labels_velocity is None
+    else:
+        assert again.labels_velocity is not None
+        assert torch.equal(again.labels_velocity, state.labels_velocity)
+
+
+def test_class_logits_give_the_class_nine_tenths() -> None:
+    probabilities = class_logits(torch.tensor([2, 0]), 4).softmax(dim=1)
+    wanted = torch.tensor([[1, 1, 27, 1], [27, 1, 1, 1]]) / 30
+    torch.testing.assert_close(probabilities, wanted)
+
+
+MODULE = module_function(reference_convnet(1, 10, 8, 4, 1))
+
+
+def store_of(experts: list[str]) -> TrajectoryStore:
+    return TrajectoryStore(Path(experts[-1]) / "digits" / "ConvNetD1W4")
+
+
+def one_iteration(experts: list[str], folder: Path, *flags: str) -> tuple[State, State, dict[str, int]]:
+    """Return the state before and after the first iteration, and what it matched."""
+    found = []
+    for iterations in ("0", "1"):
+        assert cli.run(main, [*TOY, *experts, "--out", str(folder), "--no_aug", *flags, "--Iteration", iterations]) == 0
+        state = load_checkpoint(folder, CPU)
+        assert state is not None
+        found.append(state)
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return found[0], found[1], next(record for record in records if record["kind"] == "step")
+
+
+def oracle(
+    experts: list[str], before: State, matched: dict[str, int], labels: torch.Tensor, logits: bool
+) -> MetaGradient:
+    """Whole-graph autograd in float64, over three steps on all images."""
+    store, epoch = store_of(experts), matched["start_epoch"]
+    start, target = (store.read(matched["expert"], row).double() for row in (epoch, epoch + 1))
+    batches = [torch.arange(len(before.images))] * 3
+    images, lr = before.images.double(), before.lr.double()
+    return whole_graph(MODULE, start, target, images, labels.double(), lr, batches, label_logits=logits)
+
+
+@pytest.mark.parametrize("start", ["classes", "experts"])
+def test_an_iteration_with_learned_labels_is_datms_written_out(experts: list[str], tmp_path: Path, start: str) -> None:
+    before, after, matched = one_iteration(experts, tmp_path, "--ipc", "3", "--lr_y", "2", "--label_init", start)
+    wanted = oracle(experts, before, matched, before.labels, logits=True)
+    assert wanted.labels is not None
+    assert_close("images", (after.images - before.images).double(), -10 * wanted.images, 1e-3)
+    assert_close("labels", (after.labels - before.labels).double(), -2 * wanted.labels, 1e-3)
+    assert matched["loss"] == pytest.approx(float(wanted.loss), rel=1e-5)
+
+
+def test_labels_begin_as_the_mean_of_the_experts_that_are_right(experts: list[str], tmp_path: Path) -> None:
+    """DATM's: all experts' last snapshots, their logits where they are right, summed and divided by how many are."""
+    before, _, _ = one_iteration(experts, tmp_path, "--ipc", "3", "--lr_y", "2", "--label_init", "experts")
+    classes, store = torch.arange(10).repeat_interleave(3), store_of(experts)
+    logits = torch.stack([MODULE(store.read(expert, 3), before.images) for expert in range(2)]).detach()
+    right = logits.argmax(dim=2) == classes
+    assert 0 < int(right.any(dim=0).sum()) < 30  # some are right, and some images nobody gets right
+    for image, own in enumerate(classes.tolist()):
+        answers = [logits[expert, image] for expert in range(2) if right[expert, image]]
+        wanted = sum(answers) / len(answers) if answers else class_logits(torch.tensor([own]), 10)[0]
+        torch.testing.assert_close(before.labels[image], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_expert_logits_leave_out_those_that_are_wrong() -> None:
+    begin = class_logits(torch.tensor([0, 1, 2]), 3)
+    first, second = torch.tensor([[3.0, 1, 0], [2, 0, 1], [5, 1, 1]]), torch.tensor([[5.0, 0, 2], [0, 7, 1], [0, 9, 1]])
+
+    def network(theta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return theta[images.flatten().long()]
+
+    found = expert_logits(network, iter([first, second]), torch.arange(3.0).view(3, 1, 1, 1), begin)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, torch.stack([(first[0] + second[0]) / 2, second[1], begin[2]]))
+
+
+def test_an_iteration_with_teacher_labels_is_teslas_written_out(experts: list[str], tmp_path: Path) -> None:
+    """Of two segments each target labels the images, and the gradients are averaged."""
+    before, after, both = one_iteration(experts, tmp_path, *"--ipc 3 --teacher_label --num_trajectories 2".split())
+    gradients = []
+    for which in ("", "_2"):
+        matched = {name: both[name + which] for name in ("expert", "start_epoch")}
+        target = store_of(experts).read(matched["expert"], matched["start_epoch"] + 1)
+        labels = MODULE(target, before.images).softmax(dim=1).detach()
+        gradients.append(oracle(experts, before, matched, labels, logits=False).images)
+    assert_close("images", (after.images - before.images).double(), -10 * (gradients[0] + gradients[1]) / 2, 1e-3)
+    assert after.labels.tolist() == torch.arange(10).repeat_interleave(3).tolist()  # the classes go on
+
+
+def test_saved_teacher_labels_are_the_mean_of_all_experts_at_the_last_start_epoch(
+    experts: list[str], tmp_path: Path
+) -> None:
+    _, after, _ = one_iteration(experts, tmp_path, "--teacher_label")
+    distilled = SyntheticDataset.load(tmp_path / "synthetic.safetensors")
+    store = store_of(experts)
+    wanted = torch.stack([MODULE(store.read(expert, 2), after.images).softmax(dim=1) for expert in range(2)]).mean(
+        dim=0
+    )
+    assert distilled.label_kind == "probabilities"
+    torch.testing.assert_close(distilled.labels, wanted.detach())
+    distilled.export("mtt", tmp_path / "exported")
+    written = torch.load(tmp_path / "exported" / "labels_best.pt", weights_only=True)
+    torch.testing.assert_close(written.sum(dim=1), torch.ones(10))
+
+
+def test_teacher_labels_are_made_for_the_images_that_are_seen() -> None:
+    network = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
+    thetas = [network.init(torch.Generator().manual_seed(seed)) for seed in range(3)]
+    images = torch.randn(5, 1, 6, 6)
+    every = [network(theta, images).softmax(dim=1) for theta in thetas]
+    some = teacher_labels(network, thetas[0], images, seen=torch.tensor([4, 1, 4]), at_once=1)
+    torch.testing.assert_close(some[[1, 4]], every[0][[1, 4]])
+    assert not some[[0, 2, 3]].any()
+    torch.testing.assert_close(mean_teacher_labels(network, iter(thetas), images), (every[0] + every[1] + every[2]) / 3)
+
+
+def test_networks_are_trained_on_logits_with_datms_soft_cross_entropy() -> None:
+    network = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
+    pixels, logits = torch.randn(12, 1, 6, 6), 3 * torch.randn(12, 3)
+    theta = network.init(torch.Generator().manual_seed(0))
+    synthetic = SyntheticDataset(
+        pixels, logits, torch.tensor(0.1), ("a", "b", "c"), (0.0,), (1.0,), label_kind="logits"
+    )
+    images, protocol = as_training_images(synthetic, CPU), EvaluationProtocol(epochs=4, augment="none")
+    end = train_network(network, theta, images, 0.1, protocol, torch.Generator())
+    function = module_function(reference_convnet(1, 3, 6, 4, 1))
+    flat = theta.clone().requires_grad_()
+    for rates in ([0.1] * 4, [0.01]):
+        optimiser = torch.optim.SGD([flat], rates[0], momentum=0.9, weight_decay=5e-4)
+        for _ in rates:
+            loss = -(F.log_softmax(function(flat, pixels), dim=1) * F.softmax(logits, dim=1)).sum() / len(pixels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    assert_close("parameters", end - theta, (flat - theta).detach(), 1e-4)
+
+
+def test_learned_labels_are_saved_as_logits_and_exported_as_datm_writes_them(
+    experts: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert cli.run(main, [*TOY, *experts, "--out", str(out), "--lr_y", "100"]) == 0
+    distilled = SyntheticDataset.load(out / "synthetic.safetensors")
+    start = class_logits(torch.arange(10), 10)
+    assert distilled.label_kind == "logits"
+    assert float((distilled.labels - start).abs().max()) > 1e-3
+    assert distilled.classes.tolist() == list(range(10))
+    distilled.export("mtt", tmp_path / "exported")
+    written = torch.load(tmp_path / "exported" / "labels_best.pt", weights_only=True)
+    assert torch.equal(written, distilled.labels)
+    assert not written.requires_grad
+    tensors, _ = load_tensors(out / "checkpoint.safetensors")
+    assert torch.equal(tensors["labels"], distilled.labels)

@@ -1,0 +1,318 @@
+"""What successors added around the matching: the range of start epochs, a threshold, averaged images, chosen images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtt_fast import FlatModule, InputError, SyntheticDataset, TrajectoryStore
+from mtt_fast.commands import cli
+from mtt_fast.distill.command import main
+from mtt_fast.distill.initial import initial_images, predicted_correctly
+from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast.distill.segments import start_epochs
+from mtt_fast.distill.updates import update
+from mtt_fast.networks.protocol import Network
+from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.files import load_tensors
+from mtt_fast.testing import module_function, reference_convnet
+from mtt_fast.training.images import Images
+from mtt_fast.training.protocols import Accuracy
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 3 --train_epochs 6 --max_start_epoch 4 --expert_epochs 1 "
+    "--syn_steps 2 --Iteration 4 --eval_it 2 --num_eval 2 --epoch_eval_train 1 --batch_real 64 --expert_lr 0.05 "
+    "--lr_img 10 --save_seconds 0"
+).split()
+
+
+def run(*arguments: str) -> int:
+    return cli.run(main, arguments)
+
+
+def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == kind]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def test_the_range_of_start_epochs_grows_linearly() -> None:
+    options = DistillOptions(
+        min_start_epoch=3, current_max_start_epoch=10, max_start_epoch=20, expansion_end_epoch=1000
+    )
+    for iteration in (0, 1, 99, 100, 550, 999, 1000, 5000):
+        upper = min(10 + int((20 - 10) * iteration / 1000), 20)  # as DATM's code has it
+        assert start_epochs(options, iteration) == range(3, upper), iteration
+    assert start_epochs(DistillOptions(max_start_epoch=7), 0) == range(7)
+
+
+@pytest.mark.parametrize("more", ["", "--continuous_start --num_trajectories 2"])
+def test_a_run_starts_within_the_range(experts: list[str], tmp_path: Path, more: str) -> None:
+    flags = (
+        "--min_start_epoch 1 --current_max_start_epoch 2 --expansion_end_epoch 20 --Iteration 30 --eval_it 30".split()
+    )
+    assert run(*TOY, *experts, "--out", str(tmp_path), "--num_eval", "1", *flags, *more.split()) == 0
+    drawn = [record["start_epoch"] for record in records_of(tmp_path, "step")]
+    assert all(isinstance(epoch, float if more else int) for epoch in drawn)
+    epochs = [int(epoch) for epoch in drawn]
+    assert set(epochs[:10]) == {1}
+    assert set(epochs[10:20]) == {1, 2}
+    assert max(epochs[20:]) == 3
+    assert min(epochs) == 1
+
+
+def test_iterations_above_the_threshold_change_nothing_and_are_counted_apart(
+    experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    free, bound = tmp_path / "free", tmp_path / "bound"
+    more = ["--Iteration", "30", "--eval_it", "30", "--num_eval", "1"]
+    assert run(*TOY, *experts, "--out", str(free), *more, "--threshold", "1e9") == 0
+    assert summary_of(free)["iterations_above_threshold"] == 0
+    assert run(*TOY, *experts, "--out", str(bound), *more, "--threshold", "1e-9", "--ema_decay", "0.5") == 0
+    assert "is above --threshold 1e-09 and no update is made" in caplog.text
+    summary = summary_of(bound)
+    assert (summary["iterations_above_threshold"], summary["skipped_iterations"]) == (30, 0)
+    left = records_of(bound, "above_threshold")
+    assert left[0]["loss"] == records_of(free, "step")[0]["loss"]
+    assert not records_of(bound, "step")
+    tensors, _ = load_tensors(bound / "checkpoint.safetensors")
+    start = SyntheticDataset.load(bound / "best.safetensors").images  # that of iteration 0, as no other was better
+    assert torch.equal(tensors["images"], start)
+    assert torch.equal(tensors["ema"], start)
+    assert not tensors["images_velocity"].any()
+    assert float(tensors["lr"]) == pytest.approx(0.01)
+
+
+def test_a_loss_at_the_threshold_passes(experts: list[str], tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert run(*TOY, *experts, "--out", str(whole)) == 0
+    first = records_of(whole, "step")[0]["loss"]
+    assert run(*TOY, *experts, "--out", str(half), "--threshold", repr(first), "--Iteration", "1") == 0
+    assert summary_of(half)["iterations_above_threshold"] == 0
+
+
+def test_the_average_is_the_sum_over_the_updates_written_out() -> None:
+    images = torch.randn(3, 1, 2, 2)
+    lr = torch.tensor(0.1)
+    state = State(
+        0, 1, images.clone(), torch.arange(3), lr, torch.zeros_like(images), torch.zeros(()), ema=images.clone()
+    )
+    wanted = images.clone()
+    for _ in range(5):
+        update(DistillOptions(lr_img=2.0, ema_decay=0.8), state, torch.randn_like(images), torch.zeros(()))
+        wanted = 0.8 * wanted + 0.2 * state.images
+    assert state.ema is not None
+    torch.testing.assert_close(state.ema, wanted)
+
+
+def test_the_average_is_evaluated_on_networks_of_its_own(experts: list[str], tmp_path: Path) -> None:
+    """With decay 0 the average is the images, so networks that were trained on nothing before reach the same."""
+    same, slow = tmp_path / "same", tmp_path / "slow"
+    assert run(*TOY, *experts, "--out", str(same), "--ema_decay", "0", "--epoch_eval_train", "5") == 0
+    raw, averaged = (records_of(same, kind) for kind in ("evaluation", "ema_evaluation"))
+    assert [record["iteration"] for record in averaged] == [0, 2, 4]
+    for one, other in zip(raw, averaged, strict=True):
+        assert {**one, "kind": "", "checksum": ""} == {**other, "kind": "", "checksum": ""}
+    assert run(*TOY, *experts, "--out", str(slow), "--ema_decay", "0.9") == 0
+    sets = {name: SyntheticDataset.load(slow / f"{name}.safetensors") for name in ("synthetic", "ema", "best_ema")}
+    assert float((sets["synthetic"].images - sets["ema"].images).abs().max()) > 1e-3
+    assert torch.equal(sets["synthetic"].labels, sets["ema"].labels)
+    accuracy = summary_of(slow)["accuracy"]
+    last = records_of(slow, "ema_evaluation")[-1]
+    assert accuracy["ema"] == {"mean": last["accuracy_mean"], "std": last["accuracy_std"], "n": 2}
+    best = max(record["accuracy_mean"] for record in records_of(slow, "ema_evaluation"))
+    assert accuracy["best_ema_evaluation_chosen_on_the_test_images"]["mean"] == best
+    assert "ema" not in summary_of_a_run_without(experts, tmp_path)["accuracy"]
+
+
+def summary_of_a_run_without(experts: list[str], folder: Path) -> dict[str, Any]:
+    assert run(*TOY, *experts, "--out", str(folder / "without"), "--Iteration", "0") == 0
+    assert not (folder / "without" / "ema.safetensors").exists()
+    return summary_of(folder / "without")
+
+
+class Lookup:
+    """A network whose parameters are a table: the class that it gives to the image of value v is theta[v]."""
+
+    num_parameters = 12
+    mixes_samples = False
+
+    def __call__(self, theta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(theta[images.flatten().long()].long(), 3).float()
+
+
+def test_images_are_those_that_the_first_expert_then_the_next_gets_right() -> None:
+    real = Images(torch.arange(12.0).view(12, 1, 1, 1), torch.arange(12) % 3)
+    members = [torch.tensor(rows) for rows in ([9, 0, 6, 3], [1, 4, 7, 10], [11, 8, 5, 2])]
+    first, second = torch.full((12,), -1.0).clamp(min=0), (torch.arange(12) % 3).float()
+    second[[5, 2, 8]] = 0
+    network: Network = Lookup()
+    # the first says class 0 to all; the second is right but for three images of class 2
+    chosen, wrong = predicted_correctly(network, iter([first, second]), real, members, 2)
+    assert [rows.tolist() for rows in chosen] == [[9, 0], [1, 4], [11, 8]]
+    assert wrong == 1
+    chosen, wrong = predicted_correctly(network, iter([second, first]), real, members, 1)
+    assert [rows.tolist() for rows in chosen] == [[9], [1], [11]]
+    assert wrong == 0
+
+
+def test_a_run_from_images_that_an_expert_gets_right(experts: list[str], tmp_path: Path) -> None:
+    flags = ["--pix_init", "samples_predicted_correctly", "--ipc", "7", "--Iteration", "0"]
+    assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags) == 0
+    images = SyntheticDataset.load(tmp_path / "run" / "synthetic.safetensors").images
+    store = TrajectoryStore(Path(experts[-1]) / "digits" / "ConvNetD1W4")
+    network = module_function(reference_convnet(1, 10, 8, 4, 1))
+    said = network(store.read(0, 6), images).argmax(dim=1)
+    assert said.tolist() == torch.arange(10).repeat_interleave(7).tolist()
+    assert run(*TOY, *experts, "--out", str(tmp_path / "random"), "--ipc", "7", "--Iteration", "0") == 0
+    others = SyntheticDataset.load(tmp_path / "random" / "synthetic.safetensors").images
+    assert network(store.read(0, 6), others).argmax(dim=1).tolist() != said.tolist()
+
+
+def test_a_class_with_too_few_of_them_is_told(
+    experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--pix_init", "samples_predicted_correctly", "--ipc", "140", "--Iteration", "0", "--num_eval", "1"]
+    assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags) == 0
+    told = [record.message for record in caplog.records if "no expert gets enough images" in record.message]
+    assert len(told) == 1
+    images = SyntheticDataset.load(tmp_path / "run" / "synthetic.safetensors").images
+    assert len(images.flatten(1).unique(dim=0)) == 1400  # no image twice
+
+
+EVERYTHING = (
+    "--min_start_epoch 1 --current_max_start_epoch 2 --expansion_end_epoch 3 --ema_decay 0.9 "
+    "--pix_init samples_predicted_correctly --ipc 2 --batch_syn 7 --num_eval 1 --eval_it 3"
+).split()
+
+
+@pytest.mark.parametrize(
+    "labels", ["--lr_y 2 --label_init experts --threshold 0.967", "--teacher_label --threshold 0.9868"]
+)
+def test_resumed_with_everything_is_bit_identical_to_uninterrupted(
+    experts: list[str], tmp_path: Path, labels: str
+) -> None:
+    chosen = [*EVERYTHING, *labels.split()]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(*TOY, *experts, "--out", str(whole), *chosen, "--Iteration", "6") == 0
+    assert run(*TOY, *experts, "--out", str(parts), *chosen, "--Iteration", "3") == 0
+    assert run("--out", str(parts), "--resume", "--Iteration", "6") == 0
+    for name in ("synthetic", "best", "ema", "best_ema", "checkpoint"):
+        first, second = (load_tensors(folder / f"{name}.safetensors")[0] for folder in (whole, parts))
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            assert torch.equal(tensor, second[key]), (name, key)
+    for kind in ("step", "above_threshold"):
+        assert records_of(whole, kind) == records_of(parts, kind)
+        assert records_of(whole, kind)
+
+
+def test_a_run_stopped_between_its_two_evaluations_makes_the_second_one_later(
+    experts: list[str], tmp_path: Path
+) -> None:
+    flags = [*TOY, *experts, "--out", str(tmp_path), "--ema_decay", "0.9"]
+    assert run(*flags) == 0
+    whole = records_of(tmp_path, "ema_evaluation")
+    metrics, summary = tmp_path / "metrics.jsonl", tmp_path / "summary.json"
+    lines = metrics.read_text().splitlines(keepends=True)
+    last = max(place for place, line in enumerate(lines) if '"ema_evaluation"' in line)
+    metrics.write_text("".join(lines[:last]))
+    summary.unlink()
+    assert run(*flags) == 0
+    assert records_of(tmp_path, "ema_evaluation") == whole
+    assert len(records_of(tmp_path, "evaluation")) == 3
+
+
+MISTAKES = [
+    (["--min_start_epoch", "4"], "--min_start_epoch 4: expected less than --max_start_epoch 4"),
+    (["--min_start_epoch", "-1"], "--min_start_epoch -1: expected at least 0"),
+    (["--current_max_start_epoch", "2"], "--current_max_start_epoch 2: expected with it the iteration"),
+    (["--expansion_end_epoch", "9"], "--expansion_end_epoch 9: has no effect without --current_max_start_epoch"),
+    (
+        ["--current_max_start_epoch", "5", "--expansion_end_epoch", "9"],
+        "--current_max_start_epoch 5: expected at most --max_start_epoch 4",
+    ),
+    (
+        ["--current_max_start_epoch", "2", "--expansion_end_epoch", "9", "--min_start_epoch", "2"],
+        "--min_start_epoch 2: expected less than --current_max_start_epoch 2",
+    ),
+    (["--threshold", "0"], "--threshold 0.0: expected more than 0"),
+    (["--ema_decay", "1"], "--ema_decay 1.0: expected at least 0 and less than 1"),
+    (["--mom_y", "1.5"], "--mom_y 1.5: expected at least 0 and less than 1"),
+    (["--lr_y", "-1"], "--lr_y -1.0: expected at least 0"),
+    (["--lr_y", "1", "--teacher_label"], "--teacher_label, --lr_y: expected one of them, found both"),
+    (["--label_init", "experts"], "--label_init experts: has no effect without --lr_y"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_mistakes_are_told_before_anything_is_read(flags: list[str], message: str) -> None:
+    with pytest.raises(InputError) as told:
+        parse_options([*TOY, *flags])
+    assert str(told.value).startswith(message)
+
+
+def test_what_a_run_began_with_is_found_once_for_all_pictures(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return initial_images(*arguments)
+
+    monkeypatch.setattr("mtt_fast.distill.command.initial_images", counted)
+    assert run(*TOY, *experts, "--num_eval", "1", "--out", str(tmp_path)) == 0
+    assert len(list((tmp_path / "history").iterdir())) == 3
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--pix_init samples_predicted_correctly", "--lr_y 1 --label_init experts", "--teacher_label"],
+)
+def test_experts_with_batch_norm_are_not_asked_about_images(
+    experts: list[str], flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their trajectories hold no running statistics, and those of a batch of one class say nothing."""
+    arguments = [*TOY, *experts, "--model", "ConvNetD1W4BN", *flags.split(), "--out", str(tmp_path / "run")]
+    assert run(*arguments) == 2
+    option = flags.removeprefix("--lr_y 1 ")
+    assert f"--model ConvNetD1W4BN, {option}: expected a network without batch norm" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_precision_that_a_network_of_the_pool_lacks_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def for_convnet_alone(device: torch.device, network: Network, precision: str) -> str:
+        if isinstance(network, FlatModule):
+            raise InputError("--precision bf16: only the fused step of ConvNet knows it")
+        return "fp32"
+
+    monkeypatch.setattr("mtt_fast.distill.checks.precision_on", for_convnet_alone)
+    flags = ["--eval_mode", "A", "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
+    assert run(*TOY, "--data_path", str(tmp_path / "data"), *flags) == 2
+    assert "--precision bf16: only the fused step" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "buffers").exists()
+
+
+def test_of_equal_evaluations_the_first_is_the_best(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the file as in the summary."""
+    monkeypatch.setattr("mtt_fast.distill.evaluation.evaluate", lambda *_, **__: Accuracy((0.5, 0.5)))
+    assert run(*TOY, *experts, "--out", str(tmp_path)) == 0
+    assert SyntheticDataset.load(tmp_path / "best.safetensors").recipe["iterations"] == 0
+    assert summary_of(tmp_path)["accuracy"]["best_evaluation_chosen_on_the_test_images"]["iteration"] == 0

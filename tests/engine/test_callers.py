@@ -1,0 +1,234 @@
+"""`unroll` as other people's code calls it: their optimisers, modules and modes, against whole-graph autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mtt_fast import ConvNet, FlatModule, InputError, matching_loss, unroll
+from mtt_fast.networks.protocol import Network
+from mtt_fast.testing import assert_close, module_function, reference_convnet
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+BATCHES = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5], [5, 1, 0, 4]])
+NETWORK = ConvNet(in_channels=2, num_classes=3, image_size=8, width=4, depth=2)
+MODULE = reference_convnet(2, 3, 8, 4, 2).double()
+START = 0.5 * torch.randn(NETWORK.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+TARGET = START + 0.1 * torch.randn(len(START), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+class Distilled(nn.Module):
+    """What is learned, as a module: the optimisers below see its parameters and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.images = nn.Parameter(torch.randn(6, 2, 8, 8, dtype=torch.float64, generator=generator))
+        self.labels = nn.Parameter(2 * F.one_hot(LABELS).double())
+        self.lr = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Learned at three rates."""
+        return [
+            {"params": [self.images], "lr": 0.3},
+            {"params": [self.labels], "lr": 0.1, "momentum": 0.9},
+            {"params": [self.lr], "lr": 1e-3},
+        ]
+
+
+Loss = Callable[[Distilled], Tensor]
+
+
+def ours(distilled: Distilled) -> Tensor:
+    rows = unroll(NETWORK, START, distilled.images, distilled.labels, distilled.lr, BATCHES, label_kind="logits")
+    return matching_loss(rows[-1], START, TARGET)
+
+
+def plain(distilled: Distilled) -> Tensor:
+    """The same by whole-graph autograd."""
+    network, theta = module_function(MODULE), START.clone().requires_grad_()
+    for index in BATCHES:
+        logits = network(theta, distilled.images[index])
+        loss = F.cross_entropy(logits, distilled.labels[index].softmax(1))
+        theta = theta - distilled.lr * torch.autograd.grad(loss, theta, create_graph=True)[0]
+    return (theta - TARGET).square().sum() / (START - TARGET).square().sum()
+
+
+def by_adam(distilled: Distilled, loss: Loss) -> nn.Module:
+    optimiser = torch.optim.Adam(distilled.parameters(), lr=0.02)
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss(distilled).backward()
+        optimiser.step()
+    return distilled
+
+
+def by_sgd_with_groups(distilled: Distilled, loss: Loss) -> nn.Module:
+    optimiser = torch.optim.SGD(distilled.groups(), momentum=0.5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 3)
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss(distilled).backward()
+        nn.utils.clip_grad_norm_([distilled.images], 0.1)
+        optimiser.step()
+        schedule.step()
+    return distilled
+
+
+def by_lbfgs(distilled: Distilled, loss: Loss) -> nn.Module:
+    optimiser = torch.optim.LBFGS(distilled.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss(distilled)
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    return distilled
+
+
+def by_accumulation(distilled: Distilled, loss: Loss) -> nn.Module:
+    optimiser = torch.optim.SGD(distilled.parameters(), lr=0.02)
+    for _ in range(2):
+        (loss(distilled) / 2).backward()
+        (loss(distilled).square() / 2).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return distilled
+
+
+def by_moving_average(distilled: Distilled, loss: Loss) -> nn.Module:
+    average = AveragedModel(distilled, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimiser = torch.optim.SGD(distilled.parameters(), lr=0.02)
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss(distilled).backward()
+        optimiser.step()
+        average.update_parameters(distilled)
+    return average.module
+
+
+@pytest.mark.parametrize(
+    "optimise",
+    [by_adam, by_sgd_with_groups, by_lbfgs, by_accumulation, by_moving_average],
+    ids=lambda way: way.__name__,
+)
+def test_an_optimiser_of_torch_ends_where_it_does_by_whole_graph_autograd(
+    optimise: Callable[[Distilled, Loss], nn.Module],
+) -> None:
+    found, expected = optimise(Distilled(), ours), optimise(Distilled(), plain)
+    for (name, value), wanted, before in zip(
+        found.named_parameters(), expected.parameters(), Distilled().parameters(), strict=True
+    ):
+        assert_close(name, value - before, wanted - before, 1e-8)
+
+
+def test_images_that_a_network_makes_pass_the_gradient_on() -> None:
+    """As in GLaD: a generator's latent codes, and its own weights, are learned."""
+    generator = nn.Sequential(nn.Linear(5, 2 * 64), nn.Tanh(), nn.Unflatten(1, (2, 8, 8))).double()
+    codes = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    distilled, leaves = Distilled(), [codes, *generator.parameters()]
+    gradients = []
+    for loss in (ours, plain):
+        del distilled.images
+        distilled.images = generator(codes)
+        gradients.append(torch.autograd.grad(loss(distilled), leaves))
+    for found, expected in zip(*gradients, strict=True):
+        assert_close("leaf", found, expected, 1e-10)
+
+
+def test_images_in_any_memory_format_and_as_part_of_a_larger_tensor() -> None:
+    distilled = Distilled()
+    images = distilled.images.detach()
+    expected = torch.autograd.grad(ours(distilled), distilled.images)[0]
+    for whole in (images.contiguous(memory_format=torch.channels_last), torch.cat([images, images], 1)[:, 2:]):
+        leaf = whole.detach().requires_grad_()
+        found = unroll(NETWORK, START, leaf, distilled.labels, distilled.lr, BATCHES, label_kind="logits")
+        matching_loss(found[-1], START, TARGET).backward()
+        assert leaf.grad is not None
+        assert_close("images", leaf.grad, expected, 1e-12)
+
+
+def test_images_changed_before_the_backward_pass_are_noticed() -> None:
+    distilled = Distilled()
+    loss = ours(distilled)
+    with torch.no_grad():
+        distilled.images.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autocast_around_it_changes_nothing(network: Network, dtype: torch.dtype) -> None:
+    start, images = START.to(dtype), Distilled().images.detach().to(dtype)
+
+    def gradient(autocast: bool) -> tuple[Tensor, Tensor]:
+        leaf = images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            rows = unroll(network, start, leaf, LABELS, 0.2, BATCHES)
+            matching_loss(rows[-1], start, TARGET).backward()
+        assert leaf.grad is not None
+        return rows, leaf.grad
+
+    for found, expected in zip(gradient(True), gradient(False), strict=True):
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
+def test_images_made_under_autocast_keep_their_type() -> None:
+    generator = nn.Linear(5, 2 * 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = generator(torch.randn(6, 5)).view(6, 2, 8, 8)
+        rows = unroll(NETWORK, START.float(), images, LABELS, 0.2, BATCHES)
+    assert images.dtype == torch.bfloat16
+    assert rows.dtype == torch.float32
+    rows[-1].sum().backward()
+    assert generator.weight.grad is not None
+    assert generator.weight.grad.isfinite().all()
+
+
+def test_without_gradients_there_is_the_path_alone() -> None:
+    distilled = Distilled()
+    arguments = (distilled.images, LABELS, distilled.lr, BATCHES)
+    with torch.no_grad():
+        rows = unroll(NETWORK, START, *arguments)
+    assert not rows.requires_grad
+    assert torch.equal(rows, unroll(NETWORK, START, *arguments))
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_inference_mode_is_refused(network: Network) -> None:
+    with torch.inference_mode(), pytest.raises(InputError, match=r"use torch\.no_grad"):
+        unroll(network, START, Distilled().images, LABELS, 0.2, BATCHES)
+
+
+def test_a_start_made_in_inference_mode_serves() -> None:
+    with torch.inference_mode():
+        start = START.clone()
+    distilled = Distilled()
+    rows = unroll(NETWORK, start, distilled.images, distilled.labels, distilled.lr, BATCHES, label_kind="logits")
+    found = torch.autograd.grad(matching_loss(rows[-1], start, TARGET), distilled.images)[0]
+    assert torch.equal(found, torch.autograd.grad(ours(distilled), distilled.images)[0])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    distilled = Distilled()
+    with pytest.raises(InputError, match="differentiable once"):
+        torch.autograd.grad(ours(distilled), distilled.images, create_graph=True)
+
+
+def test_the_matching_loss_alone_has_second_derivatives() -> None:
+    """Of a path that the caller records, here the loss's Hessian, which is 2 / |θ_0 − θ*|² times the identity."""
+    end = torch.randn(len(START), dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(end)
+    (gradient,) = torch.autograd.grad(matching_loss(end, START, TARGET), end, create_graph=True)
+    (product,) = torch.autograd.grad(gradient @ direction, end)
+    assert_close("product", product, 2 * direction / (START - TARGET).square().sum(), 1e-12)

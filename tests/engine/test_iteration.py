@@ -1,0 +1,215 @@
+"""One iteration as a function of tensors: equal to the engine called plainly, pure, and asking no tensor for its value."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtt_fast import ConvNet, matching_loss, unroll
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
+from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.data import Normalisation
+from mtt_fast.distill.segments import student_batches
+from mtt_fast.engine.draws import draw_steps
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.iteration import Iteration, iterate
+from mtt_fast.engine.student import GenericStudent, Student, in_microbatches
+from mtt_fast.engine.student_choice import student_for
+from mtt_fast.kernels import WARP_PARAMETERS
+from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
+from mtt_fast.testing import assert_close
+from mtt_fast.training.images import Images
+from mtt_fast.training.sgd import Sgd, training_step
+
+NET = ConvNet(3, 4, 8, width=5, depth=2)
+CPU = torch.device("cpu")
+
+
+def tensors(kind: str = "indices", seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """All that `iterate` takes but what is random in its steps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    start, logits = 0.5 * randn(NET.num_parameters), randn(10, 4)
+    return {
+        "start": start,
+        "target": start + 0.1 * randn(NET.num_parameters),
+        "images": randn(10, 3, 8, 8),
+        "labels": logits.argmax(1) if kind == "indices" else logits.softmax(1),
+        "lr": torch.tensor(0.2, dtype=dtype),
+    }
+
+
+def lengths_of(batches: list[Tensor]) -> tuple[int, ...]:
+    return tuple(len(index) for index in batches)
+
+
+@pytest.mark.parametrize("augment", [None, SiameseAugment()], ids=["plain", "augmented"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_equals_the_engine_called_plainly(kind: str, augment: SiameseAugment | None, microbatch: int | None) -> None:
+    given = tensors(kind)
+    batches = student_batches(10, 4, 5, torch.Generator().manual_seed(1))
+    assert len(set(lengths_of(batches))) == 2
+    student = student_for(NET, CPU, "indices" if kind == "indices" else "probabilities")
+    draws = draw_steps(
+        batches,
+        (3, 8, 8),
+        torch.float64,
+        augment.draw_parameters if augment else None,
+        torch.Generator().manual_seed(2),
+    )
+    if microbatch is not None:
+        student = in_microbatches(student, NET, microbatch)
+    run = partial(iterate, student, augment_with if augment else None, lengths_of(batches))
+    found = run(*given.values(), *draws.tensors())
+
+    images, labels, lr = (given[name].clone() for name in ("images", "labels", "lr"))
+    wanted = [images, lr, *([labels] if kind == "probabilities" else [])]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    path = unroll(
+        NET, given["start"], images, labels, lr, batches, augment, microbatch,
+        generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+    loss = matching_loss(path[-1], given["start"], given["target"])
+    loss.backward()
+    expected = [loss.detach(), *(tensor.grad for tensor in wanted)]
+    for name, mine, theirs in zip(("loss", "images", "lr", "labels"), found, expected, strict=False):
+        assert theirs is not None
+        assert_close(name, mine, theirs, 1e-12)
+    assert len(found) == len(expected)
+    assert not any(tensor.requires_grad for tensor in found)
+
+
+class NoValues(TorchDispatchMode):
+    """Refuses what waits for a device: values read by the host, shapes that depend on values, copies from the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"), name
+        result = func(*args, **(kwargs or {}))
+        flat = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, Tensor)]
+        places = {one.device.type for one in (*flat, *([result] if isinstance(result, Tensor) else []))}
+        assert places <= {"meta"}, f"{name} on {places}"
+        return result
+
+
+@pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> None:
+    """On tensors without values, which take the ways that those of a GPU take, down to the operations' reference."""
+    batches = student_batches(10, 4, 4, torch.Generator())
+    given = tensors()
+    draws = draw_steps(batches, (3, 8, 8), torch.float64, SiameseAugment().draw_parameters, torch.Generator())
+    inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
+    cut = student if microbatch is None else in_microbatches(student, NET, microbatch)
+    with NoValues():
+        found = iterate(cut, augment_with, lengths_of(batches), *inputs)
+    assert [tensor.shape for tensor in found] == [(), given["images"].shape, ()]
+
+
+def test_nothing_waits_for_the_place_of_a_crop() -> None:
+    crops = CanvasCrops(2, SiameseAugment())
+    batches = student_batches(10, 4, 4, torch.Generator())
+    given = tensors() | {"images": torch.empty(10, 3, 16, 16, dtype=torch.float64)}
+    draws = draw_steps(batches, (3, 16, 16), torch.float64, crops.draw_parameters, torch.Generator())
+    inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
+    with NoValues():
+        found = iterate(FusedConvNetStudent(NET), crops.apply, lengths_of(batches), *inputs)
+    assert [tensor.shape for tensor in found] == [(), (10, 3, 16, 16), ()]
+
+
+@pytest.mark.parametrize("pixels", ["uint8", "float32"])
+def test_nothing_waits_in_a_step_of_training(pixels: str) -> None:
+    shape = (10, 3, 8, 8)
+    if pixels == "uint8":
+        transform = Normalisation((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)).apply
+        images = Images(torch.empty(shape, dtype=torch.uint8, device="meta"), labels_on_meta(), transform)
+    else:
+        images = Images(torch.empty(shape, device="meta"), labels_on_meta())
+    theta, index = torch.empty(NET.num_parameters, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+    parameters = torch.empty(4, len(WARP_PARAMETERS), device="meta")
+    sgd = Sgd(0.1, 0.9, 5e-4)
+    with NoValues():
+        found = training_step(FusedConvNetStudent(NET), images, sgd, augment_with, theta, theta, index, parameters)
+    assert [tensor.shape for tensor in found] == [theta.shape, theta.shape, ()]
+
+
+def labels_on_meta() -> Tensor:
+    return torch.empty(10, dtype=torch.long, device="meta")
+
+
+def test_the_loss_that_users_call_does_wait() -> None:
+    """So the test above can fail."""
+    with NoValues(), pytest.raises(AssertionError, match=r"is_nonzero|_local_scalar_dense"):
+        matching_loss(*(torch.empty(3, device="meta") for _ in range(3)))
+
+
+def repeating(run: Any) -> Recording:
+    """Record as CUDA does, as far as that goes on a CPU: inputs and outputs stay where they are."""
+    outputs = run()
+
+    def graph() -> None:
+        for place, value in zip(outputs, run(), strict=True):
+            place.copy_(value)
+
+    return Recording(graph, outputs)
+
+
+def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """What `iterate` takes, drawn from `seed`."""
+    given, generator = tensors(seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
+    batches = student_batches(10, 4, 3, generator)
+    draws = draw_steps(batches, (3, 8, 8), dtype, SiameseAugment().draw_parameters, generator)
+    return [tensor.to(device) for tensor in (*given.values(), *draws.tensors())]
+
+
+def fresh(device: torch.device = CPU) -> Iteration:
+    return partial(iterate, student_for(NET, device), augment_with, (2, 4, 4))
+
+
+def test_refilled_places_give_the_bits_of_a_fresh_call() -> None:
+    run = GraphedFunction(fresh(), repeating)
+    saved = [(seed, run(*inputs(seed))) for seed in (0, 1, 2, 0)]
+    for seed, found in saved:  # what was returned is not written over by later calls
+        for mine, theirs in zip(found, fresh()(*inputs(seed)), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("student", ["chosen", "generic"])
+def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
+    from mtt_fast.runtime.numerics import numerics
+
+    device = torch.device("cuda")
+    eager = partial(
+        iterate, student_for(NET, device) if student == "chosen" else GenericStudent(NET), augment_with, (2, 4, 4)
+    )
+    with numerics(device, "tf32"):
+        run = graphed(eager, device)
+        for seed in (0, 1, 2, 0):
+            given = inputs(seed, device=device)
+            for mine, theirs in zip(run(*given), eager(*given), strict=True):
+                assert torch.equal(mine, theirs)
+    assert isinstance(run, GraphedFunction)
+    assert run.problem is None
+
+
+@pytest.mark.gpu
+def test_nothing_waits_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    run, given = fresh(device), inputs(0, device=device)
+    run(*given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(*given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,216 @@
+"""ATT's nearest step and PAD's dropped parameters, and the student's momentum, against autograd written out here."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import ConvNet, InputError, masked_matching_loss, nearest_step, nearest_step_loss, plan, unroll
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.iteration import iterate, planned_iteration
+from mtt_fast.engine.matching import MatchStep, path_loss
+from mtt_fast.engine.student import GenericStudent
+from mtt_fast.runtime.cuda_graphs import GraphedFunction
+from mtt_fast.testing import assert_close, module_function, reference_convnet
+from tests.engine.test_iteration import NoValues
+
+NET = ConvNet(in_channels=3, num_classes=4, image_size=9, width=6, depth=2)
+ORACLE = module_function(reference_convnet(3, 4, 9, 6, 2))
+STEPS, LENGTHS = 6, (2, 4, 4, 2, 4, 4)
+NEAREST = 4  # the step that the cases' target is near to
+
+
+def case(per_step: bool = False, soft: bool = False) -> dict[str, Tensor]:
+    """What `iterate` takes, in float64; the target lies near the path's row `NEAREST`."""
+    generator = torch.Generator().manual_seed(5)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    start, logits = NET.init(generator).double(), randn(10, 4)
+    given = {
+        "start": start,
+        "target": start,
+        "images": randn(10, 3, 9, 9),
+        "labels": logits.softmax(1) if soft else logits.argmax(1),
+        "lr": 0.3 + 0.2 * torch.rand(STEPS, generator=generator).double() if per_step else torch.tensor(0.3).double(),
+        "indices": torch.cat([torch.randperm(10, generator=generator)[:length] for length in LENGTHS]),
+    }
+    path = written_out(given)[0]
+    given["target"] = path[NEAREST].detach() + 0.003 * randn(len(start))
+    return given
+
+
+def written_out(given: dict[str, Tensor], momentum: float = 0.0, weight_decay: float = 0.0) -> tuple[Tensor, ...]:
+    """Return the student's path with its graph, and the leaves images, lr and, if they are soft, labels."""
+    images, lr = (given[name].clone().requires_grad_() for name in ("images", "lr"))
+    labels = given["labels"].clone().requires_grad_(given["labels"].is_floating_point())
+    path, velocity = [given["start"].clone().requires_grad_()], torch.zeros_like(given["start"])
+    for rate, index in zip(lr.expand(STEPS), given["indices"].split(LENGTHS), strict=True):
+        loss = F.cross_entropy(ORACLE(path[-1], images[index]), labels[index])
+        (gradient,) = torch.autograd.grad(loss, path[-1], create_graph=True)
+        velocity = momentum * velocity + gradient + weight_decay * path[-1]
+        path.append(path[-1] - rate * velocity)
+    return torch.stack(path), images, lr, *([labels] if labels.requires_grad else [])
+
+
+def loss_of(row: Tensor, given: dict[str, Tensor], loss_ratio: float) -> Tensor:
+    """PAD's loss: the parameters of lowest loss are sorted out of both sums."""
+    errors, moves = (row - given["target"]) ** 2, (given["start"] - given["target"]) ** 2
+    saved = errors.detach().sort().indices[int(loss_ratio * len(row)) :]
+    return errors[saved].sum() / moves[saved].sum()
+
+
+@pytest.mark.parametrize("loss_ratio", [0.0, 0.3])
+@pytest.mark.parametrize("match_step", ["last", "nearest"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_iterate_equals_autograd(match_step: MatchStep, loss_ratio: float, soft: bool) -> None:
+    given = case(per_step=soft, soft=soft)
+    path, *leaves = written_out(given)
+    distances = (path - given["target"]).abs().sum(1)
+    assert int(distances[1:].argmin()) + 1 == NEAREST
+    expected_loss = loss_of(path[NEAREST if match_step == "nearest" else -1], given, loss_ratio)
+    expected = torch.autograd.grad(expected_loss, leaves)
+    loss = partial(path_loss, match_step=match_step, loss_ratio=loss_ratio)
+    for student in (GenericStudent(NET), FusedConvNetStudent(NET, "probabilities" if soft else "indices")):
+        found = iterate(student, None, LENGTHS, *given.values(), loss=loss)
+        assert len(found) == 1 + len(expected)
+        for name, mine, theirs in zip(
+            ("loss", "images", "lr", "labels"), found, (expected_loss, *expected), strict=False
+        ):
+            assert_close(name, mine, theirs.detach(), 1e-9)
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.9, 0.0), (0.0, 0.1), (0.6, 0.1)])
+@pytest.mark.parametrize("match_step", ["last", "nearest"])
+def test_momentum_and_weight_decay_of_the_student(momentum: float, weight_decay: float, match_step: MatchStep) -> None:
+    given = case(per_step=True)
+    path, *leaves = written_out(given, momentum, weight_decay)
+    row = 1 + int((path[1:] - given["target"]).abs().sum(1).argmin()) if match_step == "nearest" else STEPS
+    expected_loss = loss_of(path[row], given, 0.0)
+    expected = torch.autograd.grad(expected_loss, leaves)
+    steps = plan(
+        NET, images=(10, 3, 9, 9), steps=STEPS, batch=4, microbatch=3, dtype=torch.float64, momentum=momentum,
+        path_gradient=match_step == "nearest",
+    )  # fmt: skip
+    run = planned_iteration(
+        NET, steps, None, LENGTHS, loss=partial(path_loss, match_step=match_step), momentum=momentum,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    for name, mine, theirs in zip(
+        ("loss", "images", "lr"), run(*given.values()), (expected_loss, *expected), strict=True
+    ):
+        assert_close(name, mine, theirs.detach(), 1e-9)
+
+
+def test_the_public_functions_on_a_path() -> None:
+    given = case()
+    expected_path, images, _ = written_out(given)
+    pixels = given["images"].clone().requires_grad_()
+    path = unroll(NET, given["start"], pixels, given["labels"], given["lr"], given["indices"].split(LENGTHS))
+    assert int(nearest_step(path, given["target"])) == NEAREST
+    for found, row, ratio in (
+        (nearest_step_loss(path, given["start"], given["target"]), NEAREST, 0.0),
+        (masked_matching_loss(path[-1], given["start"], given["target"], 0.3), STEPS, 0.3),
+    ):
+        expected = loss_of(expected_path[row], given, ratio)
+        assert_close("loss", found.detach(), expected.detach(), 1e-11)
+        mine = torch.autograd.grad(found, pixels, retain_graph=True)[0]
+        assert_close("images", mine, torch.autograd.grad(expected, images, retain_graph=True)[0], 1e-9)
+
+
+def test_the_nearest_step_is_by_the_sum_of_magnitudes() -> None:
+    target = torch.zeros(4)
+    path = torch.tensor([[0.0, 0, 0, 0], [1.0, 1, 1, 1], [3.0, 0, 0, 0], [2.0, 2, 0, 0], [0.0, 3, 0, 0]])
+    # the start is no step; [1, 1, 1, 1] is nearest by squares; of two at 3 the last one
+    assert int(nearest_step(path, target)) == 4
+
+
+def test_a_step_that_is_not_finite_is_never_the_nearest() -> None:
+    rows = [[0.0, 0.0], [9.0, 9.0], [torch.nan, 0.0], [torch.inf, 0.0]]
+    assert int(nearest_step(torch.tensor(rows), torch.zeros(2))) == 1
+
+
+def test_dropped_parameters_get_no_gradient_and_do_not_count() -> None:
+    end = torch.tensor([0.1, -3.0, 2.0, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    target, start = torch.zeros(5, dtype=torch.float64), torch.tensor([9.0, 1, 1, 9, 2], dtype=torch.float64)
+    loss = masked_matching_loss(end, start, target, 0.5)  # two of five: 0.0 and 0.1
+    assert float(loss.detach()) == pytest.approx((9 + 4 + 1) / (1 + 1 + 4))
+    loss.backward()
+    assert end.grad is not None
+    assert end.grad.tolist() == pytest.approx([0, -6 / 6, 4 / 6, 0, 2 / 6])
+
+
+@pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
+def test_nothing_waits_for_a_value(student: Any) -> None:
+    """So a CUDA graph can record the choice of step and parameters, and momentum, weight decay and truncation."""
+    inputs = [tensor.to("meta") for tensor in case(per_step=True).values()]
+    loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
+    with NoValues():
+        found = iterate(
+            student, None, LENGTHS, *inputs, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated"
+        )
+    assert [tensor.shape for tensor in found] == [(), (10, 3, 9, 9), (STEPS,)]
+
+
+@pytest.mark.gpu
+def test_a_replay_gives_the_bits_of_the_call_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
+    steps = plan(
+        NET, images=(10, 3, 9, 9), steps=STEPS, batch=4, memory_budget=None, device=device, dtype=torch.float64,
+        momentum=0.5, path_gradient=True,
+    )  # fmt: skip
+    graph, call = (
+        planned_iteration(
+            NET, steps, None, LENGTHS, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated", graph=graph
+        )
+        for graph in (True, False)
+    )
+    inputs = [tensor.to(device) for tensor in case(per_step=True).values()]
+    for _ in range(2):
+        for mine, theirs in zip(graph(*inputs), call(*inputs), strict=True):
+            assert torch.equal(mine, theirs)
+    assert isinstance(graph, GraphedFunction)
+    assert graph.problem is None
+
+
+def test_a_path_in_host_memory() -> None:
+    given = case()
+    loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
+    runs = [
+        iterate(GenericStudent(NET), None, LENGTHS, *given.values(), loss=loss, momentum=0.5, path_on_host=on_host)
+        for on_host in (False, True)
+    ]
+    for mine, theirs in zip(*runs, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_plan_counts_a_gradient_of_the_whole_path() -> None:
+    last, nearest = (
+        plan(NET, images=(10, 3, 9, 9), steps=30, memory_budget=None, path_gradient=whole).parts["path"]
+        for whole in (False, True)
+    )
+    assert last == 31 * NET.num_parameters * 4
+    assert nearest == 2 * last
+
+
+@pytest.mark.parametrize("loss_ratio", [-0.1, 1.0, float("nan")])
+def test_shares_that_cannot_be(loss_ratio: float) -> None:
+    with pytest.raises(InputError, match="loss_ratio: expected at least 0 and less than 1"):
+        masked_matching_loss(torch.ones(3), torch.zeros(3), torch.ones(3), loss_ratio)
+
+
+def test_an_expert_that_did_not_move_is_named() -> None:
+    still = torch.ones(3)
+    with pytest.raises(InputError, match="masked_matching_loss: start and target are equal"):
+        masked_matching_loss(torch.zeros(3), still, still, 0.3)
+    with pytest.raises(InputError, match="start and target are equal"):
+        nearest_step_loss(torch.zeros(4, 3), still, still)
+    with pytest.raises(InputError, match="masked_matching_loss: expected three vectors"):
+        masked_matching_loss(torch.zeros(4), still, still, 0.3)

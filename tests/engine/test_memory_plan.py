@@ -1,0 +1,387 @@
+"""Memory: what a plan says before the first step, held to peaks measured from outside in processes of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mtt_fast
+from mtt_fast import ConvNet, FlatModule, InputError, Plan, SiameseAugment, matching_loss, unroll
+from mtt_fast.engine import memory_plan
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.out_of_memory import with_smaller_pieces
+from mtt_fast.engine.student import live_bytes
+from mtt_fast.kernels import native
+from mtt_fast.runtime.memory_info import _left_in_groups, free_bytes, parse_bytes
+from mtt_fast.testing import assert_close, reference_convnet
+
+GIB, MIB = 2**30, 2**20
+CPU = torch.device("cpu")
+
+PROGRAM = """
+import dataclasses, json, resource, sys
+import torch
+from mtt_fast import ConvNet
+from mtt_fast import SiameseAugment
+from mtt_fast import matching_loss
+from mtt_fast import plan
+from mtt_fast import unroll
+from mtt_fast.augmentation.texture import CanvasCrops
+
+torch.set_num_threads(2)
+
+def peak(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+def run(size, width, depth, steps, batch, kept=0, augment=False, canvas=1, again=0, **options):
+    net = ConvNet(image_size=size, width=width, depth=depth)
+    start = net.init(torch.Generator().manual_seed(0))
+    images = torch.randn(batch, 3, canvas * size, canvas * size, requires_grad=True)
+    augmentation = CanvasCrops(canvas, SiameseAugment()) if canvas > 1 else SiameseAugment() if augment else None
+    lr = torch.tensor(0.01, requires_grad=True)
+    shape = {"images": (batch, 3, size, size), "steps": steps, "augment": augment, "canvas_size": canvas}
+    chosen = dataclasses.replace(plan(net, **shape, **{"memory_budget": None, **options}), kept_steps=kept)
+    if "memory_budget" in options:
+        chosen = plan(net, **shape, **options)
+    labels, batches = torch.arange(batch) % 10, torch.arange(batch).expand(steps, batch)
+    target = start + 0.01
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = peak("VmRSS")
+    faults = [0]
+    for _ in range(1 + again):
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        path = unroll(net, start, images, labels, lr, batches, plan=chosen, augment=augmentation)
+        matching_loss(path[-1], start, target).backward()
+        faults[-1] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults[-1]
+    return {"measured": peak("VmHWM") - before, "planned": chosen.peak_bytes, "faults": faults[-1]}
+
+run(16, 32, 2, 2, 2, augment=True)  # libraries and thread pools are loaded
+print(json.dumps(run(**json.loads(sys.argv[1]))))
+"""
+
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from Linux's /proc")
+needs_native = pytest.mark.skipif(not native.available, reason="the native kernels are not installed or turned off")
+
+
+def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str, int]:
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(case)]
+    given = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | (environment or {})
+    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, env=given)
+    answer: dict[str, int] = json.loads(found.stdout)
+    return answer
+
+
+@needs_proc
+@needs_native
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"size": 32, "width": 128, "depth": 3, "steps": 2, "batch": 50},
+        {"size": 32, "width": 64, "depth": 3, "steps": 5, "batch": 60, "kept": 3},
+        {"size": 32, "width": 128, "depth": 3, "steps": 10, "batch": 60, "microbatch": 20, "augment": True},
+        {"size": 128, "width": 64, "depth": 5, "steps": 2, "batch": 10},
+        {"size": 64, "width": 96, "depth": 4, "steps": 3, "batch": 16, "microbatch": 8, "kept": 2},
+        {"size": 16, "width": 256, "depth": 3, "steps": 30, "batch": 8},
+        {"size": 64, "width": 64, "depth": 4, "steps": 3, "batch": 16, "microbatch": 8, "augment": True, "canvas": 3},
+    ],
+    ids=lambda case: "-".join(f"{name}{value}" for name, value in case.items()),
+)
+def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
+    found = measured(**case)
+    assert found["measured"] == pytest.approx(found["planned"], rel=0.15)
+
+
+@needs_proc
+@needs_native
+def test_the_steady_state_has_no_page_faults() -> None:
+    # as the command lines tell glibc, which keeps what is small
+    keeps = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+    found = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, saved=2, augment=True, again=4)
+    assert found["faults"] * 4096 <= 0.01 * found["planned"]
+
+
+@needs_proc
+def test_peak_grows_with_the_steps_by_the_parameters_alone() -> None:
+    # every freed block of 64 KiB goes back at once, so that the peak is what lives, not what the allocator keeps
+    exact, case = {"MALLOC_MMAP_THRESHOLD_": "65536"}, {"size": 32, "width": 64, "depth": 3, "batch": 8}
+    few, many = (measured(exact, steps=steps, **case)["measured"] for steps in (5, 40))
+    assert many - few <= 1.1 * 35 * 4 * ConvNet(image_size=32, width=64).num_parameters
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("budget", "native"),
+    [("16MiB", "1"), ("30MiB", "1"), ("60MiB", "1"), ("40MiB", "0"), ("100MiB", "0"), ("250MiB", "0")],
+)
+def test_the_budget_holds(budget: str, native: str) -> None:
+    case = {"size": 32, "width": 32, "depth": 3, "steps": 4, "batch": 40}
+    found = measured({"MTT_FAST_NATIVE": native}, memory_budget=budget, **case)
+    assert found["measured"] <= parse_bytes(budget)
+
+
+def planned(memory_budget: int | str | None, net: Any = None, **options: Any) -> Plan:
+    case: dict[str, Any] = {"images": (50, 3, 32, 32), "steps": 5} | options
+    return mtt_fast.plan(net or ConvNet(width=16), memory_budget=memory_budget, **case)
+
+
+def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
+    plans = [planned(f"{size}MiB") for size in (12, 16, 30, 60, 200)]
+    pieces, saved = [plan.microbatch for plan in plans], [plan.saved_steps for plan in plans]
+    assert pieces == sorted(pieces)
+    assert pieces[0] < pieces[1] < pieces[-1] == 50
+    assert saved == sorted(saved)
+    assert saved[-1] == (5 if native.available else 0)
+    for plan in plans:
+        assert plan.budget is not None
+        assert plan.peak_bytes <= plan.budget
+        assert plan.peak_bytes == sum(plan.parts.values())
+    assert planned(None).saved_steps == 0
+    assert planned("10GiB").peak_bytes < GIB  # not more than is useful
+    with pytest.raises(InputError, match=r"expected at least .* MiB for 5 steps of 50 images; raise it"):
+        planned("1MiB")
+
+
+@needs_native
+def test_imagenet_of_50_a_class_is_planned_below_4_gib() -> None:
+    net = ConvNet(image_size=128, depth=5)
+    plan = planned("4GiB", net, images=(500, 3, 128, 128), steps=20, augment=True)
+    assert plan.peak_bytes <= 4 * GIB
+    assert plan.microbatch >= 10
+    assert str(plan).startswith("memory plan: 20 steps on 500 images, in ")
+    assert "MiB of 4096 MiB" in str(plan)
+
+
+@needs_native
+def test_costs_are_counted_in_convolution_passes() -> None:
+    whole = planned(None)
+    assert whole.passes == 11
+    assert dataclasses.replace(whole, saved_steps=5).passes == 9
+    assert dataclasses.replace(whole, saved_steps=1).passes == pytest.approx(10.6)
+    assert "10.6 convolution passes a step, 9 at least" in str(dataclasses.replace(whole, saved_steps=1))
+
+
+def test_batch_statistics_need_the_whole_batch() -> None:
+    net = FlatModule(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten()))
+    assert planned("1GiB", net).microbatch == 50
+    with pytest.raises(InputError, match="batch statistics: the batch cannot be cut"):
+        planned("10MiB", net)
+    with pytest.raises(InputError, match="batch statistics, which cannot be cut"):
+        planned(None, net).smaller()
+
+
+def test_what_a_step_holds_is_found_without_computing_it() -> None:
+    net = FlatModule(torch.nn.Linear(1000, 1, bias=False))
+    held = live_bytes(net, 1, torch.Size((1000,)), torch.float64)
+    assert 8 * 1000 <= held.gradient < 8 * 2100
+    # the gradient to θ, and its derivatives to θ and the image
+    assert 8 * 3000 <= held.gradient_jvp < 8 * 8100
+    # what is kept is a copy of θ and the gradient, in the step's peak beside what it takes itself
+    assert 8 * 2000 <= held.saved < 8 * 3100
+    assert held.saved <= held.gradient_saving < 8 * 5100
+    assert 0 < held.gradient_jvp_saved < held.gradient_jvp
+
+
+def test_a_module_keeps_the_graphs_of_steps_that_fit() -> None:
+    """So that with memory to spare it costs what autograd through all steps does; in pieces, each piece's."""
+    net = FlatModule(reference_convnet(3, 10, 32, 16, 3))
+    saved = [planned(budget, net).saved_steps for budget in (None, "100MiB", "150MiB", "1GiB")]
+    assert saved[0] == 0
+    assert saved == sorted(saved)
+    assert 0 < saved[2] < saved[3] == 5
+    assert planned("1GiB", net).passes == 9
+    assert planned(None, net).passes == 12
+    whole, cut = (
+        dataclasses.replace(planned(None, net), microbatch=size, saved_steps=2).parts["kept activations"]
+        for size in (50, 7)
+    )
+    parameters = 2 * 8 * (8 - 1) * 4 * net.num_parameters  # a copy of them and their gradient, for each further piece
+    assert whole < cut <= whole + 2 * parameters
+
+
+class Shrinking:
+    """A student that runs out of memory above a number of samples, or when it is to keep anything."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.exact = most, FusedConvNetStudent(NET)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.exact, name)
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> Any:
+        if len(images) > self.most or save:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.exact.gradient(theta, images, labels)
+
+
+NET = ConvNet(image_size=8, width=6, depth=2, num_classes=4)
+
+
+def meta_gradient(plan: Plan, **options: Any) -> list[Tensor]:
+    """The end of a path, and all gradients, of a case with a short batch, momentum and augmentation."""
+    generator = torch.Generator().manual_seed(3)
+    start = NET.init(generator).double().requires_grad_()
+    images = torch.randn(9, 3, 8, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    batches = [torch.randperm(9, generator=generator)[:count] for count in (7, 9, 9, 4)]
+    path = unroll(
+        NET, start, images, torch.arange(9) % 4, lr, batches, plan=plan, momentum=0.5, weight_decay=0.01,
+        augment=SiameseAugment(), generator=generator, **options,
+    )  # fmt: skip
+    loss = matching_loss(path[-1], start, start.detach() + 0.02) + path[1].square().sum() + path[1:3].sum()
+    return [path[-1].detach(), *torch.autograd.grad(loss, (start, images, lr))]
+
+
+def small_plan(**changes: Any) -> Plan:
+    whole = planned(None, NET, images=(9, 3, 8, 8), steps=4, dtype=torch.float64, momentum=0.5, augment=True)
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"saved_steps": 1},
+        {"saved_steps": 4},
+        {"saved_steps": 3, "microbatch": 4},
+        {"microbatch": 1},
+        {"path_on_host": True},
+        {"path_on_host": True, "saved_steps": 2, "microbatch": 2},
+    ],
+    ids=str,
+)
+def test_every_plan_gives_the_same_gradients(changes: dict[str, Any]) -> None:
+    names = ("end", "start", "images", "lr")
+    for name, found, expected in zip(
+        names, meta_gradient(small_plan(**changes)), meta_gradient(small_plan()), strict=True
+    ):
+        assert_close(name, found, expected, 1e-12)
+
+
+@needs_native
+def test_a_second_backward_computes_what_the_first_one_used_up() -> None:
+    images = torch.randn(9, 3, 8, 8, requires_grad=True)
+    plan = dataclasses.replace(small_plan(), saved_steps=4)
+    path = unroll(NET, NET.init(), images, torch.arange(9) % 4, 0.1, torch.arange(9).expand(4, 9), plan=plan)
+    first, second = (torch.autograd.grad(path[-1].sum(), images, retain_graph=True)[0] for _ in range(2))
+    assert_close("images", second, first, 1e-5)
+
+
+@pytest.mark.gpu
+def test_the_path_in_pinned_host_memory() -> None:
+    net, device = ConvNet(width=32), torch.device("cuda")
+    results = []
+    for on_host in (False, True):
+        start = net.init(torch.Generator(device).manual_seed(0))
+        images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+        plan = mtt_fast.plan(net, images=images, steps=5, memory_budget=None, device=device)
+        plan = dataclasses.replace(plan, path_on_host=on_host)
+        labels, batches = torch.arange(20, device=device) % 10, torch.arange(20, device=device).expand(5, 20)
+        path = unroll(net, start, images, labels, torch.tensor(0.01, device=device), batches, plan=plan, momentum=0.5)
+        assert path.is_cuda != on_host
+        assert path.is_pinned() == on_host
+        assert path[-1].is_cuda
+        assert path[3].is_cuda
+        (path[-1].square().sum() + path[2].sum()).backward()
+        assert images.grad is not None
+        results.append((path.detach().cpu(), images.grad))
+    for name, on_device, on_host_too in zip(("path", "images"), *results, strict=True):
+        assert_close(name, on_host_too, on_device, 1e-6)
+
+
+@pytest.mark.gpu
+def test_the_peak_of_the_device_is_within_the_budget() -> None:
+    net, device = ConvNet(image_size=128, depth=5), torch.device("cuda")
+    images = torch.randn(500, 3, 128, 128, device=device, requires_grad=True)
+    labels, batches = torch.arange(500, device=device) % 10, torch.arange(500, device=device).expand(20, 500)
+    start = net.init(torch.Generator(device).manual_seed(0))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    path = unroll(net, start, images, labels, torch.tensor(0.01, device=device), batches, memory_budget="4GiB")
+    matching_loss(path[-1], start, start + 0.01).backward()
+    assert torch.cuda.max_memory_allocated() - before <= 4 * GIB
+
+
+@needs_native
+def test_out_of_memory_repeats_in_less_exactly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = meta_gradient(small_plan())
+    module = importlib.import_module("mtt_fast.unroll")
+    monkeypatch.setattr(module, "student_for", lambda *_: Shrinking(3))
+    found, plan = with_smaller_pieces(small_plan(saved_steps=2), meta_gradient)
+    assert (plan.microbatch, plan.saved_steps) == (3, 0)
+    for name, value, wanted in zip(("end", "start", "images", "lr"), found, expected, strict=True):
+        assert_close(name, value, wanted, 1e-12)
+    assert [record.message.startswith("out of memory; repeated exactly") for record in caplog.records] == [True] * 2
+
+    monkeypatch.setattr(module, "student_for", lambda *_: Shrinking(0))
+    with pytest.raises(InputError, match="out of memory at a piece of one image"):
+        with_smaller_pieces(small_plan(), meta_gradient)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("std::bad_alloc"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_every_out_of_memory_is_one(error: Exception) -> None:
+    def attempt(plan: Plan) -> int:
+        if plan.microbatch > 3:
+            raise error
+        return plan.microbatch
+
+    assert with_smaller_pieces(small_plan(), attempt)[0] == 3
+    with pytest.raises(RuntimeError, match="other"):
+        with_smaller_pieces(small_plan(), lambda _: (_ for _ in ()).throw(RuntimeError("other")))
+
+
+@needs_proc
+@needs_native
+def test_native_kernels_say_that_memory_ran_out() -> None:
+    program = (
+        "import resource, torch\n"
+        "from mtt_fast import kernels\n"
+        "x, weight = torch.randn(64, 3, 64, 64), torch.randn(64, 3, 3, 3)\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, -1))\n"
+        "try:\n    kernels.conv3x3(x, weight, 1)\n"
+        "except MemoryError:\n    print('out of memory')\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert answer.stdout == "out of memory\n"
+
+
+def test_free_memory_is_the_least_that_system_and_groups_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < free_bytes(CPU) < 2**60
+    for name, limit, usage, cached in (("a/b", 1000, 700, 100), ("a", 3000, 2900, 0)):
+        group = tmp_path / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{usage}\n")
+        (group / "memory.stat").write_text(f"anon 7\ninactive_file {cached}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "own").write_text("4:cpu:/x\n0::/a/b\n")
+    assert sorted(_left_in_groups(tmp_path / "own", tmp_path)) == [100, 400]
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda _: 100 * MIB)
+    assert planned("auto").budget == 80 * MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("6GiB", 6 * 2**30), ("1.5 MB", 1_500_000), ("7", 7), (123, 123), ("2kib", 2048)]
+)
+def test_amounts(text: int | str, value: int) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "lots", "6 XB", "-3GiB", 0])
+def test_amounts_that_are_none(text: int | str) -> None:
+    with pytest.raises(InputError, match="memory budget"):
+        parse_bytes(text)

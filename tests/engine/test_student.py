@@ -1,0 +1,62 @@
+"""The generic student's two questions, and the losses that are differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtt_fast import ConvNet
+from mtt_fast.engine.student import GenericStudent, InMicrobatches, cross_entropy, cross_entropy_from_logits
+from mtt_fast.testing import assert_close
+
+NET = ConvNet(in_channels=2, num_classes=3, image_size=6, width=3, depth=1)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, cross_entropy_from_logits])
+def test_soft_losses_to_second_order(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.randn(4, 3, dtype=torch.float64).softmax(1).requires_grad_()
+    assert torch.autograd.gradcheck(loss, (logits, labels), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, (logits, labels))
+
+
+def test_hard_loss_to_second_order() -> None:
+    logits, labels = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 2, 1, 1])
+    assert torch.autograd.gradgradcheck(lambda value: cross_entropy(value, labels), (logits,))
+    # a hard label is the soft label that is sure
+    sure = torch.nn.functional.one_hot(labels, 3).double()
+    assert_close("loss", cross_entropy(logits, labels), cross_entropy(logits, sure), 1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, save: bool) -> None:
+    theta = torch.randn(NET.num_parameters, dtype=torch.float64)
+    v = torch.randn_like(theta)
+    images = torch.randn(7, 2, 6, 6, dtype=torch.float64)
+    labels = torch.randn(7, 3, dtype=torch.float64).softmax(1) if soft else torch.arange(7) % 3
+    student = InMicrobatches(GenericStudent(NET), size)
+    of_pieces = student.gradient(theta, images, labels, save)
+    before = theta.clone()
+    theta.mul_(2 if save else 1)  # what is kept is of the parameters as they were
+    found = student.gradient_jvp(theta, images, labels, v, of_pieces.saved)
+    theta = before
+
+    leaves = [images.clone().requires_grad_(), *([labels.clone().requires_grad_()] if soft else [])]
+    at = theta.clone().requires_grad_()
+    loss = cross_entropy(NET(at, leaves[0]), leaves[1] if soft else labels)
+    (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
+    expected = torch.autograd.grad(v @ gradient, [at, *leaves])
+    assert_close("v·g", found.v_dot_g, v @ gradient, 1e-12)
+    assert_close("H v", found.hessian_v, expected[0], 1e-10)
+    assert_close("images", found.images, expected[1], 1e-10)
+    assert (found.labels is not None) == soft
+    if found.labels is not None:
+        assert_close("labels", found.labels, expected[2], 1e-10)
+    assert (of_pieces.saved is not None) == save
+    assert_close("loss", of_pieces.loss, loss, 1e-12)
+    assert_close("gradient", of_pieces.theta, gradient, 1e-12)

@@ -1,0 +1,326 @@
+"""The meta-gradient against golden cases and whole-graph autograd, in float64; float32 by its distance from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from mtt_fast import ConvNet, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast.networks.convnet import Norm
+from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, relative_error, whole_graph
+
+GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "rgb128-d5-n2", "cifar-d3-n5"]
+FIELDS = ("end", "loss", "images", "labels", "lr", "start")
+
+
+def meta_gradient(
+    net: Any, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, batches: Any, **options: Any
+) -> MetaGradient:
+    """The same as `whole_graph`, by the engine."""
+    theta, pixels, rate = (value.detach().clone().requires_grad_() for value in (start, images, lr))
+    soft = labels.is_floating_point()
+    targets = labels.detach().clone().requires_grad_(soft)
+    path = unroll(net, theta, pixels, targets, rate, batches, **options)
+    loss = matching_loss(path[-1], start=theta, target=target)
+    loss.backward()
+    assert pixels.grad is not None
+    assert rate.grad is not None
+    assert theta.grad is not None
+    return MetaGradient(path[-1].detach(), loss.detach(), pixels.grad, targets.grad, rate.grad, theta.grad)
+
+
+def assert_same(found: MetaGradient, expected: MetaGradient, tolerance: float) -> None:
+    for name in FIELDS:
+        wanted = getattr(expected, name)
+        if wanted is not None:
+            # dead ReLUs can make a true zero of a random case's gradient
+            assert_close(name, getattr(found, name), wanted, tolerance, floor=1e-5)
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_cases(golden: Any, name: str, microbatch: int | None) -> None:
+    with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
+        case = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        facts = file.metadata()
+    net = ConvNet(**{key: int(facts[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")})  # type: ignore[arg-type]
+    assert net.layout.describe() == facts["parameters"]
+    labels = case["labels"]
+    found = meta_gradient(
+        net,
+        case["start"].double(),
+        case["target"].double(),
+        case["images"].double(),
+        labels.double() if labels.is_floating_point() else labels,
+        case["lr"][0],
+        case["batches"],
+        microbatch=microbatch,
+    )
+    expected = MetaGradient(
+        case["end"],
+        case["loss"][0],
+        case["grad_images"],
+        case.get("grad_labels"),
+        case["grad_lr"][0],
+        case["grad_start"],
+    )
+    assert_same(found, expected, 1e-9)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    depth = draw(st.integers(1, 3))
+    size = draw(st.integers(2**depth, 2**depth + 5))
+    count = draw(st.integers(1, 6))
+    index = st.integers(0, count - 1)
+    steps = draw(st.integers(1, 4))
+    return {
+        "shape": (
+            draw(st.sampled_from([1, 2, 3])),
+            draw(st.integers(2, 5)),
+            size,
+            draw(st.integers(1, 5)),
+            depth,
+            draw(st.sampled_from(["instance", "none"])),
+        ),
+        "count": count,
+        # unequal lengths, repeated indices, one image alone
+        "batches": draw(st.lists(st.lists(index, min_size=1, max_size=5), min_size=steps, max_size=steps)),
+        "labels": draw(st.sampled_from(["indices", "probabilities", "logits"])),
+        "rates": draw(st.booleans()),
+        "momentum": draw(st.sampled_from([0.0, 0.9])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.05])),
+        "microbatch": draw(st.sampled_from([None, 1, 2])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@settings(max_examples=90)
+@given(cases())
+def test_random_cases_equal_whole_graph_autograd(case: dict[str, Any]) -> None:
+    torch.manual_seed(case["seed"])
+    channels, classes, size, *_ = case["shape"]
+    net, module = ConvNet(*case["shape"]), reference_convnet(*case["shape"])
+    start = 0.5 * torch.randn(net.num_parameters, dtype=torch.float64)
+    target = start + 0.1 * torch.randn_like(start)
+    images = torch.randn(case["count"], channels, size, size, dtype=torch.float64)
+    logits = torch.randn(case["count"], classes, dtype=torch.float64)
+    labels = {"indices": logits.argmax(1), "probabilities": logits.softmax(1), "logits": logits}[case["labels"]]
+    batches = [torch.tensor(row) for row in case["batches"]]
+    lr = torch.rand(len(batches), dtype=torch.float64) if case["rates"] else torch.tensor(0.2, dtype=torch.float64)
+    common = {"momentum": case["momentum"], "weight_decay": case["weight_decay"]}
+    expected = whole_graph(
+        module_function(module),
+        start,
+        target,
+        images,
+        labels,
+        lr,
+        batches,
+        label_logits=case["labels"] == "logits",
+        **common,
+    )
+    found = meta_gradient(
+        net,
+        start,
+        target,
+        images,
+        labels,
+        lr,
+        batches,
+        label_kind=case["labels"],
+        microbatch=case["microbatch"],
+        **common,
+    )
+    assert_same(found, expected, 1e-9)
+
+
+def small_case(dtype: torch.dtype = torch.float64, steps: int = 3) -> dict[str, Any]:
+    net = ConvNet(in_channels=3, num_classes=4, image_size=8, width=6, depth=2)
+    start = net.init(torch.Generator().manual_seed(5)).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "net": net,
+        "start": start,
+        "target": start + 0.02 * torch.randn(start.shape, generator=generator, dtype=dtype),
+        "images": torch.randn(6, 3, 8, 8, generator=generator, dtype=dtype),
+        "labels": torch.tensor([0, 1, 2, 3, 0, 1]),
+        "lr": torch.tensor(0.1, dtype=dtype),
+        "batches": torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(steps)]),
+    }
+
+
+def test_numerical_derivative_of_the_whole_unroll() -> None:
+    case = small_case(steps=2)
+    soft = torch.rand(6, 4, dtype=torch.float64).softmax(1)
+
+    def rows(start: Tensor, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        return unroll(case["net"], start, images, labels, lr, case["batches"], momentum=0.5, weight_decay=0.01)[1:]
+
+    # not torch.autograd.gradcheck: it asks for exact zeros back for zeros in, where the engine returns 1e-18
+    leaves = [leaf.clone().requires_grad_() for leaf in (case["start"], case["images"], soft, case["lr"])]
+    cotangent = torch.randn(2, len(case["start"]), dtype=torch.float64)
+    gradients = torch.autograd.grad((cotangent * rows(*leaves)).sum(), leaves)
+    for position, gradient in enumerate(gradients):
+        direction = torch.randn_like(gradient)
+        ends = []
+        for step in (1e-6, -1e-6):
+            moved = [
+                leaf.detach() + (step * direction if place == position else 0) for place, leaf in enumerate(leaves)
+            ]
+            ends.append((cotangent * rows(*moved)).sum())
+        assert_close(f"leaf {position}", (gradient * direction).sum(), (ends[0] - ends[1]) / 2e-6, 1e-6)
+
+
+def test_mixed_precision_of_the_arguments_and_forms_of_the_learning_rate() -> None:
+    case = small_case()
+    exact = meta_gradient(**case)
+    mixed = case | {
+        "images": case["images"].float(),
+        "target": case["target"].float(),
+        "labels": torch.nn.functional.one_hot(case["labels"], 4).float(),
+        "lr": case["lr"].view(1),
+    }
+    found = meta_gradient(**mixed)
+    assert (found.images.dtype, found.lr.shape, found.end.dtype) == (torch.float32, (1,), torch.float64)
+    for name in ("end", "images", "lr", "start"):
+        assert_close(name, getattr(found, name).flatten(), getattr(exact, name).flatten(), 1e-5)
+    indices = case["labels"].int()
+    path = unroll(case["net"], case["start"], case["images"], indices, 0.1, case["batches"])
+    assert torch.equal(path[-1], exact.end)
+
+
+def test_any_rows_of_the_path_can_be_differentiated() -> None:
+    case = small_case()
+    weights = torch.randn(4, len(case["start"]), dtype=torch.float64)
+    images = case["images"].clone().requires_grad_()
+    path = unroll(case["net"], case["start"], images, case["labels"], case["lr"], case["batches"])
+    (found,) = torch.autograd.grad((weights * path).sum(), images)
+    expected = torch.zeros_like(images)
+    for row in (1, 2, 3):  # a path to row n is the unroll of n steps, which the tests above cover
+        shorter = unroll(case["net"], case["start"], images, case["labels"], case["lr"], case["batches"][:row])
+        expected += torch.autograd.grad((weights[row] * shorter[-1]).sum(), images)[0]
+    assert_close("images", found, expected, 1e-10)
+
+
+def test_steps_behind_the_last_row_that_counts_are_left_alone() -> None:
+    """So what is infinite there harms nothing, and takes no time."""
+    case, asked = small_case(), []
+
+    def counted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        asked.append(logits)
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    images = case["images"].clone().requires_grad_()
+    lr = torch.tensor([0.2, 0.1, torch.inf], dtype=torch.float64, requires_grad=True)
+    path = unroll(case["net"], case["start"], images, case["labels"], lr, case["batches"], momentum=0.5, loss=counted)
+    assert not path[3].isfinite().all()
+    assert len(asked) == 3
+    to_images, to_lr = torch.autograd.grad((path[2] - case["target"]).square().sum(), (images, lr))
+    assert len(asked) == 3 + 2
+    shorter = unroll(case["net"], case["start"], images, case["labels"], lr[:2], case["batches"][:2], momentum=0.5)
+    expected, to_shorter = torch.autograd.grad((shorter[-1] - case["target"]).square().sum(), (images, lr))
+    assert_close("images", to_images, expected, 1e-12)
+    assert_close("lr", to_lr[:2], to_shorter[:2], 1e-12)
+    assert to_lr[2] == 0
+
+
+def test_augmentation_repeats_its_draws_in_the_backward_sweep() -> None:
+    case = small_case(steps=8)
+    augment = SiameseAugment()
+    generator = torch.Generator().manual_seed(11)
+    draws = [augment.draw(case["images"][index], generator) for index in case["batches"]]
+    assert len({draw.operation for draw in draws}) >= 4
+    expected = whole_graph(
+        module_function(reference_convnet(3, 4, 8, 6, 2)),
+        case["start"],
+        case["target"],
+        case["images"],
+        case["labels"],
+        case["lr"],
+        case["batches"],
+        augment=lambda images, n: augment(images, draws[n]),
+    )
+    found = meta_gradient(**case, augment=augment, generator=torch.Generator().manual_seed(11))
+    assert_same(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_float32_is_as_close_to_the_truth_as_whole_graph_autograd_in_float32(norm: Norm) -> None:
+    net, module = ConvNet(width=32, norm=norm), module_function(reference_convnet(3, 10, 32, 32, 3, norm))
+    start = net.init(torch.Generator().manual_seed(1))
+    case: dict[str, Any] = {
+        "start": start,
+        "target": start + 0.01 * torch.randn(len(start)),
+        "images": torch.randn(20, 3, 32, 32),
+        "labels": torch.arange(20) % 10,
+        "lr": torch.tensor(0.02),
+        "batches": torch.stack([torch.randperm(20)[:10] for _ in range(5)]),
+    }
+    doubled = {name: value.double() if value.is_floating_point() else value for name, value in case.items()}
+    truth, theirs, ours = whole_graph(module, **doubled), whole_graph(module, **case), meta_gradient(net, **case)
+    for name in ("end", "loss", "images", "lr", "start"):
+        wanted = getattr(truth, name)
+        allowed = 2 * relative_error(getattr(theirs, name), wanted) + 1e-7
+        assert_close(name, getattr(ours, name), wanted, allowed)
+
+
+def test_same_seed_twice_is_bit_identical() -> None:
+    results = [
+        meta_gradient(
+            **small_case(torch.float32, 6), augment=SiameseAugment(), generator=torch.Generator().manual_seed(2)
+        )
+        for _ in range(2)
+    ]
+    for name in FIELDS:
+        first, second = (getattr(result, name) for result in results)
+        assert first is second is None or torch.equal(first, second)
+
+
+def test_a_custom_loss() -> None:
+    case = small_case()
+
+    def squared(logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits.softmax(1) - torch.nn.functional.one_hot(labels, 4)).square().sum(1).mean()
+
+    images = case["images"].clone().requires_grad_()
+    path = unroll(case["net"], case["start"], images, case["labels"], case["lr"], case["batches"], loss=squared)
+    path[-1].sum().backward()
+    theta, pixels = case["start"], case["images"].clone().requires_grad_()
+    theta = theta.clone().requires_grad_()
+    for index in case["batches"]:
+        loss = squared(case["net"](theta, pixels[index]), case["labels"][index])
+        theta = theta - case["lr"] * torch.autograd.grad(loss, theta, create_graph=True)[0]
+    assert images.grad is not None
+    assert_close("images", images.grad, torch.autograd.grad(theta.sum(), pixels)[0], 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": torch.tensor([[0, 6]])}, "expected indices 0 … 5, found 0 … 6"),
+        ({"batches": torch.tensor([[-1, 2]])}, "expected indices 0 … 5, found -1"),
+        ({"batches": []}, "expected at least one step"),
+        ({"batches": [torch.tensor([])]}, "expected a vector of indices for step 0"),
+        ({"start": torch.zeros(5)}, "expected .* parameters of the network"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, "as many labels"),
+        ({"labels": torch.zeros(6)}, "expected indices .n,. or soft labels"),
+        ({"images": torch.zeros(6, 3, 8, 8, dtype=torch.uint8)}, "floating-point images"),
+        ({"lr": torch.zeros(2)}, "expected a scalar or one rate for each of 3 steps"),
+        ({"microbatch": 0}, "expected at least 1, found 0"),
+        ({"microbatch": 2, "memory_budget": "1GiB"}, "expected one of microbatch, memory_budget and plan"),
+        ({"label_kind": "logits"}, "does not fit labels"),
+    ],
+)
+def test_errors_name_the_cause(change: dict[str, Any], message: str) -> None:
+    case = small_case() | change
+    start = case.pop("start")
+    case.pop("target")
+    with pytest.raises(InputError, match=message):
+        unroll(case.pop("net"), start, **case)

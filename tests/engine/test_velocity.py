@@ -1,0 +1,303 @@
+"""Windows of a training with momentum: the velocity that a path starts with and leaves, against autograd written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import ConvNet, FlatModule, InputError, SiameseAugment, plan, unroll
+from mtt_fast.engine.student import cross_entropy
+from mtt_fast.testing import assert_close, module_function, reference_convnet
+
+SHAPE = (3, 4, 8, 5, 2)
+NET, MODULE = ConvNet(*SHAPE), reference_convnet(*SHAPE)
+ORACLE = module_function(MODULE)
+STEPS = 5
+
+
+class Case(NamedTuple):
+    """What both sides take; float64."""
+
+    start: Tensor
+    velocity: Tensor
+    images: Tensor
+    labels: Tensor
+    lr: Tensor
+
+    def leaves(self) -> Case:
+        return Case(*(value.clone().requires_grad_(value.is_floating_point()) for value in self))
+
+
+def make(soft: bool = False, per_step: bool = True, dtype: torch.dtype = torch.float64) -> Case:
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    start, logits = NET.init(generator).to(dtype), randn(7, 4)
+    labels = logits.softmax(1) if soft else logits.argmax(1)
+    rates = 0.1 + 0.1 * torch.rand(STEPS, generator=generator).to(dtype)
+    return Case(start, 0.3 * randn(len(start)), randn(7, 3, 8, 8), labels, rates if per_step else rates[0])
+
+
+BATCHES = [torch.tensor(rows) for rows in ([0, 1, 2, 3], [4, 5], [6, 0, 0, 1, 2], [3, 4, 5], [6, 1])]
+
+
+def written_out(
+    case: Case, momentum: float, weight_decay: float, *, truncated: bool = False, augment: Any = None, draws: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Return the path and the last velocity of recorded steps as torch.optim.SGD's documentation writes them."""
+    theta, velocity, images, labels, lr = case
+    path = [theta]
+    for n, index in enumerate(BATCHES):
+        at = theta.detach().requires_grad_() if truncated else theta
+        seen = images[index] if augment is None else augment(images[index], draws[n])
+        (gradient,) = torch.autograd.grad(F.cross_entropy(ORACLE(at, seen), labels[index]), at, create_graph=True)
+        gradient = gradient + weight_decay * theta
+        velocity = momentum * velocity + gradient
+        theta = theta - (lr[n] if lr.dim() else lr) * velocity
+        path.append(theta)
+    return torch.stack(path), velocity
+
+
+def engines(name: str) -> tuple[Any, dict[str, Any]]:
+    """Return a network and options of `unroll` that take another way through it."""
+    module = FlatModule(MODULE)
+    shape: dict[str, Any] = {
+        "images": (7, 3, 8, 8),
+        "steps": STEPS,
+        "batch": 5,
+        "dtype": torch.float64,
+        "momentum": 0.9,
+    }
+    whole, of_module = plan(NET, memory_budget=None, **shape), plan(module, microbatch=2, **shape)
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "fused": (NET, {}),
+        "generic": (NET, {"loss": cross_entropy}),
+        "a module": (module, {}),
+        "micro-batches": (NET, {"microbatch": 2}),
+        "a module in micro-batches": (module, {"microbatch": 3}),
+        "a budget": (NET, {"memory_budget": "1GiB"}),
+        "kept activations": (NET, {"plan": replace(whole, saved_steps=2)}),
+        "kept graphs": (module, {"plan": replace(of_module, saved_steps=3)}),
+        "the path on the host": (NET, {"plan": replace(whole, path_on_host=True)}),
+        "kept graphs, the path on the host": (module, {"plan": replace(of_module, saved_steps=3, path_on_host=True)}),
+    }
+    return ways[name]
+
+
+ENGINES = (
+    "fused", "generic", "a module", "micro-batches", "a module in micro-batches", "a budget", "kept activations",
+    "kept graphs", "the path on the host", "kept graphs, the path on the host",
+)  # fmt: skip
+
+
+def assert_same_gradients(
+    case: Case, mine: Callable[[Case], Tensor], theirs: Callable[[Case], Tensor], tolerance: float = 1e-9
+) -> None:
+    ours, expected = case.leaves(), case.leaves()
+    names = [name for name in Case._fields if getattr(case, name).is_floating_point()]
+    found, wanted = (
+        torch.autograd.grad(value, [getattr(leaves, name) for name in names])
+        for value, leaves in ((mine(ours), ours), (theirs(expected), expected))
+    )
+    for name, one, other in zip(names, found, wanted, strict=True):
+        assert_close(name, one, other, tolerance)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
+    """A loss of all rows and of the velocity, to all that it starts from."""
+    net, options = engines(engine)
+    case = make(soft=engine != "micro-batches", per_step=weight_decay > 0)
+    to_path, to_velocity = torch.randn(STEPS + 1, len(case.start)).double(), torch.randn(len(case.start)).double()
+
+    def loss(path: Tensor, velocity: Tensor) -> Tensor:
+        return (to_path * path).sum() + (to_velocity * velocity).sum()
+
+    def mine(leaves: Case) -> Tensor:
+        theta, velocity, images, labels, lr = leaves
+        return loss(
+            *unroll(
+                net, theta, images, labels, lr, BATCHES, momentum=0.9, weight_decay=weight_decay, velocity=velocity,
+                return_velocity=True, **options,
+            )
+        )  # fmt: skip
+
+    assert_same_gradients(case, mine, lambda leaves: loss(*written_out(leaves, 0.9, weight_decay)))
+
+
+@pytest.mark.parametrize("gradient", ["exact", "truncated"])
+@pytest.mark.parametrize("looks_at", ["velocity", "a row"])
+def test_a_loss_of_the_velocity_or_of_a_row_alone(gradient: Any, looks_at: str) -> None:
+    def loss(path: Tensor, velocity: Tensor) -> Tensor:
+        return velocity.pow(3).sum() if looks_at == "velocity" else path[3].pow(3).sum()
+
+    def mine(leaves: Case) -> Tensor:
+        theta, velocity, images, labels, lr = leaves
+        options: dict[str, Any] = {"momentum": 0.8, "weight_decay": 0.1, "gradient": gradient}
+        return loss(
+            *unroll(NET, theta, images, labels, lr, BATCHES, velocity=velocity, return_velocity=True, **options)
+        )
+
+    truncated = gradient == "truncated"
+    assert_same_gradients(make(), mine, lambda leaves: loss(*written_out(leaves, 0.8, 0.1, truncated=truncated)))
+
+
+def test_augmented() -> None:
+    augment, case = SiameseAugment(), make(per_step=False)
+    generator = torch.Generator().manual_seed(5)
+    draws = [augment.draw(case.images[index], generator) for index in BATCHES]
+
+    def mine(leaves: Case) -> Tensor:
+        theta, velocity, images, labels, lr = leaves
+        path, after = unroll(
+            NET, theta, images, labels, lr, BATCHES, augment, momentum=0.9, velocity=velocity, return_velocity=True,
+            draws=draws,
+        )  # fmt: skip
+        return path[-1].square().sum() + after.square().sum()
+
+    def theirs(leaves: Case) -> Tensor:
+        path, after = written_out(leaves, 0.9, 0.0, augment=augment, draws=draws)
+        return path[-1].square().sum() + after.square().sum()
+
+    assert_same_gradients(case, mine, theirs)
+
+
+def test_numerical_derivative_to_the_starting_velocity() -> None:
+    case = make(per_step=False)
+    start, velocity, images, labels, lr = case
+    direction, weights = torch.randn_like(velocity), torch.randn(2, len(start), dtype=torch.float64)
+
+    def value(velocity: Tensor) -> Tensor:
+        path, after = unroll(
+            NET, start, images, labels, lr, BATCHES, momentum=0.7, velocity=velocity, return_velocity=True
+        )
+        return (weights[0] * path[-1]).sum() + (weights[1] * after).sum()
+
+    leaf = velocity.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    ends = [value(velocity + step * direction) for step in (1e-6, -1e-6)]
+    assert_close("velocity", gradient @ direction, (ends[0] - ends[1]) / 2e-6, 1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
+    """From a new one, with no velocity, and from one under way."""
+    start, _, images, labels, lr = make(per_step=False)
+    module = reference_convnet(*SHAPE).double()
+    torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
+    parameters = list(module.parameters())
+    optimiser = torch.optim.SGD(parameters, float(lr), momentum=0.9, weight_decay=weight_decay)
+    theta, velocity = start, None
+    for _ in range(2):
+        path, velocity = unroll(
+            NET, theta, images, labels, lr, BATCHES, momentum=0.9, weight_decay=weight_decay, velocity=velocity,
+            return_velocity=True,
+        )  # fmt: skip
+        theta = path[-1]
+        for index in BATCHES:
+            optimiser.zero_grad()
+            F.cross_entropy(module(images[index]), labels[index]).backward()
+            optimiser.step()
+        assert_close("parameters", theta, torch.nn.utils.parameters_to_vector(parameters), 1e-12)
+        buffers = [optimiser.state[parameter]["momentum_buffer"].flatten() for parameter in parameters]
+        assert_close("velocity", velocity, torch.cat(buffers), 1e-12)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if "budget" not in name and "kept" not in name])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, dtype: torch.dtype) -> None:
+    net, options = engines(engine)
+    start, velocity, images, labels, lr = make(dtype=dtype)
+    common: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4, "return_velocity": True, **options}
+    path, after = unroll(net, start, images, labels, lr, BATCHES, velocity=velocity, **common)
+    for cut in range(1, STEPS):
+        with torch.no_grad():
+            first, between = unroll(net, start, images, labels, lr[:cut], BATCHES[:cut], velocity=velocity, **common)
+        second, end = unroll(net, first[-1], images, labels, lr[cut:], BATCHES[cut:], velocity=between, **common)
+        assert torch.equal(torch.cat([first, second[1:]]), path)
+        assert torch.equal(end, after)
+
+
+def test_gradients_flow_from_window_to_window() -> None:
+    """Through the row and the velocity that join two of them, as if they were one."""
+
+    def joined(leaves: Case) -> Tensor:
+        theta, velocity, images, labels, lr = leaves
+        first, between = unroll(
+            NET, theta, images, labels, lr[:2], BATCHES[:2], momentum=0.9, velocity=velocity, return_velocity=True
+        )
+        return unroll(NET, first[-1], images, labels, lr[2:], BATCHES[2:], momentum=0.9, velocity=between)[-1].sum()
+
+    assert_same_gradients(make(), joined, lambda leaves: written_out(leaves, 0.9, 0.0)[0][-1].sum())
+
+
+def test_without_a_velocity_it_starts_with_none() -> None:
+    start, _, images, labels, lr = make()
+    given = unroll(NET, start, images, labels, lr, BATCHES, momentum=0.9, velocity=torch.zeros_like(start))
+    assert torch.equal(given, unroll(NET, start, images, labels, lr, BATCHES, momentum=0.9))
+
+
+def test_without_momentum_the_velocity_is_the_last_update() -> None:
+    """So a caller need not ask whether there is momentum: what it starts with counts for nothing."""
+    start, velocity, images, labels, lr = make().leaves()
+    path, after = unroll(
+        NET, start, images, labels, lr, BATCHES, weight_decay=0.1, velocity=velocity, return_velocity=True
+    )
+    expected, last = written_out(Case(start, velocity, images, labels, lr), 0.0, 0.1)
+    assert_close("path", path, expected, 1e-12)
+    assert_close("velocity", after, last, 1e-12)
+    (gradient,) = torch.autograd.grad(path[-1].sum() + after.sum(), velocity)
+    assert not gradient.any()
+
+
+def test_under_no_grad_nothing_is_recorded() -> None:
+    start, velocity, images, labels, lr = make().leaves()
+    with torch.no_grad():
+        path, after = unroll(
+            NET, start, images, labels, lr, BATCHES, momentum=0.9, velocity=velocity, return_velocity=True
+        )
+    assert not path.requires_grad
+    assert not after.requires_grad
+
+
+def test_what_is_returned_is_the_callers_own() -> None:
+    """It may be written into before the backward pass, and it holds no other velocity."""
+    start, velocity, images, labels, lr = make().leaves()
+    path, after = unroll(NET, start, images, labels, lr, BATCHES, momentum=0.9, velocity=velocity, return_velocity=True)
+    assert after.untyped_storage().nbytes() == after.nbytes
+    with torch.no_grad():
+        after.zero_()
+    path[-1].sum().backward()
+    assert images.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("velocity", "message"),
+    [
+        (
+            torch.zeros(3, dtype=torch.float64),
+            r"unroll velocity: expected shape .* of theta, found torch.Size\(\[3\]\)",
+        ),
+        (
+            torch.zeros(NET.num_parameters),
+            "unroll velocity: expected dtype torch.float64 of theta, found torch.float32",
+        ),
+        (
+            torch.zeros(NET.num_parameters, dtype=torch.float64, device="meta"),
+            "expected device cpu of theta, found meta",
+        ),
+    ],
+)
+def test_a_velocity_that_does_not_fit_is_refused(velocity: Tensor, message: str) -> None:
+    start, _, images, labels, lr = make()
+    with pytest.raises(InputError, match=message):
+        unroll(NET, start, images, labels, lr, BATCHES, momentum=0.9, velocity=velocity)

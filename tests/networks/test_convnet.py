@@ -1,0 +1,131 @@
+"""ConvNet against the same network built of `torch.nn`, which shares no code with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from mtt_fast import ConvNet, InputError
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.convnet import Norm
+from mtt_fast.testing import assert_close, module_function, reference_convnet
+
+SHAPES = [
+    pytest.param((3, 10, 32, 8, 3), id="cifar"),
+    pytest.param((1, 10, 28, 4, 3), id="mnist-padding-3"),
+    pytest.param((1, 7, 8, 5, 2), id="digits"),
+    pytest.param((3, 4, 19, 3, 2), id="odd-size"),
+    pytest.param((2, 3, 8, 6, 3), id="down-to-1x1"),
+]
+
+
+NORMS: list[Norm] = ["instance", "none"]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_module(shape: tuple[int, int, int, int, int], norm: Norm) -> None:
+    net = ConvNet(*shape, norm)
+    module = reference_convnet(*shape, norm)
+    theta = torch.randn(net.num_parameters, dtype=torch.float64)
+    images = torch.randn(5, shape[0], shape[2], shape[2], dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+    assert net.layout.names == tuple(parameters)
+    assert net.layout.shapes == tuple(parameter.shape for parameter in parameters.values())
+    assert_close("logits", net(theta, images), module_function(module)(theta, images), 1e-12)
+    torch.nn.utils.vector_to_parameters(theta, module.parameters())
+    features = module.get_submodule("features")(images).flatten(1)
+    assert_close("embedding", net.embed(theta, images), features, 1e-12)
+
+
+def test_rectangular_images() -> None:
+    net = ConvNet(image_size=(16, 24), width=4, depth=2, num_classes=3)
+    logits = net(net.init(), torch.randn(2, 3, 16, 24))
+    assert logits.shape == (2, 3)
+    assert net.feature_size == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("net", "parameters"),
+    [
+        (ConvNet(3, 10, 32), 320_010),
+        (ConvNet(3, 100, 32), 504_420),
+        (ConvNet(3, 200, 64, depth=4), 857_160),
+        (ConvNet(3, 10, 128, depth=5), 615_690),
+        (ConvNet(3, 1000, 64, depth=4), 2_496_360),
+    ],
+)
+def test_parameter_counts_are_those_of_the_public_code(net: ConvNet, parameters: int) -> None:
+    assert net.num_parameters == parameters
+
+
+def test_names_without_a_norm_are_those_of_the_public_code() -> None:
+    """Its module counts convolution, ReLU and pool: three layers a block."""
+    names = ConvNet(depth=2, width=4, norm="none").layout.names
+    assert names[:4] == ("features.0.weight", "features.0.bias", "features.3.weight", "features.3.bias")
+    assert names[4:] == ("classifier.weight", "classifier.bias")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_init_has_the_default_distribution_of_torch(norm: Norm) -> None:
+    net = ConvNet(width=64, norm=norm)
+    theta = net.init(torch.Generator().manual_seed(3))
+    module = reference_convnet(3, 10, 32, 64, 3, norm)
+    for ours, theirs in zip(net.layout.split(theta), module.parameters(), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.abs().max() <= 1.05 * theirs.abs().max() + 1e-12
+        if ours.numel() > 1000:
+            bound = 1 / math.sqrt(ours[0].numel())
+            assert float(ours.std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+            assert float(ours.detach().mean()) == pytest.approx(0, abs=0.05 * bound)
+        elif ours.numel() == 64 and theirs.std() == 0:  # affine of a norm
+            assert torch.equal(ours, theirs.detach())
+
+
+def test_init_repeats_with_the_generator() -> None:
+    net = ConvNet(width=4)
+    first, second, other = (net.init(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_of_both_orders_and_modes(norm: Norm) -> None:
+    net = ConvNet(in_channels=2, num_classes=2, image_size=5, width=2, depth=2, norm=norm)
+    theta = (net.init().double() + 0.1).requires_grad_()
+    images = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(net, (theta, images))
+    assert torch.autograd.gradgradcheck(net, (theta, images))
+
+
+def test_errors_name_the_cause() -> None:
+    with pytest.raises(InputError, match=r"depth 4.*leave nothing"):
+        ConvNet(image_size=8, depth=4)
+    with pytest.raises(InputError, match="width: expected at least 1, found 0"):
+        ConvNet(width=0)
+    with pytest.raises(InputError, match="norm: expected instance or none, found batch"):
+        ConvNet(norm="batch")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a flat vector of shape"):
+        ConvNet(width=4)(torch.zeros(7), torch.zeros(1, 3, 32, 32))
+
+
+def test_names_of_the_public_code() -> None:
+    assert network_by_name("ConvNet", (3, 32, 32), 10) == ConvNet(3, 10, 32)
+    assert network_by_name("ConvNetD4", (3, 64, 64), 200) == ConvNet(3, 200, 64, depth=4)
+    assert network_by_name("ConvNetD2W64", (1, 8, 8), 10) == ConvNet(1, 10, 8, width=64, depth=2)
+    assert network_by_name("ConvNetNN", (3, 32, 32), 10) == ConvNet(3, 10, 32, norm="none")
+    assert network_by_name("ConvNetIN", (3, 32, 32), 10) == ConvNet(3, 10, 32)
+    assert network_by_name("ConvNetD3W32NN", (1, 28, 28), 10) == ConvNet(1, 10, 28, width=32, norm="none")
+    for name in ("ResNet99", "ConvNetXN", "ConvNetNND3"):
+        with pytest.raises(InputError, match=f"--model {name}"):
+            network_by_name(name, (3, 32, 32), 10)
+
+
+def test_a_record_from_before_there_was_a_norm_is_of_the_instance_norm() -> None:
+    net = ConvNet(width=4)
+    record = dataclasses.asdict(net)
+    assert record.pop("norm") == "instance"
+    assert ConvNet(**record) == net

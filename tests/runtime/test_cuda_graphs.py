@@ -1,0 +1,138 @@
+"""Recording and replaying on a CPU, with a recorder that only repeats; CUDA's own where there is a GPU."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
+
+Run = Callable[[], tuple[Tensor, ...]]
+
+
+def double(values: Tensor) -> tuple[Tensor, ...]:
+    return (2 * values,)
+
+
+class Repeating:
+    """Records as CUDA does, as far as that goes on a CPU, and counts."""
+
+    def __init__(self) -> None:
+        self.recorded = self.graphed = 0
+
+    def __call__(self, run: Run) -> Recording:
+        self.recorded += 1
+        outputs = run()
+
+        def graph() -> None:
+            self.graphed += 1
+            for place, value in zip(outputs, run(), strict=True):
+                place.copy_(value)
+
+        return Recording(graph, outputs)
+
+
+def test_a_cpu_gets_the_function_itself() -> None:
+    assert graphed(double, torch.device("cpu")) is double
+
+
+def test_recorded_once_for_each_set_of_shapes() -> None:
+    record = Repeating()
+    run = GraphedFunction(double, record)
+    for values in (torch.ones(2), torch.ones(3), torch.zeros(2), torch.ones(3, dtype=torch.float64)):
+        assert torch.equal(run(values)[0], 2 * values)
+    assert (record.recorded, record.graphed) == (3, 4)
+
+
+def test_too_many_shapes_are_told_once_and_still_computed(caplog: pytest.LogCaptureFixture) -> None:
+    record = Repeating()
+    run = GraphedFunction(double, record)
+    for size in range(1, 12):
+        assert torch.equal(run(torch.ones(size))[0], torch.full((size,), 2.0))
+    assert torch.equal(run(torch.ones(1))[0], torch.full((1,), 2.0))
+    assert record.recorded == 8
+    assert record.graphed == 9
+    assert caplog.text.count("more than 8 sets of shapes") == 1
+
+
+def test_what_cannot_be_recorded_is_told_once_and_still_computed(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(run: Run) -> Recording:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand much more")
+
+    run = GraphedFunction(double, refuse)
+    for value in (1.0, 2.0):
+        assert torch.equal(run(torch.tensor(value))[0], torch.tensor(2 * value))
+    assert caplog.messages == [
+        "not recorded in a CUDA graph, so that it runs slower, with the same result: "
+        "RuntimeError: CUDA error: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_mistake_of_the_function_is_not_hidden() -> None:
+    def wrong(values: Tensor) -> tuple[Tensor, ...]:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        GraphedFunction(wrong, Repeating())(torch.ones(1))
+
+
+def test_out_of_memory_comes_out_and_holds_nothing() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def exhausted(run: Run) -> Recording:
+        large = torch.ones(10)
+        held.append(weakref.ref(large))
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory: 10 GiB")
+        finally:
+            raise RuntimeError("the capture was interrupted")  # what CUDA says when the block ends
+
+    run = GraphedFunction(double, exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory: 10 GiB") as told:
+        run(torch.ones(1))
+    assert told.value.__context__ is None
+    gc.collect()
+    assert held[0]() is None
+    assert run.problem is None
+
+
+@pytest.mark.gpu
+def test_replayed_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    run = graphed(lambda a, b: (a @ b, (a * b).sum()), device)
+    for size in (3, 64, 3):
+        a, b = (torch.randn(size, size, device=device) for _ in range(2))
+        product, total = run(a, b)
+        assert torch.equal(product, a @ b)
+        assert torch.equal(total, (a * b).sum())
+    assert isinstance(run, GraphedFunction)
+    assert run.problem is None
+
+
+@pytest.mark.gpu
+def test_what_waits_is_not_recorded_and_the_device_still_works() -> None:
+    device = torch.device("cuda")
+    run = graphed(lambda a: (a * float(a.sum()),), device)
+    before = torch.cuda.current_stream()
+    for _ in range(2):
+        assert torch.equal(run(torch.ones(3, device=device))[0], torch.full((3,), 3.0, device=device))
+    assert isinstance(run, GraphedFunction)
+    assert run.problem is not None
+    assert torch.cuda.current_stream() == before
+    again = graphed(lambda a: (a + 1,), device)
+    assert torch.equal(again(torch.ones(3, device=device))[0], torch.full((3,), 2.0, device=device))
+
+
+@pytest.mark.gpu
+def test_a_call_that_does_not_fit_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    free, _ = torch.cuda.mem_get_info()
+    run = graphed(lambda a: (a.expand(free, -1).double() + 1,), device)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(torch.ones(2, device=device))
+    assert torch.equal(graphed(double, device)(torch.ones(2, device=device))[0], torch.full((2,), 2.0, device=device))

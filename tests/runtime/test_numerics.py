@@ -1,0 +1,80 @@
+"""The settings of a job: precision and determinism on CUDA, for as long as the job runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import pytest
+import torch
+
+from mtt_fast import ConvNet, FlatModule, InputError
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.kernels import Precision
+from mtt_fast.runtime.numerics import numerics
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def settings() -> dict[str, Any]:
+    deterministic: Any = torch.utils.deterministic
+    return {
+        "cudnn tf32": torch.backends.cudnn.allow_tf32,
+        "cublas tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn deterministic": torch.backends.cudnn.deterministic,
+        "cudnn benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "fill": deterministic.fill_uninitialized_memory,
+        "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_cuda_is_set_and_set_back(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = settings()
+    within = {}
+
+    def interrupted() -> None:
+        with numerics(CUDA, precision):
+            within.update(settings())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    tf32 = precision != "fp32"
+    assert within == {
+        "cudnn tf32": tf32, "cublas tf32": tf32, "cudnn deterministic": True, "cudnn benchmark": False,
+        "deterministic": True, "fill": False, "workspace": ":4096:8",
+    }  # fmt: skip
+    assert settings() == before
+
+
+def test_a_workspace_of_the_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with numerics(CUDA, "tf32"):
+        assert settings()["workspace"] == ":16:8"
+    assert settings()["workspace"] == ":16:8"
+
+
+def test_nothing_is_set_for_a_cpu() -> None:
+    before = settings()
+    with numerics(CPU, "fp32"):
+        assert settings() == before
+
+
+def test_a_cpu_computes_in_float32() -> None:
+    net = ConvNet(3, 4, 8, width=2, depth=1)
+    assert [precision_on(CPU, net, precision) for precision in ("fp32", "tf32", "bf16")] == ["fp32"] * 3
+
+
+def test_what_is_no_precision_is_refused() -> None:
+    with pytest.raises(InputError, match="--precision fp8: expected fp32, tf32, bf16"):
+        precision_on(CPU, ConvNet(3, 4, 8, width=2, depth=1), cast(Precision, "fp8"))
+
+
+def test_bf16_needs_the_fused_step() -> None:
+    net = FlatModule(torch.nn.Linear(3, 2))
+    assert precision_on(CUDA, net, "tf32") == "tf32"
+    with pytest.raises(InputError, match="--precision bf16: only the fused step of ConvNet knows it, and FlatModule"):
+        precision_on(CUDA, net, "bf16")

@@ -1,0 +1,82 @@
+"""Events: TensorBoard reads what was written, and a disk that is full is one error, of the caller's own."""
+
+from __future__ import annotations
+
+import errno
+import io
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtt_fast.commands import cli
+from mtt_fast.storage import events
+from mtt_fast.storage.events import EventLog
+from mtt_fast.storage.metrics import MetricsLog
+
+
+def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return what TensorBoard's own reader finds: of each name the steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder)).Reload()
+    return {name: [(found.step, found.value) for found in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+
+
+def test_tensorboard_reads_them_as_they_are_written(tmp_path: Path) -> None:
+    log = EventLog(tmp_path, 1)
+    log.write("step/loss", 0.5, 1)
+    log.write("step/loss", 0.25, 2)
+    assert scalars_in(tmp_path) == {"step/loss": [(1, 0.5), (2, 0.25)]}
+    log.write("step/lr", 2, 2)
+    log.close()
+    assert scalars_in(tmp_path)["step/lr"] == [(2, 2.0)]
+
+
+def test_a_run_that_goes_on_takes_the_place_of_what_was_written_behind_its_checkpoint(tmp_path: Path) -> None:
+    for first in (1, 3):
+        log = EventLog(tmp_path, first)
+        for iteration in range(first, first + 4):
+            log.write("loss", float(first), iteration)
+        log.close()
+    assert scalars_in(tmp_path) == {"loss": [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0), (5, 3.0), (6, 3.0)]}
+
+
+class FullDisk(io.FileIO):
+    """Takes `room` bytes, as a disk does: what fits of a write, and then an error."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fits = min(len(data), self.room)
+        FullDisk.room -= fits
+        return super().write(data[:fits])
+
+
+@pytest.mark.parametrize("room", [0, 10, 100, 130, 150])
+def test_a_full_disk_is_one_line(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whether nothing of a record fits or a part of it; no thread prints anything of its own."""
+    monkeypatch.setattr(events, "open", lambda path, mode, buffering: FullDisk(path, mode), raising=False)
+    monkeypatch.setattr(FullDisk, "room", room)
+    before = threading.active_count()
+
+    def job(_: Sequence[str]) -> None:
+        metrics = MetricsLog(tmp_path, 0)
+        try:
+            for iteration in range(1, 100):
+                metrics.write("step", iteration, loss=0.5, lr=0.01)
+        finally:
+            metrics.close()
+
+    assert cli.run(job, []) == 2
+    assert threading.active_count() == before
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith(f"error: {tmp_path}/events/events.out.tfevents.")
+    assert told[0].endswith(": No space left on device; check the path and the free space")

@@ -1,0 +1,176 @@
+"""Whether experts are those that a job can use: each difference is told with the expert's file, and what is alike passes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtt_fast import TrajectoryStore
+from mtt_fast.errors import InputError
+from mtt_fast.networks.by_name import full_name, network_by_name
+from mtt_fast.storage.expert_checks import (
+    check_alike,
+    check_as_asked,
+    check_belongs,
+    check_long_enough,
+    check_one_kind,
+    check_same_training,
+)
+from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+
+SHAPE = (3, 16, 16)
+NET = network_by_name("ConvNetD1W4", SHAPE, 2)
+DATA = DatasetIdentity("pets", ("cat", "dog"), SHAPE, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "none", "f00d")
+TRAINED: dict[str, Any] = {
+    "train_epochs": 3, "lr": 0.01, "mom": 0.0, "l2": 0.0, "decay": False, "batch_size": 256, "augment": "flip",
+    "rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False,
+}  # fmt: skip
+
+
+def metadata_for(model: str = "ConvNetD1W4", identity: DatasetIdentity = DATA, **changes: Any) -> ExpertMetadata:
+    network = network_by_name(model, SHAPE, 2)
+    return ExpertMetadata.of(
+        identity, network=network.describe(), layout=network.layout.describe(), hyperparameters=TRAINED | changes, seed=7,
+        accuracy=[0.5] * 4, versions={}, precision="fp32",
+    )  # fmt: skip
+
+
+def store_of(folder: Path, *experts: ExpertMetadata) -> TrajectoryStore:
+    for index, metadata in enumerate(experts):
+        size = sum(int(torch.tensor([int(side) for side in entry.rpartition(":")[2].split("x")]).prod())
+                   for entry in metadata.layout.split(";"))  # fmt: skip
+        write_expert(folder, index, torch.randn(4, size), metadata)
+    return TrajectoryStore(folder)
+
+
+def test_an_expert_of_the_same_setting_passes(tmp_path: Path) -> None:
+    store = store_of(tmp_path, metadata_for())
+    assert store.metadata(0).identity == DATA
+    check_belongs(store, 0, NET, DATA)
+    check_belongs(store, 0, network_by_name("ConvNetD1W4ARINAP", SHAPE, 2), replace(DATA, name="renamed"))
+    check_long_enough(store, 0, 3)
+    check_one_kind(store)
+
+
+@pytest.mark.parametrize(
+    ("expert", "reason"),
+    [
+        (metadata_for("ConvNetD1W8"), r"another network: expected features\.0\.weight:4x3x3x3, found features\.0\.weight:8x3x3x3; .*--model"),
+        (metadata_for("ConvNetD1W4NN"), "another network: expected features"),
+        (metadata_for("ConvNetD1W4BN"), "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ARBNAP"),
+        (metadata_for("ConvNetD1W4AS"), "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ASINAP"),
+        (metadata_for("ConvNetD1W4MP"), "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ARINMP"),
+        (metadata_for(identity=replace(DATA, name="toys", fingerprint="beef")), "made from another data set: expected pets, found toys; .*--data_path"),
+        (metadata_for(identity=replace(DATA, image_shape=(3, 17, 17), fingerprint="beef")), "images of another size: expected 3×16×16, found 3×17×17"),
+        (metadata_for(identity=replace(DATA, class_names=("dog", "cat"), fingerprint="beef")), "the classes in another order: expected 'cat' as class 0, found 'dog'"),
+        (metadata_for(identity=replace(DATA, whitening="zca")), "whitened otherwise: expected normalised images, found ZCA-whitened images; give --zca"),
+        (metadata_for(identity=replace(DATA, fingerprint="beef")), "made from other images: expected pets with fingerprint f00d, found pets with fingerprint beef; .*--data_path"),
+    ],
+)  # fmt: skip
+def test_an_expert_of_another_setting_is_refused(tmp_path: Path, expert: ExpertMetadata, reason: str) -> None:
+    store = store_of(tmp_path, metadata_for(), expert)
+    with pytest.raises(InputError, match=rf"^{re.escape(str(store.path(1)))}: .*{reason}"):
+        check_belongs(store, 1, NET, DATA)
+    with pytest.raises(InputError, match=rf"^{re.escape(str(store.path(1)))}: "):
+        check_one_kind(store)
+
+
+def test_epochs_beyond_the_recorded_ones_are_refused_with_the_flags(tmp_path: Path) -> None:
+    flags = "--max_start_epoch and --expert_epochs reach epoch 4, but the expert ends at epoch 3; .*--train_epochs 4"
+    with pytest.raises(InputError, match=flags):
+        check_long_enough(store_of(tmp_path, metadata_for()), 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "to_the_end", "complaint"),
+    [
+        ({}, True, ""),
+        ({"lr": 0.01, "mom": 0.0}, True, ""),
+        ({"train_epochs": 2}, False, ""),  # the longer one goes the same way
+        ({"train_epochs": 2}, True, "trained with train_epochs 3, not 2; choose another --buffer_path, or say --train_epochs 3"),
+        ({"lr": 0.5, "mom": 0.9, "l2": 0.1}, False, "trained with lr 0.01, not 0.5; .* say --expert_lr 0.01 --mom 0.0 --l2 0.0 to"),
+        ({"decay": True}, False, "trained with decay False, not True; .* say --no_decay to"),
+        ({"batch_size": 64}, False, "trained with batch_size 256, not 64; .* say --batch_real 256"),
+        ({"rho_max": 0.1}, False, "trained with rho_max 0.0, not 0.1"),
+    ],
+)  # fmt: skip
+def test_what_was_asked_for(tmp_path: Path, asked: dict[str, Any], to_the_end: bool, complaint: str) -> None:
+    store = store_of(tmp_path, metadata_for())
+    if not complaint:
+        return check_as_asked(store, 0, asked, to_the_end=to_the_end)
+    with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {complaint}"):
+        check_as_asked(store, 0, asked, to_the_end=to_the_end)
+
+
+def test_the_number_of_epochs_counts_where_the_rate_decays(tmp_path: Path) -> None:
+    store = store_of(tmp_path, metadata_for(decay=True))
+    with pytest.raises(InputError, match="trained with train_epochs 3, not 2"):
+        check_as_asked(store, 0, {"train_epochs": 2}, to_the_end=False)
+
+
+def test_of_experts_from_elsewhere_nothing_is_known(tmp_path: Path) -> None:
+    imported = replace(metadata_for(), hyperparameters={"imported_from": "replay_buffer_0.pt, expert 0"})
+    store = store_of(tmp_path, imported, metadata_for(lr=0.5), imported)
+    check_as_asked(store, 0, {"lr": 0.9}, to_the_end=True)
+    check_alike(store, range(3), to_the_end=True)
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: comes from elsewhere"):
+        check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
+
+
+def test_a_mixture_is_told(tmp_path: Path) -> None:
+    store = store_of(tmp_path, metadata_for(), replace(metadata_for(train_epochs=9), seed=8), metadata_for(lr=0.1))
+    check_alike(store, range(2), to_the_end=False)  # other seeds, other lengths
+    with pytest.raises(InputError, match=r"expert_0001\.safetensors: trained with train_epochs 9, but expert_0000"):
+        check_alike(store, range(2), to_the_end=True)
+    with pytest.raises(
+        InputError,
+        match=r"expert_0002\.safetensors: trained with lr 0\.1, but expert_0000\.safetensors with 0\.01; .*--max_experts 2",
+    ):
+        check_alike(store, range(3), to_the_end=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({}, ""),
+        ({"precision": "tf32"}, ""),  # rounds no worse than the order of a sum
+        ({"precision": "bf16"}, "trained with precision fp32 or tf32, not bf16"),
+        ({"seed": 8}, "trained with seed 7, not 8"),
+        ({"dtype": torch.bfloat16}, "trained with store_dtype float32, not bfloat16"),
+        ({"hyperparameters": TRAINED | {"train_epochs": 4}}, "trained with train_epochs 3, not 4"),
+        ({"hyperparameters": TRAINED | {"augment": "none"}}, "trained with augment flip, not none"),
+    ],
+)
+def test_what_lies_beside_it_is_trained_alike(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    store = store_of(tmp_path, metadata_for())
+    wanted: dict[str, Any] = {"hyperparameters": TRAINED, "seed": 7, "dtype": torch.float32, "precision": "fp32"}
+    if not complaint:
+        return check_same_training(store, 0, **wanted | changes)
+    with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {complaint}"):
+        check_same_training(store, 0, **wanted | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("ConvNet", "ConvNetD3W128ARINAP"),
+        ("ConvNetD4NN", "ConvNetD4W128ARNNAP"),
+        ("ConvNetKIP", "ConvNetD3W1024ARNNAP"),
+        ("ConvNetBN", "ConvNetD3W128ARBNAP"),
+        ("ConvNetD3W128BN", "ConvNetD3W128ARBNAP"),
+        ("ConvNetASwishMP", "ConvNetD3W128ASwishINMP"),
+        ("ResNet18BN_AP", "ResNet18BN_AP"),
+    ],
+)
+def test_full_names(name: str, full: str) -> None:
+    assert full_name(network_by_name(name, (3, 32, 32), 10).describe()) == full
+
+
+def test_a_network_that_does_not_tell_is_unknown() -> None:
+    assert full_name({}) == full_name({"kind": "ConvNet"}) == full_name({"kind": "ConvNet", "width": 4}) == ""

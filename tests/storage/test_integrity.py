@@ -1,0 +1,486 @@
+"""One flipped bit, one cut, one file that is none: the job that reads it says so in one line, or makes a cache anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.baselines.command import main as baseline
+from mtt_fast.commands import cli
+from mtt_fast.cross.command import main as cross
+from mtt_fast.distill.command import main as distill
+from mtt_fast.errors import InputError
+from mtt_fast.evaluate import main as evaluate
+from mtt_fast.report.__main__ import main as report
+from mtt_fast.storage.files import load_tensors, open_regular, parse_json, read_header, read_text, save_tensors
+from mtt_fast.storage.metrics import MetricsLog, read_records
+from mtt_fast.storage.records import check_form, read_record, sealed, unsealed, write_record
+from mtt_fast.storage.run_folder import read_config, write_config
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
+    "--syn_steps 3 --Iteration 4 --eval_it 2 --num_eval 2 --epoch_eval_train 1 --batch_real 512 --batch_train 512 --lr_img 10 "
+    "--zca"
+).split()
+EVALUATION = ["--num_eval", "1", "--epoch_eval_train", "1"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
+    """A folder with all that a whitened toy run leaves: data, buffers, run, and a table of it."""
+    folder = tmp_path_factory.mktemp("integrity")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.run(distill, [*TOY, "--out", "run"]) == 0
+        assert cli.run(cross, ["run", "--out", "cross", "--models", "ConvNetD1W4", *EVALUATION]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, as the working folder."""
+    shutil.copytree(made, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def places(path: Path, count: int) -> Iterator[int]:
+    """Yield `count` of the file's bits: half of them in the first 2 KiB, where a header lies."""
+    draw, bits = random.Random(path.name), 8 * path.stat().st_size
+    for number in range(count):
+        yield draw.randrange(min(bits, 8 * 2048) if number % 2 else bits)
+
+
+def one_of_each_byte(path: Path) -> Iterator[int]:
+    """Yield a bit of each of the file's bytes, not always the same."""
+    for byte in range(path.stat().st_size):
+        yield 8 * byte + (3 * byte + byte // 8) % 8
+
+
+def expert(folder: str = "buffers") -> Path:
+    return next(Path(folder).rglob("expert_0001.safetensors"))
+
+
+RESUME = ["--out", "run", "--resume", "--Iteration", "6"]
+JOBS: list[tuple[str, Callable[..., Any], list[str]]] = [
+    ("run/synthetic.safetensors", evaluate, ["run", *EVALUATION]),
+    ("run/synthetic.safetensors", cross, ["run", "--out", "other", "--models", "ConvNetD1W4", *EVALUATION]),
+    ("run/checkpoint.safetensors", distill, RESUME),
+    ("run/config.toml", distill, RESUME),
+    ("run/config.toml", report, ["run"]),
+    ("run/summary.json", distill, [*TOY, "--out", "run"]),
+    ("run/summary.json", report, ["run"]),
+    ("cross/cross.json", cross, ["run", "--out", "cross", "--models", "ConvNetD1W4", *EVALUATION]),
+]
+
+
+@pytest.mark.parametrize(("name", "job", "arguments"), JOBS, ids=[f"{name}-{job.__module__}" for name, job, _ in JOBS])
+def test_a_flipped_bit_is_named(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str, job: Callable[..., Any], arguments: list[str]
+) -> None:
+    path, whole = Path(name), Path(name).read_bytes()
+    for bit in places(path, 30):
+        path.write_bytes(whole)
+        flip(path, bit)
+        assert cli.run(job, arguments) == 2, bit
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.match(rf"error: (/.*/)?{name}: ", error), bit
+    for length in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 2):
+        path.write_bytes(whole[:length])
+        assert cli.run(job, arguments) == 2, length
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.match(rf"error: (/.*/)?{name}: ", error), length
+
+
+def test_a_flipped_bit_of_an_expert_is_named_by_whoever_reads_it(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, whole = expert(), expert().read_bytes()
+    entries, _ = read_header(path)
+    begin, end = entries["parameters"].begin, entries["parameters"].end
+    draw, row = random.Random(0), (end - begin) // 4
+    in_header = [draw.randrange(8 * begin) for _ in range(20)]
+    in_rows = [8 * draw.randrange(begin + number * row, begin + (number + 1) * row) for number in range(3)]
+    found = []
+    for bit in in_header + in_rows:
+        path.write_bytes(whole)
+        flip(path, bit)
+        found.append(cli.run(distill, [*TOY, "--out", "new"]))
+        said = capsys.readouterr().err
+        if found[-1]:
+            assert (found[-1], said.strip().splitlines()[-1].partition(f"{path}: ")[0]) == (2, "error: "), bit
+        else:  # the four iterations do not come to this row
+            assert torch.equal(images_of("new"), images_of("run"))
+        shutil.rmtree("new", ignore_errors=True)
+    assert found[: len(in_header)] == [2] * len(in_header)
+    assert 2 in found[len(in_header) :]
+
+
+def images_of(folder: str) -> torch.Tensor:
+    return SyntheticDataset.load(Path(folder) / "synthetic.safetensors").images
+
+
+@pytest.mark.parametrize("name", ["data/packed/digits.safetensors", "data/packed/digits.zca.safetensors"])
+def test_damaged_caches_are_made_anew_to_the_same_result(
+    copy: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    path, whole = Path(name), Path(name).read_bytes()
+    for place, bit in enumerate(places(path, 6)):
+        path.write_bytes(whole)
+        flip(path, bit)
+        caplog.clear()
+        assert cli.run(distill, [*TOY, "--out", f"again{place}", "--Iteration", "1", "--eval_it", "9"]) == 0, bit
+        assert f"{name}: " in caplog.text, bit
+        assert path.read_bytes() == whole
+        assert torch.equal(images_of(f"again{place}"), images_of("again0"))
+
+
+def records(folder: str = "run") -> list[dict[str, Any]]:
+    return read_records(Path(folder) / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("length", [0, 6])
+def test_a_damaged_line_does_not_keep_a_run_from_going_on(
+    copy: Path, caplog: pytest.LogCaptureFixture, length: int
+) -> None:
+    """With `length` 0 one bit in each line in turn; else cut there. The summary is that of an undamaged run."""
+    shutil.copytree("run", "sound")
+    assert cli.run(distill, ["--out", "sound", "--resume", "--Iteration", "6"]) == 0
+    expected = read_record("sound/summary.json", "", "")["accuracy"]
+    draw = random.Random(0)
+    lines = Path("run/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    for number in [place for place, line in enumerate(lines) if b'"step"' not in line]:
+        shutil.rmtree("again", ignore_errors=True)
+        shutil.copytree("run", "again")
+        damaged = bytearray(lines[number])
+        if length:
+            del damaged[length:]
+        else:
+            damaged[draw.randrange(len(damaged) - 1)] ^= 1 << draw.randrange(8)
+        Path("again/metrics.jsonl").write_bytes(b"".join([*lines[:number], damaged, *lines[number + 1 :]]))
+        caplog.clear()
+        assert cli.run(distill, ["--out", "again", "--resume", "--Iteration", "6"]) == 0
+        assert caplog.text.count("again/metrics.jsonl: ") == 1
+        assert torch.equal(images_of("again"), images_of("sound"))
+        assert read_record("again/summary.json", "", "")["accuracy"] == expected
+
+
+def test_a_damaged_evaluation_that_no_checkpoint_holds_is_made_again(copy: Path) -> None:
+    tensors, metadata = load_tensors("run/checkpoint.safetensors")
+    kept = [line for line in json.loads(metadata["evaluations"]) if line["iteration"] < 4]
+    save_tensors("run/checkpoint.safetensors", tensors, metadata | {"evaluations": json.dumps(kept)})
+    before = [line for line in records() if line["kind"] == "evaluation"]
+    path = Path("run/metrics.jsonl")
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(keepends=True) if '"iteration": 4' not in line)
+    )
+    Path("run/summary.json").unlink()
+    assert len([line for line in records() if line["kind"] == "evaluation"]) == 2
+    assert cli.run(distill, ["--out", "run", "--resume"]) == 0
+    assert [line for line in records() if line["kind"] == "evaluation"] == before
+
+
+def test_every_byte_of_small_files_counts(tmp_path: Path) -> None:
+    """A tensor file, a record, a line of metrics and options: no flip goes unseen, none gives another error."""
+    tensors = {"a": torch.tensor([1.5, -2.0]), "b": torch.tensor(7)}
+    path = tmp_path / "small.safetensors"
+    save_tensors(path, tensors, {"format": "mtt_fast small 2", "more": "x"}, by_row=["a"])
+    expected = load_tensors(path)
+    for bit in one_of_each_byte(path):
+        flip(path, bit)
+        with pytest.raises(InputError, match=r"small\.safetensors: "):
+            load_tensors(path)
+        flip(path, bit)
+    assert all(torch.equal(value, expected[0][name]) for name, value in load_tensors(path)[0].items())
+
+    record = tmp_path / "record.json"
+    write_record(record, {"a": 1.5, "b": ["x", None]})
+    write_config(tmp_path, {"dataset": "digits", "lr_img": 1e-3, "zca": True, "none": None}, "note")
+    for file, read in (
+        (record, lambda: read_record(record, "a", "b")),
+        (tmp_path / "config.toml", lambda: read_config(tmp_path)),
+    ):
+        value = read()
+        for bit in one_of_each_byte(file):
+            flip(file, bit)
+            try:
+                found = read()
+            except InputError as error:
+                assert str(file) in str(error)  # noqa: PT017 - either is right
+            else:
+                assert found == value  # one kind of white space for another
+            flip(file, bit)
+
+    metrics = tmp_path / "metrics.jsonl"
+    log = MetricsLog(tmp_path, 0)
+    log.write("step", 1, loss=0.25, lr=0.01)
+    log.write("evaluation", 1, accuracy_mean=0.5, accuracy_std=0.1, networks=2)
+    log.close()
+    both = read_records(metrics)
+    for bit in one_of_each_byte(metrics):
+        flip(metrics, bit)
+        assert all(line in both for line in read_records(metrics)), bit
+        flip(metrics, bit)
+
+
+def test_records_come_back_as_they_were() -> None:
+    record = {"b": [1, 2.5, None, float("inf")], "a": {"x": "ü", 3: True, 20: ()}}
+    assert unsealed(json.loads(json.dumps(sealed(record)))) == json.loads(json.dumps(record))
+    assert unsealed({"old": 1}) == {"old": 1}
+    with pytest.raises(ValueError, match="not what was written"):
+        unsealed(sealed({"a": 1}) | {"later": 2})
+
+
+@pytest.mark.parametrize(
+    ("value", "form"),
+    [
+        ([], {"a": int}),
+        ({}, {"a": int}),
+        ({"a": "x"}, {"a?": int}),
+        ({"a": {"b": 1, "c": "x"}}, {"a": {"*": int}}),
+        ({"a": [1, "x"]}, {"a": [int]}),
+        ({"a": 1}, {"a": [int]}),
+        ({"a": None}, {"a": int | float}),
+    ],
+)
+def test_forms(value: Any, form: Any) -> None:
+    with pytest.raises((KeyError, TypeError)):
+        check_form(value, form)
+    check_form({"a": 1, "more": None}, {"a": int, "b?": str, "c?": {"*": int}})
+
+
+# Files from before there were checksums.
+
+
+def without_checksums(path: Path, **changes: str) -> None:
+    """Write a file as it was before: format 1 or none, without checksums."""
+    tensors = load_file(path)
+    metadata = read_header(path)[1]
+    save_file(tensors, path, {name: value for name, value in (metadata | changes).items() if value})
+
+
+def test_old_files_are_read_and_said_to_be_unchecked(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in expert().parent.glob("*.safetensors"):
+        without_checksums(path, format="mtt_fast expert 1")
+    without_checksums(Path("run/synthetic.safetensors"), format="mtt_fast.data.synthetic.1")
+    without_checksums(Path("run/checkpoint.safetensors"), format="", evaluations="")
+    config = Path("run/config.toml")
+    config.write_text("".join(line for line in config.read_text().splitlines(keepends=True) if line[0] != "#"))
+    lines = [json.dumps(line) for line in records()]
+    Path("run/metrics.jsonl").write_text("\n".join(lines) + "\n")
+    summary = read_record("run/summary.json", "", "")
+    Path("run/summary.json").write_text(json.dumps(summary))
+    shutil.copytree("run", "sound")
+    assert cli.run(evaluate, ["run", *EVALUATION]) == 0
+    assert (
+        caplog.text.count("run/synthetic.safetensors: written before files had checksums, so it is read unchecked") == 1
+    )
+    caplog.clear()
+    assert cli.run(distill, RESUME) == 0
+    assert caplog.text.count(f"{expert().parent}: written before files had checksums") == 1
+    assert len(records()) > len(lines)
+
+
+def test_an_old_file_is_written_anew(copy: Path) -> None:
+    from mtt_fast.convert.command import main as convert
+
+    before = TrajectoryStore(expert().parent)
+    rows = [before.read(0, epoch) for epoch in range(4)]
+    without_checksums(Path("run/synthetic.safetensors"), format="mtt_fast.data.synthetic.1")
+    assert cli.run(convert, ["run/synthetic.safetensors", "new.safetensors"]) == 0
+    assert read_header("new.safetensors")[0]["images"].checksums
+    assert torch.equal(SyntheticDataset.load("new.safetensors").images, images_of("run"))
+    without_checksums(expert().parent / "expert_0000.safetensors", format="mtt_fast expert 1")
+    assert cli.run(convert, [str(expert().parent), "anew", "--to", "experts"]) == 0
+    store = TrajectoryStore(expert("anew").parent)
+    assert [store.indices, store.metadata(0)] == [before.indices, before.metadata(0)]
+    assert all(torch.equal(store.read(0, epoch), row) for epoch, row in enumerate(rows))
+    assert read_header(expert("anew"))[0]["parameters"].checksums
+    assert cli.run(convert, [str(expert().parent), "anew", "--to", "experts"]) == 2
+
+
+@pytest.mark.parametrize("name", ["run/synthetic.safetensors", "run/checkpoint.safetensors"])
+def test_a_new_file_without_its_checksums_is_damaged(copy: Path, name: str) -> None:
+    without_checksums(Path(name))
+    with pytest.raises(InputError, match=f"{name}: damaged: its header"):
+        load_tensors(name)
+
+
+# Files that are none, and texts that are none.
+
+
+def odd_files(path: Path, kind: str) -> None:
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+@pytest.mark.parametrize(("name", "job", "arguments"), JOBS[::2] + JOBS[-1:], ids=lambda value: str(value)[:20])
+def test_what_is_no_file_is_refused_at_once(
+    copy: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str, job: Callable[..., Any], arguments: list[str]
+) -> None:
+    odd_files(Path(name), kind)
+    assert cli.run(job, arguments) == 2
+    assert f"{name}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_an_expert_that_is_no_file(copy: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    odd_files(expert(), kind)
+    assert cli.run(distill, [*TOY, "--out", "new"]) == 2
+    assert "expert_0001.safetensors: " in capsys.readouterr().err
+
+
+TEXTS = {
+    "deep": b"[" * 100_000,
+    "deep-object": b'{"a":' * 100_000,
+    "digits": b'{"iterations": ' + b"9" * 5000 + b"}",
+    "nul": b'{"a": "\0"}',
+    "no-utf8": b'{"a": "\xff\xfe"}',
+    "half-a-character": b'{"a": "\\ud800"}',
+    "list": b"[]",
+    "number": b"1e999",
+    "empty": b"",
+    "large": b" " * (5 << 20) + b"{}",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_that_are_no_records(copy: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    for name, job, arguments in JOBS[3:]:
+        path = Path(name)
+        whole = path.read_bytes()
+        path.write_bytes(TEXTS[text])
+        assert cli.run(job, arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.match(rf"error: (/.*/)?{name}: ", error)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text != "large"])
+def test_headers_that_are_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(TEXTS[text]).to_bytes(8, "little") + TEXTS[text])
+    with pytest.raises(InputError, match=r"bad\.safetensors: expected a safetensors file"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+        [],
+        None,
+    ],
+)
+def test_entries_that_are_none(tmp_path: Path, entry: Any) -> None:
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "bad.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(InputError, match=r"bad\.safetensors: expected a safetensors file, found a broken header"):
+        load_tensors(tmp_path / "bad.safetensors")
+
+
+def test_a_later_versions_files_are_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("run/synthetic.safetensors")
+    tensors, metadata = load_tensors(path)
+    record = json.loads(metadata["record"])
+    records: list[Any] = [record | {"later": 1}, {name: value for name, value in record.items() if name != "mean"}, []]
+    for changed in records:
+        save_tensors(path, tensors, metadata | {"record": json.dumps(changed)})
+        assert cli.run(evaluate, ["run", *EVALUATION]) == 2
+        assert f"error: {path}: expected a distilled set with all its parts" in capsys.readouterr().err
+    save_tensors(path, tensors, metadata | {"format": "mtt_fast.data.synthetic.3"})
+    assert cli.run(evaluate, ["run", *EVALUATION]) == 2
+    assert f"error: {path}: expected a distilled set" in capsys.readouterr().err
+    path = Path("run/checkpoint.safetensors")
+    tensors, metadata = load_tensors(path)
+    numbers = json.loads(metadata["numbers"])
+    others: list[Any] = [{name: value for name, value in numbers.items() if name != left_out} for left_out in numbers]
+    for changed in [numbers | {"later": 1}, *others, [1], None]:
+        save_tensors(path, tensors, metadata | {"numbers": json.dumps(changed)})
+        assert cli.run(distill, RESUME) == 2
+        assert f"error: {path}: not a checkpoint of this version" in capsys.readouterr().err
+    save_tensors(path, tensors, metadata | {"format": "mtt_fast checkpoint 3"})
+    assert cli.run(distill, RESUME) == 2
+    assert f"error: {path}: not a checkpoint of this version" in capsys.readouterr().err
+
+
+def test_open_regular_takes_files_of_a_size(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    with open_regular(path, 5) as file:
+        assert file.read() == b"12345"
+    with pytest.raises(InputError, match="expected at most 4 bytes, found 5"):
+        open_regular(path, 4)
+    with pytest.raises(InputError, match="cannot be read"):
+        open_regular(tmp_path / "none")
+    with pytest.raises(InputError, match="cannot be read"):
+        open_regular("a\0b")
+    os.truncate(path, 1 << 40)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="expected at most"):
+        read_text(path)
+    assert time.monotonic() - began < 1
+    assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write("step", 1, loss=0.5, lr=0.1)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space"):
+            log.write("step", 2, loss=0.5, lr=0.1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == whole
+    log.close()
+
+
+def test_a_baselines_checkpoint_is_checked_too(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "dm --dataset digits --model ConvNetD1W4 --Iteration 1 --eval_it 1 --num_eval 1 --epoch_eval_train 1 --out dm".split()
+    assert cli.run(baseline, flags) == 0
+    path = Path("dm/checkpoint.safetensors")
+    whole = path.read_bytes()
+    for bit in places(path, 10):
+        path.write_bytes(whole)
+        flip(path, bit)
+        assert cli.run(baseline, ["dm", "--out", "dm", "--resume", "--Iteration", "2"]) == 2
+        assert f"error: {path}: " in capsys.readouterr().err
+    path.write_bytes(whole)
+    assert cli.run(baseline, ["dm", "--out", "dm", "--resume", "--Iteration", "2"]) == 0

@@ -1,0 +1,209 @@
+"""Several networks at the same time: the same results, signals and errors as one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mtt_fast import ConvNet, InputError
+from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.engine.student import live_bytes
+from mtt_fast.engine.student_choice import student_for
+from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.training.concurrency import Concurrency, Job, concurrency_for, filling, round_robin, run_concurrently
+from mtt_fast.training.images import Images
+from mtt_fast.training.protocols import EvaluationProtocol, evaluate
+from mtt_fast.training.sgd import Sgd, epoch_on
+
+CPU = torch.device("cpu")
+NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("network")]
+
+
+def counting(number: int, told: list[int] | None = None) -> Job[int]:
+    """Yield `number` times."""
+    for _ in range(number):
+        if told is not None:
+            told.append(number)
+        yield
+    return 10 * number
+
+
+def test_works_take_turns_in_their_lanes() -> None:
+    told: list[int] = []
+    entered = []
+
+    @contextlib.contextmanager
+    def lane(name: str) -> Iterator[None]:
+        entered.append(name)
+        yield
+
+    jobs = (counting(number, told) for number in (2, 1, 3))
+    found = list(round_robin(jobs, [lambda: lane("a"), lambda: lane("b")]))
+    assert found == [(1, 10), (0, 20), (2, 30)]
+    assert told == [2, 1, 2, 3, 3, 3]
+    assert "".join(entered) == "ababa" + "bbbb"  # the end of a work is met in its lane too
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_every_work_is_done_once(at_once: int) -> None:
+    found = dict(run_concurrently((counting(number) for number in range(7)), Concurrency(at_once, 1), CPU))
+    assert found == {number: 10 * number for number in range(7)}
+
+
+def test_works_begin_when_others_end() -> None:
+    begun = []
+
+    def jobs() -> Iterator[Job[int]]:
+        for number in range(6):
+            begun.append(number)
+            yield counting(3)
+
+    results = run_concurrently(jobs(), Concurrency(2, 1), CPU)
+    next(results)
+    assert len(begun) == 2
+    next(results)
+    assert len(begun) <= 4
+    results.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_error_ends_the_others(at_once: int) -> None:
+    closed = threading.Event()
+
+    def endless() -> Job[int]:
+        try:
+            while True:
+                time.sleep(0.001)
+                yield
+        finally:
+            closed.set()
+
+    def failing() -> Job[int]:
+        yield
+        raise ValueError("work 1")
+
+    jobs = [failing()] if at_once == 1 else [endless(), failing()]
+    with pytest.raises(ValueError, match="work 1"):
+        list(run_concurrently(jobs, Concurrency(at_once, 1), CPU))
+    assert closed.is_set() == (at_once > 1)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_each_computes_with_its_number_of_threads(at_once: int) -> None:
+    def threads() -> Job[int]:
+        yield
+        return torch.get_num_threads()
+
+    torch.set_num_threads(2)
+    assert [found for _, found in run_concurrently([threads() for _ in range(3)], Concurrency(at_once, 1), CPU)] == [
+        1,
+        1,
+        1,
+    ]
+    assert torch.get_num_threads() == 2
+
+
+def images(count: int = 12) -> Images:
+    generator = torch.Generator().manual_seed(5)
+    return Images(torch.randn(count, 1, 6, 6, generator=generator), torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize("at_once", [None, 2, 5])
+def test_evaluations_do_not_depend_on_how_many_run(at_once: int | None) -> None:
+    def values(at_once: int | None) -> tuple[float, ...]:
+        protocol = EvaluationProtocol(epochs=4, batch_size=5)
+        return evaluate(
+            NET, lambda _: images(), images(300), 0.1, protocol, networks=5, seed=1, place=(7,), at_once=at_once
+        ).values
+
+    assert len(set(values(1))) > 1
+    assert values(at_once) == values(1)
+
+
+def test_a_stop_request_ends_all() -> None:
+    stop = StopRequest()
+    protocol = EvaluationProtocol(epochs=10**6)
+    timer = threading.Timer(0.3, lambda: setattr(stop, "signum", 15))
+    timer.start()
+    with pytest.raises(Stopped, match="during an evaluation"):
+        evaluate(NET, lambda _: images(), images(), 0.1, protocol, networks=4, seed=1, stop=stop, at_once=3)
+    timer.join()
+
+
+def test_the_formulas() -> None:
+    small, large = torch.Size((1, 6, 6)), torch.Size((3, 64, 64))
+
+    def concurrency(net: ConvNet, shape: torch.Size, batch: int, jobs: int, asked: int | None = None) -> Concurrency:
+        return concurrency_for(net, student_for(net, CPU), shape, CPU, batch=batch, jobs=jobs, asked=asked)
+
+    torch.set_num_threads(2)
+    wide = ConvNet(3, 10, 64)
+    assert concurrency(NET, small, 10, 5) == Concurrency(2, 1)
+    assert concurrency(NET, small, 10, 1) == Concurrency(1, 1)
+    assert concurrency(wide, large, 10, 5) == Concurrency(1, 2)
+    # asked for or not, one of them computes with the same number of threads
+    assert concurrency(NET, small, 10, 5, 1) == Concurrency(1, 1)
+    assert concurrency(wide, large, 10, 5, 3) == Concurrency(3, 2)
+    with pytest.raises(InputError, match="--networks_at_once 0: expected at least 1"):
+        concurrency(NET, small, 10, 5, 0)
+    device_threads = 132 * 2048
+    assert filling(47_000_000, device_threads, step=10**8, memory=10**11) == 4
+    assert filling(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
+    assert filling(10**10, device_threads, step=10**8, memory=10**11) == 0
+
+
+@pytest.mark.gpu
+def test_results_on_a_gpu_do_not_depend_on_how_many_run() -> None:
+    from mtt_fast.runtime.numerics import numerics
+
+    device = torch.device("cuda")
+    pixels, labels = images().pixels.to(device), images().labels.to(device)
+    protocol = EvaluationProtocol(epochs=6, batch_size=5)
+
+    def values(at_once: int | None) -> tuple[float, ...]:
+        on_device = Images(pixels, labels)
+        return evaluate(NET, lambda _: on_device, on_device, 0.1, protocol, networks=5, seed=1, at_once=at_once).values
+
+    with numerics(device, "tf32"):
+        assert values(3) == values(1) == values(None)
+
+
+@pytest.mark.gpu
+def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
+    from mtt_fast.runtime.numerics import numerics
+
+    device, ends = torch.device("cuda"), []
+    with numerics(device, "fp32"):
+        for place in (CPU, device):
+            seen = Images(images().pixels.to(place), images().labels.to(place))
+            epoch = epoch_on(student_for(NET, place), seen, Sgd(0.1, 0.9, 5e-4, batch_size=5), SiameseAugment())
+            theta = NET.init(torch.Generator().manual_seed(0)).to(place)
+            velocity, generator = torch.zeros_like(theta), torch.Generator().manual_seed(1)
+            for _ in range(3):
+                theta, velocity, _ = epoch(theta, velocity, generator)
+            ends.append(theta.cpu())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-5)
+
+
+def test_the_networks_of_a_pool_are_looked_at_once() -> None:
+    """The next evaluation of the same networks finds what a step of each takes."""
+    pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(1, 8)]
+    students = [student_for(network, CPU) for network in pool]
+    live_bytes.cache_clear()
+    for _ in range(2):
+        for network, student in zip(pool, students, strict=True):
+            concurrency_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, jobs=2)
+    assert live_bytes.cache_info().misses == len(pool)

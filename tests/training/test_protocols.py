@@ -1,0 +1,279 @@
+"""Protocols against plain loops of torch.nn and torch.optim, with batch norm's running statistics; pools of networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtt_fast import ConvNet, FlatModule, InputError, SyntheticDataset, evaluate
+from mtt_fast.commands import cli
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured
+from mtt_fast.commands.options import EvaluationOptions
+from mtt_fast.data.published_info import dataset_info
+from mtt_fast.distill import command as distill
+from mtt_fast.engine.student import GenericStudent
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.flat_module import in_evaluation, statistics_of, track_of
+from mtt_fast.networks.pools import POOLS
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.testing import assert_close
+from mtt_fast.training.images import Images
+from mtt_fast.training.protocols import PROTOCOLS, Accuracy, EvaluationProtocol, protocol_by_name, train_network
+from mtt_fast.training.protocols import evaluate as measure
+from mtt_fast.training.sgd import Sgd, count_right, epoch_on
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+
+def with_batch_norm(momentum: float | None = 0.1) -> nn.Sequential:
+    """Two norms, of which one has an affine part; float64."""
+    layers = [
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3, affine=False, momentum=momentum), nn.Flatten(), nn.Linear(3, 3),
+    ]  # fmt: skip
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
+def test_running_statistics_are_those_of_a_plain_training_loop(momentum: float | None) -> None:
+    module = with_batch_norm(momentum)
+    net = FlatModule(module)
+    images = Images(torch.randn(8, 2, 6, 6, dtype=torch.float64), torch.arange(8) % 3)
+    sgd = Sgd(0.05, momentum=0.9, weight_decay=5e-4, batch_size=3)
+    epoch = epoch_on(GenericStudent(net), images, sgd, None, track_of(net))
+    theta, statistics = net.init(), list(statistics_of(net))
+    velocity = torch.zeros_like(theta)
+    orders, generator = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    optimiser = torch.optim.SGD(module.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    unseen = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    for _ in range(3):
+        theta, velocity, _, *statistics = epoch(theta, velocity, generator, *statistics)
+        module.train()
+        for index in torch.randperm(8, generator=orders).split(3):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(module(images.pixels[index]), images.labels[index]).backward()
+            optimiser.step()
+        plain = nn.utils.parameters_to_vector(module.parameters()).detach()
+        assert_close("parameters", theta - net.init(), plain - net.init(), 1e-10)
+        running = [buffer.double().reshape(-1) for buffer in module.buffers()]
+        assert_close("statistics", statistics[0], torch.cat(running), 1e-12)
+        assert_close("logits", in_evaluation(net, *statistics)(theta, unseen), module.eval()(unseen), 1e-10)
+
+
+def test_a_network_without_batch_norm_keeps_no_statistics() -> None:
+    for net in (ConvNet(width=4), FlatModule(nn.Linear(2, 2)), FlatModule(with_batch_norm().eval())):
+        assert statistics_of(net) == ()
+        assert track_of(net) is None
+        assert in_evaluation(net) is net
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics_beside_one_in_training() -> None:
+    module = with_batch_norm()
+    module(torch.randn(4, 2, 6, 6, dtype=torch.float64))
+    module[1].eval()
+    net, images = FlatModule(module), torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    assert net.mixes_samples
+    assert statistics_of(net)[0].numel() == 3 + 3 + 1
+    assert_close("logits", net(net.init(), images), module(images), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["mtt", "ddranking"])
+@pytest.mark.parametrize("model", ["ConvNetD1W4BN", "ConvNetD1W4"])
+def test_equals_the_protocol_written_out(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch: its order does not matter. The best of every second epoch stands for every tenth."""
+    monkeypatch.setattr("mtt_fast.training.protocols._TESTED_EVERY", 2)
+    net = network_by_name(model, (1, 6, 6), 3)
+    train = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
+    test = Images(torch.randn(60, 1, 6, 6), torch.arange(60) % 3)
+    protocol = protocol_by_name(name, epochs=7, batch_size=None, augment="none", best_epoch=False)
+    start = net.init(generator_for(0, "evaluation", 0))
+    in_double = Images(train.pixels.double(), train.labels)
+    end = train_network(net, start.double(), in_double, 0.05, protocol, torch.Generator())
+
+    norm: nn.Module = nn.BatchNorm2d(4) if "BN" in model else nn.GroupNorm(4, 4)
+    layers = (nn.Conv2d(1, 4, 3, padding=3), norm, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(100, 3))
+    module = nn.Sequential(*layers).double()
+    nn.utils.vector_to_parameters(start.double(), module.parameters())
+    lr, accuracies = 0.05, []
+    optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [7 // 2], gamma=0.1)
+    for epoch in range(8 if name == "mtt" else 7):
+        module.train()
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(module(in_double.pixels), train.labels).backward()
+        optimiser.step()
+        with torch.no_grad():
+            found = module.eval()(test.pixels.double()).argmax(1)
+        accuracies.append(float((found == test.labels).double().mean()))
+        if name == "ddranking":
+            schedule.step()
+        elif epoch == 7 // 2 + 1:
+            lr *= 0.1
+            optimiser = torch.optim.SGD(module.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    plain = nn.utils.parameters_to_vector(module.parameters()).detach()
+    assert_close("parameters", end - start, plain - start, 1e-10)
+
+    result = measure(net, lambda _: train, test, 0.05, protocol, networks=1, seed=0)
+    tested = accuracies[-1:] if name == "mtt" else [accuracies[1], accuracies[3], accuracies[5], accuracies[6]]
+    assert result.values[0] == pytest.approx(max(tested), abs=0.5 / 60)
+    assert result.record().get("epoch") == ("best" if name == "ddranking" else None)
+
+
+def test_protocols_say_what_they_do() -> None:
+    assert PROTOCOLS["mtt"] == EvaluationProtocol()
+    said = {name: protocol.describe() for name, protocol in PROTOCOLS.items()}
+    assert "1001 epochs in batches of 256" in said["mtt"]
+    assert "a tenth of it after 502 epochs in a new optimiser" in said["mtt"]
+    assert "1001 epochs in batches of 128" in said["datm"]
+    assert "1000 epochs in batches of 256" in said["ddranking"]
+    assert "a tenth of it after 500 epochs in the same optimiser" in said["ddranking"]
+    assert (
+        "the BEST of every 10th epoch (20th with soft labels) and the last is reported, chosen on the test images"
+        in said["ddranking"]
+    )
+    assert all("the last epoch is reported" in said[name] for name in ("mtt", "datm"))
+    tested = [
+        [epoch for epoch in range(1, 1002) if PROTOCOLS[name].is_tested(epoch, soft)]
+        for name, soft in (("mtt", False), ("ddranking", False), ("ddranking", True))
+    ]
+    assert tested == [[1001], list(range(10, 1001, 10)), list(range(20, 1001, 20))]
+
+
+def test_options_choose_the_protocol() -> None:
+    assert EvaluationOptions().evaluation_protocol() == EvaluationProtocol()
+    datm = EvaluationOptions(protocol="datm", epoch_eval_train=30, best_epoch=True, dsa=False).evaluation_protocol()
+    assert (datm.batch_size, datm.epochs, datm.best_epoch, datm.augment) == (128, 30, True, "none")
+    assert EvaluationOptions(protocol="datm", batch_train=64).evaluation_protocol().batch_size == 64
+    with pytest.raises(InputError, match="--protocol kip: expected mtt, datm, ddranking"):
+        EvaluationOptions(protocol="kip").evaluation_protocol()
+    with pytest.raises(InputError, match="--epoch_eval_train 0: expected at least 1 with --protocol ddranking"):
+        EvaluationOptions(protocol="ddranking", epoch_eval_train=0).evaluation_protocol()
+
+
+@pytest.fixture
+def a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    from mtt_fast.data import load
+
+    data = load("digits", data_path="data", progress=False)
+    recipe: dict[str, Any] = {"dataset": "digits", "model": "ConvNetD1W4", "num_eval": 2, "epoch_eval_train": 3}
+    SyntheticDataset(
+        torch.randn(10, 1, 8, 8),
+        torch.arange(10),
+        torch.tensor(0.02),
+        data.class_names,
+        data.mean,
+        data.std,
+        recipe=recipe,
+    ).save("set.safetensors")
+    return tmp_path / "set.safetensors"
+
+
+def result_of(*arguments: str) -> dict[str, Any]:
+    assert cli.run(evaluate.main, [*arguments, "--out", "result.json"]) == 0
+    result: dict[str, Any] = json.loads(Path("result.json").read_text())
+    return result
+
+
+def test_evaluation_over_a_pool(a_set: Path) -> None:
+    result = result_of(str(a_set), "--eval_mode", "C", "--model", "ConvNetD1W4BN", "--protocol", "datm")
+    assert list(result["accuracy_by_network"]) == ["ConvNetD1W4BN", "ConvNet"]
+    assert result["accuracy"] == result["accuracy_by_network"]["ConvNetD1W4BN"]
+    assert "epoch" not in result["accuracy"]
+    assert result["protocol"]["name"] == "datm"
+    assert result["protocol"]["batch_size"] == 128
+    alone = result_of(str(a_set))
+    assert (alone["model"], list(alone["accuracy_by_network"])) == ("ConvNetD1W4", ["ConvNetD1W4"])
+    best = result_of(str(a_set), "--best_epoch")
+    assert best["accuracy"]["epoch"] == "best"
+    assert best["accuracy"]["values"] == alone["accuracy"]["values"]  # of three epochs only the last is tested
+
+
+def test_records_of_evaluations() -> None:
+    one, other = Accuracy((0.5, 0.7)), Accuracy((0.25,), best_epoch=True)
+    record = {"mean": 0.6, "std": pytest.approx(0.02**0.5), "n": 2}
+    line = measured({"A": one})
+    assert line == {"accuracy_mean": 0.6, "accuracy_std": record["std"], "networks": 2}
+    assert accuracy_record(line) == record
+    assert accuracy_by_network(line, "A") == {"A": record}
+    both = measured({"A": one, "B": other})
+    assert accuracy_by_network(both, "A") == {"A": record, "B": record | {"mean": 0.25, "std": 0.0}}
+    assert accuracy_record(measured({"B": other})) == {"mean": 0.25, "std": 0.0, "n": 1, "epoch": "best"}
+
+
+TOY = (
+    "--dataset digits --model ConvNetD1W4BN --num_experts 1 --train_epochs 2 --max_start_epoch 1 --expert_epochs 1 "
+    "--syn_steps 2 --Iteration 1 --eval_it 1 --num_eval 2 --epoch_eval_train 2 --batch_real 512 --lr_img 10"
+).split()
+
+
+def test_distillation_of_a_network_with_batch_norm_and_a_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(distill.main, [*TOY, "--eval_mode", "SS", "--out", "run", "--protocol", "ddranking"]) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert list(summary["accuracy_by_network"]["distilled"]) == ["ConvNetD1W4BN"]
+    assert summary["accuracy"]["distilled"]["epoch"] == "best"
+    assert "(best epoch)" in summary["text"]
+    assert summary["protocol"]["name"] == "ddranking"
+    flags = ["--eval_mode", "C", "--num_eval", "1", "--out", "other"]
+    assert cli.run(distill.main, [*TOY, *flags]) == 0
+    summary = json.loads(Path("other/summary.json").read_text())
+    assert set(summary["accuracy_by_network"]["distilled"]) == {"ConvNetD1W4BN", "ConvNet"}
+    lines = [json.loads(line) for line in Path("other/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "evaluation"][-1]
+    assert last["accuracy_mean"] == last["accuracy_mean/ConvNetD1W4BN"]
+    assert summary["accuracy_by_network"]["distilled"]["ConvNet"]["mean"] == last["accuracy_mean/ConvNet"]
+    for flags, message in (
+        (["--eval_mode", "M"], "VGG11: nothing is left"),
+        (["--eval_mode", "Q"], "--eval_mode Q: expected one of"),
+        (["--microbatch", "2"], "batch norm uses batch statistics"),
+    ):
+        assert cli.run(distill.main, [*TOY, *flags, "--out", "refused"]) == 2
+        assert message in capsys.readouterr().err
+        assert not Path("refused/synthetic.safetensors").exists()
+
+
+def test_the_accuracy_of_an_expert_with_batch_norm_is_that_of_its_evaluation_mode() -> None:
+    net = network_by_name("ConvNetD1W4BN", (1, 6, 6), 3)
+    theta, (statistics,) = net.init(torch.Generator().manual_seed(0)), statistics_of(net)
+    test = Images(3 + torch.randn(30, 1, 6, 6), torch.arange(30) % 3)
+
+    def right(values: Tensor) -> int:
+        module = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(100, 3),
+        )
+        nn.utils.vector_to_parameters(theta, module.parameters())
+        module[1].running_mean, module[1].running_var = values[:4], values[4:8]
+        with torch.no_grad():
+            return int((module.eval()(test.pixels).argmax(1) == test.labels).sum())
+
+    after = net.track(theta, test.pixels, statistics) if isinstance(net, FlatModule) else statistics
+    assert not torch.equal(after, statistics)
+    for values in (statistics, after):
+        assert int(count_right(in_evaluation(net, values), theta, test)) == right(values)
+
+
+def test_the_model_comes_first_in_its_pool_by_whichever_name() -> None:
+    """Which decides what images are best, and what the summary's one accuracy is of."""
+    facts = dataset_info("CIFAR10")
+    for model, mode, first in (
+        ("ConvNet", "W", "ConvNetW128"),
+        ("ConvNetD3", "N", "ConvNetIN"),
+        ("ResNet18", "M", "ResNet18"),
+        ("MLP", "D", "ConvNetD1"),
+    ):
+        names = list(EvaluationOptions(model=model, eval_mode=mode).evaluated_networks(facts))
+        assert names[0] == first
+        assert sorted(names) == sorted(POOLS[mode])
