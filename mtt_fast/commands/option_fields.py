@@ -168,7 +168,7 @@ class Field:
 
     @property
     def role(self) -> Role:
-        """What it decides."""
+        """Return what it decides."""
         return next((word for word in self.declared if isinstance(word, Role)), Role.RESULT)
 
     @property
@@ -179,19 +179,19 @@ class Field:
 
     @property
     def is_positional(self) -> bool:
-        """Whether it stands on the command line without a flag."""
+        """Return whether it stands on the command line without a flag."""
         import tyro  # here, since only the commands need it
 
         return tyro.conf.Positional in self.declared
 
     @property
     def shown(self) -> str:
-        """How messages name it."""
+        """Return how messages name it."""
         return self.flag if self.is_positional else f"--{self.flag}"
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off."""
+        """Return whether it is on or off."""
         return self.annotation is bool
 
     def all_of(self, kind: type[_Declared]) -> list[_Declared]:

@@ -56,7 +56,7 @@ class _Facts:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Return the number of classes."""
         return len(self.class_names)
 
     def most_bytes(self, kind: _Distribution) -> dict[str, int]:

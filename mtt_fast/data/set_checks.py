@@ -21,7 +21,7 @@ LABEL_KINDS = ("indices", "probabilities", "logits")
 MOST_CLASSES = 1 << 20
 """A larger class index is damage: no data set has so many."""
 
-_LARGEST = 1e30  # that a mean or deviation may be: float32 holds it
+_LARGEST = 1e15  # that a mean or deviation may be; a larger whole number torch cannot take
 _SUM_WITHIN = 1e-2  # of 1: what a row of a thousand probabilities in bfloat16 needs
 
 Where = str | os.PathLike[str]

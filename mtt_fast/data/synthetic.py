@@ -55,7 +55,7 @@ class SyntheticDataset:
 
     @property
     def identity(self) -> DatasetIdentity:
-        """Which real images it was made from, as far as it knows: what it may be used with."""
+        """Return which real images it was made from, as far as it knows: what it may be used with."""
         channels, height, width = self.images.shape[1:]
         side = 1 if self.canvas is None else self.canvas.size
         whitening = NORMALISED if self.whitening is None else WHITENED
@@ -66,7 +66,7 @@ class SyntheticDataset:
 
     @property
     def transform(self) -> Normalisation | Whitening:
-        """From pictures in [0, 1] to the space of its images, and back."""
+        """Return the map from pictures in [0, 1] to the space of its images, and back."""
         return self.whitening or Normalisation(self.mean, self.std)
 
     @property

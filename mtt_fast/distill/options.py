@@ -173,19 +173,19 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     @property
     def label_kind(self) -> LabelKind:
-        """What the student's labels are."""
+        """Return what the student's labels are."""
         if self.lr_y is not None:
             return "logits"
         return "probabilities" if self.teacher_label else "indices"
 
     @property
     def canvas(self) -> Canvas | None:
-        """How steps see the images of --texture."""
+        """Return how steps see the images of --texture."""
         return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None
 
     @property
     def tiles(self) -> int:
-        """How many real images each synthetic one is as large as: more than one for a canvas."""
+        """Return how many real images each synthetic one is as large as: more than one for a canvas."""
         return self.canvas_size**2 if self.texture else 1
 
     def remarks(self, given: Container[str]) -> list[str]:
@@ -212,7 +212,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     @property
     def looks_at_last_epochs(self) -> bool:
-        """Whether images or labels come from what experts say after their last epoch."""
+        """Return whether images or labels come from what experts say after their last epoch."""
         return self.pix_init == "samples_predicted_correctly" or self.label_init == "experts"
 
     def asks_experts(self) -> str | None:
@@ -303,7 +303,7 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
     chosen = parsing.parse_known(_Selection, argv, PROGRAM)
     in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
     texts = {name: in_file.get(name) for name in ("recipe", "out", "dataset") if getattr(chosen, name) is None}
-    in_words = {name: value for name, value in texts.items() if isinstance(value, str)}
+    in_words: dict[str, Any] = {name: value for name, value in texts.items() if isinstance(value, str)}
     chosen = dataclasses.replace(chosen, **in_words)
     run_is_named = chosen.resume and chosen.out is not None
     if chosen.recipe is None and chosen.dataset is None and not run_is_named:

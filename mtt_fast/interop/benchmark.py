@@ -102,7 +102,7 @@ def write_benchmark(root: str | os.PathLike[str], found: TensorSet, dataset: str
 
 
 def is_benchmark(folder: Path) -> bool:
-    """Whether `folder` is, or holds, folders METHOD/DATASET/IPCn."""
+    """Return whether `folder` is, or holds, folders METHOD/DATASET/IPCn."""
     return bool(_sets(folder))
 
 

@@ -53,12 +53,12 @@ class Trajectory:
 
     @property
     def name(self) -> str:
-        """Where it is, for a reader of messages."""
+        """Return where it is, for a reader of messages."""
         return f"{self.file.name}, expert {self.place}"
 
     @property
     def num_epochs(self) -> int:
-        """How many epochs of training it tells of."""
+        """Return how many epochs of training it tells of."""
         return (len(self.course.positions) if self.course else len(self.points)) - 1
 
     def rows(self) -> Tensor:

@@ -33,7 +33,7 @@ class Facts:
 
     @property
     def identity(self) -> DatasetIdentity:
-        """What tells the images from others."""
+        """Return what tells the images from others."""
         whitening = NORMALISED if self.whitening is None else WHITENED
         return DatasetIdentity(
             self.dataset, self.class_names, self.image_shape, self.mean, self.std, whitening, self.fingerprint
@@ -41,7 +41,7 @@ class Facts:
 
     @property
     def transform(self) -> Normalisation | Whitening:
-        """From pictures in [0, 1] to the networks' input space, and back."""
+        """Return the map from pictures in [0, 1] to the networks' input space, and back."""
         return self.whitening or Normalisation(self.mean, self.std)
 
 
@@ -76,7 +76,7 @@ class TensorSet:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels tell of."""
+        """Return how many classes the labels tell of."""
         return int(self.labels.max()) + 1 if self.label_kind == "indices" else self.labels.shape[1]
 
     def ipc(self, where: str) -> int:

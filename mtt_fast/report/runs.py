@@ -37,7 +37,7 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """How many are done, as far as is written down; 0 of a set that is chosen at once."""
+        """Return how many are done, as far as is written down; 0 of a set that is chosen at once."""
         return max((record["iteration"] for record in self.records), default=int(self.summary.get("iterations", 0)))
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def protocol(self) -> str:
-        """How its networks are evaluated, in words, where that is written down."""
+        """Return how its networks are evaluated, in words, where that is written down."""
         return str(self.summary.get("protocol", {}).get("text", ""))
 
     @property

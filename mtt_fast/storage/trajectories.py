@@ -87,13 +87,13 @@ class ExpertMetadata:
 
     @property
     def identity(self) -> DatasetIdentity:
-        """Which images it was trained on, as far as it knows."""
+        """Return which images it was trained on, as far as it knows."""
         own = {"name": self.dataset, "fingerprint": self.fingerprint, "whitening": self.whitening}
         return DatasetIdentity.from_record(own | self.data)
 
     @property
     def imported(self) -> bool:
-        """Whether it comes from other software, which does not say how it was trained."""
+        """Return whether it comes from other software, which does not say how it was trained."""
         return "lr" not in self.hyperparameters
 
     def to_text(self) -> dict[str, str]:

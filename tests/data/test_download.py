@@ -130,7 +130,7 @@ def other_test(name: str) -> ModuleType:
 def test_cifar_is_fetched_once_and_read(
     server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = other_test("test_data_cifar")
+    made = other_test("test_cifar")
     archive = made.archived(made.python_folder(tmp_path / "made", "CIFAR10"))
     files[archive.name] = archive.read_bytes()
     home = tmp_path / "data"
@@ -149,7 +149,7 @@ def test_cifar_is_fetched_once_and_read(
 def test_mnist_is_fetched_and_only_what_is_missing(
     server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = other_test("test_data_mnist")
+    made = other_test("test_mnist")
     for path in made.files(tmp_path / "made").iterdir():
         files[f"{path.name}.gz"] = gzip.compress(path.read_bytes())
     a, b, c, d = (md5(files[f"{name}.gz"]) for name in mnist.FILES)

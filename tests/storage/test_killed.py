@@ -33,7 +33,7 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("what", [pytest.param("sets", marks=pytest.mark.slow), "experts", "caches"])
 def test_killed_at_each_point(in_memory: Path, what: str) -> None:
-    root = str(SCRIPT.parents[1])
+    root = str(SCRIPT.parents[2])
     found = subprocess.run(
         [sys.executable, "-W", "ignore", str(SCRIPT), what], cwd=in_memory, capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=250,
