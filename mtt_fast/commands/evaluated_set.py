@@ -98,6 +98,8 @@ def data_for(options: SetOptions, source: str, synthetic: SyntheticDataset | Non
         check_same_data(made_from, at_hand, _file(source), other_data=options.other_data)
         if told := other_data_in_words(made_from, at_hand):
             log.info("%s: %s", _file(source), told)
+        elif options.other_data:
+            log.info("--other_data: has no effect, as %s was made from these images", _file(source))
     return data
 
 

@@ -137,6 +137,8 @@ def _told_of_experts(
     first = store.metadata(0)
     if told := other_data_in_words(first.identity, real.identity):
         yield told
+    elif options.other_data:
+        yield "--other_data: has no effect, as the experts were trained on these images"
     if first.imported and len(store) < options.num_experts:
         yield (
             f"experts from elsewhere, used as they are: all {len(store)} that are there; --num_experts {options.num_experts} "

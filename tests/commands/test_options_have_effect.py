@@ -178,7 +178,7 @@ def _of_sets(rest: str) -> dict[str, Row]:
         "canvas_size": needs("--texture", "--canvas_size 1", pt.format("pair")),
         "canvas_samples": needs("--texture", "--canvas_samples 2", pt.format("canvases")),
         "label_kind": changes("--label_kind logits", job=pt.format("soft")),
-        "other_data": changes("--other_data"),
+        "other_data": says("--other_data", "--other_data: has no effect"),
     }
 
 
@@ -229,7 +229,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "canvas_samples": needs("--texture", "--canvas_samples 2"),
         "eval_it": changes("--eval_it 1"),
         "buffer_path": changes("--buffer_path other"),
-        "other_data": changes("--other_data"),
+        "other_data": says("--other_data", "--other_data: has no effect"),
         "num_experts": changes("--num_experts 3"),
         "max_experts": changes("--max_experts 1"),
         "num_interpolation": changes("--num_interpolation 3"),

@@ -107,7 +107,7 @@ def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
 def test_the_steady_state_has_no_page_faults() -> None:
     # as the command lines tell glibc, which keeps what is small
     keeps = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-    found = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, saved=2, augment=True, again=4)
+    found = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, kept=2, augment=True, again=4)
     assert found["faults"] * 4096 <= 0.01 * found["planned"]
 
 

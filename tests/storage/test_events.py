@@ -79,4 +79,4 @@ def test_a_full_disk_is_one_line(
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 1
     assert told[0].startswith(f"error: {tmp_path}/events/events.out.tfevents.")
-    assert told[0].endswith(": No space left on device; check the path and the free space")
+    assert told[0].endswith(": No space left on device; free some space, or choose another disk")
