@@ -147,7 +147,9 @@ def test_second_load_reads_no_batch_and_a_touched_one_is_read(tmp_path: Path, mo
     load("CIFAR10", data_path=tmp_path, progress=False)
     reads: list[Path] = []
     open_regular = regular.open_regular
-    monkeypatch.setattr(regular, "open_regular", lambda path, *limits: reads.append(path) or open_regular(path, *limits))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        regular, "open_regular", lambda path, *limits: reads.append(path) or open_regular(path, *limits)
+    )  # type: ignore[func-returns-value]
     load("CIFAR10", data_path=tmp_path, progress=False)
     assert reads == []
     os.utime(folder / "data_batch_3", ns=(1, 1))

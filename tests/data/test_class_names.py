@@ -9,7 +9,18 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from mtt_fast.data.class_names import CIFAR10, CIFAR100, FASHION_MNIST, MNIST, SUBSETS, class_indices, imagenet_wnids, in_order, relabelled, tiny_wnids
+from mtt_fast.data.class_names import (
+    CIFAR10,
+    CIFAR100,
+    FASHION_MNIST,
+    MNIST,
+    SUBSETS,
+    class_indices,
+    imagenet_wnids,
+    in_order,
+    relabelled,
+    tiny_wnids,
+)
 from mtt_fast.errors import InputError
 
 WOOF = list(SUBSETS["imagewoof"].values())

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from mtt_fast import InputError, SyntheticDataset, Whitening, evaluate
+from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
 from mtt_fast.cross import command as cross
-from mtt_fast.storage.files import load_tensors, save_tensors
-from mtt_fast.interop import SET_KINDS, as_tensor_set, as_synthetic, read_set, write_set
-from mtt_fast.interop.tensor_set import Facts, TensorSet, guess_label_kind, tensor_set
 from mtt_fast.data.set_checks import MOST_CLASSES, are_probabilities, check_classes, check_set, check_tensors
-from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.interop import SET_KINDS, as_synthetic, as_tensor_set, read_set, write_set
+from mtt_fast.interop.tensor_set import Facts, TensorSet, guess_label_kind, tensor_set
+from mtt_fast.storage.files import load_tensors, save_tensors
 from tests.interop.test_sets import CLASSES, N, distilled
 
 SQUARE = torch.eye(60)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtt_fast.data.whitening import LARGEST_IMAGE, Whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import save_tensors
-from mtt_fast.data.whitening import LARGEST_IMAGE, Whitening
 
 
 def pictures(n: int = 40, shape: tuple[int, int, int] = (3, 5, 4), seed: int = 0) -> Tensor:
