@@ -33,11 +33,11 @@ TOLERANCES = {"float64": 1e-10, "fp32": 1e-4, "tf32": 3e-2, "bf16": 0.2}
 
 
 def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """Return all that a student answers, also with kept activations."""
-    gradient = student.gradient(theta, images, labels, keep=True)
+    """Return every result of a student, also with saved activations."""
+    gradient = student.gradient(theta, images, labels, save=True)
     found = {"loss": gradient.loss, "gradient": gradient.theta}
-    for name, kept in (("", None), (" from what was kept", gradient.kept)):
-        tangent = student.gradient_jvp(theta, images, labels, v, kept)
+    for name, saved in (("", None), (" from saved activations", gradient.saved)):
+        tangent = student.gradient_jvp(theta, images, labels, v, saved)
         found[f"v_dot_g{name}"] = tangent.v_dot_g
         found[f"hessian_v{name}"] = tangent.hessian_v
         found[f"images{name}"] = tangent.images
