@@ -11,7 +11,7 @@ from mtt_fast.data.image_data import ImageData
 from mtt_fast.data.packing import Source, packed
 from mtt_fast.errors import InputError
 
-NAMES = (*cifar.FACTS, *mnist.FACTS, "Tiny", "ImageNet", *imagenet.SUBSETS, "digits", "folder")
+NAMES = (*cifar.SPECS, *mnist.SPECS, "Tiny", "ImageNet", *imagenet.SUBSETS, "digits", "folder")
 
 
 def load(
@@ -52,7 +52,7 @@ def find(
     Raises `NotFound` where it is in none of the places it was looked for, and `InputError` as `load`.
     """
     data_path = Path(data_path).expanduser().absolute()
-    name = {known.casefold(): known for known in NAMES}.get(dataset.casefold())
+    name = name_of(dataset)
     if res is not None and res < 1:
         raise InputError(f"--res: expected a positive number of pixels, found {res}; leave it out for the default")
     if subset is not None and name != "ImageNet":
@@ -79,6 +79,11 @@ def find(
     if path.is_dir() or os.sep in dataset:
         return folder.source(path, res)
     raise _unknown("--dataset", dataset, NAMES, ", or the path of an image folder")
+
+
+def name_of(dataset: str) -> str | None:
+    """Return the one of `NAMES` that `dataset` is, in any case; None if it is none of them."""
+    return {known.casefold(): known for known in NAMES}.get(dataset.casefold())
 
 
 def _subset(subset: str) -> str:

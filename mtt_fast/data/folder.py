@@ -145,8 +145,8 @@ def image_source(
             Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, resize)),
         )
 
-    def facts() -> DatasetInfo:
+    def info() -> DatasetInfo:
         return DatasetInfo(name, image_shape(), len(names), len(train_files), len(test_files))
 
     key = key_of(root, train_files + test_files, name, list(train), class_names, channels, size, resize, mean, std)
-    return Source(name, stem or name, key, read, mean, std, facts)
+    return Source(name, stem or name, key, read, mean, std, info)

@@ -54,7 +54,7 @@ class Source:
     """A data set that was found, but not read yet.
 
     `stem` names its packed file; `key` says what would go in. `mean` and `std` None: computed from the training images.
-    `facts` counts what is there, decoding nothing; None where that is what is published of the data set.
+    `info` counts what is there, decoding nothing; None where that is what is published of the data set.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Source:
     read: Callable[[], Contents]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    facts: Callable[[], DatasetInfo] | None = None
+    info: Callable[[], DatasetInfo] | None = None
 
 
 def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:

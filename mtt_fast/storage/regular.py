@@ -28,15 +28,15 @@ def open_regular(path: StrPath, most: int | None = None, mend: str = _CHECK_PATH
     Raises `InputError`, which ends in `mend`, for one that is missing, larger, or of another kind: a folder, a FIFO, a device.
     """
     try:
-        file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115 - it is returned
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO that nobody writes to would be waited for
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, mend) from error
     try:
-        _check_status(os.fstat(file.fileno()), path, most, mend)
+        _check_status(os.fstat(descriptor), path, most, mend)
     except InputError:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return open(descriptor, "rb", buffering=0)
 
 
 def check_regular(path: StrPath, most: int, mend: str = _CHECK_PATH) -> None:
@@ -80,10 +80,6 @@ def lines_of(content: bytes, path: StrPath, mend: str) -> list[str]:
     if "\0" in text or max(map(len, lines)) > _LONGEST_LINE:
         raise InputError(f"{path}: expected text, found bytes that are none or a line without an end; {mend}")
     return lines if text else []
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO that nobody writes to would be waited for
 
 
 def _check_status(status: os.stat_result, path: StrPath, most: int | None, mend: str) -> None:

@@ -130,15 +130,15 @@ def other_test(name: str) -> ModuleType:
 def test_cifar_is_fetched_once_and_read(
     server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = other_test("test_data_cifar")
+    made = other_test("test_cifar")
     archive = made.archived(made.python_folder(tmp_path / "made", "CIFAR10"))
     files[archive.name] = archive.read_bytes()
     home = tmp_path / "data"
     with pytest.raises(InputError, match="expected the checksum"):
         cifar.source("CIFAR10", home, None, True, False, url=server)  # it is not the real archive
-    assert not list(home.iterdir())
-    facts = replace(cifar.FACTS["CIFAR10"], md5=md5(files[archive.name]))
-    monkeypatch.setitem(cifar.FACTS, "CIFAR10", facts)
+    assert not home.exists()
+    spec = replace(cifar.SPECS["CIFAR10"], md5=md5(files[archive.name]))
+    monkeypatch.setitem(cifar.SPECS, "CIFAR10", spec)
     source = cifar.source("CIFAR10", home, None, True, False, url=server)
     made.check(packed(source, home / "packed", False), "CIFAR10")
     files.clear()
@@ -149,11 +149,11 @@ def test_cifar_is_fetched_once_and_read(
 def test_mnist_is_fetched_and_only_what_is_missing(
     server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = other_test("test_data_mnist")
+    made = other_test("test_mnist")
     for path in made.files(tmp_path / "made").iterdir():
         files[f"{path.name}.gz"] = gzip.compress(path.read_bytes())
     a, b, c, d = (md5(files[f"{name}.gz"]) for name in mnist.FILES)
-    monkeypatch.setitem(mnist.FACTS, "MNIST", replace(mnist.FACTS["MNIST"], md5=(a, b, c, d)))
+    monkeypatch.setitem(mnist.SPECS, "MNIST", replace(mnist.SPECS["MNIST"], md5=(a, b, c, d)))
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / f"{mnist.FILES[0]}.gz").write_bytes(files.pop(f"{mnist.FILES[0]}.gz"))  # which the server now lacks
