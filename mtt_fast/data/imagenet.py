@@ -87,14 +87,14 @@ def _subset_classes(root: Path, split: Path, subset: str) -> Listing:
 def _places(split: Path, subset: str) -> dict[str, str]:
     """Return the names of the folders in `split` that hold classes of the subset, by WordNet id, in its order."""
     names = sorted(folder_names(split))
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     if len(names) > len(
         SUBSETS[subset]
     ):  # a larger tree, where numbers are ImageNet's and words may be another class's
-        found = _by_wnid(names, imagenet_wnids(), imagenet_wnids(), split)
-    if not set(SUBSETS[subset]) <= set(found):
-        found = _by_wnid(names, list(SUBSETS[subset].values()), list(SUBSETS[subset]), split)
-    return {wnid: found[wnid] for wnid in SUBSETS[subset] if wnid in found}
+        places = _by_wnid(names, imagenet_wnids(), imagenet_wnids(), split)
+    if not set(SUBSETS[subset]) <= set(places):
+        places = _by_wnid(names, list(SUBSETS[subset].values()), list(SUBSETS[subset]), split)
+    return {wnid: places[wnid] for wnid in SUBSETS[subset] if wnid in places}
 
 
 def _by_wnid(names: list[str], class_names: list[str], wnids: list[str], where: Path) -> dict[str, str]:
@@ -120,8 +120,8 @@ def _find(data_path: Path, subset: str | None) -> Path:
         )
     missing = list(SUBSETS[subset])
     for root in roots:
-        there = _places(root / "train", subset)
-        lacking = [wnid for wnid in SUBSETS[subset] if wnid not in there]
+        named = _places(root / "train", subset)
+        lacking = [wnid for wnid in SUBSETS[subset] if wnid not in named]
         if not lacking:
             return root
         missing = min(missing, lacking, key=len)

@@ -97,18 +97,19 @@ def source(name: str, data_path: Path, download: bool, progress: bool, url: str 
 
 
 def _find(name: str, data_path: Path) -> list[Path] | None:
+    """Return the four files in the first likely folder that has them all, plain or gzipped; None if there is none."""
     for folder in (data_path / name / "raw", data_path / name, data_path):  # the first is torchvision's
         files = [
             next((f for f in (folder / file, folder / f"{file}.gz") if is_file_or_link(f)), None) for file in FILES
         ]
-        found = [file for file in files if file]
-        if len(found) == len(FILES):
-            return found
+        present = [file for file in files if file]
+        if len(present) == len(FILES):
+            return present
     return None
 
 
 def fetch_all(name: str, folder: Path, url: str, progress: bool) -> None:
-    """Download the four files of `name`, except those already there."""
+    """Download the four files of `name`, except those that `folder` has already."""
     for file, md5 in zip(FILES, SPECS[name].md5, strict=True):
         path = folder / f"{file}.gz"
         if not path.is_file():
