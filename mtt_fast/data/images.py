@@ -238,10 +238,10 @@ def _is_deep(image: Image.Image) -> bool:
     return image.format in ("PNG", "TIFF") and ";16" in str(raw_mode)
 
 
-def _check_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> None:
-    if size != expected:
+def _check_size(path: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
+    if found != expected:
         raise InputError(
-            f"{path}: expected {expected[1]}x{expected[0]} pixels as in the other images, found {size[1]}x{size[0]}; "
+            f"{path}: expected {expected[1]}x{expected[0]} pixels as in the other images, found {found[1]}x{found[0]}; "
             "give --res to resize them all"
         )
 

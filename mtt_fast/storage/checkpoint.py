@@ -25,7 +25,7 @@ from mtt_fast.storage.run_folder import _NUMBER, CHECKPOINT, EVALUATIONS
 
 @dataclass
 class State:
-    """All that a distillation carries from one iteration to the next."""
+    """The state that a distillation carries from one iteration to the next."""
 
     iteration: int  # completed ones
     experts: int  # how many take turns; those trained since the start of the run stay out of it
@@ -46,11 +46,11 @@ class State:
 
     @property
     def mean_lr(self) -> float:
-        """The student's learning rate; of several, one a step, the mean."""
+        """Return the student's learning rate; of several, one a step, the mean."""
         return float(self.lr.mean())
 
 
-_CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums say nothing
+_CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums name none
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept", "seconds", "seconds_evaluation")
@@ -93,10 +93,10 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 
 
-def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
-    """Check that the run in `folder` has the real images that it `began_with`, where those at hand are of this `identity`.
+def check_same_images(folder: Path, recorded: DatasetIdentity, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder` goes on with the real images that it began with: their `recorded` identity is this `identity`.
 
     Raises `InputError` that names its checkpoint otherwise.
     """
     mend = "give back the images that the run began with, or choose another --out"
-    check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)
+    check_same_data(recorded, identity, folder / CHECKPOINT, mend=mend)

@@ -26,12 +26,12 @@ from mtt_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Course:
-    """At which epochs the K waypoints are, and how far each of L layers is on its way at every epoch."""
+    """The epochs of the K waypoints, and the place of each of L layers between them at every epoch."""
 
     epochs: tuple[int, ...]
     """e_0 = 0 < e_1 < … of the waypoints; the last is the expert's"""
     sizes: tuple[int, ...]
-    """how the P parameters divide into layers"""
+    """of the layers, P parameters in all"""
     positions: Tensor
     """(epochs + 1, L) float64: k + w_l(e) for e_k ≤ e ≤ e_{k+1}"""
     smooth: bool
@@ -54,7 +54,7 @@ class Course:
 
     @classmethod
     def from_text(cls, text: str) -> Course:
-        """Read what `to_text` wrote. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
+        """Return the course in what `to_text` wrote. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
         record = json.loads(text)
         positions = torch.tensor(record["positions"], dtype=torch.float64)
         epochs, sizes = tuple(map(int, record["epochs"])), tuple(map(int, record["sizes"]))
