@@ -117,7 +117,8 @@ def are_probabilities(labels: Tensor) -> bool:
 def check_classes(labels: Tensor, classes: int, where: Where) -> int:
     """Check that `labels`, indices (n,) or soft labels (n, classes), are of `classes` classes.
 
-    Return the number of classes that they name: class indices may leave some out, soft labels may not. Raises `InputError`, which begins with `where`.
+    Return the number of classes that they name: class indices may leave some out, soft labels may not.
+    Raises `InputError`, which begins with `where`.
     """
     if labels.is_floating_point():
         if labels.shape[1] != classes:

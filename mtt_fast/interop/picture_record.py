@@ -1,4 +1,4 @@
-"""What goes with 8-bit pictures of a distilled set, so that the set can be made from them again.
+"""The record that goes with 8-bit pictures of a distilled set, so that the set can be made from them again.
 
 Pictures lose what lies outside [0, 1] and between 255ths: a set read from them has the same pictures, exactly, but not
 the same images. Networks are trained on the tensors; pictures are for people, and for software that takes nothing else.
@@ -29,7 +29,7 @@ _OF_IMAGES = ("dataset", "fingerprint")
 _RECORDED = (*_PLAIN, *_OF_IMAGES, "lr", "lr_per_step", "canvas", "whitened")
 CHECKSUM = "checksum"
 LARGEST_SIDE = 4096
-"""Pixels of a distilled picture, canvases included: what claims more is refused before it is decoded."""
+"""Pixels of a distilled picture, canvases included: a larger one is refused before it is decoded."""
 
 
 def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tensor:
@@ -46,7 +46,7 @@ def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tens
 
 
 def record_of(synthetic: SyntheticDataset, pictures: Tensor) -> dict[str, Any]:
-    """Return what a reader of `pictures`, as `as_bytes` returns them, needs besides them and the labels, ready for JSON."""
+    """Return the record, ready for JSON, that a reader needs besides the labels and the `pictures` that `as_bytes` returned."""
     facts = {name: getattr(synthetic, name) for name in (*_PLAIN, *_OF_IMAGES)} | {
         "lr": synthetic.lr.tolist(),
         "lr_per_step": None if synthetic.lr_per_step is None else synthetic.lr_per_step.tolist(),
@@ -97,7 +97,7 @@ def from_pictures(
 
 
 def _fields(record: Any, labels: Any) -> dict[str, Any]:
-    """Return what a record and lists of labels say of a set, but for its images and whitening, as the set has it."""
+    """Return the fields of a set, but for its images and whitening, from a record and lists of labels."""
     fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _OF_IMAGES}
     for name in ("class_names", "mean", "std"):
         if not isinstance(fields[name], list):
@@ -124,7 +124,7 @@ def check_size(size: tuple[int, int], where: str | os.PathLike[str]) -> None:
 
 
 def _checksum(record: dict[str, Any], labels: Tensor, pictures: Tensor) -> str:
-    """Return that of all that is written: a flipped bit is noticed, and a picture that was exchanged."""
+    """Return the checksum of all that is written: it shows a flipped bit, and a picture that was exchanged."""
     text = json.dumps(record, sort_keys=True).encode()
     held = labels.contiguous(), pictures.contiguous()  # bytes are valid as long as their tensor lives
     return checksum_of(text, *map(bytes_of, held))

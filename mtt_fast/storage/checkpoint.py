@@ -93,10 +93,10 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         raise InputError(f"{path}: not a checkpoint of this version; choose another --out") from error
 
 
-def check_same_images(folder: Path, recorded: DatasetIdentity, identity: DatasetIdentity) -> None:
-    """Check that the run in `folder` goes on with the real images that it began with: their `recorded` identity is this `identity`.
+def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
+    """Check that the run in `folder` goes on with the real images that it `began_with`: those of this `identity`.
 
     Raises `InputError` that names its checkpoint otherwise.
     """
     mend = "give back the images that the run began with, or choose another --out"
-    check_same_data(recorded, identity, folder / CHECKPOINT, mend=mend)
+    check_same_data(began_with, identity, folder / CHECKPOINT, mend=mend)

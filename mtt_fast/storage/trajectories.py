@@ -101,7 +101,7 @@ class ExpertMetadata:
 
     @classmethod
     def from_text(cls, text: Mapping[str, str], where: str | os.PathLike[str]) -> ExpertMetadata:
-        """Return the metadata in what `to_text` wrote. Raises `InputError` naming the file `where` if something is missing or broken."""
+        """Return the metadata in what `to_text` wrote. Raises `InputError`, which names the file `where`, for a broken one."""
         try:
             unknown = dict.fromkeys(("precision", "made_of"), '""') | {"data": "{}"}
             known = (unknown if text.get("format") in _BEFORE_CHECKSUMS else {}) | dict(text)
