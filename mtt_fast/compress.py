@@ -1,7 +1,7 @@
 """Compress experts to a few waypoints each, with straight lines between them: `python -m mtt_fast.compress FOLDER`.
 
-What MCT does to a buffer (mtt_fast/storage/waypoints.py has the equations). `python -m mtt_fast.distill --num_interpolation K`
-does it by itself; this command does it to any folder, and to epochs of one's own choice.
+MCT does the same to a buffer (mtt_fast/storage/waypoints.py has the equations). `python -m mtt_fast.distill --num_interpolation K`
+compresses by itself; this command compresses any folder, at epochs of one's own choice.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CompressOptions:
 
 
 def waypoint_folder(folder: Path, count: int) -> Path:
-    """Return where the experts of `folder` are kept as `count` waypoints each."""
+    """Return the folder for the experts of `folder` as `count` waypoints each."""
     return folder / f"waypoints_{count}"
 
 
@@ -119,7 +119,7 @@ def _check_same(
 
 
 def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: TrajectoryStore) -> None:
-    """Check that those of the `compressed` experts were made of the `whole` ones that bear their numbers, where such are there.
+    """Check that those of the `compressed` experts were made of the `whole` ones of the same numbers, where these exist.
 
     Raises `InputError` that names both files.
     """

@@ -97,7 +97,7 @@ def from_pictures(
 
 
 def _fields(record: Any, labels: Any) -> dict[str, Any]:
-    """Return the fields of a set, but for its images and whitening, from a record and lists of labels."""
+    """Return what a record and lists of labels say of a set, but for its images and whitening, as the set has it."""
     fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _OF_IMAGES}
     for name in ("class_names", "mean", "std"):
         if not isinstance(fields[name], list):

@@ -115,9 +115,9 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
         kind, labels = "indices", _as_indices(labels, where)
     if label_kind not in (None, kind):
         raise InputError(f"--label_kind {label_kind}: found labels of {where} that are {kind}; leave it out")
-    distilled = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
-    check_plain(distilled, where)
-    return distilled
+    found = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
+    check_plain(found, where)
+    return found
 
 
 def check_plain(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
@@ -197,7 +197,8 @@ def as_synthetic(
 ) -> SyntheticDataset:
     """Return the set with the `facts` of the real images that it was distilled from; with `lr` where it brings none.
 
-    `where` says in messages where it came from. Class indices may leave classes out. Raises `InputError` if it cannot be distilled from such images.
+    `where` names its origin in messages. Class indices may leave classes out. Raises `InputError` if it cannot be distilled
+    from such images.
     """
     shape, fewer = tuple(distilled.images.shape[1:]), distilled.label_kind == "indices"
     classes, known = distilled.num_classes, len(facts.class_names)
