@@ -139,7 +139,7 @@ def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) 
         "%d images %s of %d classes, labels: %s, learning rate: %s",
         count, tuple(plain.images.shape[1:]), plain.num_classes, plain.label_kind, rate,
     )  # fmt: skip
-    ordered = class_major(plain, options.reorder)
+    ordered = class_major(plain, reorder_soft=options.reorder)
     if not torch.equal(ordered.labels, plain.labels):
         log.info("reordered: class by class")
     elif plain.label_kind != "indices" and before < count:

@@ -35,7 +35,7 @@ def load(
     """
     packed_root = Path(packed_path or Path(data_path) / "packed").expanduser().absolute()
     source = find(dataset, data_path=data_path, subset=subset, res=res, download=download, progress=progress)
-    return packed(source, packed_root, progress)
+    return packed(source, packed_root, progress=progress)
 
 
 def find(
@@ -60,10 +60,10 @@ def find(
     match name:
         case "CIFAR10" | "CIFAR100":
             _check_size(name, 32, res)
-            return cifar.source(name, data_path, res, download, progress)
+            return cifar.source(name, data_path, res, download=download, progress=progress)
         case "MNIST" | "FashionMNIST":
             _check_size(name, 28, res)
-            return mnist.source(name, data_path, download, progress)
+            return mnist.source(name, data_path, download=download, progress=progress)
         case "digits":
             _check_size(name, 8, res)
             return digits.source()

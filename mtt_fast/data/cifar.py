@@ -119,7 +119,7 @@ _CIFAR100 = DatasetSpec(
 SPECS = {spec.name: spec for spec in (_CIFAR10, _CIFAR100)}
 
 
-def source(name: str, data_path: Path, res: int | None, download: bool, progress: bool, url: str = URL) -> Source:
+def source(name: str, data_path: Path, res: int | None, *, download: bool, progress: bool, url: str = URL) -> Source:
     """Describe CIFAR10 or CIFAR100 (`name`; fine labels), 3x32x32, below `data_path`; `url` holds the archives.
 
     Looked for in `data_path` and its sub-folder `name`: the python distribution, the binary one, their archives, and

@@ -133,7 +133,7 @@ def image_source(
         """Return (C, H, W) after a look at all images: the first may be the only grey one, or the only one of its size."""
         if channels and size and resize:
             return channels, size, size
-        header = read_headers(train_files + test_files, (size, size) if size else None, resize)
+        header = read_headers(train_files + test_files, (size, size) if size else None, resize=resize)
         return (channels or (1 if header.grey else 3), *((size, size) if size else header.size))
 
     def read() -> Contents:
@@ -141,8 +141,8 @@ def image_source(
         return Contents(
             names,
             shape,
-            Part(stack_labels([len(train[label]) for label in train]), decode(train_files, shape, resize)),
-            Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, resize)),
+            Part(stack_labels([len(train[label]) for label in train]), decode(train_files, shape, resize=resize)),
+            Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, resize=resize)),
         )
 
     def info() -> DatasetInfo:

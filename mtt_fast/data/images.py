@@ -40,7 +40,7 @@ class Header(NamedTuple):
     size: tuple[int, int]  # (height, width)
 
 
-def read_headers(paths: Sequence[str], size: tuple[int, int] | None, resize: bool) -> Header:
+def read_headers(paths: Sequence[str], size: tuple[int, int] | None, *, resize: bool) -> Header:
     """Return the kind and size of all images by their headers, decoding nothing.
 
     Without `resize` all must be of `size` (height, width), or of the first one's size; with it, reading ends where the
@@ -61,7 +61,7 @@ def read_headers(paths: Sequence[str], size: tuple[int, int] | None, resize: boo
     return Header(grey, first or (0, 0))
 
 
-def decode(paths: Sequence[str], shape: tuple[int, int, int], resize: bool) -> Iterator[_Picture]:
+def decode(paths: Sequence[str], shape: tuple[int, int, int], *, resize: bool) -> Iterator[_Picture]:
     """Yield the images in the order of `paths`, in blocks uint8 (k, C, H, W) with `shape` = (C, H, W).
 
     C = 1 is grey, C = 3 is RGB; transparent images are composed on white. With `resize` an image is resized so that it just

@@ -71,7 +71,7 @@ _FASHION_MNIST = DatasetSpec(
 SPECS = {spec.name: spec for spec in (_MNIST, _FASHION_MNIST)}
 
 
-def source(name: str, data_path: Path, download: bool, progress: bool, url: str | None = None) -> Source:
+def source(name: str, data_path: Path, *, download: bool, progress: bool, url: str | None = None) -> Source:
     """Describe MNIST or FashionMNIST (`name`) below `data_path`, 1x28x28; `url` takes the place of the official folder.
 
     Raises `InputError` if a file is missing, is no idx file of the right kind, or is shorter than its header says.
@@ -79,7 +79,7 @@ def source(name: str, data_path: Path, download: bool, progress: bool, url: str 
     spec = SPECS[name]
     files = _find(name, data_path)
     if files is None and download:
-        fetch_all(name, data_path / name / "raw", url or spec.url, progress)
+        fetch_all(name, data_path / name / "raw", url or spec.url, progress=progress)
         files = _find(name, data_path)
     if files is None:
         raise NotFound(
@@ -108,7 +108,7 @@ def _find(name: str, data_path: Path) -> list[Path] | None:
     return None
 
 
-def fetch_all(name: str, folder: Path, url: str, progress: bool) -> None:
+def fetch_all(name: str, folder: Path, url: str, *, progress: bool) -> None:
     """Download the four files of `name`, except those that `folder` has already."""
     for file, md5 in zip(FILES, SPECS[name].md5, strict=True):
         path = folder / f"{file}.gz"

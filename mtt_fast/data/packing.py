@@ -84,7 +84,7 @@ def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
     return digest.hexdigest()
 
 
-def packed(source: Source, folder: Path, progress: bool) -> ImageData:
+def packed(source: Source, folder: Path, *, progress: bool) -> ImageData:
     """Return the data set of `source` from its packed file in `folder`, made first if it is missing, broken or out of date.
 
     Two processes may do so at once: each writes a file of its own, and the last to finish gives it the name.
@@ -93,7 +93,7 @@ def packed(source: Source, folder: Path, progress: bool) -> ImageData:
     path = folder / f"{source.stem}.safetensors"
     if (data := _open(path, source.key)) is not None:
         return data
-    _pack(source, path, progress)
+    _pack(source, path, progress=progress)
     data = _open(path, source.key)
     if data is None:
         raise InputError(
@@ -131,7 +131,7 @@ def _open(path: Path, key: str) -> ImageData | None:
     return None
 
 
-def _pack(source: Source, path: Path, progress: bool) -> None:
+def _pack(source: Source, path: Path, *, progress: bool) -> None:
     """Stream the source into a safetensors file: labels, then images, then the header, for which room was left.
 
     The checksums are of what was given to be written, so that an error of the disk shows when the file is opened.

@@ -148,7 +148,7 @@ def guess_label_kind(labels: Tensor) -> str:
     return "probabilities" if are_probabilities(labels) else "logits"
 
 
-def class_major(distilled: TensorSet, reorder_soft: bool = False) -> TensorSet:
+def class_major(distilled: TensorSet, *, reorder_soft: bool = False) -> TensorSet:
     """Return the set in the order of its classes; images of one class keep theirs.
 
     Sets with soft labels stay as they are, as the largest of an image's learned labels need not be its class, unless

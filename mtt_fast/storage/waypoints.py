@@ -73,7 +73,7 @@ def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:
 
 
 def convexified(
-    parameters: Tensor, layer_sizes: Sequence[int], epochs: Sequence[int], smooth: bool = True
+    parameters: Tensor, layer_sizes: Sequence[int], epochs: Sequence[int], *, smooth: bool = True
 ) -> tuple[Tensor, Course]:
     """Return the waypoints (K, P) of a trajectory `parameters` (epochs + 1, P) at `epochs`, and their course.
 

@@ -135,14 +135,14 @@ def test_cifar_is_fetched_once_and_read(
     files[archive.name] = archive.read_bytes()
     home = tmp_path / "data"
     with pytest.raises(InputError, match="expected the checksum"):
-        cifar.source("CIFAR10", home, None, True, False, url=server)  # it is not the real archive
+        cifar.source("CIFAR10", home, None, download=True, progress=False, url=server)  # it is not the real archive
     assert not home.exists()
     spec = replace(cifar.SPECS["CIFAR10"], md5=md5(files[archive.name]))
     monkeypatch.setitem(cifar.SPECS, "CIFAR10", spec)
-    source = cifar.source("CIFAR10", home, None, True, False, url=server)
-    made.check(packed(source, home / "packed", False), "CIFAR10")
+    source = cifar.source("CIFAR10", home, None, download=True, progress=False, url=server)
+    made.check(packed(source, home / "packed", progress=False), "CIFAR10")
     files.clear()
-    again = cifar.source("CIFAR10", home, None, True, False, url=server)
+    again = cifar.source("CIFAR10", home, None, download=True, progress=False, url=server)
     assert again.key == source.key
 
 
@@ -157,5 +157,5 @@ def test_mnist_is_fetched_and_only_what_is_missing(
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / f"{mnist.FILES[0]}.gz").write_bytes(files.pop(f"{mnist.FILES[0]}.gz"))  # which the server now lacks
-    source = mnist.source("MNIST", tmp_path / "data", True, False, url=server)
-    made.check(packed(source, tmp_path / "data" / "packed", False))
+    source = mnist.source("MNIST", tmp_path / "data", download=True, progress=False, url=server)
+    made.check(packed(source, tmp_path / "data" / "packed", progress=False))
