@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import shortened
 from mtt_fast.storage.regular import check_regular
 
 _BLOCK = 1 << 20
@@ -41,8 +42,9 @@ def read_tar(archive: Path, limits: Mapping[str, int], mend: str) -> dict[str, b
             while limited.read(_BLOCK):  # the checksum is at the end
                 pass
     except Exception as error:  # a broken header raises nearly anything
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{archive}: expected a whole .tar.gz, found a broken one ({reason}); {mend}") from error
+        raise InputError(
+            f"{archive}: expected a whole .tar.gz, found a broken one ({shortened(error)}); {mend}"
+        ) from error
     if missing := set(limits) - set(files):
         raise InputError(f"{archive}: expected {min(missing)} in it, found none; {mend}")
     return files

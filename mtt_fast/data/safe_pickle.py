@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import shortened
 
 # Opcodes by which plain values and numpy's arrays of bytes are written, in any protocol. What else there is makes
 # objects of other kinds, or copies what it holds.
@@ -42,9 +43,8 @@ def unpickle(raw: bytes, place: Path) -> dict[str, Any]:
         if isinstance(value, dict):
             return {key: item.array if isinstance(item, _Array) else item for key, item in value.items()}
     except Exception as error:  # a broken pickle raises nearly anything
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{place}: expected a pickle of CIFAR, found something else ({reason}); get its archive again"
+            f"{place}: expected a pickle of CIFAR, found something else ({shortened(error)}); get its archive again"
         ) from error
     raise InputError(f"{place}: expected a pickled dict, found {type(value).__name__}; get its archive again")
 

@@ -100,7 +100,7 @@ def shown(value: Any) -> str:
 
 def shortened(error: Exception) -> str:
     """Return a library's complaint about a bad file, in one line."""
-    words = " ".join(str(error).split())
+    words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= _WORDS else words[:_WORDS] + " …"
 
 
