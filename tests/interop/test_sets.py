@@ -188,7 +188,7 @@ def test_a_set_in_parts(tmp_path: Path) -> None:
 
 
 def as_dc_saves(path: Path) -> list[list[Tensor]]:
-    """Check files as main.py of DC and main_DM.py write them: numpy's numbers among the accuracies, several experiments."""
+    """Write a file as main.py of DC and main_DM.py write it: numpy's numbers among the accuracies, several experiments."""
     data_save = [[torch.randn(N, 3, 4, 4), torch.arange(CLASSES).repeat_interleave(IPC)] for _ in range(2)]
     accuracy = np.sum(np.equal([1, 2, 2], [1, 2, 3])) / 3
     torch.save({"data": data_save, "accs_all_exps": {"ConvNet": [accuracy, np.float32(accuracy)]}}, path)
