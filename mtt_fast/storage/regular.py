@@ -28,15 +28,15 @@ def open_regular(path: StrPath, most: int | None = None, mend: str = _CHECK_PATH
     Raises `InputError`, which ends in `mend`, for one that is missing, larger, or of another kind: a folder, a FIFO, a device.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO that nobody writes to would be waited for
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO that nobody writes to would be waited for
     except (OSError, ValueError) as error:
         raise _unreadable(path, error, mend) from error
     try:
-        _check_status(os.fstat(descriptor), path, most, mend)
+        _check_status(os.fstat(handle), path, most, mend)
     except InputError:
-        os.close(descriptor)
+        os.close(handle)
         raise
-    return open(descriptor, "rb", buffering=0)
+    return open(handle, "rb", buffering=0)
 
 
 def check_regular(path: StrPath, most: int, mend: str = _CHECK_PATH) -> None:
