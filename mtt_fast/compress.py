@@ -1,7 +1,7 @@
 """Compress experts to a few waypoints each, with straight lines between them: `python -m mtt_fast.compress FOLDER`.
 
-What MCT does to a buffer (mtt_fast/storage/waypoints.py has the equations). `python -m mtt_fast.distill --num_interpolation K`
-does it by itself; this command does it to any folder, and to epochs of one's own choice.
+MCT does the same to a buffer (mtt_fast/storage/waypoints.py has the equations). `python -m mtt_fast.distill --num_interpolation K`
+compresses by itself; this command compresses any folder, at epochs of one's own choice.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class CompressOptions:
 
 
 def waypoint_folder(folder: Path, count: int) -> Path:
-    """Return where the experts of `folder` are kept as `count` waypoints each."""
+    """Return the folder for the experts of `folder` as `count` waypoints each."""
     return folder / f"waypoints_{count}"
 
 
 def compress(
-    folder: Path, out: Path, count: int, epochs: Sequence[int] | None = None, smooth: bool = True
+    folder: Path, out: Path, count: int, epochs: Sequence[int] | None = None, *, smooth: bool = True
 ) -> TrajectoryStore:
     """Compress those experts in `folder` that `out` lacks to `count` waypoints; return the store of all in `out`.
 
@@ -83,9 +83,9 @@ def compress(
                 raise InputError(f"{folder}: expert {index} is compressed already; name the folder of whole experts")
             at = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
             if index in done.indices:
-                _check_same(whole, expert, done, at, smooth)
+                _check_same(whole, expert, done, at, smooth=smooth)
             else:
-                _compress_one(whole, expert, out, at, smooth)
+                _compress_one(whole, expert, out, at, smooth=smooth)
             written += expert_path(folder, index).stat().st_size
             compressed += expert_path(out, index).stat().st_size
     log.info(
@@ -95,10 +95,10 @@ def compress(
     return TrajectoryStore(out)
 
 
-def _compress_one(whole: TrajectoryStore, expert: int, out: Path, epochs: tuple[int, ...], smooth: bool) -> None:
+def _compress_one(whole: TrajectoryStore, expert: int, out: Path, epochs: tuple[int, ...], *, smooth: bool) -> None:
     metadata = dataclasses.replace(whole.metadata(expert), made_of=whole.digest(expert))
     trajectory = torch.stack([whole.read(expert, epoch) for epoch in range(whole.epochs(expert) + 1)])
-    parameters, course = convexified(trajectory, layer_sizes(metadata.layout), epochs, smooth)
+    parameters, course = convexified(trajectory, layer_sizes(metadata.layout), epochs, smooth=smooth)
     write_waypoints(out, whole.indices[expert], parameters, course, metadata, whole.dtype(expert))
 
 
@@ -119,7 +119,7 @@ def _check_same(
 
 
 def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: TrajectoryStore) -> None:
-    """Check that those of the `compressed` experts were made of the `whole` ones that bear their numbers, where such are there.
+    """Check that those of the `compressed` experts were made of the `whole` ones of the same numbers, where these exist.
 
     Raises `InputError` that names both files.
     """
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("expected a folder of experts, such as buffers/CIFAR10_NO_ZCA/ConvNet; see --help")
     folder, count = Path(options.folder), len(options.epochs) if options.epochs else options.num_interpolation
     out = Path(options.out) if options.out else waypoint_folder(folder, count)
-    compress(folder, out, count, options.epochs, options.smooth)
+    compress(folder, out, count, options.epochs, smooth=options.smooth)
 
 
 if __name__ == "__main__":

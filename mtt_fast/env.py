@@ -1,4 +1,4 @@
-"""What this installation can do here, and which code runs: `python -m mtt_fast.env`."""
+"""Print what this installation can do on this machine, and which code runs: `python -m mtt_fast.env`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from mtt_fast.runtime.provenance import choose_device, device_name, versions
 def main(argv: Sequence[str]) -> None:
     """Print versions, devices, kernels, and the student that ConvNet gets."""
     if argv and argv[0] in ("-h", "--help"):
-        print("usage: python -m mtt_fast.env\n\nWhat this installation can do here: versions, devices, kernels.")
+        print(
+            "usage: python -m mtt_fast.env\n\nPrint what this installation can do on this machine: versions, devices, kernels."
+        )
         return
     if argv:
         raise InputError(f"{argv[0]}: python -m mtt_fast.env takes no options")

@@ -177,7 +177,7 @@ def test_pictures_come_back_with_the_real_images_whitening() -> None:
 
 
 def test_folders_of_wordnet_ids_get_the_subsets_labels() -> None:
-    """Of this subset no class is where its folder's rank is."""
+    """Check a subset of which no class is where its folder's rank is."""
     for number, wnid in enumerate(SUBSETS["imagewoof"]):
         for split in ("train", "val"):
             Path(f"woof/{split}/{wnid}").mkdir(parents=True)

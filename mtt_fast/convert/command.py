@@ -37,9 +37,9 @@ def main(argv: Sequence[str]) -> None:
     given = parsing.given(ConvertOptions, argv)
     if kind in EXPERT_KINDS:
         if kind != "experts":
-            told = options_in_path(source)
-            options = parse_options(argv, told)
-            for name, value in told.items():
+            in_path = options_in_path(source)
+            options = parse_options(argv, in_path)
+            for name, value in in_path.items():
                 if getattr(options, name) != value:
                     log.warning(
                         "--%s %s: its folder's name tells %s; is it another?", name, getattr(options, name), value

@@ -65,25 +65,25 @@ def expert_kind_of(source: Path) -> str | None:
 
 
 def options_in_path(source: Path) -> dict[str, Any]:
-    """Return the options that the public code's folders tell: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
+    """Return the options in the names of the public code's folders: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
     place = Path(os.path.realpath(source))
     folder = place if place.is_dir() else place.parent
     model, *above = [part.name for part in (folder, *folder.parents)]
     if not model.startswith("ConvNet") or len(above) < 3:
         return {}
     if above[2] == "ImageNet" and above[1] in SUBSETS and above[0].isdigit():
-        found: dict[str, Any] = {"dataset": "ImageNet", "subset": above[1], "res": int(above[0]), "model": model}
+        options: dict[str, Any] = {"dataset": "ImageNet", "subset": above[1], "res": int(above[0]), "model": model}
     else:
         name = above[0].removesuffix("_NO_ZCA")
         if name not in NAMES:
             return {}
-        found = {"dataset": name, "zca": name.startswith("CIFAR") and name == above[0], "model": model}
-    log.info("its folder's name tells %s", ", ".join(f"--{option} {value}" for option, value in found.items()))
-    return found
+        options = {"dataset": name, "zca": name.startswith("CIFAR") and name == above[0], "model": model}
+    log.info("its folder's name tells %s", ", ".join(f"--{option} {value}" for option, value in options.items()))
+    return options
 
 
 def import_from(options: ConvertOptions, kind: str) -> None:
-    """Read experts of `kind` from `options.source` and write them where distill finds them.
+    """Read experts of `kind` from `options.source` and write them to the folder where distill looks for them.
 
     All are checked first. Ctrl-C stops after an expert; the same command continues.
     Raises `InputError` for files that hold no experts of the network, and without the data set's name.
@@ -127,13 +127,13 @@ def import_from(options: ConvertOptions, kind: str) -> None:
             experts, folder, network.layout, metadata, _measurer(options, common, data, device),
             STORE_DTYPES[options.store_dtype], after_each,
         )  # fmt: skip
-    _say_imported(options, store, data)
+    _log_imported(options, store, data)
 
 
 def _measurer(
     options: ConvertOptions, common: CommonOptions, data: ImageData, device: torch.device
 ) -> Callable[[Tensor], list[float]]:
-    """Return what measures the test accuracy of an expert's rows that --measure names, and gives NaN for the others."""
+    """Return the function that measures the test accuracy of the rows that --measure names, and gives NaN for the others."""
     network, test = common.network(data), real_images(data, options.zca, device).test
 
     def measure(rows: Tensor) -> list[float]:
@@ -145,7 +145,7 @@ def _measurer(
     return measure
 
 
-def _say_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageData) -> None:
+def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageData) -> None:
     final = torch.tensor([store.metadata(expert).accuracy[-1] for expert in range(len(store))])
     log.info("wrote %d experts of %d epochs to %s", len(store), store.epochs(0), store.folder)
     log.info("their test accuracy is %.4f", final.mean())
@@ -155,15 +155,15 @@ def _say_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
             data.name, "with" if options.zca else "without",
         )  # fmt: skip
     names = ("dataset", "subset", "res", "data_path", "model")
-    told = [f"--{name} {getattr(options, name)}" for name in names if getattr(options, name) is not None]
-    told += ["--zca"] * options.zca + [f"--num_experts {len(store)}"]
+    flags = [f"--{name} {getattr(options, name)}" for name in names if getattr(options, name) is not None]
+    flags += ["--zca"] * options.zca + [f"--num_experts {len(store)}"]
     course = store.course(0)
-    told += [f"--num_interpolation {len(course.epochs)}"] if course else []
-    log.info("use them with: python -m mtt_fast.distill --buffer_path %s %s …", options.destination, " ".join(told))
+    flags += [f"--num_interpolation {len(course.epochs)}"] if course else []
+    log.info("use them with: python -m mtt_fast.distill --buffer_path %s %s …", options.destination, " ".join(flags))
 
 
 def export_to(options: ConvertOptions) -> None:
-    """Write this software's experts in `options.source` as buffers, where the code that reads them looks for them.
+    """Write this software's experts in `options.source` as buffers, in the folder where their readers look for them.
 
     Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer. With
     --to experts they stay this software's, and are written anew, with checksums.
@@ -197,7 +197,7 @@ def export_to(options: ConvertOptions) -> None:
 
 
 def _copy(store: TrajectoryStore, root: Path) -> None:
-    """Write the experts anew, in the folder below `root` that is to it what theirs is to its --buffer_path."""
+    """Write the experts anew, in the folder below `root` that they had below their --buffer_path."""
     source = store.folder.resolve()
     folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
     if not is_free(folder):
@@ -214,7 +214,7 @@ def _copy(store: TrajectoryStore, root: Path) -> None:
 
 
 def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:
-    """Return where the public code, or MCT's for waypoints, looks for these experts, below its --buffer_path."""
+    """Return the folder below `root`, its --buffer_path, where the public code looks for these experts; MCT's for waypoints."""
     folder, metadata = store.folder.resolve(), store.metadata(0)
     model = folder.parent.name if folder.name.startswith("waypoints_") else folder.name
     subset, _, res = metadata.dataset.partition("-")

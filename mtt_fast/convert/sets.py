@@ -44,7 +44,7 @@ _LOSSY = "Pictures are cut to [0, 1] and rounded to 8 bits: train on tensors whe
 def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) -> None:
     """Read a distilled set of `kind` from `options.source`, write it to `options.destination`, and say how to use it.
 
-    `given` are the options that somebody wrote down, which are refused where they have no effect.
+    `given` are the options of the command line, which are refused where they have no effect.
     Raises `InputError` for files that hold no set, for a destination that is there, and for a set that its kind cannot
     hold or that needs the data set's name.
     """
@@ -57,46 +57,50 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
     facts = _facts(options) if kind in _PICTURES and options.dataset else None
-    found = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)
-    if isinstance(found, SyntheticDataset):
-        _check_belongs(options, found)
-    check_effects(options, given, _without_effect(found))
-    found = _in_order(options, found)
-    if isinstance(found, TensorSet) and to in ("synthetic", *_PICTURES):
-        if found.lr is None:
+    distilled = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)
+    if isinstance(distilled, SyntheticDataset):
+        _check_belongs(options, distilled)
+    check_effects(options, given, _without_effect(distilled))
+    distilled = _in_order(options, distilled)
+    if isinstance(distilled, TensorSet) and to in ("synthetic", *_PICTURES):
+        if distilled.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
-        recipe = _recipe(options, found)
-        found = as_synthetic(found, _facts(options), options.lr_teacher, recipe, versions(), options.source)
-    written = write_set(destination, found, to, dataset=options.dataset, method=options.method or _method(found))
+        recipe = _recipe(options, distilled)
+        distilled = as_synthetic(distilled, _facts(options), options.lr_teacher, recipe, versions(), options.source)
+    written = write_set(
+        destination, distilled, to, dataset=options.dataset, method=options.method or _method(distilled)
+    )
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
-    log.info("%s", _usage(options, to, written, found))
-    if isinstance(found, SyntheticDataset) and found.canvas and to != "synthetic":
+    log.info("%s", _usage(options, to, written, distilled))
+    if isinstance(distilled, SyntheticDataset) and distilled.canvas and to != "synthetic":
         log.info(
             "The images are canvases of %d by %d images: train on random crops of the size of an image (evaluate: --texture)",
-            found.canvas.size, found.canvas.size,
+            distilled.canvas.size, distilled.canvas.size,
         )  # fmt: skip
 
 
-def _check_belongs(options: ConvertOptions, found: SyntheticDataset) -> None:
+def _check_belongs(options: ConvertOptions, distilled: SyntheticDataset) -> None:
     """Raise `InputError` where the options name other images than those that the set says it was made from.
 
-    It knows that by itself, so they need not; a name that is none of the data sets' is one for the files that are written.
+    The set names its images, so the options need not; a name that is none of the data sets' is one for the written files.
     """
     expected = UNKNOWN
     known = {name.casefold() for name in NAMES if name != "folder"}
     if options.dataset is not None and options.dataset.casefold() in known:
         expected = dataset_info(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
     expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
-    check_same_data(found.identity, expected, options.source, mend="leave out what says otherwise: it knows its images")
+    check_same_data(
+        distilled.identity, expected, options.source, mend="leave out what says otherwise: it knows its images"
+    )
 
 
-def _without_effect(found: SyntheticDataset | TensorSet) -> dict[str, str]:
+def _without_effect(distilled: SyntheticDataset | TensorSet) -> dict[str, str]:
     """Return the options that have no effect on this set, and why."""
     reasons: dict[str, str] = {}
-    if found.label_kind == "indices":
+    if distilled.label_kind == "indices":
         reasons |= dict.fromkeys(("reorder", "hard_labels"), "on labels that are classes")
-    if isinstance(found, TensorSet) and found.lr is not None:
-        reasons["lr_teacher"] = f"on a set that brings its learning rate, {float(found.lr):.4g}"
+    if isinstance(distilled, TensorSet) and distilled.lr is not None:
+        reasons["lr_teacher"] = f"on a set that brings its learning rate, {float(distilled.lr):.4g}"
     return reasons
 
 
@@ -105,18 +109,18 @@ def _facts(options: ConvertOptions) -> Facts:
     return facts_of(data, transform_for(data, options.zca))
 
 
-def _recipe(options: ConvertOptions, found: TensorSet) -> dict[str, Any]:
-    """Return what `evaluate` has to know of a set that came from elsewhere."""
+def _recipe(options: ConvertOptions, distilled: TensorSet) -> dict[str, Any]:
+    """Return the recipe, as `evaluate` needs it, of a set that came from elsewhere."""
     names = ("dataset", "subset", "res", "data_path", "packed_path", "zca", "model")
     return {name: getattr(options, name) for name in names} | {
-        "ipc": len(found.labels) // found.num_classes,
+        "ipc": len(distilled.labels) // distilled.num_classes,
         "imported_from": options.source,
     }
 
 
-def _method(found: SyntheticDataset | TensorSet) -> str:
+def _method(distilled: SyntheticDataset | TensorSet) -> str:
     """Return the method as names of DC's and dc_benchmark's files have it; TM, matching trajectories, for all others."""
-    name = found.recipe.get("method") if isinstance(found, SyntheticDataset) else None
+    name = distilled.recipe.get("method") if isinstance(distilled, SyntheticDataset) else None
     return {"DC": "DC", "DSA": "DSA", "DM": "DM", "Random": "random", "K-means": "Kmeans"}.get(str(name), "TM")
 
 
@@ -127,16 +131,16 @@ def _kind_for(destination: Path, native: bool) -> str:
     return by_suffix or ("mtt" if native else "synthetic")
 
 
-def _in_order(options: ConvertOptions, found: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
-    """Return the set class-major, with the labels that are asked for, and say what was found."""
-    plain = found if isinstance(found, TensorSet) else as_tensor_set(found)
+def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
+    """Return the set class-major, with class indices in place of soft labels for --hard_labels; log what it holds."""
+    plain = distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled)
     count, before = len(plain.labels), in_place(plain)
     rate = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
     log.info(
         "%d images %s of %d classes, labels: %s, learning rate: %s",
         count, tuple(plain.images.shape[1:]), plain.num_classes, plain.label_kind, rate,
     )  # fmt: skip
-    ordered = class_major(plain, options.reorder)
+    ordered = class_major(plain, reorder_soft=options.reorder)
     if not torch.equal(ordered.labels, plain.labels):
         log.info("reordered: class by class")
     elif plain.label_kind != "indices" and before < count:
@@ -148,18 +152,18 @@ def _in_order(options: ConvertOptions, found: SyntheticDataset | TensorSet) -> S
     changed: dict[str, Any] = {
         "images": ordered.images, "labels": ordered.labels, "label_kind": ordered.label_kind,
     }  # fmt: skip
-    return dataclasses.replace(found, **changed)
+    return dataclasses.replace(distilled, **changed)
 
 
 def _for_ddranking(
-    options: ConvertOptions, folder: Path, found: SyntheticDataset | TensorSet, plain: TensorSet, zca: bool | None
+    options: ConvertOptions, folder: Path, distilled: SyntheticDataset | TensorSet, plain: TensorSet, zca: bool | None
 ) -> str:
     """Return the call of DD-Ranking, or why it cannot take the set."""
-    recipe = found.recipe if isinstance(found, SyntheticDataset) else {}
+    recipe = distilled.recipe if isinstance(distilled, SyntheticDataset) else {}
     dataset, subset = options.dataset or recipe.get("dataset"), options.subset or recipe.get("subset")
     data_path = recipe.get("data_path", options.data_path)
     try:
-        if isinstance(found, SyntheticDataset) and found.canvas:
+        if isinstance(distilled, SyntheticDataset) and distilled.canvas:
             raise InputError("it has no random crops, which the canvases of --texture need")
         call = ddranking_call(folder, plain, dataset, zca, subset, data_path)
     except InputError as error:
@@ -167,19 +171,19 @@ def _for_ddranking(
     return f"DD-Ranking {VERSION} takes it with\n{call}"
 
 
-def _usage(options: ConvertOptions, kind: str, written: list[Path], found: SyntheticDataset | TensorSet) -> str:
-    """Return what the software that reads the files has to do."""
+def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: SyntheticDataset | TensorSet) -> str:
+    """Return the way in which other software reads the files, in words."""
     first = written[0]
-    plain = found if isinstance(found, TensorSet) else as_tensor_set(found)
+    plain = distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled)
     zca: bool | None = options.zca or None
-    if isinstance(found, SyntheticDataset):
-        zca = found.whitening is not None
+    if isinstance(distilled, SyntheticDataset):
+        zca = distilled.whitening is not None
     space = {True: "ZCA-whitened", False: "normalised", None: "normalised or whitened, as in the source"}[zca]
     match kind:
         case "synthetic":
             return f"use it with: python -m mtt_fast.evaluate {first}"
         case "ddranking":
-            return _for_ddranking(options, first.parent, found, plain, zca)
+            return _for_ddranking(options, first.parent, distilled, plain, zca)
         case "dc_benchmark":
             return f"dc_benchmark's root is {options.destination}; images are {space}"
         case "dc":

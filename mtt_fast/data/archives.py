@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import shortened
 from mtt_fast.storage.regular import check_regular
 
 _BLOCK = 1 << 20
@@ -24,26 +25,27 @@ def is_file_or_link(path: Path) -> bool:
     return os.path.lexists(path) and not path.is_dir()
 
 
-def read_tar(archive: Path, wanted: Mapping[str, int], mend: str) -> dict[str, bytes]:
-    """Return the content of the files `wanted` in a .tar.gz: their paths in it, and the bytes each may have at most.
+def read_tar(archive: Path, limits: Mapping[str, int], mend: str) -> dict[str, bytes]:
+    """Return the content of some files in a .tar.gz; `limits` are their paths in it, and the bytes each may have at most.
 
     Nothing is written, and no link in it is followed. A folder around the paths does not matter.
     Raises `InputError`, which ends in `mend`, for a broken archive, for one that lacks a file or holds it twice, and for
     one that unpacks to much more than the files; reading ends there.
     """
-    most = sum(wanted.values()) + _BESIDES
+    most = sum(limits.values()) + _BESIDES
     check_regular(archive, most, mend)
     try:
         with gzip.open(archive) as stream:
             limited = _Limited(stream, most)
             with tarfile.open(fileobj=limited, mode="r|") as tar:
-                files = _wanted_files(tar, wanted)
+                files = _read_members(tar, limits)
             while limited.read(_BLOCK):  # the checksum is at the end
                 pass
     except Exception as error:  # a broken header raises nearly anything
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{archive}: expected a whole .tar.gz, found a broken one ({reason}); {mend}") from error
-    if missing := set(wanted) - set(files):
+        raise InputError(
+            f"{archive}: expected a whole .tar.gz, found a broken one ({shortened(error)}); {mend}"
+        ) from error
+    if missing := set(limits) - set(files):
         raise InputError(f"{archive}: expected {min(missing)} in it, found none; {mend}")
     return files
 
@@ -61,33 +63,33 @@ def read_gzip(path: Path, most: int, mend: str) -> bytes:
     raise InputError(f"{path}: expected at most {most:,} bytes in it, found more; {mend}")
 
 
-def _wanted_files(tar: tarfile.TarFile, wanted: Mapping[str, int]) -> dict[str, bytes]:
-    """Read the wanted members. Raises `TarError` for what no honest archive holds."""
+def _read_members(tar: tarfile.TarFile, limits: Mapping[str, int]) -> dict[str, bytes]:
+    """Return the content of the members of these paths. Raises `TarError` for what no honest archive holds."""
     files: dict[str, bytes] = {}
     for count, member in enumerate(tar):
         if count > _MOST_MEMBERS:
             raise tarfile.TarError(f"more than {_MOST_MEMBERS} members")
-        path = _path_in(member.name, wanted)
+        path = _path_in(member.name, limits)
         if path is None:
             continue
         if not member.isreg() or member.issparse():
             raise tarfile.TarError(f"{path} is no regular file in it")
         if path in files:
             raise tarfile.TarError(f"{path} is in it twice")
-        if member.size > wanted[path]:
-            raise tarfile.TarError(f"{path} of {member.size:,} bytes, where at most {wanted[path]:,} can be")
+        if member.size > limits[path]:
+            raise tarfile.TarError(f"{path} of {member.size:,} bytes, where at most {limits[path]:,} can be")
         content = tar.extractfile(member)
         files[path] = content.read() if content else b""
     return files
 
 
-def _path_in(name: str, wanted: Mapping[str, int]) -> str | None:
-    """Return which of the wanted paths a member's name ends in, or None."""
+def _path_in(name: str, limits: Mapping[str, int]) -> str | None:
+    """Return the path in `limits` that a member's name ends in, or None."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         return None
     tail = "/".join(path.parts[-2:])
-    return tail if tail in wanted else None
+    return tail if tail in limits else None
 
 
 class _Limited(io.RawIOBase):
@@ -98,11 +100,11 @@ class _Limited(io.RawIOBase):
         self._left = most
 
     def readable(self) -> bool:
-        """Return True: reading is all it does."""
+        """Return True: the stream does nothing but read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as there is more. Raises `OSError` once there is more than there may be."""
+        """Fill `buffer` as far as the stream goes, and return the count. Raises `OSError` beyond its limit."""
         count = self._stream.readinto(buffer)
         self._left -= count
         if self._left < 0:

@@ -11,7 +11,7 @@ from mtt_fast.data.image_data import ImageData
 from mtt_fast.data.packing import Source, packed
 from mtt_fast.errors import InputError
 
-NAMES = (*cifar.FACTS, *mnist.FACTS, "Tiny", "ImageNet", *imagenet.SUBSETS, "digits", "folder")
+NAMES = (*cifar.SPECS, *mnist.SPECS, "Tiny", "ImageNet", *imagenet.SUBSETS, "digits", "folder")
 
 
 def load(
@@ -35,7 +35,7 @@ def load(
     """
     packed_root = Path(packed_path or Path(data_path) / "packed").expanduser().absolute()
     source = find(dataset, data_path=data_path, subset=subset, res=res, download=download, progress=progress)
-    return packed(source, packed_root, progress)
+    return packed(source, packed_root, progress=progress)
 
 
 def find(
@@ -52,7 +52,7 @@ def find(
     Raises `NotFound` where it is in none of the places it was looked for, and `InputError` as `load`.
     """
     data_path = Path(data_path).expanduser().absolute()
-    name = {known.casefold(): known for known in NAMES}.get(dataset.casefold())
+    name = name_of(dataset)
     if res is not None and res < 1:
         raise InputError(f"`res`: expected a positive number of pixels, found {res}; leave it out for the default")
     if subset is not None and name != "ImageNet":
@@ -60,10 +60,10 @@ def find(
     match name:
         case "CIFAR10" | "CIFAR100":
             _check_size(name, 32, res)
-            return cifar.source(name, data_path, res, download, progress)
+            return cifar.source(name, data_path, res, download=download, progress=progress)
         case "MNIST" | "FashionMNIST":
             _check_size(name, 28, res)
-            return mnist.source(name, data_path, download, progress)
+            return mnist.source(name, data_path, download=download, progress=progress)
         case "digits":
             _check_size(name, 8, res)
             return digits.source()
@@ -79,6 +79,11 @@ def find(
     if path.is_dir() or os.sep in dataset:
         return folder.source(path, res)
     raise _unknown("`dataset`", dataset, NAMES, ", or the path of an image folder")
+
+
+def name_of(dataset: str) -> str | None:
+    """Return the one of `NAMES` that `dataset` is, in any case; None if it is none of them."""
+    return {known.casefold(): known for known in NAMES}.get(dataset.casefold())
 
 
 def _subset(subset: str) -> str:

@@ -13,6 +13,7 @@ from mtt_fast.data import class_names
 from mtt_fast.data.archives import is_file_or_link, read_tar
 from mtt_fast.data.download import fetch
 from mtt_fast.data.folder import by_class, find_splits, has_splits, image_source
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of
 from mtt_fast.data.safe_pickle import unpickle
@@ -47,7 +48,10 @@ class _Distribution:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class DatasetSpec:
+    """CIFAR-10 or CIFAR-100 as it is published."""
+
+    name: str
     class_names: tuple[str, ...]
     images: tuple[int, int]  # in a training file, and in the test file
     python: _Distribution
@@ -55,9 +59,10 @@ class _Facts:
     md5: str  # of the python archive
 
     @property
-    def num_classes(self) -> int:
-        """Return the number of classes."""
-        return len(self.class_names)
+    def info(self) -> DatasetInfo:
+        """Return the data set in numbers."""
+        in_file, test = self.images
+        return DatasetInfo(self.name, _SHAPE, len(self.class_names), len(self.python.train) * in_file, test)
 
     def most_bytes(self, kind: _Distribution) -> dict[str, int]:
         """Return the size that each file may have: pixels, labels, and in a pickle the names of the images."""
@@ -65,55 +70,56 @@ class _Facts:
         return {**dict.fromkeys(kind.train, train), kind.test: test, kind.names: _MOST_NAMES}
 
 
-FACTS = {
-    "CIFAR10": _Facts(
-        class_names=class_names.CIFAR10,
-        images=(10_000, 10_000),
-        python=_Distribution(
-            archive="cifar-10-python.tar.gz",
-            folder="cifar-10-batches-py",
-            train=tuple(f"data_batch_{n}" for n in range(1, 6)),
-            test="test_batch",
-            names="batches.meta",
-            labels="labels",
-            names_key="label_names",
-        ),
-        binary=_Distribution(
-            archive="cifar-10-binary.tar.gz",
-            folder="cifar-10-batches-bin",
-            train=tuple(f"data_batch_{n}.bin" for n in range(1, 6)),
-            test="test_batch.bin",
-            names="batches.meta.txt",
-            labels=1,
-        ),
-        md5="c58f30108f718f92721af3b95e74349a",
+_CIFAR10 = DatasetSpec(
+    name="CIFAR10",
+    class_names=class_names.CIFAR10,
+    images=(10_000, 10_000),
+    python=_Distribution(
+        archive="cifar-10-python.tar.gz",
+        folder="cifar-10-batches-py",
+        train=tuple(f"data_batch_{n}" for n in range(1, 6)),
+        test="test_batch",
+        names="batches.meta",
+        labels="labels",
+        names_key="label_names",
     ),
-    "CIFAR100": _Facts(
-        class_names=class_names.CIFAR100,
-        images=(50_000, 10_000),
-        python=_Distribution(
-            archive="cifar-100-python.tar.gz",
-            folder="cifar-100-python",
-            train=("train",),
-            test="test",
-            names="meta",
-            labels="fine_labels",
-            names_key="fine_label_names",
-        ),
-        binary=_Distribution(
-            archive="cifar-100-binary.tar.gz",
-            folder="cifar-100-binary",
-            train=("train.bin",),
-            test="test.bin",
-            names="fine_label_names.txt",
-            labels=2,
-        ),
-        md5="eb9058c3a382ffc7106e4002c42a8d85",
+    binary=_Distribution(
+        archive="cifar-10-binary.tar.gz",
+        folder="cifar-10-batches-bin",
+        train=tuple(f"data_batch_{n}.bin" for n in range(1, 6)),
+        test="test_batch.bin",
+        names="batches.meta.txt",
+        labels=1,
     ),
-}
+    md5="c58f30108f718f92721af3b95e74349a",
+)
+_CIFAR100 = DatasetSpec(
+    name="CIFAR100",
+    class_names=class_names.CIFAR100,
+    images=(50_000, 10_000),
+    python=_Distribution(
+        archive="cifar-100-python.tar.gz",
+        folder="cifar-100-python",
+        train=("train",),
+        test="test",
+        names="meta",
+        labels="fine_labels",
+        names_key="fine_label_names",
+    ),
+    binary=_Distribution(
+        archive="cifar-100-binary.tar.gz",
+        folder="cifar-100-binary",
+        train=("train.bin",),
+        test="test.bin",
+        names="fine_label_names.txt",
+        labels=2,
+    ),
+    md5="eb9058c3a382ffc7106e4002c42a8d85",
+)
+SPECS = {spec.name: spec for spec in (_CIFAR10, _CIFAR100)}
 
 
-def source(name: str, data_path: Path, res: int | None, download: bool, progress: bool, url: str = URL) -> Source:
+def source(name: str, data_path: Path, res: int | None, *, download: bool, progress: bool, url: str = URL) -> Source:
     """Describe CIFAR10 or CIFAR100 (`name`; fine labels), 3x32x32, below `data_path`; `url` holds the archives.
 
     Looked for in `data_path` and its sub-folder `name`: the python distribution, the binary one, their archives, and
@@ -121,84 +127,83 @@ def source(name: str, data_path: Path, res: int | None, download: bool, progress
     changed its pixels a little, which costs a little accuracy; class order, mean and std are the same.
     Raises `InputError` if there is none of them, or the first one found is broken.
     """
-    facts = FACTS[name]
-    found = _find(name, data_path, res)
-    if found is None and download:
-        fetch(
-            url + facts.python.archive,
-            data_path / facts.python.archive,
-            md5=facts.md5,
-            most=_MOST_ARCHIVE,
-            progress=progress,
-        )
-        found = _find(name, data_path, res)
-    if found is None:
+    spec = SPECS[name]
+    copy = _find(spec, data_path, res)
+    if copy is None and download:
+        archive = spec.python.archive
+        fetch(url + archive, data_path / archive, md5=spec.md5, most=_MOST_ARCHIVE, progress=progress)
+        copy = _find(spec, data_path, res)
+    if copy is None:
         raise NotFound(
-            f"{name}: expected {facts.python.folder}/, {facts.binary.folder}/, {facts.python.archive}, "
-            f"{facts.binary.archive} or an image folder (train/CLASS/, test/CLASS/) in {data_path} or "
+            f"{name}: expected {spec.python.folder}/, {spec.binary.folder}/, {spec.python.archive}, "
+            f"{spec.binary.archive} or an image folder (train/CLASS/, test/CLASS/) in {data_path} or "
             f"{data_path / name}, found none; add `download`, or mend `data_path`"
         )
-    return found
+    return copy
 
 
-def _find(name: str, data_path: Path, res: int | None) -> Source | None:
-    facts = FACTS[name]
-    roots = (data_path, data_path / name, data_path / name.lower())
+def _find(spec: DatasetSpec, data_path: Path, res: int | None) -> Source | None:
+    """Describe the first copy that is in one of the likely places; None if there is none."""
+    roots = (data_path, data_path / spec.name, data_path / spec.name.lower())
     for root in roots:
-        for kind in (facts.python, facts.binary):
+        for kind in (spec.python, spec.binary):
             for folder in (root / kind.folder, root):
                 if is_file_or_link(folder / kind.train[0]):
-                    return _unpacked(name, folder, kind)
+                    return _unpacked(spec, folder, kind)
     for root in roots:
-        for kind in (facts.python, facts.binary):
+        for kind in (spec.python, spec.binary):
             if is_file_or_link(root / kind.archive):
-                return _archived(name, root / kind.archive, kind)
+                return _archived(spec, root / kind.archive, kind)
     for root in roots:
         if has_splits(root):
-            return _image_folder(name, root, res)
+            return _image_folder(spec, root, res)
     return None
 
 
-def _unpacked(name: str, folder: Path, kind: _Distribution) -> Source:
-    most = FACTS[name].most_bytes(kind)
+def _unpacked(spec: DatasetSpec, folder: Path, kind: _Distribution) -> Source:
+    most = spec.most_bytes(kind)
     mend = f"unpack {kind.archive} again"
 
     def read_files() -> dict[str, bytes]:
         return {file: read_bytes(folder / file, size, mend) for file, size in most.items()}
 
-    key = key_of(folder, [folder / file for file in most], name, kind)
-    return Source(name, name, key, lambda: _read(name, folder, kind, read_files), MEAN, STD)
+    key = key_of(folder, [folder / file for file in most], spec.name, kind)
+    return Source(spec.name, spec.name, key, lambda: _read(spec, folder, kind, read_files), MEAN, STD)
 
 
-def _archived(name: str, archive: Path, kind: _Distribution) -> Source:
-    wanted = {f"{kind.folder}/{file}": size for file, size in FACTS[name].most_bytes(kind).items()}
+def _archived(spec: DatasetSpec, archive: Path, kind: _Distribution) -> Source:
+    most = {f"{kind.folder}/{file}": size for file, size in spec.most_bytes(kind).items()}
 
     def read_files() -> dict[str, bytes]:
-        found = read_tar(archive, wanted, "delete it and add `download`")
-        return {path.rpartition("/")[2]: content for path, content in found.items()}
+        contents = read_tar(archive, most, "delete it and add `download`")
+        return {path.rpartition("/")[2]: content for path, content in contents.items()}
 
-    key = key_of(archive.parent, [archive], name, kind)
-    return Source(name, name, key, lambda: _read(name, archive, kind, read_files), MEAN, STD)
+    key = key_of(archive.parent, [archive], spec.name, kind)
+    return Source(spec.name, spec.name, key, lambda: _read(spec, archive, kind, read_files), MEAN, STD)
 
 
-def _image_folder(name: str, root: Path, res: int | None) -> Source:
-    names = FACTS[name].class_names
+def _image_folder(spec: DatasetSpec, root: Path, res: int | None) -> Source:
     folders = find_splits(root)
     listings = [list_classes(root, folder) for folder in folders]
-    tell_skipped(name, *listings)
-    train, test = (by_class(name, folder, found, names) for folder, found in zip(folders, listings, strict=True))
-    return image_source(name, root, train, test, channels=3, size=32, resize=res is not None, mean=MEAN, std=STD)
+    tell_skipped(spec.name, *listings)
+    train, test = (
+        by_class(spec.name, folder, listing, spec.class_names)
+        for folder, listing in zip(folders, listings, strict=True)
+    )
+    return image_source(spec.name, root, train, test, channels=3, size=32, resize=res is not None, mean=MEAN, std=STD)
 
 
-def _read(name: str, place: Path, kind: _Distribution, read_files: Callable[[], Mapping[str, bytes]]) -> Contents:
-    files, num_classes = read_files(), FACTS[name].num_classes
+def _read(
+    spec: DatasetSpec, place: Path, kind: _Distribution, read_files: Callable[[], Mapping[str, bytes]]
+) -> Contents:
+    files, num_classes = read_files(), len(spec.class_names)
     decode = _from_pickle if kind.names_key else _from_records
     names = _class_names(files[kind.names], kind, place / kind.names)
     if len(names) != num_classes:
         raise InputError(
             f"{place / kind.names}: expected {num_classes} class names, found {len(names)}; get {kind.archive} again"
         )
-    names, order = _official(name, names)
+    names, order = _official(names, spec.class_names)
     batches = {}
     for file in (*kind.train, kind.test):
         images, labels = decode(files[file], kind.labels, place / file)
@@ -207,9 +212,8 @@ def _read(name: str, place: Path, kind: _Distribution, read_files: Callable[[], 
     return Contents(names, _SHAPE, _part([batches[file] for file in kind.train]), _part([batches[kind.test]]))
 
 
-def _official(name: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], _Labels]:
-    """Return the class names in the official order, and the official class of each; names of one's own stay as they are."""
-    official = FACTS[name].class_names
+def _official(names: tuple[str, ...], official: tuple[str, ...]) -> tuple[tuple[str, ...], _Labels]:
+    """Return the class names in the `official` order, and the official class of each; other names stay as they are."""
     if sorted(names) != sorted(official):
         return names, np.arange(len(names))
     return official, np.array([official.index(one) for one in names])

@@ -158,7 +158,7 @@ _SPELLINGS = {
 _WNID = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"(\D*)(\d{1,18})")
 _CLASS_NUMBER = re.compile(r"(?:(?:class|cls|category|label|target|new|c|y)[\W_]*)?(\d{1,18})")
-_TOLD = 10  # classes that a line of the log names
+_NAMED = 10  # classes in a line of the log
 
 
 def is_wnid(name: str) -> bool:
@@ -178,8 +178,8 @@ def in_order(names: Iterable[str]) -> list[str]:
     return [name for _, _, name in sorted(numbered)]
 
 
-def class_indices(found: Sequence[str], class_names: Sequence[str], where: object) -> list[int]:
-    """Return, for each of the names `found`, the index in `class_names` of the class that it means.
+def class_indices(names: Sequence[str], class_names: Sequence[str], where: object) -> list[int]:
+    """Return, for each of the `names`, the index in `class_names` of the class that it means.
 
     Case, separators and leading numbers ("003-cat") do not count. Of the data sets that are known by their
     `class_names`, common spellings, WordNet ids and WordNet's words are known too. Where all names are numbers they are
@@ -187,25 +187,25 @@ def class_indices(found: Sequence[str], class_names: Sequence[str], where: objec
     `where` (a folder or file) is for the message. Raises `InputError` for a name that means no class, and for two that
     mean the same one.
     """
-    meant = meant_classes(found, class_names, where)
+    meant = meant_classes(names, class_names, where)
     indices = [index for index in meant if index is not None]
-    if len(indices) < len(found):
-        raise _unknown(found[meant.index(None)], class_names, where)
-    renamed = [f"{name} = {class_names[i]}" for name, i in zip(found, indices, strict=True) if name != class_names[i]]
+    if len(indices) < len(names):
+        raise _unknown(names[meant.index(None)], class_names, where)
+    renamed = [f"{name} = {class_names[i]}" for name, i in zip(names, indices, strict=True) if name != class_names[i]]
     if renamed:
         log.info("%s: classes by name: %s", where, shortened(renamed))
     return indices
 
 
-def meant_classes(found: Sequence[str], class_names: Sequence[str], where: object) -> list[int | None]:
-    """Return what `class_indices` does, with None for names that mean no class: those of a larger data set."""
+def meant_classes(names: Sequence[str], class_names: Sequence[str], where: object) -> list[int | None]:
+    """Return the indices that `class_indices` returns, with None for names that mean no class: those of a larger data set."""
     known = _recognised(class_names)
     exact = {name: index for index, name in enumerate(class_names)}
     spelt = _by_spelling(known.spellings)
-    indices = [exact.get(name, _spelt(name, spelt)) for name in found]
-    if None in indices and (numbered := _numbered(found, known, where)):
+    indices = [exact.get(name, _spelt(name, spelt)) for name in names]
+    if None in indices and (numbered := _numbered(names, known, where)):
         indices = list(numbered)
-    _check_distinct(found, indices, class_names, where)
+    _check_distinct(names, indices, class_names, where)
     return indices
 
 
@@ -234,7 +234,7 @@ def relabelled(labels: Tensor, indices: Sequence[int], num_classes: int, where: 
 
 def shortened(items: Sequence[str]) -> str:
     """Return the items as one line, of which a long one ends in an ellipsis."""
-    return ", ".join(items[:_TOLD]) + (f", … ({len(items)} in all)" if len(items) > _TOLD else "")
+    return ", ".join(items[:_NAMED]) + (f", … ({len(items)} in all)" if len(items) > _NAMED else "")
 
 
 def imagenet_wnids() -> list[str]:
@@ -249,7 +249,7 @@ def tiny_wnids() -> list[str]:
 
 @dataclass(frozen=True)
 class _Classes:
-    """What is known of the classes of a data set: other names of each (normalised), and how people number them."""
+    """The classes of a data set: other names of each (normalised), and the numbers that people give them."""
 
     spellings: tuple[frozenset[str], ...]
     numberings: tuple[tuple[int, ...], ...]
@@ -270,14 +270,14 @@ def _imagenet() -> tuple[dict[str, list[str]], list[str]]:
 def _known_sets() -> tuple[_Classes, ...]:
     words, tiny = _imagenet()
     rank = {wnid: index for index, wnid in enumerate(words)}
-    sets = [_Classes(_spellings_of(names), (tuple(range(len(names))),)) for names in _SPELLINGS]
+    known = [_Classes(_spellings_of(names), (tuple(range(len(names))),)) for names in _SPELLINGS]
     for wnids in (list(words), tiny):
-        sets.append(_Classes(_wordnet(wnids), (tuple(range(len(wnids))),)))
+        known.append(_Classes(_wordnet(wnids), (tuple(range(len(wnids))),)))
     for subset in SUBSETS.values():
         words_or_own = zip(_wordnet(subset), subset.values(), strict=True)
         spellings = tuple(spelling | {_normalised(name)} for spelling, name in words_or_own)
-        sets.append(_Classes(spellings, (tuple(range(len(subset))), tuple(rank[wnid] for wnid in subset))))
-    return tuple(sets)
+        known.append(_Classes(spellings, (tuple(range(len(subset))), tuple(rank[wnid] for wnid in subset))))
+    return tuple(known)
 
 
 def _spellings_of(names: tuple[str, ...]) -> tuple[frozenset[str], ...]:
@@ -291,7 +291,7 @@ def _wordnet(wnids: Iterable[str]) -> tuple[frozenset[str], ...]:
 
 
 def _recognised(class_names: Sequence[str]) -> _Classes:
-    """Return what is known of the data set whose classes are called so, or the least that is true of any."""
+    """Return the known data set whose classes are called so, or what holds of any other."""
     for known in _known_sets():
         if len(class_names) == len(known.spellings) and all(
             _normalised(name) in spelling for name, spelling in zip(class_names, known.spellings, strict=True)
@@ -302,8 +302,8 @@ def _recognised(class_names: Sequence[str]) -> _Classes:
 
 def _own_numbers(class_names: Sequence[str]) -> tuple[int, ...]:
     """Return the numbers in the class names where these are numbers ("class_1" …), else the indices."""
-    found = [_CLASS_NUMBER.fullmatch(name.casefold()) for name in class_names]
-    numbers = [int(match[1]) for match in found if match]
+    matches = [_CLASS_NUMBER.fullmatch(name.casefold()) for name in class_names]
+    numbers = [int(match[1]) for match in matches if match]
     return tuple(numbers if len(numbers) == len(class_names) else range(len(class_names)))
 
 
@@ -341,11 +341,11 @@ def _number_and_rest(name: str) -> tuple[int | None, str]:
     return (int(match[1]), match[2]) if match else (None, "")
 
 
-def _numbered(found: Sequence[str], known: _Classes, where: object) -> list[int] | None:
+def _numbered(names: Sequence[str], known: _Classes, where: object) -> list[int] | None:
     """Return the classes that all names mean by their numbers, or None where they are no class numbers."""
-    matches = [_CLASS_NUMBER.fullmatch(name.casefold()) for name in found]
+    matches = [_CLASS_NUMBER.fullmatch(name.casefold()) for name in names]
     numbers = [int(match[1]) for match in matches if match]
-    if len(numbers) < len(found):
+    if len(numbers) < len(names):
         return None
     readings = [
         [numbering.index(number) for number in numbers]
@@ -355,16 +355,16 @@ def _numbered(found: Sequence[str], known: _Classes, where: object) -> list[int]
     if any(reading != readings[0] for reading in readings):
         raise InputError(
             f"{where}: expected numbers that are either indices of classes or ranks among ImageNet's 1000, found "
-            f"{shortened(found)}, which may be both; rename the folders after their classes"
+            f"{shortened(names)}, which may be both; rename the folders after their classes"
         )
     return readings[0] if readings else None
 
 
 def _check_distinct(
-    found: Sequence[str], indices: Sequence[int | None], class_names: Sequence[str], where: object
+    names: Sequence[str], indices: Sequence[int | None], class_names: Sequence[str], where: object
 ) -> None:
     first: dict[int, str] = {}
-    for name, index in zip(found, indices, strict=True):
+    for name, index in zip(names, indices, strict=True):
         if index is None:
             continue
         if index in first:

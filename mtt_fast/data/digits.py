@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.packing import Contents, Part, Source, key_of
 from mtt_fast.errors import InputError
+
+INFO = DatasetInfo("digits", (1, 8, 8), num_classes=10, train=1_442, test=355)
 
 
 def source() -> Source:
@@ -33,5 +36,5 @@ def _read() -> Contents:
     for label in range(10):
         test[np.flatnonzero(labels == label)[4::5]] = True
     return Contents(
-        tuple("0123456789"), (1, 8, 8), Part(labels[~test], [images[~test]]), Part(labels[test], [images[test]])
+        tuple("0123456789"), INFO.image_shape, Part(labels[~test], [images[~test]]), Part(labels[test], [images[test]])
     )

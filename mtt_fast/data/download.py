@@ -1,4 +1,4 @@
-"""Fetching one file whose checksum is known."""
+"""The download of one file whose checksum is known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fetch(url: str, path: Path, *, md5: str, progress: bool, most: int = _MOST) 
     """Download `url` to `path`; the name appears only when the content is whole and has the checksum `md5`.
 
     Raises `InputError` if the server cannot be reached, stops early or sends something else, or more than `most` bytes;
-    nothing is left behind then.
+    then no part of the file stays.
     """
     digest = hashlib.md5(usedforsecurity=False)  # what the publishers give: it tells damage, not malice
     mend = f"try again, or fetch it by hand to {path}"

@@ -59,18 +59,18 @@ def find_splits(root: Path) -> tuple[Path, Path]:
     The latter is the first that has the training classes, or classes at all: test images without labels (ImageNet's)
     do not hide labelled validation images. Raises `InputError` where a split has no folder.
     """
-    there = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
-    if not (root / "train").is_dir() or not there:
+    places = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not places:
         raise InputError(
             f"{root}: expected train/ and one of {', '.join(f'{name}/' for name in TEST_FOLDERS)}, with a folder a "
             f"class, found {listed(root)}; rearrange the images so, or check the path"
         )
-    train, *names = (folder_names(place) for place in (root / "train", *there))
-    labelled = [place for place, found in zip(there, names, strict=True) if found & train]
-    labelled += [place for place, found in zip(there, names, strict=True) if found]
-    chosen = labelled[0] if labelled else there[0]
-    if chosen != there[0]:
-        log.info("%s: not used, as it has no folders of the training classes; test images: %s", there[0], chosen)
+    train, *classes = (folder_names(place) for place in (root / "train", *places))
+    labelled = [place for place, names in zip(places, classes, strict=True) if names & train]
+    labelled += [place for place, names in zip(places, classes, strict=True) if names]
+    chosen = labelled[0] if labelled else places[0]
+    if chosen != places[0]:
+        log.info("%s: not used, as it has no folders of the training classes; test images: %s", places[0], chosen)
     return root / "train", chosen
 
 
@@ -87,8 +87,8 @@ def by_class(name: str, folder: Path, listing: Listing, class_names: Sequence[st
             f"{len(places)}, none for {shortened(missing)}; mend `data_path`, or name the folder itself: `dataset` "
             f"{folder.parent}"
         )
-    found = dict(zip(indices, places, strict=True))
-    return {class_name: listing.classes[found[index]] for index, class_name in enumerate(class_names)}
+    places_by_index = dict(zip(indices, places, strict=True))
+    return {class_name: listing.classes[places_by_index[index]] for index, class_name in enumerate(class_names)}
 
 
 def image_source(
@@ -107,7 +107,7 @@ def image_source(
 ) -> Source:
     """Describe a data set of image files by class; class i is the i-th of `train`, called `class_names[i]`, or by its key.
 
-    `channels` and `size` None: found out from the headers of all images. `resize`: see `images.decode`.
+    `channels` and `size` None: taken from the headers of all images. `resize`: see `images.decode`.
     Raises `InputError` for classes that differ or are empty, and when it is read, for an image of another size or kind.
     """
     if set(train) != set(test):
@@ -130,23 +130,23 @@ def image_source(
     log.info("%s: %d classes in this order: %s", name, len(names), shortened(names))
 
     def image_shape() -> tuple[int, int, int]:
-        """Look at all images: the first may be the only grey one, or the only one of its size."""
+        """Return (C, H, W) after a look at all images: the first may be the only grey one, or the only one of its size."""
         if channels and size and resize:
             return channels, size, size
-        found = read_headers(train_files + test_files, (size, size) if size else None, resize)
-        return (channels or (1 if found.grey else 3), *((size, size) if size else found.size))
+        header = read_headers(train_files + test_files, (size, size) if size else None, resize=resize)
+        return (channels or (1 if header.grey else 3), *((size, size) if size else header.size))
 
     def read() -> Contents:
         shape = image_shape()
         return Contents(
             names,
             shape,
-            Part(stack_labels([len(train[label]) for label in train]), decode(train_files, shape, resize)),
-            Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, resize)),
+            Part(stack_labels([len(train[label]) for label in train]), decode(train_files, shape, resize=resize)),
+            Part(stack_labels([len(test[label]) for label in train]), decode(test_files, shape, resize=resize)),
         )
 
-    def facts() -> DatasetInfo:
+    def info() -> DatasetInfo:
         return DatasetInfo(name, image_shape(), len(names), len(train_files), len(test_files))
 
     key = key_of(root, train_files + test_files, name, list(train), class_names, channels, size, resize, mean, std)
-    return Source(name, stem or name, key, read, mean, std, facts)
+    return Source(name, stem or name, key, read, mean, std, info)

@@ -1,4 +1,4 @@
-"""What every data set becomes: two splits of uint8 images with labels, and the facts that belong to them."""
+"""A data set ready to use: two splits of uint8 images with labels, and the facts that belong to them."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class ImageData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+        """Return (C, H, W)."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
     def identity(self, zca: bool) -> DatasetIdentity:
-        """Return what tells these images from others, whitened with `zca` and otherwise normalised."""
+        """Return the identity of these images as networks see them: whitened with `zca`, otherwise normalised."""
         return DatasetIdentity(
             self.name, self.class_names, self.image_shape, self.mean, self.std, WHITENED if zca else NORMALISED,
             self.fingerprint,
@@ -77,12 +77,12 @@ class DatasetInfo:
 
     @property
     def packed_bytes(self) -> int:
-        """Size of its packed file: a byte a value, eight a label."""
+        """Return the size of its packed file: a byte a value, eight a label."""
         channels, height, width = self.image_shape
         return (self.train + self.test) * (channels * height * width + 8)
 
     def identity(self, zca: bool) -> DatasetIdentity:
-        """Return what is known beforehand of `ImageData.identity`: an image folder may have been renamed since."""
+        """Return the part of `ImageData.identity` that is known beforehand: an image folder may have been renamed since."""
         name = "" if self.name.startswith("folder-") else self.name
         return DatasetIdentity(name, image_shape=self.image_shape, whitening=WHITENED if zca else NORMALISED)
 
@@ -176,10 +176,10 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         for channel in range(images.shape[1]):
             counts[channel] += torch.bincount(block[:, channel].flatten(), minlength=256)
     means, stds = [], []
-    for of_level in counts.tolist():
-        pixels = sum(of_level)
-        total = sum(level * count for level, count in enumerate(of_level))
-        squares = sum(level**2 * count for level, count in enumerate(of_level))
+    for histogram in counts.tolist():
+        pixels = sum(histogram)
+        total = sum(level * count for level, count in enumerate(histogram))
+        squares = sum(level**2 * count for level, count in enumerate(histogram))
         variance = (pixels * squares - total**2) / (255 * pixels) ** 2
         means.append(total / (255 * pixels))
         stds.append(math.sqrt(variance) or 1.0)  # a constant channel is left as it is

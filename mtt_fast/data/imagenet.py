@@ -6,11 +6,12 @@ from pathlib import Path
 
 from mtt_fast.data.class_names import SUBSETS, class_indices, imagenet_wnids, is_wnid, meant_classes
 from mtt_fast.data.folder import image_source
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.listing import Listing, class_folders, folder_names, list_classes, tell_skipped
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 
-__all__ = ["MEAN", "STD", "SUBSETS", "source"]
+__all__ = ["MEAN", "STD", "SUBSETS", "info", "source"]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -18,6 +19,15 @@ STD = (0.229, 0.224, 0.225)
 _CLASSES = 1000
 _SPLITS = ("train", "val")
 _RES = 128  # the papers' resolution for the subsets
+
+
+def info(subset: str | None, res: int | None) -> DatasetInfo:
+    """Return ImageNet, or one of `SUBSETS`, in numbers: those that are published."""
+    size = res or _RES
+    name = f"{subset or 'ImageNet'}-{size}"
+    if subset is None:
+        return DatasetInfo(name, (3, size, size), num_classes=_CLASSES, train=1_281_167, test=50_000)
+    return DatasetInfo(name, (3, size, size), num_classes=10, train=13_000, test=500)  # 12,000 to 13,000, by subset
 
 
 def source(data_path: Path, subset: str | None, res: int | None) -> Source:
@@ -30,21 +40,20 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
     values, if its torchvision antialiases tensors, as it does by default since 0.17.)
     Folders may bear WordNet ids, the classes' names, or their numbers. Raises `InputError` if classes are missing.
     """
-    size = res or _RES
     root = _find(data_path, subset)
     train, test = (
         _subset_classes(root, root / split, subset) if subset else _all_classes(root, root / split) for split in _SPLITS
     )
-    name = f"{subset or 'ImageNet'}-{size}"
-    tell_skipped(name, train, test)
+    known = info(subset, res)
+    tell_skipped(known.name, train, test)
     return image_source(
-        name,
+        known.name,
         root,
         train.classes,
         test.classes,
         class_names=tuple(SUBSETS[subset].values()) if subset else list(train.classes),
         channels=3,
-        size=size,
+        size=known.image_shape[1],
         resize=True,
         mean=MEAN,
         std=STD,
@@ -78,14 +87,14 @@ def _subset_classes(root: Path, split: Path, subset: str) -> Listing:
 def _places(split: Path, subset: str) -> dict[str, str]:
     """Return the names of the folders in `split` that hold classes of the subset, by WordNet id, in its order."""
     names = sorted(folder_names(split))
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     if len(names) > len(
         SUBSETS[subset]
     ):  # a larger tree, where numbers are ImageNet's and words may be another class's
-        found = _by_wnid(names, imagenet_wnids(), imagenet_wnids(), split)
-    if not set(SUBSETS[subset]) <= set(found):
-        found = _by_wnid(names, list(SUBSETS[subset].values()), list(SUBSETS[subset]), split)
-    return {wnid: found[wnid] for wnid in SUBSETS[subset] if wnid in found}
+        places = _by_wnid(names, imagenet_wnids(), imagenet_wnids(), split)
+    if not set(SUBSETS[subset]) <= set(places):
+        places = _by_wnid(names, list(SUBSETS[subset].values()), list(SUBSETS[subset]), split)
+    return {wnid: places[wnid] for wnid in SUBSETS[subset] if wnid in places}
 
 
 def _by_wnid(names: list[str], class_names: list[str], wnids: list[str], where: Path) -> dict[str, str]:
@@ -111,8 +120,8 @@ def _find(data_path: Path, subset: str | None) -> Path:
         )
     missing = list(SUBSETS[subset])
     for root in roots:
-        there = _places(root / "train", subset)
-        lacking = [wnid for wnid in SUBSETS[subset] if wnid not in there]
+        named = _places(root / "train", subset)
+        lacking = [wnid for wnid in SUBSETS[subset] if wnid not in named]
         if not lacking:
             return root
         missing = min(missing, lacking, key=len)

@@ -1,4 +1,4 @@
-"""Image files: what their headers say, and their pixels, decoded in parallel."""
+"""Image files: their headers, and their pixels, decoded in parallel."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import shortened
 from mtt_fast.storage.regular import check_regular
 
 # Not all that Pillow can read: some of its readers start other programs, or are hardly ever used.
@@ -34,14 +35,14 @@ log = logging.getLogger(__name__)
 
 
 class Header(NamedTuple):
-    """What the header of an image file says; of several files, whether all are grey, and the size of the first."""
+    """The kind and size of an image by its header; of several, whether all are grey, and the size of the first."""
 
     grey: bool
     size: tuple[int, int]  # (height, width)
 
 
-def read_headers(paths: Sequence[str], size: tuple[int, int] | None, resize: bool) -> Header:
-    """Read the headers of all files, decoding nothing, and return what they say.
+def read_headers(paths: Sequence[str], size: tuple[int, int] | None, *, resize: bool) -> Header:
+    """Return the kind and size of all images by their headers, decoding nothing.
 
     Without `resize` all must be of `size` (height, width), or of the first one's size; with it, reading ends where the
     answer is known. It takes 50 microseconds a file that is in the page cache.
@@ -61,7 +62,7 @@ def read_headers(paths: Sequence[str], size: tuple[int, int] | None, resize: boo
     return Header(grey, first or (0, 0))
 
 
-def decode(paths: Sequence[str], shape: tuple[int, int, int], resize: bool) -> Iterator[_Picture]:
+def decode(paths: Sequence[str], shape: tuple[int, int, int], *, resize: bool) -> Iterator[_Picture]:
     """Yield the images in the order of `paths`, in blocks uint8 (k, C, H, W) with `shape` = (C, H, W).
 
     C = 1 is grey, C = 3 is RGB; transparent images are composed on white. With `resize` an image is resized so that it just
@@ -74,15 +75,15 @@ def decode(paths: Sequence[str], shape: tuple[int, int, int], resize: bool) -> I
     transparent: list[str] = []
     with _threads() as (pool, workers):
         chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
-        for _, (block, found) in _in_order(pool, workers, lambda chunk: _decode_chunk(chunk, shape, resize), chunks):
-            transparent += found
+        for _, (block, names) in _in_order(pool, workers, lambda chunk: _decode_chunk(chunk, shape, resize), chunks):
+            transparent += names
             yield block
     if transparent:
         log.info("%d transparent image(s) composed on white, such as %s", len(transparent), transparent[0])
 
 
 def read_header(content: bytes, name: str) -> Header:
-    """Return what the header of an encoded image says. Raises `InputError`, which names it `name`, for a bad one."""
+    """Return the kind and size of an encoded image by its header. Raises `InputError`, which names it `name`, for a bad one."""
     with _quiet(), _opened(io.BytesIO(content), name) as image:
         return _header_of(image)
 
@@ -125,7 +126,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _in_order(pool: ThreadPoolExecutor, workers: int, work: Any, items: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield (item, its result) in the order of `items`; never far ahead of who reads them."""
+    """Yield (item, its result) in the order of `items`; never far ahead of their reader."""
     pending: deque[tuple[Any, Future[Any]]] = deque()
     for item in items:
         pending.append((item, pool.submit(work, item)))
@@ -246,16 +247,12 @@ def _check_size(path: str, found: tuple[int, int], expected: tuple[int, int]) ->
         )
 
 
-def _too_large(path: str, found: str) -> InputError:
-    return InputError(f"{path}: expected at most {_MOST_PIXELS:,} pixels, found {found}; shrink or delete it")
+def _too_large(path: str, size: str) -> InputError:
+    return InputError(f"{path}: expected at most {_MOST_PIXELS:,} pixels, found {size}; shrink or delete it")
 
 
 def _broken(path: str, error: Exception) -> InputError:
-    return InputError(f"{path}: expected an image, found a broken one ({_line(error)}); replace or delete it")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{path}: expected an image, found a broken one ({shortened(error)}); replace or delete it")
 
 
 def as_image(picture: Tensor) -> Image.Image:

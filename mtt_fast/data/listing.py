@@ -1,4 +1,4 @@
-"""Which image files there are in class folders: each once and under one label, whatever links lead to it."""
+"""The image files in class folders: each once and under one label, whatever links lead to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtt_fast.errors import InputError, reason_of, remedy_for
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 _LOOP = "link(s) to a folder around them"
-_TOLD = 8  # kinds of things that are not taken
+_MOST_KINDS = 8  # of things that are not taken, in a line of the log
 
 log = logging.getLogger(__name__)
 
@@ -57,23 +57,23 @@ def list_classes(root: Path, folder: Path, chosen: Iterable[str] | None = None) 
     first: dict[str, tuple[str, str]] = {}  # file -> (class, path)
     classes, skipped = {}, _loose(folder, folders) if chosen is None else Counter[str]()
     for place in folders:
-        found = _files_below(str(place), homes, skipped)
-        for identity, path in found.items():
+        images = _files_below(str(place), homes, skipped)
+        for identity, path in images.items():
             label, other = first.setdefault(identity, (place.name, path))
             if label != place.name:
                 raise InputError(
                     f"{path}: expected each image under one label, found it under {label!r} too ({other}); remove one of them"
                 )
-        classes[place.name] = sorted(found.values())
+        classes[place.name] = sorted(images.values())
     return Listing(classes, skipped)
 
 
 def tell_skipped(name: str, *listings: Listing) -> None:
-    """Say in one line of the log what in the folders of the data set `name` was not taken."""
+    """Log in one line what was not taken from the folders of the data set `name`."""
     skipped = sum((listing.skipped for listing in listings), Counter[str]())
     if skipped:
-        told = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(_TOLD))
-        log.info("%s: besides the images, not taken: %s (images end in %s)", name, told, " ".join(SUFFIXES))
+        counts = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(_MOST_KINDS))
+        log.info("%s: besides the images, not taken: %s (images end in %s)", name, counts, " ".join(SUFFIXES))
 
 
 def folder_names(folder: Path) -> set[str]:

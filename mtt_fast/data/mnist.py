@@ -11,6 +11,7 @@ import numpy as np
 from mtt_fast.data import class_names
 from mtt_fast.data.archives import is_file_or_link, read_gzip
 from mtt_fast.data.download import fetch
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.packing import Contents, Part, Source, key_of
 from mtt_fast.errors import InputError, NotFound
 from mtt_fast.storage.regular import read_bytes
@@ -25,51 +26,60 @@ _MEND = "get it again"
 
 
 @dataclass(frozen=True)
-class _Facts:
+class DatasetSpec:
+    """MNIST or FashionMNIST as it is published."""
+
+    name: str
     url: str  # the mirror that torchvision names too
     md5: tuple[str, str, str, str]  # of the .gz files, in the order of FILES
     class_names: tuple[str, ...]
     mean: float  # these two: the public code's
     std: float
 
+    @property
+    def info(self) -> DatasetInfo:
+        """Return the data set in numbers."""
+        return DatasetInfo(self.name, (1, _SIDE, _SIDE), len(self.class_names), *_MOST_IMAGES)
 
-FACTS = {
-    "MNIST": _Facts(
-        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        md5=(
-            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "d53e105ee54ea40749a09fcbcd1e9432",
-            "9fb629c4189551a2d022fa330f9573f3",
-            "ec29112dd5afa0611ce80d1b7f02629c",
-        ),
-        class_names=class_names.MNIST,
-        mean=0.1307,
-        std=0.3081,
+
+_MNIST = DatasetSpec(
+    name="MNIST",
+    url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+    md5=(
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3",
+        "ec29112dd5afa0611ce80d1b7f02629c",
     ),
-    "FashionMNIST": _Facts(
-        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        md5=(
-            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "25c81989df183df01b3e8a0aad5dffbe",
-            "bef4ecab320f06d8554ea6380940ec79",
-            "bb300cfdad3c16e7a12a480ee83cd310",
-        ),
-        class_names=class_names.FASHION_MNIST,
-        mean=0.2861,
-        std=0.3530,
+    class_names=class_names.MNIST,
+    mean=0.1307,
+    std=0.3081,
+)
+_FASHION_MNIST = DatasetSpec(
+    name="FashionMNIST",
+    url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    md5=(
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79",
+        "bb300cfdad3c16e7a12a480ee83cd310",
     ),
-}
+    class_names=class_names.FASHION_MNIST,
+    mean=0.2861,
+    std=0.3530,
+)
+SPECS = {spec.name: spec for spec in (_MNIST, _FASHION_MNIST)}
 
 
-def source(name: str, data_path: Path, download: bool, progress: bool, url: str | None = None) -> Source:
+def source(name: str, data_path: Path, *, download: bool, progress: bool, url: str | None = None) -> Source:
     """Describe MNIST or FashionMNIST (`name`) below `data_path`, 1x28x28; `url` takes the place of the official folder.
 
     Raises `InputError` if a file is missing, is no idx file of the right kind, or is shorter than its header says.
     """
-    facts = FACTS[name]
+    spec = SPECS[name]
     files = _find(name, data_path)
     if files is None and download:
-        fetch_all(name, data_path / name / "raw", url or facts.url, progress)
+        fetch_all(name, data_path / name / "raw", url or spec.url, progress=progress)
         files = _find(name, data_path)
     if files is None:
         raise NotFound(
@@ -81,25 +91,26 @@ def source(name: str, data_path: Path, download: bool, progress: bool, url: str 
     def read() -> Contents:
         images, labels = read_split(files[0], files[1], _MOST_IMAGES[0])
         test_images, test_labels = read_split(files[2], files[3], _MOST_IMAGES[1])
-        return Contents(facts.class_names, (1, _SIDE, _SIDE), Part(labels, [images]), Part(test_labels, [test_images]))
+        return Contents(spec.class_names, (1, _SIDE, _SIDE), Part(labels, [images]), Part(test_labels, [test_images]))
 
-    return Source(name, name, key_of(data_path, files, name), read, (facts.mean,), (facts.std,))
+    return Source(name, name, key_of(data_path, files, name), read, (spec.mean,), (spec.std,))
 
 
 def _find(name: str, data_path: Path) -> list[Path] | None:
+    """Return the four files in the first likely folder that has them all, plain or gzipped; None if there is none."""
     for folder in (data_path / name / "raw", data_path / name, data_path):  # the first is torchvision's
         files = [
             next((f for f in (folder / file, folder / f"{file}.gz") if is_file_or_link(f)), None) for file in FILES
         ]
-        found = [file for file in files if file]
-        if len(found) == len(FILES):
-            return found
+        present = [file for file in files if file]
+        if len(present) == len(FILES):
+            return present
     return None
 
 
-def fetch_all(name: str, folder: Path, url: str, progress: bool) -> None:
-    """Download the four files of `name`, except those already there."""
-    for file, md5 in zip(FILES, FACTS[name].md5, strict=True):
+def fetch_all(name: str, folder: Path, url: str, *, progress: bool) -> None:
+    """Download the four files of `name`, except those that `folder` has already."""
+    for file, md5 in zip(FILES, SPECS[name].md5, strict=True):
         path = folder / f"{file}.gz"
         if not path.is_file():
             fetch(f"{url}{file}.gz", path, md5=md5, most=_MOST_ARCHIVE, progress=progress)

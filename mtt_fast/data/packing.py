@@ -52,10 +52,10 @@ class Contents:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that was found, but not read yet.
+    """A data set whose files are known, but not read yet.
 
-    `stem` names its packed file; `key` says what would go in. `mean` and `std` None: computed from the training images.
-    `facts` counts what is there, decoding nothing; None where that is what is published of the data set.
+    `stem` names its packed file; `key` tells its content from any other. `mean` and `std` None: computed from the training
+    images. `info` counts the images, decoding nothing; None where there are as many as are published.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Source:
     read: Callable[[], Contents]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    facts: Callable[[], DatasetInfo] | None = None
+    info: Callable[[], DatasetInfo] | None = None
 
 
 def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
@@ -86,8 +86,8 @@ def key_of(root: Path, files: Iterable[str | Path], *settings: object) -> str:
     return digest.hexdigest()
 
 
-def packed(source: Source, folder: Path, progress: bool) -> ImageData:
-    """Return the data set of `source` from its packed file in `folder`, made first if missing, broken or out of date.
+def packed(source: Source, folder: Path, *, progress: bool) -> ImageData:
+    """Return the data set of `source` from its packed file in `folder`, made first if it is missing, broken or out of date.
 
     Two processes may do so at once: each writes a file of its own, and the last to finish gives it the name.
     Raises `InputError` if the source is bad or the file cannot be written; then nothing is left half-written.
@@ -96,7 +96,7 @@ def packed(source: Source, folder: Path, progress: bool) -> ImageData:
     remove_leftovers(folder)
     if (data := _open(path, source.key)) is not None:
         return data
-    _pack(source, path, progress)
+    _pack(source, path, progress=progress)
     data = _open(path, source.key)
     if data is None:
         raise InputError(
@@ -106,7 +106,7 @@ def packed(source: Source, folder: Path, progress: bool) -> ImageData:
 
 
 def _open(path: Path, key: str) -> ImageData | None:
-    """Map the packed file; None, with a warning, if it cannot be used (a cache may be made again)."""
+    """Return the data set in the packed file, memory-mapped; None, with a warning, if the file cannot be used."""
     if not path.exists():
         return None
     try:
@@ -134,11 +134,10 @@ def _open(path: Path, key: str) -> ImageData | None:
     return None
 
 
-def _pack(source: Source, path: Path, progress: bool) -> None:
+def _pack(source: Source, path: Path, *, progress: bool) -> None:
     """Stream the source into a safetensors file: labels, then images, then the header, for which room was left.
 
     The checksums are of what was given to be written, so that an error of the disk shows when the file is opened.
-
     Nothing but a few blocks is ever in memory, so the 63 GB of ImageNet at 128 pixels need no more of it than MNIST.
     """
     contents = source.read()
@@ -189,13 +188,13 @@ def _checksums(digests: Mapping[str, xxhash.xxh3_128]) -> dict[str, list[str]]:
 
 
 def _write_header(file: BinaryIO, header: bytes, room: int) -> None:
-    text = header[8:].ljust(room - 8)  # the format allows spaces behind the JSON
+    text = header[8:].ljust(room - 8)  # the format allows spaces after the JSON
     file.seek(0)
     file.write(struct.pack("<Q", len(text)) + text)
 
 
 def _splits(path: Path, offset: int, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Split]:
-    """Map the tensors of a file whose header is not there yet."""
+    """Return the splits, memory-mapped, of a file whose header is still to be written."""
     arrays = {}
     for name, (dtype, shape) in shapes.items():
         arrays[name] = torch.from_numpy(np.memmap(path, "<i8" if dtype == "I64" else np.uint8, "c", offset, shape))

@@ -1,25 +1,14 @@
-"""What is known of a data set before it is read: shape, classes, number of images."""
+"""The facts of a data set before it is read: shape, classes, number of images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mtt_fast.data import catalogue, imagenet
+from mtt_fast.data import catalogue, cifar, digits, imagenet, mnist, tiny_imagenet
 from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.errors import InputError, NotFound
 
 __all__ = ["DatasetInfo", "dataset_info"]
-
-_FIXED = {
-    "CIFAR10": DatasetInfo("CIFAR10", (3, 32, 32), 10, 50_000, 10_000),
-    "CIFAR100": DatasetInfo("CIFAR100", (3, 32, 32), 100, 50_000, 10_000),
-    "MNIST": DatasetInfo("MNIST", (1, 28, 28), 10, 60_000, 10_000),
-    "FashionMNIST": DatasetInfo("FashionMNIST", (1, 28, 28), 10, 60_000, 10_000),
-    "digits": DatasetInfo("digits", (1, 8, 8), 10, 1_442, 355),
-}
-_TINY = (200, 100_000, 10_000)
-_IMAGENET = (1_000, 1_281_167, 50_000)
-_SUBSET = (10, 13_000, 500)  # 12,000 to 13,000 images for training, by subset
 
 
 def dataset_info(
@@ -41,21 +30,25 @@ def dataset_info(
         if published is None:
             raise
         return published
-    facts = source.facts() if source.facts else published
-    assert facts, "image folders count what is there, all others are published"
-    return facts
+    info = source.info() if source.info else published
+    assert info, "image folders count what is there, all others are published"
+    return info
 
 
 def _published(dataset: str, subset: str | None, res: int | None) -> DatasetInfo | None:
-    """Return the facts of a data set that has a name of its own."""
-    names = {name.casefold(): name for name in (*_FIXED, "Tiny", "ImageNet", *imagenet.SUBSETS)}
-    name = names.get(dataset.casefold())
-    if name is None or name in _FIXED:
-        return _FIXED.get(name or "")
-    if name == "Tiny":
-        side = res or 64
-        return DatasetInfo("Tiny" if side == 64 else f"Tiny-{side}", (3, side, side), *_TINY)
-    chosen = subset.casefold() if subset and name == "ImageNet" else name
-    counts = _IMAGENET if chosen == "ImageNet" else _SUBSET
-    side = res or 128
-    return DatasetInfo(f"{chosen}-{side}", (3, side, side), *counts)
+    """Return the facts of a data set that has a name of its own; None for an image folder."""
+    name = catalogue.name_of(dataset)
+    match name:
+        case "CIFAR10" | "CIFAR100":
+            return cifar.SPECS[name].info
+        case "MNIST" | "FashionMNIST":
+            return mnist.SPECS[name].info
+        case "digits":
+            return digits.INFO
+        case "Tiny":
+            return tiny_imagenet.info(res)
+        case "ImageNet":
+            return imagenet.info(subset.casefold() if subset else None, res)
+        case "folder" | None:
+            return None
+    return imagenet.info(name, res)

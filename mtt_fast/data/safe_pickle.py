@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtt_fast.errors import InputError
+from mtt_fast.storage.foreign import shortened
 
 # Opcodes by which plain values and numpy's arrays of bytes are written, in any protocol. What else there is makes
 # objects of other kinds, or copies what it holds.
@@ -31,7 +32,7 @@ _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def unpickle(raw: bytes, place: Path) -> dict[str, Any]:
-    """Read a pickle such as CIFAR's: a dict of strings, numbers, lists, byte arrays. Nothing in it is executed.
+    """Return the dict in a pickle such as CIFAR's: of strings, numbers, lists, byte arrays. Nothing in it is executed.
 
     Raises `InputError` if it holds anything else or breaks off; `place` is for the message.
     """
@@ -40,11 +41,10 @@ def unpickle(raw: bytes, place: Path) -> dict[str, Any]:
         # Python 2 wrote the files: its strings are bytes, and "latin1" is the decoding that can be turned back.
         value = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
         if isinstance(value, dict):
-            return {key: held.array if isinstance(held, _Array) else held for key, held in value.items()}
+            return {key: item.array if isinstance(item, _Array) else item for key, item in value.items()}
     except Exception as error:  # a broken pickle raises nearly anything
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{place}: expected a pickle of CIFAR, found something else ({reason}); get its archive again"
+            f"{place}: expected a pickle of CIFAR, found something else ({shortened(error)}); get its archive again"
         ) from error
     raise InputError(f"{place}: expected a pickled dict, found {type(value).__name__}; get its archive again")
 
@@ -63,7 +63,7 @@ def _check_opcodes(raw: bytes) -> None:
 
 
 class _Array:
-    """Stands in for a numpy array of bytes: keeps its state, and makes the array of it where it fits together."""
+    """A stand-in for a numpy array of bytes: keeps its state, and makes the array of it where the state fits together."""
 
     def __init__(self, *_: object) -> None:
         self._state: tuple[Any, ...] = ()
@@ -73,7 +73,7 @@ class _Array:
 
     @cached_property
     def array(self) -> _Bytes:
-        """The array. Raises `ValueError` or `TypeError` if its state is none of an array of bytes."""
+        """Return the array. Raises `ValueError` or `TypeError` if the state is not that of an array of bytes."""
         _, shape, dtype, by_columns, raw = self._state
         if not isinstance(dtype, _ByteType):
             raise TypeError("an array of other values than bytes")
@@ -82,7 +82,7 @@ class _Array:
 
 
 class _ByteType:
-    """Stands in for numpy's dtype of unsigned bytes, the only one admitted."""
+    """A stand-in for numpy's dtype of unsigned bytes, the only one admitted."""
 
     def __init__(self, code: object, *_: object) -> None:
         if code not in ("u1", "|u1"):
@@ -93,7 +93,7 @@ class _ByteType:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits the three names by which numpy pickles an array, and gives each the least that does the work."""
+    """An unpickler that admits the three names by which numpy pickles an array, with a stand-in for each."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):

@@ -1,4 +1,4 @@
-"""What a distilled set has to be, whoever made it: checked where it is read, where it is written, and where it is used."""
+"""The checks of a distilled set, whoever made it: where it is read, where it is written, and where it is used."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _SUM_WITHIN = 1e-2  # of 1: what a row of a thousand probabilities in bfloat16 n
 Where = str | os.PathLike[str]
 
 
-def check_set(found: SyntheticDataset, where: Where) -> None:
+def check_set(synthetic: SyntheticDataset, where: Where) -> None:
     """Check that a distilled set is whole and sound: tensors, rates, and the facts that undo its normalisation.
 
     Raises `InputError`, which begins with `where` and names what is wrong.
     """
-    check_tensors(found.images, found.labels, found.label_kind, where)
-    check_rate(found.lr, where)
-    if found.lr_per_step is not None:
-        _check_rates(found.lr_per_step, where)
-    check_names(found.class_names, where)
-    check_classes(found.labels, len(found.class_names), where)
-    channels, height, width = found.images.shape[1:]
-    check_normalisation(found.mean, found.std, channels, where)
-    if found.canvas is not None:
-        _check_canvas(found.canvas, height, width, where)
-    if found.whitening is not None:
-        _check_whitening(found.whitening, channels * height * width, where)
+    check_tensors(synthetic.images, synthetic.labels, synthetic.label_kind, where)
+    check_rate(synthetic.lr, where)
+    if synthetic.lr_per_step is not None:
+        _check_rates(synthetic.lr_per_step, where)
+    check_names(synthetic.class_names, where)
+    check_classes(synthetic.labels, len(synthetic.class_names), where)
+    channels, height, width = synthetic.images.shape[1:]
+    check_normalisation(synthetic.mean, synthetic.std, channels, where)
+    if synthetic.canvas is not None:
+        _check_canvas(synthetic.canvas, height, width, where)
+    if synthetic.whitening is not None:
+        _check_whitening(synthetic.whitening, channels * height * width, where)
     for name in ("recipe", "versions"):
-        if not isinstance(getattr(found, name), dict):
-            raise InputError(f"{where}: {name}: expected a dictionary, found {shown(getattr(found, name))}")
+        if not isinstance(getattr(synthetic, name), dict):
+            raise InputError(f"{where}: {name}: expected a dictionary, found {shown(getattr(synthetic, name))}")
 
 
 def check_tensors(images: Tensor, labels: Tensor, label_kind: str, where: Where) -> None:
@@ -115,9 +115,10 @@ def are_probabilities(labels: Tensor) -> bool:
 
 
 def check_classes(labels: Tensor, classes: int, where: Where) -> int:
-    """Check that `labels`, indices (n,) or soft labels (n, classes), are of `classes` classes; return of how many.
+    """Check that `labels`, indices (n,) or soft labels (n, classes), are of `classes` classes.
 
-    Class indices may leave classes out, soft labels may not. Raises `InputError`, which begins with `where`.
+    Return the number of classes that they name: class indices may leave some out, soft labels may not.
+    Raises `InputError`, which begins with `where`.
     """
     if labels.is_floating_point():
         if labels.shape[1] != classes:
@@ -139,9 +140,9 @@ def check_classes(labels: Tensor, classes: int, where: Where) -> int:
 def check_rate(lr: Tensor, where: Where) -> None:
     """Check that `lr` is one learning rate (), positive and finite. Raises `InputError`, which begins with `where`."""
     if not isinstance(lr, Tensor) or lr.dim() or not lr.is_floating_point() or not 0 < float(lr) < math.inf:
-        found = float(lr) if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
+        value = float(lr) if isinstance(lr, Tensor) and not lr.dim() and not lr.is_complex() else shown(lr)
         raise InputError(
-            f"{where}: lr: expected one learning rate, finite and above 0, found {found}; give the one that it was made with"
+            f"{where}: lr: expected one learning rate, finite and above 0, found {value}; give the one that it was made with"
         )
 
 

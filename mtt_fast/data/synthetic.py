@@ -34,8 +34,8 @@ class SyntheticDataset:
     `lr` () is the learning rate that was learned with them, and that networks are trained with: the mean, if one was
     learned for each of the N student steps, which `lr_per_step` (N,) then holds. `mean` and `std` undo the normalisation.
     With a `canvas` the images are textures, of which networks see random crops (mtt_fast/augmentation/texture.py).
-    `recipe` holds the options it was made with; `versions` the software's. `dataset` and `fingerprint` are the name and the
-    fingerprint of the real images that it was made from (`ImageData`), "" where they are not known.
+    `recipe` holds the options that the set was made with; `versions` those of the software. `dataset` and `fingerprint` are
+    the name and the fingerprint of the real images that the set was made from (`ImageData`), "" where they are not known.
     """
 
     images: Tensor
@@ -55,7 +55,7 @@ class SyntheticDataset:
 
     @property
     def identity(self) -> DatasetIdentity:
-        """Return which real images it was made from, as far as it knows: what it may be used with."""
+        """Return the identity of the real images that the set was made from, as far as it is recorded."""
         channels, height, width = self.images.shape[1:]
         side = 1 if self.canvas is None else self.canvas.size
         whitening = NORMALISED if self.whitening is None else WHITENED
@@ -66,12 +66,12 @@ class SyntheticDataset:
 
     @property
     def transform(self) -> Normalisation | Whitening:
-        """Return the map from pictures in [0, 1] to the space of its images, and back."""
+        """Return the map from pictures in [0, 1] to the space of the set's images, and back."""
         return self.whitening or Normalisation(self.mean, self.std)
 
     @property
     def classes(self) -> Tensor:
-        """The class of each image, (n,) int64. That of soft labels is its place: learned ones may favour another."""
+        """Return the class of each image, (n,) int64; with soft labels by its place, as learned ones may favour another."""
         if self.label_kind == "indices":
             return self.labels
         place = torch.arange(len(self.labels), device=self.labels.device)
@@ -107,14 +107,14 @@ class SyntheticDataset:
             raise InputError(f"{path}: expected a distilled set ({_FORMAT}), found {what}; name another file")
         before = {} if form == _FORMAT else {"dataset": "", "fingerprint": ""}
         try:
-            found = _from_parts(tensors, before | parse_json(metadata["record"]))
+            synthetic = _from_parts(tensors, before | parse_json(metadata["record"]))
         except MALFORMED as error:
             raise InputError(
                 f"{path}: expected a distilled set with all its parts, found another ({type(error).__name__}: {error}); "
                 "use the version that wrote it, or make it again"
             ) from error
-        check_set(found, path)
-        return found
+        check_set(synthetic, path)
+        return synthetic
 
     def export(self, kind: str, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the set for other software and return the files.

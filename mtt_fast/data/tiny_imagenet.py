@@ -8,14 +8,23 @@ from pathlib import Path
 
 from mtt_fast.data.class_names import class_indices, is_wnid, tiny_wnids
 from mtt_fast.data.folder import image_source
+from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.imagenet import MEAN, STD
 from mtt_fast.data.listing import Listing, is_image_name, list_classes, tell_skipped
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 from mtt_fast.storage.regular import read_lines
 
+_SIDE = 64
 _MOST_BYTES = 16 << 20  # of a text file; words.txt, the longest, has 2.6 MB
 _MEND = "unpack the data set again"
+
+
+def info(res: int | None) -> DatasetInfo:
+    """Return Tiny ImageNet in numbers: those that are published."""
+    side = res or _SIDE
+    name = "Tiny" if side == _SIDE else f"Tiny-{side}"
+    return DatasetInfo(name, (3, side, side), num_classes=200, train=100_000, test=10_000)
 
 
 def source(data_path: Path, res: int | None) -> Source:
@@ -45,16 +54,16 @@ def source(data_path: Path, res: int | None) -> Source:
     annotations = root / "val" / "val_annotations.txt"
     pictures = _pictures(root) if annotations.exists() else {}
     test = _annotated(annotations, pictures, wnids) if pictures else _rearranged(root)
-    name = "Tiny" if res in (None, 64) else f"Tiny-{res}"
-    tell_skipped(name, train, test)
+    known = info(res)
+    tell_skipped(known.name, train, test)
     return image_source(
-        name,
+        known.name,
         root,
         train.classes,
         test.classes,
         class_names=_words(root / "words.txt", wnids),
         channels=3,
-        size=res or 64,
+        size=known.image_shape[1],
         resize=True,
         mean=MEAN,
         std=STD,

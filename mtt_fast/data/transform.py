@@ -1,4 +1,4 @@
-"""From images in [0, 1] to what networks see: normalised by channel, or ZCA-whitened."""
+"""The map from images in [0, 1] to what networks see: normalised by channel, or ZCA-whitened."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def transform_for(data: ImageData, zca: bool) -> Normalisation | Whitening:
         return Normalisation(data.mean, data.std)
     belongs_to = {"format": _FORMAT, "fingerprint": data.fingerprint, "eps": str(_EPS)}
     path = data.path.with_suffix(".zca.safetensors") if data.path else None
-    if path and (kept := _read(path, belongs_to)):
-        return kept
+    if path and (fitted := _read(path, belongs_to)):
+        return fitted
     log.info("%s: fitting the ZCA whitening to %d images", data.name, len(data.train.images))
     whitening = Whitening.fit(data.train.images.float().div_(255), eps=_EPS)
     if path:

@@ -47,9 +47,7 @@ class Whitening:
                 f"whose covariance alone takes {values**2 * 4 / 1e9:.0f} GB; use no `zca`, or a smaller `res`"
             )
         _check_floating(images)
-        from kornia.enhance import (
-            ZCAWhitening,
-        )  # here, because importing kornia takes longer than the rest of this package
+        from kornia.enhance import ZCAWhitening  # here, because importing kornia takes longer than all the rest
 
         zca = ZCAWhitening(eps=eps, compute_inv=True).fit(images)
         mean, matrix, inverse = zca.mean_vector, zca.transform_matrix, zca.transform_inv
@@ -118,13 +116,13 @@ def _shape(images: Tensor) -> str:
     return "x".join(str(side) for side in images.shape[1:])
 
 
-def check_same_whitening(found: Whitening, expected: Whitening, where: str | os.PathLike[str]) -> None:
+def check_same_whitening(whitening: Whitening, expected: Whitening, where: str | os.PathLike[str]) -> None:
     """Check that two whitenings do the same, up to what rounding makes of one fit on two machines.
 
-    Raises `InputError` that names the file `where`, which holds `found`.
+    Raises `InputError` that names the file `where`, which holds `whitening`.
     """
     for name in ("mean", "matrix"):
-        theirs, ours = (getattr(one, name).detach().to("cpu", torch.float32) for one in (found, expected))
+        theirs, ours = (getattr(one, name).detach().to("cpu", torch.float32) for one in (whitening, expected))
         if ours.shape != theirs.shape or float((ours - theirs).norm()) > _WHITENING_TOLERANCE * float(ours.norm()):
             raise InputError(
                 f"{where}: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1, found "

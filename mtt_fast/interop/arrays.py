@@ -39,9 +39,9 @@ def read_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> list[Arra
         ) from error
 
 
-def _read(archive: zipfile.ZipFile, name: str, held: int) -> Array:
+def _read(archive: zipfile.ZipFile, name: str, archive_size: int) -> Array:
     size = archive.getinfo(name).file_size
-    if size > held * _EXPANDS + _SMALL:
+    if size > archive_size * _EXPANDS + _SMALL:
         raise ValueError(f"{name} would unpack to {size:,} bytes")
     with archive.open(name) as file:
         version = np.lib.format.read_magic(file)
@@ -51,6 +51,6 @@ def _read(archive: zipfile.ZipFile, name: str, held: int) -> Array:
             raise ValueError(f"{name} is {dtype} {shape} in {size:,} bytes")
     with archive.open(name) as file:
         array: Array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_LONGEST_HEADER)
-        if file.read(1):  # at the end the checksum is looked at
-            raise ValueError(f"{name} goes on behind its array")
+        if file.read(1):  # at the end zipfile compares the checksum
+            raise ValueError(f"{name} goes on after its array")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

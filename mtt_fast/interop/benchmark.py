@@ -54,9 +54,9 @@ def read_result(path: str | os.PathLike[str]) -> TensorSet:
     return tensor_set(images, labels, None, str(path))
 
 
-def write_result(path: str | os.PathLike[str], found: TensorSet) -> list[Path]:
+def write_result(path: str | os.PathLike[str], distilled: TensorSet) -> list[Path]:
     """Write the set as the one experiment of a res file (no accuracies), and return the file."""
-    pair = [plain_copy(found.images), plain_copy(found.labels)]
+    pair = [plain_copy(distilled.images), plain_copy(distilled.labels)]
     return [save_pickle(path, {"data": [pair], "accs_all_exps": {}})]
 
 
@@ -115,8 +115,8 @@ def _sets(folder: Path) -> list[Path]:
 def _only_set(folder: Path) -> Path:
     sets = _sets(folder) if names_in(folder) else []
     if len(sets) != 1:
-        found = ", ".join(str(path.relative_to(folder)) for path in sets[:4]) or "none"
-        raise InputError(f"{folder}: expected one set in METHOD/DATASET/IPCn, found {found}; name its folder")
+        names = ", ".join(str(path.relative_to(folder)) for path in sets[:4]) or "none"
+        raise InputError(f"{folder}: expected one set in METHOD/DATASET/IPCn, found {names}; name its folder")
     return sets[0]
 
 

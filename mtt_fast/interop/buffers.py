@@ -37,12 +37,12 @@ BUFFER = r"replay_buffer_(\d+)\.pt"
 CONVEXIFIED = r"convexified_(?:v\d+_)?replay_buffer_(\d+)\.pt"
 
 Measure = Callable[[Tensor], list[float]]
-"""From the rows (n, P) of an expert to the test accuracy of each, NaN where it was not measured."""
+"""A function from the rows (n, P) of an expert to the test accuracy of each, NaN where it was not measured."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One expert as a file of another code base holds it."""
+    """One expert in a file of another code base."""
 
     file: Path
     place: int
@@ -53,12 +53,12 @@ class Trajectory:
 
     @property
     def name(self) -> str:
-        """Return where it is, for a reader of messages."""
+        """Return the place of the expert, for messages."""
         return f"{self.file.name}, expert {self.place}"
 
     @property
     def num_epochs(self) -> int:
-        """Return how many epochs of training it tells of."""
+        """Return the number of epochs of training in the trajectory."""
         return (len(self.course.positions) if self.course else len(self.points)) - 1
 
     def rows(self) -> Tensor:
@@ -201,10 +201,10 @@ def _origin(expert: Trajectory) -> dict[str, Any]:
 
 def _check_is(present: TrajectoryStore, place: int, expert: Trajectory, metadata: ExpertMetadata) -> None:
     """Raise `InputError` unless the expert at `place` is this one, imported before as that of the same images and network."""
-    path, there = present.path(place), present.metadata(place)
+    path, written = present.path(place), present.metadata(place)
     otherwise = "choose another destination, or delete it"
-    check_same_data(there.identity, metadata.identity, path, mend=otherwise)
-    known = (there.layout, full_name(there.network)) == (metadata.layout, full_name(metadata.network))
+    check_same_data(written.identity, metadata.identity, path, mend=otherwise)
+    known = (written.layout, full_name(written.network)) == (metadata.layout, full_name(metadata.network))
     ends = (0, expert.points[0]), (expert.num_epochs, expert.points[-1])
     same = present.epochs(place) == expert.num_epochs and all(
         torch.equal(present.read(place, epoch), _flat(tensors).to(present.dtype(place)).float())
@@ -232,7 +232,7 @@ def export_experts(
 ) -> Generator[Path, None, None]:
     """Write the experts as replay_buffer_0.pt, … in `folder`, as the public code reads them, and yield each file.
 
-    The files are there when the last one was asked for, or none is. The last file holds what is left, which the public code's
+    The files appear when the last one was asked for, or none does. The last file holds what is left, which the public code's
     own last file does not. One file's experts are in memory.
     Raises `InputError` if a file is there already.
     """
@@ -267,7 +267,7 @@ def as_epochs(store: TrajectoryStore, expert: int, epochs: Iterable[int]) -> lis
 
 
 def layout_from(text: str) -> ParameterLayout:
-    """Read what `ParameterLayout.describe` wrote. Raises `InputError` for anything else."""
+    """Return the layout in what `ParameterLayout.describe` wrote. Raises `InputError` for anything else."""
     entries = [entry.rpartition(":") for entry in text.split(";")]
     try:
         shapes = tuple(tuple(int(side) for side in shape.split("x") if side) for _, _, shape in entries)
@@ -280,8 +280,8 @@ def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _difference(layout: ParameterLayout, found: Sequence[tuple[int, ...]]) -> str:
-    if len(found) != len(layout.shapes):
-        return f"expected {len(layout.shapes)} tensors, found {len(found)}"
-    place = next(place for place, shape in enumerate(layout.shapes) if shape != found[place])
-    return f"expected {layout.names[place]} of shape {layout.shapes[place]}, found {found[place]}"
+def _difference(layout: ParameterLayout, shapes: Sequence[tuple[int, ...]]) -> str:
+    if len(shapes) != len(layout.shapes):
+        return f"expected {len(layout.shapes)} tensors, found {len(shapes)}"
+    place = next(place for place, shape in enumerate(layout.shapes) if shape != shapes[place])
+    return f"expected {layout.names[place]} of shape {layout.shapes[place]}, found {shapes[place]}"

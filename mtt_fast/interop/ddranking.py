@@ -29,9 +29,9 @@ class _Data(NamedTuple):
 
     name: str
     classes: int
-    size: int | None  # pixels; None where it resizes the real images
+    size: int | None  # pixels; None where DD-Ranking resizes the real images
     folder: str  # below the --data_path, if it is as mtt_fast finds it
-    about: str  # what has to be there
+    about: str  # the content that the folder needs
 
 
 _IMAGENET = "train/WNID/ and val/WNID/ of all 1,000 classes"
@@ -77,7 +77,7 @@ def label_robust_score(hard_label_recovery: float, improvement_over_random: floa
 
 def ddranking_call(
     folder: str | os.PathLike[str],
-    found: TensorSet,
+    distilled: TensorSet,
     dataset: str | None,
     zca: bool | None,
     subset: str | None = None,
@@ -88,12 +88,12 @@ def ddranking_call(
     `dataset`, `subset` and `data_path` are those of the options; `zca` says whether the images are whitened, None that it
     is not known. Raises `InputError`, with the reason, for a set that DD-Ranking cannot take.
     """
-    data = _data_of(found, dataset, subset, zca)
-    soft = found.label_kind != "indices"
-    depth = max(3, found.images.shape[-1].bit_length() - 3)  # the field's: 3 for 32 pixels, 4 for 64, 5 for 128
+    data = _data_of(distilled, dataset, subset, zca)
+    soft = distilled.label_kind != "indices"
+    depth = max(3, distilled.images.shape[-1].bit_length() - 3)  # the field's: 3 for 32 pixels, 4 for 64, 5 for 128
     name = f"LabelRobustScore{'Soft' if soft else 'Hard'}"
-    rate = "load('lr.pt')" if found.lr is not None else "None"
-    arguments = _arguments(found, data, f"ConvNet-{depth}", zca, Path(data_path) / data.folder, soft)
+    rate = "load('lr.pt')" if distilled.lr is not None else "None"
+    arguments = _arguments(distilled, data, f"ConvNet-{depth}", zca, Path(data_path) / data.folder, soft)
     lines = [
         "import torch",
         f"from ddranking.metrics import {name}, {'soft' if soft else 'hard'}_label",
@@ -115,7 +115,7 @@ def ddranking_call(
 
 
 def _data_of(found: TensorSet, dataset: str | None, subset: str | None, zca: bool | None) -> _Data:
-    """Return the data set that a set is of. Raises `InputError` if DD-Ranking has none such, or cannot evaluate on it."""
+    """Return the data set that a set was distilled from. Raises `InputError` if DD-Ranking lacks it, or cannot evaluate on it."""
     if dataset is None:
         raise InputError("the set does not say of which data set it is; say it with `dataset`")
     data = _DATA.get((subset or dataset).casefold())
@@ -136,12 +136,12 @@ def _data_of(found: TensorSet, dataset: str | None, subset: str | None, zca: boo
 
 
 def _arguments(
-    found: TensorSet, data: _Data, model: str, zca: bool | None, real_data_path: Path, soft: bool
+    distilled: TensorSet, data: _Data, model: str, zca: bool | None, real_data_path: Path, soft: bool
 ) -> Sequence[str]:
     """Return the lines of keyword arguments of the metric: all that its version needs, as for MTT on its board."""
     guessed = "" if zca is not None else "  # True if the images are whitened: their files do not say"
     lines = [
-        f"dataset={data.name!r}, ipc={found.ipc('DD-Ranking')}, model_name={model!r}, im_size={tuple(found.images.shape[2:])},",
+        f"dataset={data.name!r}, ipc={distilled.ipc('DD-Ranking')}, model_name={model!r}, im_size={tuple(distilled.images.shape[2:])},",
         f"real_data_path={str(real_data_path)!r},  # {data.about}",
         f"use_zca={bool(zca)},{guessed}",
         "data_aug_func='dsa',",
@@ -164,7 +164,7 @@ def _arguments(
 
 
 def _settings(name: str, depth: int) -> Sequence[str]:
-    """Return what adds the settings of training on all real images, where DD-Ranking has none for the network."""
+    """Return the lines that add settings of training on all real images, where DD-Ranking has none for the network."""
     if (name, depth) in _TRAINED:
         return ()
     return (
@@ -191,7 +191,7 @@ def _classes_of_random_images(classes: int) -> Sequence[str]:
 
 
 def _repairs(classes: int, soft: bool, zca: bool | None) -> Sequence[str]:
-    """Return what has to be set after the metric is made."""
+    """Return the lines that mend the metric after it is made."""
     if soft:
         return ("metric.teacher_model = metric.teacher_models[0]  # the name by which it is asked",)
     if zca:

@@ -66,7 +66,7 @@ def _joined(parts: list[Tensor], path: Path) -> Tensor:
     return torch.cat(parts)
 
 
-def write_pair(images_path: str | os.PathLike[str], found: TensorSet) -> list[Path]:
+def write_pair(images_path: str | os.PathLike[str], distilled: TensorSet) -> list[Path]:
     """Write images, labels and learning rate (if there is one) as tensors, and return the files.
 
     The images go to `images_path`, whose name has the word images; "labels" and "lr" stand in its place in the others.
@@ -75,9 +75,11 @@ def write_pair(images_path: str | os.PathLike[str], found: TensorSet) -> list[Pa
     path = Path(images_path)
     if "images" not in path.name:
         raise InputError(f"{path}: expected a name with the word images, as in images_best.pt; choose such a one")
-    parts = {"images": found.images, "labels": found.labels} | ({} if found.lr is None else {"lr": found.lr})
+    parts = {"images": distilled.images, "labels": distilled.labels} | (
+        {} if distilled.lr is None else {"lr": distilled.lr}
+    )
     for file in _rate_files(path):
-        if file.exists() and (found.lr is None or file != beside(path, "lr")):
+        if file.exists() and (distilled.lr is None or file != beside(path, "lr")):
             raise InputError(f"{file}: is there already, and would be taken for this set's learning rate; move it away")
     with whole_folder(path.parent, last=path.name) as folder:
         for name, tensor in parts.items():
@@ -85,34 +87,34 @@ def write_pair(images_path: str | os.PathLike[str], found: TensorSet) -> list[Pa
     return [beside(path, name) for name in parts]
 
 
-def write_parts(folder: str | os.PathLike[str], found: TensorSet, parts: int) -> list[Path]:
+def write_parts(folder: str | os.PathLike[str], distilled: TensorSet, parts: int) -> list[Path]:
     """Write images_best_0.pt, labels_best_0.pt, … in `parts` parts of consecutive images, and return the files."""
     names = []
     with whole_folder(folder, last="images") as content:
-        for kind, tensor in (("images", found.images), ("labels", found.labels)):
+        for kind, tensor in (("images", distilled.images), ("labels", distilled.labels)):
             for part, piece in enumerate(tensor.tensor_split(parts)):
                 names.append(f"{kind}_best_{part}.pt")
                 save_pickle(content / names[-1], plain_copy(piece))
     return [Path(folder) / name for name in names]
 
 
-def write_ddranking(folder: str | os.PathLike[str], found: TensorSet) -> list[Path]:
-    """Write what DD-Ranking's metrics take: images.pt, labels.pt, and lr.pt if there is a learning rate.
+def write_ddranking(folder: str | os.PathLike[str], distilled: TensorSet) -> list[Path]:
+    """Write the files that DD-Ranking's metrics take: images.pt, labels.pt, and lr.pt if there is a learning rate.
 
     Images must be class-major with as many of each class, as it gives hard labels by place. It takes soft labels for
     logits and applies softmax: probabilities would be smoothed a second time, so their logarithms are written, whose
     softmax they are (zero becomes the smallest normal number). `ddranking_call` says what to call.
     Raises `InputError` if the classes differ in number.
     """
-    found.ipc("DD-Ranking")
-    labels = found.labels
-    if found.label_kind == "probabilities":
+    distilled.ipc("DD-Ranking")
+    labels = distilled.labels
+    if distilled.label_kind == "probabilities":
         labels = labels.clamp_min(torch.finfo(labels.dtype).tiny).log()
-    return write_pair(Path(folder) / "images.pt", dataclasses.replace(found, labels=labels))
+    return write_pair(Path(folder) / "images.pt", dataclasses.replace(distilled, labels=labels))
 
 
 def find_images(source: Path) -> Path:
-    """Return the file of images that `source`, a file or a folder, means. Raises `InputError` if that is not clear."""
+    """Return the file of images that `source`, a file or a folder, stands for. Raises `InputError` if that is not clear."""
     if not os.path.isdir(source):
         if "images" not in source.name:
             raise InputError(f"{source}: expected a name like images_best.pt, beside its labels_best.pt")
@@ -165,7 +167,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _rate_files(path: Path) -> list[Path]:
-    """Return where the learning rate of a set may be, likeliest first."""
+    """Return the files that may hold the learning rate of a set, likeliest first."""
     whole = _whole(path)
     tag = whole.stem.rpartition("images_")[2]
     return [beside(whole, "lr"), whole.with_name(f"{tag}_lr.pt"), whole.with_name(f"lr_{tag}.pt")]
@@ -181,6 +183,6 @@ def _load_rate(file: Path) -> Tensor:
 
 
 def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read images_*.pt and what lies beside it, as `read_pair`; return images, labels and learning rate (or None)."""
-    found = read_pair(images_path)
-    return found.images, found.labels, found.lr
+    """Return images, labels and learning rate (or None) of images_*.pt and the files beside it, as `read_pair` reads them."""
+    distilled = read_pair(images_path)
+    return distilled.images, distilled.labels, distilled.lr

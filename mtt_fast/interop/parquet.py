@@ -36,17 +36,17 @@ _EXPANDS, _SMALL = 20, 64 << 20  # how many times its size, besides so many byte
 def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> list[Path]:
     """Write the set to one file, atomically, and return it. Raises `InputError` if pyarrow is not installed."""
     arrow, parquet = _pyarrow(path)
-    found, pictures = as_tensor_set(synthetic), as_bytes(synthetic, path)
-    names = [f"{number:05d}.png" for number in range(len(found.labels))]
+    distilled, pictures = as_tensor_set(synthetic), as_bytes(synthetic, path)
+    names = [f"{number:05d}.png" for number in range(len(distilled.labels))]
     encoded = [_encode(picture) for picture in pictures]
     image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     pairs = [{"bytes": content, "path": name} for content, name in zip(encoded, names, strict=True)]
     columns = {
         "image": arrow.array(pairs, image),
-        "label": arrow.array(found.classes.tolist(), arrow.int64()),
+        "label": arrow.array(distilled.classes.tolist(), arrow.int64()),
     }
-    if found.label_kind != "indices":
-        columns["soft_label"] = arrow.array(found.labels.tolist(), arrow.list_(arrow.float32()))
+    if distilled.label_kind != "indices":
+        columns["soft_label"] = arrow.array(distilled.labels.tolist(), arrow.list_(arrow.float32()))
     metadata = {
         b"huggingface": json.dumps({"info": {"features": _features(synthetic, "soft_label" in columns)}}),
         _RECORD: json.dumps(record_of(synthetic, pictures)),
@@ -117,7 +117,7 @@ def _check_columns(file: Any, path: Path) -> None:
 
 
 def _most_bytes(path: Path) -> int:
-    """Return to how many bytes a file may unpack: images are packed before they come into it."""
+    """Return the number of bytes to which a file may unpack: its images were packed before."""
     return path.stat().st_size * _EXPANDS + _SMALL
 
 

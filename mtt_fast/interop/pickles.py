@@ -38,7 +38,7 @@ _NAMES = re.compile(
 def load_pickle(
     path: str | os.PathLike[str], *, mapped: bool = False, numpy_numbers: bool = False, most: int = SMALL
 ) -> Any:
-    """Return what torch.save wrote, on the CPU; `mapped`: memory-mapped, so that only what is used is read.
+    """Return the value that torch.save wrote, on the CPU; `mapped`: memory-mapped, so that only the used parts are read.
 
     Read with `weights_only`: nothing in the file is run. `numpy_numbers` lets numpy's floating-point numbers through
     besides, which the public code puts beside its tensors. The pickle in it, which is all but the tensors' numbers, has at
@@ -70,7 +70,7 @@ def load_tensor(path: str | os.PathLike[str]) -> Tensor:
 
 
 class _RefusedError(Exception):
-    """What is wrong with a file, in words."""
+    """The reason why a file is refused, in words."""
 
 
 def _is_zip(path: Path) -> bool:
@@ -128,7 +128,7 @@ def save_pickle(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def save_large_pickle(path: str | os.PathLike[str], value: Any) -> Path:
-    """`save_pickle` of what should not be in memory for longer: torch.save leaves a cycle that holds all tensors."""
+    """Write as `save_pickle`, and free the tensors of `value`, which a cycle that torch.save leaves would hold."""
     save_pickle(path, value)
     gc.collect()
     return Path(path)
@@ -140,7 +140,7 @@ def plain_copy(tensor: Tensor) -> Tensor:
 
 
 def _numpy_numbers() -> contextlib.AbstractContextManager[None]:
-    """Allow what a pickled numpy float64 or float32 names, under its old and its present module."""
+    """Let `torch.load` take the names in a pickled numpy float64 or float32, of its old and its present module."""
     scalar = np.float64(0).__reduce__()[0]
     names = [f"{module}.multiarray.scalar" for module in ("numpy.core", "numpy._core")]
     allowed: list[Any] = [*((scalar, name) for name in names), np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]

@@ -1,4 +1,4 @@
-"""What goes with 8-bit pictures of a distilled set, so that the set can be made from them again.
+"""The record that goes with 8-bit pictures of a distilled set, so that the set can be made from them again.
 
 Pictures lose what lies outside [0, 1] and between 255ths: a set read from them has the same pictures, exactly, but not
 the same images. Networks are trained on the tensors; pictures are for people, and for software that takes nothing else.
@@ -32,7 +32,7 @@ FORMAT = "mtt_fast pictures 2"
 BEFORE_CHECKSUMS = "mtt_fast pictures 1"
 """What the record of pictures says that it is."""
 LARGEST_SIDE = 4096
-"""Pixels of a distilled picture, canvases included: what claims more is refused before it is decoded."""
+"""Pixels of a distilled picture, canvases included: a larger one is refused before it is decoded."""
 
 
 def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tensor:
@@ -49,7 +49,7 @@ def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tens
 
 
 def record_of(synthetic: SyntheticDataset, pictures: Tensor) -> dict[str, Any]:
-    """Return what a reader of `pictures`, as `as_bytes` returns them, needs besides them and the labels, ready for JSON."""
+    """Return the record, ready for JSON, that a reader needs besides the labels and the `pictures` that `as_bytes` returned."""
     facts = {name: getattr(synthetic, name) for name in (*_PLAIN, *_OF_IMAGES)} | {
         "lr": synthetic.lr.tolist(),
         "lr_per_step": None if synthetic.lr_per_step is None else synthetic.lr_per_step.tolist(),
@@ -134,7 +134,7 @@ def check_size(size: tuple[int, int], where: str | os.PathLike[str]) -> None:
 
 
 def _checksum(record: dict[str, Any], labels: Tensor, pictures: Tensor) -> str:
-    """Return that of all that is written: a flipped bit is noticed, and a picture that was exchanged."""
+    """Return the checksum of all that is written: it shows a flipped bit, and a picture that was exchanged."""
     text = json.dumps(record, sort_keys=True).encode()
     held = labels.contiguous(), pictures.contiguous()  # bytes are valid as long as their tensor lives
     return checksum_of(text, *map(bytes_of, held))

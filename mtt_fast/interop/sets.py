@@ -1,4 +1,4 @@
-"""Distilled sets by the kind of their files: which kind lies somewhere, reading it, and writing it."""
+"""Distilled sets by the kind of their files: recognised by name, read, and written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SET_KINDS = {
     "png": "an image folder CLASS/NNNNN.png with labels.json",
     "parquet": "a parquet file as the library datasets writes it",
 }
-"""Kinds of files, and what they are."""
+"""Kinds of files, and their descriptions."""
 
 
 def set_kind_of(source: str | os.PathLike[str]) -> str | None:
@@ -72,10 +72,10 @@ def read_set(
     facts: Facts | None = None,
     lr: float = 0.01,
 ) -> SyntheticDataset | TensorSet:
-    """Read a distilled set of any kind; of that which its names look like, without `kind`.
+    """Read a distilled set of `kind`, or of the kind that the names of its files look like.
 
-    Kinds that hold tensors alone give a `TensorSet`. `label_kind`: what soft labels of such kinds are, if not what they
-    look like. `facts` and `lr`: see `read_image_folder` and `read_parquet`.
+    Kinds that hold tensors alone give a `TensorSet`. `label_kind` of soft labels of such kinds takes the place of a
+    guess by their values. `facts` and `lr`: see `read_image_folder` and `read_parquet`.
     Raises `InputError` for another kind, and for files that are missing, broken or hostile.
     """
     source = Path(source)
@@ -86,9 +86,9 @@ def read_set(
         case "mtt":
             return read_pair(source, label_kind)
         case "ddranking":
-            found = read_pair(source / "images.pt" if os.path.isdir(source) else source, label_kind)
-            soft = label_kind is None and found.label_kind != "indices"
-            return dataclasses.replace(found, label_kind="logits") if soft else found
+            distilled = read_pair(source / "images.pt" if os.path.isdir(source) else source, label_kind)
+            soft = label_kind is None and distilled.label_kind != "indices"
+            return dataclasses.replace(distilled, label_kind="logits") if soft else distilled
         case "dc":
             return read_result(_only(source, "res_*.pt"))
         case "dc_benchmark":
@@ -156,8 +156,8 @@ def _only(source: Path, pattern: str) -> Path:
     return files[0]
 
 
-def _dataset(found: SyntheticDataset | TensorSet, dataset: str | None) -> str:
-    name = dataset or (None if isinstance(found, TensorSet) else found.recipe.get("dataset"))
+def _dataset(distilled: SyntheticDataset | TensorSet, dataset: str | None) -> str:
+    name = dataset or (None if isinstance(distilled, TensorSet) else distilled.recipe.get("dataset"))
     if not name:
         raise InputError("`dataset`: expected the data set's name, which the other software's files bear, found none")
     return str(name)

@@ -21,7 +21,7 @@ from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the real images that a set was distilled from; "" and () where it is not."""
+    """The known facts of the real images that a set was distilled from; "" and () where one is not known."""
 
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -33,7 +33,7 @@ class Facts:
 
     @property
     def identity(self) -> DatasetIdentity:
-        """Return what tells the images from others."""
+        """Return the identity of the real images, as far as it is known."""
         whitening = NORMALISED if self.whitening is None else WHITENED
         return DatasetIdentity(
             self.dataset, self.class_names, self.image_shape, self.mean, self.std, whitening, self.fingerprint
@@ -69,14 +69,14 @@ class TensorSet:
 
     @property
     def classes(self) -> Tensor:
-        """The class of each image (n,). That of soft labels is its place: learned ones may favour another."""
+        """Return the class of each image (n,); with soft labels by its place, as learned ones may favour another."""
         if self.label_kind == "indices":
             return self.labels
         return torch.arange(len(self.labels)) * self.num_classes // len(self.labels)
 
     @property
     def num_classes(self) -> int:
-        """Return how many classes the labels tell of."""
+        """Return the number of classes that the labels have room for."""
         return int(self.labels.max()) + 1 if self.label_kind == "indices" else self.labels.shape[1]
 
     def ipc(self, where: str) -> int:
@@ -91,7 +91,7 @@ class TensorSet:
 
 
 def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | None = None) -> TensorSet:
-    """Return a set of tensors that `where` (a file) held. Soft labels are of `label_kind`, or of the kind they look.
+    """Return a set of tensors that `where` (a file) held. Soft labels are of `label_kind`, or of the kind that they look like.
 
     Images and labels may be of any width of number and still require a gradient; whole floating-point numbers (n,) are
     indices. Raises `InputError` if they are no dense tensors, or shapes or values do not fit together.
@@ -120,11 +120,11 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
     return found
 
 
-def check_plain(found: TensorSet, where: str | os.PathLike[str]) -> None:
+def check_plain(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
     """Check tensors and learning rate of a set. Raises `InputError`, which begins with `where`, for what is unsound."""
-    check_tensors(found.images, found.labels, found.label_kind, where)
-    if found.lr is not None:
-        check_rate(found.lr, where)
+    check_tensors(distilled.images, distilled.labels, distilled.label_kind, where)
+    if distilled.lr is not None:
+        check_rate(distilled.lr, where)
 
 
 def _as_indices(labels: Tensor, where: str) -> Tensor:
@@ -148,22 +148,22 @@ def guess_label_kind(labels: Tensor) -> str:
     return "probabilities" if are_probabilities(labels) else "logits"
 
 
-def class_major(found: TensorSet, reorder_soft: bool = False) -> TensorSet:
+def class_major(distilled: TensorSet, *, reorder_soft: bool = False) -> TensorSet:
     """Return the set in the order of its classes; images of one class keep theirs.
 
     Sets with soft labels stay as they are, as the largest of an image's learned labels need not be its class, unless
     `reorder_soft` orders them by it.
     """
-    if found.label_kind != "indices" and not reorder_soft:
-        return found
-    order = _largest(found).argsort(stable=True)
-    return dataclasses.replace(found, images=found.images[order], labels=found.labels[order])
+    if distilled.label_kind != "indices" and not reorder_soft:
+        return distilled
+    order = _largest(distilled).argsort(stable=True)
+    return dataclasses.replace(distilled, images=distilled.images[order], labels=distilled.labels[order])
 
 
-def in_place(found: TensorSet) -> int:
-    """Return how many images are labelled, or most strongly labelled, with the class that class-major order gives them."""
-    places = torch.arange(len(found.labels)) * found.num_classes // len(found.labels)
-    return int((_largest(found) == places).sum())
+def in_place(distilled: TensorSet) -> int:
+    """Return the number of images whose (largest) label is the class that class-major order gives them."""
+    places = torch.arange(len(distilled.labels)) * distilled.num_classes // len(distilled.labels)
+    return int((_largest(distilled) == places).sum())
 
 
 def hardened(found: TensorSet) -> TensorSet:
@@ -177,8 +177,8 @@ def hardened(found: TensorSet) -> TensorSet:
     return dataclasses.replace(found, labels=found.classes, label_kind="indices")
 
 
-def _largest(found: TensorSet) -> Tensor:
-    return found.labels if found.label_kind == "indices" else found.labels.argmax(1)
+def _largest(distilled: TensorSet) -> Tensor:
+    return distilled.labels if distilled.label_kind == "indices" else distilled.labels.argmax(1)
 
 
 def as_tensor_set(synthetic: SyntheticDataset) -> TensorSet:
@@ -188,7 +188,7 @@ def as_tensor_set(synthetic: SyntheticDataset) -> TensorSet:
 
 
 def as_synthetic(
-    found: TensorSet,
+    distilled: TensorSet,
     facts: Facts,
     lr: float,
     recipe: dict[str, Any],
@@ -197,10 +197,11 @@ def as_synthetic(
 ) -> SyntheticDataset:
     """Return the set with the `facts` of the real images that it was distilled from; with `lr` where it brings none.
 
-    `where` says in messages where it came from. Class indices may leave classes out. Raises `InputError` if it cannot be distilled from such images.
+    `where` names its origin in messages. Class indices may leave classes out. Raises `InputError` if it cannot be distilled
+    from such images.
     """
-    shape, fewer = tuple(found.images.shape[1:]), found.label_kind == "indices"
-    classes, known = found.num_classes, len(facts.class_names)
+    shape, fewer = tuple(distilled.images.shape[1:]), distilled.label_kind == "indices"
+    classes, known = distilled.num_classes, len(facts.class_names)
     if shape[0] != len(facts.mean) or classes > known or (classes < known and not fewer):
         raise InputError(
             f"{where}: expected images of {len(facts.mean)} channels and {known} classes, found "
@@ -212,10 +213,10 @@ def as_synthetic(
             "source was distilled from, and its `res`"
         )
     synthetic = SyntheticDataset(
-        found.images,
-        found.labels,
-        torch.tensor(lr) if found.lr is None else found.lr,
-        label_kind=found.label_kind,
+        distilled.images,
+        distilled.labels,
+        torch.tensor(lr) if distilled.lr is None else distilled.lr,
+        label_kind=distilled.label_kind,
         recipe=recipe,
         versions=versions,
         **{name: value for name, value in vars(facts).items() if name != "image_shape"},

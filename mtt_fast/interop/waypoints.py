@@ -58,7 +58,7 @@ def export_waypoints(
 ) -> Generator[Path, None, None]:
     """Write compressed experts as waypoint_buffer[_ipK]_N.pt and step_buffer[_ipK]_N.pt in `folder`, and yield the first.
 
-    The files are there when the last one was asked for, or none is.
+    The files appear when the last one was asked for, or none does.
     Raises `InputError` for an expert that is not compressed, or whose waypoints are not as many as the first one's, and
     where a file is already.
     """

@@ -1,1 +1,1 @@
-"""What lies on disk, and how it gets there whole: files, experts' trajectories, run folders, checkpoints, metrics."""
+"""Files on disk, written whole or not at all: experts' trajectories, run folders, checkpoints, metrics."""

@@ -25,7 +25,7 @@ from mtt_fast.storage.run_folder import _NUMBER, CHECKPOINT, EVALUATIONS
 
 @dataclass
 class State:
-    """All that a distillation carries from one iteration to the next."""
+    """The state that a distillation carries from one iteration to the next."""
 
     iteration: int  # completed ones
     experts: int  # how many take turns; those trained since the start of the run stay out of it
@@ -46,11 +46,11 @@ class State:
 
     @property
     def mean_lr(self) -> float:
-        """The student's learning rate; of several, one a step, the mean."""
+        """Return the student's learning rate; of several, one a step, the mean."""
         return float(self.lr.mean())
 
 
-_CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums say nothing
+_CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums name none
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept", "seconds", "seconds_evaluation")
@@ -94,7 +94,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
 
 
 def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
-    """Check that the run in `folder` has the real images that it `began_with`, where those at hand are of this `identity`.
+    """Check that the run in `folder` goes on with the real images that it `began_with`: those of this `identity`.
 
     Raises `InputError` that names its checkpoint otherwise.
     """

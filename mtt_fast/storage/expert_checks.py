@@ -1,4 +1,4 @@
-"""Whether experts are those that a job can use: of its network and images, and trained as it says."""
+"""Checks that a job can use the experts at hand: of its network and images, and trained as it says."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ FLAGS = {
 """The option of a distillation for each of an expert's hyperparameters that the student does not share."""
 
 _FLATNESS = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False}
-"""Hyperparameters that experts lack which were recorded before there were any."""
+"""Hyperparameters that experts lack which were recorded before these existed."""
 
 
 def hyperparameters_of(metadata: ExpertMetadata) -> dict[str, Any]:
-    """Return how an expert was trained, by the names of `ExpertTraining`; {} where that is not known."""
+    """Return an expert's hyperparameters, by the names of `ExpertTraining`; {} where they are not known."""
     return {} if metadata.imported else _FLATNESS | metadata.hyperparameters
 
 
@@ -53,10 +53,10 @@ def check_belongs(
 
 def _check_network(path: Path, metadata: ExpertMetadata, layout: str, described: Mapping[str, Any], mend: str) -> None:
     """Raise `InputError` unless an expert is of the network of this `layout` that says `described` of itself."""
-    wanted, found = full_name(described), full_name(metadata.network)
+    expected, found = full_name(described), full_name(metadata.network)
     difference = _first_difference(layout, metadata.layout) if metadata.layout != layout else ""
-    if not difference and wanted and found and wanted != found:
-        difference = f"expected {wanted}, found {found}, whose parameters have the same shapes"
+    if not difference and expected and found and expected != found:
+        difference = f"expected {expected}, found {found}, whose parameters have the same shapes"
     if difference:
         raise InputError(f"{path}: the expert is of another network: {difference}; {mend}")
 
@@ -103,11 +103,11 @@ def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: b
             )
 
 
-def _differing(wanted: Mapping[str, Any], found: Mapping[str, Any], to_the_end: bool) -> list[str]:
+def _differing(expected: Mapping[str, Any], found: Mapping[str, Any], to_the_end: bool) -> list[str]:
     """Return the hyperparameters in which an expert is another one, as far as it is looked at."""
     return [
         name
-        for name, value in wanted.items()
+        for name, value in expected.items()
         if found.get(name) != value and (name != "train_epochs" or to_the_end or found.get("decay"))
     ]
 
@@ -147,10 +147,10 @@ def check_same_training(
             f"{path}: comes from elsewhere, so how it was trained is not known and none can be trained beside it; "
             "choose another `buffer_path`"
         )
-    wanted = dict(hyperparameters) | {"seed": seed, "store_dtype": _name(dtype), "precision": _rounding(precision)}
+    expected = dict(hyperparameters) | {"seed": seed, "store_dtype": _name(dtype), "precision": _rounding(precision)}
     found = hyperparameters_of(metadata) | {"seed": metadata.seed, "store_dtype": _name(store.dtype(expert))}
     found["precision"] = _rounding(metadata.precision or precision)
-    for name, value in wanted.items():
+    for name, value in expected.items():
         if found.get(name) != value:
             raise InputError(
                 f"{path}: trained with {name} {found.get(name)}, not {value}; choose another `buffer_path`, or give the "
@@ -161,7 +161,7 @@ def check_same_training(
 def as_trained(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
     """Return `options` with those of the experts' training as the `expert` has them.
 
-    `hyperparameters` are what the options say, which is not what happened where experts that are there were used.
+    `hyperparameters` are those in the options, which are not the experts' where existing ones were used.
     """
     found = hyperparameters_of(expert)
     names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ def _argument(name: str, value: Any) -> str:
 
 
 def _rounding(precision: str) -> str:
-    """Return what of a precision tells experts apart: the products' factors of 10 bits or more make no difference."""
+    """Return the part of a precision that tells experts apart: factors of products with 10 bits or more make no difference."""
     return "bf16" if precision == "bf16" else "fp32 or tf32"
 
 
@@ -188,7 +188,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _first_difference(expected: str, found: str) -> str:
-    """Return where two layouts part, in words."""
+    """Return the first difference of two layouts, in words."""
     ours, theirs = expected.split(";"), found.split(";")
     position = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
     if position is None:

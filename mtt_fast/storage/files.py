@@ -39,7 +39,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What code raises that takes apart a record which is not made as it expects."""
+"""The errors of code that takes apart a record of another form than it expects."""
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
-    with _told(path), temporary_folder(path) as folder:
+    with _naming_errors(path), temporary_folder(path) as folder:
         temporary = folder / path.name
         temporary.touch()
         yield temporary
@@ -70,7 +70,7 @@ def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pat
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
     folder = Path(folder).resolve()
-    with _told(folder):
+    with _naming_errors(folder):
         # what is in use as a folder cannot be replaced by another
         stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
         with temporary_folder(folder / folder.name if stays else folder) as content:
@@ -100,7 +100,7 @@ def _move_files(source: Path, folder: Path, last: str) -> None:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _naming_errors(path: Path) -> Iterator[None]:
     """Raise `InputError` that names `path` in place of the `OSError` of a failed write."""
     try:
         yield
@@ -149,7 +149,7 @@ def check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
 
 
 def checksum_of(*parts: Any) -> str:
-    """Return the checksum, XXH3 of 128 bits, of bytes or of what shows as such, one after another."""
+    """Return the checksum, XXH3 of 128 bits, of bytes or of views of bytes, one after another."""
     digest = xxhash.xxh3_128()
     for part in parts:
         whole = memoryview(part)
@@ -199,7 +199,7 @@ def header_of(
     metadata: Mapping[str, str],
     checksums: Mapping[str, Sequence[str]],
 ) -> bytes:
-    """Return the header of a safetensors file: its length, and JSON with the metadata and where each tensor lies.
+    """Return the header of a safetensors file: its length, and JSON with the metadata and the place of each tensor.
 
     `shapes`: types, as the format spells them, and shapes of the tensors in the order in which they lie in the file;
     `checksums`: of the bytes of each, or of equal parts of them. Its length depends on no checksum's value.
@@ -221,7 +221,7 @@ def _checksum_of_header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metad
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a safetensors file: `dtype` as the format spells it, `shape`, bytes [`begin`, `end`).
+    """The place of one tensor in a safetensors file: `dtype` as the format spells it, `shape`, bytes [`begin`, `end`).
 
     `checksums` are those of equal parts of its bytes; none in a file from before there were checksums.
     """
@@ -266,7 +266,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], d
 
 
 def _parsed(raw: bytes) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Return what a header says, the checksums among the metadata. Raises many kinds of errors for what is none."""
+    """Return the entries and the metadata in a header, the checksums among the latter. Raises `MALFORMED` for anything else."""
     header = parse_json(raw)
     metadata = dict(header.pop("__metadata__", {}))
     if not all(isinstance(value, str) for value in metadata.values()):
@@ -292,12 +292,12 @@ def _checked(path: Path, entries: dict[str, TensorEntry], metadata: dict[str, st
     shapes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     if checksum != _checksum_of_header(shapes, metadata):
         raise InputError(f"{path}: damaged: its header is not the one that was written; {_MEND}")
-    found = parse_json(metadata.pop("checksums"))
-    return {name: replace(entry, checksums=tuple(found[name])) for name, entry in entries.items()}
+    checksums = parse_json(metadata.pop("checksums"))
+    return {name: replace(entry, checksums=tuple(checksums[name])) for name, entry in entries.items()}
 
 
 def _is_from_before(metadata: Mapping[str, str]) -> bool:
-    """Return whether a file with this metadata may lack checksums: another software's, or from before there were any."""
+    """Return whether a file with this metadata may lack checksums: one of other software, or from before there were any."""
     number = re.fullmatch(r"mtt_fast.*\D(\d+)", metadata.get("format", ""))
     return number is None or number[1] == "1"
 
@@ -332,7 +332,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def tell_unchecked(path: str | os.PathLike[str]) -> None:
-    """Say in the log that a file or a folder is from before there were checksums."""
+    """Warn in the log that a file or a folder is from before there were checksums."""
     log.warning(
         "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert writes it anew",
         path,

@@ -1,4 +1,4 @@
-"""What anybody's files may be: looked at before they are read, so that a bad one costs one line and a moment.
+"""Checks of files from elsewhere before they are read, so that a bad one costs one line and a moment.
 
 A file is refused by its kind and its size before a byte of it is read, a tensor by its kind and its claims before a
 number of it is looked at.
@@ -39,7 +39,7 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return what a file of JSON holds. Raises `InputError` if it is missing, too large, no JSON or nested too deeply."""
+    """Return the value in a file of JSON. Raises `InputError` if it is missing, too large, no JSON or nested too deeply."""
     try:
         return parse_json(read_text(path, LARGEST_TEXT))
     except InputError:
@@ -69,14 +69,14 @@ def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
     other = _other_kind(value)
     if other is not None:
         raise InputError(f"{where}: expected a dense tensor of real numbers, found {other}; save it as such a one")
-    found: Tensor = value.detach().as_subclass(Tensor)
-    held, claimed = found.untyped_storage().nbytes(), found.numel() * found.element_size()
-    if claimed > held + _BEYOND_ITS_STORAGE:
+    tensor: Tensor = value.detach().as_subclass(Tensor)
+    stored, claimed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+    if claimed > stored + _BEYOND_ITS_STORAGE:
         raise InputError(
-            f"{where}: expected a tensor that holds its numbers, found {claimed:,} bytes claimed of a storage of {held:,}; "
+            f"{where}: expected a tensor that holds its numbers, found {claimed:,} bytes claimed of a storage of {stored:,}; "
             "save a copy of it (tensor.clone())"
         )
-    return found
+    return tensor
 
 
 def shown(value: Any) -> str:
@@ -98,8 +98,8 @@ def shown(value: Any) -> str:
 
 
 def shortened(error: Exception) -> str:
-    """Return what a library says of a bad file, in a line of words."""
-    words = " ".join(str(error).split())
+    """Return a library's complaint about a bad file, in one line."""
+    words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= _WORDS else words[:_WORDS] + " …"
 
 
@@ -112,7 +112,7 @@ def _listed(names: Any) -> str:
 
 
 def _other_kind(value: Tensor) -> str | None:
-    """Return in words what kind of tensor `value` is, or None if it is a plain one."""
+    """Return the kind of the tensor `value` in words, or None if it is a plain one."""
     if value.is_nested:
         return "a nested one"
     if value.layout != torch.strided:

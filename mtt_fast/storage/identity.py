@@ -1,4 +1,4 @@
-"""Which real images a thing was made from, and how networks see them: written with it, and compared by whoever uses it.
+"""The identity of real images as networks see them: written with all that is made from them, and compared by its users.
 
 Distilled sets, checkpoints and experts are of use only with the images that they were made from, in the same order of
 classes, normalised or whitened alike. With others they give numbers that look like results.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mtt_fast.errors import InputError
 
 NORMALISED, WHITENED = "none", "zca"
-"""What `DatasetIdentity.whitening` says."""
+"""The values of `DatasetIdentity.whitening`."""
 
 _STATISTICS_TOLERANCE = 1e-4  # of means and deviations in [0, 1]; published ones have four digits
 _WHITENING_TOLERANCE = 1e-3  # of a whole matrix; two machines differ by 1e-5 of it, another eps by more than 0.1
@@ -23,7 +23,7 @@ _WHITENING_TOLERANCE = 1e-3  # of a whole matrix; two machines differ by 1e-5 of
 
 @dataclass(frozen=True)
 class DatasetIdentity:
-    """Real images as networks see them. What is empty is unknown, and compares as equal to anything."""
+    """Real images as networks see them. An empty field is unknown, and compares as equal to anything."""
 
     name: str = ""
     """as `ImageData.name`: CIFAR10, imagewoof-128, folder-pets"""
@@ -45,7 +45,7 @@ class DatasetIdentity:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DatasetIdentity:
-        """Read what `record` returned. Raises `TypeError` for other fields, or of other types."""
+        """Return the identity in what `record` returned. Raises `TypeError` for other fields, or of other types."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
         }
@@ -59,7 +59,7 @@ class DatasetIdentity:
 _ITEMS: dict[str, type | tuple[type, ...]] = {
     "class_names": str, "image_shape": int, "mean": (int, float), "std": (int, float),
 }  # fmt: skip
-"""What the fields hold that are no text."""
+"""The types of the items in the fields that are no text."""
 
 
 def _all_are(kind: type | tuple[type, ...], value: Any) -> bool:
@@ -67,7 +67,7 @@ def _all_are(kind: type | tuple[type, ...], value: Any) -> bool:
 
 
 UNKNOWN = DatasetIdentity()
-"""Of a thing that does not say from which images it was made."""
+"""The identity in a thing that does not say from which images it was made."""
 
 
 def check_same_data(
@@ -80,7 +80,7 @@ def check_same_data(
 ) -> None:
     """Check that a thing was made from the images that it is used with.
 
-    `found` is what the file `where` says of itself, `expected` what the images at hand are. `mend` says how to go on, in
+    `found` is the identity in the file `where`, `expected` that of the images at hand. `mend` says how to go on, in
     place of the options that would name the right images. `other_data` True lets other images of the same classes and
     shape pass; False refuses them and says that there is such an option; None has no such option.
     Raises `InputError` that tells the first difference, the one that a user recognises most easily.
@@ -116,15 +116,13 @@ class _Difference(NamedTuple):
 
 
 def _differences(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
-    """Yield what differs, first what a user recognises most easily."""
+    """Yield all differences, first those that a user recognises most easily."""
     same_images = _known(expected.fingerprint, found.fingerprint) and expected.fingerprint == found.fingerprint
     if not same_images:
-        of_classes_or_shape = list(_of_classes_and_shape(expected, found))
+        unlike = list(_unlike_classes_or_shape(expected, found))
         if _differ(expected.name, found.name):
-            yield _Difference(
-                "made from another data set", expected.name, found.name, deliberate=not of_classes_or_shape
-            )
-        yield from of_classes_or_shape
+            yield _Difference("made from another data set", expected.name, found.name, deliberate=not unlike)
+        yield from unlike
     if _differ(expected.whitening, found.whitening):
         yield _Difference(
             "whitened otherwise",
@@ -133,10 +131,10 @@ def _differences(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[
             f"{'leave out' if found.whitening == NORMALISED else 'give'} `zca`, as when it was made",
         )
     if not same_images:
-        yield from _of_images(expected, found)
+        yield from _unlike_images(expected, found)
 
 
-def _of_classes_and_shape(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
+def _unlike_classes_or_shape(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
     if _differ(expected.image_shape, found.image_shape):
         yield _Difference("images of another size", _times(expected.image_shape), _times(found.image_shape))
     ours, theirs = expected.class_names, found.class_names
@@ -150,8 +148,8 @@ def _of_classes_and_shape(expected: DatasetIdentity, found: DatasetIdentity) -> 
         yield _Difference(what, f"{ours[place]!r} as class {place}", repr(theirs[place]))
 
 
-def _of_images(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
-    """Yield what differs between images of one name, shape and classes."""
+def _unlike_images(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
+    """Yield the differences between images of one name, shape and classes."""
     if _differ(expected.fingerprint, found.fingerprint):
         ours, theirs = (f"{one.name or 'images'} with fingerprint {one.fingerprint}" for one in (expected, found))
         yield _Difference("made from other images", ours, theirs, deliberate=True)

@@ -29,7 +29,7 @@ _FIELDS = {
     "step": ("loss", "lr"), "evaluation": _OF_EVALUATION, "ema_evaluation": _OF_EVALUATION, "baseline": _OF_EVALUATION,
     "gradient": ("cosine",),
 }  # fmt: skip
-"""What records of a kind have besides; all numbers."""
+"""The fields of records of a kind, all numbers, besides their kind and iteration."""
 _NO_NUMBERS = ("kind", "checksum")
 _LONGEST_LINE, _LONGEST_METRICS = 1 << 16, 1 << 30  # bytes
 
@@ -43,10 +43,10 @@ class MetricsLog:
 
     def __init__(self, folder: Path, iteration: int) -> None:
         self._path = folder / METRICS
-        found = [record for record in read_records(self._path) if record["iteration"] <= iteration]
+        recorded = [record for record in read_records(self._path) if record["iteration"] <= iteration]
         saved = _evaluations_in(folder / CHECKPOINT)
-        steps = [record for record in found if record["kind"] in _STEPS]
-        others = saved + [record for record in found if record["kind"] not in _STEPS and record not in saved]
+        steps = [record for record in recorded if record["kind"] in _STEPS]
+        others = saved + [record for record in recorded if record["kind"] not in _STEPS and record not in saved]
         self.records = sorted(steps + others, key=lambda record: int(record["iteration"]))
         write_text(self._path, "".join(_as_line(record) for record in self.records))
         self._events = EventLog(folder / "events", iteration + 1)
@@ -54,7 +54,7 @@ class MetricsLog:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The records of all kinds but those that each iteration has."""
+        """Return the records of all kinds but those that each iteration has."""
         return [record for record in self.records if record["kind"] not in _STEPS]
 
     def write(self, kind: str, iteration: int, **values: float | int) -> None:
@@ -105,7 +105,7 @@ def _evaluations_in(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl; none if it is not there. Those that are damaged are left out, with a warning.
+    """Return the records in a metrics.jsonl; none if there is no such file. Damaged lines are left out, with a warning.
 
     Raises `InputError` if it cannot be read.
     """
@@ -131,7 +131,7 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
 
 
 def _as_record(value: Any) -> dict[str, Any]:
-    """Return what a line of metrics.jsonl holds. Raises one of `MALFORMED` for anything else."""
+    """Return the record in a line of metrics.jsonl. Raises one of `MALFORMED` for anything else."""
     check_form(value, {"kind": str, "iteration": int})
     check_form(value, {name: _NUMBER for name in (*_FIELDS.get(value["kind"], ()), *value) if name not in _NO_NUMBERS})
     return dict(value)

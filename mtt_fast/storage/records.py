@@ -25,7 +25,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what `sealed` was given, or a record from before there were checksums as it is.
+    """Return the record that `sealed` was given, or one from before there were checksums as it is.
 
     Raises `ValueError` if it is not what was written.
     """
@@ -71,7 +71,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 
 
 def read_record(path: str | os.PathLike[str], what: str, mend: str) -> dict[str, Any]:
-    """Return what `write_record` wrote to `path`: `what` it is, and how to `mend` it, stands in the errors.
+    """Return the record that `write_record` wrote to `path`; errors say `what` it is, and how to `mend` it.
 
     Raises `InputError` for a file that is missing, no record, or not what was written.
     """

@@ -38,8 +38,8 @@ def only_user(
 ) -> Iterator[None]:
     """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
 
-    The lock ends with the process that holds it, whatever ends that. Raises `InputError` if another process is in: what it is
-    `doing`, and what to do `otherwise` than to wait.
+    The lock ends with the process that holds it, whatever ends that. Raises `InputError` if another process holds it, with
+    what that is `doing`, and what to do `otherwise` than to wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -134,7 +134,7 @@ _SUMMARY = {
     "learning_rate?": _NUMBER, "learning_rate_per_step?": [_NUMBER], "seconds?": {"*": _NUMBER},
     "data?": {"fingerprint?": str}, "peak_memory_bytes?": _NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
 }  # fmt: skip
-"""What readers of a summary take for granted."""
+"""The form that readers of a summary take for granted."""
 _A_SUMMARY = "the summary of a run with its accuracy"
 _SUMMARISE_AGAIN = "delete it, and the command of the run writes it again"
 

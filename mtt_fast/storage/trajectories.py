@@ -1,4 +1,4 @@
-"""Expert trajectories on disk: one safetensors file an expert, of which a reader touches only the epoch that it wants.
+"""Expert trajectories on disk: one safetensors file an expert, of which a reader touches only the epoch that it needs.
 
 The tensor `parameters` (epochs + 1, P) is float32 or bfloat16; row e is the network after e epochs of training, row 0
 its initialisation. An iteration of the method needs two rows of one expert, so nothing here ever loads a whole file, and
@@ -54,7 +54,7 @@ _COMPRESS_AGAIN = "delete it and make it again with `python -m mtt_fast.compress
 
 @dataclass(frozen=True)
 class ExpertMetadata:
-    """What is known of an expert besides its parameters; its fields survive a round trip through JSON."""
+    """The record of an expert besides its parameters; its fields survive a round trip through JSON."""
 
     network: dict[str, Any]
     """kind, width, depth, in_channels, num_classes, image_size, …"""
@@ -87,13 +87,13 @@ class ExpertMetadata:
 
     @property
     def identity(self) -> DatasetIdentity:
-        """Return which images it was trained on, as far as it knows."""
+        """Return the identity of the images that the expert was trained on, as far as it is recorded."""
         own = {"name": self.dataset, "fingerprint": self.fingerprint, "whitening": self.whitening}
         return DatasetIdentity.from_record(own | self.data)
 
     @property
     def imported(self) -> bool:
-        """Return whether it comes from other software, which does not say how it was trained."""
+        """Return whether the expert comes from other software, which does not say how it was trained."""
         return "lr" not in self.hyperparameters
 
     def to_text(self) -> dict[str, str]:
@@ -102,7 +102,7 @@ class ExpertMetadata:
 
     @classmethod
     def from_text(cls, text: Mapping[str, str], where: str | os.PathLike[str]) -> ExpertMetadata:
-        """Read what `to_text` wrote. Raises `InputError` naming the file `where` if something is missing or broken."""
+        """Return the metadata in what `to_text` wrote. Raises `InputError`, which names the file `where`, for a broken one."""
         try:
             unknown = dict.fromkeys(("precision", "made_of"), '""') | {"data": "{}"}
             known = (unknown if text.get("format") in _BEFORE_CHECKSUMS else {}) | dict(text)
@@ -111,7 +111,7 @@ class ExpertMetadata:
             check_form(record["accuracy"], [int | float], "accuracy")
             layer_sizes(record["layout"])
             metadata = cls(**record)
-            metadata.identity  # noqa: B018 - a broken record is told here, with the file's name
+            metadata.identity  # noqa: B018 - a broken record shows here, with the file's name
             return metadata
         except MALFORMED as error:
             raise InputError(
@@ -123,7 +123,7 @@ _TYPES = {
     "network": dict, "layout": str, "dataset": str, "fingerprint": str, "whitening": str, "hyperparameters": dict,
     "seed": int, "accuracy": list, "versions": dict, "data": dict, "precision": str, "made_of": str,
 }  # fmt: skip
-"""Of the metadata's fields."""
+"""The types of the metadata's fields."""
 
 
 def expert_path(folder: str | os.PathLike[str], index: int) -> Path:
@@ -197,7 +197,7 @@ def _unfit(parameters: Tensor, course: Course | None, metadata: ExpertMetadata) 
 
 
 def _why_not_finite(metadata: ExpertMetadata) -> str:
-    """Return where NaN or infinite parameters come from, as far as the metadata tells, and what to do."""
+    """Return the origin of NaN or infinite parameters, as far as the metadata tells, and what to do."""
     origin = metadata.hyperparameters.get("imported_from")
     if origin is not None:
         return f"{origin} holds them so: its training diverged, or it is damaged; leave it out"
@@ -238,7 +238,7 @@ class TrajectoryStore:
 
     Methods take an expert's position, 0 … len − 1, in the order of the experts' numbers (`indices`). They may be called
     from several threads. All raise `InputError` for a file that is missing, truncated or no expert's, and `IndexError`
-    for a position or an epoch that is not there.
+    for a position or an epoch out of range.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
@@ -259,7 +259,7 @@ class TrajectoryStore:
         numbers = (re.fullmatch(r"expert_(\d{4,})\.safetensors", name) for name in names)
         self.indices: tuple[int, ...] = tuple(sorted(int(number[1]) for number in numbers if number))
         self._headers: dict[int, _Header] = {}
-        self._told = False  # that there are no checksums
+        self._warned = False  # that there are no checksums
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -287,8 +287,8 @@ class TrajectoryStore:
             raise InputError(f"{path}: truncated since it was opened; {_TRAIN_AGAIN}")
         if header.entry.checksums:
             check_part(path, f"row {number}", content, header.entry.checksums[number])
-        elif not self._told:
-            self._told = True
+        elif not self._warned:
+            self._warned = True
             tell_unchecked(self.folder)
         if not bool(row.sum().isfinite()) and not bool(row.isfinite().all()):  # the sum alone needs no memory
             epoch = header.course.epochs[number] if header.course else number
@@ -299,7 +299,7 @@ class TrajectoryStore:
         return row.float()
 
     def epochs(self, expert: int) -> int:
-        """Return how many epochs of training are recorded."""
+        """Return the number of epochs of training that are recorded."""
         return self._header(expert).epochs
 
     def dtype(self, expert: int) -> torch.dtype:
@@ -307,7 +307,7 @@ class TrajectoryStore:
         return self._header(expert).dtype
 
     def course(self, expert: int) -> Course | None:
-        """Return where the waypoints of a compressed expert are; None for one that is recorded whole."""
+        """Return the course between the waypoints of a compressed expert; None for one that is recorded whole."""
         return self._header(expert).course
 
     def metadata(self, expert: int) -> ExpertMetadata:
@@ -323,7 +323,7 @@ class TrajectoryStore:
         return self._path(expert)
 
     def digest(self, expert: int) -> str:
-        """Return what tells the expert's parameters from others', from the checksums in its header; "" if it has none."""
+        """Return a digest of the expert's parameters, made of the checksums in its header; "" if it has none."""
         header = self._header(expert)
         if not header.entry.checksums:
             return ""
@@ -377,7 +377,7 @@ def _read_course(path: Path, text: Mapping[str, str], shape: tuple[int, ...]) ->
 def being_filled(folder: Path) -> Iterator[None]:
     """Keep a folder from being taken for a whole one until all experts are in it, which is when the block succeeds.
 
-    It stays marked if the block fails, however it ends, unless no expert is there yet.
+    It stays marked if the block fails, however it ends, unless it holds no expert yet.
     """
     mark = folder / _UNFINISHED
     write_text(mark, "")

@@ -28,12 +28,12 @@ _ROUNDING = 1e-5  # of positions that were float32
 
 @dataclass(frozen=True)
 class Course:
-    """At which epochs the K waypoints are, and how far each of L layers is on its way at every epoch."""
+    """The epochs of the K waypoints, and the place of each of L layers between them at every epoch."""
 
     epochs: tuple[int, ...]
     """e_0 = 0 < e_1 < … of the waypoints; the last is the expert's"""
     sizes: tuple[int, ...]
-    """how the P parameters divide into layers"""
+    """of the layers, P parameters in all"""
     positions: Tensor
     """(epochs + 1, L) float64: k + w_l(e) for e_k ≤ e ≤ e_{k+1}"""
     smooth: bool
@@ -56,7 +56,7 @@ class Course:
 
     @classmethod
     def from_text(cls, text: str) -> Course:
-        """Read what `to_text` wrote. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
+        """Return the course in what `to_text` wrote. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
         record = json.loads(text)
         positions = torch.tensor(record["positions"], dtype=torch.float64)
         epochs, sizes = tuple(map(int, record["epochs"])), tuple(map(int, record["sizes"]))
@@ -84,7 +84,7 @@ def evenly_spaced(epochs: int, count: int) -> tuple[int, ...]:
 
 
 def convexified(
-    parameters: Tensor, layer_sizes: Sequence[int], epochs: Sequence[int], smooth: bool = True
+    parameters: Tensor, layer_sizes: Sequence[int], epochs: Sequence[int], *, smooth: bool = True
 ) -> tuple[Tensor, Course]:
     """Return the waypoints (K, P) of a trajectory `parameters` (epochs + 1, P) at `epochs`, and their course.
 

@@ -11,7 +11,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -147,9 +147,12 @@ def test_second_load_reads_no_batch_and_a_touched_one_is_read(tmp_path: Path, mo
     load("CIFAR10", data_path=tmp_path, progress=False)
     reads: list[Path] = []
     open_regular = regular.open_regular
-    monkeypatch.setattr(
-        regular, "open_regular", lambda path, *limits: reads.append(path) or open_regular(path, *limits)
-    )  # type: ignore[func-returns-value]
+
+    def recorded(path: Path, *limits: int) -> BinaryIO:
+        reads.append(path)
+        return open_regular(path, *limits)
+
+    monkeypatch.setattr(regular, "open_regular", recorded)
     load("CIFAR10", data_path=tmp_path, progress=False)
     assert reads == []
     os.utime(folder / "data_batch_3", ns=(1, 1))

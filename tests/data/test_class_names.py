@@ -1,4 +1,4 @@
-"""Which class a name means: official orders, spellings, WordNet ids, numbers; and what is refused."""
+"""The class that a name means: official orders, spellings, WordNet ids, numbers; and what is refused."""
 
 from __future__ import annotations
 

@@ -135,14 +135,14 @@ def test_cifar_is_fetched_once_and_read(
     files[archive.name] = archive.read_bytes()
     home = tmp_path / "data"
     with pytest.raises(InputError, match="expected the checksum"):
-        cifar.source("CIFAR10", home, None, True, False, url=server)  # it is not the real archive
+        cifar.source("CIFAR10", home, None, download=True, progress=False, url=server)  # it is not the real archive
     assert not home.exists()
-    facts = replace(cifar.FACTS["CIFAR10"], md5=md5(files[archive.name]))
-    monkeypatch.setitem(cifar.FACTS, "CIFAR10", facts)
-    source = cifar.source("CIFAR10", home, None, True, False, url=server)
-    made.check(packed(source, home / "packed", False), "CIFAR10")
+    spec = replace(cifar.SPECS["CIFAR10"], md5=md5(files[archive.name]))
+    monkeypatch.setitem(cifar.SPECS, "CIFAR10", spec)
+    source = cifar.source("CIFAR10", home, None, download=True, progress=False, url=server)
+    made.check(packed(source, home / "packed", progress=False), "CIFAR10")
     files.clear()
-    again = cifar.source("CIFAR10", home, None, True, False, url=server)
+    again = cifar.source("CIFAR10", home, None, download=True, progress=False, url=server)
     assert again.key == source.key
 
 
@@ -153,9 +153,9 @@ def test_mnist_is_fetched_and_only_what_is_missing(
     for path in made.files(tmp_path / "made").iterdir():
         files[f"{path.name}.gz"] = gzip.compress(path.read_bytes())
     a, b, c, d = (md5(files[f"{name}.gz"]) for name in mnist.FILES)
-    monkeypatch.setitem(mnist.FACTS, "MNIST", replace(mnist.FACTS["MNIST"], md5=(a, b, c, d)))
+    monkeypatch.setitem(mnist.SPECS, "MNIST", replace(mnist.SPECS["MNIST"], md5=(a, b, c, d)))
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / f"{mnist.FILES[0]}.gz").write_bytes(files.pop(f"{mnist.FILES[0]}.gz"))  # which the server now lacks
-    source = mnist.source("MNIST", tmp_path / "data", True, False, url=server)
-    made.check(packed(source, tmp_path / "data" / "packed", False))
+    source = mnist.source("MNIST", tmp_path / "data", download=True, progress=False, url=server)
+    made.check(packed(source, tmp_path / "data" / "packed", progress=False))

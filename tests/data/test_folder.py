@@ -77,7 +77,7 @@ def test_folder_means_the_data_path(tmp_path: Path) -> None:
 def test_test_images_follow_the_classes_of_training(tmp_path: Path) -> None:
     a, b = (str(write(tmp_path / f"{name}.png", noise(seed))) for seed, name in enumerate("ab"))
     source = image_source("x", tmp_path, {"a": [a], "b": [b]}, {"b": [b], "a": [a]}, resize=False)
-    data = packed(source, tmp_path, False)
+    data = packed(source, tmp_path, progress=False)
     assert torch.equal(data.train.images, data.test.images)
 
 
@@ -586,7 +586,10 @@ def test_no_damage_to_a_picture_is_more_than_one_line(tmp_path_factory: pytest.T
     path = tmp_path_factory.mktemp("damage") / "x.png"
     path.write_bytes(raw)
     lines = []
-    for read in (lambda: read_headers([str(path)], None, False), lambda: list(decode([str(path)], (3, 8, 8), True))):
+    for read in (
+        lambda: read_headers([str(path)], None, resize=False),
+        lambda: list(decode([str(path)], (3, 8, 8), resize=True)),
+    ):
         try:
             read()
         except InputError as error:

@@ -54,7 +54,7 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (1, 8, 8), (1, 1, 1)], ids=str)
 def test_content_is_exact_and_facts_are_kept(tmp_path: Path, shape: tuple[int, int, int]) -> None:
-    data = packed(source(lambda: contents(shape=shape)), tmp_path, False)
+    data = packed(source(lambda: contents(shape=shape)), tmp_path, progress=False)
     assert (data.name, data.class_names, data.num_classes, data.image_shape) == ("pets", ("cat", "dög"), 2, shape)
     assert data.train.images.dtype == torch.uint8
     assert data.train.labels.dtype == torch.int64
@@ -69,14 +69,14 @@ def test_content_is_exact_and_facts_are_kept(tmp_path: Path, shape: tuple[int, i
 
 
 def test_given_statistics_are_used(tmp_path: Path) -> None:
-    data = packed(replace(source(), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)), tmp_path, False)
+    data = packed(replace(source(), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)), tmp_path, progress=False)
     assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
 
 
 def test_other_readers_of_safetensors_accept_the_file(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    data = packed(source(), tmp_path, False)
+    data = packed(source(), tmp_path, progress=False)
     assert data.path
     assert torch.equal(load_file(data.path)["test.images"], data.test.images)
     entries, metadata = read_header(data.path)
@@ -86,8 +86,8 @@ def test_other_readers_of_safetensors_accept_the_file(tmp_path: Path) -> None:
 
 
 def test_second_load_maps_and_reads_nothing(tmp_path: Path) -> None:
-    first = packed(source(), tmp_path, False)
-    again = packed(source(never), tmp_path, False)
+    first = packed(source(), tmp_path, progress=False)
+    again = packed(source(never), tmp_path, progress=False)
     assert again.fingerprint == first.fingerprint
     assert torch.equal(again.train.images, first.train.images)
 
@@ -96,7 +96,7 @@ def test_images_are_memory_mapped(tmp_path: Path) -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("needs /proc/self/maps to see what is mapped")
-    data = packed(source(), tmp_path, False)
+    data = packed(source(), tmp_path, progress=False)
     address = data.train.images.data_ptr()
     for line in maps.read_text().splitlines():
         begin, end = (int(part, 16) for part in line.split()[0].split("-"))
@@ -107,9 +107,9 @@ def test_images_are_memory_mapped(tmp_path: Path) -> None:
 
 
 def test_changed_key_packs_again_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    old = packed(source(), tmp_path, False)
+    old = packed(source(), tmp_path, progress=False)
     with caplog.at_level(logging.WARNING):
-        new = packed(source(lambda: contents(seed=5), "other"), tmp_path, False)
+        new = packed(source(lambda: contents(seed=5), "other"), tmp_path, progress=False)
     assert "have changed" in caplog.text
     assert new.fingerprint != old.fingerprint
     assert np.array_equal(new.train.images.numpy(), images(7, seed=5))
@@ -134,11 +134,11 @@ def foreign(path: Path) -> None:
 def test_damaged_file_is_packed_again_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
-    first = packed(source(), tmp_path, False)
+    first = packed(source(), tmp_path, progress=False)
     assert first.path
     damage(first.path)
     with caplog.at_level(logging.WARNING):
-        again = packed(source(), tmp_path, False)
+        again = packed(source(), tmp_path, progress=False)
     assert "pets.safetensors" in caplog.text
     assert "packing its source again" in caplog.text
     assert np.array_equal(again.train.images.numpy(), images(7))
@@ -152,7 +152,7 @@ def test_reader_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
 
     bad = replace(contents(), train=Part(labels(7), blocks()))
     with pytest.raises(InputError, match="image 3 is broken"):
-        packed(source(lambda: bad), tmp_path, False)
+        packed(source(lambda: bad), tmp_path, progress=False)
     assert leftovers(tmp_path) == []
 
 
@@ -164,7 +164,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))  # stands in for a disk with 256 KiB left
     try:
         with pytest.raises(InputError, match="cannot be written") as raised:
-            packed(source(lambda: big), tmp_path, False)
+            packed(source(lambda: big), tmp_path, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(raised.value)
@@ -174,7 +174,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
 def test_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "packed").touch()
     with pytest.raises(InputError, match="packed"):
-        packed(source(), tmp_path / "packed", False)
+        packed(source(), tmp_path / "packed", progress=False)
 
 
 def test_two_at_once_both_get_whole_data(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_two_at_once_both_get_whole_data(tmp_path: Path) -> None:
         return contents()
 
     def work() -> None:
-        results.append(packed(source(read), tmp_path, False).train.images)
+        results.append(packed(source(read), tmp_path, progress=False).train.images)
 
     workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
@@ -209,7 +209,7 @@ def test_two_at_once_both_get_whole_data(tmp_path: Path) -> None:
 )
 def test_labels_that_do_not_fit(tmp_path: Path, part: str, change: Part, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        packed(source(lambda: replace(contents(), **{part: change})), tmp_path, False)  # type: ignore[arg-type]
+        packed(source(lambda: replace(contents(), **{part: change})), tmp_path, progress=False)  # type: ignore[arg-type]
     assert leftovers(tmp_path) == []
 
 
@@ -238,7 +238,7 @@ def tensors(n: int = 6, classes: int = 2, shape: tuple[int, int, int] = (3, 4, 5
 
 
 def test_from_tensors_has_the_fingerprint_of_the_same_packed_data(tmp_path: Path) -> None:
-    on_disk = packed(source(), tmp_path, False)
+    on_disk = packed(source(), tmp_path, progress=False)
     data = from_tensors(
         (torch.from_numpy(images(7)), torch.from_numpy(labels(7))),
         (torch.from_numpy(images(3, seed=1)), torch.from_numpy(labels(3)).int()),

@@ -1,4 +1,4 @@
-"""What a distilled set has to be: the same refusals on reading, on writing, and where it meets its data."""
+"""The checks of a distilled set: the same refusals on reading, on writing, and where it meets its data."""
 
 from __future__ import annotations
 

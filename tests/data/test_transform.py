@@ -1,4 +1,4 @@
-"""What networks see: normalised or whitened images, and pictures again."""
+"""The images that networks see: normalised or whitened images, and pictures again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `convert` says of DD-Ranking 0.2.0: Python that runs, with arguments that it has; and its score from fractions."""
+"""The call of DD-Ranking 0.2.0 that `convert` prints: Python that runs, with arguments that it has; and its score from fractions."""
 
 from __future__ import annotations
 

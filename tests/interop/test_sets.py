@@ -114,7 +114,7 @@ def test_a_view_is_written_without_what_it_is_cut_from(tmp_path: Path) -> None:
 def as_the_public_code_saves(
     folder: Path, images: str, labels: str, classes: int = CLASSES, ipc: int = IPC
 ) -> tuple[Tensor, Tensor]:
-    """What distill.py has in memory, saved as it saves it."""
+    """Save the tensors that distill.py has in memory as it saves them."""
     label_syn = torch.tensor([np.ones(ipc) * i for i in range(classes)], dtype=torch.long, requires_grad=False).view(-1)
     image_syn = torch.randn(size=(classes * ipc, 3, 4, 4), dtype=torch.float).detach().requires_grad_(True)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_a_set_in_parts(tmp_path: Path) -> None:
 
 
 def as_dc_saves(path: Path) -> list[list[Tensor]]:
-    """What main.py of DC and main_DM.py save: numpy's numbers among the accuracies, several experiments."""
+    """Write a file as main.py of DC and main_DM.py write it: numpy's numbers among the accuracies, several experiments."""
     data_save = [[torch.randn(N, 3, 4, 4), torch.arange(CLASSES).repeat_interleave(IPC)] for _ in range(2)]
     accuracy = np.sum(np.equal([1, 2, 2], [1, 2, 3])) / 3
     torch.save({"data": data_save, "accs_all_exps": {"ConvNet": [accuracy, np.float32(accuracy)]}}, path)

@@ -344,7 +344,7 @@ def vectors(device: str) -> None:
         tolerance = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 2**-7}[dtype]
         rate, c = torch.tensor(0.03, dtype=dtype, device=device), torch.randn(size).to(device, dtype)
 
-        def close(found: Tensor, wanted: Tensor) -> None:
+        def close(found: Tensor, wanted: Tensor, tolerance: float = tolerance) -> None:
             torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=min(tolerance, 1e-6))
 
         def exact(value: Tensor | None) -> Tensor | None:

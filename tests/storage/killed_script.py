@@ -192,7 +192,7 @@ def caches() -> None:
 
     def pack() -> bool:
         return torch.equal(
-            packed(Source("pets", "pets", "k", contents), Path("place/out"), False).train.images[5], last
+            packed(Source("pets", "pets", "k", contents), Path("place/out"), progress=False).train.images[5], last
         )
 
     last = torch.from_numpy(images)[5]

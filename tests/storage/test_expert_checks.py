@@ -1,4 +1,4 @@
-"""Whether experts are those that a job can use: each difference is told with the expert's file, and what is alike passes."""
+"""Checks that a job can use the experts at hand: each difference is told with the expert's file, and what is alike passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images a thing belongs to: what differs is told in the user's words, and what may differ needs its option."""
+"""The images that a thing belongs to: a difference is told in the user's words, and an allowed one needs its option."""
 
 from __future__ import annotations
 

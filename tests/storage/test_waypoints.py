@@ -61,7 +61,7 @@ def by_definition(path: Tensor, waypoints: Tensor, at: tuple[int, ...], epoch: f
 @pytest.mark.parametrize("at", [(0, 10), (0, 4, 7, 10), (0, 1, 2, 10), tuple(range(11))])
 def test_every_epoch_is_where_the_definition_says(tmp_path: Path, at: tuple[int, ...], smooth: bool) -> None:
     path = trajectory()
-    store = compress(experts(tmp_path, 1), tmp_path / "few", len(at), at, smooth)
+    store = compress(experts(tmp_path, 1), tmp_path / "few", len(at), at, smooth=smooth)
     waypoints = path[list(at)].clone()
     if smooth:
         waypoints[1:-1] = torch.stack([(path[e - 1] + path[e + 1]) / 2 for e in at[1:-1]]) if len(at) > 2 else 0

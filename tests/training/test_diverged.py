@@ -205,7 +205,7 @@ def test_whoever_reads_an_expert_that_holds_nan_names_it(tmp_path: Path, monkeyp
     with pytest.raises(InputError, match=message):
         TrajectoryStore(store.folder).read(0, 1.5)  # between it and the epoch before
     with pytest.raises(InputError, match=message):
-        compress.compress(store.folder, tmp_path / "compressed", 2, None, False)
+        compress.compress(store.folder, tmp_path / "compressed", 2, smooth=False)
     with pytest.raises(InputError, match=message):
         list(export_experts(TrajectoryStore(store.folder), tmp_path / "back"))
     assert not (tmp_path / "back").exists()
