@@ -79,5 +79,5 @@ def predict(network: Network, theta: Tensor, images: Tensor, at_once: int = _AT_
 
 def experts_at(store: TrajectoryStore, count: int, epoch: int | None, device: torch.device) -> Iterable[Tensor]:
     """Yield the parameters (P,) of the first `count` experts after `epoch` epochs, or after their last one if None."""
-    for expert in tqdm(range(count), desc="labels of experts", unit="expert", reject_above_threshold=False):
+    for expert in tqdm(range(count), desc="labels of experts", unit="expert", leave=False):
         yield store.read(expert, store.epochs(expert) if epoch is None else epoch).to(device)
