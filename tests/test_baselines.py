@@ -19,7 +19,6 @@ from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
 from mtt_fast.baselines.method import Learning
 from mtt_fast.commands import cli
-from mtt_fast.commands.accuracies import measured
 from mtt_fast.compress import compress
 from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate

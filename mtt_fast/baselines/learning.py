@@ -65,9 +65,7 @@ def _set(run: Run, learning: Learning, iterations: int) -> SyntheticDataset:
     return as_set(run, learning.images, learning.labels, learning.lr(), iterations)
 
 
-def _evaluate(
-    run: LoopRun, learning: Learning, progress: Progress, first: SyntheticDataset, stop: StopRequest
-) -> None:
+def _evaluate(run: LoopRun, learning: Learning, progress: Progress, first: SyntheticDataset, stop: StopRequest) -> None:
     """Test fresh networks on the set as it is now, and write it; draw it below the `first` one."""
     iteration, now = progress.iteration, _set(run, learning, progress.iteration)
     tell(f"{run.method}, iteration {iteration}", evaluate_and_keep(run, progress, "evaluation", now, stop))

@@ -149,7 +149,7 @@ def run_to_the_end(
 
 
 def as_synthetic(
-    run: Run, images: Tensor, labels: Tensor, lr: Tensor, *, label_kind: str, recipe: Record, **others: Any
+    run: Run, images: Tensor, labels: Tensor, lr: Tensor, *, label_kind: str, recipe: dict[str, Any], **others: Any
 ) -> SyntheticDataset:
     """Return copies of `images` (n, C, H, W) and `labels` as the set that is saved, to be trained on at the rate `lr` ().
 
