@@ -122,15 +122,9 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
             describe_numerics(device, network, options.precision), device_name(device),
         )  # fmt: skip
         run = Run(
-            program=f"{PROGRAM} {name}",
-            command=shlex.join([*PROGRAM.split(), *argv]),
-            method=method.title,
-            options=options,
-            folder=folder,
-            real=real,
-            network=network,
-            evaluated=evaluated,
-        )
+            program=f"{PROGRAM} {name}", command=shlex.join([*PROGRAM.split(), *argv]), method=method.title,
+            options=options, folder=folder, real=real, network=network, evaluated=evaluated,
+        )  # fmt: skip
         start = time.monotonic()
         made = method.make(options, real, network)
         if isinstance(made, Learning):

@@ -10,12 +10,12 @@ from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.results import as_set, summarise, tell
 from mtt_fast.commands.accuracies import accuracy_record, measured
 from mtt_fast.commands.run_loop import (
+    KEPT,
     LoopRun,
     Run,
-    best_accuracies,
+    best_accuracy,
     draw_set,
     evaluate_and_keep,
-    last_evaluations,
     run_to_the_end,
 )
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -38,16 +38,12 @@ def learn(run: Run, learning: Learning) -> None:
     progress.data = run.real.identity.record()
     looped = LoopRun(**vars(run), metrics=MetricsLog(run.folder, progress.iteration))
     run_to_the_end(
-        looped,
-        progress,
-        title=run.method,
-        iterate=partial(_iterate, looped, learning, progress),
+        looped, progress, title=run.method, iterate=partial(_iterate, looped, learning, progress),
         shown=lambda _: {"loss": f"{looped.metrics.records[-1]['loss']:.4g}"},
-        evaluate=partial(_evaluate, looped, learning, progress, first),
-        kinds=["evaluation"],
+        evaluate=partial(_evaluate, looped, learning, progress, first), kinds=["evaluation"],
         save=partial(save_checkpoint, run.folder, learning, progress),
         summarise=partial(_summarise, looped, learning, progress),
-    )
+    )  # fmt: skip
 
 
 def _iterate(run: LoopRun, learning: Learning, progress: Progress) -> None:
@@ -69,21 +65,16 @@ def _evaluate(run: LoopRun, learning: Learning, progress: Progress, first: Synth
     """Test fresh networks on the set as it is now, and write it; draw it below the `first` one."""
     iteration, now = progress.iteration, _set(run, learning, progress.iteration)
     tell(f"{run.method}, iteration {iteration}", evaluate_and_keep(run, progress, "evaluation", now, stop))
-    panels = [
-        (title, synthetic.pictures(), run.metrics.find("evaluation", evaluated))
-        for title, synthetic, evaluated in (
-            ("at the start", first, 0),
-            (f"{run.method}, {iteration} iterations", now, iteration),
-        )
-    ]
+    titles = {"at the start": (first, 0), f"{run.method}, {iteration} iterations": (now, iteration)}
+    panels = [(title, made.pictures(), run.metrics.find("evaluation", at)) for title, (made, at) in titles.items()]
     draw_set(run, now, iteration, panels)
 
 
 def _summarise(run: LoopRun, learning: Learning, progress: Progress, stop: StopRequest) -> None:
-    accuracies = best_accuracies(run)
+    *_, evaluation = evaluations = run.records("evaluation")
+    accuracies = {KEPT["evaluation"].best_name: best_accuracy(evaluations)}
     if learning.own_training is not None:
         accuracies["own_training"] = accuracy_record(measured({"": _own_accuracy(run, learning)}))
-    evaluation = last_evaluations(run)["distilled"]
     summarise(run, progress, float(learning.lr()), evaluation, accuracies)
 
 

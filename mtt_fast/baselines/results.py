@@ -36,4 +36,3 @@ def summarise(
     """Write summary.json, with the set's last `evaluation` and other `accuracies` by their names, and tell the result."""
     text = f"{run.method} {percent(evaluation)}"
     write_summary(run, progress, lr, text=text, evaluations={"distilled": evaluation}, accuracies=accuracies)
-    log.info("%s: %s", run.folder, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from mtt_fast.storage.records import write_record
 from mtt_fast.storage.run_folder import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images
 from mtt_fast.training.protocols import Accuracy, evaluate
+
+log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 """A line of metrics.jsonl."""
@@ -65,10 +68,9 @@ class LoopRun(Run):
 
 
 class Progress(Protocol):
-    """How far a run is: what its checkpoint holds, whichever method it is of."""
+    """The counters that every run keeps in its checkpoint."""
 
-    iteration: int
-    """completed ones"""
+    iteration: int  # completed ones
     seconds: float
     seconds_evaluation: float
 
@@ -157,20 +159,11 @@ def as_synthetic(
     """
     data, transform = run.real.data, run.real.transform
     return SyntheticDataset(
-        images.detach().clone(),
-        labels.detach().clone(),
-        lr.detach().to(images.device),
-        dataset=data.name,
-        fingerprint=data.fingerprint,
-        class_names=data.class_names,
-        mean=data.mean,
-        std=data.std,
-        whitening=transform if isinstance(transform, Whitening) else None,
-        label_kind=label_kind,
-        recipe=dataclasses.asdict(run.options) | recipe,
-        versions=versions(),
-        **others,
-    )
+        images.detach().clone(), labels.detach().clone(), lr.detach().to(images.device), data.class_names, data.mean,
+        data.std, transform if isinstance(transform, Whitening) else None, label_kind,
+        recipe=dataclasses.asdict(run.options) | recipe, versions=versions(), dataset=data.name,
+        fingerprint=data.fingerprint, **others,
+    )  # fmt: skip
 
 
 def evaluate_and_keep(
@@ -197,9 +190,7 @@ def evaluate_set(
     """
     images = as_training_images(synthetic, run.real.test.labels.device)
     return {
-        name: evaluate_network(
-            run, network, lambda _: images, float(synthetic.lr), stop, name=words + name, place=(iteration,)
-        )
+        name: evaluate_network(run, network, lambda _: images, float(synthetic.lr), stop, words + name, (iteration,))
         for name, network in run.evaluated.items()
     }
 
@@ -210,7 +201,6 @@ def evaluate_network(
     train: Callable[[torch.Generator], Images],
     lr: float,
     stop: StopRequest,
-    *,
     name: str,
     place: Sequence[int] = (),
 ) -> Accuracy:
@@ -229,7 +219,7 @@ def draw_set(
 ) -> None:
     """Write images.png, and the snapshot of the set as it is after `iteration`.
 
-    Each of `panels` is a title, pictures (n, C, H, W) in [0, 1], and the record of their evaluation if there is one.
+    Each of `panels` is a title, pictures (n, C, H, W) in [0, 1], and the record of the set's evaluation if there is one.
     """
     drawn = []
     for title, pictures, record in panels:
@@ -245,19 +235,10 @@ def draw_curves(run: LoopRun, baseline: float | None = None) -> None:
     save_curves(run.folder / "curves.png", run.metrics.records, baseline)
 
 
-def last_evaluations(run: LoopRun) -> dict[str, dict[str, Any]]:
-    """Return the last record of each kind of evaluation, by its set's name in the summary."""
-    return {kept.name: records[-1] for kind, kept in KEPT.items() if (records := run.records(kind))}
-
-
-def best_accuracies(run: LoopRun) -> dict[str, dict[str, Any]]:
-    """Return the accuracy of the best evaluation of each kind, with its iteration, by its name in the summary."""
-    best = {
-        kept.best_name: max(records, key=lambda record: float(record["accuracy_mean"]))
-        for kind, kept in KEPT.items()
-        if (records := run.records(kind))
-    }
-    return {name: accuracy_record(record) | {"iteration": record["iteration"]} for name, record in best.items()}
+def best_accuracy(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the accuracy of the best of the `records` of evaluations, with its iteration."""
+    best = max(records, key=lambda record: float(record["accuracy_mean"]))
+    return accuracy_record(best) | {"iteration": best["iteration"]}
 
 
 def write_summary(
@@ -270,10 +251,10 @@ def write_summary(
     accuracies: Mapping[str, Record],
     others: Record | None = None,
 ) -> None:
-    """Write summary.json: the run is finished.
+    """Write summary.json, and tell its `text`: the run is finished.
 
-    `evaluations` are the last records of sets by their names; `accuracies` those of what they are compared with, and
-    `others` the fields that the method has besides.
+    `evaluations` are the last records of sets by their names, `accuracies` other ones by theirs, and `others` the fields
+    that the method has besides.
     """
     device, (first, *_) = run.real.test.labels.device, run.evaluated
     write_record(
@@ -297,3 +278,4 @@ def write_summary(
             "options": dataclasses.asdict(run.options),
         },
     )
+    log.info("%s: %s", run.folder, text)

@@ -103,20 +103,12 @@ def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device
             state = initial_state(options, real, network, experts, taking_turns)
         else:
             log.info("continuing at iteration %d", state.iteration)
+        method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
-            program=PROGRAM,
-            command=command,
-            method=recipe_about(options.recipe)["method"] if options.recipe else "MTT",
-            options=options,
-            folder=folder,
-            real=real,
-            network=network,
-            evaluated=options.evaluated_networks(data),
-            memory_budget=options.memory_budget,
-            experts=experts,
-            taking_turns=state.experts,
-            metrics=MetricsLog(folder, state.iteration),
-        )
+            program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
+            evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
+            taking_turns=state.experts, metrics=MetricsLog(folder, state.iteration),
+        )  # fmt: skip
         distill(run, state, plan)
 
 
@@ -148,16 +140,10 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
     with contextlib.closing(ahead):
         run_to_the_end(
-            run,
-            state,
-            title="distil",
-            iterate=iterate,
-            shown=partial(_shown, run, state),
-            evaluate=evaluate,
-            kinds=evaluated_kinds(state),
-            save=partial(save_checkpoint, run.folder, state),
+            run, state, title="distil", iterate=iterate, shown=partial(_shown, run, state), evaluate=evaluate,
+            kinds=evaluated_kinds(state), save=partial(save_checkpoint, run.folder, state),
             summarise=partial(summarise, run, state),
-        )
+        )  # fmt: skip
 
 
 def _shown(run: DistillRun, state: State, seconds: float) -> dict[str, str]:

@@ -16,12 +16,11 @@ from mtt_fast.commands.run_loop import (
     KEPT,
     Record,
     as_synthetic,
-    best_accuracies,
+    best_accuracy,
     draw_curves,
     draw_set,
     evaluate_and_keep,
     evaluate_network,
-    last_evaluations,
     write_summary,
 )
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -107,10 +106,9 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Compare with random real images and the experts, and write summary.json: the run is finished."""
     baseline = run.metrics.find("baseline") or _evaluate_baseline(run, state, stop)
     draw_curves(run, float(baseline["accuracy_mean"]))
-    evaluations = last_evaluations(run)
+    records = {kept: run.records(kind) for kind, kept in KEPT.items() if kind in evaluated_kinds(state)}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
-    words = {kept.name: kept.words for kept in KEPT.values()}
-    results = ", ".join(f"{words[name]} {_labelled(record)}" for name, record in evaluations.items())
+    results = ", ".join(f"{kept.words} {_labelled(lines[-1])}" for kept, lines in records.items())
     text = (
         f"{results}, random real images {_labelled(baseline)}, "
         f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
@@ -118,15 +116,15 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     accuracies = {
         "random_real_images": accuracy_record(baseline) | {"lr": REAL_IMAGES_LR},
         "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
-        **best_accuracies(run),
+        **{kept.best_name: best_accuracy(lines) for kept, lines in records.items()},
     }
     write_summary(
-        run, state, state.mean_lr, text=text, evaluations=evaluations, accuracies=accuracies, others=_told(run, state)
-    )
-    log.info("%s: %s", run.folder, text)
+        run, state, state.mean_lr, text=text, evaluations={kept.name: lines[-1] for kept, lines in records.items()},
+        accuracies=accuracies, others=_own_fields(run, state),
+    )  # fmt: skip
 
 
-def _told(run: DistillRun, state: State) -> dict[str, Any]:
+def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
     """Return the fields of the summary that a distillation alone has.
 
     Of the experts that take turns it says how many they are, from where, and trained how on which images.
