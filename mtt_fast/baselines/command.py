@@ -20,7 +20,7 @@ from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
-from mtt_fast.baselines.trained import as_first_expert, asked_of_the_expert
+from mtt_fast.baselines.trained import as_first_expert, requested_of_the_expert
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
@@ -110,8 +110,8 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
     real = real_images(data, options.zca, device)
     class_members(real, options.ipc)  # and so are more images a class than there are
     if isinstance(options, TrainedNetworkOptions):
-        asked = asked_of_the_expert(options, parsing.given(type(options), argv))
-        options = as_first_expert(options, real, network, asked)
+        requested = requested_of_the_expert(options, parsing.given(type(options), argv))
+        options = as_first_expert(options, real, network, requested)
     method = METHODS[name]
     with only_user(folder):
         check_goes_on(folder, real.identity)

@@ -25,10 +25,10 @@ from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
 from mtt_fast.distill.experts import (
-    asked_of_experts,
     check_experts,
     check_same_experts,
     prepare_experts,
+    requested_of_experts,
     with_true_experts,
 )
 from mtt_fast.distill.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
@@ -57,25 +57,27 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options, given = parse_options(argv), given_options(argv)
-    asked, folder = asked_of_experts(options, given), options.folder()
+    requested, folder = requested_of_experts(options, given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
     # an option of the experts that is not given says nothing of those that the run began with
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if options.dry_run:
         with numerics(device, options.precision):
-            print(dry_run(options, folder, device, asked))
+            print(dry_run(options, folder, device, requested))
         return
     if is_finished(folder, options, options.Iteration):
         return
     with numerics(device, options.precision):
-        _run(options, asked, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+        _run(options, requested, folder, device, shlex.join([*PROGRAM.split(), *argv]))
 
 
-def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device: torch.device, command: str) -> None:
+def _run(
+    options: DistillOptions, requested: Mapping[str, Any], folder: Path, device: torch.device, command: str
+) -> None:
     data = options.load_data()
     network = options.network(data)
-    check_fits(options, data, network, device, asked)
+    check_fits(options, data, network, device, requested)
     student = describe_numerics(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
@@ -84,8 +86,8 @@ def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)
-        experts = prepare_experts(options, real, network, asked)
-        check_experts(options, data, network, asked)  # again, as they are now
+        experts = prepare_experts(options, real, network, requested)
+        check_experts(options, data, network, requested)  # again, as they are now
         if state is not None:
             check_same_experts(folder, state, experts)
         options = with_true_experts(options, experts)
