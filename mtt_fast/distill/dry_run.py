@@ -1,4 +1,4 @@
-"""The dry run of a distillation, which tells what the run will do and take: `--dry_run`."""
+"""The dry run of a distillation, which tells what the run will do and take: `--dry-run`."""
 
 from __future__ import annotations
 
