@@ -56,7 +56,7 @@ def golden() -> Path:
 def no_curves() -> Iterator[None]:
     """Drawing them, which tests/distill/test_command.py covers, takes nine tenths of a toy run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mtt_fast.distill.evaluation.save_curves", lambda *_: None)
+        patch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *_: None)
         yield
 
 

@@ -19,7 +19,6 @@ from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
 from mtt_fast.baselines.method import Learning
 from mtt_fast.commands import cli
-from mtt_fast.commands.accuracies import measured
 from mtt_fast.compress import compress
 from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
@@ -231,7 +230,7 @@ def test_a_stopped_evaluation_of_a_chosen_set_says_how_to_go_on(
         raise Stopped("stopped during an evaluation", signal.SIGINT)
 
     out = tmp_path / "run"
-    monkeypatch.setattr("mtt_fast.baselines.choosing.evaluated", interrupted)
+    monkeypatch.setattr("mtt_fast.baselines.choosing.evaluate_set", interrupted)
     assert run(*flags("random", shared), "--out", str(out)) == 128 + signal.SIGINT
     assert f"the set is in {out}, and the same command evaluates it again" in capsys.readouterr().err
     monkeypatch.undo()
@@ -259,8 +258,8 @@ def test_the_best_set_is_that_of_the_best_evaluation(
 ) -> None:
     accuracies = {0: 0.3, 1: 0.5, 2: 0.4}
     monkeypatch.setattr(
-        "mtt_fast.baselines.learning.evaluated",
-        lambda run, made, iteration, stop, words: measured({"": Accuracy((accuracies[iteration],))}),
+        "mtt_fast.commands.run_loop.evaluate",
+        lambda *_, place, **__: Accuracy((accuracies[place[0]],)),
     )
     assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1") == 0
     assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == 1

@@ -1,4 +1,4 @@
-"""What a learning has come to, in a file from which it goes on."""
+"""The state of a learning in a file, from which the run goes on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPTIMISER = "optimiser."
 
 @dataclass
 class Progress:
-    """How far a learning is."""
+    """The counters of a learning, and the images that it began with."""
 
     iteration: int = 0  # completed ones
     seconds: float = 0.0

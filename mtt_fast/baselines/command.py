@@ -20,11 +20,11 @@ from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
-from mtt_fast.baselines.results import Job
-from mtt_fast.baselines.trained import as_first_expert, asked_of_the_expert
+from mtt_fast.baselines.trained import as_first_expert, requested_of_the_expert
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
+from mtt_fast.commands.run_loop import Run
 from mtt_fast.engine.student_choice import describe_numerics
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import numerics
@@ -110,9 +110,9 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
     real = real_images(data, options.zca, device)
     class_members(real, options.ipc)  # and so are more images a class than there are
     if isinstance(options, TrainedNetworkOptions):
-        asked = asked_of_the_expert(options, parsing.given(type(options), argv))
-        options = as_first_expert(options, real, network, asked)
-    method, command = METHODS[name], shlex.join([*PROGRAM.split(), *argv])
+        requested = requested_of_the_expert(options, parsing.given(type(options), argv))
+        options = as_first_expert(options, real, network, requested)
+    method = METHODS[name]
     with only_user(folder):
         check_goes_on(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
@@ -121,10 +121,13 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
             folder, method.title, options.ipc * data.num_classes, data.name, options.model, network.num_parameters,
             describe_numerics(device, network, options.precision), device_name(device),
         )  # fmt: skip
-        job = Job(f"{PROGRAM} {name}", method, options, folder, real, network, evaluated, command)
-        began = time.monotonic()
+        run = Run(
+            program=f"{PROGRAM} {name}", command=shlex.join([*PROGRAM.split(), *argv]), method=method.title,
+            options=options, folder=folder, real=real, network=network, evaluated=evaluated,
+        )  # fmt: skip
+        start = time.monotonic()
         made = method.make(options, real, network)
         if isinstance(made, Learning):
-            learn(job, made)
+            learn(run, made)
         else:
-            evaluate_chosen(job, made, time.monotonic() - began)
+            evaluate_chosen(run, made, time.monotonic() - start)

@@ -90,13 +90,13 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> Learning:
 
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "dd", iteration)
-        seen, wanted = random_batch(real.train, everything, options.batch_real, generator)
+        inputs, targets = random_batch(real.train, everything, options.batch_real, generator)
         pixels, learned = images.detach().requires_grad_(), raw.detach().requires_grad_()
         total = torch.zeros((), device=device)
         for _ in range(options.n_nets):
             theta, rates = initial(generator), F.softplus(learned)
-            logits = logits_after_steps(network, theta, pixels, labels, rates, batches, seen, precision)
-            loss = F.cross_entropy(logits, wanted) / options.n_nets
+            logits = logits_after_steps(network, theta, pixels, labels, rates, batches, inputs, precision)
+            loss = F.cross_entropy(logits, targets) / options.n_nets
             loss.backward()
             total += loss.detach()
         images.grad, raw.grad = pixels.grad, learned.grad

@@ -41,11 +41,11 @@ def dm(options: DmOptions, real: RealImages, network: Trainable) -> Learning:
         images.grad = torch.empty_like(images)
         total = torch.zeros((), device=images.device)
         for label, indices in enumerate(members):
-            seen, _ = random_batch(real.train, indices, options.batch_real, generator)
-            augment = siamese_augmentation(options.strategy, seen, generator)
+            inputs, _ = random_batch(real.train, indices, options.batch_real, generator)
+            augment = siamese_augmentation(options.strategy, inputs, generator)
             rows = slice(label * options.ipc, (label + 1) * options.ipc)
             own = images[rows].detach().requires_grad_()
-            distance = embedding_distance(network, theta, augment(own), augment(seen))
+            distance = embedding_distance(network, theta, augment(own), augment(inputs))
             (images.grad[rows],) = torch.autograd.grad(distance, own)
             total += distance.detach()
         optimiser.step()
@@ -57,5 +57,5 @@ def dm(options: DmOptions, real: RealImages, network: Trainable) -> Learning:
 def embedding_distance(network: Trainable, theta: Tensor, images: Tensor, real: Tensor) -> Tensor:
     """Return |mean embedding of `images` − mean embedding of `real`|², (): of one class, under `theta` (P,)."""
     with torch.no_grad():
-        wanted = network.embed(theta, real).mean(dim=0)
-    return (network.embed(theta, images).mean(dim=0) - wanted).square().sum()
+        target = network.embed(theta, real).mean(dim=0)
+    return (network.embed(theta, images).mean(dim=0) - target).square().sum()

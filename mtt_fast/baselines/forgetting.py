@@ -49,8 +49,8 @@ def right_at_each_epoch(store: TrajectoryStore, images: Images, network: Trainab
         theta = store.read(0, epoch + 1).to(images.labels.device)
         for begin in range(0, len(images), _BLOCK):
             block = slice(begin, begin + _BLOCK)
-            seen, labels = images.batch(block)
-            right[epoch, block] = (network(theta, seen).argmax(dim=1) == labels).cpu()
+            inputs, labels = images.batch(block)
+            right[epoch, block] = (network(theta, inputs).argmax(dim=1) == labels).cpu()
     return right
 
 

@@ -1,4 +1,4 @@
-"""How far two gradients of a network are from each other, as gradient matching measures it."""
+"""Distances between two gradients of a network, as gradient matching measures them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ Metric = Literal["ours", "mse", "cos"]
 _EPS = 1e-6  # the public code's: where a gradient vanishes, the distance is that of right angles
 
 
-def layerwise_distance(found: Tensor, wanted: Tensor, layout: ParameterLayout) -> Tensor:
+def layerwise_distance(gradient: Tensor, real: Tensor, layout: ParameterLayout) -> Tensor:
     """Return Σ over layers and outputs of 1 − cos of the two gradients (P,) to that output's weights, ().
 
     Equation 10 of DC (Zhao et al., ICLR 2021), for convolutions and linear layers; as in the public code, biases and
     the parameters of norms do not count.
     """
-    total = found.new_zeros(())
-    for own, target in zip(layout.split(found), layout.split(wanted), strict=True):
+    total = gradient.new_zeros(())
+    for own, target in zip(layout.split(gradient), layout.split(real), strict=True):
         if own.dim() > 1:
             total = total + (1 - _cosine(own.flatten(1), target.flatten(1))).sum()
     return total
 
 
-def squared_difference(found: Tensor, wanted: Tensor, layout: ParameterLayout) -> Tensor:
-    """Return |found − wanted|², ()."""
-    return (found - wanted).square().sum()
+def squared_difference(gradient: Tensor, real: Tensor, layout: ParameterLayout) -> Tensor:
+    """Return |gradient − real|², ()."""
+    return (gradient - real).square().sum()
 
 
-def cosine_distance(found: Tensor, wanted: Tensor, layout: ParameterLayout) -> Tensor:
+def cosine_distance(gradient: Tensor, real: Tensor, layout: ParameterLayout) -> Tensor:
     """Return 1 − cos of the whole gradients (P,), ()."""
-    return 1 - _cosine(found, wanted)
+    return 1 - _cosine(gradient, real)
 
 
 DISTANCES: dict[Metric, Callable[..., Tensor]] = {

@@ -56,11 +56,11 @@ def _learning(options: DcOptions, real: RealImages, network: Trainable, strategy
         images.grad = torch.empty_like(images)
         total = torch.zeros((), device=images.device)
         for label, indices in enumerate(members):
-            seen, of_seen = random_batch(real.train, indices, options.batch_real, generator)
-            augment = siamese_augmentation(strategy, seen, generator)
-            wanted = student.gradient(theta, augment(seen), of_seen).theta
+            inputs, targets = random_batch(real.train, indices, options.batch_real, generator)
+            augment = siamese_augmentation(strategy, inputs, generator)
+            real_gradient = student.gradient(theta, augment(inputs), targets).theta
             rows = slice(label * options.ipc, (label + 1) * options.ipc)
-            distance_to = partial(DISTANCES[options.dis_metric], wanted=wanted, layout=network.layout)
+            distance_to = partial(DISTANCES[options.dis_metric], real=real_gradient, layout=network.layout)
             distance, images.grad[rows] = matching_gradient(
                 student, theta, images[rows], labels[rows], augment, distance_to
             )
@@ -93,10 +93,10 @@ def matching_gradient(
     """Return `distance` () of the student's gradient at `theta` (P,) on augmented `images`, and its gradient to them."""
     own = images.detach().requires_grad_()
     shown = augment(own)
-    seen = shown.detach().contiguous()
-    found = student.gradient(theta, seen, labels).theta.requires_grad_()
-    value = distance(found)
-    (direction,) = torch.autograd.grad(value, found)
-    tangent = student.gradient_jvp(theta, seen, labels, direction)
+    inputs = shown.detach().contiguous()
+    gradient = student.gradient(theta, inputs, labels).theta.requires_grad_()
+    value = distance(gradient)
+    (direction,) = torch.autograd.grad(value, gradient)
+    tangent = student.gradient_jvp(theta, inputs, labels, direction)
     (to_images,) = torch.autograd.grad(shown, own, tangent.images)
     return value.detach(), to_images

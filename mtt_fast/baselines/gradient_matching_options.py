@@ -38,23 +38,21 @@ class DcOptions(LearnedImagesOptions):
     def loops(self) -> tuple[int, int]:
         """Return updates an iteration and epochs between two. Raises `InputError` where the papers have none."""
         outer, inner = _LOOPS.get(self.ipc, (None, None))
-        found = (
-            outer if self.outer_loop is None else self.outer_loop,
-            (inner if self.inner_loop is None else self.inner_loop),
-        )
-        if found[0] is None or found[1] is None:
+        outer = outer if self.outer_loop is None else self.outer_loop
+        inner = inner if self.inner_loop is None else self.inner_loop
+        if outer is None or inner is None:
             raise InputError(
                 f"--ipc {self.ipc}: the papers name loops for {', '.join(map(str, _LOOPS))} images a class; "
                 "give --outer_loop and --inner_loop"
             )
-        return found[0], found[1]
+        return outer, inner
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
-        found, outer = super().without_effect(), self.outer_loop
+        reasons, outer = super().without_effect(), self.outer_loop
         if (_LOOPS.get(self.ipc, (None, None))[0] if outer is None else outer) == 1:
-            found["inner_loop"] = "with one update of the images an iteration: give --outer_loop above 1"
-        return found
+            reasons["inner_loop"] = "with one update of the images an iteration: give --outer_loop above 1"
+        return reasons
 
     def check(self) -> None:
         """See `BaselineOptions.check`."""

@@ -34,11 +34,11 @@ class KmeansOptions(TrainedNetworkOptions):
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
-        found = super().without_effect()
+        reasons = super().without_effect()
         if self.pick == "centres":
             of_expert = ("buffer_path", "train_epochs", "expert_lr", "mom", "l2", "decay")
-            found |= dict.fromkeys(of_expert, "with --pick centres, which asks no trained network")
-        return found
+            reasons |= dict.fromkeys(of_expert, "with --pick centres, which asks no trained network")
+        return reasons
 
 
 def kmeans(options: KmeansOptions, real: RealImages, network: Trainable) -> Images:
@@ -65,8 +65,8 @@ def _centres(
     train, centres = real.train, []
     for indices in tqdm(members, desc="cluster", unit="class", leave=False):
         pixels, _ = train.batch(indices.to(train.labels.device))
-        found = cluster_centres(pixels.flatten(1).cpu(), options.ipc, generator)
-        centres.append(found.view(options.ipc, *real.data.image_shape))
+        of_class = cluster_centres(pixels.flatten(1).cpu(), options.ipc, generator)
+        centres.append(of_class.view(options.ipc, *real.data.image_shape))
     labels = torch.arange(len(members), device=train.labels.device).repeat_interleave(options.ipc)
     return Images(torch.cat(centres).to(labels.device), labels)
 

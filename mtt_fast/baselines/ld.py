@@ -58,17 +58,17 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> Learning:
 
     def step(iteration: int) -> float:
         generator = generator_for(options.seed, "ld", iteration)
-        seen, wanted = random_batch(real.train, everything, options.batch_real, generator)
+        inputs, targets = random_batch(real.train, everything, options.batch_real, generator)
         index = torch.randperm(count, generator=generator)[: options.inner_batch_size].to(device)
         soft = labels.detach().requires_grad_()
-        logits = logits_after_steps(network, theta, images, soft, rate, [index], seen, precision)
-        loss = F.cross_entropy(logits, wanted)
+        logits = logits_after_steps(network, theta, images, soft, rate, [index], inputs, precision)
+        loss = F.cross_entropy(logits, targets)
         (labels.grad,) = torch.autograd.grad(loss, soft)
         theta.grad = student.gradient(theta, images[index], labels[index]).theta
         optimiser.step()
         labels.clamp_(0, 1)
         labels.div_(labels.sum(dim=1, keepdim=True))
-        errors.resize_(len(errors) + 1)[-1] = (logits.argmax(dim=1) != wanted).float().mean().cpu()
+        errors.resize_(len(errors) + 1)[-1] = (logits.argmax(dim=1) != targets).float().mean().cpu()
         if stagnates(errors, window):
             theta.copy_(network.init(generator_for(options.seed, "ld network", iteration + 1)))
             optimiser.state.pop(theta)

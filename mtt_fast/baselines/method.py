@@ -1,4 +1,4 @@
-"""What a method is: a function from options, real images and a network to a set, or to the learning of one."""
+"""A method: a function from options, real images and a network to a set, or to the learning of one."""
 
 from __future__ import annotations
 

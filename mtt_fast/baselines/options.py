@@ -44,7 +44,7 @@ class BaselineOptions(EvaluationOptions):
 
     @property
     def batch_size(self) -> int:
-        """Batch size for training networks other than those of an evaluation."""
+        """Return the batch size for training networks other than those of an evaluation."""
         return EvaluationProtocol.batch_size if self.batch_train is None else self.batch_train
 
     def check(self) -> None:

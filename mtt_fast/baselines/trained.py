@@ -38,25 +38,25 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
     return store
 
 
-def asked_of_the_expert(options: TrainedNetworkOptions, given: Set[str]) -> dict[str, Any]:
+def requested_of_the_expert(options: TrainedNetworkOptions, given: Set[str]) -> dict[str, Any]:
     """Return the hyperparameters of the expert that the options `given` name; its batch size is also that of evaluations."""
     training = dataclasses.asdict(options.expert())
     return {name: training[name] for name, flag in FLAGS.items() if flag in given}
 
 
 def as_first_expert(
-    options: TrainedNetworkOptions, real: RealImages, network: Trainable, asked: Mapping[str, Any]
+    options: TrainedNetworkOptions, real: RealImages, network: Trainable, requested: Mapping[str, Any]
 ) -> TrainedNetworkOptions:
     """Return the options as the first expert was trained, if it is there; else as they are.
 
-    Raises `InputError` if it is of something else, or was trained otherwise than the user `asked`.
+    Raises `InputError` if it is of something else, or was trained with other hyperparameters than the `requested` ones.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
     store = TrajectoryStore(folder) if folder.is_dir() else None
     if not store:
         return options
     check_belongs(store, 0, network, real.identity)
-    check_as_asked(store, 0, asked, to_the_end=True)
+    check_as_asked(store, 0, requested, to_the_end=True)
     return as_trained(options, dataclasses.asdict(options.expert()), store.metadata(0))
 
 
@@ -77,5 +77,5 @@ def embeddings_by_class(
 @torch.no_grad()
 def embedded(real: RealImages, network: Trainable, theta: Tensor, indices: Tensor) -> Tensor:
     """Return what the classifier of `network` sees of the training images at `indices`, (n, F), on the CPU."""
-    seen = (real.train.batch(block.to(theta.device))[0] for block in indices.split(_BLOCK))
-    return torch.cat([network.embed(theta, images).cpu() for images in seen])
+    batches = (real.train.batch(block.to(theta.device))[0] for block in indices.split(_BLOCK))
+    return torch.cat([network.embed(theta, images).cpu() for images in batches])

@@ -1,4 +1,4 @@
-"""Whether the options fit the images, the networks and the experts that are there: told before any work is done."""
+"""Checks, before any work is done, that the options fit the images, the networks and the experts at hand."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def check_fits(
     data: ImageData | DatasetInfo,
     network: Trainable,
     device: torch.device,
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
 ) -> None:
     """Raise `InputError` for an option that the run would stumble on later.
 
-    `asked` are hyperparameters of experts, see `check_experts`. Of images that are not there yet (`DatasetInfo`) it is not asked
-    whether each class has enough, nor, but for their size, whether they are those that the experts were trained on.
+    `requested` are hyperparameters of experts, see `check_experts`. Of images that are not there yet (`DatasetInfo`) it is not
+    checked whether each class has enough, nor, but for their size, whether they are those that the experts were trained on.
     """
     images = options.ipc * data.num_classes
     if options.batch_syn and options.batch_syn > images:
@@ -43,7 +43,7 @@ def check_fits(
         )
     for evaluated in options.evaluated_networks(data).values():
         precision_on(device, evaluated, options.precision)
-    check_experts(options, data, network, asked)
+    check_experts(options, data, network, requested)
 
 
 def _check_enough_images(options: DistillOptions, data: ImageData) -> None:
@@ -52,8 +52,8 @@ def _check_enough_images(options: DistillOptions, data: ImageData) -> None:
     needed = options.ipc * options.tiles
     short = next((label for label, count in enumerate(counts) if count < needed), None)
     if short is not None:
-        asked = f"--ipc {options.ipc}" + (f", --canvas_size {options.canvas_size}" if options.texture else "")
+        flags = f"--ipc {options.ipc}" + (f", --canvas_size {options.canvas_size}" if options.texture else "")
         raise InputError(
-            f"{asked}: class {data.class_names[short]} has only {counts[short]} real images of the {needed} that each "
+            f"{flags}: class {data.class_names[short]} has only {counts[short]} real images of the {needed} that each "
             "begins with; use a smaller --ipc"
         )

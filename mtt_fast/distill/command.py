@@ -9,43 +9,39 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import shlex
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
+from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.dry_run import dry_run
-from mtt_fast.distill.evaluation import evaluate_sets, is_evaluated, summarise
+from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
 from mtt_fast.distill.experts import (
-    asked_of_experts,
     check_experts,
     check_same_experts,
     prepare_experts,
+    requested_of_experts,
     with_true_experts,
 )
 from mtt_fast.distill.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
-from mtt_fast.distill.initial import initial_images, initial_state
+from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, given_options, parse_options
-from mtt_fast.distill.run import Run
-from mtt_fast.distill.segments import Segment, log_fields, planned, read_segment, turns
-from mtt_fast.distill.updates import reject_above_threshold, skip, update
-from mtt_fast.engine.iteration import Iteration
+from mtt_fast.distill.run import DistillRun
+from mtt_fast.distill.segments import planned, read_segment, turns
+from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
-from mtt_fast.networks.protocol import Trainable
-from mtt_fast.runtime.interrupts import Stopped, stop_request
+from mtt_fast.recipes import recipe_about
+from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.prefetch import prefetched, sender
 from mtt_fast.runtime.provenance import choose_device, device_name
@@ -53,8 +49,7 @@ from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoin
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.run_folder import only_user, write_config
-from mtt_fast.storage.trajectories import TrajectoryStore
-from mtt_fast.training.images import RealImages, real_images
+from mtt_fast.training.images import real_images
 
 log = logging.getLogger(__name__)
 
@@ -62,35 +57,37 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options, given = parse_options(argv), given_options(argv)
-    asked, folder = asked_of_experts(options, given), options.folder()
+    requested, folder = requested_of_experts(options, given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
     # an option of the experts that is not given says nothing of those that the run began with
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if options.dry_run:
         with numerics(device, options.precision):
-            print(dry_run(options, folder, device, asked))
+            print(dry_run(options, folder, device, requested))
         return
     if is_finished(folder, options, options.Iteration):
         return
     with numerics(device, options.precision):
-        _run(options, asked, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+        _run(options, requested, folder, device, shlex.join([*PROGRAM.split(), *argv]))
 
 
-def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device: torch.device, command: str) -> None:
+def _run(
+    options: DistillOptions, requested: Mapping[str, Any], folder: Path, device: torch.device, command: str
+) -> None:
     data = options.load_data()
     network = options.network(data)
-    check_fits(options, data, network, device, asked)
+    check_fits(options, data, network, device, requested)
     student = describe_numerics(device, network, options.precision)
     real = real_images(data, options.zca, device)
     precision = precision_on(device, network, options.precision)
-    steps = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
+    plan = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder):
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)
-        experts = prepare_experts(options, real, network, asked)
-        check_experts(options, data, network, asked)  # again, as they are now
+        experts = prepare_experts(options, real, network, requested)
+        check_experts(options, data, network, requested)  # again, as they are now
         if state is not None:
             check_same_experts(folder, state, experts)
         options = with_true_experts(options, experts)
@@ -101,113 +98,63 @@ def _run(options: DistillOptions, asked: Mapping[str, Any], folder: Path, device
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, student,
             len(experts), device_name(device),
         )  # fmt: skip
-        log.info("%s", gradient)
-        log.info("%s", steps)
-        log.info("%s", options.evaluation_protocol().describe())
-        distill(options, folder, real, network, experts, steps, command, state)
+        for line in (gradient, plan, options.evaluation_protocol().describe()):
+            log.info("%s", line)
+        if state is None:
+            taking_turns = min(options.max_experts or len(experts), len(experts))
+            state = initial_state(options, real, network, experts, taking_turns)
+        else:
+            log.info("continuing at iteration %d", state.iteration)
+        method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
+        run = DistillRun(
+            program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
+            evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
+            taking_turns=state.experts, metrics=MetricsLog(folder, state.iteration),
+        )  # fmt: skip
+        distill(run, state, plan)
 
 
-def distill(
-    options: DistillOptions,
-    folder: Path,
-    real: RealImages,
-    network: Trainable,
-    experts: TrajectoryStore,
-    steps: Plan,
-    command: str,
-    state: State | None,
-) -> None:
-    """Run iterations from `state`, the last checkpoint's, or from the start, to the end; write everything to `folder`.
+def distill(run: DistillRun, state: State, plan: Plan) -> None:
+    """Run iterations of the paper's algorithm 1 from `state` to the end; write everything to the run's folder.
 
-    Student steps are done as the plan `steps` says, or in smaller pieces where memory runs out.
-    Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; `InputError` if the
-    distillation has diverged for good.
+    Each matches a segment of an expert, or several. Student steps are done as `plan` says, or in smaller pieces from where
+    memory runs out. Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved;
+    `InputError` if the distillation has diverged for good.
     """
-    device = real.train.labels.device
-    if state is None:
-        state = initial_state(options, real, network, experts, min(options.max_experts or len(experts), len(experts)))
-    else:
-        log.info("continuing at iteration %d", state.iteration)
-    iteration = lru_cache(maxsize=1)(partial(iteration_of, options, network))  # the last plan's
-    metrics = MetricsLog(folder, state.iteration)
-    first = lru_cache(maxsize=1)(partial(_first_images, options, real, network, experts, state.experts))
-    run = Run(options, folder, real, network, options.evaluated_networks(real.data), experts, metrics, first)
-    segment = partial(read_segment, run, sender(device), state.experts, state.images)
+    options = run.options
+    iteration = lru_cache(maxsize=1)(partial(iteration_of, options, run.network))  # the last plan's
+    segment = partial(read_segment, run, sender(state.lr.device), state.images)
     ahead = prefetched(segment, turns(options, range(state.iteration, options.Iteration)))
-    saved = time.monotonic()
-    try:
-        with stop_request() as stop, _progress(options, state) as bar, contextlib.closing(ahead):
-            while True:
-                due = state.iteration % options.eval_it == 0 or state.iteration == options.Iteration
-                if due and not is_evaluated(run, state):
-                    if options.gradient != "exact":
-                        coming = turns(options, range(state.iteration, state.iteration + 1))
-                        compare_with_exact(run, state, steps, [segment(turn) for turn in coming])
-                    evaluate_sets(run, state, stop)
-                    save_checkpoint(folder, state, metrics.evaluations)
-                if state.iteration >= options.Iteration:
-                    break
-                began = time.monotonic()
-                steps = _iterate(run, iteration, state, steps, list(islice(ahead, options.num_trajectories)))
-                seconds = time.monotonic() - began
-                state.seconds += seconds
-                bar.set_postfix(_postfix(options, state, metrics, seconds), refresh=False)
-                bar.update()
-                if stop or time.monotonic() - saved > options.save_seconds:
-                    save_checkpoint(folder, state, metrics.evaluations)
-                    saved = time.monotonic()
-                if stop:
-                    raise Stopped("stopped by a signal", stop.signum)
-            summarise(run, state, command, stop)
-    except Stopped as stopped:
-        save_checkpoint(folder, state, metrics.evaluations)
-        raise Stopped(
-            f"stopped at iteration {state.iteration} of {options.Iteration}, everything is saved; continue with: "
-            f"{PROGRAM} --out {shlex.quote(str(folder))} --resume",
-            stopped.signum,
-        ) from None
-    finally:
-        metrics.close()
+
+    def iterate() -> None:
+        nonlocal plan
+        segments = list(islice(ahead, options.num_trajectories))
+        (loss, *gradients), plan = with_smaller_pieces(
+            plan, lambda plan: mean_gradients(iteration(plan), state, segments, teacher_of(run, state, plan))
+        )
+        apply_gradients(run, state, segments, float(loss), gradients)
+
+    def evaluate(stop: StopRequest) -> None:
+        if options.gradient != "exact":
+            coming = turns(options, range(state.iteration, state.iteration + 1))
+            compare_with_exact(run, state, plan, [segment(turn) for turn in coming])
+        evaluate_sets(run, state, stop)
+
+    with contextlib.closing(ahead):
+        run_to_the_end(
+            run, state, title="distil", iterate=iterate, shown=partial(_shown, run, state), evaluate=evaluate,
+            kinds=evaluated_kinds(state), save=partial(save_checkpoint, run.folder, state),
+            summarise=partial(summarise, run, state),
+        )  # fmt: skip
 
 
-def _first_images(
-    options: DistillOptions, real: RealImages, network: Trainable, store: TrajectoryStore, experts: int
-) -> Tensor:
-    return initial_images(options, real, network, store, experts)[0].pixels
-
-
-def _iterate(
-    run: Run, iteration: Callable[[Plan], Iteration], state: State, steps: Plan, segments: Sequence[Segment]
-) -> Plan:
-    """One iteration of the paper's algorithm 1: match a segment of an expert, or several, update the images and the rate.
-
-    Returns the plan for the next one: a smaller one, if memory ran out.
-    """
-    (loss, *gradients), steps = with_smaller_pieces(
-        steps, lambda steps: mean_gradients(iteration(steps), state, segments, teacher_of(run, state, steps))
-    )
-    value = float(loss)
-    state.iteration += 1
-    threshold = math.inf if run.options.threshold is None else run.options.threshold
-    if not (math.isfinite(value) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
-        skip(run, state, value)
-    elif value > threshold:
-        reject_above_threshold(run, state, value, **log_fields(segments))
-    else:
-        update(run.options, state, *gradients)
-        run.metrics.write("step", state.iteration, loss=value, lr=state.mean_lr, **log_fields(segments))
-    return steps
-
-
-def _progress(options: DistillOptions, state: State) -> tqdm:
-    return tqdm(total=options.Iteration, initial=state.iteration, desc="distil", unit="it", smoothing=0.05)
-
-
-def _postfix(options: DistillOptions, state: State, metrics: MetricsLog, seconds: float) -> dict[str, str]:
-    batch, steps = options.batch_syn or len(state.images), options.num_trajectories * options.syn_steps
-    shown = {"lr": f"{state.mean_lr:.4g}", "images/s": f"{steps * batch / seconds:.0f}"}
-    if metrics.records and "loss" in metrics.records[-1]:
-        shown = {"loss": f"{metrics.records[-1]['loss']:.4f}"} | shown
+def _shown(run: DistillRun, state: State, seconds: float) -> dict[str, str]:
+    """Return what the bar shows of an iteration that took so many seconds."""
+    options, (*_, record) = run.options, run.metrics.records
+    images = options.num_trajectories * options.syn_steps * (options.batch_syn or len(state.images))
+    shown = {"lr": f"{state.mean_lr:.4g}", "images/s": f"{images / seconds:.0f}"}
+    if "loss" in record:
+        shown = {"loss": f"{record['loss']:.4f}"} | shown
     if state.skipped or state.lr_kept:
         shown |= {"skipped": str(state.skipped), "lr kept": str(state.lr_kept)}
     if options.threshold is not None:

@@ -1,4 +1,4 @@
-"""What a distillation will do and take, told before it begins: `--dry-run`."""
+"""The dry run of a distillation, which tells what the run will do and take: `--dry-run`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WHITENING = 2  # matrices of D² in a distilled set
 
 
 class _Seconds(NamedTuple):
-    """What an image costs."""
+    """The seconds that an image costs."""
 
     gradient: float
     tangent: float
@@ -46,44 +46,44 @@ class _Amounts(NamedTuple):
     rest: float
 
 
-def dry_run(options: DistillOptions, folder: Path, device: torch.device, asked: Mapping[str, Any]) -> str:
+def dry_run(options: DistillOptions, folder: Path, device: torch.device, requested: Mapping[str, Any]) -> str:
     """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk.
 
     Nothing is written, downloaded or decoded. The time is that of student steps on a few random images, measured on
     `device` and scaled: networks are taken to be trained one after another, reading and drawing to cost nothing.
-    `asked`: see `check_experts`. Raises `InputError` as the run itself would for its options, its memory budget, an image
+    `requested`: see `check_experts`. Raises `InputError` as the run itself would for its options, its memory budget, an image
     folder, the experts there or the run's checkpoint.
     """
-    facts = dataset_info(options.dataset, options.subset, options.res, options.data_path)
-    network = options.network(facts)
-    check_fits(options, facts, network, device, asked)
-    experts = supply(options, facts)
+    info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
+    network = options.network(info)
+    check_fits(options, info, network, device, requested)
+    experts = supply(options, info)
     if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
-        check_same_images(folder, state.data, facts.identity(options.zca))
+        check_same_images(folder, state.data, info.identity(options.zca))
         if not (experts.missing or experts.uncompressed):
             check_same_experts(folder, state, TrajectoryStore(experts.used))
     missing, uncompressed = experts.missing, experts.uncompressed
     precision = precision_on(device, network, options.precision)
-    count = options.ipc * facts.num_classes
-    steps = planned(options, network, (count, *facts.image_shape), device, precision)
-    saved = steps.passes / steps.work.student.passes[0]  # by activations that are kept
+    count = options.ipc * info.num_classes
+    plan = planned(options, network, (count, *info.image_shape), device, precision)
+    saved = plan.passes / plan.work.student.passes[0]  # by saved activations
     costs = [
-        _seconds(one, facts.image_shape, device, precision_on(device, one, options.precision))
-        for one in (network, *options.evaluated_networks(facts).values())
+        _seconds(one, info.image_shape, device, precision_on(device, one, options.precision))
+        for one in (network, *options.evaluated_networks(info).values())
     ]
-    seconds = _times(options, facts, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
-    size = _sizes(options, facts, network.num_parameters, missing, uncompressed)
+    seconds = _times(options, info, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
+    size = _sizes(options, info, network.num_parameters, missing, uncompressed)
     lines = {
         "recipe": _recipe(options),
-        "data set": f"{facts.name}: {_shape(facts.image_shape)}, {facts.num_classes} classes, "
-        f"{facts.train:,} + {facts.test:,} images, {'whitened' if options.zca else 'normalised'}",
+        "data set": f"{info.name}: {_shape(info.image_shape)}, {info.num_classes} classes, "
+        f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, experts),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
         "besides": _besides(options),
-        "memory": str(steps).removeprefix("memory plan: "),
+        "memory": str(plan).removeprefix("memory plan: "),
         "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
         f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.rest)}; scaled from steps of {_SAMPLES} images "
         f"on {device}, one network after another",
@@ -119,7 +119,7 @@ def _experts(options: DistillOptions, experts: Supply) -> str:
     kind = "experts from elsewhere, used as they are" if experts.imported else ""
     to_train = kind or f"{experts.missing} to train for {options.train_epochs} epochs"
     to_compress = f", {experts.uncompressed} to compress to {options.num_interpolation} waypoints"
-    return f"{to_train}, {experts.there} in {experts.whole}" + (to_compress if experts.uncompressed else "")
+    return f"{to_train}, {experts.available} in {experts.whole}" + (to_compress if experts.uncompressed else "")
 
 
 def _state(folder: Path) -> str:
@@ -129,21 +129,21 @@ def _state(folder: Path) -> str:
 
 
 def _times(
-    options: DistillOptions, facts: DatasetInfo, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
+    options: DistillOptions, info: DatasetInfo, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
 ) -> _Amounts:
     """Return seconds, where an image costs `cost` in the student, and in a step of the `evaluated` networks so many."""
     gradients = 2 if options.rho_max else 1  # of an expert's step
-    count = options.ipc * facts.num_classes
+    count = options.ipc * info.num_classes
     crops = options.canvas.samples if options.canvas else 1
     batch = (options.batch_syn or count) * crops
     forward = cost.gradient / 3  # a backward pass is two forward ones
     epochs = options.evaluation_protocol().total_epochs
-    trainings = [epochs * count * crops * gradient + facts.test * gradient / 3 for gradient in evaluated]
+    trainings = [epochs * count * crops * gradient + info.test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
     # of the initial images and of those after them, for each set
     evaluations = _sets(options) * (1 + math.ceil(options.Iteration / options.eval_it))
     return _Amounts(
-        experts=missing * options.train_epochs * (facts.train * gradients * cost.gradient + facts.test * forward),
+        experts=missing * options.train_epochs * (info.train * gradients * cost.gradient + info.test * forward),
         iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
         # of the first network on random real images too
         rest=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
@@ -156,19 +156,19 @@ def _sets(options: DistillOptions) -> int:
 
 
 def _sizes(
-    options: DistillOptions, facts: DatasetInfo, num_parameters: int, missing: int, uncompressed: int
+    options: DistillOptions, info: DatasetInfo, num_parameters: int, missing: int, uncompressed: int
 ) -> _Amounts:
     """Return bytes."""
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
-    values = math.prod(facts.image_shape)
-    images = 4 * options.ipc * facts.num_classes * values * options.tiles
+    values = math.prod(info.image_shape)
+    images = 4 * options.ipc * info.num_classes * values * options.tiles
     sets = _sets(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
     return _Amounts(
         experts=4 * rows * num_parameters,
         # each set and the best one of it; the checkpoint's images with their velocity and their average
         iterations=2 * sets * (images + whitening) + (1 + sets) * images,
-        rest=facts.packed_bytes,
+        rest=info.packed_bytes,
     )
 
 
@@ -193,20 +193,20 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
 
     The least, since other processes can make a call last many times as long, and none shorter.
     """
-    found: list[float] = []
-    while len(found) < _CALLS or (sum(found) < _LONG_ENOUGH and len(found) < _MOST_CALLS):
-        began = time.perf_counter()
+    seconds: list[float] = []
+    while len(seconds) < _CALLS or (sum(seconds) < _LONG_ENOUGH and len(seconds) < _MOST_CALLS):
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def _free(folder: Path) -> float:
     """Return the bytes that are free where `folder` is, or will be."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _shape(image_shape: tuple[int, int, int]) -> str:

@@ -1,4 +1,4 @@
-"""The experts of a distillation: those that are there, those to be trained or compressed first, and whether they are of use."""
+"""The experts of a distillation: those at hand, those to be trained or compressed first, and checks that they are of use."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ log = logging.getLogger(__name__)
 
 
 class Supply(NamedTuple):
-    """Where a run's experts come from."""
+    """The folders of a run's experts, and how many are there or have to be made."""
 
     whole: Path
     """folder of whole experts"""
     used: Path
     """folder of those that take turns: the same, or that of the waypoints made of them"""
-    there: int
+    available: int
     """whole experts that are there, or compressed ones where there are no others"""
     missing: int
     """whole experts to train"""
@@ -59,11 +59,11 @@ def supply(options: DistillOptions, data: ImageData | DatasetInfo) -> Supply:
     count = options.num_interpolation
     used = whole if count is None else waypoint_folder(whole, count)
     experts, ready = _indices(whole), _indices(used)
-    wanted = options.max_experts or options.num_experts
+    needed = options.max_experts or options.num_experts
     imported = any(_imported(folder) for folder in {whole, used})
-    enough = len(ready) >= wanted or (imported and not experts)
+    enough = len(ready) >= needed or (imported and not experts)
     untrained = set(range(options.num_experts)) - experts
-    missing = set() if enough or imported or len(experts) >= wanted else untrained
+    missing = set() if enough or imported or len(experts) >= needed else untrained
     uncompressed = set() if enough or count is None else (experts | missing) - ready
     return Supply(whole, used, len(experts or ready), len(missing), len(uncompressed), imported)
 
@@ -72,26 +72,26 @@ def check_experts(
     options: DistillOptions,
     data: ImageData | DatasetInfo,
     network: Trainable,
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
 ) -> None:
     """Check that the experts that are there, and those that will be trained or compressed, are of use to the run.
 
-    `asked` are the hyperparameters of experts that the user named. Of images that are not there yet (`DatasetInfo`) little is
+    `requested` are the hyperparameters of experts that the user gave. Of images that are not there yet (`DatasetInfo`) little is
     compared. Raises `InputError` that names an expert's file, or the options that do not fit.
     """
-    found = supply(options, data)
+    sources = supply(options, data)
     needed = options.max_start_epoch + options.expert_epochs
-    experts = _store(found.whole)
-    if found.uncompressed and options.num_interpolation is not None:
+    experts = _store(sources.whole)
+    if sources.uncompressed and options.num_interpolation is not None:
         evenly_spaced(experts.epochs(0) if experts else options.train_epochs, options.num_interpolation)
-    store = experts if found.uncompressed else _store(found.used)
-    if found.missing and needed > options.train_epochs:
+    store = experts if sources.uncompressed else _store(sources.used)
+    if sources.missing and needed > options.train_epochs:
         raise InputError(
             f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
             f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
         )
     identity = data.identity(options.zca)
-    if found.missing and experts is not None:
+    if sources.missing and experts is not None:
         precision = experts.metadata(0).precision or options.precision  # which this is follows from the device
         check_trained_alike(
             experts, network, identity, options.experts(), options.seed, experts.dtype(0), cast(Precision, precision)
@@ -102,41 +102,41 @@ def check_experts(
     for expert in taking_turns:
         check_belongs(store, expert, network, identity, other_data=options.other_data)
         check_long_enough(store, expert, needed)
-        check_as_asked(store, expert, asked, to_the_end=options.looks_at_last_epochs)
+        check_as_asked(store, expert, requested, to_the_end=options.looks_at_last_epochs)
     check_alike(store, taking_turns, to_the_end=options.looks_at_last_epochs)
     if experts is not None and store.folder != experts.folder:
         check_made_of(store, taking_turns, experts)
 
 
 def prepare_experts(
-    options: DistillOptions, real: RealImages, network: Trainable, asked: Mapping[str, Any]
+    options: DistillOptions, real: RealImages, network: Trainable, requested: Mapping[str, Any]
 ) -> TrajectoryStore:
-    """Train and compress the experts that are missing; return the store of those that take turns, and tell what is odd of them.
+    """Train and compress the experts that are missing; return the store of those that take turns, and tell what is odd of it.
 
-    Experts from elsewhere are used as they are and as many as there are, as the public code does. `asked`: see `check_experts`.
+    Experts from elsewhere are used as they are and as many as there are, as the public code does. `requested`: see `check_experts`.
     """
-    found = supply(options, real.data)
-    if found.missing:
+    sources = supply(options, real.data)
+    if sources.missing:
         train_missing_experts(
-            found.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
+            sources.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
             precision=precision_on(real.train.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=options.memory_budget,
         )  # fmt: skip
-    if found.uncompressed and options.num_interpolation is not None:
-        compress(found.whole, found.used, options.num_interpolation)
-    store = TrajectoryStore(found.used)
-    for line in _told_of_experts(options, real, store, asked):
-        log.info("%s: %s", found.used, line)
+    if sources.uncompressed and options.num_interpolation is not None:
+        compress(sources.whole, sources.used, options.num_interpolation)
+    store = TrajectoryStore(sources.used)
+    for line in _remarks(options, real, store, requested):
+        log.info("%s: %s", sources.used, line)
     return store
 
 
-def _told_of_experts(
-    options: DistillOptions, real: RealImages, store: TrajectoryStore, asked: Mapping[str, Any]
+def _remarks(
+    options: DistillOptions, real: RealImages, store: TrajectoryStore, requested: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield what a user may not expect of the experts."""
     first = store.metadata(0)
-    if told := other_data_in_words(first.identity, real.identity):
-        yield told
+    if other := other_data_in_words(first.identity, real.identity):
+        yield other
     elif options.other_data:
         yield "--other_data: has no effect, as the experts were trained on these images"
     if first.imported and len(store) < options.num_experts:
@@ -144,8 +144,8 @@ def _told_of_experts(
             f"experts from elsewhere, used as they are: all {len(store)} that are there; --num_experts {options.num_experts} "
             "trains none beside them"
         )
-    if first.imported and asked:
-        yield f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in asked)} has no effect"
+    if first.imported and requested:
+        yield f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in requested)} has no effect"
     if (augment := hyperparameters_of(first).get("augment", options.strategy)) != options.strategy:
         yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
 
@@ -168,13 +168,13 @@ def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> No
             )
 
 
-def asked_of_experts(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
+def requested_of_experts(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
     """Return the experts' hyperparameters that the options `given` name: what is a default holds for missing experts alone."""
     training = dataclasses.asdict(options.experts())
     names = {name for name, flag in FLAGS.items() if flag in given}
-    flatness = {"rho_max", "rho_min", "alpha", "adaptive"}
-    if names & flatness:  # one says nothing without the others
-        names |= flatness
+    sharpness = {"rho_max", "rho_min", "alpha", "adaptive"}
+    if names & sharpness:  # one says nothing without the others
+        names |= sharpness
     return {name: training[name] for name in FLAGS if name in names}
 
 

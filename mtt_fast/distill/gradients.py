@@ -1,4 +1,4 @@
-"""The gradients of an iteration: of one segment or the mean of several; exact, or truncated and compared with the exact."""
+"""Gradients of an iteration: of one segment or the mean of several; exact, or truncated and compared with the exact ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.run import Run
+from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, augmentation, seen_batches
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
@@ -36,14 +36,14 @@ Teacher = Callable[[Tensor, Tensor], Tensor]
 """From a segment's target (P,) and the indices of the images that the student sees to all images' labels (n, classes)."""
 
 
-def iteration_of(options: DistillOptions, network: Network, steps: Plan, graph: bool = True) -> Iteration:
-    """Return the function that does an iteration's part for one segment as the plan `steps` says."""
+def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph: bool = True) -> Iteration:
+    """Return the function that does an iteration's part for one segment as `plan` says."""
     # each segment begins a permutation of its own, so the steps of all have the same lengths
-    batches = seen_batches(options, steps.work.images[0], torch.Generator())
+    batches = seen_batches(options, plan.work.images[0], torch.Generator())
     augment = augmentation(options)
     return planned_iteration(
         network,
-        steps,
+        plan,
         None if augment is None else augment.apply,
         tuple(len(index) for index in batches),
         loss=partial(path_loss, match_step=options.match_step, loss_ratio=options.loss_ratio),
@@ -54,17 +54,17 @@ def iteration_of(options: DistillOptions, network: Network, steps: Plan, graph: 
     )
 
 
-def teacher_of(run: Run, state: State, steps: Plan) -> Teacher | None:
-    """Return who labels the images with --teacher_label, in as much memory as the plan `steps` has; None without it."""
+def teacher_of(run: DistillRun, state: State, plan: Plan) -> Teacher | None:
+    """Return who labels the images with --teacher_label, in as much memory as `plan` has; None without that option."""
     if not run.options.teacher_label:
         return None
-    return lambda target, seen: teacher_labels(run.network, target, state.images, seen, steps.microbatch)
+    return lambda target, index: teacher_labels(run.network, target, state.images, index, plan.microbatch)
 
 
 def mean_gradients(
     iteration: Iteration, state: State, segments: Iterable[Segment], teacher: Teacher | None = None
 ) -> tuple[Tensor, ...]:
-    """Return what `iterate` returns, the mean over `segments`, which are done one after the other.
+    """Return what `iteration` returns, the mean over `segments`, which are done one after the other.
 
     A `teacher` labels the images for each segment anew.
     """
@@ -73,25 +73,25 @@ def mean_gradients(
     for segment in segments:
         start, target, *draws = segment.tensors()
         labels = state.labels if teacher is None else teacher(target, draws[0])
-        found = iteration(start, target, state.images, labels, state.lr, *draws)
-        total = [sum_.add_(one) for sum_, one in zip(total, found, strict=True)] if total else list(found)
+        gradients = iteration(start, target, state.images, labels, state.lr, *draws)
+        total = [sum_.add_(one) for sum_, one in zip(total, gradients, strict=True)] if total else list(gradients)
         count += 1
     return tuple(sum_.div_(count) for sum_ in total)
 
 
-def compare_with_exact(run: Run, state: State, steps: Plan, segments: Sequence[Segment]) -> None:
-    """Tell and record the cosine between the truncated and the exact gradient of the images, of the coming iteration."""
+def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
+    """Tell and record the cosine between the truncated and the exact gradient of the images, of the coming `segments`."""
     if run.metrics.find("gradient", state.iteration):
         return  # the run was stopped in the evaluation that follows
     both = []
     for gradient in get_args(Gradient):
         options = dataclasses.replace(run.options, gradient=gradient)
 
-        def attempt(steps: Plan, options: DistillOptions = options) -> Tensor:
-            iteration = iteration_of(options, run.network, steps, graph=False)
-            return mean_gradients(iteration, state, segments, teacher_of(run, state, steps))[1].double().flatten()
+        def attempt(plan: Plan, options: DistillOptions = options) -> Tensor:
+            iteration = iteration_of(options, run.network, plan, graph=False)
+            return mean_gradients(iteration, state, segments, teacher_of(run, state, plan))[1].double().flatten()
 
-        of_images, steps = with_smaller_pieces(steps, attempt)
+        of_images, plan = with_smaller_pieces(plan, attempt)
         both.append(of_images)
     cosine = float(torch.nn.functional.cosine_similarity(both[0], both[1], dim=0))
     if not math.isfinite(cosine):

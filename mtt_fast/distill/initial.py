@@ -1,4 +1,4 @@
-"""What a distillation starts from: images, and their labels."""
+"""The state that a distillation starts from: images, and their labels."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def initial_state(
 def initial_images(
     options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
 ) -> tuple[Images, int]:
-    """Return what the synthetic images begin as, class-major, with their classes, and how many are not as `pix_init` says.
+    """Return the first synthetic images, class-major, with their classes, and how many are not as `pix_init` says.
 
-    Those are images that none of the first `experts` of `store` gets right, where a class has too few of the others.
+    The latter are images that none of the first `experts` of `store` gets right, where a class has too few of the others.
     Canvases are put together of as many such images as they are large.
     """
-    found, wrong = _images(options, real, network, store, experts)
+    images, wrong = _images(options, real, network, store, experts)
     if options.canvas is None:
-        return found, wrong
-    return Images(canvases_of(found.pixels, options.canvas_size), found.labels[:: options.tiles]), wrong
+        return images, wrong
+    return Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles]), wrong
 
 
 def _images(
     options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
 ) -> tuple[Images, int]:
-    """Return the images of `pix_init`, `options.ipc` a class, or as many as canvases are put together of."""
+    """Return images as `pix_init` says, `options.ipc` a class, or as many as canvases are put together of."""
     generator = generator_for(options.seed, "initial images")
     classes, ipc, device = real.data.num_classes, options.ipc * options.tiles, real.train.labels.device
     if options.pix_init == "samples_predicted_correctly":
@@ -85,28 +85,28 @@ def predicted_correctly(
 ) -> tuple[list[Tensor], int]:
     """Return the first `ipc` of each class's `members`, indices into `real`, that an expert gets right (DATM).
 
-    The first of `experts`, parameters (P,), is asked; then the next for the classes where that gave too few, and so on.
-    What is missing in the end are images that no expert gets right; how many these are is returned as well.
+    The first of `experts`, parameters (P,), classifies; then the next, for the classes where the first gave too few, and so on.
+    The rest are images that no expert gets right; their number is returned as well.
     """
     right, left = [rows[:0] for rows in members], list(members)
     for theta in experts:
-        for label, found in enumerate(right):
-            if len(found) < ipc:
-                more, left[label] = _right_and_wrong(network, theta, real, left[label], ipc - len(found))
-                right[label] = torch.cat([found, more])
-        if all(len(found) == ipc for found in right):
+        for label, rows in enumerate(right):
+            if len(rows) < ipc:
+                more, left[label] = _right_and_wrong(network, theta, real, left[label], ipc - len(rows))
+                right[label] = torch.cat([rows, more])
+        if all(len(rows) == ipc for rows in right):
             break
-    wrong = sum(ipc - len(found) for found in right)
-    return [torch.cat([found, rest])[:ipc] for found, rest in zip(right, left, strict=True)], wrong
+    wrong = sum(ipc - len(rows) for rows in right)
+    return [torch.cat([rows, rest])[:ipc] for rows, rest in zip(right, left, strict=True)], wrong
 
 
 @torch.no_grad()
-def _right_and_wrong(network: Network, theta: Tensor, real: Images, rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """Return the first `wanted` of `rows` that `theta` gets right, and those before them that it does not."""
+def _right_and_wrong(network: Network, theta: Tensor, real: Images, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first `count` of `rows` that `theta` gets right, and those before them that it does not."""
     right, wrong = rows[:0], rows[:0]
     for part in rows.split(_AT_ONCE):
-        if len(right) < wanted:
-            seen, labels = real.batch(part.to(real.labels.device))
-            hit = (network(theta, seen).argmax(dim=1) == labels).cpu()
+        if len(right) < count:
+            inputs, labels = real.batch(part.to(real.labels.device))
+            hit = (network(theta, inputs).argmax(dim=1) == labels).cpu()
             right, wrong = torch.cat([right, part[hit]]), torch.cat([wrong, part[~hit]])
-    return right[:wanted], wrong
+    return right[:count], wrong

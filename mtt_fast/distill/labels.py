@@ -52,13 +52,13 @@ def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, b
     return torch.where(never, begin, total / times.clamp(min=1))
 
 
-def teacher_labels(network: Network, theta: Tensor, images: Tensor, seen: Tensor, at_once: int) -> Tensor:
+def teacher_labels(network: Network, theta: Tensor, images: Tensor, index: Tensor, at_once: int) -> Tensor:
     """Return softmax of the logits (n, num_classes) under `theta` (P,): TESLA's labels in an iteration.
 
-    Only for the images (n, C, H, W) at `seen`, indices of any number that may come again; the others' are zero.
+    Only for the images (n, C, H, W) at `index`, any number of indices that may repeat; the labels of others are zero.
     `at_once` images are looked at together, which a plan for student steps has room for.
     """
-    rows = seen.unique()
+    rows = index.unique()
     probabilities = predict(network, theta, images[rows], at_once).softmax(dim=1)
     return images.new_zeros(len(images), probabilities.shape[1]).index_copy_(0, rows, probabilities)
 

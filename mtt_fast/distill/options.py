@@ -173,19 +173,19 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     @property
     def label_kind(self) -> LabelKind:
-        """Return what the student's labels are."""
+        """Return the kind of the student's labels."""
         if self.lr_y is not None:
             return "logits"
         return "probabilities" if self.teacher_label else "indices"
 
     @property
     def canvas(self) -> Canvas | None:
-        """Return how steps see the images of --texture."""
+        """Return the canvas whose crops steps see with --texture, else None."""
         return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None
 
     @property
     def tiles(self) -> int:
-        """Return how many real images each synthetic one is as large as: more than one for a canvas."""
+        """Return how many real images a synthetic one is as large as: more than one for a canvas."""
         return self.canvas_size**2 if self.texture else 1
 
     def remarks(self, given: Container[str]) -> list[str]:
@@ -322,10 +322,10 @@ def _of_run(chosen: _Selection, options: DistillOptions) -> DistillOptions:
             f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"
         )
     check_same_method(folder, None)
-    found = parsing.apply(options, config, str(folder / CONFIG))
-    if chosen.recipe not in (None, found.recipe):
-        began = "without a recipe" if found.recipe is None else f"with --recipe {found.recipe}"
+    of_run = parsing.apply(options, config, str(folder / CONFIG))
+    if chosen.recipe not in (None, of_run.recipe):
+        start = "without a recipe" if of_run.recipe is None else f"with --recipe {of_run.recipe}"
         raise InputError(
-            f"--recipe {chosen.recipe}: has no effect with --resume, as the run in {folder} began {began}; leave it out"
+            f"--recipe {chosen.recipe}: has no effect with --resume, as the run in {folder} began {start}; leave it out"
         )
-    return dataclasses.replace(found, resume=True, out=str(folder))
+    return dataclasses.replace(of_run, resume=True, out=str(folder))

@@ -1,31 +1,29 @@
-"""What stays the same over all iterations of a distillation."""
+"""The run of a distillation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 from torch import Tensor
 
+from mtt_fast.commands.run_loop import LoopRun
+from mtt_fast.distill.initial import initial_images
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.networks.protocol import Trainable
-from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.trajectories import TrajectoryStore
-from mtt_fast.training.images import RealImages
 
 
-@dataclass(frozen=True)
-class Run:
-    """The options, and what they name."""
+@dataclass(frozen=True, kw_only=True)
+class DistillRun(LoopRun):
+    """All that stays the same over the iterations of a distillation."""
 
     options: DistillOptions
-    folder: Path
-    real: RealImages
-    network: Trainable
-    evaluated: dict[str, Trainable]
-    """the networks of an evaluation by name; the first decides which images are best"""
     experts: TrajectoryStore
-    metrics: MetricsLog
-    began: Callable[[], Tensor]
-    """the images that the run began with (n, C, H, W), which every picture shows: found at the first call"""
+    taking_turns: int
+    """the first so many of `experts` are matched"""
+
+    @cached_property
+    def first_images(self) -> Tensor:
+        """Return the images that the run began with (n, C, H, W), which every picture shows."""
+        images, _ = initial_images(self.options, self.real, self.network, self.experts, self.taking_turns)
+        return images.pixels

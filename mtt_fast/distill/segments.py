@@ -1,6 +1,6 @@
-"""What an iteration has to match, and what is random in it: all of it follows from the seed and its number alone.
+"""Segments that iterations match, and all that is random in them, which follows from the seed and a segment's number alone.
 
-There is one sequence of segments. An iteration matches the next one of them, or the next k (--num_trajectories).
+There is one sequence of segments. An iteration matches the next segment, or the next k (--num_trajectories).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_by_strategy
 from mtt_fast.augmentation.texture import Canvas, CanvasCrops
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.run import Run
+from mtt_fast.distill.run import DistillRun
 from mtt_fast.engine.draws import draw_steps
 from mtt_fast.engine.memory_plan import Plan, plan
 from mtt_fast.errors import InputError
@@ -23,17 +23,17 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 
 Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
-"""Begins to bring tensors to the device, and returns what waits for them (mtt_fast/runtime/prefetch.py)."""
+"""Begins to bring tensors to the device, and returns a function that waits for them (mtt_fast/runtime/prefetch.py)."""
 
 
 def augmentation(options: DistillOptions) -> SiameseAugment | CanvasCrops | None:
-    """Return that of the student's steps, which begins with crops where the images are canvases."""
+    """Return the augmentation of the student's steps, which begins with crops where the images are canvases."""
     then = None if options.no_aug else augment_by_strategy(options.strategy)
     return then if options.canvas is None else options.canvas.crops(then)
 
 
 class Segment(NamedTuple):
-    """A piece of an expert's trajectory to be matched in an iteration, and what is random in that."""
+    """A piece of an expert's trajectory to be matched in an iteration, and what is random there."""
 
     expert: int
     epoch: float
@@ -45,14 +45,14 @@ def turns(options: DistillOptions, iterations: range) -> range:
     return range(iterations.start * options.num_trajectories, iterations.stop * options.num_trajectories)
 
 
-def read_segment(run: Run, send: Send, experts: int, images: Tensor, turn: int) -> Segment:
+def read_segment(run: DistillRun, send: Send, images: Tensor, turn: int) -> Segment:
     """Read and draw segment number `turn`; all of it follows from the seed and this number alone.
 
-    `experts` take turns; of `images` only shape and dtype are looked at. Called in a thread.
+    Of `images` only shape and dtype are looked at. Called in a thread.
     """
     options = run.options
     generator = generator_for(options.seed, "iteration", turn)
-    expert = _expert_of(options.seed, experts, turn)
+    expert = _expert_of(options.seed, run.taking_turns, turn)
     epoch = _start_epoch(options, start_epochs(options, turn // options.num_trajectories), generator)
     start, target = (run.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
     if start.equal(target):
@@ -98,7 +98,7 @@ def log_fields(segments: Sequence[Segment]) -> dict[str, float]:
 
 
 def _expert_of(seed: int, count: int, turn: int) -> int:
-    """Visit the experts in random order, each once before any comes again."""
+    """Return the expert of segment number `turn`: random order, each of `count` once before any comes again."""
     order = torch.randperm(count, generator=generator_for(seed, "expert order", turn // count))
     return int(order[turn % count])
 

@@ -1,14 +1,17 @@
-"""What an iteration's gradient does to the images, to learned labels and to the student's learning rate."""
+"""Updates of the images, of learned labels and of the student's learning rate by an iteration's gradients."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.run import Run
+from mtt_fast.distill.run import DistillRun
+from mtt_fast.distill.segments import Segment, log_fields
 from mtt_fast.errors import Diverged
 from mtt_fast.storage.checkpoint import State
 
@@ -18,6 +21,24 @@ PIXEL_MOMENTUM = 0.5
 _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 
 
+def apply_gradients(
+    run: DistillRun, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor]
+) -> None:
+    """End an iteration that matched `segments`: update what is learned by the `gradients`, or skip or reject them.
+
+    `loss` and `gradients` are what `mean_gradients` returns.
+    """
+    state.iteration += 1
+    fields = log_fields(segments)
+    if not (math.isfinite(loss) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
+        _skip(run, state, loss)
+    elif run.options.threshold is not None and loss > run.options.threshold:
+        _reject_above_threshold(run, state, loss, fields)
+    else:
+        update(run.options, state, *gradients)
+        run.metrics.write("step", state.iteration, loss=loss, lr=state.mean_lr, **fields)
+
+
 def update(
     options: DistillOptions,
     state: State,
@@ -25,9 +46,9 @@ def update(
     lr_gradient: Tensor,
     labels_gradient: Tensor | None = None,
 ) -> None:
-    """SGD with momentum on pixels, learning rate and labels, if they are learned; each learning rate stays positive.
+    """Descend by SGD with momentum in pixels, learning rate and labels, if they are learned; each rate stays positive.
 
-    The average of the images, if there is one, takes in what they become (FTD).
+    The average of the images, if there is one, takes in what the images become (FTD).
     """
     _descend(state.images, state.images_velocity, images_gradient, options.lr_img, PIXEL_MOMENTUM)
     if options.lr_y is not None and state.labels_velocity is not None and labels_gradient is not None:
@@ -51,15 +72,15 @@ def update(
 
 
 def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, rate: float, momentum: float) -> None:
-    """One step of torch.optim.SGD, in place."""
+    """Do one step of torch.optim.SGD in place."""
     velocity.mul_(momentum).add_(gradient)
     values.sub_(velocity, alpha=rate)
 
 
-def reject_above_threshold(run: Run, state: State, loss: float, **matched: float) -> None:
+def _reject_above_threshold(run: DistillRun, state: State, loss: float, fields: Mapping[str, float]) -> None:
     """Count an iteration whose loss is above the threshold: nothing is updated, velocities included, as in DATM.
 
-    `matched` says what it was, for metrics.jsonl.
+    `fields` say in metrics.jsonl what was matched.
     """
     state.above_threshold += 1
     if state.above_threshold == 1:
@@ -68,10 +89,10 @@ def reject_above_threshold(run: Run, state: State, loss: float, **matched: float
             "like that, raise it",
             state.iteration, loss, run.options.threshold,
         )  # fmt: skip
-    run.metrics.write("above_threshold", state.iteration, loss=loss, **matched)
+    run.metrics.write("above_threshold", state.iteration, loss=loss, **fields)
 
 
-def skip(run: Run, state: State, loss: float) -> None:
+def _skip(run: DistillRun, state: State, loss: float) -> None:
     """Count an iteration whose gradient is not finite; give up if no other kind comes any more."""
     state.skipped += 1
     if state.skipped == 1:

@@ -453,8 +453,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with what the toy jobs read: data, experts, a run, a baseline, sets and experts of the public code."""
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        patch.setattr("mtt_fast.distill.evaluation.save_curves", lambda *_: None)
-        patch.setattr("mtt_fast.baselines.learning.save_curves", lambda *_: None)
+        patch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *_: None)
         patch.setattr("os.fsync", lambda _: None)  # nothing here has to outlive the test
         assert cli.run(distill.main, f"{RUN} --eval_it 1 --out run".split()) == 0
         assert cli.run(experts.main, f"{NETWORK} --train_epochs 5 --num_experts 3 --buffer_path three".split()) == 0
@@ -585,8 +584,7 @@ def toy(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> Toy:
-    monkeypatch.setattr("mtt_fast.distill.evaluation.save_curves", lambda *_: None)
-    monkeypatch.setattr("mtt_fast.baselines.learning.save_curves", lambda *_: None)
+    monkeypatch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *_: None)
     monkeypatch.setattr("os.fsync", lambda _: None)
     _tell(monkeypatch, "mtt_fast.commands.options.load")
     for job in ("mtt_fast.experts", "mtt_fast.training.protocols"):

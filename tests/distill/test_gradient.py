@@ -243,7 +243,7 @@ def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_number
         asked.append((lr, tuple(place)))
         return Accuracy((0.5,))
 
-    monkeypatch.setattr("mtt_fast.distill.evaluation.evaluate", measured)
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", measured)
     assert run(*TOY, *experts, "--lr_per_step", "--lr_lr", "1e-4", "--out", str(tmp_path)) == 0
     rates = {0: pytest.approx(0.01)} | {
         record["iteration"]: pytest.approx(record["lr"]) for record in records_of(tmp_path, "step")

@@ -271,7 +271,7 @@ def test_what_a_run_began_with_is_found_once_for_all_pictures(
         asked.append(arguments)
         return initial_images(*arguments)
 
-    monkeypatch.setattr("mtt_fast.distill.command.initial_images", counted)
+    monkeypatch.setattr("mtt_fast.distill.run.initial_images", counted)
     assert run(*TOY, *experts, "--num_eval", "1", "--out", str(tmp_path)) == 0
     assert len(list((tmp_path / "history").iterdir())) == 3
     assert len(asked) == 1
@@ -312,7 +312,7 @@ def test_of_equal_evaluations_the_first_is_the_best(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the file as in the summary."""
-    monkeypatch.setattr("mtt_fast.distill.evaluation.evaluate", lambda *_, **__: Accuracy((0.5, 0.5)))
+    monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", lambda *_, **__: Accuracy((0.5, 0.5)))
     assert run(*TOY, *experts, "--out", str(tmp_path)) == 0
     assert SyntheticDataset.load(tmp_path / "best.safetensors").recipe["iterations"] == 0
     assert summary_of(tmp_path)["accuracy"]["best_evaluation_chosen_on_the_test_images"]["iteration"] == 0

@@ -1,0 +1,281 @@
+"""The loop of every run that makes a set in iterations, and what runs leave: sets, metrics, pictures, the summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured, percent
+from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
+from mtt_fast.data.synthetic import SyntheticDataset
+from mtt_fast.data.whitening import Whitening
+from mtt_fast.engine.student_choice import describe_numerics, precision_on
+from mtt_fast.networks.protocol import Trainable
+from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
+from mtt_fast.runtime.memory_info import AUTO
+from mtt_fast.runtime.provenance import device_name, peak_memory_bytes, versions
+from mtt_fast.storage.metrics import MetricsLog
+from mtt_fast.storage.records import write_record
+from mtt_fast.storage.run_folder import BEST, BEST_EMA, EMA, HISTORY, SUMMARY, SYNTHETIC
+from mtt_fast.training.images import Images, RealImages, as_training_images
+from mtt_fast.training.protocols import Accuracy, evaluate
+
+log = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+"""A line of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The options, and what they name: all that stays the same while a set is made."""
+
+    program: str
+    """the command that continues the run, but for its folder"""
+    command: str
+    """the command line, for the summary"""
+    method: str
+    options: Any
+    """of the method's own kind"""
+    folder: Path
+    real: RealImages
+    network: Trainable
+    evaluated: Mapping[str, Trainable]
+    """the networks of an evaluation by name; the first decides which set is best"""
+    memory_budget: str = AUTO
+    """what networks may take that are trained at once in an evaluation"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopRun(Run):
+    """A run in iterations, whose options name `Iteration`, `eval_it` and `save_seconds`."""
+
+    metrics: MetricsLog
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl of one `kind`."""
+        return [record for record in self.metrics.records if record["kind"] == kind]
+
+
+class Progress(Protocol):
+    """The counters that every run keeps in its checkpoint."""
+
+    iteration: int  # completed ones
+    seconds: float
+    seconds_evaluation: float
+
+
+class Kept(NamedTuple):
+    """A set that is evaluated, as it is last and as it is best: names in the summary, and files."""
+
+    words: str
+    name: str
+    best_name: str
+    last: str
+    best: str
+
+
+KEPT = {
+    "evaluation": Kept("distilled", "distilled", "best_evaluation_chosen_on_the_test_images", SYNTHETIC, BEST),
+    "ema_evaluation": Kept(
+        "average over the iterations", "ema", "best_ema_evaluation_chosen_on_the_test_images", EMA, BEST_EMA
+    ),
+}
+"""By the kind of its evaluations in metrics.jsonl."""
+
+
+def run_to_the_end(
+    run: LoopRun,
+    progress: Progress,
+    *,
+    title: str,
+    iterate: Callable[[], None],
+    shown: Callable[[float], Mapping[str, str]],
+    evaluate: Callable[[StopRequest], None],
+    kinds: Sequence[str],
+    save: Callable[[Sequence[Record]], None],
+    summarise: Callable[[StopRequest], None],
+) -> None:
+    """Run iterations from `progress` to the end: evaluate when it is due, save now and then, and summarise.
+
+    `iterate` does the next iteration and counts it; `shown` returns what the bar shows of an iteration that took so many
+    seconds. `evaluate` writes a record of each of `kinds`. `save` writes the checkpoint with the records of evaluations.
+    Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; and what the others raise.
+    """
+    options, metrics = run.options, run.metrics
+    saved = time.monotonic()
+    try:
+        with (
+            stop_request() as stop,
+            tqdm(total=options.Iteration, initial=progress.iteration, desc=title, unit="it", smoothing=0.05) as bar,
+        ):
+            while True:
+                due = progress.iteration % options.eval_it == 0 or progress.iteration == options.Iteration
+                if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):
+                    evaluate(stop)
+                    draw_curves(run)
+                    save(metrics.evaluations)
+                if progress.iteration >= options.Iteration:
+                    break
+                start = time.monotonic()
+                iterate()
+                seconds = time.monotonic() - start
+                progress.seconds += seconds
+                bar.set_postfix(shown(seconds), refresh=False)
+                bar.update()
+                if stop or time.monotonic() - saved > options.save_seconds:
+                    save(metrics.evaluations)
+                    saved = time.monotonic()
+                if stop:
+                    raise Stopped("stopped by a signal", stop.signum)
+            summarise(stop)
+    except Stopped as stopped:
+        save(metrics.evaluations)
+        raise Stopped(
+            f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
+            f"{run.program} --out {shlex.quote(str(run.folder))} --resume",
+            stopped.signum,
+        ) from None
+    finally:
+        metrics.close()
+
+
+def as_synthetic(
+    run: Run, images: Tensor, labels: Tensor, lr: Tensor, *, label_kind: str, recipe: dict[str, Any], **others: Any
+) -> SyntheticDataset:
+    """Return copies of `images` (n, C, H, W) and `labels` as the set that is saved, to be trained on at the rate `lr` ().
+
+    `recipe` says more of the set than the options do; `others` are further fields of `SyntheticDataset`.
+    """
+    data, transform = run.real.data, run.real.transform
+    return SyntheticDataset(
+        images.detach().clone(), labels.detach().clone(), lr.detach().to(images.device), data.class_names, data.mean,
+        data.std, transform if isinstance(transform, Whitening) else None, label_kind,
+        recipe=dataclasses.asdict(run.options) | recipe, versions=versions(), dataset=data.name,
+        fingerprint=data.fingerprint, **others,
+    )  # fmt: skip
+
+
+def evaluate_and_keep(
+    run: LoopRun, progress: Progress, kind: str, synthetic: SyntheticDataset, stop: StopRequest, *, words: str = ""
+) -> dict[str, Accuracy]:
+    """Evaluate the set as it is now, write it, also as the best one if it is, and a record of `kind`; return accuracies."""
+    start = time.monotonic()
+    results = evaluate_set(run, synthetic, progress.iteration, stop, words=words)
+    progress.seconds_evaluation += time.monotonic() - start
+    first, *_ = results.values()
+    if first.mean > max((record["accuracy_mean"] for record in run.records(kind)), default=-1.0):
+        synthetic.save(run.folder / KEPT[kind].best)
+    synthetic.save(run.folder / KEPT[kind].last)
+    run.metrics.write(kind, progress.iteration, **measured(results))
+    return results
+
+
+def evaluate_set(
+    run: Run, synthetic: SyntheticDataset, iteration: int, stop: StopRequest, *, words: str = ""
+) -> dict[str, Accuracy]:
+    """Return the accuracy of each evaluated network by name, trained on the set as it is after `iteration`.
+
+    Networks begin alike whichever set it is. `words` stand before a network's name in warnings and bars.
+    """
+    images = as_training_images(synthetic, run.real.test.labels.device)
+    return {
+        name: evaluate_network(run, network, lambda _: images, float(synthetic.lr), stop, words + name, (iteration,))
+        for name, network in run.evaluated.items()
+    }
+
+
+def evaluate_network(
+    run: Run,
+    network: Trainable,
+    train: Callable[[torch.Generator], Images],
+    lr: float,
+    stop: StopRequest,
+    name: str,
+    place: Sequence[int] = (),
+) -> Accuracy:
+    """Return what `mtt_fast.training.protocols.evaluate` does with the run's options."""
+    options, test = run.options, run.real.test
+    return evaluate(
+        network, train, test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
+        place=place, name=name, stop=stop,
+        precision=precision_on(test.labels.device, network, options.precision),
+        at_once=options.networks_at_once, memory_budget=run.memory_budget,
+    )  # fmt: skip
+
+
+def draw_set(
+    run: Run, synthetic: SyntheticDataset, iteration: int, panels: Sequence[tuple[str, Tensor, Record | None]]
+) -> None:
+    """Write images.png, and the snapshot of the set as it is after `iteration`.
+
+    Each of `panels` is a title, pictures (n, C, H, W) in [0, 1], and the record of the set's evaluation if there is one.
+    """
+    drawn = []
+    for title, pictures, record in panels:
+        accuracy = f": networks trained on them reach {percent(record)}" if record else ""
+        drawn.append((f"{run.real.data.name}, {run.options.ipc} a class, {title}{accuracy}", pictures))
+    save_grid(run.folder / "images.png", drawn, synthetic.classes, run.real.data.class_names)
+    snapshot = run.folder / HISTORY / f"iteration_{iteration:06d}.png"
+    save_snapshot(snapshot, synthetic.pictures(), synthetic.classes)
+
+
+def draw_curves(run: LoopRun, baseline: float | None = None) -> None:
+    """Write curves.png, where the accuracy of random real images is `baseline`, if it is known."""
+    save_curves(run.folder / "curves.png", run.metrics.records, baseline)
+
+
+def best_accuracy(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the accuracy of the best of the `records` of evaluations, with its iteration."""
+    best = max(records, key=lambda record: float(record["accuracy_mean"]))
+    return accuracy_record(best) | {"iteration": best["iteration"]}
+
+
+def write_summary(
+    run: Run,
+    progress: Progress,
+    lr: float,
+    *,
+    text: str,
+    evaluations: Mapping[str, dict[str, Any]],
+    accuracies: Mapping[str, Record],
+    others: Record | None = None,
+) -> None:
+    """Write summary.json, and tell its `text`: the run is finished.
+
+    `evaluations` are the last records of sets by their names, `accuracies` other ones by theirs, and `others` the fields
+    that the method has besides.
+    """
+    device, (first, *_) = run.real.test.labels.device, run.evaluated
+    write_record(
+        run.folder / SUMMARY,
+        {
+            "text": text,
+            "method": run.method,
+            "accuracy": {name: accuracy_record(record) for name, record in evaluations.items()} | dict(accuracies),
+            "accuracy_by_network": {name: accuracy_by_network(record, first) for name, record in evaluations.items()},
+            "protocol": run.options.evaluation_protocol().record(),
+            "iterations": progress.iteration,
+            "learning_rate": lr,
+            **(others or {}),
+            "seconds": {"iterations": progress.seconds, "evaluations": progress.seconds_evaluation},
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "device": device_name(device),
+            "arithmetic": describe_numerics(device, run.network, run.options.precision),
+            "versions": versions(),
+            "command": run.command,
+            "data": run.real.identity.record(),
+            "options": dataclasses.asdict(run.options),
+        },
+    )
+    log.info("%s: %s", run.folder, text)

@@ -1,0 +1,93 @@
+"""The loop of runs: what it does when, and that whatever stops it leaves everything saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mtt_fast.commands.run_loop import LoopRun, best_accuracy, run_to_the_end
+from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.storage.metrics import MetricsLog
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+
+@dataclass
+class Counters:
+    iteration: int = 0
+    seconds: float = 0.0
+    seconds_evaluation: float = 0.0
+
+
+def looped(
+    folder: Path, iterations: int = 5, eval_it: int = 2, save_seconds: float = 1e9, start: int = 0, stop_at: int = -1,
+    evaluated: Iterable[int] = (),
+) -> list[str]:  # fmt: skip
+    """Return what a loop does, in order: e of an evaluation, i of an iteration, s of a checkpoint, ! of the summary."""
+    done: list[str] = []
+    progress = Counters(start)
+    metrics = MetricsLog(folder, start)
+    for iteration in evaluated:
+        metrics.write("evaluation", iteration, accuracy_mean=0.5, accuracy_std=0.0, networks=1)
+    options = SimpleNamespace(Iteration=iterations, eval_it=eval_it, save_seconds=save_seconds)
+    named = dict.fromkeys(("command", "method", "real", "network", "evaluated"), cast(Any, None))
+    run = LoopRun(program="python -m it", options=options, folder=folder, metrics=metrics, **named)
+
+    def iterate() -> None:
+        progress.iteration += 1
+        done.append(f"i{progress.iteration}")
+        if progress.iteration == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(stop: StopRequest) -> None:
+        done.append(f"e{progress.iteration}")
+        metrics.write("evaluation", progress.iteration, accuracy_mean=0.5, accuracy_std=0.0, networks=1)
+
+    try:
+        run_to_the_end(
+            run, progress, title="it", iterate=iterate, shown=lambda seconds: {}, evaluate=evaluate, kinds=["evaluation"],
+            save=lambda evaluations: done.append(f"s{len(evaluations)}"), summarise=lambda stop: done.append("!"),
+        )  # fmt: skip
+    except Stopped as stopped:
+        done.append(f"{stopped} ({stopped.signum})")
+    with pytest.raises(ValueError, match="closed"):  # whatever ended it
+        metrics.write("step", 9, loss=0.0, lr=0.0)
+    return done
+
+
+def test_evaluations_are_at_the_start_when_due_and_at_the_end(tmp_path: Path) -> None:
+    assert " ".join(looped(tmp_path)) == "e0 s1 i1 i2 e2 s2 i3 i4 e4 s3 i5 e5 s4 !"
+
+
+def test_what_was_evaluated_before_is_not_evaluated_again(tmp_path: Path) -> None:
+    assert " ".join(looped(tmp_path, start=2, iterations=3, evaluated=[0, 2])) == "i3 e3 s3 !"
+
+
+def test_checkpoints_are_as_often_as_asked_for(tmp_path: Path) -> None:
+    assert " ".join(looped(tmp_path, iterations=2, save_seconds=0)) == "e0 s1 i1 s1 i2 s1 e2 s2 !"
+
+
+def test_a_signal_ends_it_after_the_iteration_with_everything_saved(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    *done, said = looped(folder, stop_at=3)
+    assert " ".join(done) == "e0 s1 i1 i2 e2 s2 i3 s2 s2"
+    assert said == (
+        f"stopped at iteration 3 of 5, everything is saved; continue with: python -m it --out '{folder}' --resume "
+        f"({int(signal.SIGTERM)})"
+    )
+
+
+def test_of_equal_evaluations_the_first_is_the_best() -> None:
+    records = [
+        {"iteration": iteration, "accuracy_mean": mean, "accuracy_std": 0.1, "networks": 2}
+        for iteration, mean in ((0, 0.2), (5, 0.4), (10, 0.4))
+    ]
+    assert best_accuracy(records) == {"mean": 0.4, "std": 0.1, "n": 2, "iteration": 5}
