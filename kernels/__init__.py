@@ -37,9 +37,10 @@ from .ops import (
     sgd_step,
     squared_distance,
 )
-from .types import WARP_PARAMETERS, Activations, Affine, ConvLayer, LabelKind, PlaneStats, Precision
+from .types import HALF_PRECISIONS, WARP_PARAMETERS, Activations, Affine, ConvLayer, LabelKind, PlaneStats, Precision
 
 __all__ = [
+    "HALF_PRECISIONS",
     "WARP_PARAMETERS",
     "Activations",
     "Affine",

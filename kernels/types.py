@@ -11,11 +11,15 @@ from torch import Tensor
 LabelKind = Literal["indices", "probabilities", "logits"]
 """Labels are class indices (B,), probabilities (B, K), or logits (B, K) of which the softmax is taken."""
 
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 """The format that float32 factors of a product are rounded to; sums are always float32. float64 tensors stay float64.
 
-Planes may be bfloat16 themselves. Then products are bf16, and tensors without pixels are float32: see `accumulator`.
+Planes may be float16 or bfloat16 themselves. Then products are fp16 or bf16, and tensors without pixels are float32: see
+`accumulator`.
 """
+
+HALF_PRECISIONS: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""The precisions whose planes take two bytes a number, with the dtype of the planes."""
 
 
 class Affine(NamedTuple):
@@ -67,7 +71,7 @@ class Activations:
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums over planes of `dtype`, of their statistics, of the parameters and their gradients."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+    return torch.float32 if dtype in HALF_PRECISIONS.values() else dtype
 
 
 WARP_PARAMETERS = (

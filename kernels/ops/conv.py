@@ -14,7 +14,7 @@ def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp3
 
     `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous. Stride 1, and no bias: in front of
     an instance norm it has no effect, and else `bias_relu_pool` adds it. One floating dtype and device; only if planes
-    are bfloat16, weights and their gradients are float32, here and below.
+    are float16 or bfloat16, weights and their gradients are float32, here and below.
     `precision` is the format that float32 factors are rounded to before they are multiplied; sums are float32, and float64
     stays float64.
     Raises `ValueError` for anything else.

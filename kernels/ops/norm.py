@@ -14,7 +14,7 @@ def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tenso
 
     `y` (B, C, H, W), contiguous or channels_last, as is p (B, C, H//2, W//2); γ, β (C,) are `affine`; mean, rstd (B, C).
     rstd is 1/√(variance + eps). An odd last row or column counts in the statistics and is not pooled.
-    All of one floating dtype and device; only if planes are bfloat16, statistics, γ and β are float32.
+    All of one floating dtype and device; only if planes are float16 or bfloat16, statistics, γ and β are float32.
     Raises `ValueError` for anything else.
     """
     check_planes("norm_relu_pool", y, planes={"y": y}, channels=affine._asdict())

@@ -2,7 +2,7 @@
 
 A dot is the derivative in one direction of the parameters, a bar the gradient of the loss, and a bar with a dot the
 derivative of that gradient in the direction. The arguments were checked by `ops`. Results that come
-from bfloat16 planes are computed in float32, and only planes are rounded again.
+from float16 and bfloat16 planes are computed in float32, and only planes are rounded again.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..types import in_format_of
-from .planes import per_channel, pool, unpool
+from .planes import per_channel, planes_like, pool, unpool
 
 # u = y + β, z = max(u, 0), p = 2×2 means of z: the same block without its norm. All is linear but for the ReLU's mask,
 # so the derivatives need y and β for that alone.
@@ -20,7 +19,7 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
     """Return ȳ (B, C, H, W), β̄ (C,). `p_bar`: (B, C, H//2, W//2). `reuse` is a permission not taken."""
     y_bar = unpool(p_bar, y) * (y + per_channel(beta) > 0)
-    return in_format_of(y, y_bar), y_bar.sum((0, 2, 3))
+    return planes_like(y, y_bar), y_bar.sum((0, 2, 3))
 
 
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..types import Precision
+from ..types import HALF_PRECISIONS, Precision
 from .planes import planes_like, widened
 
 # Stride 1, no bias: in front of an instance norm a bias only shifts what the norm takes away again, so it has no effect
@@ -84,11 +84,13 @@ def conv3x3_dual_weight_gradient(
 
 
 def rounded(factor: Tensor, precision: Precision) -> Tensor:
-    """Return `factor` as a tensor core takes it: tf32 keeps 10 bits of a float32's mantissa, bf16 seven, ties to even."""
+    """Return `factor` as a tensor core takes it: tf32 and fp16 keep 10 bits of a float32's mantissa, bf16
+    seven, ties to even; fp16 has five bits of exponent.
+    """
     if factor.dtype != torch.float32 or precision == "fp32":
         return factor
-    if precision == "bf16":
-        return factor.bfloat16().float()
+    if precision in HALF_PRECISIONS:
+        return factor.to(HALF_PRECISIONS[precision]).float()
     bits = factor.view(torch.int32)
     return ((bits + 0xFFF + (bits >> 13 & 1)) & -0x2000).view(torch.float32)
 
@@ -102,6 +104,5 @@ def _convolved_back(y_bar: Tensor, weight: Tensor, padding: int, precision: Prec
 
 
 def _factors(precision: Precision, planes: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    if planes.dtype == torch.bfloat16:
-        precision = "bf16"
+    precision = next((name for name, dtype in HALF_PRECISIONS.items() if dtype == planes.dtype), precision)
     return rounded(widened(planes), precision), rounded(widened(other), precision)

@@ -38,7 +38,7 @@ def per_channel(parameter: Tensor) -> Tensor:
 
 
 def widened(planes: Tensor) -> Tensor:
-    """Return `planes` in the dtype of their sums: bfloat16 becomes float32."""
+    """Return `planes` in the dtype of their sums: float16 and bfloat16 become float32."""
     return planes.to(accumulator(planes.dtype))
 
 

@@ -103,8 +103,8 @@ class CommonOptions:
     device: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_device_name)] = "auto"
     """device that computes: auto, cpu, cuda, cuda:1, …"""
     precision: Annotated[Precision, HARMLESS, Group.MACHINE] = "tf32"
-    """precision of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs) or bf16 (ConvNet's fused step alone);
-    sums are float32. A CPU computes in float32 whatever this says"""
+    """precision of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs), fp16 (as exact as tf32, half the
+    bytes; what overflows is repeated in tf32) or bf16, the last two for ConvNet's fused step alone; sums are float32. A CPU computes in float32 whatever this says"""
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, and why, for whoever gives one all the same."""

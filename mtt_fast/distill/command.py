@@ -31,14 +31,13 @@ from mtt_fast.distill.experts import (
     requested_of_experts,
     with_true_experts,
 )
-from mtt_fast.distill.gradients import DESCRIPTIONS, compare_with_exact, iteration_of, mean_gradients, teacher_of
+from mtt_fast.distill.gradients import DESCRIPTIONS, compare_with_exact, gradients_in_range, iteration_of
 from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, given_options, parse_options
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import planned, read_segment, turns
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.memory_plan import Plan
-from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.recipes import recipe_about
 from mtt_fast.runtime.interrupts import StopRequest
@@ -129,9 +128,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     def iterate() -> None:
         nonlocal plan
         segments = list(islice(ahead, options.num_trajectories))
-        (loss, *gradients), plan = with_smaller_pieces(
-            plan, lambda plan: mean_gradients(iteration(plan), state, segments, teacher_of(run, state, plan))
-        )
+        (loss, *gradients), plan = gradients_in_range(run, options, state, segments, plan, iteration)
         apply_gradients(run, state, segments, float(loss), gradients)
 
     def evaluate(stop: StopRequest) -> None:

@@ -16,9 +16,10 @@ from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.run import DistillRun
 from mtt_fast.distill.segments import Segment, augmentation, seen_batches
+from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
-from mtt_fast.engine.memory_plan import Plan
+from mtt_fast.engine.memory_plan import Plan, plan_for
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.unroll import Gradient
 from mtt_fast.networks.protocol import Network
@@ -79,6 +80,39 @@ def mean_gradients(
     return tuple(sum_.div_(count) for sum_ in total)
 
 
+def gradients_in_range(
+    run: DistillRun,
+    options: DistillOptions,
+    state: State,
+    segments: Sequence[Segment],
+    plan: Plan,
+    iteration_for: Callable[[Plan], Iteration],
+) -> tuple[tuple[Tensor, ...], Plan]:
+    """Return what `mean_gradients` returns, of the iteration that `options` describe, and the plan whose memory was enough.
+
+    Where a number is too large for fp16, the iteration is repeated in tf32, with a line in the log.
+    """
+
+    def attempt(iteration_for: Callable[[Plan], Iteration], plan: Plan) -> tuple[Tensor, ...]:
+        return mean_gradients(iteration_for(plan), state, segments, teacher_of(run, state, plan))
+
+    gradients, plan = with_smaller_pieces(plan, partial(attempt, iteration_for))
+    student = plan.work.student
+    if not isinstance(student, FusedConvNetStudent) or student.precision != "fp16" or _are_finite(gradients):
+        return gradients, plan
+    log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
+    work = dataclasses.replace(plan.work, student=dataclasses.replace(student, precision="tf32"))
+    rarely = partial(iteration_of, options, run.network, graph=False)  # a graph would keep its memory
+    gradients, _ = with_smaller_pieces(
+        plan_for(work, options.memory_budget, options.microbatch), partial(attempt, rarely)
+    )
+    return gradients, plan
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
     """Tell and record the cosine between the truncated and the exact gradient of the images, of the coming `segments`."""
     if run.metrics.find("gradient", state.iteration):
@@ -87,12 +121,9 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
     for gradient in get_args(Gradient):
         options = dataclasses.replace(run.options, gradient=gradient)
 
-        def attempt(plan: Plan, options: DistillOptions = options) -> Tensor:
-            iteration = iteration_of(options, run.network, plan, graph=False)
-            return mean_gradients(iteration, state, segments, teacher_of(run, state, plan))[1].double().flatten()
-
-        of_images, plan = with_smaller_pieces(plan, attempt)
-        both.append(of_images)
+        iteration_for = partial(iteration_of, options, run.network, graph=False)
+        gradients, plan = gradients_in_range(run, options, state, segments, plan, iteration_for)
+        both.append(gradients[1].double().flatten())
     cosine = float(torch.nn.functional.cosine_similarity(both[0], both[1], dim=0))
     if not math.isfinite(cosine):
         log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)

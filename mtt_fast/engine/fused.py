@@ -18,17 +18,22 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.fused_blocks import EPILOGUES, Convolution, Tensors
+from mtt_fast.engine.scaling import power_of_two
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
-from mtt_fast.kernels import Activations, ConvLayer, LabelKind, Precision
+from mtt_fast.kernels import HALF_PRECISIONS, Activations, ConvLayer, LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet
+
+_LARGEST_DIRECTION, _LARGEST_COTANGENT = 1.0, 64.0
 
 
 @dataclass(frozen=True)
 class FusedConvNetStudent:
     """A `Student` for `ConvNet` under cross-entropy, with labels of one kind; float32 or float64.
 
-    `precision` is that of the factors of float32 convolutions; a CPU's kernels know fp32 alone. With bf16 all that has
-    pixels is bfloat16 but for the images that are given and their gradient: half the memory. float64 stays float64.
+    `precision` is that of the factors of float32 convolutions; a CPU's kernels know fp32 alone. With fp16 or bf16 all that
+    has pixels is float16 or bfloat16 but for the images that are given and their gradient: half the memory. With fp16 the
+    direction and the cotangents are scaled by powers of two (mtt_fast/engine/scaling.py); a number that is too large all the
+    same makes results that are not finite. float64 stays float64.
     """
 
     network: ConvNet
@@ -52,10 +57,11 @@ class FusedConvNetStudent:
         features = _features(x, theta.dtype)
         loss, f_bar, *classifier_bar = kernels.linear_cross_entropy(features, *classifier, labels, self.label_kind)
         _assign(classifier_gradient, classifier_bar)
-        x_bar = _pixels(f_bar, x)
+        scale = self._scale(_LARGEST_COTANGENT, f_bar)
+        x_bar = _pixels(f_bar if scale is None else f_bar * scale, x)
 
         # tensors are let go before the next ones are allocated, which may then take the memory
-        saved: SavedActivations = []
+        saved: SavedActivations = [scale]
         for block in reversed(range(len(blocks))):
             (weight, affine), padding = blocks[block], self._padding(block)
             x, plane_tensors = activations.pop()
@@ -69,7 +75,7 @@ class FusedConvNetStudent:
                 x_bar = kernels.conv3x3_input_gradient(y_bar, weight, padding, self.precision)
             del y_bar
             to_weight, to_affine = block_gradients[block]
-            _assign((to_weight, *to_affine), (weight_bar, *affine_bar))
+            _assign((to_weight, *to_affine), (weight_bar, *affine_bar), scale)
         return StepGradient(loss, gradient, saved if save else None)
 
     def gradient_jvp(
@@ -77,7 +83,8 @@ class FusedConvNetStudent:
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         epilogue, (blocks, classifier) = EPILOGUES[self.network.norm], self._parts(theta)
-        block_dots, classifier_dot = self._parts(v)
+        direction_scale = self._scale(_LARGEST_DIRECTION, v)
+        block_dots, classifier_dot = self._parts(v if direction_scale is None else v * direction_scale)
         hessian_v = torch.zeros_like(theta)
         block_results, classifier_result = self._parts(hessian_v)
         convolutions = [
@@ -88,7 +95,7 @@ class FusedConvNetStudent:
         held: list[Activations] = []
         saved_bars = []
         for convolution, (_, affine), (_, affine_dot) in zip(convolutions, blocks, block_dots, strict=True):
-            y, saved_bar = saved.pop() if saved else (None, None)
+            y, saved_bar = saved.pop() if saved is not None else (None, None)
             saved_bars.append(saved_bar)
             x, x_dot, activations = epilogue.dual(x, x_dot, convolution, affine, affine_dot, y)
             held.append(activations)
@@ -100,8 +107,10 @@ class FusedConvNetStudent:
             *features, *classifier, *classifier_dot, labels, self.label_kind
         )
         _assign(classifier_result, classifier_bar_dot)
-        x_bar: Tensor | None = _pixels(f_bar, x)
-        x_bar_dot = _pixels(f_bar_dot, x)
+        # p̄ that were saved have the factor of the step that saved them, and their derivatives need the same
+        scale = self._scale(_LARGEST_COTANGENT, f_bar, f_bar_dot) if saved is None else saved.pop()
+        x_bar: Tensor | None = _pixels(f_bar if scale is None else f_bar * scale, x)
+        x_bar_dot = _pixels(f_bar_dot if scale is None else f_bar_dot * scale, x)
         del x, x_dot, features
 
         for block in reversed(range(len(blocks))):
@@ -112,8 +121,14 @@ class FusedConvNetStudent:
                 held.pop(), convolutions[block], affine, affine_dot, p_bar, x_bar_dot, wants_x_bar
             )
             to_weight, to_affine = block_results[block]
-            _assign((to_weight, *to_affine), (weight_bar_dot, *affine_bar_dot))
-        return GradientTangent(v_dot_g, hessian_v, x_bar_dot.to(theta.dtype).contiguous(), labels_bar_dot)
+            _assign((to_weight, *to_affine), (weight_bar_dot, *affine_bar_dot), scale)
+        images_bar_dot = x_bar_dot.to(theta.dtype).contiguous()
+        if scale is not None and direction_scale is not None:
+            for result in (v_dot_g, hessian_v, images_bar_dot, labels_bar_dot):
+                if result is not None:
+                    result.div_(direction_scale)
+            images_bar_dot.div_(scale)
+        return GradientTangent(v_dot_g, hessian_v, images_bar_dot, labels_bar_dot)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -123,13 +138,16 @@ class FusedConvNetStudent:
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`. The sums follow the schedule above; only a CPU's kernels write ȳ over y."""
         layers = self._layers(image_shape)
-        each = batch * dtype.itemsize
-        features = each * self.network.width * math.prod(self.network.feature_size)
+        each = batch * self._plane_dtype(dtype).itemsize
+        features = batch * dtype.itemsize * self.network.width * math.prod(self.network.feature_size)
         # of each block: x but for the images, y, and the epilogue's output
         xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
         ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
         pooled = [*xs[1:], features]
-        small = each * image_shape.numel() + dtype.itemsize * self.network.num_parameters  # channels last; the result
+        # images channels last, and, where planes are narrower, their gradient in both dtypes; the result; v scaled
+        vectors = 2 if self._plane_dtype(dtype) == torch.float16 else 1
+        in_both = (each + batch * dtype.itemsize) if each < batch * dtype.itemsize else 0
+        small = (each + in_both) * image_shape.numel() + vectors * dtype.itemsize * self.network.num_parameters
         fresh = 0 if device.type == "cpu" else 1
         forward_sweep = sum(xs) + sum(ys) + 3 * features + fresh * ys[0]
         tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not saved
@@ -168,8 +186,15 @@ class FusedConvNetStudent:
 
     def _first(self, images: Tensor) -> Tensor:
         """Return the images in the dtype and memory format of the first block."""
-        narrow = self.precision == "bf16" and images.dtype == torch.float32
-        return images.to(torch.bfloat16 if narrow else images.dtype, memory_format=torch.channels_last)
+        return images.to(self._plane_dtype(images.dtype), memory_format=torch.channels_last)
+
+    def _plane_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of all that has pixels, for parameters of `dtype`."""
+        return HALF_PRECISIONS.get(self.precision, dtype) if dtype == torch.float32 else dtype
+
+    def _scale(self, largest: float, *tensors: Tensor) -> Tensor | None:
+        """Return the power of two by which what is linear in `tensors` stays in the range of the planes; None if that is float32's."""
+        return power_of_two(largest, *tensors) if self._plane_dtype(tensors[0].dtype) == torch.float16 else None
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1
@@ -183,6 +208,7 @@ def _pixels(features: Tensor, like: Tensor) -> Tensor:
     return features.view(like.shape).to(like.dtype, memory_format=torch.channels_last)
 
 
-def _assign(targets: Tensors, values: list[Tensor] | Tensors) -> None:
+def _assign(targets: Tensors, values: list[Tensor] | Tensors, scale: Tensor | None = None) -> None:
+    """Copy `values` to `targets`, without the factor `scale` that they were computed with."""
     for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
+        target.copy_(value if scale is None else value / scale)

@@ -9,7 +9,7 @@ import torch
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent, Loss, Student, cross_entropy, cross_entropy_from_logits
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import LabelKind, Precision, has_kernels
+from mtt_fast.kernels import HALF_PRECISIONS, LabelKind, Precision, has_kernels
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.protocol import Network
 
@@ -47,16 +47,16 @@ def kernels_for(device: torch.device) -> bool:
 def precision_on(device: torch.device, network: Network, precision: Precision) -> Precision:
     """Return the precision of the factors of products in a run with `network` on `device`, where `precision` is requested.
 
-    A CPU computes in float32 whatever `precision` is. Raises `InputError` for an unknown precision, and for bf16 where
-    `network` takes the generic student, which follows torch's own settings.
+    A CPU computes in float32 whatever `precision` is. Raises `InputError` for an unknown precision, and for fp16 and bf16
+    where `network` takes the generic student, which follows torch's own settings.
     """
     if precision not in get_args(Precision):
         raise InputError(f"`precision` {precision}: expected {', '.join(get_args(Precision))}")
     if device.type == "cpu":
         return "fp32"
-    if precision == "bf16" and not isinstance(student_for(network, device), FusedConvNetStudent):
+    if precision in HALF_PRECISIONS and not isinstance(student_for(network, device), FusedConvNetStudent):
         raise InputError(
-            f"`precision` bf16: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
+            f"`precision` {precision}: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
             f"on {device}; use `precision` tf32 or fp32"
         )
     return precision

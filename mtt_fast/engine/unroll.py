@@ -111,8 +111,8 @@ def unroll(
             micro-batches add up to it.
         generator: source of the augmentation's random numbers.
         draws: those numbers themselves, one a step, made beforehand by `augment.draw`.
-        precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32" or "bf16"; sums are
-            float32. Any other network takes torch's own settings.
+        precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
+            are float32. With "fp16" a number beyond 65,504 makes results that are not finite. Any other network takes torch's own settings.
         gradient: "exact", or "truncated", an approximation: each g_n is taken for a constant in θ_n, so that every
             Hessian term is left out. With a loss of θ_N and plain SGD that is TESLA's gradient, λ_N for every λ_n,
             at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.

@@ -180,7 +180,7 @@ def _argument(name: str, value: Any) -> str:
 
 def _rounding(precision: str) -> str:
     """Return the part of a precision that tells experts apart: factors of products with 10 bits or more make no difference."""
-    return "bf16" if precision == "bf16" else "fp32 or tf32"
+    return "bf16" if precision == "bf16" else "fp32, tf32 or fp16"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -74,7 +74,7 @@ class ExpertMetadata:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     """the other fields of the images' `DatasetIdentity`"""
     precision: str = ""
-    """of the products of its training: fp32, tf32 or bf16; "" where it is not known"""
+    """of the products of its training: fp32, tf32, fp16 or bf16; "" where it is not known"""
     made_of: str = ""
     """`TrajectoryStore.digest` of the whole expert that a compressed one was made of"""
 

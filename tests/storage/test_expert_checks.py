@@ -140,7 +140,7 @@ def test_a_mixture_is_told(tmp_path: Path) -> None:
     [
         ({}, ""),
         ({"precision": "tf32"}, ""),  # rounds no worse than the order of a sum
-        ({"precision": "bf16"}, "trained with precision fp32 or tf32, not bf16"),
+        ({"precision": "bf16"}, "trained with precision fp32, tf32 or fp16, not bf16"),
         ({"seed": 8}, "trained with seed 7, not 8"),
         ({"dtype": torch.bfloat16}, "trained with store_dtype float32, not bfloat16"),
         ({"hyperparameters": TRAINED | {"train_epochs": 4}}, "trained with train_epochs 3, not 4"),

@@ -1,0 +1,107 @@
+"""fp16's planes: as exact as tf32's factors, at any scale of the direction, and never silently wrong where they overflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mtt_fast import ConvNet, unroll
+from mtt_fast.engine import fused
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.matching import matching_loss
+from mtt_fast.engine.scaling import power_of_two
+from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.testing import relative_error
+
+NET = ConvNet(3, 4, 8, 6, 2)
+
+
+def step_of(net: ConvNet, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return theta, images, labels and a direction, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    assert isinstance(net.image_size, int)
+    images = torch.randn(batch, net.in_channels, net.image_size, net.image_size, generator=generator)
+    v = torch.randn(net.num_parameters, generator=generator)
+    return net.init(generator), images, torch.arange(batch) % net.num_classes, v
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "factor"), [(1.0, 32.0), (0.75, 64.0), (63.0, 1.0), (1e-30, 2.0**66), (0.0, 1.0)]
+)
+def test_power_of_two(magnitude: float, factor: float) -> None:
+    value = power_of_two(64.0, torch.tensor([magnitude / 2, -magnitude]), torch.tensor([0.0]))
+    assert value.shape == ()
+    assert float(value) == factor
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_power_of_two_of_what_is_not_finite(number: float) -> None:
+    assert float(power_of_two(64.0, torch.tensor([1.0, number]))) == 1
+
+
+@pytest.mark.parametrize("exponent", [-40, 40])
+@pytest.mark.parametrize("save", [False, True])
+def test_the_scale_of_the_direction_is_taken_out_exactly(exponent: int, save: bool) -> None:
+    student = FusedConvNetStudent(NET, precision="fp16")
+    theta, images, labels, v = step_of(NET, 3)
+    gradient = student.gradient(theta, images, labels, save=save)
+    far = student.gradient_jvp(theta, images, labels, v * 2.0**exponent, gradient.saved)
+    gradient = student.gradient(theta, images, labels, save=save)
+    near = student.gradient_jvp(theta, images, labels, v, gradient.saved)
+    for name in ("v_dot_g", "hessian_v", "images"):
+        assert torch.equal(getattr(far, name), getattr(near, name) * 2.0**exponent), name
+
+
+@pytest.mark.parametrize("label_kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_one_step_is_as_exact_as_in_tf32(norm: str, label_kind: LabelKind) -> None:
+    net = ConvNet(3, 4, 16, 16, 2, norm)  # type: ignore[arg-type]
+    theta, images, labels, v = step_of(net, 4)
+    if label_kind == "probabilities":
+        labels = torch.randn(4, 4).softmax(1)
+    wide = labels.double() if labels.is_floating_point() else labels
+    exact = FusedConvNetStudent(net, label_kind).gradient_jvp(theta.double(), images.double(), wide, v.double())
+
+    def errors(precision: Precision, *, save: bool) -> dict[str, float]:
+        student = FusedConvNetStudent(net, label_kind, precision)
+        saved = student.gradient(theta, images, labels, save).saved
+        found = student.gradient_jvp(theta, images, labels, v, saved)
+        pairs = {name: (getattr(found, name), getattr(exact, name)) for name in found._fields}
+        return {name: relative_error(a.double(), b) for name, (a, b) in pairs.items() if b is not None}
+
+    tf32 = errors("tf32", save=False)
+    for save in (False, True):
+        fp16 = errors("fp16", save=save)
+        # a unit that either rounding carries over ReLU's kink is much among so few, of v·g above all
+        assert all(fp16[name] <= max(2 * tf32[name], 2**-5) for name in tf32), (fp16, tf32)
+
+
+@pytest.mark.parametrize("name", ["cifar-d3-n5", "rgb64-d4-n3", "rgb128-d5-n2", "soft-labels-d3-n6"])
+def test_golden_cases_are_as_exact_as_in_tf32(golden: Path, name: str) -> None:
+    with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
+        case = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        facts = file.metadata()
+    net = ConvNet(**{key: int(facts[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")})  # type: ignore[arg-type]
+
+    def error(precision: Precision) -> float:
+        images = case["images"].clone().requires_grad_()
+        path = unroll(
+            net, case["start"], images, case["labels"], float(case["lr"]), case["batches"], precision=precision
+        )
+        matching_loss(path[-1], start=case["start"], target=case["target"]).backward()
+        assert images.grad is not None
+        return relative_error(images.grad.double(), case["grad_images"])
+
+    assert error("fp16") <= 2 * error("tf32")
+
+
+def test_what_overflows_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    theta, images, labels, v = step_of(NET, 3)
+    monkeypatch.setattr(fused, "_LARGEST_COTANGENT", 2.0**20)
+    student = FusedConvNetStudent(NET, precision="fp16")
+    assert not student.gradient(theta, images, labels).theta.isfinite().all()
+    assert not student.gradient_jvp(theta, images, labels, v).images.isfinite().all()
