@@ -21,6 +21,7 @@ from mtt_fast.distill.segments import Segment, log_fields, planned, turns
 from mtt_fast.distill.updates import update
 from mtt_fast.engine.iteration import planned_iteration
 from mtt_fast.engine.memory_plan import Work, plan
+from mtt_fast.kernels import native
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.testing import assert_close
@@ -252,3 +253,23 @@ def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_number
     assert abs(asked[2][0] - 0.01) > 1e-5
     assert asked[-1] == (0.01, ())  # random real images
     assert float(SyntheticDataset.load(tmp_path / "synthetic.safetensors").lr) == pytest.approx(asked[2][0])
+
+
+@pytest.mark.skipif(not native.available, reason="without the native kernels a CPU has no fused student")
+def test_what_overflows_in_fp16_is_repeated_in_tf32(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU the reference emulates both."""
+    precision = "tf32"
+    monkeypatch.setattr("mtt_fast.distill.command.precision_on", lambda *_: precision)
+    assert run(*TOY, *experts, "--out", str(tmp_path / "tf32")) == 0
+    assert "fp16" not in caplog.text
+    precision = "fp16"
+    assert run(*TOY, *experts, "--out", str(tmp_path / "fp16")) == 0
+    assert "repeated in tf32" not in caplog.text
+    assert not torch.equal(images_of(tmp_path / "fp16"), images_of(tmp_path / "tf32"))
+    monkeypatch.setattr("mtt_fast.engine.fused._LARGEST_COTANGENT", 2.0**40)
+    assert run(*TOY, *experts, "--out", str(tmp_path / "overflowing")) == 0
+    assert "iteration 4: a number is too large for fp16; repeated in tf32" in caplog.text
+    assert torch.equal(images_of(tmp_path / "overflowing"), images_of(tmp_path / "tf32"))
+    assert records_of(tmp_path / "overflowing", "step") == records_of(tmp_path / "tf32", "step")
