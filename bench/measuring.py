@@ -8,11 +8,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import torch
 
 from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision
 
 
 class Spread(TypedDict):
@@ -150,10 +151,10 @@ def driver_version() -> str:
 def set_precision(device: torch.device, precision: str) -> None:
     """Have a GPU multiply float32 numbers as tf32, as the public code runs, or fp32. A CPU knows fp32 only.
 
-    Under bf16, which engines of mtt_fast alone know, all other products are in tf32.
+    Under fp16 and bf16, which engines of mtt_fast alone know, all other products are in tf32.
     """
-    if precision not in ("fp32", "tf32", "bf16"):
-        raise InputError(f"--precision {precision}: expected fp32, tf32 or bf16")
+    if precision not in get_args(Precision):
+        raise InputError(f"--precision {precision}: expected {', '.join(get_args(Precision))}")
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"

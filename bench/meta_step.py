@@ -47,7 +47,7 @@ class Options(CommonOptions, Shape):
     memory_budget: str = "400MiB"
     """memory budget of fused-budget"""
     precision: str = "tf32"
-    """precision of a GPU's float32 products: tf32 as the public code runs, fp32, or bf16, which the fused engines alone know"""
+    """precision of a GPU's float32 products: tf32 as the public code runs, fp32, or fp16 and bf16, which the fused engines alone know"""
     truth: str | None = None
     """file for the gradients in float64, which take minutes on a CPU; used again for the same case"""
     floor: bool = True

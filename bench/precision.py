@@ -7,11 +7,12 @@ on a GPU it is the GPU's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from bench.cases import make_case, to
+from bench.cases import TARGET_EPOCHS, make_case, to, trained_case
 from bench.engines import Case
 from bench.parsing import CommonOptions
 from bench.records import write_record
@@ -31,6 +32,12 @@ class Options(CommonOptions, Shape):
 
     precisions: str = ",".join(get_args(Precision))
     """precisions to compare, as in fp32,bf16"""
+    experts: str | None = None
+    """folder of trained experts: start and target are an expert's epochs, in place of a random case"""
+    synthetic: str | None = None
+    """distilled set to step on, with --experts"""
+    start_epoch: int = 0
+    """epoch of the expert at which the student starts; the target is two epochs later"""
     repetitions: int = 1
     """not used: nothing is timed"""
 
@@ -41,14 +48,20 @@ def main(options: Options, command: str) -> None:
     names = options.precisions.split(",")
     if unknown := [name for name in names if name not in get_args(Precision)]:
         raise InputError(f"--precisions {unknown[0]}: expected some of {', '.join(get_args(Precision))}")
-    case = make_case(setting)
+    if (options.experts is None) != (options.synthetic is None):
+        raise InputError("--experts, --synthetic: expected both or neither, found one; give the other too")
+    if options.experts is None or options.synthetic is None:
+        case, of = make_case(setting), str(setting)
+    else:
+        case = trained_case(setting, Path(options.experts), Path(options.synthetic), options.start_epoch)
+        of = f"{setting}, from an expert's epoch {options.start_epoch} to {options.start_epoch + TARGET_EPOCHS}"
     expected = _gradients(to(case, torch.float64, device), "fp32")
     rows = []
     for name in names:
         gradients = _gradients(to(case, torch.float32, device), name)
         errors = {part: relative_error(gradients[part].double(), expected[part]) for part in expected}
         rows.append({"precision": name, **errors})
-    conditions = {"case": str(setting), "products": "emulated" if device.type == "cpu" else "the GPU's own"}
+    conditions = {"case": of, "products": "emulated" if device.type == "cpu" else "the GPU's own"}
     print(table("precision", conditions, rows))
     name = options.name or f"precision-{options.label()}-{device.type}"
     write_record(options.out, name, "precision", device, conditions, rows, command)

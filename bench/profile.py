@@ -33,7 +33,7 @@ class Options(CommonOptions, Shape):
     engine: str = "fused"
     """engine to trace"""
     precision: str = "tf32"
-    """precision of a GPU's float32 products: tf32, fp32, or bf16, which the fused engines alone know"""
+    """precision of a GPU's float32 products: tf32, fp32, or fp16 and bf16, which the fused engines alone know"""
 
 
 def main(options: Options, command: str) -> None:

@@ -33,8 +33,11 @@ from mtt_fast import kernels as operations
 from mtt_fast.baselines.catalogue import METHODS as BASELINES
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.options import EvaluationOptions
+from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.distill.options import parse_options
 from mtt_fast.kernels import reference
+from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
 from mtt_fast.testing import relative_error
 from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd
@@ -344,6 +347,33 @@ def test_precision(tmp_path: Path) -> None:
     bench("precision", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
     rows = {row["precision"]: row for row in rows_of(tmp_path, "found")}
     assert rows["fp32"]["images"] < 1e-4 < rows["tf32"]["images"] < rows["bf16"]["images"] < 0.5
+    assert rows["fp16"]["images"] < 2 * rows["tf32"]["images"]
+
+
+def test_precision_of_an_expert_and_a_distilled_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net, generator = ConvNet(3, 10, 16, 4, 2), torch.Generator().manual_seed(0)
+    names, half = tuple("abcdefghij"), (0.5, 0.5, 0.5)
+    identity = DatasetIdentity("letters", names, (3, 16, 16), half, half, "none", "f00d")
+    metadata = ExpertMetadata.of(
+        identity, network=net.describe(), layout=net.layout.describe(), hyperparameters={}, seed=0, accuracy=[0.5] * 5,
+        versions={},
+    )  # fmt: skip
+    write_expert(tmp_path, 0, torch.stack([net.init(generator) for _ in range(5)]), metadata)
+    images = torch.randn(10, 3, 16, 16, generator=generator)
+    path = tmp_path / "synthetic.safetensors"
+    SyntheticDataset(images, torch.arange(10), torch.tensor(0.01), names, half, half).save(path)
+    given = ("precision", *TOY, *STEP, "--experts", str(tmp_path), "--synthetic", str(path), "--out", str(tmp_path))
+    bench(*given, "--start_epoch", "2", "--name", "found")
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["conditions"]["case"].endswith("from an expert's epoch 2 to 4")
+    errors = {row["precision"]: row["images"] for row in record["rows"]}
+    assert errors["fp32"] < errors["fp16"] < 2 * errors["tf32"]
+    for flags, complaint in {
+        ("--width", "5"): "expected experts of ConvNet depth 2 width 5",
+        ("--start_epoch", "3"): "--start_epoch 3: expected 0 … 2",
+    }.items():
+        assert cli.run(main, [*given, *flags]) == 2
+        assert complaint in capsys.readouterr().err
 
 
 def test_a_wrong_kernel_shows() -> None:
@@ -513,7 +543,7 @@ def test_a_stage_tells_what_failed(tmp_path: Path) -> None:
         (["kernels", "--bacth", "3"], "--bacth: unknown option (did you mean --batch?)"),
         (["meta_step", "--engines", "quick"], "--engines quick: no such engine"),
         (["meta_step", "--engines", "fused-graph", "--device", "cpu"], "--engines fused-graph: expected a CUDA device"),
-        (["meta_step", "--precision", "fp8"], "--precision fp8: expected fp32, tf32 or bf16"),
+        (["meta_step", "--precision", "fp8"], "--precision fp8: expected fp32, tf32, fp16, bf16"),
         (["meta_step", "--repetitions", "0"], "--repetitions 0: expected at least 1"),
         (["memory_scaling", "--vary-steps", "5,x"], "--vary_steps 5,x: expected numbers"),
     ],

@@ -251,7 +251,7 @@ def test_what_a_file_may_say_in_another_type() -> None:
         ("ipc = true", "option ipc: expected a whole number, found True"),
         ("ipc = 1.5", "option ipc: expected a whole number, found 1.5"),
         ('batch_syn = "a"', "option batch_syn: expected a whole number, found 'a'"),
-        ('precision = "fp8"', "option precision: expected one of 'fp32', 'tf32', 'bf16', found 'fp8'"),
+        ('precision = "fp8"', "option precision: expected one of 'fp32', 'tf32', 'fp16', 'bf16', found 'fp8'"),
         ("lr_teacher = nan", "option lr_teacher: expected a finite number, more than 0, found nan"),
         ("lr_img = inf", "option lr_img: expected a finite number, at least 0, found inf"),
         ("lr_y = -1", "option lr_y: expected at least 0, found -1"),
