@@ -74,7 +74,9 @@ conv_norm_relu_pool…: a whole block, its backend fused or parts, and the tiles
     "block": "block_…: passes of a fused block beside its convolutions, as the norm above; block_combine takes BLOCK_C a program.",
     "linear_cross_entropy": """\
 linear_cross_entropy…: a tile is ROWS samples × all classes, whose number, rounded up to the sizes below, is the class of
-shapes; the last one takes all larger numbers.""",
+shapes; the last one takes all larger numbers. The backend is two kernels (fused: logits, then products) or torch's products
+around one (parts; always for more than 128 classes). Of the logits' sums BLOCK_D features are taken at a time; the products' tile is all classes × BLOCK_D
+features, and BLOCK_B samples are taken at a time.""",
     "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
     "": "Flat vectors: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64.",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -203,7 +204,9 @@ def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
 def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("classifier", "cpu")
     for operation in ("linear_cross_entropy", "linear_cross_entropy_dual"):
-        assert len([line for line in lines if f"'{operation}'" in line]) == 2 * 4 * 3  # dtypes, shapes, kinds of labels
+        # dtypes, shapes, kinds of labels
+        assert len([line for line in lines if f"'{operation}', 'fused'" in line]) == 2 * 4 * 3
+        assert len([line for line in lines if f"'{operation}', 'parts'" in line]) == 2 * 5 * 3
 
 
 @pytest.mark.gpu
@@ -211,17 +214,29 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
     compare("classifier", "cuda")
 
 
+# back end, classes, labels: a row has all its classes in one tile, so the most of them, and labels that need the most, spill first
+COMPILED = (
+    ("fused", 10, "indices"),
+    ("fused", 64, "probabilities"),
+    ("fused", 128, "logits"),
+    ("parts", 10, "indices"),
+    ("parts", 200, "probabilities"),
+    ("parts", 1000, "indices"),
+    ("parts", 1000, "logits"),
+)
+
+
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    """A row has all its classes in one tile, so a thousand of them, and labels that need the most, spill first."""
     from mtt_fast.kernels.triton import classifier
 
     with recording([classifier], architecture) as launches:
-        for classes, kind in ((10, "indices"), (200, "probabilities"), (1000, "indices"), (1000, "logits")):
+        for backend, classes, kind in COMPILED:
             features, weight, bias = meta(100, 64), meta(classes, 64), meta(classes)
             labels = meta(100, classes) if kind != "indices" else torch.empty(100, dtype=torch.long, device="meta")
             given = (labels, cast(LabelKind, kind))
-            classifier.linear_cross_entropy(features, weight, bias, *given)
-            classifier.linear_cross_entropy_dual(features, features, weight, bias, weight, bias, *given)
-    assert len(launches) == 4 * 2
+            with patch.object(classifier, "backend_of", return_value=backend):
+                classifier.linear_cross_entropy(features, weight, bias, *given)
+                classifier.linear_cross_entropy_dual(features, features, weight, bias, weight, bias, *given)
+    assert len(launches) == 3 * 4 + 4 * 2
     check(launches, architecture, tmp_path)

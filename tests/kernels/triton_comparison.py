@@ -15,6 +15,7 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ CLASSIFIERS = [  # (B, D, K)
     (1, 3, 1),  # one sample, one class
     (3, 2, 37),  # a part of a tile in both directions
     (2, 3, 1000),
+    (35, 70, 5),  # several tiles of samples and of features
 ]
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
 
@@ -296,6 +298,7 @@ def mixed_formats(device: str) -> None:
 
 def classifiers(device: str, dtype: torch.dtype) -> None:
     from mtt_fast.kernels import reference, triton
+    from mtt_fast.kernels.triton import classifier
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, dtype=dtype).to(device)
@@ -312,19 +315,24 @@ def classifiers(device: str, dtype: torch.dtype) -> None:
         for name, arguments in (("linear_cross_entropy", primal), ("linear_cross_entropy_dual", dual)):
             wide = [each.double() if each.is_floating_point() else each for each in arguments]
             exact = [each for each in getattr(reference, name)(*wide, kind) if each is not None]
-            found = [each for each in getattr(triton, name)(*arguments, kind) if each is not None]
-            again = [each for each in getattr(triton, name)(*arguments, kind) if each is not None]
-            for place, (ours, second, wanted) in enumerate(zip(found, again, exact, strict=True)):
-                case = f"{name}, {(batch, width, classes)}, {kind}, {dtype}, result {place}"
-                assert (ours.shape, ours.dtype) == (wanted.shape, dtype), case
-                assert torch.equal(ours, second), f"{case} differs from one run to the next"
-                error = float((ours.double() - wanted).norm() / wanted.norm().clamp_min(1e-2))
-                assert error <= (1e-13 if dtype == torch.float64 else 1e-5), f"{case}: error {error}"
-            print("passed:", (name, (batch, width, classes), kind, str(dtype)))
+            for backend in ("fused", "parts") if classes <= 128 else ("parts",):
+                with patch.object(classifier, "backend_of", return_value=backend):
+                    ours, again = (getattr(triton, name)(*arguments, kind) for _ in range(2))
+                results = [[each for each in both if each is not None] for both in (ours, again)]
+                for place, (first, second, expected) in enumerate(zip(*results, exact, strict=True)):
+                    case = f"{name}, {backend}, {(batch, width, classes)}, {kind}, {dtype}, result {place}"
+                    assert (first.shape, first.dtype) == (expected.shape, dtype), case
+                    assert torch.equal(first, second), f"{case} differs from one run to the next"
+                    error = float((first.double() - expected).norm() / expected.norm().clamp_min(1e-2))
+                    assert error <= (1e-13 if dtype == torch.float64 else 1e-5), f"{case}: error {error}"
+                print("passed:", (name, backend, (batch, width, classes), kind, str(dtype)))
 
-    unknown = torch.tensor([0, classes], device=device)
+    unknown = torch.tensor([0, classes], device=device)  # of the last case, which both compute
     primal = (features[:1].expand(2, -1).contiguous(), weight, bias, unknown)
-    assert triton.linear_cross_entropy(*primal, "indices")[0].isnan(), "the loss of a label that is no class"
+    for backend in ("fused", "parts"):
+        with patch.object(classifier, "backend_of", return_value=backend):
+            loss = triton.linear_cross_entropy(*primal, "indices")[0]
+        assert loss.isnan(), "the loss of a label that is no class"
 
 
 def vectors(device: str) -> None:
