@@ -78,7 +78,7 @@ shapes; the last one takes all larger numbers. The backend is two kernels (fused
 around one (parts; always for more than 128 classes). Of the logits' sums BLOCK_D features are taken at a time; the products' tile is all classes × BLOCK_D
 features, and BLOCK_B samples are taken at a time.""",
     "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
-    "": "Flat vectors: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64.",
+    "": "Flat vectors and rows: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64.",
 }
 """Comments above the operations, by a prefix of their names."""
 

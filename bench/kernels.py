@@ -224,6 +224,8 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
     yield Operation("linear_cross_entropy_dual", f"{shape} logits", learned, 4 * f.nbytes + 3 * a.nbytes, 8 * one)
 
     yield from _vector_operations([random(net.num_parameters) for _ in range(6)])
+    total, index = random(batch, features), torch.arange(batch, device=device)
+    yield Operation("index_add", f"{batch}×{features}", (total, index, f, -1.0), 3 * f.nbytes, 0)
 
 
 def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:

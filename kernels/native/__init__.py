@@ -53,8 +53,8 @@ __all__ = [
     "squared_distance",
 ]
 OPERATIONS = frozenset(__all__)
-NOT_IMPLEMENTED = frozenset({"conv_norm_relu_pool_dual", "conv_norm_relu_pool_dual_backward"})
-"""Operations that are left to their parts: on a CPU nothing is gained by doing them at once."""
+NOT_IMPLEMENTED = frozenset({"conv_norm_relu_pool_dual", "conv_norm_relu_pool_dual_backward", "index_add"})
+"""Operations that are left to their parts, as on a CPU nothing is gained by doing them at once, or to torch."""
 
 available = LOADED
 

@@ -18,7 +18,7 @@ from .conv import (
     conv3x3_tangent,
     conv3x3_weight_gradient,
 )
-from .flat import adjoint_step, sgd_step, squared_distance
+from .flat import adjoint_step, index_add, sgd_step, squared_distance
 from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, norm_relu_pool_dual_backward
 from .warp import colour_warp_mask, colour_warp_mask_transpose
 
@@ -40,6 +40,7 @@ __all__ = [
     "conv3x3_weight_gradient",
     "conv_norm_relu_pool_dual",
     "conv_norm_relu_pool_dual_backward",
+    "index_add",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
     "norm_relu_pool",

@@ -1,4 +1,4 @@
-"""Step along flat vectors and measure their distance."""
+"""Step along flat vectors, measure their distance, and add rows to rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_vectors
+from ..checks import check_tensors, check_vectors
 
 
 def sgd_step(
@@ -72,3 +72,26 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError("squared_distance: is not differentiable, found a vector that requires grad; detach it")
     distance: Tensor = dispatch.implementation_of("squared_distance", a)(a, b)
     return distance
+
+
+def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add `alpha` · `rows` to the rows `index` of `out`, in place, and return `out`: torch.Tensor.index_add_ along axis 0.
+
+    `out` (n, …) and `rows` (b, …), contiguous, of one shape after the first axis, `index` (b,) int64, 0 … n − 1; all on one
+    device, `out` and `rows` of one floating dtype. An index may come again; its rows are added in their order, so the result
+    is the same each time. Raises `ValueError` for anything else; on an accelerator, where nothing waits for the values, an
+    index out of range is not noticed.
+    """
+    check_tensors("index_add", out, {"out": out}, out.shape)
+    check_tensors("index_add", out, {"rows": rows}, (len(rows), *out.shape[1:]))
+    if index.shape != (len(rows),) or index.dtype != torch.int64 or index.device != out.device:
+        raise ValueError(
+            f"index_add: expected int64 indices ({len(rows)},) on {out.device}, found {index.dtype} of shape "
+            f"{tuple(index.shape)} on {index.device}"
+        )
+    if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(out):
+        raise ValueError(
+            f"index_add: expected indices 0 … {len(out) - 1}, found {int(index.min())} … {int(index.max())}"
+        )
+    result: Tensor = dispatch.implementation_of("index_add", out)(out, index.contiguous(), rows, alpha)
+    return result

@@ -1,4 +1,4 @@
-"""Compute the steps along flat vectors and their distance in plain torch."""
+"""Compute the steps along flat vectors, their distance, and the sum of rows in plain torch."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def adjoint_step(
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """Return Σ (a − b)² in float64. `a`, `b`: (P,)."""
     return (a.double() - b.double()).square().sum()
+
+
+def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
+    """Add `alpha` · `rows` (b, …) to the rows `index` (b,) of `out` (n, …), in place."""
+    return out.index_add_(0, index, rows, alpha=alpha)

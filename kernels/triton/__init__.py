@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .block import conv_norm_relu_pool_dual, conv_norm_relu_pool_dual_backward
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
     from .dispatch import is_fused as is_fused
-    from .flat import adjoint_step, sgd_step, squared_distance
+    from .flat import adjoint_step, index_add, sgd_step, squared_distance
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
@@ -60,6 +60,7 @@ __all__ = [
     "conv3x3_weight_gradient",
     "conv_norm_relu_pool_dual",
     "conv_norm_relu_pool_dual_backward",
+    "index_add",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
     "norm_relu_pool",
@@ -78,6 +79,7 @@ _MODULES = {
     "bias": "bias",
     "colour": "warp",
     "conv_norm": "block",
+    "index": "flat",
     "is_fused": "dispatch",
     "linear": "classifier",
     "norm": "norm",

@@ -1,7 +1,8 @@
-"""Pass once over flat vectors: a step of SGD, the adjoint of that step, and the squared distance of two points."""
+"""Pass once over flat vectors (a step of SGD, the adjoint of that step, the squared distance of two points), and add rows to rows."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,6 +81,35 @@ def _sum(partials: tl.tensor, result: tl.tensor, PARTIALS: tl.constexpr) -> None
     tl.store(result, tl.sum(tl.load(partials + tl.arange(0, PARTIALS)), 0))
 
 
+@triton.jit
+def _index_add(
+    out: tl.tensor,  # (n, WIDTH)
+    index: tl.tensor,  # (b,)
+    rows: tl.tensor,  # (b, WIDTH)
+    batch: tl.tensor,
+    WIDTH: tl.constexpr,
+    ALPHA: tl.constexpr,
+    EVERY: tl.constexpr,  # at least b
+    SIZE: tl.constexpr,
+) -> None:
+    """Add a row's SIZE elements, and those of all later rows of the same index, if no earlier row has that index."""
+    BLOCKS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
+    own, column = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * SIZE + tl.arange(0, SIZE)
+    every, exists = tl.arange(0, EVERY), column < WIDTH
+    target = tl.load(index + own)
+    same = tl.load(index + every, every < batch, -1) == target
+    if tl.min(tl.where(same, every, EVERY), 0) == own:
+        place = out + target * WIDTH + column
+        total = tl.load(place, exists, 0)
+        last = tl.max(tl.where(same, every, 0), 0)
+        source = rows + own.to(tl.int64) * WIDTH + column
+        for row in range(own, last + 1):
+            if tl.load(index + row) == target:
+                total += ALPHA * tl.load(source, exists, 0)
+            source += WIDTH
+        tl.store(place, total, exists)
+
+
 def sgd_step(
     theta: Tensor,
     gradient: Tensor,
@@ -128,3 +158,13 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     launch(_squared_distance, row["PARTIALS"], a, b, partials, a.numel(), **row)
     launch(_sum, 1, partials, result, PARTIALS=row["PARTIALS"])
     return result
+
+
+def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
+    """See `mtt_fast.kernels.index_add`. torch's own, where it is deterministic, sorts the indices in ten kernels."""
+    row, batch, width = configuration("index_add", "", architecture(out.device)), len(rows), math.prod(out.shape[1:])
+    programs = batch * triton.cdiv(width, row["SIZE"])
+    constants = {"WIDTH": width, "ALPHA": alpha, "EVERY": triton.next_power_of_2(max(batch, 1))}
+    launch(_index_add, programs, out, index, rows, batch, **constants, **row)
+    torch.autograd.graph.increment_version(out)
+    return out

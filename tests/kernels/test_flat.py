@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtt_fast import kernels
-from mtt_fast.kernels import adjoint_step, native, reference, sgd_step, squared_distance
+from mtt_fast.kernels import adjoint_step, index_add, native, reference, sgd_step, squared_distance
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import check, each_architecture, meta, recording
 from tests.kernels.helpers import needs_native
@@ -151,6 +151,35 @@ def test_steps_refuse(step: Callable[..., Tensor], arguments: tuple[Any, ...], r
         step(*arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alpha", [1.0, -1.0])
+@pytest.mark.parametrize("index", [[2, 0, 2, 2, 4], [3], []])
+def test_rows_are_added_in_their_order(index: list[int], alpha: float, dtype: torch.dtype) -> None:
+    out, rows = torch.randn(5, 3, 2, dtype=dtype), torch.randn(len(index), 3, 2, dtype=dtype)
+    expected = out.clone()
+    for place, row in zip(index, rows, strict=True):
+        expected[place] += alpha * row
+    assert index_add(out, torch.tensor(index, dtype=torch.long), rows, alpha) is out
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("index", "rows", "reason"),
+    [
+        ([0, 5], torch.zeros(2, 3), "expected indices 0 … 4, found 0 … 5"),
+        ([-1, 0], torch.zeros(2, 3), "found -1 … 0"),
+        ([0], torch.zeros(2, 3), r"int64 indices \(2,\)"),
+        ([0.0, 1.0], torch.zeros(2, 3), "found torch.float32"),
+        ([0, 1], torch.zeros(2, 4), r"rows of shape \(2, 3\)"),
+        ([0, 1], torch.zeros(2, 3, dtype=torch.float64), "rows of floating dtype torch.float32"),
+        ([0, 1], torch.zeros(3, 2).T, "rows contiguous"),
+    ],
+)
+def test_adding_rows_refuses(index: list[float], rows: Tensor, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^index_add: .*{reason}"):
+        index_add(torch.zeros(5, 3), torch.tensor(index), rows)
+
+
 def two_vectors(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(size)
     a = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -268,6 +297,7 @@ def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("flat", "cpu")
     for dtype in ("float32", "float64", "bfloat16"):
         assert len([line for line in lines if line.startswith("passed: vectors") and dtype in line]) == 4
+    assert len([line for line in lines if line.startswith("passed: rows")]) == 2 * 4
 
 
 @pytest.mark.gpu
@@ -285,5 +315,7 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
         flat.sgd_step(a, a, meta(), a, a, a, 0.9, 5e-4)
         flat.adjoint_step(a, a, a, meta(), a, a, 5e-4)
         flat.squared_distance(a, a)
-    assert len(launches) == 5
+        index = torch.empty(100, dtype=torch.long, device="meta")
+        flat.index_add(meta(500, 3, 32, 32), index, meta(100, 3, 32, 32), -1.0)
+    assert len(launches) == 6
     check(launches, architecture, tmp_path)

@@ -378,6 +378,23 @@ def vectors(device: str) -> None:
         print("passed: vectors", size, dtype)
 
 
+def rows(device: str) -> None:
+    from mtt_fast.kernels import reference, triton
+
+    torch.manual_seed(0)
+    for dtype, (count, batch, width) in itertools.product(
+        (torch.float32, torch.float64), ((5, 7, 3), (1, 4, 600), (9, 2, 1), (3, 0, 4))
+    ):
+        out, added = torch.randn(count, width, dtype=dtype), torch.randn(batch, width, dtype=dtype)
+        index = torch.randint(count, (batch,))
+        for alpha in (1.0, -1.0):
+            expected = reference.index_add(out.clone(), index, added, alpha)
+            ours = out.to(device, copy=True)
+            assert triton.index_add(ours, index.to(device), added.to(device), alpha) is ours
+            assert torch.equal(ours.cpu(), expected), (dtype, count, batch, width, alpha)
+        print("passed: rows", (count, batch, width), dtype)
+
+
 def warps(device: str, shape: tuple[int, int, int, int]) -> None:
     """Compare warps; each sample has parameters of its own: a turn, all at once, none, and a whole displacement under a mask."""
     from mtt_fast.kernels import reference, triton
@@ -462,6 +479,7 @@ def main(family: str, device: str) -> None:
                 classifiers(device, dtype)
         case "flat":
             vectors(device)
+            rows(device)
         case "warp":
             for images in IMAGES if device == "cpu" else IMAGES + LARGE_IMAGES:
                 warps(device, images)
