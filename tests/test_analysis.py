@@ -20,9 +20,9 @@ from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.__main__ import COMMANDS, main
 from mtt_fast.analysis.distance import (
     DistanceOptions,
-    _defaults,
-    _distilled_sets,
-    _strategy,
+    default_options,
+    read_distilled_sets,
+    strategy_of,
     nearest_steps,
     student_path,
 )
@@ -311,16 +311,16 @@ def test_augmentation_is_that_of_the_distillation() -> None:
         ({"dsa_strategy": "crop", "method": "DC"}, "none"),
         ({"dsa_strategy": "crop", "method": "DSA"}, "crop"),
     ):
-        assert _strategy(recipe, options) == strategy
+        assert strategy_of(recipe, options) == strategy
 
 
 def test_options_of_real_training_are_those_of_the_set_that_matched_trajectories() -> None:
     dsa = {"dataset": "CIFAR100", "seed": 3, "device": "cuda:1", "method": "DSA", "batch_real": 128, "lr_img": 0.1}
     mtt = {"dataset": "CIFAR10", "expert_epochs": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9, "ipc": 1}
-    assert _defaults([dsa, mtt]) == {
+    assert default_options([dsa, mtt]) == {
         "dataset": "CIFAR100", "seed": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9,
     }  # fmt: skip
-    assert _defaults([dsa]) == {"dataset": "CIFAR100", "seed": 3}
+    assert default_options([dsa]) == {"dataset": "CIFAR100", "seed": 3}
 
 
 def test_students_step_as_in_the_distillation(toy: Path) -> None:
@@ -401,7 +401,7 @@ def test_a_broken_record_of_distances(text: str, toy: Path, tmp_path: Path, caps
 def test_labels_and_paths_of_sets(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "N=2").symlink_to(toy / "run")
-    found = _distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
+    found = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
     assert list(found) == ["N=2", "short", "x"]
 
 

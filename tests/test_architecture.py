@@ -65,6 +65,26 @@ def test_kernels_know_nothing_of_the_rest() -> None:
         assert not set(imports(path)) - {"kernels"}, path
 
 
+def is_private(name: str | None) -> bool:
+    return name is not None and name.startswith("_") and not name.startswith("__")
+
+
+OURS = ("mtt_fast", "kernels", "bench", "tests")
+
+
+@pytest.mark.parametrize("folder", [*OURS, "examples"])
+def test_no_module_imports_a_private_name_of_another(folder: str) -> None:
+    private = {
+        f"{path.relative_to(ROOT)}: {node.module}.{alias.name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS
+        for alias in node.names
+        if is_private(alias.name)
+    }
+    assert private == set()
+
+
 def functions(path: Path) -> Iterator[ast.FunctionDef]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))

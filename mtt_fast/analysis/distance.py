@@ -103,10 +103,10 @@ Nearest = tuple[float, int]
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    sets = _distilled_sets(parsing.preview(DistanceOptions, argv, PROGRAM).runs)
+    sets = read_distilled_sets(parsing.preview(DistanceOptions, argv, PROGRAM).runs)
     if not sets:
         raise InputError(f"expected run folders, plain or as LABEL=FOLDER; see {PROGRAM} --help")
-    defaults = _defaults([synthetic.recipe for synthetic in sets.values()])
+    defaults = default_options([synthetic.recipe for synthetic in sets.values()])
     options = parsing.parse(DistanceOptions, argv, PROGRAM, defaults, source=next(iter(sets)))
     deltas = sorted(set(parsing.integers(options.deltas, "--deltas")))
     training = options.training_at(options.expert_lr, options.batch_real)
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
         _run(options, sets, network, real_images(data, options.zca, device), training, deltas, stop)
 
 
-def _defaults(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def default_options(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the sets' recipes say of the options: the first of the data and the network, of experts one that has some."""
     common = names_of(CommonOptions, Role.RESULT, Role.PLACE)
     matched = next((recipe for recipe in recipes if "expert_epochs" in recipe), {})
@@ -127,7 +127,7 @@ def _defaults(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return of_first | {name: value for name, value in matched.items() if name in _OF_EXPERTS}
 
 
-def _distilled_sets(places: Sequence[str]) -> dict[str, SyntheticDataset]:
+def read_distilled_sets(places: Sequence[str]) -> dict[str, SyntheticDataset]:
     """Return the sets by label: what stands before "=", or the folder's name, where there is a file or folder so called."""
     found: dict[str, SyntheticDataset] = {}
     for place in places:
@@ -214,7 +214,7 @@ def student_path(
     """Return θ̂_0 … θ̂_K, (K + 1, P): `options.steps` steps from `start` (P,) as in the set's distillation."""
     recipe, images = synthetic.recipe, as_training_images(synthetic, start.device)
     batches = student_batches(len(images), recipe.get("batch_syn"), options.steps, generator)
-    augment = augment_by_strategy(_strategy(recipe, options))
+    augment = augment_by_strategy(strategy_of(recipe, options))
     rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
     if rates.dim():  # one for each of N steps, which come again and again
         rates = rates.repeat(math.ceil(options.steps / len(rates)))[: options.steps]
@@ -229,7 +229,7 @@ def student_path(
     return path
 
 
-def _strategy(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
+def strategy_of(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
     """Return the augmentation that a set was distilled with; that of the options where its recipe does not say."""
     if recipe.get("no_aug") or recipe.get("method") in _WITHOUT_AUGMENTATION or not recipe.get("dsa", options.dsa):
         return "none"
@@ -268,7 +268,7 @@ def _question(
         "set": digest(synthetic.images, synthetic.labels, rates),
         "label_kind": synthetic.label_kind,
         "canvas": synthetic.canvas and dataclasses.asdict(synthetic.canvas),
-        "student": student | {"augment": _strategy(synthetic.recipe, options), "steps": options.steps},
+        "student": student | {"augment": strategy_of(synthetic.recipe, options), "steps": options.steps},
         "training": dataclasses.asdict(training),
         "deltas": list(deltas),
         "start": start,

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
             f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}; "
             f"see {PROGRAM} --help"
         )
-    options = _parse(name, argv[1:])
+    options = parse_method_options(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
     check_same_method(folder, name)
@@ -79,7 +79,7 @@ class _Selection:
     resume: bool = False
 
 
-def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
+def parse_method_options(name: str, argv: Sequence[str]) -> BaselineOptions:
     """Return the method's options: defaults, or with --resume those of the run, then flags."""
     program = f"{PROGRAM} {name}"
     chosen = parsing.parse_known(_Selection, argv, program)

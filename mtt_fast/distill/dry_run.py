@@ -31,14 +31,14 @@ _CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # how often a step is measured; 
 _WHITENING = 2  # matrices of D² in a distilled set
 
 
-class _Seconds(NamedTuple):
+class SecondsPerImage(NamedTuple):
     """The seconds that an image costs."""
 
     gradient: float
     tangent: float
 
 
-class _Amounts(NamedTuple):
+class _Estimate(NamedTuple):
     """Something of the experts, of the iterations, and of the evaluations or the data."""
 
     experts: float
@@ -68,11 +68,11 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     plan = planned(options, network, (count, *info.image_shape), device, precision)
     saved = plan.passes / plan.work.student.passes[0]  # by saved activations
     costs = [
-        _seconds(one, info.image_shape, device, precision_on(device, one, options.precision))
+        _measured_seconds(one, info.image_shape, device, precision_on(device, one, options.precision))
         for one in (network, *options.evaluated_networks(info).values())
     ]
-    seconds = _times(options, info, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
-    size = _sizes(options, info, network.num_parameters, missing, uncompressed)
+    seconds = estimated_seconds(options, info, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
+    size = estimated_bytes(options, info, network.num_parameters, missing, uncompressed)
     lines = {
         "recipe": _recipe(options),
         "data set": f"{info.name}: {_shape(info.image_shape)}, {info.num_classes} classes, "
@@ -93,7 +93,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     return "\n".join(f"{name:10}{text}" for name, text in lines.items() if text)
 
 
-_TOLD = {
+_SHOWN_ELSEWHERE = {
     "dataset", "subset", "res", "zca", "model", "ipc", "Iteration", "syn_steps", "expert_epochs", "max_start_epoch",
     "min_start_epoch", "batch_syn", "num_experts", "max_experts", "train_epochs", "recipe", "config", "out", "resume",
     "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "memory_budget", "microbatch",
@@ -104,7 +104,7 @@ _TOLD = {
 def _besides(options: DistillOptions) -> str:
     """Return the other options that are not the defaults."""
     plain, given = dataclasses.asdict(DistillOptions()), dataclasses.asdict(options)
-    others = {name: value for name, value in given.items() if name not in _TOLD and value != plain[name]}
+    others = {name: value for name, value in given.items() if name not in _SHOWN_ELSEWHERE and value != plain[name]}
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in others.items())
 
 
@@ -128,9 +128,14 @@ def _state(folder: Path) -> str:
     return f"{folder} goes on" if read_config(folder) else f"into {folder}"
 
 
-def _times(
-    options: DistillOptions, info: DatasetInfo, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
-) -> _Amounts:
+def estimated_seconds(
+    options: DistillOptions,
+    info: DatasetInfo,
+    missing: int,
+    cost: SecondsPerImage,
+    evaluated: Sequence[float],
+    saved: float,
+) -> _Estimate:
     """Return seconds, where an image costs `cost` in the student, and in a step of the `evaluated` networks so many."""
     gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * info.num_classes
@@ -141,8 +146,8 @@ def _times(
     trainings = [epochs * count * crops * gradient + info.test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
     # of the initial images and of those after them, for each set
-    evaluations = _sets(options) * (1 + math.ceil(options.Iteration / options.eval_it))
-    return _Amounts(
+    evaluations = _set_count(options) * (1 + math.ceil(options.Iteration / options.eval_it))
+    return _Estimate(
         experts=missing * options.train_epochs * (info.train * gradients * cost.gradient + info.test * forward),
         iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
         # of the first network on random real images too
@@ -150,21 +155,21 @@ def _times(
     )
 
 
-def _sets(options: DistillOptions) -> int:
+def _set_count(options: DistillOptions) -> int:
     """Return how many sets are evaluated and kept: the images, and their average if there is one."""
     return 1 if options.ema_decay is None else 2
 
 
-def _sizes(
+def estimated_bytes(
     options: DistillOptions, info: DatasetInfo, num_parameters: int, missing: int, uncompressed: int
-) -> _Amounts:
+) -> _Estimate:
     """Return bytes."""
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
     images = 4 * options.ipc * info.num_classes * values * options.tiles
-    sets = _sets(options)
+    sets = _set_count(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
-    return _Amounts(
+    return _Estimate(
         experts=4 * rows * num_parameters,
         # each set and the best one of it; the checkpoint's images with their velocity and their average
         iterations=2 * sets * (images + whitening) + (1 + sets) * images,
@@ -173,16 +178,16 @@ def _sizes(
 
 
 @lru_cache(maxsize=8)
-def _seconds(
+def _measured_seconds(
     network: Network, image_shape: tuple[int, int, int], device: torch.device, precision: Precision
-) -> _Seconds:
+) -> SecondsPerImage:
     """Measure what an image costs in a student's gradient and in its derivative."""
     kind: LabelKind = "indices"
     student = student_for(network, device, kind, precision=precision)
     theta = torch.randn(network.num_parameters, device=device) / 100
     images = torch.randn(_SAMPLES, *image_shape, device=device)
     labels = torch.zeros(_SAMPLES, dtype=torch.long, device=device)
-    return _Seconds(
+    return SecondsPerImage(
         _timed(lambda: student.gradient(theta, images, labels), device) / _SAMPLES,
         _timed(lambda: student.gradient_jvp(theta, images, labels, theta), device) / _SAMPLES,
     )

@@ -53,10 +53,10 @@ def free_bytes(device: torch.device) -> int:
         system = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return min([system, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return min([system, *bytes_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
-def _left_in_groups(membership: Path, mount: Path) -> list[int]:
+def bytes_left_in_groups(membership: Path, mount: Path) -> list[int]:
     """Return the bytes below the limit in each control group of this process, version 1 or 2, and the groups above."""
     left = []
     for line in membership.read_text().splitlines() if membership.exists() else []:
@@ -70,11 +70,11 @@ def _left_in_groups(membership: Path, mount: Path) -> list[int]:
         own_group = root / path.lstrip("/")
         for group in [own_group, *own_group.parents]:
             if group.is_relative_to(root):
-                left += _left_in_group(group, *names)
+                left += _bytes_left_in(group, *names)
     return left
 
 
-def _left_in_group(group: Path, limit: str, usage: str, cached: str) -> list[int]:
+def _bytes_left_in(group: Path, limit: str, usage: str, cached: str) -> list[int]:
     try:
         allowed = (group / limit).read_text().strip()
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

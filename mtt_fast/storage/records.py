@@ -14,6 +14,8 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.files import MALFORMED, checksum_of, parse_json, write_json
 from mtt_fast.storage.regular import read_text
 
+NUMBER = int | float
+"""The form of a number, for `check_form`."""
 _FORMAT = 2
 _SEAL = ("format", "checksum")
 

@@ -17,7 +17,7 @@ from mtt_fast.data.class_names import CIFAR10, SUBSETS
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill import dry_run
 from mtt_fast.distill.command import main
-from mtt_fast.distill.dry_run import _Seconds, _sizes, _times
+from mtt_fast.distill.dry_run import SecondsPerImage, estimated_bytes, estimated_seconds
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.recipes import recipe_names, recipe_options
 
@@ -197,15 +197,15 @@ OPTIONS = DistillOptions(
 
 
 def test_the_time_is_that_of_every_image_in_every_step() -> None:
-    cost, evaluated = _Seconds(gradient=3.0, tangent=5.0), [3.0, 6.0]
-    times = _times(OPTIONS, FACTS, 2, cost, evaluated, saved=0.5)
+    cost, evaluated = SecondsPerImage(gradient=3.0, tangent=5.0), [3.0, 6.0]
+    times = estimated_seconds(OPTIONS, FACTS, 2, cost, evaluated, saved=0.5)
     assert times.experts == 2 * 5 * (100 * 3 + 30 * 1)  # a test is a third of a gradient
     assert times.iterations == 7 * 3 * 4 * 20 * (3 + 5) * 0.5
     one, other = 10 * 20 * 3 + 30 * 1, 10 * 20 * 6 + 30 * 2  # an epoch more, as in the public code
     assert times.rest == 2 * (4 * (one + other) + one)  # before, after 3, 6 and 7 iterations; random real images
 
     more = dataclasses.replace(OPTIONS, rho_max=0.1, ema_decay=0.9, batch_syn=6, texture=True, canvas_samples=3)
-    times = _times(more, FACTS, 2, cost, evaluated, saved=1.0)
+    times = estimated_seconds(more, FACTS, 2, cost, evaluated, saved=1.0)
     assert times.experts == 2 * 5 * (100 * 2 * 3 + 30 * 1)
     assert times.iterations == 7 * 3 * 4 * 18 * (3 + 5)
     one, other = 3 * (one - 30) + 30, 3 * (other - 60) + 60
@@ -214,9 +214,9 @@ def test_the_time_is_that_of_every_image_in_every_step() -> None:
 
 def test_the_sizes_are_those_of_every_number() -> None:
     images, whitening = 4 * 20 * 64, 4 * 2 * 64**2
-    assert _sizes(OPTIONS, FACTS, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
+    assert estimated_bytes(OPTIONS, FACTS, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
     more = dataclasses.replace(OPTIONS, zca=True, ema_decay=0.9, texture=True, canvas_size=2, num_interpolation=4)
-    experts, run, _ = _sizes(more, FACTS, 1000, 3, 5)
+    experts, run, _ = estimated_bytes(more, FACTS, 1000, 3, 5)
     assert experts == 4 * (3 * 6 + 5 * 4) * 1000
     assert run == 4 * (4 * images + whitening) + 3 * 4 * images
 

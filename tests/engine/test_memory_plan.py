@@ -22,7 +22,7 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.student import live_bytes
 from mtt_fast.kernels import native
-from mtt_fast.runtime.memory_info import _left_in_groups, free_bytes, parse_bytes
+from mtt_fast.runtime.memory_info import bytes_left_in_groups, free_bytes, parse_bytes
 from mtt_fast.testing import assert_close, reference_convnet
 
 GIB, MIB = 2**30, 2**20
@@ -369,7 +369,7 @@ def test_free_memory_is_the_least_that_system_and_groups_leave(tmp_path: Path, m
         (group / "memory.stat").write_text(f"anon 7\ninactive_file {cached}\n")
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "own").write_text("4:cpu:/x\n0::/a/b\n")
-    assert sorted(_left_in_groups(tmp_path / "own", tmp_path)) == [100, 400]
+    assert sorted(bytes_left_in_groups(tmp_path / "own", tmp_path)) == [100, 400]
     monkeypatch.setattr(memory_plan, "free_bytes", lambda _: 100 * MIB)
     assert planned("auto").budget == 80 * MIB
 
