@@ -1,4 +1,4 @@
-"""Free memory, sizes as text, and errors that say that memory ran out."""
+"""Measure free memory, parse sizes, and recognise errors that say that memory ran out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtt_fast.errors import InputError
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 AUTO = "auto"
-"""The budget that is `MARGIN` of the free memory."""
+"""The memory budget that stands for the share `MARGIN` of the free memory."""
 MARGIN = 0.8
 
 
@@ -40,10 +40,10 @@ def parse_bytes(amount: int | str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on `device`, by the driver, or the system and the control group.
+    """Return the bytes that can still be allocated on `device`, as the driver, or the system and the control group, say.
 
-    On a GPU memory that torch has reserved and does not use counts as free. Where the system does not say (not Linux), half
-    of the physical memory counts as free.
+    On a GPU memory that torch has reserved and does not use counts as free. On other systems than Linux half of the
+    physical memory counts as free.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -57,7 +57,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def bytes_left_in_groups(membership: Path, mount: Path) -> list[int]:
-    """Return the bytes below the limit in each control group of this process, version 1 or 2, and the groups above."""
+    """Return the bytes left below the limit of each control group of this process, version 1 or 2, and of the groups above."""
     left = []
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)

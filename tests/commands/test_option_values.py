@@ -1,4 +1,4 @@
-"""What options take: ranges, types and choices on command lines and in files, spellings, and the public code's arguments."""
+"""Test the values of options: ranges, types and choices on command lines and in files, spellings, and the public code's arguments."""
 
 from __future__ import annotations
 
@@ -415,8 +415,8 @@ def test_what_is_given_is_known_whatever_its_value() -> None:
 
 
 def test_what_options_decide() -> None:
-    """Each is decided where it is declared; a new one belongs in one of these lists on purpose, or makes the result."""
-    assert names_of(DistillOptions, Role.PLACE) == {
+    """Check the role that each option declares; a new option belongs in one of these lists on purpose, or decides the result."""
+    assert names_of(DistillOptions, Role.LOCATION) == {
         "recipe", "config", "out", "resume", "dry_run", "download", "data_path", "packed_path", "buffer_path",
     }  # fmt: skip
     assert names_of(DistillOptions, Role.MACHINE) == {
