@@ -259,7 +259,7 @@ def test_the_best_set_is_that_of_the_best_evaluation(
     accuracies = {0: 0.3, 1: 0.5, 2: 0.4}
     monkeypatch.setattr(
         "mtt_fast.commands.run_loop.evaluate",
-        lambda *_, place, **__: Accuracy((accuracies[place[0]],)),
+        lambda *_, indices, **__: Accuracy((accuracies[indices[0]],)),
     )
     assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1") == 0
     assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == 1

@@ -239,8 +239,8 @@ def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_number
 ) -> None:
     asked = []
 
-    def measured(network: Any, train: Any, test: Any, lr: float, *_: Any, place: Any = (), **__: Any) -> Accuracy:
-        asked.append((lr, tuple(place)))
+    def measured(network: Any, train: Any, test: Any, lr: float, *_: Any, indices: Any = (), **__: Any) -> Accuracy:
+        asked.append((lr, tuple(indices)))
         return Accuracy((0.5,))
 
     monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", measured)
