@@ -1,4 +1,4 @@
-"""The command line of all benchmarks: `python -m bench COMMAND …`."""
+"""Run a benchmark: `python -m bench COMMAND …`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases for the engines: random images and labels, a fresh network, and a target that training reaches from there."""
+"""Make cases for the engines: random images and labels, a fresh network, and a target that training reaches from it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ TARGET_EPOCHS = 2
 
 
 def make_case(setting: Setting, seed: int = 0) -> Case:
-    """Return a case in float64, on the CPU; its numbers are float32's.
+    """Return a case in float64, on the CPU, whose values are exact in float32.
 
     The target lies as many steps away as the student takes, on other images at ten times the rate. The direction is one that
-    training takes, since in a random one the Hessian terms would seem smaller than they are; and the target is far away, as
-    an expert's epochs are, since float32 loses most of a short path.
+    training takes, since in a random direction the Hessian terms would seem smaller than they are; and the target is far
+    away, as an expert's epochs are, since float32 loses most of a short path.
     """
     generator = torch.Generator().manual_seed(seed)
     net = setting.net
@@ -93,7 +93,7 @@ def small_setting(setting: Setting) -> Setting:
     return Setting(small, images=5, steps=3, batch=4)
 
 
-def to(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
+def case_on(case: Case, dtype: torch.dtype, device: torch.device) -> Case:
     """Return the case in `dtype` on `device`."""
 
     def moved(value: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def save_case(case: Case, path: Path) -> dict[str, Any]:
 
 
 def load_case(net: dict[str, Any], path: str) -> Case:
-    """Return the case that `save_case` wrote."""
+    """Read the case that `save_case` wrote."""
     from safetensors.torch import load_file
 
     return Case(ConvNet(**net), **load_file(path))

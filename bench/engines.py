@@ -1,4 +1,4 @@
-"""The engines that are compared: functions from a case to the gradients of images and learning rate."""
+"""Define the engines that are compared: functions from a case to the gradients of images and learning rate."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Gradients(NamedTuple):
 
 
 Run = Callable[..., Gradients]
-"""Called with the case, and with `microbatch` or `memory_budget` if the engine takes them."""
+"""An engine's function of the case, and of `microbatch` or `memory_budget` if the engine takes limits."""
 
 
 def whole_graph(case: Case) -> Gradients:
@@ -66,7 +66,7 @@ def whole_graph(case: Case) -> Gradients:
 
 
 def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
-    """Keep the parameters of all steps, then record each step again and differentiate it twice, alone. Exact."""
+    """Save the parameters of all steps, then record each step again by itself and differentiate it twice. Exact."""
     network, adjoint, path = _module_function(case), *_plain_sweep(case, microbatch)
     to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
     for n in reversed(range(len(case.batches))):
@@ -86,22 +86,22 @@ def checkpointed(case: Case, microbatch: int | None = None) -> Gradients:
 
 
 def truncated(case: Case) -> Gradients:
-    """Use the last adjoint at every step, as TESLA does, so that every Hessian is left out. Not exact."""
+    """Use the last adjoint at every step, as TESLA does, which leaves out every Hessian. Not exact."""
     result = testing.truncated(
         _module_function(case), case.start, case.target, case.images, case.labels, case.lr, list(case.batches)
     )
     return Gradients(result.images, result.lr)
 
 
-def generic(case: Case, **cut: Any) -> Gradients:
-    """Run mtt_fast with the generic student, by autograd."""
-    return _unrolled(case, loss=cross_entropy, **cut)  # a loss of the user's own takes the generic student
+def generic(case: Case, **limits: Any) -> Gradients:
+    """Run mtt_fast with the generic student, which uses autograd."""
+    return _unrolled(case, loss=cross_entropy, **limits)  # a loss of the user's own takes the generic student
 
 
-def fused(case: Case, precision: Precision = "fp32", **cut: Any) -> Gradients:
-    """Run mtt_fast with the fused student, by hand over the kernels."""
+def fused(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
+    """Run mtt_fast with the fused student, which is written by hand on the kernels."""
     _fused_student(case, precision)
-    return _unrolled(case, precision=precision, **cut)
+    return _unrolled(case, precision=precision, **limits)
 
 
 def fused_graph(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
@@ -133,7 +133,7 @@ def _graphed_iteration(net: ConvNet, plan: Plan) -> Iteration:
 
 
 def compiled(case: Case) -> Gradients:
-    """Compile the mixed step of torch.func with torch.compile; the plain gradients are eager."""
+    """Run the mixed step of torch.func, compiled by torch.compile; the plain gradients are eager."""
     step = _compiled_step(case.net)
     adjoint, path = _plain_sweep(case)
     to_images, to_lr = torch.zeros_like(case.images), torch.zeros_like(case.lr)
@@ -193,17 +193,17 @@ def _plain_sweep(case: Case, microbatch: int | None = None) -> tuple[Tensor, lis
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine: its function, its work, and its properties."""
+    """An engine: its function, its amount of work, and its properties."""
 
     run: Run
     passes: tuple[Passes, ...] = ()
-    """forward passes' worth of work; none if unknown"""
+    """the work in forward passes; empty if unknown"""
     tuned: bool = True
-    """whether glibc keeps freed memory for it, as it does for mtt_fast's commands"""
+    """whether glibc keeps freed memory in the engine's process, as it does for mtt_fast's commands"""
     exact: bool = True
-    cuts: bool = False
+    takes_limits: bool = False
     """whether `run` takes `microbatch` and `memory_budget`"""
-    rounds: bool = False
+    takes_precision: bool = False
     """whether `run` takes a `precision`; other engines follow torch's settings"""
     cuda_only: bool = False
 
@@ -213,12 +213,14 @@ ENGINES = {
     "whole_graph-tuned": Engine(whole_graph, (PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "checkpointed": Engine(checkpointed, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD)),
     "truncated": Engine(truncated, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD_TO_IMAGES), exact=False),
-    "generic": Engine(generic, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD), cuts=True),
+    "generic": Engine(generic, (PLAIN_GRADIENT, PLAIN_GRADIENT, DOUBLE_BACKWARD), takes_limits=True),
     "compiled": Engine(compiled, (PLAIN_GRADIENT, COMPILED_MIXED_STEP)),
-    "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True),
-    "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True),
-    "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), cuts=True, rounds=True),
-    "fused-graph": Engine(fused_graph, (PLAIN_GRADIENT, MIXED_STEP), cuts=True, rounds=True, cuda_only=True),
+    "fused": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True),
+    "fused-budget": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True),
+    "fused-auto": Engine(fused, (PLAIN_GRADIENT, MIXED_STEP_KEPT), takes_limits=True, takes_precision=True),
+    "fused-graph": Engine(
+        fused_graph, (PLAIN_GRADIENT, MIXED_STEP), takes_limits=True, takes_precision=True, cuda_only=True
+    ),
 }
 
 
@@ -230,11 +232,11 @@ def engine_on(name: str, device: torch.device, precision: str) -> tuple[Engine, 
     engine = engine_named(name)
     if engine.cuda_only and device.type != "cuda":
         raise InputError(f"--engines {name}: expected a CUDA device, found {device}; use fused")
-    return engine, {"precision": precision} if engine.rounds and device.type == "cuda" else {}
+    return engine, {"precision": precision} if engine.takes_precision and device.type == "cuda" else {}
 
 
 def engine_named(name: str) -> Engine:
-    """Return the engine called `name`, or the function at MODULE:FUNCTION as one. Raises `InputError` for neither."""
+    """Return the engine called `name`, or one of the function MODULE:FUNCTION. Raises `InputError` for any other name."""
     if name in ENGINES:
         return ENGINES[name]
     if ":" in name:

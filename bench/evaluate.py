@@ -1,4 +1,4 @@
-"""Training on distilled images, as an evaluation does: mtt_fast beside an ordinary module and optimiser."""
+"""Time training on distilled images, as in an evaluation: mtt_fast beside an ordinary module and optimiser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training experts on real images: mtt_fast beside an ordinary module and optimiser."""
+"""Time the training of experts on real images: mtt_fast beside an ordinary module and optimiser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The floor: PyTorch's own convolutions of one iteration of the step by hand, and nothing else."""
+"""Run only the convolutions of one iteration, by PyTorch: a floor for the time of the fused student."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Convolution:
 
 
 def convolutions(setting: Setting, device: torch.device) -> list[Convolution]:
-    """Return the convolutions of a step: of the plain gradient and of the mixed one, 11 times a forward pass in all.
+    """Return the convolutions of a step, of the plain and of the mixed gradient: the work of 11 forward passes.
 
     Each is in the memory format that is faster on `device`.
     """

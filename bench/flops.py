@@ -1,4 +1,4 @@
-"""The floating-point operations that an engine needs, by the shapes of convolutions and classifier alone."""
+"""Count the floating-point operations of an engine, from the shapes of convolutions and classifier alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from mtt_fast.networks.convnet import ConvNet
 
 Passes = tuple[int, int]
-"""The number of forward passes' worth of work in a step, and the number of times that the first layer's share is spared.
+"""The work of a step in forward passes, and the number of times that the first layer's share is not needed.
 
 A layer's forward pass, its gradient to the input and its gradient to the weight cost the same, F. A plain gradient is
 3F, less the first layer's input gradient (the images' own, which is not needed): (3, 1).
@@ -23,12 +23,13 @@ DOUBLE_BACKWARD_TO_IMAGES: Passes = (5, 2)
 MIXED_STEP: Passes = (8, 3)
 # With the primal's activations saved: neither its forward nor its gradient to the inputs.
 MIXED_STEP_KEPT: Passes = (6, 2)
-# Through torch.compile, which has no double backward. torch.func computes the primal's own gradients to weights and images too, and multiplies by the images' ẋ = 0.
+# Through torch.compile, which has no double backward. torch.func computes the primal's own gradients to weights and images
+# too, and multiplies by the images' ẋ = 0.
 COMPILED_MIXED_STEP: Passes = (9, 0)
 
 
 def forward_flops(net: ConvNet) -> tuple[int, int]:
-    """Return the operations (two a multiply-add) of one sample's forward pass, and the first layer's part of them."""
+    """Return the operations (two for a multiply-add) of one sample's forward pass, and those of the first layer alone."""
     height, width = (net.image_size,) * 2 if isinstance(net.image_size, int) else net.image_size
     layers = []
     for block in range(net.depth):

@@ -1,28 +1,28 @@
-"""The gate that an engine passes before it is timed: exact in float64, and no worse than autograd in float32."""
+"""Check an engine before it is timed: exact in float64, and no worse than autograd in float32."""
 
 from __future__ import annotations
 
 import torch
 
-from bench.cases import make_case, small_setting, to
+from bench.cases import case_on, make_case, small_setting
 from bench.engines import Engine, whole_graph
 from bench.settings import Setting
 from mtt_fast.testing import relative_error
 
 FLOAT64_TOLERANCE = 1e-9
 FLOAT32_FACTOR = 2.0
-"""Times the float32 error of whole-graph autograd: two correct engines that round differently part at ReLU's kinks."""
+"""Allowed multiple of the float32 error of whole-graph autograd: correct engines that round differently part at ReLU's kinks."""
 FLOAT32_FLOOR = 1e-6
-_CUT = 3  # images at once, of the small case's batches of 4
+_MICROBATCH = 3  # images, of the small case's batches of 4
 
 
 def float64_error(engine: Engine, setting: Setting, device: torch.device, *, cut: bool = False) -> float:
     """Return the larger relative error of image and rate gradient on a small case, against whole-graph autograd.
 
-    With `cut` the engine has to cut each batch.
+    With `cut` the engine computes each batch in micro-batches.
     """
-    case = to(make_case(small_setting(setting)), torch.float64, device)
-    gradients = engine.run(case, **({"microbatch": _CUT} if cut else {}))
+    case = case_on(make_case(small_setting(setting)), torch.float64, device)
+    gradients = engine.run(case, **({"microbatch": _MICROBATCH} if cut else {}))
     expected = whole_graph(case)
     return max(relative_error(mine, theirs) for mine, theirs in zip(gradients, expected, strict=True))
 
@@ -37,8 +37,8 @@ def complaint(float64: float, float32: float, allowed_float32: float | None) -> 
 
 
 def allowed_float32(autograd: float, precision: str = "tf32") -> float:
-    """Return the float32 error that an engine may have where autograd has the error `autograd`, in tf32 at worst.
+    """Return the allowed float32 error of an engine where autograd has the error `autograd`, in tf32 at worst.
 
-    With bf16 its factors keep three bits fewer than those of tf32.
+    The factors of bf16 have three bits fewer than those of tf32.
     """
     return max(FLOAT32_FACTOR * autograd * (8 if precision == "bf16" else 1), FLOAT32_FLOOR)

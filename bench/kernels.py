@@ -40,7 +40,7 @@ class Options(CommonOptions, Shape):
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation at one shape: its arguments, and the bytes and operations that it needs at least."""
+    """One operation at one shape: its arguments, and the least bytes and floating-point operations that it needs."""
 
     name: str
     shape: str
@@ -73,7 +73,7 @@ def main(options: Options, command: str) -> None:
         try:
             rows[name] |= errors(operation)
             calls[name] = 1 + int(_LEAST_SECONDS / seconds(operation.run, device))
-        except Exception as error:  # the row tells the failure, and the others go on
+        except Exception as error:  # the row records the failure, and the others go on
             rows[name]["problem"] = f"{type(error).__name__}: {error}"
             continue
         if not (rows[name]["error_float64"] <= FLOAT64_TOLERANCE and rows[name]["error"] <= operation.tolerance):
@@ -105,9 +105,9 @@ def main(options: Options, command: str) -> None:
 
 
 def errors(operation: Operation, function: Callable[..., Any] | None = None) -> dict[str, float]:
-    """Return the operation's largest relative errors against the reference in float64, in float64 and in float32.
+    """Return the operation's largest relative errors, in float64 and in float32, against the reference in float64.
 
-    `function` stands for the operation if given.
+    `function` replaces the operation's own if given.
     """
     function = function or operation.function()
     wide = [in_float64(argument) for argument in operation.arguments]
@@ -229,7 +229,7 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
 
 
 def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
-    """Yield the operations on flat vectors: with the fewest arguments, then with all."""
+    """Yield the operations on flat vectors, with the fewest arguments and with all."""
     a, b, c, d, *out = vectors
     rate, shape, one = a.new_full((), 0.01), f"{len(a)}", a.nbytes
     yield Operation("sgd_step", shape, (a, b, rate, out[0], None, None, 0.0, 0.0), 3 * one, 0)
@@ -242,12 +242,12 @@ def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
 
 
 def call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """Call `function` with `arguments`, and with a copy of the activations among them, which the function takes apart."""
+    """Call `function` with `arguments`, with a copy of any activations, which the function takes apart."""
     return function(*(copy(each) if isinstance(each, Activations) else each for each in arguments))
 
 
 def in_float64(argument: Any) -> Any:
-    """Return `argument` with each floating-point tensor in it, also those of a named tuple, in float64."""
+    """Return `argument` with every floating-point tensor in float64, including those in a named tuple."""
     if isinstance(argument, Activations):
         return Activations(*map(in_float64, fields_of(argument)))
     if isinstance(argument, (Affine, PlaneStats)):
@@ -265,6 +265,6 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 
 def fields_of(activations: Activations) -> tuple[Any, ...]:
-    """Return the fields of `activations`, which stay whole."""
+    """Return the fields of `activations` from a copy, so that `activations` keeps its fields."""
     fields: tuple[Any, ...] = copy(activations).take()
     return fields

@@ -1,4 +1,4 @@
-"""Measurements: interleaved seconds, peak memory above a baseline, and the peak performance of the device."""
+"""Measure interleaved seconds, peak memory above a baseline, and the peak performance of the device."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def turn(run: Callable[[], Any], device: torch.device) -> float:
+def seconds_in_turn(run: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds of one call in this process's turn.
 
-    On a GPU the processes share the memory: the cache is given back after each turn, so an untimed call fills it again
-    first.
+    On a GPU the processes share the memory: each turn ends with an empty cache, so an untimed call first fills the cache
+    again.
     """
     if device.type != "cuda":
         return seconds(run, device)
@@ -69,7 +69,7 @@ def turn(run: Callable[[], Any], device: torch.device) -> float:
 def interleaved(
     repetitions: int, subjects: Iterable[str], measure: Callable[[str], float], failed: Callable[[str, Exception], None]
 ) -> dict[str, Spread]:
-    """Measure every subject once, then all again, `repetitions` times: a slow minute of the machine hits all alike.
+    """Measure every subject once, then all again, `repetitions` times, so that a slow minute of the machine hits all alike.
 
     A subject whose measurement raises is passed to `failed` and left out.
     """
@@ -102,7 +102,7 @@ def peak_above_baseline(run: Callable[[], Any], device: torch.device) -> Peak:
 
 
 def _give_back_freed_memory() -> None:
-    """Have glibc give back memory that was freed before, which would hide as much of the peak."""
+    """Return freed memory from glibc to the system, since it would hide as much of the peak."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -149,9 +149,9 @@ def driver_version() -> str:
 
 
 def set_precision(device: torch.device, precision: str) -> None:
-    """Have a GPU multiply float32 numbers as tf32, as the public code runs, or fp32. A CPU knows fp32 only.
+    """Set a GPU to multiply float32 numbers in tf32, as the public code runs, or in fp32. A CPU computes in fp32 only.
 
-    Under fp16 and bf16, which engines of mtt_fast alone know, all other products are in tf32.
+    With fp16 and bf16, precisions of mtt_fast's own engines, all other products are in tf32.
     """
     if precision not in get_args(Precision):
         raise InputError(f"--precision {precision}: expected {', '.join(get_args(Precision))}")

@@ -1,6 +1,6 @@
-"""Peak memory of one iteration against the steps N, the batch b and the resolution, beside the plan's prediction.
+"""Measure the peak memory of one iteration against the steps N, the batch b and the resolution, beside the plan's prediction.
 
-Each point is the first iteration of a fresh process, with whole batches and no saved activations. The prediction is the plan's.
+Each point is the first iteration of a fresh process, with whole batches and no saved activations.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import make_case, small_setting, to
+from bench.cases import case_on, make_case, small_setting
 from bench.engines import Engine, engine_named
 from bench.measuring import peak_above_baseline
 from bench.parsing import CommonOptions
@@ -71,7 +71,7 @@ def main(options: Options, command: str) -> None:
 
 
 def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:
-    """Return the peak that mtt_fast predicts for an iteration of `engine`."""
+    """Return the peak bytes that mtt_fast predicts for an iteration of `engine`."""
     net = setting.net
     assert isinstance(net.image_size, int)
     shape = (setting.images, net.in_channels, net.image_size, net.image_size)
@@ -84,7 +84,7 @@ def planned_bytes(setting: Setting, engine: str, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class State:
-    """State of a worker."""
+    """The state of a worker."""
 
     engine: Engine
     setting: Setting
@@ -92,18 +92,18 @@ class State:
 
 
 def build(engine: str, device: str, setting: dict[str, Any]) -> State:
-    """Return the state of a worker, with libraries loaded by a small iteration."""
+    """Return the state of a worker after a small iteration, which loads the libraries."""
     net = Shape().resolve().net
     state = State(
         engine_named(engine), Setting(**setting | {"net": replace(net, **setting["net"])}), torch.device(device)
     )
-    state.engine.run(to(make_case(small_setting(state.setting)), torch.float32, state.device))
+    state.engine.run(case_on(make_case(small_setting(state.setting)), torch.float32, state.device))
     return state
 
 
 def peak(state: State) -> dict[str, Any]:
     """Return, in a worker, the peak memory of one iteration."""
-    case = to(make_case(state.setting), torch.float32, state.device)
+    case = case_on(make_case(state.setting), torch.float32, state.device)
     return dict(peak_above_baseline(lambda: state.engine.run(case), state.device))
 
 

@@ -1,7 +1,7 @@
-"""One iteration of the method by every engine: time, memory, and error of the gradient, in one run.
+"""Measure one iteration of the method by every engine: time, memory, and error of the gradient, in one run.
 
-Each engine has a process of its own. It first passes the gate, then its memory is measured, and then all engines that
-passed are timed in turn. An engine's failure is told in its row, and the others go on.
+Each engine has a process of its own. The engine first passes the gate, then its memory is measured, and then all engines
+that passed are timed in turn. An engine's failure is recorded in its row, and the others go on.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import gate
-from bench.cases import load_case, make_case, save_case, to
+from bench.cases import case_on, load_case, make_case, save_case
 from bench.engines import ENGINES, Case, Engine, checkpointed, engine_on, fused
 from bench.floor import Convolution, convolutions, run_all
 from bench.flops import MIXED_STEP, PLAIN_GRADIENT, iteration_flops
-from bench.measuring import Peak, interleaved, matrix_product_peak, peak_above_baseline, set_precision, turn
+from bench.measuring import Peak, interleaved, matrix_product_peak, peak_above_baseline, seconds_in_turn, set_precision
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from bench.shares import share_of_operations
-from bench.workers import Worker, WorkerError
+from bench.workers import Worker, WorkerError, give_up
 from mtt_fast.runtime.memory_info import AUTO, parse_bytes
 from mtt_fast.storage.files import read_header, save_tensors
 from mtt_fast.testing import relative_error
@@ -35,7 +36,7 @@ from mtt_fast.testing import relative_error
 log = logging.getLogger("mtt_fast")
 
 FLOOR = "convolutions alone"
-_TRUTH_MICROBATCH = 32  # the float64 truth is computed in pieces, so that it fits where the engines do
+_TRUTH_MICROBATCH = 32  # so that the float64 gradients fit in the memory in which the engines fit
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ def main(options: Options, command: str) -> None:
                         build_engine, tuned=engine.tuned, case=case, engine=name, budget=options.memory_budget
                     )
                     rows[name] |= workers[name].ask(check, truth=truth)
-                    _hold_to_gate(rows, name, options.precision if engine.rounds else "tf32")
+                    _check_gate(rows, name, options.precision if engine.takes_precision else "tf32")
                 except WorkerError as error:
-                    _give_up(rows, workers, name, error)
+                    give_up(rows, workers, name, error)
                 log.info("%s: %s", name, rows[name]["problem"] or f"error {rows[name]['error']:.1e}")
             if options.floor:
                 rows[FLOOR] = {"engine": FLOOR, "exact": True, "tuned": True, "problem": None}
@@ -92,7 +93,7 @@ def main(options: Options, command: str) -> None:
                 options.repetitions,
                 workers,
                 lambda name: float(workers[name].ask(timed)),
-                lambda name, error: _give_up(rows, workers, name, error),
+                partial(give_up, rows, workers),
             )
             for name in [name for name in times if name in engines and engines[name].run is fused]:
                 rows[name]["shares"] = workers[name].ask(shares)
@@ -119,7 +120,7 @@ def main(options: Options, command: str) -> None:
 def build_case(net: dict[str, Any], path: str, device: str, precision: str) -> Case:
     """Return the case, in float64, in a worker."""
     set_precision(torch.device(device), precision)
-    return to(load_case(net, path), torch.float64, torch.device(device))
+    return case_on(load_case(net, path), torch.float64, torch.device(device))
 
 
 def write_truth(case: Case, path: str, digest: str) -> None:
@@ -130,16 +131,16 @@ def write_truth(case: Case, path: str, digest: str) -> None:
 
 @dataclass(frozen=True)
 class EngineState:
-    """State of an engine's worker: the case in float32, and the engine's arguments."""
+    """The state of an engine's worker: the case in float32, and the engine's arguments."""
 
     engine: Engine
     case: Case
-    cut: dict[str, Any]
+    limits: dict[str, Any]
     precision: dict[str, str]
 
     def run(self) -> Any:
         """Run one iteration."""
-        return self.engine.run(self.case, **self.cut, **self.precision)
+        return self.engine.run(self.case, **self.limits, **self.precision)
 
     @property
     def device(self) -> torch.device:
@@ -150,10 +151,10 @@ class EngineState:
 def build_engine(case: dict[str, Any], engine: str, budget: str) -> EngineState:
     """Return the state of an engine's worker."""
     budgets = {"fused-budget": budget, "fused-auto": AUTO}
-    cut = {"memory_budget": budgets[engine]} if engine in budgets else {}
+    limits = {"memory_budget": budgets[engine]} if engine in budgets else {}
     device = torch.device(case["device"])
     named_engine, precision = engine_on(engine, device, case["precision"])
-    return EngineState(named_engine, to(build_case(**case), torch.float32, device), cut, precision)
+    return EngineState(named_engine, case_on(build_case(**case), torch.float32, device), limits, precision)
 
 
 def check(state: EngineState, truth: str) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def check(state: EngineState, truth: str) -> dict[str, Any]:
 
     net, (steps, batch) = state.case.net, state.case.batches.shape
     setting = Setting(net, len(state.case.images), steps, batch)
-    float64 = gate.float64_error(state.engine, setting, state.device, cut=bool(state.cut))
+    float64 = gate.float64_error(state.engine, setting, state.device, cut=bool(state.limits))
     gradients = []
     peak: Peak = peak_above_baseline(lambda: gradients.append(state.run()), state.device)
     error = relative_error(gradients[0].images.cpu(), load_file(truth)["images"])
@@ -171,7 +172,7 @@ def check(state: EngineState, truth: str) -> dict[str, Any]:
 
 def timed(state: EngineState | FloorState) -> float:
     """Return, in a worker, the seconds of one iteration."""
-    return turn(state.run, state.device)
+    return seconds_in_turn(state.run, state.device)
 
 
 def shares(state: EngineState) -> dict[str, float]:
@@ -181,7 +182,7 @@ def shares(state: EngineState) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class FloorState:
-    """State of the floor's worker."""
+    """The state of the floor's worker."""
 
     convolutions: list[Convolution]
     steps: int
@@ -194,7 +195,7 @@ class FloorState:
 
 
 def build_floor(shape: dict[str, Any], device: str, precision: str) -> FloorState:
-    """Return the state of the floor's worker: the convolutions of the setting."""
+    """Return the state of the floor's worker, with the convolutions of the setting."""
     set_precision(torch.device(device), precision)
     setting = Shape(**shape).resolve()
     return FloorState(convolutions(setting, torch.device(device)), setting.steps, torch.device(device))
@@ -204,7 +205,7 @@ def _shape(options: Shape) -> dict[str, Any]:
     return {name: getattr(options, name) for name in Shape.__dataclass_fields__}
 
 
-def _hold_to_gate(rows: dict[str, dict[str, Any]], name: str, precision: str) -> None:
+def _check_gate(rows: dict[str, dict[str, Any]], name: str, precision: str) -> None:
     """Raise `WorkerError` if the errors of an exact engine are larger than allowed."""
     row = rows[name]
     if not row["exact"]:
@@ -225,19 +226,13 @@ def _hold_to_gate(rows: dict[str, dict[str, Any]], name: str, precision: str) ->
         raise WorkerError(complaint)
 
 
-def _give_up(rows: dict[str, dict[str, Any]], workers: dict[str, Worker], name: str, error: Exception) -> None:
-    rows[name]["problem"] = str(error)
-    if name in workers:
-        workers.pop(name).close()
-
-
 def _flops(name: str, engines: dict[str, Engine], setting: Setting) -> int | None:
     passes = (PLAIN_GRADIENT, MIXED_STEP) if name == FLOOR else engines[name].passes
     return iteration_flops(setting.net, setting.steps, setting.batch, *passes) if passes else None
 
 
 def _compare(rows: dict[str, dict[str, Any]], peak: float) -> None:
-    """Fill in the ratios of a row to others, and to the device's peak."""
+    """Add to each row its ratios to other rows, and to the device's peak."""
     medians = {name: row["seconds"]["median"] for name, row in rows.items() if row["seconds"]}
     for name, median in medians.items():
         row = rows[name]

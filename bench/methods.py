@@ -1,7 +1,7 @@
-"""Every method of the package under one protocol and with one set of experts: a table of methods by one command.
+"""Compare every method of the package under one protocol and with one set of experts, by one command.
 
 Each method runs as a user runs it, by one command in a process of its own, so that its peak memory is its own; its results
-are read from its run folder. A method that fails fills its row's last column, and the others go on.
+are read from its run folder. A method that fails fills the last column of its row, and the others go on.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ log = logging.getLogger("mtt_fast")
 
 @dataclass(frozen=True)
 class Method:
-    """A row: the command after `python -m mtt_fast.`, and the accuracy that counts."""
+    """A row of the table: a command, and the accuracy that counts."""
 
     title: str
-    job: str
+    command: str
+    """the words after `python -m mtt_fast.`"""
     flags: str = ""
     """flags beside the setting's; {half_start} and {half_way} are half of its --max_start_epoch and of its --Iteration"""
     needs: tuple[str, ...] = ()
-    """options of the setting that the job takes, beside those of data, network and evaluation"""
+    """options of the setting that the command takes, besides those of data, network and evaluation"""
     accuracy: str = "distilled"
     """the accuracy's name in summary.json"""
 
@@ -88,7 +89,7 @@ METHODS = {
     "mtt-pad": _mtt("MTT with PAD's mask", "--loss_ratio 0.25"),
     "mtt-mct": _mtt("MTT with MCT's waypoints", "--num_interpolation 4"),
 }
-"""In the table's order. DD's and LD's rates are for hundreds of iterations; their own are for tens of thousands."""
+"""The rows in the table's order. DD's and LD's rates here are for hundreds of iterations; the papers' for tens of thousands."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _chosen(names: str) -> list[str]:
 
 @contextlib.contextmanager
 def _folder(runs: str | None) -> Iterator[Path]:
-    """Give the folder of the runs: `runs`, or one that is thrown away afterwards."""
+    """Yield the folder of the runs: `runs`, or a temporary one that is deleted afterwards."""
     if runs is not None:
         yield Path(runs)
         return
@@ -199,9 +200,9 @@ def _experts(setting: DistillOptions, device: torch.device) -> dict[str, Any]:
         data = setting.load_data()
         network = setting.network(data)
         setting.evaluated_networks(data)
-        folder = buffer_folder(setting.buffer_path, data, setting.model, setting.zca)
+        folder = buffer_folder(setting.buffer_path, data, setting.model, zca=setting.zca)
         complete = len(list(folder.glob("*.safetensors"))) >= setting.num_experts
-        real = real_images(data, setting.zca, device)
+        real = real_images(data, device, zca=setting.zca)
         start = time.monotonic()
         store = train_missing_experts(
             folder, setting.num_experts, real, network, setting.experts(), seed=setting.seed,
@@ -240,7 +241,7 @@ def _row(method: Method, setting: DistillOptions, folder: Path) -> dict[str, Any
 
 
 def own_flags(method: Method, setting: DistillOptions) -> list[str]:
-    """Return the method's flags beside the setting's."""
+    """Return the method's flags besides the setting's."""
     half = {"half_start": setting.max_start_epoch // 2, "half_way": setting.Iteration // 2}
     return method.flags.format_map({name: max(1, value) for name, value in half.items()}).split()
 
@@ -252,15 +253,15 @@ def command_of(method: Method, setting: DistillOptions) -> list[str]:
     words: list[str] = []
     for name in dict.fromkeys([*common, "ipc", *method.needs]):
         value = getattr(setting, name)
-        if (method.job != "distill" and name in method.needs) or value != getattr(usual, name):
+        if (method.command != "distill" and name in method.needs) or value != getattr(usual, name):
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return [*f"mtt_fast.{method.job}".split(), *words, *own_flags(method, setting)]
+    return [*f"mtt_fast.{method.command}".split(), *words, *own_flags(method, setting)]
 
 
 def _run(words: Sequence[str], log_file: Path) -> str | None:
-    """Run `python -m WORDS` to its end; return its last line of output if it failed, or None.
+    """Run `python -m WORDS` to its end; return the last line of its output if it failed, or None.
 
-    Raises `Stopped` on Ctrl-C or SIGTERM, after the run has saved what it has.
+    Raises `Stopped` on Ctrl-C or SIGTERM, after the run has saved its state.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with stop_request() as stop, log_file.open("w", encoding="utf-8") as output:

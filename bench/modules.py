@@ -1,7 +1,7 @@
-"""Modules that other people wrote: mtt_fast's step for any network beside whole-graph autograd, in CPU seconds and time.
+"""Time mtt_fast's step for ordinary modules beside whole-graph autograd, in CPU seconds and elapsed time.
 
 Each row is a network and an engine in a process of its own, all timed in turn. CPU seconds are those of all threads, the
-system's included: they measure the work, also on a machine that others use at the same time.
+system's included: they measure the work, even on a machine that others use at the same time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from bench.measuring import interleaved, peak_above_baseline, spread, synchronis
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
-from bench.workers import Worker, WorkerError
+from bench.workers import Worker, WorkerError, give_up
 from mtt_fast import FlatModule, matching_loss, testing, unroll
 from mtt_fast.errors import InputError
 from mtt_fast.networks.resnets import resnet18
@@ -93,7 +94,7 @@ def whole_graph(case: Case) -> Gradients:
 
 
 def generic(case: Case, memory_budget: str | None = None) -> Gradients:
-    """Run mtt_fast, which makes each step's graph again in the backward sweep, or saves it where the budget allows."""
+    """Run mtt_fast, which records each step's graph again in the backward sweep, or saves the graph where the budget allows."""
     images, lr = (value.detach().clone().requires_grad_() for value in (case.images, case.lr))
     path = unroll(case.net, case.start, images, case.labels, lr, case.batches, memory_budget=memory_budget)
     return Gradients(*torch.autograd.grad(matching_loss(path[-1], case.start, case.target), (images, lr)))
@@ -122,11 +123,6 @@ def main(options: Options, command: str) -> None:
         elapsed[name].append(times["elapsed"])
         return float(times["cpu"])
 
-    def give_up(name: str, error: Exception) -> None:
-        rows[name]["problem"] = str(error)
-        if name in workers:
-            workers.pop(name).close()
-
     try:
         for network in names:
             for engine in ENGINES:
@@ -141,8 +137,8 @@ def main(options: Options, command: str) -> None:
                     if not rows[name]["error_float64"] <= FLOAT64_TOLERANCE:
                         raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")
                 except WorkerError as error:
-                    give_up(name, error)
-        cpu_seconds = interleaved(options.repetitions, workers, measure, give_up)
+                    give_up(rows, workers, name, error)
+        cpu_seconds = interleaved(options.repetitions, workers, measure, partial(give_up, rows, workers))
     finally:
         for worker in workers.values():
             worker.close()
@@ -162,7 +158,7 @@ def main(options: Options, command: str) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """State of a worker."""
+    """The state of a worker."""
 
     network: str
     engine: Callable[[Case], Gradients]
@@ -194,7 +190,7 @@ def timed(state: State) -> dict[str, float]:
 
 
 def make_case(network: str, steps: int, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Return a case of random images, with a target near the start; its numbers are float32's."""
+    """Return a case of random images with a target near the start, whose values are exact in float32."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # modules draw their parameters from torch's own generator

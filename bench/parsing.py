@@ -1,4 +1,4 @@
-"""Command lines: the options that several benchmarks share, and errors of one line."""
+"""Parse command lines, with the options that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtt_fast.runtime.provenance import choose_device
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """Options of every benchmark: its device, its repetitions, and its record."""
+    """The options of every benchmark: device, repetitions, and record."""
 
     device: str = "auto"
     """device to run on: auto, cpu, cuda, cuda:1, …"""
@@ -37,5 +37,5 @@ Options = TypeVar("Options")
 
 
 def parse(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
-    """Return the dataclass `kind` from `argv`. Raises `InputError` for an unknown option."""
+    """Return an instance of the dataclass `kind` from `argv`. Raises `InputError` for an unknown option."""
     return parsing.parse(kind, argv, prog)

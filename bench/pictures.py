@@ -1,4 +1,4 @@
-"""A folder of random pictures in two classes, to rehearse with: `python -m bench.pictures FOLDER`."""
+"""Write a folder of random pictures in two classes, for rehearsals: `python -m bench.pictures FOLDER`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Accuracy in each precision of the products: the gradients' errors against float64, for one iteration.
+"""Measure the gradients' errors against float64 in each precision of the products, for one iteration.
 
-On a CPU a precision is emulated by the reference, which rounds the factors as tensor cores do and adds up in float32;
-on a GPU it is the GPU's own.
+On a CPU the reference emulates a precision: it rounds the factors as tensor cores do and adds up in float32. On a GPU the
+precision is the GPU's own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 
-from bench.cases import TARGET_EPOCHS, make_case, to, trained_case
+from bench.cases import TARGET_EPOCHS, case_on, make_case, trained_case
 from bench.engines import Case
 from bench.parsing import CommonOptions
 from bench.records import write_record
@@ -23,7 +23,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.testing import relative_error
 
-_MICROBATCH = 32  # so that float64 fits where the engine does; the result is the same
+_MICROBATCH = 32  # so that float64 fits in the memory in which the engine fits; the result is the same
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def main(options: Options, command: str) -> None:
     else:
         case = trained_case(setting, Path(options.experts), Path(options.synthetic), options.start_epoch)
         of = f"{setting}, from an expert's epoch {options.start_epoch} to {options.start_epoch + TARGET_EPOCHS}"
-    expected = _gradients(to(case, torch.float64, device), "fp32")
+    expected = _gradients(case_on(case, torch.float64, device), "fp32")
     rows = []
     for name in names:
-        gradients = _gradients(to(case, torch.float32, device), name)
+        gradients = _gradients(case_on(case, torch.float32, device), name)
         errors = {part: relative_error(gradients[part].double(), expected[part]) for part in expected}
         rows.append({"precision": name, **errors})
     conditions = {"case": of, "products": "emulated" if device.type == "cpu" else "the GPU's own"}

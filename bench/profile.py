@@ -1,4 +1,4 @@
-"""A trace of one iteration, to be opened with ui.perfetto.dev or chrome://tracing."""
+"""Write a trace of one iteration, to be opened with ui.perfetto.dev or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from bench.cases import make_case, to
+from bench.cases import case_on, make_case
 from bench.engines import engine_on
 from bench.measuring import set_precision, synchronise
 from bench.parsing import CommonOptions
@@ -37,16 +37,16 @@ class Options(CommonOptions, Shape):
 
 
 def main(options: Options, command: str) -> None:
-    """Profile one iteration, print the longest operations, write the file."""
+    """Run one iteration under the profiler, print the longest operations, write the trace."""
     device, setting = options.torch_device(), options.resolve()
     set_precision(device, options.precision)
-    engine, rounding = engine_on(options.engine, device, options.precision)
-    case = to(make_case(setting), torch.float32, device)
+    engine, precision = engine_on(options.engine, device, options.precision)
+    case = case_on(make_case(setting), torch.float32, device)
     for _ in range(options.repetitions):
-        engine.run(case, **rounding)
+        engine.run(case, **precision)
     on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with wrapped_operations(labelled), torch.profiler.profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
-        engine.run(case, **rounding)
+        engine.run(case, **precision)
         synchronise(device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=_LINES))

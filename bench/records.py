@@ -1,4 +1,4 @@
-"""Records of measurements with their device, versions and command; one JSON file each."""
+"""Write and read records of measurements with their device, versions and command; one JSON file each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtt_fast.storage.files import write_json
 log = logging.getLogger("mtt_fast")
 
 TRACE = ".trace.json"
-"""The end of the names of traces, which are no records."""
+"""The suffix of traces, which are no records."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,9 +33,9 @@ def write_record(
     rows: list[dict[str, Any]],
     command: str,
 ) -> Path:
-    """Write `rows`, with everything that they depend on, to FOLDER/NAME.json; return its path.
+    """Write `rows`, with everything on which they depend, to FOLDER/NAME.json; return the path.
 
-    `conditions` are those of the case that a reader has to know; the rest is added here.
+    `conditions` are the case's own; command, commit, device, versions and time are added here.
     """
     path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def write_record(
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the record in `path`. Raises `InputError` if it is none."""
+    """Return the record in `path`. Raises `InputError` if the file is no record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not {"name", "benchmark", "conditions", "rows", "device", "versions"} <= record.keys():
@@ -71,7 +71,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """Return the output of git about this checkout; None where there is none."""
+    """Return the output of a git command in this checkout; None where there is no git."""
     try:
         result = subprocess.run(["git", "-C", str(_ROOT), *words], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):

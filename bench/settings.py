@@ -1,4 +1,4 @@
-"""The settings of the benchmarks: the shapes of the paper's settings by name, or given one by one."""
+"""Define the settings of the benchmarks: the shapes of the paper's settings by name, or given one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.recipes import recipe_options
 
 _IMAGES = {"CIFAR10": (3, 32, 10), "CIFAR100": (3, 32, 100), "Tiny": (3, 64, 200), "ImageNet": (3, 128, 10)}
-"""Channels, pixels and classes by the recipes' name of the data set (ImageNet: its ten-class subsets)."""
+"""Channels, pixels and classes by the data set's name in recipes (ImageNet: its ten-class subsets)."""
 
 # a benchmark's name, its recipe, and what differs from that: nobody has published 50 images a class at 128 pixels
 _RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,7 +25,7 @@ SETTINGS = tuple(_RECIPES)
 
 @dataclass(frozen=True)
 class Setting:
-    """One iteration's shape: a network, the number of synthetic images, N steps of batches of b."""
+    """The shape of an iteration: a network, the number of synthetic images, N steps of batches of b."""
 
     net: ConvNet
     images: int
@@ -35,8 +35,8 @@ class Setting:
     def __str__(self) -> str:
         net = self.net
         return (
-            f"ConvNet depth {net.depth} width {net.width}{' without norm' if net.norm == 'none' else ''}, {net.in_channels}×{net.image_size}×{net.image_size}, "
-            f"{net.num_classes} classes, N = {self.steps}, b = {self.batch}"
+            f"ConvNet depth {net.depth} width {net.width}{' without norm' if net.norm == 'none' else ''}, "
+            f"{net.in_channels}×{net.image_size}×{net.image_size}, {net.num_classes} classes, N = {self.steps}, b = {self.batch}"
         )
 
 
@@ -63,7 +63,7 @@ class Shape:
         for name, value in given.items():
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1")
-        setting = named(self.setting)
+        setting = setting_named(self.setting)
         net = setting.net
         net = replace(
             net, image_size=self.size or net.image_size, depth=self.depth or net.depth, width=self.width or net.width
@@ -72,14 +72,14 @@ class Shape:
         return Setting(net, max(setting.images, batch), self.steps or setting.steps, batch)
 
     def label(self) -> str:
-        """Return a name for files: the setting's, with the changes."""
+        """Return a name for files: the setting's, with its changes."""
         changed = [
             f"{name}{value}" for name in ("steps", "batch", "size", "depth", "width") if (value := getattr(self, name))
         ]
         return "-".join([self.setting, *changed])
 
 
-def named(name: str) -> Setting:
+def setting_named(name: str) -> Setting:
     """Return the setting called `name`. Raises `InputError` for an unknown one."""
     if name not in _RECIPES:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Shares of an iteration's time: every operation of the fused step is measured where it is dispatched."""
+"""Measure the shares of an iteration's time: every operation of the fused step is timed where it is dispatched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Operation = Callable[..., Any]
 
 @contextlib.contextmanager
 def wrapped_operations(wrap: Callable[[str, Operation], Operation]) -> Iterator[None]:
-    """Have mtt_fast.kernels dispatch to `wrap(name, implementation)` in place of each implementation, within the block."""
+    """Make mtt_fast.kernels dispatch to `wrap(name, implementation)` in place of each implementation, within the block."""
 
     def wrapping(choose: Callable[..., Operation | None]) -> Callable[..., Operation | None]:
         def wrapped(operation: str, *arguments: Any) -> Operation | None:
@@ -34,7 +34,7 @@ def wrapped_operations(wrap: Callable[[str, Operation], Operation]) -> Iterator[
 
 
 def labelled(name: str, operation: Operation) -> Operation:
-    """Return `operation` with its name in a profile."""
+    """Return `operation`, labelled with its name in a profile."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.profiler.record_function(f"kernels.{name}"):
@@ -46,7 +46,7 @@ def labelled(name: str, operation: Operation) -> Operation:
 def share_of_operations(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Return the shares of convolutions, other operations and the rest in one call of `run`; empty if no operation ran.
 
-    On a GPU each operation is awaited, which takes time itself.
+    On a GPU the host waits for each operation, which takes time itself.
     """
     times: dict[str, float] = defaultdict(float)
 

@@ -1,4 +1,4 @@
-"""Training on images, by mtt_fast and by an ordinary module and optimiser: the comparison of `experts` and `evaluate`."""
+"""Compare training on images by mtt_fast and by an ordinary module and optimiser, for `experts` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gate import FLOAT64_TOLERANCE
-from bench.measuring import interleaved, peak_above_baseline, turn
+from bench.measuring import interleaved, peak_above_baseline, seconds_in_turn
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
-from bench.workers import Worker, WorkerError
+from bench.workers import Worker, WorkerError, give_up
 from mtt_fast import testing
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.engine.student_choice import student_for
@@ -30,13 +30,13 @@ from mtt_fast.training.sgd import Epoch, Sgd, epoch_on
 
 _EPOCH = 50_000  # images of CIFAR that an expert sees in an epoch
 Loop = Callable[[ConvNet, Tensor, Images, Sgd, str, torch.Generator], Tensor]
-"""From initial parameters (P,), images, and hyper-parameters to the parameters after one epoch."""
+"""A function from initial parameters (P,), images and hyperparameters to the parameters after one epoch."""
 
 
 def plain_loop(
     net: ConvNet, start: Tensor, images: Images, sgd: Sgd, augment: str, generator: torch.Generator
 ) -> Tensor:
-    """Train as a script does: nn.Module, torch.optim.SGD, loss.backward(). The augmentation is mtt_fast's own."""
+    """Train as an ordinary script does: nn.Module, torch.optim.SGD, loss.backward(). The augmentation is mtt_fast's own."""
     assert isinstance(net.image_size, int)
     shape = (net.in_channels, net.num_classes, net.image_size, net.width, net.depth)
     module = testing.reference_convnet(*shape, net.norm).to(start)
@@ -64,7 +64,7 @@ def mtt_fast_loop(
 
 @functools.lru_cache(maxsize=1)
 def _epoch(net: ConvNet, images: Images, sgd: Sgd, augment: str) -> Epoch:
-    """Return the epoch, the same between calls as in a training: on CUDA the first epoch records a graph."""
+    """Return the epoch function, the same object in every call, since on CUDA its first epoch records a graph."""
     return epoch_on(student_for(net, images.labels.device), images, sgd, augment_by_strategy(augment))
 
 
@@ -73,12 +73,12 @@ LOOPS: dict[str, tuple[Loop, bool]] = {
     "plain-tuned": (plain_loop, True),
     "mtt_fast": (mtt_fast_loop, True),
 }
-"""The loop, and whether glibc keeps freed memory for it."""
+"""Loops by name, each with whether glibc keeps freed memory in its process."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions(CommonOptions, Shape):
-    """Options of both benchmarks of training; the shape's N and b have no effect here."""
+    """The options of both benchmarks of training; the shape's N and b have no effect here."""
 
     images: int = 1024
     """images in the epoch that is timed"""
@@ -98,11 +98,6 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
     rows: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
 
-    def give_up(name: str, error: Exception) -> None:
-        rows[name]["problem"] = str(error)
-        if name in workers:
-            workers.pop(name).close()
-
     try:
         for name, (_, tuned) in LOOPS.items():
             rows[name] = {"loop": name, "problem": None, "seconds": None}
@@ -112,8 +107,13 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
                 if not rows[name]["error_float64"] <= FLOAT64_TOLERANCE:
                     raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")
             except WorkerError as error:
-                give_up(name, error)
-        timings = interleaved(options.repetitions, workers, lambda name: float(workers[name].ask(timed)), give_up)
+                give_up(rows, workers, name, error)
+        timings = interleaved(
+            options.repetitions,
+            workers,
+            lambda name: float(workers[name].ask(timed)),
+            functools.partial(give_up, rows, workers),
+        )
     finally:
         for worker in workers.values():
             worker.close()
@@ -136,7 +136,7 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
 
 @dataclass(frozen=True)
 class State:
-    """State of a worker."""
+    """The state of a worker."""
 
     loop: Loop
     net: ConvNet
@@ -169,7 +169,7 @@ def check(state: State) -> dict[str, Any]:
 
 def timed(state: State) -> float:
     """Return, in a worker, the seconds of one epoch."""
-    return turn(state.run, state.start.device)
+    return seconds_in_turn(state.run, state.start.device)
 
 
 def float64_error(loop: Loop, sgd: Sgd, device: torch.device) -> float:

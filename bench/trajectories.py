@@ -1,7 +1,7 @@
-"""Reading experts: mtt_fast's store, with and without checksums, beside torch.load of the public code's buffers.
+"""Time the reading of experts: mtt_fast's store, with and without checksums, beside torch.load of the public code's buffers.
 
-Each reading is in a new process, since an iteration first waits for the whole file there, and for two rows here. What the
-checksums of these two rows cost is timed by itself, too, and given as a share of an iteration of the same setting.
+Each reading is in a new process, since a first iteration waits for the whole file there, and for two rows here. The
+checksums of these two rows are timed by themselves too, and given as a share of an iteration of the same setting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.cases import make_case, to
+from bench.cases import case_on, make_case
 from bench.engines import ENGINES
 from bench.measuring import Spread, resident_bytes, seconds, spread
 from bench.parsing import CommonOptions
@@ -63,7 +63,7 @@ def main(options: Options, command: str) -> None:
                 "disk": sum(file.stat().st_size for file in _files(path)),
             }
             try:
-                row |= measured(reader, path, last, options.repetitions)
+                row |= measure_reader(reader, path, last, options.repetitions)
             except WorkerError as error:
                 row["problem"] = str(error)
             rows.append(row)
@@ -87,20 +87,20 @@ def main(options: Options, command: str) -> None:
 
 
 def seconds_of_iteration(setting: Setting, device: torch.device) -> float:
-    """Return how long an iteration of the setting takes, the quickest of three after one that is not counted."""
-    case, engine = to(make_case(setting), torch.float32, device), ENGINES["fused"]
+    """Return the seconds of an iteration of the setting, the least of three after one that is not counted."""
+    case, engine = case_on(make_case(setting), torch.float32, device), ENGINES["fused"]
     return min([seconds(lambda: engine.run(case), device) for _ in range(4)][1:])
 
 
 def seconds_of_checksums(parameters: int, times: int = 100) -> Spread:
-    """Return how long the checksums of two rows of so many parameters take."""
+    """Return the seconds that the checksums of two rows of so many parameters take."""
     rows = [torch.randn(parameters) for _ in range(2)]
     cpu = torch.device("cpu")
     return spread([seconds(lambda: [checksum_of(bytes_of(row)) for row in rows], cpu) for _ in range(times)])
 
 
 def write_all(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[str, Path]:
-    """Write the same random experts in the public format and in ours, with and without checksums; return paths by reader.
+    """Write the same random experts in the public format and in mtt_fast's, with and without checksums; return paths by reader.
 
     The public layout: a list of experts, each a list of epochs, each a list of the network's parameter tensors.
     """
@@ -125,7 +125,7 @@ def write_all(folder: Path, net: ConvNet, experts: int, epochs: int) -> dict[str
     }
 
 
-def measured(reader: str, path: Path, last: dict[str, int], repetitions: int) -> dict[str, Any]:
+def measure_reader(reader: str, path: Path, last: dict[str, int], repetitions: int) -> dict[str, Any]:
     """Return the times and the memory of reading one sample, each time in a new process."""
     first, further, resident, sample = [], [], 0, []
     for _ in range(repetitions):
@@ -141,7 +141,7 @@ def measured(reader: str, path: Path, last: dict[str, int], repetitions: int) ->
 
 @dataclass
 class State:
-    """State of a worker: a reader that opens its file or folder on the first question."""
+    """The state of a worker: a reader that opens its file or folder at the first question."""
 
     open: Callable[[], Callable[[int, int], Tensor]]
     read: Callable[[int, int], Tensor] | None = None
@@ -153,7 +153,7 @@ def build(reader: str, path: str) -> State:
 
 
 def read_sample(state: State, expert: int, epoch: int) -> dict[str, Any]:
-    """Return, in a worker, the time and memory for the start and target of one iteration, and their sums as a check."""
+    """Return, in a worker, the time and memory for the start and target of one iteration, and the rows' sums as a check."""
     resident, begin = resident_bytes(), time.perf_counter()
     if state.read is None:
         state.read = state.open()

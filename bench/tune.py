@@ -1,8 +1,8 @@
-"""A new table of launch configurations for this machine's GPU: the fastest candidates that give the right values.
+"""Write a new table of launch configurations for this machine's GPU: the fastest candidates that give the right values.
 
-For the blocks of one setting every candidate is held to the reference, and only then timed, all in turn. Rows of other
-architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 a CPU
-rehearses the same, where the times mean nothing.
+For the blocks of one setting every candidate is compared with the reference, and only then timed, all in turn. Rows of
+other architectures, and of shapes that the setting does not have, stay as they are. With TRITON_INTERPRET=1 a CPU
+rehearses the command; the times then mean nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Options(CommonOptions, Shape):
 
 @dataclass(frozen=True)
 class Block:
-    """One block's shapes: images or features of `channels`, `size` pixels a side, and its convolution."""
+    """The shapes of one block: images or features of `channels`, `size` pixels a side, and the block's convolution."""
 
     number: int
     channels: int
@@ -76,7 +76,7 @@ class Subject:
     candidates: list[Row]
     operation: str
     arguments: Callable[[], list[Any]]
-    """makes fresh arguments: an operation may use up its own"""
+    """makes fresh arguments, since an operation may overwrite them"""
     whole: Subject | None = None
     """the operation that has to be fused for this row to matter"""
 
@@ -111,19 +111,19 @@ def main(options: Options, command: str) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """The table that kernels read in this process, and its file."""
+    """The table that the kernels of this process read, and its file."""
 
     rows: dict[str, dict[str, dict[str, Row]]]
     """by operation, class of shapes, architecture"""
     forget: Callable[[], None]
-    """makes kernels read the table again"""
+    """clears the cache of rows, so that the kernels read the table again"""
     architecture: str
     device: torch.device
     path: Path
 
     @classmethod
     def of(cls, device: torch.device, path: Path) -> Table:
-        """Return the table in use, or that of `path` if the file exists. Raises `InputError` where no kernel of Triton runs."""
+        """Return the table in use, with the rows of `path` if the file exists. Raises `InputError` where no Triton kernel runs."""
         try:
             from mtt_fast.kernels.triton import configurations, launch
         except ImportError as error:
@@ -143,7 +143,7 @@ class Table:
         return {name: value for name, value in row.items() if name != "microseconds"}
 
     def put(self, subject: Subject, row: Row) -> None:
-        """Have the kernels of this process take `row`."""
+        """Set `row` as the one that the kernels of this process use."""
         self.rows[subject.row].setdefault(subject.classes[0], {})[self.architecture] = row
         self.forget()
 
@@ -155,7 +155,7 @@ class Table:
 
 
 def tune(subject: Subject, table: Table, options: Options) -> Row:
-    """Put the fastest of the right candidates into `table`; return a row of the record."""
+    """Put the fastest of the correct candidates into `table`; return a row of the record."""
     if subject.whole is not None:
         table.put(subject.whole, table.default(subject.whole) | {"backend": "fused"})
     default, expected = table.default(subject), subject.expected()
@@ -209,7 +209,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
 
 
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
-    """Yield the rows to find at a block's shapes; parts of other operations come first."""
+    """Yield the rows to find at a block's shapes, with those for parts of an operation before the operation."""
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
     from mtt_fast.kernels.triton.planes import Planes
     from mtt_fast.kernels.triton.windows import shape_class

@@ -1,8 +1,9 @@
-"""Worker processes: each holds one subject of a measurement, stays alive, and answers questions in its turn.
+"""Run worker processes: each holds one subject of a measurement, stays alive, and answers questions in its turn.
 
-Each is a process of its own, since allocator settings, compiled code and peak memory belong to a process, and stays alive
-between turns, so that the repetitions of several subjects can alternate. Questions and answers are lines of JSON: a question names a
-function and its arguments, and the function gets the worker's state first. `python -m bench.workers` is the worker.
+Each subject has a process of its own, since allocator settings, compiled code and peak memory belong to a process. The
+process stays alive between turns, so that the repetitions of several subjects can alternate. Questions and answers are
+lines of JSON: a question names a function and its arguments, and the function gets the worker's state first.
+`python -m bench.workers` is the worker.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Have glibc keep freed memory, as mtt_fast's commands do by themselves. Without it: as an ordinary script runs."""
+"""Environment with which glibc keeps freed memory, as in mtt_fast's commands; without it a worker is an ordinary script."""
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SHARE_OF_FREE_MEMORY = 0.8  # for a worker: an engine that takes more fails, and not the whole machine
+_SHARE_OF_FREE_MEMORY = 0.8  # for a worker, so that an engine that takes more fails alone, and not the whole machine
 
 
 class WorkerError(Exception):
@@ -81,8 +82,15 @@ class Worker:
         self.close()
 
 
+def give_up(rows: dict[str, dict[str, Any]], workers: dict[str, Worker], name: str, error: Exception) -> None:
+    """Record `error` as the problem of a row, and end the row's worker if there is one."""
+    rows[name]["problem"] = str(error)
+    if name in workers:
+        workers.pop(name).close()
+
+
 def serve(questions: TextIO, answers: TextIO) -> None:
-    """Serve questions until there are no more. The first builds the state that the later ones get."""
+    """Answer questions until there are no more. The first builds the worker's state, an argument of the later ones."""
     state, built = None, False
     for line in questions:
         question = json.loads(line)
@@ -109,8 +117,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _answers_apart() -> Iterator[TextIO]:
-    """Redirect the prints of this process to stderr, so that its stdout has answers alone."""
+def _answers_on_stdout() -> Iterator[TextIO]:
+    """Redirect this process's prints to stderr, so that stdout has the answers alone; yield the stream for answers."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         yield answers
@@ -125,5 +133,5 @@ def _limit_memory() -> None:
 
 if __name__ == "__main__":
     _limit_memory()
-    with _answers_apart() as answers:
+    with _answers_on_stdout() as answers:
         serve(sys.stdin, answers)

@@ -1,4 +1,4 @@
-"""All commands under one name: `mtt_fast JOB …`, or `python -m mtt_fast JOB …`, is `python -m mtt_fast.JOB …`."""
+"""Run any command by one name: `mtt_fast COMMAND …`, or `python -m mtt_fast COMMAND …`, is `python -m mtt_fast.COMMAND …`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from mtt_fast import __version__
 from mtt_fast.commands import cli
-from mtt_fast.errors import did_you_mean
+from mtt_fast.errors import InputError, did_you_mean
 
-_JOBS = {
+_COMMANDS = {
     "experts": "train experts on real images and record their trajectories",
     "distill": "distil a data set into a few synthetic images a class",
     "compress": "compress experts to a few waypoints each",
@@ -26,21 +26,22 @@ _JOBS = {
 
 
 def main() -> int:
-    """Run the job that the command line names, and return the exit status."""
+    """Run the command that the command line names, and return the exit status."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         return cli.run(lambda _: print(_usage()))
     if sys.argv[1] == "--version":
         print(__version__)
         return 0
     name, *arguments = sys.argv[1:]
-    if name not in _JOBS:
-        print(f"error: {name}: expected one of {', '.join(_JOBS)}{did_you_mean(name, list(_JOBS))}", file=sys.stderr)
-        return 2
-    return _run(name, arguments)
+    return _run(name, arguments) if name in _COMMANDS else cli.run(lambda _: _refuse(name))
+
+
+def _refuse(name: str) -> None:
+    raise InputError(f"{name}: expected one of {', '.join(_COMMANDS)}{did_you_mean(name, list(_COMMANDS))}")
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    """Run the module of a job as `python -m` does."""
+    """Run the module of a command as `python -m` does."""
     sys.argv[1:] = arguments
     try:
         runpy.run_module(f"mtt_fast.{name}", run_name="__main__", alter_sys=True)
@@ -50,8 +51,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _usage() -> str:
-    jobs = [f"  {name:10} {text}" for name, text in _JOBS.items()]
-    return "\n".join(["usage: mtt_fast JOB …        (mtt_fast JOB --help says more)", "", *jobs])
+    commands = [f"  {name:10} {text}" for name, text in _COMMANDS.items()]
+    return "\n".join(["usage: mtt_fast COMMAND …        (mtt_fast COMMAND --help says more)", "", *commands])
 
 
 if __name__ == "__main__":

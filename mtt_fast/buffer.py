@@ -1,4 +1,4 @@
-"""The old name of `python -m mtt_fast.experts`."""
+"""Run `python -m mtt_fast.experts` under the public code's name."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """Compress experts to a few waypoints each, with straight lines between them: `python -m mtt_fast.compress FOLDER`.
 
 MCT does the same to a buffer (mtt_fast/storage/waypoints.py has the equations). `python -m mtt_fast.distill --num_interpolation K`
-compresses by itself; this command compresses any folder, at epochs of one's own choice.
+compresses by itself; this command compresses any folder, at the epochs that the user chooses.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CompressOptions:
     """folder for the compressed experts; default FOLDER/waypoints_K"""
 
     def without_effect(self) -> dict[str, str]:
-        """Return the options that have no effect with the others, and why."""
+        """Return the options that have no effect with the others, with the reasons."""
         return {} if self.epochs is None else {"num_interpolation": "with --epochs, which says how many there are"}
 
 
@@ -81,11 +81,11 @@ def compress(
                 )
             if whole.course(expert) is not None:
                 raise InputError(f"{folder}: expert {index} is compressed already; name the folder of whole experts")
-            at = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
+            waypoints = tuple(epochs or evenly_spaced(whole.epochs(expert), count))
             if index in done.indices:
-                _check_same(whole, expert, done, at, smooth=smooth)
+                _check_same(whole, expert, done, waypoints, smooth=smooth)
             else:
-                _compress_one(whole, expert, out, at, smooth=smooth)
+                _compress_one(whole, expert, out, waypoints, smooth=smooth)
             written += expert_path(folder, index).stat().st_size
             compressed += expert_path(out, index).stat().st_size
     log.info(
@@ -103,32 +103,32 @@ def _compress_one(whole: TrajectoryStore, expert: int, out: Path, epochs: tuple[
 
 
 def _check_same(
-    whole: TrajectoryStore, expert: int, done: TrajectoryStore, epochs: tuple[int, ...], smooth: bool
+    whole: TrajectoryStore, expert: int, done: TrajectoryStore, epochs: tuple[int, ...], *, smooth: bool
 ) -> None:
     """Raise `InputError` unless `done` holds the waypoints at `epochs` of that very expert."""
     index = whole.indices[expert]
-    place = done.indices.index(index)
-    course = done.course(place)
+    compressed = done.indices.index(index)
+    course = done.course(compressed)
     if course is None or (course.epochs, course.smooth) != (epochs, smooth):
-        found = "a whole expert" if course is None else f"waypoints at {course.epochs}, smooth {course.smooth}"
+        content = "a whole expert" if course is None else f"waypoints at {course.epochs}, smooth {course.smooth}"
         raise InputError(
-            f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {found}; "
+            f"{expert_path(done.folder, index)}: expected waypoints at {epochs}, smooth {smooth}, found {content}; "
             "choose another --out, or delete that folder"
         )
-    check_made_of(done, [place], whole)
+    check_made_of(done, [compressed], whole)
 
 
 def check_made_of(compressed: TrajectoryStore, experts: Iterable[int], whole: TrajectoryStore) -> None:
-    """Check that those of the `compressed` experts were made of the `whole` ones of the same numbers, where these exist.
+    """Check that `experts` of the `compressed` store were made from the `whole` experts of the same numbers, where these exist.
 
     Raises `InputError` that names both files.
     """
-    for place in experts:
-        index, made_of = compressed.indices[place], compressed.metadata(place).made_of
-        at_hand = whole.digest(whole.indices.index(index)) if index in whole.indices else ""
-        if made_of and at_hand and made_of != at_hand:
+    for expert in experts:
+        index, made_of = compressed.indices[expert], compressed.metadata(expert).made_of
+        digest = whole.digest(whole.indices.index(index)) if index in whole.indices else ""
+        if made_of and digest and made_of != digest:
             raise InputError(
-                f"{compressed.path(place)}: made from another expert than {expert_path(whole.folder, index)}; "
+                f"{compressed.path(expert)}: made from another expert than {expert_path(whole.folder, index)}; "
                 "choose another --out, or delete that folder"
             )
 

@@ -1,4 +1,4 @@
-"""Print what this installation can do on this machine, and which code runs: `python -m mtt_fast.env`."""
+"""Print versions, devices and kernels of this installation, and which code runs: `python -m mtt_fast.env`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How well networks do that were trained on a distilled set alone: `python -m mtt_fast.evaluate RUN_OR_FILE`.
+"""Train networks on a distilled set alone and test them: `python -m mtt_fast.evaluate RUN_OR_FILE`.
 
-The paper's protocol, or another by name (mtt_fast/training/protocols.py), on one network or several. The same protocol measures
-random real images, and files of the public code.
+By the paper's protocol, or another by name (mtt_fast/training/protocols.py), for one network or several. The same protocol
+evaluates random real images, and files of the public code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class EvaluateOptions(SetOptions):
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SET")] = ""
     """a run's folder, a synthetic.safetensors, an images_*.pt with its labels_*.pt beside it, or the word "random" """
-    out: Annotated[str | None, Role.PLACE, Group.OUTPUT] = None
+    out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
     """JSON file to which the result is written as well"""
 
     def without_effect(self) -> dict[str, str]:
@@ -76,24 +76,24 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
     real = real_images_for(options, options.source, synthetic, data, device)
     train, lr = training_set(options, options.source, synthetic, real, device)
     log.info("%s", protocol.describe())
-    found: dict[str, Accuracy] = {}
+    accuracies: dict[str, Accuracy] = {}
     with stop_request() as stop:
         for name, network in networks.items():
-            found[name] = evaluate(
+            accuracies[name] = evaluate(
                 network, train, real.test, lr, protocol, networks=options.num_eval, seed=options.seed, name=name,
                 stop=stop, precision=precision_on(device, network, options.precision),
                 at_once=options.networks_at_once,
             )  # fmt: skip
-            log.info("%s on %s: %s", options.source, name, found[name])
+            log.info("%s on %s: %s", options.source, name, accuracies[name])
     if options.out:
         first, *_ = networks
         write_record(
             options.out,
             {
                 "source": options.source,
-                "accuracy": found[first].record(),
+                "accuracy": accuracies[first].record(),
                 "model": first,
-                "accuracy_by_network": {name: result.record() for name, result in found.items()},
+                "accuracy_by_network": {name: accuracy.record() for name, accuracy in accuracies.items()},
                 "lr": lr,
                 "protocol": protocol.record(),
                 "dataset": data.name,
@@ -106,7 +106,7 @@ def _run(options: EvaluateOptions, synthetic: SyntheticDataset | None, device: t
                 "versions": versions(),
             },
         )
-    check_any_trained(found.values())
+    check_any_trained(accuracies.values())
 
 
 if __name__ == "__main__":

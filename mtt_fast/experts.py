@@ -60,7 +60,7 @@ STORE_DTYPES: dict[StoreDtype, torch.dtype] = {"float32": torch.float32, "bfloat
 
 @dataclass(frozen=True)
 class ExpertTraining:
-    """How experts are trained; whatever is here must be the same for all experts of a folder."""
+    """Hyperparameters of the experts' training, the same for all experts of a folder."""
 
     train_epochs: int = 50
     lr: float = 0.01
@@ -77,7 +77,7 @@ class ExpertTraining:
 
 @dataclass(frozen=True)
 class ExpertTrainingOptions(TrainingOptions):
-    """How experts are trained, as all commands that train them name it."""
+    """Options of the experts' training in every command that trains experts."""
 
     GROUP: ClassVar[Group] = Group.EXPERTS
 
@@ -88,7 +88,7 @@ class ExpertTrainingOptions(TrainingOptions):
         "force_save": "every evaluation is saved",
         "lr_init": "nothing reads it in the public code; the learned rate starts at --lr_teacher, here as there",
     }
-    """Flags of the public code that have no work left to do: accepted, and named in the log."""
+    """Flags of the public code that do nothing here, with the reasons: accepted, and named in the log."""
 
     train_epochs: Annotated[Count, Role.EXTENT] = 50
     """epochs of each expert"""
@@ -108,13 +108,22 @@ class ExpertTrainingOptions(TrainingOptions):
     """measure SAM's radius in units of each parameter's size (ASAM), as FTD's code does"""
 
     def training_at(self, lr: float, batch_size: int) -> ExpertTraining:
-        """Return how these options train an expert. Raises `InputError` for values that cannot be."""
+        """Return the hyperparameters of an expert's training. Raises `InputError` for values that do not go together."""
         return checked(
             ExpertTraining(
-                self.train_epochs, lr, self.mom, self.l2, self.decay, batch_size, self.strategy, self.rho_max,
-                self.rho_max if self.rho_min is None else self.rho_min, self.alpha, self.adaptive,
+                train_epochs=self.train_epochs,
+                lr=lr,
+                mom=self.mom,
+                l2=self.l2,
+                decay=self.decay,
+                batch_size=batch_size,
+                augment=self.strategy,
+                rho_max=self.rho_max,
+                rho_min=self.rho_max if self.rho_min is None else self.rho_min,
+                alpha=self.alpha,
+                adaptive=self.adaptive,
             )
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -131,18 +140,18 @@ class ExpertOptions(ExpertTrainingOptions):
     """learning rate of the experts"""
     batch_train: Count = 256
     """batch size of the experts' training"""
-    buffer_path: Annotated[str, Role.PLACE, Group.OUTPUT] = "buffers"
+    buffer_path: Annotated[str, Role.LOCATION, Group.OUTPUT] = "buffers"
     """folder for the trajectories: PATH/DATASET/MODEL/expert_NNNN.safetensors"""
     store_dtype: Annotated[StoreDtype, Group.OUTPUT] = "float32"
     """number format of the recorded parameters: float32, or bfloat16 at half the size"""
 
     def training(self) -> ExpertTraining:
-        """Return how these options train an expert. Raises `InputError` for values that cannot be."""
+        """Return the hyperparameters of an expert's training. Raises `InputError` for values that do not go together."""
         return self.training_at(self.lr_teacher, self.batch_train)
 
 
 def checked(training: ExpertTraining) -> ExpertTraining:
-    """Return `training`, without what has no effect in it, or raise `InputError` for values that do not go together."""
+    """Return `training` with `adaptive` off where there is no radius; raise `InputError` for values that do not go together."""
     if training.rho_min > training.rho_max or (training.rho_min != training.rho_max and not training.decay):
         raise InputError(
             f"--rho_max {training.rho_max}, --rho_min {training.rho_min}: expected the same value twice, or --decay and a "
@@ -166,27 +175,27 @@ def train_missing_experts(
     at_once: int | None = None,
     memory_budget: str = AUTO,
 ) -> TrajectoryStore:
-    """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all that are there.
+    """Train those of experts 0 … `count` − 1 that `folder` lacks; return the store of all experts in `folder`.
 
-    They are stored as `dtype`; None: as those that are there, else float32. Several are trained at the same time where one
-    does not fill the device, to the same result (mtt_fast/training/concurrency.py).
-    Raises `InputError` if an expert that is there is of something else or was trained otherwise, or if another process
-    trains experts there; `Stopped` on Ctrl-C or SIGTERM.
+    They are stored as `dtype`; with None as the experts already in `folder`, else as float32. Several are trained at the
+    same time where one does not fill the device, to the same result (mtt_fast/training/concurrency.py).
+    Raises `InputError` if an expert in `folder` is of another network or other images or was trained otherwise, or if another
+    process trains experts there; `Stopped` on Ctrl-C or SIGTERM.
     """
-    wanted = _Wanted(count, images, network, training, seed, dtype, precision)
-    if not _missing(folder, wanted):
+    request = _Request(count, images, network, training, seed, dtype, precision)
+    if not _missing(folder, request):
         return TrajectoryStore(folder)
     with only_writer_of_experts(folder):
-        missing = _missing(folder, wanted)  # another process may have been faster
+        missing = _missing(folder, request)  # another process may have been faster
         log.info("%d experts to train, %d there: %s", len(missing), count - len(missing), folder)
-        _train(folder, missing, wanted, at_once, memory_budget)
+        _train(folder, missing, request, at_once, memory_budget)
     return TrajectoryStore(folder)
 
 
-class _Wanted(NamedTuple):
-    """Which experts a folder shall hold."""
+class _Request(NamedTuple):
+    """The experts that a folder is to hold."""
 
-    number: int
+    experts: int
     images: RealImages
     network: Trainable
     training: ExpertTraining
@@ -195,14 +204,14 @@ class _Wanted(NamedTuple):
     precision: Precision
 
 
-def _missing(folder: Path, wanted: _Wanted) -> list[int]:
-    """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one that is there is another."""
+def _missing(folder: Path, request: _Request) -> list[int]:
+    """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one in `folder` is not as requested."""
     present = TrajectoryStore(folder) if folder.is_dir() else None
-    missing = [index for index in range(wanted.number) if present is None or index not in present.indices]
+    missing = [index for index in range(request.experts) if present is None or index not in present.indices]
     if present:
         check_trained_alike(
-            present, wanted.network, wanted.images.identity, wanted.training, wanted.seed,
-            wanted.dtype or present.dtype(0), wanted.precision, more=bool(missing),
+            present, request.network, request.images.identity, request.training, request.seed,
+            request.dtype or present.dtype(0), request.precision, more=bool(missing),
         )  # fmt: skip
     return missing
 
@@ -218,9 +227,9 @@ def check_trained_alike(
     *,
     more: bool = True,
 ) -> None:
-    """Check that all experts that are there are of `network` and the images of `identity`, and trained as others would be.
+    """Check that all `present` experts are of `network` and the images of `identity`, and were trained by these settings.
 
-    Raises `InputError` that names the first that is not, and where `more` are to be added to compressed ones.
+    Raises `InputError` that names the first that is not, and where `more` are to be added to compressed experts.
     """
     if more and present.course(0) is not None:
         raise InputError(
@@ -232,11 +241,11 @@ def check_trained_alike(
         check_same_training(present, expert, dataclasses.asdict(training), seed, dtype, precision)
 
 
-def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | None, memory_budget: str) -> None:
+def _train(folder: Path, missing: list[int], request: _Request, at_once: int | None, memory_budget: str) -> None:
     """Train the experts with the numbers `missing` and write each as soon as it is trained."""
-    images, network, training, precision = wanted.images, wanted.network, wanted.training, wanted.precision
-    there = TrajectoryStore(folder)
-    dtype = wanted.dtype or (there.dtype(0) if len(there) else torch.float32)
+    images, network, training, precision = request.images, request.network, request.training, request.precision
+    present = TrajectoryStore(folder)
+    dtype = request.dtype or (present.dtype(0) if len(present) else torch.float32)
     device, training_images = images.train.labels.device, images.train
     concurrency = concurrency_for(
         network, student_for(network, device, precision=precision), training_images.pixels.shape[1:], device,
@@ -249,20 +258,20 @@ def _train(folder: Path, missing: list[int], wanted: _Wanted, at_once: int | Non
     ):
 
         def job(index: int) -> Job[tuple[Tensor, list[float]]]:
-            return _training(images, network, training, precision, seed=wanted.seed, index=index, bar=bar, stop=stop)
+            return _training(images, network, training, precision, seed=request.seed, index=index, bar=bar, stop=stop)
 
-        for place, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
+        for position, (parameters, accuracies) in run_concurrently(map(job, missing), concurrency, device):
             metadata = ExpertMetadata.of(
                 images.identity,
                 network=network.describe(),
                 layout=network.layout.describe(),
                 hyperparameters=dataclasses.asdict(training),
-                seed=wanted.seed,
+                seed=request.seed,
                 accuracy=accuracies,
                 versions=versions(),
                 precision=precision,
             )
-            write_expert(folder, missing[place], parameters, metadata, dtype)
+            write_expert(folder, missing[position], parameters, metadata, dtype)
 
 
 def train_expert(
@@ -289,7 +298,7 @@ def _training(
     bar: tqdm | None = None,
     stop: StopRequest | None = None,
 ) -> Job[tuple[Tensor, list[float]]]:
-    """`train_expert`, an epoch at a time."""
+    """Train an expert as `train_expert` does, an epoch at a time."""
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
     student = student_for(network, theta.device, precision=precision)
@@ -301,12 +310,12 @@ def _training(
     sgd = Sgd(training.lr, training.mom, training.l2, training.batch_size)
 
     def epoch_at(lr: float, rho: float) -> Epoch:
-        direction = sharpness_aware(student, rho, training.alpha, training.adaptive)
+        direction = sharpness_aware(student, rho, training.alpha, adaptive=training.adaptive)
         return epoch_on(direction, images.train, replace(sgd, lr=lr), augment, track_of(network))
 
     for epoch in range(training.train_epochs):
-        if (begun := _begun_at(epoch, training)) is not None:
-            velocity, run_epoch = torch.zeros_like(theta), epoch_at(*begun)
+        if (optimiser := _new_optimiser_at(epoch, training)) is not None:
+            velocity, run_epoch = torch.zeros_like(theta), epoch_at(*optimiser)
         if stop:
             raise Stopped(
                 f"stopped in expert {index}; those that were finished are saved; the same command continues",
@@ -318,7 +327,7 @@ def _training(
         parameters[epoch + 1] = theta
         accuracies.append(int(right) / len(images.test))
         if bar is not None:
-            with bar.get_lock():  # several threads count on it
+            with bar.get_lock():  # several threads update the bar
                 bar.set_postfix(
                     expert=index, loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False
                 )
@@ -326,8 +335,8 @@ def _training(
     return parameters, accuracies
 
 
-def _begun_at(epoch: int, training: ExpertTraining) -> tuple[float, float] | None:
-    """Return the learning rate and SAM's radius with which a new optimiser begins at number `epoch`; None if none does."""
+def _new_optimiser_at(epoch: int, training: ExpertTraining) -> tuple[float, float] | None:
+    """Return the learning rate and SAM's radius of the optimiser that starts at `epoch`, from 0; None where the old one goes on."""
     if epoch == 0:
         return training.lr, training.rho_max
     if training.decay and epoch == training.train_epochs // 2 + 2:  # as in the public code
@@ -346,7 +355,7 @@ def expert_steps(
 ) -> Iterator[Tensor]:
     """Yield the parameters (P,), on the device, before and after each step of expert `index`'s training, without an end.
 
-    After the steps of an epoch they are the row that `train_expert` records.
+    After the steps of an epoch the parameters are the row that `train_expert` records.
     """
     generator = generator_for(seed, "expert", index)
     theta = network.init(generator).to(images.train.labels.device)
@@ -354,10 +363,10 @@ def expert_steps(
     augment = augment_by_strategy(training.augment)
     yield theta
     for epoch in itertools.count():
-        if (begun := _begun_at(epoch, training)) is not None:
-            lr, rho = begun
+        if (optimiser := _new_optimiser_at(epoch, training)) is not None:
+            lr, rho = optimiser
             sgd = Sgd(lr, training.mom, training.l2, training.batch_size)
-            direction = sharpness_aware(student, rho, training.alpha, training.adaptive)
+            direction = sharpness_aware(student, rho, training.alpha, adaptive=training.adaptive)
             velocity, steps = torch.zeros_like(theta), steps_on(direction, images.train, sgd, augment)
         for step in steps(theta, velocity, generator):
             theta, velocity = step.theta, step.velocity
@@ -376,9 +385,9 @@ def main(argv: Sequence[str]) -> None:
 def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device) -> None:
     data = options.load_data()
     network = options.network(data)
-    folder = buffer_folder(options.buffer_path, data, options.model, options.zca)
+    folder = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
     log.info("%s: %s", options.model, describe_numerics(device, network, options.precision))
-    images = real_images(data, options.zca, device)
+    images = real_images(data, device, zca=options.zca)
     store = train_missing_experts(
         folder,
         options.num_experts,

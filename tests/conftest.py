@@ -1,4 +1,4 @@
-"""What every test stands on: fixed seeds, two threads, poisoned memory, and clear reasons for a skip."""
+"""Set up every test: fixed seeds, two threads, poisoned memory, and clear reasons for a skip."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _seeds() -> None:
 
 @pytest.fixture
 def golden() -> Path:
-    """The folder of golden cases, which lies beside the repository."""
+    """Return the folder of golden cases, which lies beside the repository."""
     folder = SHARED / "golden"
     if not folder.is_dir():
         pytest.skip(f"the golden cases are not here: no folder {folder}")
@@ -54,7 +54,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
-    """Drawing them, which tests/distill/test_command.py covers, takes nine tenths of a toy run."""
+    """Leave out the curves, which take nine tenths of a toy run; tests/distill/test_command.py covers drawing them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *_: None)
         yield
@@ -80,7 +80,7 @@ def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 @pytest.fixture(scope="module")
 def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of a data and a buffer folder in which the experts of the module's toy run, its `TOY`, are trained."""
+    """Return the flags of a data and a buffer folder with the trained experts of the module's toy run, its `TOY`."""
     from mtt_fast.commands import cli
     from mtt_fast.distill.command import main
 

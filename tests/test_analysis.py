@@ -1,4 +1,4 @@
-"""The analyses of the paper on toy runs: what they read, compute, draw and refuse."""
+"""Test the analyses of the paper on toy runs: what they read, compute, draw and refuse."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.analysis.__main__ import COMMANDS, main
 from mtt_fast.analysis.distance import (
     DistanceOptions,
-    _defaults,
-    _distilled_sets,
-    _strategy,
+    default_options,
     nearest_steps,
+    read_distilled_sets,
+    strategy_of,
     student_path,
 )
 from mtt_fast.analysis.evolution import CAPTION, evenly
@@ -48,7 +48,7 @@ def run(*arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two toy experts, and a run distilled without augmentation in batches of six of ten images."""
+    """Make a folder with two toy experts, and a run distilled without augmentation in batches of six of ten images."""
     folder = tmp_path_factory.mktemp("toy")
     flags = [*TOY, *log_fields(folder), "--syn_steps", "2", "--expert_epochs", "1"]
     assert cli.run(distill, [*flags, "--no_aug", "--batch_syn", "6", "--out", str(folder / "run")]) == 0
@@ -180,7 +180,7 @@ def test_nearest_steps_against_a_written_out_loop(seed: int) -> None:
 
 
 def sgd_step(net: ConvNet, theta: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, lr: float) -> torch.Tensor:
-    """A step of plain SGD in float64."""
+    """Do a step of plain SGD in float64."""
     leaf = theta.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(net(leaf, images.double()), labels), leaf)
     return theta - lr * gradient
@@ -189,7 +189,7 @@ def sgd_step(net: ConvNet, theta: torch.Tensor, images: torch.Tensor, labels: to
 def written_out_path(
     net: ConvNet, start: torch.Tensor, synthetic: SyntheticDataset, generator: torch.Generator, steps: int
 ) -> list[torch.Tensor]:
-    """Steps on ten images in batches of six: a permutation's chunks from the end, the short one first."""
+    """Do steps on ten images in batches of six: a permutation's chunks from the end, the short one first."""
     path, batches = [start], list[torch.Tensor]()
     for _ in range(steps):
         if not batches:
@@ -202,9 +202,9 @@ def written_out_path(
 def written_out_training(
     net: ConvNet, data_path: Path, generator: torch.Generator, steps: int, lr: float
 ) -> list[torch.Tensor]:
-    """Steps on the digits in batches of 512: an epoch is a permutation's chunks in order, the short one last."""
+    """Do steps on the digits in batches of 512: an epoch is a permutation's chunks in order, the short one last."""
     data = load("digits", data_path=data_path)
-    images = transform_for(data, False).apply(data.train.images.float() / 255)
+    images = transform_for(data, zca=False).apply(data.train.images.float() / 255)
     path, batches = [net.init(generator).double()], list[torch.Tensor]()
     for _ in range(steps):
         batches = batches or list(torch.randperm(len(images), generator=generator).split(512))
@@ -214,7 +214,7 @@ def written_out_training(
 
 
 def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
-    """The definition of the paper, in float64: targets after Δt steps on real images, squared errors, the closest step."""
+    """Compare with the paper's definition, in float64: targets after Δt steps on real images, squared errors, the closest step."""
     out = tmp_path / "distance"
     flags = [*"--steps 5 --deltas 7,1,4 --starts 2 --expert_lr 0.1 --dsa False".split(), "--out", str(out)]
     assert run("distance", f"short={toy / 'run'}", f"best={toy / 'run' / 'best.safetensors'}", *flags) == 0
@@ -252,10 +252,10 @@ def test_distance_is_the_papers_by_default() -> None:
 
 
 def test_real_training_is_that_of_the_experts(toy: Path) -> None:
-    """After whole epochs, bit for bit: with augmentation, and over the place where --decay begins a new optimiser."""
+    """Compare whole epochs bit for bit: with augmentation, and beyond the epoch where --decay begins a new optimiser."""
     store = TrajectoryStore(toy / "buffers" / "digits" / "ConvNetD1W4")
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
-    real = real_images(load("digits", data_path=toy / "data"), False, torch.device("cpu"))
+    real = real_images(load("digits", data_path=toy / "data"), torch.device("cpu"), zca=False)
     recorded = ExpertTraining(**store.metadata(1).hyperparameters)
     decaying = dataclasses.replace(recorded, decay=True, mom=0.9, l2=0.01, rho_max=0.05, rho_min=0.01)
     rows = {}
@@ -311,20 +311,20 @@ def test_augmentation_is_that_of_the_distillation() -> None:
         ({"dsa_strategy": "crop", "method": "DC"}, "none"),
         ({"dsa_strategy": "crop", "method": "DSA"}, "crop"),
     ):
-        assert _strategy(recipe, options) == strategy
+        assert strategy_of(recipe, options) == strategy
 
 
 def test_options_of_real_training_are_those_of_the_set_that_matched_trajectories() -> None:
     dsa = {"dataset": "CIFAR100", "seed": 3, "device": "cuda:1", "method": "DSA", "batch_real": 128, "lr_img": 0.1}
     mtt = {"dataset": "CIFAR10", "expert_epochs": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9, "ipc": 1}
-    assert _defaults([dsa, mtt]) == {
+    assert default_options([dsa, mtt]) == {
         "dataset": "CIFAR100", "seed": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9,
     }  # fmt: skip
-    assert _defaults([dsa]) == {"dataset": "CIFAR100", "seed": 3}
+    assert default_options([dsa]) == {"dataset": "CIFAR100", "seed": 3}
 
 
 def test_students_step_as_in_the_distillation(toy: Path) -> None:
-    """A rate for each of two steps in turn, momentum and weight decay, against torch's optimiser."""
+    """Use a rate for each of two steps in turn, momentum and weight decay, against torch's optimiser."""
     synthetic = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
     recipe = synthetic.recipe | {"student_mom": 0.5, "student_l2": 0.01}
     synthetic = dataclasses.replace(synthetic, lr_per_step=torch.tensor([0.1, 0.3]), recipe=recipe)
@@ -401,7 +401,7 @@ def test_a_broken_record_of_distances(text: str, toy: Path, tmp_path: Path, caps
 def test_labels_and_paths_of_sets(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "N=2").symlink_to(toy / "run")
-    found = _distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
+    found = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
     assert list(found) == ["N=2", "short", "x"]
 
 

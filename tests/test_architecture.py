@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md: imports go downward only. And docstrings of functions open with a verb."""
+"""Check the layers of docs/architecture.md: imports go downward only, and take no private names; and that docstrings open with a verb."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ PACKAGE = ROOT / "mtt_fast"
 TOPS = {"__init__", "__main__", "testing"}  # the library's entry, the commands' and the oracles: they may use anything
 ONLY = {"runtime": {"errors"}, "networks": {"errors", "kernels"}, "augmentation": {"errors", "kernels"}}
 UPWARD = {("data.synthetic", "interop")}  # when it is called
-NO_VERB = re.compile(r"\W*(What|How|Whether|Of|Which|Where|Why|From|As)\b")
+NO_VERB = re.compile(
+    r"\W*(What|How|Whether|Of|Which|Where|Why|When|Who|From|As|So|Or|By|For|With|In|On|Its|Their|Those|It|They|That|Once)\b"
+)
+ARTICLE = re.compile(r"(The|An?|One|Two)\b")  # a class may open with its name, a function with its verb alone
 
 
 def layers() -> list[set[str]]:
@@ -65,17 +68,40 @@ def test_kernels_know_nothing_of_the_rest() -> None:
         assert not set(imports(path)) - {"kernels"}, path
 
 
-def functions(path: Path) -> Iterator[ast.FunctionDef]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+def is_private(name: str | None) -> bool:
+    return name is not None and name.startswith("_") and not name.startswith("__")
 
 
-@pytest.mark.parametrize("folder", ["mtt_fast", "kernels", "bench"])
-def test_docstrings_of_functions_open_with_a_verb(folder: str) -> None:
-    openings = {
-        f"{path.relative_to(ROOT)}: {function.name}: {docstring.splitlines()[0]}"
+OURS = ("mtt_fast", "kernels", "bench", "tests")
+
+
+@pytest.mark.parametrize("folder", [*OURS, "examples"])
+def test_no_module_imports_a_private_name_of_another(folder: str) -> None:
+    private = {
+        f"{path.relative_to(ROOT)}: {node.module}.{alias.name}"
         for path in sorted((ROOT / folder).rglob("*.py"))
-        for function in functions(path)
-        if (docstring := ast.get_docstring(function)) is not None and NO_VERB.match(docstring)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS
+        for alias in node.names
+        if is_private(alias.name)
+    }
+    assert private == set()
+
+
+def docstrings(path: Path) -> Iterator[tuple[bool, str]]:
+    """Yield each docstring of a file, and whether it is a function's."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (docstring := ast.get_docstring(node)):
+            yield isinstance(node, ast.FunctionDef), docstring
+
+
+@pytest.mark.parametrize("folder", [*OURS, "examples"])
+def test_docstrings_open_with_a_verb(folder: str) -> None:
+    openings = {
+        f"{path.relative_to(ROOT)}: {docstring.splitlines()[0]}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if folder != "tests" or "kernels" not in path.parts  # those say which shapes a test has
+        for is_function, docstring in docstrings(path)
+        if NO_VERB.match(docstring) or (is_function and ARTICLE.match(docstring))
     }
     assert openings == set()

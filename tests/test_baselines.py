@@ -1,4 +1,4 @@
-"""`python -m mtt_fast.baselines` end to end on the embedded digits at toy size: files, stops, continuations, mistakes."""
+"""Test `python -m mtt_fast.baselines` end to end on the embedded digits at toy size: files, stops, continuations, mistakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.command import main
-from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.commands import cli
 from mtt_fast.compress import compress
 from mtt_fast.distill.command import main as distill
@@ -37,7 +37,7 @@ LEARNED = ["dm", "dc", "dsa", "dd", "ld"]
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the packed data and the expert, which is trained once."""
+    """Return a folder for the packed data and the expert, which is trained once."""
     return tmp_path_factory.mktemp("shared")
 
 
@@ -201,9 +201,9 @@ def test_a_stopped_run_continues(
     assert run(*flags("dm", shared), "--out", str(whole)) == 0
     method = METHODS["dm"]
 
-    def interrupted(options: Any, real: RealImages, network: Trainable) -> Images | Learning:
+    def interrupted(options: Any, real: RealImages, network: Trainable) -> Images | LearnedSet:
         learning = method.make(options, real, network)
-        assert isinstance(learning, Learning)
+        assert isinstance(learning, LearnedSet)
 
         def step(iteration: int) -> float:
             if iteration == 0:
@@ -259,7 +259,7 @@ def test_the_best_set_is_that_of_the_best_evaluation(
     accuracies = {0: 0.3, 1: 0.5, 2: 0.4}
     monkeypatch.setattr(
         "mtt_fast.commands.run_loop.evaluate",
-        lambda *_, place, **__: Accuracy((accuracies[place[0]],)),
+        lambda *_, indices, **__: Accuracy((accuracies[indices[0]],)),
     )
     assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1") == 0
     assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == 1

@@ -1,4 +1,4 @@
-"""The other methods' formulas against plain torch and naive loops, in float64, on toy networks."""
+"""Test the other methods' formulas against plain torch and naive loops, in float64, on toy networks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
 from mtt_fast.baselines.herding import herd
 from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
 from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates
-from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
 from mtt_fast.baselines.siamese import siamese_augmentation
@@ -43,11 +43,11 @@ F64 = torch.float64
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> RealImages:
     data = load("digits", data_path=tmp_path_factory.mktemp("data"))
-    return real_images(data, False, torch.device("cpu"))
+    return real_images(data, torch.device("cpu"), zca=False)
 
 
 def plain() -> Callable[[Tensor, Tensor], Tensor]:
-    """The network as f(theta, images), built of torch.nn."""
+    """Return the network as f(theta, images), built of torch.nn."""
     return module_function(reference_convnet(*SHAPE).double())
 
 
@@ -101,7 +101,7 @@ def test_dm_lowers_its_loss(real: RealImages) -> None:
     members = class_members(real, 2)
 
     def loss() -> float:
-        """On all images and a network that no iteration saw."""
+        """Return the loss on all images, with a network that no iteration used."""
         theta, total = NET.init(seeded(12345)), 0.0
         for label, indices in enumerate(members):
             own = learning.images[2 * label : 2 * label + 2]
@@ -118,7 +118,7 @@ def test_dm_lowers_its_loss(real: RealImages) -> None:
 
 
 def written_out(metric: Metric, found: Tensor, wanted: Tensor) -> Tensor:
-    """The distance as the papers define it, one row after the other."""
+    """Return the distance as the papers define it, one row after the other."""
 
     def cosine(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum() / ((a**2).sum().sqrt() * (b**2).sum().sqrt() + 1e-6)
@@ -210,7 +210,7 @@ def test_dc_updates_images_and_network_by_turns(real: RealImages) -> None:
 
 @pytest.mark.parametrize(("method", "strategy"), [(dc, None), (dsa, "color_crop")])
 def test_the_network_sees_what_the_method_augments(
-    method: Callable[..., Learning], strategy: str | None, real: RealImages, monkeypatch: pytest.MonkeyPatch
+    method: Callable[..., LearnedSet], strategy: str | None, real: RealImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     monkeypatch.setattr(gradient_matching, "epoch_on", lambda student, images, sgd, augment: seen.append(augment))
@@ -307,7 +307,7 @@ def test_the_nearest_image_to_each_centre_is_taken_once() -> None:
 def whole_graph_logits(
     theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, batches: list[Tensor], seen: Tensor
 ) -> Tensor:
-    """All steps recorded by autograd."""
+    """Return the logits with all steps recorded by autograd."""
     function = plain()
     theta = theta.clone().requires_grad_()
     for n, index in enumerate(batches):
@@ -420,7 +420,7 @@ def test_ld_gives_the_label_of_its_class_to_most_images(real: RealImages) -> Non
 
 
 def restarts(errors: list[float], window: int) -> list[int]:
-    """Steps after which the public code takes a fresh network: its counters, kept one step after the other."""
+    """Return the steps after which the public code takes a fresh network: its counters, kept one step after the other."""
     found: list[int] = []
     last: list[float] = []
     lowest, since = float("inf"), 0
@@ -499,7 +499,7 @@ def test_an_iteration_depends_on_its_number_alone(name: str, real: RealImages) -
     learnings = [method.make(method.options(dataset="digits"), real, NET) for _ in range(2)]
     losses, sets = [], []
     for learning in learnings:
-        assert isinstance(learning, Learning)
+        assert isinstance(learning, LearnedSet)
         losses.append([learning.step(7), learning.step(8)])
         sets.append(torch.cat([learning.images.flatten(), learning.labels.flatten()]))
     assert losses[0] == losses[1]

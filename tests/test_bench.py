@@ -1,4 +1,4 @@
-"""Every benchmark at toy size, the GPU's stages rehearsed, and the gate: what is wrong must not be timed."""
+"""Run every benchmark at toy size, rehearse the GPU's stages, and check that the gate lets nothing wrong be timed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch.utils.flop_counter import flop_registry
 from bench import flops, gate, gpu, kernels, methods, training, tune
 from bench.__main__ import main
 from bench.candidates import text_of
-from bench.cases import make_case, to
+from bench.cases import case_on, make_case
 from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, fused, whole_graph
 from bench.measuring import interleaved, peak_above_baseline, spread
 from bench.render import TABLES, filled_in, table
-from bench.settings import SETTINGS, Setting, Shape, named
+from bench.settings import SETTINGS, Setting, Shape, setting_named
 from bench.shares import share_of_operations
 from bench.workers import Worker, WorkerError
 from mtt_fast import ConvNet, InputError
@@ -60,7 +60,7 @@ def bench(*words: str) -> None:
 
 
 def stage(name: str, out: Path, status: int = 0, *flags: str) -> str:
-    """Rehearse a stage of `python -m bench gpu`; return what it printed."""
+    """Run a rehearsal of a stage of `python -m bench gpu`; return its output."""
     command = [sys.executable, "-m", "bench", "gpu", name, "--out", str(out), "--rehearse", *flags]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert found.returncode == status, found.stderr
@@ -79,13 +79,13 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def doubled(case: Case) -> Gradients:
-    """An engine that is wrong."""
+    """Return the gradients of an engine that is wrong."""
     images, lr = whole_graph(case)
     return Gradients(2 * images, lr)
 
 
 def wrong_in_float32(case: Case) -> Gradients:
-    """An engine that is right where the small case looks."""
+    """Return the gradients of an engine that is right only in the small case."""
     images, lr = whole_graph(case)
     return Gradients(images if images.dtype == torch.float64 else images * (1 + 1e-3), lr)
 
@@ -96,14 +96,16 @@ TINY = Setting(ConvNet(3, 10, 16, width=4, depth=2), images=10, steps=2, batch=3
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "compiled"])
 def test_engines_that_claim_to_be_exact_are(name: str) -> None:
     engine = ENGINES[name]
-    error = gate.float64_error(engine, TINY, CPU, cut=engine.cuts)
+    error = gate.float64_error(engine, TINY, CPU, cut=engine.takes_limits)
     assert (error <= gate.FLOAT64_TOLERANCE) == engine.exact
 
 
 def test_engines_are_exact_without_a_norm() -> None:
     setting = replace(TINY, net=replace(TINY.net, norm="none"))
     for name in ("whole_graph", "generic", "fused"):
-        assert gate.float64_error(ENGINES[name], setting, CPU, cut=ENGINES[name].cuts) <= gate.FLOAT64_TOLERANCE, name
+        assert (
+            gate.float64_error(ENGINES[name], setting, CPU, cut=ENGINES[name].takes_limits) <= gate.FLOAT64_TOLERANCE
+        ), name
 
 
 def test_the_gate_closes_on_a_wrong_engine() -> None:
@@ -124,7 +126,7 @@ def test_the_truth_in_pieces_is_the_truth() -> None:
 
 
 class CountOperations(TorchDispatchMode):
-    """Adds up what torch's own formulas say of each operation."""
+    """A mode that adds up the operations by torch's own formulas."""
 
     count = 0
 
@@ -138,7 +140,7 @@ class CountOperations(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["whole_graph", "checkpointed", "truncated", "generic"])
 def test_operations_are_counted_as_torch_counts_them(name: str) -> None:
     setting = Setting(ConvNet(3, 10, 16, width=4, depth=3), images=10, steps=2, batch=3)
-    case = to(make_case(setting), torch.float32, CPU)
+    case = case_on(make_case(setting), torch.float32, CPU)
     with CountOperations() as counted:
         ENGINES[name].run(case)
     formula = flops.iteration_flops(setting.net, setting.steps, setting.batch, *ENGINES[name].passes)
@@ -147,17 +149,19 @@ def test_operations_are_counted_as_torch_counts_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_follow_the_recipes(name: str) -> None:
-    setting = named(name)
+    setting = setting_named(name)
     assert setting.images >= setting.batch
     assert setting.images == int(name.rpartition("ipc")[2]) * setting.net.num_classes
 
 
 def test_the_papers_numbers() -> None:
-    assert (named("cifar100-ipc50").steps, named("cifar100-ipc50").batch) == (80, 125)
-    assert str(named("imagenet128-ipc50")) == "ConvNet depth 5 width 128, 3×128×128, 10 classes, N = 20, b = 500"
+    assert (setting_named("cifar100-ipc50").steps, setting_named("cifar100-ipc50").batch) == (80, 125)
+    assert (
+        str(setting_named("imagenet128-ipc50")) == "ConvNet depth 5 width 128, 3×128×128, 10 classes, N = 20, b = 500"
+    )
     assert Shape("cifar10-ipc10", steps=10).label() == "cifar10-ipc10-steps10"
     with pytest.raises(InputError, match=r"did you mean cifar10-ipc1"):
-        named("cifar-ipc1")
+        setting_named("cifar-ipc1")
     with pytest.raises(InputError, match="--batch 0: expected at least 1"):
         Shape(batch=0).resolve()
 
@@ -190,7 +194,7 @@ def test_the_peak_is_what_was_allocated_meanwhile() -> None:
 
 
 def test_shares_of_an_iteration_add_up() -> None:
-    case = to(make_case(TINY), torch.float32, CPU)
+    case = case_on(make_case(TINY), torch.float32, CPU)
     found = share_of_operations(lambda: fused(case), CPU)
     assert sum(found.values()) == pytest.approx(1)
     assert min(found.values()) > 0
@@ -318,7 +322,7 @@ def test_the_table_is_as_its_writer_writes_it() -> None:
 
 
 def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nor timed; the others are, and the fastest of them goes into the table."""
+    """Check that such a candidate is not timed; the others are, and the fastest of them goes into the table."""
     pauses = {"fast": 0.0, "right": 0.005, "slow": 0.05}
     rows: dict[str, Any] = {"op": {"class": {"default": {"backend": "slow"}}}}
     chosen = tune.Table(rows, lambda: None, "sm_90", CPU, tmp_path / "table.toml")
@@ -464,7 +468,7 @@ def test_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_method_takes_the_options_of_the_setting(name: str) -> None:
     method, setting = methods.METHODS[name], methods.Options(ipc=10).setting(Path("buffers"))
     module, *words = methods.command_of(method, setting)
-    if method.job == "distill":
+    if method.command == "distill":
         found: EvaluationOptions = parse_options(words)
     else:
         found = parsing.parse(BASELINES[words[0]].options, words[1:], module)

@@ -1,4 +1,4 @@
-"""The command mtt_fast convert end to end on the digits: what it guesses, writes, says and refuses; all jobs by one name."""
+"""Test the command mtt_fast convert end to end on the digits: its guesses, files, log and refusals; all commands by one name."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def save_public_pair(labels: Tensor, folder: str = "theirs") -> Tensor:
 
 
 def save_public_buffer(folder: str, epochs: int = 2) -> None:
-    """Two experts as buffer.py records them on a GPU."""
+    """Save two experts as buffer.py records them on a GPU."""
     Path(folder).mkdir(parents=True)
     trajectories = []
     for seed in range(2):

@@ -1,4 +1,4 @@
-"""The cross-architecture table at toy size: what is measured once is not measured again."""
+"""Test the cross-architecture table at toy size: a cell that is measured once is not measured again."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], mess
 
 
 def test_sets_that_differ_in_their_crops_are_two_questions() -> None:
-    """The same canvases, seen in another way: what was measured of one says nothing of the other."""
+    """Use the same canvases with other crops: a measurement of one says nothing about the other."""
     from mtt_fast.data import load
 
     data = load("digits", data_path="data", progress=False)

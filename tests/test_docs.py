@@ -1,4 +1,4 @@
-"""What docs/ tells to run, and to type, is so."""
+"""Run the commands and the code of docs/."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    """The site's build fails where a page names what is not there; this, where what is there is not named."""
+    """Check that every public name is on a page; the site's build fails where a page names what does not exist."""
     pages = [path.read_text() for path in (ROOT / "docs/reference").glob("*.md")]
     index = (ROOT / "docs/reference/index.md").read_text()
     for name in mtt_fast.__all__:
@@ -75,7 +75,7 @@ def test_the_call_leaves_the_gradients_of_the_loop_that_it_replaces() -> None:
 
 @pytest.mark.usefixtures("_float64")
 def test_the_window_starts_with_the_velocity_that_was_left() -> None:
-    """The gradient of the page's window is that of recorded steps; without the velocity it is another one."""
+    """Compare the gradient of the page's window with that of recorded steps; without the velocity it is another one."""
     setup, loop, _, _, window, *_ = blocks_of("migrating.md")
     space: dict[str, Any] = {}
     for block in (setup, loop):

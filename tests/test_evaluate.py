@@ -1,4 +1,4 @@
-"""The evaluation protocol against a plain loop; sources; soft labels."""
+"""Test the evaluation protocol against a plain loop; sources; soft labels."""
 
 from __future__ import annotations
 

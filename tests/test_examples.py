@@ -1,4 +1,4 @@
-"""The examples run, at toy size, and are short enough to be read."""
+"""Run the examples at toy size, and check that they are short enough to be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts: the algorithm against torch.optim, independence of (seed, index), continuation, mistakes."""
+"""Test experts: the algorithm against torch.optim, independence of (seed, index), continuation, mistakes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_equals_a_plain_loop_with_torch_optim(images: RealImages, mom: float, l2
 
 @pytest.mark.parametrize("decay", [False, True])
 def test_flat_trajectories_are_those_of_gsam(images: RealImages, decay: bool) -> None:
-    """With --decay the radius falls from rho_max to rho_min, as the learning rate does."""
+    """Check that with --decay the radius falls from rho_max to rho_min, as the learning rate does."""
     rho_min = 0.2 if decay else 0.5
     training = ExpertTraining(
         5, 0.05, decay=decay, batch_size=30, augment="none", rho_max=0.5, rho_min=rho_min, alpha=0.3, adaptive=True

@@ -1,4 +1,4 @@
-"""Importing mtt_fast is silent, cheap beside `import torch`, and leaves the GPU alone."""
+"""Check that importing mtt_fast is silent, cheap beside `import torch`, and leaves the GPU alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package installs as a wheel, as an editable tree, and without a compiler, each into a fresh environment.
+"""Install the package as a wheel, as an editable tree, and without a compiler, each into a fresh environment.
 
 The environments see the packages of the one that runs the tests, and builds use no isolation, so nothing is fetched.
 """
@@ -74,7 +74,7 @@ def build_wheel(folder: Path, variables: Mapping[str, str] | None = None) -> tup
 
 @pytest.fixture
 def no_compilers(tmp_path: Path) -> dict[str, str]:
-    """The variables of a machine that can build nothing: PATH has what an isolated build brings, and no compiler."""
+    """Return the variables of a machine that can build nothing: PATH has what an isolated build brings, and no compiler."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("cmake", "ninja"):
@@ -86,7 +86,7 @@ def no_compilers(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The interpreter of a fresh environment that finds the packages of this one, but not its mtt_fast."""
+    """Return the interpreter of a fresh environment that finds the packages of this one, but not its mtt_fast."""
     folder = tmp_path / "venv"
     venv.create(folder, symlinks=os.name != "nt")
     places = {"base": str(folder), "platbase": str(folder)}

@@ -1,4 +1,4 @@
-"""The report: one page that stands alone, of runs finished and not, with what their files say."""
+"""Test the report: one page that stands alone, of finished and unfinished runs, with the content of their files."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The paper's analyses as commands, `python -m mtt_fast.analysis COMMAND`: each writes numbers (JSON) and pictures."""
+"""Analyse runs as the paper does, `python -m mtt_fast.analysis COMMAND`: each command writes numbers (JSON) and pictures."""

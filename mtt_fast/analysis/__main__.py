@@ -1,4 +1,4 @@
-"""The one entry: `python -m mtt_fast.analysis COMMAND …`."""
+"""Run one of the analyses: `python -m mtt_fast.analysis COMMAND …`."""
 
 from __future__ import annotations
 

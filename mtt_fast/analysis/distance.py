@@ -1,4 +1,4 @@
-"""How close students on distilled sets come to where real training goes: `python -m mtt_fast.analysis distance`.
+"""Measure how close students on distilled sets come to where real training goes: `python -m mtt_fast.analysis distance`.
 
 The right of Figure 5 of the paper (section 4.2), which compares sets that were distilled to match long and short pieces
 of training: there of CIFAR-100 with 1 image a class, MTT and DSA. From one set of initial parameters θ_0
@@ -10,8 +10,8 @@ of training: there of CIFAR-100 with 1 image a class, MTT and DSA. From one set 
     d(Δt) = min_k |θ̂_k − θ*_Δt|² / |θ_0 − θ*_Δt|²
 
 the normalised squared error of the matching loss at the step that comes closest: 1 where no step is closer than the start,
-0 where one meets the target. The start and the real steps are those of an expert, so that after whole epochs θ* is what
-`mtt_fast.experts` records. With --starts the same is done from several sets of initial parameters.
+0 where a step meets the target. The start and the real steps are those of an expert, so after whole epochs θ* is the row that
+`mtt_fast.experts` records. With --starts the distances are measured from several sets of initial parameters.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.files import MALFORMED, write_text
+from mtt_fast.storage.files import write_text
 from mtt_fast.storage.identity import check_same_data
-from mtt_fast.storage.records import read_record, write_record
+from mtt_fast.storage.records import read_entries, write_record
 from mtt_fast.storage.run_folder import SYNTHETIC, only_user
 from mtt_fast.training.images import RealImages, as_training_images, real_images
 
@@ -91,22 +91,22 @@ class DistanceOptions(ExpertTrainingOptions):
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
-        found = super().without_effect() | {"networks_at_once": "here: one network is trained at a time"}
+        reasons = super().without_effect() | {"networks_at_once": "here: one network is trained at a time"}
         if not self.decay:
-            found["train_epochs"] = "without --decay: real training goes on for the largest of --deltas"
-        return found
+            reasons["train_epochs"] = "without --decay: real training goes on for the largest of --deltas"
+        return reasons
 
 
 Nearest = tuple[float, int]
-"""d(Δt), and the student's step k that is so near."""
+"""d(Δt), and the student's step k at that distance."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
-    sets = _distilled_sets(parsing.preview(DistanceOptions, argv, PROGRAM).runs)
+    sets = read_distilled_sets(parsing.preview(DistanceOptions, argv, PROGRAM).runs)
     if not sets:
         raise InputError(f"expected run folders, plain or as LABEL=FOLDER; see {PROGRAM} --help")
-    defaults = _defaults([synthetic.recipe for synthetic in sets.values()])
+    defaults = default_options([synthetic.recipe for synthetic in sets.values()])
     options = parsing.parse(DistanceOptions, argv, PROGRAM, defaults, source=next(iter(sets)))
     deltas = sorted(set(parsing.integers(options.deltas, "--deltas")))
     training = options.training_at(options.expert_lr, options.batch_real)
@@ -114,32 +114,32 @@ def main(argv: Sequence[str]) -> None:
     data = options.load_data()
     network = options.network(data)
     for label, synthetic in sets.items():
-        check_same_data(synthetic.identity, data.identity(options.zca), label)
+        check_same_data(synthetic.identity, data.identity(zca=options.zca), label)
     with numerics(device, options.precision), only_user(Path(options.out)), stop_request() as stop:
-        _run(options, sets, network, real_images(data, options.zca, device), training, deltas, stop)
+        _run(options, sets, network, real_images(data, device, zca=options.zca), training, deltas, stop)
 
 
-def _defaults(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the sets' recipes say of the options: the first of the data and the network, of experts one that has some."""
-    common = names_of(CommonOptions, Role.RESULT, Role.PLACE)
-    matched = next((recipe for recipe in recipes if "expert_epochs" in recipe), {})
+def default_options(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the defaults of the options: data and network by the first set's recipe, experts by the first that names some."""
+    common = names_of(CommonOptions, Role.RESULT, Role.LOCATION)
+    with_experts = next((recipe for recipe in recipes if "expert_epochs" in recipe), {})
     of_first = {name: value for name, value in (recipes[0] if recipes else {}).items() if name in common}
-    return of_first | {name: value for name, value in matched.items() if name in _OF_EXPERTS}
+    return of_first | {name: value for name, value in with_experts.items() if name in _OF_EXPERTS}
 
 
-def _distilled_sets(places: Sequence[str]) -> dict[str, SyntheticDataset]:
-    """Return the sets by label: what stands before "=", or the folder's name, where there is a file or folder so called."""
-    found: dict[str, SyntheticDataset] = {}
-    for place in places:
-        label, equals, path = place.partition("=")
-        labelled = bool(equals) and not Path(place).exists()  # a path may hold the sign as well
-        file = Path(path if labelled else place)
+def read_distilled_sets(arguments: Sequence[str]) -> dict[str, SyntheticDataset]:
+    """Return the sets by label: the text before "=", or the folder's name where the whole argument is a path."""
+    sets: dict[str, SyntheticDataset] = {}
+    for argument in arguments:
+        label, equals, path = argument.partition("=")
+        labelled = bool(equals) and not Path(argument).exists()  # a path may hold the sign as well
+        file = Path(path if labelled else argument)
         if not labelled:
             label = file.parent.name if file.is_file() else file.name
-        if label in found:
-            raise InputError(f"{place}: there is another run with the label {label}; give labels as LABEL=FOLDER")
-        found[label] = SyntheticDataset.load(file / SYNTHETIC if file.is_dir() else file)
-    return found
+        if label in sets:
+            raise InputError(f"{argument}: there is another run with the label {label}; give labels as LABEL=FOLDER")
+        sets[label] = SyntheticDataset.load(file / SYNTHETIC if file.is_dir() else file)
+    return sets
 
 
 def _run(
@@ -152,21 +152,21 @@ def _run(
     stop: StopRequest,
 ) -> None:
     folder, precision = Path(options.out), precision_on(real.train.labels.device, network, options.precision)
-    measured = _measured_before(folder)
+    measured = _read_measurements(folder)
     questions = {
         (start, label): _question(options, synthetic, network, real, training, deltas, start)
         for start in range(options.starts)
         for label, synthetic in sets.items()
     }
-    open_ones = [place for place, question in questions.items() if _answer(measured, question) is None]
-    trainings = {start for start, _ in open_ones}
-    with tqdm(total=len(trainings) * deltas[-1] + len(open_ones) * options.steps, desc="distance", unit="step") as bar:
+    missing = [pair for pair, question in questions.items() if _answer(measured, question) is None]
+    trainings = {start for start, _ in missing}
+    with tqdm(total=len(trainings) * deltas[-1] + len(missing) * options.steps, desc="distance", unit="step") as bar:
         for start in sorted(trainings):
             steps = expert_steps(real, network, training, seed=options.seed, index=start, precision=precision)
-            begin, *targets = places_after(steps, deltas, stop, bar)
-            for label in (label for place, label in open_ones if place == start):
+            initial, *targets = parameters_after(steps, deltas, stop, bar)
+            for label in (label for its_start, label in missing if its_start == start):
                 generator = generator_for(options.seed, "distance", start)
-                path = student_path(network, begin, sets[label], options, generator)
+                path = student_path(network, initial, sets[label], options, generator)
                 nearest = nearest_steps(path, torch.stack(targets))
                 bar.update(options.steps)
                 measured.append({"question": questions[start, label], "nearest": nearest})
@@ -186,22 +186,22 @@ def _stop_if_asked(stop: StopRequest) -> None:
         raise Stopped("stopped; the sets that were finished are saved, and the same command goes on", stop.signum)
 
 
-def places_after(steps: Iterator[Tensor], deltas: Sequence[int], stop: StopRequest, bar: tqdm) -> list[Tensor]:
-    """Return what `steps` yields at first and after each of the numbers `deltas` (rising) of steps: parameters (P,).
+def parameters_after(steps: Iterator[Tensor], deltas: Sequence[int], stop: StopRequest, bar: tqdm) -> list[Tensor]:
+    """Return the parameters (P,) that `steps` yields first, and after each of the numbers `deltas` (rising) of steps.
 
-    Raises `InputError` if they are no numbers any more, or those at the start again; `Stopped` on request.
+    Raises `InputError` if parameters are no longer finite, or equal to those at the start; `Stopped` on request.
     """
-    places = []
+    parameters = []
     for number, theta in enumerate(itertools.islice(steps, deltas[-1] + 1)):
         _stop_if_asked(stop)
         if number in (0, *deltas):
-            places.append(theta)
+            parameters.append(theta)
             if not bool(theta.isfinite().all()):
                 raise InputError(f"training on real images diverged within {number} steps; give a smaller --expert_lr")
-            if number and theta.equal(places[0]):
+            if number and theta.equal(parameters[0]):
                 raise InputError(f"training on real images went nowhere in {number} steps; give a larger --expert_lr")
         bar.update(number > 0)
-    return places
+    return parameters
 
 
 def student_path(
@@ -214,14 +214,14 @@ def student_path(
     """Return θ̂_0 … θ̂_K, (K + 1, P): `options.steps` steps from `start` (P,) as in the set's distillation."""
     recipe, images = synthetic.recipe, as_training_images(synthetic, start.device)
     batches = student_batches(len(images), recipe.get("batch_syn"), options.steps, generator)
-    augment = augment_by_strategy(_strategy(recipe, options))
+    augment = augment_by_strategy(strategy_of(recipe, options))
     rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
-    if rates.dim():  # one for each of N steps, which come again and again
+    if rates.dim():  # one for each of N steps, which are repeated
         rates = rates.repeat(math.ceil(options.steps / len(rates)))[: options.steps]
     with torch.no_grad():
         path: Tensor = unroll(
             network, start, images.pixels, images.labels, rates.to(start.device),
-            [images.seen_in(index) for index in batches],
+            [images.expand_crops(index) for index in batches],
             augment if images.canvas is None else images.canvas.crops(augment),
             memory_budget="auto", momentum=recipe.get("student_mom", 0.0), weight_decay=recipe.get("student_l2", 0.0),
             generator=generator, precision=precision_on(start.device, network, options.precision),
@@ -229,25 +229,25 @@ def student_path(
     return path
 
 
-def _strategy(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
-    """Return the augmentation that a set was distilled with; that of the options where its recipe does not say."""
+def strategy_of(recipe: Mapping[str, Any], options: DistanceOptions) -> str:
+    """Return the augmentation of a set's distillation; that of the options where the recipe does not say."""
     if recipe.get("no_aug") or recipe.get("method") in _WITHOUT_AUGMENTATION or not recipe.get("dsa", options.dsa):
         return "none"
     return str(recipe.get("dsa_strategy", options.dsa_strategy))
 
 
 def nearest_steps(path: Tensor, targets: Tensor) -> list[Nearest]:
-    """Return, for each of `targets` (n, P), the distance d of the module's docstring and the step at which it is reached.
+    """Return, for each of `targets` (n, P), the distance d of the module's docstring and the step with that distance.
 
-    `path` (K + 1, P) is the student's, from the common start on; steps that are no numbers any more are infinitely far.
+    `path` (K + 1, P) is the student's, from the common start on; a step that is not finite is infinitely far.
     """
 
-    def squared_distances(place: Tensor) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(targets - place, dim=1, dtype=torch.float64)
+    def squared_distances(theta: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(targets - theta, dim=1, dtype=torch.float64)
         return norms.square()
 
     moved = squared_distances(path[0])
-    distances = torch.stack([squared_distances(place) for place in path]) / moved  # (K + 1, n)
+    distances = torch.stack([squared_distances(theta) for theta in path]) / moved  # (K + 1, n)
     least, step = distances.nan_to_num(nan=math.inf).min(dim=0)
     return [(float(value), int(k)) for value, k in zip(least, step, strict=True)]
 
@@ -261,14 +261,14 @@ def _question(
     deltas: Sequence[int],
     start: int,
 ) -> dict[str, Any]:
-    """Return all that a set's distances from one start follow from: the same question has one answer."""
+    """Return everything that determines a set's distances from one start: the same question has one answer."""
     rates = synthetic.lr if synthetic.lr_per_step is None else synthetic.lr_per_step
     student = {name: synthetic.recipe.get(name) for name in ("batch_syn", "student_mom", "student_l2")}
     question = {
         "set": digest(synthetic.images, synthetic.labels, rates),
         "label_kind": synthetic.label_kind,
         "canvas": synthetic.canvas and dataclasses.asdict(synthetic.canvas),
-        "student": student | {"augment": _strategy(synthetic.recipe, options), "steps": options.steps},
+        "student": student | {"augment": strategy_of(synthetic.recipe, options), "steps": options.steps},
         "training": dataclasses.asdict(training),
         "deltas": list(deltas),
         "start": start,
@@ -278,25 +278,19 @@ def _question(
         "whitening": real.whitening,
         "precision": options.precision,
     }
-    return dict(json.loads(json.dumps(question)))  # as it is read back
+    return dict(json.loads(json.dumps(question)))  # as in the record that is read back
 
 
-def _measured_before(folder: Path) -> list[dict[str, Any]]:
-    path = folder / RECORD
-    if not path.exists():
-        return []
-    what, mend = "a record of this command", "delete it or choose another --out"
-    record = read_record(path, what, mend)
-    try:
-        return [
-            {
-                "question": dict(entry["question"]),
-                "nearest": [(float(far), int(step)) for far, step in entry["nearest"]],
-            }
-            for entry in record["measured"]
-        ]
-    except MALFORMED as error:
-        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
+def _read_measurements(folder: Path) -> list[dict[str, Any]]:
+    return read_entries(
+        folder / RECORD, "measured", _measurement, "a record of this command", "delete it or choose another --out"
+    )
+
+
+def _measurement(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of the record. Raises one of `MALFORMED` for anything else."""
+    nearest = [(float(distance), int(step)) for distance, step in entry["nearest"]]
+    return {"question": dict(entry["question"]), "nearest": nearest}
 
 
 def _answer(measured: Sequence[Mapping[str, Any]], question: Mapping[str, Any]) -> Sequence[Nearest] | None:
@@ -312,8 +306,8 @@ def _curves(
         if (answer := _answer(measured, question)) is not None:
             answers.setdefault(label, []).append(answer)
     return {
-        label: [_point(delta, [answer[place] for answer in of]) for place, delta in enumerate(deltas)]
-        for label, of in answers.items()
+        label: [_point(delta, [nearest[index] for nearest in by_start]) for index, delta in enumerate(deltas)]
+        for label, by_start in answers.items()
     }
 
 

@@ -1,6 +1,6 @@
-"""The images over the iterations of a run: `python -m mtt_fast.analysis evolution RUN`.
+"""Show the images of a run over its iterations: `python -m mtt_fast.analysis evolution RUN`.
 
-Reads the snapshots that each evaluation left in RUN/history (the first image of each class, pixel for pixel).
+Reads the snapshots that each evaluation wrote to RUN/history (the first image of each class, pixel for pixel).
 """
 
 from __future__ import annotations
@@ -76,28 +76,28 @@ def read_history(run: Path) -> dict[int, Image.Image]:
         raise InputError(
             f"{run / HISTORY}: expected snapshots iteration_NNNNNN.png of a run, found none; check the path"
         )
-    found: dict[int, Image.Image] = {}
+    snapshots: dict[int, Image.Image] = {}
     for iteration in sorted(files):
         content = io.BytesIO(read_bytes(files[iteration], _LARGEST))
         try:
             with Image.open(content) as image:
-                found[iteration] = image.convert("RGB")
+                snapshots[iteration] = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{files[iteration]}: not a picture; delete it") from error
-        first = next(iter(found.values()))
-        if found[iteration].size != first.size:
+        first = next(iter(snapshots.values()))
+        if snapshots[iteration].size != first.size:
             raise InputError(
                 f"{files[iteration]}: expected {first.size} pixels as in the first snapshot, found "
-                f"{found[iteration].size}; are there two runs in one folder?"
+                f"{snapshots[iteration].size}; are there two runs in one folder?"
             )
-    return found
+    return snapshots
 
 
 def evenly(items: Sequence[Image.Image], count: int) -> list[Image.Image]:
-    """Return `count` of the items, evenly spaced, with the first and the last; all if there are no more."""
+    """Return `count` of the items, evenly spaced, with the first and the last; all if there are no more than that."""
     if len(items) <= count:
         return list(items)
-    return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
+    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float) -> None:
@@ -113,14 +113,14 @@ def save_strip(path: Path, frames: Sequence[Image.Image]) -> None:
     """Write `frames`, all of one size, one below the other as PNG, atomically."""
     width, height = frames[0].size
     strip = Image.new("RGB", (width, height * len(frames)), _PAPER)
-    for place, frame in enumerate(frames):
-        strip.paste(frame, (0, place * height))
+    for row, frame in enumerate(frames):
+        strip.paste(frame, (0, row * height))
     with atomic_path(path) as temporary:
         strip.save(temporary, format="PNG")
 
 
 def _with_caption(iteration: int, image: Image.Image) -> Image.Image:
-    """Return the picture below its iteration's number, enlarged by a whole factor if it is small, without smoothing."""
+    """Return the picture below its iteration's number; a small picture is enlarged by a whole factor, without smoothing."""
     factor = max(1, math.ceil(_NARROWEST / image.width))
     width, height = image.width * factor, image.height * factor
     frame = Image.new("RGB", (width, height + CAPTION), _PAPER)

@@ -1,7 +1,7 @@
-"""Accuracy over a grid of M, the expert epochs to match, and N, the student's steps: `python -m mtt_fast.analysis grid`.
+"""Measure accuracy over a grid of M, the expert epochs to match, and N, the student's steps: `python -m mtt_fast.analysis grid`.
 
 The left of Figure 5 of the paper. Each cell is a distillation with its own run folder, OUT/M2-N20, so that it can be
-looked at, continued or evaluated like any other. What is finished is not run again, and what was stopped goes on.
+looked at, continued or evaluated like any other. A finished run is not repeated, and a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from mtt_fast.analysis.runs import read_summary
 from mtt_fast.commands import parsing
-from mtt_fast.commands.option_fields import Told
+from mtt_fast.commands.option_fields import Remark
 from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.options import parse_options
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "python -m mtt_fast.analysis grid"
 
 Accuracies = Mapping[tuple[int, int], Mapping[str, Any] | None]
-"""By (M, N): {"mean", "std", "n"} of the distilled set at the end, or None where there is none."""
+"""The distilled set's accuracy at the end, {"mean", "std", "n"}, by (M, N); None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GridOptions:
     """N: student steps in each iteration, joined by commas"""
     out: str = "runs/grid"
     """folder of the grid: grid.png, grid.md, grid.json, and a run folder for each cell"""
-    resume: Annotated[bool, Told("not needed: the same command always goes on where it was")] = False
+    resume: Annotated[bool, Remark("not needed: the same command always goes on where it was")] = False
     """not needed: the same command always goes on where it was"""
 
 
@@ -51,13 +51,13 @@ def main(argv: Sequence[str]) -> None:
     epochs = sorted(set(parsing.integers(options.expert_epochs, "--expert_epochs")))
     steps = sorted(set(parsing.integers(options.syn_steps, "--syn_steps")))
     folder = Path(options.out)
-    # the longest segments first: experts that are too short for them are told of before hours have passed
+    # the longest segments first, so that experts too short for them are refused before hours have passed
     cells = {(m, n): folder / f"M{m}-N{n}" for m in reversed(epochs) for n in steps}
     commands = {
-        (m, n): [*others, "--expert_epochs", str(m), "--syn_steps", str(n), "--out", str(place)]
-        for (m, n), place in cells.items()
+        (m, n): [*others, "--expert_epochs", str(m), "--syn_steps", str(n), "--out", str(run)]
+        for (m, n), run in cells.items()
     }
-    parsed = [parse_options(command) for command in commands.values()]  # a mistake is told before the first cell is run
+    parsed = [parse_options(command) for command in commands.values()]  # all are checked before the first cell is run
     if parsed[0].dry_run:
         for command in commands.values():
             distill.main(command)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _accuracy_of(folder: Path, command: Sequence[str]) -> Mapping[str, Any] | None:
-    """Run the distillation to its end, if it is not there, and return its accuracy; None if it diverged."""
+    """Run the distillation to its end, unless it is finished, and return its accuracy; None if it diverged."""
     try:
         distill.main(command)
     except Diverged as error:
@@ -96,7 +96,7 @@ def write(
     ]
     write_text(folder / "grid.md", as_markdown(epochs, steps, accuracies))
     _draw(folder / "grid.png", epochs, steps, accuracies)
-    write_record(folder / "grid.json", {"options": list(flags), "cells": cells})  # last: it says that all is there
+    write_record(folder / "grid.json", {"options": list(flags), "cells": cells})  # last: with it everything is there
 
 
 def as_markdown(epochs: Sequence[int], steps: Sequence[int], accuracies: Accuracies) -> str:
@@ -108,15 +108,15 @@ def as_markdown(epochs: Sequence[int], steps: Sequence[int], accuracies: Accurac
 def _draw(path: Path, epochs: Sequence[int], steps: Sequence[int], accuracies: Accuracies) -> None:
     from matplotlib.figure import Figure  # slow to import
 
-    found = {cell: 100 * accuracy["mean"] for cell, accuracy in accuracies.items() if accuracy is not None}
-    lowest, highest = (min(found.values()), max(found.values())) if found else (0.0, 100.0)
-    values = [[found.get((m, n), float("nan")) for n in steps] for m in epochs]
+    means = {cell: 100 * accuracy["mean"] for cell, accuracy in accuracies.items() if accuracy is not None}
+    lowest, highest = (min(means.values()), max(means.values())) if means else (0.0, 100.0)
+    values = [[means.get((m, n), float("nan")) for n in steps] for m in epochs]
     figure = Figure(figsize=(2 + 0.9 * len(steps), 1.6 + 0.7 * len(epochs)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, origin="lower", cmap="viridis", aspect="auto", vmin=lowest, vmax=highest)
     for row, m in enumerate(epochs):
         for column, n in enumerate(steps):
-            value = found.get((m, n))
+            value = means.get((m, n))
             dark = value is not None and value < (lowest + highest) / 2
             text = MISSING if value is None else f"{value:.1f}"
             axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")

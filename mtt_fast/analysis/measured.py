@@ -1,4 +1,4 @@
-"""What was measured in run folders, grouped so that it can stand beside the numbers of a paper."""
+"""Group the accuracies in run folders by setting, for comparison with the numbers of a paper."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.errors import InputError
 
 RANDOM = "Random"
-"""The method of as many random real images, which every distillation measures as well."""
+"""The method's name for as many random real images, which every distillation measures as well."""
 PAPER_RES = 128
 """Resolution of the paper's ImageNet subsets."""
 PAPER_PROTOCOL = "mtt"
-"""Protocol of its evaluations."""
-_WHERE_AND_HOW_FAST = names_of(DistillOptions, Role.PLACE, Role.MACHINE)
+"""Protocol of the paper's evaluations."""
+_WHERE_AND_HOW_FAST = names_of(DistillOptions, Role.LOCATION, Role.MACHINE)
 _OF_RANDOM_IMAGES = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION) - {"seed", "eval_mode"}
-"""What the accuracy of random real images depends on, besides the seed."""
+"""Options on which the accuracy of random real images depends, besides the seed."""
 
 
 class Setting(NamedTuple):
-    """What two measurements have in common if they can be compared with one number of a paper."""
+    """The setting of a measurement: two with the same setting can be compared with one number of a paper."""
 
     dataset: str
     """as --dataset spells it; of ImageNet, the subset"""
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Accuracy in one setting, by runs that differ in nothing but the seed."""
+    """The accuracy in one setting, from runs that differ in nothing but the seed."""
 
     runs: tuple[str, ...]
     mean: float
@@ -45,17 +45,17 @@ class Measured(NamedTuple):
     n: int
     """networks of the one run; runs, if there are several"""
     diverged: int = 0
-    """how many of these networks diverged; how many of these runs have such ones"""
+    """number of these networks that diverged; number of these runs in which networks diverged"""
 
     def record(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""
         return self._asdict() | {"runs": list(self.runs)}
 
 
-def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[Measured]]:
-    """Return what the runs with these summaries measured; in a setting, an entry for each choice of the other options.
+def measurements(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[Measured]]:
+    """Return the accuracies of the runs with these summaries by setting, with an entry for each choice of the other options.
 
-    Raises `InputError` for a summary that does not say which data set, network and images a class it is of.
+    Raises `InputError` for a summary that does not name its data set, network and images a class.
     """
     groups: dict[tuple[Setting, str], dict[int, tuple[str, Mapping[str, Any]]]] = {}
     for folder, summary in summaries.items():
@@ -73,14 +73,14 @@ def measured(summaries: Mapping[Path, Mapping[str, Any]]) -> dict[Setting, list[
         of_random = setting._replace(method=RANDOM + _protocol(options))
         for network, accuracy in _by_network(summary, "random_real_images").items():
             _add(groups, of_random._replace(model=network), own, seed, folder, accuracy)
-    found: dict[Setting, list[Measured]] = {}
+    by_setting: dict[Setting, list[Measured]] = {}
     for (setting, _), by_seed in groups.items():
-        found.setdefault(setting, []).append(_together(list(by_seed.values())))
-    return found
+        by_setting.setdefault(setting, []).append(_combined(list(by_seed.values())))
+    return by_setting
 
 
 def _dataset(options: Mapping[str, Any]) -> str:
-    """Return the data set's name, an image folder as such, with the resolution where it is not that of the paper."""
+    """Return the data set's name, marked where it is an image folder, with the resolution where the paper has another."""
     name = str(options.get("subset") or options["dataset"])
     if "/" in name:
         name = f"{Path(name).name} (folder)"
@@ -88,22 +88,22 @@ def _dataset(options: Mapping[str, Any]) -> str:
 
 
 def _by_network(summary: Mapping[str, Any], images: str) -> Mapping[str, Mapping[str, Any]]:
-    """Return the accuracy of each network that was tested on `images`: with --eval_mode others than that of the run."""
+    """Return the accuracy of each network that was trained on `images`; --eval_mode adds networks to the run's own."""
     if images not in summary["accuracy"]:
         return {}
     tested: Mapping[str, Mapping[str, Mapping[str, Any]]] = summary.get("accuracy_by_network", {})
-    first = next(iter(tested.get("distilled", ())), summary["options"]["model"])  # whose accuracy is told first
+    first = next(iter(tested.get("distilled", ())), summary["options"]["model"])  # its accuracy stands first
     return tested.get(images) or {first: summary["accuracy"][images]}
 
 
 def _method(summary: Mapping[str, Any]) -> str:
-    """Return the method's name; textures are told from images."""
+    """Return the method's name, marked where the set is of textures."""
     name = str(summary.get("method", "MTT")) + _protocol(summary["options"])
     return f"{name}, textures" if summary["options"].get("texture") else name
 
 
 def _protocol(options: Mapping[str, Any]) -> str:
-    """Return what tells the numbers of another protocol from the paper's, with which they do not compare."""
+    """Return a mark for the numbers of another protocol than the paper's, since such numbers do not compare."""
     name, best = options.get("protocol", PAPER_PROTOCOL), options.get("best_epoch")
     return (f", protocol {name}" if name != PAPER_PROTOCOL else "") + (", best epoch" if best else "")
 
@@ -121,7 +121,7 @@ def _add(
     group.setdefault(seed, (str(folder), accuracy))
 
 
-def _together(runs: list[tuple[str, Mapping[str, Any]]]) -> Measured:
+def _combined(runs: list[tuple[str, Mapping[str, Any]]]) -> Measured:
     folders = tuple(folder for folder, _ in runs)
     if len(runs) == 1:
         accuracy = runs[0][1]

@@ -1,4 +1,4 @@
-"""Run folders as the analyses read them."""
+"""Read run folders for the analyses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtt_fast.storage.run_folder import SUMMARY
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return what summary.json says, or None if the run is not finished. Raises `InputError` if it has no accuracy."""
+    """Return the content of summary.json, or None if the run is not finished. Raises `InputError` if it has no accuracy."""
     summary = run_folder.read_summary(folder)
     try:
         if summary is not None:
@@ -24,19 +24,19 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
-def finished_runs(places: Iterable[str | os.PathLike[str]]) -> dict[Path, dict[str, Any]]:
-    """Return the summaries of the finished runs in `places`, by folder: each place a run folder, or one that holds some.
+def finished_runs(folders: Iterable[str | os.PathLike[str]]) -> dict[Path, dict[str, Any]]:
+    """Return the summaries of the finished runs in `folders`, run folders or folders of runs, by run folder.
 
-    Raises `InputError` for a place that is no folder or holds no finished run.
+    Raises `InputError` for a path that is no folder or holds no finished run.
     """
-    found: dict[Path, dict[str, Any]] = {}
-    for place in map(Path, places):
-        if not place.is_dir():
-            raise InputError(f"{place}: expected a run folder, or a folder of runs; check the path")
-        here = sorted(path.parent for path in place.rglob(SUMMARY))
-        if not here:
-            raise InputError(f"{place}: expected a finished run in it or below, found no {SUMMARY}")
-        for folder in here:
-            if (summary := read_summary(folder)) is not None:
-                found[folder] = summary
-    return found
+    summaries: dict[Path, dict[str, Any]] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: expected a run folder, or a folder of runs; check the path")
+        runs = sorted(path.parent for path in folder.rglob(SUMMARY))
+        if not runs:
+            raise InputError(f"{folder}: expected a finished run in it or below, found no {SUMMARY}")
+        for run in runs:
+            if (summary := read_summary(run)) is not None:
+                summaries[run] = summary
+    return summaries

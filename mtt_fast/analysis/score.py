@@ -1,4 +1,4 @@
-"""DD-Ranking's label-robust score, computed from fractions: `python -m mtt_fast.analysis score`.
+"""Compute DD-Ranking's label-robust score from fractions: `python -m mtt_fast.analysis score`.
 
     HLR = accuracy on all real images − accuracy on the distilled set, both with hard labels
     IOR = accuracy on the distilled set − accuracy on as many random real images, both with the labels of the method
@@ -53,10 +53,10 @@ class ScoreOptions:
 
 
 class _Accuracy(NamedTuple):
-    """A mean accuracy in [0, 1], and what it was measured on, where a file says it."""
+    """A mean accuracy in [0, 1], with its data set, network and protocol where a file names them."""
 
     mean: float
-    measured: dict[str, str]
+    setting: dict[str, str]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,12 +64,12 @@ def main(argv: Sequence[str]) -> None:
     options = parsing.parse(ScoreOptions, argv, PROGRAM)
     given = {name: getattr(options, name) for name in ("full", "hard", "distilled", "random")}
     accuracies = {name: _accuracy(f"--{name}", text) for name, text in given.items() if text is not None}
-    measured = _measured_alike(accuracies)
+    setting = _common_setting(accuracies)
     recovery = ("full", "hard" if options.hard is not None else "distilled")
     improvement = ("distilled", "random")
-    asked = [*(recovery if options.hlr is None else ()), *(improvement if options.ior is None else ())]
+    used = [*(recovery if options.hlr is None else ()), *(improvement if options.ior is None else ())]
     for name in accuracies:
-        if name not in asked:
+        if name not in used:
             raise InputError(
                 f"--{name}: has no effect beside --hlr or --ior, which say the difference already; leave it out"
             )
@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= options.weight <= 1:
         raise InputError(f"--weight {options.weight}: expected 0 to 1")
     score = label_robust_score(hlr, ior, options.weight)
-    if measured.get("protocol", _BOARD) != _BOARD:
-        log.info("measured under protocol %s: DD-Ranking's board has the best epoch", measured["protocol"])
+    if setting.get("protocol", _BOARD) != _BOARD:
+        log.info("measured under protocol %s: DD-Ranking's board has the best epoch", setting["protocol"])
     log.info(
         "HLR %.2f %%, IOR %.2f %%, label-robust score %.3f (weight %g)", 100 * hlr, 100 * ior, score, options.weight
     )
@@ -91,11 +91,11 @@ def main(argv: Sequence[str]) -> None:
             "weight": options.weight,
             "accuracy": {name: accuracy.mean for name, accuracy in accuracies.items()},
         }
-        write_json(options.out, record | measured)
+        write_json(options.out, record | setting)
 
 
 def _accuracy(option: str, text: str) -> _Accuracy:
-    """Return the accuracy that `text` is, in per cent, or that the file `text` holds."""
+    """Return the accuracy in `text`, a number in per cent or the path of a file that holds one."""
     try:
         per_cent = float(text)
     except ValueError:
@@ -113,8 +113,8 @@ def _of_file(option: str, path: Path) -> _Accuracy:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         mean = float(record["accuracy"]["mean"])
-        measured = {name: str(record[name]) for name in ("dataset", "model")}
-        measured["protocol"] = str(record["protocol"]["name"])
+        setting = {name: str(record[name]) for name in ("dataset", "model")}
+        setting["protocol"] = str(record["protocol"]["name"])
     except OSError as error:
         raise InputError(
             f"{option} {path}: expected a number in per cent or a file ({reason_of(error)}); {remedy_for(error)}"
@@ -125,25 +125,25 @@ def _of_file(option: str, path: Path) -> _Accuracy:
         ) from error
     if not 0 <= mean <= 1:
         raise InputError(f"{option} {path}: expected an accuracy from 0 to 1, found {mean}")
-    return _Accuracy(mean, measured)
+    return _Accuracy(mean, setting)
 
 
-def _measured_alike(accuracies: dict[str, _Accuracy]) -> dict[str, str]:
-    """Return what the files say of their measurements. Raises `InputError` where they differ: such numbers do not compare."""
-    found: dict[str, str] = {}
+def _common_setting(accuracies: dict[str, _Accuracy]) -> dict[str, str]:
+    """Return the setting that the files name. Raises `InputError` where files differ: such numbers do not compare."""
+    common: dict[str, str] = {}
     for name, accuracy in accuracies.items():
-        for what, value in accuracy.measured.items():
-            if found.setdefault(what, value) != value:
+        for field, value in accuracy.setting.items():
+            if common.setdefault(field, value) != value:
                 raise InputError(
-                    f"--{name}: expected the {what} {found[what]} as in the files before it, found {value}"
+                    f"--{name}: expected the {field} {common[field]} as in the files before it, found {value}"
                 )
-    return found
+    return common
 
 
 def _difference(
     given: float | None, option: str, accuracies: dict[str, _Accuracy], greater: str, smaller: str
 ) -> float:
-    """Return what `option` gives in per cent, or the first accuracy less the second, as a fraction."""
+    """Return as a fraction the difference that `option` gives in per cent, or else the `greater` accuracy less the `smaller`."""
     if given is not None:
         if not -100 <= given <= 100:
             raise InputError(f"{option} {given}: expected per cent, -100 to 100")

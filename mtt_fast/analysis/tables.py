@@ -1,10 +1,10 @@
-"""The tables of the paper, what was measured here beside what it says: `python -m mtt_fast.analysis tables RUN…`.
+"""Write the paper's tables with the numbers measured here beside the paper's: `python -m mtt_fast.analysis tables RUN…`.
 
 Reads the summary.json of finished runs, distillations and baselines alike. Table 1 compares methods on CIFAR-10,
 CIFAR-100 and Tiny ImageNet, Table 2 with kernel inducing points by the width of the network, Table 3 networks that the
-sets were not made with (runs evaluated with --eval_mode M; `mtt_fast.cross` measures them afterwards), Table 4 is of the
-ImageNet subsets. Settings that the paper does not have are listed too. Runs that differ in the seed alone are averaged;
-those that differ in more each have a line. Where the paper's text or a later paper says otherwise, that is told as well.
+sets were not made with (runs evaluated with --eval_mode M; `mtt_fast.cross` measures such networks afterwards), Table 4 is
+of the ImageNet subsets. Settings that the paper does not have are listed too. Runs that differ in the seed alone are
+averaged; runs that differ in more have a line each. A note says where the paper's text or a later paper has other numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from mtt_fast.analysis.measured import Measured, Setting, measured
+from mtt_fast.analysis.measured import Measured, Setting, measurements
 from mtt_fast.analysis.runs import finished_runs
 from mtt_fast.commands import parsing
 from mtt_fast.commands.published import Paper, Published, published
@@ -37,12 +37,12 @@ _LEGEND = {
     _DASH: "the paper's table has a dash",
 }
 _Key = tuple[str, str, str, str]
-"""Table, data set, network, method: what the sources of one row have in common."""
+"""Table, data set, network, method: common to the sources of one row."""
 
 
 @dataclass(frozen=True)
 class TablesOptions:
-    """Write the paper's tables with what was measured beside what the paper says."""
+    """Write the paper's tables with the measured numbers beside the paper's."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN …]")] = ()
     """run folders, or folders that hold some"""
@@ -57,13 +57,13 @@ class Row(NamedTuple):
     method: str
     model: str
     published: tuple[Published, ...]
-    """what the sources say of it, the paper's own table first if it has it"""
-    here: dict[str, Measured]
-    """by images a class"""
+    """the numbers of each source, the paper's own table first if it has this row"""
+    measured: dict[str, Measured]
+    """the numbers measured here, by images a class"""
 
     def record(self) -> dict[str, Any]:
         """Return the row as JSON holds it, accuracies in [0, 1]."""
-        said = [
+        records = [
             {"accuracy": source.accuracy, "source": source.source, "quoted": source.quoted}
             | {"whitened": sorted(source.whitened), "of_paper": source.of_paper}
             for source in self.published
@@ -72,9 +72,9 @@ class Row(NamedTuple):
             "dataset": self.dataset,
             "method": self.method,
             "model": self.model,
-            "measured": {ipc: value.record() for ipc, value in self.here.items()},
-            "paper": next((record for record in said if record["of_paper"]), None),
-            "elsewhere": [record for record in said if not record["of_paper"]],
+            "measured": {ipc: value.record() for ipc, value in self.measured.items()},
+            "paper": next((record for record in records if record["of_paper"]), None),
+            "elsewhere": [record for record in records if not record["of_paper"]],
         }
 
     def shown(self, ipc: str) -> Published | None:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     if not options.runs:
         raise InputError(f"expected run folders; see {PROGRAM} --help")
     paper = published()
-    tables = beside(measured(finished_runs(options.runs)), paper.rows, list(paper.titles))
+    tables = rows_by_table(measurements(finished_runs(options.runs)), paper.rows, list(paper.titles))
     folder = Path(options.out)
     text = "\n".join(
         [*(_section(number, paper.titles[number], rows) for number, rows in tables.items()), _costs_and_shares(paper)]
@@ -98,61 +98,66 @@ def main(argv: Sequence[str]) -> None:
         number: {"title": paper.titles[number], "rows": [row.record() for row in rows]}
         for number, rows in tables.items()
     }
-    write_record(folder / "tables.json", record)  # last: it says that all is there
+    write_record(folder / "tables.json", record)  # last: with it everything is there
     log.info("%s\n%s", folder / "tables.md", text)
 
 
-def beside(
-    here: Mapping[Setting, Sequence[Measured]], rows: Sequence[Published], numbers: Sequence[str]
+def rows_by_table(
+    measured: Mapping[Setting, Sequence[Measured]], rows: Sequence[Published], numbers: Sequence[str]
 ) -> dict[str, list[Row]]:
-    """Return the rows of each table: those of the paper with what was measured `here`, then what it does not have."""
+    """Return the rows of each table: the paper's with the numbers `measured` here, then settings that the paper lacks."""
     tables: dict[str, list[Row]] = {number: [] for number in numbers}
-    left = set(here)
+    not_in_paper = set(measured)
     sources: dict[_Key, list[Published]] = {}
     for line in rows:
         sources.setdefault((line.table, line.dataset, line.model, line.method), []).append(line)
     for (table, dataset, model, method), lines in sources.items():
-        mine = {setting: here[setting] for setting in here if _fits(setting, lines[0])}
-        left -= set(mine)
-        tables[table] += _rows(dataset, method, model, lines, mine)
+        of_row = {setting: measured[setting] for setting in measured if _fits(setting, lines[0])}
+        not_in_paper -= set(of_row)
+        tables[table] += _rows(dataset, method, model, lines, of_row)
     others: dict[tuple[str, str, str], dict[Setting, Sequence[Measured]]] = {}
-    for setting in here:
-        if setting in left:
-            others.setdefault((setting.dataset, setting.method, setting.model), {})[setting] = here[setting]
+    for setting in measured:
+        if setting in not_in_paper:
+            others.setdefault((setting.dataset, setting.method, setting.model), {})[setting] = measured[setting]
     subsets = {line.dataset for line in rows if line.table == "4"}
-    for (dataset, method, model), mine in sorted(others.items()):
-        tables["4" if dataset in subsets else "1"] += _rows(dataset, method, model, (), mine)
+    for (dataset, method, model), of_row in sorted(others.items()):
+        tables["4" if dataset in subsets else "1"] += _rows(dataset, method, model, (), of_row)
     return tables
 
 
 def _fits(setting: Setting, line: Published) -> bool:
-    ours, theirs = ((of.dataset, of.model, of.method) for of in (setting, line))
+    ours, theirs = ((side.dataset, side.model, side.method) for side in (setting, line))
     return [name.casefold() for name in ours] == [name.casefold() for name in theirs]
 
 
 def _rows(
-    dataset: str, method: str, model: str, lines: Sequence[Published], mine: Mapping[Setting, Sequence[Measured]]
+    dataset: str, method: str, model: str, lines: Sequence[Published], measured: Mapping[Setting, Sequence[Measured]]
 ) -> list[Row]:
     """Return one row, or as many as the setting with most choices of options needs."""
-    count = max((len(values) for values in mine.values()), default=1)
+    count = max((len(values) for values in measured.values()), default=1)
     return [
         Row(
-            dataset, method, model, tuple(lines) if place == 0 else (),
-            {setting.ipc: values[place] for setting, values in mine.items() if place < len(values)},
+            dataset, method, model, tuple(lines) if number == 0 else (),
+            {setting.ipc: values[number] for setting, values in measured.items() if number < len(values)},
         )
-        for place in range(count)
+        for number in range(count)
     ]  # fmt: skip
 
 
 def _section(number: str, title: str, rows: Sequence[Row]) -> str:
     """Return one table in Markdown, with its notes."""
-    known = {ipc for row in rows for ipc in (*row.here, *(ipc for said in row.published for ipc in said.accuracy))}
+    known = {
+        ipc for row in rows for ipc in (*row.measured, *(ipc for source in row.published for ipc in source.accuracy))
+    }
     columns = sorted(known, key=lambda ipc: (not ipc.isdigit(), int(ipc) if ipc.isdigit() else 0))
     header = ["data set", "method", "network", *(text for ipc in columns for text in (f"{ipc}: here", "paper"))]
     lines = [
-        [row.dataset, _name(row), row.model, *(text for ipc in columns for text in (_here(row, ipc), _paper(row, ipc)))]
+        [
+            row.dataset, _name(row), row.model,
+            *(text for ipc in columns for text in (_measured(row, ipc), _paper(row, ipc))),
+        ]
         for row in rows
-    ]
+    ]  # fmt: skip
     table = markdown_table(header, lines)
     parts = [f"## Table {number}: {title}\n\nTest accuracy in %, by images a class.\n\n{table}"]
     legend = [f"{mark}: {meaning}" for mark, meaning in _LEGEND.items() if mark in table]
@@ -163,7 +168,7 @@ def _section(number: str, title: str, rows: Sequence[Row]) -> str:
         "Measured in:": [
             f"- {row.dataset}, {row.method}, {row.model}, {ipc}: {', '.join(value.runs)}"
             for row in rows
-            for ipc, value in sorted(row.here.items())
+            for ipc, value in sorted(row.measured.items())
         ],
     }
     parts += [f"{heading}\n\n" + "\n".join(texts) + "\n" for heading, texts in notes.items() if texts]
@@ -171,33 +176,33 @@ def _section(number: str, title: str, rows: Sequence[Row]) -> str:
 
 
 def _sources(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each method and source of the numbers that are shown, with the data sets that it is of."""
-    found: dict[tuple[str, str], dict[str, None]] = {}
+    """Return a line for each method and source of the numbers that are shown, with the data sets of these numbers."""
+    datasets_of: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
-        for ipc in {ipc: None for said in row.published for ipc in said.accuracy}:
+        for ipc in {ipc: None for source in row.published for ipc in source.accuracy}:
             shown = row.shown(ipc)
             if shown is not None:
-                found.setdefault((row.method, shown.source), {})[row.dataset] = None
-    return [f"- {method} ({', '.join(datasets)}): {source}" for (method, source), datasets in found.items()]
+                datasets_of.setdefault((row.method, shown.source), {})[row.dataset] = None
+    return [f"- {method} ({', '.join(datasets)}): {source}" for (method, source), datasets in datasets_of.items()]
 
 
 def _otherwise(row: Row) -> list[str]:
-    """Return a line for each number that is not shown, and is not the one that is."""
+    """Return a line for each number of another source that differs from the number that the row shows."""
     return [
-        f"- {row.dataset}, {row.method}, {row.model}, {ipc}: {percent(accuracy)} in {said.source}"
-        for said in row.published
-        for ipc, accuracy in said.accuracy.items()
-        if (shown := row.shown(ipc)) is not None and shown is not said and not _says_no_more(accuracy, shown, ipc)
+        f"- {row.dataset}, {row.method}, {row.model}, {ipc}: {percent(accuracy)} in {source.source}"
+        for source in row.published
+        for ipc, accuracy in source.accuracy.items()
+        if (shown := row.shown(ipc)) is not None and shown is not source and not _is_contained(accuracy, shown, ipc)
     ]
 
 
-def _says_no_more(accuracy: Mapping[str, float], shown: Published, ipc: str) -> bool:
-    """Return whether all of `accuracy` is what `shown` says."""
+def _is_contained(accuracy: Mapping[str, float], shown: Published, ipc: str) -> bool:
+    """Return whether every field of `accuracy` has the same value in `shown`."""
     return accuracy.items() <= shown.accuracy.get(ipc, {}).items()
 
 
 def _costs_and_shares(paper: Paper) -> str:
-    """Return what the paper says besides: the sizes of the sets, and what experts cost its authors."""
+    """Return the paper's further numbers: the sizes of the sets, and the costs of the authors' experts."""
     sizes = [
         f"- {dataset}: " + ", ".join(f"{share:g} % at {ipc}" for ipc, share in shares.items())
         for dataset, shares in paper.shares.items()
@@ -213,13 +218,13 @@ def _costs_and_shares(paper: Paper) -> str:
 
 
 def _name(row: Row) -> str:
-    """Return the method, and where it is not on the paper's line the runs too, for lines that look alike."""
-    runs = {Path(run).name: None for value in row.here.values() for run in value.runs}
+    """Return the method, with the runs in a row that is not the paper's, so that such rows can be told apart."""
+    runs = {Path(run).name: None for value in row.measured.values() for run in value.runs}
     return row.method if row.published else f"{row.method} ({', '.join(runs)})"
 
 
-def _here(row: Row, ipc: str) -> str:
-    value = row.here.get(ipc)
+def _measured(row: Row, ipc: str) -> str:
+    value = row.measured.get(ipc)
     if value is None:
         return MISSING
     return percent(value.record()) + (f" ({len(value.runs)} runs)" if len(value.runs) > 1 else "")

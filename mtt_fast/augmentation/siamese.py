@@ -105,14 +105,17 @@ _Parameters = dict[str, Tensor]  # the parameters that are not zero, by name, (b
 
 
 def _brightness(shape: torch.Size, u: Tensor) -> _Parameters:
+    """Add (u − ½)·1.0 to each image; u (b,) in [0, 1)."""
     return {"brightness": (u - 0.5) * BRIGHTNESS}
 
 
 def _saturation(shape: torch.Size, u: Tensor) -> _Parameters:
+    """Scale each pixel's distance from its mean over channels by 2u; u (b,) in [0, 1)."""
     return {"saturation": u * SATURATION - 1}
 
 
 def _contrast(shape: torch.Size, u: Tensor) -> _Parameters:
+    """Scale each image's distance from its own mean by u + ½; u (b,) in [0, 1)."""
     return {"contrast": u + CONTRAST - 1}
 
 
@@ -121,10 +124,12 @@ def _color(shape: torch.Size, u: Tensor, v: Tensor, w: Tensor) -> _Parameters:
 
 
 def _crop(shape: torch.Size, down: Tensor, right: Tensor) -> _Parameters:
+    """Shift each image by integers, pixel (i, j) from (i + down, j + right), with zeros from outside; (b,) each."""
     return {"row_shift": down, "column_shift": right}
 
 
 def _cutout(shape: torch.Size, row: Tensor, column: Tensor) -> _Parameters:
+    """Set a square of half the size, centred at (row, column), to zero, clipped at the border; (b,) each."""
     top, bottom = _hole(row, shape[2])
     left, right = _hole(column, shape[3])
     return {"top": top, "bottom": bottom, "left": left, "right": right}
@@ -139,16 +144,19 @@ def _hole(centre: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _flip(shape: torch.Size, u: Tensor) -> _Parameters:
+    """Mirror left and right the images with u < ½; u (b,) in [0, 1)."""
     return {"column_by_column": torch.where(u < 0.5, -2.0, 0.0)}
 
 
 def _scale(shape: torch.Size, u: Tensor, w: Tensor) -> _Parameters:
+    """Sample each image on a grid scaled by 1/1.2 … 1.2 along each axis, u along x; u, w (b,) in [0, 1)."""
     smallest = 1 / LARGEST_SCALE
     along_x, along_y = (number * (LARGEST_SCALE - smallest) + smallest for number in (u, w))
     return {"column_by_column": along_x - 1, "row_by_row": along_y - 1}
 
 
 def _rotate(shape: torch.Size, u: Tensor) -> _Parameters:
+    """Rotate the sampling grid by (u − ½)·30 degrees; u (b,) in [0, 1)."""
     angle = (u - 0.5) * 2 * LARGEST_DEGREES / 180 * torch.pi
     # the image is turned as if it were square, so an oblong one is sheared too; a line of pixels stays in its line
     height, width = (side - 1 for side in shape[2:])
@@ -214,53 +222,6 @@ _OPERATIONS = {
     "scale": _Operation(_uniform(2), _scale),
     "rotate": _Operation(_uniform(1), _rotate),
 }
-
-
-# ------------------------------------------------------------------ the operations by name
-
-
-def brightness(images: Tensor, u: Tensor) -> Tensor:
-    """Add (u − ½)·1.0 to each image; u (b,) in [0, 1)."""
-    return _applied("brightness", images, u)
-
-
-def saturation(images: Tensor, u: Tensor) -> Tensor:
-    """Scale each pixel's distance from its mean over channels by 2u; u (b,) in [0, 1)."""
-    return _applied("saturation", images, u)
-
-
-def contrast(images: Tensor, u: Tensor) -> Tensor:
-    """Scale each image's distance from its own mean by u + ½; u (b,) in [0, 1)."""
-    return _applied("contrast", images, u)
-
-
-def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Shift each image by integers, pixel (i, j) from (i + down, j + right), with zeros from outside; (b,) each."""
-    return _applied("crop", images, down, right)
-
-
-def cutout(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Set a square of half the size, centred at (row, column), to zero, clipped at the border; (b,) each."""
-    return _applied("cutout", images, row, column)
-
-
-def flip(images: Tensor, u: Tensor) -> Tensor:
-    """Mirror left and right the images with u < ½; u (b,) in [0, 1)."""
-    return _applied("flip", images, u)
-
-
-def scale(images: Tensor, u: Tensor, w: Tensor) -> Tensor:
-    """Sample each image on a grid scaled by 1/1.2 … 1.2 along each axis (first number: along x); u, w (b,) in [0, 1)."""
-    return _applied("scale", images, u, w)
-
-
-def rotate(images: Tensor, u: Tensor) -> Tensor:
-    """Rotate the sampling grid by (u − ½)·30 degrees; u (b,) in [0, 1)."""
-    return _applied("rotate", images, u)
-
-
-def _applied(operation: str, images: Tensor, *numbers: Tensor) -> Tensor:
-    return augment_with(images, augment_parameters(Draws(operation, numbers), images.shape))
 
 
 # ------------------------------------------------------------------ the operation

@@ -1,4 +1,4 @@
-"""The methods by name."""
+"""List the methods by name."""
 
 from __future__ import annotations
 
@@ -50,4 +50,4 @@ METHODS = {
         ld,
     ),
 }
-"""What stands after `python -m mtt_fast.baselines`."""
+"""The methods by their names after `python -m mtt_fast.baselines`."""

@@ -1,4 +1,4 @@
-"""The state of a learning in a file, from which the run goes on."""
+"""Save the state of a set that is being learned, and load it to continue the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.errors import InputError
 from mtt_fast.storage.checkpoint import check_same_images
 from mtt_fast.storage.files import MALFORMED, load_tensors, parse_json, read_header, save_tensors
@@ -24,7 +24,7 @@ _OPTIMISER = "optimiser."
 
 @dataclass
 class Progress:
-    """The counters of a learning, and the images that it began with."""
+    """The counters of a run, and the identity of the real images at its start."""
 
     iteration: int = 0  # completed ones
     seconds: float = 0.0
@@ -33,10 +33,10 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, learning: Learning, progress: Progress, evaluations: Sequence[Mapping[str, Any]] = ()
+    folder: Path, learned: LearnedSet, progress: Progress, evaluations: Sequence[Mapping[str, Any]] = ()
 ) -> None:
-    """Write the tensors of `learning`, the optimiser's among them, `progress`, and the evaluations so far, atomically."""
-    state = learning.optimiser.state_dict()["state"]
+    """Write the tensors of `learned` with those of its optimiser, `progress`, and the evaluations so far, atomically."""
+    state = learned.optimiser.state_dict()["state"]
     of_optimiser = {
         f"{_OPTIMISER}{index}.{name}": value
         for index, values in state.items()
@@ -45,13 +45,13 @@ def save_checkpoint(
     }
     save_tensors(
         folder / CHECKPOINT,
-        _tensors(learning) | of_optimiser,
+        _tensors(learned) | of_optimiser,
         {"format": _FORMAT, "progress": json.dumps(asdict(progress)), EVALUATIONS: json.dumps(evaluations)},
     )
 
 
 def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
-    """Check that the run in `folder`, if there is one, began with the real images at hand, of this `identity`.
+    """Check that the run in `folder`, if there is one, was started with the real images of this `identity`.
 
     Raises `InputError` otherwise, or for a file that is broken.
     """
@@ -60,16 +60,16 @@ def check_goes_on(folder: Path, identity: DatasetIdentity) -> None:
         return
     _, metadata = read_header(path)
     try:
-        began_with = DatasetIdentity.from_record(parse_json(metadata["progress"]).get("data", {}))
+        started_with = DatasetIdentity.from_record(parse_json(metadata["progress"]).get("data", {}))
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
-    check_same_images(folder, began_with, identity)
+    check_same_images(folder, started_with, identity)
 
 
-def load_checkpoint(folder: Path, learning: Learning) -> Progress:
-    """Bring the tensors of `learning` to where they were last saved; return how far that is: 0 if nothing was saved.
+def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
+    """Set the tensors of `learned` to their last saved values; return the saved progress, or a new one if there is none.
 
-    Raises `InputError` if the file is broken or of something else.
+    Raises `InputError` if the file is broken or not a checkpoint of this method.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -79,19 +79,19 @@ def load_checkpoint(folder: Path, learning: Learning) -> Progress:
         if metadata.get("format", _FORMAT) != _FORMAT:
             raise ValueError("another format")
         progress = Progress(**parse_json(metadata["progress"]))
-        for name, tensor in _tensors(learning).items():
+        for name, tensor in _tensors(learned).items():
             tensor.resize_(saved[name].shape).copy_(saved[name])
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, value in saved.items():
             if name.startswith(_OPTIMISER):
                 index, key = name.removeprefix(_OPTIMISER).split(".")
                 state[int(index)][key] = value.clone()
-        groups = learning.optimiser.state_dict()["param_groups"]
-        learning.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
-    except (*MALFORMED, RuntimeError) as error:  # of shapes, which do not fit
+        groups = learned.optimiser.state_dict()["param_groups"]
+        learned.optimiser.load_state_dict({"state": dict(state), "param_groups": groups})
+    except (*MALFORMED, RuntimeError) as error:  # the latter for shapes that do not fit
         raise InputError(f"{path}: not a checkpoint of this method; choose another --out") from error
     return progress
 
 
-def _tensors(learning: Learning) -> dict[str, Tensor]:
-    return {"images": learning.images, "labels": learning.labels, **learning.carried}
+def _tensors(learned: LearnedSet) -> dict[str, Tensor]:
+    return {"images": learned.images, "labels": learned.labels, **learned.carried}

@@ -1,4 +1,4 @@
-"""A set that is chosen at once: written, evaluated, summarised."""
+"""Write, evaluate and summarise a set that is chosen at once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 import torch
 
 from mtt_fast.baselines.checkpoint import Progress
-from mtt_fast.baselines.results import as_set, summarise, tell
-from mtt_fast.commands.accuracies import measured
+from mtt_fast.baselines.results import as_set, log_accuracies, summarise
+from mtt_fast.commands.accuracies import accuracy_fields
 from mtt_fast.commands.run_loop import Run, draw_set, evaluate_set
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.storage.run_folder import SYNTHETIC
@@ -18,7 +18,7 @@ from mtt_fast.training.images import Images
 def evaluate_chosen(run: Run, images: Images, seconds: float) -> None:
     """Write the set, which took `seconds` to choose, evaluate it, and write the rest of the run folder.
 
-    Raises `Stopped` on Ctrl-C or SIGTERM; the same command begins the evaluation again.
+    Raises `Stopped` on Ctrl-C or SIGTERM; the same command starts the evaluation again.
     """
     synthetic = as_set(run, images.pixels, images.labels, torch.tensor(run.options.lr_net), 0)
     synthetic.save(run.folder / SYNTHETIC)
@@ -31,7 +31,7 @@ def evaluate_chosen(run: Run, images: Images, seconds: float) -> None:
             f"stopped during the evaluation; the set is in {run.folder}, and the same command evaluates it again",
             stopped.signum,
         ) from None
-    progress, evaluation = Progress(0, seconds, time.monotonic() - start), measured(results)
-    tell(run.method, results)
+    progress, evaluation = Progress(0, seconds, time.monotonic() - start), accuracy_fields(results)
+    log_accuracies(run.method, results)
     draw_set(run, synthetic, 0, [(run.method, synthetic.pictures(), evaluation)])
     summarise(run, progress, float(synthetic.lr), evaluation, {})

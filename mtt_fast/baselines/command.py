@@ -1,4 +1,4 @@
-"""`python -m mtt_fast.baselines METHOD`: make a set by a method, evaluate it, leave a run folder."""
+"""Make a set by a method, evaluate it, and write a run folder: `python -m mtt_fast.baselines METHOD`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.checkpoint import check_goes_on
 from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
-from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
-from mtt_fast.baselines.trained import as_first_expert, requested_of_the_expert
+from mtt_fast.baselines.trained import requested_hyperparameters, with_first_expert_training
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
@@ -49,12 +49,14 @@ def main(argv: Sequence[str]) -> None:
             f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}; "
             f"see {PROGRAM} --help"
         )
-    options = _parse(name, argv[1:])
+    options = parse_method_options(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
     check_same_method(folder, name)
     may_differ = outside_result(type(options))
-    if isinstance(options, TrainedNetworkOptions):  # what is not given says nothing of the expert that was used
+    if isinstance(
+        options, TrainedNetworkOptions
+    ):  # an option that is not given says nothing about the expert of the run
         may_differ |= set(FLAGS.values()) - parsing.given(type(options), argv)
     check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
@@ -79,21 +81,21 @@ class _Selection:
     resume: bool = False
 
 
-def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
+def parse_method_options(name: str, argv: Sequence[str]) -> BaselineOptions:
     """Return the method's options: defaults, or with --resume those of the run, then flags."""
     program = f"{PROGRAM} {name}"
     chosen = parsing.parse_known(_Selection, argv, program)
     defaults: dict[str, Any] = {}
-    place = Path(chosen.out or "")
+    folder = Path(chosen.out or "")
     if chosen.resume:
         if chosen.out is None:
             raise InputError("--resume: expected the run's folder with --out, found none")
-        config = read_config(place)
+        config = read_config(folder)
         if config is None:
             raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
-        check_same_method(place, name)
+        check_same_method(folder, name)
         defaults = {key: value for key, value in config.items() if key != "method"} | {"out": chosen.out}
-    options = parsing.parse(METHODS[name].options, argv, program, defaults, source=str(place / CONFIG))
+    options = parsing.parse(METHODS[name].options, argv, program, defaults, source=str(folder / CONFIG))
     options.check()
     return options
 
@@ -106,12 +108,12 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
             f"--model {options.model}: its batch norm uses the statistics of each batch, which small sets do not have; make the "
             "set with a network without, and evaluate it on this one with python -m mtt_fast.evaluate"
         )
-    evaluated = options.evaluated_networks(data)  # one that does not fit the images is told before any work
-    real = real_images(data, options.zca, device)
-    class_members(real, options.ipc)  # and so are more images a class than there are
+    evaluated = options.evaluated_networks(data)  # refuses a network that does not fit the images, before any work
+    real = real_images(data, device, zca=options.zca)
+    class_members(real, options.ipc)  # refuses more images a class than there are
     if isinstance(options, TrainedNetworkOptions):
-        requested = requested_of_the_expert(options, parsing.given(type(options), argv))
-        options = as_first_expert(options, real, network, requested)
+        requested = requested_hyperparameters(options, parsing.given(type(options), argv))
+        options = with_first_expert_training(options, real, network, requested)
     method = METHODS[name]
     with only_user(folder):
         check_goes_on(folder, real.identity)
@@ -126,8 +128,8 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
             options=options, folder=folder, real=real, network=network, evaluated=evaluated,
         )  # fmt: skip
         start = time.monotonic()
-        made = method.make(options, real, network)
-        if isinstance(made, Learning):
-            learn(run, made)
+        result = method.make(options, real, network)
+        if isinstance(result, LearnedSet):
+            learn(run, result)
         else:
-            evaluate_chosen(run, made, time.monotonic() - start)
+            evaluate_chosen(run, result, time.monotonic() - start)

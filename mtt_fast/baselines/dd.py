@@ -1,8 +1,8 @@
-"""Dataset Distillation (DD: Wang et al., 2018): images that lower the loss on real ones after a few steps on them.
+"""Learn images that lower the loss on real images after a few steps: Dataset Distillation (DD: Wang et al., 2018).
 
 Each iteration takes fresh networks (or always the same one) through all steps, and moves images and learning rates, one
-a step, by Adam. Options and defaults are those of the public code for random initialisations; there they are drawn by
-Xavier's rule, here as the network draws them. Its 400 epochs, at CIFAR-10, are 19,600 iterations.
+a step, by Adam. Options and defaults are those of the public code for random initialisations; the public code draws those
+by Xavier's rule, this one as the network does. The public code's 400 epochs, at CIFAR-10, are 19,600 iterations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
@@ -70,10 +70,10 @@ class DdOptions(LearnedImagesOptions):
             )
 
 
-def dd(options: DdOptions, real: RealImages, network: Trainable) -> Learning:
-    """Return the learning of --ipc images of each class, and of a rate for each step.
+def dd(options: DdOptions, real: RealImages, network: Trainable) -> LearnedSet:
+    """Return the set to be learned: --ipc images of each class, and a rate for each step.
 
-    Evaluations by the common protocol take the mean of the rates; the method's own training takes each in its step.
+    Evaluations by the common protocol take the mean of the rates; the method's own training takes each rate in its step.
     """
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     images, labels, device = start.pixels, start.labels, start.labels.device
@@ -108,14 +108,14 @@ def dd(options: DdOptions, real: RealImages, network: Trainable) -> Learning:
         rates = F.softplus(raw)
         return unroll(network, initial(generator), images, labels, rates, batches, precision=precision)[-1]
 
-    return Learning(
+    return LearnedSet(
         images, labels, optimiser, step, lr=lambda: F.softplus(raw).mean(), carried={"raw_rates": raw},
         own_training=own_training,
     )  # fmt: skip
 
 
 def step_batches(options: DdOptions, num_classes: int) -> list[Tensor]:
-    """Return what each step sees: an equal part of each class's images, and in each epoch the same parts in turn."""
+    """Return the indices of the images of each step: an equal part of each class's, the same parts in every epoch."""
     each = options.distilled_images_per_class_per_step
-    places = torch.arange(num_classes * options.ipc).view(num_classes, -1, each)  # class, step, image
-    return [places[:, step].flatten() for step in range(places.shape[1])] * options.distill_epochs
+    indices = torch.arange(num_classes * options.ipc).view(num_classes, -1, each)  # class, step, image
+    return [indices[:, step].flatten() for step in range(indices.shape[1])] * options.distill_epochs

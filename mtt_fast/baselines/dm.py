@@ -1,8 +1,8 @@
-"""Distribution matching (DM: Zhao & Bilen, WACV 2023): synthetic images whose mean embedding is that of real ones.
+"""Learn images whose mean embedding is that of real ones: distribution matching (DM: Zhao & Bilen, WACV 2023).
 
-Each iteration draws a fresh random network, and of each class a batch of real images; both see one siamese
-augmentation. Rates, batch, iterations and initialisation are those of the public code (main_DM.py), which takes
---lr_img 10 from 100 images a class on.
+Each iteration draws a fresh random network, and a batch of real images of each class; one siamese augmentation is applied
+to real and synthetic images. Rates, batch, iterations and initialisation are those of the public code (main_DM.py), which
+takes --lr_img 10 from 100 images a class on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
 from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
@@ -28,8 +28,8 @@ class DmOptions(LearnedImagesOptions):
     """Learn images whose mean embedding, in random networks, is that of real images."""
 
 
-def dm(options: DmOptions, real: RealImages, network: Trainable) -> Learning:
-    """Return the learning of --ipc images of each class."""
+def dm(options: DmOptions, real: RealImages, network: Trainable) -> LearnedSet:
+    """Return the set to be learned, of --ipc images of each class."""
     members = class_members(real, options.ipc)
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     images = start.pixels
@@ -51,11 +51,11 @@ def dm(options: DmOptions, real: RealImages, network: Trainable) -> Learning:
         optimiser.step()
         return float(total) / len(members)
 
-    return Learning(images, start.labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
+    return LearnedSet(images, start.labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
 
 
 def embedding_distance(network: Trainable, theta: Tensor, images: Tensor, real: Tensor) -> Tensor:
-    """Return |mean embedding of `images` − mean embedding of `real`|², (): of one class, under `theta` (P,)."""
+    """Return |mean embedding of `images` − mean embedding of `real`|², (), for images of one class, under `theta` (P,)."""
     with torch.no_grad():
         target = network.embed(theta, real).mean(dim=0)
     return (network.embed(theta, images).mean(dim=0) - target).square().sum()

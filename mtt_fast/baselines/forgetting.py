@@ -1,6 +1,6 @@
-"""Forgetting (Toneva et al., ICLR 2019): real images that a network in training learns and forgets most often.
+"""Choose the real images that a network in training learns and forgets most often: Forgetting (Toneva et al., ICLR 2019).
 
-As the coreset baseline of dataset condensation (Zhao et al., ICLR 2021) takes them; an image that was never learned was
+The coreset baseline of dataset condensation (Zhao et al., ICLR 2021) chooses them so; an image that was never learned was
 never forgotten, as in DeepCore by the same group.
 """
 
@@ -19,14 +19,14 @@ from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
 
-_BLOCK = 500  # images looked at together
+_BLOCK = 500  # images in one forward pass
 
 
 def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:
     """Return the --ipc images of each class with the most forgetting events; among equals, chance decides.
 
-    The paper looks at an image whenever a batch brings it, once an epoch; here it is after each epoch, without
-    augmentation, since the expert's parameters are recorded then.
+    The paper classifies an image whenever it is in a batch, once an epoch; here all images are classified after each epoch,
+    without augmentation, since the expert's parameters are recorded then.
     """
     members = class_members(real, options.ipc)
     store = first_expert(options, real, network)
@@ -43,7 +43,7 @@ def forgetting(options: TrainedNetworkOptions, real: RealImages, network: Traina
 
 @torch.no_grad()
 def right_at_each_epoch(store: TrajectoryStore, images: Images, network: Trainable) -> Tensor:
-    """Return which of `images` the first expert gets right after epoch 1, 2, …: (epochs, n) bool, on the CPU."""
+    """Return whether the first expert gets each of `images` right after epoch 1, 2, …: (epochs, n) bool, on the CPU."""
     right = torch.empty(store.epochs(0), len(images), dtype=torch.bool)
     for epoch in tqdm(range(len(right)), desc="forgetting", unit="epoch", leave=False):
         theta = store.read(0, epoch + 1).to(images.labels.device)
@@ -55,11 +55,11 @@ def right_at_each_epoch(store: TrajectoryStore, images: Images, network: Trainab
 
 
 def forgetting_events(right: Tensor) -> Tensor:
-    """Return how often each image (n,) was right (epochs, n) at one look and wrong at the next."""
+    """Return how often each image was right after one epoch and wrong after the next, (n,), from `right` (epochs, n)."""
     return (right[:-1] & ~right[1:]).sum(dim=0)
 
 
 def most_forgotten(members: Tensor, events: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return those `count` of the indices `members` that have the most `events` (n,)."""
+    """Return the `count` of the indices `members` with the most `events` (n,)."""
     shuffled = members[torch.randperm(len(members), generator=generator)]
     return shuffled[events[shuffled].argsort(descending=True, stable=True)[:count]]

@@ -1,4 +1,4 @@
-"""Distances between two gradients of a network, as gradient matching measures them."""
+"""Compute the distances between two gradients of a network that gradient matching uses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DISTANCES: dict[Metric, Callable[..., Tensor]] = {
     "mse": squared_difference,
     "cos": cosine_distance,
 }
-"""By the names of the public code's --dis_metric."""
+"""The distances by the names of the public code's --dis_metric."""
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

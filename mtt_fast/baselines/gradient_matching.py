@@ -1,11 +1,11 @@
-"""Gradient matching: DC (Zhao et al., ICLR 2021), and with one augmentation for both sides DSA (Zhao & Bilen, ICML 2021).
+"""Learn images by gradient matching: DC (Zhao et al., ICLR 2021), and with siamese augmentation DSA (Zhao & Bilen, ICML 2021).
 
-Each iteration takes a fresh network, and by turns moves the images so that their gradient, class by class, becomes that
-of real ones, and trains the network on the images. Rates, loops, batches and initialisation are those of the public
-code (main.py, get_loops).
+Each iteration takes a fresh network and alternates two parts: it moves the images so that their gradient, class by class,
+becomes that of real images, and it trains the network on the images. Rates, loops, batches and initialisation are those of
+the public code (main.py, get_loops).
 
 No graph of a gradient is needed. With g the gradient on the images X and v = ∂D/∂g of a distance D, the chain rule
-gives dD/dX = ∂(v·g)/∂X, and that is what `Student.gradient_jvp` returns.
+gives dD/dX = ∂(v·g)/∂X, which `Student.gradient_jvp` returns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.baselines.dm import PIXEL_MOMENTUM
 from mtt_fast.baselines.gradient_distance import DISTANCES
 from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
-from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.engine.student import Student
@@ -31,17 +31,17 @@ from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.sgd import Sgd, epoch_on
 
 
-def dc(options: DcOptions, real: RealImages, network: Trainable) -> Learning:
-    """Return the learning of --ipc images of each class without augmentation; evaluations have it all the same."""
-    return _learning(options, real, network, "none")
+def dc(options: DcOptions, real: RealImages, network: Trainable) -> LearnedSet:
+    """Return the set to be learned, of --ipc images of each class, without augmentation; evaluations keep the augmentation."""
+    return _learned_set(options, real, network, "none")
 
 
-def dsa(options: DsaOptions, real: RealImages, network: Trainable) -> Learning:
-    """Return the learning of --ipc images of each class with siamese augmentation."""
-    return _learning(options, real, network, options.strategy)
+def dsa(options: DsaOptions, real: RealImages, network: Trainable) -> LearnedSet:
+    """Return the set to be learned, of --ipc images of each class, with siamese augmentation."""
+    return _learned_set(options, real, network, options.strategy)
 
 
-def _learning(options: DcOptions, real: RealImages, network: Trainable, strategy: str) -> Learning:
+def _learned_set(options: DcOptions, real: RealImages, network: Trainable, strategy: str) -> LearnedSet:
     members = class_members(real, options.ipc)
     start = starting_images(real, options.ipc, options.pix_init, options.seed)
     images, labels = start.pixels, start.labels
@@ -52,7 +52,7 @@ def _learning(options: DcOptions, real: RealImages, network: Trainable, strategy
     outer_loop, inner_loop = options.loops()
 
     def match(theta: Tensor, generator: torch.Generator) -> Tensor:
-        """Make the images' gradient; return the distance, summed over classes."""
+        """Set the images' gradient; return the distance, summed over classes."""
         images.grad = torch.empty_like(images)
         total = torch.zeros((), device=images.device)
         for label, indices in enumerate(members):
@@ -79,7 +79,7 @@ def _learning(options: DcOptions, real: RealImages, network: Trainable, strategy
                     theta, _, _ = train(theta, torch.zeros_like(theta), generator)
         return float(total) / (len(members) * outer_loop)
 
-    return Learning(images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
+    return LearnedSet(images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net))
 
 
 def matching_gradient(
@@ -90,13 +90,13 @@ def matching_gradient(
     augment: Callable[[Tensor], Tensor],
     distance: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return `distance` () of the student's gradient at `theta` (P,) on augmented `images`, and its gradient to them."""
+    """Return the `distance` () of the student's gradient at `theta` (P,) on augmented `images`, and its gradient to `images`."""
     own = images.detach().requires_grad_()
-    shown = augment(own)
-    inputs = shown.detach().contiguous()
+    augmented = augment(own)
+    inputs = augmented.detach().contiguous()
     gradient = student.gradient(theta, inputs, labels).theta.requires_grad_()
     value = distance(gradient)
     (direction,) = torch.autograd.grad(value, gradient)
     tangent = student.gradient_jvp(theta, inputs, labels, direction)
-    (to_images,) = torch.autograd.grad(shown, own, tangent.images)
+    (to_images,) = torch.autograd.grad(augmented, own, tangent.images)
     return value.detach(), to_images

@@ -1,4 +1,4 @@
-"""Options of gradient matching, with the values of the papers' code."""
+"""Declare the options of gradient matching, with the values of the papers' code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtt_fast.commands.options import Count, CountFromZero, CountOrNone, Rate
 from mtt_fast.errors import InputError
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-"""Updates of the images an iteration, and epochs of the network between two, by images a class."""
+"""Updates of the images in an iteration, and epochs of the network between two updates, by images a class."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DcOptions(LearnedImagesOptions):
     """epochs of the network between two updates of the images; without it the papers' number for --ipc 1, 10, 20, 30, 40 or 50"""
 
     def loops(self) -> tuple[int, int]:
-        """Return updates an iteration and epochs between two. Raises `InputError` where the papers have none."""
+        """Return updates in an iteration and epochs between two updates. Raises `InputError` where the papers have no numbers."""
         outer, inner = _LOOPS.get(self.ipc, (None, None))
         outer = outer if self.outer_loop is None else self.outer_loop
         inner = inner if self.inner_loop is None else self.inner_loop
@@ -62,7 +62,7 @@ class DcOptions(LearnedImagesOptions):
 
 @dataclass(frozen=True)
 class DsaOptions(DcOptions):
-    """Learn images as DC does, where real and synthetic ones see the same augmentation."""
+    """Learn images as DC does, with the same augmentation of real and synthetic images."""
 
     pix_init: Literal["real", "noise"] = "real"
     """images start from real images or from noise"""

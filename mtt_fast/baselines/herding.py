@@ -1,7 +1,7 @@
-"""Herding (Welling, ICML 2009): real images whose mean embedding is close to their class's.
+"""Choose real images whose mean embedding is close to their class's: herding (Welling, ICML 2009).
 
-Chosen one after the other as in iCaRL (Rebuffi et al., CVPR 2017), in the embedding of a network trained on all images,
-as the coreset baseline of dataset condensation (Zhao et al., ICLR 2021).
+They are chosen one after the other as in iCaRL (Rebuffi et al., CVPR 2017), in the embedding of a network trained on all
+images, as in the coreset baseline of dataset condensation (Zhao et al., ICLR 2021).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mtt_fast.training.images import Images, RealImages
 
 
 def herding(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:
-    """Return --ipc images of each class, in the order in which they were chosen. There is nothing random in it."""
+    """Return --ipc images of each class, in the order of their choice, which is not random."""
     members = class_members(real, options.ipc)
     theta = trained_parameters(options, real, network)
     chosen = [
@@ -30,16 +30,16 @@ def herding(options: TrainedNetworkOptions, real: RealImages, network: Trainable
 def herd(embeddings: Tensor, count: int) -> Tensor:
     """Return the indices (count,) of rows of `embeddings` (n, F), chosen greedily.
 
-    Each is the one, of those left, that brings the mean of the chosen nearest to the mean of all.
+    Each is the remaining row that brings the mean of the chosen rows nearest to the mean of all.
     """
     points = embeddings.double()
     mean, total = points.mean(dim=0), torch.zeros_like(points[0])
-    left = torch.ones(len(points), dtype=torch.bool)
+    remaining = torch.ones(len(points), dtype=torch.bool)
     chosen = []
     for size in range(1, count + 1):
         distances = (mean - (total + points) / size).square().sum(dim=1)
-        best = int(distances.where(left, torch.inf).argmin())
+        best = int(distances.where(remaining, torch.inf).argmin())
         chosen.append(best)
-        left[best] = False
+        remaining[best] = False
         total += points[best]
     return torch.tensor(chosen)

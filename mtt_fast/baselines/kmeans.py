@@ -1,7 +1,7 @@
-"""k-means: of each class's clusters the real images nearest to the centres, or the centres themselves.
+"""Choose by k-means the real images nearest to the centres of each class's clusters, or take the centres themselves.
 
-Images nearest to centres in the embedding of a trained network are "Kmeans-emb" of DC-BENCH (Cui et al., NeurIPS 2022);
-centres of clusters of pixels are a baseline of Dataset Distillation (Wang et al., 2018).
+The images nearest to the centres in the embedding of a trained network are "Kmeans-emb" of DC-BENCH (Cui et al., NeurIPS
+2022); the centres of clusters of pixels are a baseline of Dataset Distillation (Wang et al., 2018).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Label distillation (LD: Bohdal et al., 2020): soft labels for a few real images, which stay as they are.
+"""Learn soft labels for a few real images, which stay as they are: label distillation (LD: Bohdal et al., 2020).
 
-The paper's second-order method. A network trains on the images with the labels as they are; at each of its steps the
-labels move, by Adam, so that this step lowers the loss on a batch of real images. When the error has not fallen for a
-while, a fresh network takes its place. Options and defaults are those of the public code; its 400 epochs, at CIFAR-10,
-are 17,600 iterations.
+The paper's second-order method. A network trains on the images with the current labels; at each of the network's steps
+Adam moves the labels so that this step lowers the loss on a batch of real images. When the error has not fallen for a
+while, a fresh network replaces it. Options and defaults are those of the public code, whose 400 epochs, at CIFAR-10, are
+17,600 iterations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast.baselines.method import Learning
+from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import IterativeOptions
 from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.real_loss import logits_after_steps
@@ -43,13 +43,13 @@ class LdOptions(IterativeOptions):
     """learning rate of the labels (Adam)"""
 
 
-def ld(options: LdOptions, real: RealImages, network: Trainable) -> Learning:
-    """Return the learning of labels, probabilities (n, classes), for --ipc random images of each class."""
+def ld(options: LdOptions, real: RealImages, network: Trainable) -> LearnedSet:
+    """Return the set to be learned: labels, probabilities (n, classes), for --ipc random images of each class."""
     images, classes = starting_images(real, options.ipc, "real", options.seed).pixels, real.data.num_classes
     device, count = images.device, len(images)
     labels = torch.full((count, classes), 1 / classes, device=device)
     theta = network.init(generator_for(options.seed, "ld network", 0)).to(device)
-    errors = torch.empty(0)  # since this network began
+    errors = torch.empty(0)  # since the start of this network's training
     optimiser = torch.optim.Adam([{"params": [labels], "lr": options.lr_y}, {"params": [theta], "lr": _MODEL_LR}])
     precision = precision_on(device, network, options.precision)
     student = student_for(network, device, "probabilities", precision=precision)
@@ -75,14 +75,14 @@ def ld(options: LdOptions, real: RealImages, network: Trainable) -> Learning:
             errors.resize_(0)
         return float(loss.detach())
 
-    return Learning(
+    return LearnedSet(
         images, labels, optimiser, step, lr=lambda: torch.tensor(options.lr_net),
         carried={"theta": theta, "errors": errors},
     )  # fmt: skip
 
 
 def patience(images: int, classes: int) -> int:
-    """Return over how many steps errors are averaged, and how many more a network may go without a lower average."""
+    """Return the number of steps over which errors are averaged, and for which a network may go without a lower average."""
     if classes > 10:
         return 100
     return 200 if images > 100 else 50

@@ -1,4 +1,4 @@
-"""A set that is learned in iterations: evaluated on the way, saved so that it goes on after whatever stops it."""
+"""Learn a set in iterations, with evaluations, and with checkpoints from which a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 from functools import partial
 
 from mtt_fast.baselines.checkpoint import Progress, load_checkpoint, save_checkpoint
-from mtt_fast.baselines.method import Learning
-from mtt_fast.baselines.results import as_set, summarise, tell
-from mtt_fast.commands.accuracies import accuracy_record, measured
+from mtt_fast.baselines.method import LearnedSet
+from mtt_fast.baselines.results import as_set, log_accuracies, summarise
+from mtt_fast.commands.accuracies import accuracy_fields, accuracy_record
 from mtt_fast.commands.run_loop import (
-    KEPT,
+    SET_NAMES,
     LoopRun,
     Run,
     best_accuracy,
     draw_set,
-    evaluate_and_keep,
+    evaluate_and_save,
     run_to_the_end,
 )
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -27,61 +27,67 @@ from mtt_fast.training.protocols import Accuracy
 from mtt_fast.training.sgd import accuracy
 
 
-def learn(run: Run, learning: Learning) -> None:
+def learn(run: Run, learned: LearnedSet) -> None:
     """Run iterations from the last checkpoint, or from the start, to the end; write everything to the run's folder.
 
-    Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; `InputError` if the
+    Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved; `InputError` if the
     loss is no longer finite.
     """
-    first = _set(run, learning, 0)
-    progress = load_checkpoint(run.folder, learning)
+    first = _set(run, learned, 0)
+    progress = load_checkpoint(run.folder, learned)
     progress.data = run.real.identity.record()
     looped = LoopRun(**vars(run), metrics=MetricsLog(run.folder, progress.iteration))
     run_to_the_end(
-        looped, progress, title=run.method, iterate=partial(_iterate, looped, learning, progress),
+        looped, progress, title=run.method, iterate=partial(_iterate, looped, learned, progress),
         shown=lambda _: {"loss": f"{looped.metrics.records[-1]['loss']:.4g}"},
-        evaluate=partial(_evaluate, looped, learning, progress, first), kinds=["evaluation"],
-        save=partial(save_checkpoint, run.folder, learning, progress),
-        summarise=partial(_summarise, looped, learning, progress),
+        evaluate=partial(_evaluate, looped, learned, progress, first), kinds=["evaluation"],
+        save=partial(save_checkpoint, run.folder, learned, progress),
+        summarise=partial(_summarise, looped, learned, progress),
     )  # fmt: skip
 
 
-def _iterate(run: LoopRun, learning: Learning, progress: Progress) -> None:
-    loss = learning.step(progress.iteration)
+def _iterate(run: LoopRun, learned: LearnedSet, progress: Progress) -> None:
+    loss = learned.step(progress.iteration)
     if not math.isfinite(loss):
         raise InputError(
             f"{run.folder}: iteration {progress.iteration + 1} diverged (loss {loss}); start again with smaller "
             "learning rates and another --out"
         )
     progress.iteration += 1
-    run.metrics.write("step", progress.iteration, loss=loss, lr=float(learning.lr()))
+    run.metrics.write("step", progress.iteration, loss=loss, lr=float(learned.lr()))
 
 
-def _set(run: Run, learning: Learning, iterations: int) -> SyntheticDataset:
-    return as_set(run, learning.images, learning.labels, learning.lr(), iterations)
+def _set(run: Run, learned: LearnedSet, iterations: int) -> SyntheticDataset:
+    return as_set(run, learned.images, learned.labels, learned.lr(), iterations)
 
 
-def _evaluate(run: LoopRun, learning: Learning, progress: Progress, first: SyntheticDataset, stop: StopRequest) -> None:
-    """Test fresh networks on the set as it is now, and write it; draw it below the `first` one."""
-    iteration, now = progress.iteration, _set(run, learning, progress.iteration)
-    tell(f"{run.method}, iteration {iteration}", evaluate_and_keep(run, progress, "evaluation", now, stop))
-    titles = {"at the start": (first, 0), f"{run.method}, {iteration} iterations": (now, iteration)}
-    panels = [(title, made.pictures(), run.metrics.find("evaluation", at)) for title, (made, at) in titles.items()]
-    draw_set(run, now, iteration, panels)
+def _evaluate(
+    run: LoopRun, learned: LearnedSet, progress: Progress, first: SyntheticDataset, stop: StopRequest
+) -> None:
+    """Train fresh networks on the current set, test them, and write the set; draw it below the `first` one."""
+    iteration, current = progress.iteration, _set(run, learned, progress.iteration)
+    log_accuracies(
+        f"{run.method}, iteration {iteration}", evaluate_and_save(run, progress, "evaluation", current, stop)
+    )
+    sets = {"at the start": (first, 0), f"{run.method}, {iteration} iterations": (current, iteration)}
+    panels = [
+        (title, made.pictures(), run.metrics.find("evaluation", number)) for title, (made, number) in sets.items()
+    ]
+    draw_set(run, current, iteration, panels)
 
 
-def _summarise(run: LoopRun, learning: Learning, progress: Progress, stop: StopRequest) -> None:
+def _summarise(run: LoopRun, learned: LearnedSet, progress: Progress, stop: StopRequest) -> None:
     *_, evaluation = evaluations = run.records("evaluation")
-    accuracies = {KEPT["evaluation"].best_name: best_accuracy(evaluations)}
-    if learning.own_training is not None:
-        accuracies["own_training"] = accuracy_record(measured({"": _own_accuracy(run, learning)}))
-    summarise(run, progress, float(learning.lr()), evaluation, accuracies)
+    accuracies = {SET_NAMES["evaluation"].best_name: best_accuracy(evaluations)}
+    if learned.own_training is not None:
+        accuracies["own_training"] = accuracy_record(accuracy_fields({"": _own_accuracy(run, learned)}))
+    summarise(run, progress, float(learned.lr()), evaluation, accuracies)
 
 
-def _own_accuracy(run: Run, learning: Learning) -> Accuracy:
+def _own_accuracy(run: Run, learned: LearnedSet) -> Accuracy:
     """Test fresh networks after the method's own steps on the set, in place of the common protocol."""
-    assert learning.own_training is not None
+    assert learned.own_training is not None
     trained = (
-        learning.own_training(generator_for(run.options.seed, "own training", k)) for k in range(run.options.num_eval)
+        learned.own_training(generator_for(run.options.seed, "own training", k)) for k in range(run.options.num_eval)
     )
     return Accuracy(tuple(accuracy(run.network, theta, run.real.test) for theta in trained))

@@ -1,4 +1,4 @@
-"""A method: a function from options, real images and a network to a set, or to the learning of one."""
+"""Define a method: a function from options, real images and a network to a chosen set, or to one that is to be learned."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mtt_fast.training.images import Images, RealImages
 
 
 @dataclass(frozen=True)
-class Learning:
-    """A set that is being learned. An iteration changes its tensors in place, so they can be saved and brought back."""
+class LearnedSet:
+    """A set that is being learned. An iteration changes its tensors in place, so they can be saved and loaded."""
 
     images: Tensor  # (n, C, H, W), class-major, as networks see them
     labels: Tensor  # (n,) int64, or probabilities (n, classes)
@@ -26,18 +26,18 @@ class Learning:
     lr: Callable[[], Tensor]
     """learning rate () of networks that train on the set as it is now"""
     carried: Mapping[str, Tensor] = field(default_factory=dict)
-    """whatever else goes from one iteration to the next"""
+    """the other tensors that iterations carry over"""
     own_training: Callable[[torch.Generator], Tensor] | None = None
-    """parameters (P,) of a fresh network after the method's own steps on the set, where it has such"""
+    """parameters (P,) of a fresh network after the method's own steps on the set; None for a method without such steps"""
 
 
-Make = Callable[[Any, RealImages, Trainable], Images | Learning]
-"""From options (of the method's own kind), real images and a network to what is chosen, or to be learned."""
+Make = Callable[[Any, RealImages, Trainable], Images | LearnedSet]
+"""A function from options (of the method's own class), real images and a network to a chosen set, or one to be learned."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method, and what is to be known before it is run."""
+    """A method, with its title, its paper and its options."""
 
     title: str
     paper: str

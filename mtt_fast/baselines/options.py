@@ -1,4 +1,4 @@
-"""The options that the methods share, under the names that public code gives them."""
+"""Declare the options that the methods share, under the names that public code gives them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class BaselineOptions(EvaluationOptions):
 
     batch_train: CountOrNone = None
     """batch size for training networks; without it 256, or for those of an evaluation what its protocol says"""
-    out: Annotated[str | None, Role.PLACE, Group.OUTPUT] = None
+    out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
     """run folder; default runs/METHOD-DATASET-ipcN"""
-    resume: Annotated[bool, Role.PLACE, Group.OUTPUT] = False
+    resume: Annotated[bool, Role.LOCATION, Group.OUTPUT] = False
     """continue the run in --out, with its own options; the same command without it continues as well"""
 
     ipc: Annotated[Count, Group.SET] = 1
@@ -48,18 +48,18 @@ class BaselineOptions(EvaluationOptions):
         return EvaluationProtocol.batch_size if self.batch_train is None else self.batch_train
 
     def check(self) -> None:
-        """Raise `InputError` for the first option whose value cannot be, or not with the others."""
+        """Raise `InputError` for the first option whose value is not allowed, or not with the others."""
         check_values(self)
         self.evaluation_protocol()
 
 
 @dataclass(frozen=True)
 class TrainedNetworkOptions(BaselineOptions):
-    """Choose real images through a network that was trained on all of them, the first expert."""
+    """Choose real images by a network that was trained on all of them, the first expert."""
 
     GROUP: ClassVar[Group] = Group.EXPERTS
 
-    buffer_path: Annotated[str, Role.PLACE] = "buffers"
+    buffer_path: Annotated[str, Role.LOCATION] = "buffers"
     """folder of the experts' trajectories; the first expert is trained if there is none"""
     train_epochs: Annotated[Count, Role.EXTENT] = 50
     """epochs of the first expert"""
@@ -73,11 +73,18 @@ class TrainedNetworkOptions(BaselineOptions):
     """divide the first expert's learning rate by ten after half of the epochs"""
 
     def expert(self) -> ExpertTraining:
-        """Return how the expert is trained if there is none. Raises `InputError` for values that cannot be."""
-        training = ExpertTraining(
-            self.train_epochs, self.expert_lr, self.mom, self.l2, self.decay, self.batch_size, self.strategy
+        """Return the hyperparameters of the expert that is trained if there is none. Raises `InputError` if they do not fit."""
+        return checked(
+            ExpertTraining(
+                train_epochs=self.train_epochs,
+                lr=self.expert_lr,
+                mom=self.mom,
+                l2=self.l2,
+                decay=self.decay,
+                batch_size=self.batch_size,
+                augment=self.strategy,
+            )
         )
-        return checked(training)
 
     def check(self) -> None:
         """See `BaselineOptions.check`."""

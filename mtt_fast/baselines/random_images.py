@@ -1,4 +1,4 @@
-"""Random real images, the baseline of all the others."""
+"""Choose random real images, the baseline of all the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real images by class: batches of them, and what a set starts from."""
+"""Draw batches of real images, and the images from which a set starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def class_members(real: RealImages, ipc: int) -> list[Tensor]:
 
 
 def random_batch(images: Images, members: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return `count` different images of `images` at `members`, at random, or all if there are fewer; and labels."""
+    """Return `count` different images at random among those at `members`, or all if there are fewer, and their labels."""
     chosen = members[torch.randperm(len(members), generator=generator)[:count]]
     return images.batch(chosen.to(images.labels.device))
 

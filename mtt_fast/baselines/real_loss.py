@@ -1,4 +1,4 @@
-"""The loss that dataset distillation began with: of a student, after its steps on the synthetic set, on real images."""
+"""Compute a student's logits on real images after its steps on the synthetic set: the loss of Dataset Distillation."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def logits_after_steps(
 ) -> Tensor:
     """Return logits (b, classes) of `real` images under θ_N, the end of the student's path from `theta` (P,).
 
-    Differentiable, exactly and through all steps, in whatever of `images`, soft `labels` and `lr` asks for it. The
-    student's steps are those of `mtt_fast.unroll`, which takes the same arguments.
+    The logits are differentiable, exactly and through all steps, in `images`, soft `labels` and `lr`. The student's steps
+    are those of `mtt_fast.unroll`, which takes the same arguments.
     """
     path = unroll(network, theta, images, labels, lr, batches, precision=precision)
     return network(path[-1], real)

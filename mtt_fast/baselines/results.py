@@ -1,4 +1,4 @@
-"""The set that a method made, its accuracies in the log, and its summary."""
+"""Turn a method's result into a set, log its accuracies, and write its summary."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def as_set(run: Run, images: Tensor, labels: Tensor, lr: Tensor, iterations: int) -> SyntheticDataset:
-    """Return the set as it is saved; the labels are class indices (n,) or probabilities (n, classes)."""
+    """Return the set that is saved; `labels` are class indices (n,) or probabilities (n, classes)."""
     kind = "probabilities" if labels.is_floating_point() else "indices"
     recipe = {"method": run.method, "iterations": iterations}
     return as_synthetic(run, images, labels, lr, label_kind=kind, recipe=recipe)
 
 
-def tell(title: str, results: Mapping[str, Accuracy]) -> None:
-    """Tell in the log what each network reaches, by name, on the set called `title`."""
+def log_accuracies(title: str, results: Mapping[str, Accuracy]) -> None:
+    """Log the accuracy of each network by name on the set called `title`."""
     for name, accuracy in results.items():
         log.info("%s, %s: %s", title, name, accuracy)
 
@@ -33,6 +33,6 @@ def tell(title: str, results: Mapping[str, Accuracy]) -> None:
 def summarise(
     run: Run, progress: Progress, lr: float, evaluation: dict[str, Any], accuracies: Mapping[str, Record]
 ) -> None:
-    """Write summary.json, with the set's last `evaluation` and other `accuracies` by their names, and tell the result."""
+    """Write summary.json with the set's last `evaluation` and other `accuracies` by name, and log the result."""
     text = f"{run.method} {percent(evaluation)}"
     write_summary(run, progress, lr, text=text, evaluations={"distilled": evaluation}, accuracies=accuracies)

@@ -1,4 +1,4 @@
-"""One augmentation for real and synthetic images alike (DSA: Zhao & Bilen, ICML 2021)."""
+"""Draw one augmentation for real and synthetic images alike (DSA: Zhao & Bilen, ICML 2021)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mtt_fast.augmentation.siamese import augment_by_strategy, augment_with
 
 
 def siamese_augmentation(strategy: str, like: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """Draw one operation of `strategy` and one set of its numbers, for images like `like` (b, C, H, W).
+    """Draw one operation of `strategy` with its random numbers, for images like `like` (b, C, H, W).
 
-    Returns what applies that same augmentation to every image of any batch; for the strategy "none", the identity.
+    Returns a function that applies this augmentation to every image of any batch; for the strategy "none", the identity.
     """
     augment = augment_by_strategy(strategy)
     if augment is None:

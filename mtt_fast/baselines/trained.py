@@ -1,4 +1,4 @@
-"""Real images as a network sees them that was trained on all of them."""
+"""Find or train the first expert, and embed real images by its network."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, ch
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages
 
-_BLOCK = 500  # images looked at together
+_BLOCK = 500  # images in one forward pass
 
 
 def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> TrajectoryStore:
     """Return a store with at least one expert, which is trained now if there is none.
 
-    Raises `InputError` if the expert that is there is of another network, data set or whitening.
+    Raises `InputError` if the first expert is of another network, data set or whitening.
     """
-    folder = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
+    folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
     store = TrajectoryStore(folder) if folder.is_dir() else None
     if store is None or len(store) == 0:
         store = train_missing_experts(
@@ -38,20 +38,21 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
     return store
 
 
-def requested_of_the_expert(options: TrainedNetworkOptions, given: Set[str]) -> dict[str, Any]:
-    """Return the hyperparameters of the expert that the options `given` name; its batch size is also that of evaluations."""
+def requested_hyperparameters(options: TrainedNetworkOptions, given: Set[str]) -> dict[str, Any]:
+    """Return the expert's hyperparameters that the options in `given` set; the batch size is that of evaluations too."""
     training = dataclasses.asdict(options.expert())
     return {name: training[name] for name, flag in FLAGS.items() if flag in given}
 
 
-def as_first_expert(
+def with_first_expert_training(
     options: TrainedNetworkOptions, real: RealImages, network: Trainable, requested: Mapping[str, Any]
 ) -> TrainedNetworkOptions:
-    """Return the options as the first expert was trained, if it is there; else as they are.
+    """Return the options with the hyperparameters of the first expert, if there is one; else unchanged.
 
-    Raises `InputError` if it is of something else, or was trained with other hyperparameters than the `requested` ones.
+    Raises `InputError` if the expert is of another network or other images, or was trained with other hyperparameters than
+    the `requested` ones.
     """
-    folder = buffer_folder(options.buffer_path, real.data, options.model, options.zca)
+    folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
     store = TrajectoryStore(folder) if folder.is_dir() else None
     if not store:
         return options
@@ -69,13 +70,13 @@ def trained_parameters(options: TrainedNetworkOptions, real: RealImages, network
 def embeddings_by_class(
     real: RealImages, network: Trainable, theta: Tensor, members: list[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each class's members and what the classifier of `network` sees of them, (n, F) float32 on the CPU."""
+    """Yield each class's members and their embeddings, the inputs of the network's classifier, (n, F) float32 on the CPU."""
     for indices in tqdm(members, desc="embed", unit="class", leave=False):
         yield indices, embedded(real, network, theta, indices)
 
 
 @torch.no_grad()
 def embedded(real: RealImages, network: Trainable, theta: Tensor, indices: Tensor) -> Tensor:
-    """Return what the classifier of `network` sees of the training images at `indices`, (n, F), on the CPU."""
+    """Return the embeddings, the inputs of the network's classifier, of the training images at `indices`, (n, F), on the CPU."""
     batches = (real.train.batch(block.to(theta.device))[0] for block in indices.split(_BLOCK))
     return torch.cat([network.embed(theta, images).cpu() for images in batches])

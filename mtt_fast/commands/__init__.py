@@ -1,1 +1,1 @@
-"""What the commands share: options, parsing, exit statuses, plots, tables and records."""
+"""Code that the commands share: options, parsing, exit statuses, the loop of runs, plots, tables and records."""

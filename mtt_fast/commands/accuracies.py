@@ -8,31 +8,32 @@ from typing import Any
 from mtt_fast.training.protocols import Accuracy
 
 
-def measured(results: Mapping[str, Accuracy]) -> dict[str, float | int]:
-    """Return what a line says of an evaluation of networks by name: the first one's accuracy, and that of each of several.
+def accuracy_fields(results: Mapping[str, Accuracy]) -> dict[str, float | int]:
+    """Return the fields of an evaluation's line in metrics.jsonl, from the accuracies of networks by name.
 
-    How many networks diverged is there if any did.
+    They are the accuracy of the first network, that of each where there are several, and the number of networks that
+    diverged, if any did.
     """
     first, *_ = results.values()
     label = {"best_epoch": 1} if first.best_epoch else {}
     each = {
         f"{key}/{name}": value
-        for name, found in results.items()
+        for name, accuracy in results.items()
         if len(results) > 1
-        for key, value in _numbers(found).items()
+        for key, value in _numbers(accuracy).items()
     }
     return {**_numbers(first), "networks": len(first.values), **label, **each}
 
 
-def _numbers(found: Accuracy) -> dict[str, float | int]:
-    diverged = {"diverged": found.diverged} if found.diverged else {}
-    return {"accuracy_mean": found.mean, "accuracy_std": found.std, **diverged}
+def _numbers(accuracy: Accuracy) -> dict[str, float | int]:
+    diverged = {"diverged": accuracy.diverged} if accuracy.diverged else {}
+    return {"accuracy_mean": accuracy.mean, "accuracy_std": accuracy.std, **diverged}
 
 
 def accuracy_record(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return mean, std and n of the first network in a line of metrics.jsonl.
 
-    With it come the epoch's name if it is the best one, and how many networks diverged if any did.
+    The record also says "epoch": "best" if the accuracy is that of the best epoch, and how many networks diverged if any did.
     """
     label = {"epoch": "best"} if line.get("best_epoch") else {}
     diverged = {"diverged": line["diverged"]} if line.get("diverged") else {}
@@ -40,7 +41,7 @@ def accuracy_record(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accuracy_by_network(line: dict[str, Any], first: str) -> dict[str, dict[str, Any]]:
-    """Return the record of each network in a line of metrics.jsonl; `first` is the network of one that names none."""
+    """Return the record of each network in a line of metrics.jsonl; `first` names the network of a line that has no names."""
     names = [key.partition("/")[2] for key in line if key.startswith("accuracy_mean/")]
     return {
         name: accuracy_record(
@@ -59,7 +60,7 @@ def percent(line: Mapping[str, Any]) -> str:
 
 
 def label_of(accuracy: Mapping[str, Any]) -> str:
-    """Return what an accuracy's record says besides its numbers, as text behind them: the epoch, and what diverged."""
+    """Return the text that follows the numbers of an accuracy's record: best epoch, and how many networks diverged."""
     words = ["best epoch"] if accuracy.get("epoch") == "best" else []
     words += [f"{accuracy['diverged']} of {accuracy.get('n', '?')} diverged"] if accuracy.get("diverged") else []
     return f" ({', '.join(words)})" if words else ""

@@ -1,4 +1,4 @@
-"""From a command line to an options dataclass, and from an exception to one line and an exit status."""
+"""Run a command, and turn an exception into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mtt_fast.runtime.memory_info import is_out_of_memory
 log = logging.getLogger("mtt_fast")
 
 
-def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0 done; 2 a mistake in the input, a full disk or no memory, told in one line; 128 + signal stopped on request with
-    everything saved, or because nobody reads what it prints.
+    0: done; 2: a mistake in the input, a full disk or no memory, printed as one line; 128 + signal: stopped on request with
+    everything saved, or because nobody reads the output.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -31,7 +31,7 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
     _keep_freed_memory()
     try:
         with logging_redirect_tqdm():
-            job(sys.argv[1:] if argv is None else argv)
+            command(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
     except Stopped as stopped:
         print(one_line(str(stopped)), file=sys.stderr)
@@ -41,7 +41,7 @@ def run(job: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None)
         return 130
     except InputError as error:
         return _mistake(with_flags(str(error)))
-    except BrokenPipeError:  # what reads the output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at the end fail
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -72,8 +72,8 @@ _FLAGS = {"strategy": "dsa_strategy"}
 
 def _in_words(error: OSError) -> str:
     """Return which files could not be used, why, and how to mend it."""
-    places = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    return f"{' -> '.join(places) or 'a file'}: {reason_of(error)}; {remedy_for(error)}"
+    files = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return f"{' -> '.join(files) or 'a file'}: {reason_of(error)}; {remedy_for(error)}"
 
 
 def _keep_freed_memory() -> None:

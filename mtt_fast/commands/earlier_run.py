@@ -10,9 +10,7 @@ from typing import Any
 
 from mtt_fast.commands.option_fields import Role, fields_of
 from mtt_fast.errors import InputError
-from mtt_fast.storage.files import (
-    MALFORMED,
-)
+from mtt_fast.storage.files import MALFORMED
 from mtt_fast.storage.run_folder import broken_summary, read_config, read_summary
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,7 @@ def check_same_method(folder: Path, method: str | None) -> None:
 def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:
     """Raise `InputError` if `folder` holds a run with other values than those in the dataclass `options`.
 
-    Options named in `may_differ` may, since the result does not depend on them.
+    The options named in `may_differ` may have other values, since the result does not depend on them.
     """
     before = read_config(folder)
     if before is None:
@@ -52,9 +50,9 @@ def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> No
 
 
 def is_finished(folder: Path, options: Any, iterations: int) -> bool:
-    """Return whether the run in `folder` has come to its end after at least so many iterations, and if so say it.
+    """Return whether the run in `folder` has finished after at least `iterations`, and log that it has.
 
-    What its evaluations were made with is said where the dataclass `options` asks for others.
+    Where the dataclass `options` asks for another kind of evaluation, the log says with which options the run was evaluated.
     Raises `InputError` for a broken summary.
     """
     summary = read_summary(folder)
@@ -78,12 +76,12 @@ def is_finished(folder: Path, options: Any, iterations: int) -> bool:
 
 
 def _differing(name: str, before: Any, value: Any) -> str:
-    """Return in words that an option had another value before."""
-    found, wanted = (
+    """Return the words that an option had the value `before`, and not `value`."""
+    earlier, now = (
         f"without --{name}"
-        if one is None or one is False
-        else f"with --{name}" + (f" {one}" if one is not True else "")
-        for one in (before, value)
+        if setting is None or setting is False
+        else f"with --{name}" + (f" {setting}" if setting is not True else "")
+        for setting in (before, value)
     )
-    both = found.startswith("with ") and wanted.startswith("with ")
-    return f"{found}, not {value if both else wanted}"
+    both = earlier.startswith("with ") and now.startswith("with ")
+    return f"{earlier}, not {value if both else now}"

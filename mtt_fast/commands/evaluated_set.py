@@ -19,7 +19,7 @@ from mtt_fast.data.set_checks import check_classes
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
-from mtt_fast.interop.pairs import load_public_pair
+from mtt_fast.interop.pairs import read_pair
 from mtt_fast.interop.tensor_set import guess_label_kind
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_folder import SYNTHETIC
@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 
 
 RANDOM = "random"
-"""The source that stands for random real images."""
+"""The word in place of a set that stands for random real images."""
 REAL_IMAGES_LR = 0.01
 """Learning rate for real images, and for files that bring none, as in the public code."""
 
 
 @dataclass(frozen=True)
 class SetOptions(EvaluationOptions):
-    """What networks are trained on."""
+    """Options of the set on which networks are trained."""
 
     GROUP: ClassVar[Group] = Group.SET
 
@@ -59,30 +59,30 @@ class SetOptions(EvaluationOptions):
     are normalised or whitened as the set's own were"""
 
     def without_effect_on(self, sources: Sequence[str]) -> dict[str, str]:
-        """Return the options that have no effect on these sets, and why."""
-        found = {}
+        """Return the options that have no effect on these sets, with the reasons."""
+        reasons = {}
         if RANDOM not in sources:
-            found["ipc"] = f'without "{RANDOM}" among the sets: the others bring their own number of images'
+            reasons["ipc"] = f'without "{RANDOM}" among the sets: the others bring their own number of images'
         if not any(source.endswith(".pt") for source in sources):
             of_pt = "without a .pt file among the sets: those of this package know it themselves"
-            found |= dict.fromkeys(("texture", "canvas_size", "canvas_samples", "label_kind"), of_pt)
-        return found
+            reasons |= dict.fromkeys(("texture", "canvas_size", "canvas_samples", "label_kind"), of_pt)
+        return reasons
 
 
 def read_synthetic(source: str) -> SyntheticDataset | None:
-    """Return the distilled set of a run's folder or of a file of this package; None where `source` is another."""
+    """Return the distilled set in a run's folder or a file of this package; None if `source` is a .pt file or "random"."""
     return None if source == RANDOM or source.endswith(".pt") else SyntheticDataset.load(_file(source))
 
 
 def _file(source: str) -> Path:
-    """Return the file of the distilled set that `source`, a file or a run's folder, names."""
+    """Return the file of the distilled set at `source`, a file or a run's folder."""
     path = Path(source)
     return path / SYNTHETIC if path.is_dir() else path
 
 
 def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
-    """Return the options of its distillation that an evaluation has too, but for those of the machine."""
-    names = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION, Role.PLACE)
+    """Return the options of the set's distillation that an evaluation has too, except those of the machine."""
+    names = names_of(EvaluationOptions, Role.RESULT, Role.EVALUATION, Role.LOCATION)
     zca = synthetic.whitening is not None
     return {name: value for name, value in synthetic.recipe.items() if name in names} | {"zca": zca}
 
@@ -90,14 +90,14 @@ def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
 def data_for(options: SetOptions, source: str, synthetic: SyntheticDataset | None) -> ImageData:
     """Return the images that the options name.
 
-    Raises `InputError` if they are not those that the set, `synthetic` from `source`, was made from, nor --other_data allows it.
+    Raises `InputError` if the set, `synthetic` from `source`, was made from other images and --other_data does not allow it.
     """
     data = options.load_data()
     if synthetic is not None:
-        made_from, at_hand = synthetic.identity, data.identity(options.zca)
-        check_same_data(made_from, at_hand, _file(source), other_data=options.other_data)
-        if told := other_data_in_words(made_from, at_hand):
-            log.info("%s: %s", _file(source), told)
+        made_from, loaded = synthetic.identity, data.identity(zca=options.zca)
+        check_same_data(made_from, loaded, _file(source), other_data=options.other_data)
+        if difference := other_data_in_words(made_from, loaded):
+            log.info("%s: %s", _file(source), difference)
         elif options.other_data:
             log.info("--other_data: has no effect, as %s was made from these images", _file(source))
     return data
@@ -106,13 +106,13 @@ def data_for(options: SetOptions, source: str, synthetic: SyntheticDataset | Non
 def real_images_for(
     options: SetOptions, source: str, synthetic: SyntheticDataset | None, data: ImageData, device: torch.device
 ) -> RealImages:
-    """Return `data` on the device as networks see it that are trained on the set, `synthetic` from `source`.
+    """Return `data` on the device, normalised or whitened as the set, `synthetic` from `source`, was.
 
-    Raises `InputError` if the set was whitened by another fit, and --other_data does not say to whiten `data` by the same.
+    Raises `InputError` if the set was whitened by another fit than `data`, without --other_data, which takes the set's own fit.
     """
     if synthetic is not None and options.other_data:
-        return real_images(data, options.zca, device, synthetic.transform)
-    real = real_images(data, options.zca, device)
+        return real_images(data, device, zca=options.zca, transform=synthetic.transform)
+    real = real_images(data, device, zca=options.zca)
     if synthetic is not None and synthetic.whitening is not None and isinstance(real.transform, Whitening):
         check_same_whitening(synthetic.whitening, real.transform, _file(source))
     return real
@@ -121,8 +121,9 @@ def real_images_for(
 def training_set(
     options: SetOptions, source: str, synthetic: SyntheticDataset | None, real: RealImages, device: torch.device
 ) -> tuple[Callable[[torch.Generator], Images], float]:
-    """Return what each network trains on (`synthetic` is what `read_synthetic` found), and the learning rate.
+    """Return a function that gives each network's training images, and the learning rate.
 
+    The set is `synthetic`, or where that is None the files or the random images that `source` names.
     Raises `InputError` for files that are broken or of another data set.
     """
     if synthetic is not None:
@@ -134,20 +135,20 @@ def training_set(
             REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
         )
     else:
-        pixels, labels, rate = load_public_pair(source)
+        pair = read_pair(source)
         canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
-        images = Images(pixels.to(device), _as_targets(labels, options.label_kind).to(device), canvas=canvas)
-        learned = REAL_IMAGES_LR if rate is None else float(rate)
+        images = Images(pair.images.to(device), _as_targets(pair.labels, options.label_kind).to(device), canvas=canvas)
+        learned = REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
     check_shape(images, real.data, source)
-    tell_missing(check_classes(images.labels, real.data.num_classes, source), real.data, source)
+    warn_of_missing_classes(check_classes(images.labels, real.data.num_classes, source), real.data, source)
     return lambda _: images, learned if options.lr_teacher is None else options.lr_teacher
 
 
 def check_shape(images: Images, data: ImageData, source: str) -> None:
-    """Raise `InputError` if the images from `source`, or the crops of their canvases, are not of the shape of `data`'s."""
-    of_canvas = images.canvas.size if images.canvas else 1
+    """Raise `InputError` if the images from `source`, or the crops of their canvases, have another shape than those of `data`."""
+    images_a_side = images.canvas.size if images.canvas else 1
     channels, height, width = data.image_shape
-    expected = (channels, of_canvas * height, of_canvas * width)
+    expected = (channels, images_a_side * height, images_a_side * width)
     if tuple(images.pixels.shape[1:]) != expected:
         raise InputError(
             f"{source}: expected {'canvases' if images.canvas else 'images'} {expected} of {data.name}, found "
@@ -155,23 +156,24 @@ def check_shape(images: Images, data: ImageData, source: str) -> None:
         )
 
 
-def tell_missing(there: int, data: ImageData, source: str) -> None:
-    """Warn if the set from `source` has images of `there` classes, fewer than `data`: the others cannot be learnt from it."""
-    if there < data.num_classes:
-        log.warning("%s: has images of %d of the %d classes of %s", source, there, data.num_classes, data.name)
+def warn_of_missing_classes(present: int, data: ImageData, source: str) -> None:
+    """Warn if the set from `source` has images of only `present` classes of `data`: no network can learn the others."""
+    if present < data.num_classes:
+        log.warning("%s: has images of %d of the %d classes of %s", source, present, data.num_classes, data.name)
 
 
 def check_any_trained(results: Iterable[Accuracy]) -> None:
-    """Raise `Diverged` if all networks of all `results` diverged: there is no accuracy, and what is written says so."""
-    found = list(results)
-    if all(result.diverged == len(result.values) for result in found):
+    """Raise `Diverged` if all networks of all `results` diverged, so that there is no accuracy."""
+    accuracies = list(results)
+    if all(accuracy.diverged == len(accuracy.values) for accuracy in accuracies):
         raise Diverged(
-            f"all {sum(result.diverged for result in found)} networks diverged, so there is no accuracy; use a smaller --lr_teacher"
+            f"all {sum(accuracy.diverged for accuracy in accuracies)} networks diverged, so there is no accuracy; use a smaller "
+            "--lr_teacher"
         )
 
 
 def _as_targets(labels: Tensor, kind: str | None) -> Tensor:
-    """Return class indices or probabilities; successors of the public code write logits under the same name."""
+    """Return `labels` as class indices or probabilities; successors of the public code write logits under the same name."""
     if not labels.is_floating_point():
         if kind is not None:
             raise InputError(f"--label_kind {kind}: has no effect on labels that are classes; leave it out")

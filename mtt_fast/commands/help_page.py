@@ -1,4 +1,4 @@
-"""The page that --help prints: a box for each group of options."""
+"""Print the page of --help: a box for each group of options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def print_help(options: Any, prog: str) -> None:
 
 
 def _boxes(options: Any) -> type:
-    """Return a dataclass with the options of no group, and a dataclass of its own for each group: tyro draws a box for each."""
+    """Return a dataclass with the ungrouped options and one dataclass for each group, for which tyro draws a box each."""
     members: dict[Group, list[tuple[str, Any, Any]]] = {group: [] for group in Group}
     texts = help_texts(type(options))
     for name, field in fields_of(type(options)).items():
@@ -41,11 +41,11 @@ def _boxes(options: Any) -> type:
 
 
 def _with_help(field: Field, text: str) -> Any:
-    """Return the type of an option with all that is declared of it, and its help text."""
+    """Return the type of an option with its declarations and its help text."""
     import tyro
 
-    told = tyro.conf.arg(help=text, help_behavior_hint="" if field.is_positional else None)
-    return Annotated[field.annotation, *field.declared, told]
+    help_argument = tyro.conf.arg(help=text, help_behavior_hint="" if field.is_positional else None)
+    return Annotated[field.annotation, *field.declared, help_argument]
 
 
 def help_texts(kind: type) -> dict[str, str]:

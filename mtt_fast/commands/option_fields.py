@@ -1,10 +1,10 @@
-"""What an option declares of itself beside its field: range, role, what it needs to have an effect; and who reads that.
+"""Declarations beside an option's field, such as its range, its role and the option that it needs; and the checks by them.
 
     mom_y: Annotated[float, SHARE, Needs("lr_y")] = 0.9
 
-Command lines, files of --config, recipes, config.toml and the record of a distilled set are all checked by what is
-declared, here and nowhere else (mtt_fast/commands/cli.py). Without a word of its own a number is finite, a whole number fits 64 bits,
-and a text is not empty.
+Command lines, files of --config, recipes, config.toml and the record of a distilled set are all checked by these
+declarations, here and nowhere else. Without a declaration a number is finite, a whole number fits 64 bits, and a text is
+not empty.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLOAT32_TINY = 1.1754944e-38
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers an option takes: from `low` to `high`, both included unless `above` or `below` says otherwise."""
+    """The numbers that an option takes: from `low` to `high`, both included unless `above` or `below` says otherwise."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -45,7 +45,7 @@ class Range:
     """the largest number that can be meant; larger ones would fill the memory with nothing"""
 
     def complaint(self, value: float) -> str | None:
-        """Return what was expected if `value` is out of range, or None."""
+        """Return what is expected in place of `value` if that is out of range, else None."""
         if isinstance(value, float) and not math.isfinite(value):
             return None if self.infinite and value == math.inf else f"expected a finite number{self._of()}"
         too_low = value <= self.low if self.above else value < self.low
@@ -77,12 +77,12 @@ def _number(value: float) -> str:
 COUNT = Range(1, largest=10**9)
 COUNT_FROM_ZERO = Range(0, largest=10**9)
 NETWORKS = Range(1, largest=10**6)
-"""How many experts or networks: each is listed, in memory or in a folder."""
+"""Numbers of experts or networks: each is listed, in memory or in a folder."""
 RATE = Range(0, above=True)
 RATE_OR_ZERO = Range(0)
 SHARE = Range(0, 1, below=True)
 SEED = Range(0, largest=2**63 - 1)
-"""What torch's generators and TOML's integers both hold; below 0 stands for a seed that is not known."""
+"""Seeds that torch's generators and TOML's integers both hold; a seed below 0 stands for one that is not known."""
 _ANY = Range()
 _ANY_INTEGER = Range(-(2**63), largest=2**63 - 1)
 
@@ -109,13 +109,13 @@ class Group(Enum):
 
 
 class Role(Enum):
-    """What an option decides."""
+    """The part of a run that an option decides."""
 
-    RESULT = "what is made; a run cannot go on with another value"
-    EVALUATION = "how what was made is measured"
-    EXTENT = "how much is made or measured, which a run may extend"
-    PLACE = "where things are, and which words name them"
-    MACHINE = "where and how fast it is computed; the result is the same"
+    RESULT = "the result; a run cannot go on with another value"
+    EVALUATION = "the evaluation of the result"
+    EXTENT = "the amount of work, which a run may extend"
+    LOCATION = "the files and folders, and their names"
+    MACHINE = "the device and the speed; the result is the same"
 
 
 @dataclass(frozen=True)
@@ -124,25 +124,25 @@ class Needs:
 
     option: str
     also: str = ""
-    """what else turns it on, for the message"""
+    """the value or the option that turns it on as well, for the message"""
 
 
 @dataclass(frozen=True)
-class Told:
-    """Words for the log where the option is given: how it differs from the public code's of the same name."""
+class Remark:
+    """A remark for the log where the option is given: how it differs from the public code's option of the same name."""
 
     words: str
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A check of a text's own: `check` raises `InputError` for what cannot be."""
+    """A check of a text: `check` raises `InputError` for one that the option does not take."""
 
     check: Callable[[str], object]
 
 
 HARMLESS = "harmless"
-"""Marks an option which, given where it has no effect, is told in the log and not refused: no result is another for it."""
+"""Marks an option which, given where it has no effect, is named in the log and not refused: it changes no result."""
 
 
 MAY_BE_EMPTY = "may be empty"
@@ -155,7 +155,7 @@ class Field:
 
     name: str
     annotation: Any
-    """its type, without what is declared beside it"""
+    """its type, without the declarations"""
     declared: tuple[Any, ...]
     default: Any
     declaring: type
@@ -163,43 +163,43 @@ class Field:
 
     @property
     def flag(self) -> str:
-        """Its name on the command line, behind two hyphens."""
+        """Return the name of the option's flag, without the two hyphens."""
         return self.name.rstrip("_")
 
     @property
     def role(self) -> Role:
-        """Return what it decides."""
+        """Return the option's role."""
         return next((word for word in self.declared if isinstance(word, Role)), Role.RESULT)
 
     @property
     def group(self) -> Group:
-        """Return the box of --help in which it stands."""
+        """Return the option's group, its box of --help."""
         own = (word for word in self.declared if isinstance(word, Group))
         return next(own, getattr(self.declaring, "GROUP", Group.OTHER))
 
     @property
     def is_positional(self) -> bool:
-        """Return whether it stands on the command line without a flag."""
+        """Return whether the option stands on the command line without a flag."""
         import tyro  # here, since only the commands need it
 
         return tyro.conf.Positional in self.declared
 
     @property
-    def shown(self) -> str:
-        """Return how messages name it."""
+    def name_in_messages(self) -> str:
+        """Return the option's name in messages: its flag, or the name of a positional argument."""
         return self.flag if self.is_positional else f"--{self.flag}"
 
     @property
     def is_switch(self) -> bool:
-        """Return whether it is on or off."""
+        """Return whether the option is a switch, on or off."""
         return self.annotation is bool
 
-    def all_of(self, kind: type[_Declared]) -> list[_Declared]:
-        """Return what is declared of a kind."""
+    def declarations(self, kind: type[_Declared]) -> list[_Declared]:
+        """Return the option's declarations of one `kind`."""
         return [word for word in self.declared if isinstance(word, kind)]
 
 
-_Declared = typing.TypeVar("_Declared", Needs, Told, Checked, Range)
+_Declared = typing.TypeVar("_Declared", Needs, Remark, Checked, Range)
 
 
 def fields_of(kind: type) -> Mapping[str, Field]:
@@ -211,17 +211,19 @@ def fields_of(kind: type) -> Mapping[str, Field]:
 def _fields_of(kind: Any) -> Mapping[str, Field]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {
-        field.name: Field(field.name, *_parted(hints[field.name]), field.default, _declaring(kind, field.name))
+        field.name: Field(
+            field.name, *_type_and_declarations(hints[field.name]), field.default, _declaring(kind, field.name)
+        )
         for field in dataclasses.fields(kind)
     }
 
 
 def _declaring(kind: type, name: str) -> type:
-    """Return the class among `kind` and its bases that declares the option `name`, the last one to do so."""
+    """Return the class among `kind` and its bases that declares the option `name`, the most derived one."""
     return next(base for base in kind.__mro__ if name in vars(base).get("__annotations__", {}))
 
 
-def _parted(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def _type_and_declarations(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     if typing.get_origin(hint) is typing.Annotated:
         inner, *declared = typing.get_args(hint)
         return inner, tuple(declared)
@@ -234,29 +236,29 @@ def names_of(kind: type, *roles: Role) -> frozenset[str]:
 
 
 def outside_result(kind: type) -> frozenset[str]:
-    """Return the names of the options of `kind` that may be others when a run goes on: its result does not depend on them."""
-    return names_of(kind, Role.EVALUATION, Role.EXTENT, Role.PLACE, Role.MACHINE)
+    """Return the names of the options of `kind` on which a run's result does not depend, so that it may go on with others."""
+    return names_of(kind, Role.EVALUATION, Role.EXTENT, Role.LOCATION, Role.MACHINE)
 
 
-class Unfit(Exception):
-    """A value that an option does not take; the text says what was expected."""
+class InvalidValue(Exception):
+    """The error for a value that an option does not take; its message says what is expected."""
 
 
 def converted(field: Field, value: Any) -> Any:
-    """Return `value`, as it stands in a file, as the option has it: a whole number for one with a point, a list as a tuple.
+    """Return `value` from a file as the option's type: a whole number as a float where one is needed, a list as a tuple.
 
-    Raises `Unfit` for another type, another choice or another range than is declared.
+    Raises `InvalidValue` for another type, another choice or another range than is declared.
     """
-    found = _as(field.annotation, value)
-    for part in found if isinstance(found, tuple) else (found,):
+    result = _as(field.annotation, value)
+    for part in result if isinstance(result, tuple) else (result,):
         _check_one(field, part)
-    if isinstance(found, tuple) and not found and field.default != ():
-        raise Unfit("expected at least one value")
-    return found
+    if isinstance(result, tuple) and not result and field.default != ():
+        raise InvalidValue("expected at least one value")
+    return result
 
 
 def _as(annotation: Any, value: Any) -> Any:
-    annotation, _ = _parted(annotation)
+    annotation, _ = _type_and_declarations(annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -266,15 +268,15 @@ def _as(annotation: Any, value: Any) -> Any:
     if origin is Literal:
         if type(value) is str and value in arguments:
             return value
-        raise Unfit(f"expected one of {', '.join(map(repr, arguments))}")
+        raise InvalidValue(f"expected one of {', '.join(map(repr, arguments))}")
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise Unfit("expected a list")
+            raise InvalidValue("expected a list")
         return tuple(_as(arguments[0], part) for part in value)
     if annotation is float and type(value) is int:
         return float(max(-FLOAT64_MAX, min(value, FLOAT64_MAX)))
     if type(value) is not annotation:
-        raise Unfit(f"expected {_TYPES[annotation]}")
+        raise InvalidValue(f"expected {_TYPES[annotation]}")
     return value
 
 
@@ -282,39 +284,41 @@ _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _check_one(field: Field, value: Any) -> None:
-    """Raise `Unfit` if a value of the right type is out of the option's range."""
+    """Raise `InvalidValue` if a value of the right type is out of the option's range."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        ranges = field.all_of(Range) or [_ANY_INTEGER if isinstance(value, int) else _ANY]
+        ranges = field.declarations(Range) or [_ANY_INTEGER if isinstance(value, int) else _ANY]
         for complaint in filter(None, (each.complaint(value) for each in ranges)):
-            raise Unfit(complaint)
+            raise InvalidValue(complaint)
     if isinstance(value, str) and value != field.default:
         if not value and MAY_BE_EMPTY not in field.declared:
-            raise Unfit("expected a text, found an empty one")
+            raise InvalidValue("expected a text, found an empty one")
         if "\0" in value:
-            raise Unfit("expected a text without the character 0")
+            raise InvalidValue("expected a text without the character 0")
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise Unfit("expected a text of Unicode characters (UTF-8)") from error
-        for checked in field.all_of(Checked):
+            raise InvalidValue("expected a text of Unicode characters (UTF-8)") from error
+        for checked in field.declarations(Checked):
             try:
                 checked.check(value)
             except InputError as error:
-                raise Unfit(re.sub(r"^.*?: (?=expected)", "", str(error))) from error  # who raises it names the option
+                raise InvalidValue(
+                    re.sub(r"^.*?: (?=expected)", "", str(error))
+                ) from error  # who raises it names the option
 
 
 def check_values(options: Any) -> None:
-    """Raise `InputError` for the first option of the dataclass `options` whose value is not what it declares."""
+    """Raise `InputError` for the first option of the dataclass `options` whose value its declarations do not allow."""
     for name, field in fields_of(type(options)).items():
         value = getattr(options, name)
         try:
             converted(field, value)
-        except Unfit as unfit:
-            raise InputError(f"{field.shown} {in_words(value)}: {unfit}") from unfit
+        except InvalidValue as error:
+            raise InputError(f"{field.name_in_messages} {in_words(value)}: {error}") from error
 
 
 def in_words(value: Any) -> str:
-    """Return a value for a message: of a number with thousands of digits, how many it has; what cannot be shown, quoted."""
+    """Return a value as text for a message: a very long number by its number of digits, unprintable text quoted."""
     if isinstance(value, int) and abs(value) >= 10**40:
         return f"(a number of {int(math.log10(abs(value))) + 1} digits)"
     text = " ".join(map(in_words, value)) if isinstance(value, list | tuple) else str(value)
@@ -322,11 +326,11 @@ def in_words(value: Any) -> str:
 
 
 def check_effects(options: Any, given: Container[str], reasons: Mapping[str, str] | None = None) -> list[str]:
-    """Return, for the log, what is to be said of the options in `given`, which somebody wrote down.
+    """Return the remarks for the log on the options in `given`, which the user wrote on the command line or in a file.
 
-    `reasons` says by name which have no effect, and why; without it the options' own method `without_effect` does, for
-    those that other values than a switch decide. What else is to be said of them their method `remarks` knows.
-    Raises `InputError` for one that has no effect with the others, and says with what it would.
+    `reasons` gives by name the options that have no effect, with the reason; without it the method `without_effect` of
+    `options` gives those that depend on more than a switch. Its method `remarks` gives further remarks.
+    Raises `InputError` for an option that has no effect with the others; the message says with what it would have one.
     """
     fields = fields_of(type(options))
     if reasons is None:
@@ -334,25 +338,25 @@ def check_effects(options: Any, given: Container[str], reasons: Mapping[str, str
     needed = {
         name: f"without --{fields[needs.option].flag}{needs.also}; give that too, or"
         for name, field in fields.items()
-        for needs in field.all_of(Needs)
+        for needs in field.declarations(Needs)
         if not _is_on(fields[needs.option], getattr(options, needs.option))
     }
     reasons = needed | {name: f"{reason};" for name, reason in reasons.items()}
-    said: list[str] = options.remarks(given) if hasattr(options, "remarks") else []
+    remarks: list[str] = options.remarks(given) if hasattr(options, "remarks") else []
     for name, field in fields.items():
         if name not in given:
             continue
         value = getattr(options, name)
-        shown = f"--{field.flag}" + ("" if field.is_switch else f" {in_words(value)}")
+        flag_and_value = f"--{field.flag}" + ("" if field.is_switch else f" {in_words(value)}")
         if name not in reasons:
-            said += [f"{shown}: {told.words}" for told in field.all_of(Told)]
+            remarks += [f"{flag_and_value}: {remark.words}" for remark in field.declarations(Remark)]
         elif HARMLESS in field.declared:
-            said.append(f"{shown} has no effect {reasons[name].partition(';')[0]}")
+            remarks.append(f"{flag_and_value} has no effect {reasons[name].partition(';')[0]}")
         else:
-            raise InputError(f"{shown}: has no effect {reasons[name]} leave it out")
-    return said
+            raise InputError(f"{flag_and_value}: has no effect {reasons[name]} leave it out")
+    return remarks
 
 
 def _is_on(field: Field, value: Any) -> bool:
-    """Return whether an option that others need is on: neither off nor absent, nor 0 where 0 is its default."""
+    """Return whether an option that others need is on: not off, not absent, and not 0 where 0 is the default."""
     return value is not None and value is not False and not (value == 0 and field.default == 0)

@@ -1,4 +1,4 @@
-"""Options that the jobs share, with the names, meanings and defaults of the public MTT code."""
+"""Options that the commands share, with the names, meanings and defaults of the public MTT code."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.provenance import check_device_name, choose_device
-from mtt_fast.training.protocols import EvaluationProtocol, protocol_by_name, protocol_called
+from mtt_fast.training.protocols import EvaluationProtocol, protocol_by_name, published_protocol
 
 TrueOrFalse = Annotated[bool, tyro.conf.FlagConversionOff]
 """A flag that takes the word True or False, as some of the public code's do."""
 
 
 def _hint(numbers: Range) -> Any:
-    """Return what has --help say which numbers an option takes."""
+    """Return the declaration with which --help says which numbers an option takes."""
     return tyro.conf.arg(help_behavior_hint=lambda default: f"({numbers}; default: {default})")
 
 
@@ -73,7 +73,7 @@ OF_ONE_SIZE = (*DOWNLOADED, "digits")
 
 @dataclass(frozen=True)
 class CommonOptions:
-    """Which images, which network, where, and with which random numbers."""
+    """Options of the images, the network, the device and the random numbers."""
 
     GROUP: ClassVar[Group] = Group.DATA
 
@@ -83,11 +83,11 @@ class CommonOptions:
     """subset of ImageNet: imagenette, imagewoof, imagefruit, imagemeow, imagesquawk, imageyellow; without it all classes"""
     res: Side = None
     """side of the images in pixels, to which they are resized where the data set has no one size"""
-    data_path: Annotated[str, Role.PLACE] = "data"
+    data_path: Annotated[str, Role.LOCATION] = "data"
     """folder of the data sets"""
-    packed_path: Annotated[str | None, Role.PLACE] = None
+    packed_path: Annotated[str | None, Role.LOCATION] = None
     """folder of the packed data sets, if not DATA_PATH/packed (which may be read-only)"""
-    download: Annotated[bool, Role.PLACE, HARMLESS] = False
+    download: Annotated[bool, Role.LOCATION, HARMLESS] = False
     """fetch the data set if it is missing (MNIST, FashionMNIST, CIFAR10, CIFAR100)"""
     zca: bool = False
     """whiten the images (ZCA, eps 0.1) instead of normalising them"""
@@ -107,20 +107,20 @@ class CommonOptions:
     bytes; what overflows is repeated in tf32) or bf16, the last two for ConvNet's fused step alone; sums are float32. A CPU computes in float32 whatever this says"""
 
     def without_effect(self) -> dict[str, str]:
-        """Return the options that have no effect with the others, and why, for whoever gives one all the same."""
-        found, name = {}, _known_name(self.dataset)
+        """Return the options that have no effect with the others, with the reasons."""
+        reasons, name = {}, _known_name(self.dataset)
         if name != "ImageNet":
-            found["subset"] = "without --dataset ImageNet"
+            reasons["subset"] = "without --dataset ImageNet"
         if name in OF_ONE_SIZE and self.res != (side := dataset_info(name).image_shape[-1]):
-            found["res"] = f"on {name}, whose images have {side} pixels a side"
+            reasons["res"] = f"on {name}, whose images have {side} pixels a side"
         if name not in DOWNLOADED:
-            found["download"] = f"on {self.dataset}: only {', '.join(DOWNLOADED)} are fetched"
+            reasons["download"] = f"on {self.dataset}: only {', '.join(DOWNLOADED)} are fetched"
         if choose_device(self.device).type == "cpu":
-            found["precision"] = "on a CPU, which computes in float32"
-        return found
+            reasons["precision"] = "on a CPU, which computes in float32"
+        return reasons
 
     def remarks(self, given: Container[str]) -> list[str]:
-        """Return what the log is to say of the options in `given`, where the public code means something else by them."""
+        """Return remarks for the log on those options in `given` by which the public code means something else."""
         if "dataset" in given and self.subset is None and _known_name(self.dataset) == "ImageNet":
             return ["--dataset ImageNet without --subset is all of its classes; the public code takes imagenette"]
         return []
@@ -142,13 +142,13 @@ class CommonOptions:
 
     @property
     def strategy(self) -> str:
-        """The augmentation's operations, or "none"."""
+        """Return the augmentation's operations, or "none"."""
         return self.dsa_strategy if self.dsa else "none"
 
 
 @dataclass(frozen=True)
 class TrainingOptions(CommonOptions):
-    """How several networks are trained on one device."""
+    """Options of the training of several networks on one device."""
 
     GROUP: ClassVar[Group] = Group.MACHINE
 
@@ -158,7 +158,7 @@ class TrainingOptions(CommonOptions):
 
 @dataclass(frozen=True)
 class EvaluationOptions(TrainingOptions):
-    """How networks are evaluated, and which."""
+    """Options of an evaluation: the networks, and the protocol."""
 
     GROUP: ClassVar[Group] = Group.EVALUATION
 
@@ -171,20 +171,20 @@ class EvaluationOptions(TrainingOptions):
     eval_mode: Annotated[str, Role.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "S"
     """networks to evaluate: S the model itself (instance norm in place of batch norm), SS the model as it is, C itself and ConvNet,
     M architectures, W widths, D depths, A activations, P poolings, N norms, B and BN batch norm"""
-    protocol: Annotated[str, Role.EVALUATION, Checked(protocol_called)] = "mtt"
+    protocol: Annotated[str, Role.EVALUATION, Checked(published_protocol)] = "mtt"
     """how an evaluation trains and tests networks: mtt, datm (batches of 128) or ddranking (the best epoch)"""
     best_epoch: Annotated[bool, Role.EVALUATION, HARMLESS] = False
     """report the best epoch of each evaluated network, chosen on the test images, in place of the last"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
-        found = super().without_effect()
-        if protocol_called(self.protocol).best_epoch:
-            found["best_epoch"] = f"with --protocol {self.protocol}, which reports the best epoch by itself"
-        return found
+        reasons = super().without_effect()
+        if published_protocol(self.protocol).best_epoch:
+            reasons["best_epoch"] = f"with --protocol {self.protocol}, which reports the best epoch by itself"
+        return reasons
 
     def evaluated_networks(self, data: ImageData | DatasetInfo) -> dict[str, Trainable]:
-        """Return the networks to evaluate for `data`, by name, the model itself first if it is among them.
+        """Return the networks to evaluate for `data`, by name, the network of --model first if it is among them.
 
         Raises `InputError` for an unknown --eval_mode, or images that are too small for one of them.
         """
@@ -197,7 +197,7 @@ class EvaluationOptions(TrainingOptions):
         return {name: pool[name] for name in [*first, *pool]}
 
     def evaluation_protocol(self) -> EvaluationProtocol:
-        """Return the protocol. Raises `InputError` for a number of epochs that it cannot have."""
+        """Return the evaluation protocol. Raises `InputError` for a number of epochs that the protocol cannot have."""
         return protocol_by_name(
             self.protocol,
             epochs=self.epoch_eval_train,
@@ -208,12 +208,12 @@ class EvaluationOptions(TrainingOptions):
 
 
 def _known_name(dataset: str) -> str:
-    """Return the name of a data set as it is spelled in the list of them; that of an image folder as it is."""
+    """Return the name of a data set as `NAMES` spells it; that of an image folder unchanged."""
     return {name.casefold(): name for name in NAMES}.get(dataset.casefold(), dataset)
 
 
-def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo, model: str, zca: bool) -> Path:
-    """Return the folder of the experts, laid out as the public code does: PATH/CIFAR10_NO_ZCA/ConvNet."""
+def buffer_folder(buffer_path: str, data: ImageData | DatasetInfo, model: str, *, zca: bool) -> Path:
+    """Return the folder of the experts, named as the public code names it: PATH/CIFAR10_NO_ZCA/ConvNet."""
     if data.name.upper().startswith("CIFAR"):
         name = data.name if zca else f"{data.name}_NO_ZCA"
     else:

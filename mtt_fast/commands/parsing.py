@@ -13,7 +13,15 @@ from itertools import groupby, takewhile
 from typing import Any, TypeVar
 
 from mtt_fast.commands.help_page import print_help
-from mtt_fast.commands.option_fields import Field, Unfit, check_effects, check_values, converted, fields_of, in_words
+from mtt_fast.commands.option_fields import (
+    Field,
+    InvalidValue,
+    check_effects,
+    check_values,
+    converted,
+    fields_of,
+    in_words,
+)
 from mtt_fast.errors import InputError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -36,9 +44,9 @@ def parse(
     """Return an instance of the dataclass `kind` from `argv`.
 
     Names may be written with - or _, a switch as --zca, --zca True, --zca=True or --no_zca; of a flag that is given twice
-    the last one counts. `defaults` take the place of the class's own: an instance, or values from `source` by name.
-    `in_file` are options that the user wrote in a file. What has no effect is refused, or told in the log, if it is in `argv`
-    or `in_file`.
+    the last one counts. `defaults` replace those of the class: an instance, or values from `source` by name. `in_file` are
+    the options that the user wrote in a file. An option in `argv` or `in_file` that has no effect is refused, or named in
+    the log.
     Raises `InputError` for an unknown flag, for a value that an option does not take (mtt_fast/commands/option_fields.py), and for
     a default that `kind` does not have.
     """
@@ -55,7 +63,7 @@ def preview(
     *,
     source: str = "defaults",
 ) -> Options:
-    """Return what `parse` does, where not all defaults are known yet: without asking whether all that is given has an effect."""
+    """Return what `parse` returns, without a check that each option has an effect: for use before all defaults are known."""
     start = defaults if isinstance(defaults, kind) else apply(kind(), defaults or {}, source)  # type: ignore[arg-type]
     line = _read(kind, argv)
     if line.unknown:
@@ -71,12 +79,12 @@ def preview(
 
 
 def _check_effects(options: Any, argv: Sequence[str], in_file: Container[str] = ()) -> None:
-    """Say in the log what is to be said of what was given, or raise `InputError` for what has no effect."""
+    """Log the remarks on the options that were given, or raise `InputError` for one that has no effect."""
     line, ignored = _read(type(options), argv), ignored_flags(type(options))
     given = {name for name in fields_of(type(options)) if name in line.given or name in in_file}
-    said = [f"--{name} is ignored: {ignored[name]}" for name in sorted(line.ignored)]
-    for words in [*said, *check_effects(options, given)]:
-        log.info("%s", words)
+    remarks = [f"--{name} is ignored: {ignored[name]}" for name in sorted(line.ignored)]
+    for remark in [*remarks, *check_effects(options, given)]:
+        log.info("%s", remark)
 
 
 def given(kind: type, argv: Sequence[str]) -> frozenset[str]:
@@ -85,7 +93,7 @@ def given(kind: type, argv: Sequence[str]) -> frozenset[str]:
 
 
 def _parsed(kind: type[Options], words: Sequence[str], prog: str, start: Options) -> tuple[Options, list[str]]:
-    """Return the options, and the words that are none of theirs."""
+    """Return the options, and the words that belong to none of them."""
     import tyro  # here, since only the commands need it
 
     if _asks_for_help(words):
@@ -123,11 +131,11 @@ class _Line:
     unknown: list[str] = dataclasses.field(default_factory=list)
     """flags that are no options, which are among `words` too"""
     ignored: set[str] = dataclasses.field(default_factory=set)
-    """flags that do nothing, which are not"""
+    """flags without an effect, which are not among `words`"""
 
 
 def _read(kind: type, argv: Sequence[str]) -> _Line:
-    """Return `argv` as the options of `kind` are written: names with underscores, switches as --x True, --x or --no_x.
+    """Return `argv` in the parser's spelling of the options of `kind`: underscores, switches as --x True, --x or --no_x.
 
     Raises `InputError` for a switch that is neither on nor off.
     """
@@ -165,7 +173,7 @@ def _read(kind: type, argv: Sequence[str]) -> _Line:
     return line
 
 
-def _switch(field: Field, word: str, value: str, negated: bool) -> list[str]:
+def _switch(field: Field, word: str, value: str, *, negated: bool) -> list[str]:
     if value.casefold() not in (*_YES, *_NO):
         raise InputError(f"{word}: expected True or False")
     on = (value.casefold() in _YES) != negated
@@ -179,14 +187,14 @@ def _switch(field: Field, word: str, value: str, negated: bool) -> list[str]:
 
 
 def _flags(kind: type) -> dict[str, Field]:
-    """Return the options of `kind` by the names of their flags."""
+    """Return the options of `kind` by their flags' names."""
     return {field.flag: field for field in fields_of(kind).values() if not field.is_positional}
 
 
 def ignored_flags(kind: type) -> Mapping[str, str]:
-    """Return the flags of the public code that have no work left to do in the command of `kind`, and why, by name."""
-    found: Mapping[str, str] = getattr(kind, "IGNORED", {})
-    return found
+    """Return by name the flags of the public code that do nothing in the command of `kind`, with the reasons."""
+    ignored: Mapping[str, str] = getattr(kind, "IGNORED", {})
+    return ignored
 
 
 def _unknown(word: str, names: Sequence[str]) -> str:
@@ -198,7 +206,7 @@ def _unknown(word: str, names: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _one_line(prog: str) -> Iterator[None]:
-    """Raise `InputError` with the words in the box that tyro draws about a value, and ends the process after."""
+    """Raise `InputError` with the text of the box that tyro prints about a value before it ends the process."""
     drawn = io.StringIO()
     try:
         with contextlib.redirect_stderr(drawn):
@@ -215,7 +223,7 @@ def _one_line(prog: str) -> Iterator[None]:
 
 
 _RULES = ({"─"}, {"-"})
-"""What the lines consist of that part a box; the second where the terminal has only ASCII."""
+"""Characters of the lines that divide a box; the second set is for terminals that have only ASCII."""
 
 _REWORDED = {
     r"^.*?(--\w+).*Exceeds the limit \(\d+ digits\).*$": r"\1: expected a number of fewer digits",
@@ -227,11 +235,11 @@ _REWORDED = {
     r"^(--\w+): no type matching .* could be instantiated from \[([^]]{0,60}).*$": r"\1: expected what --help tells, found \2",
     r"^Missing value for argument '(.*)'\..*$": r"\1: expected a value after it, found none",
 }
-"""Expressions in what tyro says, and how this package says it."""
+"""Patterns in tyro's messages, and their replacements in this package's words."""
 
 
 def parse_known(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
-    """Return an instance of the dataclass `kind` from those flags in `argv` that it has; ignore the others."""
+    """Return an instance of the dataclass `kind` from its flags in `argv`; ignore the other flags."""
     words = [word for word in argv if word not in ("-h", "--help")]
     options, _ = _parsed(kind, _read(kind, words).words, prog, kind())
     check_values(options)
@@ -239,7 +247,7 @@ def parse_known(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
 
 
 def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Options, list[str]]:
-    """Return an instance of the dataclass `kind` from those flags in `argv` that it has, and the other words."""
+    """Return an instance of the dataclass `kind` from its flags in `argv`, and the words that are not its own."""
     options, others = _parsed(kind, _read(kind, argv).words, prog, kind())
     check_values(options)
     _check_effects(options, argv)
@@ -249,18 +257,18 @@ def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Opt
 def integers(text: str, option: str, minimum: int = 1) -> list[int]:
     """Return the numbers in "1,10,100". Raises `InputError` naming `option` for anything else, or one below `minimum`."""
     try:
-        found = [int(word) for word in text.split(",")]
+        numbers = [int(word) for word in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} {text}: expected numbers as in 1,10,100") from error
-    if min(found) < minimum:
+    if min(numbers) < minimum:
         raise InputError(f"{option} {text}: expected numbers of at least {minimum}")
-    return found
+    return numbers
 
 
 def apply(options: Options, values: Mapping[str, Any], source: str) -> Options:
     """Return `options` with `values` from `source` (a file's name).
 
-    Raises `InputError` for a name that they do not have, and for a value that a flag of the name would not take.
+    Raises `InputError` for a name that is not an option's, and for a value that the option's flag would not take.
     """
     fields = fields_of(type(options))
     changed = {}
@@ -269,8 +277,8 @@ def apply(options: Options, values: Mapping[str, Any], source: str) -> Options:
             raise InputError(f"{source}: unknown option '{name}'{did_you_mean(name, list(fields))}")
         try:
             changed[name] = converted(fields[name], value)
-        except Unfit as unfit:
+        except InvalidValue as error:
             raise InputError(
-                f"{source}: option {name}: {unfit}, found {repr(value) if isinstance(value, str) else in_words(value)}"
-            ) from unfit
+                f"{source}: option {name}: {error}, found {repr(value) if isinstance(value, str) else in_words(value)}"
+            ) from error
     return dataclasses.replace(options, **changed)  # type: ignore[type-var]

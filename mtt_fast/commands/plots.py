@@ -1,4 +1,4 @@
-"""Pictures for people: a labelled grid of images, a snapshot of them, and the curves of a run."""
+"""Draw pictures of a run: a labelled grid of images, a snapshot of them, and curves."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def save_grid(
     by_class = [[int(i) for i in (labels == label).nonzero()[:_LONGEST_ROW, 0]] for label in range(len(class_names))]
     rows: list[list[tuple[str, int]]]
     if max(map(len, by_class)) <= 1:
-        present = [(name, found[0]) for name, found in zip(class_names, by_class, strict=True) if found]
+        present = [(name, indices[0]) for name, indices in zip(class_names, by_class, strict=True) if indices]
         rows = [present[begin : begin + _LONGEST_ROW] for begin in range(0, len(present), _LONGEST_ROW)]
     else:
         rows = [
-            [(name if column == 0 else "", index) for column, index in enumerate(found)]
-            for name, found in zip(class_names, by_class, strict=True)
-            if found
+            [(name if column == 0 else "", index) for column, index in enumerate(indices)]
+            for name, indices in zip(class_names, by_class, strict=True)
+            if indices
         ]
     drawn = [_panel(title, pictures, rows) for title, pictures in panels]
     canvas = Image.new("RGB", (max(image.width for image in drawn), sum(image.height for image in drawn)), _PAPER)
@@ -53,7 +53,7 @@ def save_grid(
 
 
 def _panel(title: str, pictures: Tensor, rows: Sequence[Sequence[tuple[str, int]]]) -> Image.Image:
-    """Draw one panel; each tile of `rows` is a name above the picture of that index."""
+    """Draw one panel; each tile of `rows` is a name above the picture at an index."""
     factor = max(1, math.ceil(_SMALLEST_TILE / pictures.shape[-1]))
     width, height = pictures.shape[-1] * factor, pictures.shape[-2] * factor
     font, title_font = ImageFont.load_default(size=14), ImageFont.load_default(size=17)
@@ -83,7 +83,7 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
 
     `records` are the lines of metrics.jsonl; `baseline` is the accuracy of as many random real images, or None.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only the jobs draw
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only the commands draw
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
@@ -117,15 +117,15 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
 def save_snapshot(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor) -> None:
     """Write the first picture (C, H, W) in [0, 1] of each class, ten a row and pixel for pixel, atomically.
 
-    `pictures` (n, C, H, W) with class indices `labels` (n,). At most a hundred classes are shown. Pictures of one run
-    made at different iterations lie at the same places.
+    `pictures` (n, C, H, W) with class indices `labels` (n,). At most a hundred classes are shown. A class has the same
+    position in the snapshots of all iterations.
     """
     first = [int((labels == label).nonzero()[0, 0]) for label in labels.unique()[:_MOST_CLASSES]]
     height, width = pictures.shape[-2:]
     columns = min(_LONGEST_ROW, len(first))
     canvas = Image.new("RGB", (columns * width, math.ceil(len(first) / columns) * height), _PAPER)
-    for place, index in enumerate(first):
-        row, column = divmod(place, columns)
+    for position, index in enumerate(first):
+        row, column = divmod(position, columns)
         canvas.paste(as_image(pictures[index]).convert("RGB"), (column * width, row * height))
     with atomic_path(path) as temporary:
         canvas.save(temporary, format="PNG")

@@ -1,4 +1,4 @@
-"""The paper's numbers (published.toml), and what later papers say of the same things, each with its source."""
+"""Read the numbers of the paper, and of later papers about the same settings, from published.toml, each with its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Published(NamedTuple):
     """One method on one data set with one network, as one source reports it."""
 
     table: str
-    """number of the paper's table that it belongs to"""
+    """number of the paper's table"""
     dataset: str
     """as --dataset spells it; of ImageNet, the subset"""
     model: str
@@ -23,7 +23,7 @@ class Published(NamedTuple):
     of_paper: bool
     """whether the source is the paper's own table"""
     quoted: bool
-    """whether they are the method's authors' own numbers"""
+    """whether the numbers are those of the method's authors"""
     accuracy: dict[str, dict[str, float]]
     """by images a class ("all" for the whole data set): mean and, where it is known, std, in [0, 1]"""
     dashes: frozenset[str]
@@ -33,7 +33,7 @@ class Published(NamedTuple):
 
 
 class Paper(NamedTuple):
-    """What the paper says in numbers."""
+    """The numbers of the paper."""
 
     titles: dict[str, str]
     """of the tables, by number"""

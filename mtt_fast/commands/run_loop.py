@@ -1,4 +1,4 @@
-"""The loop of every run that makes a set in iterations, and what runs leave: sets, metrics, pictures, the summary."""
+"""Run the loop of every run that makes a set in iterations, and write its results: sets, metrics, pictures, the summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured, percent
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, percent
 from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
@@ -38,7 +38,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The options, and what they name: all that stays the same while a set is made."""
+    """The options, and the data and networks that they name: all that stays the same while a set is made."""
 
     program: str
     """the command that continues the run, but for its folder"""
@@ -46,14 +46,14 @@ class Run:
     """the command line, for the summary"""
     method: str
     options: Any
-    """of the method's own kind"""
+    """options of the method's own class"""
     folder: Path
     real: RealImages
     network: Trainable
     evaluated: Mapping[str, Trainable]
     """the networks of an evaluation by name; the first decides which set is best"""
     memory_budget: str = AUTO
-    """what networks may take that are trained at once in an evaluation"""
+    """memory for the networks that an evaluation trains at the same time"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class Progress(Protocol):
     seconds_evaluation: float
 
 
-class Kept(NamedTuple):
-    """A set that is evaluated, as it is last and as it is best: names in the summary, and files."""
+class SetNames(NamedTuple):
+    """The names of a set that is evaluated, and of the best one so far: in words, in the summary, and as files."""
 
     words: str
     name: str
@@ -85,13 +85,13 @@ class Kept(NamedTuple):
     best: str
 
 
-KEPT = {
-    "evaluation": Kept("distilled", "distilled", "best_evaluation_chosen_on_the_test_images", SYNTHETIC, BEST),
-    "ema_evaluation": Kept(
+SET_NAMES = {
+    "evaluation": SetNames("distilled", "distilled", "best_evaluation_chosen_on_the_test_images", SYNTHETIC, BEST),
+    "ema_evaluation": SetNames(
         "average over the iterations", "ema", "best_ema_evaluation_chosen_on_the_test_images", EMA, BEST_EMA
     ),
 }
-"""By the kind of its evaluations in metrics.jsonl."""
+"""The names by the kind of the set's evaluations in metrics.jsonl."""
 
 
 def run_to_the_end(
@@ -106,11 +106,11 @@ def run_to_the_end(
     save: Callable[[Sequence[Record]], None],
     summarise: Callable[[StopRequest], None],
 ) -> None:
-    """Run iterations from `progress` to the end: evaluate when it is due, save now and then, and summarise.
+    """Run iterations from `progress` to the end: evaluate when it is due, save at intervals, and summarise.
 
-    `iterate` does the next iteration and counts it; `shown` returns what the bar shows of an iteration that took so many
-    seconds. `evaluate` writes a record of each of `kinds`. `save` writes the checkpoint with the records of evaluations.
-    Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved; and what the others raise.
+    `iterate` does the next iteration and counts it; `shown` returns the fields of the progress bar after an iteration of so
+    many seconds. `evaluate` writes a record of each of `kinds`. `save` writes the checkpoint with the evaluations' records.
+    Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved, and what these functions raise.
     """
     options, metrics = run.options, run.metrics
     saved = time.monotonic()
@@ -166,18 +166,18 @@ def as_synthetic(
     )  # fmt: skip
 
 
-def evaluate_and_keep(
+def evaluate_and_save(
     run: LoopRun, progress: Progress, kind: str, synthetic: SyntheticDataset, stop: StopRequest, *, words: str = ""
 ) -> dict[str, Accuracy]:
-    """Evaluate the set as it is now, write it, also as the best one if it is, and a record of `kind`; return accuracies."""
+    """Evaluate the set, write it (as the best one too, if it is) and a record of `kind`; return the accuracies by network."""
     start = time.monotonic()
     results = evaluate_set(run, synthetic, progress.iteration, stop, words=words)
     progress.seconds_evaluation += time.monotonic() - start
     first, *_ = results.values()
     if first.mean > max((record["accuracy_mean"] for record in run.records(kind)), default=-1.0):
-        synthetic.save(run.folder / KEPT[kind].best)
-    synthetic.save(run.folder / KEPT[kind].last)
-    run.metrics.write(kind, progress.iteration, **measured(results))
+        synthetic.save(run.folder / SET_NAMES[kind].best)
+    synthetic.save(run.folder / SET_NAMES[kind].last)
+    run.metrics.write(kind, progress.iteration, **accuracy_fields(results))
     return results
 
 
@@ -186,7 +186,7 @@ def evaluate_set(
 ) -> dict[str, Accuracy]:
     """Return the accuracy of each evaluated network by name, trained on the set as it is after `iteration`.
 
-    Networks begin alike whichever set it is. `words` stand before a network's name in warnings and bars.
+    The networks start from the same parameters for every set. `words` precede a network's name in warnings and bars.
     """
     images = as_training_images(synthetic, run.real.test.labels.device)
     return {
@@ -202,13 +202,13 @@ def evaluate_network(
     lr: float,
     stop: StopRequest,
     name: str,
-    place: Sequence[int] = (),
+    indices: Sequence[int] = (),
 ) -> Accuracy:
-    """Return what `mtt_fast.training.protocols.evaluate` does with the run's options."""
+    """Return the accuracy that `mtt_fast.training.protocols.evaluate` measures with the run's options."""
     options, test = run.options, run.real.test
     return evaluate(
         network, train, test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
-        place=place, name=name, stop=stop,
+        indices=indices, name=name, stop=stop,
         precision=precision_on(test.labels.device, network, options.precision),
         at_once=options.networks_at_once, memory_budget=run.memory_budget,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the analyses write: figures, Markdown tables, accuracies in words."""
+"""Write figures, Markdown tables, and accuracies in words, for the analyses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MISSING = "—"
-"""Stands where nothing was measured, or nothing is known."""
+"""The cell of a table where nothing was measured, or nothing is known."""
 
 
 def save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
@@ -33,7 +33,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def percent(accuracy: Mapping[str, Any] | None) -> str:
     """Return an accuracy in [0, 1], with its "std" if there is one, as "46.2 ± 0.8"; MISSING for None.
 
-    A single network has no deviation; the best epoch, and networks that diverged, are named as such.
+    A single network has no deviation; `label_of` adds the best epoch and the networks that diverged.
     """
     if accuracy is None:
         return MISSING

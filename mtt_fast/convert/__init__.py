@@ -1,1 +1,1 @@
-"""The parts of `python -m mtt_fast convert`: options, distilled sets, experts."""
+"""Convert distilled sets and experts to and from the files of other software: `python -m mtt_fast convert`."""

@@ -1,7 +1,7 @@
-"""Distilled sets and experts to and from the files of other software: `python -m mtt_fast convert SOURCE DESTINATION`.
+"""Convert sets and experts to and from the files of other software: `python -m mtt_fast convert SOURCE DESTINATION`.
 
-The kinds of files are in mtt_fast/interop. Experts come as replay_buffer_N.pt of the public code; a destination of
-experts is what --buffer_path names, in the public code and here.
+The kinds of files are in mtt_fast/interop. Experts come as replay_buffer_N.pt of the public code; the destination of
+experts is the folder that --buffer_path names, in the public code and here.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ def main(argv: Sequence[str]) -> None:
     source, kinds = Path(options.source), EXPERT_KINDS | SET_KINDS
     kind = options.from_ or expert_kind_of(source) or set_kind_of(source)
     if kind is None:
-        what = "other files" if os.path.lexists(source) else "nothing there"
-        raise InputError(f"{source}: expected files of a known kind, found {what}; check the path, or say --from KIND")
+        content = "other files" if os.path.lexists(source) else "nothing there"
+        raise InputError(
+            f"{source}: expected files of a known kind, found {content}; check the path, or say --from KIND"
+        )
     for option, name in (("--from", kind), ("--to", options.to)):
         if name is not None and name not in kinds:
             raise InputError(f"{option} {name}: expected one of {', '.join(kinds)}{did_you_mean(name, list(kinds))}")
@@ -42,10 +44,10 @@ def main(argv: Sequence[str]) -> None:
             for name, value in in_path.items():
                 if getattr(options, name) != value:
                     log.warning(
-                        "--%s %s: its folder's name tells %s; is it another?", name, getattr(options, name), value
+                        "--%s %s: the folder's name says %s; is it another?", name, getattr(options, name), value
                     )
-        for words in check_effects(options, given, options.without_effect_on_experts(kind == "experts")):
-            log.info("%s", words)
+        for remark in check_effects(options, given, options.without_effect_on_experts(exported=kind == "experts")):
+            log.info("%s", remark)
         export_to(options) if kind == "experts" else import_from(options, kind)
     else:
         convert_set(options, kind, given)

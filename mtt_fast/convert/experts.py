@@ -1,4 +1,4 @@
-"""Experts from the buffers of other software, and back."""
+"""Convert experts from the buffers of other software, and back."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _SERIES = {
 
 
 def expert_kind_of(source: Path) -> str | None:
-    """Return the kind of the experts that `source`, a file or a folder, looks like by its names, or None.
+    """Return the kind of the experts in `source`, a file or a folder, by the files' names; None if it has no such names.
 
     Raises `InputError` for a folder that cannot be listed.
     """
@@ -66,8 +66,8 @@ def expert_kind_of(source: Path) -> str | None:
 
 def options_in_path(source: Path) -> dict[str, Any]:
     """Return the options in the names of the public code's folders: DATASET[_NO_ZCA][/SUBSET/RES]/MODEL."""
-    place = Path(os.path.realpath(source))
-    folder = place if place.is_dir() else place.parent
+    path = Path(os.path.realpath(source))
+    folder = path if path.is_dir() else path.parent
     model, *above = [part.name for part in (folder, *folder.parents)]
     if not model.startswith("ConvNet") or len(above) < 3:
         return {}
@@ -78,14 +78,14 @@ def options_in_path(source: Path) -> dict[str, Any]:
         if name not in NAMES:
             return {}
         options = {"dataset": name, "zca": name.startswith("CIFAR") and name == above[0], "model": model}
-    log.info("its folder's name tells %s", ", ".join(f"--{option} {value}" for option, value in options.items()))
+    log.info("the folder's name says %s", ", ".join(f"--{option} {value}" for option, value in options.items()))
     return options
 
 
 def import_from(options: ConvertOptions, kind: str) -> None:
-    """Read experts of `kind` from `options.source` and write them to the folder where distill looks for them.
+    """Read experts of `kind` from `options.source` and write them to the folder where distill looks for experts.
 
-    All are checked first. Ctrl-C stops after an expert; the same command continues.
+    All experts are checked first. Ctrl-C stops after an expert; the same command continues.
     Raises `InputError` for files that hold no experts of the network, and without the data set's name.
     """
     if options.to not in (None, "experts"):
@@ -94,11 +94,11 @@ def import_from(options: ConvertOptions, kind: str) -> None:
     files = buffer_files(options.source, _SERIES[kind])
     data = common.load_data()
     network = common.network(data)
-    folder = buffer_folder(options.destination, data, options.model, options.zca)
+    folder = buffer_folder(options.destination, data, options.model, zca=options.zca)
     if kind == "waypoints":
         folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
     metadata = ExpertMetadata.of(
-        data.identity(options.zca),
+        data.identity(zca=options.zca),
         network=network.describe(),
         layout=network.layout.describe(),
         hyperparameters={},
@@ -133,8 +133,8 @@ def import_from(options: ConvertOptions, kind: str) -> None:
 def _measurer(
     options: ConvertOptions, common: CommonOptions, data: ImageData, device: torch.device
 ) -> Callable[[Tensor], list[float]]:
-    """Return the function that measures the test accuracy of the rows that --measure names, and gives NaN for the others."""
-    network, test = common.network(data), real_images(data, options.zca, device).test
+    """Return a function from rows to their test accuracies: those that --measure selects are measured, the others NaN."""
+    network, test = common.network(data), real_images(data, device, zca=options.zca).test
 
     def measure(rows: Tensor) -> list[float]:
         values = [math.nan] * len(rows)
@@ -163,11 +163,11 @@ def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
 
 
 def export_to(options: ConvertOptions) -> None:
-    """Write this software's experts in `options.source` as buffers, in the folder where their readers look for them.
+    """Write this software's experts in `options.source` as buffers, in the folder where the buffers' readers look for them.
 
-    Whole ones become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer. With
-    --to experts they stay this software's, and are written anew, with checksums.
-    Nothing is written if it is stopped.
+    Whole experts become replay_buffer_N.pt; compressed ones waypoint_buffer_N.pt, or replay_buffer_N.pt with --to buffer.
+    With --to experts they stay this software's, and are written anew, with checksums.
+    Nothing is written if the command is stopped.
     """
     store = TrajectoryStore(options.source)
     if not len(store):
@@ -197,7 +197,7 @@ def export_to(options: ConvertOptions) -> None:
 
 
 def _copy(store: TrajectoryStore, root: Path) -> None:
-    """Write the experts anew, in the folder below `root` that they had below their --buffer_path."""
+    """Write the experts anew, in the same folder below `root` as below the --buffer_path of `store`."""
     source = store.folder.resolve()
     folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
     if not is_free(folder):
@@ -214,7 +214,7 @@ def _copy(store: TrajectoryStore, root: Path) -> None:
 
 
 def _public_folder(root: Path, store: TrajectoryStore, kind: str) -> Path:
-    """Return the folder below `root`, its --buffer_path, where the public code looks for these experts; MCT's for waypoints."""
+    """Return the folder below `root`, a --buffer_path, where the public code, or for waypoints MCT's, looks for these experts."""
     folder, metadata = store.folder.resolve(), store.metadata(0)
     model = folder.parent.name if folder.name.startswith("waypoints_") else folder.name
     subset, _, res = metadata.dataset.partition("-")

@@ -33,10 +33,10 @@ class ConvertOptions:
     destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")] = ""
     """what is written: a file or a folder that is not there yet; for experts the --buffer_path of who will read them"""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """kind of the source, where the names of its files do not tell; the same kinds as --to"""
+    """kind of the source, where the names of the source's files do not show it; the same kinds as --to"""
     to: str | None = None
     """kind of the destination: synthetic, mtt, dc, dc_benchmark, ddranking, png, parquet; experts, buffer, waypoints. Without it:
-    what the destination's name tells; else this software's kind, or from this software's the public code's. Experts of this software
+    the kind that the destination's name shows; else this software's kind, or from this software's the public code's. Experts of this software
 become experts too, written anew, with --to experts"""
 
     dataset: Annotated[str | None, HARMLESS, Group.DATA] = None
@@ -45,11 +45,11 @@ become experts too, written anew, with --to experts"""
     """subset of ImageNet"""
     res: Annotated[Side, HARMLESS, Group.DATA] = None
     """side of the images in pixels, to which they are resized where the data set has no one size"""
-    data_path: Annotated[str, Role.PLACE, HARMLESS, Group.DATA] = "data"
+    data_path: Annotated[str, Role.LOCATION, HARMLESS, Group.DATA] = "data"
     """folder of the data sets"""
-    packed_path: Annotated[str | None, Role.PLACE, HARMLESS, Group.DATA] = None
+    packed_path: Annotated[str | None, Role.LOCATION, HARMLESS, Group.DATA] = None
     """folder of the packed data sets, if not DATA_PATH/packed (which may be read-only)"""
-    download: Annotated[bool, Role.PLACE, HARMLESS, Group.DATA] = False
+    download: Annotated[bool, Role.LOCATION, HARMLESS, Group.DATA] = False
     """fetch the data set if it is missing"""
     zca: Annotated[bool, HARMLESS, Group.DATA] = False
     """the source was made with ZCA-whitened images"""
@@ -87,38 +87,39 @@ become experts too, written anew, with --to experts"""
         names = {field.name for field in dataclasses.fields(CommonOptions)} & set(vars(self))
         return CommonOptions(**{name: getattr(self, name) for name in names})
 
-    def without_effect_on_experts(self, exported: bool) -> dict[str, str]:
-        """Return the options that have no effect where experts are converted, and why."""
+    def without_effect_on_experts(self, *, exported: bool) -> dict[str, str]:
+        """Return the options that have no effect where experts are `exported`, or else imported, with the reasons."""
         of_sets = ("lr_teacher", "label_kind", "reorder", "hard_labels", "method")
-        found = dict.fromkeys(of_sets, "on experts, only on distilled sets")
+        reasons = dict.fromkeys(of_sets, "on experts, only on distilled sets")
         if exported:
-            found |= dict.fromkeys((*_OF_DATA, "dataset", "zca", "model"), "on experts of this software, which know it")
-            found |= dict.fromkeys(_OF_IMPORTS, "on experts that are exported, only on imported ones")
+            known = "on experts of this software, which know it"
+            reasons |= dict.fromkeys((*_OF_DATA, "dataset", "zca", "model"), known)
+            reasons |= dict.fromkeys(_OF_IMPORTS, "on experts that are exported, only on imported ones")
         else:
-            found["experts_per_file"] = "on experts that are imported, which have a file each"
-            found |= self._without_effect_on_data()
-        return found
+            reasons["experts_per_file"] = "on experts that are imported, which have a file each"
+            reasons |= self._without_effect_on_data()
+        return reasons
 
     def without_effect_on_set(self, kind: str, to: str) -> dict[str, str]:
-        """Return the options that have no effect where a distilled set of `kind` becomes one of kind `to`, and why."""
-        found = dict.fromkeys((*_OF_IMPORTS, "experts_per_file"), "on a distilled set, only on experts")
-        with_facts = ("synthetic", "png", "parquet")
+        """Return the options that have no effect where a distilled set of `kind` becomes one of kind `to`, with the reasons."""
+        reasons = dict.fromkeys((*_OF_IMPORTS, "experts_per_file"), "on a distilled set, only on experts")
+        with_data_info = ("synthetic", "png", "parquet")
         if kind == "synthetic":
             known = "on a set of this software, which knows it"
-            found |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "label_kind"), known)
-        elif to not in with_facts:
-            unread = f"where nothing becomes {' or '.join(with_facts)}"
-            found |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher"), unread)
+            reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher", "label_kind"), known)
+        elif to not in with_data_info:
+            unread = f"where nothing becomes {' or '.join(with_data_info)}"
+            reasons |= dict.fromkeys((*_OF_DATA, "model", "lr_teacher"), unread)
         else:
-            found |= self._without_effect_on_data()
+            reasons |= self._without_effect_on_data()
         if kind in ("dc", "dc_benchmark", "png", "parquet"):
-            found["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
+            reasons["label_kind"] = f"on a set of kind {kind}, whose labels need no guess"
         if to not in ("dc", "dc_benchmark"):
-            found["method"] = "without --to dc or dc_benchmark, whose names hold it"
-        return found
+            reasons["method"] = "without --to dc or dc_benchmark, whose names hold it"
+        return reasons
 
     def _without_effect_on_data(self) -> dict[str, str]:
-        """Return the options of the real images that have no effect on them, and why."""
+        """Return the options of the real images that have no effect on the data set, with the reasons."""
         reasons = {} if self.dataset is None else dataclasses.replace(self.common(), device="cpu").without_effect()
         return {name: reason for name, reason in reasons.items() if name in _OF_DATA}
 
@@ -128,9 +129,9 @@ _OF_IMPORTS = ("measure", "store_dtype", "device")
 
 
 def parse_options(argv: Sequence[str], defaults: dict[str, Any] | None = None) -> ConvertOptions:
-    """Return the options of a command line, where `defaults` replace their own. Raises `InputError` for bad values.
+    """Return the options of a command line, where `defaults` replace the class's own. Raises `InputError` for bad values.
 
-    Which have an effect depends on what the source turns out to be: whoever knows that asks `check_effects`.
+    Which options have an effect depends on the kind of the source: the caller that knows it calls `check_effects`.
     """
     options = parsing.preview(ConvertOptions, argv, PROGRAM, defaults)
     if not options.source or not options.destination:

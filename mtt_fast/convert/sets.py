@@ -1,4 +1,4 @@
-"""Distilled sets from and to the files of other software."""
+"""Convert distilled sets from and to the files of other software."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop import (
     SET_KINDS,
-    Facts,
+    SourceInfo,
     TensorSet,
     as_synthetic,
     as_tensor_set,
     class_major,
     ddranking_call,
-    facts_of,
     read_set,
+    source_info,
     write_set,
 )
 from mtt_fast.interop.ddranking import VERSION
@@ -45,19 +45,19 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     """Read a distilled set of `kind` from `options.source`, write it to `options.destination`, and say how to use it.
 
     `given` are the options of the command line, which are refused where they have no effect.
-    Raises `InputError` for files that hold no set, for a destination that is there, and for a set that its kind cannot
-    hold or that needs the data set's name.
+    Raises `InputError` for files that hold no set, for a destination that exists, for a set that the destination's kind cannot
+    hold, and for one that needs the data set's name.
     """
     destination = Path(options.destination)
     to = options.to or _kind_for(destination, native=kind == "synthetic")
     if to not in SET_KINDS:
         raise InputError(f"--to {to}: {options.source} holds a distilled set, not experts")
-    for words in check_effects(options, given, options.without_effect_on_set(kind, to)):
-        log.info("%s", words)
+    for remark in check_effects(options, given, options.without_effect_on_set(kind, to)):
+        log.info("%s", remark)
     if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
-    facts = _facts(options) if kind in _PICTURES and options.dataset else None
-    distilled = read_set(options.source, kind, label_kind=options.label_kind, facts=facts, lr=options.lr_teacher)
+    info = _source_info(options) if kind in _PICTURES and options.dataset else None
+    distilled = read_set(options.source, kind, label_kind=options.label_kind, info=info, lr=options.lr_teacher)
     if isinstance(distilled, SyntheticDataset):
         _check_belongs(options, distilled)
     check_effects(options, given, _without_effect(distilled))
@@ -66,7 +66,9 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         if distilled.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
         recipe = _recipe(options, distilled)
-        distilled = as_synthetic(distilled, _facts(options), options.lr_teacher, recipe, versions(), options.source)
+        distilled = as_synthetic(
+            distilled, _source_info(options), options.lr_teacher, recipe, versions(), options.source
+        )
     written = write_set(
         destination, distilled, to, dataset=options.dataset, method=options.method or _method(distilled)
     )
@@ -82,12 +84,14 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
 def _check_belongs(options: ConvertOptions, distilled: SyntheticDataset) -> None:
     """Raise `InputError` where the options name other images than those that the set says it was made from.
 
-    The set names its images, so the options need not; a name that is none of the data sets' is one for the written files.
+    The set names its images, so the options need not; a name that is no data set's is meant for the written files.
     """
     expected = UNKNOWN
     known = {name.casefold() for name in NAMES if name != "folder"}
     if options.dataset is not None and options.dataset.casefold() in known:
-        expected = dataset_info(options.dataset, options.subset, options.res, options.data_path).identity(options.zca)
+        expected = dataset_info(options.dataset, options.subset, options.res, options.data_path).identity(
+            zca=options.zca
+        )
     expected = dataclasses.replace(expected, whitening=WHITENED if options.zca else "")
     check_same_data(
         distilled.identity, expected, options.source, mend="leave out what says otherwise: it knows its images"
@@ -95,7 +99,7 @@ def _check_belongs(options: ConvertOptions, distilled: SyntheticDataset) -> None
 
 
 def _without_effect(distilled: SyntheticDataset | TensorSet) -> dict[str, str]:
-    """Return the options that have no effect on this set, and why."""
+    """Return the options that have no effect on this set, with the reasons."""
     reasons: dict[str, str] = {}
     if distilled.label_kind == "indices":
         reasons |= dict.fromkeys(("reorder", "hard_labels"), "on labels that are classes")
@@ -104,13 +108,13 @@ def _without_effect(distilled: SyntheticDataset | TensorSet) -> dict[str, str]:
     return reasons
 
 
-def _facts(options: ConvertOptions) -> Facts:
+def _source_info(options: ConvertOptions) -> SourceInfo:
     data = options.common().load_data()
-    return facts_of(data, transform_for(data, options.zca))
+    return source_info(data, transform_for(data, zca=options.zca))
 
 
 def _recipe(options: ConvertOptions, distilled: TensorSet) -> dict[str, Any]:
-    """Return the recipe, as `evaluate` needs it, of a set that came from elsewhere."""
+    """Return the recipe, with the fields that `evaluate` needs, of a set of other software."""
     names = ("dataset", "subset", "res", "data_path", "packed_path", "zca", "model")
     return {name: getattr(options, name) for name in names} | {
         "ipc": len(distilled.labels) // distilled.num_classes,
@@ -119,12 +123,12 @@ def _recipe(options: ConvertOptions, distilled: TensorSet) -> dict[str, Any]:
 
 
 def _method(distilled: SyntheticDataset | TensorSet) -> str:
-    """Return the method as names of DC's and dc_benchmark's files have it; TM, matching trajectories, for all others."""
+    """Return the method's name in the names of DC's and dc_benchmark's files; TM, matching trajectories, for all others."""
     name = distilled.recipe.get("method") if isinstance(distilled, SyntheticDataset) else None
     return {"DC": "DC", "DSA": "DSA", "DM": "DM", "Random": "random", "K-means": "Kmeans"}.get(str(name), "TM")
 
 
-def _kind_for(destination: Path, native: bool) -> str:
+def _kind_for(destination: Path, *, native: bool) -> str:
     by_suffix = {".safetensors": "synthetic", ".parquet": "parquet"}.get(destination.suffix)
     if destination.suffix == ".pt":
         by_suffix = "dc" if destination.name.startswith("res_") else "mtt"
@@ -132,7 +136,7 @@ def _kind_for(destination: Path, native: bool) -> str:
 
 
 def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) -> SyntheticDataset | TensorSet:
-    """Return the set class-major, with class indices in place of soft labels for --hard_labels; log what it holds."""
+    """Return the set class-major, with class indices in place of soft labels for --hard_labels; log its content."""
     plain = distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled)
     count, before = len(plain.labels), in_place(plain)
     rate = "none" if plain.lr is None else f"{float(plain.lr):.4g}"
@@ -158,13 +162,13 @@ def _in_order(options: ConvertOptions, distilled: SyntheticDataset | TensorSet) 
 def _for_ddranking(
     options: ConvertOptions, folder: Path, distilled: SyntheticDataset | TensorSet, plain: TensorSet, zca: bool | None
 ) -> str:
-    """Return the call of DD-Ranking, or why it cannot take the set."""
+    """Return the call of DD-Ranking, or the reason why DD-Ranking cannot take the set."""
     recipe = distilled.recipe if isinstance(distilled, SyntheticDataset) else {}
     dataset, subset = options.dataset or recipe.get("dataset"), options.subset or recipe.get("subset")
     data_path = recipe.get("data_path", options.data_path)
     try:
         if isinstance(distilled, SyntheticDataset) and distilled.canvas:
-            raise InputError("it has no random crops, which the canvases of --texture need")
+            raise InputError("DD-Ranking has no random crops, which the canvases of --texture need")
         call = ddranking_call(folder, plain, dataset, zca, subset, data_path)
     except InputError as error:
         return f"DD-Ranking {VERSION} cannot take the set: {with_flags(str(error))}"
@@ -172,7 +176,7 @@ def _for_ddranking(
 
 
 def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: SyntheticDataset | TensorSet) -> str:
-    """Return the way in which other software reads the files, in words."""
+    """Return in words how other software reads the files."""
     first = written[0]
     plain = distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled)
     zca: bool | None = options.zca or None
@@ -192,5 +196,5 @@ def _usage(options: ConvertOptions, kind: str, written: list[Path], distilled: S
             return f"torchvision.datasets.ImageFolder({options.destination!r}) reads it. {_LOSSY}"
         case "parquet":
             return f"datasets.load_dataset('parquet', data_files={str(first)!r}) reads it. {_LOSSY}"
-    what = {"indices": "class indices", "probabilities": "probabilities", "logits": "logits (take their softmax)"}
-    return f"torch.load reads each; images are {space}, labels are {what[plain.label_kind]}"
+    labels = {"indices": "class indices", "probabilities": "probabilities", "logits": "logits (take their softmax)"}
+    return f"torch.load reads each; images are {space}, labels are {labels[plain.label_kind]}"

@@ -1,1 +1,1 @@
-"""How distilled sets do on networks other than their own: `python -m mtt_fast.cross`."""
+"""Test distilled sets on networks other than their own: `python -m mtt_fast.cross`."""

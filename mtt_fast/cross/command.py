@@ -1,7 +1,7 @@
-"""How sets do on networks other than their own, as one table: `python -m mtt_fast.cross RUN_OR_FILE…`.
+"""Test sets on networks other than their own, as one table: `python -m mtt_fast.cross RUN_OR_FILE…`.
 
-The paper's Table 3: each set trains fresh networks of each kind. What the table's folder holds already is not measured
-again, so a stopped table continues, and a set or a network can be added later.
+The paper's Table 3: fresh networks of each kind are trained on each set. A cell that the table's folder holds already is not
+measured again, so a stopped table continues, and a set or a network can be added later.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
-from mtt_fast.storage.files import MALFORMED, write_text
-from mtt_fast.storage.records import read_record, write_record
+from mtt_fast.storage.files import write_text
+from mtt_fast.storage.records import read_entries, write_record
 from mtt_fast.storage.run_folder import only_user
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.protocols import Accuracy, evaluate
@@ -51,7 +51,7 @@ from mtt_fast.training.protocols import Accuracy, evaluate
 log = logging.getLogger(__name__)
 
 Train = Callable[[torch.Generator], Images]
-"""What a network is trained on, from its random numbers."""
+"""A function from a network's random numbers to its training images."""
 
 PROGRAM = "python -m mtt_fast.cross"
 TABLE, MARKDOWN, PLOT = "cross.json", "cross.md", "cross.png"
@@ -67,13 +67,13 @@ class CrossOptions(SetOptions):
     """names of the networks to test on; without it those of --eval_mode"""
     eval_mode: Annotated[str, Role.EVALUATION, Group.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
     """networks to test on, by the letter of a pool (see mtt_fast.evaluate): M architectures"""
-    out: Annotated[str, Role.PLACE, Group.OUTPUT] = "runs/cross"
+    out: Annotated[str, Role.LOCATION, Group.OUTPUT] = "runs/cross"
     """folder for the table, as JSON, Markdown and a plot"""
 
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
-        found = super().without_effect() | self.without_effect_on(self.sources)
-        return found | ({"eval_mode": "with --models, which names the networks"} if self.models else {})
+        reasons = super().without_effect() | self.without_effect_on(self.sources)
+        return reasons | ({"eval_mode": "with --models, which names the networks"} if self.models else {})
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
-    """Return the sets, each with the options of the distillation that it comes from; flags override them."""
-    found = {source: read_synthetic(source) for source in options.sources}
-    of_the_table = names_of(CrossOptions, Role.EVALUATION) - {"batch_train"} | {"seed"}
+    """Return the sets, each with the options of its distillation, which flags override."""
+    synthetics = {source: read_synthetic(source) for source in options.sources}
+    same_for_all = names_of(CrossOptions, Role.EVALUATION) - {"batch_train"} | {"seed"}
     settings = {
-        source: {name: value for name, value in settings_of(synthetic).items() if name not in of_the_table}
-        for source, synthetic in found.items()
+        source: {name: value for name, value in settings_of(synthetic).items() if name not in same_for_all}
+        for source, synthetic in synthetics.items()
         if synthetic is not None
     }
     first = next(iter(settings), None)
     like_first: dict[str, Any] = {}
-    if first is not None and (synthetic := found[first]) is not None:
+    if first is not None and (synthetic := synthetics[first]) is not None:
         like_first = settings[first] | {"ipc": len(synthetic.images) // len(synthetic.class_names)}
     return [
         _Set(
@@ -118,53 +118,52 @@ def _sets(options: CrossOptions, argv: Sequence[str]) -> list[_Set]:
             parsing.parse(CrossOptions, argv, PROGRAM, settings.get(source, like_first), source=source),
             synthetic,
         )
-        for source, synthetic in found.items()
+        for source, synthetic in synthetics.items()
     ]
 
 
 def _run(options: CrossOptions, sets: Sequence[_Set], device: torch.device, stop: StopRequest) -> None:
     folder, protocol = Path(options.out), options.evaluation_protocol()
-    known = _measured_before(folder)
-    shown = []
+    measured = _read_cells(folder)
+    cells = []
     if options.other_data and all(row.synthetic is None for row in sets):
         raise InputError("--other_data: expected a distilled set, found none; leave it out")
-    of_rows = [
-        data_for(row.options, row.source, row.synthetic) for row in sets
-    ]  # all are compared before one is tested
+    # the images of all sets are compared before the first network is trained
+    data_of_rows = [data_for(row.options, row.source, row.synthetic) for row in sets]
     log.info("%s", protocol.describe())
-    for row, data in zip(sets, of_rows, strict=True):
+    for row, data in zip(sets, data_of_rows, strict=True):
         networks = _networks(row.options, data)
         real = real_images_for(row.options, row.source, row.synthetic, data, device)
         train, lr = training_set(row.options, row.source, row.synthetic, real, device)
-        of_row = _question(row, real, train, lr)
+        question_of_row = _question(row, real, train, lr)
         for name, network in networks.items():
-            question = of_row | {"network": name}
-            cell = next((cell for cell in known if cell["question"] == question), None)
+            question = question_of_row | {"network": name}
+            cell = next((cell for cell in measured if cell["question"] == question), None)
             if cell is None:
                 cell = {"question": question} | _measure(row, real, train, lr, name, network, stop)
-                known.append(cell)
-                write_record(folder / TABLE, {"cells": known, "versions": versions()})
+                measured.append(cell)
+                write_record(folder / TABLE, {"cells": measured, "versions": versions()})
             log.info("%s on %s: %s", row.source, name, cell["text"])
-            shown.append({"set": row.source, **cell})
-    quoted = quoted_for(shown)
-    table = markdown(shown, quoted, protocol.describe())
+            cells.append({"set": row.source, **cell})
+    quoted = quoted_for(cells)
+    table = markdown(cells, quoted, protocol.describe())
     write_text(folder / MARKDOWN, table)
-    save_plot(folder / PLOT, shown, quoted)
+    save_plot(folder / PLOT, cells, quoted)
     log.info("%s", table)
     check_any_trained(
-        Accuracy(tuple(cell["accuracy"]["values"]), diverged=cell["accuracy"].get("diverged", 0)) for cell in shown
+        Accuracy(tuple(cell["accuracy"]["values"]), diverged=cell["accuracy"].get("diverged", 0)) for cell in cells
     )
 
 
 def _networks(options: CrossOptions, data: ImageData) -> dict[str, Trainable]:
-    """Return the networks of a row; each is looked up before the first is trained."""
+    """Return the networks of a row by name. Raises `InputError` for an unknown one, before any network is trained."""
     if options.models:
         return {name: network_by_name(name, data.image_shape, data.num_classes) for name in options.models}
     return options.evaluated_networks(data)
 
 
 def _question(row: _Set, real: RealImages, train: Train, lr: float) -> dict[str, Any]:
-    """Return all that the cells of a row follow from, but for the network: the same question has one answer."""
+    """Return everything that determines the cells of a row, except the network: the same question has one answer."""
     options = row.options
     example = train(generator_for(options.seed, "evaluation", 0))
     return {
@@ -186,7 +185,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Train and test the networks of a cell. Raises `Stopped` after a stop request."""
     options, device = row.options, real.test.labels.device
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         result = evaluate(
             network, train, real.test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
@@ -198,25 +197,23 @@ def _measure(
     return {
         "accuracy": result.record(),
         "text": str(result),
-        "seconds": time.monotonic() - began,
+        "seconds": time.monotonic() - start,
         "device": device_name(device),
     }
 
 
-def _measured_before(folder: Path) -> list[dict[str, Any]]:
-    path = folder / TABLE
-    if not path.exists():
-        return []
-    what, mend = "a table of this command", "delete it or choose another --out"
-    record = read_record(path, what, mend)
-    try:
-        return [_cell(**cell) for cell in record["cells"]]
-    except MALFORMED as error:
-        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
+def _read_cells(folder: Path) -> list[dict[str, Any]]:
+    return read_entries(
+        folder / TABLE,
+        "cells",
+        lambda cell: _cell(**cell),
+        "a table of this command",
+        "delete it or choose another --out",
+    )
 
 
 def _cell(question: dict[str, Any], accuracy: dict[str, Any], text: str, seconds: float, device: str) -> dict[str, Any]:
-    """Return a cell as `_measure` gives it with its question. Raises one of `MALFORMED` for anything else."""
+    """Return a cell, the result of `_measure` with its question. Raises one of `MALFORMED` for anything else."""
     for name in ("mean", "std", "n"):
         float(accuracy[name])
     return {

@@ -1,4 +1,4 @@
-"""The cross-architecture table as people read it: Markdown and a plot, with the numbers of the papers beside."""
+"""Write the cross-architecture table as Markdown and as a plot, with the papers' numbers beside the measured ones."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ class Quoted(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The set in words."""
+        """Return the set in words."""
         return f"{self.method}, {self.ipc} a class"
 
     @property
     def text(self) -> str:
-        """The set as a table lists it."""
+        """Return the set's name in a table."""
         return f"{self.name} (quoted)"
 
 
 def quoted_for(cells: Sequence[dict[str, Any]]) -> list[Quoted]:
-    """Return what papers report of the data sets and numbers of images that `cells` have: Table 3, and later ones like it."""
+    """Return the accuracies that Table 3, and later tables like it, report for the data sets and numbers of images in `cells`."""
     settings = {(cell["question"]["dataset"], str(cell["question"]["ipc"])) for cell in cells}
-    found: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
+    accuracies_by_set: dict[tuple[str, str, str, str], dict[str, dict[str, float]]] = {}
     for row in published().rows:
         for ipc, accuracy in row.accuracy.items():
             if row.table == "3" and (row.dataset, ipc) in settings:
-                found.setdefault((row.method, row.dataset, ipc, row.source), {})[row.model] = accuracy
+                accuracies_by_set.setdefault((row.method, row.dataset, ipc, row.source), {})[row.model] = accuracy
     return [
         Quoted(method, dataset, int(ipc), source, accuracies)
-        for (method, dataset, ipc, source), accuracies in found.items()
+        for (method, dataset, ipc, source), accuracies in accuracies_by_set.items()
     ]
 
 
 def markdown(cells: Sequence[dict[str, Any]], quoted: Sequence[Quoted], protocol: str) -> str:
     """Return the table: a row a set, a column a network, mean ± std of the test accuracy in per cent.
 
-    Each cell is a record of cross.json, with the "set" that it is of.
+    Each cell is a record of cross.json, with the name of its "set".
     """
     networks = list(dict.fromkeys(cell["question"]["network"] for cell in cells))
     rows = []
@@ -82,10 +82,10 @@ def save_plot(path: str | os.PathLike[str], cells: Sequence[dict[str, Any]], quo
     figure = Figure(figsize=(2 + 1.6 * len(networks), 3.8), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(sets)
-    for place, name in enumerate(sets):
+    for position, name in enumerate(sets):
         own = [cell for cell in cells if cell["set"] == name]
         axes.bar(
-            [networks.index(cell["question"]["network"]) + (place - (len(sets) - 1) / 2) * width for cell in own],
+            [networks.index(cell["question"]["network"]) + (position - (len(sets) - 1) / 2) * width for cell in own],
             [100 * cell["accuracy"]["mean"] for cell in own],
             width,
             yerr=[100 * cell["accuracy"]["std"] for cell in own],

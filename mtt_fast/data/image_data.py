@@ -1,4 +1,4 @@
-"""A data set ready to use: two splits of uint8 images with labels, and the facts that belong to them."""
+"""A data set ready to use: two splits of uint8 images with labels, and the properties that belong to them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ImageData:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
-    def identity(self, zca: bool) -> DatasetIdentity:
+    def identity(self, *, zca: bool) -> DatasetIdentity:
         """Return the identity of these images as networks see them: whitened with `zca`, otherwise normalised."""
         return DatasetIdentity(
             self.name, self.class_names, self.image_shape, self.mean, self.std, WHITENED if zca else NORMALISED,
@@ -81,7 +81,7 @@ class DatasetInfo:
         channels, height, width = self.image_shape
         return (self.train + self.test) * (channels * height * width + 8)
 
-    def identity(self, zca: bool) -> DatasetIdentity:
+    def identity(self, *, zca: bool) -> DatasetIdentity:
         """Return the part of `ImageData.identity` that is known beforehand: an image folder may have been renamed since."""
         name = "" if self.name.startswith("folder-") else self.name
         return DatasetIdentity(name, image_shape=self.image_shape, whitening=WHITENED if zca else NORMALISED)
@@ -191,8 +191,8 @@ def fingerprint(
 ) -> str:
     """Return the digest (32 hex digits) that `ImageData.fingerprint` describes."""
     digest = hashlib.blake2b(digest_size=16)
-    facts = [tuple(train.images.shape), tuple(test.images.shape), list(class_names), list(mean), list(std)]
-    digest.update(json.dumps(facts).encode())
+    info = [tuple(train.images.shape), tuple(test.images.shape), list(class_names), list(mean), list(std)]
+    digest.update(json.dumps(info).encode())
     for split in (train, test):
         digest.update(split.labels.contiguous().numpy().data)
         for block in torch.split(split.images, _BLOCK):

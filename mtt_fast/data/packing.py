@@ -147,12 +147,12 @@ def _pack(source: Source, path: Path, *, progress: bool) -> None:
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{name}.labels": ("I64", (len(part.labels),)) for name, part in parts.items()
     } | {f"{name}.images": ("U8", (len(part.labels), *contents.image_shape)) for name, part in parts.items()}
-    facts = {
+    info = {
         "format": _FORMAT, "name": source.name, "key": source.key, "class_names": json.dumps(contents.class_names)
     }  # fmt: skip
     digests = {name: xxhash.xxh3_128() for name in shapes}
     # mean, std, fingerprint are known last; a multiple of 8, as the format wants aligned data
-    room = len(header_of(shapes, facts, _checksums(digests))) + 1024 + 64 * contents.image_shape[0]
+    room = len(header_of(shapes, info, _checksums(digests))) + 1024 + 64 * contents.image_shape[0]
 
     total = sum(len(part.labels) for part in parts.values())
     with (
@@ -172,9 +172,9 @@ def _pack(source: Source, path: Path, *, progress: bool) -> None:
         mean, std = source.mean, source.std
         if mean is None or std is None:
             mean, std = channel_statistics(splits["train"].images)
-        facts["mean"], facts["std"] = json.dumps(mean), json.dumps(std)
-        facts["fingerprint"] = fingerprint(splits["train"], splits["test"], contents.class_names, mean, std)
-        _write_header(file, header_of(shapes, facts, _checksums(digests)), room)
+        info["mean"], info["std"] = json.dumps(mean), json.dumps(std)
+        info["fingerprint"] = fingerprint(splits["train"], splits["test"], contents.class_names, mean, std)
+        _write_header(file, header_of(shapes, info, _checksums(digests)), room)
 
 
 def _write(file: BinaryIO, digest: xxhash.xxh3_128, values: np.ndarray[Any, Any]) -> None:

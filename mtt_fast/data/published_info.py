@@ -1,4 +1,4 @@
-"""The facts of a data set before it is read: shape, classes, number of images."""
+"""The properties of a data set before it is read: shape, classes, number of images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DatasetInfo", "dataset_info"]
 def dataset_info(
     dataset: str, subset: str | None = None, res: int | None = None, data_path: str = "data"
 ) -> DatasetInfo:
-    """Return the facts of a data set by the names that `load` takes: of the images that are there, without decoding.
+    """Return the properties of a data set by the names that `load` takes: of the images that are there, without decoding.
 
     Of one that is not there yet, and of the original files, they are those that are published.
     Raises `InputError` as `load` would for a wrong name, and for image folders that are incomplete or whose images have
@@ -36,7 +36,7 @@ def dataset_info(
 
 
 def _published(dataset: str, subset: str | None, res: int | None) -> DatasetInfo | None:
-    """Return the facts of a data set that has a name of its own; None for an image folder."""
+    """Return the properties of a data set that has a name of its own; None for an image folder."""
     name = catalogue.name_of(dataset)
     match name:
         case "CIFAR10" | "CIFAR100":

@@ -28,7 +28,7 @@ Where = str | os.PathLike[str]
 
 
 def check_set(synthetic: SyntheticDataset, where: Where) -> None:
-    """Check that a distilled set is whole and sound: tensors, rates, and the facts that undo its normalisation.
+    """Check that a distilled set is whole and sound: tensors, rates, and the properties that undo its normalisation.
 
     Raises `InputError`, which begins with `where` and names what is wrong.
     """

@@ -50,7 +50,7 @@ class Normalisation:
         return mean, std
 
 
-def transform_for(data: ImageData, zca: bool) -> Normalisation | Whitening:
+def transform_for(data: ImageData, *, zca: bool) -> Normalisation | Whitening:
     """Return the map from [0, 1] images of `data` to what its networks are trained on.
 
     With `zca`, a whitening fitted on the un-normalised training images in [0, 1]; it takes a while, so it is kept

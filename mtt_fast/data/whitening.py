@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import load_tensors, save_tensors
-from mtt_fast.storage.identity import _WHITENING_TOLERANCE
+from mtt_fast.storage.identity import WHITENING_TOLERANCE
 
 # A covariance of 12,288 values an image (3x64x64) takes 0.6 GB, and its decomposition minutes; one of 3x128x128 takes
 # 10 GB, and hours.
@@ -123,7 +123,7 @@ def check_same_whitening(whitening: Whitening, expected: Whitening, where: str |
     """
     for name in ("mean", "matrix"):
         theirs, ours = (getattr(one, name).detach().to("cpu", torch.float32) for one in (whitening, expected))
-        if ours.shape != theirs.shape or float((ours - theirs).norm()) > _WHITENING_TOLERANCE * float(ours.norm()):
+        if ours.shape != theirs.shape or float((ours - theirs).norm()) > WHITENING_TOLERANCE * float(ours.norm()):
             raise InputError(
                 f"{where}: whitened otherwise: expected the ZCA whitening that is fitted to these images with eps 0.1, found "
                 f"another {name}; say `other_data` to test it on images that are whitened as its own were"

@@ -1,1 +1,1 @@
-"""The parts of `python -m mtt_fast.distill`: options, the state and what it starts from, segments, updates, evaluation."""
+"""Distil a data set: options, initial state, experts, segments, gradients, updates, evaluation, dry run."""

@@ -1,4 +1,4 @@
-"""Checks, before any work is done, that the options fit the images, the networks and the experts at hand."""
+"""Check, before any work is done, that the options fit the images, the networks and the experts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check_fits(
     device: torch.device,
     requested: Mapping[str, Any],
 ) -> None:
-    """Raise `InputError` for an option that the run would stumble on later.
+    """Raise `InputError` for an option with which the run would fail later.
 
-    `requested` are hyperparameters of experts, see `check_experts`. Of images that are not there yet (`DatasetInfo`) it is not
-    checked whether each class has enough, nor, but for their size, whether they are those that the experts were trained on.
+    `requested` are hyperparameters of experts, see `check_experts`. With a `DatasetInfo`, of images that are not there yet, the
+    number of images in each class is not checked, and only the size is compared with that of the experts' images.
     """
     images = options.ipc * data.num_classes
     if options.batch_syn and options.batch_syn > images:
@@ -36,9 +36,9 @@ def check_fits(
         )
     if isinstance(data, ImageData):
         _check_enough_images(options, data)
-    if network.mixes_samples and (asking := options.asks_experts()):
+    if network.mixes_samples and (option := options.option_using_experts()):
         raise InputError(
-            f"--model {options.model}, {asking}: expected a network without batch norm, since what experts say of single images "
+            f"--model {options.model}, {option}: expected a network without batch norm, since what experts say of single images "
             "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
         )
     for evaluated in options.evaluated_networks(data).values():
@@ -47,7 +47,7 @@ def check_fits(
 
 
 def _check_enough_images(options: DistillOptions, data: ImageData) -> None:
-    """Raise `InputError` if a class has fewer real images than the synthetic ones start from, or are compared with."""
+    """Raise `InputError` if a class has fewer real images than the synthetic images start from or are compared with."""
     counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
     needed = options.ipc * options.tiles
     short = next((label for label, count in enumerate(counts) if count < needed), None)

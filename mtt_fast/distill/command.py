@@ -28,14 +28,14 @@ from mtt_fast.distill.experts import (
     check_experts,
     check_same_experts,
     prepare_experts,
-    requested_of_experts,
-    with_true_experts,
+    requested_hyperparameters,
+    with_actual_training,
 )
 from mtt_fast.distill.gradients import DESCRIPTIONS, compare_with_exact, gradients_in_range, iteration_of
 from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, given_options, parse_options
 from mtt_fast.distill.run import DistillRun
-from mtt_fast.distill.segments import planned, read_segment, turns
+from mtt_fast.distill.segments import planned, read_segment, segment_numbers
 from mtt_fast.distill.updates import apply_gradients
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
@@ -56,10 +56,10 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
     options, given = parse_options(argv), given_options(argv)
-    requested, folder = requested_of_experts(options, given), options.folder()
+    requested, folder = requested_hyperparameters(options, given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
-    # an option of the experts that is not given says nothing of those that the run began with
+    # an option of the experts that is not given says nothing about the experts with which the run started
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if options.dry_run:
         with numerics(device, options.precision):
@@ -78,7 +78,7 @@ def _run(
     network = options.network(data)
     check_fits(options, data, network, device, requested)
     student = describe_numerics(device, network, options.precision)
-    real = real_images(data, options.zca, device)
+    real = real_images(data, device, zca=options.zca)
     precision = precision_on(device, network, options.precision)
     plan = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder):
@@ -89,7 +89,7 @@ def _run(
         check_experts(options, data, network, requested)  # again, as they are now
         if state is not None:
             check_same_experts(folder, state, experts)
-        options = with_true_experts(options, experts)
+        options = with_actual_training(options, experts)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
         log.info(
@@ -100,15 +100,15 @@ def _run(
         for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
         if state is None:
-            taking_turns = min(options.max_experts or len(experts), len(experts))
-            state = initial_state(options, real, network, experts, taking_turns)
+            matched_experts = min(options.max_experts or len(experts), len(experts))
+            state = initial_state(options, real, network, experts, matched_experts)
         else:
             log.info("continuing at iteration %d", state.iteration)
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            taking_turns=state.experts, metrics=MetricsLog(folder, state.iteration),
+            matched_experts=state.experts, metrics=MetricsLog(folder, state.iteration),
         )  # fmt: skip
         distill(run, state, plan)
 
@@ -123,7 +123,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     options = run.options
     iteration = lru_cache(maxsize=1)(partial(iteration_of, options, run.network))  # the last plan's
     segment = partial(read_segment, run, sender(state.lr.device), state.images)
-    ahead = prefetched(segment, turns(options, range(state.iteration, options.Iteration)))
+    ahead = prefetched(segment, segment_numbers(options, range(state.iteration, options.Iteration)))
 
     def iterate() -> None:
         nonlocal plan
@@ -133,8 +133,8 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":
-            coming = turns(options, range(state.iteration, state.iteration + 1))
-            compare_with_exact(run, state, plan, [segment(turn) for turn in coming])
+            upcoming = segment_numbers(options, range(state.iteration, state.iteration + 1))
+            compare_with_exact(run, state, plan, [segment(number) for number in upcoming])
         evaluate_sets(run, state, stop)
 
     with contextlib.closing(ahead):

@@ -1,4 +1,4 @@
-"""The dry run of a distillation, which tells what the run will do and take: `--dry-run`."""
+"""Describe what a distillation will do, and estimate its memory, time and disk space: `--dry-run`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.checks import check_fits
-from mtt_fast.distill.experts import Supply, check_same_experts, supply
+from mtt_fast.distill.experts import ExpertInventory, check_same_experts, inventory_of
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import planned
 from mtt_fast.engine.student_choice import precision_on, student_for
@@ -31,15 +31,15 @@ _CALLS, _MOST_CALLS, _LONG_ENOUGH = 3, 20, 0.2  # how often a step is measured; 
 _WHITENING = 2  # matrices of D² in a distilled set
 
 
-class _Seconds(NamedTuple):
-    """The seconds that an image costs."""
+class SecondsPerImage(NamedTuple):
+    """The seconds that one image takes in a step."""
 
     gradient: float
     tangent: float
 
 
-class _Amounts(NamedTuple):
-    """Something of the experts, of the iterations, and of the evaluations or the data."""
+class _Estimate(NamedTuple):
+    """An estimate of seconds or bytes: of the experts, of the iterations, and of the evaluations or the data."""
 
     experts: float
     iterations: float
@@ -47,19 +47,19 @@ class _Amounts(NamedTuple):
 
 
 def dry_run(options: DistillOptions, folder: Path, device: torch.device, requested: Mapping[str, Any]) -> str:
-    """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk.
+    """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk space.
 
     Nothing is written, downloaded or decoded. The time is that of student steps on a few random images, measured on
-    `device` and scaled: networks are taken to be trained one after another, reading and drawing to cost nothing.
+    `device` and scaled, as if networks were trained one after another, and reading and drawing took no time.
     `requested`: see `check_experts`. Raises `InputError` as the run itself would for its options, its memory budget, an image
-    folder, the experts there or the run's checkpoint.
+    folder, the experts that are there, or the run's checkpoint.
     """
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
     check_fits(options, info, network, device, requested)
-    experts = supply(options, info)
+    experts = inventory_of(options, info)
     if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
-        check_same_images(folder, state.data, info.identity(options.zca))
+        check_same_images(folder, state.data, info.identity(zca=options.zca))
         if not (experts.missing or experts.uncompressed):
             check_same_experts(folder, state, TrajectoryStore(experts.used))
     missing, uncompressed = experts.missing, experts.uncompressed
@@ -68,11 +68,11 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     plan = planned(options, network, (count, *info.image_shape), device, precision)
     saved = plan.passes / plan.work.student.passes[0]  # by saved activations
     costs = [
-        _seconds(one, info.image_shape, device, precision_on(device, one, options.precision))
-        for one in (network, *options.evaluated_networks(info).values())
+        _measured_seconds(each, info.image_shape, device, precision_on(device, each, options.precision))
+        for each in (network, *options.evaluated_networks(info).values())
     ]
-    seconds = _times(options, info, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
-    size = _sizes(options, info, network.num_parameters, missing, uncompressed)
+    seconds = estimated_seconds(options, info, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
+    size = estimated_bytes(options, info, network.num_parameters, missing, uncompressed)
     lines = {
         "recipe": _recipe(options),
         "data set": f"{info.name}: {_shape(info.image_shape)}, {info.num_classes} classes, "
@@ -82,7 +82,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
-        "besides": _besides(options),
+        "besides": _other_options(options),
         "memory": str(plan).removeprefix("memory plan: "),
         "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
         f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.rest)}; scaled from steps of {_SAMPLES} images "
@@ -93,18 +93,18 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     return "\n".join(f"{name:10}{text}" for name, text in lines.items() if text)
 
 
-_TOLD = {
+_SHOWN_ELSEWHERE = {
     "dataset", "subset", "res", "zca", "model", "ipc", "Iteration", "syn_steps", "expert_epochs", "max_start_epoch",
     "min_start_epoch", "batch_syn", "num_experts", "max_experts", "train_epochs", "recipe", "config", "out", "resume",
     "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "memory_budget", "microbatch",
 }  # fmt: skip
-"""Options that another line tells, or that only say where things are."""
+"""Options that another line shows, or that only name files and folders."""
 
 
-def _besides(options: DistillOptions) -> str:
-    """Return the other options that are not the defaults."""
+def _other_options(options: DistillOptions) -> str:
+    """Return the other options whose values are not the defaults, as flags."""
     plain, given = dataclasses.asdict(DistillOptions()), dataclasses.asdict(options)
-    others = {name: value for name, value in given.items() if name not in _TOLD and value != plain[name]}
+    others = {name: value for name, value in given.items() if name not in _SHOWN_ELSEWHERE and value != plain[name]}
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in others.items())
 
 
@@ -115,7 +115,7 @@ def _recipe(options: DistillOptions) -> str:
     return f"{options.recipe}: {about['description']} ({about['source']})"
 
 
-def _experts(options: DistillOptions, experts: Supply) -> str:
+def _experts(options: DistillOptions, experts: ExpertInventory) -> str:
     kind = "experts from elsewhere, used as they are" if experts.imported else ""
     to_train = kind or f"{experts.missing} to train for {options.train_epochs} epochs"
     to_compress = f", {experts.uncompressed} to compress to {options.num_interpolation} waypoints"
@@ -128,10 +128,15 @@ def _state(folder: Path) -> str:
     return f"{folder} goes on" if read_config(folder) else f"into {folder}"
 
 
-def _times(
-    options: DistillOptions, info: DatasetInfo, missing: int, cost: _Seconds, evaluated: Sequence[float], saved: float
-) -> _Amounts:
-    """Return seconds, where an image costs `cost` in the student, and in a step of the `evaluated` networks so many."""
+def estimated_seconds(
+    options: DistillOptions,
+    info: DatasetInfo,
+    missing: int,
+    cost: SecondsPerImage,
+    evaluated: Sequence[float],
+    saved: float,
+) -> _Estimate:
+    """Return the seconds of a run, where an image takes `cost` in the student, and `evaluated` in a step of each such network."""
     gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * info.num_classes
     crops = options.canvas.samples if options.canvas else 1
@@ -141,8 +146,8 @@ def _times(
     trainings = [epochs * count * crops * gradient + info.test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
     # of the initial images and of those after them, for each set
-    evaluations = _sets(options) * (1 + math.ceil(options.Iteration / options.eval_it))
-    return _Amounts(
+    evaluations = _set_count(options) * (1 + math.ceil(options.Iteration / options.eval_it))
+    return _Estimate(
         experts=missing * options.train_epochs * (info.train * gradients * cost.gradient + info.test * forward),
         iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
         # of the first network on random real images too
@@ -150,21 +155,21 @@ def _times(
     )
 
 
-def _sets(options: DistillOptions) -> int:
-    """Return how many sets are evaluated and kept: the images, and their average if there is one."""
+def _set_count(options: DistillOptions) -> int:
+    """Return the number of sets that are evaluated and saved: the images, and their average if there is one."""
     return 1 if options.ema_decay is None else 2
 
 
-def _sizes(
+def estimated_bytes(
     options: DistillOptions, info: DatasetInfo, num_parameters: int, missing: int, uncompressed: int
-) -> _Amounts:
-    """Return bytes."""
+) -> _Estimate:
+    """Return the bytes that a run writes."""
     rows = missing * (options.train_epochs + 1) + uncompressed * (options.num_interpolation or 0)
     values = math.prod(info.image_shape)
     images = 4 * options.ipc * info.num_classes * values * options.tiles
-    sets = _sets(options)
+    sets = _set_count(options)
     whitening = 4 * _WHITENING * values**2 if options.zca else 0
-    return _Amounts(
+    return _Estimate(
         experts=4 * rows * num_parameters,
         # each set and the best one of it; the checkpoint's images with their velocity and their average
         iterations=2 * sets * (images + whitening) + (1 + sets) * images,
@@ -173,25 +178,25 @@ def _sizes(
 
 
 @lru_cache(maxsize=8)
-def _seconds(
+def _measured_seconds(
     network: Network, image_shape: tuple[int, int, int], device: torch.device, precision: Precision
-) -> _Seconds:
-    """Measure what an image costs in a student's gradient and in its derivative."""
+) -> SecondsPerImage:
+    """Return the measured seconds of an image in a student's gradient and in the gradient's derivative."""
     kind: LabelKind = "indices"
     student = student_for(network, device, kind, precision=precision)
     theta = torch.randn(network.num_parameters, device=device) / 100
     images = torch.randn(_SAMPLES, *image_shape, device=device)
     labels = torch.zeros(_SAMPLES, dtype=torch.long, device=device)
-    return _Seconds(
+    return SecondsPerImage(
         _timed(lambda: student.gradient(theta, images, labels), device) / _SAMPLES,
         _timed(lambda: student.gradient_jvp(theta, images, labels, theta), device) / _SAMPLES,
     )
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the least seconds of some calls, after one that finds its memory and its code.
+    """Return the least seconds of some calls, after a first one that allocates memory and compiles code.
 
-    The least, since other processes can make a call last many times as long, and none shorter.
+    The least, since other processes can make a call many times as long, but never shorter.
     """
     seconds: list[float] = []
     while len(seconds) < _CALLS or (sum(seconds) < _LONG_ENOUGH and len(seconds) < _MOST_CALLS):
@@ -204,8 +209,8 @@ def _timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def _free(folder: Path) -> float:
-    """Return the bytes that are free where `folder` is, or will be."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    """Return the free bytes on the disk of `folder`, which need not exist yet."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 

@@ -1,4 +1,4 @@
-"""Evaluations of the distilled set on fresh networks, its pictures, and the summary at the end."""
+"""Evaluate the distilled set on fresh networks, draw its pictures, and write the summary at the end."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from mtt_fast.augmentation.texture import tiled
-from mtt_fast.commands.accuracies import accuracy_record, measured, percent
+from mtt_fast.commands.accuracies import accuracy_fields, accuracy_record, percent
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
 from mtt_fast.commands.run_loop import (
-    KEPT,
+    SET_NAMES,
     Record,
     as_synthetic,
     best_accuracy,
     draw_curves,
     draw_set,
-    evaluate_and_keep,
+    evaluate_and_save,
     evaluate_network,
     write_summary,
 )
@@ -36,7 +36,7 @@ from mtt_fast.training.subsets import random_subset
 log = logging.getLogger(__name__)
 
 _TILES = 2  # a texture is shown side by side with itself, so that its borders can be judged
-_BEGUN_WITH = {
+_INITIAL_IMAGES = {
     "real": "real images",
     "noise": "noise",
     "samples_predicted_correctly": "real images that experts classify correctly",
@@ -44,22 +44,22 @@ _BEGUN_WITH = {
 
 
 def evaluated_kinds(state: State) -> list[str]:
-    """Return the kinds of evaluations that there are: of the images, and of their average if there is one."""
-    return ["evaluation"] if state.ema is None else list(KEPT)
+    """Return the kinds of evaluations: of the images, and of their average if there is one."""
+    return ["evaluation"] if state.ema is None else list(SET_NAMES)
 
 
 def evaluate_sets(run: DistillRun, state: State, stop: StopRequest) -> None:
-    """Test fresh networks on the images as they are now, others on their average, and write sets and pictures.
+    """Train fresh networks on the current images, others on their average, test them, and write sets and pictures.
 
-    Raises `Diverged` where images, labels or rates are no longer finite: no network can learn from them.
+    Raises `Diverged` where images, labels or rates are no longer finite: no network can learn from such a set.
     """
     _check_finite(run, state)
     images = {"evaluation": state.images, "ema_evaluation": state.ema}
     sets = {kind: _distilled(run, state, pixels) for kind, pixels in images.items() if pixels is not None}
     for kind, synthetic in sets.items():
         if run.metrics.find(kind, state.iteration) is None:
-            words = KEPT[kind].words
-            results = evaluate_and_keep(run, state, kind, synthetic, stop, words=f"{words}, ")
+            words = SET_NAMES[kind].words
+            results = evaluate_and_save(run, state, kind, synthetic, stop, words=f"{words}, ")
             for name, accuracy in results.items():
                 log.info("iteration %d: %s, %s %s", state.iteration, words, name, accuracy)
     _draw(run, state, sets["evaluation"])
@@ -75,14 +75,14 @@ def _check_finite(run: DistillRun, state: State) -> None:
 
 
 def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDataset:
-    """Return `images` (n, C, H, W) with the labels and the learning rate that networks are to be trained with.
+    """Return the distilled set of `images` (n, C, H, W), with the labels and the learning rate for training networks.
 
-    With --teacher_label, the labels are the mean of what the experts say after max_start_epoch epochs, the same whichever
-    expert was matched last.
+    With --teacher_label, the labels are the mean of the experts' predictions after max_start_epoch epochs, whichever expert
+    was matched last.
     """
     options, labels = run.options, state.labels
     if options.teacher_label:
-        experts = experts_at(run.experts, run.taking_turns, options.max_start_epoch, images.device)
+        experts = experts_at(run.experts, run.matched_experts, options.max_start_epoch, images.device)
         labels = mean_teacher_labels(run.network, experts, images)
     return as_synthetic(
         run, images, labels, state.lr.mean(), label_kind=options.label_kind, recipe={"iterations": state.iteration},
@@ -91,11 +91,11 @@ def _distilled(run: DistillRun, state: State, images: Tensor) -> SyntheticDatase
 
 
 def _draw(run: DistillRun, state: State, synthetic: SyntheticDataset) -> None:
-    """Draw the images that the run began with above the images as they are now."""
+    """Draw the initial images above the current ones."""
     first = dataclasses.replace(synthetic, images=run.first_images)
     panels = []
     for iteration, pictures in {0: first.pictures(), state.iteration: synthetic.pictures()}.items():
-        title = _BEGUN_WITH[run.options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"
+        title = _INITIAL_IMAGES[run.options.pix_init] if iteration == 0 else f"distilled, {iteration} iterations"
         if synthetic.canvas:
             title, pictures = f"textures, {title}, each tiled {_TILES} by {_TILES}", tiled(pictures, _TILES)
         panels.append((title, pictures, run.metrics.find("evaluation", iteration)))
@@ -106,9 +106,9 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     """Compare with random real images and the experts, and write summary.json: the run is finished."""
     baseline = run.metrics.find("baseline") or _evaluate_baseline(run, state, stop)
     draw_curves(run, float(baseline["accuracy_mean"]))
-    records = {kept: run.records(kind) for kind, kept in KEPT.items() if kind in evaluated_kinds(state)}
+    records = {names: run.records(kind) for kind, names in SET_NAMES.items() if kind in evaluated_kinds(state)}
     final = Accuracy(tuple(run.experts.metadata(expert).accuracy[-1] for expert in range(len(run.experts))))
-    results = ", ".join(f"{kept.words} {_labelled(lines[-1])}" for kept, lines in records.items())
+    results = ", ".join(f"{names.words} {_labelled(lines[-1])}" for names, lines in records.items())
     text = (
         f"{results}, random real images {_labelled(baseline)}, "
         f"experts on all the data {100 * final.mean:.2f} % ± {100 * final.std:.2f}"
@@ -116,18 +116,18 @@ def summarise(run: DistillRun, state: State, stop: StopRequest) -> None:
     accuracies = {
         "random_real_images": accuracy_record(baseline) | {"lr": REAL_IMAGES_LR},
         "experts": {"mean": final.mean, "std": final.std, "n": len(final.values)},
-        **{kept.best_name: best_accuracy(lines) for kept, lines in records.items()},
+        **{names.best_name: best_accuracy(lines) for names, lines in records.items()},
     }
     write_summary(
-        run, state, state.mean_lr, text=text, evaluations={kept.name: lines[-1] for kept, lines in records.items()},
+        run, state, state.mean_lr, text=text, evaluations={names.name: lines[-1] for names, lines in records.items()},
         accuracies=accuracies, others=_own_fields(run, state),
     )  # fmt: skip
 
 
 def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
-    """Return the fields of the summary that a distillation alone has.
+    """Return the fields of the summary that only a distillation has.
 
-    Of the experts that take turns it says how many they are, from where, and trained how on which images.
+    They include the number of the matched experts, their folder, their hyperparameters and the identity of their images.
     """
     options, first = run.options, run.experts.metadata(0)
     return {
@@ -141,7 +141,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
         },
         "experts": {
             "folder": str(run.experts.folder),
-            "number": run.taking_turns,
+            "number": run.matched_experts,
             "hyperparameters": first.hyperparameters,
             "data": first.identity.record(),
         },
@@ -149,7 +149,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
 
 
 def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict[str, Any]:
-    """Measure random real images, as many as the synthetic ones and drawn anew for each network."""
+    """Evaluate random real images, as many as the synthetic ones and drawn anew for each network; return the record."""
     start = time.monotonic()
     real, ipc, (network, *_) = run.real, run.options.ipc, run.evaluated.values()
     accuracy = evaluate_network(
@@ -157,7 +157,7 @@ def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict
         REAL_IMAGES_LR, stop, name="random real images",
     )  # fmt: skip
     state.seconds_evaluation += time.monotonic() - start
-    run.metrics.write("baseline", state.iteration, **measured({"": accuracy}))
+    run.metrics.write("baseline", state.iteration, **accuracy_fields({"": accuracy}))
     return run.metrics.records[-1]
 
 

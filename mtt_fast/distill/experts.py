@@ -1,4 +1,4 @@
-"""The experts of a distillation: those at hand, those to be trained or compressed first, and checks that they are of use."""
+"""Find, train, compress and check the experts of a distillation."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ from mtt_fast.training.images import RealImages
 log = logging.getLogger(__name__)
 
 
-class Supply(NamedTuple):
-    """The folders of a run's experts, and how many are there or have to be made."""
+class ExpertInventory(NamedTuple):
+    """The folders of a run's experts, and the numbers of experts that are there or are missing."""
 
     whole: Path
     """folder of whole experts"""
     used: Path
-    """folder of those that take turns: the same, or that of the waypoints made of them"""
+    """folder of the experts that are matched: the same, or that of the waypoints made from the whole experts"""
     available: int
-    """whole experts that are there, or compressed ones where there are no others"""
+    """whole experts that are there, or compressed experts where there are no whole ones"""
     missing: int
     """whole experts to train"""
     uncompressed: int
     """experts to compress to waypoints"""
     imported: bool
-    """whether experts from elsewhere are there, beside which none is trained"""
+    """whether there are experts of other software, to which none is added"""
 
 
-def supply(options: DistillOptions, data: ImageData | DatasetInfo) -> Supply:
-    """Return which experts are there, and which have to be made first. Raises `InputError` for a broken one."""
-    whole = buffer_folder(options.buffer_path, data, options.model, options.zca)
+def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> ExpertInventory:
+    """Return the numbers of experts that are there and that are missing, with their folders. Raises `InputError` for a broken one."""
+    whole = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
     count = options.num_interpolation
     used = whole if count is None else waypoint_folder(whole, count)
     experts, ready = _indices(whole), _indices(used)
@@ -65,7 +65,7 @@ def supply(options: DistillOptions, data: ImageData | DatasetInfo) -> Supply:
     untrained = set(range(options.num_experts)) - experts
     missing = set() if enough or imported or len(experts) >= needed else untrained
     uncompressed = set() if enough or count is None else (experts | missing) - ready
-    return Supply(whole, used, len(experts or ready), len(missing), len(uncompressed), imported)
+    return ExpertInventory(whole, used, len(experts or ready), len(missing), len(uncompressed), imported)
 
 
 def check_experts(
@@ -74,12 +74,12 @@ def check_experts(
     network: Trainable,
     requested: Mapping[str, Any],
 ) -> None:
-    """Check that the experts that are there, and those that will be trained or compressed, are of use to the run.
+    """Check that the run can use the experts that are there, and those that will be trained or compressed.
 
-    `requested` are the hyperparameters of experts that the user gave. Of images that are not there yet (`DatasetInfo`) little is
-    compared. Raises `InputError` that names an expert's file, or the options that do not fit.
+    `requested` are the hyperparameters of experts that the user gave. With a `DatasetInfo`, of images that are not there yet,
+    few properties of the images are compared. Raises `InputError` that names an expert's file, or the options that do not fit.
     """
-    sources = supply(options, data)
+    sources = inventory_of(options, data)
     needed = options.max_start_epoch + options.expert_epochs
     experts = _store(sources.whole)
     if sources.uncompressed and options.num_interpolation is not None:
@@ -90,32 +90,32 @@ def check_experts(
             f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
             f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
         )
-    identity = data.identity(options.zca)
+    identity = data.identity(zca=options.zca)
     if sources.missing and experts is not None:
-        precision = experts.metadata(0).precision or options.precision  # which this is follows from the device
+        precision = experts.metadata(0).precision or options.precision  # the device decides which precision it is
         check_trained_alike(
             experts, network, identity, options.experts(), options.seed, experts.dtype(0), cast(Precision, precision)
         )
     if store is None:
         return
-    taking_turns = range(min(options.max_experts or len(store), len(store)))
-    for expert in taking_turns:
+    matched_experts = range(min(options.max_experts or len(store), len(store)))
+    for expert in matched_experts:
         check_belongs(store, expert, network, identity, other_data=options.other_data)
         check_long_enough(store, expert, needed)
-        check_as_asked(store, expert, requested, to_the_end=options.looks_at_last_epochs)
-    check_alike(store, taking_turns, to_the_end=options.looks_at_last_epochs)
+        check_as_asked(store, expert, requested, to_the_end=options.uses_last_epochs)
+    check_alike(store, matched_experts, to_the_end=options.uses_last_epochs)
     if experts is not None and store.folder != experts.folder:
-        check_made_of(store, taking_turns, experts)
+        check_made_of(store, matched_experts, experts)
 
 
 def prepare_experts(
     options: DistillOptions, real: RealImages, network: Trainable, requested: Mapping[str, Any]
 ) -> TrajectoryStore:
-    """Train and compress the experts that are missing; return the store of those that take turns, and tell what is odd of it.
+    """Train and compress the missing experts; return the store of the experts that are matched, and log remarks on them.
 
-    Experts from elsewhere are used as they are and as many as there are, as the public code does. `requested`: see `check_experts`.
+    Experts of other software are used unchanged, all that are there, as the public code does. `requested`: see `check_experts`.
     """
-    sources = supply(options, real.data)
+    sources = inventory_of(options, real.data)
     if sources.missing:
         train_missing_experts(
             sources.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
@@ -133,7 +133,7 @@ def prepare_experts(
 def _remarks(
     options: DistillOptions, real: RealImages, store: TrajectoryStore, requested: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield what a user may not expect of the experts."""
+    """Yield remarks on properties of the experts that a user may not expect."""
     first = store.metadata(0)
     if other := other_data_in_words(first.identity, real.identity):
         yield other
@@ -151,35 +151,35 @@ def _remarks(
 
 
 def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> None:
-    """Check that the run in `folder`, which is at `state`, has the experts that it began with.
+    """Check that the run in `folder`, whose state is `state`, still has the experts with which it was started.
 
-    Raises `InputError` that names the first that is another.
+    Raises `InputError` that names the first expert that is another one.
     """
     if len(store) < state.experts:
         raise InputError(
             f"{folder}: the run was started with {state.experts} experts, found {len(store)}; "
-            f"say --num_experts {state.experts}, or give back its --buffer_path"
+            f"say --num_experts {state.experts}, or restore its --buffer_path"
         )
     for expert, digest in enumerate(state.digests):
         if store.digest(expert) not in (digest, "") and digest:  # one from before there were checksums has none
             raise InputError(
-                f"{store.path(expert)}: another expert than the one with which the run in {folder} began; give back its "
+                f"{store.path(expert)}: another expert than the one with which the run in {folder} began; restore its "
                 "--buffer_path, or choose another --out"
             )
 
 
-def requested_of_experts(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
-    """Return the experts' hyperparameters that the options `given` name: what is a default holds for missing experts alone."""
+def requested_hyperparameters(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
+    """Return the experts' hyperparameters that the options in `given` set; a default holds for missing experts alone."""
     training = dataclasses.asdict(options.experts())
     names = {name for name, flag in FLAGS.items() if flag in given}
     sharpness = {"rho_max", "rho_min", "alpha", "adaptive"}
-    if names & sharpness:  # one says nothing without the others
+    if names & sharpness:  # each has a meaning only with the others
         names |= sharpness
     return {name: training[name] for name in FLAGS if name in names}
 
 
-def with_true_experts(options: DistillOptions, store: TrajectoryStore) -> DistillOptions:
-    """Return `options` with what the experts were in fact trained with, for the record."""
+def with_actual_training(options: DistillOptions, store: TrajectoryStore) -> DistillOptions:
+    """Return `options` with the experts' actual hyperparameters, for the record."""
     return as_trained(options, dataclasses.asdict(options.experts()), store.metadata(0))
 
 

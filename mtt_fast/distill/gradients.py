@@ -1,4 +1,4 @@
-"""Gradients of an iteration: of one segment or the mean of several; exact, or truncated and compared with the exact ones."""
+"""Compute an iteration's gradients: of one segment or the mean of several; exact, or truncated and compared with the exact."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.run import DistillRun
-from mtt_fast.distill.segments import Segment, augmentation, seen_batches
+from mtt_fast.distill.segments import Segment, augmentation, step_indices
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
@@ -31,16 +31,16 @@ DESCRIPTIONS: dict[Gradient, str] = {
     "exact": "exact",
     "truncated": "truncated (approximate: TESLA's, without the Hessian terms)",
 }
-"""What a run says of its gradient."""
+"""Descriptions of the gradients for the log and the summary."""
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
-"""From a segment's target (P,) and the indices of the images that the student sees to all images' labels (n, classes)."""
+"""A function from a segment's target (P,) and the indices of the student's images to all images' labels (n, classes)."""
 
 
 def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph: bool = True) -> Iteration:
-    """Return the function that does an iteration's part for one segment as `plan` says."""
-    # each segment begins a permutation of its own, so the steps of all have the same lengths
-    batches = seen_batches(options, plan.work.images[0], torch.Generator())
+    """Return the function that computes one segment's part of an iteration as `plan` says."""
+    # each segment starts a permutation of its own, so the steps of all segments have the same lengths
+    batches = step_indices(options, plan.work.images[0], torch.Generator())
     augment = augmentation(options)
     return planned_iteration(
         network,
@@ -56,7 +56,7 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
 
 
 def teacher_of(run: DistillRun, state: State, plan: Plan) -> Teacher | None:
-    """Return who labels the images with --teacher_label, in as much memory as `plan` has; None without that option."""
+    """Return the function that labels the images with --teacher_label, in the memory of `plan`; None without that option."""
     if not run.options.teacher_label:
         return None
     return lambda target, index: teacher_labels(run.network, target, state.images, index, plan.microbatch)
@@ -65,7 +65,7 @@ def teacher_of(run: DistillRun, state: State, plan: Plan) -> Teacher | None:
 def mean_gradients(
     iteration: Iteration, state: State, segments: Iterable[Segment], teacher: Teacher | None = None
 ) -> tuple[Tensor, ...]:
-    """Return what `iteration` returns, the mean over `segments`, which are done one after the other.
+    """Return the loss and the gradients of `iteration`, the mean over `segments`, computed one after the other.
 
     A `teacher` labels the images for each segment anew.
     """
@@ -75,7 +75,7 @@ def mean_gradients(
         start, target, *draws = segment.tensors()
         labels = state.labels if teacher is None else teacher(target, draws[0])
         gradients = iteration(start, target, state.images, labels, state.lr, *draws)
-        total = [sum_.add_(one) for sum_, one in zip(total, gradients, strict=True)] if total else list(gradients)
+        total = [sum_.add_(new) for sum_, new in zip(total, gradients, strict=True)] if total else list(gradients)
         count += 1
     return tuple(sum_.div_(count) for sum_ in total)
 
@@ -114,7 +114,7 @@ def _are_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
-    """Tell and record the cosine between the truncated and the exact gradient of the images, of the coming `segments`."""
+    """Log and record the cosine between the truncated and the exact gradient of the images, for the next `segments`."""
     if run.metrics.find("gradient", state.iteration):
         return  # the run was stopped in the evaluation that follows
     both = []

@@ -1,4 +1,4 @@
-"""The state that a distillation starts from: images, and their labels."""
+"""Make the initial state of a distillation: images, and their labels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from mtt_fast.training.subsets import random_subset, shuffled_classes
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 64  # images of a class that an expert looks at, of which one is enough at one image a class
+_AT_ONCE = (
+    64  # images of a class that an expert classifies together; at one image a class the first right one is enough
+)
 
 
 def initial_state(
     options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
 ) -> State:
-    """Return the state before the first iteration, where the first `experts` of `store` will take turns."""
+    """Return the state before the first iteration, for a run that matches the first `experts` of `store`."""
     start, wrong = initial_images(options, real, network, store, experts)
     if wrong:
         log.warning(
@@ -51,10 +53,10 @@ def initial_state(
 def initial_images(
     options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
 ) -> tuple[Images, int]:
-    """Return the first synthetic images, class-major, with their classes, and how many are not as `pix_init` says.
+    """Return the first synthetic images, class-major, with their classes, and how many of them are not as `pix_init` says.
 
     The latter are images that none of the first `experts` of `store` gets right, where a class has too few of the others.
-    Canvases are put together of as many such images as they are large.
+    A canvas is tiled from such images.
     """
     images, wrong = _images(options, real, network, store, experts)
     if options.canvas is None:
@@ -65,7 +67,7 @@ def initial_images(
 def _images(
     options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
 ) -> tuple[Images, int]:
-    """Return images as `pix_init` says, `options.ipc` a class, or as many as canvases are put together of."""
+    """Return images as `pix_init` says: `options.ipc` a class, or for canvases as many as the canvases' tiles."""
     generator = generator_for(options.seed, "initial images")
     classes, ipc, device = real.data.num_classes, options.ipc * options.tiles, real.train.labels.device
     if options.pix_init == "samples_predicted_correctly":
@@ -85,24 +87,24 @@ def predicted_correctly(
 ) -> tuple[list[Tensor], int]:
     """Return the first `ipc` of each class's `members`, indices into `real`, that an expert gets right (DATM).
 
-    The first of `experts`, parameters (P,), classifies; then the next, for the classes where the first gave too few, and so on.
-    The rest are images that no expert gets right; their number is returned as well.
+    The first of `experts`, parameters (P,), classifies; then the next, for the classes with too few right images, and so on.
+    The rest are images that no expert gets right; the number of these is returned as well.
     """
-    right, left = [rows[:0] for rows in members], list(members)
+    right, remaining = [rows[:0] for rows in members], list(members)
     for theta in experts:
         for label, rows in enumerate(right):
             if len(rows) < ipc:
-                more, left[label] = _right_and_wrong(network, theta, real, left[label], ipc - len(rows))
+                more, remaining[label] = _right_and_wrong(network, theta, real, remaining[label], ipc - len(rows))
                 right[label] = torch.cat([rows, more])
         if all(len(rows) == ipc for rows in right):
             break
     wrong = sum(ipc - len(rows) for rows in right)
-    return [torch.cat([rows, rest])[:ipc] for rows, rest in zip(right, left, strict=True)], wrong
+    return [torch.cat([rows, rest])[:ipc] for rows, rest in zip(right, remaining, strict=True)], wrong
 
 
 @torch.no_grad()
 def _right_and_wrong(network: Network, theta: Tensor, real: Images, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the first `count` of `rows` that `theta` gets right, and those before them that it does not."""
+    """Return the first `count` of `rows` that the network gets right under `theta`, and the wrong ones before them."""
     right, wrong = rows[:0], rows[:0]
     for part in rows.split(_AT_ONCE):
         if len(right) < count:

@@ -1,4 +1,4 @@
-"""Soft labels: what learned ones start from, and those that experts give."""
+"""Make soft labels: the initial values of learned labels, and labels that experts give."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _AT_ONCE = 64
 def class_logits(classes: Tensor, num_classes: int) -> Tensor:
     """Return log-probabilities (n, num_classes) float32 for images of `classes` (n,).
 
-    The class itself has probability `OWN_CLASS`, the others share the rest evenly.
+    The image's class has probability `OWN_CLASS`, and the other classes share the rest evenly.
     """
     shared = (1 - OWN_CLASS) / max(1, num_classes - 1)
     probabilities = torch.full((len(classes), num_classes), shared, device=classes.device)
     return probabilities.scatter_(1, classes[:, None], OWN_CLASS).log()
 
 
-def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, begin: Tensor) -> Tensor:
-    """Return each image's mean logits (n, num_classes) over those of `experts` that put it into its class (DATM).
+def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, initial: Tensor) -> Tensor:
+    """Return each image's mean logits (n, num_classes) over the `experts` that classify the image correctly (DATM).
 
-    `experts` are parameters (P,), `images` (n, C, H, W). Their classes are those that the logits `begin` favour, which
-    also stand where no expert is right and DATM's mean is not defined; the log says how often.
+    `experts` are parameters (P,), `images` (n, C, H, W). An image's class is that of its largest logit in `initial`. Where
+    no expert is right, DATM's mean is not defined and the image keeps its `initial` logits; the log says how often.
     """
-    classes = begin.argmax(dim=1)
-    total, times = torch.zeros_like(begin), torch.zeros_like(begin[:, :1])
+    classes = initial.argmax(dim=1)
+    total, times = torch.zeros_like(initial), torch.zeros_like(initial[:, :1])
     for theta in experts:
         logits = predict(network, theta, images)
         right = (logits.argmax(dim=1) == classes)[:, None]
@@ -49,14 +49,14 @@ def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, b
             "--label_init experts: no expert gets %d of the %d images right; their labels begin as with --label_init classes",
             int(never.sum()), len(images),
         )  # fmt: skip
-    return torch.where(never, begin, total / times.clamp(min=1))
+    return torch.where(never, initial, total / times.clamp(min=1))
 
 
 def teacher_labels(network: Network, theta: Tensor, images: Tensor, index: Tensor, at_once: int) -> Tensor:
     """Return softmax of the logits (n, num_classes) under `theta` (P,): TESLA's labels in an iteration.
 
-    Only for the images (n, C, H, W) at `index`, any number of indices that may repeat; the labels of others are zero.
-    `at_once` images are looked at together, which a plan for student steps has room for.
+    Only the images (n, C, H, W) at `index`, any number of indices that may repeat, get labels; those of the others are zero.
+    One forward pass has `at_once` images, for which a plan of student steps has room.
     """
     rows = index.unique()
     probabilities = predict(network, theta, images[rows], at_once).softmax(dim=1)

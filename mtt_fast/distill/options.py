@@ -1,4 +1,4 @@
-"""The options of a distillation: the public code's flags, recipes, option files, and the run to resume."""
+"""Read the options of a distillation: the public code's flags, recipes, option files, and the run to resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method
-from mtt_fast.commands.option_fields import Checked, Group, Needs, Range, Role, Told, check_values
+from mtt_fast.commands.option_fields import Checked, Group, Needs, Range, Remark, Role, check_values
 from mtt_fast.commands.options import (
     AtLeastTwoOrNone,
     Count,
@@ -48,17 +48,17 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     GROUP: ClassVar[Group] = Group.DISTILLATION
 
-    recipe: Annotated[str | None, Role.PLACE, Group.RUN] = None
+    recipe: Annotated[str | None, Role.LOCATION, Group.RUN] = None
     """named setting (python -m mtt_fast.recipes lists them); other flags override it"""
-    config: Annotated[str | None, Role.PLACE, Group.RUN] = None
+    config: Annotated[str | None, Role.LOCATION, Group.RUN] = None
     """TOML file of options; other flags override it"""
-    out: Annotated[str | None, Role.PLACE, Group.OUTPUT] = None
+    out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
     """run folder; default runs/RECIPE, or runs/DATASET-ipcN"""
-    resume: Annotated[bool, Role.PLACE, Group.OUTPUT] = False
+    resume: Annotated[bool, Role.LOCATION, Group.OUTPUT] = False
     """continue the run in --out (or of --recipe), with the run's own options; say --Iteration to extend the run"""
 
-    dry_run: Annotated[bool, Role.PLACE, Group.RUN] = False
-    """tell what would be done, the memory plan, and an estimate of time and disk; do nothing"""
+    dry_run: Annotated[bool, Role.LOCATION, Group.RUN] = False
+    """print what the run would do, the memory plan, and an estimate of time and disk; do nothing"""
 
     ipc: Count = 1
     """synthetic images a class"""
@@ -130,7 +130,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     eval_it: Annotated[Count, Role.EXTENT, Group.EVALUATION] = 100
     """iterations between evaluations"""
 
-    buffer_path: Annotated[str, Role.PLACE, Group.EXPERTS] = "buffers"
+    buffer_path: Annotated[str, Role.LOCATION, Group.EXPERTS] = "buffers"
     """folder of the experts' trajectories"""
     other_data: Annotated[bool, Role.EXTENT, Group.EXPERTS] = False
     """use experts that were trained on other images, of the same classes and size"""
@@ -140,7 +140,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         NetworksOrNone,
         Role.EXTENT,
         Group.EXPERTS,
-        Told("of all experts, where the public code takes as many of each of its files"),
+        Remark("of all experts, where the public code takes as many of each of its files"),
     ] = None
     """largest number of experts to use; without it all of the folder"""
     num_interpolation: Annotated[AtLeastTwoOrNone, Group.EXPERTS] = None
@@ -150,7 +150,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
     batch_real: Annotated[
         Count,
         Group.EXPERTS,
-        Told("the batch size of experts that are trained first; in the public code it changes nothing"),
+        Remark("the batch size of experts that are trained first; in the public code it changes nothing"),
     ] = 256
     """batch size of experts that are trained first"""
 
@@ -168,7 +168,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         )
 
     def experts(self) -> ExpertTraining:
-        """Return how missing experts are trained."""
+        """Return the hyperparameters with which missing experts are trained."""
         return self.training_at(self.expert_lr, self.batch_real)
 
     @property
@@ -180,21 +180,21 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     @property
     def canvas(self) -> Canvas | None:
-        """Return the canvas whose crops steps see with --texture, else None."""
+        """Return the canvas whose crops are the steps' inputs with --texture, else None."""
         return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None
 
     @property
     def tiles(self) -> int:
-        """Return how many real images a synthetic one is as large as: more than one for a canvas."""
+        """Return the size of a synthetic image in real images: more than one for a canvas."""
         return self.canvas_size**2 if self.texture else 1
 
     def remarks(self, given: Container[str]) -> list[str]:
         """See `CommonOptions.remarks`."""
-        kept = "--no_aug False keeps the augmentation; the public code's parser takes any word behind it for yes"
-        return super().remarks(given) + ([kept] if "no_aug" in given and not self.no_aug else [])
+        remark = "--no_aug False keeps the augmentation; the public code's parser takes any word after --no_aug for yes"
+        return super().remarks(given) + ([remark] if "no_aug" in given and not self.no_aug else [])
 
     def check(self) -> None:
-        """Raise `InputError` for the first option whose value cannot be, or not with the others."""
+        """Raise `InputError` for the first option whose value is not allowed, or not with the others."""
         check_values(self)
         self._check_start_epochs()
         if self.teacher_label and self.lr_y is not None:
@@ -211,11 +211,11 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         self.evaluation_protocol()
 
     @property
-    def looks_at_last_epochs(self) -> bool:
-        """Return whether images or labels come from what experts say after their last epoch."""
+    def uses_last_epochs(self) -> bool:
+        """Return whether images or labels come from the experts' predictions after their last epoch."""
         return self.pix_init == "samples_predicted_correctly" or self.label_init == "experts"
 
-    def asks_experts(self) -> str | None:
+    def option_using_experts(self) -> str | None:
         """Return the first option for which experts classify images, or None."""
         options = {
             "--pix_init samples_predicted_correctly": self.pix_init == "samples_predicted_correctly",
@@ -225,7 +225,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return next((option for option, given in options.items() if given), None)
 
     def _check_start_epochs(self) -> None:
-        """Raise `InputError` where T- < T <= T+ does not hold, or T and the end of its growth are not given together."""
+        """Raise `InputError` unless T- < T <= T+, and T and the end of its growth are given together."""
         earliest, first, last = self.min_start_epoch, self.current_max_start_epoch, self.max_start_epoch
         if first is None and self.expansion_end_epoch:
             raise InputError(
@@ -244,7 +244,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
             raise InputError(f"--min_start_epoch {earliest}: expected less than --{name}_start_epoch {bound}")
 
     def _check_texture(self) -> None:
-        """Raise `InputError` for what needs images of the size that networks and the whitening take, as canvases are not."""
+        """Raise `InputError` for options that need images of the networks' input size, which canvases do not have."""
         others = {
             "--zca": self.zca,
             "--teacher_label": self.teacher_label,
@@ -271,8 +271,8 @@ class _Selection:
 def parse_options(argv: Sequence[str]) -> DistillOptions:
     """Return the options of a command line: defaults, then the recipe or the run to resume, then --config, then flags.
 
-    The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume it is the digits
-    recipe, whatever else is given.
+    The recipe may also be named in the file of --config. Without a recipe, a data set or a run to resume the recipe is
+    digits, whatever else is given.
     """
     chosen, in_file = _selection(argv)
     options, default = DistillOptions(), DistillOptions()
@@ -292,14 +292,14 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
 
 
 def given_options(argv: Sequence[str]) -> set[str]:
-    """Return the names of the options that a command line gives, or its recipe or file of options; not those of a run."""
+    """Return the names of the options in a command line, its recipe and its --config, but not in the run to resume."""
     chosen, in_file = _selection(argv)
     recipe = {} if chosen.resume or chosen.recipe is None else recipe_options(chosen.recipe)
     return {*recipe, *in_file, *parsing.given(DistillOptions, argv)}
 
 
 def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
-    """Return what decides where defaults come from, and the options in the file of --config."""
+    """Return the flags that decide where defaults come from, and the options in the file of --config."""
     chosen = parsing.parse_known(_Selection, argv, PROGRAM)
     in_file = read_toml(Path(chosen.config)) if chosen.config is not None else {}
     texts = {name: in_file.get(name) for name in ("recipe", "out", "dataset") if getattr(chosen, name) is None}
@@ -312,7 +312,7 @@ def _selection(argv: Sequence[str]) -> tuple[_Selection, dict[str, Any]]:
 
 
 def _of_run(chosen: _Selection, options: DistillOptions) -> DistillOptions:
-    """Return `options` with those of the run to resume. Raises `InputError` where there is none, or one of another recipe."""
+    """Return `options` with those of the run to resume. Raises `InputError` where there is no run, or one of another recipe."""
     if not chosen.out and chosen.recipe is None:
         raise InputError("--resume: expected the run's folder with --out, or its --recipe, found neither")
     folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)

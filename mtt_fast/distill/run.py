@@ -1,4 +1,4 @@
-"""The run of a distillation."""
+"""Define the run of a distillation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mtt_fast.storage.trajectories import TrajectoryStore
 
 @dataclass(frozen=True, kw_only=True)
 class DistillRun(LoopRun):
-    """All that stays the same over the iterations of a distillation."""
+    """The parts of a distillation that stay the same over its iterations."""
 
     options: DistillOptions
     experts: TrajectoryStore
-    taking_turns: int
+    matched_experts: int
     """the first so many of `experts` are matched"""
 
     @cached_property
     def first_images(self) -> Tensor:
-        """Return the images that the run began with (n, C, H, W), which every picture shows."""
-        images, _ = initial_images(self.options, self.real, self.network, self.experts, self.taking_turns)
+        """Return the run's initial images (n, C, H, W), which every picture shows."""
+        images, _ = initial_images(self.options, self.real, self.network, self.experts, self.matched_experts)
         return images.pixels

@@ -1,4 +1,4 @@
-"""Segments that iterations match, and all that is random in them, which follows from the seed and a segment's number alone.
+"""Draw the segments that iterations match; their random numbers follow from the seed and the segment's number alone.
 
 There is one sequence of segments. An iteration matches the next segment, or the next k (--num_trajectories).
 """
@@ -23,44 +23,44 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 
 Send = Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]
-"""Begins to bring tensors to the device, and returns a function that waits for them (mtt_fast/runtime/prefetch.py)."""
+"""A function that starts to copy tensors to the device and returns one that waits for them (mtt_fast/runtime/prefetch.py)."""
 
 
 def augmentation(options: DistillOptions) -> SiameseAugment | CanvasCrops | None:
-    """Return the augmentation of the student's steps, which begins with crops where the images are canvases."""
-    then = None if options.no_aug else augment_by_strategy(options.strategy)
-    return then if options.canvas is None else options.canvas.crops(then)
+    """Return the augmentation of the student's steps; where the images are canvases, it crops them first."""
+    siamese = None if options.no_aug else augment_by_strategy(options.strategy)
+    return siamese if options.canvas is None else options.canvas.crops(siamese)
 
 
 class Segment(NamedTuple):
-    """A piece of an expert's trajectory to be matched in an iteration, and what is random there."""
+    """A piece of an expert's trajectory that an iteration matches, with the random numbers of the iteration."""
 
     expert: int
     epoch: float
     tensors: Callable[[], tuple[Tensor, ...]]  # start, target (P,) and those of `StepDraws`, on the device
 
 
-def turns(options: DistillOptions, iterations: range) -> range:
-    """Return the numbers of the segments that `iterations` match: k after k, where each matches k."""
+def segment_numbers(options: DistillOptions, iterations: range) -> range:
+    """Return the numbers of the segments that `iterations` match: k for each iteration, in order."""
     return range(iterations.start * options.num_trajectories, iterations.stop * options.num_trajectories)
 
 
-def read_segment(run: DistillRun, send: Send, images: Tensor, turn: int) -> Segment:
-    """Read and draw segment number `turn`; all of it follows from the seed and this number alone.
+def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Segment:
+    """Read and draw the segment with this number; all of it follows from the seed and the number alone.
 
-    Of `images` only shape and dtype are looked at. Called in a thread.
+    Only the shape and the dtype of `images` are used. Called in a thread.
     """
     options = run.options
-    generator = generator_for(options.seed, "iteration", turn)
-    expert = _expert_of(options.seed, run.taking_turns, turn)
-    epoch = _start_epoch(options, start_epochs(options, turn // options.num_trajectories), generator)
+    generator = generator_for(options.seed, "iteration", number)
+    expert = _expert_of(options.seed, run.matched_experts, number)
+    epoch = _start_epoch(options, start_epochs(options, number // options.num_trajectories), generator)
     start, target = (run.experts.read(expert, row) for row in (epoch, epoch + options.expert_epochs))
     if start.equal(target):
         raise InputError(
             f"{run.experts.folder}: expert {expert} did not move between epochs {epoch} and "
             f"{epoch + options.expert_epochs}; train it again with a larger learning rate, or leave it out"
         )
-    batches = seen_batches(options, len(images), generator)
+    batches = step_indices(options, len(images), generator)
     augment = augmentation(options)
     draws = draw_steps(
         batches, images.shape[1:], images.dtype, None if augment is None else augment.draw_parameters, generator
@@ -69,17 +69,17 @@ def read_segment(run: DistillRun, send: Send, images: Tensor, turn: int) -> Segm
 
 
 def _start_epoch(options: DistillOptions, epochs: range, generator: torch.Generator) -> float:
-    """Draw the epoch at which the student starts, evenly among `epochs`, or between the first and the end of them."""
+    """Draw the epoch at which the student starts, uniformly among `epochs`, or with --continuous_start from their interval."""
     if options.continuous_start:
         return epochs.start + len(epochs) * float(torch.rand((), dtype=torch.float64, generator=generator))
     return int(torch.randint(epochs.start, epochs.stop, (), generator=generator))
 
 
 def start_epochs(options: DistillOptions, iteration: int) -> range:
-    """Return the expert epochs at one of which the student starts in `iteration`, 0 for the first: T- and up, below T.
+    """Return the expert epochs at one of which the student starts in `iteration`, from 0: T- and up, below T.
 
-    T grows linearly, rounded down, from `current_max_start_epoch` to T+, which it has from `expansion_end_epoch` on
-    (DATM). Without `current_max_start_epoch` it is T+ throughout, as in the paper.
+    T grows linearly, rounded down, from `current_max_start_epoch` to T+, which is reached at `expansion_end_epoch` (DATM).
+    Without `current_max_start_epoch` T is T+ throughout, as in the paper.
     """
     upper = options.max_start_epoch
     if options.current_max_start_epoch is not None and iteration < options.expansion_end_epoch:
@@ -92,19 +92,19 @@ def log_fields(segments: Sequence[Segment]) -> dict[str, float]:
     """Return start epoch and expert of `segments` as numbers for a log: start_epoch, expert, start_epoch_2, expert_2, …"""
     named: dict[str, float] = {}
     for number, segment in enumerate(segments, 1):
-        which = f"_{number}" if number > 1 else ""
-        named |= {f"start_epoch{which}": segment.epoch, f"expert{which}": segment.expert}
+        suffix = f"_{number}" if number > 1 else ""
+        named |= {f"start_epoch{suffix}": segment.epoch, f"expert{suffix}": segment.expert}
     return named
 
 
-def _expert_of(seed: int, count: int, turn: int) -> int:
-    """Return the expert of segment number `turn`: random order, each of `count` once before any comes again."""
-    order = torch.randperm(count, generator=generator_for(seed, "expert order", turn // count))
-    return int(order[turn % count])
+def _expert_of(seed: int, count: int, number: int) -> int:
+    """Return the expert of the segment `number`: in random order, each of `count` experts once before any is repeated."""
+    order = torch.randperm(count, generator=generator_for(seed, "expert order", number // count))
+    return int(order[number % count])
 
 
-def seen_batches(options: DistillOptions, count: int, generator: torch.Generator) -> list[Tensor]:
-    """Return which of `count` images each student step sees, or, of canvases, sees a crop of."""
+def step_indices(options: DistillOptions, count: int, generator: torch.Generator) -> list[Tensor]:
+    """Return the indices into `count` images of each student step's inputs; of canvases, one index for each crop."""
     batches = student_batches(count, options.batch_syn, options.syn_steps, generator)
     return batches if options.canvas is None else [options.canvas.batch(index) for index in batches]
 
@@ -124,7 +124,7 @@ def student_batches(count: int, batch: int | None, steps: int, generator: torch.
 def planned(
     options: DistillOptions, network: Trainable, images: Sequence[int], device: torch.device, precision: Precision
 ) -> Plan:
-    """Return how the student steps of each iteration, on `images` (n, C, H, W) or canvases of n such, fit into memory."""
+    """Return the memory plan of an iteration's student steps on `images` (n, C, H, W), or on n canvases of such images."""
     canvas = options.canvas or Canvas(1)
     count, channels, height, width = images
     return plan(

@@ -1,4 +1,4 @@
-"""Updates of the images, of learned labels and of the student's learning rate by an iteration's gradients."""
+"""Update the images, learned labels and the student's learning rate by an iteration's gradients."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 def apply_gradients(
     run: DistillRun, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor]
 ) -> None:
-    """End an iteration that matched `segments`: update what is learned by the `gradients`, or skip or reject them.
+    """End an iteration that matched `segments`: update images, labels and rate by the `gradients`, or skip or reject these.
 
-    `loss` and `gradients` are what `mean_gradients` returns.
+    `loss` and `gradients` are the results of `mean_gradients`.
     """
     state.iteration += 1
     fields = log_fields(segments)
@@ -46,9 +46,9 @@ def update(
     lr_gradient: Tensor,
     labels_gradient: Tensor | None = None,
 ) -> None:
-    """Descend by SGD with momentum in pixels, learning rate and labels, if they are learned; each rate stays positive.
+    """Step by SGD with momentum in pixels, learning rate and labels, if they are learned; each rate stays positive.
 
-    The average of the images, if there is one, takes in what the images become (FTD).
+    The average of the images, if there is one, moves towards the new images (FTD).
     """
     _descend(state.images, state.images_velocity, images_gradient, options.lr_img, PIXEL_MOMENTUM)
     if options.lr_y is not None and state.labels_velocity is not None and labels_gradient is not None:
@@ -80,7 +80,7 @@ def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, rate: float, mo
 def _reject_above_threshold(run: DistillRun, state: State, loss: float, fields: Mapping[str, float]) -> None:
     """Count an iteration whose loss is above the threshold: nothing is updated, velocities included, as in DATM.
 
-    `fields` say in metrics.jsonl what was matched.
+    `fields` name the matched segments in metrics.jsonl.
     """
     state.above_threshold += 1
     if state.above_threshold == 1:
@@ -93,7 +93,7 @@ def _reject_above_threshold(run: DistillRun, state: State, loss: float, fields: 
 
 
 def _skip(run: DistillRun, state: State, loss: float) -> None:
-    """Count an iteration whose gradient is not finite; give up if no other kind comes any more."""
+    """Count an iteration whose gradient is not finite. Raises `Diverged` after many such iterations in a row."""
     state.skipped += 1
     if state.skipped == 1:
         log.warning(

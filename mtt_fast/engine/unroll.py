@@ -18,6 +18,7 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import Augment, footprint_of
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
+from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Loss, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
@@ -26,8 +27,6 @@ from mtt_fast.networks.protocol import Network
 
 Gradient = Literal["exact", "truncated"]
 """The gradient is exact, or leaves out the steps' Hessians as TESLA does, an approximation (docs/adjoint.md)."""
-
-_ALIGNMENT = 64  # bytes, as torch's allocator for CPUs aligns
 
 
 @overload
@@ -240,46 +239,6 @@ class StudentSteps:
         return targets.to(dtype) if targets.is_floating_point() else targets.long()
 
 
-class _Rows:
-    """Vectors of one size, a row each: on the device, or in host memory with two rows on the device in front."""
-
-    def __init__(self, stored: Tensor, device: torch.device, *, on_host: bool) -> None:
-        self.stored = stored  # (rows, P)
-        self._near = _aligned_rows(2, stored[0], device) if on_host else None
-
-    @staticmethod
-    def empty(rows: int, like: Tensor, *, on_host: bool) -> _Rows:
-        """Return rows without values, for vectors like `like` (P,). Host memory of a GPU is pinned."""
-        device = torch.device("cpu") if on_host else like.device
-        stored = _aligned_rows(rows, like, device, pin_memory=on_host and like.is_cuda)
-        return _Rows(stored, like.device, on_host=on_host)
-
-    def near(self, n: int) -> Tensor:
-        """Return row n on the device, as last written or loaded there; the next row but one overwrites it."""
-        return self.stored[n] if self._near is None else self._near[n % 2]
-
-    def save(self, n: int) -> None:
-        """Copy row n, which was written on the device, to where it is stored; in the current stream's order, as is `load`."""
-        if self._near is not None:
-            self.stored[n].copy_(self.near(n), non_blocking=True)
-
-    def load(self, n: int) -> Tensor:
-        """Return row n, brought back to the device."""
-        if self._near is not None:
-            self.near(n).copy_(self.stored[n], non_blocking=True)
-        return self.near(n)
-
-
-def _aligned_rows(rows: int, like: Tensor, device: torch.device, pin_memory: bool = False) -> Tensor:
-    """Return `rows` vectors without values, of the length and dtype of `like` (P,), each aligned as one of its own.
-
-    Libraries add in another order where a vector is not aligned, so that θ_n would have other bits as row n than as a start.
-    """
-    unit = _ALIGNMENT // like.element_size()
-    width = -(-len(like) // unit) * unit
-    return torch.empty(rows, width, dtype=like.dtype, device=device, pin_memory=pin_memory)[:, : len(like)]
-
-
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Compute in the dtype of the parameters, whatever the caller has chosen for networks of their own."""
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
@@ -318,11 +277,11 @@ class _Unroll(torch.autograd.Function):
         """Return the path (N + 1, P), the last velocity (P,), and the rows, each an output (and a gradient) of its own."""
         count = len(steps.batches)
         rates = _rates(lr, count, theta)
-        path = _Rows.empty(count + 1, theta, on_host=steps.path_on_host)
+        path = Rows.empty(count + 1, theta, on_host=steps.path_on_host)
         path.near(0).copy_(theta)
         path.save(0)
         # with momentum the update is no longer a function of one step, so the velocities are kept as well
-        velocities = _Rows.empty(count, theta, on_host=steps.path_on_host) if steps.has_velocity else None
+        velocities = Rows.empty(count, theta, on_host=steps.path_on_host) if steps.has_velocity else None
         before = None if velocity is None else velocity.detach().contiguous()
         saved = {}
         for n, index in enumerate(steps.batches):
@@ -361,9 +320,9 @@ class _Unroll(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         steps: StudentSteps = ctx.steps
         images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
-        path = _Rows(rows, lr.device, on_host=steps.path_on_host)
+        path = Rows(rows, lr.device, on_host=steps.path_on_host)
         stored = ctx.saved_tensors[4]
-        velocities = None if stored is None else _Rows(stored, lr.device, on_host=steps.path_on_host)
+        velocities = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.near(0)
         rates = _rates(lr, len(steps.batches), start)

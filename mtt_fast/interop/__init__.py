@@ -7,14 +7,13 @@ so nothing in them is run. Files of tensors come back bit for bit; pictures are 
 from mtt_fast.interop.buffers import buffer_files, export_experts, import_experts, read_buffer
 from mtt_fast.interop.datasets import SyntheticView, image_data_from
 from mtt_fast.interop.ddranking import ddranking_call, label_robust_score
-from mtt_fast.interop.pairs import load_public_pair
 from mtt_fast.interop.sets import SET_KINDS, read_set, set_kind_of, write_set
-from mtt_fast.interop.tensor_set import Facts, TensorSet, as_synthetic, as_tensor_set, class_major, facts_of
+from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_synthetic, as_tensor_set, class_major, source_info
 from mtt_fast.interop.waypoints import export_waypoints, read_waypoints
 
 __all__ = [
     "SET_KINDS",
-    "Facts",
+    "SourceInfo",
     "SyntheticView",
     "TensorSet",
     "as_synthetic",
@@ -24,14 +23,13 @@ __all__ = [
     "ddranking_call",
     "export_experts",
     "export_waypoints",
-    "facts_of",
     "image_data_from",
     "import_experts",
     "label_robust_score",
-    "load_public_pair",
     "read_buffer",
     "read_set",
     "read_waypoints",
     "set_kind_of",
+    "source_info",
     "write_set",
 ]

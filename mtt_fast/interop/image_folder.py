@@ -1,6 +1,6 @@
 """Distilled sets as image folders: CLASS/NNNNN.png and labels.json. See picture_record.py for what pictures lose.
 
-labels.json holds `files`, `labels` in the same order (class indices or soft labels), and the facts of the set. A folder
+labels.json holds `files`, `labels` in the same order (class indices or soft labels), and the properties of the set. A folder
 without it, as other methods write them, has hard labels: the classes that its folders are named after, in any of the
 spellings that `class_indices` knows.
 """
@@ -22,7 +22,7 @@ from mtt_fast.data.listing import list_classes, tell_skipped
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import BEFORE_CHECKSUMS, FORMAT, as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.tensor_set import Facts, as_synthetic, as_tensor_set, tensor_set
+from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, as_tensor_set, tensor_set
 from mtt_fast.storage.files import whole_folder, write_json
 from mtt_fast.storage.foreign import names_in, read_json, shown
 
@@ -47,17 +47,19 @@ def write_image_folder(folder: str | os.PathLike[str], synthetic: SyntheticDatas
     return [Path(folder) / name for name in (*files, LABELS)]
 
 
-def read_image_folder(folder: str | os.PathLike[str], facts: Facts | None = None, lr: float = 0.01) -> SyntheticDataset:
+def read_image_folder(
+    folder: str | os.PathLike[str], info: SourceInfo | None = None, lr: float = 0.01
+) -> SyntheticDataset:
     """Read the pictures in `folder` as a distilled set.
 
-    `facts` of the real images give the whitening of a whitened set, and all that labels.json says where there is none;
-    then `lr` is the learning rate. Raises `InputError` for a folder that holds no set, or needs facts that are not given.
+    `info` of the real images gives the whitening of a whitened set, and all that labels.json says where there is none;
+    then `lr` is the learning rate. Raises `InputError` for a folder that holds no set, or needs properties that are not given.
     """
     folder = Path(folder)
     if LABELS not in names_in(folder):
-        return _read_classes(folder, facts, lr)
+        return _read_classes(folder, info, lr)
     files, labels, record = _read_record(folder / LABELS)
-    return from_pictures(_pictures([str(folder / name) for name in files]), labels, record, facts, folder / LABELS)
+    return from_pictures(_pictures([str(folder / name) for name in files]), labels, record, info, folder / LABELS)
 
 
 def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
@@ -87,8 +89,8 @@ def _read_record(path: Path) -> tuple[list[str], list[Any], dict[str, Any]]:
     return files, labels, record
 
 
-def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticDataset:
-    if facts is None:
+def _read_classes(folder: Path, info: SourceInfo | None, lr: float) -> SyntheticDataset:
+    if info is None:
         raise InputError(
             f"{folder}: expected {LABELS}, which says how its pictures are normalised, found none; name the real images "
             "with `dataset` and `data_path`"
@@ -99,13 +101,13 @@ def _read_classes(folder: Path, facts: Facts | None, lr: float) -> SyntheticData
     files = [file for files in classes.values() for file in files]
     if not files:
         raise InputError(f"{folder}: expected images in a folder a class, found none; check the path")
-    indices = class_indices(list(classes), facts.class_names, folder)
-    if missing := [name for index, name in enumerate(facts.class_names) if index not in indices]:
+    indices = class_indices(list(classes), info.class_names, folder)
+    if missing := [name for index, name in enumerate(info.class_names) if index not in indices]:
         log.warning("%s: no pictures of %d classes: %s", folder, len(missing), shortened(missing))
     counts = torch.tensor([len(files) for files in classes.values()])
     labels = torch.tensor(indices).repeat_interleave(counts)
-    images = facts.transform.apply(_pictures(files).float() / 255)
-    return as_synthetic(tensor_set(images, labels, None, str(folder)), facts, lr, {}, {}, str(folder))
+    images = info.transform.apply(_pictures(files).float() / 255)
+    return as_synthetic(tensor_set(images, labels, None, str(folder)), info, lr, {}, {}, str(folder))
 
 
 def _pictures(files: list[str]) -> Tensor:

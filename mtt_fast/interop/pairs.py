@@ -180,9 +180,3 @@ def _load_rate(file: Path) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError(f"{file}: expected one learning rate, found {shown(value)}; move the file away to go without")
     return plain_tensor(value, file)
-
-
-def load_public_pair(images_path: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return images, labels and learning rate (or None) of images_*.pt and the files beside it, as `read_pair` reads them."""
-    distilled = read_pair(images_path)
-    return distilled.images, distilled.labels, distilled.lr

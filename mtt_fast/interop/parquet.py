@@ -22,7 +22,7 @@ from mtt_fast.data.images import decode_bytes, read_header
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
 from mtt_fast.interop.picture_record import as_bytes, check_size, from_pictures, record_of
-from mtt_fast.interop.tensor_set import Facts, as_synthetic, as_tensor_set, tensor_set
+from mtt_fast.interop.tensor_set import SourceInfo, as_synthetic, as_tensor_set, tensor_set
 from mtt_fast.storage.files import atomic_path, parse_json
 from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, shortened
 from mtt_fast.storage.regular import check_regular
@@ -57,12 +57,12 @@ def write_parquet(path: str | os.PathLike[str], synthetic: SyntheticDataset) -> 
     return [Path(path)]
 
 
-def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: float = 0.01) -> SyntheticDataset:
+def read_parquet(path: str | os.PathLike[str], info: SourceInfo | None = None, lr: float = 0.01) -> SyntheticDataset:
     """Read a distilled set from a parquet file with columns `image` and `label`, and perhaps `soft_label`.
 
-    `facts` of the real images give the whitening of a whitened set; for a file that `write_parquet` did not write they
-    give all the facts, and `lr` the learning rate; its labels go by the names of its classes, where it has such.
-    Raises `InputError` for a broken or foreign file, where facts are needed and not given, and if pyarrow is not installed.
+    `info` of the real images gives the whitening of a whitened set; for a file that `write_parquet` did not write it
+    gives all the properties, and `lr` the learning rate; its labels go by the names of its classes, where it has such.
+    Raises `InputError` for a broken or foreign file, where properties are needed and not given, and if pyarrow is not installed.
     """
     arrow, parquet = _pyarrow(path)
     path = Path(path)
@@ -83,8 +83,8 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
         ) from error
     pictures = _decode(contents, path)
     if record is not None:
-        return from_pictures(pictures, labels if soft is None else soft, record, facts, path)
-    if facts is None:
+        return from_pictures(pictures, labels if soft is None else soft, record, info, path)
+    if info is None:
         raise InputError(
             f"{path}: another program's file, which does not say how its pictures are normalised; name the real images "
             "with `dataset` and `data_path`"
@@ -94,10 +94,10 @@ def read_parquet(path: str | os.PathLike[str], facts: Facts | None = None, lr: f
     except ValueError as error:
         raise InputError(f"{path}: expected a label of each image, found others ({error}); mend its column") from error
     if names:
-        indices = class_indices(names, facts.class_names, path)
-        targets = relabelled(targets, indices, len(facts.class_names), path)
-    images = facts.transform.apply(pictures.float() / 255)
-    return as_synthetic(tensor_set(images, targets, None, str(path)), facts, lr, {}, {}, str(path))
+        indices = class_indices(names, info.class_names, path)
+        targets = relabelled(targets, indices, len(info.class_names), path)
+    images = info.transform.apply(pictures.float() / 255)
+    return as_synthetic(tensor_set(images, targets, None, str(path)), info, lr, {}, {}, str(path))
 
 
 def _check_columns(file: Any, path: Path) -> None:

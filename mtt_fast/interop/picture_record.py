@@ -19,7 +19,7 @@ from mtt_fast.data.class_names import class_indices, relabelled
 from mtt_fast.data.set_checks import check_normalisation, check_set
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.errors import InputError
-from mtt_fast.interop.tensor_set import Facts
+from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.storage.files import bytes_of, checksum_of
 from mtt_fast.storage.foreign import as_tensor, shown
 from mtt_fast.storage.identity import check_same_data
@@ -50,23 +50,23 @@ def as_bytes(synthetic: SyntheticDataset, where: str | os.PathLike[str]) -> Tens
 
 def record_of(synthetic: SyntheticDataset, pictures: Tensor) -> dict[str, Any]:
     """Return the record, ready for JSON, that a reader needs besides the labels and the `pictures` that `as_bytes` returned."""
-    facts = {name: getattr(synthetic, name) for name in (*_PLAIN, *_OF_IMAGES)} | {
+    info = {name: getattr(synthetic, name) for name in (*_PLAIN, *_OF_IMAGES)} | {
         "lr": synthetic.lr.tolist(),
         "lr_per_step": None if synthetic.lr_per_step is None else synthetic.lr_per_step.tolist(),
         "canvas": None if synthetic.canvas is None else dataclasses.asdict(synthetic.canvas),
         "whitened": synthetic.whitening is not None,
     }
-    record: dict[str, Any] = json.loads(json.dumps(facts))  # as it comes back
+    record: dict[str, Any] = json.loads(json.dumps(info))  # as it comes back
     return {"format": FORMAT, **record} | {_CHECKSUM: _checksum(record, synthetic.labels.detach().cpu(), pictures)}
 
 
 def from_pictures(
-    pictures: Tensor, labels: Any, record: Any, facts: Facts | None, where: str | os.PathLike[str]
+    pictures: Tensor, labels: Any, record: Any, info: SourceInfo | None, where: str | os.PathLike[str]
 ) -> SyntheticDataset:
     """Return the set of `pictures` uint8 (n, C, H, W), with `labels`, lists, and the `record` that was written with them.
 
-    The whitening of a set that was whitened comes from `facts`, and so does the order of the classes: labels go by the
-    names of the record's. Raises `InputError` if the whitening is not there, the facts are of other images, the names are
+    The whitening of a set that was whitened comes from `info`, and so does the order of the classes: labels go by the
+    names of the record's. Raises `InputError` if the whitening is not there, the properties are of other images, the names are
     those of other classes, or the record is broken or of other labels or pictures.
     """
     try:
@@ -75,13 +75,13 @@ def from_pictures(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: expected the record of a distilled set, found it broken ({error})") from error
     whitened = record["whitened"]
-    if whitened and (facts is None or facts.whitening is None):
+    if whitened and (info is None or info.whitening is None):
         raise InputError(
             f"{where}: the set was whitened, and pictures do not hold the whitening; give the real images with "
             "`dataset`, `data_path` and `zca`"
         )
-    own = Facts(
-        fields["class_names"], fields["mean"], fields["std"], facts.whitening if facts and whitened else None,
+    own = SourceInfo(
+        fields["class_names"], fields["mean"], fields["std"], info.whitening if info and whitened else None,
         fields["dataset"], fields["fingerprint"],
     )  # fmt: skip
     found = SyntheticDataset(own.transform.apply(pictures.float() / 255), whitening=own.whitening, **fields)
@@ -90,13 +90,13 @@ def from_pictures(
     before = record.get("format") in (None, BEFORE_CHECKSUMS) and _CHECKSUM not in record
     if not before and record.get(_CHECKSUM) != _checksum(told, found.labels, pictures):
         raise InputError(f"{where}: damaged: its checksum is of other labels or pictures; get or make the set again")
-    if facts is None:
+    if info is None:
         return found
-    if found.class_names != facts.class_names:
-        indices = class_indices(found.class_names, facts.class_names, where)
-        ordered = relabelled(found.labels, indices, len(facts.class_names), where)
-        found = dataclasses.replace(found, labels=ordered, class_names=facts.class_names)
-    check_same_data(found.identity, facts.identity, where)
+    if found.class_names != info.class_names:
+        indices = class_indices(found.class_names, info.class_names, where)
+        ordered = relabelled(found.labels, indices, len(info.class_names), where)
+        found = dataclasses.replace(found, labels=ordered, class_names=info.class_names)
+    check_same_data(found.identity, info.identity, where)
     return found
 
 

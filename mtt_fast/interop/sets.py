@@ -14,7 +14,7 @@ from mtt_fast.interop.benchmark import is_benchmark, read_benchmark, read_result
 from mtt_fast.interop.image_folder import LABELS, read_image_folder, write_image_folder
 from mtt_fast.interop.pairs import read_pair, write_ddranking, write_pair
 from mtt_fast.interop.parquet import read_parquet, write_parquet
-from mtt_fast.interop.tensor_set import Facts, TensorSet, as_tensor_set, check_plain, class_major
+from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, as_tensor_set, check_plain, class_major
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.run_folder import SYNTHETIC
 
@@ -69,13 +69,13 @@ def read_set(
     kind: str | None = None,
     *,
     label_kind: str | None = None,
-    facts: Facts | None = None,
+    info: SourceInfo | None = None,
     lr: float = 0.01,
 ) -> SyntheticDataset | TensorSet:
     """Read a distilled set of `kind`, or of the kind that the names of its files look like.
 
     Kinds that hold tensors alone give a `TensorSet`. `label_kind` of soft labels of such kinds takes the place of a
-    guess by their values. `facts` and `lr`: see `read_image_folder` and `read_parquet`.
+    guess by their values. `info` and `lr`: see `read_image_folder` and `read_parquet`.
     Raises `InputError` for another kind, and for files that are missing, broken or hostile.
     """
     source = Path(source)
@@ -94,9 +94,9 @@ def read_set(
         case "dc_benchmark":
             return read_benchmark(source)
         case "png":
-            return read_image_folder(source, facts, lr)
+            return read_image_folder(source, info, lr)
         case "parquet":
-            return read_parquet(_only(source, "*.parquet"), facts, lr)
+            return read_parquet(_only(source, "*.parquet"), info, lr)
     raise InputError(_unknown(source, "`from`", kind))
 
 
@@ -136,7 +136,9 @@ def write_set(
     if kind not in SET_KINDS:
         raise InputError(_unknown(path, "`to`", kind))
     if isinstance(found, TensorSet):
-        raise InputError(f"{path}: expected the facts of the real images for kind {kind}; name them with `dataset`")
+        raise InputError(
+            f"{path}: expected the properties of the real images for kind {kind}; name them with `dataset`"
+        )
     match kind:
         case "png":
             return write_image_folder(path, found)

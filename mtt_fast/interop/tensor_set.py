@@ -20,8 +20,8 @@ from mtt_fast.storage.identity import NORMALISED, WHITENED, DatasetIdentity
 
 
 @dataclass(frozen=True)
-class Facts:
-    """The known facts of the real images that a set was distilled from; "" and () where one is not known."""
+class SourceInfo:
+    """The known properties of the real images that a set was distilled from; "" and () where one is not known."""
 
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -45,17 +45,17 @@ class Facts:
         return self.whitening or Normalisation(self.mean, self.std)
 
 
-def facts_of(data: ImageData, transform: Normalisation | Whitening) -> Facts:
-    """Return the facts of real images and of how networks see them."""
+def source_info(data: ImageData, transform: Normalisation | Whitening) -> SourceInfo:
+    """Return the properties of real images and of how networks see them."""
     whitening = transform if isinstance(transform, Whitening) else None
-    return Facts(
+    return SourceInfo(
         data.class_names, data.mean, data.std, whitening, data.name, data.fingerprint, data.image_shape
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TensorSet:
-    """A distilled set without the facts that undo its normalisation.
+    """A distilled set without the properties that undo its normalisation.
 
     `images` (n, C, H, W) float32 are in the networks' input space; `labels` are indices (n,) int64 or soft labels
     (n, classes) float32, of `label_kind` "indices", "probabilities" or "logits"; `lr` () float32, or None where the
@@ -189,27 +189,27 @@ def as_tensor_set(synthetic: SyntheticDataset) -> TensorSet:
 
 def as_synthetic(
     distilled: TensorSet,
-    facts: Facts,
+    info: SourceInfo,
     lr: float,
     recipe: dict[str, Any],
     versions: dict[str, str],
     where: str = "the set",
 ) -> SyntheticDataset:
-    """Return the set with the `facts` of the real images that it was distilled from; with `lr` where it brings none.
+    """Return the set with the `info` of the real images that it was distilled from; with `lr` where it brings none.
 
     `where` names its origin in messages. Class indices may leave classes out. Raises `InputError` if it cannot be distilled
     from such images.
     """
     shape, fewer = tuple(distilled.images.shape[1:]), distilled.label_kind == "indices"
-    classes, known = distilled.num_classes, len(facts.class_names)
-    if shape[0] != len(facts.mean) or classes > known or (classes < known and not fewer):
+    classes, known = distilled.num_classes, len(info.class_names)
+    if shape[0] != len(info.mean) or classes > known or (classes < known and not fewer):
         raise InputError(
-            f"{where}: expected images of {len(facts.mean)} channels and {known} classes, found "
+            f"{where}: expected images of {len(info.mean)} channels and {known} classes, found "
             f"{shape} of {classes} classes; name with `dataset` the data set that it was distilled from"
         )
-    if facts.image_shape and shape != facts.image_shape:
+    if info.image_shape and shape != info.image_shape:
         raise InputError(
-            f"`dataset`: expected images {facts.image_shape} of {facts.dataset}, found {shape}; name the data set that the "
+            f"`dataset`: expected images {info.image_shape} of {info.dataset}, found {shape}; name the data set that the "
             "source was distilled from, and its `res`"
         )
     synthetic = SyntheticDataset(
@@ -219,7 +219,7 @@ def as_synthetic(
         label_kind=distilled.label_kind,
         recipe=recipe,
         versions=versions,
-        **{name: value for name, value in vars(facts).items() if name != "image_shape"},
+        **{name: value for name, value in vars(info).items() if name != "image_shape"},
     )
     check_set(synthetic, where)
     return synthetic

@@ -48,7 +48,7 @@ def lenet(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     )
 
 
-def alexnet(image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool = False) -> nn.Module:
+def alexnet(image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False) -> nn.Module:
     """Return AlexNet with the strides and widths of the public code, for images (C, H, W); it has no dropout.
 
     `batch_norm` puts a batch norm after each convolution. Raises `InputError` if the images are too small.
@@ -69,7 +69,7 @@ def alexnet(image_shape: tuple[int, int, int], num_classes: int, batch_norm: boo
     return in_sequence(features=features, flatten=nn.Flatten(), fc=nn.Linear(192 * height * width, num_classes))
 
 
-def vgg11(image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool = False) -> nn.Module:
+def vgg11(image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False) -> nn.Module:
     """Return VGG11 with one linear layer and no dropout, for images (C, H, W).
 
     Its norm is an instance norm, or a batch norm. Raises `InputError` if the images are too small.

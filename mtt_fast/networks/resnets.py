@@ -15,7 +15,7 @@ _STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the fir
 
 
 def resnet18(
-    image_shape: tuple[int, int, int], num_classes: int, batch_norm: bool = False, average_pooled: bool = False
+    image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bool = False, average_pooled: bool = False
 ) -> nn.Module:
     """Return ResNet18 with instance or batch norm, for images (C, H, W).
 

@@ -1,4 +1,4 @@
-"""Settings by name: options of `python -m mtt_fast.distill`, their description, source and method, a TOML file each.
+"""Read recipes, the named settings of `python -m mtt_fast.distill`: options, description, source and method, a TOML file each.
 
 A recipe that says `base = "NAME"` has the options of that recipe, or of the file bases/NAME.toml, and its own over them.
 """
@@ -32,7 +32,7 @@ def recipe_about(name: str) -> dict[str, str]:
 
 
 def recipe_text(name: str) -> str:
-    """Return the file of the recipe `name`, TOML, after those that it is based on."""
+    """Return the text of the recipe's file, TOML, after the files that it is based on."""
     base = _table(name).get("base")
     own = str(_file(name).read_text(encoding="utf-8"))
     return own if base is None else f"{recipe_text(base)}\n# over {base}\n{own}"
@@ -48,7 +48,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _resolved(name: str) -> dict[str, Any]:
-    """Return what the file of `name` says, over what its base says."""
+    """Return the content of the file of `name`, merged over that of its base."""
     table = _table(name)
     base = table.pop("base", None)
     return table if base is None else _resolved(base) | table
@@ -60,7 +60,7 @@ def _table(name: str) -> dict[str, Any]:
 
 
 def _file(name: str) -> Any:
-    """Return the file of a recipe, or else of a base."""
+    """Return the file of the recipe `name`, or if there is none that of a base."""
     recipe = _folder() / f"{name}.toml"
     return recipe if recipe.is_file() else _folder() / "bases" / f"{name}.toml"
 

@@ -1,4 +1,4 @@
-"""List the recipes, all or those that some words pick: `python -m mtt_fast.recipes [WORD…]`."""
+"""List all recipes, or those that have some words: `python -m mtt_fast.recipes [WORD…]`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ListOptions:
     """words of the names and descriptions to list, such as: datm cifar10"""
 
 
-class _Listed(NamedTuple):
+class _Recipe(NamedTuple):
     name: str
     description: str
     source: str
@@ -34,7 +34,7 @@ class _Listed(NamedTuple):
     dataset: str
 
     def has(self, word: str) -> bool:
-        """Return whether `word` is the method, or is in the name, the data set or what the description says before a colon.
+        """Return whether `word` is the method, or in the name, the data set or the description before its colon.
 
         "ipc1" is not in "ipc10".
         """
@@ -44,26 +44,26 @@ class _Listed(NamedTuple):
 
 
 def listing(words: Sequence[str]) -> str:
-    """Return the recipes in which all of `words` occur, by method and source; or, for the name of one, its file.
+    """Return the recipes that have all of `words`, by method and source; or, for the name of one recipe, its file.
 
     Raises `InputError` if there is none.
     """
     if len(words) == 1 and words[0] in recipe_names():
         return f"# python -m mtt_fast.distill --recipe {words[0]}\n{recipe_text(words[0]).rstrip()}"
-    found = [recipe for recipe in _all() if all(recipe.has(word) for word in words)]
-    if not found:
+    recipes = [recipe for recipe in _all() if all(recipe.has(word) for word in words)]
+    if not recipes:
         known = sorted({part for name in recipe_names() for part in (name, *name.split("-"))})
         hint = next((guess for word in words if (guess := did_you_mean(word, known))), "")
         raise InputError(f"{' '.join(words)}: no recipe has all of these words{hint}; {PROGRAM} lists all")
     lines = []
-    for (method, source), group in groupby(found, lambda recipe: (recipe.method, _without_file(recipe.source))):
+    for (method, source), group in groupby(recipes, lambda recipe: (recipe.method, _without_file(recipe.source))):
         lines += ["", f"{method}: {source}", *(f"  {name:24} {description}" for name, description, *_ in group)]
     return "\n".join([*lines[1:], "", f"options and source of one: {PROGRAM} NAME"])
 
 
-def _all() -> list[_Listed]:
-    """Return all recipes, MTT's first, those of a method and a source together, in the order of names and numbers."""
-    recipes = [_Listed(name, **recipe_about(name), dataset=recipe_options(name)["dataset"]) for name in recipe_names()]
+def _all() -> list[_Recipe]:
+    """Return all recipes sorted by method, MTT's first, then by source, then by name and number."""
+    recipes = [_Recipe(name, **recipe_about(name), dataset=recipe_options(name)["dataset"]) for name in recipe_names()]
     return sorted(
         recipes,
         key=lambda recipe: (
@@ -76,12 +76,12 @@ def _all() -> list[_Listed]:
 
 
 def _without_file(source: str) -> str:
-    """Return `source` without the file that is another for each of its recipes."""
+    """Return `source` without the name of a single recipe's file."""
     return re.sub(r", configs/.*", ", configs/", source)
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
-    """Return what sorts ipc10 before ipc50 and behind ipc1."""
+    """Return the sort key that puts ipc10 after ipc1 and before ipc50."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D+)(\d*)", name)]
 
 

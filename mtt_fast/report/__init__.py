@@ -1,4 +1,4 @@
-"""One page of HTML that tells what runs did: pictures, curves, accuracies, cost, options, versions."""
+"""Write one page of HTML about runs: pictures, curves, accuracies, cost, options, versions."""
 
 from mtt_fast.report.page import render
 

@@ -1,4 +1,4 @@
-"""The curves of runs as SVG, to be put into a page."""
+"""Draw the curves of runs as SVG for the page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _POINTS = 600  # of a curve: more cannot be told apart, and make the page heavy
 
 
 def charts(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the curves of all `runs` by title, each an SVG element as text; without those that no run has."""
+    """Return the curves of all `runs` by title, each an SVG element as text; curves that no run has are left out."""
     own = " (each method's own)" if len({run.method for run in runs}) > 1 else ""
     drawn = {
         f"Loss{own}": _chart(runs, "loss", _draw_lines("step", "loss")),
@@ -42,10 +42,10 @@ def _draw_lines(kind: str, key: str) -> Callable[[Any, Run, str], bool]:
 def _draw_accuracy(axes: Any, run: Run, colour: str) -> bool:
     styles = {"evaluation": ("-", run.name), "ema_evaluation": ("--", f"{run.name}, average over the iterations")}
     for kind, (style, label) in styles.items():
-        found = run.of_kind(kind)
-        iterations = [record["iteration"] for record in found]
-        mean, std = (np.array([100 * record[f"accuracy_{part}"] for record in found]) for part in ("mean", "std"))
-        if found:
+        records = run.of_kind(kind)
+        iterations = [record["iteration"] for record in records]
+        mean, std = (np.array([100 * record[f"accuracy_{part}"] for record in records]) for part in ("mean", "std"))
+        if records:
             axes.errorbar(
                 iterations, mean, std, color=colour, linestyle=style, marker="o", capsize=4, linewidth=1.6, label=label
             )
@@ -60,7 +60,7 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
 
 
 def _chart(runs: Sequence[Run], name: str, draw: Callable[[Any, Run, str], bool]) -> str:
-    """Return one chart, or nothing if no run has something to draw."""
+    """Return one chart as an SVG element, or "" if no run has anything to draw."""
     from matplotlib import rc_context  # slow to import, and only drawing needs it
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def _chart(runs: Sequence[Run], name: str, draw: Callable[[Any, Run, str], bool]
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 13, "text.parse_math": False}):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        drawn = [draw(axes, run, f"C{place % 10}") for place, run in enumerate(runs)]
+        drawn = [draw(axes, run, f"C{number % 10}") for number, run in enumerate(runs)]
         if not any(drawn):
             return ""
         axes.set_xlabel("iteration")

@@ -1,4 +1,4 @@
-"""The page itself: what the runs say, filled into page.html.j2."""
+"""Fill the template page.html.j2 with the content of runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Picture:
 
 def render(runs: Sequence[Run]) -> str:
     """Return the page about `runs` as HTML that refers to no other file."""
-    from jinja2 import Environment  # only this job needs it
+    from jinja2 import Environment  # only this command needs it
 
     template = (resources.files("mtt_fast.report") / "page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -57,13 +57,13 @@ def pictures(snapshots: Mapping[int, Path]) -> list[_Picture]:
     """Return the first snapshot, the last, and some between, evenly."""
     iterations = sorted(snapshots)
     last = len(iterations) - 1
-    places = sorted({round(i * last / (_SHOWN - 1)) for i in range(_SHOWN)}) if iterations else []
+    chosen = sorted({round(i * last / (_SHOWN - 1)) for i in range(_SHOWN)}) if iterations else []
     return [
         _Picture(
-            f"iteration {iterations[place]:,}",
-            base64.b64encode(read_bytes(snapshots[iterations[place]], _LARGEST)).decode("ascii"),
+            f"iteration {iterations[index]:,}",
+            base64.b64encode(read_bytes(snapshots[iterations[index]], _LARGEST)).decode("ascii"),
         )
-        for place in places
+        for index in chosen
     ]
 
 
@@ -73,7 +73,7 @@ def chosen_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def percent(accuracy: Mapping[str, Any]) -> str:
-    """Return an accuracy (mean, std, n) as "65.40 ± 0.30"; of one network without deviation, with what `label_of` says."""
+    """Return an accuracy (mean, std, n) as "65.40 ± 0.30", without deviation for one network, with the text of `label_of`."""
     spread = f" ± {100 * accuracy['std']:.2f}" if accuracy.get("n", 1) > 1 else ""
     return f"{100 * accuracy['mean']:.2f}{spread}{label_of(accuracy)}"
 
@@ -94,4 +94,4 @@ def mebibytes(value: float) -> str:
 
 def number(value: float | Sequence[float]) -> str:
     """Return a number, or each of several, with five digits."""
-    return f"{value:.5g}" if isinstance(value, (int, float)) else ", ".join(f"{one:.5g}" for one in value)
+    return f"{value:.5g}" if isinstance(value, (int, float)) else ", ".join(f"{item:.5g}" for item in value)

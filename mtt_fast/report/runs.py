@@ -1,4 +1,4 @@
-"""What a report needs of a run, read from its folder."""
+"""Read the content of run folders that a report needs."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _EVALUATIONS = {"distilled": "evaluation", "ema": "ema_evaluation"}
 
 @dataclass(frozen=True)
 class Run:
-    """A run of any method, finished or under way."""
+    """A run of any method, finished or unfinished."""
 
-    name: str  # of its folder, with those above where others are called the same
+    name: str  # the folder's name, with the folders above where several runs have the same name
     options: dict[str, Any]
-    summary: dict[str, Any]  # empty while it is under way
+    summary: dict[str, Any]  # empty in an unfinished run
     records: list[dict[str, Any]]  # the lines of metrics.jsonl
     snapshots: dict[int, Path]  # by iteration
 
     @property
     def method(self) -> str:
-        """The method's name; textures are told from images."""
+        """Return the method's name, marked where the set is of textures."""
         name = str(self.summary.get("method") or _method_of(self.options))
         return f"{name}, textures" if self.options.get("texture") else name
 
     @property
     def iterations(self) -> int:
-        """Return how many are done, as far as is written down; 0 of a set that is chosen at once."""
+        """Return the number of recorded iterations; 0 for a set that is chosen at once."""
         return max((record["iteration"] for record in self.records), default=int(self.summary.get("iterations", 0)))
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -46,34 +46,34 @@ class Run:
 
     @property
     def protocol(self) -> str:
-        """Return how its networks are evaluated, in words, where that is written down."""
+        """Return the evaluation protocol in words, or "" where the summary has none."""
         return str(self.summary.get("protocol", {}).get("text", ""))
 
     @property
     def accuracies(self) -> dict[str, dict[str, Any]]:
-        """Mean, std and n of test accuracies by what was measured; of a run under way the last evaluation's."""
+        """Return mean, std and n of the test accuracies by name; of an unfinished run those of the last evaluation."""
         if self.summary:
-            found = self.summary["accuracy"]
-            return {kind: value for kind, value in found.items() if isinstance(value, dict) and "mean" in value}
+            accuracies = self.summary["accuracy"]
+            return {kind: value for kind, value in accuracies.items() if isinstance(value, dict) and "mean" in value}
         last = {name: self.of_kind(kind)[-1:] for name, kind in _EVALUATIONS.items()}
         return {name: accuracy_record(lines[0]) for name, lines in last.items() if lines}
 
     @property
     def by_network(self) -> dict[str, dict[str, Any]]:
-        """Mean, std and n of the distilled set's test accuracy by network, if it was tested on several."""
-        found: dict[str, dict[str, Any]] = self.summary.get("accuracy_by_network", {}).get("distilled", {})
-        return found if len(found) > 1 else {}
+        """Return mean, std and n of the distilled set's test accuracy by network, if several were trained on the set."""
+        accuracies: dict[str, dict[str, Any]] = self.summary.get("accuracy_by_network", {}).get("distilled", {})
+        return accuracies if len(accuracies) > 1 else {}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return the runs in `folders`, each called by as much of the end of its path as tells it from the others.
+    """Return the runs in `folders`, each named by the shortest end of its path that is different from the others'.
 
-    Raises `InputError` for a folder that is there twice, and as `read_run`.
+    Raises `InputError` for a folder that is named twice, and as `read_run`.
     """
     paths = [folder.resolve() for folder in folders]
-    for place, path in enumerate(paths):
-        if path in paths[:place]:
-            raise InputError(f"{folders[place]}: expected each run once, found it twice")
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise InputError(f"{folders[index]}: expected each run once, found it twice")
     return [dataclasses.replace(read_run(path), name=name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
@@ -93,7 +93,7 @@ def read_run(folder: Path) -> Run:
     if options is None and not summary:
         raise InputError(f"{folder}: expected a run's folder (config.toml or {SUMMARY}), found neither; check the path")
     numbers = {path: re.fullmatch(r"iteration_(\d+)\.png", path.name) for path in (folder / HISTORY).glob("*.png")}
-    snapshots = {int(found[1]): path for path, found in sorted(numbers.items()) if found}
+    snapshots = {int(number[1]): path for path, number in sorted(numbers.items()) if number}
     return Run(
         folder.resolve().name,
         summary.get("options") or options or {},
@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _method_of(options: Mapping[str, Any]) -> str:
-    """Return the method's name by the options of a run that has no summary yet."""
+    """Return the method's name, from the options of a run that has no summary yet."""
     if name := options.get("method"):
         return METHODS[name].title if name in METHODS else str(name)
     recipe = options.get("recipe")

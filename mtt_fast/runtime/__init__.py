@@ -1,1 +1,1 @@
-"""The machinery around the computation: CUDA graphs, prefetching, numerics, signals, seeds, memory."""
+"""Support for the computation: CUDA graphs, prefetching, numerics, signals, seeds, provenance, memory."""

@@ -1,5 +1,4 @@
-"""A function of tensors recorded once in a CUDA graph and then replayed: the host starts one graph instead of thousands of
-kernels.
+"""Record a function of tensors once in a CUDA graph and replay it: the host then starts one graph, not thousands of kernels.
 
 On a CPU there is nothing to record, and `graphed` returns the function itself. Only `recorder` calls CUDA.
 """
@@ -19,18 +18,18 @@ from mtt_fast.runtime.memory_info import is_out_of_memory
 log = logging.getLogger(__name__)
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""A pure function of tensors on one device, that asks for no tensor's value and draws no random number."""
+"""A pure function of tensors on one device, which reads no tensor's value on the host and draws no random number."""
 
 
 class Recording(NamedTuple):
-    """A recorded call: the function that repeats it, and the tensors that hold its results afterwards."""
+    """A recorded call: the function that repeats the call, and the tensors that hold the results afterwards."""
 
     replay: Callable[[], object]
     outputs: tuple[Tensor, ...]
 
 
 Record = Callable[[Callable[[], tuple[Tensor, ...]]], Recording]
-"""Record one call of a function without arguments."""
+"""A function that records one call of a function without arguments."""
 
 _MOST = 8  # recordings of one function, since each keeps its own inputs and outputs
 _WARM_UPS = 2  # the first call compiles kernels and chooses algorithms, the second is like all later ones
@@ -40,16 +39,16 @@ _one_capture = threading.Lock()  # a capture begins with a wait for the whole de
 def graphed(function: Function, device: torch.device) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
-    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is recorded first. Results are new tensors. Raises `torch.OutOfMemoryError` if a recording does not
-    fit on the device.
+    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is recorded first.
+    Results are new tensors. Raises `torch.OutOfMemoryError` if a recording does not fit on the device.
     """
     return GraphedFunction(function, recorder(device)) if device.type == "cuda" else function
 
 
 class GraphedFunction:
-    """A function with its recordings, one for each set of shapes and dtypes that it was called with.
+    """A function with its recordings, one for each set of shapes and dtypes of its arguments.
 
-    Where these are too many, or a call cannot be recorded, the function itself is called, and the log says so.
+    Where there are too many such sets, or a call cannot be recorded, the function itself is called, and the log says so.
     """
 
     def __init__(self, function: Function, record: Record) -> None:
@@ -57,7 +56,7 @@ class GraphedFunction:
         self._record = record
         self._recordings: dict[tuple[object, ...], tuple[tuple[Tensor, ...], Recording]] = {}
         self.problem: str | None = None
-        """why calls are not recorded any more; None while they are"""
+        """the reason why calls are no longer recorded; None while they are recorded"""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the function's results for `inputs`."""
@@ -81,10 +80,10 @@ class GraphedFunction:
             self._recordings[kind] = static_inputs, self._record(lambda: self._function(*static_inputs))
             return
         except RuntimeError as error:
-            exhausted, cause = _out_of_memory(error), f"{type(error).__name__}: {error}".splitlines()[0]
+            out_of_memory, cause = _out_of_memory(error), f"{type(error).__name__}: {error}".splitlines()[0]
         # after the except clause, where the error and the tensors of its frames are gone
-        if exhausted:
-            raise torch.OutOfMemoryError(exhausted)
+        if out_of_memory:
+            raise torch.OutOfMemoryError(out_of_memory)
         self._give_up(cause)
 
     def _give_up(self, problem: str) -> None:
@@ -118,7 +117,7 @@ def recorder(device: torch.device) -> Record:
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:
-    """Return the message of the out-of-memory error that caused `error`, or None: an interrupted capture hides the cause."""
+    """Return the message of the out-of-memory error that caused `error`, or None; an interrupted capture hides the cause."""
     while error is not None:
         if is_out_of_memory(error):
             return str(error)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a long run checks between its steps."""
+"""Turn Ctrl-C and SIGTERM into a request to stop, which a long run checks between its steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """A run that stopped early on request, with everything saved. `signum` is the signal; the message says how to go on."""
+    """The end of a run that stopped early on request, with everything saved. `signum` is the signal; the message says how to go on."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -18,7 +18,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """A request to stop: false until a signal arrives, whose number `signum` then is."""
+    """A request to stop: false until a signal arrives, then true, with the signal's number in `signum`."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -34,7 +34,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Set the request on the first SIGINT or SIGTERM within the block, without an interruption; a second one interrupts.
+    """Yield a request that the first SIGINT or SIGTERM within the block sets without an interruption; a second one interrupts.
 
     Outside the main thread, where Python allows no handlers, the request is never set.
     """

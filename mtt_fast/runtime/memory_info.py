@@ -1,4 +1,4 @@
-"""Free memory, sizes as text, and errors that say that memory ran out."""
+"""Measure free memory, parse sizes, and recognise errors that say that memory ran out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtt_fast.errors import InputError
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 AUTO = "auto"
-"""The budget that is `MARGIN` of the free memory."""
+"""The memory budget that stands for the share `MARGIN` of the free memory."""
 MARGIN = 0.8
 
 
@@ -40,10 +40,10 @@ def parse_bytes(amount: int | str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on `device`, by the driver, or the system and the control group.
+    """Return the bytes that can still be allocated on `device`, as the driver, or the system and the control group, say.
 
-    On a GPU memory that torch has reserved and does not use counts as free. Where the system does not say (not Linux), half
-    of the physical memory counts as free.
+    On a GPU memory that torch has reserved and does not use counts as free. On other systems than Linux half of the
+    physical memory counts as free.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -53,11 +53,11 @@ def free_bytes(device: torch.device) -> int:
         system = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return min([system, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return min([system, *bytes_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
-def _left_in_groups(membership: Path, mount: Path) -> list[int]:
-    """Return the bytes below the limit in each control group of this process, version 1 or 2, and the groups above."""
+def bytes_left_in_groups(membership: Path, mount: Path) -> list[int]:
+    """Return the bytes left below the limit of each control group of this process, version 1 or 2, and of the groups above."""
     left = []
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)
@@ -70,11 +70,11 @@ def _left_in_groups(membership: Path, mount: Path) -> list[int]:
         own_group = root / path.lstrip("/")
         for group in [own_group, *own_group.parents]:
             if group.is_relative_to(root):
-                left += _left_in_group(group, *names)
+                left += _bytes_left_in(group, *names)
     return left
 
 
-def _left_in_group(group: Path, limit: str, usage: str, cached: str) -> list[int]:
+def _bytes_left_in(group: Path, limit: str, usage: str, cached: str) -> list[int]:
     try:
         allowed = (group / limit).read_text().strip()
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

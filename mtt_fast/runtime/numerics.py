@@ -1,4 +1,4 @@
-"""Numerics of a run: the precision of products, and deterministic algorithms, so that the same run gives the same bits."""
+"""Set the precision of products and deterministic algorithms for a run, so that the same run gives the same bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in anothe
 
 @contextlib.contextmanager
 def numerics(device: torch.device, precision: str) -> Iterator[None]:
-    """Have torch compute on `device` with `precision`, and deterministically, within the block; then as before.
+    """Set torch to compute on `device` with `precision` and deterministically within the block, and reset it after the block.
 
     On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32; operations
     with a fixed order of sums take the place of those without, or raise `RuntimeError`; algorithms are chosen by shapes,

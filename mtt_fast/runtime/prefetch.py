@@ -1,4 +1,4 @@
-"""Work done ahead of its use: a thread makes the next items, and a stream of its own copies them to the device."""
+"""Prepare items before they are needed: a thread makes the next ones, and a stream of its own copies them to the device."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Item = TypeVar("Item")
 def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: int = 2) -> Generator[Item, None, None]:
     """Yield `make(index)` for each index in turn, made by one thread up to `depth` items ahead of the one in use.
 
-    An exception of `make` is raised where its item would have come. Close the generator (`contextlib.closing`) to stop
-    early: the item under way is finished and dropped, no other is begun, and the thread has ended.
+    An exception of `make` is raised in place of its item. Close the generator (`contextlib.closing`) to stop early: the
+    current item is finished and dropped, no other is started, and the thread has ended.
     """
     ahead: deque[Future[Item]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
@@ -34,10 +34,10 @@ def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: i
 
 
 def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]:
-    """Return a function that starts to copy CPU tensors to `device` and returns another, which returns the copies.
+    """Return a function that starts to copy CPU tensors to `device` and returns a second function, which returns the copies.
 
-    The first may be called in any thread; on CUDA it copies from pinned memory on a stream of its own and waits for
-    nothing. The second makes the caller's stream wait for the copies. On a CPU it returns the tensors themselves.
+    The first function may be called in any thread; on CUDA it copies from pinned memory on a stream of its own and waits
+    for nothing. The second makes the caller's stream wait for the copies. On a CPU it returns the tensors themselves.
     """
     if device.type != "cuda":
         return lambda tensors: lambda: tensors

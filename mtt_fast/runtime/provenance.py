@@ -1,4 +1,4 @@
-"""Provenance of a record: versions, device and peak memory."""
+"""Name the versions and the device of a record, measure its peak memory, and choose the device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _processor() -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak so far: of the CUDA allocator on a GPU, of the resident process on a CPU."""
+    """Return the peak memory so far: of the CUDA allocator on a GPU, of the resident process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,13 +59,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def check_device_name(name: str) -> None:
-    """Raise `InputError` unless `name` is that of a device on which this package computes, on this machine or another."""
+    """Raise `InputError` unless `name` is a device on which this package can compute, on this machine or another."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
         raise InputError(f"`device` {name}: expected auto, cpu, cuda or cuda:N")
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is the GPU if there is one. Raises `InputError` if it cannot be used."""
+    """Return the device called `name`; "auto" is the GPU if there is one. Raises `InputError` if the device cannot be used."""
     check_device_name(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

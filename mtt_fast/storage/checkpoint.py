@@ -19,8 +19,8 @@ from mtt_fast.storage.files import (
     save_tensors,
 )
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
-from mtt_fast.storage.records import check_form
-from mtt_fast.storage.run_folder import _NUMBER, CHECKPOINT, EVALUATIONS
+from mtt_fast.storage.records import NUMBER, check_form
+from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS
 
 
 @dataclass
@@ -85,7 +85,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
         numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
         if "format" in metadata:
-            check_form(numbers, dict.fromkeys(_NUMBERS, _NUMBER))
+            check_form(numbers, dict.fromkeys(_NUMBERS, NUMBER))
             if metadata["format"] != _CHECKPOINT:
                 raise ValueError("another format")
         return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))

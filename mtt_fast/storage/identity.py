@@ -18,7 +18,8 @@ NORMALISED, WHITENED = "none", "zca"
 """The values of `DatasetIdentity.whitening`."""
 
 _STATISTICS_TOLERANCE = 1e-4  # of means and deviations in [0, 1]; published ones have four digits
-_WHITENING_TOLERANCE = 1e-3  # of a whole matrix; two machines differ by 1e-5 of it, another eps by more than 0.1
+WHITENING_TOLERANCE = 1e-3
+"""Relative error of a whole matrix below which two are the same; two machines differ by 1e-5, another eps by more than 0.1."""
 
 
 @dataclass(frozen=True)

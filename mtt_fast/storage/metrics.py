@@ -15,9 +15,9 @@ from typing import Any
 from mtt_fast.errors import InputError
 from mtt_fast.storage.events import EventLog
 from mtt_fast.storage.files import MALFORMED, parse_json, read_header, write_text
-from mtt_fast.storage.records import check_form, sealed, unsealed
+from mtt_fast.storage.records import NUMBER, check_form, sealed, unsealed
 from mtt_fast.storage.regular import open_regular
-from mtt_fast.storage.run_folder import _NUMBER, CHECKPOINT, EVALUATIONS, METRICS
+from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS, METRICS
 
 log = logging.getLogger(__name__)
 
@@ -133,5 +133,5 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
 def _as_record(value: Any) -> dict[str, Any]:
     """Return the record in a line of metrics.jsonl. Raises one of `MALFORMED` for anything else."""
     check_form(value, {"kind": str, "iteration": int})
-    check_form(value, {name: _NUMBER for name in (*_FIELDS.get(value["kind"], ()), *value) if name not in _NO_NUMBERS})
+    check_form(value, {name: NUMBER for name in (*_FIELDS.get(value["kind"], ()), *value) if name not in _NO_NUMBERS})
     return dict(value)

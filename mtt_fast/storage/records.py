@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import MALFORMED, checksum_of, parse_json, write_json
 from mtt_fast.storage.regular import read_text
 
+NUMBER = int | float
+"""The form of a number, for `check_form`."""
 _FORMAT = 2
 _SEAL = ("format", "checksum")
 
@@ -35,6 +38,23 @@ def unsealed(record: dict[str, Any]) -> dict[str, Any]:
     if record.get("checksum") != _checksum(whole):
         raise ValueError("it is not what was written")
     return {name: value for name, value in whole.items() if name != "format"}
+
+
+def read_entries(
+    path: Path, field: str, entry: Callable[[Mapping[str, Any]], dict[str, Any]], what: str, mend: str
+) -> list[dict[str, Any]]:
+    """Return `entry` of each item in the list `field` of the record in `path`; none if there is no such file.
+
+    Raises `InputError` for a file that is no record, or for which `entry` raises one of `MALFORMED`: it says that `what` was
+    expected, and how to `mend` that.
+    """
+    if not path.exists():
+        return []
+    record = read_record(path, what, mend)
+    try:
+        return [entry(item) for item in record[field]]
+    except MALFORMED as error:
+        raise InputError(f"{path}: expected {what}, found another ({type(error).__name__}: {error}); {mend}") from error
 
 
 def _checksum(record: Mapping[str, Any]) -> str:

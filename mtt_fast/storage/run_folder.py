@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import MALFORMED, checksum_of, parse_toml, write_text
-from mtt_fast.storage.records import check_form, read_record
+from mtt_fast.storage.records import NUMBER, check_form, read_record
 from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.temporaries import remove_leftovers
 
@@ -121,18 +121,17 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
-_NUMBER = int | float
-_ACCURACY = {"mean": _NUMBER, "std": _NUMBER, "n": int}
+_ACCURACY = {"mean": NUMBER, "std": NUMBER, "n": int}
 _SUMMARY = {
     "accuracy": {"*": _ACCURACY},
     "accuracy_by_network?": {"*": {"*": _ACCURACY}},
     "options?": {
         "dataset?": str, "subset?": str | None, "res?": int | None, "model?": str, "ipc?": int, "seed?": int,
     },
-    "text?": str, "method?": str, "protocol?": {"text?": str}, "gradient?": {"kind?": str, "cosines_to_exact?": [_NUMBER]},
+    "text?": str, "method?": str, "protocol?": {"text?": str}, "gradient?": {"kind?": str, "cosines_to_exact?": [NUMBER]},
     "iterations?": int, "skipped_iterations?": int, "iterations_above_threshold?": int, "learning_rate_kept?": int,
-    "learning_rate?": _NUMBER, "learning_rate_per_step?": [_NUMBER], "seconds?": {"*": _NUMBER},
-    "data?": {"fingerprint?": str}, "peak_memory_bytes?": _NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
+    "learning_rate?": NUMBER, "learning_rate_per_step?": [NUMBER], "seconds?": {"*": NUMBER},
+    "data?": {"fingerprint?": str}, "peak_memory_bytes?": NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
 }  # fmt: skip
 """The form that readers of a summary take for granted."""
 _A_SUMMARY = "the summary of a run with its accuracy"

@@ -1,1 +1,1 @@
-"""SGD on real or distilled images: experts, evaluations, and what both share."""
+"""Train networks by SGD on real or distilled images, for experts and for evaluations."""

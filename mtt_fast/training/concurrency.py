@@ -1,4 +1,4 @@
-"""Several networks trained at the same time, where one alone does not fill the device."""
+"""Train several networks at the same time, where one alone does not fill the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mtt_fast.runtime.memory_info import AUTO, MARGIN, free_bytes, parse_bytes
 
 Result = TypeVar("Result")
 Job = Generator[None, None, Result]
-"""A training in pieces: it yields after each piece, and returns its result, on the host."""
+"""A training in pieces: a generator that yields after each piece and returns the training's result, on the host."""
 
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 """The context, such as a CUDA stream, in which each piece of one job runs."""
@@ -29,14 +29,14 @@ Context = Callable[[], contextlib.AbstractContextManager[object]]
 # On a CPU, a step of fewer is done sooner by one thread for each of several networks than by all threads for one.
 # Measured on two busy cores with ConvNet at 32×32, width 128: 10 images (47 MB) 1.4 times as fast; digits at width 32
 # takes as long either way, since Python's own share is most of the time there.
-_SMALL = 64 * 2**20
-# On a GPU, so many numbers for each thread that the device holds fill it. An estimate: no device has confirmed it.
-_NUMBERS_A_THREAD = 200
+_SMALL_STEP = 64 * 2**20  # bytes
+# A GPU is taken to be full with so many numbers for each of its resident threads. An estimate: no device has confirmed it.
+_NUMBERS_PER_THREAD = 200
 _VECTORS = 12  # parameters and velocity before, within and after a recorded step; SAM's gradients with their parts
 
 
 class Concurrency(NamedTuple):
-    """The number of jobs at the same time, and of the threads of each on a CPU."""
+    """The number of jobs at the same time, and on a CPU the number of threads of each job."""
 
     at_once: int
     threads: int
@@ -57,7 +57,7 @@ def concurrency_for(
 
     `at_once` overrides the formulas: on a CPU as many as threads, if a step is small, else one; on a GPU as many as fill
     the device and fit in `memory_budget`, where "auto" is most of the free memory. The number of threads of one training
-    depends on the step alone, so its result does not depend on the jobs beside it.
+    depends on the step alone, so the training's result does not depend on the number of jobs.
     Raises `InputError` if `at_once` is less than 1.
     """
     if at_once is not None and at_once < 1:
@@ -70,18 +70,18 @@ def concurrency_for(
         memory = int(MARGIN * free_bytes(device)) if memory_budget == AUTO else parse_bytes(memory_budget)
         step = student.step_bytes(batch, image_shape, torch.float32, device).gradient
         step += _VECTORS * network.num_parameters * torch.float32.itemsize
-        most = filling(work, gpu_threads, step, memory)
+        most = steps_that_fill(work, gpu_threads, step, memory)
     else:
-        most, threads = (threads, 1) if work <= _SMALL else (1, threads)
+        most, threads = (threads, 1) if work <= _SMALL_STEP else (1, threads)
     return Concurrency(max(1, min(at_once or most, jobs)), threads)
 
 
-def filling(work: int, gpu_threads: int, step: int, memory: int) -> int:
+def steps_that_fill(work: int, gpu_threads: int, step: int, memory: int) -> int:
     """Return the number of steps that fill a GPU of `gpu_threads` threads and fit in `memory` bytes.
 
-    A step is as much work as `work` bytes are, and takes `step` bytes.
+    A step's work is measured as `work` bytes of activations, and a step takes `step` bytes.
     """
-    return min(gpu_threads * _NUMBERS_A_THREAD * 4 // work, memory // step)
+    return min(gpu_threads * _NUMBERS_PER_THREAD * 4 // work, memory // step)
 
 
 def run_concurrently(
@@ -89,9 +89,9 @@ def run_concurrently(
 ) -> Iterator[tuple[int, Result]]:
     """Run `jobs`, `concurrency.at_once` at a time; yield (index of the job, result) as each is done.
 
-    Jobs are taken from the iterable as others end. On a CPU each runs in a thread; on CUDA one thread begins the pieces
-    of all in turn, each job's on a stream of its own, so a piece should wait for nothing. When a job raises, or the
-    caller stops, the others end after the piece under way.
+    A job is taken from the iterable as another ends. On a CPU each job runs in a thread; on CUDA one thread starts the
+    pieces of all jobs in turn, each job's on a stream of its own, so a piece should wait for nothing. When a job raises, or
+    the caller stops, the other jobs end after their current piece.
     """
     if device.type == "cuda":
         yield from round_robin(jobs, [_stream(device) for _ in range(concurrency.at_once)])
@@ -110,7 +110,7 @@ def result_of(job: Job[Result]) -> Result:
 
 
 def round_robin(jobs: Iterable[Job[Result]], contexts: Sequence[Context]) -> Iterator[tuple[int, Result]]:
-    """Run a piece of one job after a piece of another, as many jobs at a time as `contexts`; yield as `run_concurrently`."""
+    """Run one piece of each job in turn, as many jobs at a time as `contexts`; yield as `run_concurrently` does."""
     waiting = enumerate(jobs)
     running = deque((context, index, job) for context, (index, job) in zip(contexts, waiting, strict=False))
     try:
@@ -129,7 +129,7 @@ def round_robin(jobs: Iterable[Job[Result]], contexts: Sequence[Context]) -> Ite
 
 
 def _advance(job: Job[Result]) -> tuple[Result] | None:
-    """Run one piece of `job`; return its result, in a tuple, if that was the last."""
+    """Run one piece of `job`; return the job's result, in a tuple, if that piece was the last, else None."""
     try:
         next(job)
     except StopIteration as end:
@@ -145,7 +145,7 @@ def _stream(device: torch.device) -> Context:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Have torch and the kernels use `count` threads for the operations of this thread, within the block."""
+    """Set torch and the kernels to use `count` threads for the operations of this thread within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -167,7 +167,7 @@ def _in_threads(jobs: Iterable[Job[Result]], concurrency: Concurrency) -> Iterat
 
     waiting = enumerate(jobs)
     running: dict[Future[Result], int] = {}
-    # the number of threads is set back for those that begin later
+    # the number of threads is reset afterwards, for threads that start later
     with (
         _threads(torch.get_num_threads()),
         ThreadPoolExecutor(concurrency.at_once, thread_name_prefix="network") as pool,

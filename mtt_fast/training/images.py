@@ -1,4 +1,4 @@
-"""Labelled images on a device, as inputs of networks."""
+"""Hold labelled images on a device, as inputs of networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_training_images(synthetic: SyntheticDataset, device: torch.device) -> Ima
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images on one device, made into the network's inputs one batch at a time.
+    """Labelled images on one device, which become the network's inputs one batch at a time.
 
     `pixels` (n, C, H, W) are uint8 with `transform` from [0, 1] to the network's inputs, or floating-point inputs and
     `transform` None. `labels` are indices (n,) or probabilities (n, classes). With a `canvas` the images are textures, of
@@ -47,11 +47,11 @@ class Images:
 
     @property
     def crops(self) -> int:
-        """Return the number of crops of each image in a step; 1 where a step sees the images themselves."""
+        """Return the number of crops of each image in a step; 1 where the inputs are the images themselves."""
         return 1 if self.canvas is None else self.canvas.samples
 
-    def seen_in(self, index: Tensor) -> Tensor:
-        """Return the index of the image that each input of a step on the images at `index` is, or is cropped from."""
+    def expand_crops(self, index: Tensor) -> Tensor:
+        """Return the image's index for each input of a step on the images at `index`; of a canvas, once for each crop."""
         return index if self.canvas is None else self.canvas.batch(index)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -71,20 +71,20 @@ class RealImages:
 
     @property
     def identity(self) -> DatasetIdentity:
-        """Return the identity of the data set behind this transform."""
+        """Return the identity of the data set, normalised or whitened by this transform."""
         return self.data.identity(zca=isinstance(self.transform, Whitening))
 
     @property
     def whitening(self) -> str:
-        """Return the input space, as `DatasetIdentity.whitening`."""
+        """Return whether the inputs are normalised or whitened, as `DatasetIdentity.whitening`."""
         return self.identity.whitening
 
 
 def real_images(
-    data: ImageData, zca: bool, device: torch.device, transform: Normalisation | Whitening | None = None
+    data: ImageData, device: torch.device, *, zca: bool, transform: Normalisation | Whitening | None = None
 ) -> RealImages:
     """Put `data` on `device` as uint8; each batch is normalised or whitened on use, or transformed by `transform`."""
-    transform = transform_for(data, zca) if transform is None else transform
+    transform = transform_for(data, zca=zca) if transform is None else transform
     if isinstance(transform, Whitening):
         transform = transform.to(device)
 

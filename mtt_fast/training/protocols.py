@@ -1,6 +1,6 @@
-"""The evaluation of a small set: networks trained on it and tested, by the protocols of the field.
+"""Evaluate a small set: train networks on it and test them, by the protocols of the field.
 
-Accuracies compare under one protocol only. `EvaluationProtocol.describe` is a protocol in words, which the log shows.
+Accuracies compare under one protocol only. `EvaluationProtocol.describe` gives a protocol in words, for the log.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from mtt_fast.training.sgd import Sgd, count_right, epoch_on
 
 log = logging.getLogger(__name__)
 
-_TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs, where the best one is looked for: DD-Ranking's
+_TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best one, as in DD-Ranking
 
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
     """A protocol to train a network on a small set and to test it. The defaults are MTT's (its `evaluate_synset`).
 
-    It is SGD at the set's own learning rate, which is divided by ten once, at half of the epochs.
+    Training is SGD at the set's own learning rate, which is divided by ten once, at half of the epochs.
     """
 
     epochs: int = 1000
@@ -105,8 +105,8 @@ ddranking: DD-Ranking 0.2, whose accuracy is that of the best epoch. Where a set
 """
 
 
-def protocol_called(name: str) -> EvaluationProtocol:
-    """Return the protocol called `name`, with its own settings. Raises `InputError` for another name."""
+def published_protocol(name: str) -> EvaluationProtocol:
+    """Return the protocol called `name`, with its published settings. Raises `InputError` for another name."""
     protocol = PROTOCOLS.get(name)
     if protocol is None:
         raise InputError(f"`protocol` {name}: expected {', '.join(PROTOCOLS)}")
@@ -118,9 +118,9 @@ def protocol_by_name(
 ) -> EvaluationProtocol:
     """Return the protocol called `name` with other `epochs` and augmentation and, if given, another batch size.
 
-    `best_epoch` reports the best epoch also where the protocol reports the last. Raises `InputError` for another name.
+    `best_epoch` reports the best epoch even where the protocol reports the last. Raises `InputError` for another name.
     """
-    published = protocol_called(name)
+    published = published_protocol(name)
     protocol = dataclasses.replace(
         published,
         epochs=epochs,
@@ -141,7 +141,7 @@ class Accuracy:
     best_epoch: bool = False
     """whether each value is of the network's best epoch, chosen on the test images, and not of its last"""
     diverged: int = 0
-    """number of networks that diverged; the accuracy of such a network is 0 from then on, and not that of guessing"""
+    """number of networks that diverged; such a network counts as 0, and not as the accuracy of guessing"""
 
     @property
     def mean(self) -> float:
@@ -154,7 +154,7 @@ class Accuracy:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def record(self) -> dict[str, Any]:
-        """Return mean, std and n, the values themselves, "epoch": "best" if they are of the best one, and "diverged" if any did."""
+        """Return mean, std, n and the values, with "epoch": "best" for best epochs, and "diverged" if networks diverged."""
         label = {"epoch": "best"} if self.best_epoch else {}
         diverged = {"diverged": self.diverged} if self.diverged else {}
         return {
@@ -182,23 +182,25 @@ def train_network(
     stop: StopRequest | None = None,
 ) -> Tensor:
     """Train from `theta` (P,) on `images` by the protocol; return the final parameters (P,)."""
-    return result_of(_trained(network, theta, images, lr, protocol, generator, precision, stop, lambda *_: None))
+    return result_of(_training(network, theta, images, lr, protocol, generator, precision=precision, stop=stop))
 
 
-def _trained(
+def _training(
     network: Network,
     theta: Tensor,
     images: Images,
     lr: float,
     protocol: EvaluationProtocol,
     generator: torch.Generator,
+    *,
     precision: Precision,
     stop: StopRequest | None,
-    test: Callable[[Network, Tensor, Tensor], None],
+    test: Callable[[Network, Tensor, Tensor], None] = lambda *_: None,
 ) -> Job[Tensor]:
     """Train as `train_network` does, an epoch at a time, and call `test` whenever a test is due.
 
-    The arguments of `test` are the network in evaluation, its parameters, and whether it has diverged (), on the device.
+    The arguments of `test` are the network in evaluation, the network's parameters, and whether it has diverged (), on
+    the device.
     """
     student = _student(network, images, precision)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
@@ -224,9 +226,9 @@ def _trained(
 def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:
     """Return whether a training has diverged, () bool, without a wait for the device.
 
-    A training has diverged where the `losses` (epochs,) of its epochs or its `state` are not finite, and where the loss
-    exceeded that of any network that has learnt something, and ended above its beginning: a normalised network may
-    stay finite at any rate.
+    A training has diverged where the `losses` (epochs,) or the `state` are not finite, and where the loss has exceeded that
+    of any network that has learnt something and is above the first loss at the end: a normalised network may stay finite
+    at any rate.
     """
     finite = torch.stack([tensor.isfinite().all() for tensor in (losses, *state)]).all()
     return ~finite | ((losses.max() > _BEYOND_GUESSING) & (losses[-1] > losses[0]))
@@ -249,7 +251,7 @@ def evaluate(
     *,
     networks: int,
     seed: int,
-    place: Sequence[int] = (),
+    indices: Sequence[int] = (),
     name: str = "evaluation",
     stop: StopRequest | None = None,
     precision: Precision = "fp32",
@@ -258,13 +260,14 @@ def evaluate(
 ) -> Accuracy:
     """Train `networks` fresh networks, each on `train(generator)`, and test each at the end (or as `protocol` says).
 
-    The random numbers of network k follow from (`seed`, "evaluation", *`place`, k) alone, and its result does not depend on
-    the number that is trained `at_once` (mtt_fast/training/concurrency.py). A network that diverged gets none of the test images right,
-    is counted in the result, and named in a warning. Raises `Stopped` between two epochs after a stop request.
+    The random numbers of network k follow from (`seed`, "evaluation", *`indices`, k) alone, and the network's result does not
+    depend on the number of networks trained `at_once` (mtt_fast/training/concurrency.py). A network that diverged gets none
+    of the test images right, and the result and a warning give the number of such networks. Raises `Stopped` between two
+    epochs after a stop request.
     """
 
     def job(k: int) -> Job[tuple[float, bool]]:
-        generator = generator_for(seed, "evaluation", *place, k)
+        generator = generator_for(seed, "evaluation", *indices, k)
         theta = network.init(generator).to(test.labels.device)
         right: list[Tensor] = []
         diverged: list[Tensor] = []
@@ -273,14 +276,14 @@ def evaluate(
             right.append(count_right(trained, theta, test).masked_fill(has_diverged, 0))
             diverged.append(has_diverged)
 
-        yield from _trained(
-            network, theta, train(generator), lr, protocol, generator, precision, stop, test_network
-        )  # fmt: skip
+        yield from _training(
+            network, theta, train(generator), lr, protocol, generator, precision=precision, stop=stop, test=test_network
+        )
         yield
         return int(torch.stack(right).max()) / len(test), bool(diverged[-1])
 
     device = test.labels.device
-    example = train(generator_for(seed, "evaluation", *place, 0))
+    example = train(generator_for(seed, "evaluation", *indices, 0))
     concurrency = concurrency_for(
         network, _student(network, example, precision), example.input_shape, device,
         batch=example.crops * min(protocol.batch_size, len(example)), jobs=networks, at_once=at_once,

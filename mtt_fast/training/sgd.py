@@ -1,4 +1,4 @@
-"""SGD on real or synthetic images: one epoch, and the accuracy afterwards. Experts and evaluation share it."""
+"""Train by SGD on real or synthetic images, an epoch at a time, and measure accuracy, for experts and evaluations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Sgd:
 
 
 class Gradients(Protocol):
-    """The gradient of a step: a student's, or one towards flat minima (mtt_fast/training/sharpness.py)."""
+    """An object that gives a step's gradient: a student, or SAM's variant of one (mtt_fast/training/sharpness.py)."""
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> StepGradient:
         """Return the loss () at `theta` and the direction (P,) to descend against."""
@@ -42,9 +42,10 @@ class Gradients(Protocol):
 
 
 Epoch = Callable[..., tuple[Tensor, ...]]
-"""From parameters and velocity (P,) and a source of random numbers to both after one epoch, and its mean loss ().
+"""A function from parameters and velocity (P,) and a generator to both after one epoch, and the epoch's mean loss ().
 
-If the network keeps running statistics (S,), the last argument is those before the epoch, and the last result those after.
+If the network keeps running statistics (S,), the last argument is the statistics before the epoch, and the last result those
+after the epoch.
 """
 
 
@@ -55,11 +56,11 @@ class Step(NamedTuple):
     velocity: Tensor  # (P,)
     loss: Tensor  # (), before the step
     images: int  # in the step
-    statistics: list[Tensor]  # the running statistics (S,) of a network that keeps some
+    statistics: list[Tensor]  # running statistics (S,) if the network keeps some, else empty
 
 
 Steps = Callable[..., Iterator[Step]]
-"""From the arguments of an `Epoch` to the state of the training after each of its steps."""
+"""A function from the arguments of an `Epoch` to the state of the training after each step of the epoch."""
 
 
 def epoch_on(
@@ -68,7 +69,7 @@ def epoch_on(
     """Return a function that visits every image once in random order, in steps of plain SGD; the last batch may be short.
 
     Order and augmentation are drawn from the generator before the first step. Nothing waits for the device, and on
-    CUDA a step is recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) belongs to networks that keep
+    CUDA a step is recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) is for networks that keep
     running statistics.
     """
     steps = steps_on(student, images, sgd, augment, track)
@@ -86,7 +87,7 @@ def epoch_on(
 def steps_on(
     student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
 ) -> Steps:
-    """Return a function that goes through an epoch of `epoch_on` step by step."""
+    """Return a function that does an epoch of `epoch_on` and yields after each step."""
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
@@ -97,7 +98,7 @@ def steps_on(
     def steps(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> Iterator[Step]:
         order = torch.randperm(len(images), generator=generator)
         draw = None if augmentation is None else augmentation.draw_parameters
-        batches = [images.seen_in(index) for index in order.split(sgd.batch_size)]
+        batches = [images.expand_crops(index) for index in order.split(sgd.batch_size)]
         lengths = [len(index) for index in batches]
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
         rows = zip(*(upload(rows, device).split(lengths) for rows in draws.tensors()), strict=True)
@@ -120,9 +121,9 @@ def training_step(
     index: Tensor,
     parameters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameters and velocity (P,) after a step on the images at `index` (b,), and the loss () before it.
+    """Return parameters and velocity (P,) after a step on the images at `index` (b,), and the loss () before the step.
 
-    A pure function of its tensors, of which it asks for no value. `parameters` (b, K) are those of `augment`.
+    A pure function of its tensors, none of whose values is read on the host. `parameters` (b, K) are those of `augment`.
     """
     inputs, targets = _inputs(images, augment, index, parameters)
     loss, gradient, _ = student.gradient(theta, inputs, targets)
@@ -143,7 +144,7 @@ def training_step(
 def _inputs(
     images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the network's inputs of the batch at `index` (b,), and its targets."""
+    """Return the network's inputs and targets of the batch at `index` (b,)."""
     inputs, targets = images.batch(index)
     return (inputs if augment is None or parameters is None else augment(inputs, parameters)), targets
 
@@ -157,7 +158,7 @@ def _tracked(
     index: Tensor,
     parameters: Tensor | None = None,
 ) -> tuple[Tensor]:
-    """Return the running statistics (S,) after the step on the images at `index` (b,), from those before it."""
+    """Return the running statistics (S,) after a step on the images at `index` (b,), from the `statistics` before the step."""
     return (track(theta, _inputs(images, augment, index, parameters)[0], statistics),)
 
 

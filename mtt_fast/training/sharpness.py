@@ -1,4 +1,4 @@
-"""Gradients that lead to flat minima, for experts whose trajectories a student follows more easily (FTD).
+"""Compute gradients that lead to flat minima (SAM), for experts whose trajectories a student follows more easily (FTD).
 
 SAM (Foret et al., ICLR 2021) descends by the gradient at a worse place nearby,
 
@@ -31,7 +31,7 @@ class SharpnessAware:
     adaptive: bool = False
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
-        """Return the loss () at `theta`, and the direction (P,) that takes the place of its gradient. Nothing is saved.
+        """Return the loss () at `theta`, and the direction (P,) in place of the loss's gradient. Nothing is saved.
 
         A pure function of its tensors: both gradients are of the same images.
         """
@@ -46,6 +46,6 @@ class SharpnessAware:
         return StepGradient(loss, direction, None)
 
 
-def sharpness_aware(student: Student, rho: float, alpha: float, adaptive: bool) -> Student | SharpnessAware:
-    """Return the student that computes the gradient of a training step; with `rho` 0 `student` itself."""
+def sharpness_aware(student: Student, rho: float, alpha: float, *, adaptive: bool) -> Student | SharpnessAware:
+    """Return the student that computes the gradient of a training step; `student` itself if `rho` is 0."""
     return SharpnessAware(student, rho, alpha, adaptive) if rho else student

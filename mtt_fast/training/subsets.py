@@ -12,7 +12,7 @@ from mtt_fast.training.images import Images
 def random_subset(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> Images:
     """Return `ipc` random real images of each class, class-major, as inputs of networks (floating point).
 
-    Raises `InputError` if a class has fewer.
+    Raises `InputError` if a class has fewer images than that.
     """
     chosen = [members[:ipc] for members in shuffled_classes(real, num_classes, ipc, generator)]
     return Images(*real.batch(torch.cat(chosen).to(real.labels.device)))

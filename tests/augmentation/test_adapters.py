@@ -1,4 +1,4 @@
-"""Other people's augmentations: the same draws in both sweeps, and gradients as by whole-graph autograd."""
+"""Test other people's augmentations: the same draws in both sweeps, and gradients as by whole-graph autograd."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_meta_gradient(name: str, microbatch: int | None) -> None:
 
 
 def test_augmentations_are_composed_of_others() -> None:
-    """As a user would: two of them, each with draws of its own."""
+    """Compose two augmentations as a user would, each with draws of its own."""
     first, second = SiameseAugment("crop_flip"), AUGMENTATIONS["several of kornia"]
     both = Augmentation(
         lambda images, generator: (first.draw(images, generator), second.draw(images, generator)),

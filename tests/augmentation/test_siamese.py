@@ -1,4 +1,4 @@
-"""DSA against golden cases and plain torch, draw for draw; its draws; its derivatives."""
+"""Test DSA against golden cases and plain torch, draw for draw; its draws; its derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-import mtt_fast.augmentation.siamese as operations
 from mtt_fast import InputError, SiameseAugment
 from mtt_fast.augmentation.siamese import Draws, augment_by_strategy, augment_parameters, augment_with
 from mtt_fast.testing import assert_close
@@ -36,7 +35,7 @@ def test_golden(golden: Path, name: str, dtype: torch.dtype) -> None:
     case = load_file(golden / "dsa-32.safetensors")
     images = case["images"].to(dtype).requires_grad_()
     draws = [case[key] for key in sorted(case) if key.startswith(f"{name}.draw")]
-    output = getattr(operations, name)(images, *draws)
+    output = augment_with(images, augment_parameters(Draws(name, tuple(draws)), images.shape))
     (gradient,) = torch.autograd.grad(output, images, case["cotangent"].to(dtype))
     tolerance = TOLERANCES.get(name, 1e-7)  # the values are stored in float32
     assert_close("output", output, case[f"{name}.output"], tolerance)
@@ -44,7 +43,7 @@ def test_golden(golden: Path, name: str, dtype: torch.dtype) -> None:
 
 
 def plain(images: Tensor, draws: Draws) -> Tensor:
-    """The operations in plain torch, an image at a time."""
+    """Apply the operations in plain torch, an image at a time."""
     return torch.stack([_PLAIN[draws.operation](x, *n) for x, *n in zip(images, *draws.numbers, strict=True)])
 
 
@@ -135,7 +134,7 @@ def test_derivatives_and_repetition(name: str) -> None:
 
 
 def test_second_derivatives_through_the_augmentation() -> None:
-    """What is affine has none of its own, and must pass on those around it: forward over reverse, and twice reverse."""
+    """Check that an affine map, which has no second derivatives, passes on those around it: forward over reverse, and twice reverse."""
     images = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     along = torch.randn_like(images)
     draws = SiameseAugment("color").draw(images, torch.Generator().manual_seed(1))
@@ -157,7 +156,7 @@ def test_second_derivatives_through_the_augmentation() -> None:
 
 @pytest.mark.parametrize("name", ["color", "crop", "rotate"])
 def test_parameters_made_outside_do_the_same(name: str) -> None:
-    """As a CUDA graph takes them: from memory of its own, in the type that the images need."""
+    """Take parameters as a CUDA graph does: from memory of its own, in the dtype that the images need."""
     augment, images = SiameseAugment(name), torch.randn(3, 3, 8, 8)
     draws = augment.draw(images, torch.Generator().manual_seed(1))
     held = torch.empty(3, 13)
@@ -194,7 +193,7 @@ def test_parameters_are_not_differentiable() -> None:
 
 
 def test_the_random_numbers_and_their_order() -> None:
-    """A run repeats from its seed: one number for the operation, then a vector for each of its numbers."""
+    """Check that a run repeats from its seed: one number for the operation, then a vector for each of its numbers."""
     images = torch.zeros(4, 3, 8, 6)
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
     for name, low, high in (("crop", (-1, -1), (2, 2)), ("cutout", (0, 0), (9, 6)), ("color", (), ())):

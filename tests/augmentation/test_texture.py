@@ -1,4 +1,4 @@
-"""Textures: crops of canvases as the public code takes them, their gradients, draws, and pictures put together."""
+"""Test textures: crops of canvases as the public code takes them, their gradients, draws, and pictures put together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ODD = (3, 2, 7, 10)
 
 
 def rolled(image: torch.Tensor, corner: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """One crop (C, height, width) of one canvas, by rolling the canvas."""
+    """Return one crop (C, height, width) of one canvas, by rolling the canvas."""
     return torch.roll(image, (-int(corner[0]), -int(corner[1])), (1, 2))[:, :height, :width]
 
 
@@ -79,7 +79,7 @@ def test_the_augmentation_that_follows_sees_crops() -> None:
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_unroll_sends_gradients_to_the_canvases(samples: int) -> None:
-    """Against the whole graph of steps that roll and cut, with labels repeated, as the public code does."""
+    """Compare with the whole graph of steps that roll and cut, with labels repeated, as in the public code."""
     net = ConvNet(in_channels=1, num_classes=3, image_size=4, width=5, depth=1)
     theta = net.init(generator_for(0, "theta")).double()
     canvases = torch.rand(4, 1, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -143,7 +143,7 @@ TOY = (
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy run of textures; its data and buffers are beside it."""
+    """Return the folder of a toy run of textures, with its data and buffers beside it."""
     folder = tmp_path_factory.mktemp("texture")
     assert cli.run(distill, [*TOY, *places(folder), "--out", str(folder / "run")]) == 0
     return folder / "run"
@@ -154,9 +154,9 @@ def places(folder: Path) -> list[str]:
 
 
 def test_a_run_starts_from_tiles_and_updates_canvases(run_folder: Path) -> None:
-    """One iteration, against steps that roll and cut, with the run's own draws."""
+    """Compare one iteration with steps that roll and cut, with the run's own draws."""
     options = parse_options([*TOY, *places(run_folder.parent)])
-    real = real_images(options.load_data(), False, torch.device("cpu"))
+    real = real_images(options.load_data(), torch.device("cpu"), zca=False)
     start = random_subset(real.train, 10, 4, generator_for(0, "initial images"))
     canvases = canvases_of(start.pixels, 2).double().requires_grad_()
     assert canvases.shape == (10, 1, 16, 16)
@@ -190,7 +190,7 @@ def test_textures_go_with_what_the_successors_added(run_folder: Path, tmp_path: 
     flags = [*TOY, *places(run_folder.parent), "--lr_y", "1", "--ema_decay", "0.9", "--num_trajectories", "2"]
     flags += ["--pix_init", "samples_predicted_correctly", "--gradient", "truncated", "--out", str(tmp_path / "run")]
     assert cli.run(distill, [*flags, "--Iteration", "0"]) == 0
-    real = real_images(parse_options(flags).load_data(), False, torch.device("cpu"))
+    real = real_images(parse_options(flags).load_data(), torch.device("cpu"), zca=False)
     pixels, labels = real.train.batch(slice(None))
     begun = SyntheticDataset.load(tmp_path / "run" / "synthetic.safetensors").images
     for label, canvas in enumerate(begun):
@@ -206,10 +206,10 @@ def test_textures_go_with_what_the_successors_added(run_folder: Path, tmp_path: 
 
 
 def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path: Path) -> None:
-    """Against torch's own optimiser on rolled and cut canvases, with the evaluation's draws."""
+    """Compare with torch's own optimiser on rolled and cut canvases, with the evaluation's draws."""
     found = SyntheticDataset.load(run_folder / "synthetic.safetensors")
     options = parse_options([*TOY, *places(run_folder.parent)])
-    real = real_images(options.load_data(), False, torch.device("cpu"))
+    real = real_images(options.load_data(), torch.device("cpu"), zca=False)
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
     images = as_training_images(found, torch.device("cpu"))
     assert images.input_shape == (1, 8, 8)
@@ -317,7 +317,7 @@ def test_the_plan_counts_crops_and_canvases() -> None:
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_crops() -> None:
-    """Of canvases of one colour each all crops are alike, and without a learning rate all steps."""
+    """Use canvases of one colour each, whose crops are all alike, and no learning rate, so that all steps are alike."""
     colours = torch.rand(5, 1, 1, 1, dtype=torch.float64)
     images = Images(colours.expand(5, 1, 8, 8).contiguous(), torch.arange(5) % 3, canvas=Canvas(2, 3))
     net = ConvNet(in_channels=1, num_classes=3, image_size=4, width=3, depth=1, norm="none")

@@ -1,4 +1,4 @@
-"""Options, exit statuses, recipes, random numbers by place, atomic files."""
+"""Test options, exit statuses, recipes, random numbers by purpose, atomic files."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_no_recipe() -> None:
 
 
 def test_who_reads_may_leave() -> None:
-    """As `… | head` does."""
+    """Close the output early, as `… | head` does."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mtt_fast.recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

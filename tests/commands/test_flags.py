@@ -1,4 +1,4 @@
-"""The flags of every command with their defaults, beside those of the public distill.py and buffer.py: a new one is a decision."""
+"""Hold the flags of every command with their defaults, beside those of the public distill.py and buffer.py: a new one is a decision."""
 
 from __future__ import annotations
 
@@ -341,7 +341,7 @@ def test_help_shows_the_defaults_that_the_other_flags_leave() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_text_stands_alone(command: str) -> None:
-    """It says what an option is, and needs no neighbour to be understood."""
+    """Check that a help text says what its option is without the texts beside it."""
     texts = help_texts(COMMANDS[command])
     assert set(texts) >= set(fields_of(COMMANDS[command]))
     for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""What options take: ranges, types and choices on command lines and in files, spellings, and the public code's arguments."""
+"""Test the values of options: ranges, types and choices on command lines and in files, spellings, and the public code's arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tyro
 
 from mtt_fast import InputError, SyntheticDataset, evaluate, experts
 from mtt_fast.baselines.catalogue import METHODS
-from mtt_fast.baselines.command import _parse
+from mtt_fast.baselines.command import parse_method_options
 from mtt_fast.commands import cli, parsing
 from mtt_fast.commands.option_fields import COUNT, SHARE, Range, Role, check_values, fields_of, names_of, outside_result
 from mtt_fast.commands.options import TrueOrFalse
@@ -283,7 +283,7 @@ def test_files_of_a_distillation(
     if line == 'pix_init = "zz"':
         (run / "config.toml").write_text(f'method = "dm"\n{line}\n')
         with pytest.raises(InputError, match="option pix_init: expected one of 'real', 'noise', found 'zz'"):
-            _parse("dm", ["--out", str(run), "--resume"])
+            parse_method_options("dm", ["--out", str(run), "--resume"])
 
 
 @pytest.mark.parametrize("text", ["a = 1" + "0" * 5000, "a = " + "[" * 5000, "a = 1\na = 2", "a = \x00", "\xff"])
@@ -415,8 +415,8 @@ def test_what_is_given_is_known_whatever_its_value() -> None:
 
 
 def test_what_options_decide() -> None:
-    """Each is decided where it is declared; a new one belongs in one of these lists on purpose, or makes the result."""
-    assert names_of(DistillOptions, Role.PLACE) == {
+    """Check the role that each option declares; a new option belongs in one of these lists on purpose, or decides the result."""
+    assert names_of(DistillOptions, Role.LOCATION) == {
         "recipe", "config", "out", "resume", "dry_run", "download", "data_path", "packed_path", "buffer_path",
     }  # fmt: skip
     assert names_of(DistillOptions, Role.MACHINE) == {

@@ -1,4 +1,4 @@
-"""Every option of every command: alone and with its partner it changes what a toy job leaves, or is refused or told in a line.
+"""Check that every option of every command, alone and with its partner, changes the output of a toy job, or is refused or logged.
 
 A job's outcome is what it wrote (numbers alone, without the options that the files repeat), where, and what it said of its plan.
 """
@@ -57,7 +57,7 @@ RUN = (
 
 @dataclass(frozen=True)
 class Command:
-    """A command, its options, and the toy job that each option is added to."""
+    """A command, its options, and the toy job to which each option is added."""
 
     options: type
     main: Callable[[Sequence[str]], None]
@@ -93,7 +93,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What is shown of an option."""
+    """An option's values and its expected effect."""
 
     words: str
     """the option with a value that is not its default"""
@@ -450,7 +450,7 @@ NO_EFFECT = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with what the toy jobs read: data, experts, a run, a baseline, sets and experts of the public code."""
+    """Make a folder with the inputs of the toy jobs: data, experts, a run, a baseline, sets and experts of the public code."""
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setattr("mtt_fast.commands.run_loop.save_curves", lambda *_: None)
@@ -531,14 +531,14 @@ _ONLY_READ = ("pictures", "pair", "soft", "canvases", "public")
 
 
 class Toy:
-    """Runs toy jobs, each in a copy of the world."""
+    """A runner of toy jobs, each in a copy of the world."""
 
     def __init__(self, world: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
         self._world, self._caplog, self._capsys = world, caplog, capsys
 
     @contextlib.contextmanager
     def copy(self) -> Iterator[None]:
-        """Within the block the process is in a fresh copy of the world."""
+        """Make a fresh copy of the world the working directory within the block."""
         place = self._world.with_name("copy")
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -626,7 +626,7 @@ def test_no_option_is_missing(command: str) -> None:
     "command", [pytest.param(name, marks=[pytest.mark.slow] * (name in OWN), id=name) for name in COMMANDS]
 )
 def test_the_same_job_has_the_same_outcome(toy: Toy, command: str) -> None:
-    """Or nothing would be shown by an outcome that differs."""
+    """Check that outcomes repeat, since otherwise a different outcome would show nothing."""
     job = COMMANDS[command].job
     assert toy.outcome(command, job) == before(toy, command, job)
 

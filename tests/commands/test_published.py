@@ -1,4 +1,4 @@
-"""Every number that the paper reports, transcribed a second time and held against commands/published.toml."""
+"""Hold every number that the paper reports, transcribed a second time, against commands/published.toml."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def network_of_table_1(dataset: str, method: str) -> str:
 
 
 def transcribed() -> dict[Cell, str]:
-    """The cells of the paper's tables in the words of this file; those that are blank are left out."""
+    """Return the cells of the paper's tables in the words of this file, without blank ones."""
     cells = {cell: text for cell, text in cells_of_table_1() if text}
     for dataset, text in FULL_DATA.items():
         cells["1", dataset, network_of_table_1(dataset, "MTT"), "all real images", "all"] = text
@@ -105,7 +105,7 @@ def transcribed() -> dict[Cell, str]:
 
 
 def in_the_file() -> dict[Cell, tuple[list[float], bool]]:
-    """The cells of the file's rows without a source, read without the loader: numbers, and whether with ZCA."""
+    """Return the cells of the file's rows without a source, read without the loader: numbers, and whether with ZCA."""
     content: dict[str, Any] = tomllib.loads(FILE.read_text(encoding="utf-8"))
     found = {}
     for table, rows in content["rows"].items():
@@ -164,9 +164,9 @@ def test_shares_are_those_of_the_data_sets() -> None:
         "Tiny": {"1": 0.2, "10": 2, "50": 10},
     }
     for dataset, shares in published().shares.items():
-        facts = dataset_info(dataset)
+        info = dataset_info(dataset)
         for ipc, share in shares.items():
-            assert 100 * int(ipc) * facts.num_classes / facts.train == pytest.approx(share)
+            assert 100 * int(ipc) * info.num_classes / info.train == pytest.approx(share)
 
 
 def test_costs() -> None:
@@ -178,8 +178,8 @@ def test_costs() -> None:
 
 
 def test_names_are_those_of_the_options() -> None:
-    """So that what is measured finds its line."""
+    """Check that a measurement finds its row by these names."""
     for row in published().rows:
-        facts = dataset_info(row.dataset)
+        info = dataset_info(row.dataset)
         if row.model != "not said":
-            network_by_name(row.model, facts.image_shape, facts.num_classes)
+            network_by_name(row.model, info.image_shape, info.num_classes)

@@ -1,4 +1,4 @@
-"""The loop of runs: what it does when, and that whatever stops it leaves everything saved."""
+"""Test the loop of runs: the order of its work, and that everything is saved whatever stops it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged archives and text files: one line, and nothing else, whatever is in them."""
+"""Test damaged archives and text files: one line, and nothing else, whatever is in them."""
 
 from __future__ import annotations
 

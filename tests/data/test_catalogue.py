@@ -1,4 +1,4 @@
-"""Data sets by name, the digits of scikit-learn, and the real images where they are."""
+"""Test data sets by name, the digits of scikit-learn, and the real images where they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from every form they come in; pickles that hold anything else are refused unread."""
+"""Test CIFAR-10 and CIFAR-100 from every form they come in; pickles that hold anything else are refused unread."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_wrong_class_names_and_labels(tmp_path: Path) -> None:
 
 
 class Runs:
-    """Unpickled without a guard, it makes a file."""
+    """An object that makes a file when it is unpickled without a guard."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim

@@ -1,4 +1,4 @@
-"""The class that a name means: official orders, spellings, WordNet ids, numbers; and what is refused."""
+"""Test the classes that names mean: official orders, spellings, WordNet ids, numbers; and names that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine: whole and checked, or nothing."""
+"""Test downloads from a server on this machine: whole and checked, or nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTENT = bytes(range(256)) * 4000
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; a path that begins with /short/ breaks off in the middle, /endless/ names no length."""
+    """A server of `files`; a path that begins with /short/ breaks off in the middle, /endless/ names no length."""
 
     files: dict[str, bytes]
     length = ""

@@ -1,4 +1,4 @@
-"""Image folders: exact pixels and order, one size or resized, and every mistake named."""
+"""Test image folders: exact pixels and order, one size or resized, and every mistake named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write(path: Path, pixels: Array) -> Path:
 
 
 def folder(root: Path, test: str = "test", channels: int = 3, suffix: str = ".png") -> Path:
-    """Two classes, 3 + 2 training images, 1 + 1 test images; the pixels of each are `noise` of its number."""
+    """Make two classes of 3 + 2 training images and 1 + 1 test images; the pixels of each are `noise` of its number."""
     for number, place in enumerate(["train/b/2", "train/b/10", "train/a/x", "train/a/deep/er/y", "train/a/z"]):
         write(root / f"{place}{suffix}", noise(number, channels=channels))
     write(root / test / "a" / f"t{suffix}", noise(5, channels=channels))
@@ -250,7 +250,7 @@ def test_resolution_must_be_positive(tmp_path: Path) -> None:
 
 
 def six(root: Path) -> Path:
-    """Two classes, two training images and one test image each."""
+    """Make two classes of two training images and one test image each."""
     for number, place in enumerate(["train/a/1", "train/a/2", "train/b/1", "train/b/2", "test/a/1", "test/b/1"]):
         write(root / f"{place}.png", noise(number))
     return root
@@ -310,7 +310,7 @@ def test_an_image_under_two_labels_is_refused(tmp_path: Path, link: str, target:
 
 
 def test_root_splits_and_classes_may_lie_elsewhere(tmp_path: Path) -> None:
-    """The way people put ImageNet into a tree: links to other disks, of the root, a split, or a class."""
+    """Put links to other disks into a tree, as people do with ImageNet: of the root, a split, or a class."""
     real = six(tmp_path / "real")
     expected = loaded(real, tmp_path)
     (real / "train/a").rename(tmp_path / "a")
@@ -426,7 +426,7 @@ def test_the_order_of_the_classes_is_told(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def transparent(mode: str) -> Image.Image:
-    """One opaque pixel, one half transparent, one wholly; grey value 100 or colour (100, 50, 200)."""
+    """Make one opaque pixel, one half transparent, one wholly; grey value 100 or colour (100, 50, 200)."""
     image = Image.new(mode, (3, 1))
     for x, alpha in enumerate((255, 128, 0)):
         image.putpixel((x, 0), (100, alpha) if mode == "LA" else (100, 50, 200, alpha))
@@ -568,7 +568,7 @@ def test_a_sparse_file_is_refused_by_its_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n", b"<svg/>", b"\0" * 100])
 def test_other_kinds_of_pictures_are_not_even_tried(tmp_path: Path, content: bytes) -> None:
-    """Pillow hands PostScript to another program, if it may."""
+    """Check that Pillow gets no PostScript, which it would hand to another program."""
     (six(tmp_path) / "train/a/0.png").write_bytes(content)
     fails(tmp_path, r"0\.png: expected an image, found a broken one \(cannot identify")
 

@@ -1,4 +1,4 @@
-"""ImageNet, its subsets and Tiny ImageNet in the layouts in which people have them."""
+"""Test ImageNet, its subsets and Tiny ImageNet in the layouts in which people have them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MNIST and FashionMNIST: idx files, plain or gzipped, where torchvision puts them and elsewhere."""
+"""Test MNIST and FashionMNIST: idx files, plain or gzipped, where torchvision puts them and elsewhere."""
 
 from __future__ import annotations
 

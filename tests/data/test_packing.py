@@ -1,4 +1,4 @@
-"""The packed file: exact content, made once, made again only when it must be, never half-written."""
+"""Test the packed file: exact content, made once, made again only when it must be, never half-written."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_from_tensors_names_classes_by_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "facts", "message"),
+    ("train", "test", "info", "message"),
     [
         ((tensors()[0].float(), tensors()[1]), tensors(), {}, "train images: expected uint8"),
         ((tensors()[0][0], tensors()[1]), tensors(), {}, "train images: expected uint8"),
@@ -283,9 +283,9 @@ def test_from_tensors_names_classes_by_number() -> None:
         (tensors(), tensors(), {"std": (1.0, 0.0, 1.0)}, "positive deviations"),
     ],
 )
-def test_from_tensors_refuses(train: Any, test: Any, facts: dict[str, Any], message: str) -> None:
+def test_from_tensors_refuses(train: Any, test: Any, info: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
-        from_tensors(train, test, **facts)
+        from_tensors(train, test, **info)
     assert "\n" not in str(raised.value)
 
 

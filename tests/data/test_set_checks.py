@@ -1,4 +1,4 @@
-"""The checks of a distilled set: the same refusals on reading, on writing, and where it meets its data."""
+"""Test the checks of a distilled set: the same refusals on reading, on writing, and where it meets its data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtt_fast.commands import cli
 from mtt_fast.cross import command as cross
 from mtt_fast.data.set_checks import MOST_CLASSES, are_probabilities, check_classes, check_set, check_tensors
 from mtt_fast.interop import SET_KINDS, as_synthetic, as_tensor_set, read_set, write_set
-from mtt_fast.interop.tensor_set import Facts, TensorSet, guess_label_kind, tensor_set
+from mtt_fast.interop.tensor_set import SourceInfo, TensorSet, guess_label_kind, tensor_set
 from mtt_fast.storage.files import load_tensors, save_tensors
 from tests.interop.test_sets import CLASSES, N, distilled
 
@@ -176,18 +176,18 @@ def test_images_that_float32_cannot_hold() -> None:
 
 @pytest.mark.parametrize("label_kind", ["indices", "logits"])
 def test_a_set_and_its_data_agree_on_the_classes(label_kind: str) -> None:
-    def facts(count: int) -> Facts:
-        return Facts(tuple(map(str, range(count))), (0.5,) * 3, (0.5,) * 3, None)
+    def info(count: int) -> SourceInfo:
+        return SourceInfo(tuple(map(str, range(count))), (0.5,) * 3, (0.5,) * 3, None)
 
     plain = as_tensor_set(distilled(label_kind))
-    assert as_synthetic(plain, facts(3), 0.1, {}, {}).label_kind == label_kind
+    assert as_synthetic(plain, info(3), 0.1, {}, {}).label_kind == label_kind
     with pytest.raises(InputError, match=r"and 2 classes, found .* of 3 classes"):
-        as_synthetic(plain, facts(2), 0.1, {}, {})
+        as_synthetic(plain, info(2), 0.1, {}, {})
     if label_kind == "indices":  # classes may be left out
-        assert len(as_synthetic(plain, facts(4), 0.1, {}, {}).class_names) == 4
+        assert len(as_synthetic(plain, info(4), 0.1, {}, {}).class_names) == 4
     else:
         with pytest.raises(InputError, match=r"and 4 classes, found .* of 3 classes"):
-            as_synthetic(plain, facts(4), 0.1, {}, {})
+            as_synthetic(plain, info(4), 0.1, {}, {})
 
 
 def test_no_kind_writes_what_its_reader_refuses(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The images that networks see: normalised or whitened images, and pictures again."""
+"""Test the images that networks see: normalised or whitened images, and pictures again."""
 
 from __future__ import annotations
 

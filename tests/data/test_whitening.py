@@ -1,4 +1,4 @@
-"""ZCA whitening equals kornia's, survives a file, and refuses what it cannot do."""
+"""Check that ZCA whitening equals kornia's, survives a file, and refuses what it cannot do."""
 
 from __future__ import annotations
 

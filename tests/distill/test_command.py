@@ -1,4 +1,4 @@
-"""The main job end to end on the embedded digits at toy size: files, stops, continuations, mistakes."""
+"""Test the distillation end to end on the embedded digits at toy size: files, stops, continuations, mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: what is told beforehand is what happens, and nothing else happens."""
+"""Check that `--dry-run` predicts what happens, and that nothing else happens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtt_fast.data.class_names import CIFAR10, SUBSETS
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill import dry_run
 from mtt_fast.distill.command import main
-from mtt_fast.distill.dry_run import _Seconds, _sizes, _times
+from mtt_fast.distill.dry_run import SecondsPerImage, estimated_bytes, estimated_seconds
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.recipes import recipe_names, recipe_options
 
@@ -99,9 +99,9 @@ def test_options_beside_the_plain_ones_are_told(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_facts_are_those_of_the_data(tmp_path: Path) -> None:
-    facts, data = dataset_info("digits"), load("digits", data_path=tmp_path, progress=False)
-    assert (facts.name, facts.image_shape, facts.num_classes) == (data.name, data.image_shape, data.num_classes)
-    assert (facts.train, facts.test) == (len(data.train.labels), len(data.test.labels))
+    info, data = dataset_info("digits"), load("digits", data_path=tmp_path, progress=False)
+    assert (info.name, info.image_shape, info.num_classes) == (data.name, data.image_shape, data.num_classes)
+    assert (info.train, info.test) == (len(data.train.labels), len(data.test.labels))
 
 
 def test_an_image_folder_is_counted(tmp_path: Path) -> None:
@@ -112,16 +112,16 @@ def test_an_image_folder_is_counted(tmp_path: Path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (6, 4)).save(tmp_path / split / name / f"{number}.png")
-    facts, data = dataset_info(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
-    assert (facts.train, facts.test, facts.image_shape) == (6, 4, (3, 4, 6))
-    assert (facts.name, facts.image_shape) == (data.name, data.image_shape)
+    info, data = dataset_info(str(tmp_path)), load(str(tmp_path), data_path=tmp_path / "data", progress=False)
+    assert (info.train, info.test, info.image_shape) == (6, 4, (3, 4, 6))
+    assert (info.name, info.image_shape) == (data.name, data.image_shape)
     assert dataset_info(str(tmp_path), res=8).image_shape == (3, 8, 8)
 
 
 def pictures(
     root: Path, *, mode: str = "RGB", size: tuple[int, int] = (6, 4), classes: Sequence[str] = ("a", "b")
 ) -> Path:
-    """Three training images and two test images of each class."""
+    """Write three training images and two test images of each class."""
     from PIL import Image
 
     for split, count in (("train", 3), ("test", 2)):
@@ -134,7 +134,7 @@ def pictures(
 
 @pytest.mark.parametrize("place", ["train/a/2.png", "train/b/0.png", "test/b/1.png"])
 def test_all_images_tell_the_shape(tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first image's mode and size need not be those of all."""
+    """Check that all images are read for their mode and size, not the first alone."""
     from PIL import Image
 
     root = pictures(tmp_path / "x", mode="L")
@@ -154,12 +154,12 @@ def test_all_images_tell_the_shape(tmp_path: Path, place: str, capsys: pytest.Ca
 
 def test_a_known_data_set_that_is_there_is_counted(tmp_path: Path) -> None:
     root = pictures(tmp_path / "cifar", size=(32, 32), classes=CIFAR10)
-    facts, data = dataset_info("cifar10", data_path=str(root)), load("CIFAR10", data_path=root, progress=False)
-    assert (facts.name, facts.image_shape, facts.train, facts.test) == (data.name, data.image_shape, 30, 20)
+    info, data = dataset_info("cifar10", data_path=str(root)), load("CIFAR10", data_path=root, progress=False)
+    assert (info.name, info.image_shape, info.train, info.test) == (data.name, data.image_shape, 30, 20)
     root = pictures(tmp_path / "woof", size=(32, 32), classes=list(SUBSETS["imagewoof"]))
     (root / "test").rename(root / "val")
-    facts = dataset_info("ImageNet", "ImageWoof", 16, data_path=str(root))
-    assert dataclasses.astuple(facts) == ("imagewoof-16", (3, 16, 16), 10, 30, 20)
+    info = dataset_info("ImageNet", "ImageWoof", 16, data_path=str(root))
+    assert dataclasses.astuple(info) == ("imagewoof-16", (3, 16, 16), 10, 30, 20)
 
 
 def test_what_the_run_refuses_is_refused(tmp_path: Path) -> None:
@@ -190,22 +190,22 @@ def test_what_does_not_fit_is_told(flags: str, message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
-FACTS = DatasetInfo("toy", (1, 8, 8), 10, 100, 30)
+INFO = DatasetInfo("toy", (1, 8, 8), 10, 100, 30)
 OPTIONS = DistillOptions(
     ipc=2, train_epochs=5, syn_steps=4, Iteration=7, eval_it=3, num_eval=2, epoch_eval_train=9, num_trajectories=3, max_start_epoch=2
 )  # fmt: skip
 
 
 def test_the_time_is_that_of_every_image_in_every_step() -> None:
-    cost, evaluated = _Seconds(gradient=3.0, tangent=5.0), [3.0, 6.0]
-    times = _times(OPTIONS, FACTS, 2, cost, evaluated, saved=0.5)
+    cost, evaluated = SecondsPerImage(gradient=3.0, tangent=5.0), [3.0, 6.0]
+    times = estimated_seconds(OPTIONS, INFO, 2, cost, evaluated, saved=0.5)
     assert times.experts == 2 * 5 * (100 * 3 + 30 * 1)  # a test is a third of a gradient
     assert times.iterations == 7 * 3 * 4 * 20 * (3 + 5) * 0.5
     one, other = 10 * 20 * 3 + 30 * 1, 10 * 20 * 6 + 30 * 2  # an epoch more, as in the public code
     assert times.rest == 2 * (4 * (one + other) + one)  # before, after 3, 6 and 7 iterations; random real images
 
     more = dataclasses.replace(OPTIONS, rho_max=0.1, ema_decay=0.9, batch_syn=6, texture=True, canvas_samples=3)
-    times = _times(more, FACTS, 2, cost, evaluated, saved=1.0)
+    times = estimated_seconds(more, INFO, 2, cost, evaluated, saved=1.0)
     assert times.experts == 2 * 5 * (100 * 2 * 3 + 30 * 1)
     assert times.iterations == 7 * 3 * 4 * 18 * (3 + 5)
     one, other = 3 * (one - 30) + 30, 3 * (other - 60) + 60
@@ -214,9 +214,9 @@ def test_the_time_is_that_of_every_image_in_every_step() -> None:
 
 def test_the_sizes_are_those_of_every_number() -> None:
     images, whitening = 4 * 20 * 64, 4 * 2 * 64**2
-    assert _sizes(OPTIONS, FACTS, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
+    assert estimated_bytes(OPTIONS, INFO, 1000, 3, 0) == (4 * 3 * 6 * 1000, 2 * images + 2 * images, 130 * (64 + 8))
     more = dataclasses.replace(OPTIONS, zca=True, ema_decay=0.9, texture=True, canvas_size=2, num_interpolation=4)
-    experts, run, _ = _sizes(more, FACTS, 1000, 3, 5)
+    experts, run, _ = estimated_bytes(more, INFO, 1000, 3, 5)
     assert experts == 4 * (3 * 6 + 5 * 4) * 1000
     assert run == 4 * (4 * images + whitening) + 3 * 4 * images
 

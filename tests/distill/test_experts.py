@@ -1,4 +1,4 @@
-"""Distillation from experts of other kinds: along flat trajectories, and compressed to waypoints."""
+"""Test distillation from experts of other kinds: along flat trajectories, and compressed to waypoints."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(
 
 
 def test_a_run_from_waypoints_alone(made: Path, tmp_path: Path) -> None:
-    """The whole experts are not needed any more, and a resumed run is bit for bit an uninterrupted one."""
+    """Run without the whole experts, which are no longer needed; a resumed run has the same bits as an uninterrupted one."""
     few = tmp_path / "few"
     shutil.copytree(experts(made) / "waypoints_3", experts(few) / "waypoints_3")
     (few / "data").symlink_to(made / "data")
@@ -90,7 +90,7 @@ def test_a_run_from_waypoints_alone(made: Path, tmp_path: Path) -> None:
 
 
 def test_compressed_experts_by_their_folder(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A buffer of compressed experts is used as any other, with the same result as by --num_interpolation."""
+    """Use a buffer of compressed experts as any other, with the same result as by --num_interpolation."""
     few = tmp_path / "few"
     assert cli.run(compress, [str(experts(made)), "--num_interpolation", "3", "--out", str(experts(few))]) == 0
     (few / "data").symlink_to(made / "data")

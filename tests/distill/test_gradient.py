@@ -1,4 +1,4 @@
-"""Options of the gradient, the student and the matching: what a toy run makes of each, also when it is continued."""
+"""Test options of the gradient, the student and the matching in toy runs, also when a run is continued."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
 from mtt_fast.distill.gradients import mean_gradients
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.segments import Segment, log_fields, planned, turns
+from mtt_fast.distill.segments import Segment, log_fields, planned, segment_numbers
 from mtt_fast.distill.updates import update
 from mtt_fast.engine.iteration import planned_iteration
 from mtt_fast.engine.memory_plan import Work, plan
@@ -64,7 +64,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def runs(experts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each option, done in two parts."""
+    """Run each option in two parts; return the run folders."""
     folder = tmp_path_factory.mktemp("runs")
     for name, flags in OPTIONS.items():
         out = ["--out", str(folder / name)]
@@ -144,8 +144,8 @@ def test_each_learning_rate_stays_positive() -> None:
 
 def test_segments_of_several_trajectories_follow_each_other(runs: dict[str, Path]) -> None:
     options = DistillOptions(num_trajectories=3)
-    assert list(turns(options, range(4, 6))) == [12, 13, 14, 15, 16, 17]
-    assert list(turns(DistillOptions(), range(4, 6))) == [4, 5]
+    assert list(segment_numbers(options, range(4, 6))) == [12, 13, 14, 15, 16, 17]
+    assert list(segment_numbers(DistillOptions(), range(4, 6))) == [4, 5]
     one, two = (records_of(runs[name], "step") for name in ("plain", "trajectories"))
     singles = [(record["expert"], record["start_epoch"]) for record in one]
     in_pairs = [(record[f"expert{which}"], record[f"start_epoch{which}"]) for record in two for which in ("", "_2")]
@@ -155,7 +155,7 @@ def test_segments_of_several_trajectories_follow_each_other(runs: dict[str, Path
 
 
 def test_gradients_are_the_mean_over_the_segments() -> None:
-    """Equal to autograd of the mean of the losses, one graph for all."""
+    """Compare with autograd of the mean of the losses, in one graph for all."""
     net = ConvNet(1, 3, 4, width=3, depth=1)
     generator = torch.Generator().manual_seed(0)
 
@@ -240,8 +240,8 @@ def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_number
 ) -> None:
     asked = []
 
-    def measured(network: Any, train: Any, test: Any, lr: float, *_: Any, place: Any = (), **__: Any) -> Accuracy:
-        asked.append((lr, tuple(place)))
+    def measured(network: Any, train: Any, test: Any, lr: float, *_: Any, indices: Any = (), **__: Any) -> Accuracy:
+        asked.append((lr, tuple(indices)))
         return Accuracy((0.5,))
 
     monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", measured)

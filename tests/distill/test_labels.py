@@ -1,4 +1,4 @@
-"""Labels that are learned, or that experts give: values against plain torch, and runs that go on."""
+"""Test labels that are learned, or that experts give: values against plain torch, and runs that go on."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def one_iteration(experts: list[str], folder: Path, *flags: str) -> tuple[State,
 def oracle(
     experts: list[str], before: State, matched: dict[str, int], labels: torch.Tensor, logits: bool
 ) -> MetaGradient:
-    """Whole-graph autograd in float64, over three steps on all images."""
+    """Return the gradients by whole-graph autograd in float64, over three steps on all images."""
     store, epoch = store_of(experts), matched["start_epoch"]
     start, target = (store.read(matched["expert"], row).double() for row in (epoch, epoch + 1))
     batches = [torch.arange(len(before.images))] * 3
@@ -122,7 +122,7 @@ def test_an_iteration_with_learned_labels_is_datms_written_out(experts: list[str
 
 
 def test_labels_begin_as_the_mean_of_the_experts_that_are_right(experts: list[str], tmp_path: Path) -> None:
-    """DATM's: all experts' last snapshots, their logits where they are right, summed and divided by how many are."""
+    """Compare with DATM's code: all experts' last snapshots, their logits where they are right, summed and divided by their number."""
     before, _, _ = one_iteration(experts, tmp_path, "--ipc", "3", "--lr_y", "2", "--label_init", "experts")
     classes, store = torch.arange(10).repeat_interleave(3), store_of(experts)
     logits = torch.stack([MODULE(store.read(expert, 3), before.images) for expert in range(2)]).detach()
@@ -146,7 +146,7 @@ def test_expert_logits_leave_out_those_that_are_wrong() -> None:
 
 
 def test_an_iteration_with_teacher_labels_is_teslas_written_out(experts: list[str], tmp_path: Path) -> None:
-    """Of two segments each target labels the images, and the gradients are averaged."""
+    """Label the images by each of two segments' targets, and average the gradients."""
     before, after, both = one_iteration(experts, tmp_path, *"--ipc 3 --teacher_label --num_trajectories 2".split())
     gradients = []
     for which in ("", "_2"):

@@ -1,4 +1,4 @@
-"""CIFAR-10's real images, at a size that two cores manage: experts, distillation, and better than real images."""
+"""Distil CIFAR-10's real images, at a size that two cores manage: the set is better than real images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAIN, TEST = 150, 50  # images a class
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A subset of CIFAR-10 as an image folder."""
+    """Make an image folder of a subset of CIFAR-10."""
     if not ARCHIVE.exists():
         pytest.skip(f"the images are not here: no file {ARCHIVE}")
     folder = tmp_path_factory.mktemp("cifar")

@@ -1,4 +1,4 @@
-"""What successors added around the matching: the range of start epochs, a threshold, averaged images, chosen images."""
+"""Test successors' options around the matching: the range of start epochs, a threshold, averaged images, chosen images."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_average_is_the_sum_over_the_updates_written_out() -> None:
 
 
 def test_the_average_is_evaluated_on_networks_of_its_own(experts: list[str], tmp_path: Path) -> None:
-    """With decay 0 the average is the images, so networks that were trained on nothing before reach the same."""
+    """Set the decay to 0, so that the average is the images and networks trained on nothing before reach the same accuracy."""
     same, slow = tmp_path / "same", tmp_path / "slow"
     assert run(*TOY, *experts, "--out", str(same), "--ema_decay", "0", "--epoch_eval_train", "5") == 0
     raw, averaged = (records_of(same, kind) for kind in ("evaluation", "ema_evaluation"))
@@ -284,7 +284,7 @@ def test_what_a_run_began_with_is_found_once_for_all_pictures(
 def test_experts_with_batch_norm_are_not_asked_about_images(
     experts: list[str], flags: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their trajectories hold no running statistics, and those of a batch of one class say nothing."""
+    """Refuse such experts: trajectories hold no running statistics, and those of a batch of one class mean nothing."""
     arguments = [*TOY, *experts, "--model", "ConvNetD1W4BN", *flags.split(), "--out", str(tmp_path / "run")]
     assert run(*arguments) == 2
     option = flags.removeprefix("--lr_y 1 ")
@@ -311,7 +311,7 @@ def test_a_precision_that_a_network_of_the_pool_lacks_is_told_before_any_work(
 def test_of_equal_evaluations_the_first_is_the_best(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the file as in the summary."""
+    """Check the file and the summary."""
     monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", lambda *_, **__: Accuracy((0.5, 0.5)))
     assert run(*TOY, *experts, "--out", str(tmp_path)) == 0
     assert SyntheticDataset.load(tmp_path / "best.safetensors").recipe["iterations"] == 0

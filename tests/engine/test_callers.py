@@ -1,4 +1,4 @@
-"""`unroll` as other people's code calls it: their optimisers, modules and modes, against whole-graph autograd."""
+"""Call `unroll` as other people's code does: their optimisers, modules and modes, against whole-graph autograd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGET = START + 0.1 * torch.randn(len(START), dtype=torch.float64, generator=to
 
 
 class Distilled(nn.Module):
-    """What is learned, as a module: the optimisers below see its parameters and nothing else."""
+    """A module of the learned tensors: the optimisers below see its parameters and nothing else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Distilled(nn.Module):
         self.lr = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
 
     def groups(self) -> list[dict[str, Any]]:
-        """Learned at three rates."""
+        """Return parameter groups with three learning rates."""
         return [
             {"params": [self.images], "lr": 0.3},
             {"params": [self.labels], "lr": 0.1, "momentum": 0.9},
@@ -51,7 +51,7 @@ def ours(distilled: Distilled) -> Tensor:
 
 
 def plain(distilled: Distilled) -> Tensor:
-    """The same by whole-graph autograd."""
+    """Compute the same by whole-graph autograd."""
     network, theta = module_function(MODULE), START.clone().requires_grad_()
     for index in BATCHES:
         logits = network(theta, distilled.images[index])
@@ -131,7 +131,7 @@ def test_an_optimiser_of_torch_ends_where_it_does_by_whole_graph_autograd(
 
 
 def test_images_that_a_network_makes_pass_the_gradient_on() -> None:
-    """As in GLaD: a generator's latent codes, and its own weights, are learned."""
+    """Learn a generator's latent codes, and its own weights, as in GLaD."""
     generator = nn.Sequential(nn.Linear(5, 2 * 64), nn.Tanh(), nn.Unflatten(1, (2, 8, 8))).double()
     codes = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     distilled, leaves = Distilled(), [codes, *generator.parameters()]
@@ -226,7 +226,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_the_matching_loss_alone_has_second_derivatives() -> None:
-    """Of a path that the caller records, here the loss's Hessian, which is 2 / |θ_0 − θ*|² times the identity."""
+    """Use a path that the caller records: the loss's Hessian is 2 / |θ_0 − θ*|² times the identity."""
     end = torch.randn(len(START), dtype=torch.float64, requires_grad=True)
     direction = torch.randn_like(end)
     (gradient,) = torch.autograd.grad(matching_loss(end, START, TARGET), end, create_graph=True)

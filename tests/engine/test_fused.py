@@ -1,4 +1,4 @@
-"""The fused student against the generic one, which knows the network and the loss only as functions."""
+"""Test the fused student against the generic one, which knows the network and the loss only as functions."""
 
 from __future__ import annotations
 

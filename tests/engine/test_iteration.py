@@ -1,4 +1,4 @@
-"""One iteration as a function of tensors: equal to the engine called plainly, pure, and asking no tensor for its value."""
+"""Test one iteration as a function of tensors: equal to the engine called plainly, pure, and asking no tensor for its value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def tensors(kind: str = "indices", seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """All that `iterate` takes but what is random in its steps."""
+    """Return all arguments of `iterate` except the random ones of its steps."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -90,7 +90,7 @@ def test_equals_the_engine_called_plainly(kind: str, augment: SiameseAugment | N
 
 
 class NoValues(TorchDispatchMode):
-    """Refuses what waits for a device: values read by the host, shapes that depend on values, copies from the host."""
+    """A mode that refuses whatever waits for a device: values read by the host, shapes that depend on values, copies from the host."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -105,7 +105,7 @@ class NoValues(TorchDispatchMode):
 @pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
 @pytest.mark.parametrize("microbatch", [None, 3])
 def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> None:
-    """On tensors without values, which take the ways that those of a GPU take, down to the operations' reference."""
+    """Use tensors without values, which take the same code path as on a GPU, down to the operations' reference."""
     batches = student_batches(10, 4, 4, torch.Generator())
     given = tensors()
     draws = draw_steps(batches, (3, 8, 8), torch.float64, SiameseAugment().draw_parameters, torch.Generator())
@@ -148,7 +148,7 @@ def labels_on_meta() -> Tensor:
 
 
 def test_the_loss_that_users_call_does_wait() -> None:
-    """So the test above can fail."""
+    """Check that the test above can fail."""
     with NoValues(), pytest.raises(AssertionError, match=r"is_nonzero|_local_scalar_dense"):
         matching_loss(*(torch.empty(3, device="meta") for _ in range(3)))
 
@@ -165,7 +165,7 @@ def repeating(run: Any) -> Recording:
 
 
 def inputs(seed: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """What `iterate` takes, drawn from `seed`."""
+    """Return the arguments of `iterate`, drawn from `seed`."""
     given, generator = tensors(seed=seed, dtype=dtype), torch.Generator().manual_seed(seed)
     batches = student_batches(10, 4, 3, generator)
     draws = draw_steps(batches, (3, 8, 8), dtype, SiameseAugment().draw_parameters, generator)

@@ -1,4 +1,4 @@
-"""ATT's nearest step and PAD's dropped parameters, and the student's momentum, against autograd written out here."""
+"""Test ATT's nearest step and PAD's dropped parameters, and the student's momentum, against autograd written out here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEAREST = 4  # the step that the cases' target is near to
 
 
 def case(per_step: bool = False, soft: bool = False) -> dict[str, Tensor]:
-    """What `iterate` takes, in float64; the target lies near the path's row `NEAREST`."""
+    """Return the arguments of `iterate`, in float64; the target lies near the path's row `NEAREST`."""
     generator = torch.Generator().manual_seed(5)
 
     def randn(*shape: int) -> Tensor:
@@ -60,7 +60,7 @@ def written_out(given: dict[str, Tensor], momentum: float = 0.0, weight_decay: f
 
 
 def loss_of(row: Tensor, given: dict[str, Tensor], loss_ratio: float) -> Tensor:
-    """PAD's loss: the parameters of lowest loss are sorted out of both sums."""
+    """Return PAD's loss: the parameters of lowest loss are sorted out of both sums."""
     errors, moves = (row - given["target"]) ** 2, (given["start"] - given["target"]) ** 2
     saved = errors.detach().sort().indices[int(loss_ratio * len(row)) :]
     return errors[saved].sum() / moves[saved].sum()
@@ -148,7 +148,7 @@ def test_dropped_parameters_get_no_gradient_and_do_not_count() -> None:
 
 @pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
 def test_nothing_waits_for_a_value(student: Any) -> None:
-    """So a CUDA graph can record the choice of step and parameters, and momentum, weight decay and truncation."""
+    """Check that a CUDA graph can record the choice of step and parameters, and momentum, weight decay and truncation."""
     inputs = [tensor.to("meta") for tensor in case(per_step=True).values()]
     loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
     with NoValues():

@@ -1,4 +1,4 @@
-"""Memory: what a plan says before the first step, held to peaks measured from outside in processes of their own."""
+"""Test memory plans: the prediction before the first step, held to peaks measured from outside in processes of their own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.student import live_bytes
 from mtt_fast.kernels import native
-from mtt_fast.runtime.memory_info import _left_in_groups, free_bytes, parse_bytes
+from mtt_fast.runtime.memory_info import bytes_left_in_groups, free_bytes, parse_bytes
 from mtt_fast.testing import assert_close, reference_convnet
 
 GIB, MIB = 2**30, 2**20
@@ -193,7 +193,7 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
 
 
 def test_a_module_keeps_the_graphs_of_steps_that_fit() -> None:
-    """So that with memory to spare it costs what autograd through all steps does; in pieces, each piece's."""
+    """Check that with memory to spare it costs as much as autograd through all steps; in pieces, as each piece's."""
     net = FlatModule(reference_convnet(3, 10, 32, 16, 3))
     saved = [planned(budget, net).saved_steps for budget in (None, "100MiB", "150MiB", "1GiB")]
     assert saved[0] == 0
@@ -210,7 +210,7 @@ def test_a_module_keeps_the_graphs_of_steps_that_fit() -> None:
 
 
 class Shrinking:
-    """A student that runs out of memory above a number of samples, or when it is to keep anything."""
+    """A student that runs out of memory above a number of samples, or when it has to save activations."""
 
     def __init__(self, most: int) -> None:
         self.most, self.exact = most, FusedConvNetStudent(NET)
@@ -228,7 +228,7 @@ NET = ConvNet(image_size=8, width=6, depth=2, num_classes=4)
 
 
 def meta_gradient(plan: Plan, **options: Any) -> list[Tensor]:
-    """The end of a path, and all gradients, of a case with a short batch, momentum and augmentation."""
+    """Return the end of a path, and all gradients, of a case with a short batch, momentum and augmentation."""
     generator = torch.Generator().manual_seed(3)
     start = NET.init(generator).double().requires_grad_()
     images = torch.randn(9, 3, 8, 8, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -369,7 +369,7 @@ def test_free_memory_is_the_least_that_system_and_groups_leave(tmp_path: Path, m
         (group / "memory.stat").write_text(f"anon 7\ninactive_file {cached}\n")
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "own").write_text("4:cpu:/x\n0::/a/b\n")
-    assert sorted(_left_in_groups(tmp_path / "own", tmp_path)) == [100, 400]
+    assert sorted(bytes_left_in_groups(tmp_path / "own", tmp_path)) == [100, 400]
     monkeypatch.setattr(memory_plan, "free_bytes", lambda _: 100 * MIB)
     assert planned("auto").budget == 80 * MIB
 

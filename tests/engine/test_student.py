@@ -1,4 +1,4 @@
-"""The generic student's two questions, and the losses that are differentiated twice."""
+"""Test the generic student's two questions, and the losses that are differentiated twice."""
 
 from __future__ import annotations
 

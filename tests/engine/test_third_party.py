@@ -1,4 +1,4 @@
-"""Students that other people wrote: their modules and their losses, against whole-graph autograd in float64."""
+"""Test students of other people's modules and losses, against whole-graph autograd in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mtt_fast.testing import assert_close, module_function, reference_convnet, w
 
 
 class Residual(nn.Module):
-    """A block as most code bases have one."""
+    """A residual block as most code bases have one."""
 
     def __init__(self, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """torch's own transformer layer over the rows of an image."""
+    """A network of torch's own transformer layer over the rows of an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def batch_norm_that_has_seen_data() -> nn.Module:
 
 
 def shared() -> nn.Module:
-    """One layer in two places, as tied weights are."""
+    """Use one layer in two places, as tied weights are."""
     layer = nn.Linear(16, 16)
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(16, 3))
 
@@ -108,7 +108,7 @@ def test_memory_is_planned_for_it(name: str) -> None:
 
 
 def test_the_choice_of_attention_outlives_no_thread() -> None:
-    """It is the whole process's: of two threads the first to come is the first to leave."""
+    """Check the process-wide setting: of two threads the first to come is the first to leave."""
     first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
 
     def of_first(logits: Tensor, labels: Tensor) -> Tensor:
@@ -143,19 +143,19 @@ def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def focal(logits: Tensor, labels: Tensor) -> Tensor:
-    """Lin et al., 2017, for class indices and for distributions."""
+    """Return the focal loss (Lin et al., 2017) for class indices and for distributions."""
     log_p = logits.log_softmax(1)
     wanted = labels if labels.is_floating_point() else F.one_hot(labels, logits.shape[1])
     return -((1 - log_p.exp()) ** 2 * wanted * log_p).sum(1).mean()
 
 
 def divergence_of_temperature(logits: Tensor, labels: Tensor) -> Tensor:
-    """Knowledge distillation from learned logits."""
+    """Return the loss of knowledge distillation from learned logits."""
     return F.kl_div((logits / 4).log_softmax(1), (labels / 4).log_softmax(1), reduction="batchmean", log_target=True)
 
 
 def huber(logits: Tensor, labels: Tensor) -> Tensor:
-    """Has no forward mode in torch."""
+    """Return a loss that has no forward mode in torch."""
     return F.huber_loss(logits, labels, delta=0.5)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA path of the fused student: all of it interpreted, and on a GPU where there is one."""
+"""Test the CUDA path of the fused student: all of it interpreted, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **opti
 @pytest.mark.parametrize("microbatch", [None, 3])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_meta_gradient_on_a_gpu(golden: Path, name: str, microbatch: int | None) -> None:
-    """Golden cases in float64, and float32 and its precisions by their distance from that."""
+    """Compare golden cases in float64, and float32 and its precisions by their distance from that."""
     with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
         case: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        facts = file.metadata()
+        info = file.metadata()
     sizes = ("in_channels", "num_classes", "image_size", "width", "depth")
-    case["net"] = ConvNet(**{key: int(facts[key]) for key in sizes})  # type: ignore[arg-type]
+    case["net"] = ConvNet(**{key: int(info[key]) for key in sizes})  # type: ignore[arg-type]
     expected = {"images": case["grad_images"], "lr": case["grad_lr"][0], "start": case["grad_start"]}
     exact = meta_gradients(case, "cuda", torch.float64, microbatch=microbatch)
     again = meta_gradients(case, "cuda", torch.float64, microbatch=microbatch)

@@ -1,4 +1,4 @@
-"""The truncated gradient against TESLA's two loops and against autograd that takes each g_n for a constant in θ_n."""
+"""Test the truncated gradient against TESLA's two loops and against autograd that takes each g_n for a constant in θ_n."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_equals_the_two_loops_of_tesla(kind: str, per_step: bool, microbatch: in
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.0, 0.1), (0.8, 0.0), (0.8, 0.1)])
 def test_everything_but_the_hessians_is_exact(momentum: float, weight_decay: float) -> None:
-    """Momentum, weight decay and losses of other rows: autograd, with each gradient taken at detached parameters."""
+    """Compare momentum, weight decay and losses of other rows with autograd, with each gradient taken at detached parameters."""
     given = case(per_step=True)
     weights = torch.randn(6, len(given["start"]), dtype=torch.float64)
     options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay}
@@ -84,7 +84,7 @@ def test_everything_but_the_hessians_is_exact(momentum: float, weight_decay: flo
 
 
 def test_it_is_an_approximation() -> None:
-    """The same path; the last step's part is exact, the others' are not, so the tests of either could tell them apart."""
+    """Check that on the same path the last step's part is exact and the others' are not, so the tests of either can tell them apart."""
     given = case()
     exact = whole_graph(ORACLE, **given)
     found = by_engine(given)

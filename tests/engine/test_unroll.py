@@ -1,4 +1,4 @@
-"""The meta-gradient against golden cases and whole-graph autograd, in float64; float32 by its distance from it."""
+"""Test the meta-gradient against golden cases and whole-graph autograd, in float64; float32 by its distance from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIELDS = ("end", "loss", "images", "labels", "lr", "start")
 def meta_gradient(
     net: Any, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: Tensor, batches: Any, **options: Any
 ) -> MetaGradient:
-    """The same as `whole_graph`, by the engine."""
+    """Return the result of `whole_graph`, computed by the engine."""
     theta, pixels, rate = (value.detach().clone().requires_grad_() for value in (start, images, lr))
     soft = labels.is_floating_point()
     targets = labels.detach().clone().requires_grad_(soft)
@@ -48,9 +48,9 @@ def assert_same(found: MetaGradient, expected: MetaGradient, tolerance: float) -
 def test_golden_cases(golden: Any, name: str, microbatch: int | None) -> None:
     with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
         case = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        facts = file.metadata()
-    net = ConvNet(**{key: int(facts[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")})  # type: ignore[arg-type]
-    assert net.layout.describe() == facts["parameters"]
+        info = file.metadata()
+    net = ConvNet(**{key: int(info[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")})  # type: ignore[arg-type]
+    assert net.layout.describe() == info["parameters"]
     labels = case["labels"]
     found = meta_gradient(
         net,
@@ -210,7 +210,7 @@ def test_any_rows_of_the_path_can_be_differentiated() -> None:
 
 
 def test_steps_behind_the_last_row_that_counts_are_left_alone() -> None:
-    """So what is infinite there harms nothing, and takes no time."""
+    """Check that infinite values in these steps do no harm and take no time."""
     case, asked = small_case(), []
 
     def counted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Windows of a training with momentum: the velocity that a path starts with and leaves, against autograd written out."""
+"""Test windows of a training with momentum: the velocity that a path starts with and leaves, against autograd written out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 5
 
 
 class Case(NamedTuple):
-    """What both sides take; float64."""
+    """The arguments of both sides, in float64."""
 
     start: Tensor
     velocity: Tensor
@@ -114,7 +114,7 @@ def assert_same_gradients(
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_equals_whole_graph_autograd(engine: str, weight_decay: float) -> None:
-    """A loss of all rows and of the velocity, to all that it starts from."""
+    """Compare the gradients of a loss of all rows and of the velocity to everything that it starts from."""
     net, options = engines(engine)
     case = make(soft=engine != "micro-batches", per_step=weight_decay > 0)
     to_path, to_velocity = torch.randn(STEPS + 1, len(case.start)).double(), torch.randn(len(case.start)).double()
@@ -190,7 +190,7 @@ def test_numerical_derivative_to_the_starting_velocity() -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05])
 def test_values_are_those_of_torchs_optimiser(weight_decay: float) -> None:
-    """From a new one, with no velocity, and from one under way."""
+    """Start from a new optimiser, with no velocity, and from one that has made steps."""
     start, _, images, labels, lr = make(per_step=False)
     module = reference_convnet(*SHAPE).double()
     torch.nn.utils.vector_to_parameters(start.clone(), module.parameters())
@@ -228,7 +228,7 @@ def test_windows_one_after_the_other_are_one_training_bit_for_bit(engine: str, d
 
 
 def test_gradients_flow_from_window_to_window() -> None:
-    """Through the row and the velocity that join two of them, as if they were one."""
+    """Send gradients through the row and the velocity that join two windows, as if the windows were one."""
 
     def joined(leaves: Case) -> Tensor:
         theta, velocity, images, labels, lr = leaves
@@ -247,7 +247,7 @@ def test_without_a_velocity_it_starts_with_none() -> None:
 
 
 def test_without_momentum_the_velocity_is_the_last_update() -> None:
-    """So a caller need not ask whether there is momentum: what it starts with counts for nothing."""
+    """Check that a caller need not ask whether there is momentum: the velocity at the start then has no effect."""
     start, velocity, images, labels, lr = make().leaves()
     path, after = unroll(
         NET, start, images, labels, lr, BATCHES, weight_decay=0.1, velocity=velocity, return_velocity=True
@@ -270,7 +270,7 @@ def test_under_no_grad_nothing_is_recorded() -> None:
 
 
 def test_what_is_returned_is_the_callers_own() -> None:
-    """It may be written into before the backward pass, and it holds no other velocity."""
+    """Check that the result may be written into before the backward pass, and holds no other velocity."""
     start, velocity, images, labels, lr = make().leaves()
     path, after = unroll(NET, start, images, labels, lr, BATCHES, momentum=0.9, velocity=velocity, return_velocity=True)
     assert after.untyped_storage().nbytes() == after.nbytes

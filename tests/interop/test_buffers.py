@@ -1,4 +1,4 @@
-"""Buffers of the public code: exact round trips, one expert in memory, and refusals of what is no trajectory."""
+"""Test buffers of the public code: exact round trips, one expert in memory, and refusals of what is no trajectory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Epochs = list[list[Tensor]]
 
 
 def trained(seed: int, epochs: int = EPOCHS, on_a_gpu: bool = True) -> Epochs:
-    """One expert as buffer.py records it; `on_a_gpu`, where `.cpu()` copies."""
+    """Return one expert as buffer.py records it; `on_a_gpu`, where `.cpu()` copies."""
     torch.manual_seed(seed)
     images, labels = torch.randn(12, 1, 6, 6), torch.arange(12) % 3
     teacher_net = reference_convnet(1, 3, 6, 4, 1)
@@ -50,7 +50,7 @@ def trained(seed: int, epochs: int = EPOCHS, on_a_gpu: bool = True) -> Epochs:
 
 
 def save_buffers(folder: Path, experts: list[Epochs], save_interval: int) -> None:
-    """As buffer.py does, but for the last group, which it leaves out when it is short."""
+    """Save as buffer.py does, but with the last group, which buffer.py leaves out when it is short."""
     folder.mkdir(parents=True, exist_ok=True)
     trajectories: list[Epochs] = []
     n = 0
@@ -261,7 +261,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 
 
 def anonymous_memory() -> int:
-    """Memory that the system cannot take back, unlike that of mapped files, in bytes."""
+    """Return the bytes of memory that the system cannot take back, unlike that of mapped files."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
@@ -312,7 +312,7 @@ def test_layouts_survive_their_text() -> None:
 
 
 def mct_steps(trajectory: Epochs) -> list[list[Tensor]]:
-    """The shares of the way, as MCT's get_step_and_waypoint defines them: the path's length so far, tensor by tensor."""
+    """Return the shares of the way as MCT's get_step_and_waypoint defines them: the path's length so far, tensor by tensor."""
     lengths = [
         [torch.norm(after - before, p=2) for before, after in zip(one, other, strict=True)]
         for one, other in itertools.pairwise(trajectory)
@@ -329,7 +329,7 @@ def mct_steps(trajectory: Epochs) -> list[list[Tensor]]:
 
 
 def mct_point(waypoints: Epochs, pieces: list[list[list[Tensor]]], epoch: float) -> Tensor:
-    """MCT's get_point_n: shares between those of the epochs around, then the point between the waypoints."""
+    """Return MCT's get_point_n: shares between those of the epochs around, then the point between the waypoints."""
     for start, end, piece in zip(waypoints[:-1], waypoints[1:], pieces, strict=True):
         if epoch < len(piece) - 1:
             low = int(epoch)

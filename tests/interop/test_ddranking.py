@@ -1,4 +1,4 @@
-"""The call of DD-Ranking 0.2.0 that `convert` prints: Python that runs, with arguments that it has; and its score from fractions."""
+"""Test the call of DD-Ranking 0.2.0 that `convert` prints: Python that runs, with arguments that it has; and its score from fractions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def signature(names: str) -> inspect.Signature:
 
 
 class Metric:
-    """Stands for one of its classes: takes what that takes, and keeps it."""
+    """A stand-in for one of DD-Ranking's classes, which takes the same arguments and keeps them."""
 
     def __init__(self, names: str, labels: str) -> None:
         self._names, self._labels = set(names.split()), labels
@@ -65,7 +65,7 @@ class Metric:
 
 @pytest.fixture
 def its(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Modules in the place of DD-Ranking's, with what a call imports from them."""
+    """Put modules in the place of DD-Ranking's, with the names that a call imports from them."""
     top, metrics, utils = (ModuleType(name) for name in ("ddranking", "ddranking.metrics", "ddranking.utils"))
     hard, soft = ModuleType("ddranking.metrics.hard_label"), ModuleType("ddranking.metrics.soft_label")
 
@@ -210,7 +210,7 @@ def test_sets_that_it_cannot_take(found: TensorSet, dataset: str | None, zca: bo
             "imagenette",
             64,
             Canvas(2, 1),
-            "cannot take the set: it has no random crops, which the canvases of --texture",
+            "cannot take the set: DD-Ranking has no random crops, which the canvases of --texture",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every reader before damaged files: one line that names a file, or what was written; in bounded time and memory.
+"""Give every reader damaged files: one line that names a file, or the original content; in bounded time and memory.
 
 Short by default. The long run: `MTT_FAST_FUZZ=5000 pytest -m fuzz`, with other examples each time.
 """
@@ -40,7 +40,7 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.buffers import check_trajectory
-from mtt_fast.interop.tensor_set import Facts
+from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.metrics import read_records
 from mtt_fast.storage.records import read_record, sealed, write_record
@@ -59,11 +59,11 @@ SECONDS = 30.0  # for a file of a few kilobytes, on a busy machine
 MEMORY = 256 << 20
 
 CPU = torch.device("cpu")
-FACTS = Facts(("cat", "dog / wolf", "owl"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None)
+INFO = SourceInfo(("cat", "dog / wolf", "owl"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None)
 
 
 class Reader(NamedTuple):
-    """Honest files of one kind, and what reads them."""
+    """Honest files of one kind, and their reader."""
 
     write: Callable[[Path], object]
     read: Callable[[Path], object]
@@ -197,7 +197,7 @@ def metrics(folder: Path) -> None:
 
 
 def of_metrics(folder: Path) -> str:
-    """Damaged lines are left out; the others are as they were."""
+    """Check that damaged lines are left out and the others are unchanged."""
     assert all(line in LINES for line in read_records(folder / METRICS))
     return "lines that were written"
 
@@ -238,9 +238,9 @@ READERS = {
     "kip": Reader(kip, read_set),
     "png": Reader(lambda folder: a_set(folder, "png"), read_set),
     "png, hard": Reader(lambda folder: hard_set(folder, "png"), read_set),
-    "class folders": Reader(class_folders, lambda folder: read_set(folder, facts=FACTS), checked=False),
+    "class folders": Reader(class_folders, lambda folder: read_set(folder, info=INFO), checked=False),
     "parquet": Reader(lambda folder: a_set(folder, "parquet"), read_set),
-    "foreign parquet": Reader(foreign_parquet, lambda folder: read_set(folder, facts=FACTS), checked=False),
+    "foreign parquet": Reader(foreign_parquet, lambda folder: read_set(folder, info=INFO), checked=False),
     "experts": Reader(experts, of_store),
     "compressed experts": Reader(compressed, of_store),
     "replay buffers": Reader(replay_buffers, of_buffers),

@@ -1,4 +1,4 @@
-"""Files of other software that are built to hurt, or of another kind: one line that names the file, at once."""
+"""Test files of other software that are built to hurt, or of another kind: one line that names the file, at once."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.buffers import check_trajectory, layout_from
-from mtt_fast.interop.tensor_set import Facts
+from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, plain_tensor, shown
 from tests.interop.test_buffers import NET, Epochs, trained
 from tests.interop.test_fuzz_files import EXAMPLES
 from tests.interop.test_sets import CLASSES, N, distilled
 
-FACTS = Facts(("cat", "dog / wolf", "owl"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None)
+INFO = SourceInfo(("cat", "dog / wolf", "owl"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None)
 SECONDS, MEMORY = 30.0, 192 << 20  # on a busy machine; all take less than one
 
 
@@ -222,7 +222,7 @@ def test_archives_that_torch_does_not_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["mtt", "dc"])
 def test_a_flipped_bit_in_a_tensor_is_found(tmp_path: Path, kind: str) -> None:
-    """torch.load itself reads no checksum."""
+    """Check a file whose checksums torch.load itself does not read."""
     file, *_ = distilled().export(kind, tmp_path)
     raw = bytearray(file.read_bytes())
     place = raw.find(torch.load(file)[:, :1].numpy().tobytes()[:16] if kind == "mtt" else struct.pack("<qq", 1, 1))
@@ -269,7 +269,7 @@ def make(kind: str, place: Path) -> None:
 
 
 def read_any(source: Path) -> object:
-    """As `convert` finds out what there is."""
+    """Find out the kind of a file as `convert` does, and read it."""
     match expert_kind_of(source):
         case "buffer":
             options_in_path(source)
@@ -279,7 +279,7 @@ def read_any(source: Path) -> object:
         case "experts":
             folder = source if source.is_dir() else source.parent
             return [TrajectoryStore(folder).metadata(expert) for expert in range(len(TrajectoryStore(folder)))]
-    return read_set(source, set_kind_of(source), facts=FACTS)
+    return read_set(source, set_kind_of(source), info=INFO)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes, links and devices")
@@ -476,7 +476,7 @@ def test_tables_that_hold_no_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file = tmp_path / "x.parquet"
     for name, table in tables().items():
         parquet.write_table(table, file, compression="zstd")
-        assert refused(lambda: read_set(file, facts=FACTS), "x.parquet"), name
+        assert refused(lambda: read_set(file, info=INFO), "x.parquet"), name
 
 
 @pytest.mark.parametrize("key", ["huggingface", "mtt_fast"])
@@ -485,7 +485,7 @@ def test_tables_that_hold_no_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_metadata_of_tables_that_is_none(tmp_path: Path, key: str, text: bytes) -> None:
     good = pyarrow.table({"image": cells(*[picture()] * 3), "label": [0, 1, 2]})
     parquet.write_table(good.replace_schema_metadata({key: text}), tmp_path / "x.parquet")
-    refused(lambda: read_set(tmp_path / "x.parquet", facts=FACTS), "x.parquet")
+    refused(lambda: read_set(tmp_path / "x.parquet", info=INFO), "x.parquet")
 
 
 # --- trajectories ---
@@ -676,7 +676,7 @@ def test_helpers_before_anything(value: Any) -> None:
 
 
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:
-    """For all that these tests refuse: what is honest is not."""
+    """Check that honest files are not refused."""
     for kind in ("mtt", "dc", "ddranking", "png", "parquet", "synthetic", "dc_benchmark"):
         write_set(tmp_path / kind, distilled(), kind)
         found = read_set(tmp_path / kind)

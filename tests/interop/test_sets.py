@@ -1,4 +1,4 @@
-"""Distilled sets in the files of other software: exact round trips, order and kinds of labels, refusals."""
+"""Test distilled sets in the files of other software: exact round trips, order and kinds of labels, refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mtt_fast.interop import (
     set_kind_of,
     write_set,
 )
-from mtt_fast.interop.tensor_set import Facts, hardened, in_place, tensor_set
+from mtt_fast.interop.tensor_set import SourceInfo, hardened, in_place, tensor_set
 
 CLASSES, IPC = 3, 2
 N = CLASSES * IPC
@@ -391,8 +391,8 @@ def test_what_is_no_result_of_dc(tmp_path: Path, content: Any, message: str) -> 
 @pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
 @pytest.mark.parametrize("kind", ["png", "parquet"])
 def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: str, labels: str, channels: int) -> None:
-    facts: dict[str, Any] = {"mean": (0.5,) * channels, "std": (0.2,) * channels, "lr_per_step": torch.rand(4)}
-    synthetic = distilled(labels, images=torch.randn(N, channels, 4, 5), **facts)
+    info: dict[str, Any] = {"mean": (0.5,) * channels, "std": (0.2,) * channels, "lr_per_step": torch.rand(4)}
+    synthetic = distilled(labels, images=torch.randn(N, channels, 4, 5), **info)
     synthetic.export(kind, tmp_path / "x")
     assert set_kind_of(tmp_path / "x") == kind
     back = read_set(tmp_path / "x")
@@ -403,7 +403,7 @@ def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: s
     assert torch.equal(back.labels, synthetic.labels)
     assert torch.equal(back.lr, synthetic.lr)
     assert back.lr_per_step is not None
-    assert torch.equal(back.lr_per_step, facts["lr_per_step"])
+    assert torch.equal(back.lr_per_step, info["lr_per_step"])
     assert (back.class_names, back.mean, back.std) == (synthetic.class_names, synthetic.mean, synthetic.std)
     assert (back.label_kind, back.recipe, back.versions) == (labels, synthetic.recipe, synthetic.versions)
 
@@ -415,8 +415,8 @@ def test_pictures_of_whitened_images_need_the_whitening(tmp_path: Path, kind: st
     synthetic.export(kind, tmp_path)
     with pytest.raises(InputError, match=r"the set was whitened.*`zca`"):
         read_set(tmp_path)
-    facts = Facts(synthetic.class_names, synthetic.mean, synthetic.std, whitening)
-    back = read_set(tmp_path, facts=facts)
+    info = SourceInfo(synthetic.class_names, synthetic.mean, synthetic.std, whitening)
+    back = read_set(tmp_path, info=info)
     assert isinstance(back, SyntheticDataset)
     assert back.whitening is whitening
     assert torch.equal((back.pictures() * 255).round(), (synthetic.pictures() * 255).round())
@@ -454,8 +454,8 @@ def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
             Image.fromarray(values).save(tmp_path / name / f"{number}.png")
     with pytest.raises(InputError, match=r"expected labels\.json"):
         read_set(tmp_path)
-    facts = Facts(("ape", "bee"), (0.5,) * 3, (0.25,) * 3, None)
-    found = read_set(tmp_path, facts=facts, lr=0.05)
+    info = SourceInfo(("ape", "bee"), (0.5,) * 3, (0.25,) * 3, None)
+    found = read_set(tmp_path, info=info, lr=0.05)
     assert isinstance(found, SyntheticDataset)
     assert found.labels.tolist() == [0, 0, 1, 1]
     assert (found.pictures()[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 100, 101]
@@ -463,7 +463,7 @@ def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
 
 
 def coloured_folder(root: Path, names: Sequence[str], value_of: Sequence[int]) -> Path:
-    """One picture a class folder, whose red is the class that it shows."""
+    """Write one picture a class folder, whose red is the class that it shows."""
     for name, value in zip(names, value_of, strict=True):
         (root / name).mkdir(parents=True)
         Image.new("RGB", (4, 4), (value, 0, 0)).save(root / name / "0.png")
@@ -491,7 +491,7 @@ def test_folders_of_another_method_go_by_name(
     tmp_path: Path, class_names: tuple[str, ...], names: tuple[str, ...]
 ) -> None:
     coloured_folder(tmp_path, names, range(len(names)))
-    found = read_set(tmp_path, facts=Facts(class_names, (0.5,) * 3, (0.25,) * 3, None))
+    found = read_set(tmp_path, info=SourceInfo(class_names, (0.5,) * 3, (0.25,) * 3, None))
     assert isinstance(found, SyntheticDataset)
     assert (found.pictures()[:, 0, 0, 0] * 255).round().tolist() == found.labels.tolist()
     assert sorted(found.labels.tolist()) == list(range(len(names)))
@@ -499,10 +499,10 @@ def test_folders_of_another_method_go_by_name(
 
 
 def test_folders_that_mean_no_class_or_are_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    facts = Facts(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
     with pytest.raises(InputError, match=r"a: expected the names of .*found 'dogg' \(nearest: dog.*\); rename it"):
-        read_set(coloured_folder(tmp_path / "a", ["cat", "dogg"], [3, 5]), facts=facts)
-    found = read_set(coloured_folder(tmp_path / "b", [*CIFAR10[:7], "boat"], range(8)), "png", facts=facts)
+        read_set(coloured_folder(tmp_path / "a", ["cat", "dogg"], [3, 5]), info=info)
+    found = read_set(coloured_folder(tmp_path / "b", [*CIFAR10[:7], "boat"], range(8)), "png", info=info)
     assert found.labels.tolist()[-1] in (6, 8)
     assert "no pictures of 2 classes: horse, truck" in caplog.text
 
@@ -513,21 +513,21 @@ def test_a_set_with_its_classes_in_another_order_is_put_in_the_datas(tmp_path: P
     synthetic = distilled(labels)
     synthetic.export(kind, tmp_path)
     order = [2, 0, 1]
-    facts = Facts(tuple(synthetic.class_names[i] for i in order), synthetic.mean, synthetic.std, None)
-    found = read_set(tmp_path, facts=facts)
+    info = SourceInfo(tuple(synthetic.class_names[i] for i in order), synthetic.mean, synthetic.std, None)
+    found = read_set(tmp_path, info=info)
     assert isinstance(found, SyntheticDataset)
-    assert found.class_names == facts.class_names
+    assert found.class_names == info.class_names
     if labels == "indices":
-        assert [facts.class_names[i] for i in found.labels] == [synthetic.class_names[i] for i in synthetic.labels]
+        assert [info.class_names[i] for i in found.labels] == [synthetic.class_names[i] for i in synthetic.labels]
     else:
         assert torch.equal(found.labels, synthetic.labels[:, order])
-    other = Facts(("cat", "fox", "owl"), synthetic.mean, synthetic.std, None)
+    other = SourceInfo(("cat", "fox", "owl"), synthetic.mean, synthetic.std, None)
     with pytest.raises(InputError, match="found 'dog / wolf'"):
-        read_set(tmp_path, facts=other)
+        read_set(tmp_path, info=other)
 
 
 def foreign_parquet(path: Path, labels: list[Any], names: list[str] | None) -> Path:
-    """A file as `datasets` writes it; the red of each picture is the place of its row."""
+    """Write a file as `datasets` writes it; the red of each picture is the number of its row."""
     import pyarrow
     from pyarrow import parquet
 
@@ -553,8 +553,8 @@ def foreign_parquet(path: Path, labels: list[Any], names: list[str] | None) -> P
 def test_parquet_files_go_by_the_names_of_their_classes(
     tmp_path: Path, labels: list[Any], names: list[str] | None, expected: list[int]
 ) -> None:
-    facts = Facts(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
-    found = read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), facts=facts)
+    info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    found = read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
     assert found.labels.tolist() == expected
 
 
@@ -567,15 +567,15 @@ def test_parquet_files_go_by_the_names_of_their_classes(
     ],
 )
 def test_parquet_files_of_other_classes(tmp_path: Path, labels: list[Any], names: list[str], message: str) -> None:
-    facts = Facts(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
     with pytest.raises(InputError, match=rf"x\.parquet: .*{message}"):
-        read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), facts=facts)
+        read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
 
 
 def test_transparent_pictures_lie_on_white(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(tmp_path / "cat" / "0.png")
-    found = read_set(tmp_path, facts=Facts(CIFAR10, (0.5,) * 3, (0.25,) * 3, None))
+    found = read_set(tmp_path, info=SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None))
     assert isinstance(found, SyntheticDataset)
     assert (found.pictures() * 255).round().unique().tolist() == [255]
 
@@ -665,7 +665,7 @@ def test_any_map_style_dataset_becomes_real_images() -> None:
         assert torch.equal(data.test.labels, labels)
 
     class Named(list[Any]):
-        """As torchvision's ImageFolder, whose classes are the sorted folders of one split."""
+        """A data set like torchvision's ImageFolder, whose classes are the sorted folders of one split."""
 
         def __init__(self, classes: list[str]) -> None:
             super().__init__(pairs)
@@ -702,7 +702,7 @@ def test_kinds_that_are_not_there(tmp_path: Path) -> None:
         distilled().export("pgn", tmp_path)
     with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):
         read_set(tmp_path / "nothing")
-    with pytest.raises(InputError, match="expected the facts of the real images for kind png"):
+    with pytest.raises(InputError, match="expected the properties of the real images for kind png"):
         write_set(tmp_path, as_tensor_set(distilled()), "png")
     with pytest.raises(InputError, match="`dataset`: expected the data set's name"):
         write_set(tmp_path, as_tensor_set(distilled()), "dc_benchmark")

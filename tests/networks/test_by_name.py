@@ -1,4 +1,4 @@
-"""The networks of the public code: counts by arithmetic, names and order, outputs by plain functions, fresh parameters."""
+"""Test the networks of the public code: counts by arithmetic, names and order, outputs by plain functions, fresh parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def linear(before: int, after: int) -> int:
 
 
 def convnet(shape: Shape, classes: int, width: int = 128, depth: int = 3, norm: int = 2, halvings: int = 3) -> int:
-    """Parameters of a ConvNet with `norm` parameters a channel."""
+    """Return the number of parameters of a ConvNet with `norm` parameters a channel."""
     channels, side, _ = shape
     side = 32 if side == 28 else side
     inner = conv(channels, width, 3) + (depth - 1) * conv(width, width, 3) + depth * norm * width
@@ -52,7 +52,7 @@ def alexnet(shape: Shape, classes: int, norm: int = 0) -> int:
 
 
 def resnet18(shape: Shape, classes: int, features: int) -> int:
-    """Convolutions have no bias; `features` are those that the classifier sees."""
+    """Return the number of parameters: convolutions have no bias, and the classifier has `features` inputs."""
     total = 9 * shape[0] * 64 + 2 * 64
     for before, after in ((64, 64), (64, 128), (128, 256), (256, 512)):
         total += 9 * before * after + 3 * 9 * after**2 + 4 * 2 * after
@@ -106,7 +106,7 @@ def test_counts_are_those_of_the_public_code(name: str, shape: tuple[int, int, i
 
 
 class Reader:
-    """Takes parameters from a flat vector one after another, in the order in which the layers are written down."""
+    """A reader of a flat vector, which takes parameters one after another in the order of the layers."""
 
     def __init__(self, theta: Tensor) -> None:
         self.theta, self.begin = theta, 0

@@ -1,4 +1,4 @@
-"""ConvNet against the same network built of `torch.nn`, which shares no code with it."""
+"""Test ConvNet against the same network built of `torch.nn`, which shares no code with it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_parameter_counts_are_those_of_the_public_code(net: ConvNet, parameters:
 
 
 def test_names_without_a_norm_are_those_of_the_public_code() -> None:
-    """Its module counts convolution, ReLU and pool: three layers a block."""
+    """Check the names of the public code's module, which counts convolution, ReLU and pool: three layers a block."""
     names = ConvNet(depth=2, width=4, norm="none").layout.names
     assert names[:4] == ("features.0.weight", "features.0.bias", "features.3.weight", "features.3.bias")
     assert names[4:] == ("classifier.weight", "classifier.bias")

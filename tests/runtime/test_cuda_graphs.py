@@ -1,4 +1,4 @@
-"""Recording and replaying on a CPU, with a recorder that only repeats; CUDA's own where there is a GPU."""
+"""Test recording and replaying on a CPU, with a recorder that only repeats; CUDA's own where there is a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def double(values: Tensor) -> tuple[Tensor, ...]:
 
 
 class Repeating:
-    """Records as CUDA does, as far as that goes on a CPU, and counts."""
+    """A recorder that works as CUDA does, as far as a CPU can, and counts."""
 
     def __init__(self) -> None:
         self.recorded = self.graphed = 0

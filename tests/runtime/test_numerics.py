@@ -1,4 +1,4 @@
-"""The settings of a job: precision and determinism on CUDA, for as long as the job runs."""
+"""Test the settings of a job: precision and determinism on CUDA, for as long as the job runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items made ahead by a thread: the same items, errors where they belong, and nothing left running."""
+"""Test items made ahead by a thread: the same items, errors where they belong, and nothing left running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thing is used with what it was made from: every command compares, and refuses in one line that names the file."""
+"""Check that every command compares a file with the images it was made from, and refuses others in one line that names the file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def save_folder(root: Path, seed: int, names: Sequence[str] = tuple("0123456789"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
-    """A folder with runs on the digits (run, zrun) and on the image folder pets (prun), with their experts in buffers."""
+    """Make a folder with runs on the digits (run, zrun) and on the image folder pets (prun), with their experts in buffers."""
     root = tmp_path_factory.mktemp("made")
     save_folder(root / "pets", seed=0)
     save_folder(root / "toys", seed=1)
@@ -69,7 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
 
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, in which the test is."""
+    """Make a copy of that folder the working directory."""
     shutil.copytree(made, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
@@ -145,7 +145,7 @@ def test_changed_images_are_others(here: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_checkpoint_goes_on_with_its_own_images(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The experts are trained anew here, so that the checkpoint alone tells of the images that it began with."""
+    """Train the experts anew, so that the checkpoint alone names the images with which it began."""
     save_folder(here / "pets", seed=9)
     flags = distil(*TRAINED, "--Iteration", "4", "--buffer_path", "others", data=("--dataset", "./pets"), out="prun")
     assert "prun/checkpoint.safetensors: made from other images: expected folder-pets with" in refused(
@@ -170,7 +170,7 @@ def test_legal_uses_of_sets(here: Path, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_other_images_on_purpose(here: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They are seen as the set's own were, which is told, and recorded."""
+    """Check that other images are transformed as the set's own were, which is logged and recorded."""
     caplog.set_level("INFO")
     other = ["--dataset", "./pets", "--other_data", *EVALUATED]
     assert cli.run(evaluate, ["run", *other, "--out", "result.json"]) == 0
@@ -363,7 +363,7 @@ def test_waypoints_are_of_the_experts_that_are_there(here: Path, capsys: pytest.
 
 
 def test_the_students_augmentation_is_not_the_experts(here: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One option names both, where experts are trained; what is there is used, and told."""
+    """Use experts with another augmentation: one option names both where experts are trained, and the log names the difference."""
     caplog.set_level("INFO")
     assert cli.run(distill, distil("--dsa", "False")) == 0
     told = (
@@ -405,7 +405,7 @@ def test_one_process_writes_experts(here: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def imported(here: Path) -> Path:
-    """The folder in which experts of the public code lie, converted: no --num_experts is known to be theirs."""
+    """Make the folder of converted experts of the public code, for which no --num_experts is known."""
     list(export_experts(TrajectoryStore(EXPERTS), "theirs"))
     assert cli.run(convert, ["theirs", "my_buffers", "--dataset", "digits", *MODEL]) == 0
     return Path("my_buffers/digits/ConvNetD1W4")

@@ -1,4 +1,4 @@
-"""Events: TensorBoard reads what was written, and a disk that is full is one error, of the caller's own."""
+"""Test events: TensorBoard reads what was written, and a disk that is full is one error, of the caller's own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_run_that_goes_on_takes_the_place_of_what_was_written_behind_its_check
 
 
 class FullDisk(io.FileIO):
-    """Takes `room` bytes, as a disk does: what fits of a write, and then an error."""
+    """A file that takes `room` bytes, as a disk does: a part of a write that fits, and then an error."""
 
     room = 0
 
@@ -61,7 +61,7 @@ class FullDisk(io.FileIO):
 def test_a_full_disk_is_one_line(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Whether nothing of a record fits or a part of it; no thread prints anything of its own."""
+    """Check one error whether nothing of a record fits or a part of it; no thread prints anything of its own."""
     monkeypatch.setattr(events, "open", lambda path, mode, buffering: FullDisk(path, mode), raising=False)
     monkeypatch.setattr(FullDisk, "room", room)
     before = threading.active_count()

@@ -1,4 +1,4 @@
-"""Checks that a job can use the experts at hand: each difference is told with the expert's file, and what is alike passes."""
+"""Check that a job can use the experts: a difference is reported with the expert's file, and equal experts pass."""
 
 from __future__ import annotations
 

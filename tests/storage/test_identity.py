@@ -1,4 +1,4 @@
-"""The images that a thing belongs to: a difference is told in the user's words, and an allowed one needs its option."""
+"""Test the identity of images: a difference is reported in the user's words, and an allowed one needs its option."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_whitening_is_the_same_up_to_rounding() -> None:
 
 
 def test_statistics_do_not_depend_on_the_order_of_a_sum() -> None:
-    """They go into the fingerprint, which has to be the same on every machine."""
+    """Check numbers that go into the fingerprint, which has to be the same on every machine."""
     images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     labels = torch.arange(64) % 4
     one, other = (from_tensors((images[:, c], labels), (images[:, c], labels)) for c in ([0, 1, 2], [2, 1, 0]))

@@ -1,4 +1,4 @@
-"""One flipped bit, one cut, one file that is none: the job that reads it says so in one line, or makes a cache anew."""
+"""Check one flipped bit, one cut, one foreign file: the command that reads it says so in one line, or makes a cache anew."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EVALUATION = ["--num_eval", "1", "--epoch_eval_train", "1"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
-    """A folder with all that a whitened toy run leaves: data, buffers, run, and a table of it."""
+    """Make a folder with the whole output of a whitened toy run: data, buffers, run, and a table of it."""
     folder = tmp_path_factory.mktemp("integrity")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
 
 @pytest.fixture
 def copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, as the working folder."""
+    """Make a copy of that folder the working directory."""
     shutil.copytree(made, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return tmp_path / "copy"
@@ -163,7 +163,7 @@ def records(folder: str = "run") -> list[dict[str, Any]]:
 def test_a_damaged_line_does_not_keep_a_run_from_going_on(
     copy: Path, caplog: pytest.LogCaptureFixture, length: int
 ) -> None:
-    """With `length` 0 one bit in each line in turn; else cut there. The summary is that of an undamaged run."""
+    """Flip, with `length` 0, one bit in each line in turn; else cut there. The summary is that of an undamaged run."""
     shutil.copytree("run", "sound")
     assert cli.run(distill, ["--out", "sound", "--resume", "--Iteration", "6"]) == 0
     expected = read_record("sound/summary.json", "", "")["accuracy"]
@@ -201,7 +201,7 @@ def test_a_damaged_evaluation_that_no_checkpoint_holds_is_made_again(copy: Path)
 
 
 def test_every_byte_of_small_files_counts(tmp_path: Path) -> None:
-    """A tensor file, a record, a line of metrics and options: no flip goes unseen, none gives another error."""
+    """Flip bits of a tensor file, a record, a line of metrics and options: no flip goes unseen, none gives another error."""
     tensors = {"a": torch.tensor([1.5, -2.0]), "b": torch.tensor(7)}
     path = tmp_path / "small.safetensors"
     save_tensors(path, tensors, {"format": "mtt_fast small 2", "more": "x"}, by_row=["a"])

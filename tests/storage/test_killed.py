@@ -1,4 +1,4 @@
-"""Whatever moment a writer is killed at: what it wrote is whole or is not there, and no half of it stays for ever."""
+"""Kill writers at any moment: a file is whole or absent, and no half of one stays for ever."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("killed_script.py")
 
 @pytest.fixture
 def in_memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a file system that need not wait for a disk, where there is one."""
+    """Return a folder on a file system that need not wait for a disk, where there is one."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return

@@ -1,4 +1,4 @@
-"""Compressed experts: places on the path by the definition, bytes read, folders made, mistakes."""
+"""Test compressed experts: places on the path by the definition, bytes read, folders made, mistakes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def experts(folder: Path, count: int = 3, dtype: torch.dtype = torch.float32) ->
 
 
 def by_definition(path: Tensor, waypoints: Tensor, at: tuple[int, ...], epoch: float) -> Tensor:
-    """θ(e) layer by layer, from sums over the epochs walked: MCT's equations, written out."""
+    """Return θ(e) layer by layer, from sums over the epochs walked: MCT's equations, written out."""
     k = max(k for k, e in enumerate(at[:-1]) if e <= epoch)
     layers = []
     for theta, low, high in zip(path.split(SIZES, 1), *(waypoints[i].split(SIZES) for i in (k, k + 1)), strict=True):

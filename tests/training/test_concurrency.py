@@ -1,4 +1,4 @@
-"""Several networks at the same time: the same results, signals and errors as one after another."""
+"""Train several networks at the same time: the same results, signals and errors as one after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.engine.student import live_bytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
-from mtt_fast.training.concurrency import Concurrency, Job, concurrency_for, filling, round_robin, run_concurrently
+from mtt_fast.training.concurrency import (
+    Concurrency,
+    Job,
+    concurrency_for,
+    round_robin,
+    run_concurrently,
+    steps_that_fill,
+)
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import EvaluationProtocol, evaluate
 from mtt_fast.training.sgd import Sgd, epoch_on
@@ -126,7 +133,7 @@ def test_evaluations_do_not_depend_on_how_many_run(at_once: int | None) -> None:
     def values(at_once: int | None) -> tuple[float, ...]:
         protocol = EvaluationProtocol(epochs=4, batch_size=5)
         return evaluate(
-            NET, lambda _: images(), images(300), 0.1, protocol, networks=5, seed=1, place=(7,), at_once=at_once
+            NET, lambda _: images(), images(300), 0.1, protocol, networks=5, seed=1, indices=(7,), at_once=at_once
         ).values
 
     assert len(set(values(1))) > 1
@@ -160,9 +167,9 @@ def test_the_formulas() -> None:
     with pytest.raises(InputError, match="`networks_at_once` 0: expected at least 1"):
         concurrency(NET, small, 10, 5, 0)
     device_threads = 132 * 2048
-    assert filling(47_000_000, device_threads, step=10**8, memory=10**11) == 4
-    assert filling(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
-    assert filling(10**10, device_threads, step=10**8, memory=10**11) == 0
+    assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=10**11) == 4
+    assert steps_that_fill(47_000_000, device_threads, step=10**8, memory=2 * 10**8) == 2
+    assert steps_that_fill(10**10, device_threads, step=10**8, memory=10**11) == 0
 
 
 @pytest.mark.gpu
@@ -199,7 +206,7 @@ def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
 
 
 def test_the_networks_of_a_pool_are_looked_at_once() -> None:
-    """The next evaluation of the same networks finds what a step of each takes."""
+    """Check that the next evaluation of the same networks knows the memory of a step of each."""
     pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(1, 8)]
     students = [student_for(network, CPU) for network in pool]
     live_bytes.cache_clear()

@@ -1,4 +1,4 @@
-"""A network that diverged is told of as such wherever its accuracy is; an expert that holds NaN is named."""
+"""Check that a network that diverged is named as such wherever its accuracy is, and that an expert that holds NaN is named."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mtt_fast import ConvNet, InputError, SyntheticDataset, TrajectoryStore, compress, evaluate
-from mtt_fast.analysis.measured import measured as grouped
+from mtt_fast.analysis.measured import measurements as grouped
 from mtt_fast.baselines import command as baselines
 from mtt_fast.commands import cli, tables
-from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, label_of, measured, percent
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, label_of, percent
 from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import markdown
 from mtt_fast.data import load
@@ -85,14 +85,14 @@ def test_a_rate_that_is_too_large(model: str, best_epoch: bool, caplog: pytest.L
 
 def test_the_records_carry_it() -> None:
     one, other = Accuracy((0.5, 0.0, 0.0), diverged=2), Accuracy((0.5, 0.6, 0.7), best_epoch=True)
-    line = measured({"A": one, "B": other})
+    line = accuracy_fields({"A": one, "B": other})
     assert (line["diverged"], line["diverged/A"], line.get("diverged/B")) == (2, 2, None)
     assert accuracy_record(line)["diverged"] == 2
     by_network = accuracy_by_network(line, "A")
     assert by_network["A"]["diverged"] == 2
     assert "diverged" not in by_network["B"]
     assert percent(line).endswith(" (2 of 3 diverged)")
-    assert "diverged" not in measured({"B": other})
+    assert "diverged" not in accuracy_fields({"B": other})
     record = one.record() | {"epoch": "best"}
     assert label_of(record) == " (best epoch, 2 of 3 diverged)"
     for shown in (on_the_page(record), tables.percent(record)):

@@ -1,4 +1,4 @@
-"""Protocols against plain loops of torch.nn and torch.optim, with batch norm's running statistics; pools of networks."""
+"""Test protocols against plain loops of torch.nn and torch.optim, with batch norm's running statistics; pools of networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mtt_fast import ConvNet, FlatModule, InputError, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
-from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_record, measured
+from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record
 from mtt_fast.commands.options import EvaluationOptions
 from mtt_fast.data.published_info import dataset_info
 from mtt_fast.distill import command as distill
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def with_batch_norm(momentum: float | None = 0.1) -> nn.Sequential:
-    """Two norms, of which one has an affine part; float64."""
+    """Return a network with two norms, of which one has an affine part; float64."""
     layers = [
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3, affine=False, momentum=momentum), nn.Flatten(), nn.Linear(3, 3),
@@ -85,7 +85,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics_beside_one_in_training() -> No
 @pytest.mark.parametrize("name", ["mtt", "ddranking"])
 @pytest.mark.parametrize("model", ["ConvNetD1W4BN", "ConvNetD1W4"])
 def test_equals_the_protocol_written_out(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One batch: its order does not matter. The best of every second epoch stands for every tenth."""
+    """Use one batch, whose order does not matter. The best of every second epoch stands for every tenth."""
     monkeypatch.setattr("mtt_fast.training.protocols._TESTED_EVERY", 2)
     net = network_by_name(model, (1, 6, 6), 3)
     train = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
@@ -197,13 +197,13 @@ def test_evaluation_over_a_pool(a_set: Path) -> None:
 def test_records_of_evaluations() -> None:
     one, other = Accuracy((0.5, 0.7)), Accuracy((0.25,), best_epoch=True)
     record = {"mean": 0.6, "std": pytest.approx(0.02**0.5), "n": 2}
-    line = measured({"A": one})
+    line = accuracy_fields({"A": one})
     assert line == {"accuracy_mean": 0.6, "accuracy_std": record["std"], "networks": 2}
     assert accuracy_record(line) == record
     assert accuracy_by_network(line, "A") == {"A": record}
-    both = measured({"A": one, "B": other})
+    both = accuracy_fields({"A": one, "B": other})
     assert accuracy_by_network(both, "A") == {"A": record, "B": record | {"mean": 0.25, "std": 0.0}}
-    assert accuracy_record(measured({"B": other})) == {"mean": 0.25, "std": 0.0, "n": 1, "epoch": "best"}
+    assert accuracy_record(accuracy_fields({"B": other})) == {"mean": 0.25, "std": 0.0, "n": 1, "epoch": "best"}
 
 
 TOY = (
@@ -266,14 +266,14 @@ def test_the_accuracy_of_an_expert_with_batch_norm_is_that_of_its_evaluation_mod
 
 
 def test_the_model_comes_first_in_its_pool_by_whichever_name() -> None:
-    """Which decides what images are best, and what the summary's one accuracy is of."""
-    facts = dataset_info("CIFAR10")
+    """Check the first network, which decides which images are best and has the summary's one accuracy."""
+    info = dataset_info("CIFAR10")
     for model, mode, first in (
         ("ConvNet", "W", "ConvNetW128"),
         ("ConvNetD3", "N", "ConvNetIN"),
         ("ResNet18", "M", "ResNet18"),
         ("MLP", "D", "ConvNetD1"),
     ):
-        names = list(EvaluationOptions(model=model, eval_mode=mode).evaluated_networks(facts))
+        names = list(EvaluationOptions(model=model, eval_mode=mode).evaluated_networks(info))
         assert names[0] == first
         assert sorted(names) == sorted(POOLS[mode])

@@ -1,4 +1,4 @@
-"""SAM, ASAM and GSAM against their definitions, written out for an ordinary module and optimiser in float64."""
+"""Test SAM, ASAM and GSAM against their definitions, written out for an ordinary module and optimiser in float64."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reference_step(
     alpha: float,
     adaptive: bool,
 ) -> None:
-    """One step of the optimiser against GSAM's direction, parameter by parameter, as the papers define it."""
+    """Do one step of the optimiser against GSAM's direction, parameter by parameter, as the papers define it."""
     parameters = list(module.parameters())
 
     def gradients() -> list[Tensor]:
@@ -92,7 +92,7 @@ def test_steps_are_those_of_the_definition(
 
 
 def test_gsam_leaves_the_worse_loss_alone() -> None:
-    """Its difference from SAM is at right angles to SAM's gradient."""
+    """Check that its difference from SAM is at right angles to SAM's gradient."""
     student = GenericStudent(NET)
     theta = NET.init(torch.Generator().manual_seed(0)).double()
     images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 5
@@ -119,7 +119,7 @@ def test_a_gradient_of_nothing_stays_finite() -> None:
 
 
 def test_no_value_is_asked_for() -> None:
-    """So that a CUDA graph can record it: tensors without data have none to give."""
+    """Use tensors without data, which have no values to give, so that a CUDA graph can record the step."""
     theta = torch.empty(NET.num_parameters, device="meta")
     images, labels = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
     found = SharpnessAware(GenericStudent(NET), 0.1, 0.3, adaptive=True).gradient(theta, images, labels)
