@@ -326,8 +326,13 @@ class _Unroll(torch.autograd.Function):
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.near(0)
         rates = _rates(lr, len(steps.batches), start)
-        grad_images = torch.zeros_like(images) if wants_images else None
-        grad_labels = torch.zeros_like(labels) if wants_labels else None
+        # of a step's gradients in what they add to the loss's: −α, as the direction below is λ; with momentum 1
+        sizes = -rates if velocities is None else torch.ones_like(rates)
+        negated_sizes = -sizes
+        grad_images, grad_labels = (
+            torch.zeros_like(each, memory_format=torch.contiguous_format) if wanted else None
+            for each, wanted in ((images, wants_images), (labels, wants_labels))
+        )
         grad_rates = torch.zeros_like(rates)
 
         def incoming(n: int) -> Tensor | None:
@@ -351,11 +356,9 @@ class _Unroll(torch.autograd.Function):
             index = steps.batches[n]
             # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
             # direction: it stays defined at α = 0 and gives λ·g_n, which dα needs, for nothing
-            if velocity_adjoint is None:
-                direction, size = adjoint, -rates[n]
-            else:
+            direction = adjoint
+            if velocity_adjoint is not None:
                 direction = velocity_adjoint.addcmul_(adjoint, rates[n], value=-1)
-                size = torch.ones_like(rates[n])
             with torch.enable_grad():
                 batch = images[index].detach().requires_grad_(wants_images)
                 inputs = steps.inputs(batch, n).to(adjoint.dtype)
@@ -367,21 +370,22 @@ class _Unroll(torch.autograd.Function):
                 slope = tangent.v_dot_g
                 if steps.weight_decay:
                     slope = slope + steps.weight_decay * torch.dot(direction, theta)
-                grad_rates[n] = -slope
+                grad_rates[n].sub_(slope)
             else:
-                grad_rates[n] = -torch.dot(adjoint, velocities.load(n))
+                grad_rates[n].sub_(torch.dot(adjoint, velocities.load(n)))
             if grad_images is not None:
-                (to_batch,) = torch.autograd.grad(inputs, batch, -size * tangent.images)
+                (to_batch,) = torch.autograd.grad(inputs, batch, negated_sizes[n] * tangent.images)
                 # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
-                grad_images.index_add_(0, index, to_batch, alpha=-1)
+                kernels.index_add(grad_images, index, to_batch.contiguous(), alpha=-1)
             if grad_labels is not None and tangent.labels is not None:
-                grad_labels.index_add_(0, index, (-size * tangent.labels).to(labels.dtype), alpha=-1)
+                to_targets = (negated_sizes[n] * tangent.labels).to(labels.dtype)
+                kernels.index_add(grad_labels, index, to_targets, alpha=-1)
             exact = steps.gradient == "exact"
             kernels.adjoint_step(
                 adjoint,
                 tangent.hessian_v.contiguous() if exact else torch.zeros_like(adjoint),
                 direction,
-                size,
+                sizes[n],
                 out=adjoint,
                 incoming=incoming(n),
                 weight_decay=steps.weight_decay,
