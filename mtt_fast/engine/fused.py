@@ -11,15 +11,16 @@ result p. With these the derivative needs no convolution of a primal: it costs 6
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.fused_blocks import EPILOGUES, Convolution, Tensors
+from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
-from mtt_fast.kernels import Activations, ConvLayer, LabelKind, Precision
+from mtt_fast.kernels import ConvLayer, LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet
 
 
@@ -37,62 +38,48 @@ class FusedConvNetStudent:
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        epilogue, (blocks, classifier) = EPILOGUES[self.network.norm], self._parts(theta)
+        parameters, classifier = self._parts(theta)
+        blocks = self._blocks(images, parameters, [None] * self.network.depth)
         gradient = torch.zeros_like(theta)
         block_gradients, classifier_gradient = self._parts(gradient)
-        x = self._first(images)
+        x = blocks[0].inputs(images)
         activations = []
-        for block, (weight, affine) in enumerate(blocks):
-            y = kernels.conv3x3(x, weight, self._padding(block), self.precision)
-            pooled, plane_tensors = epilogue.forward(y, affine)
-            del y
-            activations.append((x, plane_tensors))
-            x = pooled
+        for block in blocks:
+            x, held = block.forward(x)
+            activations.append(held)
+            del held
 
         features = _features(x, theta.dtype)
         loss, f_bar, *classifier_bar = kernels.linear_cross_entropy(features, *classifier, labels, self.label_kind)
         _assign(classifier_gradient, classifier_bar)
-        x_bar = _pixels(f_bar, x)
+        x_bar: Tensor | None = _pixels(f_bar, x)
+        del x
 
-        # tensors are let go before the next ones are allocated, which may then take the memory
         saved: SavedActivations = []
-        for block in reversed(range(len(blocks))):
-            (weight, affine), padding = blocks[block], self._padding(block)
-            x, plane_tensors = activations.pop()
+        for block, (to_weight, to_affine) in zip(reversed(blocks), reversed(block_gradients), strict=True):
+            assert x_bar is not None
             if save:
-                saved.append((plane_tensors[0], x_bar))
-            y_bar, affine_bar = epilogue.backward(plane_tensors, affine, x_bar, not save)
-            del plane_tensors
-            weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, padding, self.precision)
-            del x
-            if block > 0:
-                x_bar = kernels.conv3x3_input_gradient(y_bar, weight, padding, self.precision)
-            del y_bar
-            to_weight, to_affine = block_gradients[block]
-            _assign((to_weight, *to_affine), (weight_bar, *affine_bar))
+                saved.append((block.to_save(activations[-1]), x_bar))
+            x_bar, parameters_bar = block.backward(activations.pop(), x_bar, not save)
+            _assign((to_weight, *to_affine), parameters_bar)
         return StepGradient(loss, gradient, saved if save else None)
 
     def gradient_jvp(
         self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        epilogue, (blocks, classifier) = EPILOGUES[self.network.norm], self._parts(theta)
-        block_dots, classifier_dot = self._parts(v)
+        (parameters, classifier), (directions, classifier_dot) = self._parts(theta), self._parts(v)
+        blocks = self._blocks(images, parameters, directions)
         hessian_v = torch.zeros_like(theta)
         block_results, classifier_result = self._parts(hessian_v)
-        convolutions = [
-            Convolution(weight, weight_dot, self._padding(block), self.precision)
-            for block, ((weight, _), (weight_dot, _)) in enumerate(zip(blocks, block_dots, strict=True))
-        ]
-        x, x_dot = self._first(images), None
-        held: list[Activations] = []
-        saved_bars = []
-        for convolution, (_, affine), (_, affine_dot) in zip(convolutions, blocks, block_dots, strict=True):
-            y, saved_bar = saved.pop() if saved else (None, None)
+        x, x_dot = blocks[0].inputs(images), None
+        activations, saved_bars = [], []
+        for block in blocks:
+            of_block, saved_bar = saved.pop() if saved else (None, None)
             saved_bars.append(saved_bar)
-            x, x_dot, activations = epilogue.dual(x, x_dot, convolution, affine, affine_dot, y)
-            held.append(activations)
-            del y, activations
+            x, x_dot, held = block.dual(x, x_dot, of_block)
+            activations.append(held)
+            del of_block, held
 
         assert x_dot is not None
         features = (_features(x, theta.dtype), _features(x_dot, theta.dtype))
@@ -104,15 +91,14 @@ class FusedConvNetStudent:
         x_bar_dot = _pixels(f_bar_dot, x)
         del x, x_dot, features
 
-        for block in reversed(range(len(blocks))):
-            (_, affine), (_, affine_dot), saved_bar = blocks[block], block_dots[block], saved_bars.pop()
+        for block, (to_weight, to_affine) in zip(reversed(blocks), reversed(block_results), strict=True):
+            saved_bar = saved_bars.pop()
             p_bar = x_bar if saved_bar is None else saved_bar
-            wants_x_bar = block > 0 and saved_bar is None
-            x_bar, x_bar_dot, weight_bar_dot, affine_bar_dot = epilogue.dual_backward(
-                held.pop(), convolutions[block], affine, affine_dot, p_bar, x_bar_dot, wants_x_bar
+            assert p_bar is not None
+            x_bar, x_bar_dot, parameters_bar_dot = block.dual_backward(
+                activations.pop(), p_bar, x_bar_dot, saved_bar is None
             )
-            to_weight, to_affine = block_results[block]
-            _assign((to_weight, *to_affine), (weight_bar_dot, *affine_bar_dot))
+            _assign((to_weight, *to_affine), parameters_bar_dot)
         return GradientTangent(v_dot_g, hessian_v, x_bar_dot.to(theta.dtype).contiguous(), labels_bar_dot)
 
     @property
@@ -157,19 +143,30 @@ class FusedConvNetStudent:
             height, width = ((side + 2 * padding - 2) // 2 for side in (height, width))
         return layers
 
-    def _parts(self, theta: Tensor) -> tuple[list[tuple[Tensor, Tensors]], Tensors]:
-        """Return views of the convolution's weight and the affine parameters of each block, and of the classifier's two.
+    def _blocks(
+        self, images: Tensor, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
+    ) -> list[Block]:
+        """Return the blocks at their parameters; the first one without planes where a back end has that."""
+        epilogue, precision = EPILOGUES[self.network.norm], self.precision
+        blocks: list[Block] = [
+            PlaneBlock(epilogue, at, along, self._padding(number), precision, number == 0)
+            for number, (at, along) in enumerate(zip(parameters, directions, strict=True))
+        ]
+        if self._has_image_block(images.shape[1:], images.device):
+            blocks[0] = ImageBlock(parameters[0], directions[0], self._padding(0), precision)
+        return blocks
 
-        In front of an instance norm the convolution's bias has no effect, so its gradient is exactly zero.
+    def _has_image_block(self, image_shape: torch.Size, device: torch.device) -> bool:
+        return self.network.norm == "instance" and kernels.has_image_block(self._layers(image_shape)[0], device)
+
+    def _parts(self, theta: Tensor) -> tuple[list[Parameters], Tensors]:
+        """Return views of the parameters of each block that have an effect, and of the classifier's two.
+
+        In front of an instance norm the convolution's bias has none, so its gradient is exactly zero.
         """
         *blocks, classifier = self.network.split(theta)
         affine = 2 if self.network.norm == "instance" else 1
-        return [(block[0], block[affine:]) for block in blocks], classifier
-
-    def _first(self, images: Tensor) -> Tensor:
-        """Return the images in the dtype and memory format of the first block."""
-        narrow = self.precision == "bf16" and images.dtype == torch.float32
-        return images.to(torch.bfloat16 if narrow else images.dtype, memory_format=torch.channels_last)
+        return [Parameters(block[0], block[affine:]) for block in blocks], classifier
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1
