@@ -34,17 +34,32 @@ CORRELATIONS: dict[str, list[Row]] = {
     "bf16": _correlations((264, 528), (64, 128, 128, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
 }
 
-FUSED_TILES: dict[str, list[Row]] = {
-    "fp32": _tiles((32, 32, 16, 4, 2), (64, 32, 16, 4, 2)),
-    "tf32": _tiles((64, 128, 32, 8, 3), (64, 128, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2)),
-    "bf16": _tiles((128, 128, 32, 8, 3), (64, 128, 64, 8, 2), (64, 128, 64, 8, 3), (64, 64, 64, 8, 2)),
-}
 
-FUSED_CORRELATIONS: dict[str, list[Row]] = {
-    "fp32": _correlations((528,), (32, 32, 32, 4, 2), (16, 32, 64, 4, 2)),
-    "tf32": _correlations((264, 528), (32, 128, 128, 8, 2), (32, 128, 64, 8, 2)),
-    "bf16": _correlations((264, 528), (64, 128, 128, 8, 2), (64, 128, 64, 8, 3)),
+def _passes(*sizes: tuple[int, int, int], **more: int) -> list[Row]:
+    names = ("WINDOWS", "num_warps", "PROGRAMS")
+    return [dict(zip(names, size, strict=True)) | more for size in sizes]
+
+
+_PASSES = ((32, 4, 320), (32, 8, 320), (64, 8, 320), (32, 4, 1056), (16, 4, 1056))
+
+BLOCKS: dict[str, list[Row]] = {
+    "image_patches": [
+        {"BLOCK_M": pixels, "num_warps": 4, "PROGRAMS": programs}
+        for pixels, programs in ((128, 320), (64, 320), (128, 1056), (32, 1056))
+    ],
+    "conv_norm_relu_pool": _passes(*_PASSES, UNROLL=4) + _passes(*_PASSES, UNROLL=1),
+    "conv_norm_relu_pool_backward": _passes(*_PASSES),
+    "conv_norm_relu_pool_dual": _passes(*_PASSES),
+    "conv_norm_relu_pool_dual_backward": _passes(*_PASSES),
+    "conv_norm_relu_pool_fold": [{"BLOCK_C": 32, "num_warps": 4}, {"BLOCK_C": 16, "num_warps": 4}],
+    "conv_norm_relu_pool_finish": [{"num_warps": 4}, {"num_warps": 8}, {"BLOCK_C": 16, "num_warps": 4}],
+    "conv_norm_relu_pool_columns": [
+        {"WINDOWS": windows, "BLOCK_C": filters, "num_warps": warps}
+        for windows, filters, warps in ((64, 32, 4), (32, 32, 4), (64, 64, 8), (128, 32, 8), (16, 16, 4))
+    ],
+    "conv_norm_relu_pool_col2im": [{"BLOCK_M": 128, "num_warps": 4}, {"BLOCK_M": 64, "num_warps": 4}],
 }
+"""Rows of the first block's passes, by their names in the table."""
 
 WINDOWS: list[Row] = [
     {"BLOCK_C": channels, "WINDOWS": windows, "num_warps": warps}
@@ -69,9 +84,13 @@ weight gradient's tile is BLOCK_K × BLOCK_N, its sum goes over pixels, BLOCK_M 
 PROGRAMS programs. The backend is Triton (triton) or torch's library (cudnn). A class is the precision,
 whether images (at most 16 channels: narrow) are on either side, and the pixels of a result's plane, rounded up to a power
 of four; without the pixels, it is for all that have no row of their own.""",
+    "image_patches": """\
+image_patches: BLOCK_M pixels at a time, in parts that make about PROGRAMS programs, and ELEMENTS of the image to copy. A class
+is the precision and the pixels of a plane, rounded up to the sizes of kernels/triton/block.py; without the pixels, it is for all
+that have no row of their own.""",
     "conv_norm_relu_pool": """\
-conv_norm_relu_pool…: a whole block, its backend fused or parts, and the tiles of its convolutions as above.""",
-    "block": "block_…: passes of a fused block beside its convolutions, as the norm above; block_combine takes BLOCK_C a program.",
+conv_norm_relu_pool…: the first block. A tile is WINDOWS 2×2 windows × BLOCK_C filters, and the windows are cut so as to make
+about PROGRAMS programs; …_col2im takes BLOCK_M pixels. Classes are those of image_patches.""",
     "linear_cross_entropy": """\
 linear_cross_entropy…: a tile is ROWS samples × all classes, whose number, rounded up to the sizes below, is the class of
 shapes; the last one takes all larger numbers. The backend is two kernels (fused: logits, then products) or torch's products

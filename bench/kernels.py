@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,8 @@ from bench.render import table
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
-from mtt_fast.kernels import Activations, Affine, PlaneStats, Precision, reference
+from mtt_fast.kernels import Affine, Folded, Patches, PlaneStats, Precision, reference
+from mtt_fast.kernels.reference.block import gram_of
 from mtt_fast.networks.convnet import NORM_EPS
 from mtt_fast.testing import relative_error
 
@@ -57,7 +57,7 @@ class Operation:
 
     def run(self) -> Any:
         """Call the operation once."""
-        return call(self.function(), self.arguments)
+        return self.function()(*self.arguments)
 
 
 def main(options: Options, command: str) -> None:
@@ -114,7 +114,7 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
     expected = tensors_of(getattr(reference, operation.name)(*wide))
 
     def error(arguments: list[Any]) -> float:
-        pairs = zip(tensors_of(call(function, arguments)), expected, strict=True)
+        pairs = zip(tensors_of(function(*arguments)), expected, strict=True)
         return max(relative_error(mine, theirs, floor=1e-6) for mine, theirs in pairs)
 
     return {"error_float64": error(wide), "error": error(list(operation.arguments))}
@@ -190,16 +190,8 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
             4 * outs + 2 * small, 0,
         )  # fmt: skip
         bars = (p_bar, p_bar_dot)
-        parameters = (weight, weight_dot, *norm)
-        yield Operation(
-            "conv_norm_relu_pool_dual", shape, (x, x_dot_or_none, *parameters, padding, NORM_EPS, precision),
-            (1 + dots) * ins + 2 * (outs + small), (2 + dots) * one, BLOCK_TOLERANCE,
-        )  # fmt: skip
-        saved = Activations(x, x_dot_or_none, y.clone(), y_dot.clone(), stats)  # the backward may write over y
-        yield Operation(
-            "conv_norm_relu_pool_dual_backward", shape, (saved, *parameters, *bars, padding, precision, block > 0),
-            (2 + 2 * dots) * ins + 2 * (outs + small), (3 + 2 * dots) * one, BLOCK_TOLERANCE,
-        )  # fmt: skip
+        if block == 0:
+            yield from _block_operations(x, weight, weight_dot, *norm, padding, precision, p_bar, p_bar_dot)
         yield Operation("bias_relu_pool", plane_shape, (y, beta), outs + small, 0)
         yield Operation("bias_relu_pool_backward", plane_shape, (y, beta, p_bar), 2 * outs + small, 0)
         yield Operation("bias_relu_pool_dual", plane_shape, (y, y_dot, beta, beta_dot), 2 * (outs + small), 0)
@@ -228,6 +220,42 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
     yield Operation("index_add", f"{batch}×{features}", (total, index, f, -1.0), 3 * f.nbytes, 0)
 
 
+def _block_operations(
+    x: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    affine: Affine,
+    affine_dot: Affine,
+    padding: int,
+    precision: Precision,
+    p_bar: Tensor,
+    p_bar_dot: Tensor,
+) -> Iterator[Operation]:
+    """Yield the operations of the first block, each with all that it needs made beforehand."""
+    batch, filters, *sides = p_bar.shape
+    shape = f"{batch}×{x.shape[1]}→{filters}×{sides[0]}²"
+    one = 2 * weight.numel() * batch * 4 * sides[0] * sides[1]  # one convolution, as far as it is pooled
+    small, ins, options = p_bar.nbytes, x.nbytes, (NORM_EPS, precision)
+    patches = kernels.image_patches(x, padding, precision)
+    sums = 2 * patches.gram.shape[-1] ** 2 * batch * 4 * sides[0] * sides[1]
+    yield Operation("image_patches", shape, (x, padding, precision), 2 * ins, sums)
+    p, folded = kernels.conv_norm_relu_pool(patches, weight, affine, *options)
+    arguments = (patches, weight, affine)
+    yield Operation("conv_norm_relu_pool", shape, (*arguments, *options), ins + small, one, BLOCK_TOLERANCE)
+    yield Operation(
+        "conv_norm_relu_pool_backward", shape, (*arguments, p_bar.to(p.dtype), *options, folded),
+        ins + small, 2 * one, BLOCK_TOLERANCE,
+    )  # fmt: skip
+    along = (patches, weight, weight_dot, affine, affine_dot)
+    _, _, folded = kernels.conv_norm_relu_pool_dual(*along, *options)
+    bars = (p_bar.to(p.dtype), p_bar_dot.to(p.dtype))
+    yield Operation("conv_norm_relu_pool_dual", shape, (*along, *options), ins + 2 * small, 2 * one, BLOCK_TOLERANCE)
+    yield Operation(
+        "conv_norm_relu_pool_dual_backward", shape, (*along, *bars, *options, folded),
+        2 * (ins + small), 5 * one, BLOCK_TOLERANCE,
+    )  # fmt: skip
+
+
 def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
     """Yield the operations on flat vectors, with the fewest arguments and with all."""
     a, b, c, d, *out = vectors
@@ -241,15 +269,13 @@ def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
     yield Operation("squared_distance", shape, (a, b), 2 * one, 0)
 
 
-def call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """Call `function` with `arguments`, with a copy of any activations, which the function takes apart."""
-    return function(*(copy(each) if isinstance(each, Activations) else each for each in arguments))
-
-
 def in_float64(argument: Any) -> Any:
-    """Return `argument` with every floating-point tensor in float64, including those in a named tuple."""
-    if isinstance(argument, Activations):
-        return Activations(*map(in_float64, fields_of(argument)))
+    """Return `argument` with each floating-point tensor in it, also those of a named tuple, in float64."""
+    if isinstance(argument, Patches):
+        images = argument.images.double()
+        return Patches(images, gram_of(images), argument.padding)
+    if isinstance(argument, Folded):
+        return None  # to be made again
     if isinstance(argument, (Affine, PlaneStats)):
         return type(argument)(*map(in_float64, argument))
     return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
@@ -257,14 +283,10 @@ def in_float64(argument: Any) -> Any:
 
 def tensors_of(result: Any) -> list[Tensor]:
     """Return the tensors of an operation's result, in their order."""
-    if isinstance(result, Activations):
-        return tensors_of(fields_of(result))
+    if isinstance(result, Folded):
+        return []  # as the back end lays it out
+    if isinstance(result, Patches):
+        return [result.images, result.gram.sum(1)]  # the parts are the back end's
     if isinstance(result, tuple):
         return [tensor for each in result for tensor in tensors_of(each)]
     return [result] if isinstance(result, Tensor) else []
-
-
-def fields_of(activations: Activations) -> tuple[Any, ...]:
-    """Return the fields of `activations` from a copy, so that `activations` keeps its fields."""
-    fields: tuple[Any, ...] = copy(activations).take()
-    return fields

@@ -20,15 +20,14 @@ Operation = Callable[..., Any]
 def wrapped_operations(wrap: Callable[[str, Operation], Operation]) -> Iterator[None]:
     """Make mtt_fast.kernels dispatch to `wrap(name, implementation)` in place of each implementation, within the block."""
 
-    def wrapping(choose: Callable[..., Operation | None]) -> Callable[..., Operation | None]:
-        def wrapped(operation: str, *arguments: Any) -> Operation | None:
-            implementation = choose(operation, *arguments)
-            return None if implementation is None else wrap(operation, implementation)
+    def wrapping(choose: Callable[..., Operation]) -> Callable[..., Operation]:
+        def wrapped(operation: str, *arguments: Any) -> Operation:
+            return wrap(operation, choose(operation, *arguments))
 
         return wrapped
 
     with contextlib.ExitStack() as patches:
-        for name in ("implementation_of", "fused_implementation_of"):
+        for name in ("implementation_of", "block_implementation_of"):
             patches.enter_context(patch.object(dispatch, name, wrapping(getattr(dispatch, name))))
         yield
 

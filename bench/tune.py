@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.candidates import CORRELATIONS, FUSED_CORRELATIONS, FUSED_TILES, TILES, WINDOWS, text_of
-from bench.kernels import call, in_float64, tensors_of
+from bench.candidates import BLOCKS, CORRELATIONS, TILES, WINDOWS, text_of
+from bench.kernels import in_float64, tensors_of
 from bench.measuring import interleaved, seconds
 from bench.parsing import CommonOptions
 from bench.records import write_record
@@ -27,7 +27,7 @@ from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import Activations, Affine, reference
+from mtt_fast.kernels import Affine, ConvLayer, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.networks.convnet import NORM_EPS
 from mtt_fast.testing import relative_error
@@ -76,13 +76,11 @@ class Subject:
     candidates: list[Row]
     operation: str
     arguments: Callable[[], list[Any]]
-    """makes fresh arguments, since an operation may overwrite them"""
-    whole: Subject | None = None
-    """the operation that has to be fused for this row to matter"""
+    """makes fresh arguments: an operation may use up its own"""
 
     def run(self, arguments: list[Any]) -> Any:
         """Call the operation."""
-        return call(getattr(kernels, self.operation), arguments)
+        return getattr(kernels, self.operation)(*arguments)
 
     def expected(self) -> list[Tensor]:
         """Return the reference's results, in float64."""
@@ -155,9 +153,7 @@ class Table:
 
 
 def tune(subject: Subject, table: Table, options: Options) -> Row:
-    """Put the fastest of the correct candidates into `table`; return a row of the record."""
-    if subject.whole is not None:
-        table.put(subject.whole, table.default(subject.whole) | {"backend": "fused"})
+    """Put the fastest of the right candidates into `table`; return a row of the record."""
     default, expected = table.default(subject), subject.expected()
     every = [default, *(default | row for row in subject.candidates)]
     candidates = {_text(row): row for row in every[: options.candidates]}
@@ -209,7 +205,8 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
 
 
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
-    """Yield the rows to find at a block's shapes, with those for parts of an operation before the operation."""
+    """Yield the rows to find at a block's shapes; parts of other operations come first."""
+    from mtt_fast.kernels.triton.block import size_class
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
     from mtt_fast.kernels.triton.planes import Planes
     from mtt_fast.kernels.triton.windows import shape_class
@@ -270,29 +267,28 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     for name, classes, candidates, arguments in convolutions:
         yield Subject(name, classes, candidates, name, fixed(*arguments))
 
-    whole = "conv_norm_relu_pool_dual"
-    both = (x, x_dot, *weights, *affine, padding, NORM_EPS, precision)
-    known = (*both, reference.conv3x3(x, weights[0], padding, precision))
-    fused = [{"backend": "fused"} | tile for tile in TILES[precision]]
-    forwards = Subject(whole, forward, [*fused, {"backend": "parts"}], whole, fixed(*both))
-    yield Subject("block_pool", window, WINDOWS, whole, fixed(*both), forwards)
-    yield forwards
-    yield Subject("conv_norm_relu_pool_tangent", forward, [*fused, {"backend": "parts"}], whole, fixed(*known))
-
-    def activations() -> list[Any]:
-        wants_x_bar = block.number > 1
-        saved = Activations(x, x_dot, y.clone(), y_dot.clone(), stats)
-        return [saved, *weights, *affine, *bars, padding, precision, wants_x_bar]
-
-    whole = "conv_norm_relu_pool_dual_backward"
-    backwards = Subject(whole, forward, [{"backend": "fused"}, {"backend": "parts"}], whole, activations)
-    for name, classes, candidates in (
-        ("block_coefficients", window, WINDOWS),
-        ("conv_norm_relu_pool_dual_weight_gradient", forward, FUSED_CORRELATIONS[precision]),
-        ("conv_norm_relu_pool_dual_input_gradient", back, FUSED_TILES[precision]),
-    ):
-        yield Subject(name, classes, candidates, whole, activations, backwards)
-    yield backwards
+    layer = ConvLayer(block.channels, block.size, block.size, block.width, padding)
+    if block.number == 1 and kernels.has_image_block(layer, device):
+        classes = (f"{precision}-{size_class(grown * grown)}", precision)
+        images = x.to(weights[0].dtype)
+        patches = kernels.image_patches(images, padding, precision)
+        options = (NORM_EPS, precision)
+        operations = {
+            "image_patches": (images, padding, precision),
+            "conv_norm_relu_pool": (patches, weights[0], affine[0], *options),
+            "conv_norm_relu_pool_backward": (patches, weights[0], affine[0], bars[0], *options),
+            "conv_norm_relu_pool_dual": (patches, *weights, *affine, *options),
+            "conv_norm_relu_pool_dual_backward": (patches, *weights, *affine, *bars, *options),
+        }
+        for name, given in operations.items():
+            yield Subject(name, classes, BLOCKS[name], name, fixed(*given))
+        for row, name in (
+            ("conv_norm_relu_pool_fold", "conv_norm_relu_pool_dual"),
+            ("conv_norm_relu_pool_finish", "conv_norm_relu_pool_dual_backward"),
+            ("conv_norm_relu_pool_columns", "conv_norm_relu_pool_dual_backward"),
+            ("conv_norm_relu_pool_col2im", "conv_norm_relu_pool_dual_backward"),
+        ):
+            yield Subject(row, classes, BLOCKS[row], name, fixed(*operations[name]))
 
 
 def _blocks(setting: Setting) -> list[Block]:
@@ -306,7 +302,7 @@ def _blocks(setting: Setting) -> list[Block]:
 
 
 def _has_tile(row: Row) -> bool:
-    return row.get("backend") in (None, "triton", "fused")
+    return row.get("backend") in (None, "triton")
 
 
 def _text(row: Row) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which would be a second set of modules
     raise ImportError("import mtt_fast.kernels, not kernels")
 
-from .dispatch import has_kernels, native_available, release_memory, work_bytes
+from .dispatch import has_image_block, has_kernels, native_available, release_memory, work_bytes
 from .ops import (
     adjoint_step,
     bias_relu_pool,
@@ -26,8 +26,11 @@ from .ops import (
     conv3x3_input_gradient_tangent,
     conv3x3_tangent,
     conv3x3_weight_gradient,
+    conv_norm_relu_pool,
+    conv_norm_relu_pool_backward,
     conv_norm_relu_pool_dual,
     conv_norm_relu_pool_dual_backward,
+    image_patches,
     index_add,
     linear_cross_entropy,
     linear_cross_entropy_dual,
@@ -38,15 +41,26 @@ from .ops import (
     sgd_step,
     squared_distance,
 )
-from .types import HALF_PRECISIONS, WARP_PARAMETERS, Activations, Affine, ConvLayer, LabelKind, PlaneStats, Precision
+from .types import (
+    HALF_PRECISIONS,
+    WARP_PARAMETERS,
+    Affine,
+    ConvLayer,
+    Folded,
+    LabelKind,
+    Patches,
+    PlaneStats,
+    Precision,
+)
 
 __all__ = [
     "HALF_PRECISIONS",
     "WARP_PARAMETERS",
-    "Activations",
     "Affine",
     "ConvLayer",
+    "Folded",
     "LabelKind",
+    "Patches",
     "PlaneStats",
     "Precision",
     "adjoint_step",
@@ -64,9 +78,13 @@ __all__ = [
     "conv3x3_input_gradient_tangent",
     "conv3x3_tangent",
     "conv3x3_weight_gradient",
+    "conv_norm_relu_pool",
+    "conv_norm_relu_pool_backward",
     "conv_norm_relu_pool_dual",
     "conv_norm_relu_pool_dual_backward",
+    "has_image_block",
     "has_kernels",
+    "image_patches",
     "index_add",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",

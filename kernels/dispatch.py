@@ -13,6 +13,8 @@ from torch import Tensor
 from . import native, reference, triton
 from .types import ConvLayer, Precision
 
+Implementation = Callable[..., Any]
+
 # Triton's own switch: its kernels then run on the CPU, interpreted and slow, in place of the native ones.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
@@ -27,20 +29,20 @@ def has_kernels(device: torch.device) -> bool:
 
     Raises `ImportError` for a CUDA device where Triton is missing: a GPU is never left idle in silence.
     """
-    if device.type == "cuda" or (_INTERPRETED and device.type == "cpu"):
+    if _runs_triton(device):
         triton.load()
         return True
     return device.type == "cpu" and native.available
 
 
-def implementation_of(operation: str, tensor: Tensor, precision: Precision | None = None) -> Callable[..., Any]:
+def implementation_of(operation: str, tensor: Tensor, precision: Precision | None = None) -> Implementation:
     """Return the fastest implementation of `operation` that a back end has for tensors like `tensor`.
 
     `precision` is that of a product's factors, for the operations that have any, and is passed on to the implementation.
     The native back end knows `fp32` alone.
     """
-    if operation in triton.OPERATIONS and _runs_triton(tensor):
-        implementation: Callable[..., Any] = getattr(triton, operation)
+    if operation in triton.OPERATIONS and _runs_triton(tensor.device):
+        implementation: Implementation = getattr(triton, operation)
     elif native.has(operation, tensor) and precision in (None, "fp32"):
         return getattr(native, operation)  # type: ignore[no-any-return]
     else:
@@ -48,16 +50,23 @@ def implementation_of(operation: str, tensor: Tensor, precision: Precision | Non
     return implementation if precision is None else partial(implementation, precision=precision)
 
 
-def fused_implementation_of(
-    operation: str, x: Tensor, weight: Tensor, padding: int, precision: Precision, row: str | None = None
-) -> Callable[..., Any] | None:
-    """Return the implementation that does a whole block's `operation` at once, None where its parts are faster.
+def has_image_block(layer: ConvLayer, device: torch.device) -> bool:
+    """Return whether a back end computes the first block, with an instance norm, without the planes between images and pool.
 
-    `row` names the operation in the table of configurations where its name there is another.
+    Triton's kernels do, for at most 3 channels and a multiple of 16 filters.
     """
-    if not (_runs_triton(x) and triton.is_fused(row or operation, x, weight, padding, precision)):
-        return None
-    return partial(getattr(triton, operation), precision=precision)
+    return _runs_triton(device) and triton.has_image_block(layer.channels, layer.filters)
+
+
+def block_implementation_of(
+    operation: str, channels: int, filters: int | None, device: torch.device, precision: Precision
+) -> Implementation:
+    """Return the implementation of an `operation` of the first block: kernels where a back end has them, else the reference.
+
+    `filters` is None for the patches, which depend on the images alone.
+    """
+    has_kernels = _runs_triton(device) and triton.has_image_block(channels, filters)
+    return partial(getattr(triton if has_kernels else reference, operation), precision=precision)
 
 
 def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> int:
@@ -76,6 +85,6 @@ def release_memory() -> None:
     native.release_memory()
 
 
-def _runs_triton(tensor: Tensor) -> bool:
-    """Return whether Triton's kernels run on `tensor`: on a GPU's, and on a CPU's where Triton interprets them."""
-    return tensor.is_cuda or (_INTERPRETED and tensor.device.type == "cpu")
+def _runs_triton(device: torch.device) -> bool:
+    """Return whether Triton's kernels run on `device`: on a GPU, and on a CPU where Triton interprets them."""
+    return device.type == "cuda" or (_INTERPRETED and device.type == "cpu")

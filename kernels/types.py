@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,32 +40,23 @@ class PlaneStats(NamedTuple):
     k2: Tensor
 
 
-@dataclass(repr=False, eq=False)
-class Activations:
-    """Tensors that the forward of a block saves for its backward, which takes them once.
+class Patches(NamedTuple):
+    """Images as the first block reads them, and all that its statistics depend on, whatever its weights.
 
-    A block without a norm saves neither ẏ, which moves no gradient there, nor statistics.
+    A patch x̃ is the 9·C numbers that a pixel of a 3×3 convolution sees, in the order (3, 3, C), and a one.
     """
 
-    x: Tensor  # (B, C, H, W)
-    x_dot: Tensor | None  # None for images, which do not move with the parameters
-    y: Tensor  # (B, K, H', W')
-    y_dot: Tensor | None = None
-    stats: PlaneStats | None = None
+    images: Tensor  # (B, H + 2·padding, W + 2·padding, C), less a shift of each channel; their dtype is that of planes
+    gram: Tensor  # (B, parts, 9·C + 1, 9·C + 1): sums of x̃x̃ᵀ over parts of the pixels; not bfloat16
+    padding: int
 
-    def take(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, PlaneStats | None]:
-        """Return x, ẋ, y, ẏ and the statistics, and forget them here.
 
-        The backward then holds the only reference to each tensor, and frees the tensor as soon as it has used it.
-        """
-        fields = (self.x, self.x_dot, self.y, self.y_dot, self.stats)
-        del self.x, self.x_dot, self.y, self.y_dot, self.stats
-        return fields
+class Folded(NamedTuple):
+    """A norm folded into weights of each sample, as the back end lays them out that made them and alone reads them."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Return whether the tensors were taken."""
-        return not hasattr(self, "x")
+    weight: Tensor
+    weight_dot: Tensor | None
+    stats: Tensor
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -53,8 +53,17 @@ __all__ = [
     "squared_distance",
 ]
 OPERATIONS = frozenset(__all__)
-NOT_IMPLEMENTED = frozenset({"conv_norm_relu_pool_dual", "conv_norm_relu_pool_dual_backward", "index_add"})
-"""Operations that are left to their parts, as on a CPU nothing is gained by doing them at once, or to torch."""
+NOT_IMPLEMENTED = frozenset(
+    {
+        "conv_norm_relu_pool",
+        "conv_norm_relu_pool_backward",
+        "conv_norm_relu_pool_dual",
+        "conv_norm_relu_pool_dual_backward",
+        "image_patches",
+        "index_add",
+    }
+)
+"""Operations that are left to their parts: on a CPU nothing is gained by doing them at once."""
 
 available = LOADED
 

@@ -1,102 +1,130 @@
-"""Convolve, normalise, take ReLU and pool in a direction, and the backward: a whole block of ConvNet."""
+"""Compute the first block, from images to pooled planes, and its derivatives, without the planes in between where a back end can.
+
+The block convolves 3×3, normalises each plane, scales, takes ReLU and pools 2×2. Images have no tangent: they do not move with
+the parameters. `dispatch.has_image_block` says which blocks a back end has kernels for; the reference computes the others.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_convolution, check_correlation, check_planes, check_tensors
-from ..types import Activations, Affine, Precision, accumulator
-from .conv import (
-    conv3x3_dual,
-    conv3x3_dual_input_gradient,
-    conv3x3_dual_weight_gradient,
-    conv3x3_input_gradient_tangent,
-    conv3x3_tangent,
-)
-from .norm import norm_relu_pool_dual, norm_relu_pool_dual_backward, with_dots
+from ..checks import check_tensors
+from ..types import Affine, Folded, Patches, Precision, accumulator
+from .norm import with_dots
+
+
+def image_patches(x: Tensor, padding: int, precision: Precision = "fp32") -> Patches:
+    """Return what the first block takes of images `x` (B, C, H, W), float32 or float64, contiguous or channels_last.
+
+    `padding` is the convolution's. With bf16 and float32 images the block's planes are bfloat16, else of the images' dtype.
+    Raises `ValueError` for anything else, and for images that a padded 3×3 convolution makes nothing to pool of.
+    """
+    op = "image_patches"
+    if x.dim() != 4 or padding < 0 or min(x.shape[:2]) < 1 or min(x.shape[2:]) + 2 * padding < 4:
+        raise ValueError(
+            f"{op}: expected images (B, C, H, W) of at least 4×4 pixels with their padding, "
+            f"found {tuple(x.shape)} and padding {padding}"
+        )
+    if accumulator(x.dtype) != x.dtype:
+        raise ValueError(f"{op}: expected float32 or float64 images, found {x.dtype}")
+    check_tensors(op, x, {"x": x}, x.shape, like_format=x)
+    patches: Patches = dispatch.block_implementation_of(op, x.shape[1], None, x.device, precision)(x, padding)
+    return patches
+
+
+def conv_norm_relu_pool(
+    patches: Patches, weight: Tensor, affine: Affine, eps: float, precision: Precision = "fp32"
+) -> tuple[Tensor, Folded | None]:
+    """Return p (B, K, H'//2, W'//2), channels_last, and what the backward can use again.
+
+    `weight` (K, C, 3, 3), `affine` (K,) each, float64 for float64 planes and else float32; H' = H + 2·padding − 2. `precision`
+    is that of the patches. An odd last row or column counts in the statistics and is not pooled.
+    Raises `ValueError` for anything else.
+    """
+    op = "conv_norm_relu_pool"
+    _check(op, patches, {"weight": weight}, affine._asdict(), {})
+    p, folded = _implementation(op, patches, weight, precision)(patches, weight, affine, eps)
+    return p, folded
+
+
+def conv_norm_relu_pool_backward(
+    patches: Patches,
+    weight: Tensor,
+    affine: Affine,
+    p_bar: Tensor,
+    eps: float,
+    precision: Precision = "fp32",
+    folded: Folded | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W̄ (K, C, 3, 3), γ̄ and β̄ (K,). `folded` is what `conv_norm_relu_pool` returned of the same arguments, else made again.
+
+    `p_bar` (B, K, H'//2, W'//2) is channels_last and of the planes' dtype. Errors: `conv_norm_relu_pool`.
+    """
+    op = "conv_norm_relu_pool_backward"
+    _check(op, patches, {"weight": weight}, affine._asdict(), {"p_bar": p_bar})
+    implementation = _implementation(op, patches, weight, precision)
+    weight_bar, gamma_bar, beta_bar = implementation(patches, weight, affine, p_bar, eps, folded=folded)
+    return weight_bar, gamma_bar, beta_bar
 
 
 def conv_norm_relu_pool_dual(
-    x: Tensor,
-    x_dot: Tensor | None,
+    patches: Patches,
     weight: Tensor,
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
-    padding: int,
     eps: float,
     precision: Precision = "fp32",
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Activations]:
-    """Return p, ṗ of a whole block, and the activations that its backward takes.
-
-    That is `conv3x3_dual`, or `conv3x3_tangent` where `y` is known, and `norm_relu_pool_dual` of the results: at once
-    where a back end does so and is faster, else one after the other. Shapes, formats, errors: of those.
-    """
+) -> tuple[Tensor, Tensor, Folded | None]:
+    """Return p, ṗ (B, K, H'//2, W'//2), and what the backward can use again. Shapes, errors: `conv_norm_relu_pool`."""
     op = "conv_norm_relu_pool_dual"
-    inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
-    check_convolution(op, padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
-    row = op if y is None else "conv_norm_relu_pool_tangent"
-    fused = dispatch.fused_implementation_of(op, x, weight, padding, precision, row)
-    if fused is not None:
-        check_tensors(op, x, with_dots(affine, affine_dot), (len(weight),), dtype=accumulator(x.dtype))
-        if y is not None:
-            check_correlation(op, padding, inputs, {"y": y})
-        return fused(x, x_dot, weight, weight_dot, affine, affine_dot, padding, eps, y=y)  # type: ignore[no-any-return]
-    if y is None:
-        y, y_dot = conv3x3_dual(x, x_dot, weight, weight_dot, padding, precision)
-    else:
-        y_dot = conv3x3_tangent(x, x_dot, weight, weight_dot, padding, precision)
-    p, p_dot, stats = norm_relu_pool_dual(y, y_dot, affine, affine_dot, eps)
-    return p, p_dot, Activations(x, x_dot, y, y_dot, stats)
+    _check(op, patches, {"weight": weight, "weight_dot": weight_dot}, with_dots(affine, affine_dot), {})
+    implementation = _implementation(op, patches, weight, precision)
+    p, p_dot, folded = implementation(patches, weight, weight_dot, affine, affine_dot, eps)
+    return p, p_dot, folded
 
 
 def conv_norm_relu_pool_dual_backward(
-    activations: Activations,
+    patches: Patches,
     weight: Tensor,
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
     p_bar: Tensor,
     p_bar_dot: Tensor,
-    padding: int,
+    eps: float,
     precision: Precision = "fp32",
-    wants_x_bar: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Return of a whole block x̄ (None unless wanted), x̄̇ (B, C, H, W), W̄̇ (K, C, 3, 3), γ̄̇ and β̄̇ (K,).
+    folded: Folded | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x̄̇ (B, C, H, W), contiguous, W̄̇ (K, C, 3, 3), γ̄̇ and β̄̇ (K,), all of the parameters' dtype.
 
-    `activations` are those that `conv_norm_relu_pool_dual` returned. They are taken, so that each tensor is freed as soon
-    as it is needed no more. The operation is `norm_relu_pool_dual_backward`, then `conv3x3_dual_weight_gradient` and
-    `conv3x3_dual_input_gradient`: at once, without ever storing ȳ and ȳ̇, where a back end does so and is faster, else
-    one after the other. Shapes, formats, errors: of those.
+    `folded` is what `conv_norm_relu_pool_dual` returned of the same arguments, else made again. `p_bar`, `p_bar_dot` and
+    errors: `conv_norm_relu_pool_backward`.
     """
     op = "conv_norm_relu_pool_dual_backward"
-    if activations.is_empty:
-        raise ValueError(f"{op}: expected the activations of one forward, found none left; used twice?")
-    if activations.y_dot is None or activations.stats is None:
-        raise ValueError(
-            f"{op}: expected activations of conv_norm_relu_pool_dual, found those of a block without a norm"
-        )
-    check_convolution(op, padding, {"x": activations.x}, {"weight": weight, "weight_dot": weight_dot}, 1)
-    fused = dispatch.fused_implementation_of(op, activations.x, weight, padding, precision)
-    if fused is not None:
-        channels, pooled = with_dots(affine, affine_dot), {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
-        check_planes(op, activations.y, {}, channels, None, pooled)
-        return fused(  # type: ignore[no-any-return]
-            activations, weight, weight_dot, affine, affine_dot, p_bar, p_bar_dot, padding, wants_x_bar=wants_x_bar
-        )
-    x, x_dot, y, y_dot, stats = activations.take()
-    assert y_dot is not None
-    assert stats is not None
-    y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = norm_relu_pool_dual_backward(
-        y, y_dot, stats, affine, affine_dot, p_bar, p_bar_dot, reuse=True
-    )
-    del y, y_dot
-    weight_bar_dot = conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, precision)
-    del x, x_dot
-    if wants_x_bar:
-        x_bar, x_bar_dot = conv3x3_dual_input_gradient(y_bar, y_bar_dot, weight, weight_dot, padding, precision)
-        return x_bar, x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
-    x_bar_dot = conv3x3_input_gradient_tangent(y_bar, y_bar_dot, weight, weight_dot, padding, precision)
-    return None, x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
+    weights, bars = {"weight": weight, "weight_dot": weight_dot}, {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
+    _check(op, patches, weights, with_dots(affine, affine_dot), bars)
+    implementation = _implementation(op, patches, weight, precision)
+    directions = (weight, weight_dot, affine, affine_dot)
+    x_bar_dot, *parameters = implementation(patches, *directions, p_bar, p_bar_dot, eps, folded=folded)
+    weight_bar_dot, gamma_bar_dot, beta_bar_dot = parameters
+    return x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
+
+
+def _check(
+    op: str, patches: Patches, weights: dict[str, Tensor], channels: dict[str, Tensor], pooled: dict[str, Tensor]
+) -> None:
+    """Check parameters and pooled planes against the patches."""
+    batch, height, width, of_images = patches.images.shape
+    weight, wide = weights["weight"], accumulator(patches.images.dtype)
+    if weight.dim() != 4 or len(weight) < 1 or weight.shape[1:] != (of_images, 3, 3):
+        raise ValueError(f"{op}: expected 3×3 weights of {of_images} channels, found {tuple(weight.shape)}")
+    check_tensors(op, patches.images, weights, weight.shape, dtype=wide)
+    check_tensors(op, patches.images, channels, (len(weight),), dtype=wide)
+    sides = (batch, len(weight), (height - 2) // 2, (width - 2) // 2)
+    check_tensors(op, patches.images, pooled, sides, like_format=patches.images.permute(0, 3, 1, 2))
+
+
+def _implementation(op: str, patches: Patches, weight: Tensor, precision: Precision) -> dispatch.Implementation:
+    return dispatch.block_implementation_of(op, weight.shape[1], len(weight), weight.device, precision)

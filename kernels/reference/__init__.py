@@ -8,7 +8,13 @@ from float16 and bfloat16 planes are computed in float32, and only planes are ro
 from __future__ import annotations
 
 from .bias import bias_relu_pool, bias_relu_pool_backward, bias_relu_pool_dual, bias_relu_pool_dual_backward
-from .block import conv_norm_relu_pool_dual, conv_norm_relu_pool_dual_backward
+from .block import (
+    conv_norm_relu_pool,
+    conv_norm_relu_pool_backward,
+    conv_norm_relu_pool_dual,
+    conv_norm_relu_pool_dual_backward,
+    image_patches,
+)
 from .classifier import linear_cross_entropy, linear_cross_entropy_dual
 from .conv import (
     conv3x3,
@@ -40,8 +46,11 @@ __all__ = [
     "conv3x3_input_gradient_tangent",
     "conv3x3_tangent",
     "conv3x3_weight_gradient",
+    "conv_norm_relu_pool",
+    "conv_norm_relu_pool_backward",
     "conv_norm_relu_pool_dual",
     "conv_norm_relu_pool_dual_backward",
+    "image_patches",
     "index_add",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",

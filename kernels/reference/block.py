@@ -1,53 +1,107 @@
-"""Compute a whole block, convolution, norm, ReLU and pool, and its backward in plain torch: one part after the other."""
+"""Compute the first block, from images to pooled planes, and its derivatives in plain torch: one part after the other."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Activations, Affine, Precision
-from .conv import conv3x3_dual, conv3x3_dual_input_gradient, conv3x3_dual_weight_gradient, conv3x3_tangent
-from .norm import norm_relu_pool_dual, norm_relu_pool_dual_backward
+from ..types import Affine, Folded, Patches, Precision
+from .conv import (
+    conv3x3,
+    conv3x3_dual,
+    conv3x3_dual_weight_gradient,
+    conv3x3_input_gradient_tangent,
+    conv3x3_weight_gradient,
+    rounded,
+)
+from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, norm_relu_pool_dual_backward
+
+PROBES = 256
+
+
+def image_patches(x: Tensor, padding: int, precision: Precision = "fp32") -> Patches:
+    """Return the patches of images (B, C, H, W), whose shift is the mean of PROBES pixels."""
+    height, width = x.shape[2:]
+    probes = torch.arange(PROBES, device=x.device) * (height * width) // PROBES
+    images = F.pad(x, (padding,) * 4) - x.flatten(2)[:, :, probes].mean(2)[:, :, None, None]
+    images = rounded(images, precision).permute(0, 2, 3, 1).contiguous()
+    narrow = precision == "bf16" and x.dtype == torch.float32
+    return Patches(images.to(torch.bfloat16) if narrow else images, gram_of(images), padding)
+
+
+def gram_of(images: Tensor) -> Tensor:
+    """Return the sums (B, 1, 9·C + 1, 9·C + 1) of `Patches` of padded images (B, H + 2·padding, W + 2·padding, C)."""
+    terms = F.unfold(images.permute(0, 3, 1, 2), 3).unflatten(1, (images.shape[-1], 9)).transpose(1, 2).flatten(1, 2)
+    terms = torch.cat([terms, torch.ones_like(terms[:, :1])], 1)  # (B, 9·C + 1, pixels)
+    return (terms @ terms.mT)[:, None]
+
+
+def conv_norm_relu_pool(
+    patches: Patches, weight: Tensor, affine: Affine, eps: float, precision: Precision = "fp32"
+) -> tuple[Tensor, None]:
+    """Return p (B, K, H'//2, W'//2); nothing is folded."""
+    y = conv3x3(_planes(patches), weight, 0, precision)
+    return norm_relu_pool(y, affine, eps)[0], None
+
+
+def conv_norm_relu_pool_backward(
+    patches: Patches,
+    weight: Tensor,
+    affine: Affine,
+    p_bar: Tensor,
+    eps: float,
+    precision: Precision = "fp32",
+    folded: Folded | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W̄ (K, C, 3, 3), γ̄, β̄ (K,)."""
+    x = _planes(patches)
+    y = conv3x3(x, weight, 0, precision)
+    _, mean, rstd = norm_relu_pool(y, affine, eps)
+    y_bar, gamma_bar, beta_bar = norm_relu_pool_backward(y, mean, rstd, affine, p_bar)
+    return conv3x3_weight_gradient(x, y_bar, 0, precision), gamma_bar, beta_bar
 
 
 def conv_norm_relu_pool_dual(
-    x: Tensor,
-    x_dot: Tensor | None,
+    patches: Patches,
     weight: Tensor,
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
-    padding: int,
     eps: float,
     precision: Precision = "fp32",
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Activations]:
-    """Return p, ṗ (B, K, H'//2, W'//2) and the activations. `y` (B, K, H', W') is W∗x if known."""
-    arguments = (x, x_dot, weight, weight_dot, padding, precision)
-    known, y_dot = conv3x3_dual(*arguments) if y is None else (y, conv3x3_tangent(*arguments))
-    p, p_dot, stats = norm_relu_pool_dual(known, y_dot, affine, affine_dot, eps)
-    return p, p_dot, Activations(x, x_dot, known, y_dot, stats)
+) -> tuple[Tensor, Tensor, None]:
+    """Return p, ṗ (B, K, H'//2, W'//2); nothing is folded."""
+    y, y_dot = conv3x3_dual(_planes(patches), None, weight, weight_dot, 0, precision)
+    p, p_dot, _ = norm_relu_pool_dual(y, y_dot, affine, affine_dot, eps)
+    return p, p_dot, None
 
 
 def conv_norm_relu_pool_dual_backward(
-    activations: Activations,
+    patches: Patches,
     weight: Tensor,
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
     p_bar: Tensor,
     p_bar_dot: Tensor,
-    padding: int,
+    eps: float,
     precision: Precision = "fp32",
-    wants_x_bar: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """Return x̄ (None unless wanted), x̄̇ (B, C, H, W), W̄̇ (K, C, 3, 3), γ̄̇, β̄̇ (K,). Leaves the activations in place."""
-    x, x_dot, y_dot, stats = activations.x, activations.x_dot, activations.y_dot, activations.stats
-    assert y_dot is not None
-    assert stats is not None
+    folded: Folded | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x̄̇ (B, C, H, W), W̄̇ (K, C, 3, 3), γ̄̇, β̄̇ (K,)."""
+    x, padding = _planes(patches), patches.padding
+    y, y_dot = conv3x3_dual(x, None, weight, weight_dot, 0, precision)
+    stats = norm_relu_pool_dual(y, y_dot, affine, affine_dot, eps)[2]
     y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = norm_relu_pool_dual_backward(
-        activations.y, y_dot, stats, affine, affine_dot, p_bar, p_bar_dot
+        y, y_dot, stats, affine, affine_dot, p_bar, p_bar_dot
     )
-    weight_bar_dot = conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, precision)
-    backwards = (y_bar, y_bar_dot, weight, weight_dot, padding, precision)
-    x_bar, x_bar_dot = conv3x3_dual_input_gradient(*backwards)
-    return x_bar if wants_x_bar else None, x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
+    weight_bar_dot = conv3x3_dual_weight_gradient(x, None, y_bar, y_bar_dot, 0, precision)
+    x_bar_dot = conv3x3_input_gradient_tangent(y_bar, y_bar_dot, weight, weight_dot, 0, precision)
+    x_bar_dot = F.pad(x_bar_dot, (-padding,) * 4).to(weight.dtype).contiguous()
+    return x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
+
+
+def _planes(patches: Patches) -> Tensor:
+    """Return the padded images (B, C, H + 2·padding, W + 2·padding). Their shift makes no difference after a norm."""
+    return patches.images.permute(0, 3, 1, 2)

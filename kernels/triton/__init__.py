@@ -21,9 +21,14 @@ if TYPE_CHECKING:
         bias_relu_pool_dual,
         bias_relu_pool_dual_backward,
     )
-    from .block import conv_norm_relu_pool_dual, conv_norm_relu_pool_dual_backward
+    from .block import (
+        conv_norm_relu_pool,
+        conv_norm_relu_pool_backward,
+        conv_norm_relu_pool_dual,
+        conv_norm_relu_pool_dual_backward,
+        image_patches,
+    )
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
-    from .dispatch import is_fused as is_fused
     from .flat import adjoint_step, index_add, sgd_step, squared_distance
     from .norm import (
         norm_relu_pool,
@@ -58,8 +63,11 @@ __all__ = [
     "conv3x3_input_gradient_tangent",
     "conv3x3_tangent",
     "conv3x3_weight_gradient",
+    "conv_norm_relu_pool",
+    "conv_norm_relu_pool_backward",
     "conv_norm_relu_pool_dual",
     "conv_norm_relu_pool_dual_backward",
+    "image_patches",
     "index_add",
     "linear_cross_entropy",
     "linear_cross_entropy_dual",
@@ -79,14 +87,19 @@ _MODULES = {
     "bias": "bias",
     "colour": "warp",
     "conv_norm": "block",
+    "image_patches": "block",
     "index": "flat",
-    "is_fused": "dispatch",
     "linear": "classifier",
     "norm": "norm",
     "sgd": "flat",
     "squared": "flat",
 }
 """Modules of the names that begin so."""
+
+
+def has_image_block(channels: int, filters: int | None) -> bool:
+    """Return whether there are kernels for the first block of such images and, unless None, so many filters."""
+    return channels <= 3 and (filters is None or filters % 16 == 0)
 
 
 def load() -> None:
@@ -97,7 +110,7 @@ def load() -> None:
 def __getattr__(name: str) -> Any:
     if name.startswith("conv3x3") and name in OPERATIONS:
         return importlib.import_module(".dispatch", __package__).dispatched(name)
-    if name in OPERATIONS or name == "is_fused":
+    if name in OPERATIONS:
         module = next(module for prefix, module in _MODULES.items() if name.startswith(prefix))
         return getattr(importlib.import_module(f".{module}", __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,265 +1,305 @@
-"""Compute a whole block, convolution, norm, ReLU and pool, in passes that never store a tensor that they can compute again.
+"""Compute the first block, from images to pooled planes, and its derivatives, with nothing of the planes' size in between.
 
-Forward: the convolution takes the moments of each tile as it stores y and ẏ; the moments of a plane's tiles are combined;
-one more pass pools. Backward: one pass over y and ẏ takes the four sums of a plane, of ū, ūh, ū̇ and ū̇h + ūḣ, from which
-γ̄̇, β̄̇ and the coefficients below follow; then ȳ and ȳ̇ are made wherever a gradient of the convolution loads them:
-
-    ȳ = c₀ ū + c₁ + c₂ h          ȳ̇ = c₀ ū̇ + d₀ ū + d₁ + d₂ h + c₂ rstd (ẏ − k1)
+The convolution is linear in a pixel's patch x̃ (patches.py), and so few numbers have their sums Σ x̃x̃ᵀ for all statistics of
+the norm, which then folds into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. What the backward sums over a plane follows
+from U = Σ x̃ū and U̇ = Σ x̃ū̇, and x̄̇ from T = ū·ḟᵀ + ū̇·fᵀ + x̃·M, a patch at each pixel. docs/adjoint.md derives this.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..types import Activations, Affine, PlaneStats, Precision, accumulator
-from .configurations import configuration
-from .conv import empty_input, empty_output, rotate180, to_krsc
-from .implicit_gemm import COEFFICIENTS, MOMENTS, Moments, convolve, correlate
+from ..types import Affine, Folded, Patches, Precision
+from .block_kernels import col2im, finish, pool, spread, sum_patches
+from .configurations import Configuration, configuration
 from .launch import architecture, launch, tl, triton
-from .norm import four_sums, pool_dual
-from .planes import Planes
-from .windows import block_of, empty_pool, empty_stat, launch_windows
+from .patches import ONES, fold_norm, gather
+from .planes import OFFSETS
+
+SIZES = (256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
 
 
-@triton.jit
-def _combine(
-    moments: tl.tensor,  # (B, TILES, MOMENTS, C)
-    mean: tl.tensor,  # (B, C)
-    rstd: tl.tensor,
-    k1: tl.tensor,
-    k2: tl.tensor,
-    EPS: tl.constexpr,
-    C: tl.constexpr,
-    HW: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # pixels of a tile; the last one has the rest
-    BLOCK_C: tl.constexpr,
-) -> None:
-    """Combine the moments of tiles into the statistics of planes: a deviation is the tile's own and that of the tile's mean."""
-    ACC: tl.constexpr = mean.dtype.element_ty
-    TILES: tl.constexpr = (HW + BLOCK_M - 1) // BLOCK_M
-    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    program = tl.program_id(0)
-    c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = c < C
-    sample = (program // BLOCKS).to(tl.int64)
-    moments += sample * (TILES * MOMENTS * C) + c
+@dataclass(frozen=True)
+class _Block:
+    """The sizes of a block and its factors, named as the kernels' constants."""
 
-    total = tl.zeros((BLOCK_C,), ACC)
-    total_dot = tl.zeros((BLOCK_C,), ACC)
-    for tile in range(TILES):
-        count = tl.minimum(HW - tile * BLOCK_M, BLOCK_M)
-        place = moments + tile * (MOMENTS * C)
-        total += count * tl.load(place, exists, 0)
-        total_dot += count * tl.load(place + C, exists, 0)
-    mu = total / HW
-    mu_dot = total_dot / HW
+    C: int
+    K: int
+    HP: int
+    WP: int
+    TERMS: int
+    PRECISION: str
+    ACC: Any
 
-    total = tl.zeros((BLOCK_C,), ACC)
-    total_dot = tl.zeros((BLOCK_C,), ACC)
-    for tile in range(TILES):
-        count = tl.minimum(HW - tile * BLOCK_M, BLOCK_M)
-        place = moments + tile * (MOMENTS * C)
-        deviation = tl.load(place, exists, 0) - mu
-        deviation_dot = tl.load(place + C, exists, 0) - mu_dot
-        total += tl.load(place + 2 * C, exists, 0) + count * deviation * deviation
-        total_dot += tl.load(place + 3 * C, exists, 0) + count * deviation * deviation_dot
-    r = 1 / tl.sqrt(total / HW + EPS)
-    plane = sample * C + c
-    tl.store(mean + plane, mu, exists)
-    tl.store(rstd + plane, r, exists)
-    tl.store(k1 + plane, mu_dot, exists)
-    tl.store(k2 + plane, r * (total_dot / HW), exists)
+    @classmethod
+    def of(cls, patches: Patches, weight: Tensor, precision: Precision) -> _Block:
+        """Return the block that convolves `patches` with `weight`."""
+        _, height, width, channels = patches.images.shape
+        wide = weight.dtype == torch.float64
+        acc = tl.float64 if wide else tl.float32
+        return cls(channels, len(weight), height, width, _terms(channels), "fp64" if wide else precision, acc)
+
+    @property
+    def pooled(self) -> tuple[int, int]:
+        """Return the sides of the pooled planes."""
+        return (self.HP - 2) // 2, (self.WP - 2) // 2
+
+    def row(self, operation: str, device: torch.device) -> Configuration:
+        """Return the table's row of `operation`, its block of filters one that divides them."""
+        row = _row(operation, self.PRECISION, (self.HP - 2) * (self.WP - 2), device)
+        row["BLOCK_C"] = min(row["BLOCK_C"], self.K & -self.K)
+        return row
 
 
-@triton.jit
-def _pool(
-    y: tl.tensor,  # (B, C, H, W)
-    y_dot: tl.tensor,
-    mean: tl.tensor,  # (B, C)
-    rstd: tl.tensor,
-    k1: tl.tensor,
-    k2: tl.tensor,
-    gamma: tl.tensor,  # (C,)
-    beta: tl.tensor,
-    gamma_dot: tl.tensor,
-    beta_dot: tl.tensor,
-    p: tl.tensor,  # (B, C, H//2, W//2)
-    p_dot: tl.tensor,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WINDOWS: tl.constexpr,
-) -> None:
-    """Normalise, take ReLU and pool planes whose statistics are known."""
-    ACC: tl.constexpr = mean.dtype.element_ty
-    sample, c, exists = block_of(C, BLOCK_C)
-    y += sample * (C * H * W)
-    y_dot += sample * (C * H * W)
-    p += sample * (C * (H // 2) * (W // 2))
-    p_dot += sample * (C * (H // 2) * (W // 2))
-    plane = sample * C + c
-    mu = tl.load(mean + plane, exists, 0)
-    r = tl.load(rstd + plane, exists, 0)
-    mu_dot = tl.load(k1 + plane, exists, 0)
-    h_y_dot = tl.load(k2 + plane, exists, 0)
-    g = tl.load(gamma + c, exists, 0).to(ACC)
-    b = tl.load(beta + c, exists, 0).to(ACC)
-    g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
-    b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
-    pool_dual(
-        y, y_dot, p, p_dot, c, mu, r, mu_dot, h_y_dot, g, b, g_dot, b_dot,
-        ACC, C, H, W, CHANNELS_LAST, BLOCK_C, WINDOWS,
-    )  # fmt: skip
+def image_patches(x: Tensor, padding: int, precision: Precision) -> Patches:
+    """See `mtt_fast.kernels.image_patches`."""
+    batch, channels, height, width = x.shape
+    padded = (height + 2 * padding, width + 2 * padding)
+    terms = _terms(channels)
+    if terms * padded[0] * padded[1] >= OFFSETS:
+        raise ValueError(f"expected less than 2³¹ numbers in a sample's patches, found shape {tuple(x.shape)}")
+    effective = "fp64" if x.dtype == torch.float64 else precision
+    dtype = torch.bfloat16 if effective == "bf16" else x.dtype
+    images = torch.empty((batch, *padded, channels), dtype=dtype, device=x.device)
+    pixels = (padded[0] - 2) * (padded[1] - 2)
+    row = _row("image_patches", effective, pixels, x.device)
+    parts, tiles = _parts(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // batch)
+    gram = _empty(x, (batch, parts, 9 * channels + 1, 9 * channels + 1))
+    launch(
+        gather,
+        batch * parts,
+        *(x, images, gram, parts, tiles, triton.cdiv(images[0].numel(), parts)),
+        C=channels,
+        H=height,
+        W=width,
+        PADDING=padding,
+        CHANNELS_LAST=not x.is_contiguous(),
+        TERMS=terms,
+        PRECISION=effective,
+        **row,
+    )
+    return Patches(images, gram, padding)
 
 
-@triton.jit
-def _coefficients(
-    y: tl.tensor,  # (B, C, H, W)
-    y_dot: tl.tensor,
-    mean: tl.tensor,  # (B, C)
-    rstd: tl.tensor,
-    k1: tl.tensor,
-    k2: tl.tensor,
-    gamma: tl.tensor,  # (C,)
-    beta: tl.tensor,
-    gamma_dot: tl.tensor,
-    p_bar: tl.tensor,  # (B, C, H//2, W//2)
-    p_bar_dot: tl.tensor,
-    gamma_bar_dot: tl.tensor,  # (B, C): the sum over samples is the caller's
-    beta_bar_dot: tl.tensor,
-    coefficients: tl.tensor,  # (B, COEFFICIENTS, C)
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WINDOWS: tl.constexpr,
-) -> None:
-    """Sum over each plane, and store what follows: γ̄̇, β̄̇, and the coefficients of ȳ and ȳ̇ (`_gradients_before_norm`)."""
-    ACC: tl.constexpr = mean.dtype.element_ty
-    sample, c, exists = block_of(C, BLOCK_C)
-    y += sample * (C * H * W)
-    y_dot += sample * (C * H * W)
-    p_bar += sample * (C * (H // 2) * (W // 2))
-    p_bar_dot += sample * (C * (H // 2) * (W // 2))
-    plane = sample * C + c
-    mu = tl.load(mean + plane, exists, 0)
-    r = tl.load(rstd + plane, exists, 0)
-    mu_dot = tl.load(k1 + plane, exists, 0)
-    h_y_dot = tl.load(k2 + plane, exists, 0)
-    g = tl.load(gamma + c, exists, 0).to(ACC)
-    b = tl.load(beta + c, exists, 0).to(ACC)
-    g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
+def conv_norm_relu_pool(
+    patches: Patches, weight: Tensor, affine: Affine, eps: float, precision: Precision
+) -> tuple[Tensor, Folded]:
+    """See `mtt_fast.kernels.conv_norm_relu_pool`."""
+    block = _Block.of(patches, weight, precision)
+    folded = _folded(block, patches, weight, None, affine, None, eps)
+    p = _empty_pool(block, patches)
+    _pooled("conv_norm_relu_pool", block, patches, folded, p, None)
+    return p, folded
 
-    beta_total, gamma_total, beta_total_dot, gamma_total_dot = four_sums(
-        y, y_dot, p_bar, p_bar_dot, c, mu, r, mu_dot, h_y_dot, g, b,
-        ACC, C, H, W, CHANNELS_LAST, BLOCK_C, WINDOWS,
-    )  # fmt: skip
-    tl.store(gamma_bar_dot + plane, gamma_total_dot, exists)
-    tl.store(beta_bar_dot + plane, beta_total_dot, exists)
 
-    # ȳ = rstd (h̄ − E[h̄] − h E[h h̄]); its derivative is −rstd k2 ȳ, for rstd's, and that of the bracket. There
-    # ḣ = rstd (ẏ − k1 − h k2), whose part along h joins the other's.
-    scale = -r / (H * W)
-    of_u = r * g
-    constant = scale * g * beta_total
-    of_h = scale * g * gamma_total
-    dot_of_u = r * g_dot - r * h_y_dot * of_u
-    dot_constant = scale * (g_dot * beta_total + g * beta_total_dot) - r * h_y_dot * constant
-    dot_of_h = scale * (g_dot * gamma_total + g * gamma_total_dot) - 2 * r * h_y_dot * of_h
-    place = coefficients + sample * (COEFFICIENTS * C) + c
-    tl.store(place, mu, exists)
-    tl.store(place + C, r, exists)
-    tl.store(place + 2 * C, mu_dot, exists)
-    tl.store(place + 3 * C, g, exists)
-    tl.store(place + 4 * C, b, exists)
-    tl.store(place + 5 * C, of_u, exists)
-    tl.store(place + 6 * C, constant, exists)
-    tl.store(place + 7 * C, of_h, exists)
-    tl.store(place + 8 * C, dot_of_u, exists)
-    tl.store(place + 9 * C, dot_constant, exists)
-    tl.store(place + 10 * C, dot_of_h, exists)
-    tl.store(place + 11 * C, r * of_h, exists)
+def conv_norm_relu_pool_backward(
+    patches: Patches,
+    weight: Tensor,
+    affine: Affine,
+    p_bar: Tensor,
+    eps: float,
+    precision: Precision,
+    folded: Folded | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mtt_fast.kernels.conv_norm_relu_pool_backward`."""
+    block = _Block.of(patches, weight, precision)
+    folded = folded or _folded(block, patches, weight, None, affine, None, eps)
+    sums = _summed("conv_norm_relu_pool_backward", block, patches, folded, p_bar, None)
+    gradients, _ = _finished(block, patches, folded, weight, None, affine, None, *sums)
+    return gradients
 
 
 def conv_norm_relu_pool_dual(
-    x: Tensor,
-    x_dot: Tensor | None,
+    patches: Patches,
     weight: Tensor,
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
-    padding: int,
     eps: float,
     precision: Precision,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Activations]:
+) -> tuple[Tensor, Tensor, Folded]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_dual`."""
-    known, y_dot = y is not None, empty_output(x, weight, padding)
-    y = empty_output(x, weight, padding) if y is None else y
-    weights = to_krsc(weight), to_krsc(weight_dot)
-    operation = "conv_norm_relu_pool_tangent" if known else "conv_norm_relu_pool_dual"
-    moments = convolve(operation, x, x_dot, *weights, y, y_dot, padding, precision, known=known, moments=True)
-    assert moments is not None
-    stats = _combined(moments, y, eps)
-    planes = Planes.of(y, y_dot)
-    p, p_dot = empty_pool(y, planes), empty_pool(y, planes)
-    launch_windows(_pool, "block_pool", planes, y, y_dot, *stats, *affine, *affine_dot, p, p_dot)
-    return p, p_dot, Activations(x, x_dot, y, y_dot, stats)
+    block = _Block.of(patches, weight, precision)
+    folded = _folded(block, patches, weight, weight_dot, affine, affine_dot, eps)
+    p, p_dot = _empty_pool(block, patches), _empty_pool(block, patches)
+    _pooled("conv_norm_relu_pool_dual", block, patches, folded, p, p_dot)
+    return p, p_dot, folded
 
 
 def conv_norm_relu_pool_dual_backward(
-    activations: Activations,
+    patches: Patches,
     weight: Tensor,
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
     p_bar: Tensor,
     p_bar_dot: Tensor,
-    padding: int,
+    eps: float,
     precision: Precision,
-    wants_x_bar: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    """See `mtt_fast.kernels.conv_norm_relu_pool_dual_backward`. β̇ moves no gradient of this operation."""
-    x, x_dot, y, y_dot, stats = activations.take()
-    assert y_dot is not None
-    assert stats is not None
-    planes = Planes.of(y, y_dot, p_bar, p_bar_dot)
-    gamma_sum, beta_sum = empty_stat(y), empty_stat(y)
-    shape = (planes.samples, COEFFICIENTS.value, planes.channels)
-    coefficients = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
-    bars = (p_bar, p_bar_dot, coefficients)
-    results = (gamma_sum, beta_sum, coefficients)
-    arguments = (y, y_dot, *stats, *affine, affine_dot.gamma, p_bar, p_bar_dot)
-    launch_windows(_coefficients, "block_coefficients", planes, *arguments, *results)
-
-    name = "conv_norm_relu_pool_dual_weight_gradient"
-    weight_bar_dot = correlate(name, x, x_dot, y, y_dot, padding, precision, bars)
-    del x, x_dot
-    x_bar = empty_input(y, weight, padding) if wants_x_bar else None
-    x_bar_dot = empty_input(y, weight, padding)
-    weights = to_krsc(rotate180(weight)), to_krsc(rotate180(weight_dot))
-    name = "conv_norm_relu_pool_dual_input_gradient"
-    convolve(name, y, y_dot, *weights, x_bar, x_bar_dot, 2 - padding, precision, bars)
-    return x_bar, x_bar_dot, weight_bar_dot, gamma_sum.sum(0), beta_sum.sum(0)
+    folded: Folded | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `mtt_fast.kernels.conv_norm_relu_pool_dual_backward`."""
+    block = _Block.of(patches, weight, precision)
+    folded = folded or _folded(block, patches, weight, weight_dot, affine, affine_dot, eps)
+    sums = _summed("conv_norm_relu_pool_dual_backward", block, patches, folded, p_bar, p_bar_dot)
+    gradients, linear = _finished(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
+    del sums
+    assert linear is not None
+    return _image_gradient(block, patches, folded, linear, p_bar, p_bar_dot), *gradients
 
 
-def _combined(moments: Moments, y: Tensor, eps: float) -> PlaneStats:
-    """Return the statistics of the planes of `y`, combined from the moments of their tiles."""
-    planes = Planes.of(y)
-    stats = PlaneStats(*(empty_stat(y) for _ in range(4)))
-    row = configuration("block_combine", "", architecture(y.device))
+def _folded(
+    block: _Block,
+    patches: Patches,
+    weight: Tensor,
+    weight_dot: Tensor | None,
+    affine: Affine,
+    affine_dot: Affine | None,
+    eps: float,
+) -> Folded:
+    """Return the statistics, and the weights of each sample that the norm folds into."""
+    batch = len(patches.images)
+    shape = (batch, block.TERMS, block.K)
+    f = _empty(patches.images, shape)
+    f_dot = None if weight_dot is None else _empty(patches.images, shape)
+    stats = _empty(weight, (batch, 4, block.K))
+    row = block.row("conv_norm_relu_pool_fold", weight.device)
     launch(
-        _combine,
-        planes.samples * triton.cdiv(planes.channels, row["BLOCK_C"]),
-        *(moments.values, *stats),
+        fold_norm,
+        batch * (block.K // row["BLOCK_C"]),
+        *(patches.gram, patches.gram.shape[1], weight, weight_dot, *affine, *(affine_dot or (None, None))),
+        *(f, f_dot, stats),
         EPS=eps,
-        C=planes.channels,
-        HW=planes.height * planes.width,
-        BLOCK_M=moments.block_m,
+        **vars(block),
         **row,
     )
-    return stats
+    return Folded(f, f_dot, stats)
+
+
+def _pooled(operation: str, block: _Block, patches: Patches, folded: Folded, p: Tensor, p_dot: Tensor | None) -> None:
+    """Fill p and, in a direction, ṗ."""
+    row = block.row(operation, p.device)
+    blocks, parts, tiles = _cut(block, row, len(p))
+    tensors = (patches.images, folded.weight, folded.weight_dot, p, p_dot)
+    launch(pool, len(p) * parts * blocks, *tensors, parts, tiles, **vars(block), **row)
+
+
+def _summed(
+    operation: str, block: _Block, patches: Patches, folded: Folded, p_bar: Tensor, p_bar_dot: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return U and, in a direction, U̇ over parts of the windows, (B, parts, TERMS, K)."""
+    row = block.row(operation, p_bar.device)
+    blocks, parts, tiles = _cut(block, row, len(p_bar))
+    shape = (len(p_bar), parts, block.TERMS, block.K)
+    sums = _empty(folded.stats, shape)
+    sums_dot = None if p_bar_dot is None else _empty(folded.stats, shape)
+    tensors = (patches.images, folded.weight, p_bar, p_bar_dot, sums, sums_dot)
+    launch(sum_patches, len(p_bar) * parts * blocks, *tensors, parts, tiles, **vars(block), **row)
+    return sums, sums_dot
+
+
+def _finished(
+    block: _Block,
+    patches: Patches,
+    folded: Folded,
+    weight: Tensor,
+    weight_dot: Tensor | None,
+    affine: Affine,
+    affine_dot: Affine | None,
+    sums: Tensor,
+    sums_dot: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Return the gradients of weight, γ and β, or in a direction their derivatives and M, (B, blocks, TERMS, TERMS)."""
+    row = block.row("conv_norm_relu_pool_finish", weight.device)
+    batch, blocks = len(sums), block.K // row["BLOCK_C"]
+    gradients = _empty(weight, (batch, weight.numel() + 2 * block.K))
+    linear = None if weight_dot is None else _empty(weight, (batch, blocks, block.TERMS, block.TERMS))
+    launch(
+        finish,
+        batch * blocks,
+        *(patches.gram, patches.gram.shape[1], folded.stats, weight, weight_dot),
+        *(affine.gamma, affine_dot and affine_dot.gamma),
+        *(sums, sums_dot, sums.shape[1], gradients, linear),
+        **vars(block),
+        **row,
+    )
+    of_weight, of_gamma, of_beta = gradients.sum(0).split([weight.numel(), block.K, block.K])
+    return (of_weight.view(weight.shape), of_gamma, of_beta), linear
+
+
+def _image_gradient(
+    block: _Block, patches: Patches, folded: Folded, linear: Tensor, p_bar: Tensor, p_bar_dot: Tensor
+) -> Tensor:
+    """Return x̄̇ (B, C, H, W) from M and the gradients of p."""
+    batch, device = len(p_bar), p_bar.device
+    height, width = block.HP - 2, block.WP - 2
+    row = block.row("conv_norm_relu_pool_columns", device)
+    columns = _empty(patches.images, (batch, height, width, block.TERMS))
+    windows = triton.cdiv(height, 2) * triton.cdiv(width, 2)
+    tensors = (patches.images, folded.weight, folded.weight_dot, p_bar, p_bar_dot, linear, columns)
+    programs = batch * triton.cdiv(windows, row["WINDOWS"])
+    launch(spread, programs, *tensors, linear.shape[1], **vars(block), **row)
+
+    sides = (block.HP - 2 * patches.padding, block.WP - 2 * patches.padding)
+    x_bar_dot = _empty(linear, (batch, block.C, *sides))
+    row = _row("conv_norm_relu_pool_col2im", block.PRECISION, math.prod(sides), device)
+    launch(
+        col2im,
+        batch * triton.cdiv(math.prod(sides), row["BLOCK_M"]),
+        columns,
+        x_bar_dot,
+        C=block.C,
+        H=sides[0],
+        W=sides[1],
+        PADDING=patches.padding,
+        TERMS=block.TERMS,
+        **row,
+    )
+    return x_bar_dot
+
+
+def _terms(channels: int) -> int:
+    """Return the numbers of a patch in the kernels."""
+    terms: int = triton.next_power_of_2(9 * channels + ONES.value)
+    return terms
+
+
+def _empty_pool(block: _Block, patches: Patches) -> Tensor:
+    """Allocate pooled planes (B, K, H'//2, W'//2), channels_last."""
+    return _empty(patches.images, (len(patches.images), *block.pooled, block.K)).permute(0, 3, 1, 2)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def size_class(pixels: int) -> int:
+    """Return the number of pixels of a plane, rounded up, that names its class in the table."""
+    return next(size for size in SIZES if pixels <= size or size == SIZES[-1])
+
+
+def _row(operation: str, precision: str, pixels: int, device: torch.device) -> Configuration:
+    """Return a copy of the table's row of `operation` for planes of so many pixels."""
+    classes = (f"{precision}-{size_class(pixels)}", precision)
+    return configuration(operation, classes[0], architecture(device), classes[1])
+
+
+def _cut(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:
+    """Return the number of blocks of filters, of parts of the windows, and of tiles of a part, for about PROGRAMS programs.
+
+    Takes PROGRAMS out of `row`, which is no constant of a kernel.
+    """
+    blocks = block.K // row["BLOCK_C"]
+    tiles = triton.cdiv(math.prod(block.pooled), row["WINDOWS"])
+    return blocks, *_parts(tiles, row.pop("PROGRAMS") // (batch * blocks))
+
+
+def _parts(tiles: int, most: int) -> tuple[int, int]:
+    """Return the number of parts, about `most`, that `tiles` are cut into, and of the tiles of each but the last."""
+    each = triton.cdiv(tiles, max(1, min(tiles, most)))
+    return triton.cdiv(tiles, each), each

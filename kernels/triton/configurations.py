@@ -23,7 +23,7 @@ def configuration(
 
 
 def backend_of(operation: str, shape_class: str, architecture: str, looser_class: str | None = None) -> str:
-    """Return the back end of the operation: `triton` or `cudnn` or, of a whole block, `fused` or `parts`."""
+    """Return the back end of the operation: `triton` or `cudnn`."""
     return cast(str, row_of(operation, shape_class, architecture, looser_class)["backend"])
 
 

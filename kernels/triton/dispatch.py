@@ -1,7 +1,4 @@
-"""Choose, from the checked-in table, the back end of an operation on a GPU: a kernel of ours or torch's library.
-
-A whole block goes `fused` (block.py) or in `parts`, each of which is then dispatched by itself.
-"""
+"""Choose, from the checked-in table, the back end of an operation on a GPU: a kernel of ours or torch's library."""
 
 from __future__ import annotations
 
@@ -33,11 +30,6 @@ def dispatched(operation: str) -> Callable[..., Any]:
         return getattr(BACKENDS[backend], operation)(*operands, precision)
 
     return run
-
-
-def is_fused(operation: str, x: Tensor, weight: Tensor, padding: int, precision: Precision) -> bool:
-    """Return whether the table has `operation`, of a block that convolves `x` with `weight`, done at once."""
-    return _backend(operation, x, _result("conv3x3", x, weight, padding), precision) == "fused"
 
 
 def _backend(operation: str, x: Tensor, result: Planes, precision: Precision) -> str:

@@ -1,138 +1,290 @@
-"""The epilogue of a block of ConvNet: norm, ReLU and pool after the convolution, and their derivatives, for each norm.
+"""The blocks of ConvNet, convolution, norm if any, ReLU and pool, and their derivatives, over `mtt_fast.kernels`.
 
-A dot is the derivative in the direction of the parameters, a bar the gradient of the loss. `affine` are the parameters
-that have an effect here: γ, β of an instance norm; without a norm the convolution's bias. The derivatives take the
-convolution along, which some kernels compute together with the epilogue.
+A dot is the derivative in the direction of the parameters, a bar the gradient of the loss. Two classes are a `Block`: one
+stores the planes between convolution and pool, and one, for images where a back end has it, does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.kernels import Activations, Affine, Precision
+from mtt_fast.kernels import HALF_PRECISIONS, Affine, Folded, Patches, PlaneStats, Precision
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
 Tensors = tuple[Tensor, ...]
 
 
-class Convolution(NamedTuple):
-    """The first part of a block: its weight (K, C, 3, 3), the direction of the weight, padding and precision."""
+class Parameters(NamedTuple):
+    """A block's weight (K, C, 3, 3), and what follows the convolution and has an effect: γ, β of a norm, else its bias."""
 
     weight: Tensor
-    weight_dot: Tensor
-    padding: int
-    precision: Precision
+    affine: Tensors
+
+
+class Block(Protocol):
+    """One block at its parameters, and where `dual` is called in their direction. Only it knows its activations."""
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Return images (B, C, H, W) as the network's first block takes them."""
+        ...
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return p (B, K, H'//2, W'//2), channels_last, and the activations."""
+        ...
+
+    def to_save(self, activations: Any) -> Any:
+        """Return the part of the activations of `forward` that `dual` takes as `saved`, and then does not compute again."""
+        ...
+
+    def backward(self, activations: Any, p_bar: Tensor, reuse: bool) -> tuple[Tensor | None, Tensors]:
+        """Return x̄, None of images, and the gradients of the parameters. With `reuse` what was to save may be overwritten.
+
+        The activations are taken: each tensor is freed as soon as it is needed no more. So are those of `dual_backward`.
+        """
+        ...
+
+    def dual(self, x: Tensor, x_dot: Tensor | None, saved: Any) -> tuple[Tensor, Tensor, Any]:
+        """Return p, ṗ and the activations. `x_dot` is None of images, `saved` where nothing was."""
+        ...
+
+    def dual_backward(
+        self, activations: Any, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool
+    ) -> tuple[Tensor | None, Tensor, Tensors]:
+        """Return x̄, None of images or if it is not wanted, x̄̇, and the derivatives of the parameters' gradients."""
+        ...
+
+
+@dataclass(repr=False, eq=False)
+class Activations:
+    """Tensors that the forward of a block with planes hands to its backward."""
+
+    x: Tensor  # (B, C, H, W)
+    x_dot: Tensor | None  # None of images, which do not move with the parameters
+    y: Tensor  # (B, K, H', W')
+    y_dot: Tensor | None  # None where it moves no gradient
+    stats: Tensors
+
+    def take(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensors]:
+        """Return the fields, and forget them here, so that whoever takes them holds the only references."""
+        fields = (self.x, self.x_dot, self.y, self.y_dot, self.stats)
+        del self.x, self.x_dot, self.y, self.y_dot, self.stats
+        return fields
 
 
 class Epilogue(NamedTuple):
-    """Two functions of y (B, C, H, W), the convolution's result, and two of the whole block in a direction.
-
-    `saved` begins with y, and `backward` overwrites y only if it may. `dual_backward` takes the activations, and frees each as soon
-    as it can.
-    """
+    """What follows a convolution to y (B, K, H', W'): norm or bias, ReLU and pool, as four functions."""
 
     forward: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]]
-    """y, affine -> p (B, C, H//2, W//2), saved"""
-    backward: Callable[[Tensors, Tensors, Tensor, bool], tuple[Tensor, Tensors]]
-    """saved, affine, p̄, may y be overwritten -> ȳ, the gradients of affine"""
-    dual: Callable[
-        [Tensor, Tensor | None, Convolution, Tensors, Tensors, Tensor | None], tuple[Tensor, Tensor, Activations]
-    ]
-    """x, ẋ (None for images), convolution, affine, its dots, y if known -> p, ṗ, activations"""
+    """y, affine -> p, statistics"""
+    backward: Callable[[Tensor, Tensors, Tensors, Tensor, bool], tuple[Tensor, Tensors]]
+    """y, statistics, affine, p̄, may y be overwritten -> ȳ, the gradients of affine"""
+    dual: Callable[[Tensor, Tensor, Tensors, Tensors], tuple[Tensor, Tensor, Tensor | None, Tensors]]
+    """y, ẏ, affine, its direction -> p, ṗ, ẏ if the backward needs it, statistics"""
     dual_backward: Callable[
-        [Activations, Convolution, Tensors, Tensors, Tensor | None, Tensor, bool],
-        tuple[Tensor | None, Tensor, Tensor, Tensors],
+        [Tensor, Tensor | None, Tensors, Tensors, Tensors, Tensor, Tensor], tuple[Tensor, Tensor, Tensors]
     ]
-    """activations, convolution, affine, its dots, p̄, p̄̇, is x̄ wanted -> x̄, x̄̇, W̄̇, the derivatives of affine's gradients"""
+    """y, ẏ, statistics, affine, its direction, p̄, p̄̇ -> ȳ, ȳ̇ over y, ẏ, the derivatives of affine's gradients"""
 
 
 def _norm_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
-    p, mean, rstd = kernels.norm_relu_pool(y, Affine(*affine), NORM_EPS)
-    return p, (y, mean, rstd)
+    p, *stats = kernels.norm_relu_pool(y, Affine(*affine), NORM_EPS)
+    return p, tuple(stats)
 
 
-def _norm_backward(saved: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
-    y_bar, *affine_bar = kernels.norm_relu_pool_backward(*saved, Affine(*affine), p_bar, reuse=reuse)
+def _norm_backward(y: Tensor, stats: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
+    mean, rstd = stats
+    y_bar, *affine_bar = kernels.norm_relu_pool_backward(y, mean, rstd, Affine(*affine), p_bar, reuse=reuse)
     return y_bar, tuple(affine_bar)
 
 
 def _norm_dual(
-    x: Tensor, x_dot: Tensor | None, convolution: Convolution, affine: Tensors, affine_dot: Tensors, y: Tensor | None
-) -> tuple[Tensor, Tensor, Activations]:
-    weight, weight_dot, padding, precision = convolution
-    p, p_dot, activations = kernels.conv_norm_relu_pool_dual(
-        x, x_dot, weight, weight_dot, Affine(*affine), Affine(*affine_dot), padding, NORM_EPS, precision, y
-    )
-    return p, p_dot, activations
+    y: Tensor, y_dot: Tensor, affine: Tensors, affine_dot: Tensors
+) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
+    p, p_dot, stats = kernels.norm_relu_pool_dual(y, y_dot, Affine(*affine), Affine(*affine_dot), NORM_EPS)
+    return p, p_dot, y_dot, stats
 
 
 def _norm_dual_backward(
-    activations: Activations,
-    convolution: Convolution,
+    y: Tensor,
+    y_dot: Tensor | None,
+    stats: Tensors,
     affine: Tensors,
     affine_dot: Tensors,
-    p_bar: Tensor | None,
+    p_bar: Tensor,
     p_bar_dot: Tensor,
-    wants_x_bar: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensors]:
-    assert p_bar is not None
-    weight, weight_dot, padding, precision = convolution
-    parameters = (weight, weight_dot, Affine(*affine), Affine(*affine_dot))
-    x_bar, x_bar_dot, weight_bar_dot, *affine_bar_dot = kernels.conv_norm_relu_pool_dual_backward(
-        activations, *parameters, p_bar, p_bar_dot, padding, precision, wants_x_bar
+) -> tuple[Tensor, Tensor, Tensors]:
+    assert y_dot is not None
+    y_bar, y_bar_dot, *affine_bar_dot = kernels.norm_relu_pool_dual_backward(
+        y, y_dot, PlaneStats(*stats), Affine(*affine), Affine(*affine_dot), p_bar, p_bar_dot, reuse=True
     )
-    return x_bar, x_bar_dot, weight_bar_dot, tuple(affine_bar_dot)
+    return y_bar, y_bar_dot, tuple(affine_bar_dot)
 
 
 def _bias_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
-    return kernels.bias_relu_pool(y, *affine), (y,)
+    return kernels.bias_relu_pool(y, *affine), ()
 
 
-def _bias_backward(saved: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
-    y_bar, beta_bar = kernels.bias_relu_pool_backward(*saved, *affine, p_bar, reuse=reuse)
+def _bias_backward(y: Tensor, stats: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
+    y_bar, beta_bar = kernels.bias_relu_pool_backward(y, *affine, p_bar, reuse=reuse)
     return y_bar, (beta_bar,)
 
 
 def _bias_dual(
-    x: Tensor, x_dot: Tensor | None, convolution: Convolution, affine: Tensors, affine_dot: Tensors, y: Tensor | None
-) -> tuple[Tensor, Tensor, Activations]:
-    if y is None:
-        y, y_dot = kernels.conv3x3_dual(x, x_dot, *convolution)
-    else:
-        y_dot = kernels.conv3x3_tangent(x, x_dot, *convolution)
+    y: Tensor, y_dot: Tensor, affine: Tensors, affine_dot: Tensors
+) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
     p, p_dot = kernels.bias_relu_pool_dual(y, y_dot, *affine, *affine_dot)
-    return p, p_dot, Activations(x, x_dot, y)  # ẏ moves no gradient: the block is linear between the kinks
+    return p, p_dot, None, ()  # ẏ moves no gradient: the block is linear between the kinks
 
 
 def _bias_dual_backward(
-    activations: Activations,
-    convolution: Convolution,
+    y: Tensor,
+    y_dot: Tensor | None,
+    stats: Tensors,
     affine: Tensors,
     affine_dot: Tensors,
-    p_bar: Tensor | None,
+    p_bar: Tensor,
     p_bar_dot: Tensor,
-    wants_x_bar: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensors]:
-    assert p_bar is not None
-    x, x_dot, y, _, _ = activations.take()
+) -> tuple[Tensor, Tensor, Tensors]:
     y_bar, y_bar_dot, beta_bar_dot = kernels.bias_relu_pool_dual_backward(y, *affine, p_bar, p_bar_dot, reuse=True)
-    del y
-    _, _, padding, precision = convolution
-    weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding, precision)
-    del x, x_dot
-    x_bar = None
-    if wants_x_bar:
-        x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(y_bar, y_bar_dot, *convolution)
-    else:
-        x_bar_dot = kernels.conv3x3_input_gradient_tangent(y_bar, y_bar_dot, *convolution)
-    return x_bar, x_bar_dot, weight_bar_dot, (beta_bar_dot,)
+    return y_bar, y_bar_dot, (beta_bar_dot,)
 
 
 EPILOGUES: dict[Norm, Epilogue] = {
     "instance": Epilogue(_norm_forward, _norm_backward, _norm_dual, _norm_dual_backward),
     "none": Epilogue(_bias_forward, _bias_backward, _bias_dual, _bias_dual_backward),
 }
+
+
+def plane_dtype(precision: Precision, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of all that has pixels, for parameters of `dtype`."""
+    return HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
+
+
+@dataclass(frozen=True)
+class PlaneBlock:
+    """A block that stores the planes between its convolution and its pool."""
+
+    epilogue: Epilogue
+    at: Parameters
+    along: Parameters | None
+    padding: int
+    precision: Precision
+    of_images: bool
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """See `Block.inputs`."""
+        return images.to(plane_dtype(self.precision, images.dtype), memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
+        """See `Block.forward`."""
+        y = kernels.conv3x3(x, self.at.weight, self.padding, self.precision)
+        p, stats = self.epilogue.forward(y, self.at.affine)
+        return p, Activations(x, None, y, None, stats)
+
+    def to_save(self, activations: Activations) -> Tensor:
+        """See `Block.to_save`."""
+        return activations.y
+
+    def backward(self, activations: Activations, p_bar: Tensor, reuse: bool) -> tuple[Tensor | None, Tensors]:
+        """See `Block.backward`."""
+        x, _, y, _, stats = activations.take()
+        y_bar, affine_bar = self.epilogue.backward(y, stats, self.at.affine, p_bar, reuse)
+        del y
+        weight_bar = kernels.conv3x3_weight_gradient(x, y_bar, self.padding, self.precision)
+        del x
+        x_bar = None
+        if not self.of_images:
+            x_bar = kernels.conv3x3_input_gradient(y_bar, self.at.weight, self.padding, self.precision)
+        return x_bar, (weight_bar, *affine_bar)
+
+    def dual(self, x: Tensor, x_dot: Tensor | None, saved: Tensor | None) -> tuple[Tensor, Tensor, Activations]:
+        """See `Block.dual`."""
+        assert self.along is not None
+        operands = (x, x_dot, self.at.weight, self.along.weight, self.padding, self.precision)
+        y, y_dot = kernels.conv3x3_dual(*operands) if saved is None else (saved, kernels.conv3x3_tangent(*operands))
+        p, p_dot, needed, stats = self.epilogue.dual(y, y_dot, self.at.affine, self.along.affine)
+        return p, p_dot, Activations(x, x_dot, y, needed, stats)
+
+    def dual_backward(
+        self, activations: Activations, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool
+    ) -> tuple[Tensor | None, Tensor, Tensors]:
+        """See `Block.dual_backward`."""
+        assert self.along is not None
+        x, x_dot, y, y_dot, stats = activations.take()
+        affine = (self.at.affine, self.along.affine)
+        y_bar, y_bar_dot, affine_bar_dot = self.epilogue.dual_backward(y, y_dot, stats, *affine, p_bar, p_bar_dot)
+        del y, y_dot
+        bars = (y_bar, y_bar_dot)
+        weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, *bars, self.padding, self.precision)
+        del x, x_dot
+        operands = (*bars, self.at.weight, self.along.weight, self.padding, self.precision)
+        x_bar = None
+        if wants_x_bar and not self.of_images:
+            x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(*operands)
+        else:
+            x_bar_dot = kernels.conv3x3_input_gradient_tangent(*operands)
+        return x_bar, x_bar_dot, (weight_bar_dot, *affine_bar_dot)
+
+
+class ImageActivations(NamedTuple):
+    """What the forward of a block of images hands to its backward: nothing of the planes' size."""
+
+    patches: Patches
+    folded: Folded | None
+
+
+@dataclass(frozen=True)
+class ImageBlock:
+    """The first block with an instance norm, which a back end computes without its planes (`kernels.has_image_block`)."""
+
+    at: Parameters
+    along: Parameters | None
+    padding: int
+    precision: Precision
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """See `Block.inputs`."""
+        return images.contiguous()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ImageActivations]:
+        """See `Block.forward`."""
+        patches = kernels.image_patches(x, self.padding, self.precision)
+        weight, affine = self.at
+        p, folded = kernels.conv_norm_relu_pool(patches, weight, Affine(*affine), NORM_EPS, self.precision)
+        return p, ImageActivations(patches, folded)
+
+    def to_save(self, activations: ImageActivations) -> Patches:
+        """See `Block.to_save`."""
+        return activations.patches
+
+    def backward(self, activations: ImageActivations, p_bar: Tensor, reuse: bool) -> tuple[None, Tensors]:
+        """See `Block.backward`."""
+        (patches, folded), (weight, affine) = activations, self.at
+        arguments = (weight, Affine(*affine), p_bar, NORM_EPS, self.precision)
+        return None, kernels.conv_norm_relu_pool_backward(patches, *arguments, folded)
+
+    def dual(self, x: Tensor, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
+        """See `Block.dual`."""
+        patches = kernels.image_patches(x, self.padding, self.precision) if saved is None else saved
+        p, p_dot, folded = kernels.conv_norm_relu_pool_dual(patches, *self._directions, NORM_EPS, self.precision)
+        return p, p_dot, ImageActivations(patches, folded)
+
+    def dual_backward(
+        self, activations: ImageActivations, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool
+    ) -> tuple[None, Tensor, Tensors]:
+        """See `Block.dual_backward`."""
+        patches, folded = activations
+        bars = (p_bar, p_bar_dot, NORM_EPS, self.precision)
+        x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(patches, *self._directions, *bars, folded)
+        return None, x_bar_dot, tuple(parameters)
+
+    @property
+    def _directions(self) -> tuple[Tensor, Tensor, Affine, Affine]:
+        assert self.along is not None
+        return self.at.weight, self.along.weight, Affine(*self.at.affine), Affine(*self.along.affine)

@@ -1,4 +1,4 @@
-"""Check whole blocks: the operations against their parts, and the other back ends against the reference."""
+"""Check the first block: the reference against autograd in float64, Triton against the reference, and the statistics' bound."""
 
 from __future__ import annotations
 
@@ -7,108 +7,166 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import kernels
-from mtt_fast.kernels import Activations, Affine, reference
+from mtt_fast.kernels import Affine, ConvLayer, native, triton
 from mtt_fast.testing import assert_close
-from tests.kernels.compiling import WIDTH, check, check_products, each_architecture, meta, planes_of, recording
-from tests.kernels.helpers import CONVOLUTIONS, EPS, convolution_arguments, draw
+from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, meta, recording
+from tests.kernels.helpers import EPS, FORMATS, draw, jvp, refused
 from tests.kernels.triton_comparison import compare
 
-BLOCKS = [case for case in CONVOLUTIONS if min(case[2:4]) + 2 * case[5] - 2 >= 2]
+BLOCKS = [  # batch, channels, height, width, filters, padding
+    (2, 3, 6, 6, 16, 1),
+    (2, 1, 5, 8, 3, 3),  # padding 3 of one-channel images, an odd side
+    (1, 2, 7, 9, 5, 0),
+    (3, 5, 4, 3, 4, 1),
+    (1, 1, 1, 2, 2, 2),  # a window or two, of padding for the most part
+]
 
 
-def block_arguments(case: tuple[int, ...], dtype: torch.dtype, images: bool) -> dict[str, Any]:
-    given = convolution_arguments(case, dtype if dtype != torch.bfloat16 else torch.float32)
-    batch, _, height, width, filters, padding = case
+def block(padding: int, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    y = F.conv2d(x, weight, padding=padding)
+    return F.avg_pool2d(F.relu(F.group_norm(y, y.shape[1], gamma, beta, EPS)), 2)
+
+
+def block_arguments(case: tuple[int, ...]) -> dict[str, Any]:
+    batch, channels, height, width, filters, padding = case
     sides = [(side + 2 * padding - 2) // 2 for side in (height, width)]
-    wide = torch.float32 if dtype == torch.bfloat16 else dtype
-
-    def planes(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype, memory_format=torch.channels_last)
-
     return {
-        "x": planes(given["x"]),
-        "x_dot": None if images else planes(given["x_dot"]),
-        "weights": [given["weight"], given["weight_dot"]],
-        "affine": [Affine(draw(filters, dtype=wide), draw(filters, dtype=wide)) for _ in range(2)],
-        "bars": [planes(draw(batch, filters, *sides, dtype=wide)) for _ in range(2)],
+        "x": draw(batch, channels, height, width) + 2,
+        "weights": [draw(filters, channels, 3, 3) for _ in range(2)],
+        "affine": [Affine(draw(filters), draw(filters)) for _ in range(2)],
+        "bars": [draw(batch, filters, *sides, layout=torch.channels_last) for _ in range(2)],
         "padding": padding,
     }
 
 
-def block_results(ops: Any, given: dict[str, Any], precision: Any = "fp32", known: bool = False) -> dict[str, Tensor]:
-    x, x_dot, weights, affine, bars, padding = given.values()
-    parameters = (*weights, *affine)
-    y = ops.conv3x3(x, weights[0], padding, precision) if known else None
-    p, p_dot, activations = ops.conv_norm_relu_pool_dual(x, x_dot, *parameters, padding, EPS, precision, y)
-    stats = activations.stats
-    forward = {"p": p, "p_dot": p_dot, "y_dot": activations.y_dot.clone(), "mean": stats.mean, "k2": stats.k2}
-    back = ops.conv_norm_relu_pool_dual_backward(activations, *parameters, *bars, padding, precision, x_dot is not None)
-    names = ("x_bar", "x_bar_dot", "weight_bar_dot", "gamma_bar_dot", "beta_bar_dot")
-    return forward | {name: value for name, value in zip(names, back, strict=True) if value is not None}
+def block_results(given: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the results of the five operations, by name."""
+    (weight, weight_dot), (affine, affine_dot) = given["weights"], given["affine"]
+    patches = kernels.image_patches(given["x"], given["padding"])
+    p, folded = kernels.conv_norm_relu_pool(patches, weight, affine, EPS)
+    back = kernels.conv_norm_relu_pool_backward(patches, weight, affine, given["bars"][0], EPS, folded=folded)
+    along = (patches, weight, weight_dot, affine, affine_dot)
+    dual_p, p_dot, folded = kernels.conv_norm_relu_pool_dual(*along, EPS)
+    dual_back = kernels.conv_norm_relu_pool_dual_backward(*along, *given["bars"], EPS, folded=folded)
+    names = ["p", "weight_bar", "gamma_bar", "beta_bar", "dual p", "p_dot"]
+    names += ["x_bar_dot", "weight_bar_dot", "gamma_bar_dot", "beta_bar_dot"]
+    return dict(zip(names, (p, *back, dual_p, p_dot, *dual_back), strict=True))
 
 
-@pytest.mark.usefixtures("either_backend")
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
-def test_a_whole_block_is_its_parts(case: tuple[int, ...], images: bool, known: bool) -> None:
-    given = block_arguments(case, torch.float64, images)
-    expected = block_results(reference, given)
-    for name, found in block_results(kernels, given, known=known).items():
-        assert_close(name, found, expected[name], 1e-11, floor=1e-4)
-    assert ("x_bar" in expected) != images
+def test_the_block_is_what_autograd_makes_of_it(case: tuple[int, ...], layout: torch.memory_format) -> None:
+    given = block_arguments(case)
+    found = block_results(given | {"x": given["x"].contiguous(memory_format=layout)})
+
+    def whole(*at: Tensor) -> Tensor:
+        return block(given["padding"], *at)
+
+    def gradients(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor) -> Any:
+        return torch.func.vjp(whole, x, weight, gamma, beta)[1](p_bar)
+
+    at = (given["x"], given["weights"][0], *given["affine"][0])
+    along = (torch.zeros_like(given["x"]), given["weights"][1], *given["affine"][1])
+    p, p_dot = jvp(whole, at, along)
+    bars, bars_dot = jvp(gradients, (*at, given["bars"][0]), (*along, given["bars"][1]))
+    names = ("weight_bar", "gamma_bar", "beta_bar")
+    expected = {"p": p, "dual p": p, "p_dot": p_dot, "x_bar_dot": bars_dot[0]}
+    expected |= dict(zip(names, bars[1:], strict=True))
+    expected |= {f"{name}_dot": value for name, value in zip(names, bars_dot[1:], strict=True)}
+    assert expected.keys() == found.keys()
+    for name, value in found.items():
+        assert value.shape == expected[name].shape, name
+        assert_close(name, value, expected[name], 1e-10, floor=1e-4)
+    assert found["p"].is_contiguous(memory_format=torch.channels_last)
+    assert found["x_bar_dot"].is_contiguous()
 
 
-@pytest.mark.usefixtures("either_backend")
-def test_the_backward_takes_the_activations() -> None:
-    given = block_arguments(BLOCKS[0], torch.float64, False)
-    x, x_dot, weights, affine, bars, padding = given.values()
-    parameters = (*weights, *affine)
-    activations = kernels.conv_norm_relu_pool_dual(x, x_dot, *parameters, padding, EPS)[2]
-    kernels.conv_norm_relu_pool_dual_backward(activations, *parameters, *bars, padding)
-    assert activations.is_empty
-    with pytest.raises(ValueError, match=r"^conv_norm_relu_pool_dual_backward: .*used twice"):
-        kernels.conv_norm_relu_pool_dual_backward(activations, *parameters, *bars, padding)
+def test_a_shift_of_the_images_makes_no_difference() -> None:
+    given = block_arguments(BLOCKS[2])
+    moved = block_results(given | {"x": given["x"] + 1000})  # padding 0, so that all of the image moves
+    for name, value in block_results(given).items():
+        assert_close(name, moved[name], value, 1e-9, floor=1e-4)
 
 
-def test_activations_of_a_block_without_a_norm_are_refused() -> None:
-    given = block_arguments(BLOCKS[0], torch.float64, False)
-    x, x_dot, weights, affine, bars, padding = given.values()
-    activations = Activations(x, x_dot, kernels.conv3x3(x, weights[0], padding))
-    with pytest.raises(ValueError, match=r"^conv_norm_relu_pool_dual_backward: .*without a norm"):
-        kernels.conv_norm_relu_pool_dual_backward(activations, *weights, *affine, *bars, padding)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
+    given = block_arguments(BLOCKS[0])
+    patches = kernels.image_patches(given["x"].float(), 1, precision)
+    assert patches.images.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert patches.gram.dtype == torch.float32
+    weights = [weight.float() for weight in given["weights"]]
+    affine = [Affine(each.gamma.float(), each.beta.float()) for each in given["affine"]]
+    p, p_dot, _ = kernels.conv_norm_relu_pool_dual(patches, *weights, *affine, EPS, precision)
+    exact = block_results(given)
+    for name, value in (("p", p), ("p_dot", p_dot)):
+        assert value.dtype == patches.images.dtype
+        allowed = {"fp32": 1e-5, "tf32": 2e-2, "bf16": 1e-1}[precision]
+        assert_close(name, value.double(), exact[name], allowed, floor=0.1)
+    bars = [each.to(p.dtype) for each in given["bars"]]
+    for value in kernels.conv_norm_relu_pool_dual_backward(patches, *weights, *affine, *bars, EPS, precision):
+        assert value.dtype == torch.float32
 
 
-@pytest.mark.parametrize("images", [False, True])
-@pytest.mark.parametrize("case", BLOCKS, ids=str)
-def test_bfloat16_planes_have_float32_sums(case: tuple[int, ...], images: bool) -> None:
-    given = block_arguments(case, torch.bfloat16, images)
-    exact = {
-        **{name: given[name] for name in ("x_dot", "padding")},
-        "x": given["x"].double(),
-        **{name: [each.double() for each in given[name]] for name in ("weights", "bars")},
-        "affine": [Affine(each.gamma.double(), each.beta.double()) for each in given["affine"]],
-    }
-    if not images:
-        exact["x_dot"] = given["x_dot"].double()
-    exact = {name: exact[name] for name in given}  # in the order of the arguments
-    expected = block_results(reference, exact)
-    for name, found in block_results(kernels, given, "bf16").items():
-        assert found.dtype == (torch.bfloat16 if found.dim() == 4 and found.shape[2:] != (3, 3) else torch.float32), (
-            name
-        )
-        assert_close(name, found.double(), expected[name], 0.3, floor=0.3)
+def test_which_blocks_have_kernels() -> None:
+    assert triton.has_image_block(3, 128)
+    assert triton.has_image_block(1, 48)
+    assert triton.has_image_block(2, None)
+    assert not triton.has_image_block(3, 100)  # no multiple of 16
+    assert not triton.has_image_block(4, 128)
+    layer = ConvLayer(3, 32, 32, 128, 1)
+    assert kernels.has_image_block(layer, torch.device("cuda"))
+    assert not kernels.has_image_block(layer._replace(filters=17), torch.device("cuda"))
+    assert not kernels.has_image_block(layer, torch.device("cpu"))
+    assert not native.OPERATIONS & {"image_patches", "conv_norm_relu_pool"}
+
+
+IMAGES, WEIGHT = torch.zeros(2, 3, 6, 5), torch.zeros(16, 3, 3, 3)
+AFFINE = Affine(torch.zeros(16), torch.zeros(16))
+PATCHES = kernels.image_patches(IMAGES, 1)
+POOLED = torch.zeros(2, 16, 3, 2).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments", "reason"),
+    [
+        refused("image_patches", "at least 4×4 pixels", IMAGES[:, :, :1], 1),
+        refused("image_patches", "at least 4×4 pixels", IMAGES[0], 1),
+        refused("image_patches", "float32 or float64", IMAGES.bfloat16(), 1),
+        refused("image_patches", "strides", IMAGES[:, :, :, ::2], 3),
+        refused("conv_norm_relu_pool", "3×3 weights of 3 channels", PATCHES, WEIGHT[:, :2], AFFINE, EPS),
+        refused("conv_norm_relu_pool", "floating dtype", PATCHES, WEIGHT.double(), AFFINE, EPS),
+        refused("conv_norm_relu_pool", "gamma of shape", PATCHES, WEIGHT, Affine(WEIGHT[:3, 0, 0, 0], AFFINE.beta), EPS),
+        refused("conv_norm_relu_pool_backward", "p_bar of shape", PATCHES, WEIGHT, AFFINE, POOLED[:1], EPS),
+        refused("conv_norm_relu_pool_backward", "strides", PATCHES, WEIGHT, AFFINE, POOLED.contiguous(), EPS),
+        refused("conv_norm_relu_pool_dual", "weight_dot of shape", PATCHES, WEIGHT, WEIGHT[:4], AFFINE, AFFINE, EPS),
+        refused(
+            "conv_norm_relu_pool_dual_backward", "requires grad",
+            PATCHES, WEIGHT, WEIGHT, AFFINE, AFFINE, POOLED, POOLED.clone().requires_grad_(), EPS,
+        ),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(operation: str, arguments: tuple[Any, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{operation}: .*{reason}"):
+        getattr(kernels, operation)(*arguments)
 
 
 @pytest.mark.slow
 def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("block", "cpu")
-    for case in ("features", "images"):
-        assert any("'block'" in line and case in line for line in lines)
-        assert any("block's backward" in line and case in line for line in lines)
+    for case in ("image_patches", "'conv_norm_relu_pool_dual_backward', 'folded'", "'tf32'", "'bf16'"):
+        assert any(case in line for line in lines)
+
+
+@pytest.mark.slow
+def test_statistics_keep_their_bound_interpreted() -> None:
+    """Edge filters on smooth images, low contrast, constant images."""
+    lines = compare("statistics", "cpu")
+    for case in ("smooth", "far from zero", "low contrast", "constant", "black"):
+        assert any(case in line for line in lines)
 
 
 @pytest.mark.gpu
@@ -116,24 +174,31 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
     compare("block", "cuda")
 
 
+@pytest.mark.gpu
+def test_statistics_keep_their_bound_on_a_gpu() -> None:
+    compare("statistics", "cuda")
+
+
 @pytest.mark.slow
 @each_architecture
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@each_precision
 def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> None:
-    """The first block of 128×128 images and the last of 32×32 ones, forward and back."""
-    from mtt_fast.kernels.triton import block, implicit_gemm, windows
+    """A block of 128×128 images, and MNIST's."""
+    from mtt_fast.kernels.triton import block
 
-    with recording([implicit_gemm], architecture) as launches, recording([block, windows], architecture) as others:
-        for channels, side in ((3, 128), (WIDTH, 8)):
-            x, y = planes_of(precision, 4, channels, side, side), planes_of(precision, 4, WIDTH, side, side)
-            x_dot, p_bar = x if channels > 3 else None, planes_of(precision, 4, WIDTH, side // 2, side // 2)
-            weight, affine = meta(WIDTH, channels, 3, 3), Affine(meta(WIDTH), meta(WIDTH))
-            arguments = (x, x_dot, weight, weight, affine, affine, 1, 1e-5, precision)
-            _, _, activations = block.conv_norm_relu_pool_dual(*arguments)
-            block.conv_norm_relu_pool_dual(*arguments, y=y)
-            options = (weight, weight, affine, affine, p_bar, p_bar, 1, precision, channels > 3)
-            block.conv_norm_relu_pool_dual_backward(activations, *options)
-    assert len(launches) == 2 * 4
-    assert len(others) == 2 * 5
-    check_products(launches, architecture, tmp_path, precision)
-    check(others, architecture, tmp_path)
+    affine = Affine(meta(WIDTH), meta(WIDTH))
+    with recording([block], architecture) as launches:
+        for channels, side, padding in ((3, 128, 1), (1, 28, 3)):
+            weight, options = meta(WIDTH, channels, 3, 3), (EPS, precision)
+            patches = block.image_patches(meta(4, channels, side, side), padding, precision)
+            p, folded = block.conv_norm_relu_pool(patches, weight, affine, *options)
+            block.conv_norm_relu_pool_backward(patches, weight, affine, p, *options, folded)
+            along = (patches, weight, weight, affine, affine)
+            p, p_dot, folded = block.conv_norm_relu_pool_dual(*along, *options)
+            block.conv_norm_relu_pool_dual_backward(*along, p, p_dot, *options, folded)
+    kernels_of_a_block = ["gather", "fold_norm", "pool", "sum_patches", "finish"]
+    kernels_of_a_block += ["fold_norm", "pool", "sum_patches", "finish", "spread", "col2im"]
+    assert [launch.kernel.fn.__name__ for launch in launches] == 2 * kernels_of_a_block
+    for launch, usage in zip(launches, check(launches, architecture, tmp_path), strict=True):
+        multiplies = launch.kernel.fn.__name__ in ("gather", "pool", "sum_patches", "spread")
+        assert usage.tensor_cores == (multiplies and precision != "fp32"), usage

@@ -1,0 +1,346 @@
+"""Walk over the windows of the first block's pooled planes: pool, sum patches, spread gradients to patches, and to images.
+
+block.py says what for. Every pass makes u = f·x̃ again, since that takes less time than reading it would. K filters, BLOCK_C at a
+time; the planes that are never stored have H' × W' = (HP − 2) × (WP − 2) pixels, and PH × PW pooled ones.
+"""
+
+from __future__ import annotations
+
+from .launch import tl, triton
+from .patches import moments, patches_at, product, rounded, weights_of
+
+
+@triton.jit
+def _block_of(parts: tl.tensor, K: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the sample (int64), the part of the windows and the filters (BLOCK_C,) of this program."""
+    BLOCKS: tl.constexpr = K // BLOCK_C
+    program = tl.program_id(0)
+    sample = (program // (BLOCKS * parts)).to(tl.int64)
+    return sample, program // BLOCKS % parts, program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def pool(
+    images: tl.tensor,  # (B, HP, WP, C)
+    folded: tl.tensor,  # (B, TERMS, K)
+    folded_dot: tl.tensor | None,
+    p: tl.tensor,  # (B, PH, PW, K)
+    p_dot: tl.tensor | None,
+    parts: tl.tensor,
+    tiles: tl.tensor,  # of a part
+    C: tl.constexpr,
+    K: tl.constexpr,
+    HP: tl.constexpr,
+    WP: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """Store p, and ṗ where the direction is given."""
+    PW: tl.constexpr = (WP - 2) // 2
+    ALL: tl.constexpr = (HP - 2) // 2 * PW
+    sample, part, c = _block_of(parts, K, BLOCK_C)
+    images += sample * (HP * WP * C)
+    begin = sample * (ALL * K)
+    of_weights = sample * (TERMS * K) + tl.arange(0, TERMS)[:, None] * K + c[None, :]
+    w = tl.load(folded + of_weights)
+    if p_dot is not None:
+        w_dot = tl.load(folded_dot + of_weights)
+    for tile in range(tiles):
+        window = (part * tiles + tile) * WINDOWS + tl.arange(0, WINDOWS)
+        exists = (window < ALL)[:, None]
+        window = tl.minimum(window, ALL - 1)
+        row, column = window // PW * 2, window % PW * 2
+        pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        if p_dot is not None:
+            pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        for pixel in tl.range(0, 4, loop_unroll_factor=UNROLL):
+            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS, PRECISION)
+            u = product(xs, w, ACC, PRECISION)
+            active = u > 0
+            pooled += tl.where(active, u, 0)
+            if p_dot is not None:
+                pooled_dot += tl.where(active, product(xs, w_dot, ACC, PRECISION), 0)
+        place = window[:, None] * K + c[None, :]
+        tl.store(p + begin + place, pooled * 0.25, exists)
+        if p_dot is not None:
+            tl.store(p_dot + begin + place, pooled_dot * 0.25, exists)
+
+
+@triton.jit
+def _share(p_bar: tl.tensor, mask: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
+    """Load what a pixel has of its window's p̄; zero outside the pool."""
+    return rounded(tl.load(p_bar, mask, 0).to(ACC) * 0.25, PRECISION)
+
+
+@triton.jit
+def sum_patches(
+    images: tl.tensor,  # (B, HP, WP, C)
+    folded: tl.tensor,  # (B, TERMS, K)
+    p_bar: tl.tensor,  # (B, PH, PW, K)
+    p_bar_dot: tl.tensor | None,
+    sums: tl.tensor,  # (B, parts, TERMS, K)
+    sums_dot: tl.tensor | None,
+    parts: tl.tensor,
+    tiles: tl.tensor,  # of a part
+    C: tl.constexpr,
+    K: tl.constexpr,
+    HP: tl.constexpr,
+    WP: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """Store U = Σ x̃ū, and U̇ = Σ x̃ū̇ where the direction is given, over parts of the windows."""
+    PW: tl.constexpr = (WP - 2) // 2
+    ALL: tl.constexpr = (HP - 2) // 2 * PW
+    sample, part, c = _block_of(parts, K, BLOCK_C)
+    images += sample * (HP * WP * C)
+    begin = sample * (ALL * K)
+    square = tl.arange(0, TERMS)[:, None] * K + c[None, :]
+    w = tl.load(folded + sample * (TERMS * K) + square)
+    total = tl.zeros((TERMS, BLOCK_C), ACC)
+    if p_bar_dot is not None:
+        total_dot = tl.zeros((TERMS, BLOCK_C), ACC)
+    for tile in range(tiles):
+        window = (part * tiles + tile) * WINDOWS + tl.arange(0, WINDOWS)
+        exists = (window < ALL)[:, None]
+        window = tl.minimum(window, ALL - 1)
+        row, column = window // PW * 2, window % PW * 2
+        place = begin + window[:, None] * K + c[None, :]
+        share = _share(p_bar + place, exists, ACC, PRECISION)
+        if p_bar_dot is not None:
+            share_dot = _share(p_bar_dot + place, exists, ACC, PRECISION)
+        for pixel in range(4):
+            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS, PRECISION)
+            active = product(xs, w, ACC, PRECISION) > 0
+            total += product(tl.trans(xs), tl.where(active, share, 0).to(xs.dtype), ACC, PRECISION)
+            if p_bar_dot is not None:
+                u_bar_dot = tl.where(active, share_dot, 0).to(xs.dtype)
+                total_dot += product(tl.trans(xs), u_bar_dot, ACC, PRECISION)
+    begin = (sample * parts + part) * (TERMS * K)
+    tl.store(sums + begin + square, total)
+    if p_bar_dot is not None:
+        tl.store(sums_dot + begin + square, total_dot)
+
+
+@triton.jit
+def _sum_of_parts(
+    sums: tl.tensor,  # of the sample: (parts, TERMS, K)
+    filters: tl.tensor,  # (BLOCK_C,)
+    parts: tl.tensor,
+    K: tl.constexpr,
+    TERMS: tl.constexpr,
+) -> tl.tensor:
+    """Return U or U̇, (TERMS, BLOCK_C)."""
+    place = tl.arange(0, TERMS)[:, None] * K + filters[None, :]
+    total = tl.load(sums + place)
+    for part in range(1, parts):
+        total += tl.load(sums + part * (TERMS * K) + place)
+    return total
+
+
+@triton.jit
+def finish(
+    gram: tl.tensor,  # (B, gram_parts, 9 C + 1, 9 C + 1)
+    gram_parts: tl.tensor,
+    stats: tl.tensor,  # (B, 4, K)
+    weight: tl.tensor,  # (K, C, 3, 3)
+    weight_dot: tl.tensor | None,
+    gamma: tl.tensor,  # (K,)
+    gamma_dot: tl.tensor | None,
+    sums: tl.tensor,  # (B, parts, TERMS, K)
+    sums_dot: tl.tensor | None,
+    parts: tl.tensor,
+    gradients: tl.tensor,  # (B, 9 C K + 2 K): of weight, γ and β, or their derivatives; the sum over samples is the caller's
+    linear: tl.tensor | None,  # (B, BLOCKS, TERMS, TERMS): M, the part of these filters
+    C: tl.constexpr,
+    K: tl.constexpr,
+    HP: tl.constexpr,
+    WP: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """Store the gradients of the parameters, or with a direction their derivatives, and M."""
+    BLOCKS: tl.constexpr = K // BLOCK_C
+    PIXELS: tl.constexpr = (HP - 2) * (WP - 2)
+    program = tl.program_id(0)
+    sample = (program // BLOCKS).to(tl.int64)
+    c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    term = tl.arange(0, TERMS)[:, None]
+    one = term == 9 * C
+    mean, covariance = moments(gram, sample, gram_parts, C, PIXELS, TERMS)
+    mean, covariance = mean.to(ACC)[:, None], covariance.to(ACC)
+    total = _sum_of_parts(sums + sample * parts * (TERMS * K), c, parts, K, TERMS)
+    w = weights_of(weight, c, C, TERMS)
+    stats += sample * (4 * K) + c
+    mu, r = tl.load(stats), tl.load(stats + K)
+    g = tl.load(gamma + c)
+
+    beta_bar = tl.sum(tl.where(one, total, 0), 0)  # Σ ū
+    gamma_bar = r * (tl.sum(w * total, 0) - mu * beta_bar)  # Σ ūh
+    covariance_w = product(covariance, w, ACC, "fp32")
+    # ȳ = of_u ū + constant + of_h h
+    scale = -r / PIXELS
+    of_u = r * g
+    constant = scale * g * beta_bar
+    of_h = scale * g * gamma_bar
+    if weight_dot is None:
+        weight_bar = of_u[None, :] * total + (PIXELS * constant)[None, :] * mean
+        weight_bar += (PIXELS * r * of_h)[None, :] * covariance_w
+    else:
+        total_dot = _sum_of_parts(sums_dot + sample * parts * (TERMS * K), c, parts, K, TERMS)
+        w_dot = weights_of(weight_dot, c, C, TERMS)
+        k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
+        g_dot = tl.load(gamma_dot + c)
+        beta_bar_dot = tl.sum(tl.where(one, total_dot, 0), 0)
+        along = tl.sum(w_dot * total, 0) - k1 * beta_bar - k2 * gamma_bar  # Σ ūḣ / r
+        gamma_bar_dot = r * (tl.sum(w * total_dot, 0) - mu * beta_bar_dot + along)
+        # ȳ̇ = of_u ū̇ + dot_of_u ū + dot_constant + dot_of_h h + of_h r (ẏ − k1)
+        dot_of_u = r * (g_dot - k2 * of_u)
+        dot_constant = scale * (g_dot * beta_bar + g * beta_bar_dot) - r * k2 * constant
+        dot_of_h = scale * (g_dot * gamma_bar + g * gamma_bar_dot) - 2 * r * k2 * of_h
+        covariance_w_dot = product(covariance, w_dot, ACC, "fp32")
+        weight_bar = of_u[None, :] * total_dot + dot_of_u[None, :] * total + (PIXELS * dot_constant)[None, :] * mean
+        weight_bar += PIXELS * r * (dot_of_h[None, :] * covariance_w + of_h[None, :] * covariance_w_dot)
+        # what Ẇᵀȳ + Wᵀȳ̇ has beside ū and ū̇, as a function of the patch: h = r (w·x̃ − mean), ẏ = ẇ·x̃
+        by_weight = r * (of_h[None, :] * w_dot + dot_of_h[None, :] * w)
+        m = product(w, tl.trans(by_weight), ACC, "fp32")
+        m += product(w_dot, tl.trans(of_h * r * w), ACC, "fp32")
+        at_one = w_dot * (constant - of_h * r * mu)[None, :]
+        at_one += w * (dot_constant - dot_of_h * r * mu - of_h * r * k1)[None, :]
+        m += tl.where(one, tl.sum(at_one, 1)[None, :], 0)
+        tl.store(linear + program.to(tl.int64) * (TERMS * TERMS) + term * TERMS + tl.arange(0, TERMS)[None, :], m)
+        beta_bar, gamma_bar = beta_bar_dot, gamma_bar_dot
+    gradients += sample * (9 * C * K + 2 * K)
+    tl.store(gradients + c[None, :] * (9 * C) + term % C * 9 + term // C, weight_bar, term < 9 * C)
+    tl.store(gradients + 9 * C * K + c, gamma_bar)
+    tl.store(gradients + 9 * C * K + K + c, beta_bar)
+
+
+@triton.jit
+def _columns_of_pixel(
+    t: tl.tensor,
+    xs: tl.tensor,  # (WINDOWS, TERMS)
+    w: tl.tensor,  # (TERMS, BLOCK_C)
+    w_turned: tl.tensor,  # (BLOCK_C, TERMS)
+    w_dot_turned: tl.tensor,
+    share: tl.tensor,  # (WINDOWS, BLOCK_C)
+    share_dot: tl.tensor,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    active = product(xs, w, ACC, PRECISION) > 0
+    t += product(tl.where(active, share, 0).to(xs.dtype), w_dot_turned, ACC, PRECISION)
+    return t + product(tl.where(active, share_dot, 0).to(xs.dtype), w_turned, ACC, PRECISION)
+
+
+@triton.jit
+def spread(
+    images: tl.tensor,  # (B, HP, WP, C)
+    folded: tl.tensor,  # (B, TERMS, K)
+    folded_dot: tl.tensor,
+    p_bar: tl.tensor,  # (B, PH, PW, K)
+    p_bar_dot: tl.tensor,
+    linear: tl.tensor,  # (B, blocks, TERMS, TERMS)
+    columns: tl.tensor,  # (B, H', W', TERMS)
+    blocks: tl.tensor,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    HP: tl.constexpr,
+    WP: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """Store T, the patch of x̄̇ at each pixel, a few filters at a time, so that few of ū, ū̇ live at once."""
+    H: tl.constexpr = HP - 2
+    W: tl.constexpr = WP - 2
+    ACROSS: tl.constexpr = (W + 1) // 2  # windows that are not whole have pixels too
+    ALL: tl.constexpr = (H + 1) // 2 * ACROSS
+    PARTS: tl.constexpr = (ALL + WINDOWS - 1) // WINDOWS
+    program = tl.program_id(0)
+    sample = (program // PARTS).to(tl.int64)
+    images += sample * (HP * WP * C)
+    folded += sample * (TERMS * K)
+    folded_dot += sample * (TERMS * K)
+    term = tl.arange(0, TERMS)
+    window = program % PARTS * WINDOWS + tl.arange(0, WINDOWS)
+    row, column = window // ACROSS * 2, window % ACROSS * 2
+    upper, lower = tl.minimum(row, H - 1), tl.minimum(row + 1, H - 1)
+    left, right = tl.minimum(column, W - 1), tl.minimum(column + 1, W - 1)
+    x0 = patches_at(images, upper, left, C, WP, TERMS, PRECISION)
+    x1 = patches_at(images, upper, right, C, WP, TERMS, PRECISION)
+    x2 = patches_at(images, lower, left, C, WP, TERMS, PRECISION)
+    x3 = patches_at(images, lower, right, C, WP, TERMS, PRECISION)
+
+    m = tl.zeros((TERMS, TERMS), ACC)
+    for block in range(blocks):
+        place = (sample * blocks + block) * (TERMS * TERMS)
+        m += tl.load(linear + place + term[:, None] * TERMS + term[None, :])
+    m = rounded(m, PRECISION)
+    t0, t1 = product(x0, m, ACC, PRECISION), product(x1, m, ACC, PRECISION)
+    t2, t3 = product(x2, m, ACC, PRECISION), product(x3, m, ACC, PRECISION)
+    whole = ((row + 1 < H) & (column + 1 < W))[:, None]
+    pooled = (row // 2 * (W // 2) + column // 2)[:, None]
+    begin = sample * ((H // 2) * (W // 2) * K)
+    for block in range(K // BLOCK_C):
+        c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        w = tl.load(folded + term[:, None] * K + c[None, :])
+        turned = term[None, :] * K + c[:, None]
+        w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
+        place = begin + pooled * K + c[None, :]
+        share = _share(p_bar + place, whole, ACC, PRECISION)
+        share_dot = _share(p_bar_dot + place, whole, ACC, PRECISION)
+        t0 = _columns_of_pixel(t0, x0, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
+        t1 = _columns_of_pixel(t1, x1, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
+        t2 = _columns_of_pixel(t2, x2, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
+        t3 = _columns_of_pixel(t3, x3, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
+
+    columns += sample * (H * W * TERMS)
+    place = (row * W + column)[:, None] * TERMS + term[None, :]
+    in_row, in_column = (row < H)[:, None], (column < W)[:, None]
+    next_row, next_column = (row + 1 < H)[:, None], (column + 1 < W)[:, None]
+    tl.store(columns + place, t0, in_row & in_column)
+    tl.store(columns + place + TERMS, t1, in_row & next_column)
+    tl.store(columns + place + W * TERMS, t2, next_row & in_column)
+    tl.store(columns + place + (W + 1) * TERMS, t3, next_row & next_column)
+
+
+@triton.jit
+def col2im(
+    columns: tl.tensor,  # (B, H', W', TERMS)
+    x_bar: tl.tensor,  # (B, C, H, W)
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PADDING: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    """Sum what the patches have of each pixel of the image."""
+    HO: tl.constexpr = H + 2 * PADDING - 2
+    WO: tl.constexpr = W + 2 * PADDING - 2
+    PARTS: tl.constexpr = (H * W + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    sample = (program // PARTS).to(tl.int64)
+    term = tl.arange(0, TERMS)[None, :]
+    pixel = (program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    row = pixel // W + PADDING - term // (3 * C)
+    column = pixel % W + PADDING - term // C % 3
+    exists = pixel < H * W
+    inside = exists & (term < 9 * C) & (row >= 0) & (row < HO) & (column >= 0) & (column < WO)
+    place = sample * (HO * WO * TERMS) + (row * WO + column) * TERMS + term
+    t = tl.load(columns + place, inside, 0).to(x_bar.dtype.element_ty)
+    for channel in tl.static_range(C):
+        total = tl.sum(tl.where(term % C == channel, t, 0), 1, keep_dims=True)
+        tl.store(x_bar + sample * (C * H * W) + channel * (H * W) + pixel, total, exists)

@@ -1,0 +1,254 @@
+"""Gather the patches that a 3×3 convolution of images sees, sum their products, and fold a norm into the convolution's weights.
+
+A patch x̃ is TERMS numbers: 9·C of the image in the order (3, 3, C), ONES ones, whose weights are pieces of the shift that
+follows the weights (rounded pieces add up to what one rounded number is not), and zeros up to what Tensor cores take. The
+image is less its shift, a number near the mean of each channel: a norm takes away what that changes, and where the image
+is far from zero the sums of products lose as much less to cancellation. The names of planes' sides: HP × WP the padded
+image, (HP − 2) × (WP − 2) the convolution's result.
+"""
+
+from __future__ import annotations
+
+from .launch import INTERPRETED, tl, triton
+
+ONES = tl.constexpr(3)
+PROBES = tl.constexpr(256)  # pixels whose mean is an image's shift
+
+_NUMPY = tl.constexpr(INTERPRETED)  # NumPy multiplies the bits of bfloat16 numbers as if they were integers
+
+
+@triton.jit
+def rounded(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Round to what Tensor cores take: they would cut the bits off a float32. A NaN, whose bits would overflow, stays one."""
+    if PRECISION == "bf16":
+        tile = tile.to(tl.bfloat16)
+    elif PRECISION == "tf32":
+        nearest = ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        tile = tl.where(tile == tile, nearest, tile)
+    return tile
+
+
+@triton.jit
+def product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
+    """Multiply factors that are rounded already; the sums are in ACC."""
+    if _NUMPY:
+        a, b = a.to(ACC), b.to(ACC)
+    precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+    return tl.dot(a, b, input_precision=precision, out_dtype=ACC)
+
+
+@triton.jit
+def _shift_of(
+    x: tl.tensor,  # of the sample: (C, H, W)
+    channel: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Return the shift of each `channel`: the mean of PROBES pixels of the image."""
+    pixel = tl.arange(0, PROBES) * (H * W) // PROBES
+    shift = tl.zeros(channel.shape, ACC)
+    for each in tl.static_range(C):
+        offset = pixel * C + each if CHANNELS_LAST else each * (H * W) + pixel
+        mean = tl.sum(tl.load(x + offset).to(ACC)) / PROBES
+        shift = tl.where(channel == each, mean, shift)
+    return shift
+
+
+@triton.jit
+def gather(
+    x: tl.tensor,  # (B, C, H, W)
+    images: tl.tensor,  # (B, H + 2 PADDING, W + 2 PADDING, C)
+    gram: tl.tensor,  # (B, parts, 9 C + 1, 9 C + 1)
+    parts: tl.tensor,
+    tiles: tl.tensor,  # of a part
+    chunk: tl.tensor,  # elements of the padded image for a part to copy
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PADDING: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+) -> None:
+    """Store the padded image less its shift, rounded, and the sums of x̃x̃ᵀ over parts of the pixels."""
+    ACC: tl.constexpr = gram.dtype.element_ty
+    HP: tl.constexpr = H + 2 * PADDING
+    WP: tl.constexpr = W + 2 * PADDING
+    program = tl.program_id(0)
+    part = program % parts
+    sample = (program // parts).to(tl.int64)
+    x += sample * (C * H * W)
+    images += sample * (C * HP * WP)
+
+    place = tl.arange(0, ELEMENTS)
+    for start in range(0, chunk, ELEMENTS):
+        element = part * chunk + start + place
+        channel = element % C
+        row, column = element // (C * WP) - PADDING, element // C % WP - PADDING
+        exists = (start + place < chunk) & (element < C * HP * WP)
+        inside = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        pixel = row * W + column
+        offset = pixel * C + channel if CHANNELS_LAST else channel * (H * W) + pixel
+        value = tl.load(x + offset, inside, 0).to(ACC) - _shift_of(x, channel, C, H, W, CHANNELS_LAST, ACC)
+        tl.store(images + element, rounded(value, PRECISION), exists)
+
+    term = tl.arange(0, TERMS)[None, :]
+    channel = term % C
+    shift = _shift_of(x, channel, C, H, W, CHANNELS_LAST, ACC)
+    total = tl.zeros((TERMS, TERMS), ACC)
+    for tile in range(tiles):
+        pixel = ((part * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+        exists = pixel < (HP - 2) * (WP - 2)
+        row = pixel // (WP - 2) + (term // (3 * C) - PADDING)
+        column = pixel % (WP - 2) + (term // C % 3 - PADDING)
+        inside = exists & (term < 9 * C) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        source = row * W + column
+        offset = source * C + channel if CHANNELS_LAST else channel * (H * W) + source
+        value = tl.load(x + offset, inside, 0).to(ACC) - shift
+        value = tl.where(term < 9 * C, value, tl.where(term < 9 * C + ONES, 1.0, 0.0))
+        xs = rounded(tl.where(exists, value, 0.0), PRECISION)
+        total += product(tl.trans(xs), xs, ACC, PRECISION)  # not into the accumulator, which would cut bits off
+    COUNT: tl.constexpr = 9 * C + 1
+    row = tl.arange(0, TERMS)[:, None]
+    place = program.to(tl.int64) * (COUNT * COUNT) + row * COUNT + term
+    tl.store(gram + place, total, (row < COUNT) & (term < COUNT))
+
+
+@triton.jit
+def moments(
+    gram: tl.tensor,  # (B, parts, 9 C + 1, 9 C + 1)
+    sample: tl.tensor,
+    parts: tl.tensor,
+    C: tl.constexpr,
+    PIXELS: tl.constexpr,
+    TERMS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the mean (TERMS,) and the covariance (TERMS, TERMS) of a sample's patches, in float64."""
+    COUNT: tl.constexpr = 9 * C + 1
+    row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
+    exists = (row < COUNT) & (column < COUNT)
+    gram += sample * parts * (COUNT * COUNT) + row * COUNT + column
+    total = tl.zeros((TERMS, TERMS), tl.float64)
+    for part in range(parts):
+        total += tl.load(gram + part * (COUNT * COUNT), exists, 0).to(tl.float64)
+    total /= PIXELS
+    mean = tl.sum(tl.where(column == 9 * C, total, 0), 1)  # of the products with a one
+    mean_row = tl.sum(tl.where(row == 9 * C, total, 0), 0)
+    return mean, total - mean[:, None] * mean_row[None, :]
+
+
+@triton.jit
+def weights_of(
+    weight: tl.tensor,  # (K, C, 3, 3)
+    filters: tl.tensor,  # (BLOCK_C,)
+    C: tl.constexpr,
+    TERMS: tl.constexpr,
+) -> tl.tensor:
+    """Return weights in the order of a patch, (TERMS, BLOCK_C)."""
+    term = tl.arange(0, TERMS)[:, None]
+    return tl.load(weight + filters[None, :] * (9 * C) + term % C * 9 + term // C, term < 9 * C, 0)
+
+
+@triton.jit
+def _store_folded(
+    folded: tl.tensor,  # of the sample: (TERMS, K)
+    weight: tl.tensor,  # (TERMS, BLOCK_C)
+    level: tl.tensor,  # (BLOCK_C,): what the mean of the product has to be
+    mean: tl.tensor,  # (TERMS,): of the patches
+    filters: tl.tensor,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Store rounded weights and the shift that takes their own mean away, so that rounding moves no mean."""
+    term = tl.arange(0, TERMS)[:, None]
+    weight = rounded(weight, PRECISION)
+    shift = (level - tl.sum(mean[:, None] * weight.to(level.dtype).to(tl.float64), 0)).to(level.dtype)
+    first = rounded(shift, PRECISION).to(level.dtype)
+    second = rounded(shift - first, PRECISION).to(level.dtype)
+    third = shift - first - second
+    pieces = tl.where(term == 9 * C, first[None, :], tl.where(term == 9 * C + 1, second[None, :], third[None, :]))
+    pieces = tl.where(term < 9 * C + ONES, pieces, 0)
+    place = term * K + filters[None, :]
+    tl.store(folded + place, weight, term < 9 * C)
+    tl.store(folded + place, rounded(pieces, PRECISION), term >= 9 * C)
+
+
+@triton.jit
+def fold_norm(
+    gram: tl.tensor,  # (B, parts, 9 C + 1, 9 C + 1)
+    parts: tl.tensor,
+    weight: tl.tensor,  # (K, C, 3, 3)
+    weight_dot: tl.tensor | None,
+    gamma: tl.tensor,  # (K,)
+    beta: tl.tensor,
+    gamma_dot: tl.tensor | None,
+    beta_dot: tl.tensor | None,
+    folded: tl.tensor,  # (B, TERMS, K): f
+    folded_dot: tl.tensor | None,
+    stats: tl.tensor,  # (B, 4, K): mean, rstd, k1, k2, the first and third less what the images' shift makes of them
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    HP: tl.constexpr,
+    WP: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """Store the statistics of the planes, and the weights of each sample that the norm folds into."""
+    PIXELS: tl.constexpr = (HP - 2) * (WP - 2)
+    BLOCKS: tl.constexpr = K // BLOCK_C
+    program = tl.program_id(0)
+    sample = (program // BLOCKS).to(tl.int64)
+    c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, covariance = moments(gram, sample, parts, C, PIXELS, TERMS)
+    w = weights_of(weight, c, C, TERMS).to(tl.float64)
+    covariance_w = tl.dot(covariance, w, out_dtype=tl.float64)
+    mu = tl.sum(mean[:, None] * w, 0)
+    variance = tl.maximum(tl.sum(w * covariance_w, 0), 0.0)  # rounding can make a plane's that is constant negative
+    r = 1 / tl.sqrt(variance + EPS)
+    g, b = tl.load(gamma + c), tl.load(beta + c)
+    scale = g.to(tl.float64) * r
+    folded += sample * (TERMS * K)
+    _store_folded(folded, (scale[None, :] * w).to(ACC), b, mean, c, C, K, TERMS, PRECISION)
+    stats += sample * (4 * K) + c
+    tl.store(stats, mu.to(ACC))
+    tl.store(stats + K, r.to(ACC))
+    if weight_dot is not None:
+        w_dot = weights_of(weight_dot, c, C, TERMS).to(tl.float64)
+        k1 = tl.sum(mean[:, None] * w_dot, 0)
+        k2 = r * tl.sum(w_dot * covariance_w, 0)
+        along = r * (tl.load(gamma_dot + c).to(tl.float64) - scale * k2)  # u̇ = along (y − mean) + scale (ẏ − k1) + β̇
+        w_dot = (scale[None, :] * w_dot + along[None, :] * w).to(ACC)
+        folded_dot += sample * (TERMS * K)
+        _store_folded(folded_dot, w_dot, tl.load(beta_dot + c), mean, c, C, K, TERMS, PRECISION)
+        tl.store(stats + 2 * K, k1.to(ACC))
+        tl.store(stats + 3 * K, k2.to(ACC))
+
+
+@triton.jit
+def patches_at(
+    images: tl.tensor,  # of the sample: (HP, WP, C)
+    row: tl.tensor,  # (N,)
+    column: tl.tensor,
+    C: tl.constexpr,
+    WP: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Return the patches of pixels of the convolution's result, (N, TERMS)."""
+    term = tl.arange(0, TERMS)[None, :]
+    place = (row * WP + column)[:, None] * C + (term // (3 * C) * (WP * C) + term % (3 * C))
+    xs = tl.load(images + place, term < 9 * C, 0)
+    if _NUMPY and PRECISION == "bf16":
+        xs = xs.to(tl.float32)
+    xs = tl.where((term >= 9 * C) & (term < 9 * C + ONES), 1.0, xs)
+    return xs.to(tl.bfloat16) if PRECISION == "bf16" else xs
