@@ -287,7 +287,10 @@ def _as(annotation: Any, value: Any) -> Any:
 
 
 def from_texts(annotation: Any, texts: list[str]) -> Any:
-    """Return the value of an option of type `annotation` from the words after its flag. Raises `InvalidValue`."""
+    """Return the value of an option of type `annotation` from the words after its flag.
+
+    Raises `InvalidValue` for words that are not of the type, or not among its choices.
+    """
     annotation, _ = _type_and_declarations(annotation)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if not texts:

@@ -125,10 +125,10 @@ def _read(kind: type, argv: Sequence[str]) -> _Line:
         if word in ("-h", "--help"):
             line.asks_for_help = True
             continue
-        if not word.startswith("--"):
+        if not _is_flag(word):
             _add_words(line, positional, [word])
             continue
-        name, equals, value = word[2:].partition("=")
+        name, equals, value = (word[2:] if word.startswith("--") else word).partition("=")
         name = name.replace("-", "_")
         off = name.removeprefix("no_") if name not in known else name
         field = known.get(off)
@@ -149,17 +149,22 @@ def _read(kind: type, argv: Sequence[str]) -> _Line:
 
 def _values_in(words: list[str], most: int | None) -> list[str]:
     """Remove and return the words before the next flag, at most so many."""
-    count = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    count = next((index for index, word in enumerate(words) if _is_flag(word)), len(words))
     count = count if most is None else min(most, count)
     values, words[:count] = words[:count], []
     return values
+
+
+def _is_flag(word: str) -> bool:
+    """Return whether a word is meant as a flag: it begins with a hyphen, and is no negative number."""
+    return re.match(r"-(?!\d|\.|inf|nan).", word, re.IGNORECASE) is not None
 
 
 def _add_words(line: _Line, positional: Sequence[Field], words: Sequence[str]) -> None:
     """Give each of `words` to the first of the `positional` options that has room for it, or to the other words."""
     for word in words:
         free = (field for field in positional if field.is_list or field.name not in line.positional)
-        field = None if re.match(r"-[^\d.]", word) else next(free, None)
+        field = next(free, None)
         if field is None:
             line.others.append(word)
         else:
