@@ -194,6 +194,12 @@ class Field:
         """Return whether the option is a switch, on or off."""
         return self.annotation is bool
 
+    @property
+    def is_list(self) -> bool:
+        """Return whether the option's value is a list."""
+        kinds = (self.annotation, *typing.get_args(self.annotation))
+        return any(typing.get_origin(kind) is tuple for kind in kinds)
+
     def declarations(self, kind: type[_Declared]) -> list[_Declared]:
         """Return the option's declarations of one `kind`."""
         return [word for word in self.declared if isinstance(word, kind)]
@@ -278,6 +284,35 @@ def _as(annotation: Any, value: Any) -> Any:
     if type(value) is not annotation:
         raise InvalidValue(f"expected {_TYPES[annotation]}")
     return value
+
+
+def from_texts(annotation: Any, texts: list[str]) -> Any:
+    """Return the value of an option of type `annotation` from the words after its flag.
+
+    Raises `InvalidValue` for words that are not of the type, or not among its choices.
+    """
+    annotation, _ = _type_and_declarations(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if not texts:
+        raise InvalidValue("expected a value after it, found none")
+    if origin in (Union, types.UnionType):
+        if texts == ["None"] and type(None) in arguments:
+            return None
+        (annotation,) = (argument for argument in arguments if argument is not type(None))
+        return from_texts(annotation, texts)
+    if origin is tuple:
+        return tuple(from_texts(arguments[0], [text]) for text in texts)
+    text = texts[0]
+    if origin is Literal and text not in arguments:
+        raise InvalidValue(f"expected one of {', '.join(map(repr, arguments))}, found {text!r}")
+    if annotation not in (int, float):
+        return text
+    try:
+        return annotation(text)
+    except ValueError as error:
+        if text.strip("+-").isdecimal():  # more digits than Python converts
+            raise InvalidValue("expected a number of fewer digits") from error
+        raise InvalidValue(f"expected {_TYPES[annotation]}, found {text!r}") from error
 
 
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

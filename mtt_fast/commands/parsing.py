@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import logging
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, takewhile
 from typing import Any, TypeVar
 
 from mtt_fast.commands.help_page import print_help
@@ -20,6 +17,7 @@ from mtt_fast.commands.option_fields import (
     check_values,
     converted,
     fields_of,
+    from_texts,
     in_words,
 )
 from mtt_fast.errors import InputError, did_you_mean
@@ -68,14 +66,11 @@ def preview(
     line = _read(kind, argv)
     if line.unknown:
         raise InputError(_unknown(line.unknown[0], list(_flags(kind))))
-    options, unknown = _parsed(kind, line.words, prog, start)
-    if unknown:
-        raise InputError(_unknown(unknown[0], list(_flags(kind))))
-    check_values(options)
-    for name, field in fields_of(kind).items():
-        if name in line.given and getattr(options, name) == ():
-            raise InputError(f"--{field.flag}: expected a value after it, found none; see {prog} --help")
-    return options
+    if line.asks_for_help:
+        print_help(start, prog)  # which ends the process
+    if line.others:
+        raise InputError(_unknown(line.others[0], list(_flags(kind))))
+    return _with_values(start, line, prog)
 
 
 def _check_effects(options: Any, argv: Sequence[str], in_file: Container[str] = ()) -> None:
@@ -89,101 +84,111 @@ def _check_effects(options: Any, argv: Sequence[str], in_file: Container[str] = 
 
 def given(kind: type, argv: Sequence[str]) -> frozenset[str]:
     """Return the names of the options of the dataclass `kind` that `argv` gives, whatever their values."""
-    return frozenset(_read(kind, argv).given)
-
-
-def _parsed(kind: type[Options], words: Sequence[str], prog: str, start: Options) -> tuple[Options, list[str]]:
-    """Return the options, and the words that belong to none of them."""
-    import tyro  # here, since only the commands need it
-
-    if _asks_for_help(words):
-        print_help(start, prog)  # which ends the process
-    try:
-        with _one_line(prog):
-            options, unknown = tyro.cli(
-                kind,
-                prog=prog,
-                args=list(words),
-                default=start,
-                return_unknown_args=True,
-                use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return options, list(unknown)
-
-
-def _asks_for_help(words: Sequence[str]) -> bool:
-    """Return whether -h or --help is among the words, before a -- that ends the options."""
-    return any(word in ("-h", "--help") for word in takewhile(lambda word: word != "--", words))
+    return _read(kind, argv).given
 
 
 @dataclass
 class _Line:
-    """A command line, put into the one spelling that the parser takes."""
+    """A command line, sorted into the options that it gives and the other words."""
 
-    words: list[str] = dataclasses.field(default_factory=list)
-    given: set[str] = dataclasses.field(default_factory=set)
-    """names of the options in it"""
+    switches: dict[str, bool] = dataclasses.field(default_factory=dict)
+    texts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """the words of each other flag's value, by the option's name"""
+    positional: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """the words of each positional option, by name"""
     unknown: list[str] = dataclasses.field(default_factory=list)
-    """flags that are no options, which are among `words` too"""
+    """flags that are no options"""
+    others: list[str] = dataclasses.field(default_factory=list)
+    """all words that belong to no option, in their order"""
     ignored: set[str] = dataclasses.field(default_factory=set)
-    """flags without an effect, which are not among `words`"""
+    """flags without an effect"""
+    asks_for_help: bool = False
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Return the names of the options that have a flag in the line."""
+        return frozenset({*self.switches, *self.texts})
 
 
 def _read(kind: type, argv: Sequence[str]) -> _Line:
-    """Return `argv` in the parser's spelling of the options of `kind`: underscores, switches as --x True, --x or --no_x.
+    """Return `argv` as values of the options of `kind`, not converted yet.
 
     Raises `InputError` for a switch that is neither on nor off.
     """
-    known = _flags(kind)
-    line, left = _Line(), list(argv)
-    while left:
-        word = left.pop(0)
+    known, line, words = _flags(kind), _Line(), list(argv)
+    positional = [field for field in fields_of(kind).values() if field.is_positional]
+    while words:
+        word = words.pop(0)
         if word == "--":
-            line.words += [word, *left]
+            _add_words(line, positional, words)
             break
-        if not word.startswith("--"):
-            line.words.append(word)
+        if word in ("-h", "--help"):
+            line.asks_for_help = True
             continue
-        name, equals, value = word[2:].partition("=")
+        if not _is_flag(word):
+            _add_words(line, positional, [word])
+            continue
+        name, equals, value = (word[2:] if word.startswith("--") else word).partition("=")
         name = name.replace("-", "_")
         off = name.removeprefix("no_") if name not in known else name
         field = known.get(off)
-        if field is None or (off != name and not field.is_switch):
-            if name in ignored_flags(kind):
-                line.ignored.add(name)
-                while left and not left[0].startswith("--"):
-                    left.pop(0)
-                continue
-            if name != "help" and not name.startswith("tyro_"):
-                line.unknown.append(word)
-            line.words.append(word)
-            continue
-        line.given.add(field.name)
-        if not field.is_switch:
-            line.words.append(f"--{name}{equals}{value}")
-            continue
-        if not equals and off == name and left and left[0].casefold() in (_YES[0], _NO[0]):
-            equals, value = "=", left.pop(0)
-        line.words += _switch(field, word, (value if equals else "true"), negated=off != name)
+        if field is not None and field.is_switch:
+            if not equals and off == name and words and words[0].casefold() in (_YES[0], _NO[0]):
+                equals, value = "=", words.pop(0)
+            line.switches[field.name] = _is_on(word, value if equals else "true") != (off != name)
+        elif field is not None and off == name:
+            line.texts[field.name] = [value] if equals else _values_in(words, None if field.is_list else 1)
+        elif name in ignored_flags(kind):
+            line.ignored.add(name)
+            _values_in(words, None)
+        else:
+            line.unknown.append(word)
+            line.others.append(word)
     return line
 
 
-def _switch(field: Field, word: str, value: str, *, negated: bool) -> list[str]:
+def _values_in(words: list[str], most: int | None) -> list[str]:
+    """Remove and return the words before the next flag, at most so many."""
+    count = next((index for index, word in enumerate(words) if _is_flag(word)), len(words))
+    count = count if most is None else min(most, count)
+    values, words[:count] = words[:count], []
+    return values
+
+
+def _is_flag(word: str) -> bool:
+    """Return whether a word is meant as a flag: it begins with a hyphen, and is no negative number."""
+    return re.match(r"-(?!\d|\.|inf|nan).", word, re.IGNORECASE) is not None
+
+
+def _add_words(line: _Line, positional: Sequence[Field], words: Sequence[str]) -> None:
+    """Give each of `words` to the first of the `positional` options that has room for it, or to the other words."""
+    for word in words:
+        free = (field for field in positional if field.is_list or field.name not in line.positional)
+        field = next(free, None)
+        if field is None:
+            line.others.append(word)
+        else:
+            line.positional.setdefault(field.name, []).append(word)
+
+
+def _is_on(word: str, value: str) -> bool:
     if value.casefold() not in (*_YES, *_NO):
         raise InputError(f"{word}: expected True or False")
-    on = (value.casefold() in _YES) != negated
-    import tyro
+    return value.casefold() in _YES
 
-    return (
-        [f"--{field.flag}", str(on)]
-        if tyro.conf.FlagConversionOff in field.declared
-        else [f"--{field.flag}" if on else f"--no_{field.flag}"]
-    )
+
+def _with_values(options: Options, line: _Line, prog: str) -> Options:
+    """Return `options` with the values in `line`, each of its option's type and in its range."""
+    values: dict[str, Any] = dict(line.switches)
+    fields = fields_of(type(options))
+    for name, texts in (line.texts | line.positional).items():
+        try:
+            values[name] = from_texts(fields[name].annotation, texts)
+        except InvalidValue as error:
+            raise InputError(f"{fields[name].name_in_messages}: {error}; see {prog} --help") from error
+    changed: Options = dataclasses.replace(options, **values)  # type: ignore[type-var]
+    check_values(changed)
+    return changed
 
 
 def _flags(kind: type) -> dict[str, Field]:
@@ -204,54 +209,19 @@ def _unknown(word: str, names: Sequence[str]) -> str:
     return f"{word}: unknown option{did_you_mean(name, names, '--')}; see --help"
 
 
-@contextlib.contextmanager
-def _one_line(prog: str) -> Iterator[None]:
-    """Raise `InputError` with the text of the box that tyro prints about a value before it ends the process."""
-    drawn = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(drawn):
-            yield
-    except SystemExit as end:
-        if not end.code:
-            raise  # after --help
-        _, *lines = (line.strip("│ ") for line in drawn.getvalue().splitlines())  # but for the title
-        parts = [list(part) for is_rule, part in groupby(lines, lambda line: set(line) in _RULES) if not is_rule]
-        words = " ".join(parts[0]).strip()
-        for theirs, ours in _REWORDED.items():
-            words = re.sub(theirs, ours, words)
-        raise InputError(f"{words}; see {prog} --help") from end
-
-
-_RULES = ({"─"}, {"-"})
-"""Characters of the lines that divide a box; the second set is for terminals that have only ASCII."""
-
-_REWORDED = {
-    r"^.*?(--\w+).*Exceeds the limit \(\d+ digits\).*$": r"\1: expected a number of fewer digits",
-    r"^Error parsing ([^:]*):": r"\1:",
-    r"invalid literal for int\(\) with base 10: (.*)$": r"expected a whole number, found \1",
-    r"could not convert string to float: (.*)$": r"expected a number, found \1",
-    r"no type matching .* Got errors: .*(expected a (?:whole )?number, found .*)$": r"\1",
-    r"^invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.$": r"\2: expected one of \3, found \1",
-    r"^(--\w+): no type matching .* could be instantiated from \[([^]]{0,60}).*$": r"\1: expected what --help tells, found \2",
-    r"^Missing value for argument '(.*)'\..*$": r"\1: expected a value after it, found none",
-}
-"""Patterns in tyro's messages, and their replacements in this package's words."""
-
-
 def parse_known(kind: type[Options], argv: Sequence[str], prog: str) -> Options:
     """Return an instance of the dataclass `kind` from its flags in `argv`; ignore the other flags."""
-    words = [word for word in argv if word not in ("-h", "--help")]
-    options, _ = _parsed(kind, _read(kind, words).words, prog, kind())
-    check_values(options)
-    return options
+    return _with_values(kind(), _read(kind, argv), prog)
 
 
 def parse_part(kind: type[Options], argv: Sequence[str], prog: str) -> tuple[Options, list[str]]:
     """Return an instance of the dataclass `kind` from its flags in `argv`, and the words that are not its own."""
-    options, others = _parsed(kind, _read(kind, argv).words, prog, kind())
-    check_values(options)
+    line = _read(kind, argv)
+    if line.asks_for_help:
+        print_help(kind(), prog)  # which ends the process
+    options = _with_values(kind(), line, prog)
     _check_effects(options, argv)
-    return options, others
+    return options, line.others
 
 
 def integers(text: str, option: str, minimum: int = 1) -> list[int]:

@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,11 +66,14 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     count = options.ipc * info.num_classes
     plan = planned(options, network, (count, *info.image_shape), device, precision)
     saved = plan.passes / plan.work.student.passes[0]  # by saved activations
-    costs = [
-        _measured_seconds(each, info.image_shape, device, precision_on(device, each, options.precision))
-        for each in (network, *options.evaluated_networks(info).values())
-    ]
-    seconds = estimated_seconds(options, info, missing, costs[0], [cost.gradient for cost in costs[1:]], saved)
+    evaluated = options.evaluated_networks(info).values()
+    costs = {  # equal networks are measured once
+        each: _measured_seconds(each, info.image_shape, device, precision_on(device, each, options.precision))
+        for each in dict.fromkeys((network, *evaluated))
+    }
+    seconds = estimated_seconds(
+        options, info, missing, costs[network], [costs[each].gradient for each in evaluated], saved
+    )
     size = estimated_bytes(options, info, network.num_parameters, missing, uncompressed)
     lines = {
         "recipe": _recipe(options),
@@ -177,7 +179,6 @@ def estimated_bytes(
     )
 
 
-@lru_cache(maxsize=8)
 def _measured_seconds(
     network: Network, image_shape: tuple[int, int, int], device: torch.device, precision: Precision
 ) -> SecondsPerImage:

@@ -270,12 +270,23 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
     return InMicrobatches(student, size)
 
 
-@functools.lru_cache(maxsize=32)  # an evaluation asks for each network of a pool again and again
+_Shapes = tuple[int, torch.Size, torch.dtype]
+_LIVE_BYTES: weakref.WeakKeyDictionary[Network, dict[_Shapes, StepBytes]] = weakref.WeakKeyDictionary()
+"""Results of `live_bytes`, since an evaluation asks for each network of a pool again and again; they end with their network."""
+
+
 def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
     """Return the bytes in tensors of a generic student's steps, at their peaks and between the sweeps.
 
     Nothing is computed: the steps run on the meta device, with a loss that stands for any other.
     """
+    known, shapes = _LIVE_BYTES.setdefault(network, {}), (batch, image_shape, dtype)
+    if shapes not in known:
+        known[shapes] = _counted_live_bytes(network, *shapes)
+    return known[shapes]
+
+
+def _counted_live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: torch.dtype) -> StepBytes:
     theta = torch.empty(network.num_parameters, dtype=dtype, device="meta")
     images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
     labels = torch.empty(batch, dtype=torch.long, device="meta")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from mtt_fast import ConvNet, InputError
+from mtt_fast import ConvNet, FlatModule, InputError
 from mtt_fast.augmentation.siamese import SiameseAugment
-from mtt_fast.engine.student import live_bytes
+from mtt_fast.engine import student as student_module
+from mtt_fast.engine.student import StepBytes, live_bytes
 from mtt_fast.engine.student_choice import student_for
+from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.training.concurrency import (
     Concurrency,
@@ -205,12 +210,27 @@ def test_steps_replayed_on_a_gpu_are_those_of_a_cpu() -> None:
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-5)
 
 
-def test_the_networks_of_a_pool_are_looked_at_once() -> None:
+def test_the_networks_of_a_pool_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the next evaluation of the same networks knows the memory of a step of each."""
-    pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(1, 8)]
+    pool = [ConvNet(in_channels=1, num_classes=3, image_size=6, width=width, depth=1) for width in range(11, 18)]
     students = [student_for(network, CPU) for network in pool]
-    live_bytes.cache_clear()
+    original, counted = student_module._counted_live_bytes, list[Network]()
+
+    def count(network: Network, *shapes: Any) -> StepBytes:
+        counted.append(network)
+        return original(network, *shapes)
+
+    monkeypatch.setattr(student_module, "_counted_live_bytes", count)
     for _ in range(2):
         for network, student in zip(pool, students, strict=True):
             concurrency_for(network, student, torch.Size((1, 6, 6)), CPU, batch=4, jobs=2)
-    assert live_bytes.cache_info().misses == len(pool)
+    assert counted == pool
+
+
+def test_no_network_lives_longer_for_having_been_looked_at() -> None:
+    network = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)))
+    live_bytes(network, 4, torch.Size((1, 6, 6)), torch.float32)
+    held = weakref.ref(network)
+    del network
+    gc.collect()
+    assert held() is None
