@@ -107,29 +107,35 @@ class FusedConvNetStudent:
         return 11, 9
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
-        """See `Student.step_bytes`. The sums follow the schedule above; only a CPU's kernels write ȳ over y."""
+        """See `Student.step_bytes`. The sums follow the schedule above."""
         layers = self._layers(image_shape)
-        each = batch * dtype.itemsize
-        features = each * self.network.width * math.prod(self.network.feature_size)
+        of_planes = 2 if self.precision == "bf16" and dtype == torch.float32 else dtype.itemsize
+        each = batch * of_planes
+        features = batch * dtype.itemsize * self.network.width * math.prod(self.network.feature_size)
         # of each block: x but for the images, y, and the epilogue's output
         xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
         ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
         pooled = [*xs[1:], features]
         small = each * image_shape.numel() + dtype.itemsize * self.network.num_parameters  # channels last; the result
-        fresh = 0 if device.type == "cpu" else 1
-        forward_sweep = sum(xs) + sum(ys) + 3 * features + fresh * ys[0]
+        patches = columns = 0
+        if self._has_image_block(image_shape, device):
+            ys[0] = 0
+            patches, folded, columns = _bytes_without_planes(layers[0], batch, of_planes, dtype)
+            small = patches + folded + dtype.itemsize * self.network.num_parameters
+        forward_sweep = sum(xs) + sum(ys) + 3 * features
         tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not saved
         backward_sweep = [
-            2 * (sum(xs[: block + 1]) + (1 + fresh) * ys[block] + pooled[block]) + tangents * sum(ys[:block])
+            2 * (sum(xs[: block + 1]) + ys[block] + pooled[block]) + tangents * sum(ys[:block])
             for block in range(len(layers))
         ]
+        backward_sweep[0] += columns
         backward_sweep[-1] += 5 * features  # of the classifier, p, f̄ and ȳ's in both formats, with their tangents
         return StepBytes(
             gradient=forward_sweep + small,
-            gradient_saving=sum(xs) + sum(ys) + ys[0] + 3 * features + small,  # ȳ is not written over y
+            gradient_saving=forward_sweep + max(ys) + small,  # ȳ is not written over y
             gradient_jvp=max(backward_sweep) + small,
             gradient_jvp_saved=max(backward_sweep) - sum(ys) + small,
-            saved=sum(ys) + sum(pooled),
+            saved=sum(ys) + sum(pooled) + patches,
             work=kernels.work_bytes(batch, layers, dtype, device),
         )
 
@@ -170,6 +176,16 @@ class FusedConvNetStudent:
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1
+
+
+def _bytes_without_planes(layer: ConvLayer, batch: int, of_planes: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return what a first block without planes takes: of patches, of folded weights, and of the patches of x̄̇."""
+    terms = 16 if layer.channels == 1 else 32
+    padded = layer.channels * (layer.out_height + 2) * (layer.out_width + 2)
+    patches = of_planes * padded + dtype.itemsize * (9 * layer.channels + 1) ** 2
+    folded = 2 * of_planes * terms * layer.filters
+    columns = of_planes * terms * layer.out_height * layer.out_width
+    return batch * patches, batch * folded, batch * columns
 
 
 def _features(pooled: Tensor, dtype: torch.dtype) -> Tensor:

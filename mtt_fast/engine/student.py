@@ -280,11 +280,11 @@ def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: tor
     images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
     labels = torch.empty(batch, dtype=torch.long, device="meta")
     student = GenericStudent(network, lambda logits, _: logits.square().mean())
-    with _CountLiveBytes() as gradient:
+    with CountLiveBytes() as gradient:
         student.gradient(theta, images, labels)
-    with _CountLiveBytes() as gradient_jvp:
+    with CountLiveBytes() as gradient_jvp:
         student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
-    with _CountLiveBytes() as saving:
+    with CountLiveBytes() as saving:
         step = student.gradient(theta, images, labels, save=True)
         saved, forward_peak = saving.live, saving.peak
         saving.peak = saved
@@ -299,7 +299,7 @@ def live_bytes(network: Network, batch: int, image_shape: torch.Size, dtype: tor
     )
 
 
-class _CountLiveBytes(TorchDispatchMode):
+class CountLiveBytes(TorchDispatchMode):
     """Follow the bytes of the tensors that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
