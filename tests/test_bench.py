@@ -416,6 +416,16 @@ def test_trajectories(tmp_path: Path) -> None:
     assert rows["TrajectoryStore"]["checksums"]["n"] == 100
 
 
+def test_first_block(tmp_path: Path) -> None:
+    bench("first_block", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
+    rows = rows_of(tmp_path, "found")
+    ways = {"in parts", "products alone"}  # on a CPU
+    assert {(row["sweep"], row["way"]) for row in rows} == {(a, b) for a in ("forward", "backward") for b in ways}
+    for row in rows:
+        assert row["problem"] is None
+        assert row["seconds"]["n"] == 2
+
+
 def test_profile(tmp_path: Path) -> None:
     bench("profile", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
     events = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]
