@@ -15,6 +15,7 @@ COMMANDS = {
     "modules": "any nn.Module beside whole-graph autograd: CPU seconds, time, memory",
     "memory_scaling": "peak memory against steps, batch and resolution, beside the plan's prediction",
     "kernels": "bandwidth and arithmetic of each operation, beside the device's own",
+    "first_block": "the first block in parts, without its planes, and the products that the latter has to do",
     "precision": "errors of the gradients in each precision of the products, against float64",
     "tune": "a new table of launch configurations, for this machine's GPU",
     "experts": "training on real images, beside an ordinary module and optimiser",

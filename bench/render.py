@@ -223,6 +223,12 @@ TABLES: dict[str, list[Column]] = {
         ("peak memory", _mebibytes("peak")),
         ("not measured because", _text("problem")),
     ],
+    "first_block": [
+        ("sweep", _text("sweep")),
+        ("first block", _text("way")),
+        *_TIMES,
+        ("not timed because", _text("problem")),
+    ],
     "precision": [
         ("factors", _text("precision")),
         ("image gradient's error", _number("images", "{:.1e}")),

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import flops, gate, gpu, kernels, methods, training, tune
 from bench.__main__ import main
-from bench.candidates import text_of
+from bench.candidates import BLOCKS, text_of
 from bench.cases import case_on, make_case
 from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, fused, whole_graph
 from bench.measuring import interleaved, peak_above_baseline, spread
@@ -300,7 +300,7 @@ def test_kernels_and_their_stage(tmp_path: Path) -> None:
         assert row["bytes_per_second"] > 0
 
     tuned = {row["operation"]: row for row in rows_of(tmp_path, "tune")}
-    assert tuned.keys() > {"conv3x3_dual", "norm_relu_pool", "conv_norm_relu_pool_dual_backward"}
+    assert tuned.keys() > {"conv3x3_dual", "norm_relu_pool"}
     for row in tuned.values():
         assert row["problem"] == ""
         assert row["error"] < tune.TOLERANCES["tf32"]
@@ -314,6 +314,23 @@ def test_kernels_and_their_stage(tmp_path: Path) -> None:
     assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64"]["sm_80"]
 
     assert "kernels" not in stage("table", tmp_path)  # what is recorded is not measured again
+
+
+@pytest.mark.slow
+def test_the_passes_of_the_first_block_are_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a width that has kernels for the block at once."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    words = "--size 8 --depth 1 --width 16 --steps 1 --batch 2 --repetitions 1 --device cpu --blocks 1 --candidates 1"
+    command = [sys.executable, "-W", "ignore", "-m", "bench", "tune", *words.split(), "--out", str(tmp_path)]
+    table = tmp_path / "configurations.toml"
+    subprocess.run([*command, "--name", "tune", "--table", str(table)], cwd=ROOT, check=True, capture_output=True)
+    rows = {row["operation"]: row for row in rows_of(tmp_path, "tune")}
+    assert rows.keys() >= BLOCKS.keys()
+    for name in BLOCKS:
+        assert rows[name]["problem"] == ""
+        assert rows[name]["error"] < tune.TOLERANCES["tf32"]
+    assert tomllib.loads(table.read_text())["conv_norm_relu_pool_columns"]["tf32-256"]["sm_80"]["BLOCK_C"] == 16
 
 
 def test_the_table_is_as_its_writer_writes_it() -> None:
@@ -431,6 +448,16 @@ def test_trajectories(tmp_path: Path) -> None:
     assert [row["reader"] for row in rows.values() if "share" in row] == ["TrajectoryStore"]
     assert 0 < rows["TrajectoryStore"]["share"] < 0.5
     assert rows["TrajectoryStore"]["checksums"]["n"] == 100
+
+
+def test_first_block(tmp_path: Path) -> None:
+    bench("first_block", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
+    rows = rows_of(tmp_path, "found")
+    ways = {"in parts", "products alone"}  # on a CPU
+    assert {(row["sweep"], row["way"]) for row in rows} == {(a, b) for a in ("forward", "backward") for b in ways}
+    for row in rows:
+        assert row["problem"] is None
+        assert row["seconds"]["n"] == 2
 
 
 def test_profile(tmp_path: Path) -> None:

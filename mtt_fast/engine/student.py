@@ -291,11 +291,11 @@ def _counted_live_bytes(network: Network, batch: int, image_shape: torch.Size, d
     images = torch.empty((batch, *image_shape), dtype=dtype, device="meta")
     labels = torch.empty(batch, dtype=torch.long, device="meta")
     student = GenericStudent(network, lambda logits, _: logits.square().mean())
-    with _CountLiveBytes() as gradient:
+    with CountLiveBytes() as gradient:
         student.gradient(theta, images, labels)
-    with _CountLiveBytes() as gradient_jvp:
+    with CountLiveBytes() as gradient_jvp:
         student.gradient_jvp(theta, images, labels, torch.empty_like(theta))
-    with _CountLiveBytes() as saving:
+    with CountLiveBytes() as saving:
         step = student.gradient(theta, images, labels, save=True)
         saved, forward_peak = saving.live, saving.peak
         saving.peak = saved
@@ -310,7 +310,7 @@ def _counted_live_bytes(network: Network, batch: int, image_shape: torch.Size, d
     )
 
 
-class _CountLiveBytes(TorchDispatchMode):
+class CountLiveBytes(TorchDispatchMode):
     """Follow the bytes of the tensors that operations allocate, until they are freed."""
 
     def __init__(self) -> None:

@@ -1,0 +1,112 @@
+"""Time the first block three ways: in parts, without its planes where a back end has that, and the least that would take.
+
+The least are the matrix products without planes (docs/adjoint.md), by torch, of one sample after the other, so that what they
+make stays in the cache: ReLU, pool, masks and all else come on top. A CPU has no kernels for the block without planes, and this
+says what such kernels could gain there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measuring import interleaved, seconds, set_precision
+from bench.parsing import CommonOptions
+from bench.records import write_record
+from bench.render import table
+from bench.settings import Setting, Shape
+from mtt_fast import kernels
+from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock
+from mtt_fast.kernels import ConvLayer
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions, Shape):
+    """Time the first block in parts, without its planes, and the matrix products of the latter alone."""
+
+    precision: str = "tf32"
+    """precision of a GPU's products: tf32, bf16 or fp32"""
+
+
+def main(options: Options, command: str) -> None:
+    """Measure, print the table, write the record."""
+    device, setting = options.torch_device(), options.resolve()
+    precision: Any = options.precision if device.type == "cuda" else "fp32"
+    set_precision(device, precision)
+    runs = _runs(setting, device, precision)
+    rows: dict[str, dict[str, Any]] = {
+        name: dict(zip(("sweep", "way"), name.split(", "), strict=True)) | {"problem": None} for name in runs
+    }
+    for run in runs.values():
+        run()  # what is allocated once
+    timings = interleaved(
+        options.repetitions,
+        runs,
+        lambda name: seconds(runs[name], device),
+        lambda name, error: rows[name].update(problem=str(error)),
+    )
+    for name, timing in timings.items():
+        rows[name] |= {"seconds": timing}
+    conditions = {"case": str(setting), "precision": precision, "threads": torch.get_num_threads()}
+    print(table("first_block", conditions, list(rows.values())))
+    name = options.name or f"first_block-{options.label()}-{device.type}"
+    write_record(options.out, name, "first_block", device, conditions, list(rows.values()), command)
+
+
+def _runs(setting: Setting, device: torch.device, precision: Any) -> dict[str, Callable[[], Any]]:
+    """Return what is timed, by sweep and way."""
+    net, batch = setting.net, setting.batch
+    assert isinstance(net.image_size, int)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x, padding = random(batch, net.in_channels, net.image_size, net.image_size), net.first_padding
+    at, along = (
+        Parameters(random(net.width, net.in_channels, 3, 3) / 5, (random(net.width), random(net.width)))
+        for _ in range(2)
+    )
+    blocks: dict[str, Block] = {"in parts": PlaneBlock(EPILOGUES["instance"], at, along, padding, precision, True)}
+    if kernels.has_image_block(ConvLayer(*x.shape[1:], net.width, padding), device):
+        blocks["without planes"] = ImageBlock(at, along, padding, precision)
+    p, _ = blocks["in parts"].forward(blocks["in parts"].inputs(x))
+    bars = [torch.randn_like(p) for _ in range(2)]
+    runs: dict[str, Callable[[], Any]] = {}
+    for way, block in blocks.items():
+        runs[f"forward, {way}"] = partial(_forward_sweep, block, x, bars[0])
+        runs[f"backward, {way}"] = partial(_backward_sweep, block, x, *bars)
+    patches = F.unfold(x, 3, padding=padding)
+    runs["forward, products alone"] = partial(_products, patches, at.weight.flatten(1), 1)
+    runs["backward, products alone"] = partial(_products, patches, at.weight.flatten(1), 2)
+    return runs
+
+
+def _forward_sweep(block: Block, x: Tensor, p_bar: Tensor) -> None:
+    _, activations = block.forward(block.inputs(x))
+    block.backward(activations, p_bar, True)
+
+
+def _backward_sweep(block: Block, x: Tensor, p_bar: Tensor, p_bar_dot: Tensor) -> None:
+    _, _, activations = block.dual(block.inputs(x), None, None)
+    block.dual_backward(activations, p_bar, p_bar_dot, False)
+
+
+def _products(patches: Tensor, weight: Tensor, directions: int) -> None:
+    """Multiply as the sweep of one direction, or with the second one of its derivative, has to, for each sample."""
+    for sample in patches:
+        sample @ sample.T  # the statistics
+        for _ in range(directions):
+            torch.mm(weight, sample)  # u, and u̇
+    for sample in patches:
+        u = torch.mm(weight, sample)  # again, since it was not kept
+        for _ in range(directions):
+            torch.mm(u, sample.T)  # U, and U̇
+        if directions > 1:
+            torch.mm(weight.T, u).addmm_(weight.T, u)  # T
