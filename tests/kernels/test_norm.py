@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,17 +169,18 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
 @pytest.mark.slow
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    """The planes of 32×32 images' first and last block, and those of 128×128 images' first."""
-    from mtt_fast.kernels.triton import norm, windows
+    """The planes of 32×32 images' blocks, and those of 128×128 images' first, which go in parts."""
+    from mtt_fast.kernels.triton import lines, norm, windows
 
-    with recording([windows], architecture) as launches:
-        for side in (8, 32, 128):
-            for form in FORMATS:
-                y, p_bar = (meta(4, WIDTH, size, size, form=form) for size in (side, side // 2))
+    with recording([windows, lines], architecture) as launches:
+        for side, form in itertools.product((8, 16, 32, 128), FORMATS):
+            for dtype in (torch.float32, torch.bfloat16) if form == torch.channels_last else (torch.float32,):
+                y, p_bar = (meta(4, WIDTH, size, size, form=form).to(dtype) for size in (side, side // 2))
                 plane, affine = meta(4, WIDTH), Affine(meta(WIDTH), meta(WIDTH))
                 norm.norm_relu_pool(y, affine, 1e-5)
                 norm.norm_relu_pool_backward(y, plane, plane, affine, p_bar)
                 norm.norm_relu_pool_dual(y, y, affine, affine, 1e-5)
                 norm.norm_relu_pool_dual_backward(y, y, PlaneStats(*[plane] * 4), affine, affine, p_bar, p_bar)
-    assert len(launches) == 3 * 2 * 4
+    passes = [launch for launch in launches if "PARTS" in launch.constants]
+    assert (len(launches) - len(passes), len(passes)) == (4 * 4 + 3 * 2 * 4, 2 * 4 * 3)
     check(launches, architecture, tmp_path)
