@@ -314,6 +314,20 @@ def test_the_table_is_as_its_writer_writes_it() -> None:
     assert text_of(tomllib.loads(text)) == text
 
 
+def test_the_table_says_what_was_measured() -> None:
+    """A time belongs to one architecture, and to a kernel or its prototype; a tile of lines holds its class or is a part's."""
+    table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
+    for operation, classes in table.items():
+        for shape_class, rows in classes.items():
+            for architecture, row in rows.items():
+                where = f"{operation} {shape_class} {architecture}"
+                times = {name for name in row if name.endswith("microseconds")}
+                assert len(times) <= (architecture != "default"), where
+                assert times <= {"microseconds", "prototype_microseconds"}, where
+                if operation.startswith("norm_relu_pool") and shape_class.startswith("channels_last"):
+                    assert ("TILES" in row) == (row["WINDOWS"] < int(shape_class.rpartition("-")[2])), where
+
+
 def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nor timed; the others are, and the fastest of them goes into the table."""
     pauses = {"fast": 0.0, "right": 0.005, "slow": 0.05}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .configurations import Configuration, configuration
@@ -66,9 +67,10 @@ def pooled_of(window: tl.tensor, H: tl.constexpr, W: tl.constexpr, WHOLE: tl.con
 
 
 def tile_of(operation: str, planes: Planes, y: Tensor) -> Configuration:
-    """Return the row of `operation` in the table, with a tile no wider than the planes have channels."""
+    """Return the row of `operation` in the table, with a tile no wider than the planes, and of float64 half as wide."""
     row = configuration(operation, shape_class(planes), architecture(y.device))
-    return row | {"BLOCK_C": min(row["BLOCK_C"], triton.next_power_of_2(planes.channels))}
+    widest = row["BLOCK_C"] if y.dtype != torch.float64 else max(1, row["BLOCK_C"] // 2)
+    return row | {"BLOCK_C": min(widest, triton.next_power_of_2(planes.channels))}
 
 
 def fits(planes: Planes, tile: Configuration) -> bool:
@@ -103,16 +105,18 @@ def combine_parts(
 
 def parts_of_windows(planes: Planes, tile: Configuration) -> int:
     """Return the number of parts of a plane if a part has TILES tiles of windows."""
-    return triton.cdiv(_windows(planes), tile["WINDOWS"] * tile["TILES"])
+    parts: int = triton.cdiv(_windows(planes), tile["WINDOWS"] * tile["TILES"])
+    return parts
 
 
 def parts_of_pixels(planes: Planes, tile: Configuration) -> int:
     """Return the number of parts of a plane if a part has four times as many pixels, wherever they lie: none is empty."""
-    return triton.cdiv(planes.height * planes.width, 4 * tile["WINDOWS"] * tile["TILES"])
+    parts: int = triton.cdiv(planes.height * planes.width, 4 * tile["WINDOWS"] * tile["TILES"])
+    return parts
 
 
 def _windows(planes: Planes) -> int:
-    return triton.cdiv(planes.height, 2) * triton.cdiv(planes.width, 2)
+    return ((planes.height + 1) // 2) * ((planes.width + 1) // 2)
 
 
 def _launch(

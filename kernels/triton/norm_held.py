@@ -98,7 +98,9 @@ def _forward(
     pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
         h_y_dot = r * (tl.sum(total_dot, 0, keep_dims=True) / (H * W))
-        g_dot, b_dot = tl.load(gamma_dot + c, exists, 0).to(ACC), tl.load(beta_dot + c, exists, 0).to(ACC)
+        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+        of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
+        of_h = tl.load(gamma_dot + c, exists, 0).to(ACC) - of_y_dot * h_y_dot
         tl.store(k1 + plane, mu_dot, exists)
         tl.store(k2 + plane, h_y_dot, exists)
     for quarter in tl.static_range(4):
@@ -106,8 +108,8 @@ def _forward(
         u = g * h + b
         pooled += tl.where(u > 0, u, 0)
         if y_dot is not None:
-            h_dot = (yds[quarter].to(ACC) - mu_dot - h * h_y_dot) * r
-            pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
+            deviation_dot = yds[quarter].to(ACC) - mu_dot
+            pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
     place, mask = pooled_of(window, H, W, WHOLE)
     place = sample * ((H // 2) * (W // 2) * C) + place * C + c
     tl.store(p + place, pooled * 0.25, mask & exists)

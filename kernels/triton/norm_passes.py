@@ -171,7 +171,9 @@ def _pool(
     p += sample * ((H // 2) * (W // 2) * C)
     if y_dot is not None:
         mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
-        g_dot, b_dot = tl.load(gamma_dot + c, exists, 0).to(ACC), tl.load(beta_dot + c, exists, 0).to(ACC)
+        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+        of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
+        of_h = tl.load(gamma_dot + c, exists, 0).to(ACC) - of_y_dot * h_y_dot
         y_dot += sample * (H * W * C)
         p_dot += sample * ((H // 2) * (W // 2) * C)
     for tile in range(TILES):
@@ -184,8 +186,8 @@ def _pool(
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
-                h_dot = (tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot - h * h_y_dot) * r
-                pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
+                deviation_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot
+                pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
         place, mask = pooled_of(window, H, W, WHOLE)
         tl.store(p + place * C + c, pooled * 0.25, mask & exists)
         if y_dot is not None:
@@ -374,7 +376,9 @@ def _gradients(
             tl.store(y_bar + place, c0 * u_bar + (c2 * h + c1), mask & exists)
 
 
-def forward(planes: Planes, tile: Configuration, y: Tensor, y_dot: Tensor | None, *rest: Tensor | None, eps: float) -> None:
+def forward(
+    planes: Planes, tile: Configuration, y: Tensor, y_dot: Tensor | None, *rest: Tensor | None, eps: float
+) -> None:
     """Compute p, and ṗ of a derivative. `rest`: mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p, p_dot."""
     stats, dual = rest[:4], y_dot is not None
     count = parts_of_pixels(planes, tile)
@@ -389,17 +393,18 @@ def forward(planes: Planes, tile: Configuration, y: Tensor, y_dot: Tensor | None
 def backward(
     planes: Planes,
     tile: Configuration,
-    *arguments: Tensor | None,  # y, y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, p_bar, p_bar_dot
+    y: Tensor,
+    *rest: Tensor | None,  # y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, p_bar, p_bar_dot
     y_bar: Tensor,
     y_bar_dot: Tensor | None,
 ) -> Tensor:
-    """Compute ȳ, and ȳ̇ of a derivative; return (B, 2, C) or (B, 4, C): the sums over planes of ū and ūh, ū̇ and ū̇h + ūḣ."""
-    y, count, sums = arguments[0], parts_of_windows(planes, tile), 2 if y_bar_dot is None else 4
-    assert y is not None
+    """Compute ȳ, and ȳ̇ of a derivative; return (B, 2 or 4, C): the sums over planes of ū and ūh, ū̇ and ū̇h + ūḣ."""
+    count, sums = parts_of_windows(planes, tile), 2 if y_bar_dot is None else 4
     parts, totals = _empty_parts(y, planes, count, sums), _empty_parts(y, planes, 1, sums)
-    launch_parts(_sums, planes, tile, count, *arguments[:8], *arguments[9:], parts)
+    *stats_and_affine, _, p_bar, p_bar_dot = rest
+    launch_parts(_sums, planes, tile, count, y, *stats_and_affine, p_bar, p_bar_dot, parts)
     combine_parts(_add_parts, planes, sums, count, parts, totals, SUMS=sums)
-    launch_parts(_gradients, planes, tile, count, *arguments, totals, y_bar, y_bar_dot)
+    launch_parts(_gradients, planes, tile, count, y, *rest, totals, y_bar, y_bar_dot)
     return totals[:, 0]
 
 
