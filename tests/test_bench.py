@@ -328,6 +328,18 @@ def test_the_table_says_what_was_measured() -> None:
                     assert ("TILES" in row) == (row["WINDOWS"] < int(shape_class.rpartition("-")[2])), where
 
 
+def test_times_of_the_prototype_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "bench/results/h200/norms.json").read_text())
+    measured = [row for row in record["rows"] if row["kernel"] == "prototype" and row["dtype"] == "float32"]
+    table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
+    for operation in (name for name in table if name.startswith("norm_relu_pool")):
+        for size, samples in ((64, 100), (256, 100), (1024, 20), (4096, 20)):
+            row = dict(table[operation][f"channels_last-{size}"]["sm_90"])
+            time, side = row.pop("prototype_microseconds"), 2 * int(size**0.5)
+            same = {"operation": operation, "planes": [samples, 128, side, side], "tile": row}
+            assert time in [each["microseconds"] for each in measured if same.items() <= each.items()]
+
+
 def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nor timed; the others are, and the fastest of them goes into the table."""
     pauses = {"fast": 0.0, "right": 0.005, "slow": 0.05}

@@ -132,6 +132,24 @@ def norms(device: str) -> None:
                 check_norm((*shape, "in parts"), given)
 
 
+def far_planes(device: str) -> None:
+    """Check statistics in parts where sums of squares would cancel: far from zero, and with a first pixel far from the rest."""
+    from mtt_fast.kernels import reference, triton
+    from mtt_fast.kernels.triton import lines
+
+    y, y_dot = (torch.randn(1, 2, 7, 5).to(device, memory_format=torch.channels_last) for _ in range(2))
+    affine = Affine(torch.ones(2, device=device), torch.zeros(2, device=device))
+    first = torch.zeros_like(y)
+    first[:, :, 0, 0] = 1e3
+    for far in (torch.full_like(y, 1e3), first):
+        expected = reference.norm_relu_pool_dual(*map(in_float64, (y + far, y_dot - far, affine, affine)), 1e-5)[2]
+        with patch.object(lines, "configuration", return_value=PARTS[1][1]):
+            found = triton.norm_relu_pool_dual(y + far, y_dot - far, affine, affine, 1e-5)[2]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    print("passed: planes far from zero")
+
+
 def check_norm(shape: tuple[int | str, ...], given: dict[str, Tensor]) -> None:
     from mtt_fast.kernels import reference
 
@@ -490,6 +508,7 @@ def main(family: str, device: str) -> None:
     match family:
         case "norm":
             norms(device)
+            far_planes(device)
             refused_planes(family, device)
         case "bias":
             biases(device)
