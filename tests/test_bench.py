@@ -324,8 +324,9 @@ def test_the_table_says_what_was_measured() -> None:
                 times = {name for name in row if name.endswith("microseconds")}
                 assert len(times) <= (architecture != "default"), where
                 assert times <= {"microseconds", "prototype_microseconds"}, where
-                if operation.startswith("norm_relu_pool") and shape_class.startswith("channels_last"):
-                    assert ("TILES" in row) == (row["WINDOWS"] < int(shape_class.rpartition("-")[2])), where
+                if shape_class.startswith("channels_last") and operation.startswith(("norm", "bias")):
+                    in_parts = operation.startswith("bias") or row["WINDOWS"] < int(shape_class.rpartition("-")[2])
+                    assert ("TILES" in row) == in_parts, where
 
 
 def test_times_of_the_prototype_are_those_of_the_record() -> None:

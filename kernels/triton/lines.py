@@ -44,7 +44,7 @@ def part_of(
 
 
 @triton.jit
-def quarter_of(
+def quarter_place(
     window: tl.tensor,  # (WINDOWS, 1), as are the results
     QUARTER: tl.constexpr,
     H: tl.constexpr,
@@ -59,7 +59,9 @@ def quarter_of(
 
 
 @triton.jit
-def pooled_of(window: tl.tensor, H: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def pooled_place(
+    window: tl.tensor, H: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """Return the places of the windows' pooled values in their plane, and which exist: (WINDOWS, 1)."""
     COLUMNS: tl.constexpr = (W + 1) // 2
     row, column = window // COLUMNS, window % COLUMNS

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..types import accumulator
 from .configurations import Configuration
 from .launch import tl, triton
-from .lines import launch_held, part_of, pooled_of, quarter_of
+from .lines import launch_held, part_of, pooled_place, quarter_place
 from .norm_passes import coefficients, coefficients_dot
 from .planes import Planes
 
@@ -29,10 +29,10 @@ def _load_quarters(
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     window = tl.arange(0, WINDOWS)[:, None]
-    pixel0, mask0 = quarter_of(window, 0, H, W, WHOLE)
-    pixel1, mask1 = quarter_of(window, 1, H, W, WHOLE)
-    pixel2, mask2 = quarter_of(window, 2, H, W, WHOLE)
-    pixel3, mask3 = quarter_of(window, 3, H, W, WHOLE)
+    pixel0, mask0 = quarter_place(window, 0, H, W, WHOLE)
+    pixel1, mask1 = quarter_place(window, 1, H, W, WHOLE)
+    pixel2, mask2 = quarter_place(window, 2, H, W, WHOLE)
+    pixel3, mask3 = quarter_place(window, 3, H, W, WHOLE)
     return (
         tl.load(planes + pixel0 * C + c, mask0 & exists, 0),
         tl.load(planes + pixel1 * C + c, mask1 & exists, 0),
@@ -84,7 +84,7 @@ def _forward(
     if y_dot is not None:
         mu_dot = _plane_sum(yds, ACC) / (H * W)
     for quarter in tl.static_range(4):
-        _, mask = quarter_of(window, quarter, H, W, WHOLE)
+        _, mask = quarter_place(window, quarter, H, W, WHOLE)
         deviation = tl.where(mask, ys[quarter].to(ACC) - mu, 0)
         total += deviation * deviation
         if y_dot is not None:
@@ -110,7 +110,7 @@ def _forward(
         if y_dot is not None:
             deviation_dot = yds[quarter].to(ACC) - mu_dot
             pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
-    place, mask = pooled_of(window, H, W, WHOLE)
+    place, mask = pooled_place(window, H, W, WHOLE)
     place = sample * ((H // 2) * (W // 2) * C) + place * C + c
     tl.store(p + place, pooled * 0.25, mask & exists)
     if y_dot is not None:
@@ -145,7 +145,7 @@ def _backward(
     sample, _, c, exists = part_of(1, C, BLOCK_C)
     plane = sample * C + c
     window = tl.arange(0, WINDOWS)[:, None]
-    pooled, mask = pooled_of(window, H, W, WHOLE)
+    pooled, mask = pooled_place(window, H, W, WHOLE)
     pooled = sample * ((H // 2) * (W // 2) * C) + pooled * C + c
     ys = _load_quarters(y + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
     # Zero outside the pool, so windows that are not whole add nothing to the sums.
@@ -188,7 +188,7 @@ def _backward(
         tl.store(sums + 2 * C, beta_total_dot, exists)
         tl.store(sums + 3 * C, gamma_total_dot, exists)
     for quarter in tl.static_range(4):
-        pixel, mask = quarter_of(window, quarter, H, W, WHOLE)
+        pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
         place = sample * (H * W * C) + pixel * C + c
         h = (ys[quarter].to(ACC) - mu) * r
         active = g * h + b > 0

@@ -22,8 +22,8 @@ from .lines import (
     part_of,
     parts_of_pixels,
     parts_of_windows,
-    pooled_of,
-    quarter_of,
+    pooled_place,
+    quarter_place,
     within,
 )
 from .planes import Planes
@@ -181,14 +181,14 @@ def _pool(
         pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
         pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_of(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
             h = (tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) - mu) * r
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
                 deviation_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot
                 pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
-        place, mask = pooled_of(window, H, W, WHOLE)
+        place, mask = pooled_place(window, H, W, WHOLE)
         tl.store(p + place * C + c, pooled * 0.25, mask & exists)
         if y_dot is not None:
             tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
@@ -236,12 +236,12 @@ def _sums(
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        place, mask = pooled_of(window, H, W, WHOLE)
+        place, mask = pooled_place(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if y_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_of(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
             h = (tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) - mu) * r
             active = g * h + b > 0
             u_bar = tl.where(active, share, 0)
@@ -358,12 +358,12 @@ def _gradients(
         p_bar_dot += sample * ((H // 2) * (W // 2) * C)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-        place, mask = pooled_of(window, H, W, WHOLE)
+        place, mask = pooled_place(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if y_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_of(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
             place = pixel * C + c
             h = (tl.load(y + place, mask & exists, 0).to(ACC) - mu) * r
             active = g * h + b > 0

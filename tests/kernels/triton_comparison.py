@@ -121,15 +121,8 @@ def check(case: object, run: Callable[[], Any], expected: Any, tolerance: float)
 
 def norms(device: str) -> None:
     """Compare norm, ReLU and pool, and the derivatives, by the table's tiles and, of channels_last planes, in parts."""
-    from mtt_fast.kernels.triton import lines
-
-    for shape, given in plane_cases(device, PLANES if device == "cpu" else PLANES + LARGE_PLANES):
+    for shape, given in itertools.chain(table_cases(device), part_cases(device)):
         check_norm(shape, given)
-    for shape, tile in PARTS:
-        combined = patch.object(lines, "COMBINED_PARTS", 2)  # fewer than there are
-        with patch.object(lines, "configuration", return_value=tile), combined:
-            for _, given in plane_cases(device, [shape], (torch.channels_last,)):
-                check_norm((*shape, "in parts"), given)
 
 
 def far_planes(device: str) -> None:
@@ -166,8 +159,8 @@ def check_norm(shape: tuple[int | str, ...], given: dict[str, Tensor]) -> None:
 
 
 def biases(device: str) -> None:
-    """Compare bias, ReLU and pool, and the derivatives."""
-    for shape, given in plane_cases(device, PLANES if device == "cpu" else PLANES + LARGE_PLANES):
+    """Compare bias, ReLU and pool, and the derivatives, by the table's tiles and by those of PARTS."""
+    for shape, given in itertools.chain(table_cases(device), part_cases(device)):
         y, beta, bars = given["z"], given["beta"], (given["p_bar"], given["p_bar_dot"])
         cases: dict[str, tuple[Any, ...]] = {
             "bias_relu_pool": (y, beta),
@@ -178,18 +171,34 @@ def biases(device: str) -> None:
         check_planes(cases, shape, y)
 
 
+def table_cases(device: str) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
+    """Yield the arguments of planes in both formats, whose tiles are those of the table."""
+    for shape in PLANES if device == "cpu" else PLANES + LARGE_PLANES:
+        for form in (torch.contiguous_format, torch.channels_last):
+            yield from plane_cases(device, shape, form)
+
+
+def part_cases(device: str) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
+    """Yield the arguments of channels_last planes, and have them computed in parts until the next case."""
+    from mtt_fast.kernels.triton import lines
+
+    for shape, tile in PARTS:
+        combined = patch.object(lines, "COMBINED_PARTS", 2)  # fewer than there are
+        with patch.object(lines, "configuration", return_value=tile), combined:
+            for _, given in plane_cases(device, shape, torch.channels_last):
+                yield (*shape, "in parts"), given
+
+
 def plane_cases(
-    device: str,
-    shapes: list[tuple[int, int, int, int]],
-    formats: tuple[torch.memory_format, ...] = (torch.contiguous_format, torch.channels_last),
-) -> Iterator[tuple[tuple[int, ...], dict[str, Tensor]]]:
-    """Yield the arguments of each shape, dtype and format; in channel 0 every u is exactly 0, where ReLU has its kink."""
+    device: str, shape: tuple[int, int, int, int], form: torch.memory_format
+) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
+    """Yield the arguments of each dtype; in channel 0 every u is exactly 0, where ReLU has its kink."""
     from mtt_fast.kernels.types import accumulator
 
-    for dtype, shape, form in itertools.product((torch.float64, torch.float32, torch.bfloat16), shapes, formats):
-        batch, channels, height, width = shape
+    batch, channels, height, width = shape
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
 
-        def planes(*size: int, dtype: torch.dtype = dtype, form: Any = form) -> Tensor:
+        def planes(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(size, dtype=dtype).to(device).contiguous(memory_format=form)
 
         names = ("gamma", "beta", "gamma_dot", "beta_dot")
