@@ -1,4 +1,4 @@
-"""Walk over channels_last planes in tiles of windows × channels: whole lines of channels, and nothing goes between threads.
+"""Walk over channels_last planes in tiles of windows × channels: whole lines of channels, pooled within a thread.
 
 The four pixels of 2×2 windows lie in four tiles of one layout, so the thread that adds them up holds them all. Quarters 0
 and 1 of a window are its upper pixels, 2 and 3 the lower ones. A plane that fits in one tile stays in a program's

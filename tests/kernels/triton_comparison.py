@@ -43,7 +43,7 @@ CLASSIFIERS = [  # (B, D, K)
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
 
 # (B, C, H, W): a plane of one tile, odd sizes, 1×1 after the pool, more channels than a block, a plane of several tiles
-PLANES = [(2, 3, 4, 4), (1, 5, 7, 5), (2, 17, 2, 2), (3, 4, 3, 9), (1, 2, 18, 20)]
+PLANES = [(2, 3, 4, 4), (1, 5, 7, 5), (2, 33, 2, 2), (3, 4, 3, 9), (1, 2, 18, 20)]
 # channels_last planes larger than a tile of BLOCK_C × WINDOWS, that go in parts of TILES tiles
 PARTS: list[tuple[tuple[int, int, int, int], dict[str, int]]] = [
     ((2, 4, 4, 4), {"BLOCK_C": 4, "WINDOWS": 2, "TILES": 1, "num_warps": 1}),  # nothing to mask
