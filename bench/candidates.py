@@ -61,6 +61,24 @@ BLOCKS: dict[str, list[Row]] = {
 }
 """Rows of the first block's passes, by their names in the table."""
 
+
+def lines(shape_class: str) -> list[Row]:
+    """Return the candidates of a norm of channels_last planes: held in registers as far as they may fit, or in parts."""
+    windows = int(shape_class.rpartition("-")[2])
+    held = [
+        {"BLOCK_C": channels, "WINDOWS": windows, "num_warps": warps}
+        for channels in (8, 16, 32, 64)
+        for warps in (1, 2, 4, 8)
+        if 16 <= 4 * windows * channels / (32 * warps) <= 64  # pixels of a thread
+    ]
+    parts = [
+        {"BLOCK_C": 128, "WINDOWS": 16, "TILES": tiles, "num_warps": warps}
+        for tiles in (1, 2, 4, 8)
+        for warps in (4, 8)
+    ]
+    return held if windows < 256 else held + parts
+
+
 WINDOWS: list[Row] = [
     {"BLOCK_C": channels, "WINDOWS": windows, "num_warps": warps}
     for channels, windows, warps in (
@@ -70,14 +88,16 @@ WINDOWS: list[Row] = [
 
 _HEAD = """\
 Launch configurations, by operation, class of shapes and architecture; `default` is for those that have no row of their
-own. Written by `python -m bench tune`, which needs a GPU. Only rows that say how many microseconds the operation took are
-measured; all others are sane guesses that fit in registers and shared memory."""
+own. Written by `python -m bench tune`, which needs a GPU. Rows with `microseconds` are measured. Those with
+`prototype_microseconds` took so long with a prototype of the kernel, with the same tiles and traffic; the kernel itself has
+not run on a GPU. All others are guesses that fit in registers and shared memory."""
 
 _SECTIONS = {
     "norm_relu_pool": """\
 norm_relu_pool…: a tile is BLOCK_C × WINDOWS 2×2 windows. A class is the memory format and the number of a plane's
-windows, rounded up to the sizes below; the last one takes all larger planes.""",
-    "bias_relu_pool": "bias_relu_pool…: as above; each plane is walked over once, so a tile need not hold it.",
+windows, rounded up to the sizes below; the last one takes all larger planes. channels_last planes larger than a tile go in
+parts of TILES tiles. The prototype ran on an H200, on float32 planes of 128 channels: 100 samples of up to 256 windows, else 20.""",
+    "bias_relu_pool": "bias_relu_pool…: as above, but all channels_last planes go in parts, since each is walked over once.",
     "conv3x3": """\
 conv3x3…: a tile is BLOCK_M × BLOCK_N results, each a sum over terms (a tap of a channel), taken BLOCK_K at a time. The
 weight gradient's tile is BLOCK_K × BLOCK_N, its sum goes over pixels, BLOCK_M at a time, and is cut so as to make about

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.candidates import BLOCKS, CORRELATIONS, TILES, WINDOWS, text_of
+from bench.candidates import BLOCKS, CORRELATIONS, TILES, lines, text_of
 from bench.kernels import in_float64, tensors_of
 from bench.measuring import interleaved, seconds
 from bench.parsing import CommonOptions
@@ -138,7 +138,7 @@ class Table:
         """Return the row of the looser class."""
         rows = self.rows[subject.row][subject.classes[1]]
         row: Row = rows.get(self.architecture, rows["default"])
-        return {name: value for name, value in row.items() if name != "microseconds"}
+        return {name: value for name, value in row.items() if not name.endswith("microseconds")}
 
     def put(self, subject: Subject, row: Row) -> None:
         """Set `row` as the one that the kernels of this process use."""
@@ -155,7 +155,7 @@ class Table:
 def tune(subject: Subject, table: Table, options: Options) -> Row:
     """Put the fastest of the right candidates into `table`; return a row of the record."""
     default, expected = table.default(subject), subject.expected()
-    every = [default, *(default | row for row in subject.candidates)]
+    every = [default, *(row if "num_warps" in row else default | row for row in subject.candidates)]
     candidates = {_text(row): row for row in every[: options.candidates]}
     errors, problems = {}, []
     for name, row in candidates.items():
@@ -246,7 +246,7 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
         ),
         strict=True,
     ):
-        yield Subject(name, window, WINDOWS, name, fixed(*arguments))
+        yield Subject(name, window, lines(window[0]), name, fixed(*arguments))
 
     tiles = [*({"backend": "triton"} | tile for tile in TILES[precision]), {"backend": "cudnn"}]
     correlations = [*({"backend": "triton"} | tile for tile in CORRELATIONS[precision]), {"backend": "cudnn"}]

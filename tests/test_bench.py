@@ -338,6 +338,33 @@ def test_the_table_is_as_its_writer_writes_it() -> None:
     assert text_of(tomllib.loads(text)) == text
 
 
+def test_the_table_says_what_was_measured() -> None:
+    """A time belongs to one architecture, and to a kernel or its prototype; a tile of lines holds its class or is a part's."""
+    table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
+    for operation, classes in table.items():
+        for shape_class, rows in classes.items():
+            for architecture, row in rows.items():
+                where = f"{operation} {shape_class} {architecture}"
+                times = {name for name in row if name.endswith("microseconds")}
+                assert len(times) <= (architecture != "default"), where
+                assert times <= {"microseconds", "prototype_microseconds"}, where
+                if shape_class.startswith("channels_last") and operation.startswith(("norm", "bias")):
+                    in_parts = operation.startswith("bias") or row["WINDOWS"] < int(shape_class.rpartition("-")[2])
+                    assert ("TILES" in row) == in_parts, where
+
+
+def test_times_of_the_prototype_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "bench/results/h200/norms.json").read_text())
+    measured = [row for row in record["rows"] if row["kernel"] == "prototype" and row["dtype"] == "float32"]
+    table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
+    for operation in (name for name in table if name.startswith("norm_relu_pool")):
+        for size, samples in ((64, 100), (256, 100), (1024, 20), (4096, 20)):
+            row = dict(table[operation][f"channels_last-{size}"]["sm_90"])
+            time, side = row.pop("prototype_microseconds"), 2 * int(size**0.5)
+            same = {"operation": operation, "planes": [samples, 128, side, side], "tile": row}
+            assert time in [each["microseconds"] for each in measured if same.items() <= each.items()]
+
+
 def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Check that such a candidate is not timed; the others are, and the fastest of them goes into the table."""
     pauses = {"fast": 0.0, "right": 0.005, "slow": 0.05}

@@ -1,7 +1,8 @@
 """Add a bias, take ReLU and average-pool 2×2 in one pass, and the derivatives: the end of a block without a norm.
 
-One walk over the planes, in the windows of windows.py. A derivative is taken along with the primal's value, in the same
-walk; without one the kernels' dots are None.
+One walk over the planes: of channels_last ones by parts in whole lines of channels (lines.py), of contiguous ones in the
+windows of windows.py. A derivative is taken along with the primal's value, in the same walk; without one the kernels' dots
+are None.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..types import accumulator
 from .launch import tl, triton
+from .lines import launch_parts, part_of, parts_of_windows, pooled_place, quarter_place, tile_of
 from .planes import Planes
 from .windows import (
     block_of,
@@ -108,28 +110,115 @@ def _backward(
     tl.store(beta_sum + sample * C + c, plane_sum(total), exists)
 
 
+@triton.jit
+def _forward_lines(
+    y: tl.tensor,  # (B, H, W, C)
+    y_dot: tl.tensor | None,
+    beta: tl.tensor,  # (C,)
+    beta_dot: tl.tensor | None,
+    p: tl.tensor,  # (B, H//2, W//2, C)
+    p_dot: tl.tensor | None,
+    ACC: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    y += sample * (H * W * C)
+    p += sample * ((H // 2) * (W // 2) * C)
+    b = tl.load(beta + c, exists, 0).to(ACC)
+    if y_dot is not None:
+        y_dot += sample * (H * W * C)
+        p_dot += sample * ((H // 2) * (W // 2) * C)
+        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+    for tile in range(TILES):
+        window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+        pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        for quarter in tl.static_range(4):
+            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            u = tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) + b
+            pooled += tl.where(u > 0, u, 0)
+            if y_dot is not None:
+                u_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) + b_dot
+                pooled_dot += tl.where(u > 0, u_dot, 0)
+        place, mask = pooled_place(window, H, W, WHOLE)
+        tl.store(p + place * C + c, pooled * 0.25, mask & exists)
+        if y_dot is not None:
+            tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
+
+
+@triton.jit
+def _backward_lines(
+    y: tl.tensor,  # (B, H, W, C)
+    beta: tl.tensor,  # (C,)
+    p_bar: tl.tensor,  # (B, H//2, W//2, C)
+    p_bar_dot: tl.tensor | None,
+    y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y, of which a pixel is read before it is written
+    y_bar_dot: tl.tensor | None,
+    beta_sum: tl.tensor,  # (B, PARTS, C), of ū, or of its derivative if there is one: the sum over these is the caller's
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    ACC: tl.constexpr = beta_sum.dtype.element_ty
+    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    y += sample * (H * W * C)
+    y_bar += sample * (H * W * C)
+    p_bar += sample * ((H // 2) * (W // 2) * C)
+    if p_bar_dot is not None:
+        y_bar_dot += sample * (H * W * C)
+        p_bar_dot += sample * ((H // 2) * (W // 2) * C)
+    b = tl.load(beta + c, exists, 0).to(ACC)
+    total = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    for tile in range(TILES):
+        window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+        # Zero outside the pool, so windows that are not whole add nothing to the sums.
+        place, mask = pooled_place(window, H, W, WHOLE)
+        share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        if p_bar_dot is not None:
+            share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        for quarter in tl.static_range(4):
+            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            active = tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) + b > 0
+            u_bar = tl.where(active, share, 0)
+            tl.store(y_bar + pixel * C + c, u_bar, mask & exists)
+            if p_bar_dot is not None:
+                u_bar = tl.where(active, share_dot, 0)
+                tl.store(y_bar_dot + pixel * C + c, u_bar, mask & exists)
+            total += u_bar
+    tl.store(beta_sum + (sample * PARTS + part) * C + c, tl.sum(total, 0, keep_dims=True), exists)
+
+
 def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
     """See `mtt_fast.kernels.bias_relu_pool`."""
     planes = Planes.of(y)
     p = empty_pool(y, planes)
-    launch_windows(_forward, "bias_relu_pool", planes, y, None, beta, None, p, None, ACC=_accumulator(y))
+    _run_forward("bias_relu_pool", planes, y, None, beta, None, p, None)
     return p
 
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_backward`."""
-    planes = Planes.of(y, p_bar)
-    y_bar, beta_sum = output_buffer(y, reuse), empty_stat(y)
-    launch_windows(_backward, "bias_relu_pool_backward", planes, y, beta, p_bar, None, y_bar, None, beta_sum)
-    return y_bar, beta_sum.sum(0)
+    planes, y_bar = Planes.of(y, p_bar), output_buffer(y, reuse)
+    return y_bar, _run_backward("bias_relu_pool_backward", planes, y, beta, p_bar, None, y_bar, None)
 
 
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual`."""
     planes = Planes.of(y, y_dot)
     p, p_dot = (empty_pool(y, planes) for _ in range(2))
-    arguments = (y, y_dot, beta, beta_dot, p, p_dot)
-    launch_windows(_forward, "bias_relu_pool_dual", planes, *arguments, ACC=_accumulator(y))
+    _run_forward("bias_relu_pool_dual", planes, y, y_dot, beta, beta_dot, p, p_dot)
     return p, p_dot
 
 
@@ -138,11 +227,29 @@ def bias_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual_backward`."""
     planes = Planes.of(y, p_bar, p_bar_dot)
-    y_bar, y_bar_dot, beta_sum = output_buffer(y, reuse), torch.empty_like(y), empty_stat(y)
-    arguments = (y, beta, p_bar, p_bar_dot, y_bar, y_bar_dot, beta_sum)
-    launch_windows(_backward, "bias_relu_pool_dual_backward", planes, *arguments)
-    return y_bar, y_bar_dot, beta_sum.sum(0)
+    y_bar, y_bar_dot = output_buffer(y, reuse), torch.empty_like(y)
+    arguments = (y, beta, p_bar, p_bar_dot, y_bar, y_bar_dot)
+    return y_bar, y_bar_dot, _run_backward("bias_relu_pool_dual_backward", planes, *arguments)
 
 
-def _accumulator(y: Tensor) -> tl.dtype:
-    return tl.float64 if accumulator(y.dtype) == torch.float64 else tl.float32
+def _run_forward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> None:
+    kind = tl.float64 if accumulator(y.dtype) == torch.float64 else tl.float32
+    if planes.channels_last:
+        tile = tile_of(operation, planes, y)
+        launch_parts(_forward_lines, planes, tile, parts_of_windows(planes, tile), y, *rest, ACC=kind)
+    else:
+        launch_windows(_forward, operation, planes, y, *rest, ACC=kind)
+
+
+def _run_backward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> Tensor:
+    """Run the kernel; return the sum of ū over all planes of a channel, or that of its derivative: (C,)."""
+    if planes.channels_last:
+        tile = tile_of(operation, planes, y)
+        parts = parts_of_windows(planes, tile)
+        shape = (planes.samples * parts, planes.channels)
+        beta_sum = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
+        launch_parts(_backward_lines, planes, tile, parts, y, *rest, beta_sum)
+    else:
+        beta_sum = empty_stat(y)
+        launch_windows(_backward, operation, planes, y, *rest, beta_sum)
+    return beta_sum.sum(0)

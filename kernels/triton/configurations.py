@@ -11,7 +11,7 @@ Configuration = dict[str, int]  # block sizes in capitals, num_warps, num_stages
 Row = dict[str, Any]  # a configuration, the back end that computes the operation, and the time it took if measured
 Table = dict[str, dict[str, dict[str, Row]]]  # by operation, class of shapes, architecture
 
-NOT_OF_A_LAUNCH = ("backend", "microseconds")
+NOT_OF_A_LAUNCH = ("backend", "microseconds", "prototype_microseconds")
 
 
 def configuration(

@@ -1,16 +1,23 @@
-"""Normalise, scale, take ReLU and average-pool 2×2 in one pass, and the derivatives that the mixed step needs.
+"""Normalise, scale, take ReLU and average-pool 2×2, and the derivatives that the mixed step needs.
 
-A program walks over the planes of its channels three times: mean, variance, result. It walks in the windows of
-windows.py; those that are not whole count in the statistics and not in the pool. Where one tile holds the plane, the
-compiler merges the three walks' loads into one, so the plane is read once and stays in registers.
+channels_last planes go in whole lines of channels, large ones by the kernels of norm_passes.py and small ones by those of
+norm_held.py. The kernels here are for contiguous planes. A program walks over the planes of its channels three times: mean,
+variance, result. It walks in the windows of windows.py; those that are not whole count in the statistics and not in the
+pool. Where one tile holds the plane, the compiler merges the three walks' loads into one, so the plane is read once and
+stays in registers.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ..types import Affine, PlaneStats
+from . import norm_held, norm_passes
+from .configurations import Configuration
 from .launch import tl, triton
+from .lines import fits, tile_of
 from .planes import Planes
 from .windows import (
     block_of,
@@ -370,7 +377,11 @@ def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tenso
     planes = Planes.of(y)
     p = empty_pool(y, planes)
     mean, rstd = (empty_stat(y) for _ in range(2))
-    launch_windows(_forward, "norm_relu_pool", planes, y, *affine, p, mean, rstd, EPS=eps)
+    if planes.channels_last:
+        lines, tile = _lines("norm_relu_pool", planes, y)
+        lines.forward(planes, tile, y, None, mean, rstd, None, None, *affine, None, None, p, None, eps=eps)
+    else:
+        launch_windows(_forward, "norm_relu_pool", planes, y, *affine, p, mean, rstd, EPS=eps)
     return p, mean, rstd
 
 
@@ -380,10 +391,15 @@ def norm_relu_pool_backward(
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
     planes = Planes.of(y, p_bar)
     y_bar = output_buffer(y, reuse)
-    gamma_bar, beta_bar = (empty_stat(y) for _ in range(2))
-    results = (y_bar, gamma_bar, beta_bar)
+    if planes.channels_last:
+        lines, tile = _lines("norm_relu_pool_backward", planes, y)
+        arguments = (y, None, mean, rstd, None, None, *affine, None, p_bar, None)
+        beta_bar, gamma_bar = lines.backward(planes, tile, *arguments, y_bar=y_bar, y_bar_dot=None).sum(0)
+        return y_bar, gamma_bar, beta_bar
+    gamma_sum, beta_sum = (empty_stat(y) for _ in range(2))
+    results = (y_bar, gamma_sum, beta_sum)
     launch_windows(_backward, "norm_relu_pool_backward", planes, y, mean, rstd, *affine, p_bar, *results)
-    return y_bar, gamma_bar.sum(0), beta_bar.sum(0)
+    return y_bar, gamma_sum.sum(0), beta_sum.sum(0)
 
 
 def norm_relu_pool_dual(
@@ -393,8 +409,12 @@ def norm_relu_pool_dual(
     planes = Planes.of(y, y_dot)
     p, p_dot = (empty_pool(y, planes) for _ in range(2))
     stats = PlaneStats(*(empty_stat(y) for _ in range(4)))
-    arguments = (y, y_dot, *affine, *affine_dot, p, p_dot, *stats)
-    launch_windows(_dual, "norm_relu_pool_dual", planes, *arguments, EPS=eps)
+    if planes.channels_last:
+        lines, tile = _lines("norm_relu_pool_dual", planes, y)
+        lines.forward(planes, tile, y, y_dot, *stats, *affine, *affine_dot, p, p_dot, eps=eps)
+    else:
+        arguments = (y, y_dot, *affine, *affine_dot, p, p_dot, *stats)
+        launch_windows(_dual, "norm_relu_pool_dual", planes, *arguments, EPS=eps)
     return p, p_dot, stats
 
 
@@ -411,8 +431,19 @@ def norm_relu_pool_dual_backward(
     """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. β̇ moves no gradient of this operation."""
     planes = Planes.of(y, y_dot, p_bar, p_bar_dot)
     y_bar, y_bar_dot = output_buffer(y, reuse), output_buffer(y_dot, reuse)
-    gamma_bar_dot, beta_bar_dot = (empty_stat(y) for _ in range(2))
     arguments = (y, y_dot, *stats, *affine, affine_dot.gamma, p_bar, p_bar_dot)
-    results = (y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot)
+    if planes.channels_last:
+        lines, tile = _lines("norm_relu_pool_dual_backward", planes, y)
+        sums = lines.backward(planes, tile, *arguments, y_bar=y_bar, y_bar_dot=y_bar_dot)
+        beta_bar_dot, gamma_bar_dot = sums[:, 2:].sum(0)
+        return y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot
+    gamma_sum_dot, beta_sum_dot = (empty_stat(y) for _ in range(2))
+    results = (y_bar, y_bar_dot, gamma_sum_dot, beta_sum_dot)
     launch_windows(_dual_backward, "norm_relu_pool_dual_backward", planes, *arguments, *results)
-    return y_bar, y_bar_dot, gamma_bar_dot.sum(0), beta_bar_dot.sum(0)
+    return y_bar, y_bar_dot, gamma_sum_dot.sum(0), beta_sum_dot.sum(0)
+
+
+def _lines(operation: str, planes: Planes, y: Tensor) -> tuple[ModuleType, Configuration]:
+    """Return the module whose kernels compute `operation` of channels_last planes, by the tile of the table, and the tile."""
+    tile = tile_of(operation, planes, y)
+    return (norm_held if fits(planes, tile) else norm_passes), tile

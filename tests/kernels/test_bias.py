@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
         getattr(kernels, op)(*arguments)
 
 
+@pytest.mark.slow
 def test_triton_equals_the_reference_interpreted() -> None:
     assert any("refused: expected contiguous or channels_last" in line for line in compare("bias", "cpu"))
 
@@ -156,16 +158,19 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
     """The smallest and the largest of those planes: the rows for the others are these too."""
-    from mtt_fast.kernels.triton import bias, windows
+    from mtt_fast.kernels.triton import bias, lines, windows
 
-    with recording([windows], architecture) as launches:
-        for side in (8, 128):
-            for form in FORMATS:
-                y, p_bar = (meta(4, WIDTH, size, size, form=form) for size in (side, side // 2))
+    with recording([windows, lines], architecture) as launches:
+        for side, form in itertools.product((8, 128), FORMATS):
+            for dtype in (torch.float32, torch.bfloat16) if form == torch.channels_last else (torch.float32,):
+                y, p_bar = (meta(4, WIDTH, size, size, form=form).to(dtype) for size in (side, side // 2))
                 beta = meta(WIDTH)
                 bias.bias_relu_pool(y, beta)
                 bias.bias_relu_pool_backward(y, beta, p_bar)
                 bias.bias_relu_pool_dual(y, y, beta, beta)
                 bias.bias_relu_pool_dual_backward(y, beta, p_bar, p_bar)
-    assert len(launches) == 2 * 2 * 4
-    check(launches, architecture, tmp_path)
+    assert len(launches) == 2 * 3 * 4
+    for launch, usage in zip(launches, check(launches, architecture, tmp_path), strict=True):
+        if usage.kernel == "_forward_lines":
+            # Threads exchange nothing but, before they walk, a line of channels.
+            assert usage.shared <= 4 * launch.constants["BLOCK_C"], usage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mtt_fast import kernels
 from mtt_fast.kernels import Affine, PlaneStats, reference
+from mtt_fast.kernels.types import accumulator
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, PLANES, jvp, needs_native, plane_arguments, refused
@@ -168,17 +170,25 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
 @pytest.mark.slow
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    """The planes of 32×32 images' first and last block, and those of 128×128 images' first."""
-    from mtt_fast.kernels.triton import norm, windows
+    """The planes of 32×32 images' blocks, and those of 128×128 images' first, which go in parts."""
+    from mtt_fast.kernels.triton import lines, norm, windows
 
-    with recording([windows], architecture) as launches:
-        for side in (8, 32, 128):
-            for form in FORMATS:
-                y, p_bar = (meta(4, WIDTH, size, size, form=form) for size in (side, side // 2))
-                plane, affine = meta(4, WIDTH), Affine(meta(WIDTH), meta(WIDTH))
-                norm.norm_relu_pool(y, affine, 1e-5)
-                norm.norm_relu_pool_backward(y, plane, plane, affine, p_bar)
-                norm.norm_relu_pool_dual(y, y, affine, affine, 1e-5)
-                norm.norm_relu_pool_dual_backward(y, y, PlaneStats(*[plane] * 4), affine, affine, p_bar, p_bar)
-    assert len(launches) == 3 * 2 * 4
-    check(launches, architecture, tmp_path)
+    last, contiguous = torch.channels_last, torch.contiguous_format
+    cases = [*itertools.product((8, 32, 128), [contiguous], [torch.float32])]
+    cases += itertools.product((8, 16, 32, 128), [last], [torch.float32, torch.bfloat16])
+    cases += itertools.product((32, 128), [last], [torch.float64])
+    with recording([windows, lines], architecture) as launches:
+        for side, form, dtype in cases:
+            y, p_bar = (meta(4, WIDTH, size, size, form=form).to(dtype) for size in (side, side // 2))
+            plane, channel = (meta(*size).to(accumulator(dtype)) for size in ((4, WIDTH), (WIDTH,)))
+            affine, stats = Affine(channel, channel), PlaneStats(*[plane] * 4)
+            norm.norm_relu_pool(y, affine, 1e-5)
+            norm.norm_relu_pool_backward(y, plane, plane, affine, p_bar)
+            norm.norm_relu_pool_dual(y, y, affine, affine, 1e-5)
+            norm.norm_relu_pool_dual_backward(y, y, stats, affine, affine, p_bar, p_bar)
+    in_parts = [launch for launch in launches if "PARTS" in launch.constants]
+    assert (len(launches) - len(in_parts), len(in_parts)) == (4 * (3 + 6 + 1), 4 * 3 * 3)
+    for launch, usage in zip(launches, check(launches, architecture, tmp_path), strict=True):
+        if usage.kernel in ("_pool", "_gradients"):
+            # Threads exchange nothing but, before they walk, a line of channels.
+            assert usage.shared <= 4 * launch.constants["BLOCK_C"], usage

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.kernels import Affine, LabelKind, Precision
+from mtt_fast.kernels import Affine, LabelKind, PlaneStats, Precision
 
 # Precisions that the interpreter does not have, and why.
 UNINTERPRETED = {"tf32": "it does not round, so this would be fp32 once more"}
@@ -43,7 +43,13 @@ CLASSIFIERS = [  # (B, D, K)
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
 
 # (B, C, H, W): a plane of one tile, odd sizes, 1×1 after the pool, more channels than a block, a plane of several tiles
-PLANES = [(2, 3, 4, 4), (1, 5, 7, 5), (2, 17, 2, 2), (3, 4, 3, 9), (1, 2, 18, 20)]
+PLANES = [(2, 3, 4, 4), (1, 5, 7, 5), (2, 33, 2, 2), (3, 4, 3, 9), (1, 2, 18, 20)]
+# channels_last planes larger than a tile of BLOCK_C × WINDOWS, that go in parts of TILES tiles
+PARTS: list[tuple[tuple[int, int, int, int], dict[str, int]]] = [
+    ((2, 4, 4, 4), {"BLOCK_C": 4, "WINDOWS": 2, "TILES": 1, "num_warps": 1}),  # nothing to mask
+    ((1, 5, 7, 5), {"BLOCK_C": 4, "WINDOWS": 4, "TILES": 2, "num_warps": 1}),  # odd sizes, two blocks of channels
+    ((1, 1, 3, 9), {"BLOCK_C": 16, "WINDOWS": 4, "TILES": 1, "num_warps": 1}),  # one channel, a short last part
+]
 LARGE_PLANES = [(7, 128, 32, 32), (5, 128, 16, 16), (3, 100, 8, 8), (2, 128, 128, 128), (2, 63, 31, 33)]
 
 # (B, C, H, W): one channel, blocks of pixels that are not whole, more channels than an image's, a line of pixels
@@ -116,25 +122,47 @@ def check(case: object, run: Callable[[], Any], expected: Any, tolerance: float)
 
 
 def norms(device: str) -> None:
-    """Compare norm, ReLU and pool, and the derivatives."""
+    """Compare norm, ReLU and pool, and the derivatives, by the table's tiles and, of channels_last planes, in parts."""
+    for shape, given in itertools.chain(table_cases(device), part_cases(device)):
+        check_norm(shape, given)
+
+
+def far_planes(device: str) -> None:
+    """Check statistics in parts where sums of squares would cancel: far from zero, and with a first pixel far from the rest."""
+    from mtt_fast.kernels import reference, triton
+    from mtt_fast.kernels.triton import lines
+
+    y, y_dot = (torch.randn(1, 2, 7, 5).to(device, memory_format=torch.channels_last) for _ in range(2))
+    affine = Affine(torch.ones(2, device=device), torch.zeros(2, device=device))
+    first = torch.zeros_like(y)
+    first[:, :, 0, 0] = 1e3
+    for far in (torch.full_like(y, 1e3), first):
+        expected = reference.norm_relu_pool_dual(*map(in_float64, (y + far, y_dot - far, affine, affine)), 1e-5)[2]
+        with patch.object(lines, "configuration", return_value=PARTS[1][1]):
+            found = triton.norm_relu_pool_dual(y + far, y_dot - far, affine, affine, 1e-5)[2]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    print("passed: planes far from zero")
+
+
+def check_norm(shape: tuple[int | str, ...], given: dict[str, Tensor]) -> None:
     from mtt_fast.kernels import reference
 
-    for shape, given in plane_cases(device):
-        y, y_dot, bars = given["y"], given["y_dot"], (given["p_bar"], given["p_bar_dot"])
-        affine, affine_dot = Affine(given["gamma"], given["beta"]), Affine(given["gamma_dot"], given["beta_dot"])
-        stats = reference.norm_relu_pool_dual(y, y_dot, affine, affine_dot, 1e-5)[2]
-        cases: dict[str, tuple[Any, ...]] = {
-            "norm_relu_pool": (y, affine, 1e-5),
-            "norm_relu_pool_backward": (y, stats.mean, stats.rstd, affine, bars[0]),
-            "norm_relu_pool_dual": (y, y_dot, affine, affine_dot, 1e-5),
-            "norm_relu_pool_dual_backward": (y, y_dot, stats, affine, affine_dot, *bars),
-        }
-        check_planes(cases, shape, y)
+    y, y_dot, bars = given["y"], given["y_dot"], (given["p_bar"], given["p_bar_dot"])
+    affine, affine_dot = Affine(given["gamma"], given["beta"]), Affine(given["gamma_dot"], given["beta_dot"])
+    stats = reference.norm_relu_pool_dual(y, y_dot, affine, affine_dot, 1e-5)[2]
+    cases: dict[str, tuple[Any, ...]] = {
+        "norm_relu_pool": (y, affine, 1e-5),
+        "norm_relu_pool_backward": (y, stats.mean, stats.rstd, affine, bars[0]),
+        "norm_relu_pool_dual": (y, y_dot, affine, affine_dot, 1e-5),
+        "norm_relu_pool_dual_backward": (y, y_dot, stats, affine, affine_dot, *bars),
+    }
+    check_planes(cases, shape, y)
 
 
 def biases(device: str) -> None:
-    """Compare bias, ReLU and pool, and the derivatives."""
-    for shape, given in plane_cases(device):
+    """Compare bias, ReLU and pool, and the derivatives, by the table's tiles and by those of PARTS."""
+    for shape, given in itertools.chain(table_cases(device), part_cases(device)):
         y, beta, bars = given["z"], given["beta"], (given["p_bar"], given["p_bar_dot"])
         cases: dict[str, tuple[Any, ...]] = {
             "bias_relu_pool": (y, beta),
@@ -145,19 +173,39 @@ def biases(device: str) -> None:
         check_planes(cases, shape, y)
 
 
-def plane_cases(device: str) -> Iterator[tuple[tuple[int, ...], dict[str, Tensor]]]:
-    """Yield the arguments of each shape, dtype and format; in channel 0 every u is exactly 0, where ReLU has its kink."""
-    shapes = PLANES if device == "cpu" else PLANES + LARGE_PLANES
-    formats = (torch.contiguous_format, torch.channels_last)
-    for dtype, shape, form in itertools.product((torch.float64, torch.float32), shapes, formats):
-        batch, channels, height, width = shape
+def table_cases(device: str) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
+    """Yield the arguments of planes in both formats, whose tiles are those of the table."""
+    for shape in PLANES if device == "cpu" else PLANES + LARGE_PLANES:
+        for form in (torch.contiguous_format, torch.channels_last):
+            yield from plane_cases(device, shape, form)
 
-        def planes(*size: int, dtype: torch.dtype = dtype, form: Any = form) -> Tensor:
+
+def part_cases(device: str) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
+    """Yield the arguments of channels_last planes, and have them computed in parts until the next case."""
+    from mtt_fast.kernels.triton import lines
+
+    for shape, tile in PARTS:
+        combined = patch.object(lines, "COMBINED_PARTS", 2)  # fewer than there are
+        with patch.object(lines, "configuration", return_value=tile), combined:
+            for _, given in plane_cases(device, shape, torch.channels_last):
+                yield (*shape, "in parts"), given
+
+
+def plane_cases(
+    device: str, shape: tuple[int, int, int, int], form: torch.memory_format
+) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
+    """Yield the arguments of each dtype; in channel 0 every u is exactly 0, where ReLU has its kink."""
+    from mtt_fast.kernels.types import accumulator
+
+    batch, channels, height, width = shape
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+
+        def planes(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(size, dtype=dtype).to(device).contiguous(memory_format=form)
 
         names = ("gamma", "beta", "gamma_dot", "beta_dot")
         given = {name: planes(*shape) for name in ("y", "y_dot")}
-        given |= {name: torch.randn(channels, dtype=dtype).to(device) for name in names}
+        given |= {name: torch.randn(channels, dtype=accumulator(dtype)).to(device) for name in names}
         given |= {name: planes(batch, channels, height // 2, width // 2) for name in ("p_bar", "p_bar_dot")}
         given["gamma"][0] = given["beta"][0] = 0
         given["z"] = given["y"].clone(memory_format=torch.preserve_format)
@@ -165,20 +213,47 @@ def plane_cases(device: str) -> Iterator[tuple[tuple[int, ...], dict[str, Tensor
         yield shape, given
 
 
-def check_planes(cases: dict[str, tuple[Any, ...]], shape: tuple[int, ...], y: Tensor) -> None:
-    """Hold Triton's results to the reference's: values, and the memory format of `y`."""
+def check_planes(cases: dict[str, tuple[Any, ...]], shape: tuple[int | str, ...], y: Tensor) -> None:
+    """Hold Triton's results to the reference's in float64: values, dtypes, and the memory format of `y`."""
     from mtt_fast.kernels import reference, triton
-    from mtt_fast.kernels.types import memory_format
+    from mtt_fast.kernels.types import accumulator, memory_format
 
-    tolerance = 1e-12 if y.dtype == torch.float64 else 1e-5
+    # a plane of bfloat16 is rounded once, at the end (the interpreter cuts it off)
+    tolerances = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
     for name, arguments in cases.items():
-        found, expected = (as_tuple(getattr(back_end, name)(*arguments)) for back_end in (triton, reference))
-        for place, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        found = as_tuple(getattr(triton, name)(*arguments))
+        again = as_tuple(getattr(triton, name)(*arguments)) if y.is_cuda else found  # interpreted it could not differ
+        expected = as_tuple(getattr(reference, name)(*map(in_float64, arguments)))
+        for place, (ours, second, theirs) in enumerate(zip(found, again, expected, strict=True)):
             case = (name, place, shape, str(y.dtype), str(memory_format(y)))
-            error = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-3))
-            assert error <= tolerance, (*case, error)
+            error = float((ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-3))
+            assert error <= tolerances[ours.dtype], (*case, error)
+            assert ours.dtype == (y.dtype if ours.dim() == 4 else accumulator(y.dtype)), case
             assert ours.dim() < 4 or ours.is_contiguous(memory_format=memory_format(y)), case
+            assert torch.equal(ours, second), f"{case} differs from one run to the next"
+        if name.endswith("backward") and (y.is_cuda or y.dtype == torch.float32):
+            check_reuse(name, arguments, found)
         print("passed:", (name, shape, str(y.dtype)))
+
+
+def check_reuse(name: str, arguments: tuple[Any, ...], expected: tuple[Tensor, ...]) -> None:
+    """Check that a gradient that takes the memory of the planes it is the gradient of is the same."""
+    from mtt_fast.kernels import triton
+
+    given = [copied(argument) for argument in arguments]
+    found = as_tuple(getattr(triton, name)(*given, reuse=True))
+    assert found[0].data_ptr() == given[0].data_ptr(), name
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True)), name
+
+
+def copied(argument: Any) -> Any:
+    return argument.clone(memory_format=torch.preserve_format) if isinstance(argument, Tensor) else argument
+
+
+def in_float64(argument: Any) -> Any:
+    if isinstance(argument, Affine | PlaneStats):
+        return type(argument)(*map(in_float64, argument))
+    return argument.double() if isinstance(argument, Tensor) else argument
 
 
 def refused_planes(family: str, device: str) -> None:
@@ -508,6 +583,7 @@ def main(family: str, device: str) -> None:
     match family:
         case "norm":
             norms(device)
+            far_planes(device)
             refused_planes(family, device)
         case "bias":
             biases(device)

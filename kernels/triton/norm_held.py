@@ -1,0 +1,221 @@
+"""Normalise, take ReLU and pool channels_last planes that registers hold, and the derivatives (lines.py, norm_passes.py).
+
+A program reads its planes once, all loads before the first use, and keeps them as they were loaded: bfloat16 takes half the
+registers. A derivative is taken along with the primal's value; without one the kernels' dots, k1 and k2 are None.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import accumulator
+from .configurations import Configuration
+from .launch import tl, triton
+from .lines import launch_held, part_of, pooled_place, quarter_place
+from .norm_passes import coefficients, coefficients_dot
+from .planes import Planes
+
+
+@triton.jit
+def _load_quarters(
+    planes: tl.tensor,  # of the sample: (H, W, C)
+    c: tl.tensor,  # (1, BLOCK_C)
+    exists: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    window = tl.arange(0, WINDOWS)[:, None]
+    pixel0, mask0 = quarter_place(window, 0, H, W, WHOLE)
+    pixel1, mask1 = quarter_place(window, 1, H, W, WHOLE)
+    pixel2, mask2 = quarter_place(window, 2, H, W, WHOLE)
+    pixel3, mask3 = quarter_place(window, 3, H, W, WHOLE)
+    return (
+        tl.load(planes + pixel0 * C + c, mask0 & exists, 0),
+        tl.load(planes + pixel1 * C + c, mask1 & exists, 0),
+        tl.load(planes + pixel2 * C + c, mask2 & exists, 0),
+        tl.load(planes + pixel3 * C + c, mask3 & exists, 0),
+    )
+
+
+@triton.jit
+def _plane_sum(quarters: tl.tuple, ACC: tl.constexpr) -> tl.tensor:
+    """Sum over planes: (1, BLOCK_C)."""
+    upper = quarters[0].to(ACC) + quarters[1].to(ACC)
+    return tl.sum(upper + (quarters[2].to(ACC) + quarters[3].to(ACC)), 0, keep_dims=True)
+
+
+@triton.jit
+def _forward(
+    y: tl.tensor,  # (B, H, W, C)
+    y_dot: tl.tensor | None,
+    mean: tl.tensor,  # (B, C)
+    rstd: tl.tensor,
+    k1: tl.tensor | None,
+    k2: tl.tensor | None,
+    gamma: tl.tensor,  # (C,)
+    beta: tl.tensor,
+    gamma_dot: tl.tensor | None,
+    beta_dot: tl.tensor | None,
+    p: tl.tensor,  # (B, H//2, W//2, C)
+    p_dot: tl.tensor | None,
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> None:
+    ACC: tl.constexpr = mean.dtype.element_ty
+    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    plane = sample * C + c
+    window = tl.arange(0, WINDOWS)[:, None]
+    ys = _load_quarters(y + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
+    if y_dot is not None:
+        yds = _load_quarters(y_dot + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
+
+    mu = _plane_sum(ys, ACC) / (H * W)
+    total = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    total_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    if y_dot is not None:
+        mu_dot = _plane_sum(yds, ACC) / (H * W)
+    for quarter in tl.static_range(4):
+        _, mask = quarter_place(window, quarter, H, W, WHOLE)
+        deviation = tl.where(mask, ys[quarter].to(ACC) - mu, 0)
+        total += deviation * deviation
+        if y_dot is not None:
+            total_dot += deviation * (yds[quarter].to(ACC) - mu_dot)  # E[h] = 0: the same sum, with less to cancel
+    r = 1 / tl.sqrt(tl.sum(total, 0, keep_dims=True) / (H * W) + EPS)
+    tl.store(mean + plane, mu, exists)
+    tl.store(rstd + plane, r, exists)
+
+    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    if y_dot is not None:
+        h_y_dot = r * (tl.sum(total_dot, 0, keep_dims=True) / (H * W))
+        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+        of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
+        of_h = tl.load(gamma_dot + c, exists, 0).to(ACC) - of_y_dot * h_y_dot
+        tl.store(k1 + plane, mu_dot, exists)
+        tl.store(k2 + plane, h_y_dot, exists)
+    for quarter in tl.static_range(4):
+        h = (ys[quarter].to(ACC) - mu) * r
+        u = g * h + b
+        pooled += tl.where(u > 0, u, 0)
+        if y_dot is not None:
+            deviation_dot = yds[quarter].to(ACC) - mu_dot
+            pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
+    place, mask = pooled_place(window, H, W, WHOLE)
+    place = sample * ((H // 2) * (W // 2) * C) + place * C + c
+    tl.store(p + place, pooled * 0.25, mask & exists)
+    if y_dot is not None:
+        tl.store(p_dot + place, pooled_dot * 0.25, mask & exists)
+
+
+@triton.jit
+def _backward(
+    y: tl.tensor,  # (B, H, W, C)
+    y_dot: tl.tensor | None,
+    mean: tl.tensor,  # (B, C)
+    rstd: tl.tensor,
+    k1: tl.tensor | None,
+    k2: tl.tensor | None,
+    gamma: tl.tensor,  # (C,)
+    beta: tl.tensor,
+    gamma_dot: tl.tensor | None,
+    p_bar: tl.tensor,  # (B, H//2, W//2, C)
+    p_bar_dot: tl.tensor | None,
+    sums: tl.tensor,  # (B, 2 or 4, C)
+    y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y
+    y_bar_dot: tl.tensor | None,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> None:
+    ACC: tl.constexpr = mean.dtype.element_ty
+    SUMS: tl.constexpr = 2 if y_dot is None else 4
+    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    plane = sample * C + c
+    window = tl.arange(0, WINDOWS)[:, None]
+    pooled, mask = pooled_place(window, H, W, WHOLE)
+    pooled = sample * ((H // 2) * (W // 2) * C) + pooled * C + c
+    ys = _load_quarters(y + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
+    # Zero outside the pool, so windows that are not whole add nothing to the sums.
+    share = tl.load(p_bar + pooled, mask & exists, 0).to(ACC) * 0.25
+    mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
+    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    beta_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    gamma_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    if y_dot is not None:
+        yds = _load_quarters(y_dot + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
+        share_dot = tl.load(p_bar_dot + pooled, mask & exists, 0).to(ACC) * 0.25
+        mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
+        g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
+        beta_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        gamma_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    for quarter in tl.static_range(4):
+        h = (ys[quarter].to(ACC) - mu) * r
+        active = g * h + b > 0
+        u_bar = tl.where(active, share, 0)
+        beta_sum += u_bar
+        gamma_sum += u_bar * h
+        if y_dot is not None:
+            h_dot = (yds[quarter].to(ACC) - mu_dot - h * h_y_dot) * r
+            u_bar_dot = tl.where(active, share_dot, 0)
+            beta_sum_dot += u_bar_dot
+            gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
+
+    sums += sample * (SUMS * C) + c
+    beta_total = tl.sum(beta_sum, 0, keep_dims=True)
+    gamma_total = tl.sum(gamma_sum, 0, keep_dims=True)
+    c0, c1, c2 = coefficients(beta_total, gamma_total, r, g, H * W)
+    tl.store(sums, beta_total, exists)
+    tl.store(sums + C, gamma_total, exists)
+    if y_dot is not None:
+        beta_total_dot = tl.sum(beta_sum_dot, 0, keep_dims=True)
+        gamma_total_dot = tl.sum(gamma_sum_dot, 0, keep_dims=True)
+        d0, d1, d2 = coefficients_dot(
+            beta_total, gamma_total, beta_total_dot, gamma_total_dot, r, h_y_dot, g, g_dot, H * W
+        )
+        tl.store(sums + 2 * C, beta_total_dot, exists)
+        tl.store(sums + 3 * C, gamma_total_dot, exists)
+    for quarter in tl.static_range(4):
+        pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+        place = sample * (H * W * C) + pixel * C + c
+        h = (ys[quarter].to(ACC) - mu) * r
+        active = g * h + b > 0
+        u_bar = tl.where(active, share, 0)
+        tl.store(y_bar + place, c0 * u_bar + (c2 * h + c1), mask & exists)
+        if y_dot is not None:
+            u_bar_dot = tl.where(active, share_dot, 0)
+            deviation = yds[quarter].to(ACC) - mu_dot
+            value = c0 * u_bar_dot + d0 * u_bar + (d2 * h + (c2 * r * deviation + d1))
+            tl.store(y_bar_dot + place, value, mask & exists)
+
+
+def forward(planes: Planes, tile: Configuration, y: Tensor, *rest: Tensor | None, eps: float) -> None:
+    """Compute what `norm_passes.forward` computes."""
+    launch_held(_forward, planes, tile, y, *rest, EPS=eps)
+
+
+def backward(
+    planes: Planes,
+    tile: Configuration,
+    y: Tensor,
+    *rest: Tensor | None,
+    y_bar: Tensor,
+    y_bar_dot: Tensor | None,
+) -> Tensor:
+    """Compute and return what `norm_passes.backward` computes and returns."""
+    shape = (planes.samples, 2 if y_bar_dot is None else 4, planes.channels)
+    sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
+    launch_held(_backward, planes, tile, y, *rest, sums, y_bar, y_bar_dot)
+    return sums

@@ -1,0 +1,414 @@
+"""Normalise, take ReLU and pool channels_last planes, and the derivatives, in passes over parts of large planes (lines.py).
+
+Forward: the moments of parts, the statistics of planes, the pooled values. Backward: the sums over parts of ū, ūh and, for
+a derivative, ū̇ and ū̇h + ūḣ; those over planes; then the gradients, which are linear in what a pixel has:
+
+    ȳ = c₀ ū + c₁ + c₂ h          ȳ̇ = c₀ ū̇ + d₀ ū + d₁ + d₂ h + c₂ rstd (ẏ − k1)
+
+A derivative is taken along with the primal's value; without one the kernels' dots, k1 and k2 are None.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import accumulator
+from .configurations import Configuration
+from .launch import tl, triton
+from .lines import (
+    combine_parts,
+    launch_parts,
+    part_of,
+    parts_of_pixels,
+    parts_of_windows,
+    pooled_place,
+    quarter_place,
+    within,
+)
+from .planes import Planes
+
+
+@triton.jit
+def _moments(
+    y: tl.tensor,  # (B, H, W, C)
+    y_dot: tl.tensor | None,
+    parts: tl.tensor,  # (B, PARTS, 2 or 4, C)
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    """Store the mean of each part and Σ(y − mean)²; then the mean of ẏ and Σ(y − mean)(ẏ − its mean).
+
+    Sums are taken of the differences from the part's first pixel. That pixel is one of those that are summed, so what
+    cancels is at most as many times the result as the part has pixels.
+    """
+    ACC: tl.constexpr = parts.dtype.element_ty
+    HW: tl.constexpr = H * W
+    PIXELS: tl.constexpr = 4 * WINDOWS * TILES
+    MOMENTS: tl.constexpr = 2 if y_dot is None else 4
+    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    first = part * PIXELS
+    count = tl.minimum(HW - first, PIXELS).to(ACC)
+    y += sample * (HW * C)
+    base = tl.load(y + first * C + c, exists, 0).to(ACC)
+    total = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    square = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    if y_dot is not None:
+        y_dot += sample * (HW * C)
+        base_dot = tl.load(y_dot + first * C + c, exists, 0).to(ACC)
+        total_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        square_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    # Several loads on their way at a time.
+    for tile in tl.range(0, 4 * TILES, loop_unroll_factor=4 if y_dot is None else 2):
+        pixel = first + tile * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+        mask = within(pixel, HW, WHOLE) & exists
+        v = tl.where(mask, tl.load(y + pixel * C + c, mask, 0).to(ACC) - base, 0)
+        total += v
+        square += v * v
+        if y_dot is not None:
+            v_dot = tl.where(mask, tl.load(y_dot + pixel * C + c, mask, 0).to(ACC) - base_dot, 0)
+            total_dot += v_dot
+            square_dot += v * v_dot
+    place = parts + (sample * PARTS + part) * (MOMENTS * C) + c
+    mean = tl.sum(total, 0, keep_dims=True) / count
+    tl.store(place, base + mean, exists)
+    tl.store(place + C, tl.sum(square, 0, keep_dims=True) - mean * mean * count, exists)
+    if y_dot is not None:
+        mean_dot = tl.sum(total_dot, 0, keep_dims=True) / count
+        tl.store(place + 2 * C, base_dot + mean_dot, exists)
+        tl.store(place + 3 * C, tl.sum(square_dot, 0, keep_dims=True) - mean * mean_dot * count, exists)
+
+
+@triton.jit
+def _statistics(
+    parts: tl.tensor,  # (B, PARTS, 2 or 4, C)
+    mean: tl.tensor,  # (B, C)
+    rstd: tl.tensor,
+    k1: tl.tensor | None,
+    k2: tl.tensor | None,
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    HW: tl.constexpr,
+    PIXELS: tl.constexpr,  # of a part; the last one has the rest
+    PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+) -> None:
+    """Combine the moments of parts: the deviation of a pixel is that from its part's mean and that of this mean."""
+    ACC: tl.constexpr = mean.dtype.element_ty
+    MOMENTS: tl.constexpr = 2 if k1 is None else 4
+    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    parts += sample * (PARTS * MOMENTS * C) + c
+    total = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
+    total_dot = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
+    for start in range(0, PARTS, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)[:, None]
+        mask = (part < PARTS) & exists
+        count = tl.minimum(HW - part * PIXELS, PIXELS).to(ACC)
+        total += count * tl.load(parts + part * (MOMENTS * C), mask, 0)
+        if k1 is not None:
+            total_dot += count * tl.load(parts + part * (MOMENTS * C) + 2 * C, mask, 0)
+    mu = tl.sum(total, 0, keep_dims=True) / HW
+    mu_dot = tl.sum(total_dot, 0, keep_dims=True) / HW
+
+    total = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
+    total_dot = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
+    for start in range(0, PARTS, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)[:, None]
+        mask = (part < PARTS) & exists
+        count = tl.where(mask, tl.minimum(HW - part * PIXELS, PIXELS), 0).to(ACC)
+        place = parts + part * (MOMENTS * C)
+        deviation = tl.load(place, mask, 0) - mu
+        total += tl.load(place + C, mask, 0) + count * deviation * deviation
+        if k1 is not None:
+            deviation_dot = tl.load(place + 2 * C, mask, 0) - mu_dot
+            total_dot += tl.load(place + 3 * C, mask, 0) + count * deviation * deviation_dot
+    r = 1 / tl.sqrt(tl.sum(total, 0, keep_dims=True) / HW + EPS)
+    plane = sample * C + c
+    tl.store(mean + plane, mu, exists)
+    tl.store(rstd + plane, r, exists)
+    if k1 is not None:
+        tl.store(k1 + plane, mu_dot, exists)
+        tl.store(k2 + plane, r * (tl.sum(total_dot, 0, keep_dims=True) / HW), exists)
+
+
+@triton.jit
+def _pool(
+    y: tl.tensor,  # (B, H, W, C)
+    y_dot: tl.tensor | None,
+    mean: tl.tensor,  # (B, C)
+    rstd: tl.tensor,
+    k1: tl.tensor | None,
+    k2: tl.tensor | None,
+    gamma: tl.tensor,  # (C,)
+    beta: tl.tensor,
+    gamma_dot: tl.tensor | None,
+    beta_dot: tl.tensor | None,
+    p: tl.tensor,  # (B, H//2, W//2, C)
+    p_dot: tl.tensor | None,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    """Normalise, take ReLU and pool a part of planes whose statistics are known."""
+    ACC: tl.constexpr = mean.dtype.element_ty
+    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    plane = sample * C + c
+    mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
+    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    y += sample * (H * W * C)
+    p += sample * ((H // 2) * (W // 2) * C)
+    if y_dot is not None:
+        mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
+        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+        of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
+        of_h = tl.load(gamma_dot + c, exists, 0).to(ACC) - of_y_dot * h_y_dot
+        y_dot += sample * (H * W * C)
+        p_dot += sample * ((H // 2) * (W // 2) * C)
+    for tile in range(TILES):
+        window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+        pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        for quarter in tl.static_range(4):
+            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            h = (tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) - mu) * r
+            u = g * h + b
+            pooled += tl.where(u > 0, u, 0)
+            if y_dot is not None:
+                deviation_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot
+                pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
+        place, mask = pooled_place(window, H, W, WHOLE)
+        tl.store(p + place * C + c, pooled * 0.25, mask & exists)
+        if y_dot is not None:
+            tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
+
+
+@triton.jit
+def _sums(
+    y: tl.tensor,  # (B, H, W, C)
+    y_dot: tl.tensor | None,
+    mean: tl.tensor,  # (B, C)
+    rstd: tl.tensor,
+    k1: tl.tensor | None,
+    k2: tl.tensor | None,
+    gamma: tl.tensor,  # (C,)
+    beta: tl.tensor,
+    p_bar: tl.tensor,  # (B, H//2, W//2, C)
+    p_bar_dot: tl.tensor | None,
+    parts: tl.tensor,  # (B, PARTS, 2 or 4, C)
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    """Store the sums over each part of ū and ūh, then those of ū̇ and ū̇h + ūḣ."""
+    ACC: tl.constexpr = mean.dtype.element_ty
+    SUMS: tl.constexpr = 2 if y_dot is None else 4
+    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    plane = sample * C + c
+    mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
+    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    y += sample * (H * W * C)
+    p_bar += sample * ((H // 2) * (W // 2) * C)
+    beta_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    gamma_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    if y_dot is not None:
+        mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
+        y_dot += sample * (H * W * C)
+        p_bar_dot += sample * ((H // 2) * (W // 2) * C)
+        beta_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+        gamma_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    for tile in range(TILES):
+        window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+        # Zero outside the pool, so windows that are not whole add nothing to the sums.
+        place, mask = pooled_place(window, H, W, WHOLE)
+        share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        if y_dot is not None:
+            share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        for quarter in tl.static_range(4):
+            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            h = (tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) - mu) * r
+            active = g * h + b > 0
+            u_bar = tl.where(active, share, 0)
+            beta_sum += u_bar
+            gamma_sum += u_bar * h
+            if y_dot is not None:
+                h_dot = (tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot - h * h_y_dot) * r
+                u_bar_dot = tl.where(active, share_dot, 0)
+                beta_sum_dot += u_bar_dot
+                gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
+    place = parts + (sample * PARTS + part) * (SUMS * C) + c
+    tl.store(place, tl.sum(beta_sum, 0, keep_dims=True), exists)
+    tl.store(place + C, tl.sum(gamma_sum, 0, keep_dims=True), exists)
+    if y_dot is not None:
+        tl.store(place + 2 * C, tl.sum(beta_sum_dot, 0, keep_dims=True), exists)
+        tl.store(place + 3 * C, tl.sum(gamma_sum_dot, 0, keep_dims=True), exists)
+
+
+@triton.jit
+def _add_parts(
+    parts: tl.tensor,  # (B, PARTS, SUMS, C)
+    sums: tl.tensor,  # (B, SUMS, C)
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+) -> None:
+    """Add up the sums of parts."""
+    sample, index, c, exists = part_of(SUMS, C, BLOCK_C)
+    total = tl.zeros((BLOCK_PARTS, BLOCK_C), sums.dtype.element_ty)
+    for start in range(0, PARTS, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)[:, None]
+        place = parts + ((sample * PARTS + part) * SUMS + index) * C + c
+        total += tl.load(place, (part < PARTS) & exists, 0)
+    tl.store(sums + (sample * SUMS + index) * C + c, tl.sum(total, 0, keep_dims=True), exists)
+
+
+@triton.jit
+def coefficients(
+    beta_total: tl.tensor, gamma_total: tl.tensor, r: tl.tensor, g: tl.tensor, HW: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return c₀, c₁ and c₂ of planes: ȳ = rstd (h̄ − E[h̄] − h E[h h̄]), with h̄ = γ ū."""
+    scale = -r * g / HW
+    return r * g, scale * beta_total, scale * gamma_total
+
+
+@triton.jit
+def coefficients_dot(
+    beta_total: tl.tensor,
+    gamma_total: tl.tensor,
+    beta_total_dot: tl.tensor,
+    gamma_total_dot: tl.tensor,
+    r: tl.tensor,
+    h_y_dot: tl.tensor,
+    g: tl.tensor,
+    g_dot: tl.tensor,
+    HW: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return d₀, d₁ and d₂: the derivative of rstd is −rstd² k2, and ḣ = rstd (ẏ − k1 − h k2) has a part along h."""
+    c0, c1, c2 = coefficients(beta_total, gamma_total, r, g, HW)
+    d1 = -r / HW * (g_dot * beta_total + g * beta_total_dot) - r * h_y_dot * c1
+    d2 = -r / HW * (g_dot * gamma_total + g * gamma_total_dot) - 2 * r * h_y_dot * c2
+    return r * (g_dot - h_y_dot * c0), d1, d2
+
+
+@triton.jit
+def _gradients(
+    y: tl.tensor,  # (B, H, W, C)
+    y_dot: tl.tensor | None,
+    mean: tl.tensor,  # (B, C)
+    rstd: tl.tensor,
+    k1: tl.tensor | None,
+    k2: tl.tensor | None,
+    gamma: tl.tensor,  # (C,)
+    beta: tl.tensor,
+    gamma_dot: tl.tensor | None,
+    p_bar: tl.tensor,  # (B, H//2, W//2, C)
+    p_bar_dot: tl.tensor | None,
+    sums: tl.tensor,  # (B, 2 or 4, C)
+    y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y, of which a pixel is read before it is written
+    y_bar_dot: tl.tensor | None,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    """Store the gradients of a part of planes whose sums are known."""
+    ACC: tl.constexpr = mean.dtype.element_ty
+    SUMS: tl.constexpr = 2 if y_dot is None else 4
+    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    plane = sample * C + c
+    mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
+    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    sums += sample * (SUMS * C) + c
+    beta_total, gamma_total = tl.load(sums, exists, 0), tl.load(sums + C, exists, 0)
+    c0, c1, c2 = coefficients(beta_total, gamma_total, r, g, H * W)
+    y += sample * (H * W * C)
+    y_bar += sample * (H * W * C)
+    p_bar += sample * ((H // 2) * (W // 2) * C)
+    if y_dot is not None:
+        mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
+        g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
+        totals_dot = tl.load(sums + 2 * C, exists, 0), tl.load(sums + 3 * C, exists, 0)
+        d0, d1, d2 = coefficients_dot(
+            beta_total, gamma_total, totals_dot[0], totals_dot[1], r, h_y_dot, g, g_dot, H * W
+        )
+        y_dot += sample * (H * W * C)
+        y_bar_dot += sample * (H * W * C)
+        p_bar_dot += sample * ((H // 2) * (W // 2) * C)
+    for tile in range(TILES):
+        window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+        place, mask = pooled_place(window, H, W, WHOLE)
+        share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        if y_dot is not None:
+            share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        for quarter in tl.static_range(4):
+            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            place = pixel * C + c
+            h = (tl.load(y + place, mask & exists, 0).to(ACC) - mu) * r
+            active = g * h + b > 0
+            u_bar = tl.where(active, share, 0)
+            if y_dot is not None:
+                deviation = tl.load(y_dot + place, mask & exists, 0).to(ACC) - mu_dot
+                u_bar_dot = tl.where(active, share_dot, 0)
+                value = c0 * u_bar_dot + d0 * u_bar + (d2 * h + (c2 * r * deviation + d1))
+                tl.store(y_bar_dot + place, value, mask & exists)
+            tl.store(y_bar + place, c0 * u_bar + (c2 * h + c1), mask & exists)
+
+
+def forward(
+    planes: Planes, tile: Configuration, y: Tensor, y_dot: Tensor | None, *rest: Tensor | None, eps: float
+) -> None:
+    """Compute p, and ṗ of a derivative. `rest`: mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p, p_dot."""
+    stats, dual = rest[:4], y_dot is not None
+    count = parts_of_pixels(planes, tile)
+    parts = _empty_parts(y, planes, count, 4 if dual else 2)
+    launch_parts(_moments, planes, tile, count, y, y_dot, parts)
+    pixels = 4 * tile["WINDOWS"] * tile["TILES"]
+    constants = {"EPS": eps, "HW": planes.height * planes.width, "PIXELS": pixels}
+    combine_parts(_statistics, planes, 1, count, parts, *stats, **constants)
+    launch_parts(_pool, planes, tile, parts_of_windows(planes, tile), y, y_dot, *rest)
+
+
+def backward(
+    planes: Planes,
+    tile: Configuration,
+    y: Tensor,
+    *rest: Tensor | None,  # y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, p_bar, p_bar_dot
+    y_bar: Tensor,
+    y_bar_dot: Tensor | None,
+) -> Tensor:
+    """Compute ȳ, and ȳ̇ of a derivative; return (B, 2 or 4, C): the sums over planes of ū and ūh, ū̇ and ū̇h + ūḣ."""
+    count, sums = parts_of_windows(planes, tile), 2 if y_bar_dot is None else 4
+    parts, totals = _empty_parts(y, planes, count, sums), _empty_parts(y, planes, 1, sums)
+    *stats_and_affine, _, p_bar, p_bar_dot = rest
+    launch_parts(_sums, planes, tile, count, y, *stats_and_affine, p_bar, p_bar_dot, parts)
+    combine_parts(_add_parts, planes, sums, count, parts, totals, SUMS=sums)
+    launch_parts(_gradients, planes, tile, count, y, *rest, totals, y_bar, y_bar_dot)
+    return totals[:, 0]
+
+
+def _empty_parts(y: Tensor, planes: Planes, parts: int, numbers: int) -> Tensor:
+    """Allocate `numbers` of each part of each plane, (B, parts, numbers, C)."""
+    shape = (planes.samples, parts, numbers, planes.channels)
+    return torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
