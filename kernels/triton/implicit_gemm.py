@@ -189,6 +189,7 @@ def _convolve(
 
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     total_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    of_x_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # two products of a step into one sum would wait for each other
     for step in range(STEPS):
         term, channel, down, right, exists = _terms(step, CI, PADDING, BLOCK_K)
         factors = output[None, :] * (9 * CI) + term[:, None]
@@ -216,7 +217,9 @@ def _convolve(
             total = _product(xs, ws, total, PRECISION)
         total_dot = _product(xs, ws_dot, total_dot, PRECISION)
         if x_dot is not None:
-            total_dot = _product(xs_dot, ws, total_dot, PRECISION)
+            of_x_dot = _product(xs_dot, ws, of_x_dot, PRECISION)
+    if x_dot is not None:
+        total_dot += of_x_dot
 
     place = pixel * CO + output[None, :] if CHANNELS_LAST else output[None, :] * (HO * WO) + pixel
     mask = (pixel < HO * WO) & (output < CO)[None, :]
@@ -272,6 +275,7 @@ def _correlate(
     part = (program // (BLOCKS * STEPS)).to(tl.int64)
 
     total = tl.zeros((BLOCK_K, BLOCK_N), ACC)
+    of_x_dot = tl.zeros((BLOCK_K, BLOCK_N), ACC)
     for step in range(tl.minimum(share, tiles - part * share)):
         tile = part * share + step  # int64, as is the sample
         sample = tile // TILES
@@ -301,7 +305,9 @@ def _correlate(
                 gs = tl.load(y_bar + y_begin + y_place, y_mask, 0)
         total = _product(tl.load(x + x_begin + place, mask, 0), gs_dot, total, PRECISION)
         if x_dot is not None:
-            total = _product(tl.load(x_dot + x_begin + place, mask, 0), gs, total, PRECISION)
+            of_x_dot = _product(tl.load(x_dot + x_begin + place, mask, 0), gs, of_x_dot, PRECISION)
+    if x_dot is not None:
+        total += of_x_dot
     tl.store(parts + (part * CO + output) * (9 * CI) + term, total, exists & (output < CO))
 
 
