@@ -111,7 +111,7 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
     """
     function = function or operation.function()
     wide = [in_float64(argument) for argument in operation.arguments]
-    expected = tensors_of(getattr(reference, operation.name)(*wide))
+    expected = exact_results(operation.name, wide)
 
     def error(arguments: list[Any]) -> float:
         pairs = zip(tensors_of(call(function, arguments)), expected, strict=True)
@@ -242,6 +242,12 @@ def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
 def call(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     """Call `function` with `arguments`, and with a copy of the activations among them, which the function takes apart."""
     return function(*(copy(each) if isinstance(each, Activations) else each for each in arguments))
+
+
+def exact_results(operation: str, arguments: Sequence[Any]) -> list[Tensor]:
+    """Return the reference's results in float64. On a GPU it does not ask cuDNN, whose own faults are to be seen."""
+    with torch.backends.cudnn.flags(enabled=False):
+        return tensors_of(getattr(reference, operation)(*map(in_float64, arguments)))
 
 
 def in_float64(argument: Any) -> Any:

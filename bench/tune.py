@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.candidates import CORRELATIONS, FUSED_CORRELATIONS, FUSED_TILES, TILES, WINDOWS, text_of
-from bench.kernels import call, in_float64, tensors_of
+from bench.kernels import call, exact_results, tensors_of
 from bench.measuring import interleaved, seconds
 from bench.parsing import CommonOptions
 from bench.records import write_record
@@ -86,7 +86,7 @@ class Subject:
 
     def expected(self) -> list[Tensor]:
         """Return the reference's results, in float64."""
-        return tensors_of(getattr(reference, self.operation)(*(in_float64(a) for a in self.arguments())))
+        return exact_results(self.operation, self.arguments())
 
 
 def main(options: Options, command: str) -> None:

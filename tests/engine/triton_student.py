@@ -1,4 +1,4 @@
-"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.engine.triton_student DEVICE`.
+"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.engine.triton_student DEVICE PART PARTS`.
 
 A program of its own, as kernels/triton_comparison.py is. Every back end that the table may name is taken in turn. It
 prints a line for each case that passed.
@@ -71,18 +71,22 @@ def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision
     print("passed:", net, dtype, precision, backend)
 
 
-def main(device: str) -> None:
+def main(device: str, part: int, parts: int) -> None:
     poison()
-    for backend in BACKENDS:
-        compare(*NETS[0], device, torch.float64, "fp32", backend)
-    compare(*NETS[1], device, torch.float64, "fp32", "fused")
+    precisions, exact, single = ("fp32", "tf32", "bf16"), torch.float64, torch.float32
+    cases: list[tuple[ConvNet, int, torch.dtype, str, str]] = [
+        *((*NETS[0], exact, "fp32", backend) for backend in BACKENDS),
+        (*NETS[1], exact, "fp32", "fused"),
+    ]
     if device == "cpu":  # interpreted, one case of each takes seconds, and tf32 is not rounded
-        for precision in ("fp32", "bf16"):
-            compare(*NETS[0], device, torch.float32, precision, "fused")
-        return
-    for (net, batch), backend, precision in itertools.product(NETS + LARGE, BACKENDS, ("fp32", "tf32", "bf16")):
-        compare(net, batch, device, torch.float32, precision, backend)
+        cases += [(*NETS[0], single, precision, "fused") for precision in ("fp32", "bf16")]
+    else:
+        cases.append((*NETS[1], exact, "fp32", "cudnn"))
+        every = itertools.product(NETS + LARGE, BACKENDS, precisions)
+        cases += [(net, batch, single, precision, backend) for (net, batch), backend, precision in every]
+    for net, batch, dtype, precision, backend in cases[part::parts]:
+        compare(net, batch, device, dtype, precision, backend)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

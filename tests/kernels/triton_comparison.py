@@ -1,7 +1,11 @@
-"""Hold Triton's operations of one family to the reference: `python -m tests.kernels.triton_comparison FAMILY DEVICE`.
+"""Hold Triton's operations of one family to the reference: `python -m tests.kernels.triton_comparison FAMILY DEVICE PART PARTS`.
 
 A program of its own, since a process either interprets Triton's kernels (TRITON_INTERPRET=1, DEVICE cpu) or compiles
-them (DEVICE cuda). It prints a line for each case that passed. `compare` runs it.
+them (DEVICE cuda). It prints a line for each case that passed. `compare` runs it, on a GPU in several processes, each with
+its part of the cases, since compiling takes nearly all the time.
+
+The reference computes on the CPU, in float64: on a GPU it would ask cuDNN, whose gradient to the input of a convolution in
+float64 is wrong where the padding is 3.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
@@ -62,20 +67,49 @@ TOLERANCES = {"fp32": 3e-6, "tf32": 2e-3, "bf16": 2e-2}
 BLOCK_TOLERANCES = {"fp64": 1e-12, "fp32": 1e-4, "tf32": 5e-2, "bf16": 0.2}
 
 Operation = Callable[..., Any]
+Share = tuple[int, int | None, int]
+"""The cases of a process, as arguments of `islice`."""
+
+PROCESSES = {"conv": 12, "block": 8, "norm": 4, "bias": 4}
+"""Processes of a family on a GPU, where it is not one: the families run side by side."""
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def compare(family: str, device: str) -> list[str]:
-    """Run the program in a process of its own, interpreted for `cpu`; return its lines."""
+    """Run this program for a family, interpreted for `cpu`; return the lines that it prints."""
+    processes = 1 if device == "cpu" else PROCESSES.get(family, 1)
+    return run_in_processes("tests.kernels.triton_comparison", family, device, processes=processes)
+
+
+def run_in_processes(module: str, *arguments: str, processes: int, **environment: str) -> list[str]:
+    """Run `module` with the arguments, its part and the number of parts, in as many processes; return all lines.
+
+    The last argument is the device: on `cpu` Triton is interpreted.
+    """
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_comparison", family, device]
-    interpreted = {"TRITON_INTERPRET": "1" if device == "cpu" else "0"}
-    answer = subprocess.run(
-        command, cwd=ROOT, env=os.environ | interpreted, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout.splitlines()
+    interpreted = {"TRITON_INTERPRET": "1" if arguments[-1] == "cpu" else "0"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", module, *arguments, str(part), str(processes)],
+            cwd=ROOT,
+            env=os.environ | interpreted | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for part in range(processes)
+    ]
+    deadline, lines = time.monotonic() + 280, []
+    try:
+        for process in started:
+            output, errors = process.communicate(timeout=max(0, deadline - time.monotonic()))
+            assert process.returncode == 0, errors
+            lines += output.splitlines()
+    finally:
+        for process in started:
+            process.kill()
+    return lines
 
 
 def poison() -> None:
@@ -107,16 +141,17 @@ def check(case: object, run: Callable[[], Any], expected: Any, tolerance: float)
             assert ours.is_contiguous(memory_format=torch.channels_last) or ours.is_contiguous(), where
             assert not wanted.is_contiguous() or ours.is_contiguous(), where
         assert torch.equal(ours, second), f"{where} differs from one run to the next"
-        error = float((ours.double() - wanted.double()).norm() / wanted.double().norm())
+        exact = wanted.double().to(ours.device)
+        error = float((ours.double() - exact).norm() / exact.norm())
         assert error <= tolerance, f"{where}: error {error}"
     print("passed:", case)
 
 
-def norms(device: str) -> None:
+def norms(device: str, share: Share) -> None:
     """Compare norm, ReLU and pool, and the derivatives."""
     from mtt_fast.kernels import reference
 
-    for shape, given in plane_cases(device):
+    for shape, given in itertools.islice(plane_cases(device), *share):
         y, y_dot, bars = given["y"], given["y_dot"], (given["p_bar"], given["p_bar_dot"])
         affine, affine_dot = Affine(given["gamma"], given["beta"]), Affine(given["gamma_dot"], given["beta_dot"])
         stats = reference.norm_relu_pool_dual(y, y_dot, affine, affine_dot, 1e-5)[2]
@@ -129,9 +164,9 @@ def norms(device: str) -> None:
         check_planes(cases, shape, y)
 
 
-def biases(device: str) -> None:
+def biases(device: str, share: Share) -> None:
     """Compare bias, ReLU and pool, and the derivatives."""
-    for shape, given in plane_cases(device):
+    for shape, given in itertools.islice(plane_cases(device), *share):
         y, beta, bars = given["z"], given["beta"], (given["p_bar"], given["p_bar_dot"])
         cases: dict[str, tuple[Any, ...]] = {
             "bias_relu_pool": (y, beta),
@@ -203,7 +238,7 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
     grown = (height + 2 * padding - 2, width + 2 * padding - 2)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, dtype=dtype).to(device)
+        return torch.randn(size, dtype=dtype)
 
     def planes(*size: int) -> Tensor:
         return draw(batch, *size).contiguous(memory_format=form)
@@ -225,12 +260,14 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
         ("conv3x3_dual_weight_gradient", (x, x_dot, y_bar, y_bar_dot)),
         ("conv3x3_dual_weight_gradient", (x, None, y_bar, y_bar_dot)),
     ]
-    for (name, arguments), backend in itertools.product(cases, BACKENDS):
+    for name, arguments in cases:
         wide = [None if each is None else each.double() for each in arguments]
         expected = tuple(each.to(dtype) for each in as_tuple(getattr(reference, name)(*wide, padding)))
-        case = (name, backend, shape, str(form), str(dtype), precision, "ẋ" if arguments[1] is not None else "no ẋ")
-        ours = partial(getattr(BACKENDS[backend], name), *arguments, padding, precision=precision)
-        check(case, ours, expected, tolerance)
+        moved = [None if each is None else each.to(device) for each in arguments]
+        for backend in BACKENDS:
+            ours = partial(getattr(BACKENDS[backend], name), *moved, padding, precision=precision)
+            dual = "ẋ" if arguments[1] is not None else "no ẋ"
+            check((name, backend, shape, str(form), str(dtype), precision, dual), ours, expected, tolerance)
 
 
 def blocks(device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], form: Any) -> None:
@@ -286,12 +323,13 @@ def mixed_formats(device: str) -> None:
     """Check that the weight gradient takes x and ȳ in formats of their own."""
     from mtt_fast.kernels import reference, triton
 
-    x, y_bar = torch.randn(2, 5, 6, 7).to(device), torch.randn(2, 4, 6, 7).to(device)
+    x, y_bar = torch.randn(2, 5, 6, 7), torch.randn(2, 4, 6, 7)
     last = torch.channels_last
     for first, second in ((x, y_bar.contiguous(memory_format=last)), (x.contiguous(memory_format=last), y_bar)):
-        arguments = (first, first, second, second, 1)
-        ours = partial(triton.conv3x3_dual_weight_gradient, *arguments, precision="fp32")
-        check("mixed formats", ours, reference.conv3x3_dual_weight_gradient(*arguments), TOLERANCES["fp32"])
+        expected = reference.conv3x3_dual_weight_gradient(first, first, second, second, 1)
+        moved = [each.to(device) for each in (first, first, second, second)]
+        ours = partial(triton.conv3x3_dual_weight_gradient, *moved, 1, precision="fp32")
+        check("mixed formats", ours, expected, TOLERANCES["fp32"])
 
 
 def classifiers(device: str, dtype: torch.dtype) -> None:
@@ -407,48 +445,57 @@ def refusals(device: str) -> None:
             raise AssertionError(f"accepted strides {first.stride()}")
 
 
-def all_convolutions(device: str) -> None:
+def all_convolutions(device: str, share: Share) -> None:
     """Compare every shape compiled; interpreted, those of float64, and few of the others."""
     precisions, interpreted = get_args(Precision), device == "cpu"
     shapes = SHAPES if interpreted else SHAPES + LARGE
+    cases: list[Callable[[], None]] = [partial(mixed_formats, device), partial(refusals, device)]
     for shape, form in itertools.product(shapes, (torch.contiguous_format, torch.channels_last)):
         if interpreted:
-            convolutions(device, torch.float64, "fp32", shape, form)
+            cases.append(partial(convolutions, device, torch.float64, "fp32", shape, form))
         for precision in precisions:
             enough = form == torch.channels_last and shape in SHAPES[: 2 if precision == "fp32" else 1]
             if not interpreted or (enough and precision not in UNINTERPRETED):
-                convolutions(device, torch.float32, precision, shape, form)
-    mixed_formats(device)
-    refusals(device)
+                cases.append(partial(convolutions, device, torch.float32, precision, shape, form))
+    run(cases, share)
 
 
-def all_blocks(device: str) -> None:
+def all_blocks(device: str, share: Share) -> None:
     interpreted = device == "cpu"
+    cases: list[Callable[[], None]] = []
     if interpreted:
         for shape, form in zip(BLOCKS, itertools.cycle((torch.channels_last, torch.contiguous_format)), strict=False):
-            blocks(device, torch.float64, "fp32", shape, form)
+            cases.append(partial(blocks, device, torch.float64, "fp32", shape, form))
     for shape in BLOCKS[:1] if interpreted else BLOCKS + LARGE:
         for dtype, precision in ((torch.float32, "fp32"), (torch.float32, "tf32"), (torch.bfloat16, "bf16")):
             if not (interpreted and precision in UNINTERPRETED):
-                blocks(device, dtype, precision, shape, torch.channels_last)
+                cases.append(partial(blocks, device, dtype, precision, shape, torch.channels_last))
+    run(cases, share)
 
 
-def main(family: str, device: str) -> None:
+def run(cases: list[Callable[[], None]], share: Share) -> None:
+    """Run the cases of a share, each of which draws the same numbers whatever the others are."""
+    for number, case in itertools.islice(enumerate(cases), *share):
+        torch.manual_seed(number)
+        case()
+
+
+def main(family: str, device: str, share: Share) -> None:
     assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     poison()
     match family:
         case "norm":
-            norms(device)
+            norms(device, share)
             refused_planes(family, device)
         case "bias":
-            biases(device)
+            biases(device, share)
             refused_planes(family, device)
         case "conv":
-            all_convolutions(device)
+            all_convolutions(device, share)
         case "block":
-            all_blocks(device)
+            all_blocks(device, share)
         case "classifier":
             for dtype in (torch.float64, torch.float32):
                 classifiers(device, dtype)
@@ -462,4 +509,5 @@ def main(family: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    family, device, part, parts = sys.argv[1:]
+    main(family, device, (int(part), None, int(parts)))
