@@ -34,6 +34,42 @@ CORRELATIONS: dict[str, list[Row]] = {
     "bf16": _correlations((264, 528), (64, 128, 128, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
 }
 
+_BOXES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SWAP", "TAPS", "num_warps", "num_stages")
+
+
+def _box_tiles(depth: int) -> list[Row]:
+    """Return tiles by boxes whose rows of `depth` channels are 128 bytes; without TAPS, a program sums all taps."""
+    sizes = (
+        (128, 128, depth, 1, None, 8, 3), (128, 128, depth, 0, None, 8, 3), (256, 64, depth, 1, None, 8, 3),
+        (128, 64, depth, 1, None, 4, 2), (64, 64, depth, 0, None, 4, 4), (128, 128, depth, 1, 9, 8, 3),
+        (128, 128, depth, 1, 3, 8, 3), (64, 128, depth, 0, 3, 4, 3), (64, 64, depth, 0, 1, 4, 4),
+    )  # fmt: skip
+    return [{name: value for name, value in zip(_BOXES, size, strict=True) if value is not None} for size in sizes]
+
+
+def _box_correlations(*sizes: tuple[int, int, int, int, int, int, int]) -> list[Row]:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TAPS", "PROGRAMS", "num_warps", "num_stages")
+    return [dict(zip(names, size, strict=True)) for size in sizes]
+
+
+BOX_TILES: dict[str, list[Row]] = {"fp32": [], "tf32": _box_tiles(32), "bf16": _box_tiles(64)}
+
+BOX_CORRELATIONS: dict[str, list[Row]] = {
+    "fp32": [],
+    "tf32": _box_correlations(
+        (32, 128, 128, 3, 132, 8, 3),
+        (32, 128, 128, 1, 264, 4, 3),
+        (32, 128, 128, 1, 132, 4, 4),
+        (32, 128, 64, 1, 132, 4, 4),
+    ),
+    "bf16": _box_correlations(
+        (64, 128, 128, 3, 132, 8, 3),
+        (64, 128, 128, 1, 264, 4, 3),
+        (128, 128, 128, 1, 132, 8, 3),
+        (64, 128, 64, 1, 132, 4, 4),
+    ),
+}
+
 FUSED_TILES: dict[str, list[Row]] = {
     "fp32": _tiles((32, 32, 16, 4, 2), (64, 32, 16, 4, 2)),
     "tf32": _tiles((64, 128, 32, 8, 3), (64, 128, 32, 4, 3), (128, 64, 32, 8, 3), (64, 64, 32, 8, 2)),
@@ -56,7 +92,8 @@ WINDOWS: list[Row] = [
 _HEAD = """\
 Launch configurations, by operation, class of shapes and architecture; `default` is for those that have no row of their
 own. Written by `python -m bench tune`, which needs a GPU. Only rows that say how many microseconds the operation took are
-measured; all others are sane guesses that fit in registers and shared memory."""
+measured, or how many prototype_microseconds a prototype of the kernel took, whose tile they have; all others are sane
+guesses that fit in registers and shared memory."""
 
 _SECTIONS = {
     "norm_relu_pool": """\
@@ -66,9 +103,14 @@ windows, rounded up to the sizes below; the last one takes all larger planes."""
     "conv3x3": """\
 conv3x3…: a tile is BLOCK_M × BLOCK_N results, each a sum over terms (a tap of a channel), taken BLOCK_K at a time. The
 weight gradient's tile is BLOCK_K × BLOCK_N, its sum goes over pixels, BLOCK_M at a time, and is cut so as to make about
-PROGRAMS programs. The backend is Triton (triton) or torch's library (cudnn). A class is the precision,
-whether images (at most 16 channels: narrow) are on either side, and the pixels of a result's plane, rounded up to a power
-of four; without the pixels, it is for all that have no row of their own.""",
+PROGRAMS programs. The backend is a kernel of ours that loads by pointers (triton) or by boxes (tma), or torch's library
+(cudnn). A class is the precision, whether images (at most 16 channels: narrow) are on either side, and, each rounded up
+to a power of four, the pixels of a result's plane and the samples; without these, it is for all that have no row of their own.
+What follows tma is the tile by boxes, BLOCK_M being the box's pixels: with SWAP results are outputs × pixels, and TAPS is
+how many taps a program sums; of a weight gradient, whose tile is BLOCK_N outputs × BLOCK_K inputs, how many it holds.
+Where boxes do not fit, the row's other tile is taken. The prototype's times leave out the copies of weights, as those of
+cuDNN beside which it was timed did, and of a weight gradient in tf32 those of its pixels (4 to 10 microseconds); in bf16
+they are those of fp16; a tangent's are the dual's, which does more.""",
     "conv_norm_relu_pool": """\
 conv_norm_relu_pool…: a whole block, its backend fused or parts, and the tiles of its convolutions as above.""",
     "block": "block_…: passes of a fused block beside its convolutions, as the norm above; block_combine takes BLOCK_C a program.",
@@ -105,6 +147,10 @@ def _comment(text: str) -> str:
 
 
 def _entries(row: Row) -> str:
-    return ", ".join(
-        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}" for name, value in row.items()
-    )
+    return ", ".join(f"{name} = {_value(value)}" for name, value in row.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {_entries(value)} }}"
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -57,7 +57,7 @@ def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision
     of_block = {"fused": "fused"}.get(backend, "parts")
 
     def backend_of(operation: str, *_: Any) -> str:
-        return of_block if operation.startswith("conv_") else BACKENDS[backend]
+        return of_block if operation.startswith("conv_") else BACKENDS.get(backend, backend)
 
     with patch.object(dispatch, "backend_of", backend_of):
         student = FusedConvNetStudent(net, "indices", precision)
@@ -84,6 +84,8 @@ def main(device: str, part: int, parts: int) -> None:
         cases.append((*NETS[1], exact, "fp32", "cudnn"))
         every = itertools.product(NETS + LARGE, BACKENDS, precisions)
         cases += [(net, batch, single, precision, backend) for (net, batch), backend, precision in every]
+        if torch.cuda.get_device_capability()[0] >= 9:  # by boxes what fits them
+            cases += [(*net, single, precision, "tma") for net in NETS + LARGE for precision in ("tf32", "bf16")]
     for net, batch, dtype, precision, backend in cases[part::parts]:
         compare(net, batch, device, dtype, precision, backend)
 

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -45,6 +47,25 @@ CLASSIFIERS = [  # (B, D, K)
     (2, 3, 1000),
 ]
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
+
+# likewise, of channels that are multiples of 16 bytes
+BOXED = [
+    (2, 8, 24, 6, 5, 1),  # odd sides, a box that hangs over on each of them
+    (1, 8, 8, 4, 5, 3),  # the input gradient crops
+    (3, 40, 24, 1, 1, 1),  # 1×1 planes, several samples in a box, more channels than a step of the sum
+    (2, 8, 72, 9, 7, 0),  # several tiles in both directions
+    (9, 8, 16, 5, 3, 1),  # the weight gradient's sum in several parts, the last one short
+]
+BOX_TILES = [
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "SWAP": 0, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "SWAP": 1, "TAPS": 3, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "SWAP": 1, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SWAP": 0, "TAPS": 9, "num_warps": 1, "num_stages": 2},
+]
+BOX_CORRELATIONS = [
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "PROGRAMS": 4, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 1, "PROGRAMS": 30, "num_warps": 1, "num_stages": 2},
+] * 2
 
 # (B, C, H, W): a plane of one tile, odd sizes, 1×1 after the pool, more channels than a block, a plane of several tiles
 PLANES = [(2, 3, 4, 4), (1, 5, 7, 5), (2, 17, 2, 2), (3, 4, 3, 9), (1, 2, 18, 20)]
@@ -230,23 +251,35 @@ def refused_planes(family: str, device: str) -> None:
 
 
 def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], form: Any) -> None:
-    """Compare our kernels and torch's library, between which the table chooses."""
-    from mtt_fast.kernels import reference
+    """Compare our kernels by pointers and torch's library, between which the table chooses."""
     from mtt_fast.kernels.triton.dispatch import BACKENDS
+
+    tolerance = 1e-13 if dtype == torch.float64 else TOLERANCES[precision]
+    backends = [name for name in BACKENDS if name != "tma"]
+    for name, arguments, expected in convolution_cases(dtype, shape, form):
+        moved = [None if each is None else each.to(device) for each in arguments]
+        for backend in backends:
+            ours = partial(getattr(BACKENDS[backend], name), *moved, shape[-1], precision=precision)
+            dual = "ẋ" if arguments[1] is not None else "no ẋ"
+            check((name, backend, shape, str(form), str(dtype), precision, dual), ours, expected, tolerance)
+
+
+def convolution_cases(
+    dtype: torch.dtype, shape: tuple[int, ...], form: Any
+) -> Iterator[tuple[str, tuple[Tensor | None, ...], tuple[Tensor, ...]]]:
+    """Yield each operation's name, its arguments on the CPU, and what the reference makes of them in float64."""
+    from mtt_fast.kernels import reference
+    from mtt_fast.kernels.types import accumulator
 
     batch, channels, outputs, height, width, padding = shape
     grown = (height + 2 * padding - 2, width + 2 * padding - 2)
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, dtype=dtype)
-
     def planes(*size: int) -> Tensor:
-        return draw(batch, *size).contiguous(memory_format=form)
+        return torch.randn(batch, *size, dtype=accumulator(dtype)).to(dtype, memory_format=form)
 
     x, x_dot = planes(channels, height, width), planes(channels, height, width)
     y_bar, y_bar_dot = planes(outputs, *grown), planes(outputs, *grown)
-    weights = [draw(outputs, channels, 3, 3) for _ in range(2)]
-    tolerance = 1e-13 if dtype == torch.float64 else TOLERANCES[precision]
+    weights = [torch.randn(outputs, channels, 3, 3, dtype=accumulator(dtype)) for _ in range(2)]
     cases: list[tuple[str, tuple[Tensor | None, ...]]] = [
         ("conv3x3", (x, weights[0])),
         ("conv3x3_input_gradient", (y_bar, weights[0])),
@@ -262,12 +295,27 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
     ]
     for name, arguments in cases:
         wide = [None if each is None else each.double() for each in arguments]
-        expected = tuple(each.to(dtype) for each in as_tuple(getattr(reference, name)(*wide, padding)))
+        exact = as_tuple(getattr(reference, name)(*wide, padding))
+        of_weights = accumulator(dtype) if name.endswith("weight_gradient") else dtype
+        yield name, arguments, tuple(each.to(of_weights) for each in exact)
+
+
+def boxed_convolutions(
+    device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], number: int | None
+) -> None:
+    """Compare our kernels by boxes, with tile `number` of those below, or with the table's."""
+    from mtt_fast.kernels.triton import boxes, tma
+
+    def configuration(operation: str, *_: Any) -> dict[str, int]:
+        tiles = BOX_CORRELATIONS if operation.endswith("weight_gradient") else BOX_TILES
+        return tiles[number or 0]
+
+    for name, arguments, expected in convolution_cases(dtype, shape, torch.channels_last):
         moved = [None if each is None else each.to(device) for each in arguments]
-        for backend in BACKENDS:
-            ours = partial(getattr(BACKENDS[backend], name), *moved, padding, precision=precision)
-            dual = "ẋ" if arguments[1] is not None else "no ẋ"
-            check((name, backend, shape, str(form), str(dtype), precision, dual), ours, expected, tolerance)
+        ours = partial(getattr(tma, name), *moved, shape[-1], precision=precision)
+        case = (name, "tma", shape, str(dtype), precision, number, "ẋ" if arguments[1] is not None else "no ẋ")
+        with nullcontext() if number is None else patch.object(boxes, "box_configuration", configuration):
+            check(case, ours, expected, TOLERANCES[precision])
 
 
 def blocks(device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], form: Any) -> None:
@@ -457,6 +505,16 @@ def all_convolutions(device: str, share: Share) -> None:
             enough = form == torch.channels_last and shape in SHAPES[: 2 if precision == "fp32" else 1]
             if not interpreted or (enough and precision not in UNINTERPRETED):
                 cases.append(partial(convolutions, device, torch.float32, precision, shape, form))
+    if interpreted:
+        for first, number in itertools.product(range(len(BOXED)), range(0, len(BOX_TILES), 2)):
+            tile = (first + number) % len(BOX_TILES)
+            cases.append(partial(boxed_convolutions, device, torch.float32, "fp32", BOXED[first], tile))
+        for tile in range(2):
+            cases.append(partial(boxed_convolutions, device, torch.bfloat16, "bf16", BOXED[0], tile))
+    if not interpreted and torch.cuda.get_device_capability()[0] >= 9:
+        for shape in BOXED + [shape for shape in LARGE if shape[1] % 8 == shape[2] % 8 == 0]:
+            cases.append(partial(boxed_convolutions, device, torch.float32, "tf32", shape, None))
+            cases.append(partial(boxed_convolutions, device, torch.bfloat16, "bf16", shape, None))
     run(cases, share)
 
 
