@@ -36,7 +36,7 @@ def _stored(total: tl.tensor, y: tl.tensor_descriptor, SWAP: tl.constexpr) -> tl
 def _convolve(
     x: tl.tensor_descriptor,  # descriptors: (B, H, W, CI), as is x_dot
     x_dot: tl.tensor_descriptor | None,
-    weight: tl.tensor_descriptor | None,  # (CO, 9, CI), as is weight_dot
+    weight: tl.tensor_descriptor | None,  # (CO, 9·CI), as is weight_dot
     weight_dot: tl.tensor_descriptor,
     y: tl.tensor_descriptor | None,  # (B, HO, WO, CO), as is y_dot
     y_dot: tl.tensor_descriptor,
@@ -69,10 +69,10 @@ def _convolve(
         tap, c = step // STEPS, step % STEPS * BLOCK_K
         down, right = row + tap // 3 - PADDING, column + tap % 3 - PADDING
         xs = x.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
-        ws_dot = weight_dot.load([o, tap, c]).reshape(BLOCK_N, BLOCK_K)
+        ws_dot = weight_dot.load([o, tap * CI + c])
         of_w_dot = _multiplied(xs, ws_dot, of_w_dot, SWAP, PRECISION)
         if weight is not None:
-            ws = weight.load([o, tap, c]).reshape(BLOCK_N, BLOCK_K)
+            ws = weight.load([o, tap * CI + c])
             if y is not None:
                 total = _multiplied(xs, ws, total, SWAP, PRECISION)
             if x_dot is not None:
@@ -109,7 +109,7 @@ def _sum_of_taps(
     for step in range(TAPS * STEPS):
         tap, c = first + step // STEPS, step % STEPS * BLOCK_K
         xs = x.load([n, row + tap // 3 - PADDING, column + tap % 3 - PADDING, c]).reshape(BLOCK_M, BLOCK_K)
-        ws = weight.load([o, tap, c]).reshape(BLOCK_N, BLOCK_K)
+        ws = weight.load([o, tap * CI + c])
         total = _multiplied(xs, ws, total, SWAP, PRECISION)
     return total
 

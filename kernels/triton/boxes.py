@@ -84,8 +84,11 @@ def describe_planes(planes: Tensor, box: tuple[int, int, int], channels: int) ->
 
 
 def describe_weights(weight: Tensor, dtype: torch.dtype, outputs: int, inputs: int) -> TensorDescriptor:
-    """Describe weights (CO, 3, 3, CI) by boxes of one tap."""
-    return described(weight.to(dtype), (len(weight), 9, weight.shape[3]), (outputs, 1, inputs))
+    """Describe weights (CO, 3, 3, CI) by boxes of output × input channels, a tensor core's own two directions.
+
+    A box that reaches into the next tap's channels meets zeros among the pixels'.
+    """
+    return described(weight.to(dtype), (len(weight), weight[0].numel()), (outputs, inputs))
 
 
 def described(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:

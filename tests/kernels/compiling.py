@@ -52,6 +52,7 @@ class Usage:
     tensor_cores: bool
     asynchronous: bool  # those of a Hopper or Blackwell, which read shared memory themselves
     boxes: bool  # whether the tensor memory accelerator loads
+    through_registers: int  # tiles that are copied from shared memory before they are multiplied or stored
 
 
 @contextmanager
@@ -114,6 +115,7 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
         re.search(r"mma\S*(tf32|bf16|kind::f16)", compiled.asm["ptx"]) is not None,
         re.search(r"wgmma|tcgen05.mma", compiled.asm["ptx"]) is not None,
         "cp.async.bulk.tensor" in compiled.asm["ptx"],
+        compiled.asm["ttgir"].count("ttg.local_load"),
     )
 
 

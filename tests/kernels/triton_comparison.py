@@ -506,9 +506,8 @@ def all_convolutions(device: str, share: Share) -> None:
             if not interpreted or (enough and precision not in UNINTERPRETED):
                 cases.append(partial(convolutions, device, torch.float32, precision, shape, form))
     if interpreted:
-        for first, number in itertools.product(range(len(BOXED)), range(0, len(BOX_TILES), 2)):
-            tile = (first + number) % len(BOX_TILES)
-            cases.append(partial(boxed_convolutions, device, torch.float32, "fp32", BOXED[first], tile))
+        for shape, tile in zip(BOXED, itertools.cycle(range(len(BOX_TILES))), strict=False):
+            cases.append(partial(boxed_convolutions, device, torch.float32, "fp32", shape, tile))
         for tile in range(2):
             cases.append(partial(boxed_convolutions, device, torch.bfloat16, "bf16", BOXED[0], tile))
     if not interpreted and torch.cuda.get_device_capability()[0] >= 9:
