@@ -16,6 +16,7 @@ from torch.nn.grad import conv2d_weight
 from mtt_fast import kernels
 from mtt_fast.kernels import native, reference
 from mtt_fast.kernels.native import extension, planes
+from mtt_fast.kernels.triton import cudnn
 from mtt_fast.kernels.types import memory_format
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import (
@@ -161,6 +162,38 @@ def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None
     ):
         rounded = found.dtype == torch.bfloat16
         assert_close("result", found.float(), expected, 4e-3 if rounded else 1e-6)
+
+
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("padding", [2, 3, 4])
+def test_cudnn_is_asked_for_no_padding_above_two(
+    padding: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At padding 3 its gradient to the input was wrong in float64; what is further out is zeros alone."""
+    asked: list[int] = []
+
+    def noting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any, padding: int) -> Tensor:
+            asked.append(padding)
+            return function(*arguments, padding=padding)
+
+        return call
+
+    given = convolution_arguments((2, 3, 4, 5, 6, padding), layout=layout)
+    expected = [
+        reference.conv3x3_input_gradient(given["y_bar"], given["weight"], padding),
+        reference.conv3x3_weight_gradient(given["x"], given["y_bar"], padding),
+    ]
+    monkeypatch.setattr(F, "conv_transpose2d", noting(F.conv_transpose2d))
+    monkeypatch.setattr(cudnn, "conv2d_weight", noting(conv2d_weight))
+    found = [
+        cudnn.conv3x3_input_gradient(given["y_bar"], given["weight"], padding, "fp32"),
+        cudnn.conv3x3_weight_gradient(given["x"], given["y_bar"], padding, "fp32"),
+    ]
+    assert asked == [2, 2]
+    for ours, wanted in zip(found, expected, strict=True):
+        assert_close("gradient", ours, wanted, 1e-13)
+        assert ours.stride() == wanted.stride()
 
 
 ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
