@@ -34,6 +34,42 @@ CORRELATIONS: dict[str, list[Row]] = {
     "bf16": _correlations((264, 528), (64, 128, 128, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
 }
 
+_BOXES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SWAP", "TAPS", "num_warps", "num_stages")
+
+
+def _box_tiles(depth: int) -> list[Row]:
+    """Return tiles by boxes whose rows of `depth` channels are 128 bytes; without TAPS, a program sums all taps."""
+    sizes = (
+        (128, 128, depth, 1, None, 8, 3), (128, 128, depth, 0, None, 8, 3), (256, 64, depth, 1, None, 8, 3),
+        (128, 64, depth, 1, None, 4, 2), (64, 64, depth, 0, None, 4, 4), (128, 128, depth, 1, 9, 8, 3),
+        (128, 128, depth, 1, 3, 8, 3), (64, 128, depth, 0, 3, 4, 3), (64, 64, depth, 0, 1, 4, 4),
+    )  # fmt: skip
+    return [{name: value for name, value in zip(_BOXES, size, strict=True) if value is not None} for size in sizes]
+
+
+def _box_correlations(*sizes: tuple[int, int, int, int, int, int, int]) -> list[Row]:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TAPS", "PROGRAMS", "num_warps", "num_stages")
+    return [dict(zip(names, size, strict=True)) for size in sizes]
+
+
+BOX_TILES: dict[str, list[Row]] = {"fp32": [], "tf32": _box_tiles(32), "bf16": _box_tiles(64)}
+
+BOX_CORRELATIONS: dict[str, list[Row]] = {
+    "fp32": [],
+    "tf32": _box_correlations(
+        (32, 128, 128, 3, 132, 8, 3),
+        (32, 128, 128, 1, 264, 4, 3),
+        (32, 128, 128, 1, 132, 4, 4),
+        (32, 128, 64, 1, 132, 4, 4),
+    ),
+    "bf16": _box_correlations(
+        (64, 128, 128, 3, 132, 8, 3),
+        (64, 128, 128, 1, 264, 4, 3),
+        (128, 128, 128, 1, 132, 8, 3),
+        (64, 128, 64, 1, 132, 4, 4),
+    ),
+}
+
 
 def _passes(*sizes: tuple[int, int, int], **more: int) -> list[Row]:
     names = ("WINDOWS", "num_warps", "PROGRAMS")
@@ -79,13 +115,6 @@ def lines(shape_class: str) -> list[Row]:
     return held if windows < 256 else held + parts
 
 
-WINDOWS: list[Row] = [
-    {"BLOCK_C": channels, "WINDOWS": windows, "num_warps": warps}
-    for channels, windows, warps in (
-        (16, 16, 2), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 16, 4), (16, 64, 4), (16, 64, 8), (16, 128, 8),
-    )
-]  # fmt: skip
-
 _HEAD = """\
 Launch configurations, by operation, class of shapes and architecture; `default` is for those that have no row of their
 own. Written by `python -m bench tune`, which needs a GPU. Rows with `microseconds` are measured. Those with
@@ -101,9 +130,14 @@ parts of TILES tiles. The prototype ran on an H200, on float32 planes of 128 cha
     "conv3x3": """\
 conv3x3…: a tile is BLOCK_M × BLOCK_N results, each a sum over terms (a tap of a channel), taken BLOCK_K at a time. The
 weight gradient's tile is BLOCK_K × BLOCK_N, its sum goes over pixels, BLOCK_M at a time, and is cut so as to make about
-PROGRAMS programs. The backend is Triton (triton) or torch's library (cudnn). A class is the precision,
-whether images (at most 16 channels: narrow) are on either side, and the pixels of a result's plane, rounded up to a power
-of four; without the pixels, it is for all that have no row of their own.""",
+PROGRAMS programs. The backend is a kernel of ours that loads by pointers (triton) or by boxes (tma), or torch's library
+(cudnn). A class is the precision, whether images (at most 16 channels: narrow) are on either side, and, each rounded up
+to a power of four, the pixels of a result's plane and the samples; without these, it is for all that have no row of their own.
+What follows tma is the tile by boxes, BLOCK_M being the box's pixels: with SWAP results are outputs × pixels, and TAPS is
+how many taps a program sums; of a weight gradient, whose tile is BLOCK_N outputs × BLOCK_K inputs, how many it holds.
+Where boxes do not fit, the row's other tile is taken. The prototype's times leave out the copies of weights, as those of
+cuDNN beside which it was timed did, and of a weight gradient in tf32 those of its pixels (4 to 10 microseconds); in bf16
+they are those of fp16; a tangent's are the dual's, which does more.""",
     "image_patches": """\
 image_patches: BLOCK_M pixels at a time, in parts that make about PROGRAMS programs, and ELEMENTS of the image to copy. A class
 is the precision and the pixels of a plane, rounded up to the sizes of kernels/triton/block.py; without the pixels, it is for all
@@ -146,6 +180,10 @@ def _comment(text: str) -> str:
 
 
 def _entries(row: Row) -> str:
-    return ", ".join(
-        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}" for name, value in row.items()
-    )
+    return ", ".join(f"{name} = {_value(value)}" for name, value in row.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {_entries(value)} }}"
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -17,8 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.candidates import BLOCKS, CORRELATIONS, TILES, lines, text_of
-from bench.kernels import in_float64, tensors_of
+from bench.candidates import (
+    BLOCKS,
+    BOX_CORRELATIONS,
+    BOX_TILES,
+    CORRELATIONS,
+    TILES,
+    lines,
+    text_of,
+)
+from bench.kernels import exact_results, tensors_of
 from bench.measuring import interleaved, seconds
 from bench.parsing import CommonOptions
 from bench.records import write_record
@@ -71,8 +79,8 @@ class Subject:
     """A row to find, and the operation whose time decides."""
 
     row: str
-    classes: tuple[str, str]
-    """the class of shapes of the row, and the looser class that it falls back to"""
+    classes: tuple[str, ...]
+    """the class of shapes of the row, and the looser ones that it falls back to"""
     candidates: list[Row]
     operation: str
     arguments: Callable[[], list[Any]]
@@ -84,7 +92,7 @@ class Subject:
 
     def expected(self) -> list[Tensor]:
         """Return the reference's results, in float64."""
-        return tensors_of(getattr(reference, self.operation)(*(in_float64(a) for a in self.arguments())))
+        return exact_results(self.operation, self.arguments())
 
 
 def main(options: Options, command: str) -> None:
@@ -135,8 +143,8 @@ class Table:
         return cls(rows, forget, launch.architecture(device), device, path)
 
     def default(self, subject: Subject) -> Row:
-        """Return the row of the looser class."""
-        rows = self.rows[subject.row][subject.classes[1]]
+        """Return the row of the loosest class."""
+        rows = self.rows[subject.row][subject.classes[-1]]
         row: Row = rows.get(self.architecture, rows["default"])
         return {name: value for name, value in row.items() if not name.endswith("microseconds")}
 
@@ -189,11 +197,9 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
         table.put(subject, default)
         return result | {"chosen": None, "seconds": None}
     order = sorted(times, key=lambda name: times[name]["median"])
-    best, tile = (
-        candidates[order[0]],
-        next((candidates[name] for name in order if _has_tile(candidates[name])), default),
-    )
-    table.put(subject, tile | best | {"microseconds": round(1e6 * times[order[0]]["median"], 1)})
+    best = candidates[order[0]]
+    row = fastest_tiles([candidates[name] for name in order], default)
+    table.put(subject, row | {"microseconds": round(1e6 * times[order[0]]["median"], 1)})
     backend_times = {candidates[name].get("backend"): times[name]["median"] for name in reversed(order)}
     return result | {
         "chosen": order[0],
@@ -202,6 +208,17 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
         "default_seconds": times.get(_text(default)),
         "others": {name: median for name, median in backend_times.items() if name and name != best["backend"]},
     }
+
+
+def fastest_tiles(rows: list[Row], default: Row) -> Row:
+    """Return the first of `rows`, from fast to slow, with the fastest tile by pointers, and by boxes, that is among them."""
+    row = dict(next((row for row in rows if _has_tile(row)), default))
+    boxes = next((row for row in rows if row.get("backend") == "tma"), None)
+    if boxes is not None:
+        row["tma"] = boxes["tma"]
+    if "backend" in rows[0]:
+        row["backend"] = rows[0]["backend"]
+    return row
 
 
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
@@ -248,10 +265,16 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     ):
         yield Subject(name, window, lines(window[0]), name, fixed(*arguments))
 
-    tiles = [*({"backend": "triton"} | tile for tile in TILES[precision]), {"backend": "cudnn"}]
-    correlations = [*({"backend": "triton"} | tile for tile in CORRELATIONS[precision]), {"backend": "cudnn"}]
+    tiles: list[Row] = [*({"backend": "triton"} | tile for tile in TILES[precision]), {"backend": "cudnn"}]
+    correlations: list[Row] = [
+        *({"backend": "triton"} | tile for tile in CORRELATIONS[precision]),
+        {"backend": "cudnn"},
+    ]
     dual, backward = (x, x_dot, *weights, padding, precision), (y, y_dot, *weights, padding, precision)
-    convolutions: list[tuple[str, tuple[str, str], list[Row], tuple[Any, ...]]] = [
+    if block.number > 1:  # boxes fit no images
+        tiles += [{"backend": "tma", "tma": tile} for tile in BOX_TILES[precision]]
+        correlations += [{"backend": "tma", "tma": tile} for tile in BOX_CORRELATIONS[precision]]
+    convolutions: list[tuple[str, tuple[str, ...], list[Row], tuple[Any, ...]]] = [
         ("conv3x3", forward, tiles, (x, weights[0], padding, precision)),
         ("conv3x3_dual", forward, tiles, dual),
         ("conv3x3_tangent", forward, tiles, dual),

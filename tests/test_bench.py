@@ -311,7 +311,7 @@ def test_kernels_and_their_stage(tmp_path: Path) -> None:
             measured = {name for name, row in after[operation][shape_class].items() if "microseconds" in row}
             for name in kept.keys() - measured:
                 assert after[operation][shape_class][name] == kept[name]
-    assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64"]["sm_80"]
+    assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64-16"]["sm_80"]
 
     assert "kernels" not in stage("table", tmp_path)  # what is recorded is not measured again
 
@@ -389,6 +389,18 @@ def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPa
     assert rows["op"]["class"]["sm_90"]["microseconds"] >= 5000
     chosen.write()
     assert tomllib.loads((tmp_path / "table.toml").read_text()) == rows
+
+
+def test_a_row_has_the_fastest_tile_of_each_back_end() -> None:
+    default = {"backend": "triton", "BLOCK_M": 1, "tma": {"BLOCK_M": 2}}
+    fast = [
+        default | {"backend": "cudnn"},
+        default | {"backend": "tma", "tma": {"BLOCK_M": 3}},
+        default | {"BLOCK_M": 4},
+    ]
+    assert tune.fastest_tiles(fast, default) == {"backend": "cudnn", "BLOCK_M": 4, "tma": {"BLOCK_M": 3}}
+    assert tune.fastest_tiles(fast[:1], default) == default | {"backend": "cudnn"}
+    assert tune.fastest_tiles([{"BLOCK_C": 8}, {"BLOCK_C": 16}], {"BLOCK_C": 4}) == {"BLOCK_C": 8}
 
 
 def test_precision(tmp_path: Path) -> None:

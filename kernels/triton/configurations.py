@@ -11,26 +11,32 @@ Configuration = dict[str, int]  # block sizes in capitals, num_warps, num_stages
 Row = dict[str, Any]  # a configuration, the back end that computes the operation, and the time it took if measured
 Table = dict[str, dict[str, dict[str, Row]]]  # by operation, class of shapes, architecture
 
-NOT_OF_A_LAUNCH = ("backend", "microseconds", "prototype_microseconds")
+NOT_OF_A_LAUNCH = ("backend", "microseconds", "prototype_microseconds", "tma")
 
 
-def configuration(
-    operation: str, shape_class: str, architecture: str, looser_class: str | None = None
-) -> Configuration:
+def configuration(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> Configuration:
     """Return the configuration of one operation, class of shapes and architecture; see `row_of`."""
-    row = row_of(operation, shape_class, architecture, looser_class)
+    row = row_of(operation, shape_class, architecture, *looser_classes)
     return {name: value for name, value in row.items() if name not in NOT_OF_A_LAUNCH}
 
 
-def backend_of(operation: str, shape_class: str, architecture: str, looser_class: str | None = None) -> str:
-    """Return the back end of the operation: `triton` or `cudnn`."""
-    return cast(str, row_of(operation, shape_class, architecture, looser_class)["backend"])
+def box_configuration(operation: str, architecture: str, *classes: str) -> Configuration:
+    """Return the configuration of a convolution by boxes: the architecture's own in the closest class that has one."""
+    for rows in (table()[operation].get(name, {}) for name in classes):
+        if "tma" in rows.get(architecture, {}):
+            return cast(Configuration, rows[architecture]["tma"])
+    raise KeyError(f"{operation}: no boxes for {classes[0]} on {architecture} in configurations.toml")
+
+
+def backend_of(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> str:
+    """Return the back end of the operation: `triton`, `tma` or `cudnn` or, of a classifier, `fused` or `parts`."""
+    return cast(str, row_of(operation, shape_class, architecture, *looser_classes)["backend"])
 
 
 @cache
-def row_of(operation: str, shape_class: str, architecture: str, looser_class: str | None = None) -> Row:
+def row_of(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> Row:
     """Return the row of the table: the architecture's own in the closest class that has one, else the `default`."""
-    classes = [table()[operation].get(name, {}) for name in (shape_class, looser_class) if name is not None]
+    classes = [table()[operation].get(name, {}) for name in (shape_class, *looser_classes)]
     for name in (architecture, "default"):
         for rows in classes:
             if name in rows:

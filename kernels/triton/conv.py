@@ -1,9 +1,12 @@
-"""Convolve 3×3 by the two matrix products of implicit_gemm.py.
+"""Convolve 3×3 by the two matrix products of implicit_gemm.py unless others are given, as tma.py does.
 
 Forward and input gradient are one kernel, since the latter is the convolution of ȳ with the weights rotated by 180°.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -11,28 +14,42 @@ from ..types import Precision
 from .implicit_gemm import convolve, correlate
 from .planes import Planes
 
+Product = Callable[..., Any]
+"""`convolve` or `correlate` of implicit_gemm.py, or one that takes the same arguments."""
 
-def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+
+def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision, convolve: Product = convolve) -> Tensor:
     """See `mtt_fast.kernels.conv3x3`."""
     y, factors = empty_output(x, weight, padding), to_krsc(weight)
     convolve("conv3x3", x, None, factors, factors, None, y, padding, precision)  # W∗x is ẏ in the direction of W
     return y
 
 
-def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+def conv3x3_input_gradient(
+    y_bar: Tensor, weight: Tensor, padding: int, precision: Precision, convolve: Product = convolve
+) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient`."""
     x_bar, factors = empty_input(y_bar, weight, padding), to_krsc(rotate180(weight))
     convolve("conv3x3_input_gradient", y_bar, None, factors, factors, None, x_bar, 2 - padding, precision)
     return x_bar
 
 
-def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision) -> Tensor:
+def conv3x3_weight_gradient(
+    x: Tensor, y_bar: Tensor, padding: int, precision: Precision, correlate: Product = correlate
+) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_weight_gradient`."""
-    return correlate("conv3x3_weight_gradient", x, None, y_bar, y_bar, padding, precision)
+    weight_bar: Tensor = correlate("conv3x3_weight_gradient", x, None, y_bar, y_bar, padding, precision)
+    return weight_bar
 
 
 def conv3x3_dual(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision,
+    convolve: Product = convolve,
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual`."""
     y, y_dot = empty_output(x, weight, padding), empty_output(x, weight, padding)
@@ -42,7 +59,13 @@ def conv3x3_dual(
 
 
 def conv3x3_tangent(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision,
+    convolve: Product = convolve,
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_tangent`."""
     y_dot = empty_output(x, weight, padding)
@@ -52,7 +75,13 @@ def conv3x3_tangent(
 
 
 def conv3x3_dual_input_gradient(
-    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision,
+    convolve: Product = convolve,
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual_input_gradient`."""
     x_bar, x_bar_dot = (empty_input(y_bar, weight, padding) for _ in range(2))
@@ -62,7 +91,13 @@ def conv3x3_dual_input_gradient(
 
 
 def conv3x3_input_gradient_tangent(
-    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    weight: Tensor,
+    weight_dot: Tensor,
+    padding: int,
+    precision: Precision,
+    convolve: Product = convolve,
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
     x_bar_dot = empty_input(y_bar, weight, padding)
@@ -72,10 +107,17 @@ def conv3x3_input_gradient_tangent(
 
 
 def conv3x3_dual_weight_gradient(
-    x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, precision: Precision
+    x: Tensor,
+    x_dot: Tensor | None,
+    y_bar: Tensor,
+    y_bar_dot: Tensor,
+    padding: int,
+    precision: Precision,
+    correlate: Product = correlate,
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`."""
-    return correlate("conv3x3_dual_weight_gradient", x, x_dot, y_bar, y_bar_dot, padding, precision)
+    weight_bar: Tensor = correlate("conv3x3_dual_weight_gradient", x, x_dot, y_bar, y_bar_dot, padding, precision)
+    return weight_bar
 
 
 def to_krsc(weight: Tensor) -> Tensor:

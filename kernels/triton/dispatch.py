@@ -1,4 +1,4 @@
-"""Choose, from the checked-in table, the back end of an operation on a GPU: a kernel of ours or torch's library."""
+"""Choose, from the checked-in table, the back end of an operation on a GPU: kernels of ours, by pointers or by boxes, or torch's library."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from ..types import Precision
-from . import conv, cudnn
+from . import conv, cudnn, tma
+from .boxes import fits
 from .configurations import backend_of
 from .implicit_gemm import effective_precision, shape_classes
 from .launch import architecture
 from .planes import Planes
 
-BACKENDS: dict[str, ModuleType] = {"triton": conv, "cudnn": cudnn}
+BACKENDS: dict[str, ModuleType] = {"triton": conv, "tma": tma, "cudnn": cudnn}
 
 
 def dispatched(operation: str) -> Callable[..., Any]:
@@ -26,15 +27,24 @@ def dispatched(operation: str) -> Callable[..., Any]:
     def run(*arguments: Any, **named: Precision) -> Any:
         every: list[Any] = [*arguments, *named.values()]
         operands, precision = every[:-1], every[-1]  # which comes last, by name or without
-        backend = _backend(operation, operands[0], _result(operation, *operands), precision)
+        result = _result(operation, *operands)
+        backend = _backend(operation, operands[0], result, precision)
+        if backend == "tma" and not _fits(operation, operands, result, precision):
+            backend = "triton"
         return getattr(BACKENDS[backend], operation)(*operands, precision)
 
     return run
 
 
 def _backend(operation: str, x: Tensor, result: Planes, precision: Precision) -> str:
-    closely, loosely = shape_classes(Planes.of(x), result, effective_precision(x.dtype, precision))
-    return backend_of(operation, closely, architecture(x.device), loosely)
+    closely, *loosely = shape_classes(Planes.of(x), result, effective_precision(x.dtype, precision))
+    return backend_of(operation, closely, architecture(x.device), *loosely)
+
+
+def _fits(operation: str, operands: list[Any], result: Planes, precision: Precision) -> bool:
+    tensors = operands[:-1]  # the last is the padding; of a convolution's, half are weights, of which copies are taken
+    planes = tensors if operation.endswith("weight_gradient") else tensors[: len(tensors) // 2]
+    return fits(Planes.of(operands[0]), result, precision, [each for each in planes if each is not None])
 
 
 def _result(operation: str, *arguments: Any) -> Planes:

@@ -26,6 +26,7 @@ COEFFICIENTS = tl.constexpr(12)  # of a plane, from which ȳ and ȳ̇ follow: se
 MOMENTS = tl.constexpr(4)  # of a tile's part of a plane
 NARROW = 16  # channels up to which planes count as images
 SIZES = (64, 256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
+BATCHES = (16, 64, 256, 1024)  # samples, likewise
 
 _NUMPY = tl.constexpr(INTERPRETED)  # NumPy multiplies the bits of bfloat16 numbers as if they were integers
 
@@ -58,7 +59,8 @@ def _rounded(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Add a·b to `total`, of factors rounded as PRECISION says."""
     a, b = _rounded(a, PRECISION), _rounded(b, PRECISION)
     if _NUMPY:
         a, b = a.to(total.dtype), b.to(total.dtype)
@@ -189,6 +191,7 @@ def _convolve(
 
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     total_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    of_x_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # two products of a step into one sum would wait for each other
     for step in range(STEPS):
         term, channel, down, right, exists = _terms(step, CI, PADDING, BLOCK_K)
         factors = output[None, :] * (9 * CI) + term[:, None]
@@ -213,10 +216,12 @@ def _convolve(
             if x_dot is not None:
                 xs_dot = tl.load(x_dot + place, mask, 0)
         if PRIMAL:
-            total = _product(xs, ws, total, PRECISION)
-        total_dot = _product(xs, ws_dot, total_dot, PRECISION)
+            total = product(xs, ws, total, PRECISION)
+        total_dot = product(xs, ws_dot, total_dot, PRECISION)
         if x_dot is not None:
-            total_dot = _product(xs_dot, ws, total_dot, PRECISION)
+            of_x_dot = product(xs_dot, ws, of_x_dot, PRECISION)
+    if x_dot is not None:
+        total_dot += of_x_dot
 
     place = pixel * CO + output[None, :] if CHANNELS_LAST else output[None, :] * (HO * WO) + pixel
     mask = (pixel < HO * WO) & (output < CO)[None, :]
@@ -272,6 +277,7 @@ def _correlate(
     part = (program // (BLOCKS * STEPS)).to(tl.int64)
 
     total = tl.zeros((BLOCK_K, BLOCK_N), ACC)
+    of_x_dot = tl.zeros((BLOCK_K, BLOCK_N), ACC)
     for step in range(tl.minimum(share, tiles - part * share)):
         tile = part * share + step  # int64, as is the sample
         sample = tile // TILES
@@ -299,9 +305,11 @@ def _correlate(
             gs_dot = tl.load(y_bar_dot + y_begin + y_place, y_mask, 0)
             if x_dot is not None:
                 gs = tl.load(y_bar + y_begin + y_place, y_mask, 0)
-        total = _product(tl.load(x + x_begin + place, mask, 0), gs_dot, total, PRECISION)
+        total = product(tl.load(x + x_begin + place, mask, 0), gs_dot, total, PRECISION)
         if x_dot is not None:
-            total = _product(tl.load(x_dot + x_begin + place, mask, 0), gs, total, PRECISION)
+            of_x_dot = product(tl.load(x_dot + x_begin + place, mask, 0), gs, of_x_dot, PRECISION)
+    if x_dot is not None:
+        total += of_x_dot
     tl.store(parts + (part * CO + output) * (9 * CI) + term, total, exists & (output < CO))
 
 
@@ -406,18 +414,25 @@ def effective_precision(dtype: torch.dtype, precision: Precision) -> str:
     return {torch.float64: "fp64", torch.bfloat16: "bf16"}.get(dtype, str(precision))
 
 
-def shape_classes(inputs: Planes, outputs: Planes, precision: str) -> tuple[str, str]:
-    """Name the shapes in the table, closely and loosely. Images make a class, and so does the size of the result."""
+def shape_classes(inputs: Planes, outputs: Planes, precision: str) -> tuple[str, str, str]:
+    """Name the shapes in the table, ever more loosely.
+
+    Images make a class, and so do the size of the result and, most closely, the number of samples.
+    """
     width = "narrow" if min(inputs.channels, outputs.channels) <= NARROW else "wide"
-    pixels = outputs.height * outputs.width
-    size = next(size for size in SIZES if pixels <= size or size == SIZES[-1])
-    return f"{precision}-{width}-{size}", f"{precision}-{width}"
+    loosely = f"{precision}-{width}"
+    closely = f"{loosely}-{_rounded_up(outputs.height * outputs.width, SIZES)}"
+    return f"{closely}-{_rounded_up(outputs.samples, BATCHES)}", closely, loosely
+
+
+def _rounded_up(number: int, sizes: tuple[int, ...]) -> int:
+    return next(size for size in sizes if number <= size or size == sizes[-1])
 
 
 def tile_of(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> Configuration:
     """Return the table's tile, no larger than the planes and the channels ask for."""
     classes = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
-    row = dict(configuration(operation, classes[0], architecture(x.device), classes[1]))
+    row = dict(configuration(operation, classes[0], architecture(x.device), *classes[1:]))
     row["BLOCK_M"] = min(row["BLOCK_M"], max(16, triton.next_power_of_2(outputs.height * outputs.width)))
     row["BLOCK_N"] = min(row["BLOCK_N"], max(16, triton.next_power_of_2(outputs.channels)))
     return row

@@ -31,10 +31,9 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def launch(kernel: Any, programs: int, *arguments: Tensor | int | float | None, **constants: Any) -> None:
-    """Run `kernel` in a one-dimensional grid. The first argument is a tensor, on the device to run on."""
-    first = arguments[0]
-    assert isinstance(first, Tensor)
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` in a one-dimensional grid. The first argument is a tensor, or a descriptor of one, on the device to run on."""
+    first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0].base
     if not (first.is_cuda or (INTERPRETED and first.device.type == "cpu")):
         raise ValueError(f"Triton kernels run on CUDA tensors, found one on {first.device}")
     if programs:

@@ -125,9 +125,11 @@ class ConvNet:
         return self._features(self.split(theta)[:-1], images)
 
     def _features(self, blocks: Sequence[tuple[Tensor, ...]], images: Tensor) -> Tensor:
-        features = images
+        # With a padding of 3 cuDNN's gradient to the images is wrong in float64: a part of it goes around the images first.
+        around = max(0, self.first_padding - 2)
+        features = F.pad(images, [around] * 4) if around else images
         for block, (weight, bias, *norm) in enumerate(blocks):
-            features = F.conv2d(features, weight, bias, padding=self.first_padding if block == 0 else 1)
+            features = F.conv2d(features, weight, bias, padding=1 if block else self.first_padding - around)
             if norm:
                 gamma, beta = norm
                 features = F.group_norm(features, self.width, gamma, beta, NORM_EPS)

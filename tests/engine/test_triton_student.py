@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -20,24 +19,14 @@ from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import dispatch
 from mtt_fast.testing import relative_error
+from tests.kernels.triton_comparison import run_in_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"]
-
-
-def compare(device: str, **environment: str) -> list[str]:
-    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.engine.triton_student", device]
-    answer = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout.splitlines()
 
 
 @pytest.mark.slow
 def test_equals_the_generic_student_interpreted() -> None:
-    lines = compare("cpu", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    lines = run_in_processes("tests.engine.triton_student", "cpu", processes=1, OMP_NUM_THREADS="1")
     for case in ("float64 fp32 triton", "float64 fp32 cudnn", "float32 bf16 triton"):
         assert any(line.endswith(case) for line in lines), case
 
@@ -104,7 +93,7 @@ def test_the_first_block_keeps_no_planes() -> None:
 
 @pytest.mark.gpu
 def test_equals_the_generic_student_on_a_gpu() -> None:
-    lines = compare("cuda", TRITON_INTERPRET="0")
+    lines = run_in_processes("tests.engine.triton_student", "cuda", processes=12)
     assert any(line.endswith("tf32 triton") for line in lines)
 
 
@@ -113,8 +102,8 @@ def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **opti
         value: torch.Tensor = case[name]
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
-    images, lr = moved("images").requires_grad_(), moved("lr")[0].clone().requires_grad_()
-    start = moved("start").requires_grad_()
+    # clones, since a tensor that has this dtype and device already is the case's own
+    images, start, lr = (leaf.clone().requires_grad_() for leaf in (moved("images"), moved("start"), moved("lr")[0]))
     path = unroll(case["net"], start, images, moved("labels"), lr, moved("batches"), **options)
     matching_loss(path[-1], start=start, target=moved("target")).backward()
     found = {"end": path[-1].detach(), "images": images.grad, "lr": lr.grad, "start": start.grad}

@@ -1,4 +1,4 @@
-"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.engine.triton_student DEVICE`.
+"""Hold the fused student by Triton's kernels to the generic one: `python -m tests.engine.triton_student DEVICE PART PARTS`.
 
 A program of its own, as kernels/triton_comparison.py is. Every back end that the table may name is taken in turn. It
 prints a line for each case that passed.
@@ -46,7 +46,7 @@ def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tens
     return found
 
 
-def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision: Any, backend: str) -> None:
+def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backend: str, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -68,19 +68,25 @@ def compare(net: ConvNet, batch: int, device: str, dtype: torch.dtype, precision
     print("passed:", net, dtype, precision, backend)
 
 
-def main(device: str) -> None:
+def main(device: str, part: int, parts: int) -> None:
     poison()
-    for backend in BACKENDS:
-        compare(*NETS[0], device, torch.float64, "fp32", backend)
-    for net, batch in NETS[1:]:
-        compare(net, batch, device, torch.float64, "fp32", "triton")
+    precisions, exact, single = ("fp32", "tf32", "bf16"), torch.float64, torch.float32
+    cases: list[tuple[ConvNet, int, torch.dtype, str, str]] = [
+        *((*NETS[0], exact, "fp32", backend) for backend in BACKENDS),
+        *((*net, exact, "fp32", "triton") for net in NETS[1:]),
+    ]
     if device == "cpu":  # interpreted, one case of each takes seconds, and tf32 is not rounded
-        for (net, batch), precision in itertools.product((NETS[0], NETS[2]), ("fp32", "bf16")):
-            compare(net, batch, device, torch.float32, precision, "triton")
-        return
-    for (net, batch), backend, precision in itertools.product(NETS + LARGE, BACKENDS, ("fp32", "tf32", "bf16")):
-        compare(net, batch, device, torch.float32, precision, backend)
+        for net, precision in itertools.product((NETS[0], NETS[2]), ("fp32", "bf16")):
+            cases.append((*net, single, precision, "triton"))
+    else:
+        cases.append((*NETS[1], exact, "fp32", "cudnn"))
+        every = itertools.product(NETS + LARGE, BACKENDS, precisions)
+        cases += [(net, batch, single, precision, backend) for (net, batch), backend, precision in every]
+        if torch.cuda.get_device_capability()[0] >= 9:  # by boxes what fits them
+            cases += [(*net, single, precision, "tma") for net in NETS + LARGE for precision in ("tf32", "bf16")]
+    for case in cases[part::parts]:
+        compare(*case, device)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -36,7 +36,7 @@ class Launch:
     """One recorded launch of a kernel."""
 
     kernel: Any
-    arguments: tuple[Tensor | int | float | None, ...]
+    arguments: tuple[Any, ...]  # tensors, descriptors of tensors, numbers, None
     constants: dict[str, Any]
 
 
@@ -51,6 +51,8 @@ class Usage:
     shared: int
     tensor_cores: bool
     asynchronous: bool  # those of a Hopper or Blackwell, which read shared memory themselves
+    boxes: bool  # whether the tensor memory accelerator loads
+    through_registers: int  # tiles that are copied from shared memory before they are multiplied or stored
 
 
 @contextmanager
@@ -58,11 +60,16 @@ def recording(modules: list[ModuleType], architecture: str) -> Iterator[list[Lau
     """Collect the launches of `modules`, which believe to run on `architecture` (such as `sm_90`)."""
     launches: list[Launch] = []
 
-    def record(kernel: Any, programs: int, *arguments: Tensor | int | float | None, **constants: Any) -> None:
+    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         launches.append(Launch(kernel, arguments, constants))
 
-    patches: list[Any] = [patch.object(module, "launch", record) for module in modules]
-    patches += [patch.object(module, "architecture", return_value=architecture) for module in modules]
+    replaced: dict[str, Any] = {"launch": record, "architecture": lambda device: architecture}
+    patches: list[Any] = [
+        patch.object(module, name, value)
+        for module in modules
+        for name, value in replaced.items()
+        if hasattr(module, name)
+    ]
     for each in patches:
         each.start()
     try:
@@ -75,6 +82,7 @@ def recording(modules: list[ModuleType], architecture: str) -> Iterator[list[Lau
 def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
     """Compile for `architecture` and read the usage off the machine code."""
     import triton
+    import triton.tools.tensor_descriptor
 
     constants = dict(launch.constants)
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
@@ -85,6 +93,8 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
         elif isinstance(value, Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[place,] = ALIGNED
+        elif isinstance(value, triton.tools.tensor_descriptor.TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
     ordered = {name: signature.get(name, "constexpr") for name in launch.kernel.arg_names}
@@ -104,6 +114,8 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
         compiled.metadata.shared,
         re.search(r"mma\S*(tf32|bf16|kind::f16)", compiled.asm["ptx"]) is not None,
         re.search(r"wgmma|tcgen05.mma", compiled.asm["ptx"]) is not None,
+        "cp.async.bulk.tensor" in compiled.asm["ptx"],
+        compiled.asm["ttgir"].count("ttg.local_load"),
     )
 
 

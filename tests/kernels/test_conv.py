@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.grad import conv2d_weight
 from mtt_fast import kernels
 from mtt_fast.kernels import native, reference
 from mtt_fast.kernels.native import extension, planes
+from mtt_fast.kernels.triton import cudnn
 from mtt_fast.kernels.types import memory_format
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import (
@@ -24,6 +26,7 @@ from tests.kernels.compiling import (
     each_architecture,
     each_precision,
     meta,
+    needs_triton,
     planes_of,
     recording,
 )
@@ -161,6 +164,38 @@ def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None
         assert_close("result", found.float(), expected, 4e-3 if rounded else 1e-6)
 
 
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("padding", [2, 3, 4])
+def test_cudnn_is_asked_for_no_padding_above_two(
+    padding: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At padding 3 its gradient to the input was wrong in float64; what is further out is zeros alone."""
+    asked: list[int] = []
+
+    def noting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any, padding: int) -> Tensor:
+            asked.append(padding)
+            return function(*arguments, padding=padding)
+
+        return call
+
+    given = convolution_arguments((2, 3, 4, 5, 6, padding), layout=layout)
+    expected = [
+        reference.conv3x3_input_gradient(given["y_bar"], given["weight"], padding),
+        reference.conv3x3_weight_gradient(given["x"], given["y_bar"], padding),
+    ]
+    monkeypatch.setattr(F, "conv_transpose2d", noting(F.conv_transpose2d))
+    monkeypatch.setattr(cudnn, "conv2d_weight", noting(conv2d_weight))
+    found = [
+        cudnn.conv3x3_input_gradient(given["y_bar"], given["weight"], padding, "fp32"),
+        cudnn.conv3x3_weight_gradient(given["x"], given["y_bar"], padding, "fp32"),
+    ]
+    assert asked == [2, 2]
+    for ours, wanted in zip(found, expected, strict=True):
+        assert_close("gradient", ours, wanted, 1e-13)
+        assert ours.stride() == wanted.stride()
+
+
 ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
 
 
@@ -188,8 +223,8 @@ def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("conv", "cpu")
     assert len([line for line in lines if line.startswith("refused: expected")]) == 3
     for operation in ("dual", "dual_input_gradient", "tangent", "input_gradient_tangent", "dual_weight_gradient"):
-        for dtype in ("float32", "float64"):
-            assert any(f"'conv3x3_{operation}'" in line and dtype in line for line in lines)
+        for case in ("float32", "float64", "'tma'"):
+            assert any(f"'conv3x3_{operation}'" in line and case in line for line in lines)
 
 
 @pytest.mark.gpu
@@ -225,3 +260,70 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
         conv.conv3x3_dual(x, x, weight, weight, 1, precision)
         conv.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
     check(launches, architecture, tmp_path)
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_boxes_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
+    """The shapes that the prototype was measured at, with the table's tiles, and once odd sizes."""
+    from mtt_fast.kernels.triton import box_convolve, box_correlate, boxes, tma
+
+    weight = meta(WIDTH, WIDTH, 3, 3)
+    with recording([boxes, box_convolve, box_correlate], architecture) as launches:
+        for samples, side in ((20, 64), (100, 16), (100, 8), (10, 16), (10, 8)):
+            x = planes_of(precision, samples, WIDTH, side, side)
+            tma.conv3x3(x, weight, 1, precision)
+            tma.conv3x3_dual(x, x, weight, weight, 1, precision)
+            tma.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
+        tma.conv3x3_tangent(x, x, weight, weight, 1, precision)
+        tma.conv3x3_weight_gradient(x, x, 1, precision)
+        odd, few = planes_of(precision, 3, 104, 9, 13), meta(104, 104, 3, 3)
+        tma.conv3x3_dual(odd, None, few, few, 1, precision)
+    once = {repr((launch.kernel, sorted(launch.constants.items()))): launch for launch in launches}
+    usages = check(list(once.values()), architecture, tmp_path)
+    products = [usage for usage in usages if usage.kernel.startswith(("_convolve", "_correlate"))]
+    assert len(products) >= 5
+    assert all(usage.tensor_cores and usage.asynchronous and usage.boxes for usage in products), products
+    if architecture == "sm_90":  # a swapped product reads both operands where the hardware put them
+        swapped = [usage for usage, launch in zip(usages, once.values(), strict=True) if launch.constants.get("SWAP")]
+        assert swapped
+        assert all(usage.through_registers == 0 for usage in swapped), swapped
+
+
+@needs_triton
+def test_boxes_are_taken_where_the_table_says_so_and_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtt_fast.kernels.triton import dispatch
+
+    taken: list[str] = []
+
+    def backend(name: str) -> Any:
+        return SimpleNamespace(conv3x3_dual=lambda *arguments: taken.append(name))
+
+    monkeypatch.setattr(dispatch, "BACKENDS", {name: backend(name) for name in dispatch.BACKENDS})
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    last, weight = torch.channels_last, torch.zeros(128, 128, 3, 3)
+    few, many = (torch.zeros(count, 128, 16, 16).contiguous(memory_format=last) for count in (10, 300))
+    odd = torch.zeros(10, 126, 16, 16).contiguous(memory_format=last)
+    for x, x_dot, factors in (
+        (few, few, weight),
+        (few, None, weight),
+        (many, many, weight),  # more samples than were measured
+        (few.contiguous(), few.contiguous(), weight),
+        (odd, odd, torch.zeros(128, 126, 3, 3)),  # no whole 16 bytes
+        (few, torch.zeros(few.numel() + 1)[1:].view(10, 16, 16, 128).permute(0, 3, 1, 2), weight),  # begins between
+    ):
+        dispatch.dispatched("conv3x3_dual")(x, x_dot, factors, factors, 1, precision="tf32")
+    assert taken == ["tma", "tma", "triton", "triton", "triton", "triton"]
+    dispatch.dispatched("conv3x3_dual")(few.double(), few.double(), weight.double(), weight.double(), 1, "tf32")
+    assert taken[-1] == "cudnn"
+
+
+@needs_triton
+def test_boxes_refuse_what_they_do_not_fit() -> None:
+    from mtt_fast.kernels.triton import tma
+
+    x, weight = torch.zeros(2, 6, 4, 4).contiguous(memory_format=torch.channels_last), torch.zeros(8, 6, 3, 3)
+    with pytest.raises(ValueError, match="conv3x3: expected channels_last planes of whole 16 bytes a pixel"):
+        tma.conv3x3(x, weight, 1, "tf32")

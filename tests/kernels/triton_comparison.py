@@ -1,7 +1,11 @@
-"""Hold Triton's operations of one family to the reference: `python -m tests.kernels.triton_comparison FAMILY DEVICE`.
+"""Hold Triton's operations of one family to the reference: `python -m tests.kernels.triton_comparison FAMILY DEVICE PART PARTS`.
 
 A program of its own, since a process either interprets Triton's kernels (TRITON_INTERPRET=1, DEVICE cpu) or compiles
-them (DEVICE cuda). It prints a line for each case that passed. `compare` runs it.
+them (DEVICE cuda). It prints a line for each case that passed. `compare` runs it, on a GPU in several processes, each with
+its part of the cases, since compiling takes nearly all the time.
+
+The reference computes on the CPU, in float64: on a GPU it would ask cuDNN, whose gradient to the input of a convolution in
+float64 is wrong where the padding is 3.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -42,6 +48,25 @@ CLASSIFIERS = [  # (B, D, K)
 ]
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
 
+# likewise, of channels that are multiples of 16 bytes
+BOXED = [
+    (2, 8, 24, 6, 5, 1),  # odd sides, a box that hangs over on each of them
+    (1, 8, 8, 4, 5, 3),  # the input gradient crops
+    (3, 40, 24, 1, 1, 1),  # 1×1 planes, several samples in a box, more channels than a step of the sum
+    (2, 8, 72, 9, 7, 0),  # several tiles in both directions
+    (9, 8, 16, 5, 3, 1),  # the weight gradient's sum in several parts, the last one short
+]
+BOX_TILES = [
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "SWAP": 0, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "SWAP": 1, "TAPS": 3, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "SWAP": 1, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SWAP": 0, "TAPS": 9, "num_warps": 1, "num_stages": 2},
+]
+BOX_CORRELATIONS = [
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "PROGRAMS": 4, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 1, "PROGRAMS": 30, "num_warps": 1, "num_stages": 2},
+] * 2
+
 # (B, C, H, W): a plane of one tile, odd sizes, 1×1 after the pool, more channels than a block, a plane of several tiles
 PLANES = [(2, 3, 4, 4), (1, 5, 7, 5), (2, 33, 2, 2), (3, 4, 3, 9), (1, 2, 18, 20)]
 # channels_last planes larger than a tile of BLOCK_C × WINDOWS, that go in parts of TILES tiles
@@ -71,20 +96,49 @@ BLOCK_TOLERANCES = {"fp64": 1e-12, "fp32": 1e-4, "tf32": 5e-2, "bf16": 0.2}
 PATCH_TOLERANCES = {"fp64": 1e-13, "fp32": 1e-6, "tf32": 1e-4, "bf16": 2**-6}
 
 Operation = Callable[..., Any]
+Share = tuple[int, int | None, int]
+"""The cases of a process, as arguments of `islice`."""
+
+PROCESSES = {"conv": 12, "block": 8, "norm": 4, "bias": 4}
+"""Processes of a family on a GPU, where it is not one: the families run side by side."""
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def compare(family: str, device: str) -> list[str]:
-    """Run the program in a process of its own, interpreted for `cpu`; return its lines."""
+    """Run this program for a family, interpreted for `cpu`; return the lines that it prints."""
+    processes = 1 if device == "cpu" else PROCESSES.get(family, 1)
+    return run_in_processes("tests.kernels.triton_comparison", family, device, processes=processes)
+
+
+def run_in_processes(module: str, *arguments: str, processes: int, **environment: str) -> list[str]:
+    """Run `module` with the arguments, its part and the number of parts, in as many processes; return all lines.
+
+    The last argument is the device: on `cpu` Triton is interpreted.
+    """
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.triton_comparison", family, device]
-    interpreted = {"TRITON_INTERPRET": "1" if device == "cpu" else "0"}
-    answer = subprocess.run(
-        command, cwd=ROOT, env=os.environ | interpreted, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout.splitlines()
+    interpreted = {"TRITON_INTERPRET": "1" if arguments[-1] == "cpu" else "0"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", module, *arguments, str(part), str(processes)],
+            cwd=ROOT,
+            env=os.environ | interpreted | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for part in range(processes)
+    ]
+    deadline, lines = time.monotonic() + 280, []
+    try:
+        for process in started:
+            output, errors = process.communicate(timeout=max(0, deadline - time.monotonic()))
+            assert process.returncode == 0, errors
+            lines += output.splitlines()
+    finally:
+        for process in started:
+            process.kill()
+    return lines
 
 
 def poison() -> None:
@@ -116,14 +170,15 @@ def check(case: object, run: Callable[[], Any], expected: Any, tolerance: float)
             assert ours.is_contiguous(memory_format=torch.channels_last) or ours.is_contiguous(), where
             assert not wanted.is_contiguous() or ours.is_contiguous(), where
         assert torch.equal(ours, second), f"{where} differs from one run to the next"
-        error = float((ours.double() - wanted.double()).norm() / wanted.double().norm())
+        exact = wanted.double().to(ours.device)
+        error = float((ours.double() - exact).norm() / exact.norm())
         assert error <= tolerance, f"{where}: error {error}"
     print("passed:", case)
 
 
-def norms(device: str) -> None:
+def norms(device: str, share: Share) -> None:
     """Compare norm, ReLU and pool, and the derivatives, by the table's tiles and, of channels_last planes, in parts."""
-    for shape, given in itertools.chain(table_cases(device), part_cases(device)):
+    for shape, given in itertools.islice(itertools.chain(table_cases(device), part_cases(device)), *share):
         check_norm(shape, given)
 
 
@@ -160,9 +215,9 @@ def check_norm(shape: tuple[int | str, ...], given: dict[str, Tensor]) -> None:
     check_planes(cases, shape, y)
 
 
-def biases(device: str) -> None:
+def biases(device: str, share: Share) -> None:
     """Compare bias, ReLU and pool, and the derivatives, by the table's tiles and by those of PARTS."""
-    for shape, given in itertools.chain(table_cases(device), part_cases(device)):
+    for shape, given in itertools.islice(itertools.chain(table_cases(device), part_cases(device)), *share):
         y, beta, bars = given["z"], given["beta"], (given["p_bar"], given["p_bar_dot"])
         cases: dict[str, tuple[Any, ...]] = {
             "bias_relu_pool": (y, beta),
@@ -273,23 +328,35 @@ def refused_planes(family: str, device: str) -> None:
 
 
 def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], form: Any) -> None:
-    """Compare our kernels and torch's library, between which the table chooses."""
-    from mtt_fast.kernels import reference
+    """Compare our kernels by pointers and torch's library, between which the table chooses."""
     from mtt_fast.kernels.triton.dispatch import BACKENDS
+
+    tolerance = 1e-13 if dtype == torch.float64 else TOLERANCES[precision]
+    backends = [name for name in BACKENDS if name != "tma"]
+    for name, arguments, expected in convolution_cases(dtype, shape, form):
+        moved = [None if each is None else each.to(device) for each in arguments]
+        for backend in backends:
+            ours = partial(getattr(BACKENDS[backend], name), *moved, shape[-1], precision=precision)
+            dual = "ẋ" if arguments[1] is not None else "no ẋ"
+            check((name, backend, shape, str(form), str(dtype), precision, dual), ours, expected, tolerance)
+
+
+def convolution_cases(
+    dtype: torch.dtype, shape: tuple[int, ...], form: Any
+) -> Iterator[tuple[str, tuple[Tensor | None, ...], tuple[Tensor, ...]]]:
+    """Yield each operation's name, its arguments on the CPU, and what the reference makes of them in float64."""
+    from mtt_fast.kernels import reference
+    from mtt_fast.kernels.types import accumulator
 
     batch, channels, outputs, height, width, padding = shape
     grown = (height + 2 * padding - 2, width + 2 * padding - 2)
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, dtype=dtype).to(device)
-
     def planes(*size: int) -> Tensor:
-        return draw(batch, *size).contiguous(memory_format=form)
+        return torch.randn(batch, *size, dtype=accumulator(dtype)).to(dtype, memory_format=form)
 
     x, x_dot = planes(channels, height, width), planes(channels, height, width)
     y_bar, y_bar_dot = planes(outputs, *grown), planes(outputs, *grown)
-    weights = [draw(outputs, channels, 3, 3) for _ in range(2)]
-    tolerance = 1e-13 if dtype == torch.float64 else TOLERANCES[precision]
+    weights = [torch.randn(outputs, channels, 3, 3, dtype=accumulator(dtype)) for _ in range(2)]
     cases: list[tuple[str, tuple[Tensor | None, ...]]] = [
         ("conv3x3", (x, weights[0])),
         ("conv3x3_input_gradient", (y_bar, weights[0])),
@@ -303,12 +370,29 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
         ("conv3x3_dual_weight_gradient", (x, x_dot, y_bar, y_bar_dot)),
         ("conv3x3_dual_weight_gradient", (x, None, y_bar, y_bar_dot)),
     ]
-    for (name, arguments), backend in itertools.product(cases, BACKENDS):
+    for name, arguments in cases:
         wide = [None if each is None else each.double() for each in arguments]
-        expected = tuple(each.to(dtype) for each in as_tuple(getattr(reference, name)(*wide, padding)))
-        case = (name, backend, shape, str(form), str(dtype), precision, "ẋ" if arguments[1] is not None else "no ẋ")
-        ours = partial(getattr(BACKENDS[backend], name), *arguments, padding, precision=precision)
-        check(case, ours, expected, tolerance)
+        exact = as_tuple(getattr(reference, name)(*wide, padding))
+        of_weights = accumulator(dtype) if name.endswith("weight_gradient") else dtype
+        yield name, arguments, tuple(each.to(of_weights) for each in exact)
+
+
+def boxed_convolutions(
+    device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], number: int | None
+) -> None:
+    """Compare our kernels by boxes, with tile `number` of those below, or with the table's."""
+    from mtt_fast.kernels.triton import boxes, tma
+
+    def configuration(operation: str, *_: Any) -> dict[str, int]:
+        tiles = BOX_CORRELATIONS if operation.endswith("weight_gradient") else BOX_TILES
+        return tiles[number or 0]
+
+    for name, arguments, expected in convolution_cases(dtype, shape, torch.channels_last):
+        moved = [None if each is None else each.to(device) for each in arguments]
+        ours = partial(getattr(tma, name), *moved, shape[-1], precision=precision)
+        case = (name, "tma", shape, str(dtype), precision, number, "ẋ" if arguments[1] is not None else "no ẋ")
+        with nullcontext() if number is None else patch.object(boxes, "box_configuration", configuration):
+            check(case, ours, expected, TOLERANCES[precision])
 
 
 def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ...], form: Any) -> None:
@@ -405,12 +489,13 @@ def mixed_formats(device: str) -> None:
     """Check that the weight gradient takes x and ȳ in formats of their own."""
     from mtt_fast.kernels import reference, triton
 
-    x, y_bar = torch.randn(2, 5, 6, 7).to(device), torch.randn(2, 4, 6, 7).to(device)
+    x, y_bar = torch.randn(2, 5, 6, 7), torch.randn(2, 4, 6, 7)
     last = torch.channels_last
     for first, second in ((x, y_bar.contiguous(memory_format=last)), (x.contiguous(memory_format=last), y_bar)):
-        arguments = (first, first, second, second, 1)
-        ours = partial(triton.conv3x3_dual_weight_gradient, *arguments, precision="fp32")
-        check("mixed formats", ours, reference.conv3x3_dual_weight_gradient(*arguments), TOLERANCES["fp32"])
+        expected = reference.conv3x3_dual_weight_gradient(first, first, second, second, 1)
+        moved = [each.to(device) for each in (first, first, second, second)]
+        ours = partial(triton.conv3x3_dual_weight_gradient, *moved, 1, precision="fp32")
+        check("mixed formats", ours, expected, TOLERANCES["fp32"])
 
 
 def classifiers(device: str, dtype: torch.dtype) -> None:
@@ -549,49 +634,66 @@ def refusals(device: str) -> None:
             raise AssertionError(f"accepted strides {first.stride()}")
 
 
-def all_convolutions(device: str) -> None:
+def all_convolutions(device: str, share: Share) -> None:
     """Compare every shape compiled; interpreted, those of float64, and few of the others."""
     precisions, interpreted = get_args(Precision), device == "cpu"
     shapes = SHAPES if interpreted else SHAPES + LARGE
+    cases: list[Callable[[], None]] = [partial(mixed_formats, device), partial(refusals, device)]
     for shape, form in itertools.product(shapes, (torch.contiguous_format, torch.channels_last)):
-        if interpreted:
-            convolutions(device, torch.float64, "fp32", shape, form)
+        if interpreted or shape == SHAPES[1]:  # where cuDNN, asked for float64, was wrong
+            cases.append(partial(convolutions, device, torch.float64, "fp32", shape, form))
         for precision in precisions:
             enough = form == torch.channels_last and shape in SHAPES[: 2 if precision == "fp32" else 1]
             if not interpreted or (enough and precision not in UNINTERPRETED):
-                convolutions(device, torch.float32, precision, shape, form)
-    mixed_formats(device)
-    refusals(device)
+                cases.append(partial(convolutions, device, torch.float32, precision, shape, form))
+    if interpreted:
+        for shape, tile in zip(BOXED, itertools.cycle(range(len(BOX_TILES))), strict=False):
+            cases.append(partial(boxed_convolutions, device, torch.float32, "fp32", shape, tile))
+        for tile in range(2):
+            cases.append(partial(boxed_convolutions, device, torch.bfloat16, "bf16", BOXED[0], tile))
+    if not interpreted and torch.cuda.get_device_capability()[0] >= 9:
+        for shape in BOXED + [shape for shape in LARGE if shape[1] % 8 == shape[2] % 8 == 0]:
+            cases.append(partial(boxed_convolutions, device, torch.float32, "tf32", shape, None))
+            cases.append(partial(boxed_convolutions, device, torch.bfloat16, "bf16", shape, None))
+    run(cases, share)
 
 
-def all_blocks(device: str) -> None:
+def all_blocks(device: str, share: Share) -> None:
     """Compare every shape in every precision; interpreted too, since the kernels round tf32 themselves."""
     shapes = BLOCKS if device == "cpu" else BLOCKS + LARGE_BLOCKS
     formats = (torch.contiguous_format, torch.channels_last)
+    cases: list[Callable[[], None]] = []
     for shape, form in zip(shapes, itertools.cycle(formats), strict=False):
-        blocks(device, torch.float64, "fp32", shape, form)
+        cases.append(partial(blocks, device, torch.float64, "fp32", shape, form))
     for shape, form in zip(shapes, itertools.cycle(formats[::-1]), strict=False):
-        for precision in get_args(Precision):
-            blocks(device, torch.float32, precision, shape, form)
+        cases += [partial(blocks, device, torch.float32, precision, shape, form) for precision in get_args(Precision)]
+    run(cases, share)
 
 
-def main(family: str, device: str) -> None:
+def run(cases: list[Callable[[], None]], share: Share) -> None:
+    """Run the cases of a share, each of which draws the same numbers whatever the others are."""
+    for number, case in itertools.islice(enumerate(cases), *share):
+        torch.manual_seed(number)
+        case()
+
+
+def main(family: str, device: str, share: Share) -> None:
     assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     poison()
     match family:
         case "norm":
-            norms(device)
+            norms(device, share)
             far_planes(device)
             refused_planes(family, device)
         case "bias":
-            biases(device)
+            biases(device, share)
             refused_planes(family, device)
         case "conv":
-            all_convolutions(device)
+            all_convolutions(device, share)
         case "block":
-            all_blocks(device)
+            all_blocks(device, share)
         case "statistics":
             statistics(device)
         case "classifier":
@@ -608,4 +710,5 @@ def main(family: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    family, device, part, parts = sys.argv[1:]
+    main(family, device, (int(part), None, int(parts)))

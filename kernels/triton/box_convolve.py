@@ -1,0 +1,244 @@
+"""Convolve 3×3 as implicit_gemm.py does, on operands that are boxes (boxes.py): pixels × channels at the offset of a tap.
+
+Value and tangent of a result share what they load. Each product has an accumulator of its own: two into one would wait for
+each other. Where results are too few to fill a GPU, a tile's taps are cut into parts, which a second pass adds up in order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Precision
+from .boxes import BOX, box_of, count_boxes, describe_planes, describe_weights, described, place_of, tile_of
+from .implicit_gemm import effective_precision, product
+from .launch import launch, tl, triton
+from .planes import Planes
+
+_ADDED = 512  # elements of a program that adds up parts
+
+
+@triton.jit
+def _multiplied(
+    xs: tl.tensor, ws: tl.tensor, total: tl.tensor, SWAP: tl.constexpr, PRECISION: tl.constexpr
+) -> tl.tensor:
+    """Add the product of pixels (M, K) and weights (N, K): (M, N), or (N, M) with SWAP, which leaves the box where it lies."""
+    return product(ws, tl.trans(xs), total, PRECISION) if SWAP else product(xs, tl.trans(ws), total, PRECISION)
+
+
+@triton.jit
+def _stored(total: tl.tensor, y: tl.tensor_descriptor, SWAP: tl.constexpr) -> tl.tensor:
+    """Return a tile of sums as (M, N), in the dtype of `y`."""
+    return (tl.trans(total) if SWAP else total).to(y.dtype)
+
+
+@triton.jit
+def _convolve(
+    x: tl.tensor_descriptor,  # descriptors: (B, H, W, CI), as is x_dot
+    x_dot: tl.tensor_descriptor | None,
+    weight: tl.tensor_descriptor | None,  # (CO, 9·CI), as is weight_dot
+    weight_dot: tl.tensor_descriptor,
+    y: tl.tensor_descriptor | None,  # (B, HO, WO, CO), as is y_dot
+    y_dot: tl.tensor_descriptor,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    PADDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SWAP: tl.constexpr,
+    BOX_B: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Store a tile of ẏ and, if asked for, of y: a box of pixels × BLOCK_N output channels."""
+    BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
+    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
+    COLUMNS: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
+    BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
+    STEPS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    o = program % BLOCKS * BLOCK_N
+    n, row, column = place_of(program // BLOCKS, HO, WO, BOX_B, BOX_H, BOX_W)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    of_w_dot = tl.zeros((ROWS, COLUMNS), tl.float32)
+    of_x_dot = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(9 * STEPS):
+        tap, c = step // STEPS, step % STEPS * BLOCK_K
+        down, right = row + tap // 3 - PADDING, column + tap % 3 - PADDING
+        xs = x.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
+        ws_dot = weight_dot.load([o, tap * CI + c])
+        of_w_dot = _multiplied(xs, ws_dot, of_w_dot, SWAP, PRECISION)
+        if weight is not None:
+            ws = weight.load([o, tap * CI + c])
+            if y is not None:
+                total = _multiplied(xs, ws, total, SWAP, PRECISION)
+            if x_dot is not None:
+                xs_dot = x_dot.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
+                of_x_dot = _multiplied(xs_dot, ws, of_x_dot, SWAP, PRECISION)
+    if y is not None:
+        y.store([n, row, column, o], _stored(total, y, SWAP).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
+    if x_dot is not None:
+        of_w_dot += of_x_dot
+    y_dot.store([n, row, column, o], _stored(of_w_dot, y_dot, SWAP).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
+
+
+@triton.jit
+def _sum_of_taps(
+    x: tl.tensor_descriptor,
+    weight: tl.tensor_descriptor,
+    n: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    o: tl.tensor,
+    first: tl.tensor,
+    CI: tl.constexpr,
+    PADDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SWAP: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Sum TAPS taps, from `first` on, of one product."""
+    STEPS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
+    total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(TAPS * STEPS):
+        tap, c = first + step // STEPS, step % STEPS * BLOCK_K
+        xs = x.load([n, row + tap // 3 - PADDING, column + tap % 3 - PADDING, c]).reshape(BLOCK_M, BLOCK_K)
+        ws = weight.load([o, tap * CI + c])
+        total = _multiplied(xs, ws, total, SWAP, PRECISION)
+    return total
+
+
+@triton.jit
+def _convolve_parts(
+    x: tl.tensor_descriptor,  # as in _convolve
+    x_dot: tl.tensor_descriptor | None,
+    weight: tl.tensor_descriptor | None,
+    weight_dot: tl.tensor_descriptor,
+    parts: tl.tensor_descriptor,  # descriptor: (PARTS, B, HO, WO, CO), the products W∗x, Ẇ∗x, W∗ẋ after each other
+    PRIMAL: tl.constexpr,
+    CI: tl.constexpr,
+    CO: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    PADDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+    TAPS: tl.constexpr,
+    SWAP: tl.constexpr,
+    BOX_B: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Store TAPS taps of one product of a tile: for results too few to fill a GPU."""
+    BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
+    BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
+    EACH: tl.constexpr = 9 // TAPS
+    program = tl.program_id(0)
+    o = program % BLOCKS * BLOCK_N
+    part = program // BLOCKS % PARTS
+    n, row, column = place_of(program // (BLOCKS * PARTS), HO, WO, BOX_B, BOX_H, BOX_W)
+    which = part // EACH if PRIMAL else part // EACH + 1
+    first = part % EACH * TAPS
+    total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    if PRIMAL:  # noqa: SIM102 - known when this is compiled, and what follows is not
+        if which == 0:
+            total = _sum_of_taps(
+                x, weight, n, row, column, o, first,
+                CI, PADDING, PRECISION, SWAP, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    if which == 1:
+        total = _sum_of_taps(
+            x, weight_dot, n, row, column, o, first,
+            CI, PADDING, PRECISION, SWAP, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    if x_dot is not None:  # noqa: SIM102
+        if which == 2:
+            total = _sum_of_taps(
+                x_dot, weight, n, row, column, o, first,
+                CI, PADDING, PRECISION, SWAP, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    parts.store([part, n, row, column, o], _stored(total, parts, SWAP).reshape(1, BOX_B, BOX_H, BOX_W, BLOCK_N))
+
+
+@triton.jit
+def _add_planes(
+    parts: tl.tensor,  # (ALL, size)
+    y: tl.tensor | None,  # (size,), as is y_dot
+    y_dot: tl.tensor,
+    size: tl.tensor,
+    FIRST: tl.constexpr,  # parts of y; the others are of ẏ
+    ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = place < size
+    if y is not None:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.static_range(FIRST):
+            total += tl.load(parts + part * size + place, exists, 0)
+        tl.store(y + place, total.to(y.dtype.element_ty), exists)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(FIRST, ALL):
+        total += tl.load(parts + part * size + place, exists, 0)
+    tl.store(y_dot + place, total.to(y_dot.dtype.element_ty), exists)
+
+
+def convolve(
+    operation: str,
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    weight_dot: Tensor,
+    y: Tensor | None,
+    y_dot: Tensor,
+    padding: int,
+    precision: Precision,
+) -> None:
+    """Fill `y` and `y_dot`; the weights are (CO, 3, 3, CI). Raises `ValueError` for tensors that no box fits."""
+    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
+    tensors = [tensor for tensor in (x, x_dot, y_dot, y) if tensor is not None]
+    tile = tile_of(operation, inputs, outputs, precision, tensors)
+    box = box_of(tile.pop("BLOCK_M"), outputs)
+    taps, widths = tile.pop("TAPS", None), (tile["BLOCK_N"], tile["BLOCK_K"])
+    products = 1 + (y is not None) + (x_dot is not None)
+    factors = (
+        describe_planes(x, box, tile["BLOCK_K"]),
+        None if x_dot is None else describe_planes(x_dot, box, tile["BLOCK_K"]),
+        describe_weights(weight, x.dtype, *widths) if products > 1 else None,
+        describe_weights(weight_dot, x.dtype, *widths),
+    )
+    constants = {
+        "CI": inputs.channels,
+        "CO": outputs.channels,
+        "HO": outputs.height,
+        "WO": outputs.width,
+        "PADDING": padding,
+        "PRECISION": effective_precision(x.dtype, precision),
+        **dict(zip(BOX, box, strict=True)),
+        **tile,
+    }
+    programs = count_boxes(outputs, box) * triton.cdiv(outputs.channels, tile["BLOCK_N"])
+    if taps is None:
+        results = (
+            None if y is None else describe_planes(y, box, tile["BLOCK_N"]),
+            describe_planes(y_dot, box, tile["BLOCK_N"]),
+        )
+        launch(_convolve, programs, *factors, *results, **constants)
+        return
+    count = products * 9 // taps
+    shape = (count, outputs.samples, outputs.height, outputs.width, outputs.channels)
+    parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    results_of_parts = described(parts, shape, (1, *box, tile["BLOCK_N"]))
+    constants |= {"PRIMAL": y is not None, "PARTS": count, "TAPS": taps}
+    launch(_convolve_parts, programs * count, *factors, results_of_parts, **constants)
+    size, of_y = y_dot.numel(), 0 if y is None else 9 // taps
+    added = {"FIRST": of_y, "ALL": count, "BLOCK": _ADDED, "num_warps": 4}
+    launch(_add_planes, triton.cdiv(size, _ADDED), parts, y, y_dot, size, **added)

@@ -1,0 +1,99 @@
+"""Describe planes and weights as boxes, which the tensor memory accelerator (TMA) of sm_90 and later loads and stores.
+
+The hardware counts the addresses of a box, fills with zeros what of it lies outside, and stores nothing there. It asks that
+channels are innermost, that a step in any other direction is a multiple of 16 bytes, and that a box begins at a multiple
+of 16 bytes in its innermost direction; one that did not ended in an illegal instruction. `fits` says for which planes
+that holds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..types import Precision
+from .configurations import Configuration, box_configuration
+from .implicit_gemm import effective_precision, shape_classes
+from .launch import architecture, tl, triton
+from .planes import Planes
+
+BOX = ("BOX_B", "BOX_H", "BOX_W")  # samples, rows, columns
+
+
+@triton.jit
+def place_of(
+    tile: tl.tensor, H: tl.constexpr, W: tl.constexpr, BOX_B: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the first sample, row and column of box number `tile`."""
+    ROWS: tl.constexpr = (H + BOX_H - 1) // BOX_H
+    COLUMNS: tl.constexpr = (W + BOX_W - 1) // BOX_W
+    return tile // (ROWS * COLUMNS) * BOX_B, tile // COLUMNS % ROWS * BOX_H, tile % COLUMNS * BOX_W
+
+
+def fits(inputs: Planes, outputs: Planes, precision: Precision, tensors: list[Tensor]) -> bool:
+    """Return whether boxes can be loaded from and stored to `tensors`, which have the shapes of `inputs` or `outputs`.
+
+    They are channels_last, of float32, or 16 bits wide where the precision is; pixels are multiples of 16 bytes and begin
+    at one, whatever the numbers of samples, rows and columns.
+    """
+    dtype = tensors[0].dtype
+    wide = effective_precision(dtype, precision) in ("fp32", "tf32")
+    return (
+        dtype.itemsize == (4 if wide else 2)
+        and all(planes.channels_last for planes in (inputs, outputs))
+        and all(planes.channels * dtype.itemsize % 16 == 0 for planes in (inputs, outputs))
+        and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    )
+
+
+def tile_of(
+    operation: str, inputs: Planes, outputs: Planes, precision: Precision, tensors: list[Tensor]
+) -> Configuration:
+    """Return the table's tile, no wider than the channels. Raises `ValueError` for planes that no box fits."""
+    if not fits(inputs, outputs, precision, tensors):
+        raise ValueError(
+            f"{operation}: expected channels_last planes of whole 16 bytes a pixel, found {inputs}, {outputs}"
+        )
+    classes = shape_classes(inputs, outputs, effective_precision(tensors[0].dtype, precision))
+    row = dict(box_configuration(operation, architecture(tensors[0].device), *classes))
+    row["BLOCK_N"] = min(row["BLOCK_N"], max(16, triton.next_power_of_2(outputs.channels)))
+    row["BLOCK_K"] = min(row["BLOCK_K"], max(16, triton.next_power_of_2(inputs.channels)))
+    return row
+
+
+def box_of(pixels: int, planes: Planes) -> tuple[int, int, int]:
+    """Return the samples, rows and columns of a box of as many pixels: whole rows first, up to 16 columns."""
+    columns = min(16, pixels, triton.next_power_of_2(planes.width))
+    rows = min(pixels // columns, triton.next_power_of_2(planes.height))
+    return pixels // (rows * columns), rows, columns
+
+
+def count_boxes(planes: Planes, box: tuple[int, int, int]) -> int:
+    """Return the number of boxes that cover `planes`."""
+    sizes = (planes.samples, planes.height, planes.width)
+    return math.prod(triton.cdiv(size, length) for size, length in zip(sizes, box, strict=True))
+
+
+def describe_planes(planes: Tensor, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
+    """Describe planes (B, C, H, W), channels_last, by boxes of pixels × channels."""
+    samples, every, height, width = planes.shape
+    return described(planes, (samples, height, width, every), (*box, channels))
+
+
+def describe_weights(weight: Tensor, dtype: torch.dtype, outputs: int, inputs: int) -> TensorDescriptor:
+    """Describe weights (CO, 3, 3, CI) by boxes of output × input channels, a tensor core's own two directions.
+
+    A box that reaches into the next tap's channels meets zeros among the pixels'.
+    """
+    return described(weight.to(dtype), (len(weight), weight[0].numel()), (outputs, inputs))
+
+
+def described(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
+    """Describe memory without gaps; the steps of directions of length one are then multiples of 16 bytes too."""
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * length)
+    return TensorDescriptor(tensor, list(shape), strides, list(block))
