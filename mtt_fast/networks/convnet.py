@@ -125,7 +125,7 @@ class ConvNet:
         return self._features(self.split(theta)[:-1], images)
 
     def _features(self, blocks: Sequence[tuple[Tensor, ...]], images: Tensor) -> Tensor:
-        # With a padding of 3 cuDNN's gradient to the images is wrong in float64: a part of it goes around the images first.
+        # With a padding of 3 cuDNN's gradient to the images was wrong (kernels/triton/cudnn.py): a part goes around them first.
         around = max(0, self.first_padding - 2)
         features = F.pad(images, [around] * 4) if around else images
         for block, (weight, bias, *norm) in enumerate(blocks):
