@@ -40,9 +40,20 @@ from .ops import (
     sgd_step,
     squared_distance,
 )
-from .types import WARP_PARAMETERS, Affine, ConvLayer, Folded, LabelKind, Patches, PlaneStats, Precision
+from .types import (
+    HALF_PRECISIONS,
+    WARP_PARAMETERS,
+    Affine,
+    ConvLayer,
+    Folded,
+    LabelKind,
+    Patches,
+    PlaneStats,
+    Precision,
+)
 
 __all__ = [
+    "HALF_PRECISIONS",
     "WARP_PARAMETERS",
     "Affine",
     "ConvLayer",

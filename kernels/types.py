@@ -13,8 +13,11 @@ LabelKind = Literal["indices", "probabilities", "logits"]
 Precision = Literal["fp32", "tf32", "bf16"]
 """The format that float32 factors of a product are rounded to; sums are always float32. float64 tensors stay float64.
 
-Planes may be bfloat16 themselves. Then products are bf16, and tensors without pixels are float32: see `accumulator`.
+Planes may be bfloat16 themselves. Then products are bf16, and tensors without pixels are float32: see see `accumulator`.
 """
+
+HALF_PRECISIONS: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16}
+"""The precisions whose planes take two bytes a number, with the dtype of the planes."""
 
 
 class Affine(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
+from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors, plane_dtype
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.kernels import ConvLayer, LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet
@@ -109,7 +109,7 @@ class FusedConvNetStudent:
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`. The sums follow the schedule above."""
         layers = self._layers(image_shape)
-        of_planes = 2 if self.precision == "bf16" and dtype == torch.float32 else dtype.itemsize
+        of_planes = plane_dtype(dtype, self.precision).itemsize
         each = batch * of_planes
         features = batch * dtype.itemsize * self.network.width * math.prod(self.network.feature_size)
         # of each block: x but for the images, y, and the epilogue's output

@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.kernels import Affine, Folded, Patches, PlaneStats, Precision
+from mtt_fast.kernels import HALF_PRECISIONS, Affine, Folded, Patches, PlaneStats, Precision
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
 Tensors = tuple[Tensor, ...]
+
+
+def plane_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
+    """Return the dtype of all that has pixels, for images and parameters of `dtype`."""
+    return HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
 
 
 class Parameters(NamedTuple):
@@ -174,8 +179,7 @@ class PlaneBlock:
 
     def inputs(self, images: Tensor) -> Tensor:
         """See `Block.inputs`."""
-        narrow = self.precision == "bf16" and images.dtype == torch.float32
-        return images.to(torch.bfloat16 if narrow else images.dtype, memory_format=torch.channels_last)
+        return images.to(plane_dtype(images.dtype, self.precision), memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
         """See `Block.forward`."""
