@@ -17,7 +17,7 @@ from .norm import with_dots
 def image_patches(x: Tensor, padding: int, precision: Precision = "fp32") -> Patches:
     """Return what the first block takes of images `x` (B, C, H, W), float32 or float64, contiguous or channels_last.
 
-    `padding` is the convolution's. With bf16 and float32 images the block's planes are bfloat16, else of the images' dtype.
+    `padding` is the convolution's. The block's planes are of the images' dtype, but bfloat16 of float32 images with bf16.
     Raises `ValueError` for anything else, and for images that a padded 3×3 convolution makes nothing to pool of.
     """
     op = "image_patches"

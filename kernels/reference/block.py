@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Affine, Folded, Patches, Precision
+from ..types import HALF_PRECISIONS, Affine, Folded, Patches, Precision
 from .conv import (
     conv3x3,
     conv3x3_dual,
@@ -26,8 +26,8 @@ def image_patches(x: Tensor, padding: int, precision: Precision = "fp32") -> Pat
     probes = torch.arange(PROBES, device=x.device) * (height * width) // PROBES
     images = F.pad(x, (padding,) * 4) - x.flatten(2)[:, :, probes].mean(2)[:, :, None, None]
     images = rounded(images, precision).permute(0, 2, 3, 1).contiguous()
-    narrow = precision == "bf16" and x.dtype == torch.float32
-    return Patches(images.to(torch.bfloat16) if narrow else images, gram_of(images), padding)
+    dtype = HALF_PRECISIONS.get(precision, x.dtype) if x.dtype == torch.float32 else x.dtype
+    return Patches(images.to(dtype), gram_of(images), padding)
 
 
 def gram_of(images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import Affine, Folded, Patches, Precision
+from ..types import HALF_PRECISIONS, Affine, Folded, Patches, Precision
 from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import Configuration, configuration
 from .launch import architecture, launch, tl, triton
@@ -64,7 +64,7 @@ def image_patches(x: Tensor, padding: int, precision: Precision) -> Patches:
     if terms * padded[0] * padded[1] >= OFFSETS:
         raise ValueError(f"expected less than 2³¹ numbers in a sample's patches, found shape {tuple(x.shape)}")
     effective = "fp64" if x.dtype == torch.float64 else precision
-    dtype = torch.bfloat16 if effective == "bf16" else x.dtype
+    dtype = HALF_PRECISIONS.get(precision, x.dtype) if x.dtype == torch.float32 else x.dtype
     images = torch.empty((batch, *padded, channels), dtype=dtype, device=x.device)
     pixels = (padded[0] - 2) * (padded[1] - 2)
     row = _row("image_patches", effective, pixels, x.device)

@@ -58,7 +58,7 @@ def pool(
         if p_dot is not None:
             pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for pixel in tl.range(0, 4, loop_unroll_factor=UNROLL):
-            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS, PRECISION)
+            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             u = product(xs, w, ACC, PRECISION)
             active = u > 0
             pooled += tl.where(active, u, 0)
@@ -117,7 +117,7 @@ def sum_patches(
         if p_bar_dot is not None:
             share_dot = _share(p_bar_dot + place, exists, ACC, PRECISION)
         for pixel in range(4):
-            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS, PRECISION)
+            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             active = product(xs, w, ACC, PRECISION) > 0
             total += product(tl.trans(xs), tl.where(active, share, 0).to(xs.dtype), ACC, PRECISION)
             if p_bar_dot is not None:
@@ -278,10 +278,10 @@ def spread(
     row, column = window // ACROSS * 2, window % ACROSS * 2
     upper, lower = tl.minimum(row, H - 1), tl.minimum(row + 1, H - 1)
     left, right = tl.minimum(column, W - 1), tl.minimum(column + 1, W - 1)
-    x0 = patches_at(images, upper, left, C, WP, TERMS, PRECISION)
-    x1 = patches_at(images, upper, right, C, WP, TERMS, PRECISION)
-    x2 = patches_at(images, lower, left, C, WP, TERMS, PRECISION)
-    x3 = patches_at(images, lower, right, C, WP, TERMS, PRECISION)
+    x0 = patches_at(images, upper, left, C, WP, TERMS)
+    x1 = patches_at(images, upper, right, C, WP, TERMS)
+    x2 = patches_at(images, lower, left, C, WP, TERMS)
+    x3 = patches_at(images, lower, right, C, WP, TERMS)
 
     m = tl.zeros((TERMS, TERMS), ACC)
     for block in range(blocks):

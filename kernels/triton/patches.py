@@ -22,6 +22,8 @@ def rounded(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """Round to what Tensor cores take: they would cut the bits off a float32. A NaN, whose bits would overflow, stays one."""
     if PRECISION == "bf16":
         tile = tile.to(tl.bfloat16)
+    elif PRECISION == "fp16":
+        tile = tile.to(tl.float16)
     elif PRECISION == "tf32":
         nearest = ((tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         tile = tl.where(tile == tile, nearest, tile)
@@ -242,13 +244,12 @@ def patches_at(
     C: tl.constexpr,
     WP: tl.constexpr,
     TERMS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """Return the patches of pixels of the convolution's result, (N, TERMS)."""
     term = tl.arange(0, TERMS)[None, :]
     place = (row * WP + column)[:, None] * C + (term // (3 * C) * (WP * C) + term % (3 * C))
     xs = tl.load(images + place, term < 9 * C, 0)
-    if _NUMPY and PRECISION == "bf16":
+    dtype: tl.constexpr = xs.dtype
+    if _NUMPY and dtype == tl.bfloat16:
         xs = xs.to(tl.float32)
-    xs = tl.where((term >= 9 * C) & (term < 9 * C + ONES), 1.0, xs)
-    return xs.to(tl.bfloat16) if PRECISION == "bf16" else xs
+    return tl.where((term >= 9 * C) & (term < 9 * C + ONES), 1.0, xs).to(dtype)

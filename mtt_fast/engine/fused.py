@@ -121,7 +121,7 @@ class FusedConvNetStudent:
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`. The sums follow the schedule above."""
         layers = self._layers(image_shape)
-        of_planes = plane_dtype(self.precision, dtype).itemsize
+        of_planes = plane_dtype(dtype, self.precision).itemsize
         each, parameters = batch * of_planes, dtype.itemsize * self.network.num_parameters
         features = batch * dtype.itemsize * self.network.width * math.prod(self.network.feature_size)
         # of each block: x but for the images, y, and the epilogue's output
@@ -201,7 +201,7 @@ class FusedConvNetStudent:
 
     def _scale(self, largest: float, *tensors: Tensor) -> Tensor | None:
         """Return the power of two by which what is linear in `tensors` stays in the range of the planes; None if that is float32's."""
-        is_half = plane_dtype(self.precision, tensors[0].dtype) == torch.float16
+        is_half = plane_dtype(tensors[0].dtype, self.precision) == torch.float16
         return power_of_two(largest, *tensors) if is_half else None
 
     def _padding(self, block: int) -> int:

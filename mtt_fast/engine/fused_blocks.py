@@ -20,6 +20,11 @@ from mtt_fast.networks.convnet import NORM_EPS, Norm
 Tensors = tuple[Tensor, ...]
 
 
+def plane_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
+    """Return the dtype of all that has pixels, for images and parameters of `dtype`."""
+    return HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
+
+
 class Parameters(NamedTuple):
     """A block's weight (K, C, 3, 3), and what follows the convolution and has an effect: γ, β of a norm, else its bias."""
 
@@ -161,11 +166,6 @@ EPILOGUES: dict[Norm, Epilogue] = {
 }
 
 
-def plane_dtype(precision: Precision, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of all that has pixels, for parameters of `dtype`."""
-    return HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
-
-
 @dataclass(frozen=True)
 class PlaneBlock:
     """A block that stores the planes between its convolution and its pool."""
@@ -179,7 +179,7 @@ class PlaneBlock:
 
     def inputs(self, images: Tensor) -> Tensor:
         """See `Block.inputs`."""
-        return images.to(plane_dtype(self.precision, images.dtype), memory_format=torch.channels_last)
+        return images.to(plane_dtype(images.dtype, self.precision), memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
         """See `Block.forward`."""
