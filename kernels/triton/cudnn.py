@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..types import Precision, accumulator, in_format_of
+from ..types import HALF_PRECISIONS, Precision, accumulator, in_format_of
 
 
 def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
@@ -97,8 +97,8 @@ def _without_rings(y_bar: Tensor, padding: int) -> tuple[Tensor, int]:
 
 def _factors(precision: Precision, planes: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factors in the dtype that they are multiplied in. cuDNN's results are of that dtype too."""
-    narrow = planes.dtype == torch.bfloat16 or (precision == "bf16" and planes.dtype == torch.float32)
-    return (planes.bfloat16(), other.bfloat16()) if narrow else (planes, other)
+    half = HALF_PRECISIONS.get(precision) if planes.dtype == torch.float32 else planes.dtype
+    return (planes, other) if half not in HALF_PRECISIONS.values() else (planes.to(half), other.to(half))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from mtt_fast import ConvNet
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent
+from mtt_fast.kernels import Precision
 from mtt_fast.kernels.triton import dispatch
 from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import poison
@@ -31,7 +32,7 @@ LARGE = [(ConvNet(3, 10, 32, 128, 3), 9), (ConvNet(3, 5, 64, 100, 4), 3)]
 BACKENDS = ("triton", "cudnn")
 
 # relative errors: two right answers in float32 differ by the units that rounding carries over ReLU's kink
-TOLERANCES = {"float64": 1e-10, "fp32": 1e-4, "tf32": 3e-2, "bf16": 0.2}
+TOLERANCES = {"float64": 1e-10, "fp32": 1e-4, "tf32": 3e-2, "fp16": 3e-2, "bf16": 0.2}
 
 
 def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -70,20 +71,20 @@ def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backen
 
 def main(device: str, part: int, parts: int) -> None:
     poison()
-    precisions, exact, single = ("fp32", "tf32", "bf16"), torch.float64, torch.float32
+    precisions, exact, single = get_args(Precision), torch.float64, torch.float32
     cases: list[tuple[ConvNet, int, torch.dtype, str, str]] = [
         *((*NETS[0], exact, "fp32", backend) for backend in BACKENDS),
         *((*net, exact, "fp32", "triton") for net in NETS[1:]),
     ]
     if device == "cpu":  # interpreted, one case of each takes seconds, and tf32 is not rounded
-        for net, precision in itertools.product((NETS[0], NETS[2]), ("fp32", "bf16")):
+        for net, precision in itertools.product((NETS[0], NETS[2]), ("fp32", "fp16", "bf16")):
             cases.append((*net, single, precision, "triton"))
     else:
         cases.append((*NETS[1], exact, "fp32", "cudnn"))
         every = itertools.product(NETS + LARGE, BACKENDS, precisions)
         cases += [(net, batch, single, precision, backend) for (net, batch), backend, precision in every]
         if torch.cuda.get_device_capability()[0] >= 9:  # by boxes what fits them
-            cases += [(*net, single, precision, "tma") for net in NETS + LARGE for precision in ("tf32", "bf16")]
+            cases += [(*net, single, precision, "tma") for net in NETS + LARGE for precision in precisions[1:]]
     for case in cases[part::parts]:
         compare(*case, device)
 

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+
+from mtt_fast.kernels import HALF_PRECISIONS, Precision
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: it comes for Linux alone"
@@ -26,7 +28,13 @@ needs_triton = pytest.mark.skipif(
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
 OPTIONS = ("num_warps", "num_stages")
 ALIGNED = [["tt.divisibility", 16]]  # the launcher finds so of pointers at run time; torch aligns its allocations
 
@@ -112,7 +120,7 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
         usage["REG"],
         usage["STACK"],
         compiled.metadata.shared,
-        re.search(r"mma\S*(tf32|bf16|kind::f16)", compiled.asm["ptx"]) is not None,
+        re.search(r"mma\S*(tf32|bf16|\.f16|kind::f16)", compiled.asm["ptx"]) is not None,
         re.search(r"wgmma|tcgen05.mma", compiled.asm["ptx"]) is not None,
         "cp.async.bulk.tensor" in compiled.asm["ptx"],
         compiled.asm["ttgir"].count("ttg.local_load"),
@@ -144,12 +152,12 @@ def check(launches: list[Launch], architecture: str, folder: Path) -> list[Usage
     return usages
 
 
-each_precision = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+each_precision = pytest.mark.parametrize("precision", get_args(Precision))
 
 
-def planes_of(precision: str, *size: int, form: torch.memory_format = torch.channels_last) -> Tensor:
-    """Return planes as the student has them: bf16 products are of bfloat16 planes."""
-    return meta(*size, form=form).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+def planes_of(precision: Precision, *size: int, form: torch.memory_format = torch.channels_last) -> Tensor:
+    """Return planes as the student has them: fp16 and bf16 products are of float16 and bfloat16 planes."""
+    return meta(*size, form=form).to(HALF_PRECISIONS.get(precision, torch.float32))
 
 
 def check_products(launches: list[Launch], architecture: str, folder: Path, precision: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import kernels
-from mtt_fast.kernels import Affine, ConvLayer, native, triton
+from mtt_fast.kernels import HALF_PRECISIONS, Affine, ConvLayer, Precision, native, triton
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, draw, jvp, refused
@@ -92,11 +92,11 @@ def test_a_shift_of_the_images_makes_no_difference() -> None:
         assert_close(name, moved[name], value, 1e-9, floor=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
     given = block_arguments(BLOCKS[0])
     patches = kernels.image_patches(given["x"].float(), 1, precision)
-    assert patches.images.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert patches.images.dtype == HALF_PRECISIONS.get(precision, torch.float32)
     assert patches.gram.dtype == torch.float32
     weights = [weight.float() for weight in given["weights"]]
     affine = [Affine(each.gamma.float(), each.beta.float()) for each in given["affine"]]
@@ -104,7 +104,7 @@ def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
     exact = block_results(given)
     for name, value in (("p", p), ("p_dot", p_dot)):
         assert value.dtype == patches.images.dtype
-        allowed = {"fp32": 1e-5, "tf32": 2e-2, "bf16": 1e-1}[precision]
+        allowed = {"fp32": 1e-5, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}[precision]
         assert_close(name, value.double(), exact[name], allowed, floor=0.1)
     bars = [each.to(p.dtype) for each in given["bars"]]
     for value in kernels.conv_norm_relu_pool_dual_backward(patches, *weights, *affine, *bars, EPS, precision):
@@ -157,7 +157,7 @@ def test_arguments_that_do_not_fit_are_refused(operation: str, arguments: tuple[
 @pytest.mark.slow
 def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("block", "cpu")
-    for case in ("image_patches", "'conv_norm_relu_pool_dual_backward', 'folded'", "'tf32'", "'bf16'"):
+    for case in ("image_patches", "'conv_norm_relu_pool_dual_backward', 'folded'", "'tf32'", "'fp16'", "'bf16'"):
         assert any(case in line for line in lines)
 
 

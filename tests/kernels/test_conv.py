@@ -265,7 +265,7 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_boxes_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
     """The shapes that the prototype was measured at, with the table's tiles, and once odd sizes."""
     from mtt_fast.kernels.triton import box_convolve, box_correlate, boxes, tma
