@@ -50,11 +50,13 @@ class Normalisation:
         return mean, std
 
 
-def transform_for(data: ImageData, zca: bool) -> Normalisation | Whitening:
+def transform_for(
+    data: ImageData, zca: bool, device: torch.device = torch.device("cpu")
+) -> Normalisation | Whitening:
     """Return the map from [0, 1] images of `data` to what its networks are trained on.
 
-    With `zca`, a whitening fitted on the un-normalised training images in [0, 1]; it takes a while, so it is kept
-    beside the packed file, as NAME.zca.safetensors, and read the next time if data and eps are still those it was
+    With `zca`, a whitening fitted on the un-normalised training images in [0, 1], on `device`; it takes a while, so it is
+    kept beside the packed file, as NAME.zca.safetensors, and read the next time if data and eps are still those it was
     fitted on. Raises `InputError` for images too large to whiten.
     """
     if not zca:
@@ -64,7 +66,7 @@ def transform_for(data: ImageData, zca: bool) -> Normalisation | Whitening:
     if path and (fitted := _read(path, belongs_to)):
         return fitted
     log.info("%s: fitting the ZCA whitening to %d images", data.name, len(data.train.images))
-    whitening = Whitening.fit(data.train.images.float().div_(255), eps=_EPS)
+    whitening = Whitening.fit_bytes(data.train.images, device, _EPS).to("cpu")
     if path:
         try:
             whitening.save(path, belongs_to)
