@@ -559,6 +559,24 @@ def test_render_fills_in_the_marked_places(tmp_path: Path) -> None:
         filled_in("<!-- bench:three -->\n<!-- /bench -->", {"one": ""}, readme)
 
 
+RECORDS = sorted(path for path in Path("bench/results").glob("*.json") if not path.name.endswith(TRACE))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_the_committed_table_is_that_of_its_record(path: Path) -> None:
+    record = read_record(path)
+    assert path.with_suffix(".md").read_text() == rendered(record)
+    assert path.with_suffix(".png").exists() == (record["benchmark"] in DRAWN)
+
+
+def test_the_documents_quote_the_committed_records() -> None:
+    tables = {path.stem: rendered(read_record(path)) for path in RECORDS}
+    for document in map(Path, RenderOptions().documents.split(",")):
+        text = document.read_text()
+        assert "<!-- bench:" in text
+        assert filled_in(text, tables, document) == text
+
+
 @pytest.mark.parametrize("benchmark", TABLES)
 def test_every_benchmark_is_rendered(benchmark: str, tmp_path: Path) -> None:
     record = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,18 @@ from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import Learning
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
-from mtt_fast.baselines.trained import as_first_expert, requested_of_the_expert
+from mtt_fast.baselines.trained import as_first_expert, first_expert, requested_of_the_expert
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import Run
+from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.engine.student_choice import describe_numerics
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.run_folder import CONFIG, only_user, read_config, write_config
-from mtt_fast.training.images import real_images
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
             f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}; "
             f"see {PROGRAM} --help"
         )
+    seconds = Seconds()
     options = _parse(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
     with numerics(device, options.precision):
-        _run(name, options, folder, device, argv)
+        _run(name, options, folder, device, argv, seconds)
 
 
 def _help() -> str:
@@ -98,8 +98,11 @@ def _parse(name: str, argv: Sequence[str]) -> BaselineOptions:
     return options
 
 
-def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, argv: Sequence[str]) -> None:
-    data = options.load_data()
+def _run(
+    name: str, options: BaselineOptions, folder: Path, device: torch.device, argv: Sequence[str], seconds: Seconds
+) -> None:
+    with seconds.of("data"):
+        data = options.load_data()
     network = options.network(data)
     if network.mixes_samples and name != "random":
         raise InputError(
@@ -107,13 +110,13 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
             "set with a network without, and evaluate it on this one with python -m mtt_fast.evaluate"
         )
     evaluated = options.evaluated_networks(data)  # one that does not fit the images is told before any work
-    real = real_images(data, options.zca, device)
+    real = timed_real_images(data, options.zca, device, seconds)
     class_members(real, options.ipc)  # and so are more images a class than there are
     if isinstance(options, TrainedNetworkOptions):
         requested = requested_of_the_expert(options, parsing.given(type(options), argv))
         options = as_first_expert(options, real, network, requested)
     method = METHODS[name]
-    with only_user(folder):
+    with only_user(folder), counted_in(folder, seconds):
         check_goes_on(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         log.info(
@@ -123,11 +126,14 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
         )  # fmt: skip
         run = Run(
             program=f"{PROGRAM} {name}", command=shlex.join([*PROGRAM.split(), *argv]), method=method.title,
-            options=options, folder=folder, real=real, network=network, evaluated=evaluated,
+            options=options, folder=folder, real=real, network=network, evaluated=evaluated, seconds=seconds,
         )  # fmt: skip
-        start = time.monotonic()
-        made = method.make(options, real, network)
+        if isinstance(options, TrainedNetworkOptions):
+            with seconds.of("experts"):
+                first_expert(options, real, network)
+        with seconds.of("iterations"):
+            made = method.make(options, real, network)
         if isinstance(made, Learning):
             learn(run, made)
         else:
-            evaluate_chosen(run, made, time.monotonic() - start)
+            evaluate_chosen(run, made)

@@ -84,4 +84,5 @@ def _own_accuracy(run: Run, learning: Learning) -> Accuracy:
     trained = (
         learning.own_training(generator_for(run.options.seed, "own training", k)) for k in range(run.options.num_eval)
     )
-    return Accuracy(tuple(accuracy(run.network, theta, run.real.test) for theta in trained))
+    with run.seconds.of("evaluations"):
+        return Accuracy(tuple(accuracy(run.network, theta, run.real.test) for theta in trained))
