@@ -394,7 +394,8 @@ def test_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert herding["accuracy"] == runs["herding"]["accuracy"]["distilled"]
     assert ftd["accuracy"] == runs["mtt-ftd"]["accuracy"]["ema"]
-    assert ftd["seconds"] == runs["mtt-ftd"]["seconds"]["iterations"]
+    spent = runs["mtt-ftd"]["seconds"]
+    assert ftd["seconds"] == spent["first_iteration"] + spent["iterations"]
     assert ftd["command"].startswith("python -m mtt_fast.distill --dataset digits")
     assert runs["mtt-ftd"]["protocol"] == runs["herding"]["protocol"]
     bench("render", "--results", str(tmp_path), "--documents", "")
