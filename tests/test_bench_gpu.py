@@ -191,6 +191,36 @@ def test_tasks_of_a_group_run_at_the_same_time_and_the_limit_ends_all(tmp_path: 
         assert [row["status"] for row in found] == ["missing"]
 
 
+JOB = """
+import pathlib, signal, sys, time
+
+run = pathlib.Path(sys.argv[1])
+run.mkdir(exist_ok=True)
+
+def stop(*_):
+    (run / "config.toml").write_text("saved")
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+if "--resume" in sys.argv:
+    (run / "summary.json").write_text("{}")
+else:
+    time.sleep(100)
+"""
+
+
+def test_a_job_that_is_cut_off_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    monkeypatch.setattr(gpu, "_ROOT", tmp_path)
+    task = gpu.Task("run", ["job", str(tmp_path / "run")], tmp_path / "run" / "summary.json", resumable=True)
+    (row,) = gpu.run_group([task], tmp_path, time.monotonic() + 2)
+    assert row["status"] == "missing"
+    assert (tmp_path / "run" / "config.toml").read_text() == "saved"
+    (row,) = gpu.run_group([task], tmp_path, time.monotonic() + 60)
+    assert row["status"] == "done"
+    assert task.result.exists()
+
+
 def test_a_stage_tells_what_failed(tmp_path: Path) -> None:
     failing = gpu.Task("nothing", ["bench", "nothing"], tmp_path / "nothing.json")
     assert gpu._within(failing, tmp_path, time.monotonic() + 60) == 2
