@@ -16,7 +16,6 @@ all is done on the CPU at toy size.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
@@ -160,7 +159,7 @@ def _done(task: Task, out: Path, deadline: float) -> Row:
 def _within(task: Task, out: Path, deadline: float) -> int:
     """Run a command until it ends, or the deadline comes; return its exit status, or `OUT_OF_TIME`.
 
-    At the deadline the command and its workers get SIGTERM, on which the project's commands save their work and stop.
+    At the deadline the command gets SIGTERM, on which the project's commands save their work and stop.
     """
     left = deadline - time.monotonic()
     if left <= 0:
@@ -169,19 +168,18 @@ def _within(task: Task, out: Path, deadline: float) -> int:
     with open(out / f"{task.name}.log", "a", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", *task.argv, *resume], cwd=_ROOT, stdout=output,
-            stderr=subprocess.STDOUT, env=os.environ | task.environment, start_new_session=True,
+            stderr=subprocess.STDOUT, env=os.environ | task.environment,
         )  # fmt: skip
         try:
             return process.wait(timeout=left)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(timeout=_TO_SAVE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             return OUT_OF_TIME
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # its workers, if any is left
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _last_line(path: Path) -> str:
