@@ -1,16 +1,17 @@
 """Everything that needs a GPU, in stages that each fit a limit: `python -m bench gpu STAGE --out FOLDER`.
 
-| stage | what it does | result in FOLDER |
-|---|---|---|
-| suite | the tests marked gpu, and the engine's | tests-*.xml |
-| table | new launch configurations, block by block; the kernels with them | configurations.toml, tune-*.json, kernels-*.json |
-| steps | one iteration by every engine, and its memory | meta_step-*.json, memory_scaling.json |
-| training | experts, evaluations, reading trajectories | experts.json, evaluate.json, trajectories.json |
-| cifar10 | CIFAR-10, 1 image a class, from experts to accuracy | cifar10-ipc1/ |
-| imagenette | ImageNette at 128×128, 1 and 10 images a class, in 8 GiB | imagenette-ipc1/, imagenette-ipc10/ |
+| stage | seconds | what it does | result in FOLDER |
+|---|---|---|---|
+| suite | 180 | the tests marked gpu, in parallel processes | suite.json |
+| table | 240 | new launch configurations: candidates compiled in parallel, then timed alone | configurations.toml, tune-*.json |
+| steps | 180 | one iteration beside whole-graph autograd, kernels, memory | meta_step-*.json, kernels-*.json, memory_scaling.json |
+| cifar10 | 300 | CIFAR-10, 1 image a class, from 100 experts to accuracy | cifar10-ipc1/ |
+| training | 300 | experts, evaluations, reading trajectories | experts.json, evaluate.json, trajectories.json |
+| imagenette | 520 | ImageNette at 128×128, 1 and 10 images a class, in 8 GiB | imagenette-ipc1/, imagenette-ipc10/ |
 
-A task that has its result is not done again, so a stage that its limit cuts off goes on with the same command. With --rehearse
-all is done on the CPU at toy size, in seconds.
+The first four fit in 15 minutes. What is measured is written as it comes, and stage-STAGE.json tells what was done. A stage that
+comes to its limit stops itself and says what is missing; the same command goes on, and does nothing twice. With --rehearse
+all is done on the CPU at toy size.
 """
 
 from __future__ import annotations
@@ -23,15 +24,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
+from bench import suite
 from bench.pictures import write_pictures
-from bench.settings import SETTINGS
+from bench.records import read_record, write_record
 from mtt_fast.errors import InputError
+from mtt_fast.runtime.provenance import choose_device
+from mtt_fast.storage.run_folder import CONFIG, SUMMARY
 
 log = logging.getLogger("mtt_fast")
 
@@ -39,14 +45,21 @@ OUT_OF_TIME = 75
 """Exit status of a stage that its limit cut off (EX_TEMPFAIL): the same command goes on."""
 _ROOT = Path(__file__).resolve().parents[1]
 _BUDGET = "8GiB"
-_TUNED = {"cifar10-ipc10": 3, "tiny-ipc10": 4, "imagenet128-ipc10": 5}  # blocks of the networks
+_SETTINGS = ("cifar10-ipc1", "cifar10-ipc10", "imagenet128-ipc10")
+_TUNED = {"cifar10-ipc1": 3, "cifar10-ipc10": 3, "imagenet128-ipc10": 5}  # blocks of the networks
+_PRECISIONS = ("tf32", "bf16")
+_ENGINES = "whole_graph,fused-graph"
 _TOY = "--steps 2 --batch 3 --size 16 --depth 2 --width 4 --repetitions 1".split()
 _TOY_RUN = (
     "--train_epochs 4 --num_experts 1 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2 --Iteration 2 --num_eval 1 "
     "--epoch_eval_train 2"
 ).split()
+_TO_SAVE = 30.0  # seconds that a command gets to save its work and to stop
 
-Stage = Literal["suite", "table", "steps", "training", "cifar10", "imagenette"]
+Stage = Literal["suite", "table", "steps", "cifar10", "training", "imagenette"]
+SECONDS: dict[Stage, float] = {
+    "suite": 180, "table": 240, "steps": 180, "cifar10": 300, "training": 300, "imagenette": 520,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,21 +67,15 @@ class Options:
     """Do one stage of the work that needs a GPU."""
 
     stage: tyro.conf.Positional[Stage] = "suite"
-    """stage to do: suite, table, steps, training, cifar10 or imagenette"""
+    """stage to do: suite, table, steps, cifar10, training or imagenette"""
     out: str = "gpu"
     """folder of records, logs and runs"""
-    seconds: float = 520.0
-    """time limit of the stage"""
+    seconds: float | None = None
+    """time limit; default the stage's own"""
     rehearse: bool = False
     """do the stage on the CPU at toy size"""
     data_path: str = "data"
     """folder of the data sets, for cifar10 and imagenette (CIFAR-10 is fetched if it is not there)"""
-    num_experts: int = 20
-    """experts to train, for cifar10 and imagenette"""
-    train_epochs: int = 10
-    """epochs of each expert"""
-    iterations: int = 1000
-    """iterations of the distillation"""
 
 
 @dataclass(frozen=True)
@@ -83,27 +90,70 @@ class Task:
     """whether the command goes on with --resume after a stop"""
 
 
+Row = dict[str, Any]
+Group = Sequence[Task]
+"""Tasks that are done at the same time."""
+
+
 def main(options: Options, command: str) -> None:
     """Do the stage. Exits with `OUT_OF_TIME` where the limit cuts it off, and with 1 if a command failed."""
-    if not options.seconds >= 0:
-        raise InputError(f"--seconds {options.seconds}: expected at least 0")
+    limit = SECONDS[options.stage] if options.seconds is None else options.seconds
+    if not limit >= 0:
+        raise InputError(f"--seconds {limit}: expected at least 0")
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.seconds
-    failed = False
-    for task in _STAGES[options.stage](options, out):
-        if task.result.exists():
-            continue
-        log.info("stage %s: %s", options.stage, task.name)
-        status = _within(task, out, deadline)
-        if status == OUT_OF_TIME:
-            print(f"stage {options.stage}: out of time; the same command goes on", file=sys.stderr)
-            raise SystemExit(OUT_OF_TIME)
-        if status != 0:
-            failed = True
-            print(f"{task.name}: {_last_line(out / f'{task.name}.log')}", file=sys.stderr)
-    if failed:
+    device, deadline = choose_device("cpu" if options.rehearse else "cuda"), time.monotonic() + limit
+    name = f"stage-{options.stage}"
+    groups = list(_STAGES[options.stage](options, out))
+    rows = _rows_before(out / f"{name}.json")
+    for tasks in groups:
+        todo = [task for task in tasks if not _is_done(task, rows)]
+        rows |= {row["task"]: row for row in run_group(todo, out, deadline)}
+        write_record(str(out), name, "gpu", device, {"seconds": limit}, list(rows.values()), command)
+    found = [rows[task.name] for tasks in groups for task in tasks]
+    for row in found:
+        if row["status"] == "failed":
+            print(f"{row['task']}: {row['problem']}", file=sys.stderr)
+    if missing := [row["task"] for row in found if row["status"] == "missing"]:
+        print(
+            f"stage {options.stage}: out of time after {limit:.0f} s; missing: {', '.join(missing)}; the same command goes on",
+            file=sys.stderr,
+        )
+        raise SystemExit(OUT_OF_TIME)
+    if any(row["status"] == "failed" for row in found):
         raise SystemExit(1)
+
+
+def _rows_before(path: Path) -> dict[str, Row]:
+    """Return what an earlier command of the stage recorded, by task."""
+    return {row["task"]: row for row in read_record(path)["rows"]} if path.exists() else {}
+
+
+def _is_done(task: Task, rows: dict[str, Row]) -> bool:
+    """Return whether a task's result is there and whole, and have a row in `rows` that says so."""
+    if not task.result.exists() or rows.get(task.name, {}).get("status") == "failed":
+        return False
+    rows[task.name] = {"seconds": None, **rows.get(task.name, {}), "task": task.name, "status": "done", "problem": None}
+    return True
+
+
+def run_group(tasks: Group, out: Path, deadline: float) -> list[Row]:
+    """Run tasks at the same time, as many as there are processors; return their rows of the stage's record."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(partial(_done, out=out, deadline=deadline), tasks))
+
+
+def _done(task: Task, out: Path, deadline: float) -> Row:
+    """Run a task until it ends, or the deadline comes, and return its row of the stage's record."""
+    start = time.monotonic()
+    status = _within(task, out, deadline)
+    row = {"task": task.name, "seconds": time.monotonic() - start, "problem": None}
+    if status == OUT_OF_TIME:
+        return row | {"status": "missing"}
+    log.info("%s: %s in %.0f s", task.name, "failed" if status else "done", row["seconds"])
+    return row | (
+        {"status": "failed", "problem": _last_line(out / f"{task.name}.log")} if status else {"status": "done"}
+    )
 
 
 def _within(task: Task, out: Path, deadline: float) -> int:
@@ -114,8 +164,8 @@ def _within(task: Task, out: Path, deadline: float) -> int:
     left = deadline - time.monotonic()
     if left <= 0:
         return OUT_OF_TIME
-    resume = ["--resume"] if task.resumable and (out / task.name / "config.toml").exists() else []
-    with open(out / f"{task.name}.log", "w", encoding="utf-8") as output:
+    resume = ["--resume"] if task.resumable and (out / task.name / CONFIG).exists() else []
+    with open(out / f"{task.name}.log", "a", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", *task.argv, *resume], cwd=_ROOT, stdout=output,
             stderr=subprocess.STDOUT, env=os.environ | task.environment,
@@ -125,7 +175,7 @@ def _within(task: Task, out: Path, deadline: float) -> int:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=30)
+                process.wait(timeout=_TO_SAVE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -137,13 +187,10 @@ def _last_line(path: Path) -> str:
     return lines[-1] if lines else "failed without a word"
 
 
-def _suite(options: Options, out: Path) -> Iterator[Task]:
-    tests = {"tests-gpu": ["-m", "gpu"], "tests-engine": ["tests/engine"]}
-    if options.rehearse:
-        tests = {"tests-gpu": ["tests/engine/test_matching.py"]}
-    for name, selected in tests.items():
-        report = out / f"{name}.xml"
-        yield Task(name, ["pytest", "-q", *selected, f"--junit-xml={report}"], report)
+def _suite(options: Options, out: Path) -> Iterator[Group]:
+    selected = ["tests/engine/test_matching.py", "-n", "2"] if options.rehearse else ["-m", "gpu", "-n", "auto"]
+    record = out / f"{suite.NAME}.json"
+    yield [Task("suite", ["pytest", "-q", *selected, "--dist", "load", *suite.arguments(record)], record)]
 
 
 def _bench(options: Options, out: Path, name: str, *argv: str, **environment: str) -> Task:
@@ -154,94 +201,87 @@ def _bench(options: Options, out: Path, name: str, *argv: str, **environment: st
     return Task(name, words, out / f"{name}.json", threads | environment)
 
 
-def _table(options: Options, out: Path) -> Iterator[Task]:
-    configurations = str(out / "configurations.toml")
+def _table(options: Options, out: Path) -> Iterator[Group]:
+    configurations = ("--table", str(out / "configurations.toml"))
     if options.rehearse:
-        toy = ("--blocks", "2", "--table", configurations, "--candidates", "1")
-        yield _bench(options, out, "tune", "tune", *toy, TRITON_INTERPRET="1")
-        yield _bench(options, out, "kernels-cifar10-ipc10", "kernels", "--setting", "cifar10-ipc10")
+        toy = ("tune", "--blocks", "2", *configurations, "--candidates", "1")
+        for name, more in (("compile", ("--compile-only",)), ("tune", ())):
+            yield [_bench(options, out, name, *toy, *more, TRITON_INTERPRET="1")]
         return
-    for setting, blocks in _TUNED.items():
-        for precision in ("tf32", "bf16"):
-            for block in map(str, range(1, blocks + 1)):
-                yield _bench(
-                    options, out, f"tune-{setting}-{precision}-{block}", "tune", "--setting", setting, "--precision",
-                    precision, "--blocks", block, "--table", configurations,
-                )  # fmt: skip
-    for setting in ("cifar10-ipc10", "imagenet128-ipc10"):
-        yield _bench(options, out, f"kernels-{setting}", "kernels", "--setting", setting)
+    settings = [("tune", "--setting", name, "--precision", each) for name in _TUNED for each in _PRECISIONS]
+    yield [
+        _bench(
+            options,
+            out,
+            f"compile-{words[2]}-{words[4]}-{block}",
+            *words,
+            "--blocks",
+            f"{block}",
+            "--compile-only",
+            *configurations,
+        )
+        for words in settings
+        for block in range(1, _TUNED[words[2]] + 1)
+    ]
+    for words in settings:  # one after the other: each measures alone, and adds to the same table
+        yield [_bench(options, out, f"tune-{words[2]}-{words[4]}", *words, *configurations)]
 
 
-def _steps(options: Options, out: Path) -> Iterator[Task]:
-    settings: Sequence[str] = SETTINGS
-    engines = "whole_graph,checkpointed,truncated,generic,compiled,fused,fused-budget,fused-auto,fused-graph"
-    few, vary = "whole_graph,fused,fused-graph", ""
+def _steps(options: Options, out: Path) -> Iterator[Group]:
+    settings, engines, vary = list(_SETTINGS), _ENGINES, ""
     if options.rehearse:
-        settings, engines, few = ("cifar10-ipc1",), "whole_graph,generic,fused", "whole_graph,fused"
-        vary = "--vary-steps 2,3 --vary-batch 3 --vary-size 16"
+        settings, engines, vary = settings[:1], "whole_graph,fused", "--vary-steps 2,3 --vary-batch 3 --vary-size 16"
     for setting in settings:
-        chosen = ("--setting", setting, "--engines", engines, "--memory-budget", _BUDGET)
-        yield _bench(options, out, f"meta_step-{setting}", "meta_step", *chosen)
-    for precision in ("fp32", "bf16"):  # the others are in tf32
-        chosen = ("--setting", "cifar10-ipc10", "--engines", few, "--precision", precision)
-        yield _bench(options, out, f"meta_step-cifar10-ipc10-{precision}", "meta_step", *chosen)
-    yield _bench(
-        options, out, "memory_scaling", "memory_scaling", "--setting", "cifar10-ipc10", *vary.split()
-    )  # fmt: skip
+        yield [_bench(options, out, f"meta_step-{setting}", "meta_step", "--setting", setting, "--engines", engines)]
+    for setting in settings[-2:]:
+        yield [_bench(options, out, f"kernels-{setting}", "kernels", "--setting", setting)]
+    yield [_bench(options, out, "memory_scaling", "memory_scaling", "--setting", "cifar10-ipc10", *vary.split())]
 
 
-def _training(options: Options, out: Path) -> Iterator[Task]:
+def _training(options: Options, out: Path) -> Iterator[Group]:
     images, experts, epochs = ("32", "1", "3") if options.rehearse else ("50000", "10", "50")
-    yield _bench(options, out, "experts", "experts", "--images", images)
-    yield _bench(options, out, "evaluate", "evaluate")
-    yield _bench(options, out, "trajectories", "trajectories", "--experts", experts, "--epochs", epochs)
+    yield [_bench(options, out, "experts", "experts", "--images", images)]
+    yield [_bench(options, out, "evaluate", "evaluate")]
+    yield [_bench(options, out, "trajectories", "trajectories", "--experts", experts, "--epochs", epochs)]
 
 
 def _distillation(options: Options, out: Path, name: str, *argv: str) -> Task:
     device = "cpu" if options.rehearse else "cuda"
     places = ["--out", str(out / name), "--buffer_path", str(out / "buffers"), "--device", device]
-    return Task(name, ["mtt_fast.distill", *places, *argv], out / name / "summary.json", resumable=True)
+    return Task(name, ["mtt_fast.distill", *places, *argv], out / name / SUMMARY, resumable=True)
 
 
-def _size(options: Options) -> list[str]:
-    counts = {
-        "num_experts": options.num_experts,
-        "train_epochs": options.train_epochs,
-        "Iteration": options.iterations,
-    }
-    return [word for name, count in counts.items() for word in (f"--{name}", str(count))]
-
-
-def _cifar10(options: Options, out: Path) -> Iterator[Task]:
+def _cifar10(options: Options, out: Path) -> Iterator[Group]:
     if options.rehearse:
-        yield _distillation(options, out, "cifar10-ipc1", "--recipe", "digits", "--model", "ConvNetD2W4", *_TOY_RUN)
+        toy = ("--recipe", "digits", "--model", "ConvNetD2W4", *_TOY_RUN)
+        yield [_distillation(options, out, "cifar10-ipc1", *toy)]
         return
     data = ("--data_path", str(Path(options.data_path).resolve()), "--download", "--save_seconds", "20")
-    yield _distillation(
-        options, out, "cifar10-ipc1", "--recipe", "cifar10-ipc1", *data, "--eval_it", "500", *_size(options)
-    )
+    size = "--num_experts 100 --train_epochs 5 --Iteration 5000 --eval_it 1000".split()
+    yield [_distillation(options, out, "cifar10-ipc1", "--recipe", "cifar10-ipc1", *data, *size)]
 
 
-def _imagenette(options: Options, out: Path) -> Iterator[Task]:
+def _imagenette(options: Options, out: Path) -> Iterator[Group]:
+    pictures = out / "pictures"
+    if options.rehearse:
+        shutil.rmtree(pictures, ignore_errors=True)
+        write_pictures(pictures)
     for ipc in ("1", "10"):
         name, budget = f"imagenette-ipc{ipc}", ("--memory_budget", _BUDGET)
         if options.rehearse:
-            pictures = out / "pictures"
-            shutil.rmtree(pictures, ignore_errors=True)
-            write_pictures(pictures)
             toy = ("--dataset", str(pictures), "--res", "16", "--model", "ConvNetD2W4", "--ipc", ipc)
-            yield _distillation(options, out, name, *toy, *budget, *_TOY_RUN)
+            yield [_distillation(options, out, name, *toy, *budget, *_TOY_RUN)]
             continue
         data = ("--data_path", str(Path(options.data_path).resolve()), "--save_seconds", "20")
-        evaluation = "--eval_it 100 --num_eval 3 --epoch_eval_train 300".split()
-        yield _distillation(options, out, name, "--recipe", name, *data, *budget, *evaluation, *_size(options))
+        size = "--num_experts 20 --train_epochs 10 --Iteration 1000 --eval_it 100 --num_eval 3 --epoch_eval_train 300"
+        yield [_distillation(options, out, name, "--recipe", name, *data, *budget, *size.split())]
 
 
-_STAGES: dict[Stage, Callable[[Options, Path], Iterator[Task]]] = {
+_STAGES: dict[Stage, Callable[[Options, Path], Iterator[Group]]] = {
     "suite": _suite,
     "table": _table,
     "steps": _steps,
-    "training": _training,
     "cifar10": _cifar10,
+    "training": _training,
     "imagenette": _imagenette,
 }

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,20 @@ def main(options: Options, command: str) -> None:
     set_precision(device, options.precision)
     log.info("%s, on %s", setting, device)
     peak = matrix_product_peak(device)
+    name_of_record = options.name or f"meta_step-{options.label()}-{device.type}"
+
+    def record(rows: Mapping[str, dict[str, Any]], peak: float, *, complete: bool) -> dict[str, Any]:
+        conditions = {
+            "case": str(setting),
+            "dtype": "float32" if device.type == "cpu" else options.precision,
+            "budget": options.memory_budget,
+            "matrix_product_flops": peak,
+            "load": os.getloadavg()[0],
+        }
+        place = (options.out, name_of_record, "meta_step", device)
+        write_record(*place, conditions, list(rows.values()), command, complete=complete)
+        return conditions
+
     with tempfile.TemporaryDirectory(prefix="mtt_fast-bench-") as folder:
         case = save_case(make_case(setting), Path(folder) / "case.safetensors") | common
         truth = options.truth or str(Path(folder) / "truth.safetensors")
@@ -86,6 +101,7 @@ def main(options: Options, command: str) -> None:
                 except WorkerError as error:
                     give_up(rows, workers, name, error)
                 log.info("%s: %s", name, rows[name]["problem"] or f"error {rows[name]['error']:.1e}")
+                record(rows, peak, complete=False)
             if options.floor:
                 rows[FLOOR] = {"engine": FLOOR, "exact": True, "tuned": True, "problem": None}
                 workers[FLOOR] = Worker(build_floor, shape=_shape(options), **common)
@@ -105,16 +121,7 @@ def main(options: Options, command: str) -> None:
         row["seconds"] = times.get(name)
         row["flops"] = _flops(name, engines, setting)
     _compare(rows, peak)
-    conditions = {
-        "case": str(setting),
-        "dtype": "float32" if device.type == "cpu" else options.precision,
-        "budget": options.memory_budget,
-        "matrix_product_flops": peak,
-        "load": os.getloadavg()[0],
-    }
-    record = (options.name or f"meta_step-{options.label()}-{device.type}", "meta_step", device, conditions)
-    print(table("meta_step", conditions, list(rows.values())))
-    write_record(options.out, *record, list(rows.values()), command)
+    print(table("meta_step", record(rows, peak, complete=True), list(rows.values())))
 
 
 def build_case(net: dict[str, Any], path: str, device: str, precision: str) -> Case:

@@ -233,7 +233,7 @@ def _row(method: Method, setting: DistillOptions, folder: Path) -> dict[str, Any
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         row |= {
             "accuracy": summary["accuracy"][method.accuracy],
-            "seconds": summary["seconds"]["iterations"],
+            "seconds": sum(summary["seconds"].get(part, 0.0) for part in ("first_iteration", "iterations")),
             "seconds_evaluations": summary["seconds"]["evaluations"],
             "peak": summary["peak_memory_bytes"],
         }

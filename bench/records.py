@@ -20,6 +20,8 @@ log = logging.getLogger("mtt_fast")
 
 TRACE = ".trace.json"
 """The suffix of traces, which are no records."""
+PARTIAL = ".partial.json"
+"""The suffix of records that are still being measured, or were cut off."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,12 +34,16 @@ def write_record(
     conditions: dict[str, Any],
     rows: list[dict[str, Any]],
     command: str,
+    *,
+    complete: bool = True,
 ) -> Path:
     """Write `rows`, with everything on which they depend, to FOLDER/NAME.json; return the path.
 
-    `conditions` are the case's own; command, commit, device, versions and time are added here.
+    `conditions` are the case's own; command, commit, device, versions and time are added here. Rows that are not `complete`
+    go to NAME.partial.json, which the complete record replaces.
     """
-    path = Path(folder) / f"{name}.json"
+    whole, partial = Path(folder) / f"{name}.json", Path(folder) / f"{name}{PARTIAL}"
+    path = whole if complete else partial
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
@@ -55,8 +61,22 @@ def write_record(
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
-    log.info("%s", path)
+    if complete:
+        partial.unlink(missing_ok=True)
+        log.info("%s", path)
     return path
+
+
+def partial_rows(folder: str, name: str) -> list[dict[str, Any]]:
+    """Return the rows that an earlier process measured of the record NAME before it was cut off, of this very commit."""
+    path = Path(folder) / f"{name}{PARTIAL}"
+    if not path.exists():
+        return []
+    record = read_record(path)
+    if record.get("commit") != _git("rev-parse", "HEAD"):
+        return []
+    rows: list[dict[str, Any]] = record["rows"]
+    return rows
 
 
 def read_record(path: Path) -> dict[str, Any]:

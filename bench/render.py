@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from bench.records import TRACE, read_record
+from bench.records import PARTIAL, TRACE, read_record
 from mtt_fast.commands.option_fields import MAY_BE_EMPTY
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import write_text
@@ -39,7 +39,7 @@ class Options:
 def main(options: Options, command: str) -> None:
     """Render every record, then fill in the marked places of the documents."""
     folder = Path(options.results)
-    paths = sorted(path for path in folder.glob("*.json") if not path.name.endswith(TRACE))
+    paths = sorted(path for path in folder.glob("*.json") if not path.name.endswith((TRACE, PARTIAL)))
     if not paths:
         raise InputError(f"{folder}: holds no records; make one, e.g. with python -m bench meta_step")
     tables = {}
@@ -205,6 +205,8 @@ TABLES: dict[str, list[Column]] = {
         ("operation", _text("operation")),
         ("class", _text("class")),
         ("chosen", _text("chosen")),
+        ("compiled", _number("compiled", "{}")),
+        ("in", _number("compile_seconds", "{:.1f} s")),
         *_TIMES,
         ("default", lambda row: f"{1e3 * row['default_seconds']['median']:.3g} ms"),
         (
@@ -245,6 +247,18 @@ TABLES: dict[str, list[Column]] = {
         ("peak memory", _mebibytes("peak.bytes")),
         ("error in float64", _number("error_float64", "{:.0e}")),
         ("not timed because", _text("problem")),
+    ],
+    "suite": [
+        ("test", _text("test")),
+        ("outcome", _text("outcome")),
+        ("seconds", _number("seconds", "{:.1f}")),
+        ("because", _text("problem")),
+    ],
+    "gpu": [
+        ("task", _text("task")),
+        ("status", _text("status")),
+        ("seconds", _number("seconds", "{:.0f}")),
+        ("because", _text("problem")),
     ],
     "trajectories": [
         ("reader", _text("reader")),

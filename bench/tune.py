@@ -7,7 +7,9 @@ rehearses the command; the times then mean nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from bench.candidates import (
 from bench.kernels import exact_results, tensors_of
 from bench.measuring import interleaved, seconds
 from bench.parsing import CommonOptions
-from bench.records import write_record
+from bench.records import partial_rows, write_record
 from bench.render import table as rendered
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
@@ -59,6 +61,8 @@ class Options(CommonOptions, Shape):
     """blocks of the network, counted from 1, as in 1,2; default all"""
     candidates: int | None = None
     """most candidates of each operation"""
+    compile_only: bool = False
+    """compile all candidates into Triton's cache, and time none; several commands may do so at once, each for other blocks"""
     table: str = "bench/results/configurations.toml"
     """file to write; its other rows are kept, or those of the table in use where there is no file"""
 
@@ -96,23 +100,36 @@ class Subject:
 
 
 def main(options: Options, command: str) -> None:
-    """Find the fastest rows, print them, write the record and the table."""
+    """Find the fastest rows, print them, write the record and the table; both also after each row, from which it goes on."""
     device, setting = options.torch_device(), options.resolve()
     if options.precision not in TOLERANCES:
         raise InputError(f"--precision {options.precision}: expected one of {', '.join(TOLERANCES)}")
     table = Table.of(device, Path(options.table))
     numbers = None if options.blocks is None else integers(options.blocks, "--blocks")
     blocks = [block for block in _blocks(setting) if numbers is None or block.number in numbers]
-    rows = []
+    conditions = {"case": str(setting), "precision": options.precision, "architecture": table.architecture}
+    name = options.name or f"tune-{options.label()}-{options.precision}-{device.type}"
+    place = (options.out, name, "tune", device, conditions)
+    if options.compile_only:
+        compiled = [
+            {"block": block.number} | compile_candidates(subject, table, options)
+            for block in blocks
+            for subject in subjects(block, setting.batch, options.precision, device)
+        ]
+        write_record(*place, compiled, command)
+        return
+    rows = partial_rows(options.out, name)
     for block in blocks:
+        known = {row["operation"] for row in rows if row["block"] == block.number}
         for subject in subjects(block, setting.batch, options.precision, device):
+            if subject.row in known:
+                continue
             rows.append({"block": block.number} | tune(subject, table, options))
             log.info("block %d, %s: %s", block.number, subject.row, rows[-1]["chosen"] or rows[-1]["problem"])
-    table.write()
-    conditions = {"case": str(setting), "precision": options.precision, "architecture": table.architecture}
+            table.write()
+            write_record(*place, rows, command, complete=False)
     print(rendered("tune", conditions, rows))
-    name = options.name or f"tune-{options.label()}-{options.precision}-{device.type}"
-    write_record(options.out, name, "tune", device, conditions, rows, command)
+    write_record(*place, rows, command)
 
 
 @dataclass(frozen=True)
@@ -160,11 +177,37 @@ class Table:
         log.info("%s", self.path)
 
 
+def compile_candidates(subject: Subject, table: Table, options: Options) -> Row:
+    """Compile the kernels of all candidates, several at a time, into Triton's cache; return a row of the record."""
+    start = time.monotonic()
+    candidates, _ = _prepared(subject, table, options)
+
+    def each() -> None:
+        for row in candidates.values():
+            table.put(subject, row)
+            with contextlib.suppress(
+                Exception
+            ):  # such as a tile too large for this GPU: it fails again when it is timed
+                subject.run(subject.arguments())
+
+    if table.device.type == "cuda":
+        kernels.compile_ahead(each)
+    return {
+        "operation": subject.row, "class": subject.classes[0], "problem": None, "chosen": None,
+        "compiled": len(candidates), "compile_seconds": time.monotonic() - start,
+    }  # fmt: skip
+
+
+def _prepared(subject: Subject, table: Table, options: Options) -> tuple[dict[str, Row], Row]:
+    """Return the candidates by name, and the default."""
+    default = table.default(subject)
+    every = [default, *(row if "num_warps" in row else default | row for row in subject.candidates)]
+    return {_text(row): row for row in every[: options.candidates]}, default
+
+
 def tune(subject: Subject, table: Table, options: Options) -> Row:
     """Put the fastest of the right candidates into `table`; return a row of the record."""
-    default, expected = table.default(subject), subject.expected()
-    every = [default, *(row if "num_warps" in row else default | row for row in subject.candidates)]
-    candidates = {_text(row): row for row in every[: options.candidates]}
+    (candidates, default), expected = _prepared(subject, table, options), subject.expected()
     errors, problems = {}, []
     for name, row in candidates.items():
         table.put(subject, row)

@@ -9,7 +9,7 @@ from __future__ import annotations
 if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which would be a second set of modules
     raise ImportError("import mtt_fast.kernels, not kernels")
 
-from .dispatch import has_image_block, has_kernels, native_available, release_memory, work_bytes
+from .dispatch import compile_ahead, has_image_block, has_kernels, native_available, release_memory, work_bytes
 from .ops import (
     adjoint_step,
     bias_relu_pool,
@@ -70,6 +70,7 @@ __all__ = [
     "bias_relu_pool_dual_backward",
     "colour_warp_mask",
     "colour_warp_mask_transpose",
+    "compile_ahead",
     "conv3x3",
     "conv3x3_dual",
     "conv3x3_dual_input_gradient",

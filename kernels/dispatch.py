@@ -69,6 +69,14 @@ def block_implementation_of(
     return partial(getattr(triton if has_kernels else reference, operation), precision=precision)
 
 
+def compile_ahead(call: Callable[[], object]) -> None:
+    """Make a `call` on a GPU that compiles the kernels it launches, in parallel, and runs none of them.
+
+    What it computes has no meaning, so it must not depend on any value. Raises what `call` does.
+    """
+    triton.compile_ahead(call)
+
+
 def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> int:
     """Return the bytes that a step's convolutions keep beside their results: all operations, on all `layers`.
 

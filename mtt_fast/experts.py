@@ -10,8 +10,9 @@ import dataclasses
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -42,6 +43,7 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.numerics import numerics
+from mtt_fast.runtime.prefetch import download
 from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.expert_checks import check_belongs, check_same_training
@@ -313,6 +315,18 @@ def _training(
         direction = sharpness_aware(student, rho, training.alpha, adaptive=training.adaptive)
         return epoch_on(direction, images.train, replace(sgd, lr=lr), augment, track_of(network))
 
+    def read(epoch: int, results: Callable[[], tuple[Tensor, ...]]) -> None:
+        trained, right, loss = results()
+        parameters[epoch + 1] = trained
+        accuracies.append(int(right) / len(images.test))
+        if bar is not None:
+            with bar.get_lock():  # several threads count on it
+                bar.set_postfix(
+                    expert=index, loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False
+                )
+                bar.update()
+
+    unread: list[Callable[[], None]] = []
     for epoch in range(training.train_epochs):
         if (optimiser := _new_optimiser_at(epoch, training)) is not None:
             velocity, run_epoch = torch.zeros_like(theta), epoch_at(*optimiser)
@@ -323,15 +337,12 @@ def _training(
             )
         theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
         right = count_right(in_evaluation(network, *statistics), theta, images.test)
-        yield  # on a GPU others begin their epoch before this one is waited for
-        parameters[epoch + 1] = theta
-        accuracies.append(int(right) / len(images.test))
-        if bar is not None:
-            with bar.get_lock():  # several threads update the bar
-                bar.set_postfix(
-                    expert=index, loss=f"{float(loss):.3f}", accuracy=f"{accuracies[-1]:.3f}", refresh=False
-                )
-                bar.update()
+        for read_last in unread:  # of the epoch before, only now that a GPU has this one to work on
+            read_last()
+        unread = [partial(read, epoch, download(theta, right, loss))]
+        yield
+    for read_last in unread:
+        read_last()
     return parameters, accuracies
 
 

@@ -81,6 +81,7 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["peak_memory_bytes"] > 2**20
     assert summary["seconds"]["evaluations"] > 0
+    assert summary["seconds"]["first_iteration" if method in LEARNED else "iterations"] > 0
     assert summary["learning_rate"] == pytest.approx(float(made.lr))
     assert made.images.shape == (20, 1, 8, 8)
     assert made.recipe["method"] == METHODS[method].title
@@ -89,7 +90,7 @@ def test_a_run_leaves_its_files(method: str, shared: Path, tmp_path: Path) -> No
         assert made.labels.shape == (20, 10)
     else:
         assert made.labels.tolist() == [label for label in range(10) for _ in range(2)]
-    names = {"config.toml", "history", "images.png", "summary.json", "synthetic.safetensors"}
+    names = {"config.toml", "history", "images.png", "seconds.json", "summary.json", "synthetic.safetensors"}
     if method in LEARNED:
         names |= {"best.safetensors", "checkpoint.safetensors", "curves.png", "events", "metrics.jsonl"}
         assert summary["iterations"] == 2

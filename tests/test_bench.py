@@ -18,13 +18,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bench import flops, gate, gpu, kernels, methods, training, tune
+from bench import flops, gate, kernels, methods, training, tune
 from bench.__main__ import main
 from bench.candidates import BLOCKS, text_of
 from bench.cases import case_on, make_case
 from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, fused, whole_graph
 from bench.measuring import interleaved, peak_above_baseline, spread
-from bench.render import TABLES, filled_in, table
 from bench.settings import SETTINGS, Setting, Shape, setting_named
 from bench.shares import share_of_operations
 from bench.workers import Worker, WorkerError
@@ -57,14 +56,6 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bench(*words: str) -> None:
     assert cli.run(main, words) == 0
-
-
-def stage(name: str, out: Path, status: int = 0, *flags: str) -> str:
-    """Run a rehearsal of a stage of `python -m bench gpu`; return its output."""
-    command = [sys.executable, "-m", "bench", "gpu", name, "--out", str(out), "--rehearse", *flags]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert found.returncode == status, found.stderr
-    return found.stdout + found.stderr
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -287,9 +278,9 @@ def test_memory_scaling(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_and_their_stage(tmp_path: Path) -> None:
-    stage("table", tmp_path)
-    rows = rows_of(tmp_path, "kernels-cifar10-ipc10")
+def test_kernels(tmp_path: Path) -> None:
+    bench("kernels", *TOY, "--batch", "3", "--out", str(tmp_path), "--name", "found")
+    rows = rows_of(tmp_path, "found")
     assert {row["operation"] for row in rows} >= {
         "adjoint_step", "colour_warp_mask_transpose", "conv3x3_dual", "linear_cross_entropy_dual",
         "norm_relu_pool_dual_backward", "sgd_step", "squared_distance",
@@ -299,26 +290,10 @@ def test_kernels_and_their_stage(tmp_path: Path) -> None:
         assert row["error_float64"] <= kernels.FLOAT64_TOLERANCE
         assert row["bytes_per_second"] > 0
 
-    tuned = {row["operation"]: row for row in rows_of(tmp_path, "tune")}
-    assert tuned.keys() > {"conv3x3_dual", "norm_relu_pool"}
-    for row in tuned.values():
-        assert row["problem"] == ""
-        assert row["error"] < tune.TOLERANCES["tf32"]
-    before = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
-    after = tomllib.loads((tmp_path / "configurations.toml").read_text())
-    for operation, classes in before.items():
-        for shape_class, kept in classes.items():
-            measured = {name for name, row in after[operation][shape_class].items() if "microseconds" in row}
-            for name in kept.keys() - measured:
-                assert after[operation][shape_class][name] == kept[name]
-    assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64-16"]["sm_80"]
-
-    assert "kernels" not in stage("table", tmp_path)  # what is recorded is not measured again
-
 
 @pytest.mark.slow
 def test_the_passes_of_the_first_block_are_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a width that has kernels for the block at once."""
+    """Tune at a width that has kernels for the block at once."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     words = "--size 8 --depth 1 --width 16 --steps 1 --batch 2 --repetitions 1 --device cpu --blocks 1 --candidates 1"
@@ -339,7 +314,7 @@ def test_the_table_is_as_its_writer_writes_it() -> None:
 
 
 def test_the_table_says_what_was_measured() -> None:
-    """A time belongs to one architecture, and to a kernel or its prototype; a tile of lines holds its class or is a part's."""
+    """Check that a time belongs to one architecture, and to a kernel or its prototype; a tile of lines holds its class or is a part's."""
     table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
     for operation, classes in table.items():
         for shape_class, rows in classes.items():
@@ -520,7 +495,8 @@ def test_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert herding["accuracy"] == runs["herding"]["accuracy"]["distilled"]
     assert ftd["accuracy"] == runs["mtt-ftd"]["accuracy"]["ema"]
-    assert ftd["seconds"] == runs["mtt-ftd"]["seconds"]["iterations"]
+    spent = runs["mtt-ftd"]["seconds"]
+    assert ftd["seconds"] == spent["first_iteration"] + spent["iterations"]
     assert ftd["command"].startswith("python -m mtt_fast.distill --dataset digits")
     assert runs["mtt-ftd"]["protocol"] == runs["herding"]["protocol"]
     bench("render", "--results", str(tmp_path), "--documents", "")
@@ -559,52 +535,6 @@ def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pyte
     assert rows["plain"]["speedup"] == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "runs"), [("cifar10", ["cifar10-ipc1"]), ("imagenette", ["imagenette-ipc1", "imagenette-ipc10"])]
-)
-def test_stages_of_distillation_rehearsed(name: str, runs: list[str], tmp_path: Path) -> None:
-    stage(name, tmp_path)
-    for run in runs:
-        summary = json.loads((tmp_path / run / "summary.json").read_text())
-        assert summary["accuracy"]["distilled"]["n"] == 1
-
-
-STEP_RECORDS = [
-    "meta_step-cifar10-ipc1",
-    "meta_step-cifar10-ipc10-fp32",
-    "meta_step-cifar10-ipc10-bf16",
-    "memory_scaling",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "records"), [("steps", STEP_RECORDS), ("training", ["experts", "evaluate", "trajectories"])]
-)
-def test_stages_of_benchmarks_rehearsed(name: str, records: list[str], tmp_path: Path) -> None:
-    stage(name, tmp_path)
-    for record in records:
-        assert [row["problem"] for row in rows_of(tmp_path, record) if row["problem"]] == []
-
-
-def test_the_stage_of_tests_rehearsed(tmp_path: Path) -> None:
-    stage("suite", tmp_path)
-    assert "passed" in (tmp_path / "tests-gpu.log").read_text()
-    assert (tmp_path / "tests-gpu.xml").exists()
-
-
-def test_a_stage_out_of_time_says_so_and_goes_on(tmp_path: Path) -> None:
-    assert "stage suite: out of time" in stage("suite", tmp_path, gpu.OUT_OF_TIME, "--seconds", "0.1")
-    stage("suite", tmp_path)
-
-
-def test_a_stage_tells_what_failed(tmp_path: Path) -> None:
-    failing = gpu.Task("nothing", ["bench", "nothing"], tmp_path / "nothing.json")
-    assert gpu._within(failing, tmp_path, time.monotonic() + 60) == 2
-    assert "no such benchmark" in gpu._last_line(tmp_path / "nothing.log")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -624,53 +554,3 @@ def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert told.startswith("error: ")
     assert message in told
     assert "\n" not in told
-
-
-# ------------------------------------------------------------------ tables
-
-
-def test_render_fills_in_the_marked_places(tmp_path: Path) -> None:
-    times = {"median": 2.0, "least": 1.5, "most": 2.5, "n": 3}
-    rows = [
-        {"engine": "fused", "exact": True, "seconds": times, "speedup": 4.0, "error": 1e-6, "problem": None},
-        {"engine": "own", "exact": True, "seconds": None, "problem": "does not fit"},
-    ]
-    record = {
-        "name": "one", "benchmark": "meta_step", "conditions": {"case": "toy"}, "rows": rows, "device": "a device",
-        "versions": {"torch": "1"}, "commit": "abcdef0123", "dirty": False, "time": "2026-01-01", "command": "measured so",
-    }  # fmt: skip
-    (tmp_path / "one.json").write_text(json.dumps(record))
-    (tmp_path / "two.trace.json").write_text("{}")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:one -->\nold\n<!-- /bench -->\nafter\n")
-    assert cli.run(main, ["render", "--results", str(tmp_path), "--documents", str(readme)]) == 0
-    text = readme.read_text()
-    assert "| fused  | 2 s (1.5 to 2.5, n = 3) | 4.00×" in text
-    assert "does not fit" in text
-    assert "commit abcdef01: `measured so`" in text
-    assert "old" not in text
-    assert text.startswith("before\n<!-- bench:one -->\n")
-    assert text.endswith("<!-- /bench -->\nafter\n")
-    assert (tmp_path / "one.png").stat().st_size > 1000
-
-    assert cli.run(main, ["render", "--results", str(tmp_path), "--documents", str(readme)]) == 0
-    assert readme.read_text() == text  # again changes nothing
-    with pytest.raises(InputError, match="marker bench:three: no such record; there are one"):
-        filled_in("<!-- bench:three -->\n<!-- /bench -->", {"one": ""}, readme)
-
-
-@pytest.mark.parametrize("benchmark", TABLES)
-def test_every_benchmark_is_rendered(benchmark: str, tmp_path: Path) -> None:
-    record = {
-        "name": "one", "benchmark": benchmark, "conditions": {}, "rows": [{"problem": "none"}], "device": "a device",
-        "versions": {"torch": "1"}, "commit": None, "dirty": False, "time": None, "command": "measured so",
-    }  # fmt: skip
-    (tmp_path / "one.json").write_text(json.dumps(record))
-    assert cli.run(main, ["render", "--results", str(tmp_path), "--documents", ""]) == 0
-    assert "commit None: `measured so`" in (tmp_path / "one.md").read_text()
-    assert (tmp_path / "one.png").exists() == (benchmark != "precision")
-
-
-def test_what_no_row_has_is_no_column() -> None:
-    found = table("training", {}, [{"loop": "plain", "seconds": None, "problem": "no memory"}])
-    assert found.splitlines()[0] == "| loop  | not timed because |"

@@ -107,6 +107,11 @@ def load() -> None:
     importlib.import_module(".launch", __package__)
 
 
+def compile_ahead(call: Callable[[], object]) -> None:
+    """Make a `call` whose launches compile their kernels, in parallel, and run none. Raises `ImportError` without Triton."""
+    importlib.import_module(".launch", __package__).compile_ahead(call)
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith("conv3x3") and name in OPERATIONS:
         return importlib.import_module(".dispatch", __package__).dispatched(name)

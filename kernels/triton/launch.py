@@ -1,7 +1,10 @@
-"""Import Triton, which no other module does by itself, and launch its kernels."""
+"""Import Triton, which no other module does by itself; launch its kernels, or compile them without."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ except ModuleNotFoundError as error:
         "Linux, else `pip install triton`"
     ) from error
 
-__all__ = ["INTERPRETED", "architecture", "launch", "tl", "triton"]
+__all__ = ["INTERPRETED", "architecture", "compile_ahead", "launch", "tl", "triton"]
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so a process is in one mode from beginning to end.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -38,4 +41,27 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
         raise ValueError(f"Triton kernels run on CUDA tensors, found one on {first.device}")
     if programs:
         with torch.cuda.device_of(first):
-            kernel[(programs,)](*arguments, **constants)
+            if _COMPILES_ONLY.get():
+                kernel.warmup(*arguments, grid=(programs,), **constants)
+            else:
+                kernel[(programs,)](*arguments, **constants)
+
+
+_COMPILES_ONLY = ContextVar("launches of this context compile kernels and run none", default=False)
+
+
+def compile_ahead(call: Callable[[], object]) -> None:
+    """Make a `call` whose launches compile their kernels, several at a time, and run none of them.
+
+    What `call` computes has no meaning, so it must not depend on any value. Its backward passes stay in this thread, where
+    launches know what they are to do. A kernel that does not compile fails when it is launched.
+    """
+
+    def compiling() -> None:
+        _COMPILES_ONLY.set(True)
+        # threads are enough: of a compilation, the seventh part holds the interpreter's lock, and the rest is LLVM's and ptxas's
+        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            call()
+
+    with torch.autograd.set_multithreading_enabled(False):
+        copy_context().run(compiling)

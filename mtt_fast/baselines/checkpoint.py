@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.errors import InputError
-from mtt_fast.storage.checkpoint import check_same_images
+from mtt_fast.storage.checkpoint import FORMER_NUMBERS, check_same_images
 from mtt_fast.storage.files import MALFORMED, load_tensors, parse_json, read_header, save_tensors
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.run_folder import CHECKPOINT, EVALUATIONS
@@ -27,8 +27,6 @@ class Progress:
     """The counters of a run, and the identity of the real images at its start."""
 
     iteration: int = 0  # completed ones
-    seconds: float = 0.0
-    seconds_evaluation: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)  # record of the real images' identity
 
 
@@ -78,7 +76,10 @@ def load_checkpoint(folder: Path, learned: LearnedSet) -> Progress:
     try:
         if metadata.get("format", _FORMAT) != _FORMAT:
             raise ValueError("another format")
-        progress = Progress(**parse_json(metadata["progress"]))
+        counters = parse_json(metadata["progress"])
+        for name in FORMER_NUMBERS:
+            counters.pop(name, None)
+        progress = Progress(**counters)
         for name, tensor in _tensors(learned).items():
             tensor.resize_(saved[name].shape).copy_(saved[name])
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from mtt_fast.baselines.checkpoint import Progress
@@ -15,14 +13,13 @@ from mtt_fast.storage.run_folder import SYNTHETIC
 from mtt_fast.training.images import Images
 
 
-def evaluate_chosen(run: Run, images: Images, seconds: float) -> None:
-    """Write the set, which took `seconds` to choose, evaluate it, and write the rest of the run folder.
+def evaluate_chosen(run: Run, images: Images) -> None:
+    """Write the set, evaluate it, and write the rest of the run folder.
 
     Raises `Stopped` on Ctrl-C or SIGTERM; the same command starts the evaluation again.
     """
     synthetic = as_set(run, images.pixels, images.labels, torch.tensor(run.options.lr_net), 0)
     synthetic.save(run.folder / SYNTHETIC)
-    start = time.monotonic()
     try:
         with stop_request() as stop:
             results = evaluate_set(run, synthetic, 0, stop)
@@ -31,7 +28,7 @@ def evaluate_chosen(run: Run, images: Images, seconds: float) -> None:
             f"stopped during the evaluation; the set is in {run.folder}, and the same command evaluates it again",
             stopped.signum,
         ) from None
-    progress, evaluation = Progress(0, seconds, time.monotonic() - start), accuracy_fields(results)
+    evaluation = accuracy_fields(results)
     log_accuracies(run.method, results)
     draw_set(run, synthetic, 0, [(run.method, synthetic.pictures(), evaluation)])
-    summarise(run, progress, float(synthetic.lr), evaluation, {})
+    summarise(run, Progress(), float(synthetic.lr), evaluation, {})

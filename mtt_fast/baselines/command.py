@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,18 @@ from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
-from mtt_fast.baselines.trained import requested_hyperparameters, with_first_expert_training
+from mtt_fast.baselines.trained import first_expert, requested_hyperparameters, with_first_expert_training
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import Run
+from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.engine.student_choice import describe_numerics
 from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.run_folder import CONFIG, only_user, read_config, write_config
-from mtt_fast.training.images import real_images
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
             f"{argv[0]}: expected a method, one of {', '.join(METHODS)}{did_you_mean(name, list(METHODS))}; "
             f"see {PROGRAM} --help"
         )
+    seconds = Seconds()
     options = parse_method_options(name, argv[1:])
     folder = options.folder(name)
     device = choose_device(options.device)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
     with numerics(device, options.precision):
-        _run(name, options, folder, device, argv)
+        _run(name, options, folder, device, argv, seconds)
 
 
 def _help() -> str:
@@ -100,8 +100,11 @@ def parse_method_options(name: str, argv: Sequence[str]) -> BaselineOptions:
     return options
 
 
-def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device, argv: Sequence[str]) -> None:
-    data = options.load_data()
+def _run(
+    name: str, options: BaselineOptions, folder: Path, device: torch.device, argv: Sequence[str], seconds: Seconds
+) -> None:
+    with seconds.of("data"):
+        data = options.load_data()
     network = options.network(data)
     if network.mixes_samples and name != "random":
         raise InputError(
@@ -109,13 +112,13 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
             "set with a network without, and evaluate it on this one with python -m mtt_fast.evaluate"
         )
     evaluated = options.evaluated_networks(data)  # refuses a network that does not fit the images, before any work
-    real = real_images(data, device, zca=options.zca)
+    real = timed_real_images(data, device, seconds, zca=options.zca)
     class_members(real, options.ipc)  # refuses more images a class than there are
     if isinstance(options, TrainedNetworkOptions):
         requested = requested_hyperparameters(options, parsing.given(type(options), argv))
         options = with_first_expert_training(options, real, network, requested)
     method = METHODS[name]
-    with only_user(folder):
+    with only_user(folder), counted_in(folder, seconds):
         check_goes_on(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
         log.info(
@@ -125,11 +128,14 @@ def _run(name: str, options: BaselineOptions, folder: Path, device: torch.device
         )  # fmt: skip
         run = Run(
             program=f"{PROGRAM} {name}", command=shlex.join([*PROGRAM.split(), *argv]), method=method.title,
-            options=options, folder=folder, real=real, network=network, evaluated=evaluated,
+            options=options, folder=folder, real=real, network=network, evaluated=evaluated, seconds=seconds,
         )  # fmt: skip
-        start = time.monotonic()
-        result = method.make(options, real, network)
+        if isinstance(options, TrainedNetworkOptions):
+            with seconds.of("experts"):
+                first_expert(options, real, network)
+        with seconds.of("iterations"):
+            result = method.make(options, real, network)
         if isinstance(result, LearnedSet):
             learn(run, result)
         else:
-            evaluate_chosen(run, result, time.monotonic() - start)
+            evaluate_chosen(run, result)

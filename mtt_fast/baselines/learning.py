@@ -90,4 +90,5 @@ def _own_accuracy(run: Run, learned: LearnedSet) -> Accuracy:
     trained = (
         learned.own_training(generator_for(run.options.seed, "own training", k)) for k in range(run.options.num_eval)
     )
-    return Accuracy(tuple(accuracy(run.network, theta, run.real.test) for theta in trained))
+    with run.seconds.of("evaluations"):
+        return Accuracy(tuple(accuracy(run.network, theta, run.real.test) for theta in trained))

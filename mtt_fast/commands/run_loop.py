@@ -7,7 +7,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from mtt_fast.commands.accuracies import accuracy_by_network, accuracy_fields, accuracy_record, percent
 from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
+from mtt_fast.commands.seconds import Part, Seconds, in_words, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
@@ -54,6 +55,8 @@ class Run:
     """the networks of an evaluation by name; the first decides which set is best"""
     memory_budget: str = AUTO
     """memory for the networks that an evaluation trains at the same time"""
+    seconds: Seconds = field(default_factory=Seconds)
+    """the clock of what the run's time is spent on"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +71,9 @@ class LoopRun(Run):
 
 
 class Progress(Protocol):
-    """The counters that every run keeps in its checkpoint."""
+    """The counter that every run keeps in its checkpoint."""
 
     iteration: int  # completed ones
-    seconds: float
-    seconds_evaluation: float
 
 
 class SetNames(NamedTuple):
@@ -112,8 +113,15 @@ def run_to_the_end(
     many seconds. `evaluate` writes a record of each of `kinds`. `save` writes the checkpoint with the evaluations' records.
     Raises `Stopped` on Ctrl-C or SIGTERM, after the current iteration and with everything saved, and what these functions raise.
     """
-    options, metrics = run.options, run.metrics
+    options, metrics, seconds_of = run.options, run.metrics, run.seconds.of
     saved = time.monotonic()
+    part: Part = "first_iteration"  # compiles kernels, and records the graph on CUDA
+
+    def keep() -> None:
+        with seconds_of("saving"):
+            save(metrics.evaluations)
+            save_seconds(run.folder, run.seconds)
+
     try:
         with (
             stop_request() as stop,
@@ -122,25 +130,28 @@ def run_to_the_end(
             while True:
                 due = progress.iteration % options.eval_it == 0 or progress.iteration == options.Iteration
                 if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):
-                    evaluate(stop)
-                    draw_curves(run)
-                    save(metrics.evaluations)
+                    with seconds_of("evaluations"):
+                        evaluate(stop)
+                    with seconds_of("saving"):
+                        draw_curves(run)
+                    keep()
                 if progress.iteration >= options.Iteration:
                     break
                 start = time.monotonic()
-                iterate()
-                seconds = time.monotonic() - start
-                progress.seconds += seconds
-                bar.set_postfix(shown(seconds), refresh=False)
+                with seconds_of(part):
+                    iterate()
+                part = "iterations"
+                bar.set_postfix(shown(time.monotonic() - start), refresh=False)
                 bar.update()
                 if stop or time.monotonic() - saved > options.save_seconds:
-                    save(metrics.evaluations)
+                    keep()
                     saved = time.monotonic()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
-            summarise(stop)
+            with seconds_of("saving"):
+                summarise(stop)
     except Stopped as stopped:
-        save(metrics.evaluations)
+        keep()
         raise Stopped(
             f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
             f"{run.program} --out {shlex.quote(str(run.folder))} --resume",
@@ -170,14 +181,13 @@ def evaluate_and_save(
     run: LoopRun, progress: Progress, kind: str, synthetic: SyntheticDataset, stop: StopRequest, *, words: str = ""
 ) -> dict[str, Accuracy]:
     """Evaluate the set, write it (as the best one too, if it is) and a record of `kind`; return the accuracies by network."""
-    start = time.monotonic()
     results = evaluate_set(run, synthetic, progress.iteration, stop, words=words)
-    progress.seconds_evaluation += time.monotonic() - start
     first, *_ = results.values()
-    if first.mean > max((record["accuracy_mean"] for record in run.records(kind)), default=-1.0):
-        synthetic.save(run.folder / SET_NAMES[kind].best)
-    synthetic.save(run.folder / SET_NAMES[kind].last)
-    run.metrics.write(kind, progress.iteration, **accuracy_fields(results))
+    with run.seconds.of("saving"):
+        if first.mean > max((record["accuracy_mean"] for record in run.records(kind)), default=-1.0):
+            synthetic.save(run.folder / SET_NAMES[kind].best)
+        synthetic.save(run.folder / SET_NAMES[kind].last)
+        run.metrics.write(kind, progress.iteration, **accuracy_fields(results))
     return results
 
 
@@ -206,12 +216,13 @@ def evaluate_network(
 ) -> Accuracy:
     """Return the accuracy that `mtt_fast.training.protocols.evaluate` measures with the run's options."""
     options, test = run.options, run.real.test
-    return evaluate(
-        network, train, test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
-        indices=indices, name=name, stop=stop,
-        precision=precision_on(test.labels.device, network, options.precision),
-        at_once=options.networks_at_once, memory_budget=run.memory_budget,
-    )  # fmt: skip
+    with run.seconds.of("evaluations"):
+        return evaluate(
+            network, train, test, lr, options.evaluation_protocol(), networks=options.num_eval, seed=options.seed,
+            indices=indices, name=name, stop=stop,
+            precision=precision_on(test.labels.device, network, options.precision),
+            at_once=options.networks_at_once, memory_budget=run.memory_budget,
+        )  # fmt: skip
 
 
 def draw_set(
@@ -225,9 +236,10 @@ def draw_set(
     for title, pictures, record in panels:
         accuracy = f": networks trained on them reach {percent(record)}" if record else ""
         drawn.append((f"{run.real.data.name}, {run.options.ipc} a class, {title}{accuracy}", pictures))
-    save_grid(run.folder / "images.png", drawn, synthetic.classes, run.real.data.class_names)
     snapshot = run.folder / HISTORY / f"iteration_{iteration:06d}.png"
-    save_snapshot(snapshot, synthetic.pictures(), synthetic.classes)
+    with run.seconds.of("saving"):
+        save_grid(run.folder / "images.png", drawn, synthetic.classes, run.real.data.class_names)
+        save_snapshot(snapshot, synthetic.pictures(), synthetic.classes)
 
 
 def draw_curves(run: LoopRun, baseline: float | None = None) -> None:
@@ -251,12 +263,13 @@ def write_summary(
     accuracies: Mapping[str, Record],
     others: Record | None = None,
 ) -> None:
-    """Write summary.json, and tell its `text`: the run is finished.
+    """Write summary.json, and tell its `text` and where the time went: the run is finished.
 
     `evaluations` are the last records of sets by their names, `accuracies` other ones by theirs, and `others` the fields
     that the method has besides.
     """
     device, (first, *_) = run.real.test.labels.device, run.evaluated
+    seconds = run.seconds.totals()
     write_record(
         run.folder / SUMMARY,
         {
@@ -268,7 +281,7 @@ def write_summary(
             "iterations": progress.iteration,
             "learning_rate": lr,
             **(others or {}),
-            "seconds": {"iterations": progress.seconds, "evaluations": progress.seconds_evaluation},
+            "seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),
             "arithmetic": describe_numerics(device, run.network, run.options.precision),
@@ -279,3 +292,4 @@ def write_summary(
         },
     )
     log.info("%s: %s", run.folder, text)
+    log.info("%s: %s", run.folder, in_words(seconds))

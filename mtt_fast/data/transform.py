@@ -15,6 +15,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.files import read_header
 
 _FORMAT = "mtt_fast whitening 2"  # those from before there were checksums say nothing
+_CPU = torch.device("cpu")
 _EPS = 0.1  # the public code's; a distilled set can be compared with others only at the same value
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,11 @@ class Normalisation:
         return mean, std
 
 
-def transform_for(data: ImageData, *, zca: bool) -> Normalisation | Whitening:
+def transform_for(data: ImageData, *, zca: bool, device: torch.device | None = None) -> Normalisation | Whitening:
     """Return the map from [0, 1] images of `data` to what its networks are trained on.
 
-    With `zca`, a whitening fitted on the un-normalised training images in [0, 1]; it takes a while, so it is kept
-    beside the packed file, as NAME.zca.safetensors, and read the next time if data and eps are still those it was
+    With `zca`, a whitening fitted on the un-normalised training images in [0, 1], on `device` (None: the CPU); it takes a while, so it is
+    kept beside the packed file, as NAME.zca.safetensors, and read the next time if data and eps are still those it was
     fitted on. Raises `InputError` for images too large to whiten.
     """
     if not zca:
@@ -64,7 +65,7 @@ def transform_for(data: ImageData, *, zca: bool) -> Normalisation | Whitening:
     if path and (fitted := _read(path, belongs_to)):
         return fitted
     log.info("%s: fitting the ZCA whitening to %d images", data.name, len(data.train.images))
-    whitening = Whitening.fit(data.train.images.float().div_(255), eps=_EPS)
+    whitening = Whitening.fit_bytes(data.train.images, device or _CPU, _EPS).to(_CPU)
     if path:
         try:
             whitening.save(path, belongs_to)

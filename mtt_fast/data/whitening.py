@@ -1,9 +1,9 @@
-"""ZCA whitening of images: kornia's fit, and the two matrix products that use it."""
+"""ZCA whitening of images: the fit, and the two matrix products that use it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,10 @@ from mtt_fast.errors import InputError
 from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.identity import WHITENING_TOLERANCE
 
-# A covariance of 12,288 values an image (3x64x64) takes 0.6 GB, and its decomposition minutes; one of 3x128x128 takes
-# 10 GB, and hours.
+# A covariance of 12,288 values an image (3x64x64) takes 1.2 GB, and its decomposition minutes; one of 3x128x128 takes
+# 19 GB, and hours.
 LARGEST_IMAGE = 12_288
+_BLOCK = 4096  # images that are in memory as numbers at once
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Whitening:
     """A fitted ZCA transform of images with D = C·H·W values. All fields are floating point and on one device.
 
     The public code of trajectory matching whitens with kornia's `ZCAWhitening(eps=0.1, compute_inv=True)`, fitted on
-    the un-normalised training images in [0, 1]; `fit` calls exactly that, so images made there can be used here.
+    the un-normalised training images in [0, 1]. `fit` returns the same matrices, so images made there can be used here.
     """
 
     mean: Tensor  # (D,)
@@ -32,26 +33,41 @@ class Whitening:
 
     @classmethod
     def fit(cls, images: Tensor, eps: float = 0.1) -> Whitening:
-        """Fit to `images` (n, C, H, W), floating point, in [0, 1]; needs about twice their memory, and 4·D² values.
+        """Fit to `images` (n, C, H, W), floating point in [0, 1], on their device; needs about 5·D² float64 values besides.
 
+        The fields are of the dtype of `images`, float32 at least.
         Raises `InputError` for fewer than two images, or for images of more than `LARGEST_IMAGE` values.
         """
-        values = images[0].numel() if len(images) else 0
-        if len(images) < 2:
-            raise InputError(
-                f"ZCA whitening: expected at least 2 training images, found {len(images)}; use more, or no `zca`"
-            )
-        if values > LARGEST_IMAGE:
-            raise InputError(
-                f"ZCA whitening: expected images of at most {LARGEST_IMAGE} values, found {values} ({_shape(images)}), "
-                f"whose covariance alone takes {values**2 * 4 / 1e9:.0f} GB; use no `zca`, or a smaller `res`"
-            )
         _check_floating(images)
-        from kornia.enhance import ZCAWhitening  # here, because importing kornia takes longer than all the rest
+        return cls._fit(images, images.device, torch.promote_types(images.dtype, torch.float32), eps)
 
-        zca = ZCAWhitening(eps=eps, compute_inv=True).fit(images)
-        mean, matrix, inverse = zca.mean_vector, zca.transform_matrix, zca.transform_inv
-        return cls(mean.flatten(), matrix, inverse)
+    @classmethod
+    def fit_bytes(cls, images: Tensor, device: torch.device, eps: float = 0.1) -> Whitening:
+        """Fit to uint8 `images` (n, C, H, W), scaled to [0, 1], on `device`, block by block; the fields are float32 there.
+
+        Raises `InputError` as `fit` does.
+        """
+        return cls._fit(images, device, torch.float32, eps, scale=255)
+
+    @classmethod
+    def _fit(cls, images: Tensor, device: torch.device, dtype: torch.dtype, eps: float, scale: int = 1) -> Whitening:
+        """Fit to `images` / `scale` on `device`; the fields are of `dtype`.
+
+        Blocks are multiplied in float32 on a CPU, summed and decomposed in float64. Of CIFAR-10, the products' rounding moves
+        the matrix by 2e-7 of its norm, that of a decomposition in float32 would by 5e-5. In a run on CUDA float32 products
+        are rounded to tf32, so there all is float64.
+        """
+        _check_fits(images)
+        products = torch.float64 if device.type == "cuda" else dtype
+
+        def blocks() -> Iterator[Tensor]:
+            return (block.to(device, products).flatten(1).div(scale) for block in images.split(_BLOCK))
+
+        mean, covariance = _moments(blocks, len(images))
+        values, vectors = torch.linalg.eigh(covariance)
+        deviations = (values.clamp_(min=0) + eps).sqrt_()  # rounding leaves what is zero a little below
+        matrix, inverse = ((vectors * root) @ vectors.T for root in (1 / deviations, deviations))
+        return cls(mean.to(dtype), matrix.to(dtype), inverse.to(dtype))
 
     def apply(self, images: Tensor) -> Tensor:
         """Whiten `images` (n, C, H, W), in [0, 1]; the result has their shape, dtype and device."""
@@ -105,6 +121,29 @@ class Whitening:
                 "use the data set and resolution it was fitted on"
             )
         return rows.to(torch.promote_types(images.dtype, self.matrix.dtype))
+
+
+def _moments(blocks: Callable[[], Iterable[Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Return mean (D,) and unbiased covariance (D, D), in float64, of the `count` rows of `blocks` (k, D), read twice."""
+    mean = torch.stack([block.sum(dim=0, dtype=torch.float64) for block in blocks()]).sum(dim=0).div_(count)
+    covariance = mean.new_zeros(len(mean), len(mean))
+    for block in blocks():
+        centred = block - mean.to(block)
+        covariance += centred.T @ centred
+    return mean, covariance.div_(count - 1)
+
+
+def _check_fits(images: Tensor) -> None:
+    """Raise `InputError` for fewer than two images, or for images whose covariance is too large."""
+    if len(images) < 2:
+        raise InputError(
+            f"ZCA whitening: expected at least 2 training images, found {len(images)}; use more, or no `zca`"
+        )
+    if (values := images[0].numel()) > LARGEST_IMAGE:
+        raise InputError(
+            f"ZCA whitening: expected images of at most {LARGEST_IMAGE} values, found {values} ({_shape(images)}), "
+            f"whose covariance alone takes {values**2 * 8 / 1e9:.0f} GB; use no `zca`, or a smaller `res`"
+        )
 
 
 def _check_floating(images: Tensor) -> None:

@@ -21,6 +21,7 @@ import torch
 from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
+from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
 from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
@@ -48,13 +49,13 @@ from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoin
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.run_folder import only_user, write_config
-from mtt_fast.training.images import real_images
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command with the arguments `argv`."""
+    seconds = Seconds()
     options, given = parse_options(argv), given_options(argv)
     requested, folder = requested_hyperparameters(options, given), options.folder()
     device = choose_device(options.device)
@@ -68,27 +69,34 @@ def main(argv: Sequence[str]) -> None:
     if is_finished(folder, options, options.Iteration):
         return
     with numerics(device, options.precision):
-        _run(options, requested, folder, device, shlex.join([*PROGRAM.split(), *argv]))
+        _run(options, requested, folder, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
 
 
 def _run(
-    options: DistillOptions, requested: Mapping[str, Any], folder: Path, device: torch.device, command: str
+    options: DistillOptions,
+    requested: Mapping[str, Any],
+    folder: Path,
+    device: torch.device,
+    command: str,
+    seconds: Seconds,
 ) -> None:
-    data = options.load_data()
+    with seconds.of("data"):
+        data = options.load_data()
     network = options.network(data)
     check_fits(options, data, network, device, requested)
     student = describe_numerics(device, network, options.precision)
-    real = real_images(data, device, zca=options.zca)
+    real = timed_real_images(data, device, seconds, zca=options.zca)
     precision = precision_on(device, network, options.precision)
     plan = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
-    with only_user(folder):
+    with only_user(folder), counted_in(folder, seconds):
         state = load_checkpoint(folder, device)
         if state is not None:
             check_same_images(folder, state.data, real.identity)
-        experts = prepare_experts(options, real, network, requested)
-        check_experts(options, data, network, requested)  # again, as they are now
-        if state is not None:
-            check_same_experts(folder, state, experts)
+        with seconds.of("experts"):
+            experts = prepare_experts(options, real, network, requested)
+            check_experts(options, data, network, requested)  # again, as they are now
+            if state is not None:
+                check_same_experts(folder, state, experts)
         options = with_actual_training(options, experts)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
@@ -108,7 +116,7 @@ def _run(
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            matched_experts=state.experts, metrics=MetricsLog(folder, state.iteration),
+            matched_experts=state.experts, metrics=MetricsLog(folder, state.iteration), seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from typing import Any
 
 from torch import Tensor
@@ -150,13 +149,11 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
 
 def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict[str, Any]:
     """Evaluate random real images, as many as the synthetic ones and drawn anew for each network; return the record."""
-    start = time.monotonic()
     real, ipc, (network, *_) = run.real, run.options.ipc, run.evaluated.values()
     accuracy = evaluate_network(
         run, network, lambda generator: random_subset(real.train, real.data.num_classes, ipc, generator),
         REAL_IMAGES_LR, stop, name="random real images",
     )  # fmt: skip
-    state.seconds_evaluation += time.monotonic() - start
     run.metrics.write("baseline", state.iteration, **accuracy_fields({"": accuracy}))
     return run.metrics.records[-1]
 

@@ -83,7 +83,7 @@ class Activations:
 
 
 class Epilogue(NamedTuple):
-    """What follows a convolution to y (B, K, H', W'): norm or bias, ReLU and pool, as four functions."""
+    """Compute what follows a convolution to y (B, K, H', W'), norm or bias, ReLU and pool: four functions."""
 
     forward: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]]
     """y, affine -> p, statistics"""
@@ -233,7 +233,7 @@ class PlaneBlock:
 
 
 class ImageActivations(NamedTuple):
-    """What the forward of a block of images hands to its backward: nothing of the planes' size."""
+    """Hold what the forward of a block of images hands to its backward: nothing of the planes' size."""
 
     patches: Patches
     folded: Folded | None

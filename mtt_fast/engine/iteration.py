@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import mtt_fast.kernels as kernels
 from mtt_fast.engine.draws import Apply
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.memory_plan import Plan
@@ -49,7 +50,7 @@ def planned_iteration(
         iterate, student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
         saved_steps=plan.saved_steps, path_on_host=plan.path_on_host,
     )  # fmt: skip
-    return graphed(run, plan.work.device) if graph and not plan.path_on_host else run
+    return graphed(run, plan.work.device, kernels.compile_ahead) if graph and not plan.path_on_host else run
 
 
 def iterate(

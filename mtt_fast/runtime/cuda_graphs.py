@@ -32,17 +32,25 @@ Record = Callable[[Callable[[], tuple[Tensor, ...]]], Recording]
 """A function that records one call of a function without arguments."""
 
 _MOST = 8  # recordings of one function, since each keeps its own inputs and outputs
-_WARM_UPS = 2  # the first call compiles kernels and chooses algorithms, the second is like all later ones
 _one_capture = threading.Lock()  # a capture begins with a wait for the whole device, which no other capture survives
 
 
-def graphed(function: Function, device: torch.device) -> Function:
+FirstCall = Callable[[Callable[[], tuple[Tensor, ...]]], object]
+"""Make the first of two calls that come before a recording; its results are not used."""
+
+
+def _plainly(run: Callable[[], tuple[Tensor, ...]]) -> object:
+    return run()
+
+
+def graphed(function: Function, device: torch.device, first_call: FirstCall = _plainly) -> Function:
     """Return a function equal to `function` for tensors on `device`; on CUDA it replays a graph.
 
-    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is recorded first.
-    Results are new tensors. Raises `torch.OutOfMemoryError` if a recording does not fit on the device.
+    `function` must depend on nothing but its arguments and constants. A call with new shapes or dtypes is recorded first,
+    after two calls of which `first_call` may compile kernels without running them. Results are new tensors.
+    Raises `torch.OutOfMemoryError` if a recording does not fit on the device.
     """
-    return GraphedFunction(function, recorder(device)) if device.type == "cuda" else function
+    return GraphedFunction(function, recorder(device, first_call)) if device.type == "cuda" else function
 
 
 class GraphedFunction:
@@ -91,8 +99,8 @@ class GraphedFunction:
         log.warning("not recorded in a CUDA graph, so that it runs slower, with the same result: %s", problem)
 
 
-def recorder(device: torch.device) -> Record:
-    """Return a function that records calls in CUDA graphs on `device`.
+def recorder(device: torch.device, first_call: FirstCall = _plainly) -> Record:
+    """Return a function that records calls in CUDA graphs on `device`, each after a `first_call` and a plain one.
 
     The graphs of one recorder share memory, so only one of them may run at a time, on one stream after another.
     """
@@ -105,8 +113,8 @@ def recorder(device: torch.device) -> Record:
             before = torch.cuda.current_stream()
             stream.wait_stream(before)
             with torch.cuda.stream(stream):  # also brings the old stream back where a capture fails
-                for _ in range(_WARM_UPS):
-                    run()
+                first_call(run)  # compiles kernels, chooses algorithms
+                run()  # loads the kernels, and is like all later calls
                 # thread_local: a thread that prefetches may meanwhile call CUDA freely
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     outputs = run()

@@ -1,4 +1,4 @@
-"""Prepare items before they are needed: a thread makes the next ones, and a stream of its own copies them to the device."""
+"""Prepare items before they are needed, and copy results back after: threads and streams of their own, so that the device waits for none."""
 
 from __future__ import annotations
 
@@ -58,6 +58,27 @@ def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], 
         return received
 
     return send
+
+
+def download(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Start to copy tensors of one device to the host, and return a function that returns the copies.
+
+    On CUDA it waits for the copies alone, not for what the stream was given since. Tensors on a CPU are returned
+    themselves, so they may not be written meanwhile.
+    """
+    if tensors[0].device.type != "cuda":
+        return lambda: tensors
+    copies = tuple(
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        for tensor in tensors
+    )
+    copied = torch.cuda.current_stream(tensors[0].device).record_event()
+
+    def received() -> tuple[Tensor, ...]:
+        copied.synchronize()
+        return copies
+
+    return received
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -39,8 +39,6 @@ class State:
     skipped: int = 0  # iterations whose loss or gradient was not finite
     above_threshold: int = 0  # iterations without an update, as their loss was above --threshold
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
-    seconds: float = 0.0
-    seconds_evaluation: float = 0.0
     data: DatasetIdentity = UNKNOWN  # of the real images
     digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
 
@@ -53,7 +51,9 @@ class State:
 _CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums name none
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
-_NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept", "seconds", "seconds_evaluation")
+_NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
+FORMER_NUMBERS = ("seconds", "seconds_evaluation")
+"""Of checkpoints from before there was seconds.json."""
 
 
 def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -88,6 +88,8 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
             check_form(numbers, dict.fromkeys(_NUMBERS, NUMBER))
             if metadata["format"] != _CHECKPOINT:
                 raise ValueError("another format")
+        for name in FORMER_NUMBERS:
+            numbers.pop(name, None)
         return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))
     except MALFORMED as error:
         raise InputError(f"{path}: not a checkpoint of this version; choose another `out`") from error

@@ -18,6 +18,8 @@ from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.temporaries import remove_leftovers
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
+SECONDS = "seconds.json"
+"""Where the time of the run went, over all processes that worked on it."""
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
 """The distilled set as it is, and that of the evaluation with the highest accuracy on the test images."""
 EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"

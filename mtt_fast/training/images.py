@@ -84,7 +84,7 @@ def real_images(
     data: ImageData, device: torch.device, *, zca: bool, transform: Normalisation | Whitening | None = None
 ) -> RealImages:
     """Put `data` on `device` as uint8; each batch is normalised or whitened on use, or transformed by `transform`."""
-    transform = transform_for(data, zca=zca) if transform is None else transform
+    transform = transform_for(data, zca=zca, device=device) if transform is None else transform
     if isinstance(transform, Whitening):
         transform = transform.to(device)
 

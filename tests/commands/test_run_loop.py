@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterable
@@ -13,8 +14,10 @@ from typing import Any, cast
 import pytest
 
 from mtt_fast.commands.run_loop import LoopRun, best_accuracy, run_to_the_end
+from mtt_fast.commands.seconds import Seconds
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
 from mtt_fast.storage.metrics import MetricsLog
+from mtt_fast.storage.records import read_record
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -22,13 +25,11 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 @dataclass
 class Counters:
     iteration: int = 0
-    seconds: float = 0.0
-    seconds_evaluation: float = 0.0
 
 
 def looped(
     folder: Path, iterations: int = 5, eval_it: int = 2, save_seconds: float = 1e9, start: int = 0, stop_at: int = -1,
-    evaluated: Iterable[int] = (),
+    evaluated: Iterable[int] = (), seconds: Seconds | None = None,
 ) -> list[str]:  # fmt: skip
     """Return what a loop does, in order: e of an evaluation, i of an iteration, s of a checkpoint, ! of the summary."""
     done: list[str] = []
@@ -38,7 +39,9 @@ def looped(
         metrics.write("evaluation", iteration, accuracy_mean=0.5, accuracy_std=0.0, networks=1)
     options = SimpleNamespace(Iteration=iterations, eval_it=eval_it, save_seconds=save_seconds)
     named = dict.fromkeys(("command", "method", "real", "network", "evaluated"), cast(Any, None))
-    run = LoopRun(program="python -m it", options=options, folder=folder, metrics=metrics, **named)
+    run = LoopRun(
+        program="python -m it", options=options, folder=folder, metrics=metrics, seconds=seconds or Seconds(), **named
+    )
 
     def iterate() -> None:
         progress.iteration += 1
@@ -83,6 +86,20 @@ def test_a_signal_ends_it_after_the_iteration_with_everything_saved(tmp_path: Pa
         f"stopped at iteration 3 of 5, everything is saved; continue with: python -m it --out '{folder}' --resume "
         f"({int(signal.SIGTERM)})"
     )
+
+
+def test_each_part_of_a_run_has_its_seconds(tmp_path: Path) -> None:
+    clock = itertools.count()  # each look at it takes a second
+    seconds = Seconds(lambda: float(next(clock)))
+    looped(tmp_path, iterations=3, eval_it=3, seconds=seconds)
+    totals = seconds.totals()
+    assert totals["first_iteration"] == 1
+    assert totals["iterations"] == 2
+    assert totals["evaluations"] == 2  # before the first iteration and after the last
+    assert sum(totals.values()) == next(clock) - 1
+    saved = read_record(tmp_path / "seconds.json", "", "")
+    assert saved["iterations"] == 2
+    assert 0 < saved["saving"] < totals["saving"]  # the summary comes later
 
 
 def test_of_equal_evaluations_the_first_is_the_best() -> None:

@@ -72,7 +72,7 @@ def test_whitening_is_kept_beside_the_data(digits: ImageData, monkeypatch: pytes
     first = transform_for(digits, zca=True)
     assert digits.path
     assert digits.path.with_name("digits.zca.safetensors").is_file()
-    monkeypatch.setattr(Whitening, "fit", None)
+    monkeypatch.setattr(Whitening, "fit_bytes", None)
     again = transform_for(digits, zca=True)
     assert isinstance(first, Whitening)
     assert isinstance(again, Whitening)

@@ -1,4 +1,4 @@
-"""Check that ZCA whitening equals kornia's, survives a file, and refuses what it cannot do."""
+"""Check that ZCA whitening equals kornia's up to rounding, survives a file, and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.data.whitening import LARGEST_IMAGE, Whitening
+from mtt_fast.data.whitening import LARGEST_IMAGE, Whitening, check_same_whitening
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import save_tensors
 
@@ -17,15 +17,61 @@ def pictures(n: int = 40, shape: tuple[int, int, int] = (3, 5, 4), seed: int = 0
     return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed))
 
 
+def photographs(n: int, side: int, seed: int = 0) -> Tensor:
+    """Return colour images uint8 (n, 3, side, side) whose neighbouring pixels go together, as in photographs."""
+    coarse = torch.rand(n, 3, side // 4, side // 4, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    noise = 0.05 * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(seed + 1))
+    return ((smooth + noise).clamp(0, 1) * 255).round().byte()
+
+
+def of_kornia(images: Tensor, eps: float = 0.1) -> Whitening:
+    from kornia.enhance import ZCAWhitening
+
+    zca = ZCAWhitening(eps=eps, compute_inv=True).fit(images)
+    return Whitening(zca.mean_vector.flatten(), zca.transform_matrix, zca.transform_inv)
+
+
+def assert_equal(ours: Whitening, theirs: Whitening, tolerance: float) -> None:
+    """Check that each field differs by at most `tolerance` of its norm."""
+    for name, tensor in vars(theirs).items():
+        error = (getattr(ours, name).double() - tensor.double()).norm() / tensor.double().norm()
+        assert float(error) <= tolerance, f"{name}: {error:.1e}"
+
+
 @pytest.mark.parametrize("eps", [0.1, 0.01])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_apply_and_invert_equal_kornia(eps: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_apply_and_invert_equal_kornia(eps: float, dtype: torch.dtype, tolerance: float) -> None:
     from kornia.enhance import ZCAWhitening
 
     train, other = pictures().to(dtype), pictures(7, seed=1).to(dtype)
     theirs, ours = ZCAWhitening(eps=eps, compute_inv=True).fit(train), Whitening.fit(train, eps)
-    torch.testing.assert_close(ours.apply(other), theirs(other), rtol=0, atol=0)
+    assert ours.matrix.dtype == dtype
+    assert_equal(ours, of_kornia(train, eps), tolerance)
+    torch.testing.assert_close(ours.apply(other), theirs(other), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(ours.invert(other), theirs.inverse_transform(other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [150, 1000], ids=["fewer images than values", "more images than values"])
+def test_the_fit_to_bytes_is_kornias_in_float64(n: int) -> None:
+    images = photographs(n, 16)
+    ours = Whitening.fit_bytes(images, torch.device("cpu"))
+    assert ours.matrix.dtype == torch.float32
+    assert_equal(ours, of_kornia(images.double() / 255), 1e-6)
+
+
+def test_a_fit_by_blocks_is_the_fit_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = photographs(100, 8)
+    whole = Whitening.fit(images.double() / 255)
+    monkeypatch.setattr("mtt_fast.data.whitening._BLOCK", 7)
+    assert_equal(Whitening.fit(images.double() / 255), whole, 1e-12)
+    assert_equal(Whitening.fit_bytes(images, torch.device("cpu")), whole, 1e-6)
+
+
+def test_sets_whitened_by_the_former_fit_are_whitened_alike() -> None:
+    images = photographs(300, 16)
+    before = of_kornia(images.float().div_(255))  # what earlier versions fitted, in float32
+    check_same_whitening(before, Whitening.fit_bytes(images, torch.device("cpu")), "set.safetensors")
 
 
 def test_default_eps_is_the_public_codes() -> None:
@@ -99,9 +145,12 @@ def test_refuses_files_of_another_kind(tmp_path: Path) -> None:
         Whitening.load(tmp_path / "absent")
 
 
-def test_importing_does_not_import_kornia() -> None:
+def test_neither_import_nor_fit_needs_kornia() -> None:
     import subprocess
     import sys
 
-    code = "import sys, mtt_fast.data.whitening; sys.exit('kornia' in sys.modules)"
+    code = (
+        "import sys, torch; from mtt_fast.data.whitening import Whitening; Whitening.fit(torch.rand(9, 1, 2, 2)); "
+        "sys.exit('kornia' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -259,7 +259,7 @@ def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_number
 def test_what_overflows_in_fp16_is_repeated_in_tf32(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a CPU the reference emulates both."""
+    """Run both precisions on a CPU, where the reference emulates them."""
     precision = "tf32"
     monkeypatch.setattr("mtt_fast.distill.command.precision_on", lambda *_: precision)
     assert run(*TOY, *experts, "--out", str(tmp_path / "tf32")) == 0

@@ -180,7 +180,7 @@ def of_waypoints(folder: Path) -> object:
 def checkpoint(folder: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(4, 1, 2, 2)
-    state = State(7, 2, images, torch.arange(4), torch.tensor(0.01), images / 2, torch.tensor(0.5), seconds=1.5)
+    state = State(7, 2, images, torch.arange(4), torch.tensor(0.01), images / 2, torch.tensor(0.5), skipped=1)
     save_checkpoint(folder, state)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mtt_fast.runtime.prefetch import prefetched, sender
+from mtt_fast.runtime.prefetch import download, prefetched, sender
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +81,22 @@ def test_a_cpu_is_sent_the_tensors_themselves() -> None:
     tensors = (torch.ones(2), torch.ones(3))
     received = sender(torch.device("cpu"))(tensors)()
     assert all(mine is theirs for mine, theirs in zip(received, tensors, strict=True))
+
+
+def test_a_cpus_tensors_are_fetched_as_they_are() -> None:
+    tensors = (torch.ones(2), torch.tensor(3))
+    assert all(mine is theirs for mine, theirs in zip(download(*tensors)(), tensors, strict=True))
+
+
+@pytest.mark.gpu
+def test_fetched_from_a_gpu_without_what_follows() -> None:
+    values = torch.full((1000, 1000), 2.0, device="cuda")
+    received = download(values, values.sum())
+    for _ in range(50):
+        values = values @ values / 1e3  # what the copies need not wait for
+    copy, total = received()
+    assert copy.device.type == total.device.type == "cpu"
+    assert float(total) == float(copy.sum()) == 2e6
 
 
 @pytest.mark.gpu

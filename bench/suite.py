@@ -1,0 +1,80 @@
+"""A plugin of pytest that records each test as it ends: `pytest -p bench.suite --record FOLDER`.
+
+A session that was cut off goes on: what passed, at the same commit, is not run again. The record is FOLDER/suite.json, and
+suite.partial.json until the last test has ended.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.records import partial_rows, write_record
+
+NAME = "suite"
+_ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--record`."""
+    parser.addoption("--record", required=True, help="folder of the record")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave out what passed before; record in the process that hears of all tests, which no worker of xdist is."""
+    folder = str(config.getoption("--record"))
+    rows = {row["test"]: row for row in partial_rows(folder, NAME)}
+    config.pluginmanager.register(_PassedBefore({name for name, row in rows.items() if row["outcome"] == "passed"}))
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Recorder(folder, rows, " ".join(map(str, config.invocation_params.args))))
+
+
+class _PassedBefore:
+    """Leave out the tests of these names."""
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        left_out = [item for item in items if item.nodeid in self._names]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item.nodeid not in self._names]
+
+
+class _Recorder:
+    """Write the record after each test, and once more at the end."""
+
+    def __init__(self, folder: str, rows: dict[str, dict[str, Any]], arguments: str) -> None:
+        self._folder, self._rows, self._arguments = folder, rows, arguments
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            problem = None if report.outcome == "passed" else _last_line(report)
+            row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "problem": problem}
+            self._rows[report.nodeid] = row
+            self._write(complete=False)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self._write(complete=exitstatus in _ENDED)
+
+    def _write(self, *, complete: bool) -> None:
+        rows = list(self._rows.values())
+        outcomes = [row["outcome"] for row in rows]
+        conditions = {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")}
+        command = f"python -m pytest {self._arguments}"
+        write_record(self._folder, NAME, "suite", self._device, conditions, rows, command, complete=complete)
+
+
+def _last_line(report: pytest.TestReport) -> str:
+    lines = report.longreprtext.strip().splitlines()
+    return lines[-1][:300] if lines else report.outcome
+
+
+def arguments(record: Path) -> list[str]:
+    """Return the arguments of pytest that have it write `record`."""
+    return ["-p", "bench.suite", "--record", str(record.parent)]

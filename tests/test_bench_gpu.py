@@ -1,0 +1,227 @@
+"""Each stage of `python -m bench gpu`, rehearsed on the CPU at toy size: its records, its limit, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu, tune
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # in workers: a toy is slower on several
+
+
+def stage(name: str, out: Path, status: int = 0, *flags: str) -> str:
+    """Rehearse a stage of `python -m bench gpu`; return what it printed."""
+    command = [sys.executable, "-m", "bench", "gpu", name, "--out", str(out), "--rehearse", *flags]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert found.returncode == status, found.stderr
+    return found.stdout + found.stderr
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    record = json.loads((folder / f"{name}.json").read_text())
+    assert {"commit", "dirty", "versions", "device", "command", "time"} <= record.keys()
+    assert record["versions"]["torch"] == torch.__version__
+    rows: list[dict[str, Any]] = record["rows"]
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "runs"), [("cifar10", ["cifar10-ipc1"]), ("imagenette", ["imagenette-ipc1", "imagenette-ipc10"])]
+)
+def test_stages_of_distillation_rehearsed(name: str, runs: list[str], tmp_path: Path) -> None:
+    stage(name, tmp_path)
+    for run in runs:
+        summary = json.loads((tmp_path / run / "summary.json").read_text())
+        assert summary["accuracy"]["distilled"]["n"] == 1
+
+
+STEP_RECORDS = ["meta_step-cifar10-ipc1", "kernels-cifar10-ipc1", "memory_scaling"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "records"), [("steps", STEP_RECORDS), ("training", ["experts", "evaluate", "trajectories"])]
+)
+def test_stages_of_benchmarks_rehearsed(name: str, records: list[str], tmp_path: Path) -> None:
+    stage(name, tmp_path)
+    for record in records:
+        assert [row["problem"] for row in rows_of(tmp_path, record) if row["problem"]] == []
+    assert {row["task"]: row["status"] for row in rows_of(tmp_path, f"stage-{name}")} == dict.fromkeys(records, "done")
+    if name == "steps":
+        ours = next(row for row in rows_of(tmp_path, "meta_step-cifar10-ipc1") if row["engine"] == "fused")
+        assert ours["speedup"] > 0  # whole_graph ran beside it
+
+
+@pytest.mark.slow
+def test_the_stage_of_the_table_rehearsed(tmp_path: Path) -> None:
+    stage("table", tmp_path)
+    compiled = {row["operation"]: row for row in rows_of(tmp_path, "compile")}
+    tuned = {row["operation"]: row for row in rows_of(tmp_path, "tune")}
+    assert tuned.keys() == compiled.keys() > {"conv3x3_dual", "norm_relu_pool"}
+    assert all(row["compiled"] == 1 for row in compiled.values())
+    for row in tuned.values():
+        assert row["problem"] == ""
+        assert row["error"] < tune.TOLERANCES["tf32"]
+    before = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
+    after = tomllib.loads((tmp_path / "configurations.toml").read_text())
+    for operation, classes in before.items():
+        for shape_class, kept in classes.items():
+            measured = {name for name, row in after[operation][shape_class].items() if "microseconds" in row}
+            for name in kept.keys() - measured:
+                assert after[operation][shape_class][name] == kept[name]
+    assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64"]["sm_80"]
+
+    # cut off after the first row: what was measured stays as it is, and the rest is measured again
+    record = json.loads((tmp_path / "tune.json").read_text())
+    first = record["rows"][0] | {"error": 0.125}
+    record["rows"] = [first]
+    (tmp_path / "tune.json").unlink()
+    (tmp_path / "tune.partial.json").write_text(json.dumps(record))
+    done = (tmp_path / "compile.json").stat().st_mtime_ns
+    stage("table", tmp_path)
+    again = rows_of(tmp_path, "tune")
+    assert again[0] == first
+    assert {row["operation"] for row in again} == tuned.keys()
+    assert not (tmp_path / "tune.partial.json").exists()
+    assert (tmp_path / "compile.json").stat().st_mtime_ns == done
+
+
+def test_the_stage_of_tests_rehearsed_within_its_limit_and_beyond(tmp_path: Path) -> None:
+    said = stage("suite", tmp_path, gpu.OUT_OF_TIME, "--seconds", "0.1")
+    assert "stage suite: out of time after 0 s; missing: suite; the same command goes on" in said
+    assert [row["status"] for row in rows_of(tmp_path, "stage-suite")] == ["missing"]
+    stage("suite", tmp_path)
+    rows = rows_of(tmp_path, "suite")
+    assert {row["outcome"] for row in rows} == {"passed"}
+    assert all(row["test"].startswith("tests/engine/test_matching.py::") for row in rows)
+    assert json.loads((tmp_path / "suite.json").read_text())["conditions"]["passed"] == len(rows) > 3
+    (row,) = rows_of(tmp_path, "stage-suite")
+    assert (row["task"], row["status"]) == ("suite", "done")
+    assert row["seconds"] > 0
+    written = (tmp_path / "suite.json").stat().st_mtime_ns
+    stage("suite", tmp_path)  # nothing is done twice
+    assert (tmp_path / "suite.json").stat().st_mtime_ns == written
+    assert rows_of(tmp_path, "stage-suite") == [row]
+
+
+TESTS = """
+import os, pathlib, signal
+
+def ran(name):
+    with open("ran", "a") as file:
+        print(name, file=file)
+
+def test_one():
+    ran("one")
+
+def test_two():
+    ran("two")
+    if pathlib.Path("kill").exists():
+        pathlib.Path("kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def test_three():
+    ran("three")
+    assert 1 == 2
+"""
+
+
+def test_a_killed_suite_keeps_what_passed_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "kill").touch()
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "bench.suite",
+        "--record",
+        str(tmp_path),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    statuses = [subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode]
+    assert [row["test"] for row in rows_of(tmp_path, "suite.partial")] == ["test_it.py::test_one"]
+    assert not (tmp_path / "suite.json").exists()
+    statuses.append(subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode)
+    assert statuses == [-signal.SIGKILL, 1]
+    assert (tmp_path / "ran").read_text().split() == ["one", "two", "two", "three"]
+    rows = {row["test"]: (row["outcome"], row["problem"]) for row in rows_of(tmp_path, "suite")}
+    assert rows["test_it.py::test_one"] == rows["test_it.py::test_two"] == ("passed", None)
+    assert rows["test_it.py::test_three"][0] == "failed"
+    assert "assert 1 == 2" in rows["test_it.py::test_three"][1] or "AssertionError" in rows["test_it.py::test_three"][1]
+    assert not (tmp_path / "suite.partial.json").exists()
+
+
+def test_tasks_of_a_group_run_at_the_same_time_and_the_limit_ends_all(tmp_path: Path) -> None:
+    """Have two tasks wait for each other; one that waits for ever is cut off."""
+
+    def waiting(mine: str, other: str) -> gpu.Task:
+        code = f"import time, pathlib\npathlib.Path('{mine}').touch()\nwhile not pathlib.Path('{other}').exists(): time.sleep(0.01)\n"
+        (tmp_path / f"wait_{mine}.py").write_text(code)
+        return gpu.Task(mine, [f"wait_{mine}"], tmp_path / mine, {"PYTHONPATH": str(tmp_path)})
+
+    rows = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_ROOT", tmp_path)
+        found = gpu.run_group([waiting("a", "b"), waiting("b", "a")], tmp_path, time.monotonic() + 60)
+        rows = {row["task"]: row["status"] for row in found}
+        assert rows == {"a": "done", "b": "done"}
+        found = gpu.run_group([waiting("c", "never")], tmp_path, time.monotonic() + 1)
+        assert [row["status"] for row in found] == ["missing"]
+
+
+JOB = """
+import pathlib, signal, sys, time
+
+run = pathlib.Path(sys.argv[1])
+run.mkdir(exist_ok=True)
+
+def stop(*_):
+    (run / "config.toml").write_text("saved")
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+if "--resume" in sys.argv:
+    (run / "summary.json").write_text("{}")
+else:
+    time.sleep(100)
+"""
+
+
+def test_a_job_that_is_cut_off_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    monkeypatch.setattr(gpu, "_ROOT", tmp_path)
+    task = gpu.Task("run", ["job", str(tmp_path / "run")], tmp_path / "run" / "summary.json", resumable=True)
+    (row,) = gpu.run_group([task], tmp_path, time.monotonic() + 2)
+    assert row["status"] == "missing"
+    assert (tmp_path / "run" / "config.toml").read_text() == "saved"
+    (row,) = gpu.run_group([task], tmp_path, time.monotonic() + 60)
+    assert row["status"] == "done"
+    assert task.result.exists()
+
+
+def test_a_stage_tells_what_failed(tmp_path: Path) -> None:
+    failing = gpu.Task("nothing", ["bench", "nothing"], tmp_path / "nothing.json")
+    assert gpu._within(failing, tmp_path, time.monotonic() + 60) == 2
+    assert "no such benchmark" in gpu._last_line(tmp_path / "nothing.log")
