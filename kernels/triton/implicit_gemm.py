@@ -3,16 +3,10 @@
 Forward and input gradient are one kernel, since the latter is the convolution of ȳ with the weights rotated by 180°:
 results (pixel, output channel) are sums over terms (tap, input channel). The weight gradient is the product the other
 way: results (term, output channel) are sums over pixels, cut into parts that are added up by a second pass. Tiles are
-BLOCK_M pixels, BLOCK_N output channels, BLOCK_K terms.
-
-Two things are done on the way where they are asked for (block.py): the forward's epilogue takes the statistics of its
-tile, and both gradients make ȳ and ȳ̇ from y, ẏ, p̄, p̄̇ as they load them. A tile's pixels are of one sample, so that
-a plane's values are a row of the tile.
+BLOCK_M pixels of one sample, BLOCK_N output channels, BLOCK_K terms.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +16,6 @@ from .configurations import Configuration, configuration
 from .launch import INTERPRETED, architecture, launch, tl, triton
 from .planes import Planes
 
-COEFFICIENTS = tl.constexpr(12)  # of a plane, from which ȳ and ȳ̇ follow: see block.py
-MOMENTS = tl.constexpr(4)  # of a tile's part of a plane
 NARROW = 16  # channels up to which planes count as images
 SIZES = (64, 256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
 
@@ -67,92 +59,13 @@ def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constex
 
 
 @triton.jit
-def _gradients_before_norm(
-    y: tl.tensor,  # of the sample: (C, H, W)
-    y_dot: tl.tensor,
-    p_bar: tl.tensor,  # (C, H//2, W//2)
-    p_bar_dot: tl.tensor,
-    coefficients: tl.tensor,  # (COEFFICIENTS, C)
-    row: tl.tensor,  # (N, 1), as are column and inside
-    column: tl.tensor,
-    inside: tl.tensor,
-    channel: tl.tensor,  # (1, M)
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Return ȳ and ȳ̇ (N, M) at the pixels and channels given; zero where a pixel or a channel does not exist."""
-    exists = channel < C
-    coefficients += channel
-    mean = tl.load(coefficients, exists, 0)
-    rstd = tl.load(coefficients + C, exists, 0)
-    k1 = tl.load(coefficients + 2 * C, exists, 0)
-    gamma = tl.load(coefficients + 3 * C, exists, 0)
-    beta = tl.load(coefficients + 4 * C, exists, 0)
-    of_u = tl.load(coefficients + 5 * C, exists, 0)
-    constant = tl.load(coefficients + 6 * C, exists, 0)
-    of_h = tl.load(coefficients + 7 * C, exists, 0)
-    dot_of_u = tl.load(coefficients + 8 * C, exists, 0)
-    dot_constant = tl.load(coefficients + 9 * C, exists, 0)
-    dot_of_h = tl.load(coefficients + 10 * C, exists, 0)
-    dot_of_y_dot = tl.load(coefficients + 11 * C, exists, 0)
-
-    mask = inside & exists
-    pixel = row * W + column
-    place = pixel * C + channel if CHANNELS_LAST else channel * (H * W) + pixel
-    ys = tl.load(y + place, mask, 0).to(ACC)
-    ys_dot = tl.load(y_dot + place, mask, 0).to(ACC)
-    pooled = row // 2 * (W // 2) + column // 2
-    pooled_mask = mask & (row // 2 < H // 2) & (column // 2 < W // 2)
-    place = pooled * C + channel if CHANNELS_LAST else channel * ((H // 2) * (W // 2)) + pooled
-    share = tl.load(p_bar + place, pooled_mask, 0).to(ACC) * 0.25
-    share_dot = tl.load(p_bar_dot + place, pooled_mask, 0).to(ACC) * 0.25
-
-    h = (ys - mean) * rstd
-    active = gamma * h + beta > 0
-    u_bar = tl.where(active, share, 0)
-    u_bar_dot = tl.where(active, share_dot, 0)
-    y_bar = of_u * u_bar + (of_h * h + constant)
-    y_bar_dot = of_u * u_bar_dot + dot_of_u * u_bar + dot_of_y_dot * (ys_dot - k1) + (dot_of_h * h + dot_constant)
-    return tl.where(mask, y_bar, 0), tl.where(mask, y_bar_dot, 0)
-
-
-@triton.jit
-def _store_moments(
-    moments: tl.tensor,  # of the tile: (MOMENTS, C)
-    ys: tl.tensor,  # (BLOCK_M, BLOCK_N)
-    ys_dot: tl.tensor,
-    count: tl.tensor,  # of the tile's pixels that exist, which are the first
-    output: tl.tensor,  # (BLOCK_N,)
-    C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-) -> None:
-    """Store the tile's means of y and ẏ, and its sums of (y − mean)² and (y − mean) (ẏ − mean of ẏ): two passes over it."""
-    exists = (tl.arange(0, BLOCK_M) < count)[:, None]
-    mean = tl.sum(tl.where(exists, ys, 0), 0) / count
-    mean_dot = tl.sum(tl.where(exists, ys_dot, 0), 0) / count
-    deviation = tl.where(exists, ys - mean[None, :], 0)
-    moments += output
-    tl.store(moments, mean, output < C)
-    tl.store(moments + C, mean_dot, output < C)
-    tl.store(moments + 2 * C, tl.sum(deviation * deviation, 0), output < C)
-    tl.store(moments + 3 * C, tl.sum(deviation * (ys_dot - mean_dot[None, :]), 0), output < C)
-
-
-@triton.jit
 def _convolve(
     x: tl.tensor,  # (B, CI, H, W)
     x_dot: tl.tensor | None,
-    p_bar: tl.tensor | None,  # (B, CI, H//2, W//2); with it x and x_dot are y and ẏ, and their gradients are convolved
-    p_bar_dot: tl.tensor | None,
-    coefficients: tl.tensor | None,  # (B, COEFFICIENTS, CI)
     weight: tl.tensor,  # (CO, 3, 3, CI)
     weight_dot: tl.tensor,
     y: tl.tensor | None,  # (B, CO, HO, WO)
     y_dot: tl.tensor,
-    moments: tl.tensor | None,  # (B, TILES, MOMENTS, CO)
     CI: tl.constexpr,
     CO: tl.constexpr,
     H: tl.constexpr,
@@ -162,7 +75,6 @@ def _convolve(
     PADDING: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    KNOWN: tl.constexpr,  # y is given, and only its moments are asked for
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -172,7 +84,6 @@ def _convolve(
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
     STEPS: tl.constexpr = (9 * CI + BLOCK_K - 1) // BLOCK_K if CI < BLOCK_K else 9 * ((CI + BLOCK_K - 1) // BLOCK_K)
-    PRIMAL: tl.constexpr = y is not None and not KNOWN
     program = tl.program_id(0)
     output = program % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = program // BLOCKS % TILES
@@ -182,10 +93,6 @@ def _convolve(
     x += sample * (CI * H * W)
     if x_dot is not None:
         x_dot += sample * (CI * H * W)
-    if p_bar is not None:
-        p_bar += sample * (CI * (H // 2) * (W // 2))
-        p_bar_dot += sample * (CI * (H // 2) * (W // 2))
-        coefficients += sample * (COEFFICIENTS * CI)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     total_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -200,19 +107,13 @@ def _convolve(
         source_column = column + right[None, :]
         inside = (source_row >= 0) & (source_row < H) & (source_column >= 0) & (source_column < W)
         channel = channel[None, :]
-        if p_bar is not None:
-            xs, xs_dot = _gradients_before_norm(
-                x, x_dot, p_bar, p_bar_dot, coefficients,
-                source_row, source_column, inside, channel, CI, H, W, CHANNELS_LAST, ACC,
-            )  # fmt: skip
-        else:
-            source = source_row * W + source_column
-            place = source * CI + channel if CHANNELS_LAST else channel * (H * W) + source
-            mask = inside & exists[None, :]
-            xs = tl.load(x + place, mask, 0)
-            if x_dot is not None:
-                xs_dot = tl.load(x_dot + place, mask, 0)
-        if PRIMAL:
+        source = source_row * W + source_column
+        place = source * CI + channel if CHANNELS_LAST else channel * (H * W) + source
+        mask = inside & exists[None, :]
+        xs = tl.load(x + place, mask, 0)
+        if x_dot is not None:
+            xs_dot = tl.load(x_dot + place, mask, 0)
+        if y is not None:
             total = _product(xs, ws, total, PRECISION)
         total_dot = _product(xs, ws_dot, total_dot, PRECISION)
         if x_dot is not None:
@@ -221,17 +122,9 @@ def _convolve(
     place = pixel * CO + output[None, :] if CHANNELS_LAST else output[None, :] * (HO * WO) + pixel
     mask = (pixel < HO * WO) & (output < CO)[None, :]
     begin = sample * (CO * HO * WO)
-    results_dot = total_dot.to(y_dot.dtype.element_ty)
-    tl.store(y_dot + begin + place, results_dot, mask)
-    if PRIMAL:
-        results = total.to(y_dot.dtype.element_ty)
-        tl.store(y + begin + place, results, mask)
-    if moments is not None:
-        if KNOWN:
-            results = tl.load(y + begin + place, mask, 0)
-        moments += (sample * TILES + tile) * (MOMENTS * CO)
-        count = tl.minimum(HO * WO - tile * BLOCK_M, BLOCK_M)
-        _store_moments(moments, results.to(ACC), results_dot.to(ACC), count, output, CO, BLOCK_M)
+    tl.store(y_dot + begin + place, total_dot.to(y_dot.dtype.element_ty), mask)
+    if y is not None:
+        tl.store(y + begin + place, total.to(y_dot.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -240,9 +133,6 @@ def _correlate(
     x_dot: tl.tensor | None,
     y_bar: tl.tensor,  # (B, CO, HO, WO)
     y_bar_dot: tl.tensor,
-    p_bar: tl.tensor | None,  # (B, CO, HO//2, WO//2); with it y_bar and y_bar_dot are y and ẏ, as in _convolve
-    p_bar_dot: tl.tensor | None,
-    coefficients: tl.tensor | None,  # (B, COEFFICIENTS, CO)
     parts: tl.tensor,  # (PARTS, CO, 3, 3, CI)
     tiles: tl.tensor,  # of all samples
     share: tl.tensor,  # tiles of a part
@@ -286,30 +176,15 @@ def _correlate(
         x_begin = sample * (CI * H * W)
         y_begin = sample * (CO * HO * WO)
         pixel = pixel[:, None]
-        if p_bar is not None:
-            p_begin = sample * (CO * (HO // 2) * (WO // 2))
-            gs, gs_dot = _gradients_before_norm(
-                y_bar + y_begin, y_bar_dot + y_begin, p_bar + p_begin, p_bar_dot + p_begin,
-                coefficients + sample * (COEFFICIENTS * CO), row[:, None], column[:, None], pixel < HO * WO, output,
-                CO, HO, WO, Y_CHANNELS_LAST, ACC,
-            )  # fmt: skip
-        else:
-            y_place = pixel * CO + output if Y_CHANNELS_LAST else output * (HO * WO) + pixel
-            y_mask = (pixel < HO * WO) & (output < CO)
-            gs_dot = tl.load(y_bar_dot + y_begin + y_place, y_mask, 0)
-            if x_dot is not None:
-                gs = tl.load(y_bar + y_begin + y_place, y_mask, 0)
+        y_place = pixel * CO + output if Y_CHANNELS_LAST else output * (HO * WO) + pixel
+        y_mask = (pixel < HO * WO) & (output < CO)
+        gs_dot = tl.load(y_bar_dot + y_begin + y_place, y_mask, 0)
+        if x_dot is not None:
+            gs = tl.load(y_bar + y_begin + y_place, y_mask, 0)
         total = _product(tl.load(x + x_begin + place, mask, 0), gs_dot, total, PRECISION)
         if x_dot is not None:
             total = _product(tl.load(x_dot + x_begin + place, mask, 0), gs, total, PRECISION)
     tl.store(parts + (part * CO + output) * (9 * CI) + term, total, exists & (output < CO))
-
-
-class Moments(NamedTuple):
-    """Moments of the planes that the forward's epilogue takes, tile by tile."""
-
-    values: Tensor  # (B, tiles, MOMENTS, C)
-    block_m: int  # pixels of a tile
 
 
 def convolve(
@@ -322,28 +197,18 @@ def convolve(
     y_dot: Tensor,
     padding: int,
     precision: Precision,
-    bars: tuple[Tensor, Tensor, Tensor] | None = None,
-    *,
-    known: bool = False,
-    moments: bool = False,
-) -> Moments | None:
-    """Fill `y` and `y_dot`, or with `known` `y_dot` alone. Return the moments if asked for.
-
-    The row of `operation` in the table gives the tile. `bars` are p̄, p̄̇ and the coefficients of block.py: `x` and `x_dot`
-    are then y and ẏ of an earlier convolution, and ȳ and ȳ̇ take their place.
-    """
-    inputs, outputs = Planes.of(x, x_dot, *(bars[:2] if bars else ())), Planes.of(y_dot, y)
+) -> None:
+    """Fill `y`, if it is given, and `y_dot`. The row of `operation` in the table gives the tile."""
+    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
     row = tile_of(operation, inputs, outputs, precision, x)
     effective = effective_precision(x.dtype, precision)
     if effective == "bf16":  # once here, not in every program
         weight, weight_dot = weight.bfloat16(), weight_dot.bfloat16()
     tiles = triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
-    places = (outputs.samples, tiles, MOMENTS.value, outputs.channels)
-    values = torch.empty(places, dtype=accumulator(x.dtype), device=x.device) if moments else None
     launch(
         _convolve,
         outputs.samples * tiles * triton.cdiv(outputs.channels, row["BLOCK_N"]),
-        *(x, x_dot, *(bars or (None, None, None)), weight, weight_dot, y, y_dot, values),
+        *(x, x_dot, weight, weight_dot, y, y_dot),
         CI=inputs.channels,
         CO=outputs.channels,
         H=inputs.height,
@@ -353,11 +218,9 @@ def convolve(
         PADDING=padding,
         CHANNELS_LAST=inputs.channels_last,
         PRECISION=effective,
-        KNOWN=known,
         ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
         **row,
     )
-    return None if values is None else Moments(values, row["BLOCK_M"])
 
 
 def correlate(
@@ -368,10 +231,9 @@ def correlate(
     y_bar_dot: Tensor,
     padding: int,
     precision: Precision,
-    bars: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return W̄̇ (K, C, 3, 3). `operation`, `bars`: as in `convolve`, here with y and ẏ for `y_bar` and `y_bar_dot`."""
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot, *(bars[:2] if bars else ()))
+    """Return W̄̇ (K, C, 3, 3). The row of `operation` in the table gives the tile."""
+    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
     row = tile_of(operation, inputs, outputs, precision, x)
     target = row.pop("PROGRAMS")
     row["BLOCK_K"] = min(row["BLOCK_K"], max(16, triton.next_power_of_2(9 * inputs.channels)))
@@ -385,7 +247,7 @@ def correlate(
     launch(
         _correlate,
         shape[0] * programs,
-        *(x, x_dot, y_bar, y_bar_dot, *(bars or (None, None, None)), parts, tiles, share),
+        *(x, x_dot, y_bar, y_bar_dot, parts, tiles, share),
         CI=channels,
         CO=outputs.channels,
         H=inputs.height,
