@@ -275,6 +275,7 @@ TABLES: dict[str, list[Column]] = {
 _LABELS = {
     "meta_step": "engine",
     "modules": "engine",
+    "first_block": "way",
     "kernels": "operation",
     "training": "loop",
     "trajectories": "reader",
@@ -301,7 +302,7 @@ def _draw_times(figure: Any, record: dict[str, Any]) -> None:
     axes, label = figure.subplots(), _LABELS[record["benchmark"]]
     key = _TIMES_OF.get(record["benchmark"], "seconds")
     rows = [row for row in record["rows"] if row.get(key)][::-1]
-    names = [" ".join(str(row[part]) for part in ("network", label, "shape") if row.get(part)) for row in rows]
+    names = [" ".join(str(row[part]) for part in ("network", "sweep", label, "shape") if row.get(part)) for row in rows]
     middles = [row[key]["median"] for row in rows]
     around = [
         [row[key]["median"] - row[key]["least"] for row in rows],

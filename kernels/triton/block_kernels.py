@@ -60,10 +60,10 @@ def pool(
         for pixel in tl.range(0, 4, loop_unroll_factor=UNROLL):
             xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             u = product(xs, w, ACC, PRECISION)
-            active = u > 0
-            pooled += tl.where(active, u, 0)
+            inactive = u <= 0  # asked so, a u that is NaN is not lost
+            pooled += tl.where(inactive, 0, u)
             if p_dot is not None:
-                pooled_dot += tl.where(active, product(xs, w_dot, ACC, PRECISION), 0)
+                pooled_dot += tl.where(inactive, 0, product(xs, w_dot, ACC, PRECISION))
         place = window[:, None] * K + c[None, :]
         tl.store(p + begin + place, pooled * 0.25, exists)
         if p_dot is not None:

@@ -3,7 +3,7 @@
 Forward and input gradient are one kernel, since the latter is the convolution of ȳ with the weights rotated by 180°:
 results (pixel, output channel) are sums over terms (tap, input channel). The weight gradient is the product the other
 way: results (term, output channel) are sums over pixels, cut into parts that are added up by a second pass. Tiles are
-BLOCK_M pixels, BLOCK_N output channels, BLOCK_K terms.
+BLOCK_M pixels of one sample, BLOCK_N output channels, BLOCK_K terms.
 """
 
 from __future__ import annotations

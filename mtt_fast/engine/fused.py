@@ -1,8 +1,9 @@
 """ConvNet's gradient and its directional derivative, scheduled by hand over `mtt_fast.kernels`: no autograd graph.
 
 The formulas are derived in docs/adjoint.md. Of each block a step saves the input x, the convolution's output y, their
-tangents, and the statistics of the planes; nothing else that is as large as an image. A dot is the derivative in
-direction v, a bar the gradient of the loss. What follows the convolution is in fused_blocks.py.
+tangents, and the statistics of the planes; nothing else that is as large as an image. Of the first block it saves no y
+where a back end needs none. A dot is the derivative in direction v, a bar the gradient of the loss. fused_blocks.py has
+the blocks.
 
 If it is asked to, `gradient` saves for `gradient_jvp` y of each block and the gradient of the loss to the block's
 result p. With these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -38,17 +40,21 @@ def image_shape(net: ConvNet) -> torch.Size:
 
 def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int) -> StepBytes:
     """Count the bytes of a step by Triton's kernels on meta tensors, none of which is launched."""
-    from mtt_fast.kernels.triton import block, classifier, implicit_gemm, windows
+    from mtt_fast.kernels import triton
     from mtt_fast.kernels.triton import dispatch as triton_dispatch
 
+    modules = [
+        importlib.import_module(f"{triton.__name__}.{each.name}") for each in pkgutil.iter_modules(triton.__path__)
+    ]
     net = student.network
     theta, labels = torch.empty(net.num_parameters, device="meta"), torch.zeros(batch, dtype=torch.long, device="meta")
     images = torch.empty(batch, *image_shape(net), device="meta")
     with ExitStack() as patches:
         patches.enter_context(patch.object(dispatch, "_runs_triton", return_value=True))
         patches.enter_context(patch.object(triton_dispatch, "backend_of", return_value="triton"))
-        for module in (block, classifier, implicit_gemm, windows):
-            patches.enter_context(patch.object(module, "launch", lambda *_, **__: None))
+        for module in modules:
+            if hasattr(module, "launch"):
+                patches.enter_context(patch.object(module, "launch", lambda *_, **__: None))
         with CountLiveBytes() as gradient:
             student.gradient(theta, images, labels)
         with CountLiveBytes() as gradient_jvp:

@@ -438,6 +438,26 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
         check((name, "folded", *case), partial(getattr(block, name), *arguments, made), expected, tolerance)
 
 
+def lost_weight(device: str, precision: Any) -> None:
+    """Check that a weight that is not a number is seen in all that its filter makes, and nowhere else."""
+    from mtt_fast.kernels.triton import block
+
+    weight = torch.randn(16, 3, 3, 3, device=device)
+    weight.view(torch.int32)[5, 1, 0, 2] = 0x7FFFFFFF  # a GPU's own NaN: rounding must not carry over into its sign
+    affine = Affine(torch.ones(16, device=device), torch.zeros(16, device=device))
+    patches = block.image_patches(torch.randn(2, 3, 5, 6, device=device), 1, precision)
+    primal, direction = (weight, affine), (weight, torch.ones_like(weight), affine, affine)
+    planes = (
+        block.conv_norm_relu_pool(patches, *primal, 1e-5, precision)[0],
+        *block.conv_norm_relu_pool_dual(patches, *direction, 1e-5, precision)[:2],
+    )
+    for p in planes:
+        lost = p.isnan().all((0, 2, 3))
+        assert lost.nonzero().flatten().tolist() == [5]
+        assert p[:, ~lost].isfinite().all()
+    print("passed: a weight that is not a number", precision)
+
+
 def statistics(device: str) -> None:
     """Hold the statistics that come from sums of products to the bound of docs/adjoint.md where these cancel: edge filters."""
     from mtt_fast.kernels import reference
@@ -669,6 +689,7 @@ def all_blocks(device: str, share: Share) -> None:
         cases.append(partial(blocks, device, torch.float64, "fp32", shape, form))
     for shape, form in zip(shapes, itertools.cycle(formats[::-1]), strict=False):
         cases += [partial(blocks, device, torch.float32, precision, shape, form) for precision in get_args(Precision)]
+    cases += [partial(lost_weight, device, precision) for precision in get_args(Precision)]
     run(cases, share)
 
 
