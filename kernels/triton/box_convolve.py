@@ -212,8 +212,8 @@ def convolve(
     factors = (
         describe_planes(x, box, tile["BLOCK_K"]),
         None if x_dot is None else describe_planes(x_dot, box, tile["BLOCK_K"]),
-        describe_weights(weight, x.dtype, *widths) if products > 1 else None,
-        describe_weights(weight_dot, x.dtype, *widths),
+        describe_weights(weight, *widths) if products > 1 else None,
+        describe_weights(weight_dot, *widths),
     )
     constants = {
         "CI": inputs.channels,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -83,12 +82,12 @@ def describe_planes(planes: Tensor, box: tuple[int, int, int], channels: int) ->
     return described(planes, (samples, height, width, every), (*box, channels))
 
 
-def describe_weights(weight: Tensor, dtype: torch.dtype, outputs: int, inputs: int) -> TensorDescriptor:
+def describe_weights(weight: Tensor, outputs: int, inputs: int) -> TensorDescriptor:
     """Describe weights (CO, 3, 3, CI) by boxes of output × input channels, a tensor core's own two directions.
 
     A box that reaches into the next tap's channels meets zeros among the pixels'.
     """
-    return described(weight.to(dtype), (len(weight), weight[0].numel()), (outputs, inputs))
+    return described(weight, (len(weight), weight[0].numel()), (outputs, inputs))
 
 
 def described(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:

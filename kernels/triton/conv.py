@@ -13,6 +13,7 @@ from torch import Tensor
 from ..types import Precision
 from .implicit_gemm import convolve, correlate
 from .planes import Planes
+from .weights import pack
 
 Product = Callable[..., Any]
 """`convolve` or `correlate` of implicit_gemm.py, or one that takes the same arguments."""
@@ -20,7 +21,7 @@ Product = Callable[..., Any]
 
 def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision, convolve: Product = convolve) -> Tensor:
     """See `mtt_fast.kernels.conv3x3`."""
-    y, factors = empty_output(x, weight, padding), to_krsc(weight)
+    y, (factors,) = empty_output(x, weight, padding), pack((weight,), x, precision)
     convolve("conv3x3", x, None, factors, factors, None, y, padding, precision)  # W∗x is ẏ in the direction of W
     return y
 
@@ -29,7 +30,7 @@ def conv3x3_input_gradient(
     y_bar: Tensor, weight: Tensor, padding: int, precision: Precision, convolve: Product = convolve
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient`."""
-    x_bar, factors = empty_input(y_bar, weight, padding), to_krsc(rotate180(weight))
+    x_bar, (factors,) = empty_input(y_bar, weight, padding), pack((weight,), y_bar, precision, rotated=True)
     convolve("conv3x3_input_gradient", y_bar, None, factors, factors, None, x_bar, 2 - padding, precision)
     return x_bar
 
@@ -53,7 +54,7 @@ def conv3x3_dual(
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual`."""
     y, y_dot = empty_output(x, weight, padding), empty_output(x, weight, padding)
-    weights = to_krsc(weight), to_krsc(weight_dot)
+    weights = pack((weight, weight_dot), x, precision)
     convolve("conv3x3_dual", x, x_dot, *weights, y, y_dot, padding, precision)
     return y, y_dot
 
@@ -69,7 +70,7 @@ def conv3x3_tangent(
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_tangent`."""
     y_dot = empty_output(x, weight, padding)
-    weights = to_krsc(weight), to_krsc(weight_dot)
+    weights = pack((weight, weight_dot), x, precision)
     convolve("conv3x3_tangent", x, x_dot, *weights, None, y_dot, padding, precision)
     return y_dot
 
@@ -85,7 +86,7 @@ def conv3x3_dual_input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual_input_gradient`."""
     x_bar, x_bar_dot = (empty_input(y_bar, weight, padding) for _ in range(2))
-    weights = to_krsc(rotate180(weight)), to_krsc(rotate180(weight_dot))
+    weights = pack((weight, weight_dot), y_bar, precision, rotated=True)
     convolve("conv3x3_dual_input_gradient", y_bar, y_bar_dot, *weights, x_bar, x_bar_dot, 2 - padding, precision)
     return x_bar, x_bar_dot
 
@@ -101,7 +102,7 @@ def conv3x3_input_gradient_tangent(
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
     x_bar_dot = empty_input(y_bar, weight, padding)
-    weights = to_krsc(rotate180(weight)), to_krsc(rotate180(weight_dot))
+    weights = pack((weight, weight_dot), y_bar, precision, rotated=True)
     convolve("conv3x3_input_gradient_tangent", y_bar, y_bar_dot, *weights, None, x_bar_dot, 2 - padding, precision)
     return x_bar_dot
 
@@ -118,16 +119,6 @@ def conv3x3_dual_weight_gradient(
     """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`."""
     weight_bar: Tensor = correlate("conv3x3_dual_weight_gradient", x, x_dot, y_bar, y_bar_dot, padding, precision)
     return weight_bar
-
-
-def to_krsc(weight: Tensor) -> Tensor:
-    """Return `weight` (CO, CI, 3, 3) as (CO, 3, 3, CI): the terms of an output side by side, as tensor cores want tf32 factors."""
-    return weight.permute(0, 2, 3, 1).contiguous()
-
-
-def rotate180(weight: Tensor) -> Tensor:
-    """Return `weight` (CO, CI, 3, 3) as (CI, CO, 3, 3), each 3×3 rotated by 180°: the weights of the input gradient."""
-    return weight.flip(2, 3).transpose(0, 1)
 
 
 def empty_output(x: Tensor, weight: Tensor, padding: int) -> Tensor:

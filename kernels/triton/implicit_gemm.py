@@ -211,12 +211,9 @@ def convolve(
     padding: int,
     precision: Precision,
 ) -> None:
-    """Fill `y`, if there is one, and `y_dot`. The row of `operation` in the table gives the tile."""
+    """Fill `y`, if there is one, and `y_dot`; the weights are of weights.py. The row of `operation` in the table gives the tile."""
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
     row = tile_of(operation, inputs, outputs, precision, x)
-    effective = effective_precision(x.dtype, precision)
-    if x.dtype != torch.float64 and precision in HALF_PRECISIONS:  # once here, not in every program
-        weight, weight_dot = (each.to(HALF_PRECISIONS[precision]) for each in (weight, weight_dot))
     tiles = triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
     launch(
         _convolve,
@@ -230,7 +227,7 @@ def convolve(
         WO=outputs.width,
         PADDING=padding,
         CHANNELS_LAST=inputs.channels_last,
-        PRECISION=effective,
+        PRECISION=effective_precision(x.dtype, precision),
         ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
         **row,
     )
