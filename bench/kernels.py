@@ -267,6 +267,8 @@ def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
     incoming = (a, b, c, rate, out[0], d, 5e-4)
     yield Operation("adjoint_step", f"{shape} incoming, decay", incoming, 5 * one, 0)
     yield Operation("squared_distance", shape, (a, b), 2 * one, 0)
+    if a.dtype == torch.float32:
+        yield Operation("power_of_two", shape, (64.0, a, b), 2 * one, 0)
 
 
 def exact_results(operation: str, arguments: Sequence[Any]) -> list[Tensor]:

@@ -38,6 +38,7 @@ from .ops import (
     norm_relu_pool_backward,
     norm_relu_pool_dual,
     norm_relu_pool_dual_backward,
+    power_of_two,
     sgd_step,
     squared_distance,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "power_of_two",
     "release_memory",
     "sgd_step",
     "squared_distance",

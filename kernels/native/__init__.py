@@ -61,6 +61,7 @@ NOT_IMPLEMENTED = frozenset(
         "conv_norm_relu_pool_dual_backward",
         "image_patches",
         "index_add",
+        "power_of_two",
     }
 )
 """Operations that are left to their parts: on a CPU nothing is gained by doing them at once."""

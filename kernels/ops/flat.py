@@ -1,4 +1,4 @@
-"""Step along flat vectors, measure their distance, and add rows to rows."""
+"""Step along flat vectors, measure their distance and their range, and add rows to rows."""
 
 from __future__ import annotations
 
@@ -95,3 +95,17 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> T
         )
     result: Tensor = dispatch.implementation_of("index_add", out)(out, index.contiguous(), rows, alpha)
     return result
+
+
+def power_of_two(largest: float, a: Tensor, b: Tensor | None = None) -> Tensor:
+    """Return the power of two () by which the largest magnitude in `a` and `b` becomes at most `largest`, and over half of it.
+
+    `largest` is a power of two, `a` and `b` float32, contiguous, of any shapes; nothing waits for their device. The exponent of
+    a magnitude counts as at most 60, so that the product of two such factors is a float32. Where all numbers are zero, or one is
+    not finite, the factor is 1. Raises `ValueError` for anything else.
+    """
+    check_tensors("power_of_two", a, {"a": a}, a.shape, dtype=torch.float32)
+    if b is not None:
+        check_tensors("power_of_two", a, {"b": b}, b.shape, dtype=torch.float32)
+    factor: Tensor = dispatch.implementation_of("power_of_two", a)(largest, a, b)
+    return factor

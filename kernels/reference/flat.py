@@ -1,7 +1,8 @@
-"""Compute the steps along flat vectors, their distance, and the sum of rows in plain torch."""
+"""Compute the steps along flat vectors, their distance and range, and the sum of rows in plain torch."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -46,3 +47,11 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
     """Add `alpha` · `rows` (b, …) to the rows `index` (b,) of `out` (n, …), in place."""
     return out.index_add_(0, index, rows, alpha=alpha)
+
+
+def power_of_two(largest: float, a: Tensor, b: Tensor | None) -> Tensor:
+    """Return the power of two () that brings the largest magnitude in `a` and `b` just below `largest`."""
+    magnitude = torch.stack([each.abs().amax() for each in (a, b) if each is not None]).amax()
+    _, exponent = torch.frexp(magnitude)  # magnitude in [2^(exponent − 1), 2^exponent)
+    factor = torch.ldexp(torch.full_like(magnitude, largest), -exponent.clamp(-60, 60))
+    return torch.where(magnitude.isfinite() & (magnitude > 0), factor, 1)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         image_patches,
     )
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
-    from .flat import adjoint_step, index_add, sgd_step, squared_distance
+    from .flat import adjoint_step, index_add, power_of_two, sgd_step, squared_distance
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
@@ -75,6 +75,7 @@ __all__ = [
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "power_of_two",
     "sgd_step",
     "squared_distance",
 ]
@@ -91,6 +92,7 @@ _MODULES = {
     "index": "flat",
     "linear": "classifier",
     "norm": "norm",
+    "power_of_two": "flat",
     "sgd": "flat",
     "squared": "flat",
 }

@@ -110,6 +110,33 @@ def _index_add(
         tl.store(place, total, exists)
 
 
+@triton.jit
+def _largest(
+    a: tl.tensor, b: tl.tensor | None, partials: tl.tensor, size_a: tl.tensor, size_b: tl.tensor, SIZE: tl.constexpr
+) -> None:
+    """Store the largest magnitude of a program's share, as bits: those of NaN are above infinity's, and these above all numbers'."""
+    program, step = tl.program_id(0), tl.num_programs(0) * SIZE
+    total = tl.zeros((SIZE,), tl.int32)
+    for start in range(program * SIZE, size_a, step):
+        place = start + tl.arange(0, SIZE)
+        bits = tl.load(a + place, place < size_a, 0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        total = tl.maximum(total, bits)
+    if b is not None:
+        for start in range(program * SIZE, size_b, step):
+            place = start + tl.arange(0, SIZE)
+            bits = tl.load(b + place, place < size_b, 0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            total = tl.maximum(total, bits)
+    tl.store(partials + program, tl.max(total, 0))
+
+
+@triton.jit
+def _power(partials: tl.tensor, factor: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> None:
+    bits = tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0)
+    exponent = tl.minimum(tl.maximum((bits >> 23) - 126, -60), 60)
+    power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(factor, tl.where((bits > 0) & (bits < 0x7F800000), LARGEST * power, 1.0))
+
+
 def sgd_step(
     theta: Tensor,
     gradient: Tensor,
@@ -168,3 +195,13 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
     launch(_index_add, programs, out, index, rows, batch, **constants, **row)
     torch.autograd.graph.increment_version(out)
     return out
+
+
+def power_of_two(largest: float, a: Tensor, b: Tensor | None) -> Tensor:
+    """See `mtt_fast.kernels.power_of_two`."""
+    row = configuration("power_of_two", "", architecture(a.device))
+    count = row.pop("PARTIALS")
+    partials, factor = torch.empty(count, dtype=torch.int32, device=a.device), a.new_empty(())
+    launch(_largest, count, a, b, partials, a.numel(), 0 if b is None else b.numel(), **row)
+    launch(_power, 1, partials, factor, LARGEST=largest, PARTIALS=count)
+    return factor

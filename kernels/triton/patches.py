@@ -40,23 +40,25 @@ def product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def _shift_of(
+def _mean_of_probes(
     x: tl.tensor,  # of the sample: (C, H, W)
-    channel: tl.tensor,
+    CHANNEL: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return the shift of each `channel`: the mean of PROBES pixels of the image."""
+    """Return the mean of PROBES pixels of a channel."""
     pixel = tl.arange(0, PROBES) * (H * W) // PROBES
-    shift = tl.zeros(channel.shape, ACC)
-    for each in tl.static_range(C):
-        offset = pixel * C + each if CHANNELS_LAST else each * (H * W) + pixel
-        mean = tl.sum(tl.load(x + offset).to(ACC)) / PROBES
-        shift = tl.where(channel == each, mean, shift)
-    return shift
+    offset = pixel * C + CHANNEL if CHANNELS_LAST else CHANNEL * (H * W) + pixel
+    return tl.sum(tl.load(x + offset).to(ACC)) / PROBES
+
+
+@triton.jit
+def _shift_of(channel: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor) -> tl.tensor:
+    """Return the shift of each `channel`, of which there are at most three."""
+    return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
 
 
 @triton.jit
@@ -87,6 +89,9 @@ def gather(
     x += sample * (C * H * W)
     images += sample * (C * HP * WP)
 
+    first = _mean_of_probes(x, 0, C, H, W, CHANNELS_LAST, ACC)
+    second = _mean_of_probes(x, 1 % C, C, H, W, CHANNELS_LAST, ACC)
+    third = _mean_of_probes(x, 2 % C, C, H, W, CHANNELS_LAST, ACC)
     place = tl.arange(0, ELEMENTS)
     for start in range(0, chunk, ELEMENTS):
         element = part * chunk + start + place
@@ -96,12 +101,12 @@ def gather(
         inside = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
         pixel = row * W + column
         offset = pixel * C + channel if CHANNELS_LAST else channel * (H * W) + pixel
-        value = tl.load(x + offset, inside, 0).to(ACC) - _shift_of(x, channel, C, H, W, CHANNELS_LAST, ACC)
+        value = tl.load(x + offset, inside, 0).to(ACC) - _shift_of(channel, first, second, third)
         tl.store(images + element, rounded(value, PRECISION), exists)
 
     term = tl.arange(0, TERMS)[None, :]
     channel = term % C
-    shift = _shift_of(x, channel, C, H, W, CHANNELS_LAST, ACC)
+    shift = _shift_of(channel, first, second, third)
     total = tl.zeros((TERMS, TERMS), ACC)
     for tile in range(tiles):
         pixel = ((part * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]

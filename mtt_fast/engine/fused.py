@@ -20,7 +20,6 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors, plane_dtype
-from mtt_fast.engine.scaling import power_of_two
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.kernels import ConvLayer, LabelKind, Precision
 from mtt_fast.networks.convnet import ConvNet
@@ -34,7 +33,7 @@ class FusedConvNetStudent:
 
     `precision` is that of the factors of float32 convolutions; a CPU's kernels know fp32 alone. With fp16 or bf16 all that
     has pixels is float16 or bfloat16 but for the images that are given and their gradient: half the memory. With fp16 the
-    direction and the cotangents are scaled by powers of two (mtt_fast/engine/scaling.py); a number that is too large all the
+    direction and the cotangents are scaled by powers of two, which are taken out exactly as all is linear in them; a number that is too large all the
     same makes results that are not finite. float64 stays float64.
     """
 
@@ -203,7 +202,7 @@ class FusedConvNetStudent:
     def _scale(self, largest: float, *tensors: Tensor) -> Tensor | None:
         """Return the power of two by which what is linear in `tensors` stays in the range of the planes; None if that is float32's."""
         is_half = plane_dtype(tensors[0].dtype, self.precision) == torch.float16
-        return power_of_two(largest, *tensors) if is_half else None
+        return kernels.power_of_two(largest, *tensors) if is_half else None
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1

@@ -13,7 +13,6 @@ from mtt_fast import ConvNet, unroll
 from mtt_fast.engine import fused
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.matching import matching_loss
-from mtt_fast.engine.scaling import power_of_two
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.testing import relative_error
 
@@ -27,20 +26,6 @@ def step_of(net: ConvNet, batch: int, seed: int = 0) -> tuple[Tensor, Tensor, Te
     images = torch.randn(batch, net.in_channels, net.image_size, net.image_size, generator=generator)
     v = torch.randn(net.num_parameters, generator=generator)
     return net.init(generator), images, torch.arange(batch) % net.num_classes, v
-
-
-@pytest.mark.parametrize(
-    ("magnitude", "factor"), [(1.0, 32.0), (0.75, 64.0), (63.0, 1.0), (1e-30, 2.0**66), (0.0, 1.0)]
-)
-def test_power_of_two(magnitude: float, factor: float) -> None:
-    value = power_of_two(64.0, torch.tensor([magnitude / 2, -magnitude]), torch.tensor([0.0]))
-    assert value.shape == ()
-    assert float(value) == factor
-
-
-@pytest.mark.parametrize("number", [float("inf"), float("nan")])
-def test_power_of_two_of_what_is_not_finite(number: float) -> None:
-    assert float(power_of_two(64.0, torch.tensor([1.0, number]))) == 1
 
 
 @pytest.mark.parametrize("exponent", [-40, 40])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtt_fast import kernels
-from mtt_fast.kernels import adjoint_step, index_add, native, reference, sgd_step, squared_distance
+from mtt_fast.kernels import adjoint_step, index_add, native, power_of_two, reference, sgd_step, squared_distance
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import check, each_architecture, meta, recording
 from tests.kernels.helpers import needs_native
@@ -180,6 +180,25 @@ def test_adding_rows_refuses(index: list[float], rows: Tensor, reason: str) -> N
         index_add(torch.zeros(5, 3), torch.tensor(index), rows)
 
 
+@pytest.mark.parametrize(
+    ("magnitude", "factor"), [(1.0, 32.0), (0.75, 64.0), (63.0, 1.0), (1e-30, 2.0**66), (0.0, 1.0)]
+)
+def test_power_of_two(magnitude: float, factor: float) -> None:
+    value = power_of_two(64.0, torch.tensor([[magnitude / 2, -magnitude]]), torch.tensor([0.0]))
+    assert value.shape == ()
+    assert float(value) == factor
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_power_of_two_of_what_is_not_finite(number: float) -> None:
+    assert float(power_of_two(64.0, torch.tensor([1.0, number]))) == 1
+
+
+def test_power_of_two_refuses() -> None:
+    with pytest.raises(ValueError, match=r"power_of_two: expected b of floating dtype torch\.float32"):
+        power_of_two(1.0, torch.zeros(2), torch.zeros(2, dtype=torch.float64))
+
+
 def two_vectors(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(size)
     a = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -298,6 +317,7 @@ def test_triton_equals_the_reference_interpreted() -> None:
     for dtype in ("float32", "float64", "bfloat16"):
         assert len([line for line in lines if line.startswith("passed: vectors") and dtype in line]) == 4
     assert len([line for line in lines if line.startswith("passed: rows")]) == 2 * 4
+    assert "passed: powers of two" in lines
 
 
 @pytest.mark.gpu
@@ -317,5 +337,6 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
         flat.squared_distance(a, a)
         index = torch.empty(100, dtype=torch.long, device="meta")
         flat.index_add(meta(500, 3, 32, 32), index, meta(100, 3, 32, 32), -1.0)
-    assert len(launches) == 6
+        flat.power_of_two(64.0, a, meta(100, 64))
+    assert len(launches) == 8
     check(launches, architecture, tmp_path)

@@ -1,0 +1,148 @@
+"""Hold Triton's first block to the reference, and its statistics to their bound: families of triton_comparison.py."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from mtt_fast.kernels import Affine, Precision
+from tests.kernels.triton_comparison import check
+
+BLOCKS = [  # (B, C, K, H, W, padding)
+    (2, 3, 48, 7, 6, 1),  # an odd side, windows that are not whole, filters in several blocks
+    (2, 1, 16, 4, 5, 3),  # MNIST's first layer
+    (1, 2, 16, 9, 13, 0),
+]
+LARGE_BLOCKS = [(7, 3, 128, 32, 32, 1), (3, 3, 128, 65, 64, 1), (5, 1, 128, 28, 28, 3), (2, 3, 1024, 16, 16, 1)]
+
+# of a block: a unit that rounding carries over ReLU's kink is much among so few
+BLOCK_TOLERANCES = {"fp64": 1e-12, "fp32": 1e-4, "tf32": 5e-2, "fp16": 5e-2, "bf16": 0.2}
+# of patches: a shift that is rounded otherwise rounds a few numbers otherwise; interpreted, bfloat16 is cut off
+PATCH_TOLERANCES = {"fp64": 1e-13, "fp32": 1e-6, "tf32": 1e-4, "fp16": 1e-4, "bf16": 2**-6}
+
+
+def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ...], form: Any) -> None:
+    """Compare the first block of images, its backward with what the forward hands on and without, and in a direction."""
+    from mtt_fast.kernels import reference
+    from mtt_fast.kernels.triton import block
+
+    effective = "fp64" if dtype == torch.float64 else precision
+    tolerance, close = BLOCK_TOLERANCES[effective], PATCH_TOLERANCES[effective]
+    batch, channels, filters, height, width, padding = shape
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, dtype=dtype).to(device)
+
+    case = (str(dtype), precision, shape, str(form))
+    x = (draw(batch, channels, height, width) + 2).contiguous(memory_format=form)
+    ours, theirs = (back_end.image_patches(x, padding, precision) for back_end in (block, reference))
+    assert ours.gram.dtype == theirs.gram.dtype
+    check(("image_patches", *case), lambda: (ours.images, ours.gram.sum(1)), (theirs.images, theirs.gram.sum(1)), close)
+    patches = theirs  # whoever made them, all back ends read them
+
+    weights = [draw(filters, channels, 3, 3) for _ in range(2)]
+    # few units near the kink, where rounding decides: some filters pass most of a plane, the others little of it
+    affine = [Affine(draw(filters), draw(filters).sign() * 2), Affine(draw(filters), draw(filters))]
+    p = reference.conv_norm_relu_pool(patches, weights[0], affine[0], 1e-5, precision)[0]
+    bars = [draw(*p.shape).to(p.dtype, memory_format=torch.channels_last) for _ in range(2)]
+    primal, dual = (patches, weights[0], affine[0]), (patches, *weights, *affine)
+    options = (1e-5, precision)
+    *_, folded = block.conv_norm_relu_pool(*primal, *options)
+    *_, folded_dual = block.conv_norm_relu_pool_dual(*dual, *options)
+    p, p_dot, _ = reference.conv_norm_relu_pool_dual(*dual, *options)
+    check(("conv_norm_relu_pool", *case), lambda: block.conv_norm_relu_pool(*primal, *options)[0], p, tolerance)
+    name = "conv_norm_relu_pool_dual"
+    check((name, *case), lambda: block.conv_norm_relu_pool_dual(*dual, *options)[:2], (p, p_dot), tolerance)
+    for name, arguments, made in (
+        ("conv_norm_relu_pool_backward", (*primal, bars[0], *options), folded),
+        ("conv_norm_relu_pool_dual_backward", (*dual, *bars, *options), folded_dual),
+    ):
+        expected = getattr(reference, name)(*arguments)
+        check((name, *case), partial(getattr(block, name), *arguments), expected, tolerance)
+        check((name, "folded", *case), partial(getattr(block, name), *arguments, made), expected, tolerance)
+
+
+def lost_weight(device: str, precision: Any) -> None:
+    """Check that a weight that is not a number is seen in all that its filter makes, and nowhere else."""
+    from mtt_fast.kernels.triton import block
+
+    weight = torch.randn(16, 3, 3, 3, device=device)
+    weight.view(torch.int32)[5, 1, 0, 2] = 0x7FFFFFFF  # a GPU's own NaN: rounding must not carry over into its sign
+    affine = Affine(torch.ones(16, device=device), torch.zeros(16, device=device))
+    patches = block.image_patches(torch.randn(2, 3, 5, 6, device=device), 1, precision)
+    primal, direction = (weight, affine), (weight, torch.ones_like(weight), affine, affine)
+    planes = (
+        block.conv_norm_relu_pool(patches, *primal, 1e-5, precision)[0],
+        *block.conv_norm_relu_pool_dual(patches, *direction, 1e-5, precision)[:2],
+    )
+    for p in planes:
+        lost = p.isnan().all((0, 2, 3))
+        assert lost.nonzero().flatten().tolist() == [5]
+        assert p[:, ~lost].isfinite().all()
+    print("passed: a weight that is not a number", precision)
+
+
+def statistics(device: str) -> None:
+    """Hold the statistics that come from sums of products to the bound of docs/adjoint.md where these cancel: edge filters."""
+    from mtt_fast.kernels import reference
+    from mtt_fast.kernels.triton import block
+
+    down, across = (axis.to(device) for axis in torch.meshgrid(*[torch.linspace(0, 1, 24)] * 2, indexing="ij"))
+    smooth = torch.stack([torch.sin(2 * down + across), torch.cos(across - down), across * down])[None]
+    images = {
+        "smooth": smooth,
+        "far from zero": smooth + 10,
+        "low contrast": smooth / 100 + 2,
+        "constant": torch.full_like(smooth, 1.7),
+        "black": torch.zeros_like(smooth),
+    }
+    edges = torch.tensor(
+        [
+            [0.0, 1, 0, 1, -4, 1, 0, 1, 0],  # Laplace
+            [1, 0, -1, 2, 0, -2, 1, 0, -1],  # Sobel
+            [0, 0, 0, 0, 1, -1, 0, 0, 0],  # a difference
+            [1, -2, 1, -2, 4, -2, 1, -2, 1],  # the second one, both ways
+        ]
+    ).unflatten(1, (3, 3))
+    weight = torch.zeros(16, 3, 3, 3)
+    for channel in range(3):  # of each channel, and of all
+        weight[4 * channel : 4 * channel + 4, channel] = edges
+    weight[12:] = edges[:, None] / 3
+    weight = weight.to(device)
+    affine = Affine(torch.ones(16, device=device), torch.zeros(16, device=device))
+    for (name, x), padding, precision in itertools.product(images.items(), (0, 1), ("fp32", "tf32")):
+        patches = block.image_patches(x, padding, precision)
+        p, folded = block.conv_norm_relu_pool(patches, weight, affine, 1e-5, precision)
+        exact = patches._replace(images=patches.images.double())
+        planes = exact.images.permute(0, 3, 1, 2).cpu()
+        variance = torch.nn.functional.conv2d(planes, weight.double().cpu()).var((2, 3), correction=0)
+        magnitude = torch.nn.functional.conv2d(planes.abs(), weight.double().abs().cpu())  # |w|·|x̃|
+        rstd = (variance + 1e-5).rsqrt()
+        error = (folded.stats[:, 1].cpu().double() / rstd - 1).abs()
+        bound = 0.5 * 2**-20 * magnitude.square().mean((2, 3)) / (variance + 1e-5) + 2**-21
+        assert (error <= bound).all(), f"{name}, {precision}: {error / bound}"
+        if precision == "fp32":
+            wide = Affine(affine.gamma.double(), affine.beta.double())
+            expected = reference.conv_norm_relu_pool(exact, weight.double(), wide, 1e-5)[0]
+            of_p = (p.double() - expected).abs().amax((2, 3)).cpu()
+            rounding = 2**-22 * rstd * magnitude.amax((2, 3))  # of y itself, a sum of 27 numbers
+            allowed = bound * expected.amax((2, 3)).cpu() + rounding
+            assert (of_p <= allowed + 1e-12).all(), f"{name}: {of_p / allowed}"
+        print("passed: statistics", name, padding, precision, float((error / bound).max()))
+
+
+def all_blocks(device: str) -> list[Callable[[], None]]:
+    """Return the comparisons of every shape in every precision; interpreted too, since the kernels round tf32 themselves."""
+    shapes = BLOCKS if device == "cpu" else BLOCKS + LARGE_BLOCKS
+    formats = (torch.contiguous_format, torch.channels_last)
+    cases: list[Callable[[], None]] = []
+    for shape, form in zip(shapes, itertools.cycle(formats), strict=False):
+        cases.append(partial(blocks, device, torch.float64, "fp32", shape, form))
+    for shape, form in zip(shapes, itertools.cycle(formats[::-1]), strict=False):
+        cases += [partial(blocks, device, torch.float32, precision, shape, form) for precision in get_args(Precision)]
+    return cases + [partial(lost_weight, device, precision) for precision in get_args(Precision)]
