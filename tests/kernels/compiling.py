@@ -33,6 +33,7 @@ TYPES = {
     torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages")
