@@ -1,0 +1,84 @@
+"""Count what a step launches on a GPU, with none here: Triton's kernels are recorded, torch's operations counted, on meta tensors."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtt_fast import ConvNet, SiameseAugment
+from mtt_fast.engine.draws import draw_steps
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.iteration import iterate
+from mtt_fast.kernels import Precision, dispatch
+
+NET = ConvNet(3, 10, 32, 128, 3)
+BATCH = 100
+
+# operations of torch that launch nothing: views, and memory without values
+FREE = frozenset(
+    "_reshape_alias _unsafe_view alias as_strided detach empty empty_like empty_strided expand new_empty new_empty_strided permute "
+    "select slice split split_with_sizes squeeze t transpose unbind unsqueeze view".split()
+)
+
+
+class CountLaunches(TorchDispatchMode):
+    """Count the operations of torch, but for those that launch nothing, and the launches that are added from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in FREE
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of(steps: int, precision: Precision) -> int:
+    """Return the launches of an iteration of so many steps, by the rows of the table for an H100 or H200."""
+    from mtt_fast.kernels import triton
+
+    modules = [
+        importlib.import_module(f"{triton.__name__}.{each.name}") for each in pkgutil.iter_modules(triton.__path__)
+    ]
+    augment = SiameseAugment("color_crop_cutout_flip_scale_rotate")
+    batches = [torch.arange(BATCH)] * steps
+    generator = torch.Generator().manual_seed(0)
+    draws = draw_steps(batches, torch.Size((3, 32, 32)), torch.float32, augment.draw_parameters, generator)
+
+    def meta(tensor: Tensor) -> Tensor:
+        return tensor.to("meta")
+
+    theta, images = torch.empty(NET.num_parameters, device="meta"), torch.empty(BATCH, 3, 32, 32, device="meta")
+    labels = torch.zeros(BATCH, dtype=torch.long, device="meta")
+    counter = CountLaunches()
+
+    def launch(*_: Any, **__: Any) -> None:
+        counter.count += 1
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(dispatch, "_runs_triton", return_value=True))
+        for module in modules:
+            for name, value in {"launch": launch, "architecture": lambda *_: "sm_90"}.items():
+                if hasattr(module, name):
+                    patches.enter_context(patch.object(module, name, value))
+        student = FusedConvNetStudent(NET, "indices", precision)
+        with counter:
+            iterate(
+                student, augment.apply, (BATCH,) * steps, theta, theta, images, labels, torch.empty((), device="meta"),
+                *map(meta, draws.tensors()),
+            )  # fmt: skip
+    return counter.count
+
+
+@pytest.mark.parametrize(("precision", "most"), [("tf32", 85), ("fp16", 98), ("bf16", 82)])
+def test_a_step_of_both_sweeps(precision: Precision, most: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    assert launches_of(3, precision) - launches_of(2, precision) <= most
