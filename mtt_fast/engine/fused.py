@@ -33,8 +33,8 @@ class FusedConvNetStudent:
 
     `precision` is that of the factors of float32 convolutions; a CPU's kernels know fp32 alone. With fp16 or bf16 all that
     has pixels is float16 or bfloat16 but for the images that are given and their gradient: half the memory. With fp16 the
-    direction and the cotangents are scaled by powers of two, which are taken out exactly as all is linear in them; a number that is too large all the
-    same makes results that are not finite. float64 stays float64.
+    direction and the cotangents are scaled by powers of two, which are taken out exactly, as all is linear in them; a number
+    that is too large all the same makes results that are not finite. float64 stays float64.
     """
 
     network: ConvNet

@@ -69,7 +69,7 @@ def test_a_cpu_computes_in_float32() -> None:
 
 
 def test_what_is_no_precision_is_refused() -> None:
-    with pytest.raises(InputError, match="`precision` fp8: expected fp32, tf32, bf16"):
+    with pytest.raises(InputError, match="`precision` fp8: expected fp32, tf32, fp16, bf16"):
         precision_on(CPU, ConvNet(3, 4, 8, width=2, depth=1), cast(Precision, "fp8"))
 
 
