@@ -67,7 +67,7 @@ def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int) -> StepBytes:
     return StepBytes(gradient.peak, forward_peak, gradient_jvp.peak, saving.peak - saved, saved, 0)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 @pytest.mark.parametrize(
     ("net", "batch"),
     [
