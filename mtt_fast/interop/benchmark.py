@@ -75,30 +75,30 @@ def read_benchmark(folder: str | os.PathLike[str]) -> TensorSet:
     return read_pair(folder)
 
 
-def write_benchmark(root: str | os.PathLike[str], found: TensorSet, dataset: str, method: str) -> list[Path]:
+def write_benchmark(root: str | os.PathLike[str], distilled: TensorSet, dataset: str, method: str) -> list[Path]:
     """Write the set below `root`, where dc_benchmark looks for sets of `method` (all but KIP).
 
     Raises `InputError` for soft labels, another method, classes that differ in number, and where a set is already.
     """
-    if found.label_kind != "indices":
+    if distilled.label_kind != "indices":
         raise InputError(
-            f"{root}: expected class indices, as dc_benchmark makes all labels whole numbers, found {found.label_kind}; "
+            f"{root}: expected class indices, as dc_benchmark makes all labels whole numbers, found {distilled.label_kind}; "
             "say `hard_labels` to write each image's class alone"
         )
     if method not in ("TM", *_RESULTS, *_CHOSEN):
         raise InputError(f"`method` {method}: expected TM, {', '.join((*_RESULTS, *_CHOSEN))}")
-    name, ipc = _NAMES.get(dataset, dataset), found.ipc("dc_benchmark")
+    name, ipc = _NAMES.get(dataset, dataset), distilled.ipc("dc_benchmark")
     folder = Path(root) / method / name / f"IPC{ipc}"
     if not is_free(folder):
         raise InputError(f"{folder}: holds a set already; choose another root or `method`, or delete it")
     if method in _RESULTS:
         network = "ConvNetD4" if name == "tinyimagenet" else "ConvNet"
-        return write_result(folder / f"res_{method}_{name}_{network}_{ipc}ipc.pt", found)
+        return write_result(folder / f"res_{method}_{name}_{network}_{ipc}ipc.pt", distilled)
     if method in _CHOSEN:
-        return write_pair(folder / _CHOSEN[method].format(name, ipc), found)
+        return write_pair(folder / _CHOSEN[method].format(name, ipc), distilled)
     if (name, ipc) in _PARTS:
-        return write_parts(folder, found, _PARTS[name, ipc])
-    return write_pair(folder / "images_best.pt", found)
+        return write_parts(folder, distilled, _PARTS[name, ipc])
+    return write_pair(folder / "images_best.pt", distilled)
 
 
 def is_benchmark(folder: Path) -> bool:

@@ -114,23 +114,23 @@ def ddranking_call(
     return "\n".join(lines)
 
 
-def _data_of(found: TensorSet, dataset: str | None, subset: str | None, zca: bool | None) -> _Data:
+def _data_of(distilled: TensorSet, dataset: str | None, subset: str | None, zca: bool | None) -> _Data:
     """Return the data set that a set was distilled from. Raises `InputError` if DD-Ranking lacks it, or cannot evaluate on it."""
     if dataset is None:
         raise InputError("the set does not say of which data set it is; say it with `dataset`")
     data = _DATA.get((subset or dataset).casefold())
     if data is None:
         raise InputError(f"it has CIFAR10, CIFAR100, Tiny, ImageNet and its subsets, not {subset or dataset}")
-    channels, height, width = found.images.shape[1:]
+    channels, height, width = distilled.images.shape[1:]
     size = data.size or height
-    if (channels, height, width) != (3, size, size) or found.num_classes != data.classes:
+    if (channels, height, width) != (3, size, size) or distilled.num_classes != data.classes:
         raise InputError(
             f"it expects images {(3, size, size)} of {data.classes} classes of {data.name}, found "
-            f"{(channels, height, width)} of {found.num_classes}"
+            f"{(channels, height, width)} of {distilled.num_classes}"
         )
     if zca and not data.name.startswith("CIFAR"):
         raise InputError(f"it whitens CIFAR10 and CIFAR100 alone, and the images of {data.name} are whitened")
-    if found.label_kind != "indices" and data.classes == 10 and data.name.startswith("Image"):
+    if distilled.label_kind != "indices" and data.classes == 10 and data.name.startswith("Image"):
         raise InputError(f"it takes no soft labels for {data.name}; `hard_labels` writes the set with classes")
     return data
 

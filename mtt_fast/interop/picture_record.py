@@ -84,20 +84,20 @@ def from_pictures(
         fields["class_names"], fields["mean"], fields["std"], info.whitening if info and whitened else None,
         fields["dataset"], fields["fingerprint"],
     )  # fmt: skip
-    found = SyntheticDataset(own.transform.apply(pictures.float() / 255), whitening=own.whitening, **fields)
-    check_set(found, where)
+    synthetic = SyntheticDataset(own.transform.apply(pictures.float() / 255), whitening=own.whitening, **fields)
+    check_set(synthetic, where)
     told = {name: record[name] for name in _RECORDED if name in record}
     before = record.get("format") in (None, BEFORE_CHECKSUMS) and _CHECKSUM not in record
-    if not before and record.get(_CHECKSUM) != _checksum(told, found.labels, pictures):
+    if not before and record.get(_CHECKSUM) != _checksum(told, synthetic.labels, pictures):
         raise InputError(f"{where}: damaged: its checksum is of other labels or pictures; get or make the set again")
     if info is None:
-        return found
-    if found.class_names != info.class_names:
-        indices = class_indices(found.class_names, info.class_names, where)
-        ordered = relabelled(found.labels, indices, len(info.class_names), where)
-        found = dataclasses.replace(found, labels=ordered, class_names=info.class_names)
-    check_same_data(found.identity, info.identity, where)
-    return found
+        return synthetic
+    if synthetic.class_names != info.class_names:
+        indices = class_indices(synthetic.class_names, info.class_names, where)
+        ordered = relabelled(synthetic.labels, indices, len(info.class_names), where)
+        synthetic = dataclasses.replace(synthetic, labels=ordered, class_names=info.class_names)
+    check_same_data(synthetic.identity, info.identity, where)
+    return synthetic
 
 
 def _fields(record: Any, labels: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def read_set(
 
 def write_set(
     destination: str | os.PathLike[str],
-    found: SyntheticDataset | TensorSet,
+    distilled: SyntheticDataset | TensorSet,
     kind: str,
     *,
     dataset: str | None = None,
@@ -116,11 +116,11 @@ def write_set(
     Raises `InputError` for another kind, and for a set that the kind cannot hold.
     """
     path = Path(destination)
-    if isinstance(found, TensorSet):
-        check_plain(found, f"{path}: not written")
+    if isinstance(distilled, TensorSet):
+        check_plain(distilled, f"{path}: not written")
     else:
-        check_set(found, f"{path}: not written")
-    plain = class_major(found if isinstance(found, TensorSet) else as_tensor_set(found))
+        check_set(distilled, f"{path}: not written")
+    plain = class_major(distilled if isinstance(distilled, TensorSet) else as_tensor_set(distilled))
     match kind:
         case "mtt":
             return write_pair(path if path.suffix == ".pt" else path / "images_best.pt", plain)
@@ -128,24 +128,24 @@ def write_set(
             return write_ddranking(path, plain)
         case "dc":
             if path.suffix != ".pt":
-                names = method, _dataset(found, dataset), plain.ipc("res_*.pt")
+                names = method, _dataset(distilled, dataset), plain.ipc("res_*.pt")
                 path = path / "res_{}_{}_ConvNet_{}ipc.pt".format(*names)
             return write_result(path, plain)
         case "dc_benchmark":
-            return write_benchmark(path, plain, _dataset(found, dataset), method)
+            return write_benchmark(path, plain, _dataset(distilled, dataset), method)
     if kind not in SET_KINDS:
         raise InputError(_unknown(path, "`to`", kind))
-    if isinstance(found, TensorSet):
+    if isinstance(distilled, TensorSet):
         raise InputError(
             f"{path}: expected the properties of the real images for kind {kind}; name them with `dataset`"
         )
     match kind:
         case "png":
-            return write_image_folder(path, found)
+            return write_image_folder(path, distilled)
         case "parquet":
-            return write_parquet(path if path.suffix == ".parquet" else path / "synthetic.parquet", found)
+            return write_parquet(path if path.suffix == ".parquet" else path / "synthetic.parquet", distilled)
     file = path if path.suffix == ".safetensors" else path / SYNTHETIC
-    found.save(file)
+    distilled.save(file)
     return [file]
 
 

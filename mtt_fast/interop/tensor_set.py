@@ -115,9 +115,9 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
         kind, labels = "indices", _as_indices(labels, where)
     if label_kind not in (None, kind):
         raise InputError(f"`label_kind` {label_kind}: found labels of {where} that are {kind}; leave it out")
-    found = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
-    check_plain(found, where)
-    return found
+    distilled = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
+    check_plain(distilled, where)
+    return distilled
 
 
 def check_plain(distilled: TensorSet, where: str | os.PathLike[str]) -> None:
@@ -166,15 +166,15 @@ def in_place(distilled: TensorSet) -> int:
     return int((_largest(distilled) == places).sum())
 
 
-def hardened(found: TensorSet) -> TensorSet:
+def hardened(distilled: TensorSet) -> TensorSet:
     """Return a class-major set with class indices for its soft labels, which its order tells.
 
     Raises `InputError` if the number of images is no multiple of the number of classes.
     """
-    if found.label_kind == "indices":
-        return found
-    found.ipc("`hard_labels`")
-    return dataclasses.replace(found, labels=found.classes, label_kind="indices")
+    if distilled.label_kind == "indices":
+        return distilled
+    distilled.ipc("`hard_labels`")
+    return dataclasses.replace(distilled, labels=distilled.classes, label_kind="indices")
 
 
 def _largest(distilled: TensorSet) -> Tensor:
