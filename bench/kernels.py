@@ -267,8 +267,7 @@ def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
     incoming = (a, b, c, rate, out[0], d, 5e-4)
     yield Operation("adjoint_step", f"{shape} incoming, decay", incoming, 5 * one, 0)
     yield Operation("squared_distance", shape, (a, b), 2 * one, 0)
-    if a.dtype == torch.float32:
-        yield Operation("power_of_two", shape, (64.0, a, b), 2 * one, 0)
+    yield Operation("power_of_two", shape, (64.0, a, b), 2 * one, 0)
 
 
 def exact_results(operation: str, arguments: Sequence[Any]) -> list[Tensor]:
@@ -286,7 +285,10 @@ def in_float64(argument: Any) -> Any:
         return None  # to be made again
     if isinstance(argument, (Affine, PlaneStats)):
         return type(argument)(*map(in_float64, argument))
-    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+    is_number = isinstance(argument, Tensor) and argument.is_floating_point()
+    return (
+        argument.to(torch.float64, copy=True) if is_number else argument
+    )  # a copy, as some results overwrite arguments
 
 
 def tensors_of(result: Any) -> list[Tensor]:

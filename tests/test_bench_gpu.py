@@ -86,7 +86,7 @@ def test_the_stage_of_the_table_rehearsed(tmp_path: Path) -> None:
             measured = {name for name, row in after[operation][shape_class].items() if "microseconds" in row}
             for name in kept.keys() - measured:
                 assert after[operation][shape_class][name] == kept[name]
-    assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64"]["sm_80"]
+    assert "microseconds" in after["conv3x3_dual"]["tf32-narrow-64-16"]["sm_80"]
 
     # cut off after the first row: what was measured stays as it is, and the rest is measured again
     record = json.loads((tmp_path / "tune.json").read_text())

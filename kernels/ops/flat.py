@@ -100,12 +100,14 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> T
 def power_of_two(largest: float, a: Tensor, b: Tensor | None = None) -> Tensor:
     """Return the power of two () by which the largest magnitude in `a` and `b` becomes at most `largest`, and over half of it.
 
-    `largest` is a power of two, `a` and `b` float32, contiguous, of any shapes; nothing waits for their device. The exponent of
-    a magnitude counts as at most 60, so that the product of two such factors is a float32. Where all numbers are zero, or one is
-    not finite, the factor is 1. Raises `ValueError` for anything else.
+    `largest` is a power of two, `a` and `b` of one of float32 and float64, contiguous, of any shapes; nothing waits for their
+    device. The exponent of a magnitude counts as at most 60, so that the product of two such factors is a float32. Where all
+    numbers are zero, or one is no finite float32, the factor is 1. Raises `ValueError` for anything else.
     """
-    check_tensors("power_of_two", a, {"a": a}, a.shape, dtype=torch.float32)
+    if a.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"power_of_two: expected float32 or float64, found {a.dtype}")
+    check_tensors("power_of_two", a, {"a": a}, a.shape)
     if b is not None:
-        check_tensors("power_of_two", a, {"b": b}, b.shape, dtype=torch.float32)
+        check_tensors("power_of_two", a, {"b": b}, b.shape)
     factor: Tensor = dispatch.implementation_of("power_of_two", a)(largest, a, b)
     return factor

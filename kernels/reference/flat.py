@@ -52,6 +52,6 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
 def power_of_two(largest: float, a: Tensor, b: Tensor | None) -> Tensor:
     """Return the power of two () that brings the largest magnitude in `a` and `b` just below `largest`."""
     magnitude = torch.stack([each.abs().amax() for each in (a, b) if each is not None]).amax()
-    _, exponent = torch.frexp(magnitude)  # magnitude in [2^(exponent − 1), 2^exponent)
+    _, exponent = torch.frexp(magnitude.float())  # magnitude in [2^(exponent − 1), 2^exponent)
     factor = torch.ldexp(torch.full_like(magnitude, largest), -exponent.clamp(-60, 60))
-    return torch.where(magnitude.isfinite() & (magnitude > 0), factor, 1)
+    return torch.where(magnitude.float().isfinite() & (magnitude > 0), factor, 1)

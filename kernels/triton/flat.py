@@ -119,12 +119,12 @@ def _largest(
     total = tl.zeros((SIZE,), tl.int32)
     for start in range(program * SIZE, size_a, step):
         place = start + tl.arange(0, SIZE)
-        bits = tl.load(a + place, place < size_a, 0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        bits = tl.load(a + place, place < size_a, 0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         total = tl.maximum(total, bits)
     if b is not None:
         for start in range(program * SIZE, size_b, step):
             place = start + tl.arange(0, SIZE)
-            bits = tl.load(b + place, place < size_b, 0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            bits = tl.load(b + place, place < size_b, 0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
             total = tl.maximum(total, bits)
     tl.store(partials + program, tl.max(total, 0))
 

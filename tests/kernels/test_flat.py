@@ -195,7 +195,9 @@ def test_power_of_two_of_what_is_not_finite(number: float) -> None:
 
 
 def test_power_of_two_refuses() -> None:
-    with pytest.raises(ValueError, match=r"power_of_two: expected b of floating dtype torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"power_of_two: expected b of floating dtype torch\.float32, found torch\.float64"
+    ):
         power_of_two(1.0, torch.zeros(2), torch.zeros(2, dtype=torch.float64))
 
 
