@@ -1,6 +1,6 @@
 """A plugin of pytest that records each test as it ends: `pytest -p bench.suite --record FOLDER`.
 
-A session that was cut off goes on: what passed, at the same commit, is not run again. The record is FOLDER/suite.json, and
+A run of the suite that was cut off goes on: what passed, at the same commit, is not run again. The record is FOLDER/suite.json, and
 suite.partial.json until the last test has ended.
 """
 

@@ -434,6 +434,7 @@ def test_a_wrong_training_loop_shows() -> None:
     assert training.float64_error(forgets_momentum, sgd, CPU) > 0.1
 
 
+@pytest.mark.slow
 def test_trajectories(tmp_path: Path) -> None:
     bench(
         "trajectories",

@@ -103,6 +103,7 @@ def test_the_stage_of_the_table_rehearsed(tmp_path: Path) -> None:
     assert (tmp_path / "compile.json").stat().st_mtime_ns == done
 
 
+@pytest.mark.slow
 def test_the_stage_of_tests_rehearsed_within_its_limit_and_beyond(tmp_path: Path) -> None:
     said = stage("suite", tmp_path, gpu.OUT_OF_TIME, "--seconds", "0.1")
     assert "stage suite: out of time after 0 s; missing: suite; the same command goes on" in said

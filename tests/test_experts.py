@@ -157,6 +157,7 @@ def test_bfloat16_at_half_the_size(tmp_path: Path) -> None:
     assert torch.equal(rounded, exact.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_stopped_and_continued(tmp_path: Path) -> None:
     flags = ["--num_experts", "40", "--train_epochs", "20"]
     command = [sys.executable, "-m", "mtt_fast.buffer", *TOY, *flags]

@@ -89,10 +89,13 @@ def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str
     [
         {"size": 32, "width": 128, "depth": 3, "steps": 2, "batch": 50},
         {"size": 32, "width": 64, "depth": 3, "steps": 5, "batch": 60, "kept": 3},
-        {"size": 32, "width": 128, "depth": 3, "steps": 10, "batch": 60, "microbatch": 20, "augment": True},
+        pytest.param(
+            {"size": 32, "width": 128, "depth": 3, "steps": 10, "batch": 60, "microbatch": 20, "augment": True},
+            marks=pytest.mark.slow,
+        ),
         {"size": 128, "width": 64, "depth": 5, "steps": 2, "batch": 10},
         {"size": 64, "width": 96, "depth": 4, "steps": 3, "batch": 16, "microbatch": 8, "kept": 2},
-        {"size": 16, "width": 256, "depth": 3, "steps": 30, "batch": 8},
+        pytest.param({"size": 16, "width": 256, "depth": 3, "steps": 30, "batch": 8}, marks=pytest.mark.slow),
         {"size": 64, "width": 64, "depth": 4, "steps": 3, "batch": 16, "microbatch": 8, "augment": True, "canvas": 3},
     ],
     ids=lambda case: "-".join(f"{name}{value}" for name, value in case.items()),
@@ -112,6 +115,7 @@ def test_the_steady_state_has_no_page_faults() -> None:
 
 
 @needs_proc
+@pytest.mark.slow
 def test_peak_grows_with_the_steps_by_the_parameters_alone() -> None:
     # every freed block of 64 KiB goes back at once, so that the peak is what lives, not what the allocator keeps
     exact, case = {"MALLOC_MMAP_THRESHOLD_": "65536"}, {"size": 32, "width": 64, "depth": 3, "batch": 8}
@@ -122,7 +126,12 @@ def test_peak_grows_with_the_steps_by_the_parameters_alone() -> None:
 @needs_proc
 @pytest.mark.parametrize(
     ("budget", "native"),
-    [("16MiB", "1"), ("30MiB", "1"), ("60MiB", "1"), ("40MiB", "0"), ("100MiB", "0"), ("250MiB", "0")],
+    [
+        ("16MiB", "1"),
+        ("30MiB", "1"),
+        ("60MiB", "1"),
+        *(pytest.param(budget, "0", marks=pytest.mark.slow) for budget in ("40MiB", "100MiB", "250MiB")),
+    ],
 )
 def test_the_budget_holds(budget: str, native: str) -> None:
     case = {"size": 32, "width": 32, "depth": 3, "steps": 4, "batch": 40}

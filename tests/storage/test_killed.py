@@ -31,7 +31,9 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("what", [pytest.param("sets", marks=pytest.mark.slow), "experts", "caches"])
+@pytest.mark.parametrize(
+    "what", [*(pytest.param(what, marks=pytest.mark.slow) for what in ("sets", "experts")), "caches"]
+)
 def test_killed_at_each_point(in_memory: Path, what: str) -> None:
     root = str(SCRIPT.parents[2])
     found = subprocess.run(
