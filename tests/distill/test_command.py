@@ -207,7 +207,7 @@ def test_where_memory_runs_out_the_iteration_is_repeated_in_pieces(
         whole = student.gradient_jvp
 
         def short_of_memory(self: Any, theta: Any, images: torch.Tensor, *rest: Any, whole: Any = whole) -> Any:
-            if len(images) > 5:
+            if len(images) > 5 and images.device.type != "meta":  # on which an evaluation counts bytes
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return whole(self, theta, images, *rest)
 
