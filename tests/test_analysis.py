@@ -77,6 +77,7 @@ def test_commands_are_told_and_mistyped_ones_refused(capsys: pytest.CaptureFixtu
 # ------------------------------------------------------------------ grid
 
 
+@pytest.mark.slow
 def test_grid_runs_every_cell_once_and_draws_them(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "grid"
     flags = [

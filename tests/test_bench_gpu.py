@@ -144,6 +144,7 @@ def test_three():
 """
 
 
+@pytest.mark.slow
 def test_a_killed_suite_keeps_what_passed_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

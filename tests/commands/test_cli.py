@@ -212,6 +212,7 @@ def test_out_of_memory_is_told_with_its_remedy(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("error: out of memory; set a smaller --memory_budget")
 
 
+@pytest.mark.slow
 def test_what_runs_here() -> None:
     command = [sys.executable, "-m", "mtt_fast.env"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

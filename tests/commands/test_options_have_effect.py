@@ -54,6 +54,8 @@ RUN = (
     "--eval_it 2 --lr_img 10"
 )
 
+pytestmark = pytest.mark.slow  # hundreds of jobs
+
 
 @dataclass(frozen=True)
 class Command:

@@ -89,17 +89,15 @@ def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str
     [
         {"size": 32, "width": 128, "depth": 3, "steps": 2, "batch": 50},
         {"size": 32, "width": 64, "depth": 3, "steps": 5, "batch": 60, "kept": 3},
-        pytest.param(
-            {"size": 32, "width": 128, "depth": 3, "steps": 10, "batch": 60, "microbatch": 20, "augment": True},
-            marks=pytest.mark.slow,
-        ),
+        {"size": 32, "width": 128, "depth": 3, "steps": 10, "batch": 60, "microbatch": 20, "augment": True},
         {"size": 128, "width": 64, "depth": 5, "steps": 2, "batch": 10},
         {"size": 64, "width": 96, "depth": 4, "steps": 3, "batch": 16, "microbatch": 8, "kept": 2},
-        pytest.param({"size": 16, "width": 256, "depth": 3, "steps": 30, "batch": 8}, marks=pytest.mark.slow),
+        {"size": 16, "width": 256, "depth": 3, "steps": 30, "batch": 8},
         {"size": 64, "width": 64, "depth": 4, "steps": 3, "batch": 16, "microbatch": 8, "augment": True, "canvas": 3},
     ],
     ids=lambda case: "-".join(f"{name}{value}" for name, value in case.items()),
 )
+@pytest.mark.slow
 def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
     found = measured(**case)
     assert found["measured"] == pytest.approx(found["planned"], rel=0.15)
@@ -107,6 +105,7 @@ def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
 
 @needs_proc
 @needs_native
+@pytest.mark.slow
 def test_the_steady_state_has_no_page_faults() -> None:
     # as the command lines tell glibc, which keeps what is small
     keeps = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -130,9 +129,12 @@ def test_peak_grows_with_the_steps_by_the_parameters_alone() -> None:
         ("16MiB", "1"),
         ("30MiB", "1"),
         ("60MiB", "1"),
-        *(pytest.param(budget, "0", marks=pytest.mark.slow) for budget in ("40MiB", "100MiB", "250MiB")),
+        ("40MiB", "0"),
+        ("100MiB", "0"),
+        ("250MiB", "0"),
     ],
 )
+@pytest.mark.slow
 def test_the_budget_holds(budget: str, native: str) -> None:
     case = {"size": 32, "width": 32, "depth": 3, "steps": 4, "batch": 40}
     found = measured({"MTT_FAST_NATIVE": native}, memory_budget=budget, **case)
