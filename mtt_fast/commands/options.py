@@ -47,7 +47,6 @@ def _hint(numbers: Range) -> Any:
 Count = Annotated[int, COUNT, _hint(COUNT)]
 CountOrNone = Annotated[int | None, COUNT, _hint(COUNT)]
 CountFromZero = Annotated[int, COUNT_FROM_ZERO, _hint(COUNT_FROM_ZERO)]
-CountFromZeroOrNone = Annotated[int | None, COUNT_FROM_ZERO, _hint(COUNT_FROM_ZERO)]
 Networks = Annotated[int, NETWORKS, _hint(NETWORKS)]
 NetworksOrNone = Annotated[int | None, NETWORKS, _hint(NETWORKS)]
 Side = Annotated[int | None, Range(1, largest=2**14), _hint(Range(1))]
