@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,22 @@ from bench.render import table
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
-from mtt_fast.kernels import Affine, Folded, Patches, PlaneStats, Precision, reference
+from mtt_fast.kernels import (
+    Affine,
+    Folded,
+    PackedParameters,
+    PackedWeight,
+    PartialSums,
+    Patches,
+    PlaneStats,
+    Precision,
+    Weight,
+    WeightPlace,
+    reference,
+)
 from mtt_fast.kernels.reference.block import gram_of
 from mtt_fast.networks.convnet import NORM_EPS
-from mtt_fast.testing import relative_error
+from mtt_fast.testing import added_up, relative_error
 
 log = logging.getLogger("mtt_fast")
 
@@ -114,7 +127,7 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
     expected = exact_results(operation.name, wide)
 
     def error(arguments: list[Any]) -> float:
-        pairs = zip(tensors_of(function(*arguments)), expected, strict=True)
+        pairs = zip(results_of(operation.name, function(*arguments)), expected, strict=True)
         return max(relative_error(mine, theirs, floor=1e-6) for mine, theirs in pairs)
 
     return {"error_float64": error(wide), "error": error(list(operation.arguments))}
@@ -215,7 +228,7 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
     learned = (*dual[:-2], random(batch, net.num_classes), "logits")
     yield Operation("linear_cross_entropy_dual", f"{shape} logits", learned, 4 * f.nbytes + 3 * a.nbytes, 8 * one)
 
-    yield from _vector_operations([random(net.num_parameters) for _ in range(6)])
+    yield from _vector_operations([random(net.num_parameters) for _ in range(6)], precision)
     total, index = random(batch, features), torch.arange(batch, device=device)
     yield Operation("index_add", f"{batch}×{features}", (total, index, f, -1.0), 3 * f.nbytes, 0)
 
@@ -256,7 +269,7 @@ def _block_operations(
     )  # fmt: skip
 
 
-def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
+def _vector_operations(vectors: list[Tensor], precision: Precision) -> Iterator[Operation]:
     """Yield the operations on flat vectors, with the fewest arguments and with all."""
     a, b, c, d, *out = vectors
     rate, shape, one = a.new_full((), 0.01), f"{len(a)}", a.nbytes
@@ -266,6 +279,11 @@ def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
     yield Operation("adjoint_step", shape, (a, b, c, rate, out[0], None, 0.0), 3 * one, 0)
     incoming = (a, b, c, rate, out[0], d, 5e-4)
     yield Operation("adjoint_step", f"{shape} incoming, decay", incoming, 5 * one, 0)
+    sums = PartialSums((a.view(1, -1),))
+    yield Operation("add_up", shape, (sums,), 2 * one, 0)
+    filters = max(1, math.isqrt(len(a) // 9))
+    places = [WeightPlace(0, filters, filters)]
+    yield Operation("pack_parameters", shape, (a, b, places, precision, 1.0), 6 * one, 0)
     yield Operation("squared_distance", shape, (a, b), 2 * one, 0)
     yield Operation("power_of_two", shape, (64.0, a, b), 2 * one, 0)
 
@@ -273,7 +291,7 @@ def _vector_operations(vectors: list[Tensor]) -> Iterator[Operation]:
 def exact_results(operation: str, arguments: Sequence[Any]) -> list[Tensor]:
     """Return the reference's results in float64. On a GPU it does not ask cuDNN, whose own faults are to be seen."""
     with torch.backends.cudnn.flags(enabled=False):
-        return tensors_of(getattr(reference, operation)(*map(in_float64, arguments)))
+        return results_of(operation, getattr(reference, operation)(*map(in_float64, arguments)))
 
 
 def in_float64(argument: Any) -> Any:
@@ -283,6 +301,8 @@ def in_float64(argument: Any) -> Any:
         return Patches(images, gram_of(images), argument.padding)
     if isinstance(argument, Folded):
         return None  # to be made again
+    if isinstance(argument, PartialSums):
+        return PartialSums(tuple(map(in_float64, argument.pieces)), tuple(map(in_float64, argument.factors)))
     if isinstance(argument, (Affine, PlaneStats)):
         return type(argument)(*map(in_float64, argument))
     is_number = isinstance(argument, Tensor) and argument.is_floating_point()
@@ -291,12 +311,28 @@ def in_float64(argument: Any) -> Any:
     )  # a copy, as some results overwrite arguments
 
 
+def results_of(operation: str, result: Any) -> list[Tensor]:
+    """Return the tensors of an operation's result, in their order; those that are summands added up."""
+    tensors = tensors_of(result)
+    return list(added_up(operation, tuple(tensors)))
+
+
 def tensors_of(result: Any) -> list[Tensor]:
     """Return the tensors of an operation's result, in their order."""
     if isinstance(result, Folded):
         return []  # as the back end lays it out
     if isinstance(result, Patches):
         return [result.images, result.gram.sum(1)]  # the parts are the back end's
+    if isinstance(result, PackedParameters):
+        every = [copy for weight in (*result.weights, *result.weights_dot) for copy in copies_of(weight)]
+        return [*every, *(each for each in (result.direction, result.scale) if each is not None)]
     if isinstance(result, tuple):
         return [tensor for each in result for tensor in tensors_of(each)]
     return [result] if isinstance(result, Tensor) else []
+
+
+def copies_of(weight: Weight) -> list[Tensor]:
+    """Return the copies of a weight in the weight's own order; of one that is not packed, itself for each."""
+    if not isinstance(weight, PackedWeight):
+        return [weight, weight]
+    return [weight.straight.permute(0, 3, 1, 2), weight.rotated.permute(3, 0, 1, 2).flip(2, 3)]

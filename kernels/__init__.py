@@ -11,6 +11,7 @@ if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which wo
 
 from .dispatch import compile_ahead, has_image_block, has_kernels, native_available, release_memory, work_bytes
 from .ops import (
+    add_up,
     adjoint_step,
     bias_relu_pool,
     bias_relu_pool_backward,
@@ -38,6 +39,7 @@ from .ops import (
     norm_relu_pool_backward,
     norm_relu_pool_dual,
     norm_relu_pool_dual_backward,
+    pack_parameters,
     power_of_two,
     sgd_step,
     squared_distance,
@@ -49,9 +51,15 @@ from .types import (
     ConvLayer,
     Folded,
     LabelKind,
+    PackedParameters,
+    PackedWeight,
+    PartialSums,
     Patches,
     PlaneStats,
     Precision,
+    Weight,
+    WeightPlace,
+    weight_of,
 )
 
 __all__ = [
@@ -61,9 +69,15 @@ __all__ = [
     "ConvLayer",
     "Folded",
     "LabelKind",
+    "PackedParameters",
+    "PackedWeight",
+    "PartialSums",
     "Patches",
     "PlaneStats",
     "Precision",
+    "Weight",
+    "WeightPlace",
+    "add_up",
     "adjoint_step",
     "bias_relu_pool",
     "bias_relu_pool_backward",
@@ -95,9 +109,11 @@ __all__ = [
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "pack_parameters",
     "power_of_two",
     "release_memory",
     "sgd_step",
     "squared_distance",
+    "weight_of",
     "work_bytes",
 ]

@@ -5,15 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .types import WARP_PARAMETERS, LabelKind, accumulator, memory_format
+from .types import WARP_PARAMETERS, LabelKind, PartialSums, Weight, accumulator, memory_format, weight_of
 
 
-def check_vectors(op: str, vectors: dict[str, Tensor | None], scalars: dict[str, Tensor]) -> None:
+def check_vectors(op: str, vectors: dict[str, Tensor | PartialSums | None], scalars: dict[str, Tensor]) -> None:
     """Check that flat vectors have the size, dtype and device of the first one given, and scalars its dtype and device."""
-    given = {name: vector for name, vector in vectors.items() if vector is not None}
+    given = {name: vector for name, vector in vectors.items() if isinstance(vector, Tensor)}
     first = next(iter(given.values()))
     check_tensors(op, first, given, (first.numel(),))
     check_tensors(op, first, scalars, ())
+    for name, vector in vectors.items():
+        if isinstance(vector, PartialSums):
+            check_partial_sums(op, name, vector, first)
+            size = sum(piece.shape[1:].numel() for piece in vector.pieces)
+            if size != first.numel():
+                raise ValueError(f"{op}: expected {name} of {first.numel()} numbers, found pieces of {size}")
+
+
+def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> None:
+    """Check that pieces and factors have the dtype and device of `first`, and that the pieces' numbers lie as one block a summand."""
+    check_tensors(op, first, {f"a factor of {name}": factor for factor in sums.factors[:1]}, ())
+    for piece in sums.pieces:
+        summand = piece.new_empty(0) if len(piece) == 0 else piece[0]
+        as_products_lie = summand.permute(0, 2, 3, 1) if summand.dim() == 4 else summand
+        if piece.dtype != first.dtype or piece.device != first.device or piece.requires_grad:
+            raise ValueError(
+                f"{op}: expected {name} of {first.dtype} on {first.device} and without a graph, found {piece.dtype} on {piece.device}"
+            )
+        if not (summand.is_contiguous() or as_products_lie.is_contiguous()):
+            raise ValueError(
+                f"{op}: expected summands of {name} contiguous or channels_last, found strides {piece.stride()}"
+            )
 
 
 def check_planes(
@@ -35,10 +57,11 @@ def check_planes(
 
 
 def check_convolution(
-    op: str, padding: int, inputs: dict[str, Tensor], weights: dict[str, Tensor], channel_axis: int
+    op: str, padding: int, inputs: dict[str, Tensor], weights: dict[str, Weight], channel_axis: int
 ) -> None:
     """Check that inputs and weights of a convolution fit. `channel_axis` of the weights meets the inputs' channels: 1, back 0."""
-    first, weight = next(iter(inputs.values())), next(iter(weights.values()))
+    plain = {name: weight_of(each) for name, each in weights.items()}
+    first, weight = next(iter(inputs.values())), next(iter(plain.values()))
     if (
         first.dim() != 4
         or weight.dim() != 4
@@ -53,7 +76,7 @@ def check_convolution(
     if padding < 0 or min(first.shape[2:]) + grown < 1:
         raise ValueError(f"{op}: padding {padding} leaves nothing of {tuple(first.shape)}")
     check_tensors(op, first, inputs, first.shape, like_format=first)
-    check_tensors(op, first, weights, weight.shape, dtype=accumulator(first.dtype))
+    check_tensors(op, first, plain, weight.shape, dtype=accumulator(first.dtype))
 
 
 def check_correlation(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:

@@ -59,6 +59,64 @@ class Folded(NamedTuple):
     stats: Tensor
 
 
+class PartialSums(NamedTuple):
+    """A flat vector (P,) in pieces, each of them summands (S, …): the vector is their sums over S, flattened, one after the other.
+
+    What is summed last, over samples or over parts of them, is left for one pass over all parameters. S may be 0.
+    """
+
+    pieces: tuple[Tensor, ...]
+    factors: tuple[Tensor, ...] = ()  # () each: powers of two that all summands have, and the vector has not
+
+    def vector(self) -> Tensor:
+        """Return the vector, by plain torch."""
+        # most often there is one summand, of which a view is enough
+        pieces = [piece[0] if len(piece) == 1 else piece.sum(0) for piece in self.pieces]
+        vector = pieces[0].flatten() if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
+        for factor in self.factors:
+            vector = vector / factor
+        return vector
+
+
+def vector_of(sums: Tensor | PartialSums) -> Tensor:
+    """Return a vector that may be given as partial sums, by plain torch."""
+    return sums.vector() if isinstance(sums, PartialSums) else sums
+
+
+class PackedWeight(NamedTuple):
+    """A convolution's weight, with copies of it as a back end's products read them, rounded as they round."""
+
+    weight: Tensor  # (K, C, 3, 3)
+    straight: Tensor  # (K, 3, 3, C)
+    rotated: Tensor  # (C, 3, 3, K): for the input gradient, each 3×3 rotated by 180°
+
+
+Weight = Tensor | PackedWeight
+"""A convolution's weight (K, C, 3, 3), packed or as it is."""
+
+
+def weight_of(weight: Weight) -> Tensor:
+    """Return the weight (K, C, 3, 3) itself."""
+    return weight.weight if isinstance(weight, PackedWeight) else weight
+
+
+class PackedParameters(NamedTuple):
+    """Parameters of a step, and perhaps a direction of them, as the step's products read them."""
+
+    weights: tuple[Weight, ...]  # of the layers that were asked for
+    weights_dot: tuple[Weight, ...]  # none without a direction
+    direction: Tensor | None  # (P,): the direction times `scale`
+    scale: Tensor | None  # (): a power of two; None for 1
+
+
+class WeightPlace(NamedTuple):
+    """Where a convolution's weight (filters, channels, 3, 3) lies in the flat vector of parameters."""
+
+    offset: int
+    filters: int
+    channels: int
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums over planes of `dtype`, of their statistics, of the parameters and their gradients."""
     return torch.float32 if dtype in HALF_PRECISIONS.values() else dtype

@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+_SUMMANDS = {"weight_gradient": 1, "conv_norm_relu_pool": 3, "norm_relu_pool": 2, "bias_relu_pool": 1}
+"""How many of the results of an operation whose name has this in it, if it is a gradient, are summands: its last."""
+
+
 class MetaGradient(NamedTuple):
     """Result of one meta-gradient: the student's end (P,), the loss, and its gradients (None where not floating)."""
 
@@ -163,3 +167,15 @@ def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float, f
     error = relative_error(found, expected, floor)
     if not error <= tolerance:
         raise AssertionError(f"{name}: relative error {error:.3e}, allowed {tolerance:.1e}")
+
+
+def added_up(operation: str, results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the results of an operation of `mtt_fast.kernels`, with summands of gradients to parameters added up.
+
+    How many there are is the back end's choice, so only their sums can be compared.
+    """
+    every = (results,) if isinstance(results, Tensor) else tuple(results)
+    if not operation.endswith(("_backward", "weight_gradient")):
+        return every
+    count = next(count for name, count in _SUMMANDS.items() if name in operation)
+    return *every[: len(every) - count], *(summands.sum(0) for summands in every[len(every) - count :])

@@ -55,12 +55,14 @@ __all__ = [
 OPERATIONS = frozenset(__all__)
 NOT_IMPLEMENTED = frozenset(
     {
+        "add_up",
         "conv_norm_relu_pool",
         "conv_norm_relu_pool_backward",
         "conv_norm_relu_pool_dual",
         "conv_norm_relu_pool_dual_backward",
         "image_patches",
         "index_add",
+        "pack_parameters",
         "power_of_two",
     }
 )

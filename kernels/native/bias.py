@@ -19,10 +19,10 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_backward`."""
-    y_bar, (beta_sum,) = output_buffer(y, reuse), empty_stats(y, 1)
-    arguments = (channels_last(y), beta, channels_last(p_bar), channels_last(y_bar), beta_sum)
+    y_bar, (beta_sums,) = output_buffer(y, reuse), empty_stats(y, 1)
+    arguments = (channels_last(y), beta, channels_last(p_bar), channels_last(y_bar), beta_sums)
     extension().bias_relu_pool_backward(*arguments, torch.get_num_threads())
-    return in_format_of(y, y_bar), beta_sum.sum(0)
+    return in_format_of(y, y_bar), beta_sums
 
 
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,8 +37,8 @@ def bias_relu_pool_dual_backward(
     y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual_backward`."""
-    y_bar, y_bar_dot, (beta_sum,) = output_buffer(y, reuse), output_buffer(y, False), empty_stats(y, 1)
+    y_bar, y_bar_dot, (beta_sums,) = output_buffer(y, reuse), output_buffer(y, False), empty_stats(y, 1)
     arguments = (channels_last(y), beta, channels_last(p_bar), channels_last(p_bar_dot))
-    results = (channels_last(y_bar), channels_last(y_bar_dot), beta_sum)
+    results = (channels_last(y_bar), channels_last(y_bar_dot), beta_sums)
     extension().bias_relu_pool_dual_backward(*arguments, *results, torch.get_num_threads())
-    return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), beta_sum.sum(0)
+    return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), beta_sums

@@ -43,7 +43,7 @@ def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int) -> Tensor:
     else:
         operands = (channels_last(x), None, channels_last(y_bar), None)
         extension().winograd_weight_gradient(*operands, padding, weight_bar, threads)
-    return weight_bar
+    return weight_bar[None]
 
 
 def conv3x3_dual(
@@ -102,7 +102,7 @@ def conv3x3_dual_weight_gradient(
     weight_bar_dot = x.new_empty(y_bar.shape[1], x.shape[1], 3, 3)
     operands = (channels_last(x), channels_last(x_dot), channels_last(y_bar), channels_last(y_bar_dot))
     extension().winograd_weight_gradient(*operands, padding, weight_bar_dot, torch.get_num_threads())
-    return weight_bar_dot
+    return weight_bar_dot[None]
 
 
 def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype) -> int:

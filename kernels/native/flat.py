@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..types import PartialSums, vector_of
 from .extension import extension
 
 
 def sgd_step(
     theta: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | PartialSums,
     rate: Tensor,
     out: Tensor,
     velocity: Tensor | None,
@@ -20,14 +21,14 @@ def sgd_step(
 ) -> Tensor:
     """See `mtt_fast.kernels.sgd_step`."""
     factors = (momentum, weight_decay, torch.get_num_threads())
-    extension().sgd_step(theta, gradient, rate.item(), out, velocity, velocity_out, *factors)
+    extension().sgd_step(theta, vector_of(gradient), rate.item(), out, velocity, velocity_out, *factors)
     torch.autograd.graph.increment_version([out] if velocity_out is None else [out, velocity_out])
     return out
 
 
 def adjoint_step(
     adjoint: Tensor,
-    hessian_v: Tensor,
+    hessian_v: Tensor | PartialSums,
     direction: Tensor,
     scale: Tensor,
     out: Tensor,
@@ -36,7 +37,7 @@ def adjoint_step(
 ) -> Tensor:
     """See `mtt_fast.kernels.adjoint_step`."""
     decayed = direction if weight_decay else None  # a vector that plays no part is not read
-    arguments = (adjoint, hessian_v, decayed, scale.item(), out, incoming, weight_decay)
+    arguments = (adjoint, vector_of(hessian_v), decayed, scale.item(), out, incoming, weight_decay)
     extension().adjoint_step(*arguments, torch.get_num_threads())
     torch.autograd.graph.increment_version(out)
     return out

@@ -22,11 +22,11 @@ def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
-    y_bar, (gamma_sum, beta_sum) = output_buffer(y, reuse), empty_stats(y, 2)
+    y_bar, (gamma_sums, beta_sums) = output_buffer(y, reuse), empty_stats(y, 2)
     arguments = (channels_last(y), mean, rstd, *affine, channels_last(p_bar))
-    results = (channels_last(y_bar), gamma_sum, beta_sum)
+    results = (channels_last(y_bar), gamma_sums, beta_sums)
     extension().norm_relu_pool_backward(*arguments, *results, torch.get_num_threads())
-    return in_format_of(y, y_bar), gamma_sum.sum(0), beta_sum.sum(0)
+    return in_format_of(y, y_bar), gamma_sums, beta_sums
 
 
 def norm_relu_pool_dual(
@@ -51,9 +51,9 @@ def norm_relu_pool_dual_backward(
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_dual_backward`."""
-    y_bar, y_bar_dot, (gamma_sum, beta_sum) = output_buffer(y, reuse), output_buffer(y_dot, reuse), empty_stats(y, 2)
+    y_bar, y_bar_dot, (gamma_sums, beta_sums) = output_buffer(y, reuse), output_buffer(y_dot, reuse), empty_stats(y, 2)
     arguments = (channels_last(y), channels_last(y_dot), *stats, *affine, *affine_dot)
     bars = (channels_last(p_bar), channels_last(p_bar_dot))
-    results = (channels_last(y_bar), channels_last(y_bar_dot), gamma_sum, beta_sum)
+    results = (channels_last(y_bar), channels_last(y_bar_dot), gamma_sums, beta_sums)
     extension().norm_relu_pool_dual_backward(*arguments, *bars, *results, torch.get_num_threads())
-    return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), gamma_sum.sum(0), beta_sum.sum(0)
+    return in_format_of(y, y_bar), in_format_of(y, y_bar_dot), gamma_sums, beta_sums

@@ -20,7 +20,7 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, *, reuse: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the gradients ȳ (B, C, H, W), β̄ (C,) that follow from `p_bar` (B, C, H//2, W//2).
+    """Return the gradient ȳ (B, C, H, W), and summands (S, C) of β̄, that follow from `p_bar` (B, C, H//2, W//2).
 
     `y`, `beta` are those of `bias_relu_pool`. ReLU's derivative at 0 is 0. With `reuse`, `y` is needed no more, and ȳ may
     take its memory. Raises `ValueError` as `bias_relu_pool` does.
@@ -40,7 +40,7 @@ def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor
 def bias_relu_pool_dual_backward(
     y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ȳ, ȳ̇ (B, C, H, W), β̄̇ (C,): the gradient to y, and the directional derivatives of the gradients.
+    """Return ȳ, ȳ̇ (B, C, H, W), and summands (S, C) of β̄̇: the gradient to y, and the derivatives of the gradients.
 
     `p_bar` (B, C, H//2, W//2) is the gradient and `p_bar_dot` its derivative; ẏ and β̇ do not matter, since the block is
     linear between the kinks. With `reuse`, `y` is needed no more, and ȳ may take its memory.

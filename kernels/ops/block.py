@@ -57,7 +57,7 @@ def conv_norm_relu_pool_backward(
     precision: Precision = "fp32",
     folded: Folded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W̄ (K, C, 3, 3), γ̄ and β̄ (K,). `folded` is what `conv_norm_relu_pool` returned of the same arguments, else made again.
+    """Return summands of W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K). `folded` is what `conv_norm_relu_pool` returned of the same arguments, else made again.
 
     `p_bar` (B, K, H'//2, W'//2) is channels_last and of the planes' dtype. Errors: `conv_norm_relu_pool`.
     """
@@ -97,7 +97,7 @@ def conv_norm_relu_pool_dual_backward(
     precision: Precision = "fp32",
     folded: Folded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x̄̇ (B, C, H, W), contiguous, W̄̇ (K, C, 3, 3), γ̄̇ and β̄̇ (K,), all of the parameters' dtype.
+    """Return x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K), of the parameters' dtype.
 
     `folded` is what `conv_norm_relu_pool_dual` returned of the same arguments, else made again. `p_bar`, `p_bar_dot` and
     errors: `conv_norm_relu_pool_backward`.

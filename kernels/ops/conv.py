@@ -6,13 +6,13 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_convolution, check_correlation
-from ..types import Precision
+from ..types import Precision, Weight
 
 
-def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
+def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`.
 
-    `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous. Stride 1, and no bias: in front of
+    `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous, or packed by `pack_parameters`. Stride 1, and no bias: in front of
     an instance norm it has no effect, and else `bias_relu_pool` adds it. One floating dtype and device; only if planes
     are float16 or bfloat16, weights and their gradients are float32, here and below.
     `precision` is the format that float32 factors are rounded to before they are multiplied; sums are float32, and float64
@@ -24,7 +24,7 @@ def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp3
     return y
 
 
-def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
+def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
     check_convolution("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
     x_bar: Tensor = dispatch.implementation_of("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
@@ -32,7 +32,10 @@ def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precisio
 
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
-    """Return W̄ = ȳ ⋆ x (K, C, 3, 3), contiguous, from `y_bar`, the gradient to the result of `conv3x3`."""
+    """Return summands (S, K, C, 3, 3) of W̄ = ȳ ⋆ x from `y_bar`, the gradient to the result of `conv3x3`.
+
+    Their sum over S is left to `add_up`, as are those of all gradients to parameters.
+    """
     check_correlation("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
     weight_bar: Tensor = dispatch.implementation_of("conv3x3_weight_gradient", x, precision)(x, y_bar, padding)
     return weight_bar
@@ -41,8 +44,8 @@ def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: P
 def conv3x3_dual(
     x: Tensor,
     x_dot: Tensor | None,
-    weight: Tensor,
-    weight_dot: Tensor,
+    weight: Weight,
+    weight_dot: Weight,
     padding: int,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor]:
@@ -59,8 +62,8 @@ def conv3x3_dual(
 def conv3x3_tangent(
     x: Tensor,
     x_dot: Tensor | None,
-    weight: Tensor,
-    weight_dot: Tensor,
+    weight: Weight,
+    weight_dot: Weight,
     padding: int,
     precision: Precision = "fp32",
 ) -> Tensor:
@@ -74,8 +77,8 @@ def conv3x3_tangent(
 def conv3x3_dual_input_gradient(
     y_bar: Tensor,
     y_bar_dot: Tensor,
-    weight: Tensor,
-    weight_dot: Tensor,
+    weight: Weight,
+    weight_dot: Weight,
     padding: int,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor]:
@@ -90,8 +93,8 @@ def conv3x3_dual_input_gradient(
 def conv3x3_input_gradient_tangent(
     y_bar: Tensor,
     y_bar_dot: Tensor,
-    weight: Tensor,
-    weight_dot: Tensor,
+    weight: Weight,
+    weight_dot: Weight,
     padding: int,
     precision: Precision = "fp32",
 ) -> Tensor:
@@ -111,7 +114,7 @@ def conv3x3_dual_weight_gradient(
     padding: int,
     precision: Precision = "fp32",
 ) -> Tensor:
-    """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3), contiguous. `x_dot` None stands for zero. Errors: `conv3x3`."""
+    """Return summands (S, K, C, 3, 3) of W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ. `x_dot` None stands for zero. Errors: `conv3x3`."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     check_correlation("conv3x3_dual_weight_gradient", padding, inputs, {"y_bar": y_bar, "y_bar_dot": y_bar_dot})
     implementation = dispatch.implementation_of("conv3x3_dual_weight_gradient", x, precision)

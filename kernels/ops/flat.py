@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_tensors, check_vectors
+from ..checks import check_partial_sums, check_tensors, check_vectors
+from ..types import PackedParameters, PartialSums, Precision, WeightPlace
+
+
+def add_up(sums: PartialSums) -> Tensor:
+    """Return the vector (P,) whose partial sums are given, less their factors.
+
+    Each piece (S, …), of one floating dtype and device, is contiguous but for its first axis, or, of weights (S, K, C, 3, 3),
+    channels_last so. Raises `ValueError` for anything else.
+    """
+    check_partial_sums("add_up", "sums", sums, sums.pieces[0])
+    vector: Tensor = dispatch.implementation_of("add_up", sums.pieces[0])(sums)
+    return vector
 
 
 def sgd_step(
     theta: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | PartialSums,
     rate: Tensor,
     out: Tensor,
     velocity: Tensor | None = None,
@@ -23,7 +37,8 @@ def sgd_step(
 
     That is a step of torch.optim.SGD; u is the new velocity, and goes to `velocity_out` if given. No `velocity` stands
     for zero. `theta` and the other vectors (P,), contiguous, `rate` (), all of one floating dtype and device. `out` may
-    be `theta` itself, and `velocity_out` `velocity`. Raises `ValueError` for anything else.
+    be `theta` itself, and `velocity_out` `velocity`. `gradient` may be left as partial sums: see `add_up`.
+    Raises `ValueError` for anything else.
     """
     vectors = {"theta": theta, "gradient": gradient, "out": out, "velocity": velocity, "velocity_out": velocity_out}
     check_vectors("sgd_step", vectors, {"rate": rate})
@@ -33,7 +48,7 @@ def sgd_step(
 
 def adjoint_step(
     adjoint: Tensor,
-    hessian_v: Tensor,
+    hessian_v: Tensor | PartialSums,
     direction: Tensor,
     scale: Tensor,
     out: Tensor,
@@ -44,7 +59,7 @@ def adjoint_step(
 
     λ is `adjoint`, the adjoint of the parameters after the step, v the `direction`. No `incoming` stands for zero. `adjoint`
     and the other vectors (P,), contiguous, `scale` (), all of one floating dtype and device. `out` may be any of the
-    arguments. Raises `ValueError` for anything else.
+    arguments. `hessian_v` may be left as partial sums: see `add_up`. Raises `ValueError` for anything else.
     """
     vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
     check_vectors("adjoint_step", vectors, {"scale": scale})
@@ -111,3 +126,21 @@ def power_of_two(largest: float, a: Tensor, b: Tensor | None = None) -> Tensor:
         check_tensors("power_of_two", a, {"b": b}, b.shape)
     factor: Tensor = dispatch.implementation_of("power_of_two", a)(largest, a, b)
     return factor
+
+
+def pack_parameters(
+    theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float = 1.0
+) -> PackedParameters:
+    """Return what a step's products read of parameters `theta` (P,), and of a `direction` (P,) of them if there is one.
+
+    The weights at `places` are laid out as products read them, in the dtype that they have there, for planes of the dtype that
+    `precision` means. Where these are float16, the direction has a factor: the power of two that brings its largest magnitude
+    to at most `largest` (see `power_of_two`). The vectors are contiguous, of one of float32 and float64, on one device.
+    Raises `ValueError` for anything else.
+    """
+    if theta.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"pack_parameters: expected float32 or float64, found {theta.dtype}")
+    check_vectors("pack_parameters", {"theta": theta, "direction": direction}, {})
+    implementation = dispatch.implementation_of("pack_parameters", theta, precision)
+    packed: PackedParameters = implementation(theta, direction, places, largest=largest)
+    return packed

@@ -25,7 +25,7 @@ def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tenso
 def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Tensor, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients ȳ (B, C, H, W), γ̄ (C,), β̄ (C,) that follow from `p_bar` (B, C, H//2, W//2).
+    """Return the gradient ȳ (B, C, H, W), and summands (S, C) of γ̄ and β̄, that follow from `p_bar` (B, C, H//2, W//2).
 
     The other arguments are those and the results of `norm_relu_pool`. ReLU's derivative at 0 is 0. With `reuse`, `y`
     is needed no more, and ȳ may take the memory of `y`. Raises `ValueError` as `norm_relu_pool` does.
@@ -60,7 +60,7 @@ def norm_relu_pool_dual_backward(
     *,
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ȳ, ȳ̇ (B, C, H, W), γ̄̇, β̄̇ (C,): the gradient to y, and the directional derivatives of the gradients.
+    """Return ȳ, ȳ̇ (B, C, H, W), and summands (S, C) of γ̄̇, β̄̇: the gradient to y, and the derivatives of the gradients.
 
     The arguments are those and the statistics of `norm_relu_pool_dual`, the gradient `p_bar` (B, C, H//2, W//2) and its
     derivative `p_bar_dot`. With `reuse`, `y` and `y_dot` are needed no more, and the results may take their memory.

@@ -26,11 +26,12 @@ from .conv import (
     conv3x3_tangent,
     conv3x3_weight_gradient,
 )
-from .flat import adjoint_step, index_add, power_of_two, sgd_step, squared_distance
+from .flat import add_up, adjoint_step, index_add, pack_parameters, power_of_two, sgd_step, squared_distance
 from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, norm_relu_pool_dual_backward
 from .warp import colour_warp_mask, colour_warp_mask_transpose
 
 __all__ = [
+    "add_up",
     "adjoint_step",
     "bias_relu_pool",
     "bias_relu_pool_backward",
@@ -58,6 +59,7 @@ __all__ = [
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "pack_parameters",
     "power_of_two",
     "sgd_step",
     "squared_distance",

@@ -17,9 +17,9 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
-    """Return ȳ (B, C, H, W), β̄ (C,). `p_bar`: (B, C, H//2, W//2). `reuse` is a permission not taken."""
+    """Return ȳ (B, C, H, W), β̄ (B, C), a summand of each sample. `p_bar`: (B, C, H//2, W//2). `reuse` is a permission not taken."""
     y_bar = unpool(p_bar, y) * (y + per_channel(beta) > 0)
-    return planes_like(y, y_bar), y_bar.sum((0, 2, 3))
+    return planes_like(y, y_bar), y_bar.sum((2, 3))
 
 
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor
 def bias_relu_pool_dual_backward(
     y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ȳ, ȳ̇ (B, C, H, W) and β̄̇ (C,), the last two the derivatives of the results of `bias_relu_pool_backward`."""
+    """Return ȳ, ȳ̇ (B, C, H, W) and β̄̇ (B, C), the last two the derivatives of the results of `bias_relu_pool_backward`."""
     y_bar, _ = bias_relu_pool_backward(y, beta, p_bar)
     y_bar_dot, beta_bar_dot = bias_relu_pool_backward(y, beta, p_bar_dot)
     return y_bar, y_bar_dot, beta_bar_dot

@@ -54,7 +54,7 @@ def conv_norm_relu_pool_backward(
     precision: Precision = "fp32",
     folded: Folded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W̄ (K, C, 3, 3), γ̄, β̄ (K,)."""
+    """Return summands of W̄ (S, K, C, 3, 3), γ̄, β̄ (S, K)."""
     x = _planes(patches)
     y = conv3x3(x, weight, 0, precision)
     _, mean, rstd = norm_relu_pool(y, affine, eps)
@@ -89,7 +89,7 @@ def conv_norm_relu_pool_dual_backward(
     precision: Precision = "fp32",
     folded: Folded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x̄̇ (B, C, H, W), W̄̇ (K, C, 3, 3), γ̄̇, β̄̇ (K,)."""
+    """Return x̄̇ (B, C, H, W), summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K)."""
     x, padding = _planes(patches), patches.padding
     y, y_dot = conv3x3_dual(x, None, weight, weight_dot, 0, precision)
     stats = norm_relu_pool_dual(y, y_dot, affine, affine_dot, eps)[2]

@@ -25,10 +25,10 @@ def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precisio
 
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
-    """Return W̄ = ȳ ⋆ x (K, C, 3, 3)."""
+    """Return W̄ = ȳ ⋆ x (1, K, C, 3, 3)."""
     shape, factors = (y_bar.shape[1], x.shape[1], 3, 3), _factors(precision, x, y_bar)
     weight_bar: Tensor = conv2d_weight(factors[0], shape, factors[1], padding=padding)
-    return weight_bar.contiguous()
+    return weight_bar.contiguous()[None]
 
 
 def conv3x3_tangent(
@@ -76,7 +76,7 @@ def conv3x3_input_gradient_tangent(
 def conv3x3_dual_weight_gradient(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, precision: Precision = "fp32"
 ) -> Tensor:
-    """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (K, C, 3, 3). `x_dot` None is zero."""
+    """Return W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ (1, K, C, 3, 3). `x_dot` None is zero."""
     weight_bar_dot = conv3x3_weight_gradient(x, y_bar_dot, padding, precision)
     return (
         weight_bar_dot if x_dot is None else weight_bar_dot + conv3x3_weight_gradient(x_dot, y_bar, padding, precision)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ..types import HALF_PRECISIONS, PackedParameters, PartialSums, Precision, WeightPlace, vector_of
+
+
+def add_up(sums: PartialSums) -> Tensor:
+    """Return the vector (P,)."""
+    return sums.vector()
 
 
 def sgd_step(
     theta: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | PartialSums,
     rate: Tensor,
     out: Tensor,
     velocity: Tensor | None,
@@ -17,7 +27,7 @@ def sgd_step(
     weight_decay: float,
 ) -> Tensor:
     """Write u = μ velocity + g + ω θ to `velocity_out` and θ − `rate` u to `out`. All (P,), `rate` ()."""
-    update = gradient + weight_decay * theta
+    update = vector_of(gradient) + weight_decay * theta
     if velocity is not None:
         update = update + momentum * velocity
     if velocity_out is not None:
@@ -27,7 +37,7 @@ def sgd_step(
 
 def adjoint_step(
     adjoint: Tensor,
-    hessian_v: Tensor,
+    hessian_v: Tensor | PartialSums,
     direction: Tensor,
     scale: Tensor,
     out: Tensor,
@@ -35,7 +45,7 @@ def adjoint_step(
     weight_decay: float,
 ) -> Tensor:
     """Write λ + `scale` (H v + ω v) + `incoming` to `out`. All (P,), `scale` ()."""
-    stepped = adjoint + scale * (hessian_v + weight_decay * direction)
+    stepped = adjoint + scale * (vector_of(hessian_v) + weight_decay * direction)
     return out.copy_(stepped if incoming is None else stepped + incoming)
 
 
@@ -55,3 +65,24 @@ def power_of_two(largest: float, a: Tensor, b: Tensor | None) -> Tensor:
     _, exponent = torch.frexp(magnitude.float())  # magnitude in [2^(exponent − 1), 2^exponent)
     factor = torch.ldexp(torch.full_like(magnitude, largest), -exponent.clamp(-60, 60))
     return torch.where(magnitude.float().isfinite() & (magnitude > 0), factor, 1)
+
+
+def pack_parameters(
+    theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float
+) -> PackedParameters:
+    """Return views of the weights (K, C, 3, 3) in `theta` (P,) and in the direction, which fp16 has scaled."""
+    scale = None
+    if direction is not None and HALF_PRECISIONS.get(precision) == torch.float16 and theta.dtype == torch.float32:
+        scale = power_of_two(largest, direction, None)
+        direction = direction * scale
+    weights_dot = () if direction is None else weights_at(direction, places)
+    return PackedParameters(weights_at(theta, places), weights_dot, direction, scale)
+
+
+def weights_at(vector: Tensor, places: Sequence[WeightPlace]) -> tuple[Tensor, ...]:
+    """Return views (K, C, 3, 3) of the weights at `places` of a flat vector."""
+    shapes = [(place.filters, place.channels, 3, 3) for place in places]
+    return tuple(
+        vector.narrow(0, place.offset, math.prod(shape)).view(shape)
+        for place, shape in zip(places, shapes, strict=True)
+    )

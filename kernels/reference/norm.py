@@ -22,13 +22,13 @@ def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tenso
 def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ȳ (B, C, H, W), γ̄ (C,), β̄ (C,). `p_bar`: (B, C, H//2, W//2). `reuse` is a permission not taken."""
+    """Return ȳ (B, C, H, W), γ̄, β̄ (B, C), a summand of each sample. `p_bar`: (B, C, H//2, W//2). `reuse` is a permission not taken."""
     gamma, beta = affine
     h = _normalised(y, mean, rstd)
     u_bar = unpool(p_bar, y) * (h * per_channel(gamma) + per_channel(beta) > 0)
     h_bar = u_bar * per_channel(gamma)
     y_bar = per_plane(rstd) * (h_bar - plane_mean(h_bar) - h * plane_mean(h * h_bar))
-    return planes_like(y, y_bar), (u_bar * h).sum((0, 2, 3)), u_bar.sum((0, 2, 3))
+    return planes_like(y, y_bar), (u_bar * h).sum((2, 3)), u_bar.sum((2, 3))
 
 
 def norm_relu_pool_dual(
@@ -55,7 +55,7 @@ def norm_relu_pool_dual_backward(
     p_bar_dot: Tensor,
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ȳ, ȳ̇ (B, C, H, W) and γ̄̇, β̄̇ (C,), the derivatives of the results of `norm_relu_pool_backward`."""
+    """Return ȳ, ȳ̇ (B, C, H, W) and γ̄̇, β̄̇ (B, C), the derivatives of the results of `norm_relu_pool_backward`."""
     (gamma, beta), (gamma_dot, _) = affine, affine_dot  # β̇ moves no gradient of this operation
     rstd = stats.rstd
     h = _normalised(y, stats.mean, rstd)
@@ -69,8 +69,8 @@ def norm_relu_pool_dual_backward(
     q_dot = h_bar_dot - plane_mean(h_bar_dot) - h_dot * along - h * plane_mean(h_dot * h_bar + h * h_bar_dot)
     y_bar = per_plane(rstd) * q
     y_bar_dot = per_plane(rstd) * (q_dot - per_plane(rstd * stats.k2) * q)  # the derivative of rstd is −rstd² k2
-    gamma_bar_dot = (u_bar_dot * h + u_bar * h_dot).sum((0, 2, 3))
-    return planes_like(y, y_bar), planes_like(y, y_bar_dot), gamma_bar_dot, u_bar_dot.sum((0, 2, 3))
+    gamma_bar_dot = (u_bar_dot * h + u_bar * h_dot).sum((2, 3))
+    return planes_like(y, y_bar), planes_like(y, y_bar_dot), gamma_bar_dot, u_bar_dot.sum((2, 3))
 
 
 def _statistics(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:

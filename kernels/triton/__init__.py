@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         image_patches,
     )
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
-    from .flat import adjoint_step, index_add, power_of_two, sgd_step, squared_distance
+    from .flat import add_up, adjoint_step, index_add, power_of_two, sgd_step, squared_distance
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         norm_relu_pool_dual_backward,
     )
     from .warp import colour_warp_mask, colour_warp_mask_transpose
+    from .weights import pack_parameters
 
     conv3x3: Callable[..., Any]
     conv3x3_dual: Callable[..., Any]
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     conv3x3_weight_gradient: Callable[..., Any]
 
 __all__ = [
+    "add_up",
     "adjoint_step",
     "bias_relu_pool",
     "bias_relu_pool_backward",
@@ -75,6 +77,7 @@ __all__ = [
     "norm_relu_pool_backward",
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
+    "pack_parameters",
     "power_of_two",
     "sgd_step",
     "squared_distance",
@@ -84,6 +87,7 @@ OPERATIONS = frozenset(__all__)
 NOT_IMPLEMENTED: frozenset[str] = frozenset()
 
 _MODULES = {
+    "add_up": "flat",
     "adjoint": "flat",
     "bias": "bias",
     "colour": "warp",
@@ -92,6 +96,7 @@ _MODULES = {
     "index": "flat",
     "linear": "classifier",
     "norm": "norm",
+    "pack_parameters": "weights",
     "power_of_two": "flat",
     "sgd": "flat",
     "squared": "flat",

@@ -75,7 +75,7 @@ def _backward(
     p_bar_dot: tl.tensor | None,
     y_bar: tl.tensor,  # (B, C, H, W)
     y_bar_dot: tl.tensor | None,
-    beta_sum: tl.tensor,  # (B, C), of ū, or of its derivative if there is one: the sum over samples is the caller's
+    beta_sums: tl.tensor,  # (B, C), of ū, or of its derivative if there is one: the sum over samples is the caller's
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -83,7 +83,7 @@ def _backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
-    ACC: tl.constexpr = beta_sum.dtype.element_ty
+    ACC: tl.constexpr = beta_sums.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = block_of(C, BLOCK_C)
     begin = sample * (C * H * W)
@@ -107,7 +107,7 @@ def _backward(
                 u_bar = tl.where(active, share_dot, 0)
                 tl.store(y_bar_dot + begin + offset, u_bar, mask)
             total += u_bar
-    tl.store(beta_sum + sample * C + c, plane_sum(total), exists)
+    tl.store(beta_sums + sample * C + c, plane_sum(total), exists)
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def _backward_lines(
     p_bar_dot: tl.tensor | None,
     y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y, of which a pixel is read before it is written
     y_bar_dot: tl.tensor | None,
-    beta_sum: tl.tensor,  # (B, PARTS, C), of ū, or of its derivative if there is one: the sum over these is the caller's
+    beta_sums: tl.tensor,  # (B, PARTS, C), of ū, or of its derivative if there is one: the sum over these is the caller's
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -171,7 +171,7 @@ def _backward_lines(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    ACC: tl.constexpr = beta_sum.dtype.element_ty
+    ACC: tl.constexpr = beta_sums.dtype.element_ty
     sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     y_bar += sample * (H * W * C)
@@ -197,7 +197,7 @@ def _backward_lines(
                 u_bar = tl.where(active, share_dot, 0)
                 tl.store(y_bar_dot + pixel * C + c, u_bar, mask & exists)
             total += u_bar
-    tl.store(beta_sum + (sample * PARTS + part) * C + c, tl.sum(total, 0, keep_dims=True), exists)
+    tl.store(beta_sums + (sample * PARTS + part) * C + c, tl.sum(total, 0, keep_dims=True), exists)
 
 
 def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
@@ -242,14 +242,14 @@ def _run_forward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None
 
 
 def _run_backward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> Tensor:
-    """Run the kernel; return the sum of ū over all planes of a channel, or that of its derivative: (C,)."""
+    """Run the kernel; return the sums of ū over parts of the planes of a channel, or those of its derivative: (S, C)."""
     if planes.channels_last:
         tile = tile_of(operation, planes, y)
         parts = parts_of_windows(planes, tile)
         shape = (planes.samples * parts, planes.channels)
-        beta_sum = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
-        launch_parts(_backward_lines, planes, tile, parts, y, *rest, beta_sum)
+        beta_sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
+        launch_parts(_backward_lines, planes, tile, parts, y, *rest, beta_sums)
     else:
-        beta_sum = empty_stat(y)
-        launch_windows(_backward, operation, planes, y, *rest, beta_sum)
-    return beta_sum.sum(0)
+        beta_sums = empty_stat(y)
+        launch_windows(_backward, operation, planes, y, *rest, beta_sums)
+    return beta_sums

@@ -214,7 +214,7 @@ def _finished(
     sums: Tensor,
     sums_dot: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """Return the gradients of weight, γ and β, or in a direction their derivatives and M, (B, blocks, TERMS, TERMS)."""
+    """Return each sample's gradients of weight, γ and β, or in a direction their derivatives and M, (B, blocks, TERMS, TERMS)."""
     row = block.row("conv_norm_relu_pool_finish", weight.device)
     batch, blocks = len(sums), block.K // row["BLOCK_C"]
     gradients = _empty(weight, (batch, weight.numel() + 2 * block.K))
@@ -228,8 +228,8 @@ def _finished(
         **vars(block),
         **row,
     )
-    of_weight, of_gamma, of_beta = gradients.sum(0).split([weight.numel(), block.K, block.K])
-    return (of_weight.view(weight.shape), of_gamma, of_beta), linear
+    of_weight, of_gamma, of_beta = gradients.split([weight.numel(), block.K, block.K], dim=1)
+    return (of_weight.unflatten(1, weight.shape), of_gamma, of_beta), linear
 
 
 def _image_gradient(

@@ -17,7 +17,6 @@ from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
 
-_ADDED = 512  # elements of a program that adds up parts
 _COPIED = 64  # pixels, and channels, of a program that copies
 
 
@@ -165,25 +164,6 @@ def _copy_lines(
         tl.store(lines + tl.trans(place), tl.trans(values), tl.trans(exists))
 
 
-@triton.jit
-def _add_weights(
-    parts: tl.tensor,  # (PARTS, CO, 9, CI)
-    weight_bar: tl.tensor,  # (CO, CI, 9)
-    count: tl.tensor,
-    size: tl.tensor,
-    CI: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = place < size
-    source = (place // (9 * CI) * 9 + place % 9) * CI + place // 9 % CI
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(count):
-        total += tl.load(parts + source, exists, 0)
-        parts += size
-    tl.store(weight_bar + place, total, exists)
-
-
 def correlate(
     operation: str,
     x: Tensor,
@@ -193,7 +173,7 @@ def correlate(
     padding: int,
     precision: Precision,
 ) -> Tensor:
-    """Return W̄̇ (CO, CI, 3, 3), float32. Raises `ValueError` for tensors that no box fits."""
+    """Return W̄̇ (S, CO, CI, 3, 3), float32, a summand of each part. Raises `ValueError` for tensors that no box fits."""
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
     tensors = [tensor for tensor in (x, x_dot, y_bar, y_bar_dot) if tensor is not None]
     tile = tile_of(operation, inputs, outputs, precision, tensors)
@@ -207,14 +187,9 @@ def correlate(
     constants |= {"CI": inputs.channels, "CO": outputs.channels, "PRECISION": effective_precision(x.dtype, precision)}
     share = triton.cdiv(steps, max(1, min(steps, target // programs)))
     count = triton.cdiv(steps, share)
-    parts = torch.empty((count, outputs.channels, 9, inputs.channels), dtype=torch.float32, device=x.device)
+    parts = torch.empty((count, outputs.channels, 3, 3, inputs.channels), dtype=torch.float32, device=x.device)
     launch(kernel, count * programs, *factors, parts, share, **constants)
-    shape = (outputs.channels, inputs.channels, 3, 3)
-    weight_bar = torch.empty(shape, dtype=torch.float32, device=x.device)
-    size = weight_bar.numel()
-    added = {"CI": inputs.channels, "BLOCK": _ADDED, "num_warps": 4}
-    launch(_add_weights, triton.cdiv(size, _ADDED), parts, weight_bar, count, size, **added)
-    return weight_bar
+    return parts.permute(0, 1, 4, 2, 3)
 
 
 Summands = tuple[Any, tuple[Any, ...], int, dict[str, Any]]

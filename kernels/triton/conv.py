@@ -10,27 +10,27 @@ from typing import Any
 
 from torch import Tensor
 
-from ..types import Precision
+from ..types import Precision, Weight, weight_of
 from .implicit_gemm import convolve, correlate
 from .planes import Planes
-from .weights import pack
+from .weights import rotated, straight
 
 Product = Callable[..., Any]
 """`convolve` or `correlate` of implicit_gemm.py, or one that takes the same arguments."""
 
 
-def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision, convolve: Product = convolve) -> Tensor:
+def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Product = convolve) -> Tensor:
     """See `mtt_fast.kernels.conv3x3`."""
-    y, (factors,) = empty_output(x, weight, padding), pack((weight,), x, precision)
+    y, (factors,) = empty_output(x, weight, padding), straight((weight,), x, precision)
     convolve("conv3x3", x, None, factors, factors, None, y, padding, precision)  # W∗x is ẏ in the direction of W
     return y
 
 
 def conv3x3_input_gradient(
-    y_bar: Tensor, weight: Tensor, padding: int, precision: Precision, convolve: Product = convolve
+    y_bar: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Product = convolve
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient`."""
-    x_bar, (factors,) = empty_input(y_bar, weight, padding), pack((weight,), y_bar, precision, rotated=True)
+    x_bar, (factors,) = empty_input(y_bar, weight, padding), rotated((weight,), y_bar, precision)
     convolve("conv3x3_input_gradient", y_bar, None, factors, factors, None, x_bar, 2 - padding, precision)
     return x_bar
 
@@ -46,15 +46,15 @@ def conv3x3_weight_gradient(
 def conv3x3_dual(
     x: Tensor,
     x_dot: Tensor | None,
-    weight: Tensor,
-    weight_dot: Tensor,
+    weight: Weight,
+    weight_dot: Weight,
     padding: int,
     precision: Precision,
     convolve: Product = convolve,
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual`."""
     y, y_dot = empty_output(x, weight, padding), empty_output(x, weight, padding)
-    weights = pack((weight, weight_dot), x, precision)
+    weights = straight((weight, weight_dot), x, precision)
     convolve("conv3x3_dual", x, x_dot, *weights, y, y_dot, padding, precision)
     return y, y_dot
 
@@ -62,15 +62,15 @@ def conv3x3_dual(
 def conv3x3_tangent(
     x: Tensor,
     x_dot: Tensor | None,
-    weight: Tensor,
-    weight_dot: Tensor,
+    weight: Weight,
+    weight_dot: Weight,
     padding: int,
     precision: Precision,
     convolve: Product = convolve,
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_tangent`."""
     y_dot = empty_output(x, weight, padding)
-    weights = pack((weight, weight_dot), x, precision)
+    weights = straight((weight, weight_dot), x, precision)
     convolve("conv3x3_tangent", x, x_dot, *weights, None, y_dot, padding, precision)
     return y_dot
 
@@ -78,15 +78,15 @@ def conv3x3_tangent(
 def conv3x3_dual_input_gradient(
     y_bar: Tensor,
     y_bar_dot: Tensor,
-    weight: Tensor,
-    weight_dot: Tensor,
+    weight: Weight,
+    weight_dot: Weight,
     padding: int,
     precision: Precision,
     convolve: Product = convolve,
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual_input_gradient`."""
     x_bar, x_bar_dot = (empty_input(y_bar, weight, padding) for _ in range(2))
-    weights = pack((weight, weight_dot), y_bar, precision, rotated=True)
+    weights = rotated((weight, weight_dot), y_bar, precision)
     convolve("conv3x3_dual_input_gradient", y_bar, y_bar_dot, *weights, x_bar, x_bar_dot, 2 - padding, precision)
     return x_bar, x_bar_dot
 
@@ -94,15 +94,15 @@ def conv3x3_dual_input_gradient(
 def conv3x3_input_gradient_tangent(
     y_bar: Tensor,
     y_bar_dot: Tensor,
-    weight: Tensor,
-    weight_dot: Tensor,
+    weight: Weight,
+    weight_dot: Weight,
     padding: int,
     precision: Precision,
     convolve: Product = convolve,
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
     x_bar_dot = empty_input(y_bar, weight, padding)
-    weights = pack((weight, weight_dot), y_bar, precision, rotated=True)
+    weights = rotated((weight, weight_dot), y_bar, precision)
     convolve("conv3x3_input_gradient_tangent", y_bar, y_bar_dot, *weights, None, x_bar_dot, 2 - padding, precision)
     return x_bar_dot
 
@@ -121,13 +121,13 @@ def conv3x3_dual_weight_gradient(
     return weight_bar
 
 
-def empty_output(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+def empty_output(x: Tensor, weight: Weight, padding: int) -> Tensor:
     """Allocate the result of a convolution of `x`."""
-    planes = Planes.of(x)
-    return planes.empty(x, len(weight), planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
+    planes, (filters, *_) = Planes.of(x), weight_of(weight).shape
+    return planes.empty(x, filters, planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
 
 
-def empty_input(y_bar: Tensor, weight: Tensor, padding: int) -> Tensor:
+def empty_input(y_bar: Tensor, weight: Weight, padding: int) -> Tensor:
     """Allocate the gradient to the input of the convolution whose result has the gradient `y_bar`."""
-    planes = Planes.of(y_bar)
-    return planes.empty(y_bar, weight.shape[1], planes.height + 2 - 2 * padding, planes.width + 2 - 2 * padding)
+    planes, (_, channels, *_) = Planes.of(y_bar), weight_of(weight).shape
+    return planes.empty(y_bar, channels, planes.height + 2 - 2 * padding, planes.width + 2 - 2 * padding)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..types import HALF_PRECISIONS, Precision, accumulator, in_format_of
+from ..types import HALF_PRECISIONS, PackedWeight, Precision, Weight, accumulator, in_format_of
 
 
-def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision) -> Tensor:
     """See `mtt_fast.kernels.conv3x3`."""
     x_factor, weight_factor = _factors(precision, x, weight)
     with _precision(precision):
@@ -24,7 +24,7 @@ def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision) -> Te
     return in_format_of(x, y.to(x.dtype))
 
 
-def conv3x3_input_gradient(y_bar: Tensor, weight: Tensor, padding: int, precision: Precision) -> Tensor:
+def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precision: Precision) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient`."""
     y_bar, padding = _without_rings(y_bar, padding)
     y_factor, weight_factor = _factors(precision, y_bar, weight)
@@ -39,11 +39,11 @@ def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: P
     shape, (x_factor, y_factor) = (y_bar.shape[1], x.shape[1], 3, 3), _factors(precision, x, y_bar)
     with _precision(precision):
         weight_bar: Tensor = conv2d_weight(x_factor, shape, y_factor, padding=padding)
-    return weight_bar.to(accumulator(x.dtype), memory_format=torch.contiguous_format)
+    return weight_bar.to(accumulator(x.dtype))[None]
 
 
 def conv3x3_dual(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+    x: Tensor, x_dot: Tensor | None, weight: Weight, weight_dot: Weight, padding: int, precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual`."""
     y_dot = conv3x3_tangent(x, x_dot, weight, weight_dot, padding, precision)
@@ -51,7 +51,7 @@ def conv3x3_dual(
 
 
 def conv3x3_tangent(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+    x: Tensor, x_dot: Tensor | None, weight: Weight, weight_dot: Weight, padding: int, precision: Precision
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_tangent`."""
     y_dot = conv3x3(x, weight_dot, padding, precision)
@@ -59,7 +59,7 @@ def conv3x3_tangent(
 
 
 def conv3x3_dual_input_gradient(
-    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Weight, weight_dot: Weight, padding: int, precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual_input_gradient`."""
     x_bar_dot = conv3x3_input_gradient_tangent(y_bar, y_bar_dot, weight, weight_dot, padding, precision)
@@ -67,7 +67,7 @@ def conv3x3_dual_input_gradient(
 
 
 def conv3x3_input_gradient_tangent(
-    y_bar: Tensor, y_bar_dot: Tensor, weight: Tensor, weight_dot: Tensor, padding: int, precision: Precision
+    y_bar: Tensor, y_bar_dot: Tensor, weight: Weight, weight_dot: Weight, padding: int, precision: Precision
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
     x_bar_dot = conv3x3_input_gradient(y_bar, weight_dot, padding, precision)
@@ -95,8 +95,10 @@ def _without_rings(y_bar: Tensor, padding: int) -> tuple[Tensor, int]:
     return in_format_of(y_bar, y_bar[:, :, rings : height - rings, rings : width - rings]), padding - rings
 
 
-def _factors(precision: Precision, planes: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tensor, Tensor]:
     """Return the factors in the dtype that they are multiplied in. cuDNN's results are of that dtype too."""
+    if isinstance(other, PackedWeight):
+        other = other.straight.permute(0, 3, 1, 2)
     half = HALF_PRECISIONS.get(precision) if planes.dtype == torch.float32 else planes.dtype
     return (planes, other) if half not in HALF_PRECISIONS.values() else (planes.to(half), other.to(half))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..types import Precision
+from ..types import Precision, weight_of
 from . import conv, cudnn, tma
 from .boxes import fits
 from .configurations import backend_of
@@ -54,5 +54,6 @@ def _result(operation: str, *arguments: Any) -> Planes:
         return Planes.of(factor)
     back = "input_gradient" in operation
     grown = (2 - 2 * padding) if back else (2 * padding - 2)
-    channels = factor.shape[1] if back else len(factor)
+    filters, of_images, *_ = weight_of(factor).shape
+    channels = of_images if back else filters
     return Planes(planes.samples, channels, planes.height + grown, planes.width + grown, planes.memory_format)

@@ -1,4 +1,7 @@
-"""Pass once over flat vectors (a step of SGD, the adjoint of that step, the squared distance of two points), and add rows to rows."""
+"""Pass once over flat vectors (a step of SGD, the adjoint of that step, the squared distance of two points), and add rows to rows.
+
+The gradients that a step has left as partial sums are added up in the pass that steps along them.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import accumulator
+from ..types import PartialSums, accumulator
 from .configurations import configuration
 from .launch import architecture, launch, tl, triton
 
 
 @triton.jit
+def _sum_of_pieces(
+    pieces: tl.tuple,  # of pointers
+    factors: tl.tuple,  # of pointers to numbers
+    PIECES: tl.constexpr,  # of each piece: summands, numbers, elements from a summand to the next, channels if they lie last
+    ACC: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return SIZE places of the vector, of one piece, which of them exist, and the numbers there."""
+    program = tl.program_id(0)
+    place = tl.arange(0, SIZE)
+    exists = place < 0
+    total = tl.zeros((SIZE,), ACC)
+    first = 0
+    begin = 0
+    for piece in tl.static_range(len(PIECES)):
+        summands, numbers, stride, channels = PIECES[piece]
+        end = first + (numbers + SIZE - 1) // SIZE
+        if (program >= first) & (program < end):
+            element = (program - first) * SIZE + tl.arange(0, SIZE)
+            exists = element < numbers
+            place = begin + element
+            if channels:
+                element = (element // (9 * channels) * 9 + element % 9) * channels + element // 9 % channels
+            source = pieces[piece]
+            for _ in range(summands):
+                total += tl.load(source + element, exists, 0).to(ACC)
+                source += stride
+        first = end
+        begin += numbers
+    for factor in tl.static_range(len(factors)):
+        total /= tl.load(factors[factor]).to(ACC)
+    return place, exists, total
+
+
+@triton.jit
+def _add_up(
+    out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr, SIZE: tl.constexpr
+) -> None:
+    place, exists, total = _sum_of_pieces(pieces, factors, PIECES, ACC, SIZE)
+    tl.store(out + place, total, exists)
+
+
+@triton.jit
 def _sgd_step(
     theta: tl.tensor,
-    gradient: tl.tensor,
+    pieces: tl.tuple,
+    factors: tl.tuple,
     rate: tl.tensor,
     out: tl.tensor,
     velocity: tl.tensor,  # or None
     velocity_out: tl.tensor,  # or None
-    size: tl.tensor,
+    PIECES: tl.constexpr,
     MOMENTUM: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = place < size
+    place, mask, gradient = _sum_of_pieces(pieces, factors, PIECES, ACC, SIZE)
     at = tl.load(theta + place, mask, 0).to(ACC)
-    update = tl.load(gradient + place, mask, 0).to(ACC) + WEIGHT_DECAY * at
+    update = gradient + WEIGHT_DECAY * at
     if velocity is not None:
         update += MOMENTUM * tl.load(velocity + place, mask, 0).to(ACC)
     if velocity_out is not None:
@@ -41,19 +87,18 @@ def _sgd_step(
 @triton.jit
 def _adjoint_step(
     adjoint: tl.tensor,
-    hessian_v: tl.tensor,
+    pieces: tl.tuple,
+    factors: tl.tuple,
     direction: tl.tensor,
     scale: tl.tensor,
     out: tl.tensor,
     incoming: tl.tensor,  # or None
-    size: tl.tensor,
+    PIECES: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = place < size
-    curvature = tl.load(hessian_v + place, mask, 0).to(ACC)
+    place, mask, curvature = _sum_of_pieces(pieces, factors, PIECES, ACC, SIZE)
     if WEIGHT_DECAY != 0:
         curvature += WEIGHT_DECAY * tl.load(direction + place, mask, 0).to(ACC)
     result = tl.load(adjoint + place, mask, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
@@ -130,16 +175,30 @@ def _largest(
 
 
 @triton.jit
-def _power(partials: tl.tensor, factor: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> None:
+def power_of_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
+    """Return the power of two that brings the largest of the magnitudes just below LARGEST, or 1."""
     bits = tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0)
     exponent = tl.minimum(tl.maximum((bits >> 23) - 126, -60), 60)
     power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(factor, tl.where((bits > 0) & (bits < 0x7F800000), LARGEST * power, 1.0))
+    return tl.where((bits > 0) & (bits < 0x7F800000), LARGEST * power, 1.0)
+
+
+@triton.jit
+def _power(partials: tl.tensor, factor: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> None:
+    tl.store(factor, power_of_parts(partials, LARGEST, PARTIALS))
+
+
+def add_up(sums: PartialSums) -> Tensor:
+    """See `mtt_fast.kernels.add_up`."""
+    first = sums.pieces[0]
+    out = first.new_empty(sum(piece.shape[1:].numel() for piece in sums.pieces))
+    _launch_step(_add_up, "add_up", out, sums)
+    return out
 
 
 def sgd_step(
     theta: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | PartialSums,
     rate: Tensor,
     out: Tensor,
     velocity: Tensor | None,
@@ -148,15 +207,15 @@ def sgd_step(
     weight_decay: float,
 ) -> Tensor:
     """See `mtt_fast.kernels.sgd_step`. The rate is read on the device, so nothing waits for its value."""
-    vectors = (theta, gradient, rate, out, velocity, velocity_out)
-    _launch_step(_sgd_step, "sgd_step", *vectors, MOMENTUM=momentum, WEIGHT_DECAY=weight_decay)
+    vectors = (rate, out, velocity, velocity_out)
+    _launch_step(_sgd_step, "sgd_step", theta, gradient, *vectors, MOMENTUM=momentum, WEIGHT_DECAY=weight_decay)
     torch.autograd.graph.increment_version([out] if velocity_out is None else [out, velocity_out])
     return out
 
 
 def adjoint_step(
     adjoint: Tensor,
-    hessian_v: Tensor,
+    hessian_v: Tensor | PartialSums,
     direction: Tensor,
     scale: Tensor,
     out: Tensor,
@@ -164,17 +223,28 @@ def adjoint_step(
     weight_decay: float,
 ) -> Tensor:
     """See `mtt_fast.kernels.adjoint_step`. The scale is read on the device, so nothing waits for its value."""
-    vectors = (adjoint, hessian_v, direction, scale, out, incoming)
-    _launch_step(_adjoint_step, "adjoint_step", *vectors, WEIGHT_DECAY=weight_decay)
+    vectors = (direction, scale, out, incoming)
+    _launch_step(_adjoint_step, "adjoint_step", adjoint, hessian_v, *vectors, WEIGHT_DECAY=weight_decay)
     torch.autograd.graph.increment_version(out)
     return out
 
 
-def _launch_step(kernel: Any, operation: str, first: Tensor, *rest: Tensor | None, **factors: float) -> None:
+def _launch_step(
+    kernel: Any, operation: str, first: Tensor, gradient: Tensor | PartialSums, *rest: Tensor | None, **constants: float
+) -> None:
+    """Launch a program for each SIZE numbers of each piece of a `gradient`; it comes second of the tensors."""
     row = configuration(operation, "", architecture(first.device))
-    size = first.numel()
+    sums = PartialSums((gradient[None],)) if isinstance(gradient, Tensor) else gradient
+    shapes = tuple(_shape_of(piece) for piece in sums.pieces)
+    programs = sum(triton.cdiv(numbers, row["SIZE"]) for _, numbers, _, _ in shapes)
     acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
-    launch(kernel, triton.cdiv(size, row["SIZE"]), first, *rest, size, **factors, ACC=acc, **row)
+    launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=shapes, **constants, ACC=acc, **row)
+
+
+def _shape_of(piece: Tensor) -> tuple[int, int, int, int]:
+    """Return the number of summands, their numbers, the elements from one to the next, and channels that lie last, else 0."""
+    lie_last = piece.dim() == 5 and not piece[:1].is_contiguous()
+    return len(piece), piece.shape[1:].numel(), piece.stride(0), piece.shape[2] if lie_last else 0
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -199,9 +269,15 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
 
 def power_of_two(largest: float, a: Tensor, b: Tensor | None) -> Tensor:
     """See `mtt_fast.kernels.power_of_two`."""
+    partials, factor = largest_parts(a, b), a.new_empty(())
+    launch(_power, 1, partials, factor, LARGEST=largest, PARTIALS=len(partials))
+    return factor
+
+
+def largest_parts(a: Tensor, b: Tensor | None) -> Tensor:
+    """Return the largest magnitudes of parts of `a` and `b`, as the bits of float32 numbers."""
     row = configuration("power_of_two", "", architecture(a.device))
     count = row.pop("PARTIALS")
-    partials, factor = torch.empty(count, dtype=torch.int32, device=a.device), a.new_empty(())
+    partials = torch.empty(count, dtype=torch.int32, device=a.device)
     launch(_largest, count, a, b, partials, a.numel(), 0 if b is None else b.numel(), **row)
-    launch(_power, 1, partials, factor, LARGEST=largest, PARTIALS=count)
-    return factor
+    return partials

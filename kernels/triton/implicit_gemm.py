@@ -2,7 +2,7 @@
 
 Forward and input gradient are one kernel, since the latter is the convolution of ȳ with the weights rotated by 180°:
 results (pixel, output channel) are sums over terms (tap, input channel). The weight gradient is the product the other
-way: results (term, output channel) are sums over pixels, cut into parts that are added up by a second pass. Tiles are
+way: results (term, output channel) are sums over pixels, cut into parts that are added up at the end of the step. Tiles are
 BLOCK_M pixels of one sample, BLOCK_N output channels, BLOCK_K terms.
 """
 
@@ -242,7 +242,7 @@ def correlate(
     padding: int,
     precision: Precision,
 ) -> Tensor:
-    """Return W̄̇ (K, C, 3, 3). The row of `operation` in the table gives the tile."""
+    """Return W̄̇ (S, K, C, 3, 3), a summand of each part. The row of `operation` in the table gives the tile."""
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
     row = tile_of(operation, inputs, outputs, precision, x)
     target = row.pop("PROGRAMS")
@@ -270,7 +270,7 @@ def correlate(
         PRECISION=effective_precision(x.dtype, precision),
         **row,
     )
-    return parts.sum(0).permute(0, 3, 1, 2).contiguous()
+    return parts.permute(0, 1, 4, 2, 3)
 
 
 def effective_precision(dtype: torch.dtype, precision: Precision) -> str:

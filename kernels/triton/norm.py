@@ -394,12 +394,12 @@ def norm_relu_pool_backward(
     if planes.channels_last:
         lines, tile = _lines("norm_relu_pool_backward", planes, y)
         arguments = (y, None, mean, rstd, None, None, *affine, None, p_bar, None)
-        beta_bar, gamma_bar = lines.backward(planes, tile, *arguments, y_bar=y_bar, y_bar_dot=None).sum(0)
-        return y_bar, gamma_bar, beta_bar
-    gamma_sum, beta_sum = (empty_stat(y) for _ in range(2))
-    results = (y_bar, gamma_sum, beta_sum)
+        beta_sums, gamma_sums = lines.backward(planes, tile, *arguments, y_bar=y_bar, y_bar_dot=None).unbind(1)
+        return y_bar, gamma_sums, beta_sums
+    gamma_sums, beta_sums = (empty_stat(y) for _ in range(2))
+    results = (y_bar, gamma_sums, beta_sums)
     launch_windows(_backward, "norm_relu_pool_backward", planes, y, mean, rstd, *affine, p_bar, *results)
-    return y_bar, gamma_sum.sum(0), beta_sum.sum(0)
+    return y_bar, gamma_sums, beta_sums
 
 
 def norm_relu_pool_dual(
@@ -435,12 +435,12 @@ def norm_relu_pool_dual_backward(
     if planes.channels_last:
         lines, tile = _lines("norm_relu_pool_dual_backward", planes, y)
         sums = lines.backward(planes, tile, *arguments, y_bar=y_bar, y_bar_dot=y_bar_dot)
-        beta_bar_dot, gamma_bar_dot = sums[:, 2:].sum(0)
-        return y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot
-    gamma_sum_dot, beta_sum_dot = (empty_stat(y) for _ in range(2))
-    results = (y_bar, y_bar_dot, gamma_sum_dot, beta_sum_dot)
+        beta_sums_dot, gamma_sums_dot = sums[:, 2:].unbind(1)
+        return y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot
+    gamma_sums_dot, beta_sums_dot = (empty_stat(y) for _ in range(2))
+    results = (y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot)
     launch_windows(_dual_backward, "norm_relu_pool_dual_backward", planes, *arguments, *results)
-    return y_bar, y_bar_dot, gamma_sum_dot.sum(0), beta_sum_dot.sum(0)
+    return y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot
 
 
 def _lines(operation: str, planes: Planes, y: Tensor) -> tuple[ModuleType, Configuration]:

@@ -1,47 +1,146 @@
-"""Lay out a convolution's weights as its products read them, in one kernel: a sum's terms side by side, rotated, rounded."""
+"""Lay out convolutions' weights as their products read them: a sum's terms side by side, rotated for the way back, rounded.
+
+All weights of a step go in one kernel, with those of its direction; where planes are float16 it scales the direction too.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, Precision
-from .launch import launch, tl, triton
+from ..types import HALF_PRECISIONS, PackedParameters, PackedWeight, Precision, Weight, WeightPlace
+from .configurations import configuration
+from .flat import largest_parts, power_of_parts
+from .launch import architecture, launch, tl, triton
 
-_SIZE = 1024
+_ALIGNMENT = 64  # elements: boxes are loaded from memory that begins at a multiple of 128 bytes
+
+
+@triton.jit
+def _pack_weights(
+    vector: tl.tensor,  # (P,)
+    packed: tl.tensor,  # for each weight: (K, 3, 3, C), then (C, 3, 3, K) rotated by 180°
+    factor: tl.tensor,
+    WEIGHTS: tl.constexpr,  # of each: its place in the vector, its place in `packed`, K, C, elements from one copy to the other
+    SIZE: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    first = 0
+    for weight in tl.static_range(len(WEIGHTS)):
+        source, target, filters, channels, apart = WEIGHTS[weight]
+        end = first + (9 * filters * channels + SIZE - 1) // SIZE
+        if (program >= first) & (program < end):
+            place = (program - first) * SIZE + tl.arange(0, SIZE)
+            exists = place < 9 * filters * channels
+            channel, tap, filter = place % channels, place // channels % 9, place // (9 * channels)
+            value = tl.load(vector + source + (filter * channels + channel) * 9 + tap, exists, 0) * factor
+            value = value.to(packed.dtype.element_ty)
+            tl.store(packed + target + place, value, exists)
+            rotated = (channel * 9 + 8 - tap) * filters + filter
+            tl.store(packed + target + apart + rotated, value, exists)
+        first = end
 
 
 @triton.jit
 def _pack(
-    weight: tl.tensor,  # (K, C, 3, 3)
-    weight_dot: tl.tensor | None,
-    packed: tl.tensor,  # (K, 3, 3, C), or ROTATED (C, 3, 3, K)
+    theta: tl.tensor,  # (P,)
+    packed: tl.tensor,
+    direction: tl.tensor | None,  # (P,)
     packed_dot: tl.tensor | None,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    ROTATED: tl.constexpr,
+    partials: tl.tensor | None,  # (PARTIALS,): largest magnitudes of the direction
+    scaled: tl.tensor | None,  # (P,)
+    scale: tl.tensor | None,  # ()
+    size: tl.tensor,  # P
+    WEIGHTS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PARTIALS: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    INNER: tl.constexpr = K if ROTATED else C
-    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    exists = place < 9 * K * C
-    inner, tap, outer = place % INNER, place // INNER % 9, place // (9 * INNER)
-    source = (inner * C + outer) * 9 + (8 - tap) if ROTATED else (outer * C + inner) * 9 + tap
-    tl.store(packed + place, tl.load(weight + source, exists).to(packed.dtype.element_ty), exists)
-    if weight_dot is not None:
-        tl.store(packed_dot + place, tl.load(weight_dot + source, exists).to(packed.dtype.element_ty), exists)
+    _pack_weights(theta, packed, 1.0, WEIGHTS, SIZE)
+    if direction is not None:
+        factor = 1.0
+        if partials is not None:
+            factor = power_of_parts(partials, LARGEST, PARTIALS)
+            place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+            tl.store(scaled + place, tl.load(direction + place, place < size, 0) * factor, place < size)
+            if tl.program_id(0) == 0:
+                tl.store(scale, factor)
+        _pack_weights(direction, packed_dot, factor, WEIGHTS, SIZE)
 
 
-def pack(weights: tuple[Tensor, ...], planes: Tensor, precision: Precision, *, rotated: bool = False) -> list[Tensor]:
-    """Return one or two `weights` (K, C, 3, 3) as (K, 3, 3, C), in the dtype in which they are multiplied with `planes`.
+def pack_parameters(
+    theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float
+) -> PackedParameters:
+    """See `mtt_fast.kernels.pack_parameters`."""
+    row = configuration("pack_parameters", "", architecture(theta.device))
+    dtype = HALF_PRECISIONS.get(precision, theta.dtype) if theta.dtype == torch.float32 else theta.dtype
+    shapes = _shapes(places)
+    total = sum(2 * apart for *_, apart in shapes)
+    packed = torch.empty(total, dtype=dtype, device=theta.device)
+    packed_dot = partials = scaled = scale = None
+    if direction is not None:
+        packed_dot = torch.empty_like(packed)
+        if dtype == torch.float16:
+            partials = largest_parts(direction, None)
+            scaled, scale = torch.empty_like(direction), theta.new_empty(())
+    programs = sum(triton.cdiv(9 * filters * channels, row["SIZE"]) for _, _, filters, channels, _ in shapes)
+    if scaled is not None:
+        programs = max(programs, triton.cdiv(theta.numel(), row["SIZE"]))
+    constants: dict[str, Any] = {"LARGEST": largest, "PARTIALS": 0 if partials is None else partials.numel(), **row}
+    tensors = (theta, packed, direction, packed_dot, partials, scaled, scale)
+    launch(_pack, programs, *tensors, theta.numel(), WEIGHTS=shapes, **constants)
+    moved = direction if scaled is None else scaled
+    weights_dot = () if moved is None or packed_dot is None else _views(moved, packed_dot, shapes)
+    return PackedParameters(_views(theta, packed, shapes), weights_dot, moved, scale)
 
-    With `rotated` they are those of the input gradient: (C, 3, 3, K), each 3×3 rotated by 180°.
-    """
-    filters, channels, *_ = weights[0].shape
-    shape = (channels, 3, 3, filters) if rotated else (filters, 3, 3, channels)
-    dtype = HALF_PRECISIONS.get(precision, planes.dtype) if planes.dtype == torch.float32 else planes.dtype
-    packed = [torch.empty(shape, dtype=dtype, device=planes.device) for _ in weights]
-    first, second = [*weights, None][:2], [*packed, None][:2]
-    programs = triton.cdiv(packed[0].numel(), _SIZE)
-    launch(_pack, programs, *first, *second, K=filters, C=channels, ROTATED=rotated, SIZE=_SIZE)
+
+def straight(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[Tensor]:
+    """Return one or two weights as (K, 3, 3, C), in the dtype in which they are multiplied with `planes`."""
+    return [weight.straight for weight in _packed(weights, planes, precision)]
+
+
+def rotated(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[Tensor]:
+    """Return one or two weights as those of the input gradient: (C, 3, 3, K), each 3×3 rotated by 180°."""
+    return [weight.rotated for weight in _packed(weights, planes, precision)]
+
+
+def _packed(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[PackedWeight]:
+    """Return the weights packed: those that are not by a kernel each."""
+    by_planes = next((name for name, dtype in HALF_PRECISIONS.items() if dtype == planes.dtype), precision)
+    return [weight if isinstance(weight, PackedWeight) else _pack_one(weight, by_planes) for weight in weights]
+
+
+def _pack_one(weight: Tensor, precision: Precision) -> PackedWeight:
+    place = WeightPlace(0, weight.shape[0], weight.shape[1])
+    (packed,) = pack_parameters(weight.flatten(), None, (place,), precision, 1.0).weights
+    assert isinstance(packed, PackedWeight)
     return packed
+
+
+def _shapes(places: Sequence[WeightPlace]) -> tuple[tuple[int, int, int, int, int], ...]:
+    """Return of each weight its place in the vector, its place among the packed ones, K, C, and the room of a copy."""
+    shapes, begin = [], 0
+    for offset, filters, channels in places:
+        room = triton.cdiv(9 * filters * channels, _ALIGNMENT) * _ALIGNMENT
+        shapes.append((offset, begin, filters, channels, room))
+        begin += 2 * room
+    return tuple(shapes)
+
+
+def _views(
+    vector: Tensor, packed: Tensor, shapes: tuple[tuple[int, int, int, int, int], ...]
+) -> tuple[PackedWeight, ...]:
+    views = []
+    for offset, begin, filters, channels, room in shapes:
+        numbers = 9 * filters * channels
+        views.append(
+            PackedWeight(
+                vector.narrow(0, offset, numbers).view(filters, channels, 3, 3),
+                packed.narrow(0, begin, numbers).view(filters, 3, 3, channels),
+                packed.narrow(0, begin + room, numbers).view(channels, 3, 3, filters),
+            )
+        )
+    return tuple(views)

@@ -21,7 +21,7 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors, plane_dtype
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
-from mtt_fast.kernels import ConvLayer, LabelKind, Precision
+from mtt_fast.kernels import ConvLayer, LabelKind, PackedParameters, PartialSums, Precision, Weight, WeightPlace
 from mtt_fast.networks.convnet import ConvNet
 
 _LARGEST_DIRECTION, _LARGEST_COTANGENT = 1.0, 64.0
@@ -43,7 +43,8 @@ class FusedConvNetStudent:
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
-        parameters, classifier = self._parts(theta)
+        packed = self._packed(theta, None, images)
+        parameters, classifier = self._parts(theta, packed.weights)
         blocks = self._blocks(images, parameters, [None] * self.network.depth)
         x = blocks[0].inputs(images)
         activations = []
@@ -59,22 +60,22 @@ class FusedConvNetStudent:
         del x
 
         saved: SavedActivations = [scale]
-        gradients: list[Sequence[Tensor]] = [classifier_bar]
+        gradients: list[Sequence[Tensor]] = [self._classifier_sums(classifier_bar, scale)]
         for block in reversed(blocks):
             assert x_bar is not None
             if save:
                 saved.append((block.to_save(activations[-1]), x_bar))
             x_bar, parameters_bar = block.backward(activations.pop(), x_bar, not save)
             gradients.append(parameters_bar)
-        return StepGradient(loss, self._flat(gradients, scale), saved if save else None)
+        return StepGradient(loss, self._sums(gradients, scale), saved if save else None)
 
     def gradient_jvp(
         self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
-        direction_scale = self._scale(_LARGEST_DIRECTION, v)
-        parameters, classifier = self._parts(theta)
-        directions, classifier_dot = self._parts(v if direction_scale is None else v * direction_scale)
+        packed = self._packed(theta, v, images)
+        parameters, classifier = self._parts(theta, packed.weights)
+        directions, classifier_dot = self._parts(packed.direction, packed.weights_dot)
         blocks = self._blocks(images, parameters, directions)
         x, x_dot = blocks[0].inputs(images), None
         activations, saved_bars = [], []
@@ -96,7 +97,7 @@ class FusedConvNetStudent:
         x_bar_dot = _pixels(f_bar_dot if scale is None else f_bar_dot * scale, x)
         del x, x_dot, features
 
-        derivatives: list[Sequence[Tensor]] = [classifier_bar_dot]
+        derivatives: list[Sequence[Tensor]] = [self._classifier_sums(classifier_bar_dot, scale)]
         for block in reversed(blocks):
             saved_bar = saved_bars.pop()
             p_bar = x_bar if saved_bar is None else saved_bar
@@ -105,13 +106,13 @@ class FusedConvNetStudent:
                 activations.pop(), p_bar, x_bar_dot, saved_bar is None
             )
             derivatives.append(parameters_bar_dot)
-        hessian_v, images_bar_dot = self._flat(derivatives, scale), x_bar_dot.to(theta.dtype).contiguous()
-        if scale is not None and direction_scale is not None:
-            for result in (v_dot_g, hessian_v, images_bar_dot, labels_bar_dot):
+        images_bar_dot = x_bar_dot.to(theta.dtype).contiguous()
+        if scale is not None and packed.scale is not None:
+            for result in (v_dot_g, images_bar_dot, labels_bar_dot):
                 if result is not None:
-                    result.div_(direction_scale)
+                    result.div_(packed.scale)
             images_bar_dot.div_(scale)
-        return GradientTangent(v_dot_g, hessian_v, images_bar_dot, labels_bar_dot)
+        return GradientTangent(v_dot_g, self._sums(derivatives, scale, packed.scale), images_bar_dot, labels_bar_dot)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -180,24 +181,38 @@ class FusedConvNetStudent:
     def _has_image_block(self, image_shape: torch.Size, device: torch.device) -> bool:
         return self.network.norm == "instance" and kernels.has_image_block(self._layers(image_shape)[0], device)
 
-    def _parts(self, theta: Tensor) -> tuple[list[Parameters], Tensors]:
-        """Return views of the parameters of each block that have an effect, and of the classifier's two.
+    def _packed(self, theta: Tensor, v: Tensor | None, images: Tensor) -> PackedParameters:
+        """Return the weights of all blocks with planes, and of the direction `v` if there is one, as products read them."""
+        planes = slice(1 if self._has_image_block(images.shape[1:], images.device) else 0, self.network.depth)
+        places = [
+            WeightPlace(block[0].storage_offset() - theta.storage_offset(), *block[0].shape[:2])
+            for block in self.network.split(theta)[planes]
+        ]
+        return kernels.pack_parameters(theta, v, places, self.precision, _LARGEST_DIRECTION)
+
+    def _parts(self, vector: Tensor | None, packed: Sequence[Weight]) -> tuple[list[Parameters], Tensors]:
+        """Return the parameters of each block that have an effect, the last blocks' weights `packed`, and the classifier's two.
 
         In front of an instance norm the convolution's bias has none, so its gradient is exactly zero.
         """
-        *blocks, classifier = self.network.split(theta)
+        assert vector is not None
+        *blocks, classifier = self.network.split(vector)
         affine = 2 if self.network.norm == "instance" else 1
-        return [Parameters(block[0], block[affine:]) for block in blocks], classifier
+        weights = [*(block[0] for block in blocks[: len(blocks) - len(packed)]), *packed]
+        return [Parameters(weight, block[affine:]) for weight, block in zip(weights, blocks, strict=True)], classifier
 
-    def _flat(self, layers: Sequence[Sequence[Tensor]], scale: Tensor | None) -> Tensor:
-        """Return the flat vector (P,) of results of the layers, the last layer's first; the blocks' have a factor `scale`."""
+    def _sums(self, layers: Sequence[Sequence[Tensor]], *scales: Tensor | None) -> PartialSums:
+        """Return the sums of the vector (P,) of all parameters from those of the layers, the last layer's first, less their factors."""
         classifier, *blocks = layers
-        bias = (classifier[0].new_zeros(self.network.width),) if self.network.norm == "instance" else ()
+        bias = (
+            (classifier[0].new_empty(0, self.network.width),) if self.network.norm == "instance" else ()
+        )  # no summand
         pieces = [piece for weight, *affine in reversed(blocks) for piece in (weight, *bias, *affine)]
-        vector = torch.cat([piece.flatten() for piece in (*pieces, *classifier)])
-        if scale is not None:
-            vector[: sum(piece.numel() for piece in pieces)].div_(scale)
-        return vector
+        return PartialSums((*pieces, *classifier), tuple(scale for scale in scales if scale is not None))
+
+    def _classifier_sums(self, gradients: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
+        """Return the classifier's gradients with the factor that the blocks' have."""
+        return [(gradient if scale is None else gradient * scale)[None] for gradient in gradients]
 
     def _scale(self, largest: float, *tensors: Tensor) -> Tensor | None:
         """Return the power of two by which what is linear in `tensors` stays in the range of the planes; None if that is float32's."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.kernels import HALF_PRECISIONS, Affine, Folded, Patches, PlaneStats, Precision
+from mtt_fast.kernels import HALF_PRECISIONS, Affine, Folded, Patches, PlaneStats, Precision, Weight, weight_of
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
 Tensors = tuple[Tensor, ...]
@@ -28,7 +28,7 @@ def plane_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
 class Parameters(NamedTuple):
     """A block's weight (K, C, 3, 3), and what follows the convolution and has an effect: γ, β of a norm, else its bias."""
 
-    weight: Tensor
+    weight: Weight
     affine: Tensors
 
 
@@ -48,7 +48,7 @@ class Block(Protocol):
         ...
 
     def backward(self, activations: Any, p_bar: Tensor, reuse: bool) -> tuple[Tensor | None, Tensors]:
-        """Return x̄, None of images, and the gradients of the parameters. With `reuse` what was to save may be overwritten.
+        """Return x̄, None of images, and summands of the parameters' gradients. With `reuse` what was to save may be overwritten.
 
         The activations are taken: each tensor is freed as soon as it is needed no more. So are those of `dual_backward`.
         """
@@ -61,7 +61,7 @@ class Block(Protocol):
     def dual_backward(
         self, activations: Any, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool
     ) -> tuple[Tensor | None, Tensor, Tensors]:
-        """Return x̄, None of images or if it is not wanted, x̄̇, and the derivatives of the parameters' gradients."""
+        """Return x̄, None of images or if it is not wanted, x̄̇, and summands of the parameters' gradients' derivatives."""
         ...
 
 
@@ -255,7 +255,7 @@ class ImageBlock:
     def forward(self, x: Tensor) -> tuple[Tensor, ImageActivations]:
         """See `Block.forward`."""
         patches = kernels.image_patches(x, self.padding, self.precision)
-        weight, affine = self.at
+        weight, affine = weight_of(self.at.weight), self.at.affine
         p, folded = kernels.conv_norm_relu_pool(patches, weight, Affine(*affine), NORM_EPS, self.precision)
         return p, ImageActivations(patches, folded)
 
@@ -265,8 +265,8 @@ class ImageBlock:
 
     def backward(self, activations: ImageActivations, p_bar: Tensor, reuse: bool) -> tuple[None, Tensors]:
         """See `Block.backward`."""
-        (patches, folded), (weight, affine) = activations, self.at
-        arguments = (weight, Affine(*affine), p_bar, NORM_EPS, self.precision)
+        patches, folded = activations
+        arguments = (weight_of(self.at.weight), Affine(*self.at.affine), p_bar, NORM_EPS, self.precision)
         return None, kernels.conv_norm_relu_pool_backward(patches, *arguments, folded)
 
     def dual(self, x: Tensor, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
@@ -287,4 +287,5 @@ class ImageBlock:
     @property
     def _directions(self) -> tuple[Tensor, Tensor, Affine, Affine]:
         assert self.along is not None
-        return self.at.weight, self.along.weight, Affine(*self.at.affine), Affine(*self.along.affine)
+        weights = (weight_of(self.at.weight), weight_of(self.along.weight))
+        return *weights, Affine(*self.at.affine), Affine(*self.along.affine)

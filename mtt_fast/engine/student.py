@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mtt_fast.kernels as kernels
 from mtt_fast.errors import InputError
+from mtt_fast.kernels import PartialSums
 from mtt_fast.networks.protocol import Network
 
 # The memory of a generic step over its live bytes, since operations allocate inside and glibc's allocator keeps freed
@@ -47,8 +49,14 @@ class StepGradient(NamedTuple):
     """The loss and its gradient at θ, and the activations that were saved on the way."""
 
     loss: Tensor  # ()
-    theta: Tensor  # (P,)
+    sums: PartialSums  # of the gradient
     saved: SavedActivations | None
+
+    @property
+    def theta(self) -> Tensor:
+        """Return the gradient (P,)."""
+        gradient: Tensor = kernels.add_up(self.sums)
+        return gradient
 
 
 class StepBytes(NamedTuple):
@@ -66,16 +74,27 @@ class GradientTangent(NamedTuple):
     """Derivative at θ in direction v of the loss and its gradient (g is the gradient to θ, H the Hessian)."""
 
     v_dot_g: Tensor  # ()
-    hessian_v: Tensor  # (P,)
+    sums: PartialSums  # of H v
     images: Tensor  # (b, C, H, W): ∂(v·g)/∂x
     labels: Tensor | None  # (b, classes): ∂(v·g)/∂y; None for class indices
+
+    @property
+    def hessian_v(self) -> Tensor:
+        """Return H v (P,)."""
+        hessian_v: Tensor = kernels.add_up(self.sums)
+        return hessian_v
+
+
+def as_sums(vector: Tensor) -> PartialSums:
+    """Return a vector (P,) that is complete as partial sums."""
+    return PartialSums((vector.contiguous()[None],))
 
 
 class Student(Protocol):
     """One step's gradient and its derivative; the loss is a mean over the samples of the batch."""
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
-        """Return the loss () and ∇θ loss (P,) at `theta`; with `save` also activations, if the student saves any."""
+        """Return the loss () and ∇θ loss at `theta`; with `save` also activations, if the student saves any."""
         ...
 
     def gradient_jvp(
@@ -145,12 +164,12 @@ class GenericStudent:
         """See `Student.gradient`."""
         if save:  # of a copy, since a graph is invalid once a tensor that it saved is overwritten, as by the next row of a path
             step = self._recorded(theta.clone(), images, labels)
-            return StepGradient(step.loss.detach(), step.gradient.detach(), [step])
+            return StepGradient(step.loss.detach(), as_sums(step.gradient.detach()), [step])
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
             loss = self.loss(self.network(leaf, images), labels)
             (gradient,) = torch.autograd.grad(loss, leaf)
-        return StepGradient(loss.detach(), gradient, None)
+        return StepGradient(loss.detach(), as_sums(gradient), None)
 
     def gradient_jvp(
         self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
@@ -158,8 +177,10 @@ class GenericStudent:
         """See `Student.gradient_jvp`."""
         step = saved.pop() if saved else self._recorded(theta, images, labels)
         v_dot_g = torch.dot(step.gradient.detach(), v)
-        derivatives = torch.autograd.grad(step.gradient, step.leaves, v, materialize_grads=True)
-        return GradientTangent(v_dot_g, *derivatives, *(None,) * (3 - len(derivatives)))
+        hessian_v, images_bar_dot, *labels_bar_dot = torch.autograd.grad(
+            step.gradient, step.leaves, v, materialize_grads=True
+        )
+        return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, *labels_bar_dot or (None,))
 
     def _recorded(self, theta: Tensor, images: Tensor, labels: Tensor) -> _RecordedStep:
         differentiated = (theta, images, labels) if labels.is_floating_point() else (theta, images)
@@ -221,7 +242,7 @@ class InMicrobatches:
             total_loss.add_(part.loss, alpha=weight)
             total.add_(part.theta, alpha=weight)
             saved.append(part.saved)
-        return StepGradient(total_loss, total, saved if save else None)
+        return StepGradient(total_loss, as_sums(total), saved if save else None)
 
     def gradient_jvp(
         self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
@@ -238,7 +259,7 @@ class InMicrobatches:
             torch.mul(part.images, weight, out=to_images[piece])
             if to_labels is not None and part.labels is not None:
                 torch.mul(part.labels, weight, out=to_labels[piece])
-        return GradientTangent(v_dot_g, hessian_v, to_images, to_labels)
+        return GradientTangent(v_dot_g, as_sums(hessian_v), to_images, to_labels)
 
     @property
     def passes(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Loss, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.kernels import LabelKind, PartialSums, Precision
 from mtt_fast.networks.protocol import Network
 
 Gradient = Literal["exact", "truncated"]
@@ -287,13 +287,13 @@ class _Unroll(torch.autograd.Function):
         for n, index in enumerate(steps.batches):
             inputs = steps.inputs(images[index], n).to(theta.dtype)
             targets = steps.targets(labels, n, theta.dtype)
-            _, gradient, activations = steps.student.gradient(path.near(n), inputs, targets, save=n >= steps.saved_from)
+            _, sums, activations = steps.student.gradient(path.near(n), inputs, targets, save=n >= steps.saved_from)
             if activations:
                 saved[n] = activations
             after = None if velocities is None else velocities.near(n)
             kernels.sgd_step(
                 path.near(n),
-                gradient.contiguous(),
+                sums,
                 rates[n],
                 out=path.near(n + 1),
                 velocity=before,
@@ -380,10 +380,9 @@ class _Unroll(torch.autograd.Function):
             if grad_labels is not None and tangent.labels is not None:
                 to_targets = (negated_sizes[n] * tangent.labels).to(labels.dtype)
                 kernels.index_add(grad_labels, index, to_targets, alpha=-1)
-            exact = steps.gradient == "exact"
             kernels.adjoint_step(
                 adjoint,
-                tangent.hessian_v.contiguous() if exact else torch.zeros_like(adjoint),
+                tangent.sums if steps.gradient == "exact" else PartialSums((adjoint.new_empty(0, len(adjoint)),)),
                 direction,
                 sizes[n],
                 out=adjoint,

@@ -126,11 +126,11 @@ def training_step(
     A pure function of its tensors, none of whose values is read on the host. `parameters` (b, K) are those of `augment`.
     """
     inputs, targets = _inputs(images, augment, index, parameters)
-    loss, gradient, _ = student.gradient(theta, inputs, targets)
+    loss, sums, _ = student.gradient(theta, inputs, targets)
     theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
     kernels.sgd_step(
         theta,
-        gradient.contiguous(),
+        sums,
         theta.new_full((), sgd.lr),
         out=theta_out,
         velocity=velocity if sgd.momentum else None,

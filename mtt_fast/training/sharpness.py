@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtt_fast.engine.student import StepGradient, Student
+from mtt_fast.engine.student import StepGradient, Student, as_sums
 
 _SMALLEST_NORM = 1e-12
 
@@ -35,15 +35,16 @@ class SharpnessAware:
 
         A pure function of its tensors: both gradients are of the same images.
         """
-        loss, gradient, _ = self.student.gradient(theta, images, labels)
+        step = self.student.gradient(theta, images, labels)
+        gradient = step.theta
         scaled = theta * gradient if self.adaptive else gradient
         uphill = theta * scaled if self.adaptive else gradient
         worse = theta + uphill * (self.rho / (torch.linalg.vector_norm(scaled) + _SMALLEST_NORM))
-        _, direction, _ = self.student.gradient(worse, images, labels)
+        direction = self.student.gradient(worse, images, labels).theta
         if self.alpha:
             along = (gradient * direction).sum() / (direction.square().sum() + _SMALLEST_NORM**2)
             direction = direction - self.alpha * (gradient - along * direction)
-        return StepGradient(loss, direction, None)
+        return StepGradient(step.loss, as_sums(direction), None)
 
 
 def sharpness_aware(student: Student, rho: float, alpha: float, *, adaptive: bool) -> Student | SharpnessAware:

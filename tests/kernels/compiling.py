@@ -102,6 +102,9 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
         elif isinstance(value, Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[place,] = ALIGNED
+        elif isinstance(value, tuple):  # of tensors
+            signature[name] = tuple(TYPES[each.dtype] for each in value)
+            attributes |= {(place, number): ALIGNED for number in range(len(value))}
         elif isinstance(value, triton.tools.tensor_descriptor.TensorDescriptor):
             signature[name] = f"tensordesc<{TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtt_fast import kernels
 from mtt_fast.kernels import HALF_PRECISIONS, Affine, ConvLayer, Precision, native, triton
-from mtt_fast.testing import assert_close
+from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, draw, jvp, refused
 from tests.kernels.triton_comparison import compare
@@ -52,6 +52,7 @@ def block_results(given: dict[str, Any]) -> dict[str, Tensor]:
     along = (patches, weight, weight_dot, affine, affine_dot)
     dual_p, p_dot, folded = kernels.conv_norm_relu_pool_dual(*along, EPS)
     dual_back = kernels.conv_norm_relu_pool_dual_backward(*along, *given["bars"], EPS, folded=folded)
+    back, dual_back = (added_up("conv_norm_relu_pool_backward", each) for each in (back, dual_back))
     names = ["p", "weight_bar", "gamma_bar", "beta_bar", "dual p", "p_dot"]
     names += ["x_bar_dot", "weight_bar_dot", "gamma_bar_dot", "beta_bar_dot"]
     return dict(zip(names, (p, *back, dual_p, p_dot, *dual_back), strict=True))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,9 +17,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtt_fast import kernels
-from mtt_fast.kernels import adjoint_step, index_add, native, power_of_two, reference, sgd_step, squared_distance
+from mtt_fast.kernels import (
+    PackedParameters,
+    PartialSums,
+    Precision,
+    WeightPlace,
+    add_up,
+    adjoint_step,
+    index_add,
+    native,
+    pack_parameters,
+    power_of_two,
+    reference,
+    sgd_step,
+    squared_distance,
+)
 from mtt_fast.testing import assert_close
-from tests.kernels.compiling import check, each_architecture, meta, recording
+from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
 from tests.kernels.helpers import needs_native
 from tests.kernels.triton_comparison import compare
 
@@ -143,6 +157,10 @@ V, RATE = torch.zeros(6), torch.zeros(())
         (adjoint_step, (V, V, V, RATE, V, V[:5]), "expected incoming of shape"),
         (adjoint_step, (V, V, V, V, V), "expected scale of shape"),
         (adjoint_step, (V, torch.zeros(12)[::2], V, RATE, V), "expected hessian_v contiguous"),
+        (sgd_step, (V, PartialSums((V[None, :5],)), RATE, V), "expected gradient of 6 numbers, found pieces of 5"),
+        (sgd_step, (V, PartialSums((torch.zeros(2, 12)[:, ::2],)), RATE, V), "summands of gradient contiguous"),
+        (sgd_step, (V, PartialSums((V[None].double(),)), RATE, V), "expected gradient of torch.float32 on cpu"),
+        (sgd_step, (V, PartialSums((V[None],), (V,)), RATE, V), "expected a factor of gradient of shape"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
@@ -302,6 +320,30 @@ def test_the_distance_on_a_gpu_agrees_with_the_cpu() -> None:
     torch.testing.assert_close(result.cpu(), squared_distance(a, b), rtol=1e-12, atol=0)
 
 
+def test_partial_sums_are_a_vector() -> None:
+    weights, nothing, biases = torch.randn(3, 2, 5, 3, 3), torch.empty(0, 4), torch.randn(2, 7)
+    expected = torch.cat([weights.sum(0).flatten(), torch.zeros(4), biases.sum(0)]) / 8
+    for given in (weights, weights.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)):
+        sums = PartialSums((given, nothing, biases), (torch.tensor(4.0), torch.tensor(2.0)))
+        torch.testing.assert_close(add_up(sums), expected)
+        zeros, out = torch.zeros(len(expected)), torch.empty(len(expected))
+        torch.testing.assert_close(sgd_step(zeros, sums, torch.tensor(-1.0), out), expected)
+        torch.testing.assert_close(adjoint_step(zeros, sums, zeros, torch.tensor(1.0), out), expected)
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_parameters_are_packed_in_the_directions_range(precision: Any) -> None:
+    theta = torch.arange(100.0)
+    packed = pack_parameters(theta, theta * 2**20, [WeightPlace(5, 2, 3)], precision)
+    assert isinstance(packed, PackedParameters)
+    assert packed.direction is not None
+    assert torch.equal(packed.weights[0], theta[5:59].view(2, 3, 3, 3))  # type: ignore[arg-type]
+    scale = 2.0**-27 if precision == "fp16" else 1.0
+    assert (packed.scale is None) == (precision != "fp16")
+    assert torch.equal(packed.direction, theta * 2**20 * scale)
+    assert torch.equal(packed.weights_dot[0], packed.direction[5:59].view(2, 3, 3, 3))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", str(kernels.native_available()))])
 def test_the_environment_turns_the_native_kernels_off(value: str, expected: str) -> None:
     code = (
@@ -320,6 +362,8 @@ def test_triton_equals_the_reference_interpreted() -> None:
         assert len([line for line in lines if line.startswith("passed: vectors") and dtype in line]) == 4
     assert len([line for line in lines if line.startswith("passed: rows")]) == 2 * 4
     assert "passed: powers of two" in lines
+    assert len([line for line in lines if line.startswith("passed: partial sums")]) == 2 * 3
+    assert len([line for line in lines if line.startswith("passed: packed parameters")]) == 2 * 4
 
 
 @pytest.mark.gpu
@@ -329,9 +373,9 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
 
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    from mtt_fast.kernels.triton import flat
+    from mtt_fast.kernels.triton import flat, weights
 
-    with recording([flat], architecture) as launches:
+    with recording([flat, weights], architecture) as launches:
         a = meta(1003)
         flat.sgd_step(a, a, meta(), a, None, None, 0.0, 0.0)
         flat.sgd_step(a, a, meta(), a, a, a, 0.9, 5e-4)
@@ -340,5 +384,13 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
         index = torch.empty(100, dtype=torch.long, device="meta")
         flat.index_add(meta(500, 3, 32, 32), index, meta(100, 3, 32, 32), -1.0)
         flat.power_of_two(64.0, a, meta(100, 64))
-    assert len(launches) == 8
+        of_weights = meta(40, WIDTH, 3, 3, WIDTH).permute(0, 1, 4, 2, 3)
+        sums = PartialSums((of_weights, meta(0, WIDTH), meta(100, 2, WIDTH)[:, 1], meta(1, 10, 2048)), (meta(), meta()))
+        vector = flat.add_up(sums)
+        flat.sgd_step(vector, sums, meta(), vector, None, None, 0.0, 0.0)
+        flat.adjoint_step(vector, sums, vector, meta(), vector, None, 0.0)
+        for precision in get_args(Precision):
+            place = WeightPlace(27 * WIDTH, WIDTH, WIDTH)
+            weights.pack_parameters(vector, vector, [place], precision, 1.0)
+    assert len(launches) == 8 + 3 + 5
     check(launches, architecture, tmp_path)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mtt_fast import kernels
 from mtt_fast.kernels import Affine, PlaneStats, reference
 from mtt_fast.kernels.types import accumulator
-from mtt_fast.testing import assert_close
+from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, PLANES, jvp, needs_native, plane_arguments, refused
 from tests.kernels.triton_comparison import compare
@@ -30,6 +30,7 @@ def plane_results(ops: Any, given: dict[str, Any], **options: bool) -> dict[str,
     # `reuse` destroys what it is given
     back = ops.norm_relu_pool_backward(y.clone(), *primal[1:], affine, bars[0], **options)
     dual_back = ops.norm_relu_pool_dual_backward(y.clone(), y_dot.clone(), stats, affine, affine_dot, *bars, **options)
+    back, dual_back = (added_up("norm_relu_pool_backward", each) for each in (back, dual_back))
     names = ["p", "mean", "rstd", "dual p", "p_dot", "dual mean", "dual rstd", "k1", "k2"]
     names += ["y_bar", "gamma_bar", "beta_bar", "dual y_bar", "y_bar_dot", "gamma_bar_dot", "beta_bar_dot"]
     return dict(zip(names, (*primal, p, p_dot, *stats, *back, *dual_back), strict=True))
@@ -75,7 +76,8 @@ def test_the_planes_derivatives_are_numerical_ones() -> None:
     for sign in (step, -step):
         y, gamma, beta, p_bar = (given[name] + sign * given[f"{name}_dot"] for name in ("y", "gamma", "beta", "p_bar"))
         p, mean, rstd = reference.norm_relu_pool(y, Affine(gamma, beta), EPS)
-        ends.append((p, *reference.norm_relu_pool_backward(y, mean, rstd, Affine(gamma, beta), p_bar)))
+        back = reference.norm_relu_pool_backward(y, mean, rstd, Affine(gamma, beta), p_bar)
+        ends.append((p, *added_up("norm_relu_pool_backward", back)))
     found = plane_results(reference, given)
     for name, after, before in zip(("p_dot", "y_bar_dot", "gamma_bar_dot", "beta_bar_dot"), *ends, strict=True):
         assert_close(name, found[name], (after - before) / (2 * step), 1e-7)

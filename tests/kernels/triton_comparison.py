@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.kernels import Affine, LabelKind, PlaneStats, Precision
+from mtt_fast.testing import added_up
 
 # Precisions that the interpreter does not have, and why.
 UNINTERPRETED = {"tf32": "it does not round, so this would be fp32 once more"}
@@ -149,6 +150,11 @@ def as_tuple(results: Any) -> tuple[Tensor, ...]:
     return tuple(tensor for each in results for tensor in as_tuple(each))
 
 
+def summed_results(back_end: Any, operation: str, *arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    """Return the results of a back end's operation, with summands added up."""
+    return added_up(operation, as_tuple(getattr(back_end, operation)(*arguments, **named)))
+
+
 def check(case: object, run: Callable[[], Any], expected: Any, tolerance: float) -> None:
     found = as_tuple(run())
     again = as_tuple(run()) if found[0].is_cuda else found  # interpreted, a second run could not differ
@@ -268,7 +274,8 @@ def check_planes(cases: dict[str, tuple[Any, ...]], shape: tuple[int | str, ...]
         found = as_tuple(getattr(triton, name)(*arguments))
         again = as_tuple(getattr(triton, name)(*arguments)) if y.is_cuda else found  # interpreted it could not differ
         expected = as_tuple(getattr(reference, name)(*map(in_float64, arguments)))
-        for place, (ours, second, theirs) in enumerate(zip(found, again, expected, strict=True)):
+        summed, again, expected = (added_up(name, results) for results in (found, again, expected))
+        for place, (ours, second, theirs) in enumerate(zip(summed, again, expected, strict=True)):
             case = (name, place, shape, str(y.dtype), str(memory_format(y)))
             error = float((ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-3))
             # Among many units there may be one that rounding carries over ReLU's kink.
@@ -327,7 +334,7 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
     for name, arguments, expected in convolution_cases(dtype, shape, form):
         moved = [None if each is None else each.to(device) for each in arguments]
         for backend in backends:
-            ours = partial(getattr(BACKENDS[backend], name), *moved, shape[-1], precision=precision)
+            ours = partial(summed_results, BACKENDS[backend], name, *moved, shape[-1], precision=precision)
             dual = "ẋ" if arguments[1] is not None else "no ẋ"
             check((name, backend, shape, str(form), str(dtype), precision, dual), ours, expected, tolerance)
 
@@ -363,7 +370,7 @@ def convolution_cases(
     ]
     for name, arguments in cases:
         wide = [None if each is None else each.double() for each in arguments]
-        exact = as_tuple(getattr(reference, name)(*wide, padding))
+        exact = added_up(name, getattr(reference, name)(*wide, padding))
         of_weights = accumulator(dtype) if name.endswith("weight_gradient") else dtype
         yield name, arguments, tuple(each.to(of_weights) for each in exact)
 
@@ -380,7 +387,7 @@ def boxed_convolutions(
 
     for name, arguments, expected in convolution_cases(dtype, shape, torch.channels_last):
         moved = [None if each is None else each.to(device) for each in arguments]
-        ours = partial(getattr(tma, name), *moved, shape[-1], precision=precision)
+        ours = partial(summed_results, tma, name, *moved, shape[-1], precision=precision)
         case = (name, "tma", shape, str(dtype), precision, number, "ẋ" if arguments[1] is not None else "no ẋ")
         with nullcontext() if number is None else patch.object(boxes, "box_configuration", configuration):
             check(case, ours, expected, TOLERANCES[precision])
@@ -395,8 +402,8 @@ def mixed_formats(device: str) -> None:
     for first, second in ((x, y_bar.contiguous(memory_format=last)), (x.contiguous(memory_format=last), y_bar)):
         expected = reference.conv3x3_dual_weight_gradient(first, first, second, second, 1)
         moved = [each.to(device) for each in (first, first, second, second)]
-        ours = partial(triton.conv3x3_dual_weight_gradient, *moved, 1, precision="fp32")
-        check("mixed formats", ours, expected, TOLERANCES["fp32"])
+        ours = partial(summed_results, triton, "conv3x3_dual_weight_gradient", *moved, 1, precision="fp32")
+        check("mixed formats", ours, expected.sum(0), TOLERANCES["fp32"])
 
 
 def classifiers(device: str, dtype: torch.dtype) -> None:
@@ -579,7 +586,7 @@ def run(cases: list[Callable[[], None]], share: Share) -> None:
 
 
 def main(family: str, device: str, share: Share) -> None:
-    from tests.kernels import block_comparison
+    from tests.kernels import block_comparison, parameters_comparison
 
     assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
     torch.backends.cudnn.allow_tf32 = False
@@ -606,6 +613,8 @@ def main(family: str, device: str, share: Share) -> None:
             vectors(device)
             rows(device)
             powers(device)
+            parameters_comparison.partial_sums(device)
+            parameters_comparison.packed_parameters(device)
         case "warp":
             for images in IMAGES if device == "cpu" else IMAGES + LARGE_IMAGES:
                 warps(device, images)
