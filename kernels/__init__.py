@@ -9,7 +9,15 @@ from __future__ import annotations
 if __name__ != "mtt_fast.kernels":  # it can be found as `kernels` too, which would be a second set of modules
     raise ImportError("import mtt_fast.kernels, not kernels")
 
-from .dispatch import compile_ahead, has_image_block, has_kernels, native_available, release_memory, work_bytes
+from .dispatch import (
+    compile_ahead,
+    has_image_block,
+    has_kernels,
+    native_available,
+    release_memory,
+    weight_bytes,
+    work_bytes,
+)
 from .ops import (
     add_up,
     adjoint_step,
@@ -58,6 +66,7 @@ from .types import (
     PlaneStats,
     Precision,
     Weight,
+    WeightBytes,
     WeightPlace,
     weight_of,
 )
@@ -76,6 +85,7 @@ __all__ = [
     "PlaneStats",
     "Precision",
     "Weight",
+    "WeightBytes",
     "WeightPlace",
     "add_up",
     "adjoint_step",
@@ -114,6 +124,7 @@ __all__ = [
     "release_memory",
     "sgd_step",
     "squared_distance",
+    "weight_bytes",
     "weight_of",
     "work_bytes",
 ]

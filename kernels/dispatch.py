@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference, triton
-from .types import ConvLayer, Precision
+from .types import ConvLayer, Precision, WeightBytes, accumulator
 
 Implementation = Callable[..., Any]
 
@@ -86,6 +86,15 @@ def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, devi
     if device.type != "cpu" or not native.has("conv3x3", torch.empty(0, dtype=dtype)):
         return 0
     return native.work_bytes(batch, layers, dtype)
+
+
+def weight_bytes(
+    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
+) -> list[WeightBytes]:
+    """Return the bytes that the weight of each of `layers` takes in a step beside itself, for planes of `dtype`."""
+    if _runs_triton(device):
+        return triton.weight_bytes(batch, layers, dtype, device, precision)
+    return [WeightBytes(0, 9 * layer.channels * layer.filters * accumulator(dtype).itemsize) for layer in layers]
 
 
 def release_memory() -> None:

@@ -109,6 +109,13 @@ class PackedParameters(NamedTuple):
     scale: Tensor | None  # (): a power of two; None for 1
 
 
+class WeightBytes(NamedTuple):
+    """Bytes that a convolution's weight takes in a step beside itself."""
+
+    packed: int  # by its copies
+    summands: int  # by the summands of its gradient
+
+
 class WeightPlace(NamedTuple):
     """Where a convolution's weight (filters, channels, 3, 3) lies in the flat vector of parameters."""
 

@@ -16,7 +16,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _SUMMANDS = {"weight_gradient": 1, "conv_norm_relu_pool": 3, "norm_relu_pool": 2, "bias_relu_pool": 1}
 """How many of the results of an operation whose name has this in it, if it is a gradient, are summands: its last."""
 

@@ -11,8 +11,12 @@ configurations decide. None waits for the device, so that all of them can be cap
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..types import ConvLayer, Precision, WeightBytes
 
 if TYPE_CHECKING:
     from .bias import (
@@ -112,6 +116,14 @@ def has_image_block(channels: int, filters: int | None) -> bool:
 def load() -> None:
     """Import Triton. Raises `ImportError` where it is missing."""
     importlib.import_module(".launch", __package__)
+
+
+def weight_bytes(
+    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
+) -> list[WeightBytes]:
+    """See `mtt_fast.kernels.weight_bytes`. Raises `ImportError` where Triton is missing."""
+    dispatch = importlib.import_module(".dispatch", __package__)
+    return dispatch.weight_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
 
 
 def compile_ahead(call: Callable[[], object]) -> None:

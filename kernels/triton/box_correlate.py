@@ -177,23 +177,50 @@ def correlate(
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
     tensors = [tensor for tensor in (x, x_dot, y_bar, y_bar_dot) if tensor is not None]
     tile = tile_of(operation, inputs, outputs, precision, tensors)
-    target = tile.pop("PROGRAMS")
-    programs = triton.cdiv(outputs.channels, tile["BLOCK_N"]) * triton.cdiv(inputs.channels, tile["BLOCK_K"])
-    programs *= 9 // tile["TAPS"]
+    programs, share, count = _split(inputs, outputs, tile, x, x_dot is not None)
+    tile.pop("PROGRAMS")
     if x.element_size() == 2:
-        kernel, factors, steps, constants = _planes_as_they_lie(x, x_dot, y_bar, y_bar_dot, padding, tile)
+        kernel, factors, constants = _planes_as_they_lie(x, x_dot, y_bar, y_bar_dot, padding, tile)
     else:
-        kernel, factors, steps, constants = _copied_lines(x, x_dot, y_bar, y_bar_dot, padding, tile)
+        kernel, factors, constants = _copied_lines(x, x_dot, y_bar, y_bar_dot, padding, tile)
     constants |= {"CI": inputs.channels, "CO": outputs.channels, "PRECISION": effective_precision(x.dtype, precision)}
-    share = triton.cdiv(steps, max(1, min(steps, target // programs)))
-    count = triton.cdiv(steps, share)
     parts = torch.empty((count, outputs.channels, 3, 3, inputs.channels), dtype=torch.float32, device=x.device)
     launch(kernel, count * programs, *factors, parts, share, **constants)
     return parts.permute(0, 1, 4, 2, 3)
 
 
-Summands = tuple[Any, tuple[Any, ...], int, dict[str, Any]]
-"""A kernel, the descriptors that it multiplies, its steps over all pixels, and its constants."""
+def count_summands(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> int:
+    """Return the number of parts that `correlate` sums over, for planes like `x` (of which dtype and device are asked)."""
+    tile = tile_of(operation, inputs, outputs, precision, [x])
+    return _split(inputs, outputs, tile, x, "dual" in operation)[2]
+
+
+def _split(inputs: Planes, outputs: Planes, tile: dict[str, int], x: Tensor, has_x_dot: bool) -> tuple[int, int, int]:
+    """Return the programs of a part of the sum over pixels, the steps of a part, and the number of parts."""
+    programs = triton.cdiv(outputs.channels, tile["BLOCK_N"]) * triton.cdiv(inputs.channels, tile["BLOCK_K"])
+    programs *= 9 // tile["TAPS"]
+    if x.element_size() == 2:
+        steps = count_boxes(outputs, box_of(tile["BLOCK_M"], outputs))
+    else:
+        positions = outputs.samples * _rows(outputs) * _pitch(outputs)
+        steps = triton.cdiv(2 * positions if has_x_dot else positions, tile["BLOCK_M"])
+    share = triton.cdiv(steps, max(1, min(steps, tile["PROGRAMS"] // programs)))
+    return programs, share, triton.cdiv(steps, share)
+
+
+def _rows(planes: Planes) -> int:
+    """Return the rows of a sample's lines: two more than the planes have, of zeros."""
+    return planes.height + 2
+
+
+def _pitch(planes: Planes) -> int:
+    """Return the positions from a row to the next, so that a row begins at a multiple of 16 bytes."""
+    pitch: int = triton.cdiv(planes.width, 4) * 4
+    return pitch
+
+
+Summands = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A kernel, the descriptors that it multiplies, and its constants."""
 
 
 def _planes_as_they_lie(
@@ -209,28 +236,26 @@ def _planes_as_they_lie(
         describe_planes(y_bar_dot, box, tile["BLOCK_N"]),
     )
     constants = {"HO": planes.height, "WO": planes.width, "PADDING": padding, **dict(zip(BOX, box, strict=True))}
-    return _correlate, factors, count_boxes(planes, box), sizes | constants
+    return _correlate, factors, sizes | constants
 
 
 def _copied_lines(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, tile: dict[str, int]
 ) -> Summands:
     planes = Planes.of(y_bar_dot)
-    pitch = triton.cdiv(planes.width, 4) * 4  # a row begins at a multiple of 16 bytes
     left, right = ([x], [y_bar_dot]) if x_dot is None else ([x, x_dot], [y_bar_dot, y_bar])
-    xs, ys = _lines(left, 3, padding, planes, pitch), _lines(right, 1, 0, planes, pitch)
-    length = xs.shape[1]
+    xs, ys = _lines(left, 3, padding, planes), _lines(right, 1, 0, planes)
     factors = (
         described(xs, tuple(xs.shape), (tile["BLOCK_K"], tile["BLOCK_M"])),
         described(ys, tuple(ys.shape), (tile["BLOCK_N"], tile["BLOCK_M"])),
     )
-    return _correlate_lines, factors, triton.cdiv(length, tile["BLOCK_M"]), tile | {"PITCH": pitch}
+    return _correlate_lines, factors, tile | {"PITCH": _pitch(planes)}
 
 
-def _lines(planes: list[Tensor], copies: int, padding: int, outputs: Planes, pitch: int) -> Tensor:
+def _lines(planes: list[Tensor], copies: int, padding: int, outputs: Planes) -> Tensor:
     """Return copies (copies · C, positions) of planes after each other, two zero rows longer than a result's."""
     samples, channels, height, width = planes[0].shape
-    rows = outputs.height + 2
+    rows, pitch = _rows(outputs), _pitch(outputs)
     positions = samples * rows * pitch
     length = len(planes) * positions
     lines = planes[0].new_empty((copies * channels, length))

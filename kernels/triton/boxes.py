@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..types import Precision
 from .configurations import Configuration, box_configuration
 from .implicit_gemm import effective_precision, shape_classes
-from .launch import architecture, tl, triton
+from .launch import TensorDescriptor, architecture, tl, triton
 from .planes import Planes
 
 BOX = ("BOX_B", "BOX_H", "BOX_W")  # samples, rows, columns

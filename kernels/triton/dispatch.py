@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..types import Precision, weight_of
-from . import conv, cudnn, tma
+from ..types import HALF_PRECISIONS, ConvLayer, Precision, WeightBytes, accumulator, weight_of
+from . import box_correlate, conv, cudnn, implicit_gemm, tma
 from .boxes import fits
 from .configurations import backend_of
 from .implicit_gemm import effective_precision, shape_classes
@@ -34,6 +35,29 @@ def dispatched(operation: str) -> Callable[..., Any]:
         return getattr(BACKENDS[backend], operation)(*operands, precision)
 
     return run
+
+
+def weight_bytes(
+    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
+) -> list[WeightBytes]:
+    """See `mtt_fast.kernels.weight_bytes`."""
+    x, every = torch.empty(0, dtype=dtype, device=device), []
+    products = HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
+    for layer in layers:
+        inputs = Planes(batch, layer.channels, layer.height, layer.width, torch.channels_last)
+        outputs = Planes(batch, layer.filters, layer.out_height, layer.out_width, torch.channels_last)
+        counts = [1]
+        for operation in ("conv3x3_weight_gradient", "conv3x3_dual_weight_gradient"):
+            classes = shape_classes(inputs, outputs, effective_precision(dtype, precision))
+            backend = backend_of(operation, classes[0], architecture(device), *classes[1:])
+            if backend == "tma" and not fits(inputs, outputs, precision, [x]):
+                backend = "triton"
+            if backend != "cudnn":
+                correlation = box_correlate if backend == "tma" else implicit_gemm
+                counts.append(correlation.count_summands(operation, inputs, outputs, precision, x))
+        size = 9 * layer.channels * layer.filters
+        every.append(WeightBytes(2 * size * products.itemsize, max(counts) * size * accumulator(dtype).itemsize))
+    return every
 
 
 def _backend(operation: str, x: Tensor, result: Planes, precision: Precision) -> str:

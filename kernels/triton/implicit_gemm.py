@@ -244,19 +244,12 @@ def correlate(
 ) -> Tensor:
     """Return W̄̇ (S, K, C, 3, 3), a summand of each part. The row of `operation` in the table gives the tile."""
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
-    row = tile_of(operation, inputs, outputs, precision, x)
-    target = row.pop("PROGRAMS")
-    row["BLOCK_K"] = min(row["BLOCK_K"], max(16, triton.next_power_of_2(9 * inputs.channels)))
-    tiles = outputs.samples * triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
-    channels, terms = inputs.channels, row["BLOCK_K"]
-    steps = triton.cdiv(9 * channels, terms) if channels < terms else 9 * triton.cdiv(channels, terms)
-    programs = steps * triton.cdiv(outputs.channels, row["BLOCK_N"])
-    share = triton.cdiv(tiles, max(1, min(tiles, target // programs)))
-    shape = (triton.cdiv(tiles, share), outputs.channels, 3, 3, channels)
-    parts = torch.empty(shape, dtype=accumulator(x.dtype), device=x.device)
+    row, programs, tiles, share = _split(operation, inputs, outputs, precision, x)
+    channels, count = inputs.channels, triton.cdiv(tiles, share)
+    parts = torch.empty((count, outputs.channels, 3, 3, channels), dtype=accumulator(x.dtype), device=x.device)
     launch(
         _correlate,
-        shape[0] * programs,
+        count * programs,
         *(x, x_dot, y_bar, y_bar_dot, parts, tiles, share),
         CI=channels,
         CO=outputs.channels,
@@ -271,6 +264,27 @@ def correlate(
         **row,
     )
     return parts.permute(0, 1, 4, 2, 3)
+
+
+def count_summands(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> int:
+    """Return the number of parts that `correlate` sums over, for planes like `x` (of which dtype and device are asked)."""
+    _, _, tiles, share = _split(operation, inputs, outputs, precision, x)
+    count: int = triton.cdiv(tiles, share)
+    return count
+
+
+def _split(
+    operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor
+) -> tuple[Configuration, int, int, int]:
+    """Return the tile, the programs of a part, the tiles of pixels, and those of a part."""
+    row = tile_of(operation, inputs, outputs, precision, x)
+    target = row.pop("PROGRAMS")
+    row["BLOCK_K"] = min(row["BLOCK_K"], max(16, triton.next_power_of_2(9 * inputs.channels)))
+    tiles = outputs.samples * triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
+    channels, terms = inputs.channels, row["BLOCK_K"]
+    steps = triton.cdiv(9 * channels, terms) if channels < terms else 9 * triton.cdiv(channels, terms)
+    programs = steps * triton.cdiv(outputs.channels, row["BLOCK_N"])
+    return row, programs, tiles, triton.cdiv(tiles, max(1, min(tiles, target // programs)))
 
 
 def effective_precision(dtype: torch.dtype, precision: Precision) -> str:

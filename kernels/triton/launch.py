@@ -13,13 +13,14 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError as error:
     raise ImportError(
         "mtt_fast's CUDA kernels need Triton, which is not installed here; it comes with torch's CUDA builds for "
         "Linux, else `pip install triton`"
     ) from error
 
-__all__ = ["INTERPRETED", "architecture", "compile_ahead", "launch", "tl", "triton"]
+__all__ = ["INTERPRETED", "TensorDescriptor", "architecture", "compile_ahead", "launch", "tl", "triton"]
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so a process is in one mode from beginning to end.
 INTERPRETED: bool = triton.knobs.runtime.interpret

@@ -129,14 +129,21 @@ class FusedConvNetStudent:
         xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
         ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
         pooled = [*xs[1:], features]
-        small = each * image_shape.numel() + parameters  # channels last; the layers' results
+        weights = kernels.weight_bytes(batch, layers, plane_dtype(dtype, self.precision), device, self.precision)
+        packed, summands = sum(weight.packed for weight in weights), [weight.summands for weight in weights]
+        of_weights = dtype.itemsize * sum(9 * layer.channels * layer.filters for layer in layers)
+        small = each * image_shape.numel() + parameters - of_weights  # channels last; the other results
         patches = columns = 0
         if self._has_image_block(image_shape, device):
             ys[0] = 0
             patches, folded, columns = _bytes_without_planes(layers[0], batch, of_planes, dtype)
-            small = patches + folded + parameters
-        if self.precision == "fp16":
-            small += parameters  # the scaled direction
+            packed -= weights[0].packed
+            summands[0] = batch * dtype.itemsize * (9 * layers[0].channels + 2) * layers[0].filters  # of each sample
+            small = patches + folded + parameters - of_weights
+        small += packed
+        along = packed + (parameters if self.precision == "fp16" else 0)  # of the direction, which fp16 scales
+        results = sum(summands) + parameters  # and their sum
+        left = [sum(summands[block:]) for block in range(len(layers))]  # by the blocks that the backward has passed
         forward_sweep = sum(xs) + sum(ys) + 3 * features
         tangents = 2 if self.network.norm == "instance" else 1  # without a norm ẏ is not saved
         backward_sweep = [
@@ -145,12 +152,15 @@ class FusedConvNetStudent:
         ]
         backward_sweep[0] += columns
         backward_sweep[-1] += 5 * features  # of the classifier, p, f̄ and ȳ's in both formats, with their tangents
+        backward = [sum(xs[: block + 1]) + sum(ys[: block + 1]) + pooled[block] for block in range(len(layers))]
+        backward[-1] = forward_sweep
+        both_sweeps = [planes + passed for planes, passed in zip(backward_sweep, left, strict=True)]
         return StepBytes(
-            # at the end there are the results once more, as a vector
-            gradient=max(forward_sweep, parameters) + small,
-            gradient_saving=forward_sweep + max(*ys, parameters - forward_sweep) + small,  # ȳ is not written over y
-            gradient_jvp=max(*backward_sweep, parameters) + small,
-            gradient_jvp_saved=max(max(backward_sweep) - sum(ys), parameters) + small,
+            gradient=max(*(planes + passed for planes, passed in zip(backward, left, strict=True)), results) + small,
+            # ȳ is not written over y
+            gradient_saving=max(forward_sweep + max(ys) + left[0], results) + small,
+            gradient_jvp=max(*both_sweeps, results) + small + along,
+            gradient_jvp_saved=max(max(both_sweeps) - sum(ys), results) + small + along,
             saved=sum(ys) + sum(pooled) + patches,
             work=kernels.work_bytes(batch, layers, dtype, device),
         )

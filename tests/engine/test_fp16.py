@@ -55,7 +55,8 @@ def test_one_step_is_as_exact_as_in_tf32(norm: str, label_kind: LabelKind) -> No
         student = FusedConvNetStudent(net, label_kind, precision)
         saved = student.gradient(theta, images, labels, save).saved
         found = student.gradient_jvp(theta, images, labels, v, saved)
-        pairs = {name: (getattr(found, name), getattr(exact, name)) for name in found._fields}
+        names = ("v_dot_g", "hessian_v", "images", "labels")
+        pairs = {name: (getattr(found, name), getattr(exact, name)) for name in names}
         return {name: relative_error(a.double(), b) for name, (a, b) in pairs.items() if b is not None}
 
     tf32 = errors("tf32", save=False)

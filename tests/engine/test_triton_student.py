@@ -73,20 +73,20 @@ def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int) -> StepBytes:
     [
         (ConvNet(3, 10, 128, 128, 5), 20),
         (ConvNet(3, 10, 32, 128, 3), 100),
+        (ConvNet(3, 10, 32, 128, 3), 10),  # most of it are summands, copies of weights, and parameters
         (ConvNet(1, 10, 28, 128, 3), 100),
         (ConvNet(3, 10, 32, 100, 3), 100),  # a width that keeps the planes of the first block
     ],
     ids=str,
 )
 def test_the_formula_is_what_a_step_holds(net: ConvNet, batch: int, precision: Any) -> None:
-    """But for what does not grow with the batch: sums of the weights' gradients in parts, other layouts of the weights."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     student = FusedConvNetStudent(net, "indices", precision)
     found = live_bytes_of_a_step(student, batch)
     with patch.object(dispatch, "_runs_triton", return_value=True):
         planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
     for name, value in planned._asdict().items():
-        assert getattr(found, name) == pytest.approx(value, rel=0.15, abs=10 << 20), name
+        assert getattr(found, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
 
 
 def test_the_first_block_keeps_no_planes() -> None:
@@ -94,7 +94,7 @@ def test_the_first_block_keeps_no_planes() -> None:
     at_once, parts = (FusedConvNetStudent(ConvNet(3, 10, 128, width, 5), "indices", "tf32") for width in (128, 127))
     ours, theirs = (live_bytes_of_a_step(student, 20) for student in (at_once, parts))
     assert ours.gradient_jvp <= 0.45 * theirs.gradient_jvp
-    assert ours.gradient <= 0.45 * theirs.gradient
+    assert ours.gradient <= 0.5 * theirs.gradient  # both keep the summands of the weights' gradients
 
 
 @pytest.mark.gpu

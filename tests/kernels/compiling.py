@@ -95,7 +95,8 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
 
     constants = dict(launch.constants)
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-    signature, attributes = {}, {}
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for place, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
         if value is None:
             constants[name] = None

@@ -323,8 +323,8 @@ def test_the_distance_on_a_gpu_agrees_with_the_cpu() -> None:
 def test_partial_sums_are_a_vector() -> None:
     weights, nothing, biases = torch.randn(3, 2, 5, 3, 3), torch.empty(0, 4), torch.randn(2, 7)
     expected = torch.cat([weights.sum(0).flatten(), torch.zeros(4), biases.sum(0)]) / 8
-    for given in (weights, weights.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)):
-        sums = PartialSums((given, nothing, biases), (torch.tensor(4.0), torch.tensor(2.0)))
+    for laid_out in (weights, weights.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)):
+        sums = PartialSums((laid_out, nothing, biases), (torch.tensor(4.0), torch.tensor(2.0)))
         torch.testing.assert_close(add_up(sums), expected)
         zeros, out = torch.zeros(len(expected)), torch.empty(len(expected))
         torch.testing.assert_close(sgd_step(zeros, sums, torch.tensor(-1.0), out), expected)
@@ -337,11 +337,11 @@ def test_parameters_are_packed_in_the_directions_range(precision: Any) -> None:
     packed = pack_parameters(theta, theta * 2**20, [WeightPlace(5, 2, 3)], precision)
     assert isinstance(packed, PackedParameters)
     assert packed.direction is not None
-    assert torch.equal(packed.weights[0], theta[5:59].view(2, 3, 3, 3))  # type: ignore[arg-type]
+    assert torch.equal(packed.weights[0], theta[5:59].view(2, 3, 3, 3))
     scale = 2.0**-27 if precision == "fp16" else 1.0
     assert (packed.scale is None) == (precision != "fp16")
     assert torch.equal(packed.direction, theta * 2**20 * scale)
-    assert torch.equal(packed.weights_dot[0], packed.direction[5:59].view(2, 3, 3, 3))  # type: ignore[arg-type]
+    assert torch.equal(packed.weights_dot[0], packed.direction[5:59].view(2, 3, 3, 3))
 
 
 @pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", str(kernels.native_available()))])
