@@ -175,7 +175,7 @@ def test_siamese_augmentation_does_the_same_to_every_image() -> None:
     augment = SiameseAugment("color_crop_cutout_flip_scale_rotate")
     for seed in range(12):
         same = siamese_augmentation(augment.strategy, one.expand(4, -1, -1, -1), seeded(seed))
-        expected = augment_with(one, augment.draw_parameters(one, seeded(seed)))
+        expected = augment_with(one, augment.draw_parameters([one], seeded(seed)))
         for batch in (1, 6):
             torch.testing.assert_close(same(one.expand(batch, -1, -1, -1)), expected.expand(batch, -1, -1, -1))
     identity = siamese_augmentation("none", one, seeded())

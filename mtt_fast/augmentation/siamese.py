@@ -10,7 +10,7 @@ operation that was drawn, so a CUDA graph that holds `augment_with` can be repla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,13 +64,13 @@ class SiameseAugment:
         chosen = int(torch.randint(len(operations), (), generator=generator, device=_device(generator)))
         return Draws(operations[chosen], _OPERATIONS[operations[chosen]].draw(images, generator))
 
-    def draw_parameters(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return the parameters (b, 13) of `augment_with` for the random numbers of `draw`.
+    def draw_parameters(self, batches: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Return the parameters (Σb, 13) of `augment_with` for the random numbers of `draw`, step by step.
 
-        Their dtype is float64 for float64 images, else float32.
+        Each step has a batch like one of `batches` (b, C, H, W). The dtype is float64 for float64 images, else float32.
         """
-        parameters = augment_parameters(self.draw(images, generator), images.shape)
-        return parameters.to(torch.promote_types(images.dtype, torch.float32))
+        parameters = parameters_of_steps([self.draw(images, generator) for images in batches], batches[0].shape)
+        return parameters.to(torch.promote_types(batches[0].dtype, torch.float32))
 
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Return `images` (b, C, H, W) augmented by `parameters` of `draw_parameters`."""
@@ -94,10 +94,25 @@ def augment_parameters(draws: Draws, shape: torch.Size) -> Tensor:
 
     The result is (b, 13), float64, on the device of the draws, with the columns `mtt_fast.kernels.WARP_PARAMETERS`.
     """
-    numbers = [number.double() for number in draws.numbers]
-    parameters = numbers[0].new_zeros(shape[0], len(kernels.WARP_PARAMETERS))
-    for name, values in _OPERATIONS[draws.operation].parameters(shape, *numbers).items():
-        parameters[:, kernels.WARP_PARAMETERS.index(name)] = values
+    return parameters_of_steps([draws], shape)
+
+
+def parameters_of_steps(steps: Sequence[Draws], shape: torch.Size) -> Tensor:
+    """Return the parameters (Σb, 13) of all `steps`, one after the other, for images of `shape` (any number, C, H, W).
+
+    Those of all steps with one operation are computed together: an operation is a dozen calls, whatever the length.
+    """
+    first, lengths = steps[0].numbers[0], [len(draws.numbers[0]) for draws in steps]
+    places = torch.arange(sum(lengths), device=first.device).split(lengths)
+    parameters = first.new_zeros(sum(lengths), len(kernels.WARP_PARAMETERS), dtype=torch.float64)
+    for operation in dict.fromkeys(draws.operation for draws in steps):
+        chosen = [
+            (place, draws.numbers) for place, draws in zip(places, steps, strict=True) if draws.operation == operation
+        ]
+        rows = torch.cat([place for place, _ in chosen])
+        numbers = [torch.cat(each).double() for each in zip(*(numbers for _, numbers in chosen), strict=True)]
+        for name, values in _OPERATIONS[operation].parameters(shape, *numbers).items():
+            parameters[rows, kernels.WARP_PARAMETERS.index(name)] = values.double()
     return parameters
 
 

@@ -7,13 +7,14 @@ augmentation before the others, with its draws kept apart from the operation; th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mtt_fast.augmentation.protocol import Footprint
-from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.augmentation.siamese import SiameseAugment, parameters_of_steps
 
 _COPIES = 3  # of a batch of canvases, at most: the batch, and its gradient, computed and added up
 _INDICES = 2  # of a crop's pixels in its canvas, as long integers
@@ -53,19 +54,25 @@ class CanvasCrops:
     size: int
     then: SiameseAugment | None = None
 
-    def draw_parameters(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw for a batch like the canvases `images` (b, C, H, W): the first row and column of each crop, then `then`'s.
+    def draw_parameters(self, batches: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Draw, step by step, for batches like the canvases `batches` (b, C, H, W): the corner of each crop, then `then`'s.
 
-        The result is (b, 2) or (b, 2 + 13), float64 for float64 canvases, else float32, which holds every row and column
-        exactly.
+        A corner is the first row and column. The result is (Σb, 2) or (Σb, 2 + 13), float64 for float64 canvases, else float32,
+        which holds every row and column exactly.
         """
-        device = torch.device("cpu") if generator is None else generator.device
-        corners = [torch.randint(side, (len(images),), generator=generator, device=device) for side in images.shape[2:]]
-        parameters = torch.stack(corners, dim=1).to(torch.promote_types(images.dtype, torch.float32))
-        if self.then is None:
-            return parameters
-        height, width = self._sides(images)
-        return torch.cat([parameters, self.then.draw_parameters(images[..., :height, :width], generator)], dim=1)
+        device, dtype = torch.device("cpu") if generator is None else generator.device, batches[0].dtype
+        height, width = self._sides(batches[0])
+        corners, draws = [], []
+        for images in batches:
+            sides = images.shape[2:]
+            places = [torch.randint(side, (len(images),), generator=generator, device=device) for side in sides]
+            corners.append(torch.stack(places, dim=1))
+            if self.then is not None:
+                draws.append(self.then.draw(images[..., :height, :width], generator))
+        parameters = [torch.cat(corners)]
+        if draws:
+            parameters.append(parameters_of_steps(draws, batches[0][..., :height, :width].shape))
+        return torch.cat([each.to(torch.promote_types(dtype, torch.float32)) for each in parameters], dim=1)
 
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Return the augmented crops of the canvases `images` (b, C, H, W) for `parameters` of `draw_parameters`.
@@ -82,7 +89,9 @@ class CanvasCrops:
         indices = crop_shape[1:].numel() * torch.long.itemsize
         return Footprint(crop_shape, _COPIES * image_shape.numel() * dtype.itemsize + _INDICES * indices)
 
-    draw = draw_parameters
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw for one step, as `draw_parameters` does."""
+        return self.draw_parameters([images], generator)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return `apply(images, draws)`."""

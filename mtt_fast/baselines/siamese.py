@@ -19,7 +19,7 @@ def siamese_augmentation(strategy: str, like: Tensor, generator: torch.Generator
     augment = augment_by_strategy(strategy)
     if augment is None:
         return _unchanged
-    return partial(_augmented, augment.draw_parameters(like[:1], generator).to(like.device))
+    return partial(_augmented, augment.draw_parameters([like[:1]], generator).to(like.device))
 
 
 def _unchanged(images: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 Apply = Callable[[Tensor, Tensor], Tensor]
 """From a step's images (b, C, H, W) and parameters (b, K) to the augmented images, whatever operation the parameters stand for."""
 
-Draw = Callable[[Tensor, torch.Generator], Tensor]
-"""From images of a step's shape and dtype, without a value, to the parameters (b, K) that `Apply` takes."""
+Draw = Callable[[Sequence[Tensor], torch.Generator], Tensor]
+"""From images of each step's shape and dtype, without a value, to the parameters (ΣB, K) that `Apply` takes, step by step."""
 
 
 class StepDraws(NamedTuple):
@@ -41,5 +41,4 @@ def draw_steps(
     if draw is None:
         return StepDraws(indices, None)
     like = torch.empty((), dtype=dtype)
-    parameters = [draw(like.expand(len(index), *image_shape), generator) for index in batches]
-    return StepDraws(indices, torch.cat(parameters))
+    return StepDraws(indices, draw([like.expand(len(index), *image_shape) for index in batches], generator))

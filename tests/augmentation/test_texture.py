@@ -56,8 +56,8 @@ def test_crops_have_every_derivative() -> None:
 def test_draws_cover_the_canvas_and_repeat() -> None:
     images = torch.empty(2000, 1, 4, 6)
     crops = CanvasCrops(2)
-    drawn = crops.draw_parameters(images, generator_for(0, "crops"))
-    assert drawn.equal(crops.draw_parameters(images, generator_for(0, "crops")))
+    drawn = crops.draw_parameters([images], generator_for(0, "crops"))
+    assert drawn.equal(crops.draw_parameters([images], generator_for(0, "crops")))
     assert drawn.shape == (2000, 2)
     corners, counts = drawn.unique(dim=0, return_counts=True)
     assert len(corners) == 4 * 6
@@ -67,7 +67,7 @@ def test_draws_cover_the_canvas_and_repeat() -> None:
 def test_the_augmentation_that_follows_sees_crops() -> None:
     images, then = torch.rand(5, 3, 8, 8, dtype=torch.float64), SiameseAugment()
     crops = CanvasCrops(2, then)
-    drawn = crops.draw_parameters(images, generator_for(3, "crops"))
+    drawn = crops.draw_parameters([images], generator_for(3, "crops"))
     assert drawn.dtype == torch.float64
     assert drawn.shape == (5, 15)
     generator = generator_for(3, "crops")
