@@ -10,7 +10,7 @@ operation that was drawn, so a CUDA graph that holds `augment_with` can be repla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,13 +64,16 @@ class SiameseAugment:
         chosen = int(torch.randint(len(operations), (), generator=generator, device=_device(generator)))
         return Draws(operations[chosen], _OPERATIONS[operations[chosen]].draw(images, generator))
 
-    def draw_parameters(self, batches: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def draw_parameters(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Return the parameters (Σb, 13) of `augment_with` for the random numbers of `draw`, step by step.
 
         Each step has a batch like one of `batches` (b, C, H, W). The dtype is float64 for float64 images, else float32.
         """
-        parameters = parameters_of_steps([self.draw(images, generator) for images in batches], batches[0].shape)
-        return parameters.to(torch.promote_types(batches[0].dtype, torch.float32))
+        draws = []
+        for images in batches:
+            like = images
+            draws.append(self.draw(images, generator))
+        return parameters_of_steps(draws, like.shape).to(torch.promote_types(like.dtype, torch.float32))
 
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Return `images` (b, C, H, W) augmented by `parameters` of `draw_parameters`."""

@@ -7,7 +7,7 @@ augmentation before the others, with its draws kept apart from the operation; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,25 +54,23 @@ class CanvasCrops:
     size: int
     then: SiameseAugment | None = None
 
-    def draw_parameters(self, batches: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def draw_parameters(self, batches: Iterable[Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Draw, step by step, for batches like the canvases `batches` (b, C, H, W): the corner of each crop, then `then`'s.
 
         A corner is the first row and column. The result is (Σb, 2) or (Σb, 2 + 13), float64 for float64 canvases, else float32,
         which holds every row and column exactly.
         """
-        device, dtype = torch.device("cpu") if generator is None else generator.device, batches[0].dtype
-        height, width = self._sides(batches[0])
+        device = torch.device("cpu") if generator is None else generator.device
         corners, draws = [], []
         for images in batches:
-            sides = images.shape[2:]
+            sides, (height, width) = images.shape[2:], self._sides(images)
             places = [torch.randint(side, (len(images),), generator=generator, device=device) for side in sides]
             corners.append(torch.stack(places, dim=1))
+            like = images[..., :height, :width]
             if self.then is not None:
-                draws.append(self.then.draw(images[..., :height, :width], generator))
-        parameters = [torch.cat(corners)]
-        if draws:
-            parameters.append(parameters_of_steps(draws, batches[0][..., :height, :width].shape))
-        return torch.cat([each.to(torch.promote_types(dtype, torch.float32)) for each in parameters], dim=1)
+                draws.append(self.then.draw(like, generator))
+        parameters = [torch.cat(corners), *([parameters_of_steps(draws, like.shape)] if draws else [])]
+        return torch.cat([each.to(torch.promote_types(like.dtype, torch.float32)) for each in parameters], dim=1)
 
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Return the augmented crops of the canvases `images` (b, C, H, W) for `parameters` of `draw_parameters`.

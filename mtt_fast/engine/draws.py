@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 Apply = Callable[[Tensor, Tensor], Tensor]
 """From a step's images (b, C, H, W) and parameters (b, K) to the augmented images, whatever operation the parameters stand for."""
 
-Draw = Callable[[Sequence[Tensor], torch.Generator], Tensor]
+Draw = Callable[[Iterable[Tensor], torch.Generator], Tensor]
 """From images of each step's shape and dtype, without a value, to the parameters (ΣB, K) that `Apply` takes, step by step."""
 
 
 class StepDraws(NamedTuple):
     """The draws of some steps, the rows of all one after the other."""
 
+    lengths: list[int]  # of the steps
     indices: Tensor  # (ΣB,) int64, into the images
     parameters: Tensor | None  # (ΣB, K), of the augmentation; None without one
 
@@ -27,7 +29,7 @@ class StepDraws(NamedTuple):
 
 
 def draw_steps(
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     image_shape: Sequence[int],
     dtype: torch.dtype,
     draw: Draw | None,
@@ -35,10 +37,16 @@ def draw_steps(
 ) -> StepDraws:
     """Draw, on the CPU, for steps that see images of `image_shape` (C, H, W) and `dtype` at `batches`, index vectors (b,).
 
-    The numbers come from `generator` step by step, as if each step drew its own.
+    The numbers come from `generator` step by step, as if each step drew its own, after its batch has been asked for.
     """
-    indices = torch.cat(list(batches))
-    if draw is None:
-        return StepDraws(indices, None)
-    like = torch.empty((), dtype=dtype)
-    return StepDraws(indices, draw([like.expand(len(index), *image_shape) for index in batches], generator))
+    like, indices = torch.empty((), dtype=dtype), []
+
+    def images_of_steps() -> Iterator[Tensor]:
+        for index in batches:
+            indices.append(index)
+            yield like.expand(len(index), *image_shape)
+
+    every = images_of_steps()
+    parameters = draw(every, generator) if draw is not None else None
+    deque(every, maxlen=0)
+    return StepDraws([len(index) for index in indices], torch.cat(indices), parameters)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Sgd, count_right, epoch_on
+from mtt_fast.training.sgd import STEPS_AT_ONCE, Sgd, count_right, epochs_on
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def _training(
     stop: StopRequest | None,
     test: Callable[[Network, Tensor, Tensor], None] = lambda *_: None,
 ) -> Job[Tensor]:
-    """Train as `train_network` does, an epoch at a time, and call `test` whenever a test is due.
+    """Train as `train_network` does, a few steps at a time, and call `test` whenever a test is due.
 
     The arguments of `test` are the network in evaluation, the network's parameters, and whether it has diverged (), on
     the device.
@@ -205,22 +206,34 @@ def _training(
     student = _student(network, images, precision)
     sgd = Sgd(lr, protocol.momentum, protocol.weight_decay, protocol.batch_size)
     augment, track = augment_by_strategy(protocol.augment), track_of(network)
-    velocity, run_epoch = torch.zeros_like(theta), epoch_on(student, images, sgd, augment, track)
+    velocity, run = torch.zeros_like(theta), epochs_on(student, images, sgd, augment, track)
     statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
     losses: list[Tensor] = []
-    for epoch in range(1, protocol.total_epochs + 1):
+    soft, most = images.labels.is_floating_point(), max(1, STEPS_AT_ONCE // math.ceil(len(images) / sgd.batch_size))
+    epoch = 0
+    while epoch < protocol.total_epochs:
         if stop:
             raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
-        theta, velocity, loss, *statistics = run_epoch(theta, velocity, generator, *statistics)
-        losses.append(loss)
-        if protocol.is_tested(epoch, soft=images.labels.is_floating_point()):
-            test(in_evaluation(network, *statistics), theta, has_diverged(torch.stack(losses), theta, *statistics))
+        epochs = _epochs_without_a_pause(protocol, epoch, most, soft=soft)
+        theta, velocity, means, *statistics = run(theta, velocity, generator, *statistics, epochs=epochs)
+        losses.append(means)
+        epoch += epochs
+        if protocol.is_tested(epoch, soft=soft):
+            test(in_evaluation(network, *statistics), theta, has_diverged(torch.cat(losses), theta, *statistics))
         if epoch == protocol.epochs_before_drop:
             if protocol.loop == "public":
                 velocity = torch.zeros_like(theta)
-            run_epoch = epoch_on(student, images, dataclasses.replace(sgd, lr=sgd.lr * 0.1), augment, track)
+            run = epochs_on(student, images, dataclasses.replace(sgd, lr=sgd.lr * 0.1), augment, track)
         yield
     return theta
+
+
+def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, *, soft: bool) -> int:
+    """Return how many epochs, at most `most`, follow the first `epoch` until a test, a drop of the rate or the end."""
+    for following in range(epoch + 1, min(epoch + most, protocol.total_epochs)):
+        if protocol.is_tested(following, soft=soft) or following == protocol.epochs_before_drop:
+            return following - epoch
+    return min(most, protocol.total_epochs - epoch)
 
 
 def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -20,6 +20,7 @@ from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
 
+STEPS_AT_ONCE = 10  # recorded together, so that starting a recording takes little of their time
 _TEST_BATCH = 500
 
 
@@ -48,19 +49,21 @@ If the network keeps running statistics (S,), the last argument is the statistic
 after the epoch.
 """
 
+Epochs = Callable[..., tuple[Tensor, ...]]
+"""A function like an `Epoch`, whose keyword `epochs` is how many follow each other: their mean losses are (epochs,)."""
 
-class Step(NamedTuple):
-    """The state of a training after a step."""
+
+class Stretch(NamedTuple):
+    """The state of a training after a few steps."""
 
     theta: Tensor  # (P,)
     velocity: Tensor  # (P,)
-    loss: Tensor  # (), before the step
-    images: int  # in the step
+    losses: Tensor  # (steps,): the sums over the images of each, before the step
     statistics: list[Tensor]  # running statistics (S,) if the network keeps some, else empty
 
 
-Steps = Callable[..., Iterator[Step]]
-"""A function from the arguments of an `Epoch` to the state of the training after each step of the epoch."""
+Stretches = Callable[..., Iterator[Stretch]]
+"""A function from the arguments of an `Epochs` to the state of the training after each stretch of steps."""
 
 
 def epoch_on(
@@ -69,63 +72,118 @@ def epoch_on(
     """Return a function that visits every image once in random order, in steps of plain SGD; the last batch may be short.
 
     Order and augmentation are drawn from the generator before the first step. Nothing waits for the device, and on
-    CUDA a step is recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) is for networks that keep
-    running statistics.
+    CUDA a few steps are recorded once and replayed. `track` (`mtt_fast.networks.flat_module.track_of`) is for networks that
+    keep running statistics.
     """
-    steps = steps_on(student, images, sgd, augment, track)
+    epochs = epochs_on(student, images, sgd, augment, track)
 
     def epoch(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> tuple[Tensor, ...]:
-        total, count = theta.new_zeros(()), 0
-        for step in steps(theta, velocity, generator, *statistics):
-            total += step.loss * step.images
-            count += step.images
-        return step.theta, step.velocity, total / count, *step.statistics
+        theta, velocity, losses, *statistics_after = epochs(theta, velocity, generator, *statistics)
+        return theta, velocity, losses[0], *statistics_after
 
     return epoch
 
 
-def steps_on(
+def epochs_on(
     student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
-) -> Steps:
-    """Return a function that does an epoch of `epoch_on` and yields after each step."""
+) -> Epochs:
+    """Return a function that does one `epoch_on` after the other, without a pause where an epoch is a step or two."""
+    stretches, samples = stretches_on(student, images, sgd, augment, track), len(images.expand_crops(torch.arange(1)))
+
+    def run(
+        theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
+    ) -> tuple[Tensor, ...]:
+        losses = []
+        for stretch in stretches(theta, velocity, generator, *statistics, epochs=epochs):
+            losses.append(stretch.losses)
+        means = torch.cat(losses).view(epochs, -1).sum(1) / (samples * len(images))
+        return stretch.theta, stretch.velocity, means, *stretch.statistics
+
+    return run
+
+
+def stretches_on(
+    student: Gradients,
+    images: Images,
+    sgd: Sgd,
+    augment: SiameseAugment | None,
+    track: Track | None = None,
+    at_once: int = STEPS_AT_ONCE,
+) -> Stretches:
+    """Return a function that does some epochs of `epoch_on` and yields after every `at_once` steps, and after a short batch."""
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
+    length = len(images.expand_crops(torch.arange(min(sgd.batch_size, len(images)))))
     apply = None if augmentation is None else augmentation.apply
-    step = graphed(partial(training_step, student, images, sgd, apply), device, kernels.compile_ahead)
-    tracked = None if track is None else graphed(partial(_tracked, track, images, apply), device)
+    run = partial(training_steps, student, images, sgd, apply, track, length)
+    steps = graphed(run, device, kernels.compile_ahead)
 
-    def steps(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> Iterator[Step]:
-        order = torch.randperm(len(images), generator=generator)
+    def stretches(
+        theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
+    ) -> Iterator[Stretch]:
         draw = None if augmentation is None else augmentation.draw_parameters
-        batches = [images.expand_crops(index) for index in order.split(sgd.batch_size)]
-        lengths = [len(index) for index in batches]
+        batches = _batches(images, sgd.batch_size, generator, epochs)
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
-        rows = zip(*(upload(rows, device).split(lengths) for rows in draws.tensors()), strict=True)
-        for index, *parameters in rows:
-            if tracked is not None:
-                statistics = tracked(*statistics, theta, index, *parameters)
-            theta, velocity, loss = step(theta, velocity, index, *parameters)
-            yield Step(theta, velocity, loss, len(index), list(statistics))
+        sizes = _stretch_sizes(draws.lengths, length, at_once)
+        for rows in zip(*(upload(rows, device).split(sizes) for rows in draws.tensors()), strict=True):
+            theta, velocity, losses, *statistics_after = steps(theta, velocity, *statistics, *rows)
+            statistics = tuple(statistics_after)
+            yield Stretch(theta, velocity, losses, statistics_after)
 
-    return steps
+    return stretches
 
 
-def training_step(
+def _batches(images: Images, size: int, generator: torch.Generator, epochs: int) -> Iterator[Tensor]:
+    """Draw the order of each epoch when its first batch is asked for; yield the batches, as indices."""
+    for _ in range(epochs):
+        for index in torch.randperm(len(images), generator=generator).split(size):
+            yield images.expand_crops(index)
+
+
+def _stretch_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
+    """Return the images of each stretch of at most `at_once` batches, of which only the last may be shorter than `full`."""
+    sizes, count = [0], 0
+    for length in lengths:
+        if count == at_once:
+            sizes.append(0)
+            count = 0
+        sizes[-1] += length
+        count = at_once if length < full else count + 1
+    return sizes
+
+
+def training_steps(
     student: Gradients,
     images: Images,
     sgd: Sgd,
     augment: Apply | None,
+    track: Track | None,
+    length: int,
     theta: Tensor,
     velocity: Tensor,
-    index: Tensor,
-    parameters: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameters and velocity (P,) after a step on the images at `index` (b,), and the loss () before the step.
+    *rest: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return parameters and velocity (P,) after steps on `length` images each, and the sums of the images' losses (steps,).
 
-    A pure function of its tensors, none of whose values is read on the host. `parameters` (b, K) are those of `augment`.
+    `rest` are the running statistics (S,) if `track` is given, which come back last, the indices (Σb,) of all steps' images,
+    and the parameters (Σb, K) of `augment`. A pure function of its tensors, none of whose values is read on the host.
     """
-    inputs, targets = _inputs(images, augment, index, parameters)
+    statistics, (index, *parameters) = (rest[:1], rest[1:]) if track is not None else ((), rest)
+    losses = []
+    for rows in zip(index.split(length), *(each.split(length) for each in parameters), strict=True):
+        inputs, targets = _inputs(images, augment, *rows)
+        if track is not None:
+            statistics = (track(theta, inputs, *statistics),)
+        theta, velocity, loss = training_step(student, sgd, theta, velocity, inputs, targets)
+        losses.append(loss * len(targets))
+    return theta, velocity, torch.stack(losses), *statistics
+
+
+def training_step(
+    student: Gradients, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return parameters and velocity (P,) after a step on a batch, and the loss () before the step. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
     theta_out, velocity_out = torch.empty_like(theta), torch.empty_like(velocity) if sgd.momentum else None
     kernels.sgd_step(
@@ -147,19 +205,6 @@ def _inputs(
     """Return the network's inputs and targets of the batch at `index` (b,)."""
     inputs, targets = images.batch(index)
     return (inputs if augment is None or parameters is None else augment(inputs, parameters)), targets
-
-
-def _tracked(
-    track: Track,
-    images: Images,
-    augment: Apply | None,
-    statistics: Tensor,
-    theta: Tensor,
-    index: Tensor,
-    parameters: Tensor | None = None,
-) -> tuple[Tensor]:
-    """Return the running statistics (S,) after a step on the images at `index` (b,), from the `statistics` before the step."""
-    return (track(theta, _inputs(images, augment, index, parameters)[0], statistics),)
 
 
 def accuracy(network: Network, theta: Tensor, images: Images) -> float:

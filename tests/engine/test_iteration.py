@@ -24,7 +24,7 @@ from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import Sgd, training_step
+from mtt_fast.training.sgd import Sgd, training_steps
 
 NET = ConvNet(3, 4, 8, width=5, depth=2)
 CPU = torch.device("cpu")
@@ -135,12 +135,12 @@ def test_nothing_waits_in_a_step_of_training(pixels: str) -> None:
         images = Images(torch.empty(shape, dtype=torch.uint8, device="meta"), labels_on_meta(), transform)
     else:
         images = Images(torch.empty(shape, device="meta"), labels_on_meta())
-    theta, index = torch.empty(NET.num_parameters, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
-    parameters = torch.empty(4, len(WARP_PARAMETERS), device="meta")
-    sgd = Sgd(0.1, 0.9, 5e-4)
+    theta, index = torch.empty(NET.num_parameters, device="meta"), torch.empty(7, dtype=torch.long, device="meta")
+    parameters = torch.empty(7, len(WARP_PARAMETERS), device="meta")
+    run = partial(training_steps, FusedConvNetStudent(NET), images, Sgd(0.1, 0.9, 5e-4), augment_with, None, 4)
     with NoValues():
-        found = training_step(FusedConvNetStudent(NET), images, sgd, augment_with, theta, theta, index, parameters)
-    assert [tensor.shape for tensor in found] == [theta.shape, theta.shape, ()]
+        found = run(theta, theta, index, parameters)
+    assert [tensor.shape for tensor in found] == [theta.shape, theta.shape, (2,)]
 
 
 def labels_on_meta() -> Tensor:

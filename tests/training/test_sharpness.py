@@ -75,16 +75,15 @@ def test_steps_are_those_of_the_definition(
     images = Images(torch.randn(7, 3, 8, 8, dtype=torch.float64), torch.randint(5, (7,)))
     start = flat(list(module.parameters()))
     theta, velocity = start, torch.zeros_like(start)
-    step = partial(
-        training_step, SharpnessAware(student, rho, alpha, adaptive), images, Sgd(0.1, momentum, decay), None
-    )
-    plain = partial(training_step, student, images, Sgd(0.1, momentum, decay), None)
+    sgd = Sgd(0.1, momentum, decay)
+    step = partial(training_step, SharpnessAware(student, rho, alpha, adaptive), sgd)
+    plain = partial(training_step, student, sgd)
     for number in range(3):
         before = F.cross_entropy(module(images.pixels[number:]), images.labels[number:])
         reference_step(module, optimiser, images.pixels[number:], images.labels[number:], rho, alpha, adaptive)
         if number == 0:
-            apart = plain(theta, velocity, torch.arange(7))[0]
-        theta, velocity, loss = step(theta, velocity, torch.arange(number, 7))
+            apart = plain(theta, velocity, *images.batch(slice(0, 7)))[0]
+        theta, velocity, loss = step(theta, velocity, *images.batch(slice(number, 7)))
         assert_close("loss", loss, before, 1e-12)
         assert_close(f"step {number}", theta - start, flat(list(module.parameters())) - start, 1e-10)
         if number == 0:

@@ -1,0 +1,98 @@
+"""Check that stretches of steps, and of epochs, are those steps one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtt_fast import ConvNet, SiameseAugment
+from mtt_fast.augmentation.texture import Canvas
+from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.student import GenericStudent
+from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.flat_module import FlatModule, statistics_of, track_of
+from mtt_fast.networks.protocol import Network
+from mtt_fast.training import protocols
+from mtt_fast.training.concurrency import result_of
+from mtt_fast.training.images import Images
+from mtt_fast.training.protocols import protocol_by_name, train_network
+from mtt_fast.training.sgd import Sgd, _stretch_sizes, epoch_on, epochs_on, stretches_on
+
+NET = ConvNet(3, 5, 8, 3, 2)
+AUGMENT = SiameseAugment()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "full", "expected"),
+    [
+        ([256] * 195 + [80], 256, [2560] * 19 + [5 * 256 + 80]),  # an expert's epoch on CIFAR-10
+        ([10] * 25, 10, [100, 100, 50]),  # epochs of one step
+        ([4, 4, 2, 4, 4, 2], 4, [10, 10]),  # a short batch ends a stretch
+        ([3], 3, [3]),
+    ],
+)
+def test_stretches_are_cut_after_ten_steps_and_after_a_short_batch(
+    lengths: list[int], full: int, expected: list[int]
+) -> None:
+    assert _stretch_sizes(lengths, full, 10) == expected
+
+
+@pytest.mark.parametrize("canvas", [None, Canvas(2, 3)], ids=["images", "canvases"])
+@pytest.mark.parametrize("batch_size", [3, 4, 8, 20])
+def test_epochs_in_a_row_are_epochs_one_by_one(batch_size: int, canvas: Canvas | None) -> None:
+    side = 8 if canvas is None else 16
+    images = Images(torch.randn(8, 3, side, side), torch.arange(8) % 5, canvas=canvas)
+    start = NET.init(torch.Generator().manual_seed(0))
+    arguments = (FusedConvNetStudent(NET), images, Sgd(0.1, 0.9, 5e-4, batch_size), AUGMENT)
+    at_once = epochs_on(*arguments)(start, torch.zeros_like(start), torch.Generator().manual_seed(7), epochs=5)
+    theta, velocity, losses = start, torch.zeros_like(start), []
+    epoch, generator = epoch_on(*arguments), torch.Generator().manual_seed(7)
+    for _ in range(5):
+        theta, velocity, loss = epoch(theta, velocity, generator)
+        losses.append(loss)
+    assert torch.equal(at_once[0], theta)
+    assert torch.equal(at_once[1], velocity)
+    assert torch.equal(at_once[2], torch.stack(losses))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 10])
+def test_running_statistics_go_through_a_stretch(at_once: int) -> None:
+    net = FlatModule(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)))
+    images = Images(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)
+    arguments = (GenericStudent(net), images, Sgd(0.1, batch_size=3), AUGMENT, track_of(net))
+    ends = []
+    for number in (1, at_once):
+        theta = net.init()
+        run = stretches_on(*arguments, at_once=number)
+        *_, end = run(theta, torch.zeros_like(theta), torch.Generator().manual_seed(3), *statistics_of(net), epochs=2)
+        ends.append((end.theta, *end.statistics))
+    for one_by_one, together in zip(*ends, strict=True):
+        assert torch.equal(one_by_one, together)
+
+
+@pytest.mark.parametrize("best_epoch", [False, True])
+@pytest.mark.parametrize("name", ["mtt", "ddranking"])
+def test_an_evaluation_pauses_where_it_must(name: str, best_epoch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate drops and tests take place after the same epochs, however many follow each other without a pause."""
+    net = network_by_name("ConvNetD1W4BN", (1, 6, 6), 3)
+    images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
+    protocol = protocol_by_name(name, epochs=27, batch_size=None, augment="color_flip", best_epoch=best_epoch)
+    start, ends = net.init(), []
+    tests: list[list[Tensor]] = []
+    for most in (1, 10):
+        monkeypatch.setattr(protocols, "STEPS_AT_ONCE", most)
+        tests.append([])
+
+        def test(_: Network, theta: Tensor, __: Tensor) -> None:
+            tests[-1].append(theta)
+
+        job = protocols._training(
+            net, start, images, 0.05, protocol, torch.Generator().manual_seed(1), precision="fp32", stop=None, test=test
+        )
+        ends.append(result_of(job))
+    assert torch.equal(*ends)
+    assert len(tests[0]) == len(tests[1]) > (1 if best_epoch else 0)
+    assert all(torch.equal(*each) for each in zip(*tests, strict=True))
+    trained = train_network(net, start, images, 0.05, protocol, torch.Generator().manual_seed(1))
+    assert torch.equal(trained, ends[0])
