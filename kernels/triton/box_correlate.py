@@ -130,11 +130,12 @@ def _correlate_lines(
 
 
 @triton.jit
-def _copy_lines(
+def _copy_block(
     planes: tl.tensor,  # (B, H, W, C)
     lines: tl.tensor,  # (COPIES, C, length), from the first position of these planes on
+    block: tl.tensor,
     length: tl.tensor,
-    positions: tl.tensor,  # of these planes: B · ROWS · PITCH
+    positions: tl.tensor,  # of these planes
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -145,14 +146,9 @@ def _copy_lines(
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Copy so that pixels lie side by side, ROWS rows of PITCH pixels a sample, `PADDING` further down and right.
-
-    Each copy is one pixel further left than the one before. What is outside the plane is zero.
-    """
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    program = tl.program_id(0)
-    c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    position = (program // BLOCKS).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
+    c = block % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    position = (block // BLOCKS).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
     row = position // PITCH % ROWS - PADDING
     sample = position // (PITCH * ROWS)
     exists = (position < positions) & (c < C)
@@ -162,6 +158,35 @@ def _copy_lines(
         values = tl.load(planes + ((sample * H + row) * W + column) * C + c, inside, 0)
         place = (copy * C + c) * length + position
         tl.store(lines + tl.trans(place), tl.trans(values), tl.trans(exists))
+
+
+@triton.jit
+def _copy_lines(
+    lines: tl.tuple,  # (3·CI, length) of x, each copy one pixel further left than the one before, and (CO, length) of ȳ
+    planes: tl.tuple,  # x, x_dot if there is one, y_bar_dot, y_bar if there is x_dot
+    length: tl.tensor,
+    positions: tl.tensor,  # of each of the planes: B · ROWS · PITCH
+    SHAPES: tl.constexpr,  # of each: its lines, its place among the planes in a line, C, H, W, padding, copies
+    ROWS: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    """Copy so that pixels lie side by side, ROWS rows of PITCH pixels a sample, `padding` further down and right.
+
+    What is outside the planes is zero.
+    """
+    program = tl.program_id(0)
+    first = 0
+    for number in tl.static_range(len(SHAPES)):
+        end = first + (positions + BLOCK_L - 1) // BLOCK_L * ((SHAPES[number][2] + BLOCK_C - 1) // BLOCK_C)
+        if (program >= first) & (program < end):
+            _copy_block(
+                planes[number], lines[SHAPES[number][0]] + SHAPES[number][1] * positions, program - first, length, positions,
+                SHAPES[number][2], SHAPES[number][3], SHAPES[number][4], ROWS, PITCH, SHAPES[number][5],
+                SHAPES[number][6], BLOCK_L, BLOCK_C,
+            )  # fmt: skip
+        first = end
 
 
 def correlate(
@@ -242,40 +267,19 @@ def _planes_as_they_lie(
 def _copied_lines(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, tile: dict[str, int]
 ) -> Summands:
-    planes = Planes.of(y_bar_dot)
+    outputs = Planes.of(y_bar_dot)
     left, right = ([x], [y_bar_dot]) if x_dot is None else ([x, x_dot], [y_bar_dot, y_bar])
-    xs, ys = _lines(left, 3, padding, planes), _lines(right, 1, 0, planes)
+    rows, pitch = _rows(outputs), _pitch(outputs)
+    positions = outputs.samples * rows * pitch
+    length = len(left) * positions
+    xs, ys = x.new_empty(3 * x.shape[1], length), x.new_empty(outputs.channels, length)
+    shapes = [(0, order, *each.shape[1:], padding, 3) for order, each in enumerate(left)]
+    shapes += [(1, order, *each.shape[1:], 0, 1) for order, each in enumerate(right)]
+    programs = sum(triton.cdiv(positions, _COPIED) * triton.cdiv(channels, _COPIED) for _, _, channels, *_ in shapes)
+    constants = {"SHAPES": tuple(shapes), "ROWS": rows, "PITCH": pitch, "BLOCK_L": _COPIED, "BLOCK_C": _COPIED}
+    launch(_copy_lines, programs, (xs, ys), (*left, *right), length, positions, **constants, num_warps=8)
     factors = (
         described(xs, tuple(xs.shape), (tile["BLOCK_K"], tile["BLOCK_M"])),
         described(ys, tuple(ys.shape), (tile["BLOCK_N"], tile["BLOCK_M"])),
     )
-    return _correlate_lines, factors, tile | {"PITCH": _pitch(planes)}
-
-
-def _lines(planes: list[Tensor], copies: int, padding: int, outputs: Planes) -> Tensor:
-    """Return copies (copies · C, positions) of planes after each other, two zero rows longer than a result's."""
-    samples, channels, height, width = planes[0].shape
-    rows, pitch = _rows(outputs), _pitch(outputs)
-    positions = samples * rows * pitch
-    length = len(planes) * positions
-    lines = planes[0].new_empty((copies * channels, length))
-    for number, each in enumerate(planes):
-        launch(
-            _copy_lines,
-            triton.cdiv(positions, _COPIED) * triton.cdiv(channels, _COPIED),
-            each,
-            lines[:, number * positions :],
-            length,
-            positions,
-            C=channels,
-            H=height,
-            W=width,
-            ROWS=rows,
-            PITCH=pitch,
-            PADDING=padding,
-            COPIES=copies,
-            BLOCK_L=_COPIED,
-            BLOCK_C=_COPIED,
-            num_warps=8,
-        )
-    return lines
+    return _correlate_lines, factors, tile | {"PITCH": pitch}

@@ -36,8 +36,9 @@ def architecture(device: torch.device) -> str:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` in a one-dimensional grid. The first argument is a tensor, or a descriptor of one, on the device to run on."""
-    first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0].base
+    """Run `kernel` in a one-dimensional grid. The first argument is a tensor on the device to run on, some, or a descriptor of one."""
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    first = first if isinstance(first, Tensor) else first.base
     if not (first.is_cuda or (INTERPRETED and first.device.type == "cpu")):
         raise ValueError(f"Triton kernels run on CUDA tensors, found one on {first.device}")
     if programs:
