@@ -146,10 +146,9 @@ that have no row of their own.""",
 conv_norm_relu_pool…: the first block. A tile is WINDOWS 2×2 windows × BLOCK_C filters, and the windows are cut so as to make
 about PROGRAMS programs; …_col2im takes BLOCK_M pixels. Classes are those of image_patches.""",
     "linear_cross_entropy": """\
-linear_cross_entropy…: a tile is ROWS samples × all classes, whose number, rounded up to the sizes below, is the class of
-shapes; the last one takes all larger numbers. The backend is two kernels (fused: logits, then products) or torch's products
-around one (parts; always for more than 128 classes). Of the logits' sums BLOCK_D features are taken at a time; the products' tile is all classes × BLOCK_D
-features, and BLOCK_B samples are taken at a time.""",
+linear_cross_entropy…: the class of shapes is the number of classes, rounded up to the sizes below; the last one takes all larger
+numbers. Scores are tiles of ROWS samples × COLUMNS classes, summed over BLOCK_D features at a time; up to 128 classes fit in
+one. Gradients are tiles of COLUMNS classes × BLOCK_D features, or of BLOCK_B samples × BLOCK_D features.""",
     "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
     "": "Flat vectors and rows: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64.",
 }

@@ -211,26 +211,23 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
         yield Operation("bias_relu_pool_dual_backward", plane_shape, (y, beta, *bars), 3 * outs + 2 * small, 0)
         size //= 2
 
-    features = net.width * size * size
-    f, f_dot, labels = (
-        random(batch, features),
-        random(batch, features),
-        torch.arange(batch, device=device) % net.num_classes,
-    )
+    features, layout = net.width * size * size, torch.channels_last
+    p, p_dot = (random(batch, net.width, size, size).contiguous(memory_format=layout) for _ in range(2))
+    labels = torch.arange(batch, device=device) % net.num_classes
     a, c, a_dot, c_dot = (
         random(net.num_classes, features), random(net.num_classes), random(net.num_classes, features), random(net.num_classes),
     )  # fmt: skip
     one, shape = 2 * batch * a.numel(), f"{batch}×{features}→{net.num_classes}"
-    plain = (f, a / 30, c, labels, "indices")
-    yield Operation("linear_cross_entropy", shape, plain, 2 * (f.nbytes + a.nbytes), 3 * one)
-    dual = (f, f_dot, a / 30, c, a_dot / 30, c_dot, labels, "indices")
-    yield Operation("linear_cross_entropy_dual", shape, dual, 4 * f.nbytes + 3 * a.nbytes, 8 * one)
-    learned = (*dual[:-2], random(batch, net.num_classes), "logits")
-    yield Operation("linear_cross_entropy_dual", f"{shape} logits", learned, 4 * f.nbytes + 3 * a.nbytes, 8 * one)
+    plain = (p, a / 30, c, labels, "indices")
+    yield Operation("linear_cross_entropy", shape, plain, 2 * (p.nbytes + a.nbytes), 3 * one)
+    dual = (p, p_dot, a / 30, c, a_dot / 30, c_dot, labels, "indices", None, None)
+    yield Operation("linear_cross_entropy_dual", shape, dual, 4 * p.nbytes + 3 * a.nbytes, 8 * one)
+    learned = (*dual[:-4], random(batch, net.num_classes), "logits", None, None)
+    yield Operation("linear_cross_entropy_dual", f"{shape} logits", learned, 4 * p.nbytes + 3 * a.nbytes, 8 * one)
 
     yield from _vector_operations([random(net.num_parameters) for _ in range(6)], precision)
-    total, index = random(batch, features), torch.arange(batch, device=device)
-    yield Operation("index_add", f"{batch}×{features}", (total, index, f, -1.0), 3 * f.nbytes, 0)
+    total, rows, index = random(batch, features), random(batch, features), torch.arange(batch, device=device)
+    yield Operation("index_add", f"{batch}×{features}", (total, index, rows, -1.0), 3 * rows.nbytes, 0)
 
 
 def _block_operations(

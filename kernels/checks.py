@@ -90,21 +90,34 @@ def check_correlation(op: str, padding: int, inputs: dict[str, Tensor], outputs:
 
 
 def check_classifier(
-    op: str, features: list[Tensor], weights: list[Tensor], biases: list[Tensor], labels: Tensor, label_kind: LabelKind
+    op: str,
+    planes: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    labels: Tensor,
+    label_kind: LabelKind,
+    scales: dict[str, Tensor | None] | None = None,
 ) -> None:
-    """Check the arguments of a classifier against its first features (B, D) and bias (K,)."""
-    first = features[0]
-    if first.dim() != 2 or len(first) < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
+    """Check the arguments of a classifier against its first planes (B, C, h, w) and bias (K,)."""
+    first = planes[0]
+    if first.dim() != 4 or first.numel() < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
         raise ValueError(
-            f"{op}: expected features (B, D) and bias (K,) of at least one sample and class, "
+            f"{op}: expected p (B, C, h, w) and bias (K,) of at least one sample, feature and class, "
             f"found {tuple(first.shape)}, {tuple(biases[0].shape)}"
         )
-    (batch, width), classes = first.shape, len(biases[0])
-    check_tensors(op, first, {"features": first, "features_dot": features[-1]}, (batch, width))
-    check_tensors(op, first, {"weight": weights[0], "weight_dot": weights[-1]}, (classes, width))
-    check_tensors(op, first, {"bias": biases[0], "bias_dot": biases[-1]}, (classes,))
+    batch, classes, width = len(first), len(biases[0]), first[0].numel()
+    dtype, given = (
+        accumulator(first.dtype),
+        {name: scale for name, scale in (scales or {}).items() if scale is not None},
+    )
+    check_tensors(op, first, {"p": first, "p_dot": planes[-1]}, first.shape, like_format=first)
+    check_tensors(op, first, {"weight": weights[0], "weight_dot": weights[-1]}, (classes, width), dtype=dtype)
+    check_tensors(op, first, {"bias": biases[0], "bias_dot": biases[-1]}, (classes,), dtype=dtype)
+    check_tensors(op, first, given, (), dtype=dtype)
+    if "scale" in given and first.dtype != torch.float16:
+        raise ValueError(f"{op}: expected a scale for planes of float16 alone, found one for {first.dtype}")
     if label_kind != "indices":
-        check_tensors(op, first, {label_kind: labels}, (batch, classes))
+        check_tensors(op, first, {label_kind: labels}, (batch, classes), dtype=dtype)
         return
     if labels.shape != (batch,) or labels.dtype != torch.int64 or not labels.is_contiguous():
         raise ValueError(

@@ -20,6 +20,9 @@ Planes may be float16 or bfloat16 themselves. Then products are fp16 or bf16, an
 HALF_PRECISIONS: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """The precisions whose planes take two bytes a number, with the dtype of the planes."""
 
+LARGEST_COTANGENT = 64.0
+"""The largest magnitude that a power of two lets the gradient to float16 features have: the next layers make it larger."""
+
 
 class Affine(NamedTuple):
     """Scale and shift that follow an instance norm, one of each a channel; also their derivative in a direction."""

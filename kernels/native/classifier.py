@@ -5,34 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import LabelKind
+from ..types import LabelKind, in_format_of
 from .extension import extension
 
 # The products of the classifier are torch's: at a student's shapes its library comes close to the processor's peak.
-# Between the products lies one pass over the logits, which become the gradients to them.
+# Between the products lies one pass over the logits, which become the gradients to them. Planes of half the bytes, and the
+# scale that these need, are left to the reference.
 
 
 def linear_cross_entropy(
-    features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     """See `mtt_fast.kernels.linear_cross_entropy`."""
+    features = p.contiguous().flatten(1)
     o = features.mm(weight.t())
     loss, bias_bar = features.new_empty(()), torch.empty_like(bias)
     extension().cross_entropy(o, bias, *_labels(labels, label_kind), loss, bias_bar, torch.get_num_threads())
-    return loss, o.mm(weight), o.t().mm(features), bias_bar
+    features_bar, weight_bar = o.mm(weight), o.t().mm(features)
+    del features
+    return loss, _pixels(features_bar, p), weight_bar, bias_bar, None
 
 
 def linear_cross_entropy_dual(
-    features: Tensor,
-    features_dot: Tensor,
+    p: Tensor,
+    p_dot: Tensor,
     weight: Tensor,
     bias: Tensor,
     weight_dot: Tensor,
     bias_dot: Tensor,
     labels: Tensor,
     label_kind: LabelKind,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    scale: None,
+    direction_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, None]:
     """See `mtt_fast.kernels.linear_cross_entropy_dual`."""
+    features, features_dot = p.contiguous().flatten(1), p_dot.contiguous().flatten(1)
     o = features.mm(weight.t())
     o_dot = features.mm(weight_dot.t()).addmm_(features_dot, weight.t())
     loss_dot, bias_bar_dot = features.new_empty(()), torch.empty_like(bias)
@@ -41,7 +48,17 @@ def linear_cross_entropy_dual(
     extension().cross_entropy_dual(o, o_dot, bias, bias_dot, *_labels(labels, label_kind), *results)
     features_bar_dot = o_dot.mm(weight).addmm_(o, weight_dot)
     weight_bar_dot = o_dot.t().mm(features).addmm_(o.t(), features_dot)
-    return loss_dot, o.mm(weight), features_bar_dot, weight_bar_dot, bias_bar_dot, labels_bar_dot
+    del features, features_dot
+    if direction_scale is not None:
+        for result in (loss_dot, labels_bar_dot):
+            if result is not None:
+                result.div_(direction_scale)
+    p_bar, p_bar_dot = _pixels(o.mm(weight), p), _pixels(features_bar_dot, p)
+    return loss_dot, p_bar, p_bar_dot, weight_bar_dot, bias_bar_dot, labels_bar_dot, None
+
+
+def _pixels(features: Tensor, like: Tensor) -> Tensor:
+    return in_format_of(like, features.view(like.shape))
 
 
 def _labels(labels: Tensor, label_kind: LabelKind) -> tuple[Tensor | None, Tensor | None, bool]:

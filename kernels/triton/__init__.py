@@ -1,7 +1,5 @@
 """Compute the operations on CUDA: by kernels written in Triton, and by torch's library where that is faster.
 
-The classifier's products are torch's (cuBLAS) for more than 128 classes.
-
 Importing this package imports neither Triton nor anything of CUDA. The first use of an operation does, and raises
 `ImportError` where Triton is missing: a GPU is never left idle in silence. As in the other back ends the functions are
 not differentiable. All are deterministic: no atomics, and sums are taken in an order that only shapes and the table of

@@ -29,7 +29,7 @@ def box_configuration(operation: str, architecture: str, *classes: str) -> Confi
 
 
 def backend_of(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> str:
-    """Return the back end of the operation: `triton`, `tma` or `cudnn` or, of a classifier, `fused` or `parts`."""
+    """Return the back end of the operation: `triton`, `tma` or `cudnn`."""
     return cast(str, row_of(operation, shape_class, architecture, *looser_classes)["backend"])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..types import PartialSums, accumulator
 from .configurations import configuration
 from .launch import architecture, launch, tl, triton
+from .powers import magnitude_bits, power_of
 
 
 @triton.jit
@@ -159,28 +160,23 @@ def _index_add(
 def _largest(
     a: tl.tensor, b: tl.tensor | None, partials: tl.tensor, size_a: tl.tensor, size_b: tl.tensor, SIZE: tl.constexpr
 ) -> None:
-    """Store the largest magnitude of a program's share, as bits: those of NaN are above infinity's, and these above all numbers'."""
+    """Store the bits of the largest magnitude of a program's share."""
     program, step = tl.program_id(0), tl.num_programs(0) * SIZE
     total = tl.zeros((SIZE,), tl.int32)
     for start in range(program * SIZE, size_a, step):
         place = start + tl.arange(0, SIZE)
-        bits = tl.load(a + place, place < size_a, 0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        total = tl.maximum(total, bits)
+        total = tl.maximum(total, magnitude_bits(tl.load(a + place, place < size_a, 0)))
     if b is not None:
         for start in range(program * SIZE, size_b, step):
             place = start + tl.arange(0, SIZE)
-            bits = tl.load(b + place, place < size_b, 0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            total = tl.maximum(total, bits)
+            total = tl.maximum(total, magnitude_bits(tl.load(b + place, place < size_b, 0)))
     tl.store(partials + program, tl.max(total, 0))
 
 
 @triton.jit
 def power_of_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
     """Return the power of two that brings the largest of the magnitudes just below LARGEST, or 1."""
-    bits = tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0)
-    exponent = tl.minimum(tl.maximum((bits >> 23) - 126, -60), 60)
-    power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    return tl.where((bits > 0) & (bits < 0x7F800000), LARGEST * power, 1.0)
+    return power_of(tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0), LARGEST)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes
 from mtt_fast.kernels import ConvLayer, LabelKind, PackedParameters, PartialSums, Precision, Weight, WeightPlace
 from mtt_fast.networks.convnet import ConvNet
 
-_LARGEST_DIRECTION, _LARGEST_COTANGENT = 1.0, 64.0
+_LARGEST_DIRECTION = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,12 @@ class FusedConvNetStudent:
             activations.append(held)
             del held
 
-        features = _features(x, theta.dtype)
-        loss, f_bar, *classifier_bar = kernels.linear_cross_entropy(features, *classifier, labels, self.label_kind)
-        scale = self._scale(_LARGEST_COTANGENT, f_bar)
-        x_bar: Tensor | None = _pixels(f_bar if scale is None else f_bar * scale, x)
+        x_bar: Tensor | None
+        loss, x_bar, *classifier_bar, scale = kernels.linear_cross_entropy(x, *classifier, labels, self.label_kind)
         del x
 
         saved: SavedActivations = [scale]
-        gradients: list[Sequence[Tensor]] = [self._classifier_sums(classifier_bar, scale)]
+        gradients: list[Sequence[Tensor]] = [classifier_bar]
         for block in reversed(blocks):
             assert x_bar is not None
             if save:
@@ -87,17 +85,15 @@ class FusedConvNetStudent:
             del of_block, held
 
         assert x_dot is not None
-        features = (_features(x, theta.dtype), _features(x_dot, theta.dtype))
-        v_dot_g, f_bar, f_bar_dot, *classifier_bar_dot, labels_bar_dot = kernels.linear_cross_entropy_dual(
-            *features, *classifier, *classifier_dot, labels, self.label_kind
-        )
         # p̄ that were saved have the factor of the step that saved them, and their derivatives need the same
-        scale = self._scale(_LARGEST_COTANGENT, f_bar, f_bar_dot) if saved is None else saved.pop()
-        x_bar: Tensor | None = _pixels(f_bar if scale is None else f_bar * scale, x)
-        x_bar_dot = _pixels(f_bar_dot if scale is None else f_bar_dot * scale, x)
-        del x, x_dot, features
+        scale = None if saved is None else saved.pop()
+        x_bar: Tensor | None
+        v_dot_g, x_bar, x_bar_dot, *classifier_bar_dot, labels_bar_dot, scale = kernels.linear_cross_entropy_dual(
+            x, x_dot, *classifier, *classifier_dot, labels, self.label_kind, scale, packed.scale
+        )
+        del x, x_dot
 
-        derivatives: list[Sequence[Tensor]] = [self._classifier_sums(classifier_bar_dot, scale)]
+        derivatives: list[Sequence[Tensor]] = [classifier_bar_dot]
         for block in reversed(blocks):
             saved_bar = saved_bars.pop()
             p_bar = x_bar if saved_bar is None else saved_bar
@@ -108,10 +104,7 @@ class FusedConvNetStudent:
             derivatives.append(parameters_bar_dot)
         images_bar_dot = x_bar_dot.to(theta.dtype).contiguous()
         if scale is not None and packed.scale is not None:
-            for result in (v_dot_g, images_bar_dot, labels_bar_dot):
-                if result is not None:
-                    result.div_(packed.scale)
-            images_bar_dot.div_(scale)
+            images_bar_dot.div_(packed.scale).div_(scale)
         return GradientTangent(v_dot_g, self._sums(derivatives, scale, packed.scale), images_bar_dot, labels_bar_dot)
 
     @property
@@ -124,7 +117,7 @@ class FusedConvNetStudent:
         layers = self._layers(image_shape)
         of_planes = plane_dtype(dtype, self.precision).itemsize
         each, parameters = batch * of_planes, dtype.itemsize * self.network.num_parameters
-        features = batch * dtype.itemsize * self.network.width * math.prod(self.network.feature_size)
+        features = each * self.network.width * math.prod(self.network.feature_size)
         # of each block: x but for the images, y, and the epilogue's output
         xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
         ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
@@ -214,20 +207,12 @@ class FusedConvNetStudent:
     def _sums(self, layers: Sequence[Sequence[Tensor]], *scales: Tensor | None) -> PartialSums:
         """Return the sums of the vector (P,) of all parameters from those of the layers, the last layer's first, less their factors."""
         classifier, *blocks = layers
-        bias = (
+        biases = (
             (classifier[0].new_empty(0, self.network.width),) if self.network.norm == "instance" else ()
         )  # no summand
-        pieces = [piece for weight, *affine in reversed(blocks) for piece in (weight, *bias, *affine)]
-        return PartialSums((*pieces, *classifier), tuple(scale for scale in scales if scale is not None))
-
-    def _classifier_sums(self, gradients: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
-        """Return the classifier's gradients with the factor that the blocks' have."""
-        return [(gradient if scale is None else gradient * scale)[None] for gradient in gradients]
-
-    def _scale(self, largest: float, *tensors: Tensor) -> Tensor | None:
-        """Return the power of two by which what is linear in `tensors` stays in the range of the planes; None if that is float32's."""
-        is_half = plane_dtype(tensors[0].dtype, self.precision) == torch.float16
-        return kernels.power_of_two(largest, *tensors) if is_half else None
+        pieces = [piece for weight, *affine in reversed(blocks) for piece in (weight, *biases, *affine)]
+        pieces += [piece[None] for piece in classifier]
+        return PartialSums(tuple(pieces), tuple(scale for scale in scales if scale is not None))
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1
@@ -241,11 +226,3 @@ def _bytes_without_planes(layer: ConvLayer, batch: int, of_planes: int, dtype: t
     folded = 2 * of_planes * terms * layer.filters
     columns = of_planes * terms * layer.out_height * layer.out_width
     return batch * patches, batch * folded, batch * columns
-
-
-def _features(pooled: Tensor, dtype: torch.dtype) -> Tensor:
-    return pooled.to(dtype).contiguous().flatten(1)  # (b, C, h, w) -> (b, C·h·w), in the public code's order
-
-
-def _pixels(features: Tensor, like: Tensor) -> Tensor:
-    return features.view(like.shape).to(like.dtype, memory_format=torch.channels_last)

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mtt_fast import ConvNet, unroll
-from mtt_fast.engine import fused
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.matching import matching_loss
 from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.kernels.reference import classifier
 from mtt_fast.testing import relative_error
 
 NET = ConvNet(3, 4, 8, 6, 2)
@@ -87,7 +87,7 @@ def test_golden_cases_are_as_exact_as_in_tf32(golden: Path, name: str) -> None:
 
 def test_what_overflows_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     theta, images, labels, v = step_of(NET, 3)
-    monkeypatch.setattr(fused, "_LARGEST_COTANGENT", 2.0**20)
+    monkeypatch.setattr(classifier, "LARGEST_COTANGENT", 2.0**20)
     student = FusedConvNetStudent(NET, precision="fp16")
     assert not student.gradient(theta, images, labels).theta.isfinite().all()
     assert not student.gradient_jvp(theta, images, labels, v).images.isfinite().all()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, cast
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,19 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import kernels
-from mtt_fast.kernels import LabelKind, reference
+from mtt_fast.kernels import LabelKind, power_of_two, reference
 from mtt_fast.kernels.native import classifier as native_classifier
 from mtt_fast.kernels.native.extension import extension
+from mtt_fast.kernels.types import LARGEST_COTANGENT, accumulator
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import check, each_architecture, meta, recording
-from tests.kernels.helpers import draw, jvp, needs_native, refused
+from tests.kernels.helpers import FORMATS, draw, jvp, needs_native, refused
 from tests.kernels.triton_comparison import compare
 
-CLASSIFIERS = [  # batch, features, classes
-    (5, 7, 4),
-    (1, 3, 1),  # one sample, one class
-    (3, 2, 37),  # a part of a vector of classes
-    (130, 9, 64),
+CLASSIFIERS = [  # batch, channels, height, width, classes
+    (5, 7, 1, 1, 4),
+    (1, 3, 1, 1, 1),  # one sample, one class
+    (3, 2, 3, 2, 37),  # a part of a vector of classes
+    (130, 9, 1, 2, 64),
 ]
 KINDS = ["indices", "probabilities", "logits"]
 
@@ -35,10 +36,19 @@ def labels_of(kind: str, batch: int, classes: int, dtype: torch.dtype = torch.fl
     return {"indices": logits.argmax(1), "probabilities": 1.5 * logits.relu(), "logits": logits}[kind]
 
 
-def classifier_arguments(case: tuple[int, int, int], kind: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    batch, width, classes = case
+def classifier_arguments(
+    case: tuple[int, ...],
+    kind: str,
+    dtype: torch.dtype = torch.float64,
+    layout: torch.memory_format = torch.channels_last,
+) -> dict[str, Any]:
+    """Return arguments by name: planes of `dtype` in a `layout`, and the rest of the dtype that goes with them."""
+    *shape, classes = case
+    batch, width = shape[0], math.prod(shape[1:])
+    planes = {name: draw(*shape, dtype=dtype, layout=layout) for name in ("p", "p_dot")}
+    dtype = accumulator(dtype)
     return {
-        **{name: draw(batch, width, dtype=dtype) for name in ("features", "features_dot")},
+        **planes,
         **{name: draw(classes, width, dtype=dtype) for name in ("weight", "weight_dot")},
         **{name: draw(classes, dtype=dtype) for name in ("bias", "bias_dot")},
         "labels": labels_of(kind, batch, classes, dtype),
@@ -46,13 +56,18 @@ def classifier_arguments(case: tuple[int, int, int], kind: str, dtype: torch.dty
     }
 
 
+def in_float64(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
 def classifier_results(ops: Any, given: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the results of both operations, by name."""
+    """Return the results of both operations, by name, but for the scales."""
     primal = ops.linear_cross_entropy(**{name: value for name, value in given.items() if not name.endswith("_dot")})
-    dual = ops.linear_cross_entropy_dual(**given)
-    names = ["loss", "features_bar", "weight_bar", "bias_bar", "loss_dot", "dual features_bar"]
-    names += ["features_bar_dot", "weight_bar_dot", "bias_bar_dot", "labels_bar_dot"]
-    results = dict(zip(names, primal + dual, strict=True))
+    dual = ops.linear_cross_entropy_dual(**({"scale": None, "direction_scale": None} | given))
+    names = ["loss", "p_bar", "weight_bar", "bias_bar", "loss_dot", "dual p_bar"]
+    names += ["p_bar_dot", "weight_bar_dot", "bias_bar_dot", "labels_bar_dot"]
+    results = dict(zip(names, primal[:-1] + dual[:-1], strict=True))
+    assert primal[-1] is dual[-1] is None
     if given["label_kind"] == "indices":
         assert results.pop("labels_bar_dot") is None
     return results
@@ -61,36 +76,40 @@ def classifier_results(ops: Any, given: dict[str, Any]) -> dict[str, Tensor]:
 def classifier_by_autograd(given: dict[str, Any]) -> dict[str, Tensor]:
     labels, kind = given["labels"], given["label_kind"]
 
-    def loss_of(features: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(features, weight, bias), labels.softmax(1) if kind == "logits" else labels)
+    def loss_of(p: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(p.flatten(1), weight, bias), labels.softmax(1) if kind == "logits" else labels)
 
     wanted = (0, 1, 2) if kind == "indices" else (0, 1, 2, 3)
     gradients_and_loss: Any = torch.func.grad_and_value(loss_of, argnums=wanted)
-    names = ("features", "weight", "bias")
+    names = ("p", "weight", "bias")
     at, along = (tuple(given[name + ending] for name in names) for ending in ("", "_dot"))
     (gradients, loss), (gradients_dot, loss_dot) = jvp(lambda *at: gradients_and_loss(*at, labels), at, along)
-    results = {"loss": loss, "loss_dot": loss_dot, "dual features_bar": gradients[0]}
+    results = {"loss": loss, "loss_dot": loss_dot, "dual p_bar": gradients[0]}
     results |= {f"{name}_bar": value for name, value in zip(names, gradients, strict=False)}
     return results | {f"{name}_bar_dot": value for name, value in zip((*names, "labels"), gradients_dot, strict=False)}
 
 
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
 @pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
-def test_the_classifier_is_what_autograd_makes_of_cross_entropy(case: tuple[int, int, int], kind: str) -> None:
-    given = classifier_arguments(case, kind)
+def test_the_classifier_is_what_autograd_makes_of_cross_entropy(
+    case: tuple[int, ...], layout: torch.memory_format, kind: str
+) -> None:
+    given = classifier_arguments(case, kind, layout=layout)
     found, expected = classifier_results(kernels, given), classifier_by_autograd(given)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
+        assert value.dim() < 4 or found[name].is_contiguous(memory_format=layout)
         assert_close(name, found[name], value, 1e-12, floor=1e-3)  # of one class, all gradients are zero
 
 
 @needs_native
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
-def test_the_native_classifier_in_float32(case: tuple[int, int, int], kind: str) -> None:
+def test_the_native_classifier_in_float32(case: tuple[int, ...], kind: str) -> None:
     given = classifier_arguments(case, kind, torch.float32)
-    wide = {k: v.double() if k != "label_kind" and v.is_floating_point() else v for k, v in given.items()}
+    wide = {name: in_float64(value) for name, value in given.items()}
     exact = classifier_results(reference, wide)
     for name, found in classifier_results(kernels, given).items():
         assert found.dtype == torch.float32
@@ -102,15 +121,15 @@ def test_the_native_classifier_in_float32(case: tuple[int, int, int], kind: str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_classifier_at_logits_of_ten_thousand(dtype: torch.dtype, kind: str) -> None:
     """Exponentials of such numbers overflow, and their differences underflow to exact zeros."""
-    given = classifier_arguments((9, 9, 35), kind, dtype)
-    given["features"] = 1e4 * torch.eye(9, dtype=dtype)
+    given = classifier_arguments((9, 9, 1, 1, 35), kind, dtype)
+    given["p"] = 1e4 * torch.eye(9, dtype=dtype)[:, :, None, None]
     given["weight"] = draw(35, 9).sign().to(dtype)  # so a logit is ±1e4, exactly
     given["weight"][:, :3] = -1
     given["weight"][2, :3] = 1  # one class alone has all the probability
     given["bias"] = torch.zeros(35, dtype=dtype)
     if kind == "logits":
         given["labels"] = 1e4 * given["labels"].sign()
-    wide = {k: v.double() if k != "label_kind" and v.is_floating_point() else v for k, v in given.items()}
+    wide = {name: in_float64(value) for name, value in given.items()}
     expected = classifier_by_autograd(wide)
     for name, found in classifier_results(kernels, given).items():
         assert_close(name, found, expected[name], 2e-6 if dtype == torch.float32 else 1e-12, floor=1e-2)
@@ -133,7 +152,7 @@ def test_the_native_exponential_over_all_its_range(dtype: torch.dtype, least: in
 @needs_native
 def test_the_native_softmax_passes_on_what_is_not_finite() -> None:
     for value in (float("nan"), float("inf")):
-        given = classifier_arguments((3, 4, 40), "indices", torch.float32)
+        given = classifier_arguments((3, 4, 1, 1, 40), "indices", torch.float32)
         given["bias"][37] = value
         for name, found in classifier_results(kernels, given).items():
             assert not torch.isfinite(found).all(), name
@@ -157,9 +176,10 @@ def test_the_native_softmax_does_not_depend_on_threads(kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-LINEAR = (torch.zeros(6, 5), torch.zeros(3, 5), torch.zeros(3))
+LINEAR = (torch.zeros(6, 5, 1, 1), torch.zeros(3, 5), torch.zeros(3))
+DUAL = (LINEAR[0], LINEAR[0], *LINEAR[1:], *LINEAR[1:])
 SOFT = torch.zeros(6, 3)
-ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
+PLANES, WEIGHT = torch.zeros(4, 6, 1, 2), torch.zeros(4, 3)
 
 
 @pytest.mark.usefixtures("either_backend")
@@ -167,19 +187,22 @@ ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
     ("op", "arguments", "reason"),
     [
         refused(
-            "linear_cross_entropy", "found", ZEROS[0, 0], torch.zeros(3, 6), torch.zeros(3), torch.zeros(6), "indices"
+            "linear_cross_entropy", "found", PLANES[0], torch.zeros(3, 6), torch.zeros(3), torch.zeros(6), "indices"
         ),
+        refused("linear_cross_entropy", "weight of shape", PLANES, WEIGHT, torch.zeros(4), torch.zeros(4), "indices"),
         refused(
             "linear_cross_entropy",
-            "weight of shape",
-            ZEROS[0, 0],
-            WEIGHT[0, 0],
-            torch.zeros(3),
-            torch.zeros(6),
-            "indices",
+            "weight of floating",
+            LINEAR[0].half(),
+            LINEAR[1].half(),
+            *LINEAR[2:],
+            SOFT,
+            "logits",
         ),
-        refused("linear_cross_entropy", "at least one", ZEROS[0, 0, :0], *LINEAR[1:], torch.zeros(0), "indices"),
-        refused("linear_cross_entropy", "features contiguous", torch.zeros(5, 6).T, *LINEAR[1:], SOFT, "logits"),
+        refused("linear_cross_entropy", "at least one", PLANES[:, :0], *LINEAR[1:], torch.zeros(0), "indices"),
+        refused(
+            "linear_cross_entropy", "contiguous", torch.zeros(2, 1, 5, 6).transpose(0, 3), *LINEAR[1:], SOFT, "logits"
+        ),
         refused("linear_cross_entropy", "found 0 … 3", *LINEAR, torch.tensor([0, 1, 2, 3, 0, 1]), "indices"),
         refused("linear_cross_entropy", "found -1 … 0", *LINEAR, torch.tensor([0, -1, 0, 0, 0, 0]), "indices"),
         refused("linear_cross_entropy", "int32", *LINEAR, torch.zeros(6, dtype=torch.int32), "indices"),
@@ -191,8 +214,19 @@ ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
         refused(
             "linear_cross_entropy_dual",
             "weight_dot of shape",
-            *(LINEAR[0], LINEAR[0], *LINEAR[1:], torch.zeros(4, 5), torch.zeros(3), SOFT, "logits"),
+            *(*DUAL[:4], torch.zeros(4, 5), torch.zeros(3), SOFT, "logits"),
         ),
+        refused(
+            "linear_cross_entropy_dual",
+            "p_dot contiguous",
+            PLANES,
+            torch.zeros(4, 1, 2, 6).permute(0, 3, 1, 2),
+            *DUAL[2:],
+            SOFT,
+            "logits",
+        ),
+        refused("linear_cross_entropy_dual", "scale for planes", *DUAL, SOFT, "logits", torch.tensor(2.0)),
+        refused("linear_cross_entropy_dual", "direction_scale of shape", *DUAL, SOFT, "logits", None, torch.ones(1)),
     ],
 )
 def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
@@ -200,13 +234,60 @@ def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
         getattr(kernels, op)(*arguments)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("magnitude", [1e-8, 1.0])
+def test_gradients_of_float16_have_a_power_of_two(kind: str, magnitude: float) -> None:
+    """The loss and the gradients to labels have none, whatever the direction's scale is."""
+    given = classifier_arguments((5, 7, 2, 3, 4), kind, torch.float16)
+    given["weight"] *= magnitude
+    given["weight_dot"] *= magnitude
+    wide = {name: in_float64(value) for name, value in given.items()}
+    exact = classifier_results(kernels, wide)
+    *primal, scale = kernels.linear_cross_entropy(**{k: v for k, v in given.items() if not k.endswith("_dot")})
+    assert scale is not None
+    assert scale.dtype == torch.float32
+    assert float(scale) == float(power_of_two(LARGEST_COTANGENT, exact["p_bar"].contiguous()))
+    for name, found in zip(("p_bar", "weight_bar", "bias_bar"), primal[1:], strict=True):
+        assert found.dtype == (torch.float16 if name == "p_bar" else torch.float32)
+        assert_close(name, found.double() / float(scale), exact[name], 1e-3)
+
+    given |= {"weight_dot": 8 * given["weight_dot"], "bias_dot": 8 * given["bias_dot"], "p_dot": 8 * given["p_dot"]}
+    direction_scale = torch.tensor(8.0)
+    for given_scale in (None, scale):
+        results = kernels.linear_cross_entropy_dual(**given, scale=given_scale, direction_scale=direction_scale)
+        loss_dot, p_bar, p_bar_dot, weight_bar_dot, bias_bar_dot, labels_bar_dot, factor = results
+        assert factor is not None
+        largest = float(torch.stack([p_bar.abs().max(), p_bar_dot.abs().max()]).max())
+        assert 32 <= largest <= 64 if given_scale is None else factor is scale
+        assert_close("loss_dot", loss_dot, exact["loss_dot"], 1e-4)
+        assert (labels_bar_dot is None) == (kind == "indices")
+        if labels_bar_dot is not None:
+            assert_close("labels_bar_dot", labels_bar_dot, exact["labels_bar_dot"], 1e-4)
+        for name, found in (
+            ("p_bar_dot", p_bar_dot),
+            ("weight_bar_dot", weight_bar_dot),
+            ("bias_bar_dot", bias_bar_dot),
+        ):
+            assert_close(name, found.double() / float(factor) / 8, exact[name], 1e-3)
+        assert_close("p_bar", p_bar.double() / float(factor), exact["p_bar"], 1e-3 if given_scale is scale else 1e-2)
+
+
+def test_gradients_that_are_not_finite_or_zero_have_the_power_one() -> None:
+    given = classifier_arguments((5, 7, 1, 1, 4), "indices", torch.float16)
+    primal = {name: value for name, value in given.items() if not name.endswith("_dot")}
+    for change in ({"weight": 0 * given["weight"]}, {"bias": given["bias"] / 0}):
+        scale = kernels.linear_cross_entropy(**(primal | change))[-1]
+        assert scale is not None
+        assert float(scale) == 1
+
+
 @pytest.mark.slow
 def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("classifier", "cpu")
     for operation in ("linear_cross_entropy", "linear_cross_entropy_dual"):
-        # dtypes, shapes, kinds of labels
-        assert len([line for line in lines if f"'{operation}', 'fused'" in line]) == 2 * 4 * 3
-        assert len([line for line in lines if f"'{operation}', 'parts'" in line]) == 2 * 5 * 3
+        twice = 1 if operation.endswith("dual") else 0  # float16, with scales that are given
+        # shapes, kinds of labels, dtypes; −∞ in labels
+        assert len([line for line in lines if f"'{operation}'" in line]) == 10 * 3 * (4 + twice) + 2
 
 
 @pytest.mark.gpu
@@ -214,16 +295,8 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
     compare("classifier", "cuda")
 
 
-# back end, classes, labels: a row has all its classes in one tile, so the most of them, and labels that need the most, spill first
-COMPILED = (
-    ("fused", 10, "indices"),
-    ("fused", 64, "probabilities"),
-    ("fused", 128, "logits"),
-    ("parts", 10, "indices"),
-    ("parts", 200, "probabilities"),
-    ("parts", 1000, "indices"),
-    ("parts", 1000, "logits"),
-)
+# classes, labels: of each class of shapes the most classes, and labels that need the most, spill first
+COMPILED = ((10, "indices"), (64, "probabilities"), (128, "logits"), (200, "probabilities"), (1000, "logits"))
 
 
 @each_architecture
@@ -231,12 +304,14 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
     from mtt_fast.kernels.triton import classifier
 
     with recording([classifier], architecture) as launches:
-        for backend, classes, kind in COMPILED:
-            features, weight, bias = meta(100, 64), meta(classes, 64), meta(classes)
+        for classes, kind in COMPILED:
+            weight, bias, scale = meta(classes, 64), meta(classes), meta()
             labels = meta(100, classes) if kind != "indices" else torch.empty(100, dtype=torch.long, device="meta")
             given = (labels, cast(LabelKind, kind))
-            with patch.object(classifier, "backend_of", return_value=backend):
-                classifier.linear_cross_entropy(features, weight, bias, *given)
-                classifier.linear_cross_entropy_dual(features, features, weight, bias, weight, bias, *given)
-    assert len(launches) == 3 * 4 + 4 * 2
+            for dtype in (torch.float32, torch.float16):
+                p = meta(100, 16, 2, 2, form=torch.channels_last).to(dtype)
+                classifier.linear_cross_entropy(p, weight, bias, *given)
+                classifier.linear_cross_entropy_dual(p, p, weight, bias, weight, bias, *given, None, None)
+            classifier.linear_cross_entropy_dual(p, p, weight, bias, weight, bias, *given, scale, scale)
+    assert len(launches) == 5 * 5 * 2 + 2 * 2  # the range of float16, of many classes, takes a third
     check(launches, architecture, tmp_path)

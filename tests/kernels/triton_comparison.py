@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.kernels import Affine, LabelKind, PlaneStats, Precision
+from mtt_fast.kernels import Affine, PlaneStats, Precision
 from mtt_fast.testing import added_up
 
 # Precisions that the interpreter does not have, and why.
@@ -39,13 +39,6 @@ SHAPES = [
     (2, 33, 35, 1, 1, 1),  # 1×1 planes, more outputs than a tile and channels than a step of the sum
     (2, 3, 70, 9, 7, 0),  # more results than a tile in both directions
     (9, 2, 3, 5, 3, 1),  # the weight gradient's sum in several parts, the last one short
-]
-CLASSIFIERS = [  # (B, D, K)
-    (5, 7, 4),
-    (1, 3, 1),  # one sample, one class
-    (3, 2, 37),  # a part of a tile in both directions
-    (2, 3, 1000),
-    (35, 70, 5),  # several tiles of samples and of features
 ]
 LARGE = [(7, 128, 128, 16, 16, 1), (5, 3, 128, 32, 32, 1), (3, 128, 128, 64, 64, 1), (9, 100, 60, 9, 13, 1)]
 
@@ -133,14 +126,14 @@ def run_in_processes(module: str, *arguments: str, processes: int, **environment
 
 def poison() -> None:
     """Fill memory that is allocated without a value with NaN, which an element that no kernel writes then shows."""
-    for name in ("empty", "empty_like"):
-        allocate = getattr(torch, name)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        allocate = getattr(owner, name)
 
         def allocate_and_poison(*args: Any, allocate: Operation = allocate, **kwargs: Any) -> Tensor:
             tensor: Tensor = allocate(*args, **kwargs)
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-        setattr(torch, name, allocate_and_poison)
+        setattr(owner, name, allocate_and_poison)
 
 
 def as_tuple(results: Any) -> tuple[Tensor, ...]:
@@ -406,45 +399,6 @@ def mixed_formats(device: str) -> None:
         check("mixed formats", ours, expected.sum(0), TOLERANCES["fp32"])
 
 
-def classifiers(device: str, dtype: torch.dtype) -> None:
-    from mtt_fast.kernels import reference, triton
-    from mtt_fast.kernels.triton import classifier
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, dtype=dtype).to(device)
-
-    for (batch, width, classes), kind in itertools.product(CLASSIFIERS, get_args(LabelKind)):
-        features, features_dot = (draw(batch, width) for _ in range(2))
-        weight, weight_dot = (draw(classes, width) for _ in range(2))
-        bias, bias_dot = (draw(classes) for _ in range(2))
-        bias[-1] += 1e4  # what overflows if the maximum is not taken out
-        soft = draw(batch, classes)
-        labels = {"indices": soft.argmax(1), "probabilities": 1.5 * soft.relu(), "logits": 3 * soft}[kind]
-        primal = (features, weight, bias, labels)
-        dual = (features, features_dot, weight, bias, weight_dot, bias_dot, labels)
-        for name, arguments in (("linear_cross_entropy", primal), ("linear_cross_entropy_dual", dual)):
-            wide = [each.double() if each.is_floating_point() else each for each in arguments]
-            exact = [each for each in getattr(reference, name)(*wide, kind) if each is not None]
-            for backend in ("fused", "parts") if classes <= 128 else ("parts",):
-                with patch.object(classifier, "backend_of", return_value=backend):
-                    ours, again = (getattr(triton, name)(*arguments, kind) for _ in range(2))
-                results = [[each for each in both if each is not None] for both in (ours, again)]
-                for place, (first, second, expected) in enumerate(zip(*results, exact, strict=True)):
-                    case = f"{name}, {backend}, {(batch, width, classes)}, {kind}, {dtype}, result {place}"
-                    assert (first.shape, first.dtype) == (expected.shape, dtype), case
-                    assert torch.equal(first, second), f"{case} differs from one run to the next"
-                    error = float((first.double() - expected).norm() / expected.norm().clamp_min(1e-2))
-                    assert error <= (1e-13 if dtype == torch.float64 else 1e-5), f"{case}: error {error}"
-                print("passed:", (name, backend, (batch, width, classes), kind, str(dtype)))
-
-    unknown = torch.tensor([0, classes], device=device)  # of the last case, which both compute
-    primal = (features[:1].expand(2, -1).contiguous(), weight, bias, unknown)
-    for backend in ("fused", "parts"):
-        with patch.object(classifier, "backend_of", return_value=backend):
-            loss = triton.linear_cross_entropy(*primal, "indices")[0]
-        assert loss.isnan(), "the loss of a label that is no class"
-
-
 def vectors(device: str) -> None:
     from mtt_fast.kernels import reference, triton
 
@@ -586,7 +540,7 @@ def run(cases: list[Callable[[], None]], share: Share) -> None:
 
 
 def main(family: str, device: str, share: Share) -> None:
-    from tests.kernels import block_comparison, parameters_comparison
+    from tests.kernels import block_comparison, classifier_comparison, parameters_comparison
 
     assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
     torch.backends.cudnn.allow_tf32 = False
@@ -607,8 +561,7 @@ def main(family: str, device: str, share: Share) -> None:
         case "statistics":
             block_comparison.statistics(device)
         case "classifier":
-            for dtype in (torch.float64, torch.float32):
-                classifiers(device, dtype)
+            classifier_comparison.classifiers(device)
         case "flat":
             vectors(device)
             rows(device)

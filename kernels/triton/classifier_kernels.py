@@ -1,0 +1,385 @@
+"""The two kernels of a linear classifier under cross-entropy, and one for ranges.
+
+`score` makes tiles of logits and, of each row of a tile, what a softmax needs of it. `differentiate` makes tiles of the
+gradients: it combines those parts, and with them turns logits into the gradients to them wherever it needs any. Planes are
+read and written as they lie, CHANNELS side by side at each of PIXELS; contiguous ones are one channel of all features.
+Feature c · PIXELS + pixel of the weights is what the public code calls so.
+
+Without a p_dot all is the primal's; with one, `weight_bar` and `bias_bar` are derivatives and `loss` is.
+"""
+
+from __future__ import annotations
+
+from .launch import tl, triton
+from .powers import magnitude_bits, power_of
+from .softmax import combine, cotangents, cotangents_at, softmax_of, softmax_parts, targets_at
+
+
+@triton.jit
+def score(
+    p: tl.tensor,  # (B, PIXELS, CHANNELS)
+    p_dot: tl.tensor,  # or None: then neither are the other dots
+    weight: tl.tensor,  # (K, CHANNELS · PIXELS)
+    weight_dot: tl.tensor,
+    bias: tl.tensor,  # (K,)
+    bias_dot: tl.tensor,
+    labels: tl.tensor,  # (B,) int64, or (B, K)
+    z: tl.tensor,  # (B, K)
+    z_dot: tl.tensor,
+    partials: tl.tensor,  # (6, B, blocks of classes)
+    magnitudes: tl.tensor,  # (programs,) int32, or None; not None for one block of classes alone
+    batch: tl.tensor,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Make ROWS × COLUMNS logits, their tangents, and each row's part in its softmax."""
+    ACC: tl.constexpr = z.dtype.element_ty
+    BLOCKS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS
+    block = tl.program_id(0) % BLOCKS
+    row = (tl.program_id(0) // BLOCKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row_exists, column_exists = row < batch, column < CLASSES
+    exists, place = row_exists & column_exists, row * CLASSES + column
+
+    if ROWS < 16:  # fewer rows than `tl.dot` takes
+        at, along = _sums(
+            p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
+            CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, ACC,
+        )  # fmt: skip
+    else:
+        at, along = _products(
+            p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
+            CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, ACC,
+        )  # fmt: skip
+    at += tl.load(bias + column, column_exists, 0).to(ACC)
+    tl.store(z + place, at, exists)
+    if p_dot is not None:
+        along += tl.load(bias_dot + column, column_exists, 0).to(ACC)
+        tl.store(z_dot + place, along, exists)
+
+    targets = targets_at(labels, row, column, batch, KIND, CLASSES, ACC)
+    parts = softmax_parts(at, along, targets, column_exists, p_dot is not None, KIND)
+    for number in tl.static_range(6):
+        tl.store(partials + (number * batch + row) * BLOCKS + block, parts[number], row_exists)
+    if magnitudes is not None:
+        softmax = combine(parts, p_dot is not None, KIND)
+        o_bar, o_bar_dot, _ = cotangents(at, along, targets, exists, softmax, batch, p_dot is not None, KIND)
+        largest = _largest_product(
+            o_bar, o_bar_dot, weight, weight_dot, column, column_exists, CHANNELS * PIXELS, ROWS, BLOCK_D, ACC
+        )
+        tl.store(magnitudes + tl.program_id(0), largest)
+
+
+@triton.jit
+def differentiate(
+    p: tl.tensor,  # (B, PIXELS, CHANNELS)
+    p_dot: tl.tensor,  # or None: then neither are the other dots
+    weight: tl.tensor,  # (K, CHANNELS · PIXELS)
+    weight_dot: tl.tensor,
+    labels: tl.tensor,  # (B,) int64, or (B, K)
+    z: tl.tensor,  # (B, K)
+    z_dot: tl.tensor,
+    partials: tl.tensor,  # (6, B, BLOCKS)
+    magnitudes: tl.tensor,  # (count,) int32, or None
+    scale: tl.tensor,  # (), or None: written where there are magnitudes, else read
+    direction_scale: tl.tensor,  # (), or None
+    p_bar: tl.tensor,  # (B, PIXELS, CHANNELS)
+    p_bar_dot: tl.tensor,
+    weight_bar: tl.tensor,  # (K, CHANNELS · PIXELS)
+    bias_bar: tl.tensor,  # (K,)
+    loss: tl.tensor,  # ()
+    labels_bar_dot: tl.tensor,  # (B, K), or None
+    batch: tl.tensor,
+    count: tl.tensor,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    LARGEST: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Make COLUMNS × BLOCK_D gradients of weights, summed over all samples, or BLOCK_B × BLOCK_D of features, over all classes."""
+    ACC: tl.constexpr = z.dtype.element_ty
+    WIDTH: tl.constexpr = CHANNELS * PIXELS
+    ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    OF_WEIGHTS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS * ACROSS
+    place = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    feature, place_exists = place % CHANNELS * PIXELS + place // CHANNELS, place < WIDTH
+    factor, divisor = 1.0, 1.0
+    if magnitudes is not None:
+        factor = power_of(_largest_of(magnitudes, count), LARGEST)
+        if tl.program_id(0) == 0:
+            tl.store(scale, factor)
+    elif scale is not None:
+        factor = tl.load(scale).to(ACC)
+    if direction_scale is not None:
+        divisor = tl.load(direction_scale).to(ACC)
+
+    if tl.program_id(0) < OF_WEIGHTS:
+        column = tl.program_id(0) // ACROSS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        to_weight, to_bias, total = _summed_over_samples(
+            p, p_dot, labels, z, z_dot, partials, column, place, place_exists, batch,
+            KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
+        )  # fmt: skip
+        of_weight = tl.trans(column) * WIDTH + feature
+        tl.store(weight_bar + of_weight, to_weight * factor, (tl.trans(column) < CLASSES) & place_exists)
+        if tl.program_id(0) % ACROSS == 0:
+            tl.store(bias_bar + column, to_bias * factor, column < CLASSES)
+        if tl.program_id(0) == 0:
+            tl.store(loss, total / divisor)
+    else:
+        first = tl.program_id(0) % ACROSS == 0
+        row = ((tl.program_id(0) - OF_WEIGHTS) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+        to_p, to_p_dot = _summed_over_classes(
+            weight, weight_dot, labels, z, z_dot, partials, labels_bar_dot, divisor, first, row, feature, place_exists, batch,
+            KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
+        )  # fmt: skip
+        of_p, exists = row * WIDTH + place, (row < batch) & place_exists
+        tl.store(p_bar + of_p, (to_p * factor).to(p_bar.dtype.element_ty), exists)
+        if p_dot is not None:
+            tl.store(p_bar_dot + of_p, (to_p_dot * factor).to(p_bar.dtype.element_ty), exists)
+
+
+@triton.jit
+def measure(
+    weight: tl.tensor,  # (K, WIDTH)
+    weight_dot: tl.tensor,  # or None, as z_dot
+    labels: tl.tensor,
+    z: tl.tensor,  # (B, K)
+    z_dot: tl.tensor,
+    partials: tl.tensor,  # (6, B, BLOCKS)
+    magnitudes: tl.tensor,  # (programs,) int32
+    batch: tl.tensor,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    BLOCK_B: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Store the bits of the largest magnitude in BLOCK_B × BLOCK_D gradients to features, and in their derivatives."""
+    ACC: tl.constexpr = z.dtype.element_ty
+    ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    feature = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    row = (tl.program_id(0) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    to_p, to_p_dot = _summed_over_classes(
+        weight, weight_dot, labels, z, z_dot, partials, None, 1.0, False, row, feature, feature < WIDTH, batch,
+        KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
+    )  # fmt: skip
+    largest = magnitude_bits(to_p)
+    if weight_dot is not None:
+        largest = tl.maximum(largest, magnitude_bits(to_p_dot))
+    tl.store(magnitudes + tl.program_id(0), tl.max(tl.max(largest, 1), 0))
+
+
+@triton.jit
+def _sums(
+    p: tl.tensor,
+    p_dot: tl.tensor,
+    weight: tl.tensor,
+    weight_dot: tl.tensor,
+    row: tl.tensor,  # (ROWS, 1)
+    column: tl.tensor,  # (1, COLUMNS)
+    row_exists: tl.tensor,
+    column_exists: tl.tensor,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the products of rows of features with classes' weights (ROWS, COLUMNS), and with a direction their tangents."""
+    WIDTH: tl.constexpr = CHANNELS * PIXELS
+    total, total_dot = tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC), tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC)
+    row, row_exists = row[:, :, None], row_exists[:, :, None]
+    column, column_exists = column[:, :, None], column_exists[:, :, None]
+    for start in range(0, WIDTH, BLOCK_D):
+        feature = start + tl.arange(0, BLOCK_D)[None, None, :]
+        of_p = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS
+        of_weight = column * WIDTH + feature
+        p_exists, weight_exists = row_exists & (feature < WIDTH), column_exists & (feature < WIDTH)
+        f = tl.load(p + of_p, p_exists, 0).to(ACC)
+        w = tl.load(weight + of_weight, weight_exists, 0).to(ACC)
+        total += f * w
+        if p_dot is not None:
+            total_dot += tl.load(p_dot + of_p, p_exists, 0).to(ACC) * w
+            total_dot += tl.load(weight_dot + of_weight, weight_exists, 0).to(ACC) * f
+    return tl.sum(total, 2), tl.sum(total_dot, 2)
+
+
+@triton.jit
+def _products(
+    p: tl.tensor,
+    p_dot: tl.tensor,
+    weight: tl.tensor,
+    weight_dot: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    row_exists: tl.tensor,
+    column_exists: tl.tensor,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return what `_sums` does, of at least 16 rows and classes."""
+    WIDTH: tl.constexpr = CHANNELS * PIXELS
+    total, total_dot = tl.zeros((ROWS, COLUMNS), ACC), tl.zeros((ROWS, COLUMNS), ACC)
+    for start in range(0, WIDTH, BLOCK_D):
+        feature = start + tl.arange(0, BLOCK_D)[None, :]
+        of_p = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS
+        of_weight = tl.trans(column) * WIDTH + feature
+        p_exists, weight_exists = row_exists & (feature < WIDTH), tl.trans(column_exists) & (feature < WIDTH)
+        f = tl.load(p + of_p, p_exists, 0).to(ACC)
+        w = tl.trans(tl.load(weight + of_weight, weight_exists, 0).to(ACC))
+        total = tl.dot(f, w, total, input_precision="ieee", out_dtype=ACC)
+        if p_dot is not None:
+            f_dot = tl.load(p_dot + of_p, p_exists, 0).to(ACC)
+            w_dot = tl.trans(tl.load(weight_dot + of_weight, weight_exists, 0).to(ACC))
+            total_dot = tl.dot(f_dot, w, total_dot, input_precision="ieee", out_dtype=ACC)
+            total_dot = tl.dot(f, w_dot, total_dot, input_precision="ieee", out_dtype=ACC)
+    return total, total_dot
+
+
+@triton.jit
+def _largest_product(
+    o_bar: tl.tensor,  # (ROWS, COLUMNS), 0 for what does not exist
+    o_bar_dot: tl.tensor,
+    weight: tl.tensor,
+    weight_dot: tl.tensor,
+    column: tl.tensor,  # (1, COLUMNS)
+    column_exists: tl.tensor,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Return the bits of the largest magnitude in the gradients to features of the rows, and in their derivatives."""
+    largest = tl.zeros((ROWS, BLOCK_D), tl.int32)
+    column, column_exists = column[:, :, None], column_exists[:, :, None]
+    for start in range(0, WIDTH, BLOCK_D):
+        feature = start + tl.arange(0, BLOCK_D)[None, None, :]
+        of_weight, exists = column * WIDTH + feature, column_exists & (feature < WIDTH)
+        w = tl.load(weight + of_weight, exists, 0).to(ACC)
+        largest = tl.maximum(largest, magnitude_bits(tl.sum(o_bar[:, :, None] * w, 1)))
+        if weight_dot is not None:
+            w_dot = tl.load(weight_dot + of_weight, exists, 0).to(ACC)
+            product = tl.sum(o_bar_dot[:, :, None] * w + o_bar[:, :, None] * w_dot, 1)
+            largest = tl.maximum(largest, magnitude_bits(product))
+    return tl.max(tl.max(largest, 1), 0)
+
+
+@triton.jit
+def _largest_of(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
+    """Return the largest of `count` magnitudes."""
+    largest = tl.zeros((1024,), tl.int32)
+    for start in range(0, count, 1024):
+        place = start + tl.arange(0, 1024)
+        largest = tl.maximum(largest, tl.load(magnitudes + place, place < count, 0))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def _summed_over_samples(
+    p: tl.tensor,
+    p_dot: tl.tensor,
+    labels: tl.tensor,
+    z: tl.tensor,
+    z_dot: tl.tensor,
+    partials: tl.tensor,
+    column: tl.tensor,  # (1, COLUMNS)
+    place: tl.tensor,  # (1, BLOCK_D)
+    place_exists: tl.tensor,
+    batch: tl.tensor,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    BLOCK_B: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the gradients to weights (COLUMNS, BLOCK_D) and biases (1, COLUMNS), or their derivatives, and the loss or its."""
+    to_weight, to_bias, total = (
+        tl.zeros((COLUMNS, BLOCK_D), ACC),
+        tl.zeros((1, COLUMNS), ACC),
+        tl.zeros((BLOCK_B, 1), ACC),
+    )
+    for start in range(0, batch, BLOCK_B):
+        row = (start + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+        softmax = softmax_of(partials, row, batch, p_dot is not None, KIND, BLOCKS, EVERY, ACC)
+        o_bar, o_bar_dot, _ = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+        of_p, exists = row * WIDTH + place, (row < batch) & place_exists
+        moving = o_bar
+        if p_dot is not None:
+            moving = o_bar_dot
+            f_dot = tl.load(p_dot + of_p, exists, 0).to(ACC)
+            to_weight = tl.dot(tl.trans(o_bar), f_dot, to_weight, input_precision="ieee", out_dtype=ACC)
+        f = tl.load(p + of_p, exists, 0).to(ACC)
+        to_weight = tl.dot(tl.trans(moving), f, to_weight, input_precision="ieee", out_dtype=ACC)
+        to_bias += tl.sum(moving, 0, keep_dims=True)
+        total += tl.where(row < batch, softmax[5], 0)
+    return to_weight, to_bias, -tl.sum(tl.sum(total, 1), 0) / batch
+
+
+@triton.jit
+def _summed_over_classes(
+    weight: tl.tensor,
+    weight_dot: tl.tensor,
+    labels: tl.tensor,
+    z: tl.tensor,
+    z_dot: tl.tensor,
+    partials: tl.tensor,
+    labels_bar_dot: tl.tensor,
+    divisor: tl.tensor,
+    first: tl.tensor,  # whether to store the gradients to labels
+    row: tl.tensor,  # (BLOCK_B, 1)
+    feature: tl.tensor,  # (1, BLOCK_D)
+    feature_exists: tl.tensor,
+    batch: tl.tensor,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    BLOCK_B: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the gradients to features (BLOCK_B, BLOCK_D), and their derivatives."""
+    softmax = softmax_of(partials, row, batch, weight_dot is not None, KIND, BLOCKS, EVERY, ACC)
+    to_p, to_p_dot = tl.zeros((BLOCK_B, BLOCK_D), ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC)
+    for start in range(0, CLASSES, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        o_bar, o_bar_dot, to_labels = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+        of_weight, exists = tl.trans(column) * WIDTH + feature, (tl.trans(column) < CLASSES) & feature_exists
+        w = tl.load(weight + of_weight, exists, 0).to(ACC)
+        to_p = tl.dot(o_bar, w, to_p, input_precision="ieee", out_dtype=ACC)
+        if weight_dot is not None:
+            w_dot = tl.load(weight_dot + of_weight, exists, 0).to(ACC)
+            to_p_dot = tl.dot(o_bar_dot, w, to_p_dot, input_precision="ieee", out_dtype=ACC)
+            to_p_dot = tl.dot(o_bar, w_dot, to_p_dot, input_precision="ieee", out_dtype=ACC)
+            if labels_bar_dot is not None:
+                tl.store(
+                    labels_bar_dot + row * CLASSES + column,
+                    to_labels / divisor,
+                    (row < batch) & (column < CLASSES) & first,
+                )
+    return to_p, to_p_dot

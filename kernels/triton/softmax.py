@@ -1,0 +1,154 @@
+"""Turn logits into the gradients to them, from parts of their rows: what the classifier's kernels share.
+
+A row is cut into blocks of classes. What a softmax and a loss need of it, six numbers of each block, combines to the row's.
+"""
+
+from __future__ import annotations
+
+from .launch import tl, triton
+
+PARTS = 6  # numbers that `softmax_parts` returns of a row
+
+
+@triton.jit
+def targets_at(
+    labels: tl.tensor,  # (B,) int64, or (B, K)
+    row: tl.tensor,  # (rows, 1)
+    column: tl.tensor,  # (1, columns)
+    batch: tl.tensor,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Return probabilities (rows, columns), 0 where no class is; labels that are logits are returned as such, −∞ there."""
+    if KIND == "indices":
+        index = tl.load(labels + row, row < batch, 0)
+        known = (index >= 0) & (index < CLASSES)
+        targets = tl.where(known, (column == index).to(ACC), float("nan"))  # a kernel cannot raise an error
+    else:
+        nothing: tl.constexpr = float("-inf") if KIND == "logits" else 0.0
+        exists = (row < batch) & (column < CLASSES)
+        targets = tl.load(labels + row * CLASSES + column, exists, nothing).to(ACC)
+    return targets
+
+
+@triton.jit
+def softmax_parts(
+    z: tl.tensor,  # logits (rows, columns)
+    z_dot: tl.tensor,
+    targets: tl.tensor,
+    column_exists: tl.tensor,
+    DUAL: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Return of each row of a block of classes, (rows, 1), with e = exp(z − top) and unnormalised targets t:
+
+    top, Σ e, the labels' top, Σ t, Σ t (z − top) or of a direction Σ t ż, and Σ e ż.
+    """
+    z = tl.where(column_exists, z, float("-inf"))
+    top = tl.max(z, 1, keep_dims=True)
+    z -= tl.where(top == float("-inf"), 0, top)
+    e = tl.exp(z)
+    label_top, t = tl.zeros_like(top), targets
+    if KIND == "logits":
+        label_top = tl.max(targets, 1, keep_dims=True)
+        t = tl.exp(targets - tl.where(label_top == float("-inf"), 0, label_top))
+    moving = z_dot if DUAL else tl.where(column_exists, z, 0)
+    along = tl.sum(t * moving, 1, keep_dims=True)
+    drift = tl.sum(e * z_dot, 1, keep_dims=True)
+    return top, tl.sum(e, 1, keep_dims=True), label_top, tl.sum(t, 1, keep_dims=True), along, drift
+
+
+@triton.jit
+def combine(parts: tl.tuple, DUAL: tl.constexpr, KIND: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """Return of each row, (rows, 1), from the parts of its blocks (rows, blocks), with targets t and π = softmax(z):
+
+    top and Σ of its exponentials, the same of labels that are logits, Σ t, Σ t log π or of a direction Σ t (log π)˙, and Σ π ż.
+    """
+    tops, sums, label_tops, masses, alongs, drifts = parts
+    top, label_top = tl.max(tops, 1, keep_dims=True), tl.max(label_tops, 1, keep_dims=True)
+    share = tl.exp(tops - top)
+    total = tl.sum(sums * share, 1, keep_dims=True)
+    if not DUAL:
+        alongs += masses * tl.where(tops == float("-inf"), 0, tops - top)
+    label_total = tl.zeros_like(label_top) + 1
+    if KIND == "logits":
+        share_of_labels = tl.exp(label_tops - label_top)
+        label_total = tl.sum(masses * share_of_labels, 1, keep_dims=True)
+        masses, alongs = masses * share_of_labels / label_total, alongs * share_of_labels / label_total
+    mass, along = tl.sum(masses, 1, keep_dims=True), tl.sum(alongs, 1, keep_dims=True)
+    drift = tl.sum(drifts * share, 1, keep_dims=True) / total
+    along -= mass * (drift if DUAL else tl.log(total))
+    return top, total, label_top, label_total, mass, along, drift
+
+
+@triton.jit
+def softmax_of(
+    partials: tl.tensor,  # (6, B, BLOCKS)
+    row: tl.tensor,  # (rows, 1)
+    batch: tl.tensor,
+    DUAL: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    EVERY: tl.constexpr,  # at least BLOCKS
+    ACC: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Load the parts of rows and combine them, as `combine` does."""
+    block = tl.arange(0, EVERY)[None, :]
+    place, exists, size = row * BLOCKS + block, (row < batch) & (block < BLOCKS), batch * BLOCKS
+    top = tl.load(partials + place, exists, float("-inf")).to(ACC)
+    total = tl.load(partials + size + place, exists, 0).to(ACC)
+    label_top = tl.load(partials + 2 * size + place, exists, float("-inf")).to(ACC)
+    mass = tl.load(partials + 3 * size + place, exists, 0).to(ACC)
+    along = tl.load(partials + 4 * size + place, exists, 0).to(ACC)
+    drift = tl.load(partials + 5 * size + place, exists, 0).to(ACC)
+    return combine((top, total, label_top, mass, along, drift), DUAL, KIND)  # type: ignore[no-any-return]
+
+
+@triton.jit
+def cotangents(
+    z: tl.tensor,  # logits (rows, columns)
+    z_dot: tl.tensor,
+    targets: tl.tensor,
+    exists: tl.tensor,
+    softmax: tl.tuple,
+    batch: tl.tensor,
+    DUAL: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return ō, ō̇ and the derivatives of the gradients to labels (rows, columns), 0 where nothing exists."""
+    top, total, label_top, label_total, mass, along, drift = softmax
+    pi, t = tl.exp(z - top) / total, targets
+    if KIND == "logits":
+        t = tl.exp(targets - label_top) / label_total
+    moving = z_dot - drift  # the tangent of log π
+    to_labels = -moving
+    if KIND == "logits":  # through t = softmax(labels)
+        to_labels = t * (along - moving)
+    o_bar = tl.where(exists, (pi * mass - t) / batch, 0)
+    return o_bar, tl.where(exists, pi * mass * moving / batch, 0), to_labels / batch
+
+
+@triton.jit
+def cotangents_at(
+    z: tl.tensor,  # (B, K)
+    z_dot: tl.tensor,  # or None
+    labels: tl.tensor,
+    row: tl.tensor,  # (rows, 1)
+    column: tl.tensor,  # (1, columns)
+    softmax: tl.tuple,
+    batch: tl.tensor,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Load a tile of logits and labels, and return what `cotangents` does."""
+    exists, place = (row < batch) & (column < CLASSES), row * CLASSES + column
+    targets = targets_at(labels, row, column, batch, KIND, CLASSES, ACC)
+    at = tl.load(z + place, exists, 0)
+    along = at
+    if z_dot is not None:
+        along = tl.load(z_dot + place, exists, 0)
+    return cotangents(  # type: ignore[no-any-return]
+        at, along, targets, exists, softmax, batch, z_dot is not None, KIND
+    )

@@ -1,0 +1,124 @@
+"""Hold Triton's classifier to the reference: a part of the program of triton_comparison.py."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from mtt_fast.kernels import LabelKind, power_of_two, reference, triton
+from mtt_fast.kernels.types import LARGEST_COTANGENT, accumulator, memory_format
+
+CLASSIFIERS = [  # (B, C, h, w, K)
+    (5, 7, 1, 1, 4),
+    (1, 3, 1, 1, 1),  # one sample, one class
+    (33, 5, 3, 1, 10),  # several tiles of samples
+    (5, 70, 2, 2, 2),  # several tiles of features
+    (3, 2, 2, 3, 37),  # a part of a tile in every direction
+    (1, 3, 7, 3, 100),
+    (2, 4, 1, 2, 128),
+    (5, 2, 1, 1, 129),  # several blocks of classes, the last one short
+    (33, 5, 3, 2, 200),
+    (2, 3, 1, 1, 1000),
+]
+LARGE_CLASSIFIERS = [(100, 128, 4, 4, classes) for classes in (10, 100, 200, 1000)]
+
+
+def classifiers(device: str) -> None:
+    """Compare all dtypes, shapes and labels, and each dtype in both formats; every second shape has logits that overflow."""
+    dtypes, formats = (
+        (torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        (torch.channels_last, torch.contiguous_format),
+    )
+    for number, shape in enumerate(CLASSIFIERS if device == "cpu" else CLASSIFIERS + LARGE_CLASSIFIERS):
+        for (place, dtype), kind in itertools.product(enumerate(dtypes), get_args(LabelKind)):
+            primal, dual = classifier_arguments(
+                device, shape, dtype, formats[(number + place) % 2], kind, 1e4 * (number % 2)
+            )
+            case = (shape, str(dtype), kind)
+            compare_classifier("linear_cross_entropy", primal, case)
+            compare_classifier("linear_cross_entropy_dual", dual, case)
+            if dtype == torch.float16:
+                given = (torch.tensor(4.0, device=device), torch.tensor(0.5, device=device))
+                compare_classifier("linear_cross_entropy_dual", (*dual[:-2], *given), case)
+    for shape in (CLASSIFIERS[0], CLASSIFIERS[8]):  # one block of classes, and several
+        strange_numbers(device, shape)
+
+
+def classifier_arguments(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, form: torch.memory_format, kind: str, outlier: float = 0
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the arguments of both operations."""
+    *planes, classes = shape
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, dtype=accumulator(dtype)).to(device)
+
+    p, p_dot = (draw(*planes).to(dtype).contiguous(memory_format=form) for _ in range(2))
+    weight, weight_dot = (draw(classes, p[0].numel()) for _ in range(2))
+    bias, bias_dot = (draw(classes) for _ in range(2))
+    bias[-1] += outlier
+    soft = draw(planes[0], classes)
+    labels = {"indices": soft.argmax(1), "probabilities": 1.5 * soft.relu(), "logits": 3 * soft}[kind]
+    dual = (p, p_dot, weight, bias, weight_dot, bias_dot, labels, kind, None, None)
+    return (p, weight, bias, labels, kind), dual
+
+
+def compare_classifier(name: str, arguments: tuple[Any, ...], case: tuple[object, ...]) -> None:
+    """Hold Triton's results to the reference's in float64, and the scale of float16 to `power_of_two`."""
+    p, given = arguments[0], arguments
+    scales: tuple[Tensor | None, ...] = (None, None)
+    if name.endswith("dual"):
+        given, scales = arguments[:-2], arguments[-2:]
+    scale, direction_scale = scales
+    *ours, factor = getattr(triton, name)(*arguments)
+    again = getattr(triton, name)(*arguments)[:-1] if p.is_cuda else ours  # interpreted, a second run could not differ
+    unscaled = (None, None) if name.endswith("dual") else ()
+    wide = [each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in given]
+    *exact, _ = getattr(reference, name)(*wide, *unscaled)
+    bars = [each.contiguous() for each in exact if each is not None and each.dim() == 4]
+    wanted = power_of_two(LARGEST_COTANGENT, *bars) if p.dtype == torch.float16 else None
+    assert factor is scale if scale is not None else (factor is None) == (wanted is None), case
+    if factor is not None and wanted is not None and scale is None:
+        assert factor.dtype == torch.float32, case
+        assert float(factor) == float(wanted), (case, factor, wanted)
+
+    labels_bar_dot = 5
+    tolerances = {torch.float64: 1e-12, torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+    for place, (first, second, expected) in enumerate(zip(ours, again, exact, strict=True)):
+        where = (name, *case, f"result {place}")
+        assert (first is None) == (expected is None), where
+        if expected is None:
+            continue
+        dtype = p.dtype if first.dim() == 4 else accumulator(p.dtype)
+        assert (first.shape, first.dtype) == (expected.shape, dtype), where
+        assert first.dim() < 4 or first.is_contiguous(memory_format=memory_format(p)), where
+        assert torch.equal(first, second), f"{where} differs from one run to the next"
+        if factor is not None and place not in (0, labels_bar_dot):
+            expected = expected * factor
+        elif direction_scale is not None:
+            expected = expected / direction_scale
+        floor = 0.1 * float(1 if factor is None else factor)
+        error = float((first.double() - expected).norm() / expected.norm().clamp_min(floor))
+        assert error <= tolerances[first.dtype], (*where, error)
+    print("passed:", (name, case))
+
+
+def strange_numbers(device: str, shape: tuple[int, ...]) -> None:
+    """Check labels that are no class, labels that are −∞, and what is not finite or zero in float16."""
+    (p, weight, bias, *_), _ = classifier_arguments(device, shape, torch.float32, torch.channels_last, "indices")
+    for unknown in (-1, shape[-1]):
+        labels = torch.full((len(p),), unknown, device=device)
+        assert triton.linear_cross_entropy(p, weight, bias, labels, "indices")[0].isnan(), "a label that is no class"
+    primal, dual = classifier_arguments(device, shape, torch.float32, torch.channels_last, "logits")
+    for labels in (primal[3], dual[6]):
+        labels[:, : shape[-1] // 2] = float("-inf")  # where there are several blocks, all classes of one
+    compare_classifier("linear_cross_entropy", primal, (shape, "labels of −∞"))
+    compare_classifier("linear_cross_entropy_dual", dual, (shape, "labels of −∞"))
+    (p, weight, bias, *rest), _ = classifier_arguments(device, shape, torch.float16, torch.channels_last, "indices")
+    zero = triton.linear_cross_entropy(p, 0 * weight, bias, *rest)
+    infinite = triton.linear_cross_entropy(p, weight, bias / 0, *rest)
+    assert float(zero[-1]) == float(infinite[-1]) == 1, shape
+    assert not infinite[1].isfinite().any(), shape
