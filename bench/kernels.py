@@ -137,6 +137,11 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
     rotated = (images, augment_parameters(draws, images.shape).float())
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
         yield Operation(name, f"{batch}×{net.in_channels}×{size}²", rotated, 2 * images.nbytes, 0)
+    yield Operation(
+        "colour_warp_mask_transpose_add", f"{batch}×{net.in_channels}×{size}²",
+        (images.clone(), torch.arange(batch, device=device), *rotated, torch.full((), -1.0, device=device)),
+        3 * images.nbytes, 0,
+    )  # fmt: skip
     for block in range(net.depth):
         channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
         x, x_dot = random(batch, channels, size, size), random(batch, channels, size, size)

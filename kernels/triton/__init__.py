@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         norm_relu_pool_dual,
         norm_relu_pool_dual_backward,
     )
-    from .warp import colour_warp_mask, colour_warp_mask_transpose
+    from .warp import colour_warp_mask, colour_warp_mask_transpose, colour_warp_mask_transpose_add
 
     conv3x3: Callable[..., Any]
     conv3x3_dual: Callable[..., Any]
@@ -55,6 +55,7 @@ __all__ = [
     "bias_relu_pool_dual_backward",
     "colour_warp_mask",
     "colour_warp_mask_transpose",
+    "colour_warp_mask_transpose_add",
     "conv3x3",
     "conv3x3_dual",
     "conv3x3_dual_input_gradient",

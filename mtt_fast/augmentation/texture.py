@@ -67,26 +67,22 @@ class CanvasCrops:
         height, width = self._sides(images)
         return torch.cat([parameters, self.then.draw_parameters(images[..., :height, :width], generator)], dim=1)
 
-    def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return the augmented crops of the canvases `images` (b, C, H, W) for `parameters` of `draw_parameters`.
+    draw = draw_parameters
 
-        The result is differentiable in the canvases. For parameters on the canvases' device nothing is copied or awaited, as
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Return the augmented crops of the canvases `images` (b, C, H, W) for what `draw_parameters` returned.
+
+        The result is differentiable in the canvases. For draws on the canvases' device nothing is copied or awaited, as
         in a CUDA graph.
         """
-        crops = crop(images, parameters[:, :2].to(images.device), *self._sides(images))
-        return crops if self.then is None else self.then.apply(crops, parameters[:, 2:].contiguous())
+        crops = crop(images, draws[:, :2].to(images.device), *self._sides(images))
+        return crops if self.then is None else self.then(crops, draws[:, 2:].contiguous())
 
     def footprint(self, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
         """Return the shape of a crop of a canvas of `image_shape` (C, H, W), and the memory that cropping takes."""
         crop_shape = Canvas(self.size).image_shape(image_shape)
         indices = crop_shape[1:].numel() * torch.long.itemsize
         return Footprint(crop_shape, _COPIES * image_shape.numel() * dtype.itemsize + _INDICES * indices)
-
-    draw = draw_parameters
-
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Return `apply(images, draws)`."""
-        return self.apply(images, draws)
 
     def _sides(self, images: Tensor) -> tuple[int, int]:
         return images.shape[2] // self.size, images.shape[3] // self.size

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.engine.batch import Images
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors, plane_dtype
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.kernels import ConvLayer, LabelKind, Precision
@@ -41,7 +42,7 @@ class FusedConvNetStudent:
     label_kind: LabelKind = "indices"
     precision: Precision = "fp32"
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Images, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         parameters, classifier = self._parts(theta)
         blocks = self._blocks(images, parameters, [None] * self.network.depth)
@@ -52,6 +53,7 @@ class FusedConvNetStudent:
             activations.append(held)
             del held
 
+        assert isinstance(x, Tensor)
         features = _features(x, theta.dtype)
         loss, f_bar, *classifier_bar = kernels.linear_cross_entropy(features, *classifier, labels, self.label_kind)
         scale = self._scale(_LARGEST_COTANGENT, f_bar)
@@ -69,7 +71,7 @@ class FusedConvNetStudent:
         return StepGradient(loss, self._flat(gradients, scale), saved if save else None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Images, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         direction_scale = self._scale(_LARGEST_DIRECTION, v)
@@ -85,6 +87,7 @@ class FusedConvNetStudent:
             activations.append(held)
             del of_block, held
 
+        assert isinstance(x, Tensor)
         assert x_dot is not None
         features = (_features(x, theta.dtype), _features(x_dot, theta.dtype))
         v_dot_g, f_bar, f_bar_dot, *classifier_bar_dot, labels_bar_dot = kernels.linear_cross_entropy_dual(
@@ -96,22 +99,22 @@ class FusedConvNetStudent:
         x_bar_dot = _pixels(f_bar_dot if scale is None else f_bar_dot * scale, x)
         del x, x_dot, features
 
+        divisors = () if scale is None or direction_scale is None else (direction_scale, scale)
         derivatives: list[Sequence[Tensor]] = [classifier_bar_dot]
         for block in reversed(blocks):
             saved_bar = saved_bars.pop()
             p_bar = x_bar if saved_bar is None else saved_bar
             assert p_bar is not None
             x_bar, x_bar_dot, parameters_bar_dot = block.dual_backward(
-                activations.pop(), p_bar, x_bar_dot, saved_bar is None
+                activations.pop(), p_bar, x_bar_dot, saved_bar is None, divisors
             )
             derivatives.append(parameters_bar_dot)
-        hessian_v, images_bar_dot = self._flat(derivatives, scale), x_bar_dot.to(theta.dtype).contiguous()
-        if scale is not None and direction_scale is not None:
-            for result in (v_dot_g, hessian_v, images_bar_dot, labels_bar_dot):
+        hessian_v = self._flat(derivatives, scale)
+        if direction_scale is not None:
+            for result in (v_dot_g, hessian_v, labels_bar_dot):
                 if result is not None:
                     result.div_(direction_scale)
-            images_bar_dot.div_(scale)
-        return GradientTangent(v_dot_g, hessian_v, images_bar_dot, labels_bar_dot)
+        return GradientTangent(v_dot_g, hessian_v, x_bar_dot, labels_bar_dot)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -165,7 +168,7 @@ class FusedConvNetStudent:
         return layers
 
     def _blocks(
-        self, images: Tensor, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
+        self, images: Images, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
     ) -> list[Block]:
         """Return the blocks at their parameters; the first one without planes where a back end has that."""
         epilogue, precision = EPILOGUES[self.network.norm], self.precision

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtt_fast.engine.batch import Images, gathered
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 
@@ -72,14 +73,17 @@ class GradientTangent(NamedTuple):
 
 
 class Student(Protocol):
-    """One step's gradient and its derivative; the loss is a mean over the samples of the batch."""
+    """One step's gradient and its derivative; the loss is a mean over the samples of the batch.
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    `images` (b, C, H, W) are a tensor, or a `Batch` that the student gathers and augments itself.
+    """
+
+    def gradient(self, theta: Tensor, images: Images, labels: Tensor, save: bool = False) -> StepGradient:
         """Return the loss () and ∇θ loss (P,) at `theta`; with `save` also activations, if the student saves any."""
         ...
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Images, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,).
 
@@ -141,19 +145,19 @@ class GenericStudent:
     network: Network
     loss: Loss = cross_entropy
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Images, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         if save:  # of a copy, since a graph is invalid once a tensor that it saved is overwritten, as by the next row of a path
             step = self._recorded(theta.clone(), images, labels)
             return StepGradient(step.loss.detach(), step.gradient.detach(), [step])
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
-            loss = self.loss(self.network(leaf, images), labels)
+            loss = self.loss(self.network(leaf, gathered(images)), labels)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return StepGradient(loss.detach(), gradient, None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Images, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         step = saved.pop() if saved else self._recorded(theta, images, labels)
@@ -161,8 +165,9 @@ class GenericStudent:
         derivatives = torch.autograd.grad(step.gradient, step.leaves, v, materialize_grads=True)
         return GradientTangent(v_dot_g, *derivatives, *(None,) * (3 - len(derivatives)))
 
-    def _recorded(self, theta: Tensor, images: Tensor, labels: Tensor) -> _RecordedStep:
-        differentiated = (theta, images, labels) if labels.is_floating_point() else (theta, images)
+    def _recorded(self, theta: Tensor, images: Images, labels: Tensor) -> _RecordedStep:
+        inputs = gathered(images)
+        differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
         with _plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
             loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
@@ -213,7 +218,7 @@ class InMicrobatches:
     student: Student
     size: int
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Images, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         total_loss, total, saved = theta.new_zeros(()), torch.zeros_like(theta), []
         for piece, weight in self._pieces(len(images)):
@@ -224,11 +229,11 @@ class InMicrobatches:
         return StepGradient(total_loss, total, saved if save else None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Images, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         v_dot_g, hessian_v = theta.new_zeros(()), torch.zeros_like(theta)
-        to_images = torch.empty_like(images)
+        to_images = theta.new_empty(images.shape)
         to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
         for piece, weight in self._pieces(len(images)):
             piece_saved = saved.pop(0) if saved else None

@@ -91,9 +91,8 @@ def steps_on(
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
-    apply = None if augmentation is None else augmentation.apply
-    step = graphed(partial(training_step, student, images, sgd, apply), device, kernels.compile_ahead)
-    tracked = None if track is None else graphed(partial(_tracked, track, images, apply), device)
+    step = graphed(partial(training_step, student, images, sgd, augmentation), device, kernels.compile_ahead)
+    tracked = None if track is None else graphed(partial(_tracked, track, images, augmentation), device)
 
     def steps(theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor) -> Iterator[Step]:
         order = torch.randperm(len(images), generator=generator)

@@ -123,7 +123,7 @@ def test_nothing_waits_for_the_place_of_a_crop() -> None:
     draws = draw_steps(batches, (3, 16, 16), torch.float64, crops.draw_parameters, torch.Generator())
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     with NoValues():
-        found = iterate(FusedConvNetStudent(NET), crops.apply, lengths_of(batches), *inputs)
+        found = iterate(FusedConvNetStudent(NET), crops, lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in found] == [(), (10, 3, 16, 16), ()]
 
 
