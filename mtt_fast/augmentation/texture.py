@@ -15,7 +15,7 @@ from torch import Tensor
 from mtt_fast.augmentation.protocol import Footprint
 from mtt_fast.augmentation.siamese import SiameseAugment
 
-_COPIES = 3  # of a batch of canvases, at most: the batch, and its gradient, computed and added up
+_COPIES = 2  # of a batch of canvases, at most: the batch, and its gradient
 _INDICES = 2  # of a crop's pixels in its canvas, as long integers
 
 

@@ -406,6 +406,7 @@ class _Unroll(torch.autograd.Function):
             )
             if velocity_adjoint is not None:
                 velocity_adjoint.mul_(steps.momentum)  # π_n
+            del batch, tangent
 
         grad_rates = torch.zeros_like(rates)
         if slopes:
