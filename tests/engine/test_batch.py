@@ -28,7 +28,7 @@ def steps_of(augment: Any, draws: Any = None) -> StudentSteps:
     )
 
 
-def drawn(operation: str) -> tuple[SiameseAugment, Draws]:
+def drawn(operation: str) -> tuple[Any, Draws]:
     augment = SiameseAugment(operation)
     return augment, augment.draw(IMAGES[INDEX], torch.Generator().manual_seed(0))
 
