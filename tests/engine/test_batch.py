@@ -98,7 +98,7 @@ def test_the_parameters_of_a_warp() -> None:
 @pytest.mark.parametrize("microbatch", [None, 3])
 @pytest.mark.parametrize("net", [NET, FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)))])
 def test_an_unroll_gathers_and_augments_as_autograd_does(net: Any, microbatch: int | None) -> None:
-    """Of images whose gradient is asked for, and not."""
+    """Unroll with a gradient to the images, and without."""
     theta, labels = torch.randn(net.num_parameters, dtype=torch.float64) / 3, torch.arange(6) % 4
     batches, augment = [INDEX, torch.tensor([1, 1]), INDEX], SiameseAugment()
     draws = [augment.draw(IMAGES[index], torch.Generator().manual_seed(n)) for n, index in enumerate(batches)]

@@ -108,7 +108,7 @@ def test_the_formula_is_what_a_step_holds(net: ConvNet, batch: int, precision: A
 @pytest.mark.parametrize("microbatch", [None, 10])
 @pytest.mark.parametrize(("size", "batch"), [(128, 20), (32, 100)])
 def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: int | None) -> None:
-    """Of a batch that the student gathers and augments itself."""
+    """Iterate with batches that the student gathers and augments itself."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     net, steps, augment = ConvNet(3, 10, size, 128, 5 if size == 128 else 3), 3, SiameseAugment()
     images, theta = torch.empty(50, 3, size, size, device="meta"), torch.empty(net.num_parameters, device="meta")
