@@ -242,8 +242,11 @@ def _block_operations(
     one = 2 * weight.numel() * batch * 4 * sides[0] * sides[1]  # one convolution, as far as it is pooled
     small, ins, options = p_bar.nbytes, x.nbytes, (NORM_EPS, precision)
     patches = kernels.image_patches(x, padding, precision)
+    index = torch.arange(batch, device=x.device)
+    parameters = augment_parameters(SiameseAugment("rotate").draw(x), x.shape).to(x)
     sums = 2 * patches.gram.shape[-1] ** 2 * batch * 4 * sides[0] * sides[1]
-    yield Operation("image_patches", shape, (x, padding, precision), 2 * ins, sums)
+    augmented = (x.contiguous(), padding, precision, index, parameters)
+    yield Operation("image_patches", shape, augmented, 2 * ins, sums)
     p, folded = kernels.conv_norm_relu_pool(patches, weight, affine, *options)
     arguments = (patches, weight, affine)
     yield Operation("conv_norm_relu_pool", shape, (*arguments, *options), ins + small, one, BLOCK_TOLERANCE)

@@ -54,8 +54,8 @@ class Batch:
         kernels.colour_warp_mask_transpose_add(out, self.index, bars, self.parameters, factor)
 
 
-Images = Tensor | Batch
-"""The images of a step (b, C, H, W)."""
+Inputs = Tensor | Batch
+"""The inputs of a step (b, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,6 @@ class AugmentedBatch:
         kernels.index_add(out, self.index, rows_bar.contiguous(), alpha=-1)
 
 
-def gathered(images: Images) -> Tensor:
+def gathered(images: Inputs) -> Tensor:
     """Return the images of a step as a tensor."""
     return images.gathered() if isinstance(images, Batch) else images

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.batch import Images
+from mtt_fast.engine.batch import Inputs
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors, plane_dtype
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.kernels import ConvLayer, LabelKind, Precision
@@ -42,7 +42,7 @@ class FusedConvNetStudent:
     label_kind: LabelKind = "indices"
     precision: Precision = "fp32"
 
-    def gradient(self, theta: Tensor, images: Images, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         parameters, classifier = self._parts(theta)
         blocks = self._blocks(images, parameters, [None] * self.network.depth)
@@ -71,7 +71,7 @@ class FusedConvNetStudent:
         return StepGradient(loss, self._flat(gradients, scale), saved if save else None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Images, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         direction_scale = self._scale(_LARGEST_DIRECTION, v)
@@ -168,7 +168,7 @@ class FusedConvNetStudent:
         return layers
 
     def _blocks(
-        self, images: Images, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
+        self, images: Inputs, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
     ) -> list[Block]:
         """Return the blocks at their parameters; the first one without planes where a back end has that."""
         epilogue, precision = EPILOGUES[self.network.norm], self.precision

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.batch import Images, gathered
+from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.kernels import HALF_PRECISIONS, Affine, Folded, Patches, PlaneStats, Precision
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
@@ -36,11 +36,11 @@ class Parameters(NamedTuple):
 class Block(Protocol):
     """One block at its parameters, and where `dual` is called in their direction. Only it knows its activations."""
 
-    def inputs(self, images: Images) -> Images:
+    def inputs(self, images: Inputs) -> Inputs:
         """Return images (B, C, H, W) as the network's first block takes them."""
         ...
 
-    def forward(self, x: Images) -> tuple[Tensor, Any]:
+    def forward(self, x: Inputs) -> tuple[Tensor, Any]:
         """Return p (B, K, H'//2, W'//2), channels_last, and the activations."""
         ...
 
@@ -55,7 +55,7 @@ class Block(Protocol):
         """
         ...
 
-    def dual(self, x: Images, x_dot: Tensor | None, saved: Any) -> tuple[Tensor, Tensor, Any]:
+    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Any) -> tuple[Tensor, Tensor, Any]:
         """Return p, ṗ and the activations. `x_dot` is None of images, `saved` where nothing was."""
         ...
 
@@ -181,12 +181,12 @@ class PlaneBlock:
     precision: Precision
     of_images: bool
 
-    def inputs(self, images: Images) -> Tensor:
+    def inputs(self, images: Inputs) -> Tensor:
         """See `Block.inputs`."""
         dtype = plane_dtype(self.at.weight.dtype, self.precision)
         return gathered(images).to(dtype, memory_format=torch.channels_last)
 
-    def forward(self, x: Images) -> tuple[Tensor, Activations]:
+    def forward(self, x: Inputs) -> tuple[Tensor, Activations]:
         """See `Block.forward`."""
         assert isinstance(x, Tensor)
         y = kernels.conv3x3(x, self.at.weight, self.padding, self.precision)
@@ -209,7 +209,7 @@ class PlaneBlock:
             x_bar = kernels.conv3x3_input_gradient(y_bar, self.at.weight, self.padding, self.precision)
         return x_bar, (weight_bar, *affine_bar)
 
-    def dual(self, x: Images, x_dot: Tensor | None, saved: Tensor | None) -> tuple[Tensor, Tensor, Activations]:
+    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Tensor | None) -> tuple[Tensor, Tensor, Activations]:
         """See `Block.dual`."""
         assert isinstance(x, Tensor)
         assert self.along is not None
@@ -259,11 +259,11 @@ class ImageBlock:
     padding: int
     precision: Precision
 
-    def inputs(self, images: Images) -> Images:
+    def inputs(self, images: Inputs) -> Inputs:
         """See `Block.inputs`."""
         return images.contiguous() if isinstance(images, Tensor) else images
 
-    def forward(self, x: Images) -> tuple[Tensor, ImageActivations]:
+    def forward(self, x: Inputs) -> tuple[Tensor, ImageActivations]:
         """See `Block.forward`."""
         patches = self._patches(x)
         weight, affine = self.at
@@ -280,7 +280,7 @@ class ImageBlock:
         arguments = (weight, Affine(*affine), p_bar, NORM_EPS, self.precision)
         return None, kernels.conv_norm_relu_pool_backward(patches, *arguments, folded)
 
-    def dual(self, x: Images, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
+    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
         """See `Block.dual`."""
         patches = self._patches(x) if saved is None else saved
         p, p_dot, folded = kernels.conv_norm_relu_pool_dual(patches, *self._directions, NORM_EPS, self.precision)
@@ -297,7 +297,7 @@ class ImageBlock:
         )
         return None, x_bar_dot, tuple(parameters)
 
-    def _patches(self, images: Images) -> Patches:
+    def _patches(self, images: Inputs) -> Patches:
         """Return the patches of images; those of a batch are gathered and augmented on the way."""
         if isinstance(images, Tensor):
             return kernels.image_patches(images, self.padding, self.precision)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtt_fast.engine.batch import Images, gathered
+from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
 
@@ -78,12 +78,12 @@ class Student(Protocol):
     `images` (b, C, H, W) are a tensor, or a `Batch` that the student gathers and augments itself.
     """
 
-    def gradient(self, theta: Tensor, images: Images, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """Return the loss () and ∇θ loss (P,) at `theta`; with `save` also activations, if the student saves any."""
         ...
 
     def gradient_jvp(
-        self, theta: Tensor, images: Images, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,).
 
@@ -145,7 +145,7 @@ class GenericStudent:
     network: Network
     loss: Loss = cross_entropy
 
-    def gradient(self, theta: Tensor, images: Images, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         if save:  # of a copy, since a graph is invalid once a tensor that it saved is overwritten, as by the next row of a path
             step = self._recorded(theta.clone(), images, labels)
@@ -157,7 +157,7 @@ class GenericStudent:
         return StepGradient(loss.detach(), gradient, None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Images, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         step = saved.pop() if saved else self._recorded(theta, images, labels)
@@ -165,7 +165,7 @@ class GenericStudent:
         derivatives = torch.autograd.grad(step.gradient, step.leaves, v, materialize_grads=True)
         return GradientTangent(v_dot_g, *derivatives, *(None,) * (3 - len(derivatives)))
 
-    def _recorded(self, theta: Tensor, images: Images, labels: Tensor) -> _RecordedStep:
+    def _recorded(self, theta: Tensor, images: Inputs, labels: Tensor) -> _RecordedStep:
         inputs = gathered(images)
         differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
         with _plain_attention, torch.enable_grad():
@@ -218,7 +218,7 @@ class InMicrobatches:
     student: Student
     size: int
 
-    def gradient(self, theta: Tensor, images: Images, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         total_loss, total, saved = theta.new_zeros(()), torch.zeros_like(theta), []
         for piece, weight in self._pieces(len(images)):
@@ -229,7 +229,7 @@ class InMicrobatches:
         return StepGradient(total_loss, total, saved if save else None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Images, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         v_dot_g, hessian_v = theta.new_zeros(()), torch.zeros_like(theta)

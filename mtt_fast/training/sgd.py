@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.augmentation.protocol import warp_of
 from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.engine.batch import Batch, Inputs, gathered
 from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.student import StepGradient
 from mtt_fast.networks.flat_module import Track
@@ -36,7 +38,7 @@ class Sgd:
 class Gradients(Protocol):
     """An object that gives a step's gradient: a student, or SAM's variant of one (mtt_fast/training/sharpness.py)."""
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor) -> StepGradient:
         """Return the loss () at `theta` and the direction (P,) to descend against."""
         ...
 
@@ -142,8 +144,13 @@ def training_step(
 
 def _inputs(
     images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the network's inputs and targets of the batch at `index` (b,)."""
+) -> tuple[Inputs, Tensor]:
+    """Return the network's inputs and targets of the batch at `index` (b,); the student gathers what is neither scaled nor cropped."""
+    if images.transform is None and images.pixels.is_contiguous():
+        shape = torch.Size((len(index), *images.pixels.shape[1:]))
+        warp = None if parameters is None else warp_of(augment, parameters, shape)
+        if parameters is None or warp is not None:
+            return Batch(images.pixels, index, warp), images.labels[index]
     inputs, targets = images.batch(index)
     return (inputs if augment is None or parameters is None else augment(inputs, parameters)), targets
 
@@ -158,7 +165,8 @@ def _tracked(
     parameters: Tensor | None = None,
 ) -> tuple[Tensor]:
     """Return the running statistics (S,) after a step on the images at `index` (b,), from the `statistics` before the step."""
-    return (track(theta, _inputs(images, augment, index, parameters)[0], statistics),)
+    inputs, _ = _inputs(images, augment, index, parameters)
+    return (track(theta, gathered(inputs), statistics),)
 
 
 def accuracy(network: Network, theta: Tensor, images: Images) -> float:
