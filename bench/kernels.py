@@ -150,6 +150,11 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
     rotated = (images, augment_parameters(draws, images.shape).float())
     for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
         yield Operation(name, f"{batch}×{net.in_channels}×{size}²", rotated, 2 * images.nbytes, 0)
+    yield Operation(
+        "colour_warp_mask_transpose_add", f"{batch}×{net.in_channels}×{size}²",
+        (images.clone(), torch.arange(batch, device=device), *rotated, torch.full((), -1.0, device=device)),
+        3 * images.nbytes, 0,
+    )  # fmt: skip
     for block in range(net.depth):
         channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
         x, x_dot = random(batch, channels, size, size), random(batch, channels, size, size)
@@ -247,8 +252,11 @@ def _block_operations(
     one = 2 * weight.numel() * batch * 4 * sides[0] * sides[1]  # one convolution, as far as it is pooled
     small, ins, options = p_bar.nbytes, x.nbytes, (NORM_EPS, precision)
     patches = kernels.image_patches(x, padding, precision)
+    index = torch.arange(batch, device=x.device)
+    parameters = augment_parameters(SiameseAugment("rotate").draw(x), x.shape).to(x)
     sums = 2 * patches.gram.shape[-1] ** 2 * batch * 4 * sides[0] * sides[1]
-    yield Operation("image_patches", shape, (x, padding, precision), 2 * ins, sums)
+    augmented = (x.contiguous(), padding, precision, index, parameters)
+    yield Operation("image_patches", shape, augmented, 2 * ins, sums)
     p, folded = kernels.conv_norm_relu_pool(patches, weight, affine, *options)
     arguments = (patches, weight, affine)
     yield Operation("conv_norm_relu_pool", shape, (*arguments, *options), ins + small, one, BLOCK_TOLERANCE)

@@ -35,6 +35,7 @@ from bench.records import partial_rows, write_record
 from bench.render import table as rendered
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
 from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Affine, ConvLayer, reference
@@ -336,11 +337,12 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     layer = ConvLayer(block.channels, block.size, block.size, block.width, padding)
     if block.number == 1 and kernels.has_image_block(layer, device):
         classes = (f"{precision}-{size_class(grown * grown)}", precision)
-        images = x.to(weights[0].dtype)
+        images = x.to(weights[0].dtype).contiguous()
         patches = kernels.image_patches(images, padding, precision)
+        rotations = augment_parameters(SiameseAugment("rotate").draw(images), images.shape).to(images)
         options = (NORM_EPS, precision)
         operations = {
-            "image_patches": (images, padding, precision),
+            "image_patches": (images, padding, precision, torch.arange(len(images), device=device), rotations),
             "conv_norm_relu_pool": (patches, weights[0], affine[0], *options),
             "conv_norm_relu_pool_backward": (patches, weights[0], affine[0], bars[0], *options),
             "conv_norm_relu_pool_dual": (patches, *weights, *affine, *options),

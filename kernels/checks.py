@@ -130,14 +130,30 @@ def check_classifier(
         raise ValueError(f"{op}: expected indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}")
 
 
+def check_index(op: str, index: Tensor, count: int, rows: Tensor) -> None:
+    """Check that `index` (count,) points into `rows`; on an accelerator, where nothing waits for the values, not how far."""
+    if index.shape != (count,) or index.dtype != torch.int64 or index.device != rows.device:
+        raise ValueError(
+            f"{op}: expected int64 indices ({count},) on {rows.device}, found {index.dtype} of shape "
+            f"{tuple(index.shape)} on {index.device}"
+        )
+    if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(rows):
+        raise ValueError(f"{op}: expected indices 0 … {len(rows) - 1}, found {int(index.min())} … {int(index.max())}")
+
+
 def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
     """Check a warp's parameters against the images, which the operation calls `name`."""
     if images.dim() != 4 or min(images.shape[1:]) < 1:
         raise ValueError(f"{op}: expected {name} (B, C, H, W), found {tuple(images.shape)}")
     check_tensors(op, images, {name: images}, images.shape)
+    check_warp_parameters(op, parameters, len(images), images)
+
+
+def check_warp_parameters(op: str, parameters: Tensor, count: int, images: Tensor) -> None:
+    """Check the parameters of warps of `count` samples of `images`."""
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     model = torch.empty(0, dtype=dtype, device=images.device)
-    check_tensors(op, model, {"parameters": parameters}, (len(images), len(WARP_PARAMETERS)))
+    check_tensors(op, model, {"parameters": parameters}, (count, len(WARP_PARAMETERS)))
     if parameters.device.type == "cpu":
         column = dict(zip(WARP_PARAMETERS, parameters.unbind(1), strict=True))
         determinant = (1 + column["row_by_row"]) * (1 + column["column_by_column"])

@@ -26,7 +26,7 @@ from .conv import (
 )
 from .flat import add_up, adjoint_step, index_add, pack_parameters, power_of_two, sgd_step, squared_distance
 from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, norm_relu_pool_dual_backward
-from .warp import colour_warp_mask, colour_warp_mask_transpose
+from .warp import colour_warp_mask, colour_warp_mask_transpose, colour_warp_mask_transpose_add
 
 __all__ = [
     "add_up",
@@ -37,6 +37,7 @@ __all__ = [
     "bias_relu_pool_dual_backward",
     "colour_warp_mask",
     "colour_warp_mask_transpose",
+    "colour_warp_mask_transpose_add",
     "conv3x3",
     "conv3x3_dual",
     "conv3x3_dual_input_gradient",

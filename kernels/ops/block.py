@@ -9,16 +9,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_tensors
+from ..checks import check_index, check_tensors, check_warp_parameters
 from ..types import Affine, Folded, Patches, Precision, accumulator
 from .norm import with_dots
 
 
-def image_patches(x: Tensor, padding: int, precision: Precision = "fp32") -> Patches:
+def image_patches(
+    x: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+    index: Tensor | None = None,
+    parameters: Tensor | None = None,
+) -> Patches:
     """Return what the first block takes of images `x` (B, C, H, W), float32 or float64, contiguous or channels_last.
 
-    `padding` is the convolution's. The block's planes are of the images' dtype, but bfloat16 of float32 images with bf16.
-    Raises `ValueError` for anything else, and for images that a padded 3×3 convolution makes nothing to pool of.
+    With `index` (B,) int64 the images are those rows of `x` (n, C, H, W). With `parameters` (B, 13) `colour_warp_mask`
+    augments them, and `x` is contiguous. `padding` is the convolution's. The block's planes are of the images' dtype, but of
+    float32 images float16 or bfloat16 with fp16 or bf16.
+    Raises `ValueError` for anything else, and for images that a padded 3×3 convolution makes nothing to pool of; on an
+    accelerator, where nothing waits for the values, an index out of range is not noticed.
     """
     op = "image_patches"
     if x.dim() != 4 or padding < 0 or min(x.shape[:2]) < 1 or min(x.shape[2:]) + 2 * padding < 4:
@@ -28,8 +37,14 @@ def image_patches(x: Tensor, padding: int, precision: Precision = "fp32") -> Pat
         )
     if accumulator(x.dtype) != x.dtype:
         raise ValueError(f"{op}: expected float32 or float64 images, found {x.dtype}")
-    check_tensors(op, x, {"x": x}, x.shape, like_format=x)
-    patches: Patches = dispatch.block_implementation_of(op, x.shape[1], None, x.device, precision)(x, padding)
+    check_tensors(op, x, {"x": x}, x.shape, like_format=x if parameters is None else None)
+    if index is not None:
+        check_index(op, index, index.numel(), x)
+        index = index.contiguous()
+    if parameters is not None:
+        check_warp_parameters(op, parameters, len(x) if index is None else len(index), x)
+    implementation = dispatch.block_implementation_of(op, x.shape[1], None, x.device, precision)
+    patches: Patches = implementation(x, padding, index=index, parameters=parameters)
     return patches
 
 
@@ -96,18 +111,25 @@ def conv_norm_relu_pool_dual_backward(
     eps: float,
     precision: Precision = "fp32",
     folded: Folded | None = None,
+    divisors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K), of the parameters' dtype.
 
-    `folded` is what `conv_norm_relu_pool_dual` returned of the same arguments, else made again. `p_bar`, `p_bar_dot` and
-    errors: `conv_norm_relu_pool_backward`.
+    x̄̇, and nothing else, is divided by the `divisors`, at most two scalars () of that dtype, one after the other. `folded` is
+    what `conv_norm_relu_pool_dual` returned of the same arguments, else made again. `p_bar`, `p_bar_dot` and errors:
+    `conv_norm_relu_pool_backward`.
     """
     op = "conv_norm_relu_pool_dual_backward"
     weights, bars = {"weight": weight, "weight_dot": weight_dot}, {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
     _check(op, patches, weights, with_dots(affine, affine_dot), bars)
+    if len(divisors) > 2:
+        raise ValueError(f"{op}: expected at most two divisors, found {len(divisors)}")
+    check_tensors(op, weight, {f"divisor {number}": each for number, each in enumerate(divisors, 1)}, ())
     implementation = _implementation(op, patches, weight, precision)
     directions = (weight, weight_dot, affine, affine_dot)
-    x_bar_dot, *parameters = implementation(patches, *directions, p_bar, p_bar_dot, eps, folded=folded)
+    x_bar_dot, *parameters = implementation(
+        patches, *directions, p_bar, p_bar_dot, eps, folded=folded, divisors=divisors
+    )
     weight_bar_dot, gamma_bar_dot, beta_bar_dot = parameters
     return x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_partial_sums, check_tensors, check_vectors
+from ..checks import check_index, check_partial_sums, check_tensors, check_vectors
 from ..types import PackedParameters, PartialSums, Precision, WeightPlace
 
 
@@ -99,15 +99,7 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> T
     """
     check_tensors("index_add", out, {"out": out}, out.shape)
     check_tensors("index_add", out, {"rows": rows}, (len(rows), *out.shape[1:]))
-    if index.shape != (len(rows),) or index.dtype != torch.int64 or index.device != out.device:
-        raise ValueError(
-            f"index_add: expected int64 indices ({len(rows)},) on {out.device}, found {index.dtype} of shape "
-            f"{tuple(index.shape)} on {index.device}"
-        )
-    if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(out):
-        raise ValueError(
-            f"index_add: expected indices 0 … {len(out) - 1}, found {int(index.min())} … {int(index.max())}"
-        )
+    check_index("index_add", index, len(rows), out)
     result: Tensor = dispatch.implementation_of("index_add", out)(out, index.contiguous(), rows, alpha)
     return result
 

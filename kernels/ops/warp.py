@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_warp
+from ..checks import check_index, check_tensors, check_warp, check_warp_parameters
 
 
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
@@ -39,3 +39,26 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     check_warp("colour_warp_mask_transpose", "y_bar", y_bar, parameters)
     x_bar: Tensor = dispatch.implementation_of("colour_warp_mask_transpose", y_bar)(y_bar, parameters)
     return x_bar
+
+
+def colour_warp_mask_transpose_add(
+    out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
+) -> Tensor:
+    """Add `factor` · Aᵀ ȳ of each sample to the row `index` of `out`, in place, and return `out`.
+
+    `out` (n, C, H, W) and `y_bar` (B, C, H, W), contiguous, `factor` (), of one floating dtype and device; `index` (B,) int64,
+    0 … n − 1. An index may come again; its rows are added in their order, so the result is the same each time. `parameters`
+    are those of `colour_warp_mask_transpose`, and None stands for the identity. Raises `ValueError` for anything else; on an
+    accelerator, where nothing waits for the values, an index out of range is not noticed.
+    """
+    op = "colour_warp_mask_transpose_add"
+    if y_bar.dim() != 4 or min(y_bar.shape[1:]) < 1:
+        raise ValueError(f"{op}: expected y_bar (B, C, H, W), found {tuple(y_bar.shape)}")
+    check_tensors(op, y_bar, {"y_bar": y_bar}, y_bar.shape)
+    check_tensors(op, y_bar, {"out": out}, (len(out), *y_bar.shape[1:]))
+    check_tensors(op, y_bar, {"factor": factor}, ())
+    check_index(op, index, len(y_bar), out)
+    if parameters is not None:
+        check_warp_parameters(op, parameters, len(y_bar), y_bar)
+    arguments = (out, index.contiguous(), y_bar, parameters, factor)
+    return dispatch.implementation_of(op, out)(*arguments)  # type: ignore[no-any-return]

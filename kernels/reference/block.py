@@ -16,12 +16,23 @@ from .conv import (
     rounded,
 )
 from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, norm_relu_pool_dual_backward
+from .warp import colour_warp_mask
 
 PROBES = 256
 
 
-def image_patches(x: Tensor, padding: int, precision: Precision = "fp32") -> Patches:
-    """Return the patches of images (B, C, H, W), whose shift is the mean of PROBES pixels."""
+def image_patches(
+    x: Tensor,
+    padding: int,
+    precision: Precision = "fp32",
+    index: Tensor | None = None,
+    parameters: Tensor | None = None,
+) -> Patches:
+    """Return the patches of images (n, C, H, W), gathered and augmented, whose shift is the mean of PROBES pixels."""
+    if index is not None:
+        x = x[index]
+    if parameters is not None:
+        x = colour_warp_mask(x, parameters)
     height, width = x.shape[2:]
     probes = torch.arange(PROBES, device=x.device) * (height * width) // PROBES
     images = F.pad(x, (padding,) * 4) - x.flatten(2)[:, :, probes].mean(2)[:, :, None, None]
@@ -88,8 +99,9 @@ def conv_norm_relu_pool_dual_backward(
     eps: float,
     precision: Precision = "fp32",
     folded: Folded | None = None,
+    divisors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x̄̇ (B, C, H, W), summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K)."""
+    """Return x̄̇ (B, C, H, W), divided by the divisors, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K)."""
     x, padding = _planes(patches), patches.padding
     y, y_dot = conv3x3_dual(x, None, weight, weight_dot, 0, precision)
     stats = norm_relu_pool_dual(y, y_dot, affine, affine_dot, eps)[2]
@@ -99,6 +111,8 @@ def conv_norm_relu_pool_dual_backward(
     weight_bar_dot = conv3x3_dual_weight_gradient(x, None, y_bar, y_bar_dot, 0, precision)
     x_bar_dot = conv3x3_input_gradient_tangent(y_bar, y_bar_dot, weight, weight_dot, 0, precision)
     x_bar_dot = F.pad(x_bar_dot, (-padding,) * 4).to(weight.dtype).contiguous()
+    for divisor in divisors:
+        x_bar_dot = x_bar_dot / divisor
     return x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
 
 

@@ -41,6 +41,17 @@ def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     return x.to(y_bar.dtype)
 
 
+def colour_warp_mask_transpose_add(
+    out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
+) -> Tensor:
+    """Add `factor` · Aᵀ ȳ (B, C, H, W) to the rows `index` (B,) of `out` (n, C, H, W), in place."""
+    rows = -factor * y_bar
+    if parameters is not None:
+        rows = colour_warp_mask_transpose(rows, parameters)
+    # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
+    return out.index_add_(0, index, rows, alpha=-1)
+
+
 def _by_name(parameters: Tensor) -> dict[str, Tensor]:
     return dict(zip(WARP_PARAMETERS, parameters[:, :, None, None, None].unbind(1), strict=True))  # (B, 1, 1, 1) each
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         norm_relu_pool_dual,
         norm_relu_pool_dual_backward,
     )
-    from .warp import colour_warp_mask, colour_warp_mask_transpose
+    from .warp import colour_warp_mask, colour_warp_mask_transpose, colour_warp_mask_transpose_add
     from .weights import pack_parameters
 
     conv3x3: Callable[..., Any]
@@ -59,6 +59,7 @@ __all__ = [
     "bias_relu_pool_dual_backward",
     "colour_warp_mask",
     "colour_warp_mask_transpose",
+    "colour_warp_mask_transpose_add",
     "conv3x3",
     "conv3x3_dual",
     "conv3x3_dual_input_gradient",

@@ -56,9 +56,12 @@ class _Block:
         return row
 
 
-def image_patches(x: Tensor, padding: int, precision: Precision) -> Patches:
+def image_patches(
+    x: Tensor, padding: int, precision: Precision, index: Tensor | None = None, parameters: Tensor | None = None
+) -> Patches:
     """See `mtt_fast.kernels.image_patches`."""
-    batch, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
+    batch = len(x) if index is None else len(index)
     padded = (height + 2 * padding, width + 2 * padding)
     terms = _terms(channels)
     if terms * padded[0] * padded[1] >= OFFSETS:
@@ -73,7 +76,7 @@ def image_patches(x: Tensor, padding: int, precision: Precision) -> Patches:
     launch(
         gather,
         batch * parts,
-        *(x, images, gram, parts, tiles, triton.cdiv(images[0].numel(), parts)),
+        *(x, index, parameters, images, gram, parts, tiles),
         C=channels,
         H=height,
         W=width,
@@ -81,6 +84,7 @@ def image_patches(x: Tensor, padding: int, precision: Precision) -> Patches:
         CHANNELS_LAST=not x.is_contiguous(),
         TERMS=terms,
         PRECISION=effective,
+        BLOCK_C=triton.next_power_of_2(channels),
         **row,
     )
     return Patches(images, gram, padding)
@@ -142,6 +146,7 @@ def conv_norm_relu_pool_dual_backward(
     eps: float,
     precision: Precision,
     folded: Folded | None = None,
+    divisors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_dual_backward`."""
     block = _Block.of(patches, weight, precision)
@@ -150,7 +155,7 @@ def conv_norm_relu_pool_dual_backward(
     gradients, linear = _finished(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
     del sums
     assert linear is not None
-    return _image_gradient(block, patches, folded, linear, p_bar, p_bar_dot), *gradients
+    return _image_gradient(block, patches, folded, linear, p_bar, p_bar_dot, divisors), *gradients
 
 
 def _folded(
@@ -233,9 +238,15 @@ def _finished(
 
 
 def _image_gradient(
-    block: _Block, patches: Patches, folded: Folded, linear: Tensor, p_bar: Tensor, p_bar_dot: Tensor
+    block: _Block,
+    patches: Patches,
+    folded: Folded,
+    linear: Tensor,
+    p_bar: Tensor,
+    p_bar_dot: Tensor,
+    divisors: tuple[Tensor, ...],
 ) -> Tensor:
-    """Return x̄̇ (B, C, H, W) from M and the gradients of p."""
+    """Return x̄̇ (B, C, H, W) from M and the gradients of p, divided by at most two divisors."""
     batch, device = len(p_bar), p_bar.device
     height, width = block.HP - 2, block.WP - 2
     row = block.row("conv_norm_relu_pool_columns", device)
@@ -252,6 +263,7 @@ def _image_gradient(
         col2im,
         batch * triton.cdiv(math.prod(sides), row["BLOCK_M"]),
         columns,
+        *(*divisors, None, None)[:2],
         x_bar_dot,
         C=block.C,
         H=sides[0],

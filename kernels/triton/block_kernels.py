@@ -317,8 +317,21 @@ def spread(
 
 
 @triton.jit
+def _quotient(total: tl.tensor, divisor: tl.tensor) -> tl.tensor:
+    """Divide with the rounding of IEEE 754, so that a power of two is taken out exactly."""
+    value = tl.load(divisor)
+    if total.dtype == tl.float64:
+        total /= value
+    else:
+        total = tl.div_rn(total, value)
+    return total
+
+
+@triton.jit
 def col2im(
     columns: tl.tensor,  # (B, H', W', TERMS)
+    first_divisor: tl.tensor | None,
+    second_divisor: tl.tensor | None,
     x_bar: tl.tensor,  # (B, C, H, W)
     C: tl.constexpr,
     H: tl.constexpr,
@@ -327,7 +340,7 @@ def col2im(
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
-    """Sum what the patches have of each pixel of the image."""
+    """Sum what the patches have of each pixel of the image, and divide by the divisors."""
     HO: tl.constexpr = H + 2 * PADDING - 2
     WO: tl.constexpr = W + 2 * PADDING - 2
     PARTS: tl.constexpr = (H * W + BLOCK_M - 1) // BLOCK_M
@@ -343,4 +356,8 @@ def col2im(
     t = tl.load(columns + place, inside, 0).to(x_bar.dtype.element_ty)
     for channel in tl.static_range(C):
         total = tl.sum(tl.where(term % C == channel, t, 0), 1, keep_dims=True)
+        if first_divisor is not None:
+            total = _quotient(total, first_divisor)
+        if second_divisor is not None:
+            total = _quotient(total, second_divisor)
         tl.store(x_bar + sample * (C * H * W) + channel * (H * W) + pixel, total, exists)

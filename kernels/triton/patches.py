@@ -1,5 +1,7 @@
 """Gather the patches that a 3×3 convolution of images sees, sum their products, and fold a norm into the convolution's weights.
 
+The images may be those of a step as they lie: a program gathers its sample, augments it, and lays it out.
+
 A patch x̃ is TERMS numbers: 9·C of the image in the order (3, 3, C), ONES ones, whose weights are pieces of the shift that
 follows the weights (rounded pieces add up to what one rounded number is not), and zeros up to what Tensor cores take. The
 image is less its shift, a number near the mean of each channel: a norm takes away what that changes, and where the image
@@ -10,6 +12,7 @@ image, (HP − 2) × (WP − 2) the convolution's result.
 from __future__ import annotations
 
 from .launch import INTERPRETED, tl, triton
+from .warp import load_parameters, mean_for, warped
 
 ONES = tl.constexpr(3)
 PROBES = tl.constexpr(256)  # pixels whose mean is an image's shift
@@ -40,35 +43,44 @@ def product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def _mean_of_probes(
-    x: tl.tensor,  # of the sample: (C, H, W)
-    CHANNEL: tl.constexpr,
+def _pixels_of(
+    image: tl.tensor,  # (C, H, W)
+    colour: tl.tuple | None,
+    down: tl.tuple | None,
+    right: tl.tuple | None,
+    mask: tl.tuple | None,
+    mean: tl.tensor | None,
+    place: tl.tensor,  # (1, PIXELS): pixels, row by row, of the image with its padding
+    PADDING: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return the mean of PROBES pixels of a channel."""
-    pixel = tl.arange(0, PROBES) * (H * W) // PROBES
-    offset = pixel * C + CHANNEL if CHANNELS_LAST else CHANNEL * (H * W) + pixel
-    return tl.sum(tl.load(x + offset).to(ACC)) / PROBES
-
-
-@triton.jit
-def _shift_of(channel: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor) -> tl.tensor:
-    """Return the shift of each `channel`, of which there are at most three."""
-    return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
+    """Return pixels of the image, augmented where there are parameters, (BLOCK_C, PIXELS); zero outside of the image."""
+    c = tl.arange(0, BLOCK_C)[:, None]
+    row = place // (W + 2 * PADDING) - PADDING
+    column = place % (W + 2 * PADDING) - PADDING
+    if colour is None:
+        inside = (c < C) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        pixel = row * W + column
+        value = tl.load(image + (pixel * C + c if CHANNELS_LAST else c * (H * W) + pixel), inside, 0).to(ACC)
+    else:
+        value = warped(image, colour, down, right, mask, mean, c, row, column, C, H, W, ACC)
+    return value
 
 
 @triton.jit
 def gather(
-    x: tl.tensor,  # (B, C, H, W)
+    x: tl.tensor,  # (n, C, H, W)
+    index: tl.tensor | None,  # (B,)
+    parameters: tl.tensor | None,  # (B, 13): of colour_warp_mask
     images: tl.tensor,  # (B, H + 2 PADDING, W + 2 PADDING, C)
     gram: tl.tensor,  # (B, parts, 9 C + 1, 9 C + 1)
     parts: tl.tensor,
     tiles: tl.tensor,  # of a part
-    chunk: tl.tensor,  # elements of the padded image for a part to copy
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -76,54 +88,54 @@ def gather(
     CHANNELS_LAST: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # at least C
     BLOCK_M: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ) -> None:
-    """Store the padded image less its shift, rounded, and the sums of x̃x̃ᵀ over parts of the pixels."""
+    """Store the padded image less its shift, rounded, and the sums of x̃x̃ᵀ over parts of the pixels.
+
+    A program stores all rows that its patches have pixels of, and reads them back: its first two and last two rows are its
+    neighbours' too, which store the same values there.
+    """
     ACC: tl.constexpr = gram.dtype.element_ty
-    HP: tl.constexpr = H + 2 * PADDING
     WP: tl.constexpr = W + 2 * PADDING
+    WIDTH: tl.constexpr = WP - 2
+    ALL: tl.constexpr = (H + 2 * PADDING - 2) * WIDTH
+    PIXELS: tl.constexpr = ELEMENTS // BLOCK_C
     program = tl.program_id(0)
-    part = program % parts
     sample = (program // parts).to(tl.int64)
-    x += sample * (C * H * W)
-    images += sample * (C * HP * WP)
+    first = program % parts * tiles * BLOCK_M
+    last = tl.minimum(first + tiles * BLOCK_M, ALL) - 1
+    x += (sample if index is None else tl.load(index + sample)) * (C * H * W)
+    images += sample * (C * (H + 2 * PADDING) * WP)
+    colour, down, right, mask, mean = None, None, None, None, None
+    if parameters is not None:
+        colour, down, right, mask = load_parameters(parameters, sample)
+        mean = mean_for(colour[2], x, C * H * W, ACC)
 
-    first = _mean_of_probes(x, 0, C, H, W, CHANNELS_LAST, ACC)
-    second = _mean_of_probes(x, 1 % C, C, H, W, CHANNELS_LAST, ACC)
-    third = _mean_of_probes(x, 2 % C, C, H, W, CHANNELS_LAST, ACC)
-    place = tl.arange(0, ELEMENTS)
-    for start in range(0, chunk, ELEMENTS):
-        element = part * chunk + start + place
-        channel = element % C
-        row, column = element // (C * WP) - PADDING, element // C % WP - PADDING
-        exists = (start + place < chunk) & (element < C * HP * WP)
-        inside = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-        pixel = row * W + column
-        offset = pixel * C + channel if CHANNELS_LAST else channel * (H * W) + pixel
-        value = tl.load(x + offset, inside, 0).to(ACC) - _shift_of(channel, first, second, third)
-        tl.store(images + element, rounded(value, PRECISION), exists)
+    probe = tl.arange(0, PROBES)[None, :] * (H * W) // PROBES
+    probes = _pixels_of(x, colour, down, right, mask, mean, probe, 0, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
+    shift = tl.sum(probes, 1, keep_dims=True) / PROBES
+    c = tl.arange(0, BLOCK_C)[:, None]
+    end = (last // WIDTH + 3) * WP
+    for start in range(first // WIDTH * WP, end, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)[None, :]
+        value = _pixels_of(x, colour, down, right, mask, mean, pixel, PADDING, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
+        tl.store(images + pixel * C + c, rounded(value - shift, PRECISION), (c < C) & (pixel < end))
+    tl.debug_barrier()  # what other threads of the program stored is read below
 
-    term = tl.arange(0, TERMS)[None, :]
-    channel = term % C
-    shift = _shift_of(channel, first, second, third)
     total = tl.zeros((TERMS, TERMS), ACC)
     for tile in range(tiles):
-        pixel = ((part * tiles + tile) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-        exists = pixel < (HP - 2) * (WP - 2)
-        row = pixel // (WP - 2) + (term // (3 * C) - PADDING)
-        column = pixel % (WP - 2) + (term // C % 3 - PADDING)
-        inside = exists & (term < 9 * C) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-        source = row * W + column
-        offset = source * C + channel if CHANNELS_LAST else channel * (H * W) + source
-        value = tl.load(x + offset, inside, 0).to(ACC) - shift
-        value = tl.where(term < 9 * C, value, tl.where(term < 9 * C + ONES, 1.0, 0.0))
-        xs = rounded(tl.where(exists, value, 0.0), PRECISION)
+        centre = first + tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        exists = (centre <= last)[:, None]
+        centre = tl.minimum(centre, last)
+        xs = patches_at(images, centre // WIDTH, centre % WIDTH, C, WP, TERMS)
+        xs = tl.where(exists, xs, 0).to(xs.dtype)
         total += product(tl.trans(xs), xs, ACC, PRECISION)  # not into the accumulator, which would cut bits off
     COUNT: tl.constexpr = 9 * C + 1
-    row = tl.arange(0, TERMS)[:, None]
-    place = program.to(tl.int64) * (COUNT * COUNT) + row * COUNT + term
-    tl.store(gram + place, total, (row < COUNT) & (term < COUNT))
+    row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
+    place = program.to(tl.int64) * (COUNT * COUNT) + row * COUNT + column
+    tl.store(gram + place, total, (row < COUNT) & (column < COUNT))
 
 
 @triton.jit

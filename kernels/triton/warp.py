@@ -1,8 +1,9 @@
-"""Colour, warp and mask images in one pass, and the transpose.
+"""Colour, warp and mask images in one pass, and the transpose, also added to the rows that the images were gathered from.
 
-A program owns a block of pixels of one sample, with all their channels: it gathers what it needs, so nothing is added
+A program owns a block of pixels of one image, with all their channels: it gathers what it needs, so nothing is added
 to memory that others write. Colours are moved after the pixels and not before: a map that is linear in the channels
-and one that samples the pixels commute, if a constant is scaled by the share of it that the image's border leaves.
+and one that samples the pixels commute, if a constant is scaled by the share of it that the image's border leaves. Only
+contrast asks for the mean of a sample, and then each of its programs takes it: a launch of its own would cost every step.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from .launch import architecture, launch, tl, triton
 from .planes import Planes
 
 _COUNT = tl.constexpr(len(WARP_PARAMETERS))
+_MEAN = tl.constexpr(2048)  # numbers of a sample that are added to its mean at a time
 
 
 @triton.jit
-def _load_parameters(parameters: tl.tensor, sample: tl.tensor) -> tl.tuple:
+def load_parameters(parameters: tl.tensor, sample: tl.tensor) -> tl.tuple:
     """Load the parameters of a sample: colour, displacement down, displacement right, mask."""
     place = parameters + sample * _COUNT
     colour = (tl.load(place), tl.load(place + 1), tl.load(place + 2))
@@ -89,100 +91,91 @@ def _coloured(
 
 
 @triton.jit
-def _mean(
-    images: tl.tensor,  # (B, C, H, W)
-    parameters: tl.tensor,  # (B, 13)
-    means: tl.tensor,  # (B,)
-    SIZE: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-) -> None:
-    ACC: tl.constexpr = parameters.dtype.element_ty
-    sample = tl.program_id(0).to(tl.int64)
-    images += sample * SIZE
-    total = tl.zeros((ELEMENTS,), ACC)
-    # only contrast asks for the mean
-    for start in range(0, tl.where(tl.load(parameters + sample * _COUNT + 2) != 0, SIZE, 0), ELEMENTS):
-        place = start + tl.arange(0, ELEMENTS)
-        total += tl.load(images + place, place < SIZE, 0).to(ACC)
-    tl.store(means + sample, tl.sum(total, 0) / SIZE)
+def mean_for(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
+    """Return the mean of an image (C, H, W) where there is contrast, else zero."""
+    total = tl.zeros((_MEAN,), ACC)
+    for start in range(0, tl.where(contrast != 0, SIZE, 0), _MEAN):
+        place = start + tl.arange(0, _MEAN)
+        total += tl.load(image + place, place < SIZE, 0).to(ACC)
+    return tl.sum(total, 0) / SIZE
 
 
 @triton.jit
-def _mean_transpose(
-    y_bar: tl.tensor,  # (B, C, H, W)
-    parameters: tl.tensor,  # (B, 13)
-    means: tl.tensor,  # (B,)
+def warped(
+    image: tl.tensor,  # (C, H, W)
+    colour: tl.tuple,
+    down: tl.tuple,
+    right: tl.tuple,
+    mask: tl.tuple,
+    mean: tl.tensor,
+    c: tl.tensor,  # (BLOCK_C, 1)
+    i: tl.tensor,  # (1, BLOCK_M)
+    j: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Return pixels (i, j) of the image coloured, warped and masked, (BLOCK_C, BLOCK_M); zero where there is no pixel."""
+    exists = (c < C) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
+    row, upper, lower = _axis(down, i, j, i, H, H, W)
+    column, before, behind = _axis(right, i, j, j, W, H, W)
+    x = tl.zeros((c.shape[0], i.shape[1]), ACC)
+    for corner in tl.static_range(4):
+        weight = (lower if corner >= 2 else upper) * (behind if corner % 2 else before)
+        place = (row + corner // 2) * W + column + corner % 2
+        x += weight * tl.load(image + c * (H * W) + place, exists & (weight != 0), 0).to(ACC)
+    inside = (upper + lower) * (before + behind)
+    x = tl.where(exists, x + colour[0] * inside, 0)
+    x = _coloured(colour, x, mean + colour[0], inside, exists, C)
+    return tl.where(_visible(mask, i, j, H, W), x, 0)
+
+
+@triton.jit
+def _mean_of_transpose(
+    y_bar: tl.tensor,  # (C, H, W)
+    colour: tl.tuple,
+    down: tl.tuple,
+    right: tl.tuple,
+    mask: tl.tuple,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-) -> None:
-    """Store the mean of the warp's transpose of ȳ: each ȳ counts as far as its source lies in the image."""
-    ACC: tl.constexpr = parameters.dtype.element_ty
-    sample = tl.program_id(0).to(tl.int64)
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Return the mean of the warp's transpose of ȳ where there is contrast: each ȳ counts as far as its source lies in the image."""
+    PIXELS: tl.constexpr = _MEAN // (4 if BLOCK_C < 4 else BLOCK_C)
     c = tl.arange(0, BLOCK_C)[:, None]
-    y_bar += sample * (C * H * W)
-    colour, down, right, mask = _load_parameters(parameters, sample)
-    total = tl.zeros((BLOCK_C, BLOCK_M), ACC)
-    for start in range(0, tl.where(colour[2] != 0, H * W, 0), BLOCK_M):
-        pixel = start + tl.arange(0, BLOCK_M)[None, :]
+    total = tl.zeros((BLOCK_C, PIXELS), ACC)
+    for start in range(0, tl.where(colour[2] != 0, H * W, 0), PIXELS):
+        pixel = start + tl.arange(0, PIXELS)[None, :]
         i = pixel // W
         j = pixel % W
         _, upper, lower = _axis(down, i, j, i, H, H, W)
         _, before, behind = _axis(right, i, j, j, W, H, W)
         visible = _visible(mask, i, j, H, W) & (c < C)
         total += (upper + lower) * (before + behind) * tl.load(y_bar + c * (H * W) + pixel, visible, 0).to(ACC)
-    tl.store(means + sample, tl.sum(tl.sum(total, 0), 0) / (C * H * W))
+    return tl.sum(tl.sum(total, 0), 0) / (C * H * W)
 
 
 @triton.jit
-def _forward(
-    images: tl.tensor,  # (B, C, H, W)
+def _transposed(
+    y_bar: tl.tensor,  # of the sample: (C, H, W)
     parameters: tl.tensor,  # (B, 13)
-    means: tl.tensor,  # (B,)
-    y: tl.tensor,  # (B, C, H, W)
+    sample: tl.tensor,
+    c: tl.tensor,  # (BLOCK_C, 1)
+    row: tl.tensor,  # (1, BLOCK_M)
+    column: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-) -> None:
-    ACC: tl.constexpr = parameters.dtype.element_ty
-    sample, c, i, j = _block(H, W, BLOCK_C, BLOCK_M)
-    colour, down, right, mask = _load_parameters(parameters, sample)
-    images += sample * (C * H * W)
-    exists = (c < C) & (i < H)
-    row, upper, lower = _axis(down, i, j, i, H, H, W)
-    column, before, behind = _axis(right, i, j, j, W, H, W)
-    x = tl.zeros((BLOCK_C, BLOCK_M), ACC)
-    for corner in tl.static_range(4):
-        weight = (lower if corner >= 2 else upper) * (behind if corner % 2 else before)
-        place = (row + corner // 2) * W + column + corner % 2
-        x += weight * tl.load(images + c * (H * W) + place, exists & (weight != 0), 0).to(ACC)
-    inside = (upper + lower) * (before + behind)
-    x = tl.where(exists, x + colour[0] * inside, 0)
-    x = _coloured(colour, x, tl.load(means + sample) + colour[0], inside, exists, C)
-    place = c * (H * W) + i * W + j
-    tl.store(y + sample * (C * H * W) + place, tl.where(_visible(mask, i, j, H, W), x, 0), exists)
-
-
-@triton.jit
-def _transpose(
-    y_bar: tl.tensor,  # (B, C, H, W)
-    parameters: tl.tensor,  # (B, 13)
-    means: tl.tensor,  # (B,)
-    x_bar: tl.tensor,  # (B, C, H, W)
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-) -> None:
-    ACC: tl.constexpr = parameters.dtype.element_ty
-    sample, c, row, column = _block(H, W, BLOCK_C, BLOCK_M)
-    colour, down, right, mask = _load_parameters(parameters, sample)
-    y_bar += sample * (C * H * W)
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Return pixels (row, column) of the transpose of ȳ, (BLOCK_C, BLOCK_M)."""
+    colour, down, right, mask = load_parameters(parameters, sample)
+    mean = _mean_of_transpose(y_bar, colour, down, right, mask, C, H, W, BLOCK_C, ACC)
     exists = (c < C) & (row < H)
 
     # The targets whose sources are less than a pixel away, on either axis, lie in a parallelogram around the target
@@ -204,7 +197,7 @@ def _transpose(
     rows = tl.minimum(tl.ceil(2 * row_reach), H).to(tl.int32)
     columns = tl.minimum(tl.ceil(2 * column_reach), W).to(tl.int32)
 
-    x = tl.zeros((BLOCK_C, BLOCK_M), ACC)
+    x = tl.zeros((BLOCK_C, row.shape[1]), ACC)
     for row_step in range(rows):
         for column_step in range(columns):
             i = top + row_step
@@ -216,32 +209,115 @@ def _transpose(
             weight = tl.where(_visible(mask, i, j, H, W), weight, 0)
             place = c * (H * W) + i * W + j
             x += weight * tl.load(y_bar + place, exists & (weight != 0), 0).to(ACC)
-    x = _coloured(colour, x, tl.load(means + sample), tl.full((1, BLOCK_M), 1, ACC), exists, C)
-    tl.store(x_bar + sample * (C * H * W) + c * (H * W) + row * W + column, x, exists)
+    return _coloured(colour, x, mean, tl.full((1, row.shape[1]), 1, ACC), exists, C)
+
+
+@triton.jit
+def _forward(
+    images: tl.tensor,  # (B, C, H, W)
+    parameters: tl.tensor,  # (B, 13)
+    y: tl.tensor,  # (B, C, H, W)
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    ACC: tl.constexpr = parameters.dtype.element_ty
+    sample, c, i, j = _block(H, W, BLOCK_C, BLOCK_M)
+    colour, down, right, mask = load_parameters(parameters, sample)
+    images += sample * (C * H * W)
+    mean = mean_for(colour[2], images, C * H * W, ACC)
+    x = warped(images, colour, down, right, mask, mean, c, i, j, C, H, W, ACC)
+    tl.store(y + sample * (C * H * W) + c * (H * W) + i * W + j, x, (c < C) & (i < H))
+
+
+@triton.jit
+def _transpose(
+    y_bar: tl.tensor,  # (B, C, H, W)
+    parameters: tl.tensor,  # (B, 13)
+    x_bar: tl.tensor,  # (B, C, H, W)
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    ACC: tl.constexpr = parameters.dtype.element_ty
+    sample, c, row, column = _block(H, W, BLOCK_C, BLOCK_M)
+    begin = sample * (C * H * W)
+    x = _transposed(y_bar + begin, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
+    tl.store(x_bar + begin + c * (H * W) + row * W + column, x, (c < C) & (row < H))
+
+
+@triton.jit
+def _transpose_add(
+    out: tl.tensor,  # (n, C, H, W)
+    index: tl.tensor,  # (B,)
+    y_bar: tl.tensor,  # (B, C, H, W)
+    parameters: tl.tensor | None,  # (B, 13)
+    factor: tl.tensor,
+    batch: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    EVERY: tl.constexpr,  # at least B
+) -> None:
+    """Add pixels of a sample, and of all later ones of the same index, if no earlier sample has that index."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    own, c, row, column = _block(H, W, BLOCK_C, BLOCK_M)
+    every, exists = tl.arange(0, EVERY), (c < C) & (row < H)
+    target = tl.load(index + own)
+    same = tl.load(index + every, every < batch, -1) == target
+    if tl.min(tl.where(same, every, EVERY), 0) == own:
+        pixel = c * (H * W) + row * W + column
+        place = out + target * (C * H * W) + pixel
+        total = tl.load(place, exists, 0).to(ACC)
+        scale = tl.load(factor).to(ACC)
+        for sample in range(own, tl.max(tl.where(same, every, 0), 0) + 1):
+            if tl.load(index + sample) == target:
+                source = y_bar + sample * (C * H * W)
+                if parameters is None:
+                    x = tl.load(source + pixel, exists, 0).to(ACC)
+                else:
+                    x = _transposed(source, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
+                total += scale * x
+        tl.store(place, total, exists)
 
 
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask`."""
-    planes, means, y = Planes.of(images), parameters.new_empty(len(images)), torch.empty_like(images)
-    row = configuration("colour_warp_mask_mean", "", architecture(images.device))
-    launch(_mean, planes.samples, images, parameters, means, SIZE=planes.sample_size, **row)
-    _launch(_forward, "colour_warp_mask", planes, images, parameters, means, y)
+    y = torch.empty_like(images)
+    _launch(_forward, "colour_warp_mask", Planes.of(images), images, parameters, y)
     return y
 
 
 def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask_transpose`."""
-    planes, means, x_bar = Planes.of(y_bar), parameters.new_empty(len(y_bar)), torch.empty_like(y_bar)
-    _launch(_mean_transpose, "colour_warp_mask_transpose_mean", planes, y_bar, parameters, means)
-    _launch(_transpose, "colour_warp_mask_transpose", planes, y_bar, parameters, means, x_bar)
+    x_bar = torch.empty_like(y_bar)
+    _launch(_transpose, "colour_warp_mask_transpose", Planes.of(y_bar), y_bar, parameters, x_bar)
     return x_bar
 
 
-def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Tensor) -> None:
-    """Launch `kernel` over blocks of pixels; a mean's takes a whole sample."""
+def colour_warp_mask_transpose_add(
+    out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
+) -> Tensor:
+    """See `mtt_fast.kernels.colour_warp_mask_transpose_add`."""
+    planes, every = Planes.of(y_bar), triton.next_power_of_2(max(1, len(y_bar)))
+    arguments = (out, index, y_bar, parameters, factor, len(y_bar))
+    _launch(_transpose_add, "colour_warp_mask_transpose", planes, *arguments, EVERY=every)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Any, **constants: int) -> None:
+    """Launch `kernel` over blocks of pixels of each sample."""
     row = dict(configuration(operation, "", architecture(arguments[0].device)))
     channels = triton.next_power_of_2(planes.channels)
-    pixels = max(1, row.pop("ELEMENTS") // channels)
-    blocks = 1 if kernel is _mean_transpose else triton.cdiv(planes.height * planes.width, pixels)
+    pixels = min(max(1, row.pop("ELEMENTS") // channels), triton.next_power_of_2(planes.height * planes.width))
+    programs = planes.samples * triton.cdiv(planes.height * planes.width, pixels)
     sizes = {"C": planes.channels, "H": planes.height, "W": planes.width, "BLOCK_C": channels, "BLOCK_M": pixels}
-    launch(kernel, planes.samples * blocks, *arguments, **sizes, **row)
+    launch(kernel, programs, *arguments, **sizes, **constants, **row)

@@ -13,7 +13,7 @@ class Augment(Protocol):
 
     `SiameseAugment` is one, `Augmentation` makes one of two functions, and `KorniaAugment` of a module of kornia. An
     augmentation that changes the images' shape, or takes more memory than one more batch, also has the method of
-    `HasFootprint`.
+    `HasFootprint`, and one that is an affine warp of colours and pixels may have that of `Warp`.
     """
 
     def draw(self, images: Tensor, generator: torch.Generator | None, /) -> Any:
@@ -43,6 +43,20 @@ class HasFootprint(Protocol):
         ...
 
 
+@runtime_checkable
+class Warp(Protocol):
+    """An augmentation that is `kernels.colour_warp_mask`, which a student can do while it gathers a batch."""
+
+    def warp_parameters(self, draws: Any, shape: torch.Size) -> Tensor:
+        """Return the parameters (b, 13) of the operation for `draws` on images of `shape` (b, C, H, W)."""
+        ...
+
+
 def footprint_of(augment: object, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
     """Return the footprint of `augment` for an image of `image_shape` (C, H, W): that of the image itself by default."""
     return augment.footprint(image_shape, dtype) if isinstance(augment, HasFootprint) else Footprint(image_shape)
+
+
+def warp_of(augment: object, draws: Any, shape: torch.Size) -> Tensor | None:
+    """Return the parameters (b, 13) of `augment` with `draws` on images of `shape` (b, C, H, W), or None if it is no `Warp`."""
+    return augment.warp_parameters(draws, shape) if isinstance(augment, Warp) else None

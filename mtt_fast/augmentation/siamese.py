@@ -75,13 +75,13 @@ class SiameseAugment:
             draws.append(self.draw(images, generator))
         return parameters_of_steps(draws, like.shape).to(torch.promote_types(like.dtype, torch.float32))
 
-    def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return `images` (b, C, H, W) augmented by `parameters` of `draw_parameters`."""
-        return augment_with(images, parameters)
+    def warp_parameters(self, draws: Draws | Tensor, shape: torch.Size) -> Tensor:
+        """Return the parameters (b, 13) of `augment_with` for images of `shape` (b, C, H, W); those of `draw_parameters` are these."""
+        return draws if isinstance(draws, Tensor) else augment_parameters(draws, shape)
 
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """Apply the drawn operation to `images` (b, C, H, W)."""
-        return augment_with(images, augment_parameters(draws, images.shape))
+    def __call__(self, images: Tensor, draws: Draws | Tensor) -> Tensor:
+        """Apply the drawn operation, or what `draw_parameters` returned, to `images` (b, C, H, W)."""
+        return augment_with(images, self.warp_parameters(draws, images.shape))
 
 
 def augment_by_strategy(strategy: str) -> SiameseAugment | None:

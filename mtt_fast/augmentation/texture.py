@@ -16,7 +16,7 @@ from torch import Tensor
 from mtt_fast.augmentation.protocol import Footprint
 from mtt_fast.augmentation.siamese import SiameseAugment, parameters_of_steps
 
-_COPIES = 3  # of a batch of canvases, at most: the batch, and its gradient, computed and added up
+_COPIES = 2  # of a batch of canvases, at most: the batch, and its gradient
 _INDICES = 2  # of a crop's pixels in its canvas, as long integers
 
 
@@ -72,14 +72,14 @@ class CanvasCrops:
         parameters = [torch.cat(corners), *([parameters_of_steps(draws, like.shape)] if draws else [])]
         return torch.cat([each.to(torch.promote_types(like.dtype, torch.float32)) for each in parameters], dim=1)
 
-    def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return the augmented crops of the canvases `images` (b, C, H, W) for `parameters` of `draw_parameters`.
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Return the augmented crops of the canvases `images` (b, C, H, W) for what `draw_parameters` returned.
 
-        The result is differentiable in the canvases. For parameters on the canvases' device nothing is copied or awaited, as
+        The result is differentiable in the canvases. For draws on the canvases' device nothing is copied or awaited, as
         in a CUDA graph.
         """
-        crops = crop(images, parameters[:, :2].to(images.device), *self._sides(images))
-        return crops if self.then is None else self.then.apply(crops, parameters[:, 2:].contiguous())
+        crops = crop(images, draws[:, :2].to(images.device), *self._sides(images))
+        return crops if self.then is None else self.then(crops, draws[:, 2:].contiguous())
 
     def footprint(self, image_shape: torch.Size, dtype: torch.dtype) -> Footprint:
         """Return the shape of a crop of a canvas of `image_shape` (C, H, W), and the memory that cropping takes."""
@@ -90,10 +90,6 @@ class CanvasCrops:
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw for one step, as `draw_parameters` does."""
         return self.draw_parameters([images], generator)
-
-    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Return `apply(images, draws)`."""
-        return self.apply(images, draws)
 
     def _sides(self, images: Tensor) -> tuple[int, int]:
         return images.shape[2] // self.size, images.shape[3] // self.size

@@ -45,7 +45,7 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
     return planned_iteration(
         network,
         plan,
-        None if augment is None else augment.apply,
+        augment,
         tuple(len(index) for index in batches),
         loss=partial(path_loss, match_step=options.match_step, loss_ratio=options.loss_ratio),
         momentum=options.student_mom,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.engine.batch import Inputs
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors, plane_dtype
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.kernels import ConvLayer, LabelKind, PackedParameters, PartialSums, Precision, Weight, WeightPlace
@@ -41,7 +42,7 @@ class FusedConvNetStudent:
     label_kind: LabelKind = "indices"
     precision: Precision = "fp32"
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         packed = self._packed(theta, None, images)
         parameters, classifier = self._parts(theta, packed.weights)
@@ -53,6 +54,7 @@ class FusedConvNetStudent:
             activations.append(held)
             del held
 
+        assert isinstance(x, Tensor)
         x_bar: Tensor | None
         loss, x_bar, *classifier_bar, scale = kernels.linear_cross_entropy(x, *classifier, labels, self.label_kind)
         del x
@@ -65,10 +67,11 @@ class FusedConvNetStudent:
                 saved.append((block.to_save(activations[-1]), x_bar))
             x_bar, parameters_bar = block.backward(activations.pop(), x_bar, not save)
             gradients.append(parameters_bar)
-        return StepGradient(loss, self._sums(gradients, scale), saved if save else None)
+        sums = self._sums(gradients, () if scale is None else (scale,))
+        return StepGradient(loss, sums, saved if save else None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         packed = self._packed(theta, v, images)
@@ -84,6 +87,7 @@ class FusedConvNetStudent:
             activations.append(held)
             del of_block, held
 
+        assert isinstance(x, Tensor)
         assert x_dot is not None
         # p̄ that were saved have the factor of the step that saved them, and their derivatives need the same
         scale = None if saved is None else saved.pop()
@@ -93,19 +97,17 @@ class FusedConvNetStudent:
         )
         del x, x_dot
 
+        scales = tuple(each for each in (packed.scale, scale) if each is not None)
         derivatives: list[Sequence[Tensor]] = [classifier_bar_dot]
         for block in reversed(blocks):
             saved_bar = saved_bars.pop()
             p_bar = x_bar if saved_bar is None else saved_bar
             assert p_bar is not None
             x_bar, x_bar_dot, parameters_bar_dot = block.dual_backward(
-                activations.pop(), p_bar, x_bar_dot, saved_bar is None
+                activations.pop(), p_bar, x_bar_dot, saved_bar is None, scales
             )
             derivatives.append(parameters_bar_dot)
-        images_bar_dot = x_bar_dot.to(theta.dtype).contiguous()
-        if scale is not None and packed.scale is not None:
-            images_bar_dot.div_(packed.scale).div_(scale)
-        return GradientTangent(v_dot_g, self._sums(derivatives, scale, packed.scale), images_bar_dot, labels_bar_dot)
+        return GradientTangent(v_dot_g, self._sums(derivatives, scales), x_bar_dot, labels_bar_dot)
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -169,7 +171,7 @@ class FusedConvNetStudent:
         return layers
 
     def _blocks(
-        self, images: Tensor, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
+        self, images: Inputs, parameters: Sequence[Parameters], directions: Sequence[Parameters | None]
     ) -> list[Block]:
         """Return the blocks at their parameters; the first one without planes where a back end has that."""
         epilogue, precision = EPILOGUES[self.network.norm], self.precision
@@ -184,7 +186,7 @@ class FusedConvNetStudent:
     def _has_image_block(self, image_shape: torch.Size, device: torch.device) -> bool:
         return self.network.norm == "instance" and kernels.has_image_block(self._layers(image_shape)[0], device)
 
-    def _packed(self, theta: Tensor, v: Tensor | None, images: Tensor) -> PackedParameters:
+    def _packed(self, theta: Tensor, v: Tensor | None, images: Inputs) -> PackedParameters:
         """Return the weights of all blocks with planes, and of the direction `v` if there is one, as products read them."""
         planes = slice(1 if self._has_image_block(images.shape[1:], images.device) else 0, self.network.depth)
         places = [
@@ -204,7 +206,7 @@ class FusedConvNetStudent:
         weights = [*(block[0] for block in blocks[: len(blocks) - len(packed)]), *packed]
         return [Parameters(weight, block[affine:]) for weight, block in zip(weights, blocks, strict=True)], classifier
 
-    def _sums(self, layers: Sequence[Sequence[Tensor]], *scales: Tensor | None) -> PartialSums:
+    def _sums(self, layers: Sequence[Sequence[Tensor]], scales: Tensors) -> PartialSums:
         """Return the sums of the vector (P,) of all parameters from those of the layers, the last layer's first, less their factors."""
         classifier, *blocks = layers
         biases = (
@@ -212,7 +214,7 @@ class FusedConvNetStudent:
         )  # no summand
         pieces = [piece for weight, *affine in reversed(blocks) for piece in (weight, *biases, *affine)]
         pieces += [piece[None] for piece in classifier]
-        return PartialSums(tuple(pieces), tuple(scale for scale in scales if scale is not None))
+        return PartialSums(tuple(pieces), scales)
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.kernels import HALF_PRECISIONS, Affine, Folded, Patches, PlaneStats, Precision, Weight, weight_of
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
@@ -35,11 +36,11 @@ class Parameters(NamedTuple):
 class Block(Protocol):
     """One block at its parameters, and where `dual` is called in their direction. Only it knows its activations."""
 
-    def inputs(self, images: Tensor) -> Tensor:
+    def inputs(self, images: Inputs) -> Inputs:
         """Return images (B, C, H, W) as the network's first block takes them."""
         ...
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+    def forward(self, x: Inputs) -> tuple[Tensor, Any]:
         """Return p (B, K, H'//2, W'//2), channels_last, and the activations."""
         ...
 
@@ -54,14 +55,17 @@ class Block(Protocol):
         """
         ...
 
-    def dual(self, x: Tensor, x_dot: Tensor | None, saved: Any) -> tuple[Tensor, Tensor, Any]:
+    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Any) -> tuple[Tensor, Tensor, Any]:
         """Return p, ṗ and the activations. `x_dot` is None of images, `saved` where nothing was."""
         ...
 
     def dual_backward(
-        self, activations: Any, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool
+        self, activations: Any, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool, divisors: Tensors = ()
     ) -> tuple[Tensor | None, Tensor, Tensors]:
-        """Return x̄, None of images or if it is not wanted, x̄̇, and summands of the parameters' gradients' derivatives."""
+        """Return x̄, None of images or if it is not wanted, x̄̇, and summands of the parameters' gradients' derivatives.
+
+        x̄̇ of images is contiguous, of the parameters' dtype, and divided by the `divisors`, powers of two ().
+        """
         ...
 
 
@@ -177,12 +181,14 @@ class PlaneBlock:
     precision: Precision
     of_images: bool
 
-    def inputs(self, images: Tensor) -> Tensor:
+    def inputs(self, images: Inputs) -> Tensor:
         """See `Block.inputs`."""
-        return images.to(plane_dtype(images.dtype, self.precision), memory_format=torch.channels_last)
+        dtype = plane_dtype(self.at.weight.dtype, self.precision)
+        return gathered(images).to(dtype, memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
+    def forward(self, x: Inputs) -> tuple[Tensor, Activations]:
         """See `Block.forward`."""
+        assert isinstance(x, Tensor)
         y = kernels.conv3x3(x, self.at.weight, self.padding, self.precision)
         p, stats = self.epilogue.forward(y, self.at.affine)
         return p, Activations(x, None, y, None, stats)
@@ -203,8 +209,9 @@ class PlaneBlock:
             x_bar = kernels.conv3x3_input_gradient(y_bar, self.at.weight, self.padding, self.precision)
         return x_bar, (weight_bar, *affine_bar)
 
-    def dual(self, x: Tensor, x_dot: Tensor | None, saved: Tensor | None) -> tuple[Tensor, Tensor, Activations]:
+    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Tensor | None) -> tuple[Tensor, Tensor, Activations]:
         """See `Block.dual`."""
+        assert isinstance(x, Tensor)
         assert self.along is not None
         operands = (x, x_dot, self.at.weight, self.along.weight, self.padding, self.precision)
         y, y_dot = kernels.conv3x3_dual(*operands) if saved is None else (saved, kernels.conv3x3_tangent(*operands))
@@ -212,7 +219,7 @@ class PlaneBlock:
         return p, p_dot, Activations(x, x_dot, y, needed, stats)
 
     def dual_backward(
-        self, activations: Activations, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool
+        self, activations: Activations, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool, divisors: Tensors = ()
     ) -> tuple[Tensor | None, Tensor, Tensors]:
         """See `Block.dual_backward`."""
         assert self.along is not None
@@ -229,6 +236,10 @@ class PlaneBlock:
             x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(*operands)
         else:
             x_bar_dot = kernels.conv3x3_input_gradient_tangent(*operands)
+        if self.of_images:
+            x_bar_dot = x_bar_dot.to(self.at.weight.dtype).contiguous()
+            for divisor in divisors:
+                x_bar_dot.div_(divisor)
         return x_bar, x_bar_dot, (weight_bar_dot, *affine_bar_dot)
 
 
@@ -248,13 +259,13 @@ class ImageBlock:
     padding: int
     precision: Precision
 
-    def inputs(self, images: Tensor) -> Tensor:
+    def inputs(self, images: Inputs) -> Inputs:
         """See `Block.inputs`."""
-        return images.contiguous()
+        return images.contiguous() if isinstance(images, Tensor) else images
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ImageActivations]:
+    def forward(self, x: Inputs) -> tuple[Tensor, ImageActivations]:
         """See `Block.forward`."""
-        patches = kernels.image_patches(x, self.padding, self.precision)
+        patches = self._patches(x)
         weight, affine = weight_of(self.at.weight), self.at.affine
         p, folded = kernels.conv_norm_relu_pool(patches, weight, Affine(*affine), NORM_EPS, self.precision)
         return p, ImageActivations(patches, folded)
@@ -269,20 +280,28 @@ class ImageBlock:
         arguments = (weight_of(self.at.weight), Affine(*self.at.affine), p_bar, NORM_EPS, self.precision)
         return None, kernels.conv_norm_relu_pool_backward(patches, *arguments, folded)
 
-    def dual(self, x: Tensor, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
+    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
         """See `Block.dual`."""
-        patches = kernels.image_patches(x, self.padding, self.precision) if saved is None else saved
+        patches = self._patches(x) if saved is None else saved
         p, p_dot, folded = kernels.conv_norm_relu_pool_dual(patches, *self._directions, NORM_EPS, self.precision)
         return p, p_dot, ImageActivations(patches, folded)
 
     def dual_backward(
-        self, activations: ImageActivations, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool
+        self, activations: ImageActivations, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool, divisors: Tensors = ()
     ) -> tuple[None, Tensor, Tensors]:
         """See `Block.dual_backward`."""
         patches, folded = activations
         bars = (p_bar, p_bar_dot, NORM_EPS, self.precision)
-        x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(patches, *self._directions, *bars, folded)
+        x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(
+            patches, *self._directions, *bars, folded, divisors
+        )
         return None, x_bar_dot, tuple(parameters)
+
+    def _patches(self, images: Inputs) -> Patches:
+        """Return the patches of images; those of a batch are gathered and augmented on the way."""
+        if isinstance(images, Tensor):
+            return kernels.image_patches(images, self.padding, self.precision)
+        return kernels.image_patches(images.images, self.padding, self.precision, images.index, images.parameters)
 
     @property
     def _directions(self) -> tuple[Tensor, Tensor, Affine, Affine]:

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtt_fast.kernels as kernels
+from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import PartialSums
 from mtt_fast.networks.protocol import Network
@@ -91,14 +92,17 @@ def as_sums(vector: Tensor) -> PartialSums:
 
 
 class Student(Protocol):
-    """One step's gradient and its derivative; the loss is a mean over the samples of the batch."""
+    """One step's gradient and its derivative; the loss is a mean over the samples of the batch.
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    `images` (b, C, H, W) are a tensor, or a `Batch` that the student gathers and augments itself.
+    """
+
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """Return the loss () and ∇θ loss at `theta`; with `save` also activations, if the student saves any."""
         ...
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """Return the derivative of the loss's gradients (to θ, images, labels) at `theta` in the direction `v` (P,).
 
@@ -160,19 +164,19 @@ class GenericStudent:
     network: Network
     loss: Loss = cross_entropy
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         if save:  # of a copy, since a graph is invalid once a tensor that it saved is overwritten, as by the next row of a path
             step = self._recorded(theta.clone(), images, labels)
             return StepGradient(step.loss.detach(), as_sums(step.gradient.detach()), [step])
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
-            loss = self.loss(self.network(leaf, images), labels)
+            loss = self.loss(self.network(leaf, gathered(images)), labels)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return StepGradient(loss.detach(), as_sums(gradient), None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         step = saved.pop() if saved else self._recorded(theta, images, labels)
@@ -182,8 +186,9 @@ class GenericStudent:
         )
         return GradientTangent(v_dot_g, as_sums(hessian_v), images_bar_dot, *labels_bar_dot or (None,))
 
-    def _recorded(self, theta: Tensor, images: Tensor, labels: Tensor) -> _RecordedStep:
-        differentiated = (theta, images, labels) if labels.is_floating_point() else (theta, images)
+    def _recorded(self, theta: Tensor, images: Inputs, labels: Tensor) -> _RecordedStep:
+        inputs = gathered(images)
+        differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
         with _plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
             loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
@@ -234,7 +239,7 @@ class InMicrobatches:
     student: Student
     size: int
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`."""
         total_loss, total, saved = theta.new_zeros(()), torch.zeros_like(theta), []
         for piece, weight in self._pieces(len(images)):
@@ -245,11 +250,11 @@ class InMicrobatches:
         return StepGradient(total_loss, as_sums(total), saved if save else None)
 
     def gradient_jvp(
-        self, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
+        self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
         """See `Student.gradient_jvp`."""
         v_dot_g, hessian_v = theta.new_zeros(()), torch.zeros_like(theta)
-        to_images = torch.empty_like(images)
+        to_images = theta.new_empty(images.shape)
         to_labels = torch.empty_like(labels) if labels.is_floating_point() else None
         for piece, weight in self._pieces(len(images)):
             piece_saved = saved.pop(0) if saved else None

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.augmentation.protocol import Augment, footprint_of
+from mtt_fast.augmentation.protocol import Augment, footprint_of, warp_of
+from mtt_fast.engine.batch import AugmentedBatch, Batch
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Loss, Student, in_microbatches
@@ -229,14 +230,32 @@ class StudentSteps:
     gradient: Gradient = "exact"
     has_velocity: bool = False  # always true with momentum
 
-    def inputs(self, images: Tensor, n: int) -> Tensor:
-        """Return the inputs of step n from its batch of `images`; contiguous, as networks and kernels expect them."""
-        return (self.augment(images, self.draws[n]) if self.augment else images).contiguous()
+    def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
+        """Return the inputs of step n, of `dtype`, out of all `images`; `tracked` where their gradient will be asked for.
 
-    def targets(self, labels: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-        """Return the targets of step n out of `labels`, in the dtypes that losses expect."""
-        targets = labels[self.batches[n]]
-        return targets.to(dtype) if targets.is_floating_point() else targets.long()
+        The student gathers them itself, unless an augmentation is none that it knows or the dtype is another.
+        """
+        index, draws, augment = self.batches[n], self.draws[n], self.augment
+        warp = warp_of(augment, draws, torch.Size((len(index), *images.shape[1:])))
+        if (augment is None or warp is not None) and images.dtype == dtype and images.is_contiguous():
+            if warp is not None:
+                warp = warp.to(images.device, torch.float64 if dtype == torch.float64 else torch.float32)
+            return Batch(images.detach(), index, warp)
+
+        def augmented(rows: Tensor) -> Tensor:
+            return rows if augment is None else augment(rows, draws)
+
+        return AugmentedBatch.of(images, index, augmented, dtype, tracked=tracked)
+
+    def targets(self, labels: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
+        """Return the function from a step to its targets out of `labels`, in the dtypes that losses expect.
+
+        Class indices, some bytes a sample, are looked up for all steps at once. Soft labels take the memory of a step's logits.
+        """
+        if labels.is_floating_point():
+            return lambda n: labels[self.batches[n]].to(dtype)
+        every = labels[torch.cat(self.batches)].long().split([len(index) for index in self.batches])
+        return lambda n: every[n]
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -283,11 +302,11 @@ class _Unroll(torch.autograd.Function):
         # with momentum the update is no longer a function of one step, so the velocities are kept as well
         velocities = Rows.empty(count, theta, on_host=steps.path_on_host) if steps.has_velocity else None
         before = None if velocity is None else velocity.detach().contiguous()
-        saved = {}
-        for n, index in enumerate(steps.batches):
-            inputs = steps.inputs(images[index], n).to(theta.dtype)
-            targets = steps.targets(labels, n, theta.dtype)
-            _, sums, activations = steps.student.gradient(path.near(n), inputs, targets, save=n >= steps.saved_from)
+        saved, targets = {}, steps.targets(labels, theta.dtype)
+        for n in range(count):
+            inputs = steps.batch(images, n, theta.dtype).inputs
+            save = n >= steps.saved_from
+            _, sums, activations = steps.student.gradient(path.near(n), inputs, targets(n), save=save)
             if activations:
                 saved[n] = activations
             after = None if velocities is None else velocities.near(n)
@@ -328,12 +347,12 @@ class _Unroll(torch.autograd.Function):
         rates = _rates(lr, len(steps.batches), start)
         # of a step's gradients in what they add to the loss's: −α, as the direction below is λ; with momentum 1
         sizes = -rates if velocities is None else torch.ones_like(rates)
-        negated_sizes = -sizes
+        negated_sizes, targets = -sizes, steps.targets(labels, start.dtype)
         grad_images, grad_labels = (
             torch.zeros_like(each, memory_format=torch.contiguous_format) if wanted else None
             for each, wanted in ((images, wants_images), (labels, wants_labels))
         )
-        grad_rates = torch.zeros_like(rates)
+        slopes: list[Tensor] = []  # the losses' derivatives by −α_n, from the last step on
 
         def incoming(n: int) -> Tensor | None:
             """Return the loss's own gradient to row n, both as a row of the path and as a row by itself, or None."""
@@ -353,33 +372,28 @@ class _Unroll(torch.autograd.Function):
         if velocity_adjoint is not None and grad_velocity is not None:
             velocity_adjoint.copy_(grad_velocity)
         for n in reversed(range(last)):
-            index = steps.batches[n]
             # the loss depends on g_n through ν·g_n. Without momentum ν = −α λ, and λ itself is used as the
             # direction: it stays defined at α = 0 and gives λ·g_n, which dα needs, for nothing
             direction = adjoint
             if velocity_adjoint is not None:
                 direction = velocity_adjoint.addcmul_(adjoint, rates[n], value=-1)
-            with torch.enable_grad():
-                batch = images[index].detach().requires_grad_(wants_images)
-                inputs = steps.inputs(batch, n).to(adjoint.dtype)
-            targets, theta = steps.targets(labels, n, adjoint.dtype), path.load(n)
+            batch, theta = steps.batch(images, n, adjoint.dtype, tracked=wants_images), path.load(n)
             # saved activations are used up: a second backward through the same graph computes them again
-            tangent = steps.student.gradient_jvp(theta, inputs.detach(), targets, direction, ctx.saved.pop(n, None))
+            saved = ctx.saved.pop(n, None)
+            tangent = steps.student.gradient_jvp(theta, batch.inputs, targets(n), direction, saved)
 
             if velocities is None:
                 slope = tangent.v_dot_g
                 if steps.weight_decay:
                     slope = slope + steps.weight_decay * torch.dot(direction, theta)
-                grad_rates[n].sub_(slope)
             else:
-                grad_rates[n].sub_(torch.dot(adjoint, velocities.load(n)))
+                slope = torch.dot(adjoint, velocities.load(n))
+            slopes.append(slope)
             if grad_images is not None:
-                (to_batch,) = torch.autograd.grad(inputs, batch, negated_sizes[n] * tangent.images)
-                # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
-                kernels.index_add(grad_images, index, to_batch.contiguous(), alpha=-1)
+                batch.add_gradient(grad_images, tangent.images, sizes[n])
             if grad_labels is not None and tangent.labels is not None:
                 to_targets = (negated_sizes[n] * tangent.labels).to(labels.dtype)
-                kernels.index_add(grad_labels, index, to_targets, alpha=-1)
+                kernels.index_add(grad_labels, steps.batches[n], to_targets, alpha=-1)
             kernels.adjoint_step(
                 adjoint,
                 tangent.sums if steps.gradient == "exact" else PartialSums((adjoint.new_empty(0, len(adjoint)),)),
@@ -391,7 +405,11 @@ class _Unroll(torch.autograd.Function):
             )
             if velocity_adjoint is not None:
                 velocity_adjoint.mul_(steps.momentum)  # π_n
+            del batch, tangent
 
+        grad_rates = torch.zeros_like(rates)
+        if slopes:
+            grad_rates[:last] = -torch.stack(slopes[::-1])
         grad_lr = (grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)).to(lr.dtype)
         return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
+from mtt_fast.augmentation.protocol import warp_of
 from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.engine.batch import Batch, Inputs, gathered
 from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.student import StepGradient
 from mtt_fast.networks.flat_module import Track
@@ -37,7 +39,7 @@ class Sgd:
 class Gradients(Protocol):
     """An object that gives a step's gradient: a student, or SAM's variant of one (mtt_fast/training/sharpness.py)."""
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor) -> StepGradient:
         """Return the loss () at `theta` and the direction (P,) to descend against."""
         ...
 
@@ -115,8 +117,7 @@ def stretches_on(
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
     length = len(images.expand_crops(torch.arange(min(sgd.batch_size, len(images)))))
-    apply = None if augmentation is None else augmentation.apply
-    run = partial(training_steps, student, images, sgd, apply, track, length)
+    run = partial(training_steps, student, images, sgd, augmentation, track, length)
     steps = graphed(run, device, kernels.compile_ahead)
 
     def stretches(
@@ -174,6 +175,7 @@ def training_steps(
     for rows in zip(index.split(length), *(each.split(length) for each in parameters), strict=True):
         inputs, targets = _inputs(images, augment, *rows)
         if track is not None:
+            inputs = gathered(inputs)
             statistics = (track(theta, inputs, *statistics),)
         theta, velocity, loss = training_step(student, sgd, theta, velocity, inputs, targets)
         losses.append(loss * len(targets))
@@ -181,7 +183,7 @@ def training_steps(
 
 
 def training_step(
-    student: Gradients, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Tensor, targets: Tensor
+    student: Gradients, sgd: Sgd, theta: Tensor, velocity: Tensor, inputs: Inputs, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return parameters and velocity (P,) after a step on a batch, and the loss () before the step. A pure function."""
     loss, sums, _ = student.gradient(theta, inputs, targets)
@@ -201,8 +203,13 @@ def training_step(
 
 def _inputs(
     images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the network's inputs and targets of the batch at `index` (b,)."""
+) -> tuple[Inputs, Tensor]:
+    """Return the network's inputs and targets of the batch at `index` (b,); the student gathers what is neither scaled nor cropped."""
+    if images.transform is None and images.pixels.is_contiguous():
+        shape = torch.Size((len(index), *images.pixels.shape[1:]))
+        warp = None if parameters is None else warp_of(augment, parameters, shape)
+        if parameters is None or warp is not None:
+            return Batch(images.pixels, index, warp), images.labels[index]
     inputs, targets = images.batch(index)
     return (inputs if augment is None or parameters is None else augment(inputs, parameters)), targets
 

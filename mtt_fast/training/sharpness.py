@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtt_fast.engine.batch import Inputs
 from mtt_fast.engine.student import StepGradient, Student, as_sums
 
 _SMALLEST_NORM = 1e-12
@@ -30,7 +31,7 @@ class SharpnessAware:
     alpha: float = 0.0
     adaptive: bool = False
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, save: bool = False) -> StepGradient:
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """Return the loss () at `theta`, and the direction (P,) in place of the loss's gradient. Nothing is saved.
 
         A pure function of its tensors: both gradients are of the same images.

@@ -74,7 +74,7 @@ def test_the_augmentation_that_follows_sees_crops() -> None:
     corners = [torch.randint(8, (5,), generator=generator) for _ in range(2)]
     small = crop(images, torch.stack(corners, 1), 4, 4)
     wanted = then(small, then.draw(small, generator))
-    torch.testing.assert_close(crops.apply(images, drawn), wanted)
+    torch.testing.assert_close(crops(images, drawn), wanted)
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -15,7 +15,7 @@ from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.data import Normalisation
 from mtt_fast.distill.segments import student_batches
-from mtt_fast.engine.draws import draw_steps
+from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, iterate
 from mtt_fast.engine.student import GenericStudent, Student, in_microbatches
@@ -51,10 +51,16 @@ def lengths_of(batches: list[Tensor]) -> tuple[int, ...]:
     return tuple(len(index) for index in batches)
 
 
-@pytest.mark.parametrize("augment", [None, SiameseAugment()], ids=["plain", "augmented"])
+@pytest.mark.parametrize(
+    ("augment", "applied"),
+    [(None, None), (SiameseAugment(), SiameseAugment()), (SiameseAugment(), augment_with)],
+    ids=["plain", "augmented", "by a function"],
+)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("microbatch", [None, 3])
-def test_equals_the_engine_called_plainly(kind: str, augment: SiameseAugment | None, microbatch: int | None) -> None:
+def test_equals_the_engine_called_plainly(
+    kind: str, augment: SiameseAugment | None, applied: Apply | None, microbatch: int | None
+) -> None:
     given = tensors(kind)
     batches = student_batches(10, 4, 5, torch.Generator().manual_seed(1))
     assert len(set(lengths_of(batches))) == 2
@@ -68,7 +74,7 @@ def test_equals_the_engine_called_plainly(kind: str, augment: SiameseAugment | N
     )
     if microbatch is not None:
         student = in_microbatches(student, NET, microbatch)
-    run = partial(iterate, student, augment_with if augment else None, lengths_of(batches))
+    run = partial(iterate, student, applied, lengths_of(batches))
     found = run(*given.values(), *draws.tensors())
 
     images, labels, lr = (given[name].clone() for name in ("images", "labels", "lr"))
@@ -103,8 +109,9 @@ class NoValues(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("student", [GenericStudent(NET), FusedConvNetStudent(NET)], ids=["generic", "fused"])
+@pytest.mark.parametrize("augment", [SiameseAugment(), augment_with], ids=["augmented", "by a function"])
 @pytest.mark.parametrize("microbatch", [None, 3])
-def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> None:
+def test_nothing_waits_for_a_value(student: Student, augment: Apply, microbatch: int | None) -> None:
     """Use tensors without values, which take the same code path as on a GPU, down to the operations' reference."""
     batches = student_batches(10, 4, 4, torch.Generator())
     given = tensors()
@@ -112,7 +119,7 @@ def test_nothing_waits_for_a_value(student: Student, microbatch: int | None) -> 
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     cut = student if microbatch is None else in_microbatches(student, NET, microbatch)
     with NoValues():
-        found = iterate(cut, augment_with, lengths_of(batches), *inputs)
+        found = iterate(cut, augment, lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in found] == [(), given["images"].shape, ()]
 
 
@@ -123,7 +130,7 @@ def test_nothing_waits_for_the_place_of_a_crop() -> None:
     draws = draw_steps(batches, (3, 16, 16), torch.float64, crops.draw_parameters, torch.Generator())
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     with NoValues():
-        found = iterate(FusedConvNetStudent(NET), crops.apply, lengths_of(batches), *inputs)
+        found = iterate(FusedConvNetStudent(NET), crops, lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in found] == [(), (10, 3, 16, 16), ()]
 
 

@@ -77,13 +77,13 @@ def launches_of(steps: int, precision: Precision) -> int:
         student = FusedConvNetStudent(NET, "indices", precision)
         with counter:
             iterate(
-                student, augment.apply, (BATCH,) * steps, theta, theta, images, labels, torch.empty((), device="meta"),
+                student, augment, (BATCH,) * steps, theta, theta, images, labels, torch.empty((), device="meta"),
                 *map(meta, draws.tensors()),
             )  # fmt: skip
     return counter.count
 
 
-@pytest.mark.parametrize(("precision", "most"), [("tf32", 58), ("fp16", 56), ("bf16", 53)])
+@pytest.mark.parametrize(("precision", "most"), [("tf32", 46), ("fp16", 42), ("bf16", 41)])
 def test_a_step_of_both_sweeps(precision: Precision, most: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     assert launches_of(3, precision) - launches_of(2, precision) <= most

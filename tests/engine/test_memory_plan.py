@@ -66,7 +66,8 @@ def run(size, width, depth, steps, batch, kept=0, augment=False, canvas=1, again
         faults[-1] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults[-1]
     return {"measured": peak("VmHWM") - before, "planned": chosen.peak_bytes, "faults": faults[-1]}
 
-run(16, 32, 2, 2, 2, augment=True)  # libraries and thread pools are loaded
+for canvas in (1, 2):  # libraries and thread pools are loaded, those of both ways to augment
+    run(16, 32, 2, 2, 2, augment=True, canvas=canvas)
 print(json.dumps(run(**json.loads(sys.argv[1]))))
 """
 

@@ -6,7 +6,8 @@ import importlib
 import pkgutil
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,10 +16,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mtt_fast import ConvNet, matching_loss, unroll
+from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
 from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.unroll import student_for_plan
 from mtt_fast.kernels import dispatch
 from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import run_in_processes
@@ -29,7 +32,13 @@ GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"]
 @pytest.mark.slow
 def test_equals_the_generic_student_interpreted() -> None:
     lines = run_in_processes("tests.engine.triton_student", "cpu", processes=1, OMP_NUM_THREADS="1")
-    for case in ("float64 fp32 triton", "float64 fp32 cudnn", "float32 bf16 triton"):
+    for case in (
+        "float64 fp32 triton",
+        "float64 fp32 cudnn",
+        "float32 bf16 triton",
+        "float64 fp32 2",
+        "float32 fp16 None",
+    ):
         assert any(line.endswith(case) for line in lines), case
 
 
@@ -38,23 +47,30 @@ def image_shape(net: ConvNet) -> torch.Size:
     return torch.Size((net.in_channels, net.image_size, net.image_size))
 
 
-def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int) -> StepBytes:
-    """Count the bytes of a step by Triton's kernels on meta tensors, none of which is launched."""
+@contextmanager
+def recorded_triton() -> Iterator[None]:
+    """Take Triton's kernels on meta tensors, and launch none."""
     from mtt_fast.kernels import triton
     from mtt_fast.kernels.triton import dispatch as triton_dispatch
 
     modules = [
         importlib.import_module(f"{triton.__name__}.{each.name}") for each in pkgutil.iter_modules(triton.__path__)
     ]
-    net = student.network
-    theta, labels = torch.empty(net.num_parameters, device="meta"), torch.zeros(batch, dtype=torch.long, device="meta")
-    images = torch.empty(batch, *image_shape(net), device="meta")
     with ExitStack() as patches:
         patches.enter_context(patch.object(dispatch, "_runs_triton", return_value=True))
         patches.enter_context(patch.object(triton_dispatch, "backend_of", return_value="triton"))
         for module in modules:
             if hasattr(module, "launch"):
                 patches.enter_context(patch.object(module, "launch", lambda *_, **__: None))
+        yield
+
+
+def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int) -> StepBytes:
+    """Count the bytes of a step by Triton's kernels on meta tensors, none of which is launched."""
+    net = student.network
+    theta, labels = torch.empty(net.num_parameters, device="meta"), torch.zeros(batch, dtype=torch.long, device="meta")
+    images = torch.empty(batch, *image_shape(net), device="meta")
+    with recorded_triton():
         with CountLiveBytes() as gradient:
             student.gradient(theta, images, labels)
         with CountLiveBytes() as gradient_jvp:
@@ -87,6 +103,27 @@ def test_the_formula_is_what_a_step_holds(net: ConvNet, batch: int, precision: A
         planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
     for name, value in planned._asdict().items():
         assert getattr(found, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
+
+
+@pytest.mark.parametrize("microbatch", [None, 10])
+@pytest.mark.parametrize(("size", "batch"), [(128, 20), (32, 100)])
+def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: int | None) -> None:
+    """Iterate with batches that the student gathers and augments itself."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    net, steps, augment = ConvNet(3, 10, size, 128, 5 if size == 128 else 3), 3, SiameseAugment()
+    images, theta = torch.empty(50, 3, size, size, device="meta"), torch.empty(net.num_parameters, device="meta")
+    labels, indices = (torch.zeros(count, dtype=torch.long, device="meta") for count in (50, steps * batch))
+    parameters, lr = torch.empty(steps * batch, 13, device="meta"), torch.empty((), device="meta")
+    with recorded_triton():
+        planned = plan(
+            net, images=images, steps=steps, batch=batch, memory_budget=None, microbatch=microbatch, device="meta",
+            augment=augment, precision="tf32",
+        )  # fmt: skip
+        student = student_for_plan(planned.work.student, net, planned, batch)
+        with CountLiveBytes() as found, torch.autograd.set_multithreading_enabled(False):
+            iterate(student, augment, (batch,) * steps, theta, theta, images, labels, lr, indices, parameters)
+        expected = sum(planned.parts.values()) - planned.parts["rest"]
+    assert found.peak == pytest.approx(expected, rel=0.15)
 
 
 def test_the_first_block_keeps_no_planes() -> None:

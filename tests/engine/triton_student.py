@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from mtt_fast import ConvNet
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters, augment_with
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.student import GenericStudent
+from mtt_fast.engine.iteration import iterate
+from mtt_fast.engine.student import GenericStudent, Student, in_microbatches
 from mtt_fast.kernels import Precision
+from mtt_fast.kernels import dispatch as kernels_dispatch
 from mtt_fast.kernels.triton import dispatch
 from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import poison
@@ -69,6 +72,42 @@ def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backen
     print("passed:", net, dtype, precision, backend)
 
 
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+
+
+def compare_iterations(net: ConvNet, dtype: torch.dtype, precision: Any, microbatch: int | None, device: str) -> None:
+    """Compare the gradients of an iteration with a step of each augmentation; an index comes twice, in a step and in others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    height, width = net.image_size if isinstance(net.image_size, tuple) else (net.image_size, net.image_size)
+    images, start = draw(4, net.in_channels, height, width), draw(net.num_parameters) / 2
+    batches = [torch.tensor(rows) for rows in ([2, 0, 2], [1, 3, 0], [3, 3, 3])] * 2
+    lengths = (3,) * len(batches)
+    shape = torch.Size((3, *images.shape[1:]))
+    parameters = [
+        augment_parameters(SiameseAugment(operation).draw(torch.empty(shape, dtype=torch.float64), generator), shape)
+        for operation in OPERATIONS
+    ]
+    given = (start, start + draw(net.num_parameters) / 10, images, torch.arange(4) % net.num_classes)
+    inputs = (*given, torch.tensor(0.05, dtype=torch.float64), torch.cat(batches), torch.cat(parameters))
+    with patch.object(kernels_dispatch, "_INTERPRETED", False):
+        expected = iterate(GenericStudent(net), augment_with, lengths, *inputs)
+    student: Student = FusedConvNetStudent(net, "indices", precision)
+    if microbatch is not None:
+        student = in_microbatches(student, net, microbatch)
+    with patch.object(dispatch, "backend_of", lambda *_: "triton"):
+        at = [each.to(device, dtype if each.is_floating_point() else each.dtype) for each in inputs]
+        found = iterate(student, SiameseAugment(), lengths, *at)
+    for name, ours, theirs in zip(("loss", "images", "lr"), found, expected, strict=True):
+        error = relative_error(ours.cpu().double(), theirs, floor=1e-4)
+        # errors of a step grow over six of them
+        assert error <= 4 * TOLERANCES["float64" if dtype == torch.float64 else precision], f"{name} of {net}: {error}"
+    print("passed: an iteration of", net, dtype, precision, microbatch)
+
+
 def main(device: str, part: int, parts: int) -> None:
     poison()
     precisions, exact, single = get_args(Precision), torch.float64, torch.float32
@@ -87,6 +126,10 @@ def main(device: str, part: int, parts: int) -> None:
             cases += [(*net, single, precision, "tma") for net in NETS + LARGE for precision in precisions[1:]]
     for case in cases[part::parts]:
         compare(*case, device)
+    iterations = [(net, exact, "fp32", cut) for net, cut in ((NETS[0][0], None), (NETS[2][0], 2), (NETS[3][0], None))]
+    iterations.append((NETS[2][0], single, "fp16", None))
+    for iteration in iterations[part::parts]:
+        compare_iterations(*iteration, device)
 
 
 if __name__ == "__main__":

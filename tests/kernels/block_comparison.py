@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.kernels import Affine, Precision
-from tests.kernels.triton_comparison import check, summed_results
+from tests.kernels.triton_comparison import check, summed_results, warp_rows
 
 BLOCKS = [  # (B, C, K, H, W, padding)
     (2, 3, 48, 7, 6, 1),  # an odd side, windows that are not whole, filters in several blocks
@@ -43,6 +44,7 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
     ours, theirs = (back_end.image_patches(x, padding, precision) for back_end in (block, reference))
     assert ours.gram.dtype == theirs.gram.dtype
     check(("image_patches", *case), lambda: (ours.images, ours.gram.sum(1)), (theirs.images, theirs.gram.sum(1)), close)
+    batches(case, x, padding, precision, close)
     patches = theirs  # whoever made them, all back ends read them
 
     weights = [draw(filters, channels, 3, 3) for _ in range(2)]
@@ -65,6 +67,32 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
         expected = summed_results(reference, name, *arguments)
         check((name, *case), partial(summed_results, block, name, *arguments), expected, tolerance)
         check((name, "folded", *case), partial(summed_results, block, name, *arguments, made), expected, tolerance)
+    divisors = (torch.full((), 2.0**-9, dtype=dtype, device=device), torch.full((), 2.0**5, dtype=dtype, device=device))
+    for given in (divisors[:1], divisors):
+        whole = block.conv_norm_relu_pool_dual_backward(*dual, *bars, *options, folded_dual)
+        found = block.conv_norm_relu_pool_dual_backward(*dual, *bars, *options, folded_dual, given)
+        assert torch.equal(found[0], whole[0] / math.prod(given)), "a power of two is taken out exactly"
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1:], whole[1:], strict=True))
+
+
+def batches(case: tuple[Any, ...], x: Tensor, padding: int, precision: Any, tolerance: float) -> None:
+    """Compare the patches of batches that are gathered and augmented on the way: an index comes again, each warp is another."""
+    from mtt_fast.kernels import reference
+    from mtt_fast.kernels.triton import block
+
+    images = x.contiguous()
+    index = torch.tensor([len(x) - 1, 0, len(x) - 1, 0], device=x.device)
+    parameters = warp_rows((4, *x.shape[1:])).to(x)
+    for given in ((index, None), (index, parameters), (None, parameters[: len(x)])):
+        rows = images[:4] if given[0] is None else images
+        expected = reference.image_patches(rows, padding, precision, *given)
+        wanted = (expected.images, expected.gram.sum(1))
+
+        def found(rows: Tensor = rows, given: Any = given) -> tuple[Tensor, Tensor]:
+            ours = block.image_patches(rows, padding, precision, *given)
+            return ours.images, ours.gram.sum(1)
+
+        check(("image_patches of a batch", *(each is not None for each in given), *case), found, wanted, tolerance)
 
 
 def lost_weight(device: str, precision: Any) -> None:

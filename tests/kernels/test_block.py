@@ -15,6 +15,7 @@ from mtt_fast.kernels import HALF_PRECISIONS, Affine, ConvLayer, Precision, nati
 from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, draw, jvp, refused
+from tests.kernels.test_warp import some_parameters
 from tests.kernels.triton_comparison import compare
 
 BLOCKS = [  # batch, channels, height, width, filters, padding
@@ -112,6 +113,33 @@ def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
         assert value.dtype == torch.float32
 
 
+def test_patches_of_a_batch_are_those_of_its_augmented_rows() -> None:
+    """An index comes again."""
+    rows, index = draw(5, 3, 6, 7), torch.tensor([4, 1, 4])
+    parameters = some_parameters((3, 3, 6, 7))
+    for given, expected in (
+        ((index,), rows[index]),
+        ((index, parameters), kernels.colour_warp_mask(rows[index], parameters)),
+        ((None, parameters), kernels.colour_warp_mask(rows[:3], parameters)),
+    ):
+        images = rows if given[0] is not None else rows[:3]
+        ours, theirs = kernels.image_patches(images, 1, "fp32", *given), kernels.image_patches(expected, 1)
+        assert_close("images", ours.images, theirs.images, 1e-14)
+        assert_close("gram", ours.gram, theirs.gram, 1e-14)
+
+
+def test_divisors_are_taken_out_of_the_gradient_of_the_images_alone() -> None:
+    given = block_arguments(BLOCKS[0])
+    patches = kernels.image_patches(given["x"], given["padding"])
+    arguments = (patches, *given["weights"], *given["affine"], *given["bars"], EPS)
+    whole = kernels.conv_norm_relu_pool_dual_backward(*arguments)
+    four, eighth = torch.tensor(4.0, dtype=torch.float64), torch.tensor(0.125, dtype=torch.float64)
+    for divisors, factor in (((four,), 0.25), ((four, eighth), 2.0)):
+        x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(*arguments, divisors=divisors)
+        assert torch.equal(x_bar_dot, factor * whole[0])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, whole[1:], strict=True))
+
+
 def test_which_blocks_have_kernels() -> None:
     assert triton.has_image_block(3, 128)
     assert triton.has_image_block(1, 48)
@@ -129,6 +157,7 @@ IMAGES, WEIGHT = torch.zeros(2, 3, 6, 5), torch.zeros(16, 3, 3, 3)
 AFFINE = Affine(torch.zeros(16), torch.zeros(16))
 PATCHES = kernels.image_patches(IMAGES, 1)
 POOLED = torch.zeros(2, 16, 3, 2).contiguous(memory_format=torch.channels_last)
+INDEX, ZEROS, LAST = torch.tensor([1, 0, 1]), torch.zeros(3, 13), IMAGES.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +167,12 @@ POOLED = torch.zeros(2, 16, 3, 2).contiguous(memory_format=torch.channels_last)
         refused("image_patches", "at least 4×4 pixels", IMAGES[0], 1),
         refused("image_patches", "float32 or float64", IMAGES.bfloat16(), 1),
         refused("image_patches", "strides", IMAGES[:, :, :, ::2], 3),
+        refused("image_patches", "indices 0 … 1, found 1 … 2", IMAGES, 1, "fp32", INDEX + 1),
+        refused("image_patches", "int64 indices", IMAGES, 1, "fp32", INDEX.int()),
+        refused("image_patches", "int64 indices", IMAGES, 1, "fp32", INDEX[None]),
+        refused("image_patches", "parameters of shape", IMAGES, 1, "fp32", None, ZEROS),
+        refused("image_patches", "floating dtype torch.float32", IMAGES, 1, "fp32", INDEX, ZEROS.double()),
+        refused("image_patches", "x contiguous", LAST, 1, "fp32", INDEX, ZEROS),
         refused("conv_norm_relu_pool", "3×3 weights of 3 channels", PATCHES, WEIGHT[:, :2], AFFINE, EPS),
         refused("conv_norm_relu_pool", "floating dtype", PATCHES, WEIGHT.double(), AFFINE, EPS),
         refused("conv_norm_relu_pool", "gamma of shape", PATCHES, WEIGHT, Affine(WEIGHT[:3, 0, 0, 0], AFFINE.beta), EPS),
@@ -147,6 +182,14 @@ POOLED = torch.zeros(2, 16, 3, 2).contiguous(memory_format=torch.channels_last)
         refused(
             "conv_norm_relu_pool_dual_backward", "requires grad",
             PATCHES, WEIGHT, WEIGHT, AFFINE, AFFINE, POOLED, POOLED.clone().requires_grad_(), EPS,
+        ),
+        refused(
+            "conv_norm_relu_pool_dual_backward", "divisor 1 of floating dtype torch.float32",
+            PATCHES, WEIGHT, WEIGHT, AFFINE, AFFINE, POOLED, POOLED, EPS, "fp32", None, (torch.ones((), dtype=torch.long),),
+        ),
+        refused(
+            "conv_norm_relu_pool_dual_backward", "at most two divisors",
+            PATCHES, WEIGHT, WEIGHT, AFFINE, AFFINE, POOLED, POOLED, EPS, "fp32", None, (torch.ones(()),) * 3,
         ),
     ],
 )  # fmt: skip
@@ -158,7 +201,14 @@ def test_arguments_that_do_not_fit_are_refused(operation: str, arguments: tuple[
 @pytest.mark.slow
 def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("block", "cpu")
-    for case in ("image_patches", "'conv_norm_relu_pool_dual_backward', 'folded'", "'tf32'", "'fp16'", "'bf16'"):
+    for case in (
+        "image_patches",
+        "image_patches of a batch",
+        "'conv_norm_relu_pool_dual_backward', 'folded'",
+        "'tf32'",
+        "'fp16'",
+        "'bf16'",
+    ):
         assert any(case in line for line in lines)
 
 
@@ -187,17 +237,19 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
     """A block of 128×128 images, and MNIST's."""
     from mtt_fast.kernels.triton import block
 
-    affine = Affine(meta(WIDTH), meta(WIDTH))
+    affine, index = Affine(meta(WIDTH), meta(WIDTH)), torch.zeros(6, dtype=torch.long, device="meta")
     with recording([block], architecture) as launches:
         for channels, side, padding in ((3, 128, 1), (1, 28, 3)):
             weight, options = meta(WIDTH, channels, 3, 3), (EPS, precision)
             patches = block.image_patches(meta(4, channels, side, side), padding, precision)
+            block.image_patches(meta(4, channels, side, side), padding, precision, index, meta(6, 13))
             p, folded = block.conv_norm_relu_pool(patches, weight, affine, *options)
             block.conv_norm_relu_pool_backward(patches, weight, affine, p, *options, folded)
             along = (patches, weight, weight, affine, affine)
             p, p_dot, folded = block.conv_norm_relu_pool_dual(*along, *options)
-            block.conv_norm_relu_pool_dual_backward(*along, p, p_dot, *options, folded)
-    kernels_of_a_block = ["gather", "fold_norm", "pool", "sum_patches", "finish"]
+            divisors = (meta(), meta()) if precision == "fp16" else ()
+            block.conv_norm_relu_pool_dual_backward(*along, p, p_dot, *options, folded, divisors)
+    kernels_of_a_block = ["gather", "gather", "fold_norm", "pool", "sum_patches", "finish"]
     kernels_of_a_block += ["fold_norm", "pool", "sum_patches", "finish", "spread", "col2im"]
     assert [launch.kernel.fn.__name__ for launch in launches] == 2 * kernels_of_a_block
     for launch, usage in zip(launches, check(launches, architecture, tmp_path), strict=True):

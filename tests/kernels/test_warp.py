@@ -28,6 +28,7 @@ SHAPES = [
     (2, 2, 6, 1),
 ]
 OPERATIONS = ("colour_warp_mask", "colour_warp_mask_transpose")
+FACTOR = torch.tensor(-0.37, dtype=torch.float64)
 
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -76,6 +77,39 @@ def test_values_and_transpose_are_those_of_torchs_sampler(shape: tuple[int, int,
     (expected_bar,) = torch.autograd.grad(expected, images, y_bar)
     assert_close("y", kernels.colour_warp_mask(images.detach(), parameters), expected, 1e-12)
     assert_close("x_bar", kernels.colour_warp_mask_transpose(y_bar, parameters), expected_bar, 1e-12)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("augmented", [True, False])
+@each_shape
+def test_the_transpose_is_added_to_the_rows_that_were_gathered(
+    shape: tuple[int, int, int, int], augmented: bool
+) -> None:
+    """An index comes again, and a row has none."""
+    rows, index = torch.randn(5, *shape[1:], dtype=torch.float64, requires_grad=True), torch.tensor([3, 0, 3, 4])
+    index = index[: shape[0]]
+    parameters = some_parameters(shape) if augmented else None
+    batch = rows[index] if parameters is None else plain(rows[index], parameters)
+    y_bar, out = torch.randn(shape, dtype=torch.float64), torch.randn(rows.shape, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(batch, rows, y_bar)
+    expected = out + FACTOR * gradient
+    assert kernels.colour_warp_mask_transpose_add(out, index, y_bar, parameters, FACTOR) is out
+    assert_close("out", out, expected, 1e-12)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_adding_is_to_the_bit_what_its_parts_do(dtype: torch.dtype) -> None:
+    shape = (4, 3, 7, 5)
+    out, y_bar, parameters = (
+        torch.randn(6, 3, 7, 5, dtype=dtype),
+        torch.randn(shape, dtype=dtype),
+        some_parameters(shape),
+    )
+    index, factor, parameters = torch.tensor([5, 1, 1, 5]), FACTOR.to(dtype), parameters.to(dtype)
+    rows = kernels.colour_warp_mask_transpose(-factor * y_bar, parameters)
+    expected = kernels.index_add(out.clone(), index, rows, alpha=-1)
+    assert torch.equal(kernels.colour_warp_mask_transpose_add(out, index, y_bar, parameters, factor), expected)
 
 
 @needs_native
@@ -180,10 +214,34 @@ def test_refuses(op: str, images: Tensor, parameters: Tensor, reason: str) -> No
         getattr(kernels, op)(images, parameters)
 
 
+ROWS, INDEX, FLOAT = torch.zeros(5, 3, 6, 6), torch.tensor([0, 4]), FACTOR.float()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((ROWS, INDEX, IMAGES[0], ZEROS, FLOAT), r"y_bar \(B, C, H, W\), found \(3, 6, 6\)"),
+        ((ROWS[:, :2], INDEX, IMAGES, ZEROS, FLOAT), r"out of shape \(5, 3, 6, 6\)"),
+        ((ROWS.double(), INDEX, IMAGES, ZEROS, FLOAT), "out of floating dtype torch.float32"),
+        ((ROWS.transpose(2, 3), INDEX, IMAGES, ZEROS, FLOAT), "out contiguous"),
+        ((ROWS, INDEX, IMAGES, ZEROS, FACTOR), "factor of floating dtype torch.float32"),
+        ((ROWS, INDEX, IMAGES, ZEROS, FLOAT[None]), "factor of shape"),
+        ((ROWS, INDEX[:1], IMAGES, ZEROS, FLOAT), r"int64 indices \(2,\)"),
+        ((ROWS, INDEX + 1, IMAGES, ZEROS, FLOAT), "indices 0 … 4, found 1 … 5"),
+        ((ROWS, INDEX, IMAGES, ZEROS[:1], FLOAT), "parameters of shape"),
+        ((ROWS, INDEX, IMAGES, row(row_by_row=-1).float().expand(2, -1).contiguous(), FLOAT), "have an inverse"),
+        ((ROWS.clone().requires_grad_(), INDEX, IMAGES, ZEROS, FLOAT), "out that requires grad"),
+    ],
+)
+def test_adding_refuses(arguments: tuple[Tensor, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^colour_warp_mask_transpose_add: .*{reason}"):
+        kernels.colour_warp_mask_transpose_add(*arguments)
+
+
 @pytest.mark.slow
 def test_triton_equals_the_reference_interpreted() -> None:
     lines = compare("warp", "cpu")
-    assert len([line for line in lines if "'colour_warp_mask" in line]) == 4 * 3 * 2
+    assert len([line for line in lines if "'colour_warp_mask" in line]) == 4 * (3 * 2 + 2 * 2)
 
 
 @pytest.mark.gpu
@@ -202,5 +260,8 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
             images, parameters = meta(4, channels, side, side).to(dtype), meta(4, 13)
             warp.colour_warp_mask(images, parameters)
             warp.colour_warp_mask_transpose(images, parameters)
-    assert len(launches) == 3 * 2 * 2
+            index, rows = torch.zeros(4, dtype=torch.long, device="meta"), meta(9, channels, side, side).to(dtype)
+            for given in (parameters, None):
+                warp.colour_warp_mask_transpose_add(rows, index, images, given, meta().to(dtype))
+    assert len(launches) == 3 * 4
     check(launches, architecture, tmp_path)

@@ -471,24 +471,58 @@ def powers(device: str) -> None:
     print("passed: powers of two")
 
 
-def warps(device: str, shape: tuple[int, int, int, int]) -> None:
-    """Compare warps; each sample has parameters of its own: a turn, all at once, none, and a whole displacement under a mask."""
-    from mtt_fast.kernels import reference, triton
-
+def warp_rows(shape: tuple[int, int, int, int]) -> Tensor:
+    """Return parameters for at most four samples: a turn, all at once, none, and a whole displacement under a mask."""
     batch, _, height, width = shape
     rotated = [0, 0, 0, -0.03, 0.26, 0, -0.26, -0.03, 0, 0, 0, 0, 0]
     everything = [0.3, -0.4, 0.5, -0.16, 0.1, 0.7, -0.2, 0.2, -1.3, 1, 3, 0, 2]
     shifted = [0, 0, 0, 0, 0, 1, 0, -2, -1, 0, height, 1, width]
-    rows = [rotated, everything, [0] * 13, shifted][:batch]
+    return torch.tensor([rotated, everything, [0] * 13, shifted][:batch], dtype=torch.float64)
+
+
+def warps(device: str, shape: tuple[int, int, int, int]) -> None:
+    """Compare warps; each sample has parameters of its own."""
+    from mtt_fast.kernels import reference, triton
+
+    batch = shape[0]
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        images, parameters = torch.randn(shape).to(device, dtype), torch.tensor(rows, dtype=wide, device=device)
+        images, parameters = torch.randn(shape).to(device, dtype), warp_rows(shape).to(device, wide)
         for name in ("colour_warp_mask", "colour_warp_mask_transpose"):
             ours, truth = getattr(triton, name), getattr(reference, name)
             expected = truth(images.double(), parameters.double()).to(dtype)
             check((name, shape, str(dtype)), partial(ours, images, parameters), expected, tolerance)
             if batch > 2:
                 assert torch.equal(ours(images, parameters)[2], images[2]), "zeros are the identity"
+
+
+def added_warps(device: str, shape: tuple[int, int, int, int]) -> None:
+    """Compare warps' transposes that are added to rows; an index comes again, with a warp in between and without."""
+    from mtt_fast.kernels import reference, triton
+
+    parameters = warp_rows(shape)
+    index = torch.tensor([3, 0, 3, 3])[: shape[0]]
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        out, y_bar = torch.randn(5, *shape[1:], dtype=dtype), torch.randn(shape, dtype=dtype)
+        factor = torch.tensor(-0.37, dtype=dtype)
+        for rows in (parameters, None):
+            wide = None if rows is None else rows.double()
+            expected = reference.colour_warp_mask_transpose_add(
+                out.to(torch.float64, copy=True), index, y_bar.double(), wide, factor.double()
+            )
+            given = (
+                index.to(device),
+                y_bar.to(device),
+                None if rows is None else rows.to(device, dtype),
+                factor.to(device),
+            )
+            case = ("colour_warp_mask_transpose_add", shape, str(dtype), rows is not None)
+
+            def found(given: Any = given, out: Tensor = out) -> Tensor:
+                result: Tensor = triton.colour_warp_mask_transpose_add(out.to(device, copy=True), *given)
+                return result
+
+            check(case, found, expected.to(dtype), tolerance)
 
 
 def refusals(device: str) -> None:
@@ -571,6 +605,7 @@ def main(family: str, device: str, share: Share) -> None:
         case "warp":
             for images in IMAGES if device == "cpu" else IMAGES + LARGE_IMAGES:
                 warps(device, images)
+                added_warps(device, images)
         case _:
             raise ValueError(f"no family is called {family}")
 
