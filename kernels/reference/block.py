@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, Affine, Folded, Patches, Precision
+from ..types import HALF_PRECISIONS, Affine, Patches, Precision
 from .conv import (
     conv3x3,
     conv3x3_dual,
@@ -50,9 +50,9 @@ def conv_norm_relu_pool_backward(
     weight: Tensor,
     affine: Affine,
     p_bar: Tensor,
+    folded: None,
     eps: float,
     precision: Precision = "fp32",
-    folded: Folded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return W̄ (K, C, 3, 3), γ̄, β̄ (K,)."""
     x = _planes(patches)
@@ -85,9 +85,9 @@ def conv_norm_relu_pool_dual_backward(
     affine_dot: Affine,
     p_bar: Tensor,
     p_bar_dot: Tensor,
+    folded: None,
     eps: float,
     precision: Precision = "fp32",
-    folded: Folded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x̄̇ (B, C, H, W), W̄̇ (K, C, 3, 3), γ̄̇, β̄̇ (K,)."""
     x, padding = _planes(patches), patches.padding

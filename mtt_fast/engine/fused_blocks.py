@@ -266,8 +266,8 @@ class ImageBlock:
     def backward(self, activations: ImageActivations, p_bar: Tensor, reuse: bool) -> tuple[None, Tensors]:
         """See `Block.backward`."""
         (patches, folded), (weight, affine) = activations, self.at
-        arguments = (weight, Affine(*affine), p_bar, NORM_EPS, self.precision)
-        return None, kernels.conv_norm_relu_pool_backward(patches, *arguments, folded)
+        arguments = (weight, Affine(*affine), p_bar, folded, NORM_EPS, self.precision)
+        return None, kernels.conv_norm_relu_pool_backward(patches, *arguments)
 
     def dual(self, x: Tensor, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
         """See `Block.dual`."""
@@ -280,8 +280,8 @@ class ImageBlock:
     ) -> tuple[None, Tensor, Tensors]:
         """See `Block.dual_backward`."""
         patches, folded = activations
-        bars = (p_bar, p_bar_dot, NORM_EPS, self.precision)
-        x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(patches, *self._directions, *bars, folded)
+        arguments = (*self._directions, p_bar, p_bar_dot, folded, NORM_EPS, self.precision)
+        x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(patches, *arguments)
         return None, x_bar_dot, tuple(parameters)
 
     @property
