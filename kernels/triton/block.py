@@ -19,7 +19,7 @@ from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import Configuration, configuration
 from .launch import architecture, launch, tl, triton
 from .patches import ONES, gather
-from .planes import OFFSETS
+from .planes import OFFSETS, Planes
 
 SIZES = (256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
 
@@ -160,16 +160,19 @@ def _pooled(
     """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and what the backward takes."""
     block, batch = _Block.of(patches, weight, precision), len(patches.images)
     row = block.row(operation, weight.device)
-    p, folded = _empty_pool(block, patches), _empty_folded(block, patches)
-    folded_dot = p_dot = None
-    if weight_dot is not None:
-        p_dot, folded_dot = _empty_pool(block, patches), _empty_folded(block, patches)
+    images, planes = patches.images, Planes(batch, block.K, *block.pooled, torch.channels_last)
+    folded, folded_dot, p_dot = _empty(images, (batch, block.TERMS, block.K)), None, None
+    if weight_dot is None:
+        p = planes.empty(images, block.K, *block.pooled)
+    else:
+        p, p_dot = planes.empty_pair(images, block.K, *block.pooled)
+        folded_dot = torch.empty_like(folded)
     stats = _empty(weight, (batch, 4, block.K))
     blocks, parts, tiles = _cut(block, row, batch)
     launch(
         pool,
         batch * parts * blocks,
-        *(patches.images, patches.gram, patches.gram.shape[1]),
+        *(images, patches.gram, patches.gram.shape[1]),
         *(weight, weight_dot, *affine, *(affine_dot or (None, None))),
         *(folded, folded_dot, stats, p, p_dot, parts, tiles),
         EPS=eps,
@@ -257,16 +260,6 @@ def _terms(channels: int) -> int:
     """Return the numbers of a patch in the kernels."""
     terms: int = triton.next_power_of_2(9 * channels + ONES.value)
     return terms
-
-
-def _empty_pool(block: _Block, patches: Patches) -> Tensor:
-    """Allocate pooled planes (B, K, H'//2, W'//2), channels_last."""
-    return _empty(patches.images, (len(patches.images), *block.pooled, block.K)).permute(0, 3, 1, 2)
-
-
-def _empty_folded(block: _Block, patches: Patches) -> Tensor:
-    """Allocate the weights of each sample, rounded as the images are: (B, TERMS, K)."""
-    return _empty(patches.images, (len(patches.images), block.TERMS, block.K))
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:

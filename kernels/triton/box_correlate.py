@@ -15,7 +15,7 @@ from ..types import Precision
 from .boxes import BOX, box_of, count_boxes, describe_planes, described, place_of, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
-from .planes import Planes
+from .planes import Planes, stacked
 
 _ADDED = 512  # elements of a program that adds up parts
 _COPIED = 64  # pixels, and channels, of a program that copies
@@ -242,7 +242,7 @@ def _copied_lines(
 ) -> Summands:
     planes = Planes.of(y_bar_dot)
     pitch = triton.cdiv(planes.width, 4) * 4  # a row begins at a multiple of 16 bytes
-    left, right = ([x], [y_bar_dot]) if x_dot is None else ([x, x_dot], [y_bar_dot, y_bar])
+    left, right = ([x], [y_bar_dot]) if x_dot is None else (_batches(x, x_dot), _batches(y_bar_dot, y_bar))
     xs, ys = _lines(left, 3, padding, planes, pitch), _lines(right, 1, 0, planes, pitch)
     length = xs.shape[1]
     factors = (
@@ -252,11 +252,17 @@ def _copied_lines(
     return _correlate_lines, factors, triton.cdiv(length, tile["BLOCK_M"]), tile | {"PITCH": pitch}
 
 
+def _batches(first: Tensor, second: Tensor) -> list[Tensor]:
+    """Return both, as one if they lie so."""
+    both = stacked(first, second)
+    return [first, second] if both is None else [both]
+
+
 def _lines(planes: list[Tensor], copies: int, padding: int, outputs: Planes, pitch: int) -> Tensor:
     """Return copies (copies · C, positions) of planes after each other, two zero rows longer than a result's."""
-    samples, channels, height, width = planes[0].shape
+    _, channels, height, width = planes[0].shape
     rows = outputs.height + 2
-    positions = samples * rows * pitch
+    positions = len(planes[0]) * rows * pitch
     length = len(planes) * positions
     lines = planes[0].new_empty((copies * channels, length))
     for number, each in enumerate(planes):
