@@ -261,7 +261,7 @@ def _block_operations(
     arguments = (patches, weight, affine)
     yield Operation("conv_norm_relu_pool", shape, (*arguments, *options), ins + small, one, BLOCK_TOLERANCE)
     yield Operation(
-        "conv_norm_relu_pool_backward", shape, (*arguments, p_bar.to(p.dtype), *options, folded),
+        "conv_norm_relu_pool_backward", shape, (*arguments, p_bar.to(p.dtype), folded, *options),
         ins + small, 2 * one, BLOCK_TOLERANCE,
     )  # fmt: skip
     along = (patches, weight, weight_dot, affine, affine_dot)
@@ -269,7 +269,7 @@ def _block_operations(
     bars = (p_bar.to(p.dtype), p_bar_dot.to(p.dtype))
     yield Operation("conv_norm_relu_pool_dual", shape, (*along, *options), ins + 2 * small, 2 * one, BLOCK_TOLERANCE)
     yield Operation(
-        "conv_norm_relu_pool_dual_backward", shape, (*along, *bars, *options, folded),
+        "conv_norm_relu_pool_dual_backward", shape, (*along, *bars, folded, *options),
         2 * (ins + small), 5 * one, BLOCK_TOLERANCE,
     )  # fmt: skip
 

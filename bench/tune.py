@@ -341,17 +341,19 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
         patches = kernels.image_patches(images, padding, precision)
         rotations = augment_parameters(SiameseAugment("rotate").draw(images), images.shape).to(images)
         options = (NORM_EPS, precision)
+        primal, dual = (patches, weights[0], affine[0]), (patches, *weights, *affine)
+        *_, folded = kernels.conv_norm_relu_pool(*primal, *options)
+        *_, folded_dual = kernels.conv_norm_relu_pool_dual(*dual, *options)
         operations = {
             "image_patches": (images, padding, precision, torch.arange(len(images), device=device), rotations),
-            "conv_norm_relu_pool": (patches, weights[0], affine[0], *options),
-            "conv_norm_relu_pool_backward": (patches, weights[0], affine[0], bars[0], *options),
-            "conv_norm_relu_pool_dual": (patches, *weights, *affine, *options),
-            "conv_norm_relu_pool_dual_backward": (patches, *weights, *affine, *bars, *options),
+            "conv_norm_relu_pool": (*primal, *options),
+            "conv_norm_relu_pool_backward": (*primal, bars[0], folded, *options),
+            "conv_norm_relu_pool_dual": (*dual, *options),
+            "conv_norm_relu_pool_dual_backward": (*dual, *bars, folded_dual, *options),
         }
         for name, given in operations.items():
             yield Subject(name, classes, BLOCKS[name], name, fixed(*given))
         for row, name in (
-            ("conv_norm_relu_pool_fold", "conv_norm_relu_pool_dual"),
             ("conv_norm_relu_pool_finish", "conv_norm_relu_pool_dual_backward"),
             ("conv_norm_relu_pool_columns", "conv_norm_relu_pool_dual_backward"),
             ("conv_norm_relu_pool_col2im", "conv_norm_relu_pool_dual_backward"),

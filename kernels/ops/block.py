@@ -51,7 +51,7 @@ def image_patches(
 def conv_norm_relu_pool(
     patches: Patches, weight: Tensor, affine: Affine, eps: float, precision: Precision = "fp32"
 ) -> tuple[Tensor, Folded | None]:
-    """Return p (B, K, H'//2, W'//2), channels_last, and what the backward can use again.
+    """Return p (B, K, H'//2, W'//2), channels_last, and what the backward takes.
 
     `weight` (K, C, 3, 3), `affine` (K,) each, float64 for float64 planes and else float32; H' = H + 2·padding − 2. `precision`
     is that of the patches. An odd last row or column counts in the statistics and is not pooled.
@@ -68,18 +68,18 @@ def conv_norm_relu_pool_backward(
     weight: Tensor,
     affine: Affine,
     p_bar: Tensor,
+    folded: Folded | None,
     eps: float,
     precision: Precision = "fp32",
-    folded: Folded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return summands of W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K). `folded` is what `conv_norm_relu_pool` returned of the same arguments, else made again.
+    """Return summands of W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K). `folded` is what `conv_norm_relu_pool` returned of the same arguments.
 
     `p_bar` (B, K, H'//2, W'//2) is channels_last and of the planes' dtype. Errors: `conv_norm_relu_pool`.
     """
     op = "conv_norm_relu_pool_backward"
     _check(op, patches, {"weight": weight}, affine._asdict(), {"p_bar": p_bar})
     implementation = _implementation(op, patches, weight, precision)
-    weight_bar, gamma_bar, beta_bar = implementation(patches, weight, affine, p_bar, eps, folded=folded)
+    weight_bar, gamma_bar, beta_bar = implementation(patches, weight, affine, p_bar, folded, eps)
     return weight_bar, gamma_bar, beta_bar
 
 
@@ -92,7 +92,7 @@ def conv_norm_relu_pool_dual(
     eps: float,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor, Folded | None]:
-    """Return p, ṗ (B, K, H'//2, W'//2), and what the backward can use again. Shapes, errors: `conv_norm_relu_pool`."""
+    """Return p, ṗ (B, K, H'//2, W'//2), and what the backward takes. Shapes, errors: `conv_norm_relu_pool`."""
     op = "conv_norm_relu_pool_dual"
     _check(op, patches, {"weight": weight, "weight_dot": weight_dot}, with_dots(affine, affine_dot), {})
     implementation = _implementation(op, patches, weight, precision)
@@ -108,16 +108,15 @@ def conv_norm_relu_pool_dual_backward(
     affine_dot: Affine,
     p_bar: Tensor,
     p_bar_dot: Tensor,
+    folded: Folded | None,
     eps: float,
     precision: Precision = "fp32",
-    folded: Folded | None = None,
     divisors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K), of the parameters' dtype.
 
     x̄̇, and nothing else, is divided by the `divisors`, at most two scalars () of that dtype, one after the other. `folded` is
-    what `conv_norm_relu_pool_dual` returned of the same arguments, else made again. `p_bar`, `p_bar_dot` and errors:
-    `conv_norm_relu_pool_backward`.
+    what `conv_norm_relu_pool_dual` returned of the same arguments. `p_bar`, `p_bar_dot` and errors: `conv_norm_relu_pool_backward`.
     """
     op = "conv_norm_relu_pool_dual_backward"
     weights, bars = {"weight": weight, "weight_dot": weight_dot}, {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
@@ -127,9 +126,7 @@ def conv_norm_relu_pool_dual_backward(
     check_tensors(op, weight, {f"divisor {number}": each for number, each in enumerate(divisors, 1)}, ())
     implementation = _implementation(op, patches, weight, precision)
     directions = (weight, weight_dot, affine, affine_dot)
-    x_bar_dot, *parameters = implementation(
-        patches, *directions, p_bar, p_bar_dot, eps, folded=folded, divisors=divisors
-    )
+    x_bar_dot, *parameters = implementation(patches, *directions, p_bar, p_bar_dot, folded, eps, divisors=divisors)
     weight_bar_dot, gamma_bar_dot, beta_bar_dot = parameters
     return x_bar_dot, weight_bar_dot, gamma_bar_dot, beta_bar_dot
 

@@ -18,8 +18,8 @@ from ..types import HALF_PRECISIONS, Affine, Folded, Patches, Precision
 from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import Configuration, configuration
 from .launch import architecture, launch, tl, triton
-from .patches import ONES, fold_norm, gather
-from .planes import OFFSETS
+from .patches import ONES, gather
+from .planes import OFFSETS, Planes
 
 SIZES = (256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
 
@@ -94,10 +94,7 @@ def conv_norm_relu_pool(
     patches: Patches, weight: Tensor, affine: Affine, eps: float, precision: Precision
 ) -> tuple[Tensor, Folded]:
     """See `mtt_fast.kernels.conv_norm_relu_pool`."""
-    block = _Block.of(patches, weight, precision)
-    folded = _folded(block, patches, weight, None, affine, None, eps)
-    p = _empty_pool(block, patches)
-    _pooled("conv_norm_relu_pool", block, patches, folded, p, None)
+    p, _, folded = _pooled("conv_norm_relu_pool", patches, weight, None, affine, None, eps, precision)
     return p, folded
 
 
@@ -106,13 +103,12 @@ def conv_norm_relu_pool_backward(
     weight: Tensor,
     affine: Affine,
     p_bar: Tensor,
+    folded: Folded,
     eps: float,
     precision: Precision,
-    folded: Folded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_backward`."""
     block = _Block.of(patches, weight, precision)
-    folded = folded or _folded(block, patches, weight, None, affine, None, eps)
     sums = _summed("conv_norm_relu_pool_backward", block, patches, folded, p_bar, None)
     gradients, _ = _finished(block, patches, folded, weight, None, affine, None, *sums)
     return gradients
@@ -128,10 +124,9 @@ def conv_norm_relu_pool_dual(
     precision: Precision,
 ) -> tuple[Tensor, Tensor, Folded]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_dual`."""
-    block = _Block.of(patches, weight, precision)
-    folded = _folded(block, patches, weight, weight_dot, affine, affine_dot, eps)
-    p, p_dot = _empty_pool(block, patches), _empty_pool(block, patches)
-    _pooled("conv_norm_relu_pool_dual", block, patches, folded, p, p_dot)
+    name = "conv_norm_relu_pool_dual"
+    p, p_dot, folded = _pooled(name, patches, weight, weight_dot, affine, affine_dot, eps, precision)
+    assert p_dot is not None
     return p, p_dot, folded
 
 
@@ -143,14 +138,13 @@ def conv_norm_relu_pool_dual_backward(
     affine_dot: Affine,
     p_bar: Tensor,
     p_bar_dot: Tensor,
+    folded: Folded,
     eps: float,
     precision: Precision,
-    folded: Folded | None = None,
     divisors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_dual_backward`."""
     block = _Block.of(patches, weight, precision)
-    folded = folded or _folded(block, patches, weight, weight_dot, affine, affine_dot, eps)
     sums = _summed("conv_norm_relu_pool_dual_backward", block, patches, folded, p_bar, p_bar_dot)
     gradients, linear = _finished(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
     del sums
@@ -158,40 +152,39 @@ def conv_norm_relu_pool_dual_backward(
     return _image_gradient(block, patches, folded, linear, p_bar, p_bar_dot, divisors), *gradients
 
 
-def _folded(
-    block: _Block,
+def _pooled(
+    operation: str,
     patches: Patches,
     weight: Tensor,
     weight_dot: Tensor | None,
     affine: Affine,
     affine_dot: Affine | None,
     eps: float,
-) -> Folded:
-    """Return the statistics, and the weights of each sample that the norm folds into."""
-    batch = len(patches.images)
-    shape = (batch, block.TERMS, block.K)
-    f = _empty(patches.images, shape)
-    f_dot = None if weight_dot is None else _empty(patches.images, shape)
+    precision: Precision,
+) -> tuple[Tensor, Tensor | None, Folded]:
+    """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and what the backward takes."""
+    block, batch = _Block.of(patches, weight, precision), len(patches.images)
+    row = block.row(operation, weight.device)
+    images, planes = patches.images, Planes(batch, block.K, *block.pooled, torch.channels_last)
+    folded, folded_dot, p_dot = _empty(images, (batch, block.TERMS, block.K)), None, None
+    if weight_dot is None:
+        p = planes.empty(images, block.K, *block.pooled)
+    else:
+        p, p_dot = planes.empty_pair(images, block.K, *block.pooled)
+        folded_dot = torch.empty_like(folded)
     stats = _empty(weight, (batch, 4, block.K))
-    row = block.row("conv_norm_relu_pool_fold", weight.device)
+    blocks, parts, tiles = _cut(block, row, batch)
     launch(
-        fold_norm,
-        batch * (block.K // row["BLOCK_C"]),
-        *(patches.gram, patches.gram.shape[1], weight, weight_dot, *affine, *(affine_dot or (None, None))),
-        *(f, f_dot, stats),
+        pool,
+        batch * parts * blocks,
+        *(images, patches.gram, patches.gram.shape[1]),
+        *(weight, weight_dot, *affine, *(affine_dot or (None, None))),
+        *(folded, folded_dot, stats, p, p_dot, parts, tiles),
         EPS=eps,
         **vars(block),
         **row,
     )
-    return Folded(f, f_dot, stats)
-
-
-def _pooled(operation: str, block: _Block, patches: Patches, folded: Folded, p: Tensor, p_dot: Tensor | None) -> None:
-    """Fill p and, in a direction, ṗ."""
-    row = block.row(operation, p.device)
-    blocks, parts, tiles = _cut(block, row, len(p))
-    tensors = (patches.images, folded.weight, folded.weight_dot, p, p_dot)
-    launch(pool, len(p) * parts * blocks, *tensors, parts, tiles, **vars(block), **row)
+    return p, p_dot, Folded(folded, folded_dot, stats)
 
 
 def _summed(
@@ -279,11 +272,6 @@ def _terms(channels: int) -> int:
     """Return the numbers of a patch in the kernels."""
     terms: int = triton.next_power_of_2(9 * channels + ONES.value)
     return terms
-
-
-def _empty_pool(block: _Block, patches: Patches) -> Tensor:
-    """Allocate pooled planes (B, K, H'//2, W'//2), channels_last."""
-    return _empty(patches.images, (len(patches.images), *block.pooled, block.K)).permute(0, 3, 1, 2)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,7 @@ time; the planes that are never stored have H' × W' = (HP − 2) × (WP − 2) 
 from __future__ import annotations
 
 from .launch import tl, triton
-from .patches import moments, patches_at, product, rounded, weights_of
+from .patches import fold_norm, fold_norm_tangent, moments, patches_at, product, rounded, weights_of
 
 
 @triton.jit
@@ -22,12 +22,22 @@ def _block_of(parts: tl.tensor, K: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple
 @triton.jit
 def pool(
     images: tl.tensor,  # (B, HP, WP, C)
-    folded: tl.tensor,  # (B, TERMS, K)
+    gram: tl.tensor,  # (B, gram_parts, 9 C + 1, 9 C + 1)
+    gram_parts: tl.tensor,
+    weight: tl.tensor,  # (K, C, 3, 3)
+    weight_dot: tl.tensor | None,
+    gamma: tl.tensor,  # (K,)
+    beta: tl.tensor,
+    gamma_dot: tl.tensor | None,
+    beta_dot: tl.tensor | None,
+    folded: tl.tensor,  # (B, TERMS, K): f
     folded_dot: tl.tensor | None,
+    stats: tl.tensor,  # (B, 4, K): mean, rstd, k1, k2, the first and third less what the images' shift makes of them
     p: tl.tensor,  # (B, PH, PW, K)
     p_dot: tl.tensor | None,
     parts: tl.tensor,
     tiles: tl.tensor,  # of a part
+    EPS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,
@@ -39,16 +49,31 @@ def pool(
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
-    """Store p, and ṗ where the direction is given."""
+    """Store p, and ṗ where the direction is given, and for the backward the statistics and the weights that the norm folds into.
+
+    Each part of a sample makes all of these for itself, which spares a launch, and the first one stores them.
+    """
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
     sample, part, c = _block_of(parts, K, BLOCK_C)
+    square = tl.arange(0, TERMS)[:, None] * K + c[None, :]
+    stats += sample * (4 * K) + c
+    mean, covariance = moments(gram, sample, gram_parts, C, (HP - 2) * (WP - 2), TERMS)
+    w, mu, r, covariance_w = fold_norm(mean, covariance, weight, gamma, beta, c, EPS, C, TERMS, PRECISION, ACC)
+    if part == 0:
+        tl.store(folded + sample * (TERMS * K) + square, w)
+        tl.store(stats, mu.to(ACC))
+        tl.store(stats + K, r.to(ACC))
+    if p_dot is not None:
+        w_dot, k1, k2 = fold_norm_tangent(
+            mean, covariance_w, r, weight, weight_dot, gamma, gamma_dot, beta_dot, c, C, TERMS, PRECISION, ACC
+        )
+        if part == 0:
+            tl.store(folded_dot + sample * (TERMS * K) + square, w_dot)
+            tl.store(stats + 2 * K, k1.to(ACC))
+            tl.store(stats + 3 * K, k2.to(ACC))
     images += sample * (HP * WP * C)
     begin = sample * (ALL * K)
-    of_weights = sample * (TERMS * K) + tl.arange(0, TERMS)[:, None] * K + c[None, :]
-    w = tl.load(folded + of_weights)
-    if p_dot is not None:
-        w_dot = tl.load(folded_dot + of_weights)
     for tile in range(tiles):
         window = (part * tiles + tile) * WINDOWS + tl.arange(0, WINDOWS)
         exists = (window < ALL)[:, None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..types import Precision, Weight, weight_of
 from .implicit_gemm import convolve, correlate
-from .planes import Planes
+from .planes import Planes, stacked
 from .weights import rotated, straight
 
 Product = Callable[..., Any]
@@ -53,7 +53,7 @@ def conv3x3_dual(
     convolve: Product = convolve,
 ) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.conv3x3_dual`."""
-    y, y_dot = empty_output(x, weight, padding), empty_output(x, weight, padding)
+    y, y_dot = _empty_dual(x, x_dot, weight, padding)
     weights = straight((weight, weight_dot), x, precision)
     convolve("conv3x3_dual", x, x_dot, *weights, y, y_dot, padding, precision)
     return y, y_dot
@@ -125,6 +125,20 @@ def empty_output(x: Tensor, weight: Weight, padding: int) -> Tensor:
     """Allocate the result of a convolution of `x`."""
     planes, (filters, *_) = Planes.of(x), weight_of(weight).shape
     return planes.empty(x, filters, planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
+
+
+def _empty_dual(x: Tensor, x_dot: Tensor | None, weight: Weight, padding: int) -> tuple[Tensor, Tensor]:
+    """Allocate y and ẏ: ẏ in front of y in one piece where x and ẋ are one.
+
+    The gradients that are written over them then make one product of the dual weight gradient's two, ȳ̇ ⋆ x + ȳ ⋆ ẋ.
+    Where ẋ is held as long as x, so is ẏ as long as y, and memory that is free only together is free no later.
+    """
+    if x_dot is None or stacked(x, x_dot) is None:
+        return empty_output(x, weight, padding), empty_output(x, weight, padding)
+    planes, filters = Planes.of(x), len(weight_of(weight))
+    sides = (planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
+    y_dot, y = planes.empty_pair(x, filters, *sides)
+    return y, y_dot
 
 
 def empty_input(y_bar: Tensor, weight: Weight, padding: int) -> Tensor:

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..types import HALF_PRECISIONS, PackedWeight, Precision, Weight, accumulator, in_format_of
+from .planes import stacked
 
 
 def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision) -> Tensor:
     """See `mtt_fast.kernels.conv3x3`."""
     x_factor, weight_factor = _factors(precision, x, weight)
     with _precision(precision):
-        y = F.conv2d(x_factor, weight_factor, padding=padding)
+        y = F.conv2d(x_factor, in_format_of(x, weight_factor), padding=padding)  # else cuDNN copies the weight so
     return in_format_of(x, y.to(x.dtype))
 
 
@@ -29,7 +30,7 @@ def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precisio
     y_bar, padding = _without_rings(y_bar, padding)
     y_factor, weight_factor = _factors(precision, y_bar, weight)
     with _precision(precision):
-        x_bar = F.conv_transpose2d(y_factor, weight_factor, padding=padding)
+        x_bar = F.conv_transpose2d(y_factor, in_format_of(y_bar, weight_factor), padding=padding)
     return in_format_of(y_bar, x_bar.to(y_bar.dtype))
 
 
@@ -77,10 +78,13 @@ def conv3x3_input_gradient_tangent(
 def conv3x3_dual_weight_gradient(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, precision: Precision
 ) -> Tensor:
-    """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`."""
-    weight_bar_dot = conv3x3_weight_gradient(x, y_bar_dot, padding, precision)
+    """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`. One product over twice the samples where these lie so."""
     if x_dot is None:
-        return weight_bar_dot
+        return conv3x3_weight_gradient(x, y_bar_dot, padding, precision)
+    xs, y_bars = stacked(x, x_dot), stacked(y_bar_dot, y_bar)
+    if xs is not None and y_bars is not None:
+        return conv3x3_weight_gradient(xs, y_bars, padding, precision)
+    weight_bar_dot = conv3x3_weight_gradient(x, y_bar_dot, padding, precision)
     return weight_bar_dot.add_(conv3x3_weight_gradient(x_dot, y_bar, padding, precision))
 
 

@@ -407,7 +407,7 @@ def norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, PlaneStats]:
     """See `mtt_fast.kernels.norm_relu_pool_dual`."""
     planes = Planes.of(y, y_dot)
-    p, p_dot = (empty_pool(y, planes) for _ in range(2))
+    p, p_dot = planes.empty_pair(y, planes.channels, planes.height // 2, planes.width // 2)
     stats = PlaneStats(*(empty_stat(y) for _ in range(4)))
     if planes.channels_last:
         lines, tile = _lines("norm_relu_pool_dual", planes, y)

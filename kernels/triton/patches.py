@@ -153,7 +153,7 @@ def moments(
     exists = (row < COUNT) & (column < COUNT)
     gram += sample * parts * (COUNT * COUNT) + row * COUNT + column
     total = tl.zeros((TERMS, TERMS), tl.float64)
-    for part in range(parts):
+    for part in tl.range(parts, loop_unroll_factor=4):  # loads of several parts are under way at a time
         total += tl.load(gram + part * (COUNT * COUNT), exists, 0).to(tl.float64)
     total /= PIXELS
     mean = tl.sum(tl.where(column == 9 * C, total, 0), 1)  # of the products with a one
@@ -174,18 +174,15 @@ def weights_of(
 
 
 @triton.jit
-def _store_folded(
-    folded: tl.tensor,  # of the sample: (TERMS, K)
+def _with_shift(
     weight: tl.tensor,  # (TERMS, BLOCK_C)
     level: tl.tensor,  # (BLOCK_C,): what the mean of the product has to be
     mean: tl.tensor,  # (TERMS,): of the patches
-    filters: tl.tensor,
     C: tl.constexpr,
-    K: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
-    """Store rounded weights and the shift that takes their own mean away, so that rounding moves no mean."""
+) -> tl.tensor:
+    """Return rounded weights, and at the ones the shift that takes their own mean away, so that rounding moves no mean."""
     term = tl.arange(0, TERMS)[:, None]
     weight = rounded(weight, PRECISION)
     shift = (level - tl.sum(mean[:, None] * weight.to(level.dtype).to(tl.float64), 0)).to(level.dtype)
@@ -194,63 +191,59 @@ def _store_folded(
     third = shift - first - second
     pieces = tl.where(term == 9 * C, first[None, :], tl.where(term == 9 * C + 1, second[None, :], third[None, :]))
     pieces = tl.where(term < 9 * C + ONES, pieces, 0)
-    place = term * K + filters[None, :]
-    tl.store(folded + place, weight, term < 9 * C)
-    tl.store(folded + place, rounded(pieces, PRECISION), term >= 9 * C)
+    return tl.where(term < 9 * C, weight, rounded(pieces, PRECISION))
 
 
 @triton.jit
 def fold_norm(
-    gram: tl.tensor,  # (B, parts, 9 C + 1, 9 C + 1)
-    parts: tl.tensor,
+    mean: tl.tensor,  # (TERMS,): of the patches
+    covariance: tl.tensor,  # (TERMS, TERMS)
     weight: tl.tensor,  # (K, C, 3, 3)
-    weight_dot: tl.tensor | None,
     gamma: tl.tensor,  # (K,)
     beta: tl.tensor,
-    gamma_dot: tl.tensor | None,
-    beta_dot: tl.tensor | None,
-    folded: tl.tensor,  # (B, TERMS, K): f
-    folded_dot: tl.tensor | None,
-    stats: tl.tensor,  # (B, 4, K): mean, rstd, k1, k2, the first and third less what the images' shift makes of them
+    filters: tl.tensor,  # (BLOCK_C,)
     EPS: tl.constexpr,
     C: tl.constexpr,
-    K: tl.constexpr,
-    HP: tl.constexpr,
-    WP: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-) -> None:
-    """Store the statistics of the planes, and the weights of each sample that the norm folds into."""
-    PIXELS: tl.constexpr = (HP - 2) * (WP - 2)
-    BLOCKS: tl.constexpr = K // BLOCK_C
-    program = tl.program_id(0)
-    sample = (program // BLOCKS).to(tl.int64)
-    c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, covariance = moments(gram, sample, parts, C, PIXELS, TERMS)
-    w = weights_of(weight, c, C, TERMS).to(tl.float64)
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return f (TERMS, BLOCK_C), rounded; of the planes mean, less what the images' shift makes of it, and rstd; and Cw."""
+    w = weights_of(weight, filters, C, TERMS).to(tl.float64)
     covariance_w = tl.dot(covariance, w, out_dtype=tl.float64)
     mu = tl.sum(mean[:, None] * w, 0)
     variance = tl.maximum(tl.sum(w * covariance_w, 0), 0.0)  # rounding can make a plane's that is constant negative
     r = 1 / tl.sqrt(variance + EPS)
-    g, b = tl.load(gamma + c), tl.load(beta + c)
-    scale = g.to(tl.float64) * r
-    folded += sample * (TERMS * K)
-    _store_folded(folded, (scale[None, :] * w).to(ACC), b, mean, c, C, K, TERMS, PRECISION)
-    stats += sample * (4 * K) + c
-    tl.store(stats, mu.to(ACC))
-    tl.store(stats + K, r.to(ACC))
-    if weight_dot is not None:
-        w_dot = weights_of(weight_dot, c, C, TERMS).to(tl.float64)
-        k1 = tl.sum(mean[:, None] * w_dot, 0)
-        k2 = r * tl.sum(w_dot * covariance_w, 0)
-        along = r * (tl.load(gamma_dot + c).to(tl.float64) - scale * k2)  # u̇ = along (y − mean) + scale (ẏ − k1) + β̇
-        w_dot = (scale[None, :] * w_dot + along[None, :] * w).to(ACC)
-        folded_dot += sample * (TERMS * K)
-        _store_folded(folded_dot, w_dot, tl.load(beta_dot + c), mean, c, C, K, TERMS, PRECISION)
-        tl.store(stats + 2 * K, k1.to(ACC))
-        tl.store(stats + 3 * K, k2.to(ACC))
+    scale = tl.load(gamma + filters).to(tl.float64) * r
+    f = _with_shift((scale[None, :] * w).to(ACC), tl.load(beta + filters), mean, C, TERMS, PRECISION)
+    return f, mu, r, covariance_w
+
+
+@triton.jit
+def fold_norm_tangent(
+    mean: tl.tensor,  # (TERMS,): of the patches
+    covariance_w: tl.tensor,  # (TERMS, BLOCK_C)
+    r: tl.tensor,  # (BLOCK_C,)
+    weight: tl.tensor,  # (K, C, 3, 3)
+    weight_dot: tl.tensor,
+    gamma: tl.tensor,  # (K,)
+    gamma_dot: tl.tensor,
+    beta_dot: tl.tensor,
+    filters: tl.tensor,  # (BLOCK_C,)
+    C: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return ḟ (TERMS, BLOCK_C), rounded, and of the planes k1, less what the images' shift makes of it, and k2."""
+    w_dot = weights_of(weight_dot, filters, C, TERMS).to(tl.float64)
+    k1 = tl.sum(mean[:, None] * w_dot, 0)
+    k2 = r * tl.sum(w_dot * covariance_w, 0)
+    scale = tl.load(gamma + filters).to(tl.float64) * r
+    along = r * (tl.load(gamma_dot + filters).to(tl.float64) - scale * k2)  # u̇ = along (y − mean) + scale (ẏ − k1) + β̇
+    w = weights_of(weight, filters, C, TERMS).to(tl.float64)
+    f_dot = (scale[None, :] * w_dot + along[None, :] * w).to(ACC)
+    return _with_shift(f_dot, tl.load(beta_dot + filters), mean, C, TERMS, PRECISION), k1, k2
 
 
 @triton.jit

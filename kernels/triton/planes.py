@@ -49,3 +49,19 @@ class Planes:
         """Allocate planes of this format, with the samples, type and device of `like`."""
         shape = (len(like), channels, height, width)
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
+
+    def empty_pair(self, like: Tensor, channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Allocate two of `empty` so that `stacked` makes one batch of them. Their memory is free when both are."""
+        shape = (2 * len(like), channels, height, width)
+        both = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
+        return both[: len(like)], both[len(like) :]
+
+
+def stacked(first: Tensor, second: Tensor) -> Tensor | None:
+    """Return both batches (B, …) as one (2 B, …), a view, if `second` begins where `first` ends; else None."""
+    shares_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    distance = second.storage_offset() - first.storage_offset()
+    alike = first.dtype == second.dtype and first.shape == second.shape and first.stride() == second.stride()
+    if not (shares_memory and alike and distance == len(first) * first.stride(0)):
+        return None
+    return first.as_strided((2 * len(first), *first.shape[1:]), first.stride(), first.storage_offset())

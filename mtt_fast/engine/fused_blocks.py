@@ -277,8 +277,8 @@ class ImageBlock:
     def backward(self, activations: ImageActivations, p_bar: Tensor, reuse: bool) -> tuple[None, Tensors]:
         """See `Block.backward`."""
         patches, folded = activations
-        arguments = (weight_of(self.at.weight), Affine(*self.at.affine), p_bar, NORM_EPS, self.precision)
-        return None, kernels.conv_norm_relu_pool_backward(patches, *arguments, folded)
+        arguments = (weight_of(self.at.weight), Affine(*self.at.affine), p_bar, folded, NORM_EPS, self.precision)
+        return None, kernels.conv_norm_relu_pool_backward(patches, *arguments)
 
     def dual(self, x: Inputs, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
         """See `Block.dual`."""
@@ -291,10 +291,8 @@ class ImageBlock:
     ) -> tuple[None, Tensor, Tensors]:
         """See `Block.dual_backward`."""
         patches, folded = activations
-        bars = (p_bar, p_bar_dot, NORM_EPS, self.precision)
-        x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(
-            patches, *self._directions, *bars, folded, divisors
-        )
+        arguments = (*self._directions, p_bar, p_bar_dot, folded, NORM_EPS, self.precision, divisors)
+        x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(patches, *arguments)
         return None, x_bar_dot, tuple(parameters)
 
     def _patches(self, images: Inputs) -> Patches:

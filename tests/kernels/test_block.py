@@ -49,10 +49,10 @@ def block_results(given: dict[str, Any]) -> dict[str, Tensor]:
     (weight, weight_dot), (affine, affine_dot) = given["weights"], given["affine"]
     patches = kernels.image_patches(given["x"], given["padding"])
     p, folded = kernels.conv_norm_relu_pool(patches, weight, affine, EPS)
-    back = kernels.conv_norm_relu_pool_backward(patches, weight, affine, given["bars"][0], EPS, folded=folded)
+    back = kernels.conv_norm_relu_pool_backward(patches, weight, affine, given["bars"][0], folded, EPS)
     along = (patches, weight, weight_dot, affine, affine_dot)
     dual_p, p_dot, folded = kernels.conv_norm_relu_pool_dual(*along, EPS)
-    dual_back = kernels.conv_norm_relu_pool_dual_backward(*along, *given["bars"], EPS, folded=folded)
+    dual_back = kernels.conv_norm_relu_pool_dual_backward(*along, *given["bars"], folded, EPS)
     back, dual_back = (added_up("conv_norm_relu_pool_backward", each) for each in (back, dual_back))
     names = ["p", "weight_bar", "gamma_bar", "beta_bar", "dual p", "p_dot"]
     names += ["x_bar_dot", "weight_bar_dot", "gamma_bar_dot", "beta_bar_dot"]
@@ -102,14 +102,14 @@ def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
     assert patches.gram.dtype == torch.float32
     weights = [weight.float() for weight in given["weights"]]
     affine = [Affine(each.gamma.float(), each.beta.float()) for each in given["affine"]]
-    p, p_dot, _ = kernels.conv_norm_relu_pool_dual(patches, *weights, *affine, EPS, precision)
+    p, p_dot, folded = kernels.conv_norm_relu_pool_dual(patches, *weights, *affine, EPS, precision)
     exact = block_results(given)
     for name, value in (("p", p), ("p_dot", p_dot)):
         assert value.dtype == patches.images.dtype
         allowed = {"fp32": 1e-5, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}[precision]
         assert_close(name, value.double(), exact[name], allowed, floor=0.1)
     bars = [each.to(p.dtype) for each in given["bars"]]
-    for value in kernels.conv_norm_relu_pool_dual_backward(patches, *weights, *affine, *bars, EPS, precision):
+    for value in kernels.conv_norm_relu_pool_dual_backward(patches, *weights, *affine, *bars, folded, EPS, precision):
         assert value.dtype == torch.float32
 
 
@@ -176,12 +176,12 @@ INDEX, ZEROS, LAST = torch.tensor([1, 0, 1]), torch.zeros(3, 13), IMAGES.contigu
         refused("conv_norm_relu_pool", "3×3 weights of 3 channels", PATCHES, WEIGHT[:, :2], AFFINE, EPS),
         refused("conv_norm_relu_pool", "floating dtype", PATCHES, WEIGHT.double(), AFFINE, EPS),
         refused("conv_norm_relu_pool", "gamma of shape", PATCHES, WEIGHT, Affine(WEIGHT[:3, 0, 0, 0], AFFINE.beta), EPS),
-        refused("conv_norm_relu_pool_backward", "p_bar of shape", PATCHES, WEIGHT, AFFINE, POOLED[:1], EPS),
-        refused("conv_norm_relu_pool_backward", "strides", PATCHES, WEIGHT, AFFINE, POOLED.contiguous(), EPS),
+        refused("conv_norm_relu_pool_backward", "p_bar of shape", PATCHES, WEIGHT, AFFINE, POOLED[:1], None, EPS),
+        refused("conv_norm_relu_pool_backward", "strides", PATCHES, WEIGHT, AFFINE, POOLED.contiguous(), None, EPS),
         refused("conv_norm_relu_pool_dual", "weight_dot of shape", PATCHES, WEIGHT, WEIGHT[:4], AFFINE, AFFINE, EPS),
         refused(
             "conv_norm_relu_pool_dual_backward", "requires grad",
-            PATCHES, WEIGHT, WEIGHT, AFFINE, AFFINE, POOLED, POOLED.clone().requires_grad_(), EPS,
+            PATCHES, WEIGHT, WEIGHT, AFFINE, AFFINE, POOLED, POOLED.clone().requires_grad_(), None, EPS,
         ),
         refused(
             "conv_norm_relu_pool_dual_backward", "divisor 1 of floating dtype torch.float32",
@@ -204,7 +204,7 @@ def test_triton_equals_the_reference_interpreted() -> None:
     for case in (
         "image_patches",
         "image_patches of a batch",
-        "'conv_norm_relu_pool_dual_backward', 'folded'",
+        "'conv_norm_relu_pool_dual_backward'",
         "'tf32'",
         "'fp16'",
         "'bf16'",
@@ -244,13 +244,13 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
             patches = block.image_patches(meta(4, channels, side, side), padding, precision)
             block.image_patches(meta(4, channels, side, side), padding, precision, index, meta(6, 13))
             p, folded = block.conv_norm_relu_pool(patches, weight, affine, *options)
-            block.conv_norm_relu_pool_backward(patches, weight, affine, p, *options, folded)
+            block.conv_norm_relu_pool_backward(patches, weight, affine, p, folded, *options)
             along = (patches, weight, weight, affine, affine)
             p, p_dot, folded = block.conv_norm_relu_pool_dual(*along, *options)
             divisors = (meta(), meta()) if precision == "fp16" else ()
-            block.conv_norm_relu_pool_dual_backward(*along, p, p_dot, *options, folded, divisors)
-    kernels_of_a_block = ["gather", "gather", "fold_norm", "pool", "sum_patches", "finish"]
-    kernels_of_a_block += ["fold_norm", "pool", "sum_patches", "finish", "spread", "col2im"]
+            block.conv_norm_relu_pool_dual_backward(*along, p, p_dot, folded, *options, divisors)
+    kernels_of_a_block = ["gather", "gather", "pool", "sum_patches", "finish"]
+    kernels_of_a_block += ["pool", "sum_patches", "finish", "spread", "col2im"]
     assert [launch.kernel.fn.__name__ for launch in launches] == 2 * kernels_of_a_block
     for launch, usage in zip(launches, check(launches, architecture, tmp_path), strict=True):
         multiplies = launch.kernel.fn.__name__ in ("gather", "pool", "sum_patches", "spread")

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from mtt_fast import kernels
-from mtt_fast.kernels import native, reference
+from mtt_fast.kernels import Affine, native, reference
 from mtt_fast.kernels.native import extension, planes
 from mtt_fast.kernels.triton import cudnn
+from mtt_fast.kernels.triton.planes import Planes, stacked
 from mtt_fast.kernels.types import memory_format
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import (
@@ -32,6 +33,7 @@ from tests.kernels.compiling import (
 )
 from tests.kernels.helpers import (
     CONVOLUTIONS,
+    EPS,
     FORMATS,
     convolution_arguments,
     draw,
@@ -196,6 +198,66 @@ def test_cudnn_is_asked_for_no_padding_above_two(
     assert found[0].stride() == expected[0].stride()
 
 
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("padding", [1, 3])
+def test_cudnn_makes_one_product_of_batches_that_lie_one_behind_the_other(
+    padding: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples: list[int] = []
+
+    def noting(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        samples.append(len(x))
+        weight_bar: Tensor = conv2d_weight(x, *arguments, **options)
+        return weight_bar
+
+    x, x_dot = draw(6, 4, 5, 7, layout=layout).chunk(2)
+    y_bar_dot, y_bar = draw(6, 3, 3 + 2 * padding, 5 + 2 * padding, layout=layout).chunk(2)
+    expected = reference.conv3x3_dual_weight_gradient(x, x_dot, y_bar, y_bar_dot, padding)
+    monkeypatch.setattr(cudnn, "conv2d_weight", noting)
+    for apart in (False, True):
+        bars = (y_bar.clone(), y_bar_dot) if apart else (y_bar, y_bar_dot)
+        found = cudnn.conv3x3_dual_weight_gradient(x, x_dot, *bars, padding, "fp32")
+        assert_close("weight_bar_dot", found, expected, 1e-13)
+    assert samples == [6, 3, 3]
+
+
+def test_batches_are_stacked_where_the_second_begins_at_the_end_of_the_first() -> None:
+    for layout in FORMATS:
+        both = draw(6, 2, 4, 5, layout=layout)
+        first, second = both.chunk(2)
+        view = stacked(first, second)
+        assert view is not None
+        assert view.data_ptr() == both.data_ptr()
+        assert_close("both", view, both, 0)
+        for other in (first, second.clone(), second[:2], both[2:5], second.transpose(2, 3), second.float()):
+            assert stacked(first, other) is None
+        assert stacked(second, first) is None
+    x, y = Planes.of(first).empty_pair(first, 7, 2, 1)
+    assert x.shape == y.shape == (3, 7, 2, 1)
+    assert stacked(x, y) is not None
+
+
+@needs_triton
+def test_a_pair_of_inputs_has_a_pair_of_results() -> None:
+    """So the dual weight gradient finds ȳ̇ and ȳ, which are written over ẏ and y, one behind the other; its copies take both."""
+    from mtt_fast.kernels.triton import box_correlate, boxes, conv, lines, norm, norm_held, norm_passes, weights
+
+    with recording([norm, norm_held, norm_passes, lines], "sm_90"):
+        y, affine = meta(2, 16, 8, 8, form=torch.channels_last), Affine(meta(16), meta(16))
+        x, x_dot, _ = norm.norm_relu_pool_dual(y, torch.empty_like(y), affine, affine, EPS)
+    assert stacked(x, x_dot) is not None
+    for inputs, paired in (((x, x_dot), True), ((x, torch.empty_like(x)), False), ((x, None), False)):
+        weight = meta(8, 16, 3, 3)
+        with recording([weights], "sm_90"):
+            y, y_dot = conv.conv3x3_dual(*inputs, weight, weight, 1, "tf32", convolve=lambda *_: None)
+        assert (stacked(y_dot, y) is not None) == paired
+        if inputs[1] is not None:
+            with recording([boxes, box_correlate], "sm_90") as launches:
+                box_correlate.correlate("conv3x3_dual_weight_gradient", *inputs, y, y_dot, 1, "tf32")
+            copies = [launch.kernel.fn.__name__ for launch in launches].count("_copy_lines")
+            assert copies == (2 if paired else 4)
+
+
 ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
 
 
@@ -225,6 +287,8 @@ def test_triton_equals_the_reference_interpreted() -> None:
     for operation in ("dual", "dual_input_gradient", "tangent", "input_gradient_tangent", "dual_weight_gradient"):
         for case in ("float32", "float64", "'tma'"):
             assert any(f"'conv3x3_{operation}'" in line and case in line for line in lines)
+    for case in ("'cudnn'", "'tma'"):
+        assert any(case in line and "'ẋ in pairs'" in line for line in lines)
 
 
 @pytest.mark.gpu

@@ -325,11 +325,21 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
     tolerance = 1e-13 if dtype == torch.float64 else TOLERANCES[precision]
     backends = [name for name in BACKENDS if name != "tma"]
     for name, arguments, expected in convolution_cases(dtype, shape, form):
-        moved = [None if each is None else each.to(device) for each in arguments]
-        for backend in backends:
-            ours = partial(summed_results, BACKENDS[backend], name, *moved, shape[-1], precision=precision)
-            dual = "ẋ" if arguments[1] is not None else "no ẋ"
+        for (dual, operands), backend in itertools.product(placed(name, arguments, device).items(), backends):
+            ours = partial(summed_results, BACKENDS[backend], name, *operands, shape[-1], precision=precision)
             check((name, backend, shape, str(form), str(dtype), precision, dual), ours, expected, tolerance)
+
+
+def placed(name: str, arguments: tuple[Tensor | None, ...], device: str) -> dict[str, list[Tensor | None]]:
+    """Return the arguments on the device; those of a dual weight gradient also in pairs that lie one behind the other."""
+    apart = [None if each is None else each.to(device) for each in arguments]
+    if arguments[1] is None:
+        return {"no ẋ": apart}
+    if name != "conv3x3_dual_weight_gradient":
+        return {"ẋ": apart}
+    x, x_dot, y_bar, y_bar_dot = (each for each in apart if each is not None)
+    y_bar_dot, y_bar = torch.cat([y_bar_dot, y_bar]).chunk(2)
+    return {"ẋ": apart, "ẋ in pairs": [*torch.cat([x, x_dot]).chunk(2), y_bar, y_bar_dot]}
 
 
 def convolution_cases(
@@ -379,11 +389,11 @@ def boxed_convolutions(
         return tiles[number or 0]
 
     for name, arguments, expected in convolution_cases(dtype, shape, torch.channels_last):
-        moved = [None if each is None else each.to(device) for each in arguments]
-        ours = partial(summed_results, tma, name, *moved, shape[-1], precision=precision)
-        case = (name, "tma", shape, str(dtype), precision, number, "ẋ" if arguments[1] is not None else "no ẋ")
-        with nullcontext() if number is None else patch.object(boxes, "box_configuration", configuration):
-            check(case, ours, expected, TOLERANCES[precision])
+        for dual, operands in placed(name, arguments, device).items():
+            ours = partial(summed_results, tma, name, *operands, shape[-1], precision=precision)
+            case = (name, "tma", shape, str(dtype), precision, number, dual)
+            with nullcontext() if number is None else patch.object(boxes, "box_configuration", configuration):
+                check(case, ours, expected, TOLERANCES[precision])
 
 
 def mixed_formats(device: str) -> None:
