@@ -183,7 +183,7 @@ class PlaneBlock:
 
     def inputs(self, images: Inputs) -> Tensor:
         """See `Block.inputs`."""
-        dtype = plane_dtype(self.at.weight.dtype, self.precision)
+        dtype = plane_dtype(weight_of(self.at.weight).dtype, self.precision)
         return gathered(images).to(dtype, memory_format=torch.channels_last)
 
     def forward(self, x: Inputs) -> tuple[Tensor, Activations]:
@@ -237,7 +237,7 @@ class PlaneBlock:
         else:
             x_bar_dot = kernels.conv3x3_input_gradient_tangent(*operands)
         if self.of_images:
-            x_bar_dot = x_bar_dot.to(self.at.weight.dtype).contiguous()
+            x_bar_dot = x_bar_dot.to(weight_of(self.at.weight).dtype).contiguous()
             for divisor in divisors:
                 x_bar_dot.div_(divisor)
         return x_bar, x_bar_dot, (weight_bar_dot, *affine_bar_dot)
