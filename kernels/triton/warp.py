@@ -19,6 +19,7 @@ from .launch import architecture, launch, tl, triton
 from .planes import Planes
 
 _COUNT = tl.constexpr(len(WARP_PARAMETERS))
+_PROGRAMS = 32  # of a sample
 _MEAN = tl.constexpr(2048)  # numbers of a sample that are added to its mean at a time
 
 
@@ -317,7 +318,9 @@ def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Any, **cons
     """Launch `kernel` over blocks of pixels of each sample."""
     row = dict(configuration(operation, "", architecture(arguments[0].device)))
     channels = triton.next_power_of_2(planes.channels)
-    pixels = min(max(1, row.pop("ELEMENTS") // channels), triton.next_power_of_2(planes.height * planes.width))
+    whole = triton.next_power_of_2(planes.height * planes.width)
+    # a program that needs the mean takes it of the whole sample: there are at most so many of a sample
+    pixels = min(max(1, row.pop("ELEMENTS") // channels, whole // _PROGRAMS), whole)
     programs = planes.samples * triton.cdiv(planes.height * planes.width, pixels)
     sizes = {"C": planes.channels, "H": planes.height, "W": planes.width, "BLOCK_C": channels, "BLOCK_M": pixels}
     launch(kernel, programs, *arguments, **sizes, **constants, **row)

@@ -21,7 +21,6 @@ from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.kernels.types import memory_format
 
 NET = ConvNet(3, 10, 32, 128, 3)
-BATCH = 100
 
 # operations of torch that launch nothing: views, and memory without values
 FREE = frozenset(
@@ -58,7 +57,7 @@ class CountLaunches(TorchDispatchMode):
         return torch.empty_like(result, memory_format=common)
 
 
-def launches_of(steps: int, precision: Precision) -> int:
+def launches_of(steps: int, batch: int, precision: Precision) -> int:
     """Return the launches of an iteration of so many steps, by the rows of the table for an H100 or H200."""
     from mtt_fast.kernels import triton
 
@@ -66,15 +65,15 @@ def launches_of(steps: int, precision: Precision) -> int:
         importlib.import_module(f"{triton.__name__}.{each.name}") for each in pkgutil.iter_modules(triton.__path__)
     ]
     augment = SiameseAugment("color_crop_cutout_flip_scale_rotate")
-    batches = [torch.arange(BATCH)] * steps
+    batches = [torch.arange(batch)] * steps
     generator = torch.Generator().manual_seed(0)
     draws = draw_steps(batches, torch.Size((3, 32, 32)), torch.float32, augment.draw_parameters, generator)
 
     def meta(tensor: Tensor) -> Tensor:
         return tensor.to("meta")
 
-    theta, images = torch.empty(NET.num_parameters, device="meta"), torch.empty(BATCH, 3, 32, 32, device="meta")
-    labels = torch.zeros(BATCH, dtype=torch.long, device="meta")
+    theta, images = torch.empty(NET.num_parameters, device="meta"), torch.empty(batch, 3, 32, 32, device="meta")
+    labels = torch.zeros(batch, dtype=torch.long, device="meta")
     counter = CountLaunches()
 
     def launch(*_: Any, **__: Any) -> None:
@@ -89,13 +88,20 @@ def launches_of(steps: int, precision: Precision) -> int:
         student = FusedConvNetStudent(NET, "indices", precision)
         with counter:
             iterate(
-                student, augment, (BATCH,) * steps, theta, theta, images, labels, torch.empty((), device="meta"),
+                student, augment, (batch,) * steps, theta, theta, images, labels, torch.empty((), device="meta"),
                 *map(meta, draws.tensors()),
             )  # fmt: skip
     return counter.count
 
 
-@pytest.mark.parametrize(("precision", "most"), [("tf32", 46), ("fp16", 42), ("bf16", 41)])
-def test_a_step_of_both_sweeps(precision: Precision, most: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "precision", "most"),
+    [
+        (100, "tf32", 40), (100, "fp16", 40), (100, "bf16", 39),
+        # so few samples that most convolutions are cut into parts, which another kernel adds up
+        (10, "tf32", 51), (10, "fp16", 46), (10, "bf16", 45),
+    ],
+)  # fmt: skip
+def test_a_step_of_both_sweeps(batch: int, precision: Precision, most: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    assert launches_of(3, precision) - launches_of(2, precision) <= most
+    assert launches_of(3, batch, precision) - launches_of(2, batch, precision) <= most
