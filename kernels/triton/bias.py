@@ -39,7 +39,6 @@ def _forward(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
@@ -52,15 +51,15 @@ def _forward(
         b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
 
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
         pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
             u = ys[row] + b
             pooled += tl.where(u > 0, u, 0)
         tl.store(p + begin_pooled + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
         if y_dot is not None:
-            yds = load_windows(y_dot + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+            yds = load_windows(y_dot + begin, ACC, c, start, C, H, W, WINDOWS)
             pooled_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
             for row in tl.static_range(2):
                 pooled_dot += tl.where(ys[row] + b > 0, yds[row] + b_dot, 0)
@@ -79,7 +78,6 @@ def _backward(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
@@ -92,16 +90,16 @@ def _backward(
 
     total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y + begin, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + begin_pooled + offset, mask, 0).to(ACC) * 0.25
         if p_bar_dot is not None:
             share_dot = tl.load(p_bar_dot + begin_pooled + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             active = ys[row] + b > 0
             u_bar = tl.where(active, share, 0)
-            offset, mask = row_of(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
+            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + begin + offset, u_bar, mask)
             if p_bar_dot is not None:
                 u_bar = tl.where(active, share_dot, 0)

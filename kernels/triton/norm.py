@@ -44,7 +44,6 @@ def _forward(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
@@ -56,15 +55,15 @@ def _forward(
 
     total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         total += ys[0] + ys[1]
     mu = plane_sum(total) / (H * W)
 
     total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         for row in tl.static_range(2):
-            _, mask = row_of(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
+            _, mask = row_of(c, start, row, C, H, W, WINDOWS)
             deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
     r = 1 / tl.sqrt(plane_sum(total) / (H * W) + EPS)
@@ -72,12 +71,12 @@ def _forward(
     g = tl.load(gamma + c, exists, 0).to(ACC)
     b = tl.load(beta + c, exists, 0).to(ACC)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
             u = g * ((ys[row] - mu) * r) + b
             pooled += tl.where(u > 0, u, 0)
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
     tl.store(mean + sample * C + c, mu, exists)
     tl.store(rstd + sample * C + c, r, exists)
@@ -97,7 +96,6 @@ def _backward(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
@@ -116,9 +114,9 @@ def _backward(
     beta_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             h = (ys[row] - mu) * r
@@ -131,13 +129,13 @@ def _backward(
     hh_bar_mean = g * gamma_total / (H * W)
 
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             h = (ys[row] - mu) * r
             u_bar = tl.where(g * h + b > 0, share, 0)
-            offset, mask = row_of(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
+            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * (g * u_bar - h_bar_mean - h * hh_bar_mean), mask)
     tl.store(gamma_bar + plane, gamma_total, exists)
     tl.store(beta_bar + plane, beta_total, exists)
@@ -162,15 +160,14 @@ def pool_dual(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store p and ṗ of planes whose statistics are known."""
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
         pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         pooled_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
@@ -179,7 +176,7 @@ def pool_dual(
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
         tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
 
@@ -201,7 +198,6 @@ def four_sums(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
@@ -212,10 +208,10 @@ def four_sums(
     beta_sum_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     gamma_sum_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
@@ -249,7 +245,6 @@ def _dual(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
@@ -264,8 +259,8 @@ def _dual(
     total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     total_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
         total += ys[0] + ys[1]
         total_dot += yds[0] + yds[1]
     mu = plane_sum(total) / (H * W)
@@ -274,10 +269,10 @@ def _dual(
     total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     total_dot = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
         for row in tl.static_range(2):
-            _, mask = row_of(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
+            _, mask = row_of(c, start, row, C, H, W, WINDOWS)
             deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
             total_dot += deviation * (yds[row] - mu_dot)  # E[h] = 0: the same sum, with less to cancel
@@ -290,7 +285,7 @@ def _dual(
     b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
     pool_dual(
         y, y_dot, p, p_dot, c, mu, r, mu_dot, h_y_dot, g, b, g_dot, b_dot,
-        ACC, C, H, W, CHANNELS_LAST, BLOCK_C, WINDOWS,
+        ACC, C, H, W, BLOCK_C, WINDOWS,
     )  # fmt: skip
     plane = sample * C + c
     tl.store(mean + plane, mu, exists)
@@ -319,7 +314,6 @@ def _dual_backward(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
@@ -344,7 +338,7 @@ def _dual_backward(
     # Everything that the tangent needs of a plane follows from these sums.
     beta_total, gamma_total, beta_total_dot, gamma_total_dot = four_sums(
         y, y_dot, p_bar, p_bar_dot, c, mu, r, mu_dot, h_y_dot, g, b,
-        ACC, C, H, W, CHANNELS_LAST, BLOCK_C, WINDOWS,
+        ACC, C, H, W, BLOCK_C, WINDOWS,
     )  # fmt: skip
     h_bar_mean = g * beta_total / (H * W)
     along = g * gamma_total / (H * W)
@@ -352,9 +346,9 @@ def _dual_backward(
     along_dot = (g_dot * gamma_total + g * gamma_total_dot) / (H * W)
 
     for start in range(0, TOTAL, WINDOWS):
-        ys = load_windows(y, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        yds = load_windows(y_dot, ACC, c, start, C, H, W, CHANNELS_LAST, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, CHANNELS_LAST, WINDOWS)
+        ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
+        yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
@@ -365,7 +359,7 @@ def _dual_backward(
             u_bar_dot = tl.where(active, share_dot, 0)
             q = g * u_bar - h_bar_mean - h * along
             q_dot = g_dot * u_bar + g * u_bar_dot - h_bar_mean_dot - h_dot * along - h * along_dot
-            offset, mask = row_of(c, start, row, C, H, W, CHANNELS_LAST, WINDOWS)
+            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * q, mask)
             tl.store(y_bar_dot + offset, r * (q_dot - r * h_y_dot * q), mask)  # the derivative of r is −r² k2
     tl.store(gamma_bar_dot + plane, gamma_total_dot, exists)

@@ -1,4 +1,4 @@
-"""Walk over planes in 2×2 windows: place a window's pixels and its pooled value, and launch a kernel that walks so.
+"""Walk over contiguous planes in 2×2 windows: place a window's pixels and its pooled value, and launch a kernel that walks so.
 
 A program owns a block of channels of one sample and walks over their planes, WINDOWS at a time, so that a thread holds
 the pixels that it pools. An odd last row or column makes windows that are not whole, which have no pooled value.
@@ -34,7 +34,6 @@ def row_of(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return the places of the windows' upper or lower pixels in a sample, and which exist: (BLOCK_C, WINDOWS, 2)."""
@@ -43,7 +42,7 @@ def row_of(
     row = 2 * (window // columns) + ROW
     column = 2 * (window % columns) + tl.arange(0, 2)[None, None, :]
     pixel = row * W + column
-    offset = pixel * C + c if CHANNELS_LAST else c * (H * W) + pixel
+    offset = c * (H * W) + pixel
     return offset, (c < C) & (row < H) & (column < W)
 
 
@@ -54,7 +53,6 @@ def pooled_of(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return the places of the windows' pooled values in a sample, and which exist: (BLOCK_C, WINDOWS, 1)."""
@@ -63,7 +61,7 @@ def pooled_of(
     row = window // columns
     column = window % columns
     pixel = row * (W // 2) + column
-    offset = pixel * C + c if CHANNELS_LAST else c * ((H // 2) * (W // 2)) + pixel
+    offset = c * ((H // 2) * (W // 2)) + pixel
     return offset, (c < C) & (row < H // 2) & (column < W // 2)
 
 
@@ -76,12 +74,11 @@ def load_windows(
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Load both rows, in ACC: before anything is stored, or the loads of two walks could not be merged."""
-    upper, upper_mask = row_of(c, start, 0, C, H, W, CHANNELS_LAST, WINDOWS)
-    lower, lower_mask = row_of(c, start, 1, C, H, W, CHANNELS_LAST, WINDOWS)
+    upper, upper_mask = row_of(c, start, 0, C, H, W, WINDOWS)
+    lower, lower_mask = row_of(c, start, 1, C, H, W, WINDOWS)
     return tl.load(pointer + upper, upper_mask, 0).to(ACC), tl.load(pointer + lower, lower_mask, 0).to(ACC)
 
 
@@ -123,7 +120,6 @@ def launch_windows(
         C=planes.channels,
         H=planes.height,
         W=planes.width,
-        CHANNELS_LAST=planes.channels_last,
         **row,
     )
 
