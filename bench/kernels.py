@@ -157,10 +157,11 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
     )  # fmt: skip
     for block in range(net.depth):
         channels, padding = (net.width, 1) if block else (net.in_channels, net.first_padding)
-        x, x_dot = random(batch, channels, size, size), random(batch, channels, size, size)
+        x, x_dot = random(2 * batch, channels, size, size).chunk(2)  # in pairs, as a step has them
         weight, weight_dot = random(net.width, channels, 3, 3) / 10, random(net.width, channels, 3, 3) / 10
         size += 2 * padding - 2
-        y, y_dot, y_bar, y_bar_dot = (random(batch, net.width, size, size) for _ in range(4))
+        y_dot, y = random(2 * batch, net.width, size, size).chunk(2)
+        y_bar_dot, y_bar = random(2 * batch, net.width, size, size).chunk(2)
         one = 2 * weight.numel() * batch * size * size  # one convolution
         ins, outs = x.nbytes, y.nbytes
         shape = f"{batch}×{channels}→{net.width}×{size}²"

@@ -275,16 +275,17 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
-    def planes(channels: int, size: int) -> Tensor:
-        values = torch.randn(batch, channels, size, size, generator=generator, device=device)
+    def planes(channels: int, size: int, batches: int = 1) -> Tensor:
+        values = torch.randn(batches * batch, channels, size, size, generator=generator, device=device)
         return values.to(dtype, memory_format=torch.channels_last)
 
     def parameters(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=accumulator(dtype)) / len(shape)
 
     padding, grown = block.padding, block.size + 2 * block.padding - 2
-    x, y, y_dot = planes(block.channels, block.size), planes(block.width, grown), planes(block.width, grown)
-    x_dot = planes(block.channels, block.size) if block.number > 1 else None  # images have no tangent
+    x, tangent = planes(block.channels, block.size, 2).chunk(2)  # in pairs, as a step has them
+    x_dot = tangent if block.number > 1 else None  # images have none
+    y_dot, y = planes(block.width, grown, 2).chunk(2)
     weights = [parameters(block.width, block.channels, 3, 3) for _ in range(2)]
     affine = [Affine(parameters(block.width), parameters(block.width)) for _ in range(2)]
     bars = [planes(block.width, grown // 2) for _ in range(2)]

@@ -21,7 +21,7 @@ def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision) -> Te
     """See `mtt_fast.kernels.conv3x3`."""
     x_factor, weight_factor = _factors(precision, x, weight)
     with _precision(precision):
-        y = F.conv2d(x_factor, in_format_of(x, weight_factor), padding=padding)  # else cuDNN copies the weight so
+        y = F.conv2d(x_factor, weight_factor, padding=padding)
     return in_format_of(x, y.to(x.dtype))
 
 
@@ -30,7 +30,7 @@ def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precisio
     y_bar, padding = _without_rings(y_bar, padding)
     y_factor, weight_factor = _factors(precision, y_bar, weight)
     with _precision(precision):
-        x_bar = F.conv_transpose2d(y_factor, in_format_of(y_bar, weight_factor), padding=padding)
+        x_bar = F.conv_transpose2d(y_factor, weight_factor, padding=padding)
     return in_format_of(y_bar, x_bar.to(y_bar.dtype))
 
 
