@@ -19,7 +19,7 @@ from .launch import architecture, launch, tl, triton
 from .planes import Planes
 
 _COUNT = tl.constexpr(len(WARP_PARAMETERS))
-_PROGRAMS = 32  # of a sample
+_PROGRAMS = 64  # of a sample
 _MEAN = tl.constexpr(2048)  # numbers of a sample that are added to its mean at a time
 
 
