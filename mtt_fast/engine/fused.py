@@ -137,7 +137,8 @@ class FusedConvNetStudent:
             for block in range(len(layers))
         ]
         backward_sweep[0] += columns
-        backward_sweep[-1] += 5 * features  # of the classifier, p, f̄ and ȳ's in both formats, with their tangents
+        # at the classifier p̄ and p, with their tangents, and on a CPU one of them in the public code's order too
+        backward_sweep[-1] += 3 * features
         return StepBytes(
             # at the end there are the results once more, as a vector
             gradient=max(forward_sweep, parameters) + small,
