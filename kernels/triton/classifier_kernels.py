@@ -27,7 +27,7 @@ def score(
     z: tl.tensor,  # (B, K)
     z_dot: tl.tensor,
     partials: tl.tensor,  # (6, B, blocks of classes)
-    magnitudes: tl.tensor,  # (programs,) int32, or None; not None for one block of classes alone
+    magnitudes: tl.tensor,  # (programs,) int32, or None: always, unless one block has all classes
     batch: tl.tensor,
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,

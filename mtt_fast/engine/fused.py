@@ -146,7 +146,8 @@ class FusedConvNetStudent:
             for block in range(len(layers))
         ]
         backward_sweep[0] += columns
-        backward_sweep[-1] += 5 * features  # of the classifier, p, f̄ and ȳ's in both formats, with their tangents
+        # at the classifier p̄ and p, with their tangents, and on a CPU one of them in the public code's order too
+        backward_sweep[-1] += 3 * features
         backward = [sum(xs[: block + 1]) + sum(ys[: block + 1]) + pooled[block] for block in range(len(layers))]
         backward[-1] = forward_sweep
         both_sweeps = [planes + passed for planes, passed in zip(backward_sweep, left, strict=True)]
