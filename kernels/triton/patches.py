@@ -72,7 +72,7 @@ def _pixels_of(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index", "parameters"])  # a step's lie anywhere, and are read one by one
 def gather(
     x: tl.tensor,  # (n, C, H, W)
     index: tl.tensor | None,  # (B,)
@@ -94,8 +94,8 @@ def gather(
 ) -> None:
     """Store the padded image less its shift, rounded, and the sums of x̃x̃ᵀ over parts of the pixels.
 
-    A program stores all rows that its patches have pixels of, and reads them back: its first two and last two rows are its
-    neighbours' too, which store the same values there.
+    A program stores all rows that its patches have pixels of, and reads them back: its first and last rows are its neighbours'
+    too, which store the same values there.
     """
     ACC: tl.constexpr = gram.dtype.element_ty
     WP: tl.constexpr = W + 2 * PADDING
@@ -118,7 +118,8 @@ def gather(
     shift = tl.sum(probes, 1, keep_dims=True) / PROBES
     c = tl.arange(0, BLOCK_C)[:, None]
     end = (last // WIDTH + 3) * WP
-    for start in range(first // WIDTH * WP, end, PIXELS):
+    # from a multiple of PIXELS, so that a pixel has one place in a tile, and the same bits whichever program stores it
+    for start in range(first // WIDTH * WP // PIXELS * PIXELS, end, PIXELS):
         pixel = start + tl.arange(0, PIXELS)[None, :]
         value = _pixels_of(x, colour, down, right, mask, mean, pixel, PADDING, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
         tl.store(images + pixel * C + c, rounded(value - shift, PRECISION), (c < C) & (pixel < end))

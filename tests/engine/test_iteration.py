@@ -15,10 +15,11 @@ from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.data import Normalisation
 from mtt_fast.distill.segments import student_batches
+from mtt_fast.engine.batch import Batch
 from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, iterate
-from mtt_fast.engine.student import GenericStudent, Student, in_microbatches
+from mtt_fast.engine.student import GenericStudent, StepGradient, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import WARP_PARAMETERS
 from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording, graphed
@@ -132,6 +133,34 @@ def test_nothing_waits_for_the_place_of_a_crop() -> None:
     with NoValues():
         found = iterate(FusedConvNetStudent(NET), crops, lengths_of(batches), *inputs)
     assert [tensor.shape for tensor in found] == [(), (10, 3, 16, 16), ()]
+
+
+def test_a_step_of_training_hands_the_student_what_it_can_gather() -> None:
+    handed: list[Any] = []
+
+    class Watched(GenericStudent):
+        def gradient(self, theta: Tensor, images: Any, labels: Tensor, save: bool = False) -> StepGradient:
+            handed.append(images)
+            return super().gradient(theta, images, labels, save)
+
+    augment, index, sgd = SiameseAugment("rotate"), torch.tensor([3, 0, 3]), Sgd(0.1)
+    theta = torch.randn(NET.num_parameters) / 3
+    floats, bytes_ = torch.randn(10, 3, 8, 8), torch.randint(256, (10, 3, 8, 8)).byte()
+    labels, scaled = torch.arange(10) % 4, Normalisation((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)).apply
+    parameters = augment.draw_parameters(floats[index], torch.Generator().manual_seed(0))
+    for images, given in (
+        (Images(floats, labels), (None, theta, theta, index)),
+        (Images(floats, labels), (augment, theta, theta, index, parameters)),
+        (Images(floats, labels), (augment_with, theta, theta, index, parameters)),
+        (Images(bytes_, labels, scaled), (augment, theta, theta, index, parameters)),
+    ):
+        expected = images.batch(index)[0]
+        if given[0] is not None:
+            expected = augment_with(expected, parameters)
+        found = training_step(Watched(NET), images, sgd, *given)[0]
+        gradient = GenericStudent(NET).gradient(theta, expected, labels[index]).theta
+        assert_close("theta", found, theta - 0.1 * gradient, 1e-6)
+    assert [isinstance(images, Batch) for images in handed] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("pixels", ["uint8", "float32"])
