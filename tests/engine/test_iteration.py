@@ -147,17 +147,17 @@ def test_a_step_of_training_hands_the_student_what_it_can_gather() -> None:
     theta = torch.randn(NET.num_parameters) / 3
     floats, bytes_ = torch.randn(10, 3, 8, 8), torch.randint(256, (10, 3, 8, 8)).byte()
     labels, scaled = torch.arange(10) % 4, Normalisation((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)).apply
-    parameters = augment.draw_parameters(floats[index], torch.Generator().manual_seed(0))
-    for images, given in (
-        (Images(floats, labels), (None, theta, theta, index)),
-        (Images(floats, labels), (augment, theta, theta, index, parameters)),
-        (Images(floats, labels), (augment_with, theta, theta, index, parameters)),
-        (Images(bytes_, labels, scaled), (augment, theta, theta, index, parameters)),
+    parameters = augment.draw_parameters([floats[index]], torch.Generator().manual_seed(0))
+    for images, applied, rows in (
+        (Images(floats, labels), None, (index,)),
+        (Images(floats, labels), augment, (index, parameters)),
+        (Images(floats, labels), augment_with, (index, parameters)),
+        (Images(bytes_, labels, scaled), augment, (index, parameters)),
     ):
         expected = images.batch(index)[0]
-        if given[0] is not None:
+        if applied is not None:
             expected = augment_with(expected, parameters)
-        found = training_step(Watched(NET), images, sgd, *given)[0]
+        found = training_steps(Watched(NET), images, sgd, applied, None, len(index), theta, theta, *rows)[0]
         gradient = GenericStudent(NET).gradient(theta, expected, labels[index]).theta
         assert_close("theta", found, theta - 0.1 * gradient, 1e-6)
     assert [isinstance(images, Batch) for images in handed] == [True, True, False, False]
