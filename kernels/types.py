@@ -120,7 +120,7 @@ class WeightBytes(NamedTuple):
 
 
 class WeightPlace(NamedTuple):
-    """Where a convolution's weight (filters, channels, 3, 3) lies in the flat vector of parameters."""
+    """Say where a convolution's weight (filters, channels, 3, 3) lies in the flat vector of parameters."""
 
     offset: int
     filters: int

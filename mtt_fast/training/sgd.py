@@ -126,7 +126,7 @@ def stretches_on(
         draw = None if augmentation is None else augmentation.draw_parameters
         batches = _batches(images, sgd.batch_size, generator, epochs)
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
-        sizes = _stretch_sizes(draws.lengths, length, at_once)
+        sizes = stretch_sizes(draws.lengths, length, at_once)
         for rows in zip(*(upload(rows, device).split(sizes) for rows in draws.tensors()), strict=True):
             theta, velocity, losses, *statistics_after = steps(theta, velocity, *statistics, *rows)
             statistics = tuple(statistics_after)
@@ -142,7 +142,7 @@ def _batches(images: Images, size: int, generator: torch.Generator, epochs: int)
             yield images.expand_crops(index)
 
 
-def _stretch_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
+def stretch_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
     """Return the images of each stretch of at most `at_once` batches, of which only the last may be shorter than `full`."""
     sizes, count = [0], 0
     for length in lengths:

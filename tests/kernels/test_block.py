@@ -131,7 +131,7 @@ def test_patches_of_a_batch_are_those_of_its_augmented_rows() -> None:
 def test_divisors_are_taken_out_of_the_gradient_of_the_images_alone() -> None:
     given = block_arguments(BLOCKS[0])
     patches = kernels.image_patches(given["x"], given["padding"])
-    arguments = (patches, *given["weights"], *given["affine"], *given["bars"], EPS)
+    arguments = (patches, *given["weights"], *given["affine"], *given["bars"], None, EPS)
     whole = kernels.conv_norm_relu_pool_dual_backward(*arguments)
     four, eighth = torch.tensor(4.0, dtype=torch.float64), torch.tensor(0.125, dtype=torch.float64)
     for divisors, factor in (((four,), 0.25), ((four, eighth), 2.0)):

@@ -17,7 +17,7 @@ from mtt_fast.training import protocols
 from mtt_fast.training.concurrency import result_of
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import protocol_by_name, train_network
-from mtt_fast.training.sgd import Sgd, _stretch_sizes, epoch_on, epochs_on, stretches_on
+from mtt_fast.training.sgd import Sgd, epoch_on, epochs_on, stretch_sizes, stretches_on
 
 NET = ConvNet(3, 5, 8, 3, 2)
 AUGMENT = SiameseAugment()
@@ -35,7 +35,7 @@ AUGMENT = SiameseAugment()
 def test_stretches_are_cut_after_ten_steps_and_after_a_short_batch(
     lengths: list[int], full: int, expected: list[int]
 ) -> None:
-    assert _stretch_sizes(lengths, full, 10) == expected
+    assert stretch_sizes(lengths, full, 10) == expected
 
 
 @pytest.mark.parametrize("canvas", [None, Canvas(2, 3)], ids=["images", "canvases"])
@@ -74,7 +74,7 @@ def test_running_statistics_go_through_a_stretch(at_once: int) -> None:
 @pytest.mark.parametrize("best_epoch", [False, True])
 @pytest.mark.parametrize("name", ["mtt", "ddranking"])
 def test_an_evaluation_pauses_where_it_must(name: str, best_epoch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rate drops and tests take place after the same epochs, however many follow each other without a pause."""
+    """Check that the rate drops and tests take place after the same epochs, however many follow without a pause."""
     net = network_by_name("ConvNetD1W4BN", (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = protocol_by_name(name, epochs=27, batch_size=None, augment="color_flip", best_epoch=best_epoch)
