@@ -60,7 +60,7 @@ def _add_up(
     tl.store(out + place, total, exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rate"])  # one of a step lies anywhere
 def _sgd_step(
     theta: tl.tensor,
     pieces: tl.tuple,
@@ -85,7 +85,7 @@ def _sgd_step(
     tl.store(out + place, at - tl.load(rate).to(ACC) * update, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale"])  # one of a step lies anywhere
 def _adjoint_step(
     adjoint: tl.tensor,
     pieces: tl.tuple,
