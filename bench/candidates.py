@@ -77,16 +77,15 @@ def _passes(*sizes: tuple[int, int, int], **more: int) -> list[Row]:
 
 
 _PASSES = ((32, 4, 320), (32, 8, 320), (64, 8, 320), (32, 4, 1056), (16, 4, 1056))
-_FOLDS = ((32, 8, 132), (32, 8, 264), (64, 8, 132), (16, 8, 264))  # the norm is folded in registers of eight warps
 
 BLOCKS: dict[str, list[Row]] = {
     "image_patches": [
         {"BLOCK_M": pixels, "num_warps": 4, "PROGRAMS": programs}
         for pixels, programs in ((128, 320), (64, 320), (128, 1056), (32, 1056))
     ],
-    "conv_norm_relu_pool": _passes(*_FOLDS, (32, 4, 264), UNROLL=4) + _passes(*_FOLDS, UNROLL=1),
+    "conv_norm_relu_pool": _passes(*_PASSES, UNROLL=4) + _passes(*_PASSES, UNROLL=1),
     "conv_norm_relu_pool_backward": _passes(*_PASSES),
-    "conv_norm_relu_pool_dual": _passes(*_FOLDS),
+    "conv_norm_relu_pool_dual": _passes(*_PASSES),
     "conv_norm_relu_pool_dual_backward": _passes(*_PASSES),
     "conv_norm_relu_pool_finish": [{"num_warps": 4}, {"num_warps": 8}, {"BLOCK_C": 16, "num_warps": 4}],
     "conv_norm_relu_pool_columns": [

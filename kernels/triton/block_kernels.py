@@ -51,27 +51,40 @@ def pool(
 ) -> None:
     """Store p, and ṗ where the direction is given, and for the backward the statistics and the weights that the norm folds into.
 
-    Each part of a sample makes all of these for itself, which spares a launch, and the first one stores them.
+    Each part of a sample makes all of these for itself, which spares a launch, a few filters at a time, so that few numbers of
+    float64 live at once. It stores them, as the others do the same ones, and reads them back.
     """
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
+    FEW: tl.constexpr = 16
     sample, part, c = _block_of(parts, K, BLOCK_C)
-    square = tl.arange(0, TERMS)[:, None] * K + c[None, :]
-    stats += sample * (4 * K) + c
-    mean, covariance = moments(gram, sample, gram_parts, C, (HP - 2) * (WP - 2), TERMS)
-    w, mu, r, covariance_w = fold_norm(mean, covariance, weight, gamma, beta, c, EPS, C, TERMS, PRECISION, ACC)
-    if part == 0:
-        tl.store(folded + sample * (TERMS * K) + square, w)
-        tl.store(stats, mu.to(ACC))
-        tl.store(stats + K, r.to(ACC))
+    folded += sample * (TERMS * K)
+    stats += sample * (4 * K)
     if p_dot is not None:
-        w_dot, k1, k2 = fold_norm_tangent(
-            mean, covariance_w, r, weight, weight_dot, gamma, gamma_dot, beta_dot, c, C, TERMS, PRECISION, ACC
+        folded_dot += sample * (TERMS * K)
+    mean, covariance = moments(gram, sample, gram_parts, C, (HP - 2) * (WP - 2), TERMS)
+    first = tl.program_id(0) % (K // BLOCK_C) * BLOCK_C
+    for few in range(BLOCK_C // FEW):
+        filters = first + few * FEW + tl.arange(0, FEW)
+        square = tl.arange(0, TERMS)[:, None] * K + filters[None, :]
+        f, mu, r, covariance_w = fold_norm(
+            mean, covariance, weight, gamma, beta, filters, EPS, C, TERMS, PRECISION, ACC
         )
-        if part == 0:
-            tl.store(folded_dot + sample * (TERMS * K) + square, w_dot)
-            tl.store(stats + 2 * K, k1.to(ACC))
-            tl.store(stats + 3 * K, k2.to(ACC))
+        tl.store(folded + square, f)
+        tl.store(stats + filters, mu.to(ACC))
+        tl.store(stats + K + filters, r.to(ACC))
+        if p_dot is not None:
+            f_dot, k1, k2 = fold_norm_tangent(
+                mean, covariance_w, r, weight, weight_dot, gamma, gamma_dot, beta_dot, filters, C, TERMS, PRECISION, ACC
+            )
+            tl.store(folded_dot + square, f_dot)
+            tl.store(stats + 2 * K + filters, k1.to(ACC))
+            tl.store(stats + 3 * K + filters, k2.to(ACC))
+    tl.debug_barrier()  # what other threads of the program stored is read below
+    square = tl.arange(0, TERMS)[:, None] * K + c[None, :]
+    w = tl.load(folded + square)
+    if p_dot is not None:
+        w_dot = tl.load(folded_dot + square)
     images += sample * (HP * WP * C)
     begin = sample * (ALL * K)
     for tile in range(tiles):
