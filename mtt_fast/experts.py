@@ -52,7 +52,7 @@ from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
 from mtt_fast.training.images import RealImages, real_images
-from mtt_fast.training.sgd import Epoch, Sgd, accuracy, count_right, epoch_on, stretches_on
+from mtt_fast.training.sgd import Epoch, Sgd, accuracy, chunks_on, count_right, epoch_on
 from mtt_fast.training.sharpness import sharpness_aware
 
 log = logging.getLogger(__name__)
@@ -379,7 +379,7 @@ def expert_steps(
             sgd = Sgd(lr, training.mom, training.l2, training.batch_size)
             direction = sharpness_aware(student, rho, training.alpha, adaptive=training.adaptive)
             velocity = torch.zeros_like(theta)
-            steps = stretches_on(direction, images.train, sgd, augment, at_once=1)
+            steps = chunks_on(direction, images.train, sgd, augment, at_once=1)
         for step in steps(theta, velocity, generator):
             theta, velocity = step.theta, step.velocity
             yield theta

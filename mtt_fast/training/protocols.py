@@ -29,10 +29,11 @@ from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
 from mtt_fast.training.images import Images
-from mtt_fast.training.sgd import STEPS_AT_ONCE, Sgd, count_right, epochs_on
+from mtt_fast.training.sgd import Sgd, count_right, epochs_on
 
 log = logging.getLogger(__name__)
 
+_STEPS_DRAWN_AT_ONCE = 24
 _TESTED_EVERY, _TESTED_EVERY_OF_SOFT = 10, 20  # epochs between tests for the best one, as in DD-Ranking
 
 
@@ -209,8 +210,7 @@ def _training(
     velocity, run = torch.zeros_like(theta), epochs_on(student, images, sgd, augment, track)
     statistics = [tensor.to(theta.device) for tensor in statistics_of(network)]
     losses: list[Tensor] = []
-    soft, most = images.labels.is_floating_point(), max(1, STEPS_AT_ONCE // math.ceil(len(images) / sgd.batch_size))
-    epoch = 0
+    soft, most, epoch = images.labels.is_floating_point(), _epochs_at_once(images, sgd.batch_size), 0
     while epoch < protocol.total_epochs:
         if stop:
             raise Stopped("stopped during an evaluation; its networks are not kept", stop.signum)
@@ -226,6 +226,15 @@ def _training(
             run = epochs_on(student, images, dataclasses.replace(sgd, lr=sgd.lr * 0.1), augment, track)
         yield
     return theta
+
+
+def _epochs_at_once(images: Images, batch_size: int) -> int:
+    """Return how many epochs may be drawn together, between two looks for a request to stop.
+
+    On CUDA they are a few dozen steps, whose augmentations are drawn faster together. A CPU takes longer for a step than to draw it.
+    """
+    steps = math.ceil(len(images) / batch_size)
+    return max(1, _STEPS_DRAWN_AT_ONCE // steps) if images.labels.is_cuda else 1
 
 
 def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int, *, soft: bool) -> int:

@@ -22,7 +22,9 @@ from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
 
-STEPS_AT_ONCE = 10  # recorded together, so that starting a recording takes little of their time
+STEPS_AT_ONCE = (
+    4  # in a recording: starting one takes longer than a small step, and making one thrice its steps without
+)
 _TEST_BATCH = 500
 
 
@@ -55,7 +57,7 @@ Epochs = Callable[..., tuple[Tensor, ...]]
 """A function like an `Epoch`, whose keyword `epochs` is how many follow each other: their mean losses are (epochs,)."""
 
 
-class Stretch(NamedTuple):
+class Chunk(NamedTuple):
     """The state of a training after a few steps."""
 
     theta: Tensor  # (P,)
@@ -64,8 +66,8 @@ class Stretch(NamedTuple):
     statistics: list[Tensor]  # running statistics (S,) if the network keeps some, else empty
 
 
-Stretches = Callable[..., Iterator[Stretch]]
-"""A function from the arguments of an `Epochs` to the state of the training after each stretch of steps."""
+Chunks = Callable[..., Iterator[Chunk]]
+"""A function from the arguments of an `Epochs` to the state of the training after each chunk of steps."""
 
 
 def epoch_on(
@@ -90,28 +92,28 @@ def epochs_on(
     student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
 ) -> Epochs:
     """Return a function that does one `epoch_on` after the other, without a pause where an epoch is a step or two."""
-    stretches, samples = stretches_on(student, images, sgd, augment, track), len(images.expand_crops(torch.arange(1)))
+    chunks, samples = chunks_on(student, images, sgd, augment, track), len(images.expand_crops(torch.arange(1)))
 
     def run(
         theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
     ) -> tuple[Tensor, ...]:
         losses = []
-        for stretch in stretches(theta, velocity, generator, *statistics, epochs=epochs):
-            losses.append(stretch.losses)
+        for chunk in chunks(theta, velocity, generator, *statistics, epochs=epochs):
+            losses.append(chunk.losses)
         means = torch.cat(losses).view(epochs, -1).sum(1) / (samples * len(images))
-        return stretch.theta, stretch.velocity, means, *stretch.statistics
+        return chunk.theta, chunk.velocity, means, *chunk.statistics
 
     return run
 
 
-def stretches_on(
+def chunks_on(
     student: Gradients,
     images: Images,
     sgd: Sgd,
     augment: SiameseAugment | None,
     track: Track | None = None,
     at_once: int = STEPS_AT_ONCE,
-) -> Stretches:
+) -> Chunks:
     """Return a function that does some epochs of `epoch_on` and yields after every `at_once` steps, and after a short batch."""
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
@@ -120,19 +122,19 @@ def stretches_on(
     run = partial(training_steps, student, images, sgd, augmentation, track, length)
     steps = graphed(run, device, kernels.compile_ahead)
 
-    def stretches(
+    def chunks(
         theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
-    ) -> Iterator[Stretch]:
+    ) -> Iterator[Chunk]:
         draw = None if augmentation is None else augmentation.draw_parameters
         batches = _batches(images, sgd.batch_size, generator, epochs)
         draws = draw_steps(batches, pixels.shape[1:], dtype, draw, generator)
-        sizes = stretch_sizes(draws.lengths, length, at_once)
+        sizes = chunk_sizes(draws.lengths, length, at_once)
         for rows in zip(*(upload(rows, device).split(sizes) for rows in draws.tensors()), strict=True):
             theta, velocity, losses, *statistics_after = steps(theta, velocity, *statistics, *rows)
             statistics = tuple(statistics_after)
-            yield Stretch(theta, velocity, losses, statistics_after)
+            yield Chunk(theta, velocity, losses, statistics_after)
 
-    return stretches
+    return chunks
 
 
 def _batches(images: Images, size: int, generator: torch.Generator, epochs: int) -> Iterator[Tensor]:
@@ -142,8 +144,8 @@ def _batches(images: Images, size: int, generator: torch.Generator, epochs: int)
             yield images.expand_crops(index)
 
 
-def stretch_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
-    """Return the images of each stretch of at most `at_once` batches, of which only the last may be shorter than `full`."""
+def chunk_sizes(lengths: Sequence[int], full: int, at_once: int) -> list[int]:
+    """Return the images of each chunk of at most `at_once` batches, of which only the last may be shorter than `full`."""
     sizes, count = [0], 0
     for length in lengths:
         if count == at_once:

@@ -1,4 +1,4 @@
-"""Check that stretches of steps, and of epochs, are those steps one by one."""
+"""Check that chunks of steps, and of epochs, are those steps one by one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtt_fast.training import protocols
 from mtt_fast.training.concurrency import result_of
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import protocol_by_name, train_network
-from mtt_fast.training.sgd import Sgd, epoch_on, epochs_on, stretch_sizes, stretches_on
+from mtt_fast.training.sgd import Sgd, chunk_sizes, chunks_on, epoch_on, epochs_on
 
 NET = ConvNet(3, 5, 8, 3, 2)
 AUGMENT = SiameseAugment()
@@ -28,14 +28,14 @@ AUGMENT = SiameseAugment()
     [
         ([256] * 195 + [80], 256, [2560] * 19 + [5 * 256 + 80]),  # an expert's epoch on CIFAR-10
         ([10] * 25, 10, [100, 100, 50]),  # epochs of one step
-        ([4, 4, 2, 4, 4, 2], 4, [10, 10]),  # a short batch ends a stretch
+        ([4, 4, 2, 4, 4, 2], 4, [10, 10]),  # a short batch ends a chunk
         ([3], 3, [3]),
     ],
 )
-def test_stretches_are_cut_after_ten_steps_and_after_a_short_batch(
+def test_chunks_are_cut_after_ten_steps_and_after_a_short_batch(
     lengths: list[int], full: int, expected: list[int]
 ) -> None:
-    assert stretch_sizes(lengths, full, 10) == expected
+    assert chunk_sizes(lengths, full, 10) == expected
 
 
 @pytest.mark.parametrize("canvas", [None, Canvas(2, 3)], ids=["images", "canvases"])
@@ -57,14 +57,14 @@ def test_epochs_in_a_row_are_epochs_one_by_one(batch_size: int, canvas: Canvas |
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 10])
-def test_running_statistics_go_through_a_stretch(at_once: int) -> None:
+def test_running_statistics_go_through_a_chunk(at_once: int) -> None:
     net = FlatModule(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)))
     images = Images(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)
     arguments = (GenericStudent(net), images, Sgd(0.1, batch_size=3), AUGMENT, track_of(net))
     ends = []
     for number in (1, at_once):
         theta = net.init()
-        run = stretches_on(*arguments, at_once=number)
+        run = chunks_on(*arguments, at_once=number)
         *_, end = run(theta, torch.zeros_like(theta), torch.Generator().manual_seed(3), *statistics_of(net), epochs=2)
         ends.append((end.theta, *end.statistics))
     for one_by_one, together in zip(*ends, strict=True):
@@ -81,7 +81,7 @@ def test_an_evaluation_pauses_where_it_must(name: str, best_epoch: bool, monkeyp
     start, ends = net.init(), []
     tests: list[list[Tensor]] = []
     for most in (1, 10):
-        monkeypatch.setattr(protocols, "STEPS_AT_ONCE", most)
+        monkeypatch.setattr(protocols, "_epochs_at_once", lambda *_, most=most: most)
         tests.append([])
 
         def test(_: Network, theta: Tensor, __: Tensor) -> None:
