@@ -13,7 +13,8 @@ SHARE = 0.1  # of the processor time of `import torch`, since other tests run at
 HEAVY = {"kornia", "matplotlib", "PIL", "pynvml", "scipy", "sklearn", "tensorboard", "tqdm", "triton", "tyro"}
 
 IMPORT = """
-import json, sys, time
+import gc, json, sys, time
+gc.disable()  # a pass over all of torch's objects takes as long as the package's import, and falls into either
 begin = time.process_time()
 import torch
 torch_done = time.process_time()
