@@ -28,7 +28,7 @@ from bench.candidates import (
     lines,
     text_of,
 )
-from bench.kernels import exact_results, tensors_of
+from bench.kernels import exact_results, results_of
 from bench.measuring import interleaved, seconds
 from bench.parsing import CommonOptions
 from bench.records import partial_rows, write_record
@@ -213,7 +213,7 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
     for name, row in candidates.items():
         table.put(subject, row)
         try:
-            results = tensors_of(subject.run(subject.arguments()))
+            results = results_of(subject.operation, subject.run(subject.arguments()))
             error = max(relative_error(a.double(), b, floor=1e-3) for a, b in zip(results, expected, strict=True))
         except Exception as failure:  # such as a tile too large for this GPU
             problems.append(f"{name}: {type(failure).__name__}: {failure}".splitlines()[0])
