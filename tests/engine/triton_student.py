@@ -36,6 +36,9 @@ BACKENDS = ("triton", "cudnn")
 
 # relative errors: two right answers in float32 differ by the units that rounding carries over ReLU's kink
 TOLERANCES = {"float64": 1e-10, "fp32": 1e-4, "tf32": 3e-2, "fp16": 3e-2, "bf16": 0.2}
+# Of a million units some lie that near to it: of the first large net autograd in float32 errs by 1.1e-3, and the reference
+# by 2.4e-2, 2.9e-2 and 9.5e-2 where it rounds factors to tf32, fp16 and bf16; of the second by 4.3e-2, 3.7e-2 and 0.11.
+LARGE_TOLERANCES = {"fp32": 2e-3, "tf32": 8e-2, "fp16": 8e-2, "bf16": 0.2}
 
 
 def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -64,10 +67,14 @@ def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backen
         student = FusedConvNetStudent(net, "indices", precision)
         at = (theta.to(device, dtype), images.to(device, dtype), labels.to(device), v.to(device, dtype))
         found = results(student, *at)
-    tolerance = TOLERANCES["float64" if dtype == torch.float64 else precision]
+    tolerances = LARGE_TOLERANCES if any(net == large for large, _ in LARGE) else TOLERANCES
+    tolerance = tolerances["float64" if dtype == torch.float64 else precision]
+    # v·g may cancel to far less than a sum of as many products of either sign has
+    products = float(v.norm() * expected["gradient"].norm()) / net.num_parameters**0.5
     for name, value in found.items():
         assert value.dtype == dtype, name
-        error = relative_error(value.cpu().double(), expected[name], floor=1e-4)
+        floor = products if name.startswith("v_dot_g") else 1e-4
+        error = relative_error(value.cpu().double(), expected[name], floor=floor)
         assert error <= tolerance, f"{name} of {net}, {dtype}, {precision}, {backend}: error {error}"
     print("passed:", net, dtype, precision, backend)
 

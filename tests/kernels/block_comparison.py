@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from mtt_fast.kernels import Affine, Precision
+from mtt_fast.kernels.reference.block import gram_of
+from mtt_fast.kernels.types import accumulator
 from tests.kernels.triton_comparison import check, summed_results, warp_rows
 
 BLOCKS = [  # (B, C, K, H, W, padding)
@@ -43,7 +45,8 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
     x = (draw(batch, channels, height, width) + 2).contiguous(memory_format=form)
     ours, theirs = (back_end.image_patches(x, padding, precision) for back_end in (block, reference))
     assert ours.gram.dtype == theirs.gram.dtype
-    check(("image_patches", *case), lambda: (ours.images, ours.gram.sum(1)), (theirs.images, theirs.gram.sum(1)), close)
+    wanted = (theirs.images, exact_gram(ours.images))
+    check(("image_patches", *case), lambda: (ours.images, ours.gram.sum(1)), wanted, close)
     batches(case, x, padding, precision, close)
     patches = theirs  # whoever made them, all back ends read them
 
@@ -85,13 +88,19 @@ def batches(case: tuple[Any, ...], x: Tensor, padding: int, precision: Any, tole
     for given in ((index, None), (index, parameters), (None, parameters[: len(x)])):
         rows = images[:4] if given[0] is None else images
         expected = reference.image_patches(rows, padding, precision, *given)
-        wanted = (expected.images, expected.gram.sum(1))
+        wanted = (expected.images, exact_gram(block.image_patches(rows, padding, precision, *given).images))
 
         def found(rows: Tensor = rows, given: Any = given) -> tuple[Tensor, Tensor]:
             ours = block.image_patches(rows, padding, precision, *given)
             return ours.images, ours.gram.sum(1)
 
         check(("image_patches of a batch", *(each is not None for each in given), *case), found, wanted, tolerance)
+
+
+def exact_gram(images: Tensor) -> Tensor:
+    """Return the sums of products of laid-out images' patches, made in float64, in the dtype of these sums."""
+    gram: Tensor = gram_of(images.double())[:, 0]
+    return gram.to(accumulator(images.dtype))
 
 
 def lost_weight(device: str, precision: Any) -> None:

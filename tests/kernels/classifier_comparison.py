@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -26,25 +28,33 @@ CLASSIFIERS = [  # (B, C, h, w, K)
 LARGE_CLASSIFIERS = [(100, 128, 4, 4, classes) for classes in (10, 100, 200, 1000)]
 
 
-def classifiers(device: str) -> None:
-    """Compare all dtypes, shapes and labels, and each dtype in both formats; every second shape has logits that overflow."""
+def all_classifiers(device: str) -> list[Callable[[], None]]:
+    """Return the comparisons of all dtypes and shapes, each dtype in both formats; every second shape has logits that overflow."""
     dtypes, formats = (
         (torch.float64, torch.float32, torch.float16, torch.bfloat16),
         (torch.channels_last, torch.contiguous_format),
     )
-    for number, shape in enumerate(CLASSIFIERS if device == "cpu" else CLASSIFIERS + LARGE_CLASSIFIERS):
-        for (place, dtype), kind in itertools.product(enumerate(dtypes), get_args(LabelKind)):
-            primal, dual = classifier_arguments(
-                device, shape, dtype, formats[(number + place) % 2], kind, 1e4 * (number % 2)
-            )
-            case = (shape, str(dtype), kind)
-            compare_classifier("linear_cross_entropy", primal, case)
-            compare_classifier("linear_cross_entropy_dual", dual, case)
-            if dtype == torch.float16:
-                given = (torch.tensor(4.0, device=device), torch.tensor(0.5, device=device))
-                compare_classifier("linear_cross_entropy_dual", (*dual[:-2], *given), case)
-    for shape in (CLASSIFIERS[0], CLASSIFIERS[8]):  # one block of classes, and several
-        strange_numbers(device, shape)
+    shapes = enumerate(CLASSIFIERS if device == "cpu" else CLASSIFIERS + LARGE_CLASSIFIERS)
+    cases: list[Callable[[], None]] = [
+        partial(classifier, device, shape, dtype, formats[(number + place) % 2], 1e4 * (number % 2))
+        for (number, shape), (place, dtype) in itertools.product(shapes, enumerate(dtypes))
+    ]
+    # one block of classes, and several
+    return cases + [partial(strange_numbers, device, shape) for shape in (CLASSIFIERS[0], CLASSIFIERS[8])]
+
+
+def classifier(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, form: torch.memory_format, outlier: float
+) -> None:
+    """Compare both operations, of all kinds of labels."""
+    for kind in get_args(LabelKind):
+        primal, dual = classifier_arguments(device, shape, dtype, form, kind, outlier)
+        case = (shape, str(dtype), kind)
+        compare_classifier("linear_cross_entropy", primal, case)
+        compare_classifier("linear_cross_entropy_dual", dual, case)
+        if dtype == torch.float16:
+            given = (torch.tensor(4.0, device=device), torch.tensor(0.5, device=device))
+            compare_classifier("linear_cross_entropy_dual", (*dual[:-2], *given), case)
 
 
 def classifier_arguments(

@@ -11,10 +11,12 @@ float64 is wrong where the padding is 3.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -82,7 +84,7 @@ Operation = Callable[..., Any]
 Share = tuple[int, int | None, int]
 """The cases of a process, as arguments of `islice`."""
 
-PROCESSES = {"conv": 12, "block": 8, "norm": 4, "bias": 4}
+PROCESSES = {"conv": 12, "block": 8, "norm": 4, "bias": 4, "classifier": 4}
 """Processes of a family on a GPU, where it is not one: the families run side by side."""
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -327,7 +329,13 @@ def convolutions(device: str, dtype: torch.dtype, precision: str, shape: tuple[i
     for name, arguments, expected in convolution_cases(dtype, shape, form):
         for (dual, operands), backend in itertools.product(placed(name, arguments, device).items(), backends):
             ours = partial(summed_results, BACKENDS[backend], name, *operands, shape[-1], precision=precision)
-            check((name, backend, shape, str(form), str(dtype), precision, dual), ours, expected, tolerance)
+            allowed = tolerance
+            if backend == "cudnn" and name.endswith("weight_gradient") and dtype == torch.float32:
+                # it adds up thousands of pixels one after the other: seen 7.7e-6 of twice 3×64²
+                batch, *_, height, width, padding = shape
+                pixels = batch * (height + 2 * padding - 2) * (width + 2 * padding - 2)
+                allowed = max(tolerance, math.sqrt(2 * pixels) * 2**-24)
+            check((name, backend, shape, str(form), str(dtype), precision, dual), ours, expected, allowed)
 
 
 def placed(name: str, arguments: tuple[Tensor | None, ...], device: str) -> dict[str, list[Tensor | None]]:
@@ -577,10 +585,18 @@ def all_convolutions(device: str, share: Share) -> None:
 
 
 def run(cases: list[Callable[[], None]], share: Share) -> None:
-    """Run the cases of a share, each of which draws the same numbers whatever the others are."""
+    """Run the cases of a share, each of which draws the same numbers whatever the others are, and those after a failure too.
+
+    Raises `AssertionError` at the end if one failed: time on a GPU is scarce, so one run shows all that is wrong.
+    """
+    failures = []
     for number, case in itertools.islice(enumerate(cases), *share):
         torch.manual_seed(number)
-        case()
+        try:
+            case()
+        except AssertionError:
+            failures.append(traceback.format_exc())
+    assert not failures, "\n".join(failures)
 
 
 def main(family: str, device: str, share: Share) -> None:
@@ -605,7 +621,7 @@ def main(family: str, device: str, share: Share) -> None:
         case "statistics":
             block_comparison.statistics(device)
         case "classifier":
-            classifier_comparison.classifiers(device)
+            run(classifier_comparison.all_classifiers(device), share)
         case "flat":
             vectors(device)
             rows(device)
