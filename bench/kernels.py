@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measuring import copy_peak, interleaved, matrix_product_peak, seconds, set_precision
+from bench.measuring import copy_peak, interleaved, matrix_product_peak, repeated, seconds, set_precision
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
@@ -95,11 +95,7 @@ def main(options: Options, command: str) -> None:
     copy, product = copy_peak(device), matrix_product_peak(device)
 
     def measure(name: str) -> float:
-        def several() -> None:
-            for _ in range(calls[name]):
-                cases[name].run()
-
-        return seconds(several, device) / calls[name]
+        return seconds(repeated(cases[name].run, calls[name], device), device) / calls[name]
 
     timings = interleaved(
         options.repetitions, calls, measure, lambda name, error: rows[name].update(problem=str(error))

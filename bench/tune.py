@@ -8,6 +8,7 @@ rehearses the command; the times then mean nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import tomllib
@@ -29,7 +30,7 @@ from bench.candidates import (
     text_of,
 )
 from bench.kernels import exact_results, results_of
-from bench.measuring import interleaved, seconds
+from bench.measuring import interleaved, repeated, seconds
 from bench.parsing import CommonOptions
 from bench.records import partial_rows, write_record
 from bench.render import table as rendered
@@ -49,7 +50,7 @@ Row = dict[str, Any]
 
 TOLERANCES = {"fp32": 1e-3, "tf32": 3e-2, "bf16": 2e-1}
 """Allowed relative errors against float64; most errors come from units that rounding carries over ReLU's kink."""
-_LEAST_SECONDS = 0.01  # an operation is repeated within a measurement until it takes so long
+_LEAST_SECONDS = 0.004  # an operation is repeated within a measurement until the host's calls take so long
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Options(CommonOptions, Shape):
     """precision of the products: tf32, bf16 or fp32"""
     blocks: str | None = None
     """blocks of the network, counted from 1, as in 1,2; default all"""
+    operations: str | None = None
+    """beginnings of the operations' names, as in conv3x3_weight,norm; default all"""
     candidates: int | None = None
     """most candidates of each operation"""
     compile_only: bool = False
@@ -108,6 +111,7 @@ def main(options: Options, command: str) -> None:
     table = Table.of(device, Path(options.table))
     numbers = None if options.blocks is None else integers(options.blocks, "--blocks")
     blocks = [block for block in _blocks(setting) if numbers is None or block.number in numbers]
+    wanted = tuple((options.operations or "").split(","))
     conditions = {"case": str(setting), "precision": options.precision, "architecture": table.architecture}
     name = options.name or f"tune-{options.label()}-{options.precision}-{device.type}"
     place = (options.out, name, "tune", device, conditions)
@@ -116,6 +120,7 @@ def main(options: Options, command: str) -> None:
             {"block": block.number} | compile_candidates(subject, table, options)
             for block in blocks
             for subject in subjects(block, setting.batch, options.precision, device)
+            if subject.row.startswith(wanted)
         ]
         write_record(*place, compiled, command)
         return
@@ -123,7 +128,7 @@ def main(options: Options, command: str) -> None:
     for block in blocks:
         known = {row["operation"] for row in rows if row["block"] == block.number}
         for subject in subjects(block, setting.batch, options.precision, device):
-            if subject.row in known:
+            if subject.row in known or not subject.row.startswith(wanted):
                 continue
             rows.append({"block": block.number} | tune(subject, table, options))
             log.info("block %d, %s: %s", block.number, subject.row, rows[-1]["chosen"] or rows[-1]["problem"])
@@ -223,18 +228,19 @@ def tune(subject: Subject, table: Table, options: Options) -> Row:
         else:
             problems.append(f"{name}: wrong: error {error:.1e}")
     arguments, calls = subject.arguments(), 1
+    if errors and table.device.type == "cuda":
+        table.put(subject, candidates[next(iter(errors))])
+        calls += int(_LEAST_SECONDS / seconds(lambda: subject.run(arguments), table.device))
+
+    @functools.cache
+    def several(name: str) -> Callable[[], object]:
+        table.put(subject, candidates[name])
+        return repeated(lambda: subject.run(arguments), calls, table.device)
 
     def measure(name: str) -> float:
         table.put(subject, candidates[name])
+        return seconds(several(name), table.device) / calls
 
-        def several() -> None:
-            for _ in range(calls):
-                subject.run(arguments)
-
-        return seconds(several, table.device) / calls
-
-    if errors and table.device.type == "cuda":
-        calls = 1 + int(_LEAST_SECONDS / measure(next(iter(errors))))
     times = interleaved(options.repetitions, errors, measure, lambda name, error: problems.append(f"{name}: {error}"))
     result: Row = {"operation": subject.row, "class": subject.classes[0], "problem": "; ".join(problems)}
     if not times:
