@@ -291,7 +291,7 @@ def _vector_operations(vectors: list[Tensor], precision: Precision) -> Iterator[
 
 
 def exact_results(operation: str, arguments: Sequence[Any]) -> list[Tensor]:
-    """Return the reference's results in float64. On a GPU it does not ask cuDNN, whose own faults are to be seen."""
+    """Return the reference's results in float64. On a GPU it does not ask cuDNN, whose results are among those compared."""
     with torch.backends.cudnn.flags(enabled=False):
         return results_of(operation, getattr(reference, operation)(*map(in_float64, arguments)))
 

@@ -27,7 +27,6 @@ def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision) -> Te
 
 def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precision: Precision) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_input_gradient`."""
-    y_bar, padding = _without_rings(y_bar, padding)
     y_factor, weight_factor = _factors(precision, y_bar, weight)
     with _precision(precision):
         x_bar = F.conv_transpose2d(y_factor, weight_factor, padding=padding)
@@ -36,7 +35,6 @@ def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precisio
 
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_weight_gradient`."""
-    y_bar, padding = _without_rings(y_bar, padding)
     shape, (x_factor, y_factor) = (y_bar.shape[1], x.shape[1], 3, 3), _factors(precision, x, y_bar)
     with _precision(precision):
         weight_bar: Tensor = conv2d_weight(x_factor, shape, y_factor, padding=padding)
@@ -86,17 +84,6 @@ def conv3x3_dual_weight_gradient(
         return conv3x3_weight_gradient(xs, y_bars, padding, precision)
     weight_bar_dot = conv3x3_weight_gradient(x, y_bar_dot, padding, precision)
     return weight_bar_dot.add_(conv3x3_weight_gradient(x_dot, y_bar, padding, precision))
-
-
-def _without_rings(y_bar: Tensor, padding: int) -> tuple[Tensor, int]:
-    """Return `y_bar` without its outer rings of pixels that a padding above 2 makes of zeros alone, and the rest of the padding.
-
-    They take part in no gradient. Where a padding left such rings, cuDNN's gradient to the input was wrong (in float64 at
-    padding 3, torch 2.11 on an H200; our kernel, which differed from it, was found right).
-    """
-    rings = max(0, padding - 2)
-    height, width = y_bar.shape[2:]
-    return in_format_of(y_bar, y_bar[:, :, rings : height - rings, rings : width - rings]), padding - rings
 
 
 def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,9 @@ _NUMPY = tl.constexpr(INTERPRETED)  # NumPy multiplies the bits of bfloat16 numb
 
 @triton.jit
 def _terms(
-    step: tl.tensor, CI: tl.constexpr, PADDING: tl.constexpr, BLOCK_K: tl.constexpr
+    step: tl.tensor, CI: tl.constexpr, BLOCK_K: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return the terms of one step of the sum, (BLOCK_K,): number, input channel, steps down and right to the pixel, existence.
+    """Return the terms of one step of the sum, (BLOCK_K,): number, input channel, the tap's row and column, existence.
 
     A step is of one tap, whose pixels are then one address each, unless the channels are so few that they share it.
     """
@@ -42,7 +42,7 @@ def _terms(
         tap = tl.zeros((BLOCK_K,), tl.int32) + step // blocks
         term = tap * CI + channel
         exists = channel < CI
-    return term, channel, tap // 3 - PADDING, tap % 3 - PADDING, exists
+    return term, channel, tap // 3, tap % 3, exists
 
 
 @triton.jit
@@ -96,7 +96,8 @@ def _convolve(
     tile = program // BLOCKS % TILES
     sample = (program // (BLOCKS * TILES)).to(tl.int64)
     pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    row, column = pixel // WO, pixel % WO
+    # The padding is taken off here: a constant added to the remainder of a tap is what ptxas loses (docs/gpu.md, Faults).
+    row, column = pixel // WO - PADDING, pixel % WO - PADDING
     x += sample * (CI * H * W)
     if x_dot is not None:
         x_dot += sample * (CI * H * W)
@@ -105,7 +106,7 @@ def _convolve(
     total_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     of_x_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # two products of a step into one sum would wait for each other
     for step in range(STEPS):
-        term, channel, down, right, exists = _terms(step, CI, PADDING, BLOCK_K)
+        term, channel, down, right, exists = _terms(step, CI, BLOCK_K)
         factors = output[None, :] * (9 * CI) + term[:, None]
         factors_mask = (output < CO)[None, :] & exists[:, None]
         ws = tl.load(weight + factors, factors_mask, 0)
@@ -166,7 +167,7 @@ def _correlate(
     STEPS: tl.constexpr = (9 * CI + BLOCK_K - 1) // BLOCK_K if CI < BLOCK_K else 9 * ((CI + BLOCK_K - 1) // BLOCK_K)
     program = tl.program_id(0)
     output = (program % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    term, channel, down, right, exists = _terms(program // BLOCKS % STEPS, CI, PADDING, BLOCK_K)
+    term, channel, down, right, exists = _terms(program // BLOCKS % STEPS, CI, BLOCK_K)
     term, channel, down, right = term[:, None], channel[:, None], down[:, None], right[:, None]
     exists = exists[:, None]
     part = (program // (BLOCKS * STEPS)).to(tl.int64)
@@ -177,7 +178,7 @@ def _correlate(
         tile = part * share + step  # int64, as is the sample
         sample = tile // TILES
         pixel = (tile % TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row, column = pixel // WO, pixel % WO
+        row, column = pixel // WO - PADDING, pixel % WO - PADDING
         source_row = row[None, :] + down
         source_column = column[None, :] + right
         source = source_row * W + source_column

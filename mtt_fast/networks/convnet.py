@@ -125,11 +125,9 @@ class ConvNet:
         return self._features(self.split(theta)[:-1], images)
 
     def _features(self, blocks: Sequence[tuple[Tensor, ...]], images: Tensor) -> Tensor:
-        # With a padding of 3 cuDNN's gradient to the images was wrong (kernels/triton/cudnn.py): a part goes around them first.
-        around = max(0, self.first_padding - 2)
-        features = F.pad(images, [around] * 4) if around else images
+        features = images
         for block, (weight, bias, *norm) in enumerate(blocks):
-            features = F.conv2d(features, weight, bias, padding=1 if block else self.first_padding - around)
+            features = F.conv2d(features, weight, bias, padding=1 if block else self.first_padding)
             if norm:
                 gamma, beta = norm
                 features = F.group_norm(features, self.width, gamma, beta, NORM_EPS)

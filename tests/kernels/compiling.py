@@ -62,6 +62,7 @@ class Usage:
     asynchronous: bool  # those of a Hopper or Blackwell, which read shared memory themselves
     boxes: bool  # whether the tensor memory accelerator loads
     through_registers: int  # tiles that are copied from shared memory before they are multiplied or stored
+    lost_constants: int  # sums of two 16-bit numbers with a constant of which the assembler made zero
 
 
 @contextmanager
@@ -129,7 +130,17 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
         re.search(r"wgmma|tcgen05.mma", compiled.asm["ptx"]) is not None,
         "cp.async.bulk.tensor" in compiled.asm["ptx"],
         compiled.asm["ttgir"].count("ttg.local_load"),
+        _lost_constants(binary) if "add.s16x2" in compiled.asm["ptx"] else 0,
     )
+
+
+def _lost_constants(binary: Path) -> int:
+    """Count additions of zero to pairs of 16-bit numbers: ptxas up to 13.1 makes them of any constant where one half is undefined."""
+    import triton
+
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(binary)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"VIADD\.16x2\S* R\d+\S*, R\d+\S*, 0x0\b", code))
 
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -153,6 +164,7 @@ def check(launches: list[Launch], architecture: str, folder: Path) -> list[Usage
     usages = [compile_launch(launch, architecture, folder) for launch in launches]
     for launch, usage in zip(launches, usages, strict=True):
         assert usage.stack == 0, f"spills: {usage}, {launch.constants}"
+        assert not usage.lost_constants, f"{usage}, {launch.constants}"
         assert usage.shared <= SHARED[architecture] * 1024, f"{usage}, {launch.constants}"
     return usages
 

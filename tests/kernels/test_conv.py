@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,6 +321,21 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
         conv.conv3x3_dual(x, x, weight, weight, 1, precision)
         conv.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
     check(launches, architecture, tmp_path)
+
+
+@each_architecture
+def test_the_assembler_loses_no_constant(architecture: str, tmp_path: Path) -> None:
+    """The kernels that were wrong on an H200 (docs/gpu.md, Faults), and others of few channels."""
+    from mtt_fast.kernels.triton import conv, implicit_gemm, weights
+
+    with recording([implicit_gemm, weights], architecture) as launches:
+        for form, padding in itertools.product((torch.contiguous_format, torch.channels_last), (1, 3)):
+            y_bar, weight = meta(2, 3, 2 + 2 * padding, 3 + 2 * padding, form=form), meta(3, 1, 3, 3)
+            conv.conv3x3_input_gradient(y_bar, weight, padding, "fp32")
+            conv.conv3x3_dual_input_gradient(y_bar, y_bar, weight, weight, padding, "fp32")
+    products = [launch for launch in launches if "PRECISION" in launch.constants]
+    assert len(products) == 8
+    check(products, architecture, tmp_path)
 
 
 @pytest.mark.slow

@@ -4,8 +4,7 @@ A program of its own, since a process either interprets Triton's kernels (TRITON
 them (DEVICE cuda). It prints a line for each case that passed. `compare` runs it, on a GPU in several processes, each with
 its part of the cases, since compiling takes nearly all the time.
 
-The reference computes on the CPU, in float64: on a GPU it would ask cuDNN, whose gradient to the input of a convolution in
-float64 is wrong where the padding is 3.
+The reference computes on the CPU, in float64, so that no fault of a GPU's libraries hides there.
 """
 
 from __future__ import annotations
@@ -566,7 +565,7 @@ def all_convolutions(device: str, share: Share) -> None:
     shapes = SHAPES if interpreted else SHAPES + LARGE
     cases: list[Callable[[], None]] = [partial(mixed_formats, device), partial(refusals, device)]
     for shape, form in itertools.product(shapes, (torch.contiguous_format, torch.channels_last)):
-        if interpreted or shape == SHAPES[1]:  # where cuDNN, asked for float64, was wrong
+        if interpreted or shape == SHAPES[1]:  # where float32 was wrong (docs/gpu.md, Faults)
             cases.append(partial(convolutions, device, torch.float64, "fp32", shape, form))
         for precision in precisions:
             enough = form == torch.channels_last and shape in SHAPES[: 2 if precision == "fp32" else 1]
