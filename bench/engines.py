@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -227,12 +227,19 @@ ENGINES = {
 def engine_on(name: str, device: torch.device, precision: str) -> tuple[Engine, dict[str, str]]:
     """Return the engine called `name` and its `precision` argument on `device`, if any: a CPU computes in float32 alone.
 
-    Raises `InputError` for an unknown engine, or one that `device` cannot run.
+    ENGINE@PRECISION names an engine with a precision of its own. Raises `InputError` for an unknown engine or precision, an engine
+    that `device` cannot run, or a precision where the engine takes none.
     """
-    engine = engine_named(name)
+    plain, _, own = name.partition("@")
+    engine = engine_named(plain)
     if engine.cuda_only and device.type != "cuda":
         raise InputError(f"--engines {name}: expected a CUDA device, found {device}; use fused")
-    return engine, {"precision": precision} if engine.takes_precision and device.type == "cuda" else {}
+    takes = engine.takes_precision and device.type == "cuda"
+    if own and not (takes and own in get_args(Precision)):
+        raise InputError(
+            f"--engines {name}: expected one of {', '.join(get_args(Precision))} after @, with an engine that takes a precision, on a GPU"
+        )
+    return engine, {"precision": own or precision} if takes else {}
 
 
 def engine_named(name: str) -> Engine:

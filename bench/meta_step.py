@@ -45,7 +45,8 @@ class Options(CommonOptions, Shape):
     """Time one iteration of the method by every engine."""
 
     engines: str | None = None
-    """engines to time, in this order; without it all that the device can run; also MODULE:FUNCTION, a function of your own from a case to the gradients"""
+    """engines to time, in this order; without it all that the device can run; also ENGINE@PRECISION, as in fused-graph@fp16, and
+    MODULE:FUNCTION, a function of your own from a case to the gradients"""
     memory_budget: str = "400MiB"
     """memory budget of fused-budget"""
     precision: str = "tf32"
@@ -62,7 +63,10 @@ def main(options: Options, command: str) -> None:
     parse_bytes(options.memory_budget)
     runnable = [name for name, engine in ENGINES.items() if device.type == "cuda" or not engine.cuda_only]
     names = options.engines.split(",") if options.engines else runnable
-    engines = {name: engine_on(name, device, options.precision)[0] for name in names}
+    engines, precisions = {}, {}
+    for name in names:
+        engines[name], taken = engine_on(name, device, options.precision)
+        precisions[name] = taken.get("precision", "tf32")
     common: dict[str, Any] = {"device": str(device), "precision": options.precision}
     set_precision(device, options.precision)
     log.info("%s, on %s", setting, device)
@@ -97,7 +101,7 @@ def main(options: Options, command: str) -> None:
                         build_engine, tuned=engine.tuned, case=case, engine=name, budget=options.memory_budget
                     )
                     rows[name] |= workers[name].ask(check, truth=truth)
-                    _check_gate(rows, name, options.precision if engine.takes_precision else "tf32")
+                    _check_gate(rows, name, precisions[name])
                 except WorkerError as error:
                     give_up(rows, workers, name, error)
                 log.info("%s: %s", name, rows[name]["problem"] or f"error {rows[name]['error']:.1e}")
@@ -245,5 +249,6 @@ def _compare(rows: dict[str, dict[str, Any]], peak: float) -> None:
         row = rows[name]
         row["speedup"] = medians["whole_graph"] / median if "whole_graph" in medians else None
         row["speedup_tuned"] = medians["whole_graph-tuned"] / median if "whole_graph-tuned" in medians else None
-        row["share_of_peak"] = row["flops"] / median / peak if row["flops"] else None
+        own_precision = "@" in name  # the peak is that of --precision
+        row["share_of_peak"] = row["flops"] / median / peak if row["flops"] and not own_precision else None
         row["floor_share"] = medians[FLOOR] / median if FLOOR in medians else None
