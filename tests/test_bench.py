@@ -544,7 +544,10 @@ def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pyte
         (["kernels", "--bacth", "3"], "--bacth: unknown option (did you mean --batch?)"),
         (["meta_step", "--engines", "quick"], "--engines quick: no such engine"),
         (["meta_step", "--engines", "fused-graph", "--device", "cpu"], "--engines fused-graph: expected a CUDA device"),
-        (["meta_step", "--engines", "whole_graph@fp16", "--device", "cpu"], "--engines whole_graph@fp16: expected one of"),
+        (
+            ["meta_step", "--engines", "whole_graph@fp16", "--device", "cpu"],
+            "--engines whole_graph@fp16: expected one of",
+        ),
         (["meta_step", "--precision", "fp8"], "--precision fp8: expected fp32, tf32, fp16, bf16"),
         (["meta_step", "--repetitions", "0"], "--repetitions 0: expected at least 1"),
         (["memory_scaling", "--vary-steps", "5,x"], "--vary_steps 5,x: expected numbers"),
