@@ -7,7 +7,17 @@ time; the planes that are never stored have H' × W' = (HP − 2) × (WP − 2) 
 from __future__ import annotations
 
 from .launch import tl, triton
-from .patches import fold_norm, fold_norm_tangent, moments, patches_at, product, rounded, weights_of
+from .patches import (
+    fold_norm,
+    fold_norm_tangent,
+    moments,
+    patches_at,
+    places_of,
+    product,
+    rounded,
+    sum_of_parts,
+    weights_of,
+)
 
 
 @triton.jit
@@ -51,40 +61,30 @@ def pool(
 ) -> None:
     """Store p, and ṗ where the direction is given, and for the backward the statistics and the weights that the norm folds into.
 
-    Each part of a sample makes all of these for itself, which spares a launch, a few filters at a time, so that few numbers of
-    float64 live at once. It stores them, as the others do the same ones, and reads them back.
+    A program folds for its own filters, which spares a launch; where a sample's windows are cut, its parts fold the same.
     """
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
-    FEW: tl.constexpr = 16
     sample, part, c = _block_of(parts, K, BLOCK_C)
-    folded += sample * (TERMS * K)
-    stats += sample * (4 * K)
+    # all loads of the fold are under way before the first of them is waited for
+    weights, g, b = weights_of(weight, c, C, TERMS), tl.load(gamma + c), tl.load(beta + c)
     if p_dot is not None:
-        folded_dot += sample * (TERMS * K)
+        weights_dot = weights_of(weight_dot, c, C, TERMS)
+        g_dot, b_dot = tl.load(gamma_dot + c), tl.load(beta_dot + c)
     mean, covariance = moments(gram, sample, gram_parts, C, (HP - 2) * (WP - 2), TERMS)
-    first = tl.program_id(0) % (K // BLOCK_C) * BLOCK_C
-    for few in range(BLOCK_C // FEW):
-        filters = first + few * FEW + tl.arange(0, FEW)
-        square = tl.arange(0, TERMS)[:, None] * K + filters[None, :]
-        f, mu, r, covariance_w = fold_norm(
-            mean, covariance, weight, gamma, beta, filters, EPS, C, TERMS, PRECISION, ACC
-        )
-        tl.store(folded + square, f)
-        tl.store(stats + filters, mu.to(ACC))
-        tl.store(stats + K + filters, r.to(ACC))
-        if p_dot is not None:
-            f_dot, k1, k2 = fold_norm_tangent(
-                mean, covariance_w, r, weight, weight_dot, gamma, gamma_dot, beta_dot, filters, C, TERMS, PRECISION, ACC
-            )
-            tl.store(folded_dot + square, f_dot)
-            tl.store(stats + 2 * K + filters, k1.to(ACC))
-            tl.store(stats + 3 * K + filters, k2.to(ACC))
-    tl.debug_barrier()  # what other threads of the program stored is read below
-    square = tl.arange(0, TERMS)[:, None] * K + c[None, :]
-    w = tl.load(folded + square)
+    w, mu, r, covariance_w = fold_norm(mean, covariance, weights, g, b, EPS, C, TERMS, PRECISION, ACC)
+    square = sample * (TERMS * K) + tl.arange(0, TERMS)[:, None] * K + c[None, :]
+    stats += sample * (4 * K) + c
+    tl.store(folded + square, w)
+    tl.store(stats, mu.to(ACC))
+    tl.store(stats + K, r.to(ACC))
     if p_dot is not None:
-        w_dot = tl.load(folded_dot + square)
+        w_dot, k1, k2 = fold_norm_tangent(
+            mean, covariance_w, r, weights, weights_dot, g, g_dot, b_dot, C, TERMS, PRECISION, ACC
+        )
+        tl.store(folded_dot + square, w_dot)
+        tl.store(stats + 2 * K, k1.to(ACC))
+        tl.store(stats + 3 * K, k2.to(ACC))
     images += sample * (HP * WP * C)
     begin = sample * (ALL * K)
     for tile in range(tiles):
@@ -168,19 +168,10 @@ def sum_patches(
 
 
 @triton.jit
-def _sum_of_parts(
-    sums: tl.tensor,  # of the sample: (parts, TERMS, K)
-    filters: tl.tensor,  # (BLOCK_C,)
-    parts: tl.tensor,
-    K: tl.constexpr,
-    TERMS: tl.constexpr,
-) -> tl.tensor:
-    """Return U or U̇, (TERMS, BLOCK_C)."""
-    place = tl.arange(0, TERMS)[:, None] * K + filters[None, :]
-    total = tl.load(sums + place)
-    for part in range(1, parts):
-        total += tl.load(sums + part * (TERMS * K) + place)
-    return total
+def _precise_product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
+    """Multiply factors that are not rounded: on Tensor cores each as the sum of two of tf32, but in float32 for fp32."""
+    precision: tl.constexpr = "ieee" if PRECISION == "fp32" or PRECISION == "fp64" else "tf32x3"
+    return tl.dot(a, b, input_precision=precision, out_dtype=ACC)
 
 
 @triton.jit
@@ -214,17 +205,24 @@ def finish(
     c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     term = tl.arange(0, TERMS)[:, None]
     one = term == 9 * C
-    mean, covariance = moments(gram, sample, gram_parts, C, PIXELS, TERMS)
-    mean, covariance = mean.to(ACC)[:, None], covariance.to(ACC)
-    total = _sum_of_parts(sums + sample * parts * (TERMS * K), c, parts, K, TERMS)
+    # all loads are under way before the first of them is waited for
+    place = sample * parts * (TERMS * K) + term * K + c[None, :]
+    total = sum_of_parts(sums + place, place >= 0, parts, TERMS * K, ACC)
     w = weights_of(weight, c, C, TERMS)
     stats += sample * (4 * K) + c
     mu, r = tl.load(stats), tl.load(stats + K)
     g = tl.load(gamma + c)
+    if weight_dot is not None:
+        total_dot = sum_of_parts(sums_dot + place, place >= 0, parts, TERMS * K, ACC)
+        w_dot = weights_of(weight_dot, c, C, TERMS)
+        k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
+        g_dot = tl.load(gamma_dot + c)
+    mean, covariance = moments(gram, sample, gram_parts, C, PIXELS, TERMS)
+    mean, covariance = mean.to(ACC), covariance.to(ACC)
 
     beta_bar = tl.sum(tl.where(one, total, 0), 0)  # Σ ū
     gamma_bar = r * (tl.sum(w * total, 0) - mu * beta_bar)  # Σ ūh
-    covariance_w = product(covariance, w, ACC, "fp32")
+    covariance_w = _precise_product(covariance, w, ACC, PRECISION)
     # ȳ = of_u ū + constant + of_h h
     scale = -r / PIXELS
     of_u = r * g
@@ -234,10 +232,6 @@ def finish(
         weight_bar = of_u[None, :] * total + (PIXELS * constant)[None, :] * mean
         weight_bar += (PIXELS * r * of_h)[None, :] * covariance_w
     else:
-        total_dot = _sum_of_parts(sums_dot + sample * parts * (TERMS * K), c, parts, K, TERMS)
-        w_dot = weights_of(weight_dot, c, C, TERMS)
-        k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
-        g_dot = tl.load(gamma_dot + c)
         beta_bar_dot = tl.sum(tl.where(one, total_dot, 0), 0)
         along = tl.sum(w_dot * total, 0) - k1 * beta_bar - k2 * gamma_bar  # Σ ūḣ / r
         gamma_bar_dot = r * (tl.sum(w * total_dot, 0) - mu * beta_bar_dot + along)
@@ -245,20 +239,21 @@ def finish(
         dot_of_u = r * (g_dot - k2 * of_u)
         dot_constant = scale * (g_dot * beta_bar + g * beta_bar_dot) - r * k2 * constant
         dot_of_h = scale * (g_dot * gamma_bar + g * gamma_bar_dot) - 2 * r * k2 * of_h
-        covariance_w_dot = product(covariance, w_dot, ACC, "fp32")
+        covariance_w_dot = _precise_product(covariance, w_dot, ACC, PRECISION)
         weight_bar = of_u[None, :] * total_dot + dot_of_u[None, :] * total + (PIXELS * dot_constant)[None, :] * mean
         weight_bar += PIXELS * r * (dot_of_h[None, :] * covariance_w + of_h[None, :] * covariance_w_dot)
         # what Ẇᵀȳ + Wᵀȳ̇ has beside ū and ū̇, as a function of the patch: h = r (w·x̃ − mean), ẏ = ẇ·x̃
         by_weight = r * (of_h[None, :] * w_dot + dot_of_h[None, :] * w)
-        m = product(w, tl.trans(by_weight), ACC, "fp32")
-        m += product(w_dot, tl.trans(of_h * r * w), ACC, "fp32")
+        m = _precise_product(w, tl.trans(by_weight), ACC, PRECISION)
+        m += _precise_product(w_dot, tl.trans(of_h * r * w), ACC, PRECISION)
         at_one = w_dot * (constant - of_h * r * mu)[None, :]
         at_one += w * (dot_constant - dot_of_h * r * mu - of_h * r * k1)[None, :]
         m += tl.where(one, tl.sum(at_one, 1)[None, :], 0)
         tl.store(linear + program.to(tl.int64) * (TERMS * TERMS) + term * TERMS + tl.arange(0, TERMS)[None, :], m)
         beta_bar, gamma_bar = beta_bar_dot, gamma_bar_dot
     gradients += sample * (9 * C * K + 2 * K)
-    tl.store(gradients + c[None, :] * (9 * C) + term % C * 9 + term // C, weight_bar, term < 9 * C)
+    place, exists = places_of(c, C, TERMS)
+    tl.store(gradients + place, tl.trans(weight_bar), exists)
     tl.store(gradients + 9 * C * K + c, gamma_bar)
     tl.store(gradients + 9 * C * K + K + c, beta_bar)
 
@@ -321,10 +316,8 @@ def spread(
     x2 = patches_at(images, lower, left, C, WP, TERMS)
     x3 = patches_at(images, lower, right, C, WP, TERMS)
 
-    m = tl.zeros((TERMS, TERMS), ACC)
-    for block in range(blocks):
-        place = (sample * blocks + block) * (TERMS * TERMS)
-        m += tl.load(linear + place + term[:, None] * TERMS + term[None, :])
+    place = sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
+    m = sum_of_parts(linear + place, place >= 0, blocks, TERMS * TERMS, ACC)
     m = rounded(m, PRECISION)
     t0, t1 = product(x0, m, ACC, PRECISION), product(x1, m, ACC, PRECISION)
     t2, t3 = product(x2, m, ACC, PRECISION), product(x3, m, ACC, PRECISION)
