@@ -259,23 +259,6 @@ def finish(
 
 
 @triton.jit
-def _columns_of_pixel(
-    t: tl.tensor,
-    xs: tl.tensor,  # (WINDOWS, TERMS)
-    w: tl.tensor,  # (TERMS, BLOCK_C)
-    w_turned: tl.tensor,  # (BLOCK_C, TERMS)
-    w_dot_turned: tl.tensor,
-    share: tl.tensor,  # (WINDOWS, BLOCK_C)
-    share_dot: tl.tensor,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    active = product(xs, w, ACC, PRECISION) > 0
-    t += product(tl.where(active, share, 0).to(xs.dtype), w_dot_turned, ACC, PRECISION)
-    return t + product(tl.where(active, share_dot, 0).to(xs.dtype), w_turned, ACC, PRECISION)
-
-
-@triton.jit
 def spread(
     images: tl.tensor,  # (B, HP, WP, C)
     folded: tl.tensor,  # (B, TERMS, K)
@@ -307,44 +290,30 @@ def spread(
     folded += sample * (TERMS * K)
     folded_dot += sample * (TERMS * K)
     term = tl.arange(0, TERMS)
-    window = program % PARTS * WINDOWS + tl.arange(0, WINDOWS)
-    row, column = window // ACROSS * 2, window % ACROSS * 2
-    upper, lower = tl.minimum(row, H - 1), tl.minimum(row + 1, H - 1)
-    left, right = tl.minimum(column, W - 1), tl.minimum(column + 1, W - 1)
-    x0 = patches_at(images, upper, left, C, WP, TERMS)
-    x1 = patches_at(images, upper, right, C, WP, TERMS)
-    x2 = patches_at(images, lower, left, C, WP, TERMS)
-    x3 = patches_at(images, lower, right, C, WP, TERMS)
+    pixel = program % PARTS * (4 * WINDOWS) + tl.arange(0, 4 * WINDOWS)  # window by window
+    window, inner = pixel // 4, pixel % 4
+    row, column = window // ACROSS * 2 + inner // 2, window % ACROSS * 2 + inner % 2
+    xs = patches_at(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
+    linear += sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
+    inside = (term[:, None] < TERMS) & (term[None, :] < TERMS)
+    m = sum_of_parts(linear, inside, blocks, TERMS * TERMS, ACC)
+    t = product(xs, rounded(m, PRECISION), ACC, PRECISION)
 
-    place = sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
-    m = sum_of_parts(linear + place, place >= 0, blocks, TERMS * TERMS, ACC)
-    m = rounded(m, PRECISION)
-    t0, t1 = product(x0, m, ACC, PRECISION), product(x1, m, ACC, PRECISION)
-    t2, t3 = product(x2, m, ACC, PRECISION), product(x3, m, ACC, PRECISION)
-    whole = ((row + 1 < H) & (column + 1 < W))[:, None]
     pooled = (row // 2 * (W // 2) + column // 2)[:, None]
+    whole = ((row < H // 2 * 2) & (column < W // 2 * 2))[:, None]
     begin = sample * ((H // 2) * (W // 2) * K)
     for block in range(K // BLOCK_C):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        w = tl.load(folded + term[:, None] * K + c[None, :])
-        turned = term[None, :] * K + c[:, None]
-        w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
         place = begin + pooled * K + c[None, :]
         share = _share(p_bar + place, whole, ACC, PRECISION)
         share_dot = _share(p_bar_dot + place, whole, ACC, PRECISION)
-        t0 = _columns_of_pixel(t0, x0, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
-        t1 = _columns_of_pixel(t1, x1, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
-        t2 = _columns_of_pixel(t2, x2, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
-        t3 = _columns_of_pixel(t3, x3, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
-
-    columns += sample * (H * W * TERMS)
-    place = (row * W + column)[:, None] * TERMS + term[None, :]
-    in_row, in_column = (row < H)[:, None], (column < W)[:, None]
-    next_row, next_column = (row + 1 < H)[:, None], (column + 1 < W)[:, None]
-    tl.store(columns + place, t0, in_row & in_column)
-    tl.store(columns + place + TERMS, t1, in_row & next_column)
-    tl.store(columns + place + W * TERMS, t2, next_row & in_column)
-    tl.store(columns + place + (W + 1) * TERMS, t3, next_row & next_column)
+        turned = term[None, :] * K + c[:, None]
+        w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
+        active = product(xs, tl.load(folded + term[:, None] * K + c[None, :]), ACC, PRECISION) > 0
+        t += product(tl.where(active, share, 0).to(xs.dtype), w_dot_turned, ACC, PRECISION)
+        t += product(tl.where(active, share_dot, 0).to(xs.dtype), w_turned, ACC, PRECISION)
+    place = sample * (H * W * TERMS) + (row * W + column)[:, None] * TERMS + term[None, :]
+    tl.store(columns + place, t, ((row < H) & (column < W))[:, None])
 
 
 @triton.jit
