@@ -194,7 +194,8 @@ def weights_of(
     TERMS: tl.constexpr,
 ) -> tl.tensor:
     """Return weights in the order of a patch, (TERMS, BLOCK_C)."""
-    place, exists = places_of(filters, C, TERMS)  # a filter's terms lie together, so that a warp reads a filter at a time
+    # a filter's terms lie together, so that a warp reads a filter at a time
+    place, exists = places_of(filters, C, TERMS)
     return tl.trans(tl.load(weight + place, exists, 0))
 
 
