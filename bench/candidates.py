@@ -71,29 +71,36 @@ BOX_CORRELATIONS: dict[str, list[Row]] = {
 }
 
 
-def _passes(*sizes: tuple[int, int, int], **more: int) -> list[Row]:
-    names = ("WINDOWS", "num_warps", "PROGRAMS")
-    return [dict(zip(names, size, strict=True)) | more for size in sizes]
+def _rows(names: str, *sizes: tuple[int, ...], **more: int) -> list[Row]:
+    return [dict(zip(names.split(), size, strict=True)) | more | {"num_stages": 1} for size in sizes]
 
 
-_PASSES = ((32, 4, 320), (32, 8, 320), (64, 8, 320), (32, 4, 1056), (16, 4, 1056))
+_POOLS = _rows(
+    "WINDOWS BLOCK_C UNROLL PROGRAMS num_warps",
+    (64, 32, 1, 264, 8), (64, 32, 1, 528, 8), (32, 32, 1, 396, 4), (32, 32, 1, 792, 4),
+    (32, 64, 1, 264, 8), (32, 64, 1, 528, 8), (32, 16, 4, 528, 4), (64, 64, 1, 264, 8),
+)  # fmt: skip
+_SUMS = _rows(
+    "WINDOWS BLOCK_C PROGRAMS num_warps",
+    (32, 64, 264, 8), (32, 64, 528, 8), (32, 64, 396, 4), (32, 64, 792, 4),
+    (32, 128, 264, 4), (32, 128, 264, 8), (32, 128, 528, 8), (32, 32, 528, 4),
+)  # fmt: skip
 
 BLOCKS: dict[str, list[Row]] = {
-    "image_patches": [
-        {"BLOCK_M": pixels, "num_warps": 4, "PROGRAMS": programs}
-        for pixels, programs in ((128, 320), (64, 320), (128, 1056), (32, 1056))
-    ],
-    "conv_norm_relu_pool": _passes(*_PASSES, UNROLL=4) + _passes(*_PASSES, UNROLL=1),
-    "conv_norm_relu_pool_backward": _passes(*_PASSES),
-    "conv_norm_relu_pool_dual": _passes(*_PASSES),
-    "conv_norm_relu_pool_dual_backward": _passes(*_PASSES),
-    "conv_norm_relu_pool_finish": [{"num_warps": 4}, {"num_warps": 8}, {"BLOCK_C": 16, "num_warps": 4}],
-    "conv_norm_relu_pool_columns": [
-        {"WINDOWS": windows, "BLOCK_C": filters, "num_warps": warps}
-        for windows, filters, warps in ((64, 32, 4), (32, 32, 4), (64, 64, 8), (128, 32, 8), (16, 16, 4))
-    ],
-    "conv_norm_relu_pool_col2im": [{"BLOCK_M": 128, "num_warps": 4}, {"BLOCK_M": 64, "num_warps": 4}],
-}
+    "image_patches": _rows(
+        "BLOCK_M PROGRAMS num_warps", (128, 320, 4), (64, 320, 4), (128, 1056, 4), (32, 1056, 4), ELEMENTS=512
+    ),
+    "conv_norm_relu_pool": [*_POOLS, *(row | {"UNROLL": 4} for row in _POOLS[:4])],
+    "conv_norm_relu_pool_backward": _SUMS,
+    "conv_norm_relu_pool_dual": _POOLS,
+    "conv_norm_relu_pool_dual_backward": _SUMS,
+    "conv_norm_relu_pool_finish": _rows("BLOCK_C num_warps", (16, 4), (16, 8), (32, 8), (16, 2)),
+    "conv_norm_relu_pool_columns": _rows(
+        "WINDOWS BLOCK_C num_warps",
+        (16, 32, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8), (16, 64, 4), (32, 16, 4), (64, 16, 8), (16, 16, 4),
+    ),
+    "conv_norm_relu_pool_col2im": _rows("BLOCK_M num_warps", (128, 4), (64, 4)),
+}  # fmt: skip
 """Rows of the first block's passes, by their names in the table."""
 
 

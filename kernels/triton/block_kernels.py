@@ -7,7 +7,17 @@ time; the planes that are never stored have H' × W' = (HP − 2) × (WP − 2) 
 from __future__ import annotations
 
 from .launch import tl, triton
-from .patches import fold_norm, fold_norm_tangent, moments, patches_at, product, rounded, weights_of
+from .patches import (
+    fold_norm,
+    fold_norm_tangent,
+    moments,
+    patches_at,
+    places_of,
+    product,
+    rounded,
+    sum_of_parts,
+    weights_of,
+)
 
 
 @triton.jit
@@ -51,40 +61,30 @@ def pool(
 ) -> None:
     """Store p, and ṗ where the direction is given, and for the backward the statistics and the weights that the norm folds into.
 
-    Each part of a sample makes all of these for itself, which spares a launch, a few filters at a time, so that few numbers of
-    float64 live at once. It stores them, as the others do the same ones, and reads them back.
+    A program folds for its own filters, which spares a launch; where a sample's windows are cut, its parts fold the same.
     """
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
-    FEW: tl.constexpr = 16
     sample, part, c = _block_of(parts, K, BLOCK_C)
-    folded += sample * (TERMS * K)
-    stats += sample * (4 * K)
+    # all loads of the fold are under way before the first of them is waited for
+    weights, g, b = weights_of(weight, c, C, TERMS), tl.load(gamma + c), tl.load(beta + c)
     if p_dot is not None:
-        folded_dot += sample * (TERMS * K)
+        weights_dot = weights_of(weight_dot, c, C, TERMS)
+        g_dot, b_dot = tl.load(gamma_dot + c), tl.load(beta_dot + c)
     mean, covariance = moments(gram, sample, gram_parts, C, (HP - 2) * (WP - 2), TERMS)
-    first = tl.program_id(0) % (K // BLOCK_C) * BLOCK_C
-    for few in range(BLOCK_C // FEW):
-        filters = first + few * FEW + tl.arange(0, FEW)
-        square = tl.arange(0, TERMS)[:, None] * K + filters[None, :]
-        f, mu, r, covariance_w = fold_norm(
-            mean, covariance, weight, gamma, beta, filters, EPS, C, TERMS, PRECISION, ACC
-        )
-        tl.store(folded + square, f)
-        tl.store(stats + filters, mu.to(ACC))
-        tl.store(stats + K + filters, r.to(ACC))
-        if p_dot is not None:
-            f_dot, k1, k2 = fold_norm_tangent(
-                mean, covariance_w, r, weight, weight_dot, gamma, gamma_dot, beta_dot, filters, C, TERMS, PRECISION, ACC
-            )
-            tl.store(folded_dot + square, f_dot)
-            tl.store(stats + 2 * K + filters, k1.to(ACC))
-            tl.store(stats + 3 * K + filters, k2.to(ACC))
-    tl.debug_barrier()  # what other threads of the program stored is read below
-    square = tl.arange(0, TERMS)[:, None] * K + c[None, :]
-    w = tl.load(folded + square)
+    w, mu, r, covariance_w = fold_norm(mean, covariance, weights, g, b, EPS, C, TERMS, PRECISION, ACC)
+    square = sample * (TERMS * K) + tl.arange(0, TERMS)[:, None] * K + c[None, :]
+    stats += sample * (4 * K) + c
+    tl.store(folded + square, w)
+    tl.store(stats, mu.to(ACC))
+    tl.store(stats + K, r.to(ACC))
     if p_dot is not None:
-        w_dot = tl.load(folded_dot + square)
+        w_dot, k1, k2 = fold_norm_tangent(
+            mean, covariance_w, r, weights, weights_dot, g, g_dot, b_dot, C, TERMS, PRECISION, ACC
+        )
+        tl.store(folded_dot + square, w_dot)
+        tl.store(stats + 2 * K, k1.to(ACC))
+        tl.store(stats + 3 * K, k2.to(ACC))
     images += sample * (HP * WP * C)
     begin = sample * (ALL * K)
     for tile in range(tiles):
@@ -168,19 +168,10 @@ def sum_patches(
 
 
 @triton.jit
-def _sum_of_parts(
-    sums: tl.tensor,  # of the sample: (parts, TERMS, K)
-    filters: tl.tensor,  # (BLOCK_C,)
-    parts: tl.tensor,
-    K: tl.constexpr,
-    TERMS: tl.constexpr,
-) -> tl.tensor:
-    """Return U or U̇, (TERMS, BLOCK_C)."""
-    place = tl.arange(0, TERMS)[:, None] * K + filters[None, :]
-    total = tl.load(sums + place)
-    for part in range(1, parts):
-        total += tl.load(sums + part * (TERMS * K) + place)
-    return total
+def _precise_product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
+    """Multiply factors that are not rounded: on Tensor cores each as the sum of two of tf32, but in float32 for fp32."""
+    precision: tl.constexpr = "ieee" if PRECISION == "fp32" or PRECISION == "fp64" else "tf32x3"
+    return tl.dot(a, b, input_precision=precision, out_dtype=ACC)
 
 
 @triton.jit
@@ -214,17 +205,24 @@ def finish(
     c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     term = tl.arange(0, TERMS)[:, None]
     one = term == 9 * C
-    mean, covariance = moments(gram, sample, gram_parts, C, PIXELS, TERMS)
-    mean, covariance = mean.to(ACC)[:, None], covariance.to(ACC)
-    total = _sum_of_parts(sums + sample * parts * (TERMS * K), c, parts, K, TERMS)
+    # all loads are under way before the first of them is waited for
+    place = sample * parts * (TERMS * K) + term * K + c[None, :]
+    total = sum_of_parts(sums + place, place >= 0, parts, TERMS * K, ACC)
     w = weights_of(weight, c, C, TERMS)
     stats += sample * (4 * K) + c
     mu, r = tl.load(stats), tl.load(stats + K)
     g = tl.load(gamma + c)
+    if weight_dot is not None:
+        total_dot = sum_of_parts(sums_dot + place, place >= 0, parts, TERMS * K, ACC)
+        w_dot = weights_of(weight_dot, c, C, TERMS)
+        k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
+        g_dot = tl.load(gamma_dot + c)
+    mean, covariance = moments(gram, sample, gram_parts, C, PIXELS, TERMS)
+    mean, covariance = mean.to(ACC), covariance.to(ACC)
 
     beta_bar = tl.sum(tl.where(one, total, 0), 0)  # Σ ū
     gamma_bar = r * (tl.sum(w * total, 0) - mu * beta_bar)  # Σ ūh
-    covariance_w = product(covariance, w, ACC, "fp32")
+    covariance_w = _precise_product(covariance, w, ACC, PRECISION)
     # ȳ = of_u ū + constant + of_h h
     scale = -r / PIXELS
     of_u = r * g
@@ -234,10 +232,6 @@ def finish(
         weight_bar = of_u[None, :] * total + (PIXELS * constant)[None, :] * mean
         weight_bar += (PIXELS * r * of_h)[None, :] * covariance_w
     else:
-        total_dot = _sum_of_parts(sums_dot + sample * parts * (TERMS * K), c, parts, K, TERMS)
-        w_dot = weights_of(weight_dot, c, C, TERMS)
-        k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
-        g_dot = tl.load(gamma_dot + c)
         beta_bar_dot = tl.sum(tl.where(one, total_dot, 0), 0)
         along = tl.sum(w_dot * total, 0) - k1 * beta_bar - k2 * gamma_bar  # Σ ūḣ / r
         gamma_bar_dot = r * (tl.sum(w * total_dot, 0) - mu * beta_bar_dot + along)
@@ -245,39 +239,23 @@ def finish(
         dot_of_u = r * (g_dot - k2 * of_u)
         dot_constant = scale * (g_dot * beta_bar + g * beta_bar_dot) - r * k2 * constant
         dot_of_h = scale * (g_dot * gamma_bar + g * gamma_bar_dot) - 2 * r * k2 * of_h
-        covariance_w_dot = product(covariance, w_dot, ACC, "fp32")
+        covariance_w_dot = _precise_product(covariance, w_dot, ACC, PRECISION)
         weight_bar = of_u[None, :] * total_dot + dot_of_u[None, :] * total + (PIXELS * dot_constant)[None, :] * mean
         weight_bar += PIXELS * r * (dot_of_h[None, :] * covariance_w + of_h[None, :] * covariance_w_dot)
         # what Ẇᵀȳ + Wᵀȳ̇ has beside ū and ū̇, as a function of the patch: h = r (w·x̃ − mean), ẏ = ẇ·x̃
         by_weight = r * (of_h[None, :] * w_dot + dot_of_h[None, :] * w)
-        m = product(w, tl.trans(by_weight), ACC, "fp32")
-        m += product(w_dot, tl.trans(of_h * r * w), ACC, "fp32")
+        m = _precise_product(w, tl.trans(by_weight), ACC, PRECISION)
+        m += _precise_product(w_dot, tl.trans(of_h * r * w), ACC, PRECISION)
         at_one = w_dot * (constant - of_h * r * mu)[None, :]
         at_one += w * (dot_constant - dot_of_h * r * mu - of_h * r * k1)[None, :]
         m += tl.where(one, tl.sum(at_one, 1)[None, :], 0)
         tl.store(linear + program.to(tl.int64) * (TERMS * TERMS) + term * TERMS + tl.arange(0, TERMS)[None, :], m)
         beta_bar, gamma_bar = beta_bar_dot, gamma_bar_dot
     gradients += sample * (9 * C * K + 2 * K)
-    tl.store(gradients + c[None, :] * (9 * C) + term % C * 9 + term // C, weight_bar, term < 9 * C)
+    place, exists = places_of(c, C, TERMS)
+    tl.store(gradients + place, tl.trans(weight_bar), exists)
     tl.store(gradients + 9 * C * K + c, gamma_bar)
     tl.store(gradients + 9 * C * K + K + c, beta_bar)
-
-
-@triton.jit
-def _columns_of_pixel(
-    t: tl.tensor,
-    xs: tl.tensor,  # (WINDOWS, TERMS)
-    w: tl.tensor,  # (TERMS, BLOCK_C)
-    w_turned: tl.tensor,  # (BLOCK_C, TERMS)
-    w_dot_turned: tl.tensor,
-    share: tl.tensor,  # (WINDOWS, BLOCK_C)
-    share_dot: tl.tensor,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    active = product(xs, w, ACC, PRECISION) > 0
-    t += product(tl.where(active, share, 0).to(xs.dtype), w_dot_turned, ACC, PRECISION)
-    return t + product(tl.where(active, share_dot, 0).to(xs.dtype), w_turned, ACC, PRECISION)
 
 
 @triton.jit
@@ -312,46 +290,30 @@ def spread(
     folded += sample * (TERMS * K)
     folded_dot += sample * (TERMS * K)
     term = tl.arange(0, TERMS)
-    window = program % PARTS * WINDOWS + tl.arange(0, WINDOWS)
-    row, column = window // ACROSS * 2, window % ACROSS * 2
-    upper, lower = tl.minimum(row, H - 1), tl.minimum(row + 1, H - 1)
-    left, right = tl.minimum(column, W - 1), tl.minimum(column + 1, W - 1)
-    x0 = patches_at(images, upper, left, C, WP, TERMS)
-    x1 = patches_at(images, upper, right, C, WP, TERMS)
-    x2 = patches_at(images, lower, left, C, WP, TERMS)
-    x3 = patches_at(images, lower, right, C, WP, TERMS)
+    pixel = program % PARTS * (4 * WINDOWS) + tl.arange(0, 4 * WINDOWS)  # window by window
+    window, inner = pixel // 4, pixel % 4
+    row, column = window // ACROSS * 2 + inner // 2, window % ACROSS * 2 + inner % 2
+    xs = patches_at(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
+    linear += sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
+    inside = (term[:, None] < TERMS) & (term[None, :] < TERMS)
+    m = sum_of_parts(linear, inside, blocks, TERMS * TERMS, ACC)
+    t = product(xs, rounded(m, PRECISION), ACC, PRECISION)
 
-    m = tl.zeros((TERMS, TERMS), ACC)
-    for block in range(blocks):
-        place = (sample * blocks + block) * (TERMS * TERMS)
-        m += tl.load(linear + place + term[:, None] * TERMS + term[None, :])
-    m = rounded(m, PRECISION)
-    t0, t1 = product(x0, m, ACC, PRECISION), product(x1, m, ACC, PRECISION)
-    t2, t3 = product(x2, m, ACC, PRECISION), product(x3, m, ACC, PRECISION)
-    whole = ((row + 1 < H) & (column + 1 < W))[:, None]
     pooled = (row // 2 * (W // 2) + column // 2)[:, None]
+    whole = ((row < H // 2 * 2) & (column < W // 2 * 2))[:, None]
     begin = sample * ((H // 2) * (W // 2) * K)
     for block in range(K // BLOCK_C):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        w = tl.load(folded + term[:, None] * K + c[None, :])
-        turned = term[None, :] * K + c[:, None]
-        w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
         place = begin + pooled * K + c[None, :]
         share = _share(p_bar + place, whole, ACC, PRECISION)
         share_dot = _share(p_bar_dot + place, whole, ACC, PRECISION)
-        t0 = _columns_of_pixel(t0, x0, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
-        t1 = _columns_of_pixel(t1, x1, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
-        t2 = _columns_of_pixel(t2, x2, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
-        t3 = _columns_of_pixel(t3, x3, w, w_turned, w_dot_turned, share, share_dot, ACC, PRECISION)
-
-    columns += sample * (H * W * TERMS)
-    place = (row * W + column)[:, None] * TERMS + term[None, :]
-    in_row, in_column = (row < H)[:, None], (column < W)[:, None]
-    next_row, next_column = (row + 1 < H)[:, None], (column + 1 < W)[:, None]
-    tl.store(columns + place, t0, in_row & in_column)
-    tl.store(columns + place + TERMS, t1, in_row & next_column)
-    tl.store(columns + place + W * TERMS, t2, next_row & in_column)
-    tl.store(columns + place + (W + 1) * TERMS, t3, next_row & next_column)
+        turned = term[None, :] * K + c[:, None]
+        w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
+        active = product(xs, tl.load(folded + term[:, None] * K + c[None, :]), ACC, PRECISION) > 0
+        t += product(tl.where(active, share, 0).to(xs.dtype), w_dot_turned, ACC, PRECISION)
+        t += product(tl.where(active, share_dot, 0).to(xs.dtype), w_turned, ACC, PRECISION)
+    place = sample * (H * W * TERMS) + (row * W + column)[:, None] * TERMS + term[None, :]
+    tl.store(columns + place, t, ((row < H) & (column < W))[:, None])
 
 
 @triton.jit

@@ -140,26 +140,50 @@ def gather(
 
 
 @triton.jit
+def sum_of_parts(
+    values: tl.tensor,  # pointers to those of the first part
+    mask: tl.tensor,
+    parts: tl.tensor,
+    STRIDE: tl.constexpr,  # from part to part
+    ACC: tl.constexpr,
+) -> tl.tensor:
+    """Add up the values of all parts in their order; the loads of TOGETHER parts are under way at a time."""
+    TOGETHER: tl.constexpr = 4
+    total = tl.load(values, mask, 0).to(ACC)
+    for start in range(1, parts, TOGETHER):
+        for part in tl.static_range(TOGETHER):
+            place = values + (start + part) * STRIDE
+            total += tl.load(place, mask & (start + part < parts), 0).to(ACC)
+    return total
+
+
+@triton.jit
 def moments(
-    gram: tl.tensor,  # (B, parts, 9 C + 1, 9 C + 1)
+    gram: tl.tensor,  # (B, gram_parts, 9 C + 1, 9 C + 1)
     sample: tl.tensor,
     parts: tl.tensor,
     C: tl.constexpr,
     PIXELS: tl.constexpr,
     TERMS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the mean (TERMS,) and the covariance (TERMS, TERMS) of a sample's patches, in float64."""
+    """Return the mean (TERMS, 1) and the covariance (TERMS, TERMS) of a sample's patches, in float64."""
     COUNT: tl.constexpr = 9 * C + 1
     row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
-    exists = (row < COUNT) & (column < COUNT)
-    gram += sample * parts * (COUNT * COUNT) + row * COUNT + column
-    total = tl.zeros((TERMS, TERMS), tl.float64)
-    for part in tl.range(parts, loop_unroll_factor=4):  # loads of several parts are under way at a time
-        total += tl.load(gram + part * (COUNT * COUNT), exists, 0).to(tl.float64)
-    total /= PIXELS
-    mean = tl.sum(tl.where(column == 9 * C, total, 0), 1)  # of the products with a one
-    mean_row = tl.sum(tl.where(row == 9 * C, total, 0), 0)
-    return mean, total - mean[:, None] * mean_row[None, :]
+    in_row, in_column = row < COUNT, column < COUNT
+    gram += sample * parts * (COUNT * COUNT)
+    # the products with a one are the mean: read a second time, they need not be picked from the others
+    mean = sum_of_parts(gram + row * COUNT + 9 * C, in_row, parts, COUNT * COUNT, tl.float64)
+    mean_row = sum_of_parts(gram + 9 * C * COUNT + column, in_column, parts, COUNT * COUNT, tl.float64)
+    total = sum_of_parts(gram + row * COUNT + column, in_row & in_column, parts, COUNT * COUNT, tl.float64)
+    mean, mean_row = mean * (1 / PIXELS), mean_row * (1 / PIXELS)
+    return mean, total * (1 / PIXELS) - mean * mean_row
+
+
+@triton.jit
+def places_of(filters: tl.tensor, C: tl.constexpr, TERMS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Return the places of weights (K, C, 3, 3) in the order of a patch, (BLOCK_C, TERMS), and which of them exist."""
+    term = tl.arange(0, TERMS)[None, :]
+    return filters[:, None] * (9 * C) + term % C * 9 + term // C, (term < 9 * C) & (filters[:, None] >= 0)
 
 
 @triton.jit
@@ -170,15 +194,16 @@ def weights_of(
     TERMS: tl.constexpr,
 ) -> tl.tensor:
     """Return weights in the order of a patch, (TERMS, BLOCK_C)."""
-    term = tl.arange(0, TERMS)[:, None]
-    return tl.load(weight + filters[None, :] * (9 * C) + term % C * 9 + term // C, term < 9 * C, 0)
+    # a filter's terms lie together, so that a warp reads a filter at a time
+    place, exists = places_of(filters, C, TERMS)
+    return tl.trans(tl.load(weight + place, exists, 0))
 
 
 @triton.jit
 def _with_shift(
     weight: tl.tensor,  # (TERMS, BLOCK_C)
     level: tl.tensor,  # (BLOCK_C,): what the mean of the product has to be
-    mean: tl.tensor,  # (TERMS,): of the patches
+    mean: tl.tensor,  # (TERMS, 1): of the patches
     C: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -186,7 +211,7 @@ def _with_shift(
     """Return rounded weights, and at the ones the shift that takes their own mean away, so that rounding moves no mean."""
     term = tl.arange(0, TERMS)[:, None]
     weight = rounded(weight, PRECISION)
-    shift = (level - tl.sum(mean[:, None] * weight.to(level.dtype).to(tl.float64), 0)).to(level.dtype)
+    shift = (level - tl.sum(mean * weight.to(level.dtype).to(tl.float64), 0)).to(level.dtype)
     first = rounded(shift, PRECISION).to(level.dtype)
     second = rounded(shift - first, PRECISION).to(level.dtype)
     third = shift - first - second
@@ -197,12 +222,11 @@ def _with_shift(
 
 @triton.jit
 def fold_norm(
-    mean: tl.tensor,  # (TERMS,): of the patches
+    mean: tl.tensor,  # (TERMS, 1): of the patches
     covariance: tl.tensor,  # (TERMS, TERMS)
-    weight: tl.tensor,  # (K, C, 3, 3)
-    gamma: tl.tensor,  # (K,)
+    w: tl.tensor,  # (TERMS, BLOCK_C)
+    gamma: tl.tensor,  # (BLOCK_C,)
     beta: tl.tensor,
-    filters: tl.tensor,  # (BLOCK_C,)
     EPS: tl.constexpr,
     C: tl.constexpr,
     TERMS: tl.constexpr,
@@ -210,41 +234,39 @@ def fold_norm(
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Return f (TERMS, BLOCK_C), rounded; of the planes mean, less what the images' shift makes of it, and rstd; and Cw."""
-    w = weights_of(weight, filters, C, TERMS).to(tl.float64)
+    w = w.to(tl.float64)
     covariance_w = tl.dot(covariance, w, out_dtype=tl.float64)
-    mu = tl.sum(mean[:, None] * w, 0)
+    mu = tl.sum(mean * w, 0)
     variance = tl.maximum(tl.sum(w * covariance_w, 0), 0.0)  # rounding can make a plane's that is constant negative
     r = 1 / tl.sqrt(variance + EPS)
-    scale = tl.load(gamma + filters).to(tl.float64) * r
-    f = _with_shift((scale[None, :] * w).to(ACC), tl.load(beta + filters), mean, C, TERMS, PRECISION)
+    scale = gamma.to(tl.float64) * r
+    f = _with_shift((scale[None, :] * w).to(ACC), beta, mean, C, TERMS, PRECISION)
     return f, mu, r, covariance_w
 
 
 @triton.jit
 def fold_norm_tangent(
-    mean: tl.tensor,  # (TERMS,): of the patches
+    mean: tl.tensor,  # (TERMS, 1): of the patches
     covariance_w: tl.tensor,  # (TERMS, BLOCK_C)
     r: tl.tensor,  # (BLOCK_C,)
-    weight: tl.tensor,  # (K, C, 3, 3)
-    weight_dot: tl.tensor,
-    gamma: tl.tensor,  # (K,)
+    w: tl.tensor,  # (TERMS, BLOCK_C)
+    w_dot: tl.tensor,
+    gamma: tl.tensor,  # (BLOCK_C,)
     gamma_dot: tl.tensor,
     beta_dot: tl.tensor,
-    filters: tl.tensor,  # (BLOCK_C,)
     C: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return ḟ (TERMS, BLOCK_C), rounded, and of the planes k1, less what the images' shift makes of it, and k2."""
-    w_dot = weights_of(weight_dot, filters, C, TERMS).to(tl.float64)
-    k1 = tl.sum(mean[:, None] * w_dot, 0)
+    w, w_dot = w.to(tl.float64), w_dot.to(tl.float64)
+    k1 = tl.sum(mean * w_dot, 0)
     k2 = r * tl.sum(w_dot * covariance_w, 0)
-    scale = tl.load(gamma + filters).to(tl.float64) * r
-    along = r * (tl.load(gamma_dot + filters).to(tl.float64) - scale * k2)  # u̇ = along (y − mean) + scale (ẏ − k1) + β̇
-    w = weights_of(weight, filters, C, TERMS).to(tl.float64)
+    scale = gamma.to(tl.float64) * r
+    along = r * (gamma_dot.to(tl.float64) - scale * k2)  # u̇ = along (y − mean) + scale (ẏ − k1) + β̇
     f_dot = (scale[None, :] * w_dot + along[None, :] * w).to(ACC)
-    return _with_shift(f_dot, tl.load(beta_dot + filters), mean, C, TERMS, PRECISION), k1, k2
+    return _with_shift(f_dot, beta_dot, mean, C, TERMS, PRECISION), k1, k2
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.candidates import BLOCKS as CANDIDATES
 from mtt_fast import kernels
 from mtt_fast.kernels import HALF_PRECISIONS, Affine, ConvLayer, Precision, native, triton
 from mtt_fast.testing import added_up, assert_close
@@ -153,6 +154,15 @@ def test_which_blocks_have_kernels() -> None:
     assert not native.OPERATIONS & {"image_patches", "conv_norm_relu_pool"}
 
 
+def test_candidates_are_whole_rows() -> None:
+    """A candidate that lacks a size fails, and the tuner leaves it out."""
+    from mtt_fast.kernels.triton.configurations import table
+
+    for operation, candidates in CANDIDATES.items():
+        for row in candidates:
+            assert all(row.keys() == rows["default"].keys() for rows in table()[operation].values()), (operation, row)
+
+
 IMAGES, WEIGHT = torch.zeros(2, 3, 6, 5), torch.zeros(16, 3, 3, 3)
 AFFINE = Affine(torch.zeros(16), torch.zeros(16))
 PATCHES = kernels.image_patches(IMAGES, 1)
@@ -253,5 +263,5 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
     kernels_of_a_block += ["pool", "sum_patches", "finish", "spread", "col2im"]
     assert [launch.kernel.fn.__name__ for launch in launches] == 2 * kernels_of_a_block
     for launch, usage in zip(launches, check(launches, architecture, tmp_path), strict=True):
-        multiplies = launch.kernel.fn.__name__ in ("gather", "pool", "sum_patches", "spread")
+        multiplies = launch.kernel.fn.__name__ in ("gather", "pool", "sum_patches", "finish", "spread")
         assert usage.tensor_cores == (multiplies and precision != "fp32"), usage
