@@ -156,7 +156,9 @@ linear_cross_entropy…: the class of shapes is the number of classes, rounded u
 numbers. Scores are tiles of ROWS samples × COLUMNS classes, summed over BLOCK_D features at a time; up to 128 classes fit in
 one. Gradients are tiles of COLUMNS classes × BLOCK_D features, or of BLOCK_B samples × BLOCK_D features.""",
     "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
-    "": "Flat vectors and rows: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64.",
+    "": """\
+Flat vectors and rows: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64. Of partial sums SIZE
+are summands, and weights are packed in tiles of FILTERS × CHANNELS of their 3×3s.""",
 }
 """Comments above the operations, by a prefix of their names."""
 

@@ -6,7 +6,7 @@ The gradients that a step has left as partial sums are added up in the pass that
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,94 +18,107 @@ from .powers import magnitude_bits, power_of
 
 
 @triton.jit
-def _sum_of_pieces(
-    pieces: tl.tuple,  # of pointers
-    factors: tl.tuple,  # of pointers to numbers
-    PIECES: tl.constexpr,  # of each piece: summands, numbers, elements from a summand to the next, channels if they lie last
-    ACC: tl.constexpr,
-    SIZE: tl.constexpr,
+def _sum_of_piece(
+    source: tl.tensor, factors: tl.tuple, PIECES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return SIZE places of the vector, of one piece, which of them exist, and the numbers there."""
-    program = tl.program_id(0)
-    place = tl.arange(0, SIZE)
-    exists = place < 0
-    total = tl.zeros((SIZE,), ACC)
-    first = 0
-    begin = 0
-    for piece in tl.static_range(len(PIECES)):
-        summands, numbers, stride, channels = PIECES[piece]
-        end = first + (numbers + SIZE - 1) // SIZE
-        if (program >= first) & (program < end):
-            element = (program - first) * SIZE + tl.arange(0, SIZE)
-            exists = element < numbers
-            place = begin + element
-            if channels:
-                element = (element // (9 * channels) * 9 + element % 9) * channels + element // 9 % channels
-            source = pieces[piece]
-            for _ in range(summands):
-                total += tl.load(source + element, exists, 0).to(ACC)
-                source += stride
-        first = end
-        begin += numbers
+    """Return places of the vector (TAPS, COLUMNS), which of them exist, and the numbers there: one program's share of a `_Piece`.
+
+    Each of ROWS rows adds every ROWS-th summand in their order, and then the rows are added as a tree: the same on every run.
+    It walks through the summands as they lie, where neighbours are read together.
+    """
+    SUMMANDS: tl.constexpr = PIECES[PIECE][0]
+    STRIDE: tl.constexpr = PIECES[PIECE][1]
+    CHANNELS: tl.constexpr = PIECES[PIECE][3]
+    TAPS: tl.constexpr = PIECES[PIECE][4]
+    BEGIN: tl.constexpr = PIECES[PIECE][5]
+    FIRST: tl.constexpr = PIECES[PIECE][6]
+    TAP_BLOCK: tl.constexpr = PIECES[PIECE][7]
+    ROWS: tl.constexpr = PIECES[PIECE][8]
+    COLUMNS: tl.constexpr = PIECES[PIECE][9]
+    BLOCKS: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
+    group = (tl.program_id(0) - FIRST) // BLOCKS
+    tap = tl.arange(0, TAP_BLOCK)[:, None]
+    channel = (tl.program_id(0) - FIRST) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exists = (tap < TAPS) & (channel < CHANNELS)
+    row = tl.arange(0, ROWS)[:, None, None]
+    element = row.to(tl.int64) * STRIDE + ((group * TAPS + tap) * CHANNELS + channel)[None, :, :]
+    total = tl.zeros((ROWS, TAP_BLOCK, COLUMNS), ACC)
+    for start in range(0, SUMMANDS, ROWS):
+        total += tl.load(source + element, exists[None, :, :] & (start + row < SUMMANDS), 0).to(ACC)
+        source += ROWS * STRIDE
+    numbers = tl.sum(total, 0)
     for factor in tl.static_range(len(factors)):
-        total /= tl.load(factors[factor]).to(ACC)
-    return place, exists, total
+        numbers /= tl.load(factors[factor]).to(ACC)
+    return BEGIN + (group * CHANNELS + channel) * TAPS + tap, exists, numbers
 
 
 @triton.jit
-def _add_up(
-    out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr, SIZE: tl.constexpr
-) -> None:
-    place, exists, total = _sum_of_pieces(pieces, factors, PIECES, ACC, SIZE)
-    tl.store(out + place, total, exists)
+def _is_of(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
+    """Return whether this program's share is of the piece."""
+    GROUPS: tl.constexpr = PIECES[PIECE][2]
+    CHANNELS: tl.constexpr = PIECES[PIECE][3]
+    FIRST: tl.constexpr = PIECES[PIECE][6]
+    COLUMNS: tl.constexpr = PIECES[PIECE][9]
+    END: tl.constexpr = FIRST + GROUPS * ((CHANNELS + COLUMNS - 1) // COLUMNS)
+    return (tl.program_id(0) >= FIRST) & (tl.program_id(0) < END)
+
+
+@triton.jit
+def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr) -> None:
+    for piece in tl.static_range(len(PIECES)):
+        if _is_of(PIECES, piece):
+            place, exists, total = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
+            tl.store(out + place, total, exists)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rate"])  # one of a step lies anywhere
 def _sgd_step(
     theta: tl.tensor,
-    pieces: tl.tuple,
-    factors: tl.tuple,
+    pieces: tl.tuple,  # of pointers
+    factors: tl.tuple,  # of pointers to numbers
     rate: tl.tensor,
     out: tl.tensor,
     velocity: tl.tensor,  # or None
     velocity_out: tl.tensor,  # or None
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr,  # of each piece, a `_Piece`
     MOMENTUM: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
-    SIZE: tl.constexpr,
 ) -> None:
-    place, mask, gradient = _sum_of_pieces(pieces, factors, PIECES, ACC, SIZE)
-    at = tl.load(theta + place, mask, 0).to(ACC)
-    update = gradient + WEIGHT_DECAY * at
-    if velocity is not None:
-        update += MOMENTUM * tl.load(velocity + place, mask, 0).to(ACC)
-    if velocity_out is not None:
-        tl.store(velocity_out + place, update, mask)
-    tl.store(out + place, at - tl.load(rate).to(ACC) * update, mask)
+    for piece in tl.static_range(len(PIECES)):
+        if _is_of(PIECES, piece):
+            place, exists, gradient = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
+            at = tl.load(theta + place, exists, 0).to(ACC)
+            update = gradient + WEIGHT_DECAY * at
+            if velocity is not None:
+                update += MOMENTUM * tl.load(velocity + place, exists, 0).to(ACC)
+            if velocity_out is not None:
+                tl.store(velocity_out + place, update, exists)
+            tl.store(out + place, at - tl.load(rate).to(ACC) * update, exists)
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale"])  # one of a step lies anywhere
 def _adjoint_step(
     adjoint: tl.tensor,
-    pieces: tl.tuple,
-    factors: tl.tuple,
+    pieces: tl.tuple,  # of pointers
+    factors: tl.tuple,  # of pointers to numbers
     direction: tl.tensor,
     scale: tl.tensor,
     out: tl.tensor,
     incoming: tl.tensor,  # or None
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr,  # of each piece, a `_Piece`
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
-    SIZE: tl.constexpr,
 ) -> None:
-    place, mask, curvature = _sum_of_pieces(pieces, factors, PIECES, ACC, SIZE)
-    if WEIGHT_DECAY != 0:
-        curvature += WEIGHT_DECAY * tl.load(direction + place, mask, 0).to(ACC)
-    result = tl.load(adjoint + place, mask, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
-    if incoming is not None:
-        result += tl.load(incoming + place, mask, 0).to(ACC)
-    tl.store(out + place, result, mask)
+    for piece in tl.static_range(len(PIECES)):
+        if _is_of(PIECES, piece):
+            place, exists, curvature = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
+            if WEIGHT_DECAY != 0:
+                curvature += WEIGHT_DECAY * tl.load(direction + place, exists, 0).to(ACC)
+            result = tl.load(adjoint + place, exists, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
+            if incoming is not None:
+                result += tl.load(incoming + place, exists, 0).to(ACC)
+            tl.store(out + place, result, exists)
 
 
 @triton.jit
@@ -228,19 +241,47 @@ def adjoint_step(
 def _launch_step(
     kernel: Any, operation: str, first: Tensor, gradient: Tensor | PartialSums, *rest: Tensor | None, **constants: float
 ) -> None:
-    """Launch a program for each SIZE numbers of each piece of a `gradient`; it comes second of the tensors."""
+    """Launch a program for each tile of SIZE summands of each piece of a `gradient`; it comes second of the tensors."""
     row = configuration(operation, "", architecture(first.device))
+    size = row.pop("SIZE")
     sums = PartialSums((gradient[None],)) if isinstance(gradient, Tensor) else gradient
-    shapes = tuple(_shape_of(piece) for piece in sums.pieces)
-    programs = sum(triton.cdiv(numbers, row["SIZE"]) for _, numbers, _, _ in shapes)
+    pieces, begin, programs = [], 0, 0
+    for piece in sums.pieces:
+        pieces.append(_piece_of(piece, begin, programs, size))
+        begin += piece.shape[1:].numel()
+        programs += pieces[-1].groups * triton.cdiv(pieces[-1].channels, pieces[-1].columns)
+    shapes = tuple(map(tuple, pieces))
     acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
     launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=shapes, **constants, ACC=acc, **row)
 
 
-def _shape_of(piece: Tensor) -> tuple[int, int, int, int]:
-    """Return the number of summands, their numbers, the elements from one to the next, and channels that lie last, else 0."""
+class _Piece(NamedTuple):
+    """Say how the summands of a piece lie in memory, (groups, taps, channels), and how programs share them.
+
+    In the vector the taps come last: what lies there in its own order is one group with one tap.
+    """
+
+    summands: int
+    stride: int  # elements from a summand to the next
+    groups: int
+    channels: int
+    taps: int
+    begin: int  # in the vector
+    first: int  # program
+    tap_block: int  # the tile's sides, powers of two
+    rows: int
+    columns: int
+
+
+def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
+    """Return the layout of a piece, in tiles of `size`: many summands take many rows, and so more programs."""
+    summands, numbers = len(piece), piece.shape[1:].numel()
     lie_last = piece.dim() == 5 and not piece[:1].is_contiguous()
-    return len(piece), piece.shape[1:].numel(), piece.stride(0), piece.shape[2] if lie_last else 0
+    groups, channels, taps = (piece.shape[1], piece.shape[2], 9) if lie_last else (int(numbers > 0), numbers, 1)
+    tap_block, least_columns = (16, 8) if lie_last else (1, 32)  # at least whole sectors, or lines
+    rows = min(triton.next_power_of_2(max(summands, 1)), size // (tap_block * least_columns))
+    columns = size // (tap_block * max(rows, 4))  # few summands are too little for a whole tile: they need programs
+    return _Piece(summands, piece.stride(0), groups, channels, taps, begin, first, tap_block, rows, columns)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -24,23 +24,26 @@ def _pack_weights(
     vector: tl.tensor,  # (P,)
     packed: tl.tensor,  # for each weight: (K, 3, 3, C), then (C, 3, 3, K) rotated by 180°
     factor: tl.tensor,
+    program: tl.tensor,
     WEIGHTS: tl.constexpr,  # of each: its place in the vector, its place in `packed`, K, C, elements from one copy to the other
-    SIZE: tl.constexpr,
+    FILTERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ) -> None:
-    program = tl.program_id(0)
+    """Pack FILTERS × CHANNELS of the 3×3s: as many of both that each order has neighbours in the tile."""
     first = 0
     for weight in tl.static_range(len(WEIGHTS)):
         source, target, filters, channels, apart = WEIGHTS[weight]
-        end = first + (9 * filters * channels + SIZE - 1) // SIZE
+        across = (channels + CHANNELS - 1) // CHANNELS
+        end = first + (filters + FILTERS - 1) // FILTERS * across
         if (program >= first) & (program < end):
-            place = (program - first) * SIZE + tl.arange(0, SIZE)
-            exists = place < 9 * filters * channels
-            channel, tap, filter = place % channels, place // channels % 9, place // (9 * channels)
+            filter = (program - first) // across * FILTERS + tl.arange(0, FILTERS)[:, None, None]
+            channel = (program - first) % across * CHANNELS + tl.arange(0, CHANNELS)[None, :, None]
+            tap = tl.arange(0, 16)[None, None, :]
+            exists = (filter < filters) & (channel < channels) & (tap < 9)
             value = tl.load(vector + source + (filter * channels + channel) * 9 + tap, exists, 0) * factor
             value = value.to(packed.dtype.element_ty)
-            tl.store(packed + target + place, value, exists)
-            rotated = (channel * 9 + 8 - tap) * filters + filter
-            tl.store(packed + target + apart + rotated, value, exists)
+            tl.store(packed + target + (filter * 9 + tap) * channels + channel, value, exists)
+            tl.store(packed + target + apart + (channel * 9 + 8 - tap) * filters + filter, value, exists)
         first = end
 
 
@@ -55,20 +58,28 @@ def _pack(
     scale: tl.tensor | None,  # ()
     size: tl.tensor,  # P
     WEIGHTS: tl.constexpr,
+    TILES: tl.constexpr,  # of all weights
     LARGEST: tl.constexpr,
     PARTIALS: tl.constexpr,
+    FILTERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    _pack_weights(theta, packed, 1.0, WEIGHTS, SIZE)
-    if direction is not None:
+    """Pack weights in the first TILES programs, in as many more those of a direction, and in the last ones scale it."""
+    program = tl.program_id(0)
+    if program < TILES:
+        _pack_weights(theta, packed, 1.0, program, WEIGHTS, FILTERS, CHANNELS)
+    elif direction is not None:
         factor = 1.0
         if partials is not None:
             factor = power_of_parts(partials, LARGEST, PARTIALS)
-            place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+        if program < 2 * TILES:
+            _pack_weights(direction, packed_dot, factor, program - TILES, WEIGHTS, FILTERS, CHANNELS)
+        elif partials is not None:
+            place = (program - 2 * TILES) * SIZE + tl.arange(0, SIZE)
             tl.store(scaled + place, tl.load(direction + place, place < size, 0) * factor, place < size)
-            if tl.program_id(0) == 0:
+            if program == 2 * TILES:
                 tl.store(scale, factor)
-        _pack_weights(direction, packed_dot, factor, WEIGHTS, SIZE)
 
 
 def pack_parameters(
@@ -86,10 +97,12 @@ def pack_parameters(
         if dtype == torch.float16:
             partials = largest_parts(direction, None)
             scaled, scale = torch.empty_like(direction), theta.new_empty(())
-    programs = sum(triton.cdiv(9 * filters * channels, row["SIZE"]) for _, _, filters, channels, _ in shapes)
+    tiles = sum(triton.cdiv(k, row["FILTERS"]) * triton.cdiv(c, row["CHANNELS"]) for _, _, k, c, _ in shapes)
+    programs = tiles if direction is None else 2 * tiles
     if scaled is not None:
-        programs = max(programs, triton.cdiv(theta.numel(), row["SIZE"]))
-    constants: dict[str, Any] = {"LARGEST": largest, "PARTIALS": 0 if partials is None else partials.numel(), **row}
+        programs += triton.cdiv(theta.numel(), row["SIZE"])
+    parts = 0 if partials is None else partials.numel()
+    constants: dict[str, Any] = {"TILES": tiles, "LARGEST": largest, "PARTIALS": parts, **row}
     tensors = (theta, packed, direction, packed_dot, partials, scaled, scale)
     launch(_pack, programs, *tensors, theta.numel(), WEIGHTS=shapes, **constants)
     moved = direction if scaled is None else scaled
