@@ -17,7 +17,7 @@ def partial_sums(device: str) -> None:
 
     torch.manual_seed(0)
     for dtype, factors in itertools.product((torch.float32, torch.float64), ((), (4.0,), (0.5, 64.0))):
-        pieces = [torch.randn(size, dtype=dtype) for size in ((3, 70, 5, 3, 3), (1, 4, 40, 3, 3), (9, 7), (2, 2, 33))]
+        pieces = [torch.randn(size, dtype=dtype) for size in ((40, 9, 5, 3, 3), (1, 4, 40, 3, 3), (100, 7), (2, 2, 33))]
         pieces.insert(2, torch.empty(0, 7, dtype=dtype))
         products = [piece.permute(0, 1, 3, 4, 2).contiguous() for piece in pieces[:2]]
         moved = [piece.to(device).permute(0, 1, 4, 2, 3) for piece in products] + [
@@ -29,7 +29,7 @@ def partial_sums(device: str) -> None:
         expected = PartialSums(tuple(pieces), scalars).vector()
         sums = PartialSums(tuple(moved), tuple(scalar.to(device) for scalar in scalars))
         vector = triton.add_up(sums)
-        tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-13  # of sums of a hundred
         torch.testing.assert_close(vector.cpu(), expected, rtol=tolerance, atol=tolerance)
         a, b = (torch.randn(len(vector), dtype=dtype, device=device) for _ in range(2))
         rate, out, also = torch.tensor(0.3, dtype=dtype, device=device), torch.empty_like(a), torch.empty_like(a)
