@@ -146,8 +146,8 @@ cuDNN beside which it was timed did, and of a weight gradient in tf32 those of i
 they are those of fp16; a tangent's are the dual's, which does more.""",
     "image_patches": """\
 image_patches: BLOCK_M pixels at a time, in parts that make about PROGRAMS programs, and ELEMENTS of the image to copy. A class
-is the precision and the pixels of a plane, rounded up to the sizes of kernels/triton/block.py; without the pixels, it is for all
-that have no row of their own.""",
+is the precision, bf16 for fp16 too, and, each rounded up (kernels/triton/block.py), the pixels of a plane and the samples; without
+these, it is for all that have no row of their own.""",
     "conv_norm_relu_pool": """\
 conv_norm_relu_pool…: the first block. A tile is WINDOWS 2×2 windows × BLOCK_C filters, and the windows are cut so as to make
 about PROGRAMS programs; …_col2im takes BLOCK_M pixels. Classes are those of image_patches.""",

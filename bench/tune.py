@@ -273,7 +273,7 @@ def fastest_tiles(rows: list[Row], default: Row) -> Row:
 
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
     """Yield the rows to find at a block's shapes; parts of other operations come first."""
-    from mtt_fast.kernels.triton.block import size_class
+    from mtt_fast.kernels.triton.block import shape_classes as block_classes
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
     from mtt_fast.kernels.triton.planes import Planes
     from mtt_fast.kernels.triton.windows import shape_class
@@ -343,7 +343,7 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
 
     layer = ConvLayer(block.channels, block.size, block.size, block.width, padding)
     if block.number == 1 and kernels.has_image_block(layer, device):
-        classes = (f"{precision}-{size_class(grown * grown)}", precision)
+        classes = block_classes(precision, grown * grown, batch)
         images = x.to(weights[0].dtype).contiguous()
         patches = kernels.image_patches(images, padding, precision)
         rotations = augment_parameters(SiameseAugment("rotate").draw(images), images.shape).to(images)

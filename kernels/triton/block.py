@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..types import HALF_PRECISIONS, Affine, Folded, Patches, Precision
 from .block_kernels import col2im, finish, pool, spread, sum_patches
-from .configurations import Configuration, configuration
+from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import architecture, launch, tl, triton
 from .patches import ONES, gather
 from .planes import OFFSETS, Planes
@@ -49,9 +49,9 @@ class _Block:
         """Return the sides of the pooled planes."""
         return (self.HP - 2) // 2, (self.WP - 2) // 2
 
-    def row(self, operation: str, device: torch.device) -> Configuration:
-        """Return the table's row of `operation`, its block of filters one that divides them."""
-        row = _row(operation, self.PRECISION, (self.HP - 2) * (self.WP - 2), device)
+    def row(self, operation: str, batch: int, device: torch.device) -> Configuration:
+        """Return the table's row of `operation` for `batch` samples, its block of filters one that divides them."""
+        row = _row(operation, self.PRECISION, (self.HP - 2) * (self.WP - 2), batch, device)
         row["BLOCK_C"] = min(row["BLOCK_C"], self.K & -self.K)
         return row
 
@@ -70,7 +70,7 @@ def image_patches(
     dtype = HALF_PRECISIONS.get(precision, x.dtype) if x.dtype == torch.float32 else x.dtype
     images = torch.empty((batch, *padded, channels), dtype=dtype, device=x.device)
     pixels = (padded[0] - 2) * (padded[1] - 2)
-    row = _row("image_patches", effective, pixels, x.device)
+    row = _row("image_patches", effective, pixels, batch, x.device)
     parts, tiles = _parts(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // batch)
     gram = _empty(x, (batch, parts, 9 * channels + 1, 9 * channels + 1))
     launch(
@@ -164,7 +164,7 @@ def _pooled(
 ) -> tuple[Tensor, Tensor | None, Folded]:
     """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and what the backward takes."""
     block, batch = _Block.of(patches, weight, precision), len(patches.images)
-    row = block.row(operation, weight.device)
+    row = block.row(operation, batch, weight.device)
     images, planes = patches.images, Planes(batch, block.K, *block.pooled, torch.channels_last)
     folded, folded_dot, p_dot = _empty(images, (batch, block.TERMS, block.K)), None, None
     if weight_dot is None:
@@ -191,7 +191,7 @@ def _summed(
     operation: str, block: _Block, patches: Patches, folded: Folded, p_bar: Tensor, p_bar_dot: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return U and, in a direction, U̇ over parts of the windows, (B, parts, TERMS, K)."""
-    row = block.row(operation, p_bar.device)
+    row = block.row(operation, len(p_bar), p_bar.device)
     blocks, parts, tiles = _cut(block, row, len(p_bar))
     shape = (len(p_bar), parts, block.TERMS, block.K)
     sums = _empty(folded.stats, shape)
@@ -213,7 +213,7 @@ def _finished(
     sums_dot: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     """Return each sample's gradients of weight, γ and β, or in a direction their derivatives and M, (B, blocks, TERMS, TERMS)."""
-    row = block.row("conv_norm_relu_pool_finish", weight.device)
+    row = block.row("conv_norm_relu_pool_finish", len(sums), weight.device)
     batch, blocks = len(sums), block.K // row["BLOCK_C"]
     gradients = _empty(weight, (batch, weight.numel() + 2 * block.K))
     linear = None if weight_dot is None else _empty(weight, (batch, blocks, block.TERMS, block.TERMS))
@@ -242,7 +242,7 @@ def _image_gradient(
     """Return x̄̇ (B, C, H, W) from M and the gradients of p, divided by at most two divisors."""
     batch, device = len(p_bar), p_bar.device
     height, width = block.HP - 2, block.WP - 2
-    row = block.row("conv_norm_relu_pool_columns", device)
+    row = block.row("conv_norm_relu_pool_columns", batch, device)
     columns = _empty(patches.images, (batch, height, width, block.TERMS))
     windows = triton.cdiv(height, 2) * triton.cdiv(width, 2)
     tensors = (patches.images, folded.weight, folded.weight_dot, p_bar, p_bar_dot, linear, columns)
@@ -251,7 +251,7 @@ def _image_gradient(
 
     sides = (block.HP - 2 * patches.padding, block.WP - 2 * patches.padding)
     x_bar_dot = _empty(linear, (batch, block.C, *sides))
-    row = _row("conv_norm_relu_pool_col2im", block.PRECISION, math.prod(sides), device)
+    row = _row("conv_norm_relu_pool_col2im", block.PRECISION, math.prod(sides), batch, device)
     launch(
         col2im,
         batch * triton.cdiv(math.prod(sides), row["BLOCK_M"]),
@@ -278,15 +278,17 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-def size_class(pixels: int) -> int:
-    """Return the number of pixels of a plane, rounded up, that names its class in the table."""
-    return next(size for size in SIZES if pixels <= size or size == SIZES[-1])
+def shape_classes(precision: str, pixels: int, batch: int) -> tuple[str, str, str]:
+    """Name the shapes of `batch` planes of so many pixels in the table, ever more loosely. fp16 has the classes of bf16."""
+    precision = "bf16" if precision == "fp16" else precision
+    closely = f"{precision}-{rounded_up(pixels, SIZES)}"
+    return f"{closely}-{rounded_up(batch, BATCHES)}", closely, precision
 
 
-def _row(operation: str, precision: str, pixels: int, device: torch.device) -> Configuration:
-    """Return a copy of the table's row of `operation` for planes of so many pixels."""
-    classes = (f"{precision}-{size_class(pixels)}", precision)
-    return configuration(operation, classes[0], architecture(device), classes[1])
+def _row(operation: str, precision: str, pixels: int, batch: int, device: torch.device) -> Configuration:
+    """Return a copy of the table's row of `operation`."""
+    closest, *looser = shape_classes(precision, pixels, batch)
+    return configuration(operation, closest, architecture(device), *looser)
 
 
 def _cut(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:

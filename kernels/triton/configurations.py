@@ -20,6 +20,15 @@ def configuration(operation: str, shape_class: str, architecture: str, *looser_c
     return {name: value for name, value in row.items() if name not in NOT_OF_A_LAUNCH}
 
 
+BATCHES = (16, 64, 256, 1024)
+"""Numbers of samples, by which shapes are told apart; the last is for all larger."""
+
+
+def rounded_up(number: int, sizes: tuple[int, ...]) -> int:
+    """Return the first of `sizes` that is no less than `number`, or the last."""
+    return next(size for size in sizes if number <= size or size == sizes[-1])
+
+
 def box_configuration(operation: str, architecture: str, *classes: str) -> Configuration:
     """Return the configuration of a convolution by boxes: the architecture's own in the closest class that has one."""
     for rows in (table()[operation].get(name, {}) for name in classes):

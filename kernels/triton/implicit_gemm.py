@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ..types import HALF_PRECISIONS, Precision, accumulator
-from .configurations import Configuration, configuration
+from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import INTERPRETED, architecture, launch, tl, triton
 from .planes import Planes
 
 NARROW = 16  # channels up to which planes count as images
 SIZES = (64, 256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
-BATCHES = (16, 64, 256, 1024)  # samples, likewise
 
 _NUMPY = tl.constexpr(INTERPRETED)  # NumPy multiplies the bits of bfloat16 numbers as if they were integers
 
@@ -303,12 +302,8 @@ def shape_classes(inputs: Planes, outputs: Planes, precision: str) -> tuple[str,
     precision = "bf16" if precision == "fp16" else precision
     width = "narrow" if min(inputs.channels, outputs.channels) <= NARROW else "wide"
     loosely = f"{precision}-{width}"
-    closely = f"{loosely}-{_rounded_up(outputs.height * outputs.width, SIZES)}"
-    return f"{closely}-{_rounded_up(outputs.samples, BATCHES)}", closely, loosely
-
-
-def _rounded_up(number: int, sizes: tuple[int, ...]) -> int:
-    return next(size for size in sizes if number <= size or size == sizes[-1])
+    closely = f"{loosely}-{rounded_up(outputs.height * outputs.width, SIZES)}"
+    return f"{closely}-{rounded_up(outputs.samples, BATCHES)}", closely, loosely
 
 
 def tile_of(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> Configuration:
