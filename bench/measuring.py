@@ -82,9 +82,11 @@ def repeated(run: Callable[[], Any], calls: int, device: torch.device) -> Callab
     synchronise(device)
     with torch.cuda.stream(torch.cuda.Stream(device)):
         graph.capture_begin()
-        for _ in range(calls):
-            run()
-        graph.capture_end()
+        try:
+            for _ in range(calls):
+                run()
+        finally:
+            graph.capture_end()
     graph.replay()
     return graph.replay
 
