@@ -34,15 +34,15 @@ CORRELATIONS: dict[str, list[Row]] = {
     "bf16": _correlations((264, 528), (64, 128, 128, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
 }
 
-_BOXES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SWAP", "TAPS", "num_warps", "num_stages")
+_BOXES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TAPS", "num_warps", "num_stages")
 
 
 def _box_tiles(depth: int) -> list[Row]:
     """Return tiles by boxes whose rows of `depth` channels are 128 bytes; without TAPS, a program sums all taps."""
     sizes = (
-        (128, 128, depth, 1, None, 8, 3), (128, 128, depth, 0, None, 8, 3), (256, 64, depth, 1, None, 8, 3),
-        (128, 64, depth, 1, None, 4, 2), (64, 64, depth, 0, None, 4, 4), (128, 128, depth, 1, 9, 8, 3),
-        (128, 128, depth, 1, 3, 8, 3), (64, 128, depth, 0, 3, 4, 3), (64, 64, depth, 0, 1, 4, 4),
+        (128, 128, depth, None, 8, 3), (256, 64, depth, None, 8, 3), (128, 64, depth, None, 4, 2), (64, 64, depth, None, 4, 4),
+        (64, 128, depth, None, 4, 3), (128, 128, depth, 9, 8, 3), (128, 128, depth, 3, 8, 3), (64, 128, depth, 3, 4, 3),
+        (64, 64, depth, 3, 4, 4), (64, 64, depth, 1, 4, 4),
     )  # fmt: skip
     return [{name: value for name, value in zip(_BOXES, size, strict=True) if value is not None} for size in sizes]
 
@@ -139,7 +139,7 @@ weight gradient's tile is BLOCK_K × BLOCK_N, its sum goes over pixels, BLOCK_M 
 PROGRAMS programs. The backend is a kernel of ours that loads by pointers (triton) or by boxes (tma), or torch's library
 (cudnn). A class is the precision, whether images (at most 16 channels: narrow) are on either side, and, each rounded up
 to a power of four, the pixels of a result's plane and the samples; without these, it is for all that have no row of their own.
-What follows tma is the tile by boxes, BLOCK_M being the box's pixels: with SWAP results are outputs × pixels, and TAPS is
+What follows tma is the tile by boxes, BLOCK_M being the box's pixels: TAPS is
 how many taps a program sums; of a weight gradient, whose tile is BLOCK_N outputs × BLOCK_K inputs, how many it holds.
 Where boxes do not fit, the row's other tile is taken. The prototype's times leave out the copies of weights, as those of
 cuDNN beside which it was timed did, and of a weight gradient in tf32 those of its pixels (4 to 10 microseconds); in bf16

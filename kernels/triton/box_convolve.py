@@ -19,17 +19,19 @@ _ADDED = 512  # elements of a program that adds up parts
 
 
 @triton.jit
-def _multiplied(
-    xs: tl.tensor, ws: tl.tensor, total: tl.tensor, SWAP: tl.constexpr, PRECISION: tl.constexpr
-) -> tl.tensor:
-    """Add the product of pixels (M, K) and weights (N, K): (M, N), or (N, M) with SWAP, which leaves the box where it lies."""
-    return product(ws, tl.trans(xs), total, PRECISION) if SWAP else product(xs, tl.trans(ws), total, PRECISION)
+def _multiplied(xs: tl.tensor, ws: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Add the product (N, M) of weights (N, K) and pixels (M, K), both of which the tensor core reads where the box lies.
+
+    As the first factor the pixels would go through registers, since a box is reshaped, and Triton 3.6 and 3.7 load the next ones
+    into these while products that read them are under way (docs/gpu.md, Faults).
+    """
+    return product(ws, tl.trans(xs), total, PRECISION)
 
 
 @triton.jit
-def _stored(total: tl.tensor, y: tl.tensor_descriptor, SWAP: tl.constexpr) -> tl.tensor:
-    """Return a tile of sums as (M, N), in the dtype of `y`."""
-    return (tl.trans(total) if SWAP else total).to(y.dtype)
+def _stored(total: tl.tensor, y: tl.tensor_descriptor) -> tl.tensor:
+    """Return a tile of sums (N, M) as (M, N), in the dtype of `y`."""
+    return tl.trans(total).to(y.dtype)
 
 
 @triton.jit
@@ -46,7 +48,6 @@ def _convolve(
     WO: tl.constexpr,
     PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
-    SWAP: tl.constexpr,
     BOX_B: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
@@ -55,34 +56,32 @@ def _convolve(
 ) -> None:
     """Store a tile of ẏ and, if asked for, of y: a box of pixels × BLOCK_N output channels."""
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
-    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_M
-    COLUMNS: tl.constexpr = BLOCK_M if SWAP else BLOCK_N
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     o = program % BLOCKS * BLOCK_N
     n, row, column = place_of(program // BLOCKS, HO, WO, BOX_B, BOX_H, BOX_W)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    of_w_dot = tl.zeros((ROWS, COLUMNS), tl.float32)
-    of_x_dot = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    of_w_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    of_x_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(9 * STEPS):
         tap, c = step // STEPS, step % STEPS * BLOCK_K
         down, right = row + tap // 3 - PADDING, column + tap % 3 - PADDING
         xs = x.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
         ws_dot = weight_dot.load([o, tap * CI + c])
-        of_w_dot = _multiplied(xs, ws_dot, of_w_dot, SWAP, PRECISION)
+        of_w_dot = _multiplied(xs, ws_dot, of_w_dot, PRECISION)
         if weight is not None:
             ws = weight.load([o, tap * CI + c])
             if y is not None:
-                total = _multiplied(xs, ws, total, SWAP, PRECISION)
+                total = _multiplied(xs, ws, total, PRECISION)
             if x_dot is not None:
                 xs_dot = x_dot.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
-                of_x_dot = _multiplied(xs_dot, ws, of_x_dot, SWAP, PRECISION)
+                of_x_dot = _multiplied(xs_dot, ws, of_x_dot, PRECISION)
     if y is not None:
-        y.store([n, row, column, o], _stored(total, y, SWAP).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
+        y.store([n, row, column, o], _stored(total, y).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
     if x_dot is not None:
         of_w_dot += of_x_dot
-    y_dot.store([n, row, column, o], _stored(of_w_dot, y_dot, SWAP).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
+    y_dot.store([n, row, column, o], _stored(of_w_dot, y_dot).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
 
 
 @triton.jit
@@ -97,7 +96,6 @@ def _sum_of_taps(
     CI: tl.constexpr,
     PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
-    SWAP: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -105,12 +103,12 @@ def _sum_of_taps(
 ) -> tl.tensor:
     """Sum TAPS taps, from `first` on, of one product."""
     STEPS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
-    total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(TAPS * STEPS):
         tap, c = first + step // STEPS, step % STEPS * BLOCK_K
         xs = x.load([n, row + tap // 3 - PADDING, column + tap % 3 - PADDING, c]).reshape(BLOCK_M, BLOCK_K)
         ws = weight.load([o, tap * CI + c])
-        total = _multiplied(xs, ws, total, SWAP, PRECISION)
+        total = _multiplied(xs, ws, total, PRECISION)
     return total
 
 
@@ -130,7 +128,6 @@ def _convolve_parts(
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
     TAPS: tl.constexpr,
-    SWAP: tl.constexpr,
     BOX_B: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
@@ -147,25 +144,25 @@ def _convolve_parts(
     n, row, column = place_of(program // (BLOCKS * PARTS), HO, WO, BOX_B, BOX_H, BOX_W)
     which = part // EACH if PRIMAL else part // EACH + 1
     first = part % EACH * TAPS
-    total = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if PRIMAL:  # noqa: SIM102 - known when this is compiled, and what follows is not
         if which == 0:
             total = _sum_of_taps(
                 x, weight, n, row, column, o, first,
-                CI, PADDING, PRECISION, SWAP, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
+                CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     if which == 1:
         total = _sum_of_taps(
             x, weight_dot, n, row, column, o, first,
-            CI, PADDING, PRECISION, SWAP, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
+            CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if x_dot is not None:  # noqa: SIM102
         if which == 2:
             total = _sum_of_taps(
                 x_dot, weight, n, row, column, o, first,
-                CI, PADDING, PRECISION, SWAP, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
+                CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-    parts.store([part, n, row, column, o], _stored(total, parts, SWAP).reshape(1, BOX_B, BOX_H, BOX_W, BLOCK_N))
+    parts.store([part, n, row, column, o], _stored(total, parts).reshape(1, BOX_B, BOX_H, BOX_W, BLOCK_N))
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..types import Precision
-from .boxes import BOX, box_of, count_boxes, describe_planes, described, place_of, tile_of
+from .boxes import BOX, count_boxes, describe_planes, described, place_of, row_box, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
@@ -34,7 +34,7 @@ def _store_tap(
 def _correlate(
     x: tl.tensor_descriptor,  # descriptors: (B, H, W, CI), as is x_dot
     x_dot: tl.tensor_descriptor | None,
-    y_bar: tl.tensor_descriptor,  # (B, HO, WO, CO), as is y_bar_dot
+    y_bar: tl.tensor_descriptor,  # (B·HO·WO, CO), as is y_bar_dot
     y_bar_dot: tl.tensor_descriptor,
     parts: tl.tensor,  # (PARTS, CO, 9, CI)
     share: tl.tensor,  # boxes of a part
@@ -51,7 +51,10 @@ def _correlate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Store BLOCK_N output × BLOCK_K input channels of one tap, or of the three of a row, summed over a part of the pixels."""
+    """Store BLOCK_N output × BLOCK_K input channels of one tap, or of the three of a row, summed over a part of the pixels.
+
+    A box's pixels lie one behind the other, so that ȳ needs no reshaping, and the first factor no registers (see box_convolve.py).
+    """
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     OUTPUTS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     INPUTS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
@@ -64,18 +67,20 @@ def _correlate(
     middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     right = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for step in range(share):  # a box past the last one is zeros
-        n, row, column = place_of(part * share + step, HO, WO, BOX_B, BOX_H, BOX_W)
+        box = part * share + step
+        n, row, column = place_of(box, HO, WO, BOX_B, BOX_H, BOX_W)
         down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
-        gs = tl.trans(y_bar_dot.load([n, row, column, o]).reshape(BLOCK_M, BLOCK_N))
+        gs = tl.trans(y_bar_dot.load([box * BLOCK_M, o]))
         left = product(gs, x.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
         if TAPS == 3:
             middle = product(gs, x.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION)
             right = product(gs, x.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION)
     if x_dot is not None:  # y_bar is then a descriptor too
         for step in range(share):
-            n, row, column = place_of(part * share + step, HO, WO, BOX_B, BOX_H, BOX_W)
+            box = part * share + step
+            n, row, column = place_of(box, HO, WO, BOX_B, BOX_H, BOX_W)
             down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
-            gs = tl.trans(y_bar.load([n, row, column, o]).reshape(BLOCK_M, BLOCK_N))
+            gs = tl.trans(y_bar.load([box * BLOCK_M, o]))
             left = product(gs, x_dot.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
             if TAPS == 3:
                 middle = product(gs, x_dot.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION)
@@ -225,7 +230,7 @@ def _split(inputs: Planes, outputs: Planes, tile: dict[str, int], x: Tensor, has
     programs = triton.cdiv(outputs.channels, tile["BLOCK_N"]) * triton.cdiv(inputs.channels, tile["BLOCK_K"])
     programs *= 9 // tile["TAPS"]
     if x.element_size() == 2:
-        steps = count_boxes(outputs, box_of(tile["BLOCK_M"], outputs))
+        steps = count_boxes(outputs, row_box(tile["BLOCK_M"], outputs))
     else:
         positions = outputs.samples * _rows(outputs) * _pitch(outputs)
         steps = triton.cdiv(2 * positions if has_x_dot else positions, tile["BLOCK_M"])
@@ -253,12 +258,13 @@ def _planes_as_they_lie(
 ) -> Summands:
     planes = Planes.of(y_bar_dot)
     sizes = {name: size for name, size in tile.items() if name != "BLOCK_M"}
-    box = box_of(tile["BLOCK_M"], planes)
+    box = row_box(tile["BLOCK_M"], planes)
+    pixels, block = (planes.samples * planes.height * planes.width, planes.channels), (tile["BLOCK_M"], tile["BLOCK_N"])
     factors = (
         describe_planes(x, box, tile["BLOCK_K"]),
         None if x_dot is None else describe_planes(x_dot, box, tile["BLOCK_K"]),
-        None if x_dot is None else describe_planes(y_bar, box, tile["BLOCK_N"]),
-        describe_planes(y_bar_dot, box, tile["BLOCK_N"]),
+        None if x_dot is None else described(y_bar, pixels, block),
+        described(y_bar_dot, pixels, block),
     )
     constants = {"HO": planes.height, "WO": planes.width, "PADDING": padding, **dict(zip(BOX, box, strict=True))}
     return _correlate, factors, sizes | constants

@@ -31,16 +31,18 @@ def place_of(
     return tile // (ROWS * COLUMNS) * BOX_B, tile // COLUMNS % ROWS * BOX_H, tile % COLUMNS * BOX_W
 
 
-def fits(inputs: Planes, outputs: Planes, precision: Precision, tensors: list[Tensor]) -> bool:
+def fits(operation: str, inputs: Planes, outputs: Planes, precision: Precision, tensors: list[Tensor]) -> bool:
     """Return whether boxes can be loaded from and stored to `tensors`, which have the shapes of `inputs` or `outputs`.
 
     They are channels_last, of float32, or 16 bits wide where the precision is; pixels are multiples of 16 bytes and begin
-    at one, whatever the numbers of samples, rows and columns.
+    at one, whatever the numbers of samples, rows and columns. Those of a weight gradient in 16 bits have sides that are powers of two.
     """
     dtype = tensors[0].dtype
     wide = effective_precision(dtype, precision) in ("fp32", "tf32")
+    by_rows = operation.endswith("weight_gradient") and not wide
     return (
-        dtype.itemsize == (4 if wide else 2)
+        not (by_rows and any(side & (side - 1) for side in (outputs.height, outputs.width)))
+        and dtype.itemsize == (4 if wide else 2)
         and all(planes.channels_last for planes in (inputs, outputs))
         and all(planes.channels * dtype.itemsize % 16 == 0 for planes in (inputs, outputs))
         and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
@@ -51,9 +53,10 @@ def tile_of(
     operation: str, inputs: Planes, outputs: Planes, precision: Precision, tensors: list[Tensor]
 ) -> Configuration:
     """Return the table's tile, no wider than the channels. Raises `ValueError` for planes that no box fits."""
-    if not fits(inputs, outputs, precision, tensors):
+    if not fits(operation, inputs, outputs, precision, tensors):
         raise ValueError(
-            f"{operation}: expected channels_last planes of whole 16 bytes a pixel, found {inputs}, {outputs}"
+            f"{operation}: expected channels_last planes of whole 16 bytes a pixel, for a weight gradient in 16 bits with sides "
+            f"that are powers of two, found {inputs}, {outputs}"
         )
     classes = shape_classes(inputs, outputs, effective_precision(tensors[0].dtype, precision))
     row = dict(box_configuration(operation, architecture(tensors[0].device), *classes))
@@ -66,6 +69,13 @@ def box_of(pixels: int, planes: Planes) -> tuple[int, int, int]:
     """Return the samples, rows and columns of a box of as many pixels: whole rows first, up to 16 columns."""
     columns = min(16, pixels, triton.next_power_of_2(planes.width))
     rows = min(pixels // columns, triton.next_power_of_2(planes.height))
+    return pixels // (rows * columns), rows, columns
+
+
+def row_box(pixels: int, planes: Planes) -> tuple[int, int, int]:
+    """Return the same of a box whose pixels lie one behind the other, of planes with sides that are powers of two."""
+    columns = min(pixels, planes.width)
+    rows = min(pixels // columns, planes.height)
     return pixels // (rows * columns), rows, columns
 
 

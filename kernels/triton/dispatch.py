@@ -50,7 +50,7 @@ def weight_bytes(
         for operation in ("conv3x3_weight_gradient", "conv3x3_dual_weight_gradient"):
             classes = shape_classes(inputs, outputs, effective_precision(dtype, precision))
             backend = backend_of(operation, classes[0], architecture(device), *classes[1:])
-            if backend == "tma" and not fits(inputs, outputs, precision, [x]):
+            if backend == "tma" and not fits(operation, inputs, outputs, precision, [x]):
                 backend = "triton"
             if backend != "cudnn":
                 correlation = box_correlate if backend == "tma" else implicit_gemm
@@ -68,7 +68,7 @@ def _backend(operation: str, x: Tensor, result: Planes, precision: Precision) ->
 def _fits(operation: str, operands: list[Any], result: Planes, precision: Precision) -> bool:
     tensors = operands[:-1]  # the last is the padding; of a convolution's, half are weights, of which copies are taken
     planes = tensors if operation.endswith("weight_gradient") else tensors[: len(tensors) // 2]
-    return fits(Planes.of(operands[0]), result, precision, [each for each in planes if each is not None])
+    return fits(operation, Planes.of(operands[0]), result, precision, [each for each in planes if each is not None])
 
 
 def _result(operation: str, *arguments: Any) -> Planes:

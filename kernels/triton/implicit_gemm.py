@@ -8,6 +8,8 @@ BLOCK_M pixels of one sample, BLOCK_N output channels, BLOCK_K terms.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,18 +47,8 @@ def _terms(
 
 
 @triton.jit
-def _rounded(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    if PRECISION == "bf16":
-        tile = tile.to(tl.bfloat16)
-    elif PRECISION == "fp16":
-        tile = tile.to(tl.float16)
-    return tile
-
-
-@triton.jit
 def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """Add a·b to `total`, of factors rounded as PRECISION says."""
-    a, b = _rounded(a, PRECISION), _rounded(b, PRECISION)
+    """Add a·b to `total`; factors of 16 bits are of that dtype, and tf32's are rounded here."""
     if _NUMPY:
         a, b = a.to(total.dtype), b.to(total.dtype)
     precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
@@ -214,6 +206,7 @@ def convolve(
     """Fill `y`, if there is one, and `y_dot`; the weights are of weights.py. The row of `operation` in the table gives the tile."""
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
     row = tile_of(operation, inputs, outputs, precision, x)
+    x, x_dot = _factors(precision, x, x_dot)
     tiles = triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
     launch(
         _convolve,
@@ -246,6 +239,7 @@ def correlate(
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
     row, programs, tiles, share = _split(operation, inputs, outputs, precision, x)
     channels, count = inputs.channels, triton.cdiv(tiles, share)
+    x, x_dot, y_bar, y_bar_dot = _factors(precision, x, x_dot, y_bar, y_bar_dot)
     parts = torch.empty((count, outputs.channels, 3, 3, channels), dtype=accumulator(x.dtype), device=x.device)
     launch(
         _correlate,
@@ -285,6 +279,15 @@ def _split(
     steps = triton.cdiv(9 * channels, terms) if channels < terms else 9 * triton.cdiv(channels, terms)
     programs = steps * triton.cdiv(outputs.channels, row["BLOCK_N"])
     return row, programs, tiles, triton.cdiv(tiles, max(1, min(tiles, target // programs)))
+
+
+def _factors(precision: Precision, *planes: Tensor | None) -> list[Any]:
+    """Return planes in the dtype that they are multiplied in.
+
+    Rounded in the kernel they would go through registers, which Triton 3.6 and 3.7 do not guard (docs/gpu.md, Faults).
+    """
+    half = HALF_PRECISIONS.get(precision)
+    return [each if half is None or each is None or each.dtype != torch.float32 else each.to(half) for each in planes]
 
 
 def effective_precision(dtype: torch.dtype, precision: Precision) -> str:

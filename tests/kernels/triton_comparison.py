@@ -50,12 +50,20 @@ BOXED = [
     (3, 40, 24, 1, 1, 1),  # 1×1 planes, several samples in a box, more channels than a step of the sum
     (2, 8, 72, 9, 7, 0),  # several tiles in both directions
     (9, 8, 16, 5, 3, 1),  # the weight gradient's sum in several parts, the last one short
+    (
+        5,
+        8,
+        24,
+        4,
+        2,
+        1,
+    ),  # sides that are powers of two, which weight gradients in 16 bits ask for; the last box is half empty
 ]
 BOX_TILES = [
-    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "SWAP": 0, "num_warps": 1, "num_stages": 2},
-    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "SWAP": 1, "TAPS": 3, "num_warps": 1, "num_stages": 2},
-    {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "SWAP": 1, "num_warps": 1, "num_stages": 2},
-    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SWAP": 0, "TAPS": 9, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "TAPS": 3, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 1, "num_stages": 2},
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "TAPS": 9, "num_warps": 1, "num_stages": 2},
 ]
 BOX_CORRELATIONS = [
     {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "PROGRAMS": 4, "num_warps": 1, "num_stages": 2},
@@ -395,7 +403,11 @@ def boxed_convolutions(
         tiles = BOX_CORRELATIONS if operation.endswith("weight_gradient") else BOX_TILES
         return tiles[number or 0]
 
+    *_, height, width, padding = shape
+    powers = all((side + 2 * padding - 2).bit_count() == 1 for side in (height, width))
     for name, arguments, expected in convolution_cases(dtype, shape, torch.channels_last):
+        if name.endswith("weight_gradient") and dtype.itemsize == 2 and not powers:
+            continue  # goes by pointers
         for dual, operands in placed(name, arguments, device).items():
             ours = partial(summed_results, tma, name, *operands, shape[-1], precision=precision)
             case = (name, "tma", shape, str(dtype), precision, number, dual)
@@ -574,8 +586,8 @@ def all_convolutions(device: str, share: Share) -> None:
     if interpreted:
         for shape, tile in zip(BOXED, itertools.cycle(range(len(BOX_TILES))), strict=False):
             cases.append(partial(boxed_convolutions, device, torch.float32, "fp32", shape, tile))
-        for tile in range(2):
-            cases.append(partial(boxed_convolutions, device, torch.bfloat16, "bf16", BOXED[0], tile))
+        for shape, tile in itertools.product((BOXED[0], BOXED[-1]), range(2)):
+            cases.append(partial(boxed_convolutions, device, torch.bfloat16, "bf16", shape, tile))
     if not interpreted and torch.cuda.get_device_capability()[0] >= 9:
         for shape in BOXED + [shape for shape in LARGE if shape[1] % 8 == shape[2] % 8 == 0]:
             cases.append(partial(boxed_convolutions, device, torch.float32, "tf32", shape, None))
