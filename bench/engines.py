@@ -127,7 +127,7 @@ def _fused_student(case: Case, precision: Precision) -> FusedConvNetStudent:
     return student
 
 
-@functools.lru_cache(maxsize=2)  # the small case of the gate, and the one that is timed
+@functools.lru_cache(maxsize=8)  # the small case of the gate, and the one that is timed, of each precision
 def _graphed_iteration(net: ConvNet, plan: Plan) -> Iteration:
     return planned_iteration(net, plan, None, (plan.work.batch,) * plan.work.steps)
 

@@ -29,7 +29,8 @@ from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from bench.shares import share_of_operations
-from bench.workers import Worker, WorkerError, give_up
+from bench.workers import Here, Worker, WorkerError, give_up
+from mtt_fast.errors import InputError
 from mtt_fast.runtime.memory_info import AUTO, parse_bytes
 from mtt_fast.storage.files import read_header, save_tensors
 from mtt_fast.testing import relative_error
@@ -55,12 +56,19 @@ class Options(CommonOptions, Shape):
     """file for the gradients in float64, which take minutes on a CPU; used again for the same case"""
     floor: bool = True
     """also time the convolutions alone"""
+    one_process: bool = False
+    """on a GPU: have no process for each engine, which spares their starts"""
 
 
 def main(options: Options, command: str) -> None:
     """Measure, print the table, write the record."""
     device, setting = options.torch_device(), options.resolve()
     parse_bytes(options.memory_budget)
+    if options.one_process and device.type == "cpu":
+        raise InputError(
+            "--one_process True: expected a GPU, since peak memory on a CPU belongs to a process; leave it out"
+        )
+    worker_of: type[Worker] | type[Here] = Here if options.one_process else Worker
     runnable = [name for name, engine in ENGINES.items() if device.type == "cuda" or not engine.cuda_only]
     names = options.engines.split(",") if options.engines else runnable
     engines, precisions = {}, {}
@@ -90,14 +98,15 @@ def main(options: Options, command: str) -> None:
         truth = options.truth or str(Path(folder) / "truth.safetensors")
         digest = hashlib.sha256(Path(case["path"]).read_bytes()).hexdigest()
         if not (Path(truth).exists() and read_header(truth)[1].get("case") == digest):
-            with Worker(build_case, **case) as worker:
+            with worker_of(build_case, **case) as worker:
                 worker.ask(write_truth, path=truth, digest=digest)
-        rows, workers = {}, {}
+        rows: dict[str, dict[str, Any]] = {}
+        workers: dict[str, Worker | Here] = {}
         try:
             for name, engine in engines.items():
                 rows[name] = {"engine": name, "exact": engine.exact, "tuned": engine.tuned, "problem": None}
                 try:
-                    workers[name] = Worker(
+                    workers[name] = worker_of(
                         build_engine, tuned=engine.tuned, case=case, engine=name, budget=options.memory_budget
                     )
                     rows[name] |= workers[name].ask(check, truth=truth)
@@ -108,7 +117,7 @@ def main(options: Options, command: str) -> None:
                 record(rows, peak, complete=False)
             if options.floor:
                 rows[FLOOR] = {"engine": FLOOR, "exact": True, "tuned": True, "problem": None}
-                workers[FLOOR] = Worker(build_floor, shape=_shape(options), **common)
+                workers[FLOOR] = worker_of(build_floor, shape=_shape(options), **common)
             times = interleaved(
                 options.repetitions,
                 workers,

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Environment with which glibc keeps freed memory, as in mtt_fast's commands; without it a worker is an ordinary script."""
@@ -82,7 +82,38 @@ class Worker:
         self.close()
 
 
-def give_up(rows: dict[str, dict[str, Any]], workers: dict[str, Worker], name: str, error: Exception) -> None:
+class Here:
+    """Answers the questions of a `Worker` in this process, which spares the start of another."""
+
+    def __init__(self, build: Callable[..., Any], *, tuned: bool = True, **arguments: Any) -> None:
+        self._state: Any = None
+        self._state = self._answer(build, **arguments)
+
+    def ask(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        """Return the result of `function(state, **arguments)`. Raises `WorkerError` if the function fails."""
+        return self._answer(function, self._state, **arguments)
+
+    def _answer(self, function: Callable[..., Any], *state: Any, **arguments: Any) -> Any:
+        try:
+            return function(*state, **arguments)
+        except Exception as error:  # as in a worker
+            raise WorkerError(f"{type(error).__name__}: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        """Forget the state."""
+        self._state = None
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+AnyWorker = TypeVar("AnyWorker", bound=Worker | Here)
+
+
+def give_up(rows: dict[str, dict[str, Any]], workers: dict[str, AnyWorker], name: str, error: Exception) -> None:
     """Record `error` as the problem of a row, and end the row's worker if there is one."""
     rows[name]["problem"] = str(error)
     if name in workers:

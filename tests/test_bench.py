@@ -548,6 +548,7 @@ def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pyte
             ["meta_step", "--engines", "whole_graph@fp16", "--device", "cpu"],
             "--engines whole_graph@fp16: expected one of",
         ),
+        (["meta_step", "--one_process", "True", "--device", "cpu"], "--one_process True: expected a GPU"),
         (["meta_step", "--precision", "fp8"], "--precision fp8: expected fp32, tf32, fp16, bf16"),
         (["meta_step", "--repetitions", "0"], "--repetitions 0: expected at least 1"),
         (["memory_scaling", "--vary-steps", "5,x"], "--vary_steps 5,x: expected numbers"),
