@@ -150,7 +150,8 @@ is the precision, bf16 for fp16 too, and, each rounded up (kernels/triton/block.
 these, it is for all that have no row of their own.""",
     "conv_norm_relu_pool": """\
 conv_norm_relu_pool…: the first block. A tile is WINDOWS 2×2 windows × BLOCK_C filters, and the windows are cut so as to make
-about PROGRAMS programs; …_col2im takes BLOCK_M pixels. Classes are those of image_patches.""",
+about PROGRAMS programs; …_col2im takes BLOCK_M pixels. Classes are those of image_patches. The microseconds of …_finish, …_columns
+and …_col2im, passes of the dual's backward, are those of the whole.""",
     "linear_cross_entropy": """\
 linear_cross_entropy…: the class of shapes is the number of classes, rounded up to the sizes below; the last one takes all larger
 numbers. Scores are tiles of ROWS samples × COLUMNS classes, summed over BLOCK_D features at a time; up to 128 classes fit in
