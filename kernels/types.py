@@ -117,6 +117,8 @@ class WeightBytes(NamedTuple):
 
     packed: int  # by its copies
     summands: int  # by the summands of its gradient
+    copies: int = 0  # by the planes' copies that its gradient is made of, while it is made
+    dual_copies: int = 0  # likewise, in a direction
 
 
 class WeightPlace(NamedTuple):

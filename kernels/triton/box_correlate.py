@@ -225,6 +225,14 @@ def count_summands(operation: str, inputs: Planes, outputs: Planes, precision: P
     return _split(inputs, outputs, tile, x, "dual" in operation)[2]
 
 
+def copied_bytes(operation: str, inputs: Planes, outputs: Planes, x: Tensor) -> int:
+    """Return the bytes of the copies that `correlate` makes of planes like `x`: tf32's, with pixels side by side."""
+    if x.element_size() == 2:
+        return 0
+    positions = outputs.samples * _rows(outputs) * _pitch(outputs) * (2 if "dual" in operation else 1)
+    return (3 * inputs.channels + outputs.channels) * positions * x.element_size()
+
+
 def _split(inputs: Planes, outputs: Planes, tile: dict[str, int], x: Tensor, has_x_dot: bool) -> tuple[int, int, int]:
     """Return the programs of a part of the sum over pixels, the steps of a part, and the number of parts."""
     programs = triton.cdiv(outputs.channels, tile["BLOCK_N"]) * triton.cdiv(inputs.channels, tile["BLOCK_K"])

@@ -46,7 +46,7 @@ def weight_bytes(
     for layer in layers:
         inputs = Planes(batch, layer.channels, layer.height, layer.width, torch.channels_last)
         outputs = Planes(batch, layer.filters, layer.out_height, layer.out_width, torch.channels_last)
-        counts = [1]
+        counts, copies = [1], []
         for operation in ("conv3x3_weight_gradient", "conv3x3_dual_weight_gradient"):
             classes = shape_classes(inputs, outputs, effective_precision(dtype, precision))
             backend = backend_of(operation, classes[0], architecture(device), *classes[1:])
@@ -55,8 +55,10 @@ def weight_bytes(
             if backend != "cudnn":
                 correlation = box_correlate if backend == "tma" else implicit_gemm
                 counts.append(correlation.count_summands(operation, inputs, outputs, precision, x))
+            copies.append(box_correlate.copied_bytes(operation, inputs, outputs, x) if backend == "tma" else 0)
         size = 9 * layer.channels * layer.filters
-        every.append(WeightBytes(2 * size * products.itemsize, max(counts) * size * accumulator(dtype).itemsize))
+        summands = max(counts) * size * accumulator(dtype).itemsize
+        every.append(WeightBytes(2 * size * products.itemsize, summands, *copies))
     return every
 
 

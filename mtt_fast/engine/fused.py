@@ -145,11 +145,20 @@ class FusedConvNetStudent:
             2 * (sum(xs[: block + 1]) + ys[block] + pooled[block]) + tangents * sum(ys[:block])
             for block in range(len(layers))
         ]
+        backward_sweep = [
+            # a weight's gradient may be made of copies, when the pooled planes are gone
+            max(whole, whole - 2 * after + weight.dual_copies)
+            for whole, after, weight in zip(backward_sweep, pooled, weights, strict=True)
+        ]
         backward_sweep[0] += columns
         # at the classifier p̄ and p, with their tangents, and on a CPU one of them in the public code's order too
         backward_sweep[-1] += 3 * features
         backward = [sum(xs[: block + 1]) + sum(ys[: block + 1]) + pooled[block] for block in range(len(layers))]
-        backward[-1] = forward_sweep
+        backward = [
+            max(whole, whole - after + weight.copies)
+            for whole, after, weight in zip(backward, pooled, weights, strict=True)
+        ]
+        backward[-1] = max(forward_sweep, backward[-1])
         both_sweeps = [planes + passed for planes, passed in zip(backward_sweep, left, strict=True)]
         return StepBytes(
             gradient=max(*(planes + passed for planes, passed in zip(backward, left, strict=True)), results) + small,
