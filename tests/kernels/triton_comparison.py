@@ -227,9 +227,10 @@ def biases(device: str, share: Share) -> None:
 
 def table_cases(device: str) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
     """Yield the arguments of planes in both formats, whose tiles are those of the table."""
-    for shape in PLANES if device == "cpu" else PLANES + LARGE_PLANES:
-        for form in (torch.contiguous_format, torch.channels_last):
-            yield from plane_cases(device, shape, form)
+    for shape, form in itertools.product(PLANES, (torch.contiguous_format, torch.channels_last)):
+        yield from plane_cases(device, shape, form)
+    for shape in () if device == "cpu" else LARGE_PLANES:
+        yield from plane_cases(device, shape, torch.channels_last)  # as a student on a GPU has them
 
 
 def part_cases(device: str) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
