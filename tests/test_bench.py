@@ -305,7 +305,7 @@ def test_the_passes_of_the_first_block_are_tuned(tmp_path: Path, monkeypatch: py
     for name in BLOCKS:
         assert rows[name]["problem"] == ""
         assert rows[name]["error"] < tune.TOLERANCES["tf32"]
-    assert tomllib.loads(table.read_text())["conv_norm_relu_pool_columns"]["tf32-256"]["sm_80"]["BLOCK_C"] == 16
+    assert tomllib.loads(table.read_text())["conv_norm_relu_pool_columns"]["tf32-256-16"]["sm_80"]["BLOCK_C"] == 16
 
 
 def test_the_table_is_as_its_writer_writes_it() -> None:
