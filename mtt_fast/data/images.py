@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import shortened
-from mtt_fast.storage.regular import check_regular
+from mtt_fast.storage.regular import check_regular, read_bytes
 
 # Not all that Pillow can read: some of its readers start other programs, or are hardly ever used.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
@@ -28,6 +28,7 @@ _GREY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _MOST_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
 _MOST_BYTES = 4 * _MOST_PIXELS + (1 << 20)  # as many, without compression
+_REPLACE = "replace or delete it"
 
 _Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -154,8 +155,9 @@ def _decode_chunk(paths: Sequence[str], shape: tuple[int, int, int], resize: boo
     """Return the images, and which of them are transparent."""
     block, transparent = np.empty((len(paths), *shape), np.uint8), []
     for picture, path in zip(block, paths, strict=True):
-        with _opened_file(path) as image:
-            picture[:], is_transparent = _pixels(image, path, shape, resize)
+        # read whole: Pillow would ask the system for it in many pieces
+        content = read_bytes(path, _MOST_BYTES, _REPLACE)
+        picture[:], is_transparent = _pixels(_opened(io.BytesIO(content), path), path, shape, resize)
         if is_transparent:
             transparent.append(path)
     return block, transparent
@@ -202,7 +204,7 @@ def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]
 
 
 def _opened_file(path: str) -> Image.Image:
-    check_regular(path, _MOST_BYTES, "replace or delete it")
+    check_regular(path, _MOST_BYTES, _REPLACE)
     return _opened(path, path)
 
 
