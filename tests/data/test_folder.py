@@ -9,6 +9,7 @@ import os
 import struct
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -94,9 +95,9 @@ def test_more_images_than_a_task_holds_keep_their_order(tmp_path: Path) -> None:
 def test_small_images_are_decoded_in_one_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, resize: bool, threads: int
 ) -> None:
-    pools = Mock(side_effect=images.ThreadPoolExecutor)
+    pools = Mock(side_effect=ThreadPoolExecutor)
     monkeypatch.setattr(images, "ThreadPoolExecutor", pools)
-    monkeypatch.setattr(images.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     path, pixels = str(write(tmp_path / "x.png", noise(0, side, side))), noise(0, side, side)
     (block,) = decode([path], (3, side, side), resize=resize)
     assert (pools.call_args.args, block[0].tolist()) == ((threads,), chw(pixels).tolist())
