@@ -137,7 +137,8 @@ def image_source(
         return (channels or (1 if header.grey else 3), *((size, size) if size else header.size))
 
     def read() -> Contents:
-        shape = image_shape()
+        # a known shape needs no look at the headers: each image is checked where it is decoded
+        shape = (channels, size, size) if channels and size else image_shape()
         return Contents(
             names,
             shape,

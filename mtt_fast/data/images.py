@@ -18,16 +18,19 @@ from torch import Tensor
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.foreign import shortened
-from mtt_fast.storage.regular import check_regular
+from mtt_fast.storage.regular import check_regular, read_bytes
 
 # Not all that Pillow can read: some of its readers start other programs, or are hardly ever used.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 
 _CHUNK = 64  # images a task
+_MOST_THREADS = 32
+_SMALL = 64 * 64  # pixels; so small images take more Python than decoding
 _GREY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _MOST_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
 _MOST_BYTES = 4 * _MOST_PIXELS + (1 << 20)  # as many, without compression
+_REPLACE = "replace or delete it"
 
 _Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -49,7 +52,7 @@ def read_headers(paths: Sequence[str], size: tuple[int, int] | None, *, resize: 
     Raises `InputError`, which names the first file that is bad or differs.
     """
     grey, first = True, size
-    with _threads() as (pool, workers):
+    with _threads(_MOST_THREADS) as (pool, workers):
         chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
         for chunk, headers in _in_order(pool, workers, _read_chunk, chunks):
             for path, header in zip(chunk, headers, strict=True):
@@ -70,10 +73,11 @@ def decode(paths: Sequence[str], shape: tuple[int, int, int], *, resize: bool) -
     Raises `InputError`, which names the file, for a bad one.
 
     Threads, because Pillow decodes outside the interpreter's lock: on two cores they take 1.9 times the speed of one
-    for 500x375 JPEGs and neither gain nor lose for 32x32, where processes lose (2 % to 40 %, more with every start-up).
+    for 500x375 JPEGs. For 32x32 they lose by waiting for the lock: 100 microseconds an image in one thread, 190 in two,
+    250 to 310 in 16. Two forked processes take half of one thread's time, but to fork under threads and CUDA is not safe.
     """
     transparent: list[str] = []
-    with _threads() as (pool, workers):
+    with _threads(1 if not resize and shape[1] * shape[2] <= _SMALL else _MOST_THREADS) as (pool, workers):
         chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
         for _, (block, names) in _in_order(pool, workers, lambda chunk: _decode_chunk(chunk, shape, resize), chunks):
             transparent += names
@@ -107,8 +111,8 @@ def decode_bytes(contents: Sequence[bytes], names: Sequence[str]) -> _Picture:
 
 
 @contextmanager
-def _threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    workers = min(os.cpu_count() or 1, 32)
+def _threads(most: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    workers = min(os.cpu_count() or 1, most)
     with _quiet(), ThreadPoolExecutor(workers) as pool:
         try:
             yield pool, workers
@@ -154,8 +158,9 @@ def _decode_chunk(paths: Sequence[str], shape: tuple[int, int, int], resize: boo
     """Return the images, and which of them are transparent."""
     block, transparent = np.empty((len(paths), *shape), np.uint8), []
     for picture, path in zip(block, paths, strict=True):
-        with _opened_file(path) as image:
-            picture[:], is_transparent = _pixels(image, path, shape, resize)
+        # read whole: Pillow would ask the system for it in many pieces
+        content = read_bytes(path, _MOST_BYTES, _REPLACE)
+        picture[:], is_transparent = _pixels(_opened(io.BytesIO(content), path), path, shape, resize)
         if is_transparent:
             transparent.append(path)
     return block, transparent
@@ -202,7 +207,7 @@ def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]
 
 
 def _opened_file(path: str) -> Image.Image:
-    check_regular(path, _MOST_BYTES, "replace or delete it")
+    check_regular(path, _MOST_BYTES, _REPLACE)
     return _opened(path, path)
 
 

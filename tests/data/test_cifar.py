@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -176,6 +177,18 @@ def test_an_image_folder_of_jpegs(tmp_path: Path) -> None:
     assert data.mean == (0.4914, 0.4822, 0.4465)
     assert data.train.labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert data.test.images[:, 0].float().mean((1, 2)).tolist() == pytest.approx([20 * n for n in range(10)], abs=3)
+
+
+def test_each_image_of_a_folder_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_image = Mock(side_effect=Image.open)
+    monkeypatch.setattr(Image, "open", open_image)
+    load("CIFAR10", data_path=jpeg_folder(tmp_path), progress=False)
+    assert open_image.call_count == 30
+
+
+def test_one_image_of_another_size_is_named(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 31)).save(jpeg_folder(tmp_path) / "test" / "bird" / "0.jpg")
+    fails(tmp_path, r"test/bird/0\.jpg: expected 32x32 pixels as in the other images, found 32x31; give `res`")
 
 
 def test_an_image_folder_of_something_else(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import os
 import struct
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mtt_fast.data import ImageData, load
+from mtt_fast.data import ImageData, images, load
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.images import decode, read_headers
 from mtt_fast.data.packing import packed
@@ -87,6 +89,18 @@ def test_more_images_than_a_task_holds_keep_their_order(tmp_path: Path) -> None:
     write(tmp_path / "test" / "a" / "0.png", noise(0, 2, 2))
     data = load("folder", data_path=tmp_path, progress=False)
     assert data.train.images[:, 0, 0, 0].tolist() == list(range(150))
+
+
+@pytest.mark.parametrize(("side", "resize", "threads"), [(6, False, 1), (6, True, 8), (65, False, 8)])
+def test_small_images_are_decoded_in_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, resize: bool, threads: int
+) -> None:
+    pools = Mock(side_effect=ThreadPoolExecutor)
+    monkeypatch.setattr(images, "ThreadPoolExecutor", pools)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    path, pixels = str(write(tmp_path / "x.png", noise(0, side, side))), noise(0, side, side)
+    (block,) = decode([path], (3, side, side), resize=resize)
+    assert (pools.call_args.args, block[0].tolist()) == ((threads,), chw(pixels).tolist())
 
 
 def test_jpeg_and_webp_are_read_as_pillow_reads_them(tmp_path: Path) -> None:
