@@ -69,6 +69,7 @@ from .types import (
     Weight,
     WeightBytes,
     WeightPlace,
+    plane_dtype,
     weight_of,
 )
 
@@ -122,6 +123,7 @@ __all__ = [
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
     "pack_parameters",
+    "plane_dtype",
     "power_of_two",
     "release_memory",
     "sgd_step",

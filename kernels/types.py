@@ -129,6 +129,11 @@ class WeightPlace(NamedTuple):
     channels: int
 
 
+def plane_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
+    """Return the dtype of all that has pixels, and of what is multiplied with it, for images and parameters of `dtype`."""
+    return HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums over planes of `dtype`, of their statistics, of the parameters and their gradients."""
     return torch.float32 if dtype in HALF_PRECISIONS.values() else dtype

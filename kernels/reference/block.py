@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, Affine, Patches, Precision
+from ..types import Affine, Patches, Precision, plane_dtype
 from .conv import (
     conv3x3,
     conv3x3_dual,
@@ -37,7 +37,7 @@ def image_patches(
     probes = torch.arange(PROBES, device=x.device) * (height * width) // PROBES
     images = F.pad(x, (padding,) * 4) - x.flatten(2)[:, :, probes].mean(2)[:, :, None, None]
     images = rounded(images, precision).permute(0, 2, 3, 1).contiguous()
-    dtype = HALF_PRECISIONS.get(precision, x.dtype) if x.dtype == torch.float32 else x.dtype
+    dtype = plane_dtype(x.dtype, precision)
     return Patches(images.to(dtype), gram_of(images), padding)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, Affine, Folded, Patches, Precision
+from ..types import Affine, Folded, Patches, Precision, plane_dtype
 from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import architecture, launch, tl, triton
@@ -67,7 +67,7 @@ def image_patches(
     if terms * padded[0] * padded[1] >= OFFSETS:
         raise ValueError(f"expected less than 2³¹ numbers in a sample's patches, found shape {tuple(x.shape)}")
     effective = "fp64" if x.dtype == torch.float64 else precision
-    dtype = HALF_PRECISIONS.get(precision, x.dtype) if x.dtype == torch.float32 else x.dtype
+    dtype = plane_dtype(x.dtype, precision)
     images = torch.empty((batch, *padded, channels), dtype=dtype, device=x.device)
     pixels = (padded[0] - 2) * (padded[1] - 2)
     row = _row("image_patches", effective, pixels, batch, x.device)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..types import HALF_PRECISIONS, PackedWeight, Precision, Weight, accumulator, in_format_of
+from ..types import PackedWeight, Precision, Weight, accumulator, in_format_of, plane_dtype
 from .planes import stacked
 
 
@@ -90,8 +90,8 @@ def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tenso
     """Return the factors in the dtype that they are multiplied in. cuDNN's results are of that dtype too."""
     if isinstance(other, PackedWeight):
         other = other.straight.permute(0, 3, 1, 2)
-    half = HALF_PRECISIONS.get(precision) if planes.dtype == torch.float32 else planes.dtype
-    return (planes, other) if half not in HALF_PRECISIONS.values() else (planes.to(half), other.to(half))
+    dtype = plane_dtype(planes.dtype, precision)
+    return planes.to(dtype), other.to(dtype)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, ConvLayer, Precision, WeightBytes, accumulator, weight_of
+from ..types import ConvLayer, Precision, WeightBytes, accumulator, plane_dtype, weight_of
 from . import box_correlate, conv, cudnn, implicit_gemm, tma
 from .boxes import fits
 from .configurations import backend_of
@@ -42,7 +42,7 @@ def weight_bytes(
 ) -> list[WeightBytes]:
     """See `mtt_fast.kernels.weight_bytes`."""
     x, every = torch.empty(0, dtype=dtype, device=device), []
-    products = HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
+    products = plane_dtype(dtype, precision)
     for layer in layers:
         inputs = Planes(batch, layer.channels, layer.height, layer.width, torch.channels_last)
         outputs = Planes(batch, layer.filters, layer.out_height, layer.out_width, torch.channels_last)

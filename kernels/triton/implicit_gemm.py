@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, Precision, accumulator
+from ..types import HALF_PRECISIONS, Precision, accumulator, plane_dtype
 from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import INTERPRETED, architecture, launch, tl, triton
 from .planes import Planes
@@ -286,8 +286,7 @@ def _factors(precision: Precision, *planes: Tensor | None) -> list[Any]:
 
     Rounded in the kernel they would go through registers, which Triton 3.6 and 3.7 do not guard (docs/gpu.md, Faults).
     """
-    half = HALF_PRECISIONS.get(precision)
-    return [each if half is None or each is None or each.dtype != torch.float32 else each.to(half) for each in planes]
+    return [None if each is None else each.to(plane_dtype(each.dtype, precision)) for each in planes]
 
 
 def effective_precision(dtype: torch.dtype, precision: Precision) -> str:

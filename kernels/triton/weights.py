@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, PackedParameters, PackedWeight, Precision, Weight, WeightPlace
+from ..types import HALF_PRECISIONS, PackedParameters, PackedWeight, Precision, Weight, WeightPlace, plane_dtype
 from .configurations import configuration
 from .flat import largest_parts, power_of_parts
 from .launch import architecture, launch, tl, triton
@@ -87,7 +87,7 @@ def pack_parameters(
 ) -> PackedParameters:
     """See `mtt_fast.kernels.pack_parameters`."""
     row = configuration("pack_parameters", "", architecture(theta.device))
-    dtype = HALF_PRECISIONS.get(precision, theta.dtype) if theta.dtype == torch.float32 else theta.dtype
+    dtype = plane_dtype(theta.dtype, precision)
     shapes = _shapes(places)
     total = sum(2 * apart for *_, apart in shapes)
     packed = torch.empty(total, dtype=dtype, device=theta.device)

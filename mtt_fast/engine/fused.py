@@ -20,9 +20,18 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs
-from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors, plane_dtype
+from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
-from mtt_fast.kernels import ConvLayer, LabelKind, PackedParameters, PartialSums, Precision, Weight, WeightPlace
+from mtt_fast.kernels import (
+    ConvLayer,
+    LabelKind,
+    PackedParameters,
+    PartialSums,
+    Precision,
+    Weight,
+    WeightPlace,
+    plane_dtype,
+)
 from mtt_fast.networks.convnet import ConvNet
 
 _LARGEST_DIRECTION = 1.0

@@ -15,15 +15,10 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, gathered
-from mtt_fast.kernels import HALF_PRECISIONS, Affine, Folded, Patches, PlaneStats, Precision, Weight, weight_of
+from mtt_fast.kernels import Affine, Folded, Patches, PlaneStats, Precision, Weight, plane_dtype, weight_of
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
 Tensors = tuple[Tensor, ...]
-
-
-def plane_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
-    """Return the dtype of all that has pixels, for images and parameters of `dtype`."""
-    return HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
 
 
 class Parameters(NamedTuple):
