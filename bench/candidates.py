@@ -96,8 +96,9 @@ BLOCKS: dict[str, list[Row]] = {
     "conv_norm_relu_pool_dual_backward": _SUMS,
     "conv_norm_relu_pool_finish": _rows("BLOCK_C num_warps", (16, 4), (16, 8), (32, 8), (16, 2)),
     "conv_norm_relu_pool_columns": _rows(
-        "WINDOWS BLOCK_C num_warps",
-        (16, 32, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8), (16, 64, 4), (32, 16, 4), (64, 16, 8), (16, 16, 4),
+        "WINDOWS TOGETHER BLOCK_C num_warps",
+        (64, 1, 32, 4), (64, 1, 16, 4), (32, 1, 32, 4), (128, 1, 32, 8),
+        (16, 4, 32, 4), (32, 4, 32, 4), (16, 4, 64, 4), (16, 4, 16, 4),
     ),
     "conv_norm_relu_pool_col2im": _rows("BLOCK_M num_warps", (128, 4), (64, 4)),
 }  # fmt: skip
@@ -150,8 +151,9 @@ is the precision, bf16 for fp16 too, and, each rounded up (kernels/triton/block.
 these, it is for all that have no row of their own.""",
     "conv_norm_relu_pool": """\
 conv_norm_relu_pool…: the first block. A tile is WINDOWS 2×2 windows × BLOCK_C filters, and the windows are cut so as to make
-about PROGRAMS programs; …_col2im takes BLOCK_M pixels. Classes are those of image_patches. The microseconds of …_finish, …_columns
-and …_col2im, passes of the dual's backward, are those of the whole.""",
+about PROGRAMS programs; …_columns has TOGETHER of a window's four pixels in a tile, and …_col2im takes BLOCK_M pixels. Classes are
+those of image_patches. The microseconds of …_finish, …_columns and …_col2im, passes of the dual's backward, are those of the whole;
+rows of …_columns without are the faster ones in traces of whole iterations (bench/results/h200/traces.json).""",
     "linear_cross_entropy": """\
 linear_cross_entropy…: the class of shapes is the number of classes, rounded up to the sizes below; the last one takes all larger
 numbers. Scores are tiles of ROWS samples × COLUMNS classes, summed over BLOCK_D features at a time; up to 128 classes fit in

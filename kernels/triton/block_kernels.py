@@ -259,6 +259,20 @@ def finish(
 
 
 @triton.jit
+def _pixels_of_windows(
+    windows: tl.tensor,  # the number of the first one
+    tile: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    ACROSS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return row and column of the pixels (TOGETHER · WINDOWS,) in a tile of windows' pixels, of which there are 4 / TOGETHER."""
+    index = tl.arange(0, TOGETHER * WINDOWS)
+    window, inner = windows + index // TOGETHER, tile * TOGETHER + index % TOGETHER
+    return window // ACROSS * 2 + inner // 2, window % ACROSS * 2 + inner % 2
+
+
+@triton.jit
 def spread(
     images: tl.tensor,  # (B, HP, WP, C)
     folded: tl.tensor,  # (B, TERMS, K)
@@ -276,44 +290,56 @@ def spread(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     WINDOWS: tl.constexpr,
+    TOGETHER: tl.constexpr,  # 1 or 4
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store T, the patch of x̄̇ at each pixel, a few filters at a time, so that few of ū, ū̇ live at once."""
+    """Store T, the patch of x̄̇ at each pixel, a few filters at a time, so that few of ū, ū̇ live at once.
+
+    A tile has TOGETHER of each window's four pixels. One pixel a tile loads p̄ once for all four of them; four a tile leave a
+    warp a quarter of the work, and so make more of few windows.
+    """
     H: tl.constexpr = HP - 2
     W: tl.constexpr = WP - 2
     ACROSS: tl.constexpr = (W + 1) // 2  # windows that are not whole have pixels too
-    ALL: tl.constexpr = (H + 1) // 2 * ACROSS
-    PARTS: tl.constexpr = (ALL + WINDOWS - 1) // WINDOWS
+    PARTS: tl.constexpr = ((H + 1) // 2 * ACROSS + WINDOWS - 1) // WINDOWS
+    TILES: tl.constexpr = 4 // TOGETHER
     program = tl.program_id(0)
     sample = (program // PARTS).to(tl.int64)
+    windows = program % PARTS * WINDOWS
     images += sample * (HP * WP * C)
     folded += sample * (TERMS * K)
     folded_dot += sample * (TERMS * K)
     term = tl.arange(0, TERMS)
-    pixel = program % PARTS * (4 * WINDOWS) + tl.arange(0, 4 * WINDOWS)  # window by window
-    window, inner = pixel // 4, pixel % 4
-    row, column = window // ACROSS * 2 + inner // 2, window % ACROSS * 2 + inner % 2
-    xs = patches_at(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
-    linear += sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
-    inside = (term[:, None] < TERMS) & (term[None, :] < TERMS)
-    m = sum_of_parts(linear, inside, blocks, TERMS * TERMS, ACC)
-    t = product(xs, rounded(m, PRECISION), ACC, PRECISION)
+    square = term[:, None] * TERMS + term[None, :]
+    m = sum_of_parts(linear + sample * blocks * (TERMS * TERMS) + square, square >= 0, blocks, TERMS * TERMS, ACC)
+    m = rounded(m, PRECISION)
+    xs, t = (), ()
+    for tile in tl.static_range(TILES):
+        row, column = _pixels_of_windows(windows, tile, TOGETHER, ACROSS, WINDOWS)
+        patches = patches_at(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
+        xs, t = xs + (patches,), t + (product(patches, m, ACC, PRECISION),)
 
-    pooled = (row // 2 * (W // 2) + column // 2)[:, None]
+    row, column = _pixels_of_windows(windows, 0, TOGETHER, ACROSS, WINDOWS)
+    place = sample * ((H // 2) * (W // 2) * K) + (row // 2 * (W // 2) + column // 2)[:, None] * K
     whole = ((row < H // 2 * 2) & (column < W // 2 * 2))[:, None]
-    begin = sample * ((H // 2) * (W // 2) * K)
     for block in range(K // BLOCK_C):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        place = begin + pooled * K + c[None, :]
-        share = _share(p_bar + place, whole, ACC, PRECISION)
-        share_dot = _share(p_bar_dot + place, whole, ACC, PRECISION)
+        share = _share(p_bar + place + c[None, :], whole, ACC, PRECISION)
+        share_dot = _share(p_bar_dot + place + c[None, :], whole, ACC, PRECISION)
+        w = tl.load(folded + term[:, None] * K + c[None, :])
         turned = term[None, :] * K + c[:, None]
         w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
-        active = product(xs, tl.load(folded + term[:, None] * K + c[None, :]), ACC, PRECISION) > 0
-        t += product(tl.where(active, share, 0).to(xs.dtype), w_dot_turned, ACC, PRECISION)
-        t += product(tl.where(active, share_dot, 0).to(xs.dtype), w_turned, ACC, PRECISION)
-    place = sample * (H * W * TERMS) + (row * W + column)[:, None] * TERMS + term[None, :]
-    tl.store(columns + place, t, ((row < H) & (column < W))[:, None])
+        sums = ()
+        for tile in tl.static_range(TILES):
+            active = product(xs[tile], w, ACC, PRECISION) > 0
+            total = t[tile] + product(tl.where(active, share, 0).to(w.dtype), w_dot_turned, ACC, PRECISION)
+            total += product(tl.where(active, share_dot, 0).to(w.dtype), w_turned, ACC, PRECISION)
+            sums += (total,)
+        t = sums
+    for tile in tl.static_range(TILES):
+        row, column = _pixels_of_windows(windows, tile, TOGETHER, ACROSS, WINDOWS)
+        place = sample * (H * W * TERMS) + (row * W + column)[:, None] * TERMS + term[None, :]
+        tl.store(columns + place, t[tile], ((row < H) & (column < W))[:, None])
 
 
 @triton.jit
