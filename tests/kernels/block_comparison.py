@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from mtt_fast.kernels import Affine, Precision
 from mtt_fast.kernels.reference.block import gram_of
+from mtt_fast.kernels.triton.configurations import Configuration, configuration
 from mtt_fast.kernels.types import accumulator
 from tests.kernels.triton_comparison import check, summed_results, warp_rows
 
@@ -69,12 +71,22 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
     ):
         expected = summed_results(reference, name, *arguments, None, *options)
         check((name, *case), partial(summed_results, block, name, *arguments, made, *options), expected, tolerance)
+    for together in (1, 4):
+        with patch.object(block, "configuration", partial(pixels_together, together)):
+            found = partial(block.conv_norm_relu_pool_dual_backward, *dual, *bars, folded_dual, *options)
+            check(("x_bar_dot", f"{together} of a window together", *case), lambda: found()[0], expected[0], tolerance)
     divisors = (torch.full((), 2.0**-9, dtype=dtype, device=device), torch.full((), 2.0**5, dtype=dtype, device=device))
     for given in (divisors[:1], divisors):
         whole = block.conv_norm_relu_pool_dual_backward(*dual, *bars, folded_dual, *options)
         found = block.conv_norm_relu_pool_dual_backward(*dual, *bars, folded_dual, *options, given)
         assert torch.equal(found[0], whole[0] / math.prod(given)), "a power of two is taken out exactly"
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1:], whole[1:], strict=True))
+
+
+def pixels_together(number: int, *arguments: Any) -> Configuration:
+    """Return the table's row, of gradients to patches with `number` of a window's pixels in a tile."""
+    row = configuration(*arguments)
+    return row | {"TOGETHER": number} if "TOGETHER" in row else row
 
 
 def batches(case: tuple[Any, ...], x: Tensor, padding: int, precision: Any, tolerance: float) -> None:
