@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from .launch import tl, triton
 from .powers import magnitude_bits, power_of
-from .softmax import combine, cotangents, cotangents_at, softmax_of, softmax_parts, targets_at
+from .softmax import combine, cotangents_at, softmax_of, softmax_parts, targets_at
+
+FEATURES = tl.constexpr(2048)  # whose largest gradient a program looks for at a time
 
 
 @triton.jit
@@ -36,6 +38,7 @@ def score(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
     """Make ROWS × COLUMNS logits, their tangents, and each row's part in its softmax."""
     ACC: tl.constexpr = z.dtype.element_ty
@@ -49,7 +52,7 @@ def score(
     if ROWS < 16:  # fewer rows than `tl.dot` takes
         at, along = _sums(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
-            CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, ACC,
+            CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, 1 if ACC == tl.float64 else AHEAD, ACC,
         )  # fmt: skip
     else:
         at, along = _products(
@@ -67,11 +70,12 @@ def score(
     for number in tl.static_range(6):
         tl.store(partials + (number * batch + row) * BLOCKS + block, parts[number], row_exists)
     if magnitudes is not None:
+        tl.debug_barrier()  # what one thread has stored of a row's logits, all read
         softmax = combine(parts, p_dot is not None, KIND)
-        o_bar, o_bar_dot, _ = cotangents(at, along, targets, exists, softmax, batch, p_dot is not None, KIND)
         largest = _largest_product(
-            o_bar, o_bar_dot, weight, weight_dot, column, column_exists, CHANNELS * PIXELS, ROWS, BLOCK_D, ACC
-        )
+            weight, weight_dot, labels, z, z_dot if p_dot is not None else None, row, softmax, batch,
+            KIND, CLASSES, CHANNELS * PIXELS, ROWS, ACC,
+        )  # fmt: skip
         tl.store(magnitudes + tl.program_id(0), largest)
 
 
@@ -198,6 +202,7 @@ def _sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,  # tiles of features that are loaded at a time
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return the products of rows of features with classes' weights (ROWS, COLUMNS), and with a direction their tangents."""
@@ -205,17 +210,23 @@ def _sums(
     total, total_dot = tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC), tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC)
     row, row_exists = row[:, :, None], row_exists[:, :, None]
     column, column_exists = column[:, :, None], column_exists[:, :, None]
-    for start in range(0, WIDTH, BLOCK_D):
-        feature = start + tl.arange(0, BLOCK_D)[None, None, :]
-        of_p = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS
-        of_weight = column * WIDTH + feature
-        p_exists, weight_exists = row_exists & (feature < WIDTH), column_exists & (feature < WIDTH)
-        f = tl.load(p + of_p, p_exists, 0).to(ACC)
-        w = tl.load(weight + of_weight, weight_exists, 0).to(ACC)
-        total += f * w
-        if p_dot is not None:
-            total_dot += tl.load(p_dot + of_p, p_exists, 0).to(ACC) * w
-            total_dot += tl.load(weight_dot + of_weight, weight_exists, 0).to(ACC) * f
+    for start in range(0, WIDTH, AHEAD * BLOCK_D):
+        # On their way together: a load behind a use of features would wait for it, since these change hands among threads.
+        fs, fs_dot = (), ()
+        for tile in tl.static_range(AHEAD):
+            feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
+            of_p, exists = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS, row_exists & (feature < WIDTH)
+            fs += (tl.load(p + of_p, exists, 0).to(ACC),)
+            if p_dot is not None:
+                fs_dot += (tl.load(p_dot + of_p, exists, 0).to(ACC),)
+        for tile in tl.static_range(AHEAD):
+            feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
+            of_weight, exists = column * WIDTH + feature, column_exists & (feature < WIDTH)
+            w = tl.load(weight + of_weight, exists, 0).to(ACC)
+            total += fs[tile] * w
+            if p_dot is not None:
+                total_dot += fs_dot[tile] * w
+                total_dot += tl.load(weight_dot + of_weight, exists, 0).to(ACC) * fs[tile]
     return tl.sum(total, 2), tl.sum(total_dot, 2)
 
 
@@ -257,29 +268,37 @@ def _products(
 
 @triton.jit
 def _largest_product(
-    o_bar: tl.tensor,  # (ROWS, COLUMNS), 0 for what does not exist
-    o_bar_dot: tl.tensor,
     weight: tl.tensor,
     weight_dot: tl.tensor,
-    column: tl.tensor,  # (1, COLUMNS)
-    column_exists: tl.tensor,
+    labels: tl.tensor,
+    z: tl.tensor,
+    z_dot: tl.tensor,  # or None
+    row: tl.tensor,  # (ROWS, 1)
+    softmax: tl.tuple,
+    batch: tl.tensor,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return the bits of the largest magnitude in the gradients to features of the rows, and in their derivatives."""
-    largest = tl.zeros((ROWS, BLOCK_D), tl.int32)
-    column, column_exists = column[:, :, None], column_exists[:, :, None]
-    for start in range(0, WIDTH, BLOCK_D):
-        feature = start + tl.arange(0, BLOCK_D)[None, None, :]
-        of_weight, exists = column * WIDTH + feature, column_exists & (feature < WIDTH)
-        w = tl.load(weight + of_weight, exists, 0).to(ACC)
-        largest = tl.maximum(largest, magnitude_bits(tl.sum(o_bar[:, :, None] * w, 1)))
-        if weight_dot is not None:
-            w_dot = tl.load(weight_dot + of_weight, exists, 0).to(ACC)
-            product = tl.sum(o_bar_dot[:, :, None] * w + o_bar[:, :, None] * w_dot, 1)
-            largest = tl.maximum(largest, magnitude_bits(product))
+    """Return the bits of the largest magnitude in the gradients to features of the rows, and in their derivatives.
+
+    A thread adds up the classes of its own features, one after the other: a sum across threads would wait for all of them.
+    """
+    largest = tl.zeros((ROWS, FEATURES), tl.int32)
+    for start in range(0, WIDTH, FEATURES):
+        feature = start + tl.arange(0, FEATURES)[None, :]
+        to_p, to_p_dot = tl.zeros((ROWS, FEATURES), ACC), tl.zeros((ROWS, FEATURES), ACC)
+        for each in tl.range(0, CLASSES, loop_unroll_factor=4):
+            column = each + tl.zeros((1, 1), tl.int32)
+            o_bar, o_bar_dot, _ = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+            w = tl.load(weight + each * WIDTH + feature, feature < WIDTH, 0).to(ACC)
+            to_p += o_bar * w
+            if weight_dot is not None:
+                w_dot = tl.load(weight_dot + each * WIDTH + feature, feature < WIDTH, 0).to(ACC)
+                to_p_dot += o_bar_dot * w + o_bar * w_dot
+        largest = tl.maximum(largest, tl.maximum(magnitude_bits(to_p), magnitude_bits(to_p_dot)))
     return tl.max(tl.max(largest, 1), 0)
 
 
