@@ -68,6 +68,23 @@ def pooled_place(
     return row * (W // 2) + column, within(row, H // 2, WHOLE) & within(column, W // 2, WHOLE)
 
 
+@triton.jit
+def sum_two(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Sum tiles (WINDOWS, BLOCK_C) over the windows, (1, BLOCK_C): together, since threads wait for each other in a sum."""
+    return tl.split(tl.sum(tl.join(a, b), 0, keep_dims=True))  # type: ignore[no-any-return]
+
+
+@triton.jit
+def sum_four(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Sum four tiles as `sum_two` does two."""
+    first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0, keep_dims=True))
+    of_a, of_b = tl.split(first)
+    of_c, of_d = tl.split(second)
+    return of_a, of_b, of_c, of_d
+
+
 def tile_of(operation: str, planes: Planes, y: Tensor) -> Configuration:
     """Return the row of `operation` in the table, with a tile no wider than the planes, and of float64 half as wide."""
     row = configuration(operation, shape_class(planes), architecture(y.device))

@@ -24,6 +24,8 @@ from .lines import (
     parts_of_windows,
     pooled_place,
     quarter_place,
+    sum_four,
+    sum_two,
     within,
 )
 from .planes import Planes
@@ -56,33 +58,43 @@ def _moments(
     first = part * PIXELS
     count = tl.minimum(HW - first, PIXELS).to(ACC)
     y += sample * (HW * C)
-    base = tl.load(y + first * C + c, exists, 0).to(ACC)
+    base = tl.load(y + first * C + c, exists, 0)
     total = tl.zeros((WINDOWS, BLOCK_C), ACC)
     square = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
         y_dot += sample * (HW * C)
-        base_dot = tl.load(y_dot + first * C + c, exists, 0).to(ACC)
+        base_dot = tl.load(y_dot + first * C + c, exists, 0)
         total_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         square_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
-    # Several loads on their way at a time.
-    for tile in tl.range(0, 4 * TILES, loop_unroll_factor=4 if y_dot is None else 2):
-        pixel = first + tile * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-        mask = within(pixel, HW, WHOLE) & exists
-        v = tl.where(mask, tl.load(y + pixel * C + c, mask, 0).to(ACC) - base, 0)
-        total += v
-        square += v * v
-        if y_dot is not None:
-            v_dot = tl.where(mask, tl.load(y_dot + pixel * C + c, mask, 0).to(ACC) - base_dot, 0)
-            total_dot += v_dot
-            square_dot += v * v_dot
+    for tile in range(TILES):
+        ys, yds = (), ()  # loads on their way together
+        for quarter in tl.static_range(4):
+            pixel = first + (4 * tile + quarter) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+            mask = within(pixel, HW, WHOLE) & exists
+            ys += (tl.load(y + pixel * C + c, mask, 0),)
+            if y_dot is not None:
+                yds += (tl.load(y_dot + pixel * C + c, mask, 0),)
+        for quarter in tl.static_range(4):
+            pixel = first + (4 * tile + quarter) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
+            mask = within(pixel, HW, WHOLE) & exists
+            v = tl.where(mask, ys[quarter].to(ACC) - base.to(ACC), 0)
+            total += v
+            square += v * v
+            if y_dot is not None:
+                v_dot = tl.where(mask, yds[quarter].to(ACC) - base_dot.to(ACC), 0)
+                total_dot += v_dot
+                square_dot += v * v_dot
     place = parts + (sample * PARTS + part) * (MOMENTS * C) + c
-    mean = tl.sum(total, 0, keep_dims=True) / count
-    tl.store(place, base + mean, exists)
-    tl.store(place + C, tl.sum(square, 0, keep_dims=True) - mean * mean * count, exists)
-    if y_dot is not None:
-        mean_dot = tl.sum(total_dot, 0, keep_dims=True) / count
-        tl.store(place + 2 * C, base_dot + mean_dot, exists)
-        tl.store(place + 3 * C, tl.sum(square_dot, 0, keep_dims=True) - mean * mean_dot * count, exists)
+    if y_dot is None:
+        sum_of, square_of = sum_two(total, square)
+    else:
+        sum_of, square_of, sum_of_dot, square_of_dot = sum_four(total, square, total_dot, square_dot)
+        mean_dot = sum_of_dot / count
+        tl.store(place + 2 * C, base_dot.to(ACC) + mean_dot, exists)
+        tl.store(place + 3 * C, square_of_dot - sum_of / count * mean_dot * count, exists)
+    mean = sum_of / count
+    tl.store(place, base.to(ACC) + mean, exists)
+    tl.store(place + C, square_of - mean * mean * count, exists)
 
 
 @triton.jit
@@ -219,6 +231,7 @@ def _sums(
     """Store the sums over each part of ū and ūh, then those of ū̇ and ū̇h + ūḣ."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
+    AT_ONCE: tl.constexpr = 4 if y.dtype.element_ty.primitive_bitwidth == 16 else 2  # quarters that registers hold
     sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
     plane = sample * C + c
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
@@ -240,24 +253,33 @@ def _sums(
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if y_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
-        for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
-            h = (tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) - mu) * r
-            active = g * h + b > 0
-            u_bar = tl.where(active, share, 0)
-            beta_sum += u_bar
-            gamma_sum += u_bar * h
-            if y_dot is not None:
-                h_dot = (tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot - h * h_y_dot) * r
-                u_bar_dot = tl.where(active, share_dot, 0)
-                beta_sum_dot += u_bar_dot
-                gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
+        for begin in tl.static_range(0, 4, AT_ONCE):
+            ys, yds = (), ()  # loads on their way together
+            for quarter in tl.static_range(AT_ONCE):
+                pixel, mask = quarter_place(window, begin + quarter, H, W, WHOLE)
+                ys += (tl.load(y + pixel * C + c, mask & exists, 0),)
+                if y_dot is not None:
+                    yds += (tl.load(y_dot + pixel * C + c, mask & exists, 0),)
+            for quarter in tl.static_range(AT_ONCE):
+                h = (ys[quarter].to(ACC) - mu) * r
+                active = g * h + b > 0
+                u_bar = tl.where(active, share, 0)
+                beta_sum += u_bar
+                gamma_sum += u_bar * h
+                if y_dot is not None:
+                    h_dot = (yds[quarter].to(ACC) - mu_dot - h * h_y_dot) * r
+                    u_bar_dot = tl.where(active, share_dot, 0)
+                    beta_sum_dot += u_bar_dot
+                    gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
     place = parts + (sample * PARTS + part) * (SUMS * C) + c
-    tl.store(place, tl.sum(beta_sum, 0, keep_dims=True), exists)
-    tl.store(place + C, tl.sum(gamma_sum, 0, keep_dims=True), exists)
-    if y_dot is not None:
-        tl.store(place + 2 * C, tl.sum(beta_sum_dot, 0, keep_dims=True), exists)
-        tl.store(place + 3 * C, tl.sum(gamma_sum_dot, 0, keep_dims=True), exists)
+    if y_dot is None:
+        of_beta, of_gamma = sum_two(beta_sum, gamma_sum)
+    else:
+        of_beta, of_gamma, of_beta_dot, of_gamma_dot = sum_four(beta_sum, gamma_sum, beta_sum_dot, gamma_sum_dot)
+        tl.store(place + 2 * C, of_beta_dot, exists)
+        tl.store(place + 3 * C, of_gamma_dot, exists)
+    tl.store(place, of_beta, exists)
+    tl.store(place + C, of_gamma, exists)
 
 
 @triton.jit
