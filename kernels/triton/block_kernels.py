@@ -15,7 +15,7 @@ from .patches import (
     places_of,
     product,
     rounded,
-    sum_of_parts,
+    sums_of_parts,
     weights_of,
 )
 
@@ -207,13 +207,15 @@ def finish(
     one = term == 9 * C
     # all loads are under way before the first of them is waited for
     place = sample * parts * (TERMS * K) + term * K + c[None, :]
-    total = sum_of_parts(sums + place, place >= 0, parts, TERMS * K, ACC)
+    if weight_dot is None:
+        (total,) = sums_of_parts((sums + place,), None, parts, TERMS * K, ACC)
+    else:
+        total, total_dot = sums_of_parts((sums + place, sums_dot + place), None, parts, TERMS * K, ACC)
     w = weights_of(weight, c, C, TERMS)
     stats += sample * (4 * K) + c
     mu, r = tl.load(stats), tl.load(stats + K)
     g = tl.load(gamma + c)
     if weight_dot is not None:
-        total_dot = sum_of_parts(sums_dot + place, place >= 0, parts, TERMS * K, ACC)
         w_dot = weights_of(weight_dot, c, C, TERMS)
         k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
         g_dot = tl.load(gamma_dot + c)
@@ -310,8 +312,8 @@ def spread(
     folded += sample * (TERMS * K)
     folded_dot += sample * (TERMS * K)
     term = tl.arange(0, TERMS)
-    square = term[:, None] * TERMS + term[None, :]
-    m = sum_of_parts(linear + sample * blocks * (TERMS * TERMS) + square, square >= 0, blocks, TERMS * TERMS, ACC)
+    linear += sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
+    (m,) = sums_of_parts((linear,), None, blocks, TERMS * TERMS, ACC)
     m = rounded(m, PRECISION)
     xs, t = (), ()
     for tile in tl.static_range(TILES):

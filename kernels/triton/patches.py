@@ -140,21 +140,34 @@ def gather(
 
 
 @triton.jit
-def sum_of_parts(
-    values: tl.tensor,  # pointers to those of the first part
-    mask: tl.tensor,
+def sums_of_parts(
+    values: tl.tuple,  # of pointers to those of the first part
+    masks: tl.tuple,  # or None for all
     parts: tl.tensor,
     STRIDE: tl.constexpr,  # from part to part
     ACC: tl.constexpr,
-) -> tl.tensor:
-    """Add up the values of all parts in their order; the loads of TOGETHER parts are under way at a time."""
-    TOGETHER: tl.constexpr = 4
-    total = tl.load(values, mask, 0).to(ACC)
-    for start in range(1, parts, TOGETHER):
-        for part in tl.static_range(TOGETHER):
-            place = values + (start + part) * STRIDE
-            total += tl.load(place, mask & (start + part < parts), 0).to(ACC)
-    return total
+) -> tl.tuple:
+    """Add up each of the values of all parts, in the order of parts; the loads of AT_ONCE parts are under way at a time."""
+    AT_ONCE: tl.constexpr = 4
+    totals = ()
+    for each in tl.static_range(len(values)):
+        totals += (tl.zeros(values[each].shape, ACC),)
+    for start in range(0, parts, AT_ONCE):
+        loaded = ()
+        for part in tl.static_range(AT_ONCE):
+            for each in tl.static_range(len(values)):
+                exists = start + part < parts
+                if masks is not None:
+                    exists &= masks[each]
+                loaded += (tl.load(values[each] + (start + part) * STRIDE, exists, 0),)
+        added = ()
+        for each in tl.static_range(len(values)):
+            total = totals[each]
+            for part in tl.static_range(AT_ONCE):
+                total += loaded[part * len(values) + each].to(ACC)
+            added += (total,)
+        totals = added
+    return totals
 
 
 @triton.jit
@@ -172,9 +185,9 @@ def moments(
     in_row, in_column = row < COUNT, column < COUNT
     gram += sample * parts * (COUNT * COUNT)
     # the products with a one are the mean: read a second time, they need not be picked from the others
-    mean = sum_of_parts(gram + row * COUNT + 9 * C, in_row, parts, COUNT * COUNT, tl.float64)
-    mean_row = sum_of_parts(gram + 9 * C * COUNT + column, in_column, parts, COUNT * COUNT, tl.float64)
-    total = sum_of_parts(gram + row * COUNT + column, in_row & in_column, parts, COUNT * COUNT, tl.float64)
+    places = (gram + row * COUNT + 9 * C, gram + 9 * C * COUNT + column, gram + row * COUNT + column)
+    masks = (in_row, in_column, in_row & in_column)
+    mean, mean_row, total = sums_of_parts(places, masks, parts, COUNT * COUNT, tl.float64)
     mean, mean_row = mean * (1 / PIXELS), mean_row * (1 / PIXELS)
     return mean, total * (1 / PIXELS) - mean * mean_row
 
