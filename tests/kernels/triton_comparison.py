@@ -612,7 +612,7 @@ def run(cases: list[Callable[[], None]], share: Share) -> None:
 
 
 def main(family: str, device: str, share: Share) -> None:
-    from tests.kernels import block_comparison, classifier_comparison, parameters_comparison
+    from tests.kernels import block_comparison, classifier_comparison, parameters_comparison, partial_comparison
 
     assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
     torch.backends.cudnn.allow_tf32 = False
@@ -621,6 +621,7 @@ def main(family: str, device: str, share: Share) -> None:
     match family:
         case "norm":
             norms(device, share)
+            run(partial_comparison.norm_cases(device), share)
             far_planes(device)
             refused_planes(family, device)
         case "bias":
@@ -629,7 +630,9 @@ def main(family: str, device: str, share: Share) -> None:
         case "conv":
             all_convolutions(device, share)
         case "block":
-            run(block_comparison.all_blocks(device), share)
+            run(block_comparison.all_blocks(device) + partial_comparison.block_cases(device), share)
+        case "parts":
+            run(partial_comparison.norm_cases(device) + partial_comparison.block_cases(device), share)
         case "statistics":
             block_comparison.statistics(device)
         case "classifier":
