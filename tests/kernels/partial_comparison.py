@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -21,12 +22,8 @@ from tests.kernels.triton_comparison import PARTS, as_tuple
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(2, 4, 4, 4), (1, 5, 7, 5), (3, 33, 2, 3)]  # nothing to mask; odd sides; channels in several blocks
 LARGE_SHAPES = [(10, 128, 16, 16), (10, 128, 8, 8), (7, 128, 9, 7)]
-COUNTS = [
-    (3, 6),
-    (1, None),
-    (None, 9),
-    (9, 18),
-]  # parts of the first and the second that are read; None is a whole tensor
+# parts of planes, and of their derivative; None is a tensor
+COUNTS = [(3, 6), (1, None), (None, 9), (9, 18)]
 BLOCKS = [(2, 3, 48, 7, 6, 1), (1, 1, 16, 4, 5, 3)]  # (B, C, K, H, W, padding)
 LARGE_BLOCKS = [(10, 3, 128, 32, 32, 1), (3, 3, 128, 33, 16, 1)]
 
@@ -48,30 +45,33 @@ def compare_parts(case: object, operation: Callable[..., Any], read: list[Convol
     """Call an operation with what it reads, which is at `place` of its arguments, in parts and added up before."""
     from mtt_fast.kernels import reference, triton
 
-    before = [*rest[:place]], [*rest[place:]]
-    copies = [
-        each._replace(planes=each.planes.clone(memory_format=torch.preserve_format))
-        if isinstance(each, PartialPlanes)
-        else each
-        for each in read
-    ]
+    before, after = rest[:place], rest[place:]
+    copies = [copied(each) for each in read]
     whole = triton.add_planes(*copies)
-    expected = as_tuple(operation(*before[0], *whole, *before[1]))
-    found = as_tuple(operation(*before[0], *read, *before[1]))
+    expected, found = (as_tuple(operation(*before, *planes, *after)) for planes in (whole, read))
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.isfinite().all(), f"{case}, result {number}"
         assert torch.equal(ours, theirs), f"{case}, result {number}"
     for ours, theirs, parts in zip(map(planes_of, read), whole, copies, strict=True):
         assert torch.equal(ours, theirs), f"{case}: the sum that is stored"
-        if isinstance(parts, PartialPlanes) and (
-            ours.is_cuda or ours.dtype != torch.bfloat16
-        ):  # interpreted it is cut off
-            again = parts._replace(planes=torch.empty_like(ours))
-            assert torch.equal(ours, reference.add_planes(again)[0]), f"{case}: the sum"
+        if ours.is_cuda or ours.dtype != torch.bfloat16:  # interpreted, that is cut off
+            assert torch.equal(ours, reference.add_planes(copied(parts))[0]), f"{case}: the sum"
     print("passed:", case)
 
 
-def norm(device: str, dtype: torch.dtype, shape: tuple[int, ...], counts: Any, form: Any, tile: Any) -> None:
+def copied(planes: Convolved) -> Convolved:
+    """Return the same planes, with memory of their own for the sum of parts."""
+    return planes._replace(planes=torch.empty_like(planes.planes)) if isinstance(planes, PartialPlanes) else planes
+
+
+def counts_of(operation: str, counts: tuple[int | None, int | None]) -> list[int | None]:
+    """Return the parts of what an operation reads: without a direction there is no derivative, and a tensor would show nothing."""
+    return [*counts] if "dual" in operation else [next(count for count in counts if count is not None)]
+
+
+def norm(
+    device: str, dtype: torch.dtype, shape: tuple[int, ...], counts: tuple[int | None, int | None], form: Any, tile: Any
+) -> None:
     """Compare the operations with a norm, by the table's tiles or by `tile`."""
     from mtt_fast.kernels import triton
     from mtt_fast.kernels.triton import lines
@@ -83,24 +83,24 @@ def norm(device: str, dtype: torch.dtype, shape: tuple[int, ...], counts: Any, f
         return torch.randn(size, dtype=accumulator(dtype)).to(device)
 
     affine, affine_dot = (Affine(numbers(channels), numbers(channels)) for _ in range(2))
-    y, y_dot = (in_parts(shape, None, dtype, form, device) for _ in range(2))
+    y, y_dot = (planes_of(in_parts(shape, None, dtype, form, device)) for _ in range(2))
     stats = PlaneStats(*(numbers(batch, channels) for _ in range(4)))
     case = (shape, str(dtype), counts, str(form), tile is not None)
-    row = patch.object(lines, "configuration", return_value=tile) if tile else patch.object(lines, "COMBINED_PARTS", 64)
-    with row:
-        read = [in_parts(shape, count, dtype, form, device) for count in counts]
-        compare_parts(("norm_relu_pool", *case), triton.norm_relu_pool, read[:1], 0, affine, 1e-5)
-        read = [in_parts(shape, count, dtype, form, device) for count in counts]
-        compare_parts(("norm_relu_pool_dual", *case), triton.norm_relu_pool_dual, read, 0, affine, affine_dot, 1e-5)
-        read = [in_parts(pooled, count, dtype, form, device) for count in counts]
-        name, given = "norm_relu_pool_backward", (planes_of(y), stats.mean, stats.rstd, affine)
-        compare_parts((name, *case), triton.norm_relu_pool_backward, read[:1], len(given), *given)
-        read = [in_parts(pooled, count, dtype, form, device) for count in counts]
-        name, directions = "norm_relu_pool_dual_backward", (planes_of(y), planes_of(y_dot), stats, affine, affine_dot)
-        compare_parts((name, *case), triton.norm_relu_pool_dual_backward, read, len(directions), *directions)
+    cases: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # arguments in front of what is read, and behind it
+        "norm_relu_pool": ((), (affine, 1e-5)),
+        "norm_relu_pool_dual": ((), (affine, affine_dot, 1e-5)),
+        "norm_relu_pool_backward": ((y, stats.mean, stats.rstd, affine), ()),
+        "norm_relu_pool_dual_backward": ((y, y_dot, stats, affine, affine_dot), ()),
+    }
+    with nullcontext() if tile is None else patch.object(lines, "configuration", return_value=tile):
+        for name, (before, after) in cases.items():
+            size = pooled if "backward" in name else shape
+            read = [in_parts(size, count, dtype, form, device) for count in counts_of(name, counts)]
+            operation = getattr(triton, name)
+            compare_parts((name, *case), operation, read, len(before), *before, *after)
 
 
-def block(device: str, precision: Precision, shape: tuple[int, ...], counts: Any) -> None:
+def block(device: str, precision: Precision, shape: tuple[int, ...], counts: tuple[int | None, int | None]) -> None:
     """Compare the backward of the first block, and in a direction."""
     from mtt_fast.kernels.triton import block
 
@@ -120,7 +120,7 @@ def block(device: str, precision: Precision, shape: tuple[int, ...], counts: Any
         ("conv_norm_relu_pool_backward", primal, folded),
         ("conv_norm_relu_pool_dual_backward", dual, folded_dual),
     ):
-        every = counts if "dual" in name else counts[:1]
+        every = counts_of(name, counts)
         read = [in_parts(tuple(p.shape), count, dtype, torch.channels_last, device) for count in every]
         operation, options = getattr(block, name), (made, 1e-5, precision)
         compare_parts((name, precision, shape, counts), operation, read, len(given), *given, *options)
@@ -132,7 +132,7 @@ def norm_cases(device: str) -> list[Callable[[], None]]:
     shapes = SHAPES if device == "cpu" else SHAPES + LARGE_SHAPES
     cases: list[Callable[[], None]] = [
         partial(norm, device, dtype, shape, counts, last, None)
-        for (shape, counts), dtype in itertools.product(zip(shapes, itertools.cycle(COUNTS), strict=False), DTYPES)
+        for (shape, dtype), counts in zip(itertools.product(shapes, DTYPES), itertools.cycle(COUNTS), strict=False)
     ]
     shape, tile = PARTS[1]
     cases.append(partial(norm, device, torch.float32, shape, COUNTS[0], last, tile))

@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.kernels import Affine, PlaneStats, Precision
+from mtt_fast.kernels import Affine, PartialPlanes, PlaneStats, Precision
 from mtt_fast.testing import added_up
 
 # Precisions that the interpreter does not have, and why.
@@ -146,9 +146,13 @@ def poison() -> None:
 
 
 def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    """Return the tensors of `results`, also those of a tuple within."""
+    """Return the tensors of `results`, also those of a tuple within; planes in parts are added up."""
     if isinstance(results, Tensor):
         return (results,)
+    if isinstance(results, PartialPlanes):
+        from mtt_fast.kernels import triton
+
+        return triton.add_planes(results)
     return tuple(tensor for each in results for tensor in as_tuple(each))
 
 
@@ -631,8 +635,6 @@ def main(family: str, device: str, share: Share) -> None:
             all_convolutions(device, share)
         case "block":
             run(block_comparison.all_blocks(device) + partial_comparison.block_cases(device), share)
-        case "parts":
-            run(partial_comparison.norm_cases(device) + partial_comparison.block_cases(device), share)
         case "statistics":
             block_comparison.statistics(device)
         case "classifier":
