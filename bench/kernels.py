@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from mtt_fast.kernels import (
     Folded,
     PackedParameters,
     PackedWeight,
+    PartialPlanes,
     PartialSums,
     Patches,
     PlaneStats,
@@ -40,6 +41,17 @@ log = logging.getLogger("mtt_fast")
 FLOAT64_TOLERANCE = 1e-9
 FLOAT32_TOLERANCE = 1e-3  # a unit that rounding carries over ReLU's kink changes a gradient by more than rounding
 BLOCK_TOLERANCE = 3e-2  # and in a whole block the convolution's rounding carries more of them
+READ_IN_PARTS = {
+    "add_planes": {0: 3, 1: 6},
+    "norm_relu_pool": {0: 3},
+    "norm_relu_pool_backward": {4: 3},
+    "norm_relu_pool_dual": {0: 3, 1: 6},
+    "norm_relu_pool_dual_backward": {5: 3, 6: 6},
+    "conv_norm_relu_pool_backward": {3: 3},
+    "conv_norm_relu_pool_dual_backward": {5: 3, 6: 6},
+}
+"""Operations that read what a convolution of few samples leaves in parts: the places of these arguments, and numbers of parts."""
+FEW_SAMPLES = 16
 _LEAST_SECONDS = 0.02  # an operation is repeated within a measurement until it takes so long
 
 
@@ -130,7 +142,32 @@ def errors(operation: Operation, function: Callable[..., Any] | None = None) -> 
 
 
 def operations(setting: Setting, device: torch.device, precision: Precision = "fp32") -> Iterator[Operation]:
-    """Yield every operation at every shape that a step of the setting has, with a norm and without, in `precision`."""
+    """Yield every operation at every shape that a step of the setting has, with a norm and without, in `precision`.
+
+    Of few samples also those that read planes in parts.
+    """
+    for operation in _operations_of_tensors(setting, device, precision):
+        if operation.name != "add_planes":
+            yield operation
+        if operation.name == "add_planes" or (operation.name in READ_IN_PARTS and setting.batch <= FEW_SAMPLES):
+            arguments = in_parts(operation.name, operation.arguments)
+            parts = sum(each.parts.nbytes for each in arguments if isinstance(each, PartialPlanes))
+            yield replace(
+                operation, shape=f"{operation.shape} in parts", arguments=arguments, moved=operation.moved + parts
+            )
+
+
+def in_parts(operation: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arguments with the planes that `operation` reads in parts, of other values, as a convolution leaves them."""
+    changed = list(arguments)
+    for place, count in READ_IN_PARTS[operation].items():
+        batch, channels, height, width = changed[place].shape
+        parts = torch.randn(count, batch, height, width, channels, device=changed[place].device)
+        changed[place] = PartialPlanes(parts.permute(0, 1, 4, 2, 3), torch.empty_like(changed[place]))
+    return tuple(changed)
+
+
+def _operations_of_tensors(setting: Setting, device: torch.device, precision: Precision) -> Iterator[Operation]:
     net, batch = setting.net, setting.batch
     generator = torch.Generator(device).manual_seed(0)
 
@@ -207,6 +244,7 @@ def operations(setting: Setting, device: torch.device, precision: Precision = "f
         bars = (p_bar, p_bar_dot)
         if block == 0:
             yield from _block_operations(x, weight, weight_dot, *norm, padding, precision, p_bar, p_bar_dot)
+        yield Operation("add_planes", plane_shape, (y, y_dot), 2 * outs, 0)
         yield Operation("bias_relu_pool", plane_shape, (y, beta), outs + small, 0)
         yield Operation("bias_relu_pool_backward", plane_shape, (y, beta, p_bar), 2 * outs + small, 0)
         yield Operation("bias_relu_pool_dual", plane_shape, (y, y_dot, beta, beta_dot), 2 * (outs + small), 0)
@@ -303,6 +341,8 @@ def in_float64(argument: Any) -> Any:
         return Patches(images, gram_of(images), argument.padding)
     if isinstance(argument, Folded):
         return None  # to be made again
+    if isinstance(argument, PartialPlanes):
+        return argument.parts.double().sum(0).contiguous(memory_format=torch.channels_last)
     if isinstance(argument, PartialSums):
         return PartialSums(tuple(map(in_float64, argument.pieces)), tuple(map(in_float64, argument.factors)))
     if isinstance(argument, (Affine, PlaneStats)):
@@ -325,6 +365,8 @@ def tensors_of(result: Any) -> list[Tensor]:
         return []  # as the back end lays it out
     if isinstance(result, Patches):
         return [result.images, result.gram.sum(1)]  # the parts are the back end's
+    if isinstance(result, PartialPlanes):
+        return list(reference.add_planes(result))
     if isinstance(result, PackedParameters):
         every = [copy for weight in (*result.weights, *result.weights_dot) for copy in copies_of(weight)]
         return [*every, *(each for each in (result.direction, result.scale) if each is not None)]

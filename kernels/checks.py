@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from .types import WARP_PARAMETERS, LabelKind, PartialSums, Weight, accumulator, memory_format, weight_of
+from .types import (
+    WARP_PARAMETERS,
+    Convolved,
+    LabelKind,
+    PartialPlanes,
+    PartialSums,
+    Weight,
+    accumulator,
+    memory_format,
+    planes_of,
+    weight_of,
+)
 
 
 def check_vectors(op: str, vectors: dict[str, Tensor | PartialSums | None], scalars: dict[str, Tensor]) -> None:
@@ -41,19 +54,34 @@ def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> 
 def check_planes(
     op: str,
     y: Tensor,
-    planes: dict[str, Tensor],
+    planes: Mapping[str, Convolved],
     channels: dict[str, Tensor],
     stats: dict[str, Tensor] | None = None,
-    pooled: dict[str, Tensor] | None = None,
+    pooled: Mapping[str, Convolved] | None = None,
 ) -> None:
     """Check the arguments of a plane operation against `y`: shapes, dtype, device, memory format."""
+    pooled = pooled or {}
     if y.dim() != 4 or min(y.shape[:2]) < 1 or min(y.shape[2:]) < 2:
         raise ValueError(f"{op}: expected y (B, C, H, W) of at least 2×2 pixels, found {tuple(y.shape)}")
     batch, width, height, breadth = y.shape
-    check_tensors(op, y, planes, y.shape, like_format=y)
+    check_tensors(op, y, {name: planes_of(each) for name, each in planes.items()}, y.shape, like_format=y)
     check_tensors(op, y, channels, (width,), dtype=accumulator(y.dtype))
     check_tensors(op, y, stats or {}, (batch, width), dtype=accumulator(y.dtype))
-    check_tensors(op, y, pooled or {}, (batch, width, height // 2, breadth // 2), like_format=y)
+    bars = {name: planes_of(each) for name, each in pooled.items()}
+    check_tensors(op, y, bars, (batch, width, height // 2, breadth // 2), like_format=y)
+    for name, each in (*planes.items(), *pooled.items()):
+        check_parts(op, name, each)
+
+
+def check_parts(op: str, name: str, planes: Convolved) -> None:
+    """Check that parts of planes, if planes are in parts, are at least one, float32, and of their shape, device and format."""
+    if isinstance(planes, PartialPlanes):
+        if planes.parts.dim() != 5 or len(planes.parts) < 1:
+            raise ValueError(f"{op}: expected parts of {name} (S, B, C, H, W), found {tuple(planes.parts.shape)}")
+        first = {f"a part of {name}": planes.parts[0]}
+        check_tensors(op, planes.planes, first, planes.planes.shape, like_format=planes.planes, dtype=torch.float32)
+        if planes.parts.stride(0) != planes.planes.numel() and len(planes.parts) > 1:
+            raise ValueError(f"{op}: expected parts of {name} behind each other, found strides {planes.parts.stride()}")
 
 
 def check_convolution(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference, triton
-from .types import ConvLayer, Precision, WeightBytes, accumulator
+from .types import ConvLayer, Convolved, Precision, WeightBytes, accumulator, planes_of
 
 Implementation = Callable[..., Any]
 
@@ -69,6 +69,11 @@ def block_implementation_of(
     return partial(getattr(triton if has_kernels else reference, operation), precision=precision)
 
 
+def readable(planes: Convolved) -> Convolved:
+    """Return planes as the back end of their device reads them: Triton's adds parts up where it reads, the others before."""
+    return planes if _runs_triton(planes_of(planes).device) else reference.add_planes(planes)[0]
+
+
 def compile_ahead(call: Callable[[], object]) -> None:
     """Make a `call` on a GPU that compiles the kernels it launches, in parallel, and runs none of them.
 
@@ -91,7 +96,7 @@ def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, devi
 def weight_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> list[WeightBytes]:
-    """Return the bytes that the weight of each of `layers` takes in a step beside itself, for planes of `dtype`."""
+    """Return the bytes that the convolution of each of `layers` takes in a step beside planes of `dtype` and its weight."""
     if _runs_triton(device):
         return triton.weight_bytes(batch, layers, dtype, device, precision)
     return [WeightBytes(0, 9 * layer.channels * layer.filters * accumulator(dtype).itemsize) for layer in layers]

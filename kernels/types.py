@@ -81,6 +81,25 @@ class PartialSums(NamedTuple):
         return vector
 
 
+class PartialPlanes(NamedTuple):
+    """Planes (B, C, H, W) that are the sum of parts, as a convolution leaves them to the operation that reads them first.
+
+    That one adds the parts up in their order and stores the sum, rounded, in `planes`, for all that read them afterwards.
+    """
+
+    parts: Tensor  # (S, B, C, H, W), float32: each part in the memory format of the planes
+    planes: Tensor  # (B, C, H, W): memory without values until then
+
+
+Convolved = Tensor | PartialPlanes
+"""The result of a convolution: planes (B, C, H, W), whole or, from a back end that cuts the sum, in parts."""
+
+
+def planes_of(convolved: Convolved) -> Tensor:
+    """Return planes, or the memory of those that are in parts, which their first reader fills."""
+    return convolved.planes if isinstance(convolved, PartialPlanes) else convolved
+
+
 def vector_of(sums: Tensor | PartialSums) -> Tensor:
     """Return a vector that may be given as partial sums, by plain torch."""
     return sums.vector() if isinstance(sums, PartialSums) else sums
@@ -113,12 +132,14 @@ class PackedParameters(NamedTuple):
 
 
 class WeightBytes(NamedTuple):
-    """Bytes that a convolution's weight takes in a step beside itself."""
+    """Bytes that a convolution takes in a step beside its planes and its weight."""
 
-    packed: int  # by its copies
-    summands: int  # by the summands of its gradient
-    copies: int = 0  # by the planes' copies that its gradient is made of, while it is made
+    packed: int  # by copies of the weight
+    summands: int  # by the summands of the weight's gradient
+    copies: int = 0  # by the planes' copies that the weight's gradient is made of, while it is made
     dual_copies: int = 0  # likewise, in a direction
+    parts: int = 0  # by the parts that the gradient to the input is left in, until it is read
+    dual_parts: int = 0  # likewise, with its derivative
 
 
 class WeightPlace(NamedTuple):

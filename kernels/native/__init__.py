@@ -56,6 +56,7 @@ __all__ = [
 OPERATIONS = frozenset(__all__)
 NOT_IMPLEMENTED = frozenset(
     {
+        "add_planes",
         "add_up",
         "conv_norm_relu_pool",
         "conv_norm_relu_pool_backward",

@@ -6,39 +6,45 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_planes
+from ..types import Convolved
+from .conv import add_planes
 
 
-def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
+def bias_relu_pool(y: Convolved, beta: Tensor) -> Tensor:
     """Return 2×2 averages of relu(y + β) (B, C, H//2, W//2): `norm_relu_pool` without the norm.
 
     `y` (B, C, H, W), contiguous or channels_last, as is the result; `beta` (C,). An odd last row or column is not pooled.
-    All of one floating dtype and device. Raises `ValueError` for anything else.
+    All of one floating dtype and device. What follows a convolution may be in parts, which are added up, as in `norm_relu_pool`.
+    Raises `ValueError` for anything else.
     """
+    (y,) = add_planes(y)
     check_planes("bias_relu_pool", y, planes={"y": y}, channels={"beta": beta})
     p: Tensor = dispatch.implementation_of("bias_relu_pool", y)(y, beta)
     return p
 
 
-def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, *, reuse: bool = False) -> tuple[Tensor, Tensor]:
+def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Convolved, *, reuse: bool = False) -> tuple[Tensor, Tensor]:
     """Return the gradient ȳ (B, C, H, W), and summands (S, C) of β̄, that follow from `p_bar` (B, C, H//2, W//2).
 
     `y`, `beta` are those of `bias_relu_pool`. ReLU's derivative at 0 is 0. With `reuse`, `y` is needed no more, and ȳ may
     take its memory. Raises `ValueError` as `bias_relu_pool` does.
     """
+    (p_bar,) = add_planes(p_bar)
     check_planes("bias_relu_pool_backward", y, {"y": y}, {"beta": beta}, pooled={"p_bar": p_bar})
     y_bar, beta_bar = dispatch.implementation_of("bias_relu_pool_backward", y)(y, beta, p_bar, reuse)
     return y_bar, beta_bar
 
 
-def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
+def bias_relu_pool_dual(y: Convolved, y_dot: Convolved, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
     """Return p and its derivative ṗ in the direction (`y_dot`, `beta_dot`). Shapes, formats, errors: `bias_relu_pool`."""
+    y, y_dot = add_planes(y, y_dot)
     check_planes("bias_relu_pool_dual", y, {"y": y, "y_dot": y_dot}, {"beta": beta, "beta_dot": beta_dot})
     p, p_dot = dispatch.implementation_of("bias_relu_pool_dual", y)(y, y_dot, beta, beta_dot)
     return p, p_dot
 
 
 def bias_relu_pool_dual_backward(
-    y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, *, reuse: bool = False
+    y: Tensor, beta: Tensor, p_bar: Convolved, p_bar_dot: Convolved, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ȳ, ȳ̇ (B, C, H, W), and summands (S, C) of β̄̇: the gradient to y, and the derivatives of the gradients.
 
@@ -46,6 +52,7 @@ def bias_relu_pool_dual_backward(
     linear between the kinks. With `reuse`, `y` is needed no more, and ȳ may take its memory.
     Shapes, formats, errors: `bias_relu_pool`.
     """
+    p_bar, p_bar_dot = add_planes(p_bar, p_bar_dot)
     pooled = {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
     check_planes("bias_relu_pool_dual_backward", y, {"y": y}, {"beta": beta}, pooled=pooled)
     y_bar, y_bar_dot, beta_bar_dot = dispatch.implementation_of("bias_relu_pool_dual_backward", y)(

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_index, check_tensors, check_warp_parameters
-from ..types import Affine, Folded, Patches, Precision, accumulator
+from ..checks import check_index, check_parts, check_tensors, check_warp_parameters
+from ..types import Affine, Convolved, Folded, Patches, Precision, accumulator, planes_of
 from .norm import with_dots
 
 
@@ -67,14 +67,15 @@ def conv_norm_relu_pool_backward(
     patches: Patches,
     weight: Tensor,
     affine: Affine,
-    p_bar: Tensor,
+    p_bar: Convolved,
     folded: Folded | None,
     eps: float,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return summands of W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K). `folded` is what `conv_norm_relu_pool` returned of the same arguments.
 
-    `p_bar` (B, K, H'//2, W'//2) is channels_last and of the planes' dtype. Errors: `conv_norm_relu_pool`.
+    `p_bar` (B, K, H'//2, W'//2) is channels_last, of the planes' dtype, and perhaps in parts (`PartialPlanes`), which are added up.
+    Errors: `conv_norm_relu_pool`.
     """
     op = "conv_norm_relu_pool_backward"
     _check(op, patches, {"weight": weight}, affine._asdict(), {"p_bar": p_bar})
@@ -106,8 +107,8 @@ def conv_norm_relu_pool_dual_backward(
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
-    p_bar: Tensor,
-    p_bar_dot: Tensor,
+    p_bar: Convolved,
+    p_bar_dot: Convolved,
     folded: Folded | None,
     eps: float,
     precision: Precision = "fp32",
@@ -132,7 +133,7 @@ def conv_norm_relu_pool_dual_backward(
 
 
 def _check(
-    op: str, patches: Patches, weights: dict[str, Tensor], channels: dict[str, Tensor], pooled: dict[str, Tensor]
+    op: str, patches: Patches, weights: dict[str, Tensor], channels: dict[str, Tensor], pooled: dict[str, Convolved]
 ) -> None:
     """Check parameters and pooled planes against the patches."""
     batch, height, width, of_images = patches.images.shape
@@ -142,7 +143,10 @@ def _check(
     check_tensors(op, patches.images, weights, weight.shape, dtype=wide)
     check_tensors(op, patches.images, channels, (len(weight),), dtype=wide)
     sides = (batch, len(weight), (height - 2) // 2, (width - 2) // 2)
-    check_tensors(op, patches.images, pooled, sides, like_format=patches.images.permute(0, 3, 1, 2))
+    bars = {name: planes_of(each) for name, each in pooled.items()}
+    check_tensors(op, patches.images, bars, sides, like_format=patches.images.permute(0, 3, 1, 2))
+    for name, each in pooled.items():
+        check_parts(op, name, each)
 
 
 def _implementation(op: str, patches: Patches, weight: Tensor, precision: Precision) -> dispatch.Implementation:

@@ -5,12 +5,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_convolution, check_correlation
-from ..types import Precision, Weight
+from ..checks import check_convolution, check_correlation, check_parts, check_tensors
+from ..types import Convolved, PartialPlanes, Precision, Weight, planes_of
 
 
-def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision = "fp32") -> Tensor:
-    """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`.
+def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
+    """Return planes (B, C, H, W) of one shape, dtype and format, each a tensor or in parts, which are added up and stored.
+
+    Operations that take `Convolved` do so themselves: this is for whoever else reads the result of a convolution.
+    Raises `ValueError` for parts that are not float32 and like their planes.
+    """
+    if not any(isinstance(each, PartialPlanes) for each in planes):
+        return tuple(map(planes_of, planes))
+    first = planes_of(planes[0])
+    for number, each in enumerate(planes, 1):
+        check_tensors("add_planes", first, {f"planes {number}": planes_of(each)}, first.shape, like_format=first)
+        check_parts("add_planes", f"planes {number}", each)
+    whole: tuple[Tensor, ...] = dispatch.implementation_of("add_planes", first)(*planes)
+    return whole
+
+
+def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision = "fp32") -> Convolved:
+    """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`, or parts of which it is the sum.
+
+    On a GPU the taps of a convolution of few samples are summed in parts. Operations that follow a convolution take
+    these as they are, and `add_planes` makes a tensor of either; so it is of all results here that have pixels.
 
     `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous, or packed by `pack_parameters`. Stride 1, and no bias: in front of
     an instance norm it has no effect, and else `bias_relu_pool` adds it. One floating dtype and device; only if planes
@@ -20,14 +39,14 @@ def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision = "fp3
     Raises `ValueError` for anything else.
     """
     check_convolution("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
-    y: Tensor = dispatch.implementation_of("conv3x3", x, precision)(x, weight, padding)
+    y: Convolved = dispatch.implementation_of("conv3x3", x, precision)(x, weight, padding)
     return y
 
 
-def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precision: Precision = "fp32") -> Tensor:
+def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precision: Precision = "fp32") -> Convolved:
     """Return x̄ = Wᵀ∗ȳ (B, C, H, W) from `y_bar`, the gradient to the result of `conv3x3`, in its memory format."""
     check_convolution("conv3x3_input_gradient", padding, {"y_bar": y_bar}, {"weight": weight}, 0)
-    x_bar: Tensor = dispatch.implementation_of("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
+    x_bar: Convolved = dispatch.implementation_of("conv3x3_input_gradient", y_bar, precision)(y_bar, weight, padding)
     return x_bar
 
 
@@ -48,7 +67,7 @@ def conv3x3_dual(
     weight_dot: Weight,
     padding: int,
     precision: Precision = "fp32",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Convolved, Convolved]:
     """Return y = W∗x and its derivative ẏ = Ẇ∗x + W∗ẋ. `x_dot` None stands for zero (images).
 
     Shapes, formats, errors: `conv3x3`.
@@ -66,11 +85,13 @@ def conv3x3_tangent(
     weight_dot: Weight,
     padding: int,
     precision: Precision = "fp32",
-) -> Tensor:
+) -> Convolved:
     """Return ẏ of `conv3x3_dual` alone, where y is known."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     check_convolution("conv3x3_tangent", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
-    y_dot: Tensor = dispatch.implementation_of("conv3x3_tangent", x, precision)(x, x_dot, weight, weight_dot, padding)
+    y_dot: Convolved = dispatch.implementation_of("conv3x3_tangent", x, precision)(
+        x, x_dot, weight, weight_dot, padding
+    )
     return y_dot
 
 
@@ -81,7 +102,7 @@ def conv3x3_dual_input_gradient(
     weight_dot: Weight,
     padding: int,
     precision: Precision = "fp32",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Convolved, Convolved]:
     """Return x̄ = Wᵀ∗ȳ and its derivative x̄̇ = Ẇᵀ∗ȳ + Wᵀ∗ȳ̇, each (B, C, H, W) in the memory format of `y_bar`."""
     weights = {"weight": weight, "weight_dot": weight_dot}
     check_convolution("conv3x3_dual_input_gradient", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
@@ -97,12 +118,12 @@ def conv3x3_input_gradient_tangent(
     weight_dot: Weight,
     padding: int,
     precision: Precision = "fp32",
-) -> Tensor:
+) -> Convolved:
     """Return x̄̇ of `conv3x3_dual_input_gradient` alone, where x̄ is known or, below the first layer, of no use."""
     weights = {"weight": weight, "weight_dot": weight_dot}
     check_convolution("conv3x3_input_gradient_tangent", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
     implementation = dispatch.implementation_of("conv3x3_input_gradient_tangent", y_bar, precision)
-    x_bar_dot: Tensor = implementation(y_bar, y_bar_dot, weight, weight_dot, padding)
+    x_bar_dot: Convolved = implementation(y_bar, y_bar_dot, weight, weight_dot, padding)
     return x_bar_dot
 
 

@@ -6,46 +6,50 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_planes
-from ..types import Affine, PlaneStats
+from ..types import Affine, Convolved, PlaneStats, planes_of
 
 
-def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return 2×2 averages of relu(γ h + β), with h = `y` normalised over each plane, and the planes' mean and rstd.
 
     `y` (B, C, H, W), contiguous or channels_last, as is p (B, C, H//2, W//2); γ, β (C,) are `affine`; mean, rstd (B, C).
     rstd is 1/√(variance + eps). An odd last row or column counts in the statistics and is not pooled.
+    What follows a convolution may be in parts (`PartialPlanes`), here y: they are added up, and `planes_of` is filled.
     All of one floating dtype and device; only if planes are float16 or bfloat16, statistics, γ and β are float32.
     Raises `ValueError` for anything else.
     """
-    check_planes("norm_relu_pool", y, planes={"y": y}, channels=affine._asdict())
-    p, mean, rstd = dispatch.implementation_of("norm_relu_pool", y)(y, affine, eps)
+    check_planes("norm_relu_pool", planes_of(y), planes={"y": y}, channels=affine._asdict())
+    implementation = dispatch.implementation_of("norm_relu_pool", planes_of(y))
+    p, mean, rstd = implementation(dispatch.readable(y), affine, eps)
     return p, mean, rstd
 
 
 def norm_relu_pool_backward(
-    y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Tensor, *, reuse: bool = False
+    y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Convolved, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient ȳ (B, C, H, W), and summands (S, C) of γ̄ and β̄, that follow from `p_bar` (B, C, H//2, W//2).
 
-    The other arguments are those and the results of `norm_relu_pool`. ReLU's derivative at 0 is 0. With `reuse`, `y`
-    is needed no more, and ȳ may take the memory of `y`. Raises `ValueError` as `norm_relu_pool` does.
+    The other arguments are those and the results of `norm_relu_pool`; `p_bar` may be in parts. ReLU's derivative at 0 is 0.
+    With `reuse`, `y` is needed no more, and ȳ may take the memory of `y`. Raises `ValueError` as `norm_relu_pool` does.
     """
     op, stats = "norm_relu_pool_backward", {"mean": mean, "rstd": rstd}
     check_planes(op, y, {"y": y}, affine._asdict(), stats, {"p_bar": p_bar})
-    y_bar, gamma_bar, beta_bar = dispatch.implementation_of(op, y)(y, mean, rstd, affine, p_bar, reuse)
+    implementation = dispatch.implementation_of(op, y)
+    y_bar, gamma_bar, beta_bar = implementation(y, mean, rstd, affine, dispatch.readable(p_bar), reuse)
     return y_bar, gamma_bar, beta_bar
 
 
 def norm_relu_pool_dual(
-    y: Tensor, y_dot: Tensor, affine: Affine, affine_dot: Affine, eps: float
+    y: Convolved, y_dot: Convolved, affine: Affine, affine_dot: Affine, eps: float
 ) -> tuple[Tensor, Tensor, PlaneStats]:
     """Return p, its derivative ṗ in the direction (`y_dot`, `affine_dot`), and the statistics of the planes.
 
-    `norm_relu_pool_dual_backward` takes the statistics. Shapes, formats, errors: `norm_relu_pool`.
+    `norm_relu_pool_dual_backward` takes the statistics. `y` and `y_dot` may be in parts. Shapes, formats, errors: `norm_relu_pool`.
     """
     op = "norm_relu_pool_dual"
-    check_planes(op, y, {"y": y, "y_dot": y_dot}, with_dots(affine, affine_dot))
-    p, p_dot, stats = dispatch.implementation_of(op, y)(y, y_dot, affine, affine_dot, eps)
+    check_planes(op, planes_of(y), {"y": y, "y_dot": y_dot}, with_dots(affine, affine_dot))
+    implementation = dispatch.implementation_of(op, planes_of(y))
+    p, p_dot, stats = implementation(dispatch.readable(y), dispatch.readable(y_dot), affine, affine_dot, eps)
     return p, p_dot, stats
 
 
@@ -55,15 +59,15 @@ def norm_relu_pool_dual_backward(
     stats: PlaneStats,
     affine: Affine,
     affine_dot: Affine,
-    p_bar: Tensor,
-    p_bar_dot: Tensor,
+    p_bar: Convolved,
+    p_bar_dot: Convolved,
     *,
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ȳ, ȳ̇ (B, C, H, W), and summands (S, C) of γ̄̇, β̄̇: the gradient to y, and the derivatives of the gradients.
 
     The arguments are those and the statistics of `norm_relu_pool_dual`, the gradient `p_bar` (B, C, H//2, W//2) and its
-    derivative `p_bar_dot`. With `reuse`, `y` and `y_dot` are needed no more, and the results may take their memory.
+    derivative `p_bar_dot`, either perhaps in parts. With `reuse`, `y` and `y_dot` are needed no more, and the results may take their memory.
     Shapes, formats, errors: `norm_relu_pool`.
     """
     op = "norm_relu_pool_dual_backward"
@@ -77,7 +81,7 @@ def norm_relu_pool_dual_backward(
     )
     implementation = dispatch.implementation_of(op, y)
     y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = implementation(
-        y, y_dot, stats, affine, affine_dot, p_bar, p_bar_dot, reuse
+        y, y_dot, stats, affine, affine_dot, dispatch.readable(p_bar), dispatch.readable(p_bar_dot), reuse
     )
     return y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot
 

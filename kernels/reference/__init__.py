@@ -17,6 +17,7 @@ from .block import (
 )
 from .classifier import linear_cross_entropy, linear_cross_entropy_dual
 from .conv import (
+    add_planes,
     conv3x3,
     conv3x3_dual,
     conv3x3_dual_input_gradient,
@@ -31,6 +32,7 @@ from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, 
 from .warp import colour_warp_mask, colour_warp_mask_transpose, colour_warp_mask_transpose_add
 
 __all__ = [
+    "add_planes",
     "add_up",
     "adjoint_step",
     "bias_relu_pool",

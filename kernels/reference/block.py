@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Affine, Patches, Precision, plane_dtype
+from ..types import Affine, Convolved, Patches, Precision, plane_dtype
 from .conv import (
+    add_planes,
     conv3x3,
     conv3x3_dual,
     conv3x3_dual_weight_gradient,
@@ -60,7 +61,7 @@ def conv_norm_relu_pool_backward(
     patches: Patches,
     weight: Tensor,
     affine: Affine,
-    p_bar: Tensor,
+    p_bar: Convolved,
     folded: None,
     eps: float,
     precision: Precision = "fp32",
@@ -69,6 +70,7 @@ def conv_norm_relu_pool_backward(
     x = _planes(patches)
     y = conv3x3(x, weight, 0, precision)
     _, mean, rstd = norm_relu_pool(y, affine, eps)
+    (p_bar,) = add_planes(p_bar)
     y_bar, gamma_bar, beta_bar = norm_relu_pool_backward(y, mean, rstd, affine, p_bar)
     return conv3x3_weight_gradient(x, y_bar, 0, precision), gamma_bar, beta_bar
 
@@ -94,8 +96,8 @@ def conv_norm_relu_pool_dual_backward(
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
-    p_bar: Tensor,
-    p_bar_dot: Tensor,
+    p_bar: Convolved,
+    p_bar_dot: Convolved,
     folded: None,
     eps: float,
     precision: Precision = "fp32",
@@ -105,6 +107,7 @@ def conv_norm_relu_pool_dual_backward(
     x, padding = _planes(patches), patches.padding
     y, y_dot = conv3x3_dual(x, None, weight, weight_dot, 0, precision)
     stats = norm_relu_pool_dual(y, y_dot, affine, affine_dot, eps)[2]
+    p_bar, p_bar_dot = add_planes(p_bar, p_bar_dot)
     y_bar, y_bar_dot, gamma_bar_dot, beta_bar_dot = norm_relu_pool_dual_backward(
         y, y_dot, stats, affine, affine_dot, p_bar, p_bar_dot
     )

@@ -7,11 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ..types import HALF_PRECISIONS, Precision
+from ..types import HALF_PRECISIONS, Convolved, PartialPlanes, Precision, planes_of
 from .planes import planes_like, widened
 
 # Stride 1, no bias: in front of an instance norm a bias only shifts what the norm takes away again, so it has no effect
 # and its gradients are exactly zero. Without a norm `bias_relu_pool` adds it.
+
+
+def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
+    """Return planes (B, C, H, W), those in parts added up in the order of the parts and rounded once, and stored."""
+    for each in planes:
+        if isinstance(each, PartialPlanes):
+            total = torch.zeros_like(each.parts[0])
+            for part in each.parts:
+                total += part
+            each.planes.copy_(total)
+    return tuple(map(planes_of, planes))
 
 
 def conv3x3(x: Tensor, weight: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         norm_relu_pool_dual,
         norm_relu_pool_dual_backward,
     )
+    from .partial_planes import add_planes
     from .warp import colour_warp_mask, colour_warp_mask_transpose, colour_warp_mask_transpose_add
     from .weights import pack_parameters
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     conv3x3_weight_gradient: Callable[..., Any]
 
 __all__ = [
+    "add_planes",
     "add_up",
     "adjoint_step",
     "bias_relu_pool",
@@ -90,6 +92,7 @@ OPERATIONS = frozenset(__all__)
 NOT_IMPLEMENTED: frozenset[str] = frozenset()
 
 _MODULES = {
+    "add_planes": "partial_planes",
     "add_up": "flat",
     "adjoint": "flat",
     "bias": "bias",

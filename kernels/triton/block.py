@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import Affine, Folded, Patches, Precision, plane_dtype
+from ..types import Affine, Convolved, Folded, Patches, Precision, plane_dtype, planes_of
 from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import architecture, launch, tl, triton
+from .partial_planes import arguments_of, counts_of
 from .patches import ONES, gather
 from .planes import OFFSETS, Planes
 
@@ -102,7 +103,7 @@ def conv_norm_relu_pool_backward(
     patches: Patches,
     weight: Tensor,
     affine: Affine,
-    p_bar: Tensor,
+    p_bar: Convolved,
     folded: Folded,
     eps: float,
     precision: Precision,
@@ -136,8 +137,8 @@ def conv_norm_relu_pool_dual_backward(
     weight_dot: Tensor,
     affine: Affine,
     affine_dot: Affine,
-    p_bar: Tensor,
-    p_bar_dot: Tensor,
+    p_bar: Convolved,
+    p_bar_dot: Convolved,
     folded: Folded,
     eps: float,
     precision: Precision,
@@ -149,7 +150,8 @@ def conv_norm_relu_pool_dual_backward(
     gradients, linear = _finished(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
     del sums
     assert linear is not None
-    return _image_gradient(block, patches, folded, linear, p_bar, p_bar_dot, divisors), *gradients
+    bars = (planes_of(p_bar), planes_of(p_bar_dot))  # which are whole now
+    return _image_gradient(block, patches, folded, linear, *bars, divisors), *gradients
 
 
 def _pooled(
@@ -188,16 +190,24 @@ def _pooled(
 
 
 def _summed(
-    operation: str, block: _Block, patches: Patches, folded: Folded, p_bar: Tensor, p_bar_dot: Tensor | None
+    operation: str, block: _Block, patches: Patches, folded: Folded, p_bar: Convolved, p_bar_dot: Convolved | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return U and, in a direction, U̇ over parts of the windows, (B, parts, TERMS, K)."""
-    row = block.row(operation, len(p_bar), p_bar.device)
-    blocks, parts, tiles = _cut(block, row, len(p_bar))
-    shape = (len(p_bar), parts, block.TERMS, block.K)
+    """Return U and, in a direction, U̇ over parts of the windows, (B, parts, TERMS, K). p̄ and p̄̇ are whole afterwards."""
+    batch, bars = len(patches.images), (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
+    row = block.row(operation, batch, folded.stats.device)
+    blocks, parts, tiles = _cut(block, row, batch)
+    shape = (batch, parts, block.TERMS, block.K)
     sums = _empty(folded.stats, shape)
     sums_dot = None if p_bar_dot is None else _empty(folded.stats, shape)
-    tensors = (patches.images, folded.weight, p_bar, p_bar_dot, sums, sums_dot)
-    launch(sum_patches, len(p_bar) * parts * blocks, *tensors, parts, tiles, **vars(block), **row)
+    launch(
+        sum_patches,
+        batch * parts * blocks,
+        *(patches.images, folded.weight, *bars, sums, sums_dot, parts, tiles),
+        *arguments_of(p_bar, p_bar_dot),
+        **counts_of(p_bar, p_bar_dot),
+        **vars(block),
+        **row,
+    )
     return sums, sums_dot
 
 

@@ -7,6 +7,7 @@ time; the planes that are never stored have H' × W' = (HP − 2) × (WP − 2) 
 from __future__ import annotations
 
 from .launch import tl, triton
+from .partial_planes import load_planes
 from .patches import (
     fold_norm,
     fold_norm_tangent,
@@ -109,9 +110,9 @@ def pool(
 
 
 @triton.jit
-def _share(p_bar: tl.tensor, mask: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
-    """Load what a pixel has of its window's p̄; zero outside the pool."""
-    return rounded(tl.load(p_bar, mask, 0).to(ACC) * 0.25, PRECISION)
+def _share(p_bars: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return what a pixel has of its window's p̄."""
+    return rounded(p_bars.to(ACC) * 0.25, PRECISION)
 
 
 @triton.jit
@@ -124,6 +125,11 @@ def sum_patches(
     sums_dot: tl.tensor | None,
     parts: tl.tensor,
     tiles: tl.tensor,  # of a part
+    p_bar_parts: tl.tensor | None,  # (COUNT, B, PH, PW, K): of p̄, which is stored then
+    p_bar_dot_parts: tl.tensor | None,  # (COUNT_DOT, B, PH, PW, K): of p̄̇
+    size: tl.tensor | None,  # of a part of p̄
+    COUNT: tl.constexpr,
+    COUNT_DOT: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,
@@ -151,9 +157,15 @@ def sum_patches(
         window = tl.minimum(window, ALL - 1)
         row, column = window // PW * 2, window % PW * 2
         place = begin + window[:, None] * K + c[None, :]
-        share = _share(p_bar + place, exists, ACC, PRECISION)
+        p_bars = load_planes(p_bar, p_bar_parts, place, exists, size, COUNT)
+        share = _share(p_bars, ACC, PRECISION)
         if p_bar_dot is not None:
-            share_dot = _share(p_bar_dot + place, exists, ACC, PRECISION)
+            p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, place, exists, size, COUNT_DOT)
+            share_dot = _share(p_bars_dot, ACC, PRECISION)
+        if p_bar_parts is not None:
+            tl.store(p_bar + place, p_bars, exists)
+        if p_bar_dot_parts is not None:
+            tl.store(p_bar_dot + place, p_bars_dot, exists)
         for pixel in range(4):
             xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             active = product(xs, w, ACC, PRECISION) > 0
@@ -326,8 +338,9 @@ def spread(
     whole = ((row < H // 2 * 2) & (column < W // 2 * 2))[:, None]
     for block in range(K // BLOCK_C):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        share = _share(p_bar + place + c[None, :], whole, ACC, PRECISION)
-        share_dot = _share(p_bar_dot + place + c[None, :], whole, ACC, PRECISION)
+        at = place + c[None, :]
+        share = _share(tl.load(p_bar + at, whole, 0), ACC, PRECISION)
+        share_dot = _share(tl.load(p_bar_dot + at, whole, 0), ACC, PRECISION)
         w = tl.load(folded + term[:, None] * K + c[None, :])
         turned = term[None, :] * K + c[:, None]
         w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)

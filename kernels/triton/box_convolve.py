@@ -1,7 +1,7 @@
 """Convolve 3×3 as implicit_gemm.py does, on operands that are boxes (boxes.py): pixels × channels at the offset of a tap.
 
 Value and tangent of a result share what they load. Each product has an accumulator of its own: two into one would wait for
-each other. Where results are too few to fill a GPU, a tile's taps are cut into parts, which a second pass adds up in order.
+each other. Where results are too few to fill a GPU, a tile's taps are cut into parts, which their first reader adds up.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Precision
+from ..types import Convolved, PartialPlanes, Precision
 from .boxes import BOX, box_of, count_boxes, describe_planes, describe_weights, described, place_of, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
-
-_ADDED = 512  # elements of a program that adds up parts
 
 
 @triton.jit
@@ -165,29 +163,6 @@ def _convolve_parts(
     parts.store([part, n, row, column, o], _stored(total, parts).reshape(1, BOX_B, BOX_H, BOX_W, BLOCK_N))
 
 
-@triton.jit
-def _add_planes(
-    parts: tl.tensor,  # (ALL, size)
-    y: tl.tensor | None,  # (size,), as is y_dot
-    y_dot: tl.tensor,
-    size: tl.tensor,
-    FIRST: tl.constexpr,  # parts of y; the others are of ẏ
-    ALL: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = place < size
-    if y is not None:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for part in tl.static_range(FIRST):
-            total += tl.load(parts + part * size + place, exists, 0)
-        tl.store(y + place, total.to(y.dtype.element_ty), exists)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(FIRST, ALL):
-        total += tl.load(parts + part * size + place, exists, 0)
-    tl.store(y_dot + place, total.to(y_dot.dtype.element_ty), exists)
-
-
 def convolve(
     operation: str,
     x: Tensor,
@@ -198,8 +173,11 @@ def convolve(
     y_dot: Tensor,
     padding: int,
     precision: Precision,
-) -> None:
-    """Fill `y` and `y_dot`; the weights are (CO, 3, 3, CI). Raises `ValueError` for tensors that no box fits."""
+) -> tuple[Convolved | None, Convolved]:
+    """Return `y` and `y_dot`, filled or with the parts of which they are the sum; the weights are (CO, 3, 3, CI).
+
+    Raises `ValueError` for tensors that no box fits.
+    """
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
     tensors = [tensor for tensor in (x, x_dot, y_dot, y) if tensor is not None]
     tile = tile_of(operation, inputs, outputs, precision, tensors)
@@ -229,13 +207,25 @@ def convolve(
             describe_planes(y_dot, box, tile["BLOCK_N"]),
         )
         launch(_convolve, programs, *factors, *results, **constants)
-        return
-    count = products * 9 // taps
+        return y, y_dot
+    count = _count_parts(taps, products)
     shape = (count, outputs.samples, outputs.height, outputs.width, outputs.channels)
     parts = torch.empty(shape, dtype=torch.float32, device=x.device)
     results_of_parts = described(parts, shape, (1, *box, tile["BLOCK_N"]))
     constants |= {"PRIMAL": y is not None, "PARTS": count, "TAPS": taps}
     launch(_convolve_parts, programs * count, *factors, results_of_parts, **constants)
-    size, of_y = y_dot.numel(), 0 if y is None else 9 // taps
-    added = {"FIRST": of_y, "ALL": count, "BLOCK": _ADDED, "num_warps": 4}
-    launch(_add_planes, triton.cdiv(size, _ADDED), parts, y, y_dot, size, **added)
+    parts = parts.permute(0, 1, 4, 2, 3)
+    if y is None:
+        return None, PartialPlanes(parts, y_dot)
+    of_y = 9 // taps
+    return PartialPlanes(parts[:of_y], y), PartialPlanes(parts[of_y:], y_dot)
+
+
+def part_bytes(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor, products: int) -> int:
+    """Return the bytes of the parts that `convolve` leaves of so many products, for planes like `x`; 0 where it cuts none."""
+    taps = tile_of(operation, inputs, outputs, precision, [x]).get("TAPS")
+    return 0 if taps is None else 4 * _count_parts(taps, products) * outputs.samples * outputs.sample_size
+
+
+def _count_parts(taps: int, products: int) -> int:
+    return products * 9 // taps

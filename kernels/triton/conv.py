@@ -10,37 +10,38 @@ from typing import Any
 
 from torch import Tensor
 
-from ..types import Precision, Weight, weight_of
+from ..types import Convolved, Precision, Weight, weight_of
 from .implicit_gemm import convolve, correlate
 from .planes import Planes, stacked
 from .weights import rotated, straight
 
-Product = Callable[..., Any]
-"""`convolve` or `correlate` of implicit_gemm.py, or one that takes the same arguments."""
+Convolve = Callable[..., tuple[Any, Convolved]]
+"""`convolve` of implicit_gemm.py, or one that takes the same arguments."""
+Correlate = Callable[..., Tensor]
+"""Likewise `correlate`."""
 
 
-def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Product = convolve) -> Tensor:
+def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Convolve = convolve) -> Convolved:
     """See `mtt_fast.kernels.conv3x3`."""
     y, (factors,) = empty_output(x, weight, padding), straight((weight,), x, precision)
-    convolve("conv3x3", x, None, factors, factors, None, y, padding, precision)  # W∗x is ẏ in the direction of W
-    return y
+    operands = (x, None, factors, factors, None, y)  # W∗x is ẏ in the direction of W
+    return convolve("conv3x3", *operands, padding, precision)[1]
 
 
 def conv3x3_input_gradient(
-    y_bar: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Product = convolve
-) -> Tensor:
+    y_bar: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Convolve = convolve
+) -> Convolved:
     """See `mtt_fast.kernels.conv3x3_input_gradient`."""
     x_bar, (factors,) = empty_input(y_bar, weight, padding), rotated((weight,), y_bar, precision)
-    convolve("conv3x3_input_gradient", y_bar, None, factors, factors, None, x_bar, 2 - padding, precision)
-    return x_bar
+    operands = (y_bar, None, factors, factors, None, x_bar)
+    return convolve("conv3x3_input_gradient", *operands, 2 - padding, precision)[1]
 
 
 def conv3x3_weight_gradient(
-    x: Tensor, y_bar: Tensor, padding: int, precision: Precision, correlate: Product = correlate
+    x: Tensor, y_bar: Tensor, padding: int, precision: Precision, correlate: Correlate = correlate
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_weight_gradient`."""
-    weight_bar: Tensor = correlate("conv3x3_weight_gradient", x, None, y_bar, y_bar, padding, precision)
-    return weight_bar
+    return correlate("conv3x3_weight_gradient", x, None, y_bar, y_bar, padding, precision)
 
 
 def conv3x3_dual(
@@ -50,13 +51,12 @@ def conv3x3_dual(
     weight_dot: Weight,
     padding: int,
     precision: Precision,
-    convolve: Product = convolve,
-) -> tuple[Tensor, Tensor]:
+    convolve: Convolve = convolve,
+) -> tuple[Convolved, Convolved]:
     """See `mtt_fast.kernels.conv3x3_dual`."""
     y, y_dot = _empty_dual(x, x_dot, weight, padding)
     weights = straight((weight, weight_dot), x, precision)
-    convolve("conv3x3_dual", x, x_dot, *weights, y, y_dot, padding, precision)
-    return y, y_dot
+    return convolve("conv3x3_dual", x, x_dot, *weights, y, y_dot, padding, precision)
 
 
 def conv3x3_tangent(
@@ -66,13 +66,12 @@ def conv3x3_tangent(
     weight_dot: Weight,
     padding: int,
     precision: Precision,
-    convolve: Product = convolve,
-) -> Tensor:
+    convolve: Convolve = convolve,
+) -> Convolved:
     """See `mtt_fast.kernels.conv3x3_tangent`."""
     y_dot = empty_output(x, weight, padding)
     weights = straight((weight, weight_dot), x, precision)
-    convolve("conv3x3_tangent", x, x_dot, *weights, None, y_dot, padding, precision)
-    return y_dot
+    return convolve("conv3x3_tangent", x, x_dot, *weights, None, y_dot, padding, precision)[1]
 
 
 def conv3x3_dual_input_gradient(
@@ -82,13 +81,13 @@ def conv3x3_dual_input_gradient(
     weight_dot: Weight,
     padding: int,
     precision: Precision,
-    convolve: Product = convolve,
-) -> tuple[Tensor, Tensor]:
+    convolve: Convolve = convolve,
+) -> tuple[Convolved, Convolved]:
     """See `mtt_fast.kernels.conv3x3_dual_input_gradient`."""
     x_bar, x_bar_dot = (empty_input(y_bar, weight, padding) for _ in range(2))
     weights = rotated((weight, weight_dot), y_bar, precision)
-    convolve("conv3x3_dual_input_gradient", y_bar, y_bar_dot, *weights, x_bar, x_bar_dot, 2 - padding, precision)
-    return x_bar, x_bar_dot
+    operands = (y_bar, y_bar_dot, *weights, x_bar, x_bar_dot)
+    return convolve("conv3x3_dual_input_gradient", *operands, 2 - padding, precision)
 
 
 def conv3x3_input_gradient_tangent(
@@ -98,13 +97,13 @@ def conv3x3_input_gradient_tangent(
     weight_dot: Weight,
     padding: int,
     precision: Precision,
-    convolve: Product = convolve,
-) -> Tensor:
+    convolve: Convolve = convolve,
+) -> Convolved:
     """See `mtt_fast.kernels.conv3x3_input_gradient_tangent`."""
     x_bar_dot = empty_input(y_bar, weight, padding)
     weights = rotated((weight, weight_dot), y_bar, precision)
-    convolve("conv3x3_input_gradient_tangent", y_bar, y_bar_dot, *weights, None, x_bar_dot, 2 - padding, precision)
-    return x_bar_dot
+    operands = (y_bar, y_bar_dot, *weights, None, x_bar_dot)
+    return convolve("conv3x3_input_gradient_tangent", *operands, 2 - padding, precision)[1]
 
 
 def conv3x3_dual_weight_gradient(
@@ -114,11 +113,10 @@ def conv3x3_dual_weight_gradient(
     y_bar_dot: Tensor,
     padding: int,
     precision: Precision,
-    correlate: Product = correlate,
+    correlate: Correlate = correlate,
 ) -> Tensor:
     """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`."""
-    weight_bar: Tensor = correlate("conv3x3_dual_weight_gradient", x, x_dot, y_bar, y_bar_dot, padding, precision)
-    return weight_bar
+    return correlate("conv3x3_dual_weight_gradient", x, x_dot, y_bar, y_bar_dot, padding, precision)
 
 
 def empty_output(x: Tensor, weight: Weight, padding: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import ConvLayer, Precision, WeightBytes, accumulator, plane_dtype, weight_of
-from . import box_correlate, conv, cudnn, implicit_gemm, tma
+from . import box_convolve, box_correlate, conv, cudnn, implicit_gemm, tma
 from .boxes import fits
 from .configurations import backend_of
 from .implicit_gemm import effective_precision, shape_classes
@@ -28,10 +28,8 @@ def dispatched(operation: str) -> Callable[..., Any]:
     def run(*arguments: Any, **named: Precision) -> Any:
         every: list[Any] = [*arguments, *named.values()]
         operands, precision = every[:-1], every[-1]  # which comes last, by name or without
-        result = _result(operation, *operands)
-        backend = _backend(operation, operands[0], result, precision)
-        if backend == "tma" and not _fits(operation, operands, result, precision):
-            backend = "triton"
+        result, planes = _result(operation, *operands), _planes_of(operation, operands)
+        backend = _backend(operation, Planes.of(planes[0]), result, precision, planes[0], planes)
         return getattr(BACKENDS[backend], operation)(*operands, precision)
 
     return run
@@ -48,29 +46,37 @@ def weight_bytes(
         outputs = Planes(batch, layer.filters, layer.out_height, layer.out_width, torch.channels_last)
         counts, copies = [1], []
         for operation in ("conv3x3_weight_gradient", "conv3x3_dual_weight_gradient"):
-            classes = shape_classes(inputs, outputs, effective_precision(dtype, precision))
-            backend = backend_of(operation, classes[0], architecture(device), *classes[1:])
-            if backend == "tma" and not fits(operation, inputs, outputs, precision, [x]):
-                backend = "triton"
+            planes = (operation, inputs, outputs, precision)
+            backend = _backend(*planes, x, [x])
             if backend != "cudnn":
                 correlation = box_correlate if backend == "tma" else implicit_gemm
-                counts.append(correlation.count_summands(operation, inputs, outputs, precision, x))
+                counts.append(correlation.count_summands(*planes, x))
             copies.append(box_correlate.copied_bytes(operation, inputs, outputs, x) if backend == "tma" else 0)
+        parts = []
+        for operation, count in (("conv3x3_input_gradient", 1), ("conv3x3_dual_input_gradient", 3)):
+            planes = (operation, outputs, inputs, precision)
+            boxes = _backend(*planes, x, [x]) == "tma"
+            parts.append(box_convolve.part_bytes(*planes, x, count) if boxes else 0)
         size = 9 * layer.channels * layer.filters
         summands = max(counts) * size * accumulator(dtype).itemsize
-        every.append(WeightBytes(2 * size * products.itemsize, summands, *copies))
+        every.append(WeightBytes(2 * size * products.itemsize, summands, *copies, *parts))
     return every
 
 
-def _backend(operation: str, x: Tensor, result: Planes, precision: Precision) -> str:
-    closely, *loosely = shape_classes(Planes.of(x), result, effective_precision(x.dtype, precision))
-    return backend_of(operation, closely, architecture(x.device), *loosely)
+def _backend(
+    operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor, planes: list[Tensor]
+) -> str:
+    """Return the table's back end, for dtype and device of `x`, or the kernels by pointers where boxes do not fit `planes`."""
+    closely, *loosely = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
+    backend = backend_of(operation, closely, architecture(x.device), *loosely)
+    return "triton" if backend == "tma" and not fits(operation, inputs, outputs, precision, planes) else backend
 
 
-def _fits(operation: str, operands: list[Any], result: Planes, precision: Precision) -> bool:
-    tensors = operands[:-1]  # the last is the padding; of a convolution's, half are weights, of which copies are taken
+def _planes_of(operation: str, operands: list[Any]) -> list[Tensor]:
+    """Return the operands that are planes: the last is the padding, and of a convolution's others half are weights."""
+    tensors = operands[:-1]
     planes = tensors if operation.endswith("weight_gradient") else tensors[: len(tensors) // 2]
-    return fits(operation, Planes.of(operands[0]), result, precision, [each for each in planes if each is not None])
+    return [each for each in planes if each is not None]
 
 
 def _result(operation: str, *arguments: Any) -> Planes:

@@ -202,8 +202,8 @@ def convolve(
     y_dot: Tensor,
     padding: int,
     precision: Precision,
-) -> None:
-    """Fill `y`, if there is one, and `y_dot`; the weights are of weights.py. The row of `operation` in the table gives the tile."""
+) -> tuple[Tensor | None, Tensor]:
+    """Return `y`, if there is one, and `y_dot`, filled; the weights are of weights.py. The row of `operation` in the table gives the tile."""
     inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
     row = tile_of(operation, inputs, outputs, precision, x)
     x, x_dot = _factors(precision, x, x_dot)
@@ -224,6 +224,7 @@ def convolve(
         ACC=tl.float64 if x.dtype == torch.float64 else tl.float32,
         **row,
     )
+    return y, y_dot
 
 
 def correlate(

@@ -85,9 +85,16 @@ def sum_four(
     return of_a, of_b, of_c, of_d
 
 
-def tile_of(operation: str, planes: Planes, y: Tensor) -> Configuration:
+def shape_classes(planes: Planes, partial: bool) -> tuple[str, ...]:
+    """Name the shape in the table, where planes that are read in parts may have a row of their own."""
+    loosely = shape_class(planes)
+    return (f"{loosely}-partial", loosely) if partial else (loosely,)
+
+
+def tile_of(operation: str, planes: Planes, y: Tensor, partial: bool = False) -> Configuration:
     """Return the row of `operation` in the table, with a tile no wider than the planes, and of float64 half as wide."""
-    row = configuration(operation, shape_class(planes), architecture(y.device))
+    closest, *looser = shape_classes(planes, partial)
+    row = configuration(operation, closest, architecture(y.device), *looser)
     widest = row["BLOCK_C"] if y.dtype != torch.float64 else max(1, row["BLOCK_C"] // 2)
     return row | {"BLOCK_C": min(widest, triton.next_power_of_2(planes.channels))}
 
@@ -97,7 +104,9 @@ def fits(planes: Planes, tile: Configuration) -> bool:
     return _windows(planes) <= tile["WINDOWS"]
 
 
-def launch_held(kernel: Any, planes: Planes, tile: Configuration, y: Tensor, *rest: Tensor | None, **more: Any) -> None:
+def launch_held(
+    kernel: Any, planes: Planes, tile: Configuration, y: Tensor, *rest: Tensor | int | None, **more: Any
+) -> None:
     """Run `kernel` for each block of channels of each sample: a program holds their planes."""
     windows = _windows(planes)
     tile = {"WINDOWS": triton.next_power_of_2(windows), "BLOCK_C": tile["BLOCK_C"], "num_warps": tile["num_warps"]}
@@ -139,7 +148,13 @@ def _windows(planes: Planes) -> int:
 
 
 def _launch(
-    kernel: Any, planes: Planes, tile: Configuration, parts: int, filled: bool, *arguments: Tensor | None, **more: Any
+    kernel: Any,
+    planes: Planes,
+    tile: Configuration,
+    parts: int,
+    filled: bool,
+    *arguments: Tensor | int | None,
+    **more: Any,
 ) -> None:
     """Run `kernel`, which may leave out the masks of windows where tiles are `filled` and sizes are even."""
     shape = {"C": planes.channels, "H": planes.height, "W": planes.width}

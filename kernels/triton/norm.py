@@ -13,11 +13,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..types import Affine, PlaneStats
+from ..types import Affine, Convolved, PartialPlanes, PlaneStats, planes_of
 from . import norm_held, norm_passes
 from .configurations import Configuration
 from .launch import tl, triton
 from .lines import fits, tile_of
+from .partial_planes import add_planes
 from .planes import Planes
 from .windows import (
     block_of,
@@ -366,48 +367,51 @@ def _dual_backward(
     tl.store(beta_bar_dot + plane, beta_total_dot, exists)
 
 
-def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool`. mean and rstd are float32 for bfloat16 `y`, here and below."""
-    planes = Planes.of(y)
-    p = empty_pool(y, planes)
-    mean, rstd = (empty_stat(y) for _ in range(2))
+    whole = planes_of(y)
+    planes = Planes.of(whole)
+    p = empty_pool(whole, planes)
+    mean, rstd = (empty_stat(whole) for _ in range(2))
     if planes.channels_last:
         lines, tile = _lines("norm_relu_pool", planes, y)
         lines.forward(planes, tile, y, None, mean, rstd, None, None, *affine, None, None, p, None, eps=eps)
     else:
-        launch_windows(_forward, "norm_relu_pool", planes, y, *affine, p, mean, rstd, EPS=eps)
+        launch_windows(_forward, "norm_relu_pool", planes, *add_planes(y), *affine, p, mean, rstd, EPS=eps)
     return p, mean, rstd
 
 
 def norm_relu_pool_backward(
-    y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Tensor, reuse: bool = False
+    y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Convolved, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
-    planes = Planes.of(y, p_bar)
+    planes = Planes.of(y, planes_of(p_bar))
     y_bar = output_buffer(y, reuse)
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_backward", planes, y)
-        arguments = (y, None, mean, rstd, None, None, *affine, None, p_bar, None)
-        beta_sums, gamma_sums = lines.backward(planes, tile, *arguments, y_bar=y_bar, y_bar_dot=None).unbind(1)
+        lines, tile = _lines("norm_relu_pool_backward", planes, p_bar)
+        arguments = (y, None, mean, rstd, None, None, *affine, None)
+        bars = {"p_bar": p_bar, "p_bar_dot": None, "y_bar": y_bar, "y_bar_dot": None}
+        beta_sums, gamma_sums = lines.backward(planes, tile, *arguments, **bars).unbind(1)
         return y_bar, gamma_sums, beta_sums
     gamma_sums, beta_sums = (empty_stat(y) for _ in range(2))
-    results = (y_bar, gamma_sums, beta_sums)
-    launch_windows(_backward, "norm_relu_pool_backward", planes, y, mean, rstd, *affine, p_bar, *results)
+    results = (*add_planes(p_bar), y_bar, gamma_sums, beta_sums)
+    launch_windows(_backward, "norm_relu_pool_backward", planes, y, mean, rstd, *affine, *results)
     return y_bar, gamma_sums, beta_sums
 
 
 def norm_relu_pool_dual(
-    y: Tensor, y_dot: Tensor, affine: Affine, affine_dot: Affine, eps: float
+    y: Convolved, y_dot: Convolved, affine: Affine, affine_dot: Affine, eps: float
 ) -> tuple[Tensor, Tensor, PlaneStats]:
     """See `mtt_fast.kernels.norm_relu_pool_dual`."""
-    planes = Planes.of(y, y_dot)
-    p, p_dot = planes.empty_pair(y, planes.channels, planes.height // 2, planes.width // 2)
-    stats = PlaneStats(*(empty_stat(y) for _ in range(4)))
+    whole = planes_of(y)
+    planes = Planes.of(whole, planes_of(y_dot))
+    p, p_dot = planes.empty_pair(whole, planes.channels, planes.height // 2, planes.width // 2)
+    stats = PlaneStats(*(empty_stat(whole) for _ in range(4)))
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_dual", planes, y)
+        lines, tile = _lines("norm_relu_pool_dual", planes, y, y_dot)
         lines.forward(planes, tile, y, y_dot, *stats, *affine, *affine_dot, p, p_dot, eps=eps)
     else:
-        arguments = (y, y_dot, *affine, *affine_dot, p, p_dot, *stats)
+        arguments = (*add_planes(y, y_dot), *affine, *affine_dot, p, p_dot, *stats)
         launch_windows(_dual, "norm_relu_pool_dual", planes, *arguments, EPS=eps)
     return p, p_dot, stats
 
@@ -418,26 +422,31 @@ def norm_relu_pool_dual_backward(
     stats: PlaneStats,
     affine: Affine,
     affine_dot: Affine,
-    p_bar: Tensor,
-    p_bar_dot: Tensor,
+    p_bar: Convolved,
+    p_bar_dot: Convolved,
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. β̇ moves no gradient of this operation."""
-    planes = Planes.of(y, y_dot, p_bar, p_bar_dot)
+    planes = Planes.of(y, y_dot, planes_of(p_bar), planes_of(p_bar_dot))
     y_bar, y_bar_dot = output_buffer(y, reuse), output_buffer(y_dot, reuse)
-    arguments = (y, y_dot, *stats, *affine, affine_dot.gamma, p_bar, p_bar_dot)
+    arguments = (y, y_dot, *stats, *affine, affine_dot.gamma)
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_dual_backward", planes, y)
-        sums = lines.backward(planes, tile, *arguments, y_bar=y_bar, y_bar_dot=y_bar_dot)
+        lines, tile = _lines("norm_relu_pool_dual_backward", planes, p_bar, p_bar_dot)
+        bars = {"p_bar": p_bar, "p_bar_dot": p_bar_dot, "y_bar": y_bar, "y_bar_dot": y_bar_dot}
+        sums = lines.backward(planes, tile, *arguments, **bars)
         beta_sums_dot, gamma_sums_dot = sums[:, 2:].unbind(1)
         return y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot
     gamma_sums_dot, beta_sums_dot = (empty_stat(y) for _ in range(2))
-    results = (y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot)
+    results = (*add_planes(p_bar, p_bar_dot), y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot)
     launch_windows(_dual_backward, "norm_relu_pool_dual_backward", planes, *arguments, *results)
     return y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot
 
 
-def _lines(operation: str, planes: Planes, y: Tensor) -> tuple[ModuleType, Configuration]:
-    """Return the module whose kernels compute `operation` of channels_last planes, by the tile of the table, and the tile."""
-    tile = tile_of(operation, planes, y)
+def _lines(operation: str, planes: Planes, *read: Convolved) -> tuple[ModuleType, Configuration]:
+    """Return the module whose kernels compute `operation` of channels_last planes, by the tile of the table, and the tile.
+
+    What it reads first may be in parts.
+    """
+    partial = any(isinstance(each, PartialPlanes) for each in read)
+    tile = tile_of(operation, planes, planes_of(read[0]), partial)
     return (norm_held if fits(planes, tile) else norm_passes), tile

@@ -9,19 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import accumulator
+from ..types import Convolved, accumulator, planes_of
 from .configurations import Configuration
 from .launch import tl, triton
-from .lines import launch_held, part_of, pooled_place, quarter_place
+from .lines import launch_held, part_of, pooled_place, quarter_place, sum_four, sum_two
 from .norm_passes import coefficients, coefficients_dot
+from .partial_planes import arguments_of, counts_of, load_planes
 from .planes import Planes
 
 
 @triton.jit
 def _load_quarters(
     planes: tl.tensor,  # of the sample: (H, W, C)
+    parts: tl.tensor | None,  # of the sample's planes, if they are in COUNT parts of `size` elements
     c: tl.tensor,  # (1, BLOCK_C)
     exists: tl.tensor,
+    size: tl.tensor | None,
+    COUNT: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -34,18 +38,35 @@ def _load_quarters(
     pixel2, mask2 = quarter_place(window, 2, H, W, WHOLE)
     pixel3, mask3 = quarter_place(window, 3, H, W, WHOLE)
     return (
-        tl.load(planes + pixel0 * C + c, mask0 & exists, 0),
-        tl.load(planes + pixel1 * C + c, mask1 & exists, 0),
-        tl.load(planes + pixel2 * C + c, mask2 & exists, 0),
-        tl.load(planes + pixel3 * C + c, mask3 & exists, 0),
+        load_planes(planes, parts, pixel0 * C + c, mask0 & exists, size, COUNT),
+        load_planes(planes, parts, pixel1 * C + c, mask1 & exists, size, COUNT),
+        load_planes(planes, parts, pixel2 * C + c, mask2 & exists, size, COUNT),
+        load_planes(planes, parts, pixel3 * C + c, mask3 & exists, size, COUNT),
     )
 
 
 @triton.jit
-def _plane_sum(quarters: tl.tuple, ACC: tl.constexpr) -> tl.tensor:
-    """Sum over planes: (1, BLOCK_C)."""
+def _store_quarters(
+    planes: tl.tensor,  # of the sample: (H, W, C)
+    quarters: tl.tuple,
+    c: tl.tensor,  # (1, BLOCK_C)
+    exists: tl.tensor,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WINDOWS: tl.constexpr,
+) -> None:
+    window = tl.arange(0, WINDOWS)[:, None]
+    for quarter in tl.static_range(4):
+        pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+        tl.store(planes + pixel * C + c, quarters[quarter], mask & exists)
+
+
+@triton.jit
+def _window_sum(quarters: tl.tuple, ACC: tl.constexpr) -> tl.tensor:
     upper = quarters[0].to(ACC) + quarters[1].to(ACC)
-    return tl.sum(upper + (quarters[2].to(ACC) + quarters[3].to(ACC)), 0, keep_dims=True)
+    return upper + (quarters[2].to(ACC) + quarters[3].to(ACC))
 
 
 @triton.jit
@@ -62,7 +83,12 @@ def _forward(
     beta_dot: tl.tensor | None,
     p: tl.tensor,  # (B, H//2, W//2, C)
     p_dot: tl.tensor | None,
+    parts: tl.tensor | None,  # (COUNT, B, H, W, C): of y, which is stored then
+    parts_dot: tl.tensor | None,  # (COUNT_DOT, B, H, W, C): of ẏ
+    size: tl.tensor | None,  # of a part
     EPS: tl.constexpr,
+    COUNT: tl.constexpr,
+    COUNT_DOT: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -74,33 +100,48 @@ def _forward(
     sample, _, c, exists = part_of(1, C, BLOCK_C)
     plane = sample * C + c
     window = tl.arange(0, WINDOWS)[:, None]
-    ys = _load_quarters(y + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
+    begin = sample * (H * W * C)
+    if parts is not None:
+        parts += begin
+    if parts_dot is not None:
+        parts_dot += begin
+    ys = _load_quarters(y + begin, parts, c, exists, size, COUNT, C, H, W, WHOLE, WINDOWS)
     if y_dot is not None:
-        yds = _load_quarters(y_dot + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
+        yds = _load_quarters(y_dot + begin, parts_dot, c, exists, size, COUNT_DOT, C, H, W, WHOLE, WINDOWS)
+    if parts is not None:
+        _store_quarters(y + begin, ys, c, exists, C, H, W, WHOLE, WINDOWS)
+    if parts_dot is not None:
+        _store_quarters(y_dot + begin, yds, c, exists, C, H, W, WHOLE, WINDOWS)
 
-    mu = _plane_sum(ys, ACC) / (H * W)
+    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
     total = tl.zeros((WINDOWS, BLOCK_C), ACC)
     total_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
-    if y_dot is not None:
-        mu_dot = _plane_sum(yds, ACC) / (H * W)
+    if y_dot is None:
+        mu = tl.sum(_window_sum(ys, ACC), 0, keep_dims=True) / (H * W)
+    else:
+        mu, mu_dot = sum_two(_window_sum(ys, ACC), _window_sum(yds, ACC))
+        mu, mu_dot = mu / (H * W), mu_dot / (H * W)
     for quarter in tl.static_range(4):
         _, mask = quarter_place(window, quarter, H, W, WHOLE)
         deviation = tl.where(mask, ys[quarter].to(ACC) - mu, 0)
         total += deviation * deviation
         if y_dot is not None:
             total_dot += deviation * (yds[quarter].to(ACC) - mu_dot)  # E[h] = 0: the same sum, with less to cancel
-    r = 1 / tl.sqrt(tl.sum(total, 0, keep_dims=True) / (H * W) + EPS)
+    if y_dot is None:
+        square = tl.sum(total, 0, keep_dims=True)
+    else:
+        square, along = sum_two(total, total_dot)
+    r = 1 / tl.sqrt(square / (H * W) + EPS)
     tl.store(mean + plane, mu, exists)
     tl.store(rstd + plane, r, exists)
 
-    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
     pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
     pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
-        h_y_dot = r * (tl.sum(total_dot, 0, keep_dims=True) / (H * W))
-        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+        h_y_dot = r * (along / (H * W))
+        g_dot, b_dot = tl.load(gamma_dot + c, exists, 0).to(ACC), tl.load(beta_dot + c, exists, 0).to(ACC)
         of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
-        of_h = tl.load(gamma_dot + c, exists, 0).to(ACC) - of_y_dot * h_y_dot
+        of_h = g_dot - of_y_dot * h_y_dot
         tl.store(k1 + plane, mu_dot, exists)
         tl.store(k2 + plane, h_y_dot, exists)
     for quarter in tl.static_range(4):
@@ -133,6 +174,11 @@ def _backward(
     sums: tl.tensor,  # (B, 2 or 4, C)
     y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y
     y_bar_dot: tl.tensor | None,
+    parts: tl.tensor | None,  # (COUNT, B, H//2, W//2, C): of p̄, which is stored then
+    parts_dot: tl.tensor | None,  # (COUNT_DOT, B, H//2, W//2, C): of p̄̇
+    size: tl.tensor | None,  # of a part
+    COUNT: tl.constexpr,
+    COUNT_DOT: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -147,20 +193,26 @@ def _backward(
     window = tl.arange(0, WINDOWS)[:, None]
     pooled, mask = pooled_place(window, H, W, WHOLE)
     pooled = sample * ((H // 2) * (W // 2) * C) + pooled * C + c
-    ys = _load_quarters(y + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
+    ys = _load_quarters(y + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
     # Zero outside the pool, so windows that are not whole add nothing to the sums.
-    share = tl.load(p_bar + pooled, mask & exists, 0).to(ACC) * 0.25
+    p_bars = load_planes(p_bar, parts, pooled, mask & exists, size, COUNT)
+    share = p_bars.to(ACC) * 0.25
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
     g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
     beta_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
     gamma_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
-        yds = _load_quarters(y_dot + sample * (H * W * C), c, exists, C, H, W, WHOLE, WINDOWS)
-        share_dot = tl.load(p_bar_dot + pooled, mask & exists, 0).to(ACC) * 0.25
+        yds = _load_quarters(y_dot + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
+        p_bars_dot = load_planes(p_bar_dot, parts_dot, pooled, mask & exists, size, COUNT_DOT)
+        share_dot = p_bars_dot.to(ACC) * 0.25
         mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
         g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
         beta_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         gamma_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
+    if parts is not None:
+        tl.store(p_bar + pooled, p_bars, mask & exists)
+    if parts_dot is not None:
+        tl.store(p_bar_dot + pooled, p_bars_dot, mask & exists)
     for quarter in tl.static_range(4):
         h = (ys[quarter].to(ACC) - mu) * r
         active = g * h + b > 0
@@ -174,14 +226,16 @@ def _backward(
             gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
 
     sums += sample * (SUMS * C) + c
-    beta_total = tl.sum(beta_sum, 0, keep_dims=True)
-    gamma_total = tl.sum(gamma_sum, 0, keep_dims=True)
+    if y_dot is None:
+        beta_total, gamma_total = sum_two(beta_sum, gamma_sum)
+    else:
+        beta_total, gamma_total, beta_total_dot, gamma_total_dot = sum_four(
+            beta_sum, gamma_sum, beta_sum_dot, gamma_sum_dot
+        )
     c0, c1, c2 = coefficients(beta_total, gamma_total, r, g, H * W)
     tl.store(sums, beta_total, exists)
     tl.store(sums + C, gamma_total, exists)
     if y_dot is not None:
-        beta_total_dot = tl.sum(beta_sum_dot, 0, keep_dims=True)
-        gamma_total_dot = tl.sum(gamma_sum_dot, 0, keep_dims=True)
         d0, d1, d2 = coefficients_dot(
             beta_total, gamma_total, beta_total_dot, gamma_total_dot, r, h_y_dot, g, g_dot, H * W
         )
@@ -201,9 +255,12 @@ def _backward(
             tl.store(y_bar_dot + place, value, mask & exists)
 
 
-def forward(planes: Planes, tile: Configuration, y: Tensor, *rest: Tensor | None, eps: float) -> None:
-    """Compute what `norm_passes.forward` computes."""
-    launch_held(_forward, planes, tile, y, *rest, EPS=eps)
+def forward(
+    planes: Planes, tile: Configuration, y: Convolved, y_dot: Convolved | None, *rest: Tensor | None, eps: float
+) -> None:
+    """Compute what `norm_passes.forward` computes; parts of y and ẏ are added up on the way."""
+    arguments = (None if y_dot is None else planes_of(y_dot), *rest, *arguments_of(y, y_dot))
+    launch_held(_forward, planes, tile, planes_of(y), *arguments, **counts_of(y, y_dot), EPS=eps)
 
 
 def backward(
@@ -211,11 +268,15 @@ def backward(
     tile: Configuration,
     y: Tensor,
     *rest: Tensor | None,
+    p_bar: Convolved,
+    p_bar_dot: Convolved | None,
     y_bar: Tensor,
     y_bar_dot: Tensor | None,
 ) -> Tensor:
-    """Compute and return what `norm_passes.backward` computes and returns."""
+    """Compute and return what `norm_passes.backward` computes and returns; parts of p̄ and p̄̇ are added up on the way."""
     shape = (planes.samples, 2 if y_bar_dot is None else 4, planes.channels)
     sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
-    launch_held(_backward, planes, tile, y, *rest, sums, y_bar, y_bar_dot)
+    bars = (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
+    arguments = (*rest, *bars, sums, y_bar, y_bar_dot, *arguments_of(p_bar, p_bar_dot))
+    launch_held(_backward, planes, tile, y, *arguments, **counts_of(p_bar, p_bar_dot))
     return sums

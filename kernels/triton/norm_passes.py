@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import accumulator
+from ..types import Convolved, accumulator
 from .configurations import Configuration
 from .launch import tl, triton
 from .lines import (
@@ -28,6 +28,7 @@ from .lines import (
     sum_two,
     within,
 )
+from .partial_planes import add_pair
 from .planes import Planes
 
 
@@ -399,9 +400,10 @@ def _gradients(
 
 
 def forward(
-    planes: Planes, tile: Configuration, y: Tensor, y_dot: Tensor | None, *rest: Tensor | None, eps: float
+    planes: Planes, tile: Configuration, y: Convolved, y_dot: Convolved | None, *rest: Tensor | None, eps: float
 ) -> None:
     """Compute p, and ṗ of a derivative. `rest`: mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p, p_dot."""
+    y, y_dot = add_pair(y, y_dot)  # which are read twice
     stats, dual = rest[:4], y_dot is not None
     count = parts_of_pixels(planes, tile)
     parts = _empty_parts(y, planes, count, 4 if dual else 2)
@@ -416,17 +418,20 @@ def backward(
     planes: Planes,
     tile: Configuration,
     y: Tensor,
-    *rest: Tensor | None,  # y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot, p_bar, p_bar_dot
+    *rest: Tensor | None,  # y_dot, mean, rstd, k1, k2, gamma, beta, gamma_dot
+    p_bar: Convolved,
+    p_bar_dot: Convolved | None,
     y_bar: Tensor,
     y_bar_dot: Tensor | None,
 ) -> Tensor:
     """Compute ȳ, and ȳ̇ of a derivative; return (B, 2 or 4, C): the sums over planes of ū and ūh, ū̇ and ū̇h + ūḣ."""
+    bars = add_pair(p_bar, p_bar_dot)  # which are read twice
     count, sums = parts_of_windows(planes, tile), 2 if y_bar_dot is None else 4
     parts, totals = _empty_parts(y, planes, count, sums), _empty_parts(y, planes, 1, sums)
-    *stats_and_affine, _, p_bar, p_bar_dot = rest
-    launch_parts(_sums, planes, tile, count, y, *stats_and_affine, p_bar, p_bar_dot, parts)
+    *stats_and_affine, _ = rest
+    launch_parts(_sums, planes, tile, count, y, *stats_and_affine, *bars, parts)
     combine_parts(_add_parts, planes, sums, count, parts, totals, SUMS=sums)
-    launch_parts(_gradients, planes, tile, count, y, *rest, totals, y_bar, y_bar_dot)
+    launch_parts(_gradients, planes, tile, count, y, *rest, *bars, totals, y_bar, y_bar_dot)
     return totals[:, 0]
 
 

@@ -24,6 +24,7 @@ from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameter
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.kernels import (
     ConvLayer,
+    Convolved,
     LabelKind,
     PackedParameters,
     PartialSums,
@@ -31,6 +32,7 @@ from mtt_fast.kernels import (
     Weight,
     WeightPlace,
     plane_dtype,
+    planes_of,
 )
 from mtt_fast.networks.convnet import ConvNet
 
@@ -64,7 +66,7 @@ class FusedConvNetStudent:
             del held
 
         assert isinstance(x, Tensor)
-        x_bar: Tensor | None
+        x_bar: Convolved | None
         loss, x_bar, *classifier_bar, scale = kernels.linear_cross_entropy(x, *classifier, labels, self.label_kind)
         del x
 
@@ -73,7 +75,7 @@ class FusedConvNetStudent:
         for block in reversed(blocks):
             assert x_bar is not None
             if save:
-                saved.append((block.to_save(activations[-1]), x_bar))
+                saved.append((block.to_save(activations[-1]), planes_of(x_bar)))
             x_bar, parameters_bar = block.backward(activations.pop(), x_bar, not save)
             gradients.append(parameters_bar)
         sums = self._sums(gradients, () if scale is None else (scale,))
@@ -100,7 +102,8 @@ class FusedConvNetStudent:
         assert x_dot is not None
         # p̄ that were saved have the factor of the step that saved them, and their derivatives need the same
         scale = None if saved is None else saved.pop()
-        x_bar: Tensor | None
+        x_bar: Convolved | None
+        x_bar_dot: Convolved
         v_dot_g, x_bar, x_bar_dot, *classifier_bar_dot, labels_bar_dot, scale = kernels.linear_cross_entropy_dual(
             x, x_dot, *classifier, *classifier_dot, labels, self.label_kind, scale, packed.scale
         )
@@ -116,6 +119,7 @@ class FusedConvNetStudent:
                 activations.pop(), p_bar, x_bar_dot, saved_bar is None, scales
             )
             derivatives.append(parameters_bar_dot)
+        assert isinstance(x_bar_dot, Tensor)
         return GradientTangent(v_dot_g, self._sums(derivatives, scales), x_bar_dot, labels_bar_dot)
 
     @property
@@ -154,25 +158,25 @@ class FusedConvNetStudent:
             2 * (sum(xs[: block + 1]) + ys[block] + pooled[block]) + tangents * sum(ys[:block])
             for block in range(len(layers))
         ]
-        backward_sweep = [
-            # a weight's gradient may be made of copies, when the pooled planes are gone
-            max(whole, whole - 2 * after + weight.dual_copies)
-            for whole, after, weight in zip(backward_sweep, pooled, weights, strict=True)
-        ]
+        dual_copies, dual_parts = [weight.dual_copies for weight in weights], [weight.dual_parts for weight in weights]
+        backward_sweep = _with_work(backward_sweep, [2 * after for after in pooled], dual_copies, dual_parts)
         backward_sweep[0] += columns
         # at the classifier p̄ and p, with their tangents, and on a CPU one of them in the public code's order too
         backward_sweep[-1] += 3 * features
         backward = [sum(xs[: block + 1]) + sum(ys[: block + 1]) + pooled[block] for block in range(len(layers))]
-        backward = [
-            max(whole, whole - after + weight.copies)
-            for whole, after, weight in zip(backward, pooled, weights, strict=True)
-        ]
+        copies, parts = [weight.copies for weight in weights], [weight.parts for weight in weights]
+        backward = _with_work(backward, pooled, copies, parts)
         backward[-1] = max(forward_sweep, backward[-1])
+        # ȳ is not written over y, and p̄ are saved
+        saving = [
+            sum(xs[: block + 1]) + sum(ys) + ys[block] + sum(pooled[block:]) + passed
+            for block, passed in enumerate(left)
+        ]
+        saving = _with_work(saving, [0] * len(layers), copies, parts)
         both_sweeps = [planes + passed for planes, passed in zip(backward_sweep, left, strict=True)]
         return StepBytes(
             gradient=max(*(planes + passed for planes, passed in zip(backward, left, strict=True)), results) + small,
-            # ȳ is not written over y
-            gradient_saving=max(forward_sweep + max(ys) + left[0], results) + small,
+            gradient_saving=max(forward_sweep, *saving, results) + small,
             gradient_jvp=max(*both_sweeps, results) + small + along,
             gradient_jvp_saved=max(max(both_sweeps) - sum(ys), results) + small + along,
             saved=sum(ys) + sum(pooled) + patches,
@@ -237,6 +241,19 @@ class FusedConvNetStudent:
 
     def _padding(self, block: int) -> int:
         return self.network.first_padding if block == 0 else 1
+
+
+def _with_work(bars: list[int], gone: list[int], copies: list[int], parts: list[int]) -> list[int]:
+    """Return the bytes of each block on the way back: of its `bars`, and of what its convolution makes and leaves.
+
+    A weight's gradient may be made of copies, when the block before has taken what is `gone`. The gradient to the input may be
+    left in parts, which live until the block before it has passed.
+    """
+    read = [*parts[1:], 0]
+    return [
+        max(whole + left, whole - after + copied) + taken
+        for whole, after, copied, left, taken in zip(bars, gone, copies, parts, read, strict=True)
+    ]
 
 
 def _bytes_without_planes(layer: ConvLayer, batch: int, of_planes: int, dtype: torch.dtype) -> tuple[int, int, int]:

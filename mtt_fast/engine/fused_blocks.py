@@ -15,7 +15,18 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, gathered
-from mtt_fast.kernels import Affine, Folded, Patches, PlaneStats, Precision, Weight, plane_dtype, weight_of
+from mtt_fast.kernels import (
+    Affine,
+    Convolved,
+    Folded,
+    Patches,
+    PlaneStats,
+    Precision,
+    Weight,
+    plane_dtype,
+    planes_of,
+    weight_of,
+)
 from mtt_fast.networks.convnet import NORM_EPS, Norm
 
 Tensors = tuple[Tensor, ...]
@@ -43,10 +54,11 @@ class Block(Protocol):
         """Return the part of the activations of `forward` that `dual` takes as `saved`, and then does not compute again."""
         ...
 
-    def backward(self, activations: Any, p_bar: Tensor, reuse: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(self, activations: Any, p_bar: Convolved, reuse: bool) -> tuple[Convolved | None, Tensors]:
         """Return x̄, None of images, and summands of the parameters' gradients. With `reuse` what was to save may be overwritten.
 
         The activations are taken: each tensor is freed as soon as it is needed no more. So are those of `dual_backward`.
+        x̄ may be in parts, and p̄ that are, are whole afterwards (`kernels.PartialPlanes`); so are x̄̇ and p̄̇ of `dual_backward`.
         """
         ...
 
@@ -55,8 +67,8 @@ class Block(Protocol):
         ...
 
     def dual_backward(
-        self, activations: Any, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool, divisors: Tensors = ()
-    ) -> tuple[Tensor | None, Tensor, Tensors]:
+        self, activations: Any, p_bar: Convolved, p_bar_dot: Convolved, wants_x_bar: bool, divisors: Tensors = ()
+    ) -> tuple[Convolved | None, Convolved, Tensors]:
         """Return x̄, None of images or if it is not wanted, x̄̇, and summands of the parameters' gradients' derivatives.
 
         x̄̇ of images is contiguous, of the parameters' dtype, and divided by the `divisors`, powers of two ().
@@ -82,36 +94,39 @@ class Activations:
 
 
 class Epilogue(NamedTuple):
-    """Compute what follows a convolution to y (B, K, H', W'), norm or bias, ReLU and pool: four functions."""
+    """Compute what follows a convolution to y (B, K, H', W'), norm or bias, ReLU and pool: four functions.
 
-    forward: Callable[[Tensor, Tensors], tuple[Tensor, Tensors]]
+    What is in parts, as convolutions leave it, is whole afterwards.
+    """
+
+    forward: Callable[[Convolved, Tensors], tuple[Tensor, Tensors]]
     """y, affine -> p, statistics"""
-    backward: Callable[[Tensor, Tensors, Tensors, Tensor, bool], tuple[Tensor, Tensors]]
+    backward: Callable[[Tensor, Tensors, Tensors, Convolved, bool], tuple[Tensor, Tensors]]
     """y, statistics, affine, p̄, may y be overwritten -> ȳ, the gradients of affine"""
-    dual: Callable[[Tensor, Tensor, Tensors, Tensors], tuple[Tensor, Tensor, Tensor | None, Tensors]]
+    dual: Callable[[Convolved, Convolved, Tensors, Tensors], tuple[Tensor, Tensor, Tensor | None, Tensors]]
     """y, ẏ, affine, its direction -> p, ṗ, ẏ if the backward needs it, statistics"""
     dual_backward: Callable[
-        [Tensor, Tensor | None, Tensors, Tensors, Tensors, Tensor, Tensor], tuple[Tensor, Tensor, Tensors]
+        [Tensor, Tensor | None, Tensors, Tensors, Tensors, Convolved, Convolved], tuple[Tensor, Tensor, Tensors]
     ]
     """y, ẏ, statistics, affine, its direction, p̄, p̄̇ -> ȳ, ȳ̇ over y, ẏ, the derivatives of affine's gradients"""
 
 
-def _norm_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
+def _norm_forward(y: Convolved, affine: Tensors) -> tuple[Tensor, Tensors]:
     p, *stats = kernels.norm_relu_pool(y, Affine(*affine), NORM_EPS)
     return p, tuple(stats)
 
 
-def _norm_backward(y: Tensor, stats: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
+def _norm_backward(y: Tensor, stats: Tensors, affine: Tensors, p_bar: Convolved, reuse: bool) -> tuple[Tensor, Tensors]:
     mean, rstd = stats
     y_bar, *affine_bar = kernels.norm_relu_pool_backward(y, mean, rstd, Affine(*affine), p_bar, reuse=reuse)
     return y_bar, tuple(affine_bar)
 
 
 def _norm_dual(
-    y: Tensor, y_dot: Tensor, affine: Tensors, affine_dot: Tensors
+    y: Convolved, y_dot: Convolved, affine: Tensors, affine_dot: Tensors
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
     p, p_dot, stats = kernels.norm_relu_pool_dual(y, y_dot, Affine(*affine), Affine(*affine_dot), NORM_EPS)
-    return p, p_dot, y_dot, stats
+    return p, p_dot, planes_of(y_dot), stats
 
 
 def _norm_dual_backward(
@@ -120,8 +135,8 @@ def _norm_dual_backward(
     stats: Tensors,
     affine: Tensors,
     affine_dot: Tensors,
-    p_bar: Tensor,
-    p_bar_dot: Tensor,
+    p_bar: Convolved,
+    p_bar_dot: Convolved,
 ) -> tuple[Tensor, Tensor, Tensors]:
     assert y_dot is not None
     y_bar, y_bar_dot, *affine_bar_dot = kernels.norm_relu_pool_dual_backward(
@@ -130,17 +145,17 @@ def _norm_dual_backward(
     return y_bar, y_bar_dot, tuple(affine_bar_dot)
 
 
-def _bias_forward(y: Tensor, affine: Tensors) -> tuple[Tensor, Tensors]:
+def _bias_forward(y: Convolved, affine: Tensors) -> tuple[Tensor, Tensors]:
     return kernels.bias_relu_pool(y, *affine), ()
 
 
-def _bias_backward(y: Tensor, stats: Tensors, affine: Tensors, p_bar: Tensor, reuse: bool) -> tuple[Tensor, Tensors]:
+def _bias_backward(y: Tensor, stats: Tensors, affine: Tensors, p_bar: Convolved, reuse: bool) -> tuple[Tensor, Tensors]:
     y_bar, beta_bar = kernels.bias_relu_pool_backward(y, *affine, p_bar, reuse=reuse)
     return y_bar, (beta_bar,)
 
 
 def _bias_dual(
-    y: Tensor, y_dot: Tensor, affine: Tensors, affine_dot: Tensors
+    y: Convolved, y_dot: Convolved, affine: Tensors, affine_dot: Tensors
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
     p, p_dot = kernels.bias_relu_pool_dual(y, y_dot, *affine, *affine_dot)
     return p, p_dot, None, ()  # ẏ moves no gradient: the block is linear between the kinks
@@ -152,8 +167,8 @@ def _bias_dual_backward(
     stats: Tensors,
     affine: Tensors,
     affine_dot: Tensors,
-    p_bar: Tensor,
-    p_bar_dot: Tensor,
+    p_bar: Convolved,
+    p_bar_dot: Convolved,
 ) -> tuple[Tensor, Tensor, Tensors]:
     y_bar, y_bar_dot, beta_bar_dot = kernels.bias_relu_pool_dual_backward(y, *affine, p_bar, p_bar_dot, reuse=True)
     return y_bar, y_bar_dot, (beta_bar_dot,)
@@ -186,13 +201,13 @@ class PlaneBlock:
         assert isinstance(x, Tensor)
         y = kernels.conv3x3(x, self.at.weight, self.padding, self.precision)
         p, stats = self.epilogue.forward(y, self.at.affine)
-        return p, Activations(x, None, y, None, stats)
+        return p, Activations(x, None, planes_of(y), None, stats)
 
     def to_save(self, activations: Activations) -> Tensor:
         """See `Block.to_save`."""
         return activations.y
 
-    def backward(self, activations: Activations, p_bar: Tensor, reuse: bool) -> tuple[Tensor | None, Tensors]:
+    def backward(self, activations: Activations, p_bar: Convolved, reuse: bool) -> tuple[Convolved | None, Tensors]:
         """See `Block.backward`."""
         x, _, y, _, stats = activations.take()
         y_bar, affine_bar = self.epilogue.backward(y, stats, self.at.affine, p_bar, reuse)
@@ -211,11 +226,16 @@ class PlaneBlock:
         operands = (x, x_dot, self.at.weight, self.along.weight, self.padding, self.precision)
         y, y_dot = kernels.conv3x3_dual(*operands) if saved is None else (saved, kernels.conv3x3_tangent(*operands))
         p, p_dot, needed, stats = self.epilogue.dual(y, y_dot, self.at.affine, self.along.affine)
-        return p, p_dot, Activations(x, x_dot, y, needed, stats)
+        return p, p_dot, Activations(x, x_dot, planes_of(y), needed, stats)
 
     def dual_backward(
-        self, activations: Activations, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool, divisors: Tensors = ()
-    ) -> tuple[Tensor | None, Tensor, Tensors]:
+        self,
+        activations: Activations,
+        p_bar: Convolved,
+        p_bar_dot: Convolved,
+        wants_x_bar: bool,
+        divisors: Tensors = (),
+    ) -> tuple[Convolved | None, Convolved, Tensors]:
         """See `Block.dual_backward`."""
         assert self.along is not None
         x, x_dot, y, y_dot, stats = activations.take()
@@ -226,16 +246,16 @@ class PlaneBlock:
         weight_bar_dot = kernels.conv3x3_dual_weight_gradient(x, x_dot, *bars, self.padding, self.precision)
         del x, x_dot
         operands = (*bars, self.at.weight, self.along.weight, self.padding, self.precision)
-        x_bar = None
-        if wants_x_bar and not self.of_images:
-            x_bar, x_bar_dot = kernels.conv3x3_dual_input_gradient(*operands)
-        else:
-            x_bar_dot = kernels.conv3x3_input_gradient_tangent(*operands)
+        parameters_bar_dot = (weight_bar_dot, *affine_bar_dot)
         if self.of_images:
-            x_bar_dot = x_bar_dot.to(weight_of(self.at.weight).dtype).contiguous()
+            (of_images,) = kernels.add_planes(kernels.conv3x3_input_gradient_tangent(*operands))
+            of_images = of_images.to(weight_of(self.at.weight).dtype).contiguous()
             for divisor in divisors:
-                x_bar_dot.div_(divisor)
-        return x_bar, x_bar_dot, (weight_bar_dot, *affine_bar_dot)
+                of_images.div_(divisor)
+            return None, of_images, parameters_bar_dot
+        if wants_x_bar:
+            return *kernels.conv3x3_dual_input_gradient(*operands), parameters_bar_dot
+        return None, kernels.conv3x3_input_gradient_tangent(*operands), parameters_bar_dot
 
 
 class ImageActivations(NamedTuple):
@@ -269,7 +289,7 @@ class ImageBlock:
         """See `Block.to_save`."""
         return activations.patches
 
-    def backward(self, activations: ImageActivations, p_bar: Tensor, reuse: bool) -> tuple[None, Tensors]:
+    def backward(self, activations: ImageActivations, p_bar: Convolved, reuse: bool) -> tuple[None, Tensors]:
         """See `Block.backward`."""
         patches, folded = activations
         arguments = (weight_of(self.at.weight), Affine(*self.at.affine), p_bar, folded, NORM_EPS, self.precision)
@@ -282,7 +302,12 @@ class ImageBlock:
         return p, p_dot, ImageActivations(patches, folded)
 
     def dual_backward(
-        self, activations: ImageActivations, p_bar: Tensor, p_bar_dot: Tensor, wants_x_bar: bool, divisors: Tensors = ()
+        self,
+        activations: ImageActivations,
+        p_bar: Convolved,
+        p_bar_dot: Convolved,
+        wants_x_bar: bool,
+        divisors: Tensors = (),
     ) -> tuple[None, Tensor, Tensors]:
         """See `Block.dual_backward`."""
         patches, folded = activations

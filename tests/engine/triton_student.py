@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -21,7 +23,7 @@ from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import GenericStudent, Student, in_microbatches
 from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
-from mtt_fast.kernels.triton import dispatch
+from mtt_fast.kernels.triton import boxes, dispatch
 from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import poison
 
@@ -31,6 +33,7 @@ NETS = [
     (ConvNet(3, 3, (6, 9), 16, 2), 2),  # the first block at once
     (ConvNet(1, 2, 4, 48, 1), 2),
 ]
+CUT_NETS = [NETS[2], (ConvNet(8, 3, (6, 9), 16, 2, "none"), 2)]  # without a norm, and with images that boxes fit
 LARGE = [(ConvNet(3, 10, 32, 128, 3), 9), (ConvNet(3, 5, 64, 100, 4), 3)]
 BACKENDS = ("triton", "cudnn")
 
@@ -53,6 +56,10 @@ def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tens
     return found
 
 
+CUT = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "num_warps": 1, "num_stages": 2}
+"""A tile by boxes that cuts convolutions by taps."""
+
+
 def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backend: str, device: str) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -63,7 +70,7 @@ def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backen
     theta, v = draw(net.num_parameters) / 2, draw(net.num_parameters)
     images, labels = draw(batch, net.in_channels, height, width), torch.arange(batch) % net.num_classes
     expected = results(GenericStudent(net), theta, images, labels, v)
-    with patch.object(dispatch, "backend_of", lambda *_: backend):
+    with taken(backend):
         student = FusedConvNetStudent(net, "indices", precision)
         at = (theta.to(device, dtype), images.to(device, dtype), labels.to(device), v.to(device, dtype))
         found = results(student, *at)
@@ -77,6 +84,21 @@ def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backen
         error = relative_error(value.cpu().double(), expected[name], floor=floor)
         assert error <= tolerance, f"{name} of {net}, {dtype}, {precision}, {backend}: error {error}"
     print("passed:", net, dtype, precision, backend)
+
+
+@contextmanager
+def taken(backend: str) -> Iterator[None]:
+    """Take a back end wherever it fits: one that the table may name, or boxes that cut every convolution into parts."""
+
+    def tile(operation: str, *_: str) -> dict[str, int]:
+        return CUT | ({"PROGRAMS": 4} if operation.endswith("weight_gradient") else {})
+
+    if backend != "cut":
+        with patch.object(dispatch, "backend_of", lambda *_: backend):
+            yield
+        return
+    with patch.object(dispatch, "backend_of", lambda *_: "tma"), patch.object(boxes, "box_configuration", tile):
+        yield
 
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -125,6 +147,7 @@ def main(device: str, part: int, parts: int) -> None:
     if device == "cpu":  # interpreted, one case of each takes seconds, and tf32 is not rounded
         for net, precision in itertools.product((NETS[0], NETS[2]), ("fp32", "fp16", "bf16")):
             cases.append((*net, single, precision, "triton"))
+        cases += [(*net, single, precision, "cut") for net in CUT_NETS for precision in ("fp32", "fp16", "bf16")]
     else:
         cases.append((*NETS[1], exact, "fp32", "cudnn"))
         every = itertools.product(NETS + LARGE, BACKENDS, precisions)

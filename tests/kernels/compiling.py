@@ -37,7 +37,7 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages")
-ALIGNED = [["tt.divisibility", 16]]  # the launcher finds so of pointers at run time; torch aligns its allocations
+ALIGNED = [["tt.divisibility", 16]]  # the launcher finds so of numbers, and of pointers, which torch aligns
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ def compile_launch(launch: Launch, architecture: str, folder: Path) -> Usage:
             signature[name] = f"tensordesc<{TYPES[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[place,] = ALIGNED
     ordered = {name: signature.get(name, "constexpr") for name in launch.kernel.arg_names}
     source = triton.compiler.ASTSource(launch.kernel, ordered, constants, attributes)
     target = triton.backends.compiler.GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)

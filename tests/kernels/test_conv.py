@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from mtt_fast import kernels
-from mtt_fast.kernels import Affine, native, reference
+from bench import kernels as bench
+from bench.kernels import READ_IN_PARTS
+from bench.settings import Setting
+from mtt_fast import ConvNet, kernels
+from mtt_fast.kernels import Affine, PartialPlanes, native, reference
 from mtt_fast.kernels.native import extension, planes
 from mtt_fast.kernels.triton import cudnn
 from mtt_fast.kernels.triton.planes import Planes, stacked
@@ -145,7 +150,7 @@ def test_large_results_are_written_whole_into_memory_that_was_used_before(monkey
     monkeypatch.setattr(planes, "_empty", poisoned)
     x, weight = draw(9, 3, 32, 33, dtype=torch.float32), draw(40, 3, 3, 3, dtype=torch.float32)
     for _ in range(2):
-        y = kernels.conv3x3(x, weight, 1)
+        y = kernels.planes_of(kernels.conv3x3(x, weight, 1))
         assert y.nbytes > extension.LARGE
         assert_close("y", y, F.conv2d(x, weight, padding=1), 1e-5)
         del y
@@ -157,7 +162,10 @@ def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None
     given = convolution_arguments((2, 40, 6, 5, 33, 1), torch.float32)
     x, weight, y_bar = (given[name].bfloat16().float() for name in ("x", "weight", "y_bar"))
     for found, expected in (
-        (kernels.conv3x3(given["x"].to(planes), given["weight"], 1, "bf16"), F.conv2d(x, weight, padding=1)),
+        (
+            kernels.planes_of(kernels.conv3x3(given["x"].to(planes), given["weight"], 1, "bf16")),
+            F.conv2d(x, weight, padding=1),
+        ),
         (
             kernels.conv3x3_weight_gradient(given["x"].to(planes), given["y_bar"].to(planes), 1, "bf16").sum(0),
             conv2d_weight(x, (33, 40, 3, 3), y_bar, padding=1),
@@ -218,11 +226,54 @@ def test_a_pair_of_inputs_has_a_pair_of_results() -> None:
     for inputs, paired in (((x, x_dot), True), ((x, torch.empty_like(x)), False), ((x, None), False)):
         weight = meta(8, 16, 3, 3)
         with recording([weights], "sm_90"):
-            y, y_dot = conv.conv3x3_dual(*inputs, weight, weight, 1, "tf32", convolve=lambda *_: None)
+            y, y_dot = conv.conv3x3_dual(*inputs, weight, weight, 1, "tf32", convolve=lambda *arguments: arguments[5:7])
+        assert isinstance(y, Tensor)
+        assert isinstance(y_dot, Tensor)
         assert (stacked(y_dot, y) is not None) == paired
 
 
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_add_planes_rounds_the_sum_of_parts_once_and_stores_it(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    parts = torch.stack([draw(3, 5, 4, 7, dtype=torch.float32) for _ in range(9)])
+    parts = torch.stack([part.contiguous(memory_format=layout) for part in parts])
+    whole = draw(3, 5, 4, 7, dtype=dtype, layout=layout)
+    planes = torch.full_like(whole, float("nan"))
+    expected = functools.reduce(torch.add, parts).to(dtype)  # one after the other
+    assert not torch.equal(parts.double().sum(0).to(dtype), expected) or dtype == torch.float16
+    found = kernels.add_planes(whole, PartialPlanes(parts, planes))
+    assert found[0] is whole
+    assert found[1] is planes
+    assert torch.equal(planes, expected)
+    assert planes.is_contiguous(memory_format=layout)
+    assert kernels.add_planes(whole)[0] is whole
+
+
+@pytest.mark.parametrize(
+    "operation", [name for name in READ_IN_PARTS if name != "add_planes"] + ["bias_relu_pool_dual"]
+)
+def test_what_follows_a_convolution_takes_its_parts(operation: str) -> None:
+    """On a CPU, whose convolutions leave none, they are added up before; Triton's kernels are compared interpreted."""
+    setting = Setting(ConvNet(3, 2, 8, 4, 1), images=2, steps=1, batch=2)
+    case = next(each for each in bench.operations(setting, torch.device("cpu")) if each.name == operation)
+    places = READ_IN_PARTS.get(operation, {0: 3, 1: 6})
+    with patch.dict(READ_IN_PARTS, {operation: places}):
+        arguments = bench.in_parts(operation, case.arguments)
+    read = {place: arguments[place] for place in places}
+    whole = [
+        reference.add_planes(each._replace(planes=torch.empty_like(each.planes)))[0] if place in read else each
+        for place, each in enumerate(arguments)
+    ]
+    expected, found = (bench.tensors_of(getattr(kernels, operation)(*given)) for given in (whole, arguments))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    for place, each in read.items():
+        assert torch.equal(each.planes, whole[place]), "the sum is stored for those that read it afterwards"
+
+
 ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
+LAST = ZEROS.contiguous(memory_format=torch.channels_last)
+PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
 
 
 @pytest.mark.usefixtures("either_backend")
@@ -237,6 +288,17 @@ ZEROS, WEIGHT = torch.zeros(2, 4, 6, 6), torch.zeros(5, 4, 3, 3)
         refused("conv3x3_tangent", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
         refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),
         refused("conv3x3_weight_gradient", "y_bar of shape", ZEROS, ZEROS, 0),
+        refused("add_planes", "planes 2 of shape", ZEROS, PartialPlanes(PARTS, LAST[:1])),
+        refused("add_planes", "planes 2 of floating dtype", LAST, PartialPlanes(PARTS, LAST.half())),
+        refused("add_planes", r"parts of planes 1 \(S, B, C, H, W\)", PartialPlanes(PARTS[0], LAST)),
+        refused("add_planes", r"parts of planes 1 \(S, B, C, H, W\)", PartialPlanes(PARTS[:0], LAST)),
+        refused("add_planes", "a part of planes 1 of shape", PartialPlanes(PARTS[:, :1], LAST)),
+        refused("add_planes", "a part of planes 1 of floating dtype", PartialPlanes(PARTS.half(), LAST.half())),
+        refused("add_planes", "a part of planes 1 contiguous_format", PartialPlanes(PARTS, ZEROS)),
+        refused("add_planes", "behind each other", PartialPlanes(PARTS[::2], LAST)),
+        refused(
+            "norm_relu_pool", "a part of y of shape", PartialPlanes(PARTS[:, :1], LAST), Affine(*torch.zeros(2, 4)), EPS
+        ),
     ],
 )
 def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:

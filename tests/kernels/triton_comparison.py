@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.kernels import Affine, PlaneStats, Precision
+from mtt_fast.kernels import Affine, PartialPlanes, PlaneStats, Precision
 from mtt_fast.testing import added_up
 
 # Precisions that the interpreter does not have, and why.
@@ -146,9 +146,13 @@ def poison() -> None:
 
 
 def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    """Return the tensors of `results`, also those of a tuple within."""
+    """Return the tensors of `results`, also those of a tuple within; planes in parts are added up."""
     if isinstance(results, Tensor):
         return (results,)
+    if isinstance(results, PartialPlanes):
+        from mtt_fast.kernels import triton
+
+        return triton.add_planes(results)
     return tuple(tensor for each in results for tensor in as_tuple(each))
 
 
@@ -612,7 +616,7 @@ def run(cases: list[Callable[[], None]], share: Share) -> None:
 
 
 def main(family: str, device: str, share: Share) -> None:
-    from tests.kernels import block_comparison, classifier_comparison, parameters_comparison
+    from tests.kernels import block_comparison, classifier_comparison, parameters_comparison, partial_comparison
 
     assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
     torch.backends.cudnn.allow_tf32 = False
@@ -621,6 +625,7 @@ def main(family: str, device: str, share: Share) -> None:
     match family:
         case "norm":
             norms(device, share)
+            run(partial_comparison.norm_cases(device), share)
             far_planes(device)
             refused_planes(family, device)
         case "bias":
@@ -629,7 +634,7 @@ def main(family: str, device: str, share: Share) -> None:
         case "conv":
             all_convolutions(device, share)
         case "block":
-            run(block_comparison.all_blocks(device), share)
+            run(block_comparison.all_blocks(device) + partial_comparison.block_cases(device), share)
         case "statistics":
             block_comparison.statistics(device)
         case "classifier":

@@ -1,0 +1,79 @@
+"""Add up planes that a convolution left in parts: in the kernel that reads them first, or beforehand for one that cannot."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..types import Convolved, PartialPlanes, planes_of
+from .launch import launch, tl, triton
+
+_BLOCK = 512  # elements of a program
+
+
+@triton.jit
+def load_planes(
+    planes: tl.tensor,  # pointer
+    parts: tl.tensor | None,  # pointer to the first of COUNT parts, at the same place
+    place: tl.tensor,
+    mask: tl.tensor,
+    size: tl.tensor | None,  # elements of a part
+    COUNT: tl.constexpr,
+) -> tl.tensor:
+    """Load elements of planes, zero where masked: where there are parts their sum, in their order, as the planes' dtype rounds it.
+
+    The sum is not stored: loads that follow a store would wait for it.
+    """
+    if parts is None:
+        value = tl.load(planes + place, mask, 0)
+    else:
+        total = tl.zeros(place.shape, tl.float32)
+        for _ in tl.static_range(COUNT):
+            total += tl.load(parts + place, mask, 0)
+            parts += size
+        value = total.to(planes.dtype.element_ty)
+    return value
+
+
+@triton.jit
+def _add(parts: tl.tuple, planes: tl.tuple, size: tl.tensor, COUNTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = place < size
+    for number in tl.static_range(len(COUNTS)):
+        value = load_planes(planes[number], parts[number], place, exists, size, COUNTS[number])
+        tl.store(planes[number] + place, value, exists)
+
+
+def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
+    """See `mtt_fast.kernels.add_planes`."""
+    partial = [each for each in planes if isinstance(each, PartialPlanes)]
+    if partial:
+        size = partial[0].planes.numel()
+        launch(
+            _add,
+            triton.cdiv(size, _BLOCK),
+            tuple(each.parts for each in partial),
+            tuple(each.planes for each in partial),
+            size,
+            COUNTS=tuple(len(each.parts) for each in partial),
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
+    return tuple(map(planes_of, planes))
+
+
+def add_pair(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor, Tensor | None]:
+    """Return planes, and their derivative unless it is None, with those in parts added up."""
+    first, *second = add_planes(planes) if planes_dot is None else add_planes(planes, planes_dot)
+    return first, second[0] if second else None
+
+
+def arguments_of(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor | int | None, ...]:
+    """Return what a kernel that reads both takes of their parts: pointers to them, and the elements of one; None without."""
+    parts = [each.parts if isinstance(each, PartialPlanes) else None for each in (planes, planes_dot)]
+    return *parts, None if parts[0] is parts[1] is None else planes_of(planes).numel()
+
+
+def counts_of(planes: Convolved, planes_dot: Convolved | None) -> dict[str, int]:
+    """Return the constants of such a kernel: the numbers of parts, 0 without."""
+    counts = [len(each.parts) if isinstance(each, PartialPlanes) else 0 for each in (planes, planes_dot)]
+    return dict(zip(("COUNT", "COUNT_DOT"), counts, strict=True))
