@@ -217,7 +217,8 @@ def finish(
     c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     term = tl.arange(0, TERMS)[:, None]
     one = term == 9 * C
-    # all loads are under way before the first of them is waited for
+    mean, covariance = moments(gram, sample, gram_parts, C, PIXELS, TERMS)
+    mean, covariance = mean.to(ACC), covariance.to(ACC)
     place = sample * parts * (TERMS * K) + term * K + c[None, :]
     if weight_dot is None:
         (total,) = sums_of_parts((sums + place,), None, parts, TERMS * K, ACC)
@@ -231,8 +232,6 @@ def finish(
         w_dot = weights_of(weight_dot, c, C, TERMS)
         k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
         g_dot = tl.load(gamma_dot + c)
-    mean, covariance = moments(gram, sample, gram_parts, C, PIXELS, TERMS)
-    mean, covariance = mean.to(ACC), covariance.to(ACC)
 
     beta_bar = tl.sum(tl.where(one, total, 0), 0)  # Σ ū
     gamma_bar = r * (tl.sum(w * total, 0) - mu * beta_bar)  # Σ ūh
