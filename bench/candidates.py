@@ -131,8 +131,8 @@ not run on a GPU. All others are guesses that fit in registers and shared memory
 _SECTIONS = {
     "norm_relu_pool": """\
 norm_relu_pool…: a tile is BLOCK_C × WINDOWS 2×2 windows. A class is the memory format and the number of a plane's
-windows, rounded up to the sizes below; the last one takes all larger planes. channels_last planes larger than a tile go in
-parts of TILES tiles. The prototype ran on an H200, on float32 planes of 128 channels: 100 samples of up to 256 windows, else 20.""",
+windows, rounded up to the sizes below; the last one takes all larger planes. Where what is read is in parts that a convolution
+of few samples left, a row of the class with `-partial` goes first. channels_last planes larger than a tile go in parts of TILES tiles. The prototype ran on an H200, on float32 planes of 128 channels: 100 samples of up to 256 windows, else 20.""",
     "bias_relu_pool": "bias_relu_pool…: as above, but all channels_last planes go in parts, since each is walked over once.",
     "conv3x3": """\
 conv3x3…: a tile is BLOCK_M × BLOCK_N results, each a sum over terms (a tap of a channel), taken BLOCK_K at a time. The

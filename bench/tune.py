@@ -29,7 +29,7 @@ from bench.candidates import (
     lines,
     text_of,
 )
-from bench.kernels import exact_results, results_of
+from bench.kernels import FEW_SAMPLES, exact_results, in_parts, results_of
 from bench.measuring import interleaved, repeated, seconds
 from bench.parsing import CommonOptions
 from bench.records import partial_rows, write_record
@@ -39,7 +39,7 @@ from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
 from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import Affine, ConvLayer, reference
+from mtt_fast.kernels import Affine, ConvLayer, PartialPlanes, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.networks.convnet import NORM_EPS
 from mtt_fast.testing import relative_error
@@ -95,8 +95,11 @@ class Subject:
     """makes fresh arguments: an operation may use up its own"""
 
     def run(self, arguments: list[Any]) -> Any:
-        """Call the operation."""
-        return getattr(kernels, self.operation)(*arguments)
+        """Call the operation; planes that it leaves in parts are added up, since whoever reads them must."""
+        result = getattr(kernels, self.operation)(*arguments)
+        results = result if type(result) is tuple else (result,)
+        partial = any(isinstance(each, PartialPlanes) for each in results)
+        return kernels.add_planes(*results) if partial else result
 
     def expected(self) -> list[Tensor]:
         """Return the reference's results, in float64."""
@@ -126,9 +129,9 @@ def main(options: Options, command: str) -> None:
         return
     rows = partial_rows(options.out, name)
     for block in blocks:
-        known = {row["operation"] for row in rows if row["block"] == block.number}
+        known = {(row["operation"], row["class"]) for row in rows if row["block"] == block.number}
         for subject in subjects(block, setting.batch, options.precision, device):
-            if subject.row in known or not subject.row.startswith(wanted):
+            if (subject.row, subject.classes[0]) in known or not subject.row.startswith(wanted):
                 continue
             rows.append({"block": block.number} | tune(subject, table, options))
             log.info("block %d, %s: %s", block.number, subject.row, rows[-1]["chosen"] or rows[-1]["problem"])
@@ -275,6 +278,7 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     """Yield the rows to find at a block's shapes; parts of other operations come first."""
     from mtt_fast.kernels.triton.block import shape_classes as block_classes
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
+    from mtt_fast.kernels.triton.lines import shape_classes as line_classes
     from mtt_fast.kernels.triton.planes import Planes
     from mtt_fast.kernels.triton.windows import shape_class
 
@@ -315,6 +319,9 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
         strict=True,
     ):
         yield Subject(name, window, lines(window[0]), name, fixed(*arguments))
+        if batch <= FEW_SAMPLES:
+            classes = line_classes(Planes.of(y), partial=True)
+            yield Subject(name, classes, lines(window[0]), name, fixed(*in_parts(name, arguments)))
 
     tiles: list[Row] = [*({"backend": "triton"} | tile for tile in TILES[precision]), {"backend": "cudnn"}]
     correlations: list[Row] = [

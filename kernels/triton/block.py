@@ -22,6 +22,7 @@ from .partial_planes import arguments_of, counts_of
 from .patches import ONES, gather
 from .planes import OFFSETS, Planes
 
+MOST_REGISTERS = 255  # of a thread
 SIZES = (256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
 
 
@@ -199,12 +200,16 @@ def _summed(
     shape = (batch, parts, block.TERMS, block.K)
     sums = _empty(folded.stats, shape)
     sums_dot = None if p_bar_dot is None else _empty(folded.stats, shape)
+    counts = counts_of(p_bar, p_bar_dot)
+    if any(counts.values()):
+        row["maxnreg"] = MOST_REGISTERS  # ptxas would rather spill some than take more than half of them
     launch(
         sum_patches,
         batch * parts * blocks,
         *(patches.images, folded.weight, *bars, sums, sums_dot, parts, tiles),
         *arguments_of(p_bar, p_bar_dot),
-        **counts_of(p_bar, p_bar_dot),
+        **counts,
+        TOGETHER=math.gcd(3, *counts.values()),
         **vars(block),
         **row,
     )

@@ -130,6 +130,7 @@ def sum_patches(
     size: tl.tensor | None,  # of a part of p̄
     COUNT: tl.constexpr,
     COUNT_DOT: tl.constexpr,
+    TOGETHER: tl.constexpr,  # parts whose loads are under way at a time: of more there would be too few registers
     C: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,
@@ -146,6 +147,13 @@ def sum_patches(
     sample, part, c = _block_of(parts, K, BLOCK_C)
     images += sample * (HP * WP * C)
     begin = sample * (ALL * K)
+    p_bar += begin
+    if p_bar_parts is not None:
+        p_bar_parts += begin
+    if p_bar_dot is not None:
+        p_bar_dot += begin
+    if p_bar_dot_parts is not None:
+        p_bar_dot_parts += begin
     square = tl.arange(0, TERMS)[:, None] * K + c[None, :]
     w = tl.load(folded + sample * (TERMS * K) + square)
     total = tl.zeros((TERMS, BLOCK_C), ACC)
@@ -156,11 +164,11 @@ def sum_patches(
         exists = (window < ALL)[:, None]
         window = tl.minimum(window, ALL - 1)
         row, column = window // PW * 2, window % PW * 2
-        place = begin + window[:, None] * K + c[None, :]
-        p_bars = load_planes(p_bar, p_bar_parts, place, exists, size, COUNT)
+        place = window[:, None] * K + c[None, :]
+        p_bars = load_planes(p_bar, p_bar_parts, place, exists, size, COUNT, TOGETHER)
         share = _share(p_bars, ACC, PRECISION)
         if p_bar_dot is not None:
-            p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, place, exists, size, COUNT_DOT)
+            p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, place, exists, size, COUNT_DOT, TOGETHER)
             share_dot = _share(p_bars_dot, ACC, PRECISION)
         if p_bar_parts is not None:
             tl.store(p_bar + place, p_bars, exists)

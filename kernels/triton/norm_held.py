@@ -38,10 +38,10 @@ def _load_quarters(
     pixel2, mask2 = quarter_place(window, 2, H, W, WHOLE)
     pixel3, mask3 = quarter_place(window, 3, H, W, WHOLE)
     return (
-        load_planes(planes, parts, pixel0 * C + c, mask0 & exists, size, COUNT),
-        load_planes(planes, parts, pixel1 * C + c, mask1 & exists, size, COUNT),
-        load_planes(planes, parts, pixel2 * C + c, mask2 & exists, size, COUNT),
-        load_planes(planes, parts, pixel3 * C + c, mask3 & exists, size, COUNT),
+        load_planes(planes, parts, pixel0 * C + c, mask0 & exists, size, COUNT, COUNT),
+        load_planes(planes, parts, pixel1 * C + c, mask1 & exists, size, COUNT, COUNT),
+        load_planes(planes, parts, pixel2 * C + c, mask2 & exists, size, COUNT, COUNT),
+        load_planes(planes, parts, pixel3 * C + c, mask3 & exists, size, COUNT, COUNT),
     )
 
 
@@ -195,7 +195,7 @@ def _backward(
     pooled = sample * ((H // 2) * (W // 2) * C) + pooled * C + c
     ys = _load_quarters(y + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
     # Zero outside the pool, so windows that are not whole add nothing to the sums.
-    p_bars = load_planes(p_bar, parts, pooled, mask & exists, size, COUNT)
+    p_bars = load_planes(p_bar, parts, pooled, mask & exists, size, COUNT, COUNT)
     share = p_bars.to(ACC) * 0.25
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
     g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
@@ -203,7 +203,7 @@ def _backward(
     gamma_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
         yds = _load_quarters(y_dot + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
-        p_bars_dot = load_planes(p_bar_dot, parts_dot, pooled, mask & exists, size, COUNT_DOT)
+        p_bars_dot = load_planes(p_bar_dot, parts_dot, pooled, mask & exists, size, COUNT_DOT, COUNT_DOT)
         share_dot = p_bars_dot.to(ACC) * 0.25
         mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
         g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)

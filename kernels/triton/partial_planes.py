@@ -18,6 +18,7 @@ def load_planes(
     mask: tl.tensor,
     size: tl.tensor | None,  # elements of a part
     COUNT: tl.constexpr,
+    TOGETHER: tl.constexpr,  # parts whose loads are under way at a time: a divisor of COUNT
 ) -> tl.tensor:
     """Load elements of planes, zero where masked: where there are parts their sum, in their order, as the planes' dtype rounds it.
 
@@ -27,19 +28,20 @@ def load_planes(
         value = tl.load(planes + place, mask, 0)
     else:
         total = tl.zeros(place.shape, tl.float32)
-        for _ in tl.static_range(COUNT):
-            total += tl.load(parts + place, mask, 0)
-            parts += size
+        for _ in range(COUNT // TOGETHER):
+            for _ in tl.static_range(TOGETHER):
+                total += tl.load(parts + place, mask, 0)
+                parts += size
         value = total.to(planes.dtype.element_ty)
     return value
 
 
 @triton.jit
-def _add(parts: tl.tuple, planes: tl.tuple, size: tl.tensor, COUNTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _add_planes(parts: tl.tuple, planes: tl.tuple, size: tl.tensor, COUNTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < size
     for number in tl.static_range(len(COUNTS)):
-        value = load_planes(planes[number], parts[number], place, exists, size, COUNTS[number])
+        value = load_planes(planes[number], parts[number], place, exists, size, COUNTS[number], COUNTS[number])
         tl.store(planes[number] + place, value, exists)
 
 
@@ -49,7 +51,7 @@ def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
     if partial:
         size = partial[0].planes.numel()
         launch(
-            _add,
+            _add_planes,
             triton.cdiv(size, _BLOCK),
             tuple(each.parts for each in partial),
             tuple(each.planes for each in partial),

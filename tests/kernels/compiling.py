@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast.kernels import HALF_PRECISIONS, Precision
+from mtt_fast.kernels import HALF_PRECISIONS, PartialPlanes, Precision
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: it comes for Linux alone"
@@ -36,7 +36,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 ALIGNED = [["tt.divisibility", 16]]  # the launcher finds so of numbers, and of pointers, which torch aligns
 
 
@@ -182,6 +182,12 @@ def check(launches: list[Launch], architecture: str, folder: Path) -> list[Usage
         assert not usage.registers_in_flight, f"{usage}, {launch.constants}"
         assert usage.shared <= SHARED[architecture] * 1024, f"{usage}, {launch.constants}"
     return usages
+
+
+def in_parts(planes: Tensor, count: int) -> PartialPlanes:
+    """Return channels_last planes in parts, as a convolution leaves them."""
+    batch, channels, height, width = planes.shape
+    return PartialPlanes(meta(count, batch, height, width, channels).permute(0, 1, 4, 2, 3), torch.empty_like(planes))
 
 
 each_precision = pytest.mark.parametrize("precision", get_args(Precision))

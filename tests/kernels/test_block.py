@@ -14,7 +14,7 @@ from bench.candidates import BLOCKS as CANDIDATES
 from mtt_fast import kernels
 from mtt_fast.kernels import HALF_PRECISIONS, Affine, ConvLayer, Precision, native, triton
 from mtt_fast.testing import added_up, assert_close
-from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, meta, recording
+from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, in_parts, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, draw, jvp, refused
 from tests.kernels.test_warp import some_parameters
 from tests.kernels.triton_comparison import compare
@@ -266,3 +266,31 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
     for launch, usage in zip(launches, check(launches, architecture, tmp_path), strict=True):
         multiplies = launch.kernel.fn.__name__ in ("gather", "pool", "sum_patches", "finish", "spread")
         assert usage.tensor_cores == (multiplies and precision != "fp32"), usage
+
+
+@pytest.mark.slow
+@each_architecture
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_kernels_that_add_parts_up_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
+    """Ten 32×32 images, and ten of MNIST's, with p̄ in as many parts as the table of an H100 makes, and more."""
+    from mtt_fast.kernels.triton import block, partial_planes
+
+    affine, options = Affine(meta(WIDTH), meta(WIDTH)), (EPS, precision)
+    with recording([block, partial_planes], architecture) as launches:
+        for channels, side, padding in ((3, 32, 1), (1, 28, 3)):
+            weight, patches = (
+                meta(WIDTH, channels, 3, 3),
+                block.image_patches(meta(10, channels, side, side), padding, precision),
+            )
+            p, folded = block.conv_norm_relu_pool(patches, weight, affine, *options)
+            along = (patches, weight, weight, affine, affine)
+            *_, folded_dual = block.conv_norm_relu_pool_dual(*along, *options)
+            for count in (3, 9):
+                block.conv_norm_relu_pool_backward(patches, weight, affine, in_parts(p, count), folded, *options)
+                for bar in (p, in_parts(p, count)):
+                    bars = (bar, in_parts(p, 2 * count))
+                    block.conv_norm_relu_pool_dual_backward(*along, *bars, folded_dual, *options)
+    sums = [launch for launch in launches if launch.kernel.fn.__name__ == "sum_patches"]
+    assert len(sums) == 2 * 2 * 3
+    assert not any("_add_planes" in launch.kernel.fn.__name__ for launch in launches)
+    assert all(usage.tensor_cores for usage in check(sums, architecture, tmp_path))

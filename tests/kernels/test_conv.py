@@ -374,14 +374,14 @@ def test_the_assembler_loses_no_constant(architecture: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_boxes_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
     """The shapes that the prototype was measured at, with the table's tiles, and once odd sizes."""
-    from mtt_fast.kernels.triton import box_convolve, box_correlate, boxes, tma, weights
+    from mtt_fast.kernels.triton import box_convolve, box_correlate, boxes, partial_planes, tma, weights
 
     weight = meta(WIDTH, WIDTH, 3, 3)
-    with recording([boxes, box_convolve, box_correlate, weights], architecture) as launches:
+    with recording([boxes, box_convolve, box_correlate, partial_planes, weights], architecture) as launches:
         for samples, side in ((20, 64), (100, 16), (100, 8), (10, 16), (10, 8)):
             x = planes_of(precision, samples, WIDTH, side, side)
             tma.conv3x3(x, weight, 1, precision)
-            tma.conv3x3_dual(x, x, weight, weight, 1, precision)
+            partial_planes.add_planes(*tma.conv3x3_dual(x, x, weight, weight, 1, precision))
             tma.conv3x3_dual_weight_gradient(x, x, x, x, 1, precision)
         tma.conv3x3_tangent(x, x, weight, weight, 1, precision)
         tma.conv3x3_weight_gradient(x, x, 1, precision)

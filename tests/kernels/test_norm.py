@@ -16,7 +16,7 @@ from mtt_fast import kernels
 from mtt_fast.kernels import Affine, PlaneStats, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.testing import added_up, assert_close
-from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
+from tests.kernels.compiling import WIDTH, check, each_architecture, in_parts, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, PLANES, jvp, needs_native, plane_arguments, refused
 from tests.kernels.triton_comparison import compare
 
@@ -194,3 +194,29 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
         if usage.kernel in ("_pool", "_gradients"):
             # Threads exchange nothing but, before they walk, a line of channels.
             assert usage.shared <= 4 * launch.constants["BLOCK_C"], usage
+
+
+@pytest.mark.slow
+@each_architecture
+def test_kernels_that_add_parts_up_compile(architecture: str, tmp_path: Path) -> None:
+    """The planes of ten 32×32 images, in as many parts as the table of an H100 makes; nothing is added up beforehand."""
+    from mtt_fast.kernels.triton import lines, norm, partial_planes, windows
+
+    plane, channel = meta(10, WIDTH), meta(WIDTH)
+    affine, stats = Affine(channel, channel), PlaneStats(*[plane] * 4)
+    with recording([windows, lines, partial_planes], architecture) as launches:
+        for side, dtype in itertools.product((16, 8), (torch.float32, torch.float16)):
+            y, p_bar = (meta(10, WIDTH, size, size, form=torch.channels_last).to(dtype) for size in (side, side // 2))
+            y_parts, y_dot_parts = in_parts(y, 3), in_parts(y, 6)
+            bar, bar_dot = in_parts(p_bar, 3), in_parts(p_bar, 6)
+            norm.norm_relu_pool(y_parts, affine, 1e-5)
+            norm.norm_relu_pool_backward(y, plane, plane, affine, bar)
+            norm.norm_relu_pool_dual(y_parts, y_dot_parts, affine, affine, 1e-5)
+            norm.norm_relu_pool_dual_backward(y, y, stats, affine, affine, bar, bar_dot)
+        norm.norm_relu_pool(in_parts(y, 9), affine, 1e-5)
+        norm.norm_relu_pool_backward(y, plane, plane, affine, in_parts(p_bar, 9))
+        norm.norm_relu_pool_dual(y, y_dot_parts, affine, affine, 1e-5)
+        norm.norm_relu_pool_dual_backward(y, y, stats, affine, affine, p_bar, bar_dot)
+    assert {launch.kernel.fn.__name__ for launch in launches} == {"_forward", "_backward"}
+    assert all(launch.constants["COUNT"] or launch.constants["COUNT_DOT"] for launch in launches)
+    check(launches, architecture, tmp_path)

@@ -152,7 +152,7 @@ def as_tuple(results: Any) -> tuple[Tensor, ...]:
     if isinstance(results, PartialPlanes):
         from mtt_fast.kernels import triton
 
-        return triton.add_planes(results)
+        return tuple(triton.add_planes(results))
     return tuple(tensor for each in results for tensor in as_tuple(each))
 
 
