@@ -240,7 +240,7 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")  # torch says so at its first use
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")  # as torch says at its first use
 def test_nothing_waits_on_a_gpu() -> None:
     device = torch.device("cuda")
     run, given = fresh(device), inputs(0, device=device)

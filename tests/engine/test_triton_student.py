@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -22,16 +23,16 @@ from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.unroll import student_for_plan
-from mtt_fast.kernels import dispatch
+from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.testing import relative_error
-from tests.kernels.triton_comparison import run_in_processes
+from tests.kernels.triton_comparison import PARTS_ON_A_GPU, each_part, run_part
 
 GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"]
 
 
 @pytest.mark.slow
 def test_equals_the_generic_student_interpreted() -> None:
-    lines = run_in_processes("tests.engine.triton_student", "cpu", processes=1, OMP_NUM_THREADS="1")
+    lines = run_part("tests.engine.triton_student", "cpu")
     for case in (
         "float64 fp32 triton",
         "float64 fp32 cudnn",
@@ -135,9 +136,20 @@ def test_the_first_block_keeps_no_planes() -> None:
 
 
 @pytest.mark.gpu
-def test_equals_the_generic_student_on_a_gpu() -> None:
-    lines = run_in_processes("tests.engine.triton_student", "cuda", processes=12)
-    assert any(line.endswith("tf32 triton") for line in lines)
+@each_part("student")
+def test_equals_the_generic_student_on_a_gpu(part: int) -> None:
+    run_part("tests.engine.triton_student", "cuda", part=part, parts=PARTS_ON_A_GPU["student"])
+
+
+def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    from tests.engine import triton_student
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cases: Any = triton_student.cases_of("cuda")
+    found = {case.args[3:5] for case in cases if case.func is triton_student.compare}
+    assert found >= set(itertools.product(get_args(Precision), ("triton", "cudnn")))
+    assert found >= set(itertools.product(("tf32", "fp16", "bf16"), ("tma",)))
 
 
 def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:

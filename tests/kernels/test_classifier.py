@@ -19,7 +19,7 @@ from mtt_fast.kernels.types import LARGEST_COTANGENT, accumulator
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import check, each_architecture, meta, recording
 from tests.kernels.helpers import FORMATS, draw, jvp, needs_native, refused
-from tests.kernels.triton_comparison import compare
+from tests.kernels.triton_comparison import compare, each_part
 
 CLASSIFIERS = [  # batch, channels, height, width, classes
     (5, 7, 1, 1, 4),
@@ -291,8 +291,9 @@ def test_triton_equals_the_reference_interpreted() -> None:
 
 
 @pytest.mark.gpu
-def test_triton_equals_the_reference_on_a_gpu() -> None:
-    compare("classifier", "cuda")
+@each_part("classifier")
+def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
+    compare("classifier", "cuda", part)
 
 
 # classes, labels: of each class of shapes the most classes, and labels that need the most, spill first
