@@ -27,8 +27,6 @@ from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import PARTS_ON_A_GPU, each_part, run_part
 
-GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"]
-
 
 @pytest.mark.slow
 def test_equals_the_generic_student_interpreted() -> None:
@@ -165,16 +163,23 @@ def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **opti
     return {name: value.cpu().double() for name, value in found.items() if value is not None}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", GOLDEN)
-def test_the_meta_gradient_on_a_gpu(golden: Path, name: str) -> None:
-    """Compare golden cases in float64, whole and in micro-batches, and float32 and its precisions by their distance from that."""
-    with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
+each_golden_case = pytest.mark.parametrize("name", ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"])
+
+
+def golden_case(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the network and the arguments of a golden case, and its gradients."""
+    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
         case: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         info = file.metadata()
     sizes = ("in_channels", "num_classes", "image_size", "width", "depth")
     case["net"] = ConvNet(**{key: int(info[key]) for key in sizes})  # type: ignore[arg-type]
-    expected = {"images": case["grad_images"], "lr": case["grad_lr"][0], "start": case["grad_start"]}
+    return case, {"images": case["grad_images"], "lr": case["grad_lr"][0], "start": case["grad_start"]}
+
+
+@pytest.mark.gpu
+@each_golden_case
+def test_the_meta_gradient_in_float64_on_a_gpu(golden: Path, name: str) -> None:
+    case, expected = golden_case(golden, name)
     exact, again, cut = (
         meta_gradients(case, "cuda", torch.float64, microbatch=microbatch) for microbatch in (None, None, 3)
     )
@@ -182,14 +187,31 @@ def test_the_meta_gradient_on_a_gpu(golden: Path, name: str) -> None:
         assert relative_error(exact[key], value, floor=1e-5) <= 1e-9, key
         assert relative_error(cut[key], value, floor=1e-5) <= 1e-9, f"{key} in micro-batches"
         assert torch.equal(exact[key], again[key]), f"{key} differs from one run to the next"
-    single = meta_gradients(case, "cuda", torch.float32)
-    for key, value in meta_gradients(case, "cpu", torch.float32).items():
-        allowed = max(4 * relative_error(value, exact[key]), 1e-5)
-        assert relative_error(single[key], exact[key]) <= allowed, key
+
+
+@pytest.mark.gpu
+@each_golden_case
+def test_the_meta_gradient_in_float32_on_a_gpu(golden: Path, name: str) -> None:
+    """Hold its error to that of right answers, in which rounding may carry a unit over ReLU's kink; tf32's is beyond.
+
+    Of images that differ by 1e-7, the reference's answers to rgb64-d4-n3 have errors of 9e-7, 3e-4 and 7e-3.
+    """
+    case, expected = golden_case(golden, name)
+    found = meta_gradients(case, "cuda", torch.float32)
+    errors = {key: relative_error(found[key], value) for key, value in expected.items()}
+    print(f"errors of {name}:", errors)
+    assert errors["images"] <= 2e-2
+    assert max(errors["lr"], errors["start"]) <= 1e-3
+
+
+@pytest.mark.gpu
+@each_golden_case
+def test_the_precisions_of_the_meta_gradient_on_a_gpu(golden: Path, name: str) -> None:
+    case, expected = golden_case(golden, name)
     errors = {}
     for precision in ("tf32", "fp16", "bf16"):
         found = meta_gradients(case, "cuda", torch.float32, precision=precision)["images"]
-        errors[precision] = relative_error(found, exact["images"])
+        errors[precision] = relative_error(found, expected["images"])
     print(f"errors of {name}:", errors)
     assert errors["tf32"] <= 0.1
     assert errors["fp16"] <= 2 * errors["tf32"]
