@@ -125,6 +125,20 @@ def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: 
     assert found.peak == pytest.approx(expected, rel=0.15)
 
 
+def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> None:
+    """Check that a step in full precision is allowed five planes of the second block; the first one asks no library."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    net = ConvNet(3, 10, 32, 128, 3)
+    with patch.object(dispatch, "_runs_triton", return_value=True):
+        work = {
+            precision: FusedConvNetStudent(net, "indices", precision)
+            .step_bytes(100, image_shape(net), torch.float32, torch.device("meta"))
+            .work
+            for precision in get_args(Precision)
+        }
+    assert work == {"fp32": 5 * 100 * 128 * 16 * 16 * 4, "tf32": 0, "fp16": 0, "bf16": 0}
+
+
 def test_the_first_block_keeps_no_planes() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     at_once, parts = (FusedConvNetStudent(ConvNet(3, 10, 128, width, 5), "indices", "tf32") for width in (128, 127))
