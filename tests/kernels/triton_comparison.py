@@ -119,7 +119,8 @@ def run_part(module: str, *arguments: str, part: int = 0, parts: int = 1) -> lis
     found = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=280, check=False
     )
-    assert found.returncode == 0, found.stderr
+    if found.returncode:
+        pytest.fail(found.stderr, pytrace=False)
     lines = found.stdout.splitlines()
     assert any(line.startswith("passed") for line in lines), lines
     return lines
