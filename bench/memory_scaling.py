@@ -5,6 +5,7 @@ Each point is the first iteration of a fresh process, with whole batches and no 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
-from bench.workers import Worker, WorkerError
+from bench.workers import Process, WorkerError
 from mtt_fast.commands.parsing import integers
 from mtt_fast.engine.memory_plan import plan
 from mtt_fast.engine.student import cross_entropy
@@ -57,7 +58,8 @@ def main(options: Options, command: str) -> None:
                 "planned": planned_bytes(setting, options.engine, device),
             }  # fmt: skip
             try:
-                with Worker(build, engine=options.engine, device=str(device), setting=asdict(setting)) as worker:
+                made = Process(build, engine=options.engine, device=str(device), setting=asdict(setting))
+                with contextlib.closing(made) as worker:
                     row["peak"] = worker.ask(peak)
                 row["ratio"] = row["peak"]["bytes"] / row["planned"]
             except WorkerError as error:
