@@ -220,16 +220,24 @@ def test_the_meta_gradient_in_float32_on_a_gpu(golden: Path, name: str) -> None:
 
 @pytest.mark.gpu
 @each_golden_case
-def test_the_precisions_of_the_meta_gradient_on_a_gpu(golden: Path, name: str) -> None:
+def test_the_meta_gradient_in_tf32_and_fp16_on_a_gpu(golden: Path, name: str) -> None:
     case, expected = golden_case(golden, name)
     errors = {}
-    for precision in ("tf32", "fp16", "bf16"):
+    for precision in ("tf32", "fp16"):
         found = meta_gradients(case, "cuda", torch.float32, precision=precision)["images"]
         errors[precision] = relative_error(found, expected["images"])
     print(f"errors of {name}:", errors)
     assert errors["tf32"] <= 0.1
     assert errors["fp16"] <= 2 * errors["tf32"]
-    assert errors["bf16"] <= 0.5
+
+
+@pytest.mark.gpu
+def test_the_meta_gradient_in_bf16_on_a_gpu(golden: Path) -> None:
+    """One case is enough: bf16 takes the kernels of fp16, and less is asked of it."""
+    case, expected = golden_case(golden, "cifar-d3-n5")
+    error = relative_error(meta_gradients(case, "cuda", torch.float32, precision="bf16")["images"], expected["images"])
+    print("error:", error)
+    assert error <= 0.5
 
 
 @pytest.mark.gpu
