@@ -28,10 +28,10 @@ def _sum_of_piece(
     """
     SUMMANDS: tl.constexpr = PIECES[PIECE][0]
     STRIDE: tl.constexpr = PIECES[PIECE][1]
-    CHANNELS: tl.constexpr = PIECES[PIECE][3]
-    TAPS: tl.constexpr = PIECES[PIECE][4]
-    BEGIN: tl.constexpr = PIECES[PIECE][5]
-    FIRST: tl.constexpr = PIECES[PIECE][6]
+    CHANNELS: tl.constexpr = PIECES[PIECE][2]
+    TAPS: tl.constexpr = PIECES[PIECE][3]
+    BEGIN: tl.constexpr = PIECES[PIECE][4]
+    FIRST: tl.constexpr = PIECES[PIECE][5]
     TAP_BLOCK: tl.constexpr = PIECES[PIECE][7]
     ROWS: tl.constexpr = PIECES[PIECE][8]
     COLUMNS: tl.constexpr = PIECES[PIECE][9]
@@ -55,11 +55,8 @@ def _sum_of_piece(
 @triton.jit
 def _is_of(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
     """Return whether this program's share is of the piece."""
-    GROUPS: tl.constexpr = PIECES[PIECE][2]
-    CHANNELS: tl.constexpr = PIECES[PIECE][3]
-    FIRST: tl.constexpr = PIECES[PIECE][6]
-    COLUMNS: tl.constexpr = PIECES[PIECE][9]
-    END: tl.constexpr = FIRST + GROUPS * ((CHANNELS + COLUMNS - 1) // COLUMNS)
+    FIRST: tl.constexpr = PIECES[PIECE][5]
+    END: tl.constexpr = PIECES[PIECE][6]
     return (tl.program_id(0) >= FIRST) & (tl.program_id(0) < END)
 
 
@@ -249,25 +246,25 @@ def _launch_step(
     for piece in sums.pieces:
         pieces.append(_piece_of(piece, begin, programs, size))
         begin += piece.shape[1:].numel()
-        programs += pieces[-1].groups * triton.cdiv(pieces[-1].channels, pieces[-1].columns)
+        programs = pieces[-1].end
     shapes = tuple(map(tuple, pieces))
     acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
     launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=shapes, **constants, ACC=acc, **row)
 
 
 class _Piece(NamedTuple):
-    """Say how the summands of a piece lie in memory, (groups, taps, channels), and how programs share them.
+    """Say how the summands of a piece lie in memory, (groups, taps, channels), and which programs share them.
 
     In the vector the taps come last: what lies there in its own order is one group with one tap.
     """
 
     summands: int
     stride: int  # elements from a summand to the next
-    groups: int
     channels: int
     taps: int
     begin: int  # in the vector
     first: int  # program
+    end: int  # program after the last one
     tap_block: int  # the tile's sides, powers of two
     rows: int
     columns: int
@@ -281,7 +278,8 @@ def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
     tap_block, least_columns = (16, 8) if lie_last else (1, 32)  # at least whole sectors, or lines
     rows = min(triton.next_power_of_2(max(summands, 1)), size // (tap_block * least_columns))
     columns = size // (tap_block * max(rows, 4))  # few summands are too little for a whole tile: they need programs
-    return _Piece(summands, piece.stride(0), groups, channels, taps, begin, first, tap_block, rows, columns)
+    end = first + groups * triton.cdiv(channels, columns)
+    return _Piece(summands, piece.stride(0), channels, taps, begin, first, end, tap_block, rows, columns)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
