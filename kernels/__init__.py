@@ -49,7 +49,6 @@ from .ops import (
     norm_relu_pool_dual,
     norm_relu_pool_dual_backward,
     pack_parameters,
-    power_of_two,
     sgd_step,
     squared_distance,
 )
@@ -124,7 +123,6 @@ __all__ = [
     "norm_relu_pool_dual_backward",
     "pack_parameters",
     "plane_dtype",
-    "power_of_two",
     "release_memory",
     "sgd_step",
     "squared_distance",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         image_patches,
     )
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
-    from .flat import add_up, adjoint_step, index_add, power_of_two, sgd_step, squared_distance
+    from .flat import add_up, adjoint_step, index_add, sgd_step, squared_distance
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
@@ -81,7 +81,6 @@ __all__ = [
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
     "pack_parameters",
-    "power_of_two",
     "sgd_step",
     "squared_distance",
 ]
@@ -100,7 +99,6 @@ _MODULES = {
     "linear": "classifier",
     "norm": "norm",
     "pack_parameters": "weights",
-    "power_of_two": "flat",
     "sgd": "flat",
     "squared": "flat",
 }

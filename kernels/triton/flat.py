@@ -167,19 +167,13 @@ def _index_add(
 
 
 @triton.jit
-def _largest(
-    a: tl.tensor, b: tl.tensor | None, partials: tl.tensor, size_a: tl.tensor, size_b: tl.tensor, SIZE: tl.constexpr
-) -> None:
+def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.constexpr) -> None:
     """Store the bits of the largest magnitude of a program's share."""
     program, step = tl.program_id(0), tl.num_programs(0) * SIZE
     total = tl.zeros((SIZE,), tl.int32)
-    for start in range(program * SIZE, size_a, step):
+    for start in range(program * SIZE, size, step):
         place = start + tl.arange(0, SIZE)
-        total = tl.maximum(total, magnitude_bits(tl.load(a + place, place < size_a, 0)))
-    if b is not None:
-        for start in range(program * SIZE, size_b, step):
-            place = start + tl.arange(0, SIZE)
-            total = tl.maximum(total, magnitude_bits(tl.load(b + place, place < size_b, 0)))
+        total = tl.maximum(total, magnitude_bits(tl.load(vector + place, place < size, 0)))
     tl.store(partials + program, tl.max(total, 0))
 
 
@@ -187,11 +181,6 @@ def _largest(
 def power_of_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
     """Return the power of two that brings the largest of the magnitudes just below LARGEST, or 1."""
     return power_of(tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0), LARGEST)
-
-
-@triton.jit
-def _power(partials: tl.tensor, factor: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> None:
-    tl.store(factor, power_of_parts(partials, LARGEST, PARTIALS))
 
 
 def add_up(sums: PartialSums) -> Tensor:
@@ -302,17 +291,10 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
     return out
 
 
-def power_of_two(largest: float, a: Tensor, b: Tensor | None) -> Tensor:
-    """See `mtt_fast.kernels.power_of_two`."""
-    partials, factor = largest_parts(a, b), a.new_empty(())
-    launch(_power, 1, partials, factor, LARGEST=largest, PARTIALS=len(partials))
-    return factor
-
-
-def largest_parts(a: Tensor, b: Tensor | None) -> Tensor:
-    """Return the largest magnitudes of parts of `a` and `b`, as the bits of float32 numbers."""
-    row = configuration("power_of_two", "", architecture(a.device))
+def largest_parts(vector: Tensor) -> Tensor:
+    """Return the largest magnitudes of parts of a vector, as the bits of float32 numbers."""
+    row = configuration("largest_parts", "", architecture(vector.device))
     count = row.pop("PARTIALS")
-    partials = torch.empty(count, dtype=torch.int32, device=a.device)
-    launch(_largest, count, a, b, partials, a.numel(), 0 if b is None else b.numel(), **row)
+    partials = torch.empty(count, dtype=torch.int32, device=vector.device)
+    launch(_largest, count, vector, partials, vector.numel(), **row)
     return partials

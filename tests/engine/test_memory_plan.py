@@ -153,7 +153,7 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
     assert pieces == sorted(pieces)
     assert pieces[0] < pieces[1] < pieces[-1] == 50
     assert saved == sorted(saved)
-    assert saved[-1] == (5 if native.available else 0)
+    assert saved[-1] == 5 if native.available else saved[-1] > 0
     for plan in plans:
         assert plan.budget is not None
         assert plan.peak_bytes <= plan.budget

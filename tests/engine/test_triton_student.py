@@ -233,7 +233,7 @@ def test_the_meta_gradient_in_tf32_and_fp16_on_a_gpu(golden: Path, name: str) ->
 
 @pytest.mark.gpu
 def test_the_meta_gradient_in_bf16_on_a_gpu(golden: Path) -> None:
-    """One case is enough: bf16 takes the kernels of fp16, and less is asked of it."""
+    """Compare one case: bf16 takes the kernels of fp16, and less is asked of it."""
     case, expected = golden_case(golden, "cifar-d3-n5")
     error = relative_error(meta_gradients(case, "cuda", torch.float32, precision="bf16")["images"], expected["images"])
     print("error:", error)

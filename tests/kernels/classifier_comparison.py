@@ -10,7 +10,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mtt_fast.kernels import LabelKind, power_of_two, reference, triton
+from mtt_fast.kernels import LabelKind, reference, triton
+from mtt_fast.kernels.reference.flat import power_of_two
 from mtt_fast.kernels.types import LARGEST_COTANGENT, accumulator, memory_format
 
 CLASSIFIERS = [  # (B, C, h, w, K)
