@@ -5,7 +5,6 @@ Each point is the first iteration of a fresh process, with whole batches and no 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -58,8 +57,7 @@ def main(options: Options, command: str) -> None:
                 "planned": planned_bytes(setting, options.engine, device),
             }  # fmt: skip
             try:
-                made = Process(build, engine=options.engine, device=str(device), setting=asdict(setting))
-                with contextlib.closing(made) as worker:
+                with Process(build, engine=options.engine, device=str(device), setting=asdict(setting)) as worker:
                     row["peak"] = worker.ask(peak)
                 row["ratio"] = row["peak"]["bytes"] / row["planned"]
             except WorkerError as error:

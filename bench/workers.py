@@ -15,9 +15,10 @@ import os
 import resource
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Environment with which glibc keeps freed memory, as in mtt_fast's commands; without it a worker is an ordinary script."""
@@ -30,19 +31,25 @@ class WorkerError(Exception):
     """A failure in a worker; the message is one line."""
 
 
-class Worker(Protocol):
+class Worker(ABC):
     """One who holds the state that `build(**arguments)` returns, and answers questions about it."""
 
+    @abstractmethod
     def ask(self, function: Callable[..., Any], **arguments: Any) -> Any:
         """Return the result of `function(state, **arguments)`. Raises `WorkerError` if the function fails."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Forget the state."""
-        ...
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-class Process:
+class Process(Worker):
     """A `Worker` in a process of its own."""
 
     def __init__(self, build: Callable[..., Any], *, tuned: bool = True, **arguments: Any) -> None:
@@ -88,7 +95,7 @@ class Process:
             self._process.stdout.close()
 
 
-class Here:
+class Here(Worker):
     """A `Worker` in this process, which spares the start of another."""
 
     def __init__(self, build: Callable[..., Any], *, tuned: bool = True, **arguments: Any) -> None:

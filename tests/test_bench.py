@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -209,7 +208,7 @@ def end(state: list[int]) -> None:
 
 @pytest.mark.parametrize("made", [Process, Here])
 def test_a_worker_keeps_its_state_and_survives_a_failure(made: Callable[..., Worker]) -> None:
-    with contextlib.closing(made(build_number, number=40)) as worker:
+    with made(build_number, number=40) as worker:
         assert worker.ask(add_to, number=1) == 41
         with pytest.raises(WorkerError, match="TypeError: unsupported operand"):
             worker.ask(add_to, number="1")
@@ -217,7 +216,7 @@ def test_a_worker_keeps_its_state_and_survives_a_failure(made: Callable[..., Wor
 
 
 def test_the_end_of_a_process_is_told() -> None:
-    with contextlib.closing(Process(build_number, number=40)) as worker, pytest.raises(WorkerError, match="status 3"):
+    with Process(build_number, number=40) as worker, pytest.raises(WorkerError, match="status 3"):
         worker.ask(end)
 
 
