@@ -325,7 +325,6 @@ def _vector_operations(vectors: list[Tensor], precision: Precision) -> Iterator[
     places = [WeightPlace(0, filters, filters)]
     yield Operation("pack_parameters", shape, (a, b, places, precision, 1.0), 6 * one, 0)
     yield Operation("squared_distance", shape, (a, b), 2 * one, 0)
-    yield Operation("power_of_two", shape, (64.0, a, b), 2 * one, 0)
 
 
 def exact_results(operation: str, arguments: Sequence[Any]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
-from bench.workers import Worker, WorkerError
+from bench.workers import Process, WorkerError
 from mtt_fast.commands.parsing import integers
 from mtt_fast.engine.memory_plan import plan
 from mtt_fast.engine.student import cross_entropy
@@ -57,7 +57,7 @@ def main(options: Options, command: str) -> None:
                 "planned": planned_bytes(setting, options.engine, device),
             }  # fmt: skip
             try:
-                with Worker(build, engine=options.engine, device=str(device), setting=asdict(setting)) as worker:
+                with Process(build, engine=options.engine, device=str(device), setting=asdict(setting)) as worker:
                     row["peak"] = worker.ask(peak)
                 row["ratio"] = row["peak"]["bytes"] / row["planned"]
             except WorkerError as error:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
 from bench.shares import share_of_operations
-from bench.workers import Here, Worker, WorkerError, give_up
+from bench.workers import Here, Process, Worker, WorkerError, give_up
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.memory_info import AUTO, parse_bytes
 from mtt_fast.storage.files import read_header, save_tensors
@@ -68,7 +68,7 @@ def main(options: Options, command: str) -> None:
         raise InputError(
             "--one_process True: expected a GPU, since peak memory on a CPU belongs to a process; leave it out"
         )
-    worker_of: type[Worker] | type[Here] = Here if options.one_process else Worker
+    worker_of: Callable[..., Worker] = Here if options.one_process else Process
     runnable = [name for name, engine in ENGINES.items() if device.type == "cuda" or not engine.cuda_only]
     names = options.engines.split(",") if options.engines else runnable
     engines, precisions = {}, {}
@@ -101,7 +101,7 @@ def main(options: Options, command: str) -> None:
             with worker_of(build_case, **case) as worker:
                 worker.ask(write_truth, path=truth, digest=digest)
         rows: dict[str, dict[str, Any]] = {}
-        workers: dict[str, Worker | Here] = {}
+        workers: dict[str, Worker] = {}
         try:
             for name, engine in engines.items():
                 rows[name] = {"engine": name, "exact": engine.exact, "tuned": engine.tuned, "problem": None}

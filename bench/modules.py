@@ -24,7 +24,7 @@ from bench.measuring import interleaved, peak_above_baseline, spread, synchronis
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
-from bench.workers import Worker, WorkerError, give_up
+from bench.workers import Process, Worker, WorkerError, give_up
 from mtt_fast import FlatModule, matching_loss, testing, unroll
 from mtt_fast.errors import InputError
 from mtt_fast.networks.resnets import resnet18
@@ -129,7 +129,7 @@ def main(options: Options, command: str) -> None:
                 name = f"{network} {engine}"
                 rows[name] = {"network": network, "engine": engine, "problem": None}
                 try:
-                    workers[name] = Worker(
+                    workers[name] = Process(
                         build, tuned=options.tuned, network=network, engine=engine, device=str(device),
                         steps=options.steps, batch=options.batch,
                     )  # fmt: skip

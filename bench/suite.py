@@ -1,7 +1,8 @@
 """A plugin of pytest that records each test as it ends: `pytest -p bench.suite --record FOLDER`.
 
-A run of the suite that was cut off goes on: what passed, at the same commit, is not run again. The record is FOLDER/suite.json, and
-suite.partial.json until the last test has ended.
+A row has the outcome, the seconds, what was printed, and of a failure the traceback, which pytest itself shows after the last
+test. A run of the suite that was cut off goes on: what passed, at the same commit, is not run again. The record is
+FOLDER/suite.json, and suite.partial.json until the last test has ended.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ class _Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            problem = None if report.outcome == "passed" else _last_line(report)
-            row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "problem": problem}
-            self._rows[report.nodeid] = row
+            row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "problem": None}
+            if report.outcome != "passed":
+                row |= {"problem": _in_a_line(report), "traceback": report.longreprtext}
+            self._rows[report.nodeid] = row | {"output": report.capstdout}
             self._write(complete=False)
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
@@ -70,8 +72,10 @@ class _Recorder:
         write_record(self._folder, NAME, "suite", self._device, conditions, rows, command, complete=complete)
 
 
-def _last_line(report: pytest.TestReport) -> str:
-    lines = report.longreprtext.strip().splitlines()
+def _in_a_line(report: pytest.TestReport) -> str:
+    """Return what was raised; of a test that tells it without a traceback, the last line."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = crash.message.splitlines()[:1] if crash else report.longreprtext.strip().splitlines()
     return lines[-1][:300] if lines else report.outcome
 
 

@@ -17,7 +17,7 @@ from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
-from bench.workers import Worker, WorkerError, give_up
+from bench.workers import Process, Worker, WorkerError, give_up
 from mtt_fast import testing
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.engine.student_choice import student_for
@@ -102,7 +102,7 @@ def compare(options: TrainingOptions, benchmark: str, sgd: Sgd, command: str) ->
         for name, (_, tuned) in LOOPS.items():
             rows[name] = {"loop": name, "problem": None, "seconds": None}
             try:
-                workers[name] = Worker(build, tuned=tuned, loop=name, device=str(device), **task)
+                workers[name] = Process(build, tuned=tuned, loop=name, device=str(device), **task)
                 rows[name] |= workers[name].ask(check)
                 if not rows[name]["error_float64"] <= FLOAT64_TOLERANCE:
                     raise WorkerError(f"wrong: float64 error {rows[name]['error_float64']:.1e}")

@@ -26,7 +26,7 @@ from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Setting, Shape
-from bench.workers import Worker, WorkerError
+from bench.workers import Process, WorkerError
 from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.storage.files import bytes_of, checksum_of, read_header
@@ -129,7 +129,7 @@ def measure_reader(reader: str, path: Path, last: dict[str, int], repetitions: i
     """Return the times and the memory of reading one sample, each time in a new process."""
     first, further, resident, sample = [], [], 0, []
     for _ in range(repetitions):
-        with Worker(build, reader=reader, path=str(path)) as worker:
+        with Process(build, reader=reader, path=str(path)) as worker:
             first_sample = worker.ask(read_sample, **last)
             further_sample = worker.ask(read_sample, expert=0, epoch=0)
         first.append(first_sample["seconds"])

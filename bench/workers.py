@@ -15,9 +15,10 @@ import os
 import resource
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Environment with which glibc keeps freed memory, as in mtt_fast's commands; without it a worker is an ordinary script."""
@@ -30,8 +31,26 @@ class WorkerError(Exception):
     """A failure in a worker; the message is one line."""
 
 
-class Worker:
-    """A process that holds `build(**arguments)`."""
+class Worker(ABC):
+    """One who holds the state that `build(**arguments)` returns, and answers questions about it."""
+
+    @abstractmethod
+    def ask(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        """Return the result of `function(state, **arguments)`. Raises `WorkerError` if the function fails."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Forget the state."""
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Process(Worker):
+    """A `Worker` in a process of its own."""
 
     def __init__(self, build: Callable[..., Any], *, tuned: bool = True, **arguments: Any) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
@@ -50,7 +69,7 @@ class Worker:
             raise
 
     def ask(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        """Return the result of `function(state, **arguments)` in the worker. Raises `WorkerError` if the function fails."""
+        """See `Worker.ask`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         question = {"function": f"{function.__module__}:{function.__qualname__}", "arguments": arguments}
@@ -67,7 +86,7 @@ class Worker:
         return answer["result"]
 
     def close(self) -> None:
-        """End the process."""
+        """See `Worker.close`: the process ends."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -75,22 +94,16 @@ class Worker:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def __enter__(self) -> Worker:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Here:
-    """Answers the questions of a `Worker` in this process, which spares the start of another."""
+class Here(Worker):
+    """A `Worker` in this process, which spares the start of another."""
 
     def __init__(self, build: Callable[..., Any], *, tuned: bool = True, **arguments: Any) -> None:
         self._state: Any = None
         self._state = self._answer(build, **arguments)
 
     def ask(self, function: Callable[..., Any], **arguments: Any) -> Any:
-        """Return the result of `function(state, **arguments)`. Raises `WorkerError` if the function fails."""
+        """See `Worker.ask`."""
         return self._answer(function, self._state, **arguments)
 
     def _answer(self, function: Callable[..., Any], *state: Any, **arguments: Any) -> Any:
@@ -100,20 +113,11 @@ class Here:
             raise WorkerError(f"{type(error).__name__}: {_first_line(error)}") from error
 
     def close(self) -> None:
-        """Forget the state."""
+        """See `Worker.close`."""
         self._state = None
 
-    def __enter__(self) -> Here:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-AnyWorker = TypeVar("AnyWorker", bound=Worker | Here)
-
-
-def give_up(rows: dict[str, dict[str, Any]], workers: dict[str, AnyWorker], name: str, error: Exception) -> None:
+def give_up(rows: dict[str, dict[str, Any]], workers: dict[str, Worker], name: str, error: Exception) -> None:
     """Record `error` as the problem of a row, and end the row's worker if there is one."""
     rows[name]["problem"] = str(error)
     if name in workers:

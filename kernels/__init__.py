@@ -50,7 +50,6 @@ from .ops import (
     norm_relu_pool_dual,
     norm_relu_pool_dual_backward,
     pack_parameters,
-    power_of_two,
     sgd_step,
     squared_distance,
 )
@@ -132,7 +131,6 @@ __all__ = [
     "pack_parameters",
     "plane_dtype",
     "planes_of",
-    "power_of_two",
     "release_memory",
     "sgd_step",
     "squared_distance",

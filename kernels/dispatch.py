@@ -82,12 +82,16 @@ def compile_ahead(call: Callable[[], object]) -> None:
     triton.compile_ahead(call)
 
 
-def work_bytes(batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device) -> int:
-    """Return the bytes that a step's convolutions keep beside their results: all operations, on all `layers`.
+def work_bytes(
+    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
+) -> int:
+    """Return the bytes that a step's convolutions of planes of `dtype` work with beside their results: all operations, on all `layers`.
 
-    On the CPU they are kept from one call to the next, some for each of torch's threads. Elsewhere, and for the
-    reference, only the library that convolves knows how many it takes, and 0 is returned.
+    On the CPU they are kept from one call to the next, some for each of torch's threads. On CUDA they are an allowance for
+    those that torch's library computes. The reference's are not known, and 0 is returned.
     """
+    if _runs_triton(device):
+        return triton.work_bytes(batch, layers, dtype, device, precision)
     if device.type != "cpu" or not native.has("conv3x3", torch.empty(0, dtype=dtype)):
         return 0
     return native.work_bytes(batch, layers, dtype)

@@ -15,6 +15,8 @@ import pytest
 
 # Before OpenMP starts: its threads would spin while they wait, and take the cores from the tests beside.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before cuBLAS is first used, when torch reads it once: a test in `numerics` may follow one that multiplies without.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 

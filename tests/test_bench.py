@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, fused,
 from bench.measuring import interleaved, peak_above_baseline, spread
 from bench.settings import SETTINGS, Setting, Shape, setting_named
 from bench.shares import share_of_operations
-from bench.workers import Worker, WorkerError
+from bench.workers import Here, Process, Worker, WorkerError
 from mtt_fast import ConvNet, InputError
 from mtt_fast import kernels as operations
 from mtt_fast.baselines.catalogue import METHODS as BASELINES
@@ -206,18 +206,17 @@ def end(state: list[int]) -> None:
     os._exit(3)
 
 
-@pytest.fixture
-def worker() -> Iterator[Worker]:
-    with Worker(build_number, number=40) as found:
-        yield found
+@pytest.mark.parametrize("made", [Process, Here])
+def test_a_worker_keeps_its_state_and_survives_a_failure(made: Callable[..., Worker]) -> None:
+    with made(build_number, number=40) as worker:
+        assert worker.ask(add_to, number=1) == 41
+        with pytest.raises(WorkerError, match="TypeError: unsupported operand"):
+            worker.ask(add_to, number="1")
+        assert worker.ask(add_to, number=1) == 42
 
 
-def test_a_worker_keeps_its_state_and_survives_a_failure(worker: Worker) -> None:
-    assert worker.ask(add_to, number=1) == 41
-    with pytest.raises(WorkerError, match="TypeError: unsupported operand"):
-        worker.ask(add_to, number="1")
-    assert worker.ask(add_to, number=1) == 42
-    with pytest.raises(WorkerError, match="ended with status 3"):
+def test_the_end_of_a_process_is_told() -> None:
+    with Process(build_number, number=40) as worker, pytest.raises(WorkerError, match="status 3"):
         worker.ask(end)
 
 

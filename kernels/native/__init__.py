@@ -65,7 +65,6 @@ NOT_IMPLEMENTED = frozenset(
         "image_patches",
         "index_add",
         "pack_parameters",
-        "power_of_two",
     }
 )
 """Operations that are left to their parts: on a CPU nothing is gained by doing them at once."""

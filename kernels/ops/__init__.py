@@ -25,7 +25,7 @@ from .conv import (
     conv3x3_tangent,
     conv3x3_weight_gradient,
 )
-from .flat import add_up, adjoint_step, index_add, pack_parameters, power_of_two, sgd_step, squared_distance
+from .flat import add_up, adjoint_step, index_add, pack_parameters, sgd_step, squared_distance
 from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, norm_relu_pool_dual_backward
 from .warp import colour_warp_mask, colour_warp_mask_transpose, colour_warp_mask_transpose_add
 
@@ -61,7 +61,6 @@ __all__ = [
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
     "pack_parameters",
-    "power_of_two",
     "sgd_step",
     "squared_distance",
 ]

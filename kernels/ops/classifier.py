@@ -19,7 +19,7 @@ def linear_cross_entropy(
     such planes. `labels`: indices (B,) int64, or (B, K) of the weight's dtype: probabilities, which need not sum to one, or
     logits, of which the softmax is taken. Planes of float16 have a narrow range, so then the three gradients are multiplied
     with a power of two () that brings the largest magnitude in p̄ to at most `LARGEST_COTANGENT`, and over half of it, as
-    `power_of_two` does; otherwise it is None and there is no factor.
+    `pack_parameters` does for a direction; otherwise it is None and there is no factor.
 
     Raises `ValueError` for anything else, and for an index that is no class; on an accelerator, where nothing waits for the
     values, such an index makes the loss NaN or fails as torch's own look-ups do.

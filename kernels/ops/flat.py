@@ -104,31 +104,16 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> T
     return result
 
 
-def power_of_two(largest: float, a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return the power of two () by which the largest magnitude in `a` and `b` becomes at most `largest`, and over half of it.
-
-    `largest` is a power of two, `a` and `b` of one of float32 and float64, contiguous, of any shapes; nothing waits for their
-    device. The exponent of a magnitude counts as at most 60, so that the product of two such factors is a float32. Where all
-    numbers are zero, or one is no finite float32, the factor is 1. Raises `ValueError` for anything else.
-    """
-    if a.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"power_of_two: expected float32 or float64, found {a.dtype}")
-    check_tensors("power_of_two", a, {"a": a}, a.shape)
-    if b is not None:
-        check_tensors("power_of_two", a, {"b": b}, b.shape)
-    factor: Tensor = dispatch.implementation_of("power_of_two", a)(largest, a, b)
-    return factor
-
-
 def pack_parameters(
     theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float = 1.0
 ) -> PackedParameters:
     """Return what a step's products read of parameters `theta` (P,), and of a `direction` (P,) of them if there is one.
 
     The weights at `places` are laid out as products read them, in the dtype that they have there, for planes of the dtype that
-    `precision` means. Where these are float16, the direction has a factor: the power of two that brings its largest magnitude
-    to at most `largest` (see `power_of_two`). The vectors are contiguous, of one of float32 and float64, on one device.
-    Raises `ValueError` for anything else.
+    `precision` means. Where these are float16, the direction has a factor: the power of two by which its largest magnitude
+    becomes at most `largest`, a power of two itself, and over half of it. The exponent of a magnitude counts as at most 60,
+    so that the product of two such factors is a float32; where all numbers are zero, or one is not finite, the factor is 1.
+    The vectors are contiguous, of one of float32 and float64, on one device. Raises `ValueError` for anything else.
     """
     if theta.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"pack_parameters: expected float32 or float64, found {theta.dtype}")

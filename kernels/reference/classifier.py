@@ -22,7 +22,7 @@ def linear_cross_entropy(
     o_bar = (log_pi.exp() * target.sum(1, keepdim=True) - target) / len(features)
     loss = -(target * log_pi).sum() / len(features)
     features_bar = o_bar @ weight
-    scale = power_of_two(LARGEST_COTANGENT, features_bar, None) if p.dtype == torch.float16 else None
+    scale = power_of_two(LARGEST_COTANGENT, features_bar) if p.dtype == torch.float16 else None
     weight_bar, bias_bar = _scaled(o_bar.T @ features, scale), _scaled(o_bar.sum(0), scale)
     return loss, _pixels(_scaled(features_bar, scale), p), weight_bar, bias_bar, scale
 

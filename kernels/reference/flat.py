@@ -59,7 +59,7 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
     return out.index_add_(0, index, rows, alpha=alpha)
 
 
-def power_of_two(largest: float, a: Tensor, b: Tensor | None) -> Tensor:
+def power_of_two(largest: float, a: Tensor, b: Tensor | None = None) -> Tensor:
     """Return the power of two () that brings the largest magnitude in `a` and `b` just below `largest`."""
     magnitude = torch.stack([each.abs().amax() for each in (a, b) if each is not None]).amax()
     _, exponent = torch.frexp(magnitude.float())  # magnitude in [2^(exponent − 1), 2^exponent)
@@ -73,7 +73,7 @@ def pack_parameters(
     """Return views of the weights (K, C, 3, 3) in `theta` (P,) and in the direction, which fp16 has scaled."""
     scale = None
     if direction is not None and HALF_PRECISIONS.get(precision) == torch.float16 and theta.dtype == torch.float32:
-        scale = power_of_two(largest, direction, None)
+        scale = power_of_two(largest, direction)
         direction = direction * scale
     weights_dot = () if direction is None else weights_at(direction, places)
     return PackedParameters(weights_at(theta, places), weights_dot, direction, scale)

@@ -65,8 +65,8 @@ def _corners(parameter: dict[str, Tensor], like: Tensor) -> Iterator[tuple[Tenso
     right = parameter["column_by_row"] * below + parameter["column_by_column"] * beside + parameter["column_shift"]
     for row, row_weight in _neighbours(i, down, height):
         for column, column_weight in _neighbours(j, right, width):
-            place = (row * width + column).view(batch, 1, -1).expand(-1, channels, -1)
-            yield place, (row_weight * column_weight).view(batch, 1, -1)
+            place = (row * width + column).view(batch, 1, height * width).expand(-1, channels, -1)
+            yield place, (row_weight * column_weight).view(batch, 1, height * width)
 
 
 def _neighbours(target: Tensor, displacement: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         image_patches,
     )
     from .classifier import linear_cross_entropy, linear_cross_entropy_dual
-    from .flat import add_up, adjoint_step, index_add, power_of_two, sgd_step, squared_distance
+    from .flat import add_up, adjoint_step, index_add, sgd_step, squared_distance
     from .norm import (
         norm_relu_pool,
         norm_relu_pool_backward,
@@ -83,7 +83,6 @@ __all__ = [
     "norm_relu_pool_dual",
     "norm_relu_pool_dual_backward",
     "pack_parameters",
-    "power_of_two",
     "sgd_step",
     "squared_distance",
 ]
@@ -103,7 +102,6 @@ _MODULES = {
     "linear": "classifier",
     "norm": "norm",
     "pack_parameters": "weights",
-    "power_of_two": "flat",
     "sgd": "flat",
     "squared": "flat",
 }
@@ -126,6 +124,14 @@ def weight_bytes(
     """See `mtt_fast.kernels.weight_bytes`. Raises `ImportError` where Triton is missing."""
     dispatch = importlib.import_module(".dispatch", __package__)
     return dispatch.weight_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
+
+
+def work_bytes(
+    batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
+) -> int:
+    """See `mtt_fast.kernels.work_bytes`. Raises `ImportError` where Triton is missing."""
+    dispatch = importlib.import_module(".dispatch", __package__)
+    return dispatch.work_bytes(batch, layers, dtype, device, precision)  # type: ignore[no-any-return]
 
 
 def compile_ahead(call: Callable[[], object]) -> None:

@@ -334,11 +334,13 @@ def spread(
     linear += sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
     (m,) = sums_of_parts((linear,), None, blocks, TERMS * TERMS, ACC)
     m = rounded(m, PRECISION)
-    xs, t = (), ()
+    xs: tl.tuple = ()
+    t: tl.tuple = ()
     for tile in tl.static_range(TILES):
         row, column = _pixels_of_windows(windows, tile, TOGETHER, ACROSS, WINDOWS)
         patches = patches_at(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
-        xs, t = xs + (patches,), t + (product(patches, m, ACC, PRECISION),)
+        xs += (patches,)
+        t += (product(patches, m, ACC, PRECISION),)
 
     row, column = _pixels_of_windows(windows, 0, TOGETHER, ACROSS, WINDOWS)
     place = sample * ((H // 2) * (W // 2) * K) + (row // 2 * (W // 2) + column // 2)[:, None] * K
@@ -351,7 +353,7 @@ def spread(
         w = tl.load(folded + term[:, None] * K + c[None, :])
         turned = term[None, :] * K + c[:, None]
         w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
-        sums = ()
+        sums: tl.tuple = ()
         for tile in tl.static_range(TILES):
             active = product(xs[tile], w, ACC, PRECISION) > 0
             total = t[tile] + product(tl.where(active, share, 0).to(w.dtype), w_dot_turned, ACC, PRECISION)

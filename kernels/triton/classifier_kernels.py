@@ -52,7 +52,7 @@ def score(
     if ROWS < 16:  # fewer rows than `tl.dot` takes
         at, along = _sums(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
-            CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, 1 if ACC == tl.float64 else AHEAD, ACC,
+            CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, AHEAD if ACC == tl.float32 else 1, ACC,
         )  # fmt: skip
     else:
         at, along = _products(
@@ -212,7 +212,8 @@ def _sums(
     column, column_exists = column[:, :, None], column_exists[:, :, None]
     for start in range(0, WIDTH, AHEAD * BLOCK_D):
         # On their way together: a load behind a use of features would wait for it, since these change hands among threads.
-        fs, fs_dot = (), ()
+        fs: tl.tuple = ()
+        fs_dot: tl.tuple = ()
         for tile in tl.static_range(AHEAD):
             feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
             of_p, exists = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS, row_exists & (feature < WIDTH)

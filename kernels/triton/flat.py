@@ -28,10 +28,10 @@ def _sum_of_piece(
     """
     SUMMANDS: tl.constexpr = PIECES[PIECE][0]
     STRIDE: tl.constexpr = PIECES[PIECE][1]
-    CHANNELS: tl.constexpr = PIECES[PIECE][3]
-    TAPS: tl.constexpr = PIECES[PIECE][4]
-    BEGIN: tl.constexpr = PIECES[PIECE][5]
-    FIRST: tl.constexpr = PIECES[PIECE][6]
+    CHANNELS: tl.constexpr = PIECES[PIECE][2]
+    TAPS: tl.constexpr = PIECES[PIECE][3]
+    BEGIN: tl.constexpr = PIECES[PIECE][4]
+    FIRST: tl.constexpr = PIECES[PIECE][5]
     TAP_BLOCK: tl.constexpr = PIECES[PIECE][7]
     ROWS: tl.constexpr = PIECES[PIECE][8]
     COLUMNS: tl.constexpr = PIECES[PIECE][9]
@@ -55,11 +55,8 @@ def _sum_of_piece(
 @triton.jit
 def _is_of(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
     """Return whether this program's share is of the piece."""
-    GROUPS: tl.constexpr = PIECES[PIECE][2]
-    CHANNELS: tl.constexpr = PIECES[PIECE][3]
-    FIRST: tl.constexpr = PIECES[PIECE][6]
-    COLUMNS: tl.constexpr = PIECES[PIECE][9]
-    END: tl.constexpr = FIRST + GROUPS * ((CHANNELS + COLUMNS - 1) // COLUMNS)
+    FIRST: tl.constexpr = PIECES[PIECE][5]
+    END: tl.constexpr = PIECES[PIECE][6]
     return (tl.program_id(0) >= FIRST) & (tl.program_id(0) < END)
 
 
@@ -170,19 +167,13 @@ def _index_add(
 
 
 @triton.jit
-def _largest(
-    a: tl.tensor, b: tl.tensor | None, partials: tl.tensor, size_a: tl.tensor, size_b: tl.tensor, SIZE: tl.constexpr
-) -> None:
+def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.constexpr) -> None:
     """Store the bits of the largest magnitude of a program's share."""
     program, step = tl.program_id(0), tl.num_programs(0) * SIZE
     total = tl.zeros((SIZE,), tl.int32)
-    for start in range(program * SIZE, size_a, step):
+    for start in range(program * SIZE, size, step):
         place = start + tl.arange(0, SIZE)
-        total = tl.maximum(total, magnitude_bits(tl.load(a + place, place < size_a, 0)))
-    if b is not None:
-        for start in range(program * SIZE, size_b, step):
-            place = start + tl.arange(0, SIZE)
-            total = tl.maximum(total, magnitude_bits(tl.load(b + place, place < size_b, 0)))
+        total = tl.maximum(total, magnitude_bits(tl.load(vector + place, place < size, 0)))
     tl.store(partials + program, tl.max(total, 0))
 
 
@@ -190,11 +181,6 @@ def _largest(
 def power_of_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
     """Return the power of two that brings the largest of the magnitudes just below LARGEST, or 1."""
     return power_of(tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0), LARGEST)
-
-
-@triton.jit
-def _power(partials: tl.tensor, factor: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> None:
-    tl.store(factor, power_of_parts(partials, LARGEST, PARTIALS))
 
 
 def add_up(sums: PartialSums) -> Tensor:
@@ -249,25 +235,25 @@ def _launch_step(
     for piece in sums.pieces:
         pieces.append(_piece_of(piece, begin, programs, size))
         begin += piece.shape[1:].numel()
-        programs += pieces[-1].groups * triton.cdiv(pieces[-1].channels, pieces[-1].columns)
+        programs = pieces[-1].end
     shapes = tuple(map(tuple, pieces))
     acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
     launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=shapes, **constants, ACC=acc, **row)
 
 
 class _Piece(NamedTuple):
-    """Say how the summands of a piece lie in memory, (groups, taps, channels), and how programs share them.
+    """Say how the summands of a piece lie in memory, (groups, taps, channels), and which programs share them.
 
     In the vector the taps come last: what lies there in its own order is one group with one tap.
     """
 
     summands: int
     stride: int  # elements from a summand to the next
-    groups: int
     channels: int
     taps: int
     begin: int  # in the vector
     first: int  # program
+    end: int  # program after the last one
     tap_block: int  # the tile's sides, powers of two
     rows: int
     columns: int
@@ -281,7 +267,8 @@ def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
     tap_block, least_columns = (16, 8) if lie_last else (1, 32)  # at least whole sectors, or lines
     rows = min(triton.next_power_of_2(max(summands, 1)), size // (tap_block * least_columns))
     columns = size // (tap_block * max(rows, 4))  # few summands are too little for a whole tile: they need programs
-    return _Piece(summands, piece.stride(0), groups, channels, taps, begin, first, tap_block, rows, columns)
+    end = first + groups * triton.cdiv(channels, columns)
+    return _Piece(summands, piece.stride(0), channels, taps, begin, first, end, tap_block, rows, columns)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -304,17 +291,10 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
     return out
 
 
-def power_of_two(largest: float, a: Tensor, b: Tensor | None) -> Tensor:
-    """See `mtt_fast.kernels.power_of_two`."""
-    partials, factor = largest_parts(a, b), a.new_empty(())
-    launch(_power, 1, partials, factor, LARGEST=largest, PARTIALS=len(partials))
-    return factor
-
-
-def largest_parts(a: Tensor, b: Tensor | None) -> Tensor:
-    """Return the largest magnitudes of parts of `a` and `b`, as the bits of float32 numbers."""
-    row = configuration("power_of_two", "", architecture(a.device))
+def largest_parts(vector: Tensor) -> Tensor:
+    """Return the largest magnitudes of parts of a vector, as the bits of float32 numbers."""
+    row = configuration("largest_parts", "", architecture(vector.device))
     count = row.pop("PARTIALS")
-    partials = torch.empty(count, dtype=torch.int32, device=a.device)
-    launch(_largest, count, a, b, partials, a.numel(), 0 if b is None else b.numel(), **row)
+    partials = torch.empty(count, dtype=torch.int32, device=vector.device)
+    launch(_largest, count, vector, partials, vector.numel(), **row)
     return partials

@@ -68,7 +68,8 @@ def _moments(
         total_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         square_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     for tile in range(TILES):
-        ys, yds = (), ()  # loads on their way together
+        ys: tl.tuple = ()  # loads on their way together
+        yds: tl.tuple = ()
         for quarter in tl.static_range(4):
             pixel = first + (4 * tile + quarter) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
             mask = within(pixel, HW, WHOLE) & exists
@@ -255,7 +256,8 @@ def _sums(
         if y_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
         for begin in tl.static_range(0, 4, AT_ONCE):
-            ys, yds = (), ()  # loads on their way together
+            ys: tl.tuple = ()  # loads on their way together
+            yds: tl.tuple = ()
             for quarter in tl.static_range(AT_ONCE):
                 pixel, mask = quarter_place(window, begin + quarter, H, W, WHOLE)
                 ys += (tl.load(y + pixel * C + c, mask & exists, 0),)

@@ -149,18 +149,18 @@ def sums_of_parts(
 ) -> tl.tuple:
     """Add up each of the values of all parts, in the order of parts; the loads of AT_ONCE parts are under way at a time."""
     AT_ONCE: tl.constexpr = 4
-    totals = ()
+    totals: tl.tuple = ()
     for each in tl.static_range(len(values)):
         totals += (tl.zeros(values[each].shape, ACC),)
     for start in range(0, parts, AT_ONCE):
-        loaded = ()
+        loaded: tl.tuple = ()
         for part in tl.static_range(AT_ONCE):
             for each in tl.static_range(len(values)):
                 exists = start + part < parts
                 if masks is not None:
                     exists &= masks[each]
                 loaded += (tl.load(values[each] + (start + part) * STRIDE, exists, 0),)
-        added = ()
+        added: tl.tuple = ()
         for each in tl.static_range(len(values)):
             total = totals[each]
             for part in tl.static_range(AT_ONCE):

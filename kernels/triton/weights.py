@@ -95,7 +95,7 @@ def pack_parameters(
     if direction is not None:
         packed_dot = torch.empty_like(packed)
         if dtype == torch.float16:
-            partials = largest_parts(direction, None)
+            partials = largest_parts(direction)
             scaled, scale = torch.empty_like(direction), theta.new_empty(())
     tiles = sum(triton.cdiv(k, row["FILTERS"]) * triton.cdiv(c, row["CHANNELS"]) for _, _, k, c, _ in shapes)
     programs = tiles if direction is None else 2 * tiles

@@ -137,13 +137,14 @@ class FusedConvNetStudent:
         xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
         ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
         pooled = [*xs[1:], features]
-        weights = kernels.weight_bytes(batch, layers, plane_dtype(dtype, self.precision), device, self.precision)
+        of_products = (plane_dtype(dtype, self.precision), device, self.precision)
+        weights, convolved = kernels.weight_bytes(batch, layers, *of_products), layers
         packed, summands = sum(weight.packed for weight in weights), [weight.summands for weight in weights]
         of_weights = dtype.itemsize * sum(9 * layer.channels * layer.filters for layer in layers)
         small = each * image_shape.numel() + parameters - of_weights  # channels last; the other results
         patches = columns = 0
         if self._has_image_block(image_shape, device):
-            ys[0] = 0
+            ys[0], convolved = 0, layers[1:]
             patches, folded, columns = _bytes_without_planes(layers[0], batch, of_planes, dtype)
             packed -= weights[0].packed
             summands[0] = batch * dtype.itemsize * (9 * layers[0].channels + 2) * layers[0].filters  # of each sample
@@ -180,7 +181,7 @@ class FusedConvNetStudent:
             gradient_jvp=max(*both_sweeps, results) + small + along,
             gradient_jvp_saved=max(max(both_sweeps) - sum(ys), results) + small + along,
             saved=sum(ys) + sum(pooled) + patches,
-            work=kernels.work_bytes(batch, layers, dtype, device),
+            work=kernels.work_bytes(batch, convolved, *of_products),
         )
 
     def _layers(self, image_shape: torch.Size) -> list[ConvLayer]:

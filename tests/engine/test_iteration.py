@@ -240,12 +240,13 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")  # as torch says at its first use
 def test_nothing_waits_on_a_gpu() -> None:
     device = torch.device("cuda")
     run, given = fresh(device), inputs(0, device=device)
     run(*given)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         run(*given)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -23,16 +23,14 @@ from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import CountLiveBytes, StepBytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.unroll import student_for_plan
-from mtt_fast.kernels import dispatch
+from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.testing import relative_error
-from tests.kernels.triton_comparison import run_in_processes
-
-GOLDEN = ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"]
+from tests.kernels.triton_comparison import PARTS_ON_A_GPU, each_part, run_part
 
 
 @pytest.mark.slow
 def test_equals_the_generic_student_interpreted() -> None:
-    lines = run_in_processes("tests.engine.triton_student", "cpu", processes=1, OMP_NUM_THREADS="1")
+    lines = run_part("tests.engine.triton_student", "cpu")
     for case in (
         "float64 fp32 triton",
         "float64 fp32 cudnn",
@@ -155,6 +153,20 @@ def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: 
     assert found.peak == pytest.approx(expected, rel=0.15)
 
 
+def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> None:
+    """Check that a step in full precision is allowed five planes of the second block; the first one asks no library."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    net = ConvNet(3, 10, 32, 128, 3)
+    with patch.object(dispatch, "_runs_triton", return_value=True):
+        work = {
+            precision: FusedConvNetStudent(net, "indices", precision)
+            .step_bytes(100, image_shape(net), torch.float32, torch.device("meta"))
+            .work
+            for precision in get_args(Precision)
+        }
+    assert work == {"fp32": 5 * 100 * 128 * 16 * 16 * 4, "tf32": 0, "fp16": 0, "bf16": 0}
+
+
 def test_the_first_block_keeps_no_planes() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     at_once, parts = (FusedConvNetStudent(ConvNet(3, 10, 128, width, 5), "indices", "tf32") for width in (128, 127))
@@ -164,9 +176,20 @@ def test_the_first_block_keeps_no_planes() -> None:
 
 
 @pytest.mark.gpu
-def test_equals_the_generic_student_on_a_gpu() -> None:
-    lines = run_in_processes("tests.engine.triton_student", "cuda", processes=12)
-    assert any(line.endswith("tf32 triton") for line in lines)
+@each_part("student")
+def test_equals_the_generic_student_on_a_gpu(part: int) -> None:
+    run_part("tests.engine.triton_student", "cuda", part=part, parts=PARTS_ON_A_GPU["student"])
+
+
+def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    from tests.engine import triton_student
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cases: Any = triton_student.cases_of("cuda")
+    found = {case.args[3:5] for case in cases if case.func is triton_student.compare}
+    assert found >= set(itertools.product(get_args(Precision), ("triton", "cudnn")))
+    assert found >= set(itertools.product(("tf32", "fp16", "bf16"), ("tma",)))
 
 
 def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:
@@ -182,16 +205,23 @@ def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **opti
     return {name: value.cpu().double() for name, value in found.items() if value is not None}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", GOLDEN)
-def test_the_meta_gradient_on_a_gpu(golden: Path, name: str) -> None:
-    """Compare golden cases in float64, whole and in micro-batches, and float32 and its precisions by their distance from that."""
-    with safe_open(golden / f"{name}.safetensors", framework="pt") as file:
+each_golden_case = pytest.mark.parametrize("name", ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"])
+
+
+def golden_case(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the network and the arguments of a golden case, and its gradients."""
+    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
         case: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         info = file.metadata()
     sizes = ("in_channels", "num_classes", "image_size", "width", "depth")
     case["net"] = ConvNet(**{key: int(info[key]) for key in sizes})  # type: ignore[arg-type]
-    expected = {"images": case["grad_images"], "lr": case["grad_lr"][0], "start": case["grad_start"]}
+    return case, {"images": case["grad_images"], "lr": case["grad_lr"][0], "start": case["grad_start"]}
+
+
+@pytest.mark.gpu
+@each_golden_case
+def test_the_meta_gradient_in_float64_on_a_gpu(golden: Path, name: str) -> None:
+    case, expected = golden_case(golden, name)
     exact, again, cut = (
         meta_gradients(case, "cuda", torch.float64, microbatch=microbatch) for microbatch in (None, None, 3)
     )
@@ -199,18 +229,43 @@ def test_the_meta_gradient_on_a_gpu(golden: Path, name: str) -> None:
         assert relative_error(exact[key], value, floor=1e-5) <= 1e-9, key
         assert relative_error(cut[key], value, floor=1e-5) <= 1e-9, f"{key} in micro-batches"
         assert torch.equal(exact[key], again[key]), f"{key} differs from one run to the next"
-    single = meta_gradients(case, "cuda", torch.float32)
-    for key, value in meta_gradients(case, "cpu", torch.float32).items():
-        allowed = max(4 * relative_error(value, exact[key]), 1e-5)
-        assert relative_error(single[key], exact[key]) <= allowed, key
+
+
+@pytest.mark.gpu
+@each_golden_case
+def test_the_meta_gradient_in_float32_on_a_gpu(golden: Path, name: str) -> None:
+    """Hold its error to that of right answers, in which rounding may carry a unit over ReLU's kink; tf32's is beyond.
+
+    Of images that differ by 1e-7, the reference's answers to rgb64-d4-n3 have errors of 9e-7, 3e-4 and 7e-3.
+    """
+    case, expected = golden_case(golden, name)
+    found = meta_gradients(case, "cuda", torch.float32)
+    errors = {key: relative_error(found[key], value) for key, value in expected.items()}
+    print(f"errors of {name}:", errors)
+    assert errors["images"] <= 2e-2
+    assert max(errors["lr"], errors["start"]) <= 1e-3
+
+
+@pytest.mark.gpu
+@each_golden_case
+def test_the_meta_gradient_in_tf32_and_fp16_on_a_gpu(golden: Path, name: str) -> None:
+    case, expected = golden_case(golden, name)
     errors = {}
-    for precision in ("tf32", "fp16", "bf16"):
+    for precision in ("tf32", "fp16"):
         found = meta_gradients(case, "cuda", torch.float32, precision=precision)["images"]
-        errors[precision] = relative_error(found, exact["images"])
+        errors[precision] = relative_error(found, expected["images"])
     print(f"errors of {name}:", errors)
     assert errors["tf32"] <= 0.1
     assert errors["fp16"] <= 2 * errors["tf32"]
-    assert errors["bf16"] <= 0.5
+
+
+@pytest.mark.gpu
+def test_the_meta_gradient_in_bf16_on_a_gpu(golden: Path) -> None:
+    """Compare one case: bf16 takes the kernels of fp16, and less is asked of it."""
+    case, expected = golden_case(golden, "cifar-d3-n5")
+    error = relative_error(meta_gradients(case, "cuda", torch.float32, precision="bf16")["images"], expected["images"])
+    print("error:", error)
+    assert error <= 0.5
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
 from mtt_fast.kernels.triton import boxes, dispatch
 from mtt_fast.testing import relative_error
-from tests.kernels.triton_comparison import poison
+from tests.kernels.triton_comparison import Case, poison, run
 
 NETS = [
     (ConvNet(3, 3, (9, 6), 5, 2), 2),  # odd sides, not square; a width that has no kernels for the first block at once
@@ -137,35 +138,43 @@ def compare_iterations(net: ConvNet, dtype: torch.dtype, precision: Any, microba
     print("passed: an iteration of", net, dtype, precision, microbatch)
 
 
-def main(device: str, part: int, parts: int) -> None:
-    poison()
+def adds_something(net: tuple[ConvNet, int], precision: str, backend: str) -> bool:
+    """Return whether a GPU compares a net so: compiling takes nearly all the time."""
+    if backend == "tma":  # boxes, and what does not fit them by pointers
+        return precision != "fp32"
+    if precision == "bf16" and net == LARGE[1]:  # the kernels of fp16, which asks for more
+        return False
+    return backend == "triton" or precision == "tf32" or net in LARGE
+
+
+def cases_of(device: str) -> list[Case]:
+    """Return the comparisons of steps, and of whole iterations."""
     precisions, exact, single = get_args(Precision), torch.float64, torch.float32
-    cases: list[tuple[ConvNet, int, torch.dtype, str, str]] = [
+    steps: list[tuple[ConvNet, int, torch.dtype, str, str]] = [
         *((*NETS[0], exact, "fp32", backend) for backend in BACKENDS),
         *((*net, exact, "fp32", "triton") for net in NETS[1:]),
     ]
     if device == "cpu":  # interpreted, one case of each takes seconds, and tf32 is not rounded
         for net, precision in itertools.product((NETS[0], NETS[2]), ("fp32", "fp16", "bf16")):
-            cases.append((*net, single, precision, "triton"))
-        cases += [(*net, single, precision, "cut") for net in CUT_NETS for precision in ("fp32", "fp16", "bf16")]
+            steps.append((*net, single, precision, "triton"))
+        steps += [(*net, single, precision, "cut") for net in CUT_NETS for precision in ("fp32", "fp16", "bf16")]
     else:
-        cases.append((*NETS[1], exact, "fp32", "cudnn"))
-        every = itertools.product(NETS + LARGE, BACKENDS, precisions)
-        cases += [
-            (net, batch, single, precision, backend)
-            for (net, batch), backend, precision in every
-            if backend == "triton"
-            or precision == "tf32"
-            or (net, batch) in LARGE  # compiling takes nearly all the time
+        steps.append((*NETS[1], exact, "fp32", "cudnn"))
+        backends = (*BACKENDS, "tma") if torch.cuda.get_device_capability()[0] >= 9 else BACKENDS
+        steps += [
+            (*net, single, precision, backend)
+            for precision, net, backend in itertools.product(precisions, NETS + LARGE, backends)
+            if adds_something(net, precision, backend)
         ]
-        if torch.cuda.get_device_capability()[0] >= 9:  # by boxes what fits them
-            cases += [(*net, single, precision, "tma") for net in NETS + LARGE for precision in precisions[1:]]
-    for case in cases[part::parts]:
-        compare(*case, device)
     iterations = [(net, exact, "fp32", cut) for net, cut in ((NETS[0][0], None), (NETS[2][0], 2), (NETS[3][0], None))]
     iterations.append((NETS[2][0], single, "fp16", None))
-    for iteration in iterations[part::parts]:
-        compare_iterations(*iteration, device)
+    cases: list[Case] = [partial(compare, *step, device) for step in steps]
+    return cases + [partial(compare_iterations, *iteration, device) for iteration in iterations]
+
+
+def main(device: str, part: int, parts: int) -> None:
+    poison()
+    run(cases_of(device), part, parts)
 
 
 if __name__ == "__main__":

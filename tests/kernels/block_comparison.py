@@ -71,10 +71,10 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
     ):
         expected = summed_results(reference, name, *arguments, None, *options)
         check((name, *case), partial(summed_results, block, name, *arguments, made, *options), expected, tolerance)
-    for together in (1, 4):
-        with patch.object(block, "configuration", partial(pixels_together, together)):
-            found = partial(block.conv_norm_relu_pool_dual_backward, *dual, *bars, folded_dual, *options)
-            check(("x_bar_dot", f"{together} of a window together", *case), lambda: found()[0], expected[0], tolerance)
+    backward = partial(block.conv_norm_relu_pool_dual_backward, *dual, *bars, folded_dual, *options)
+    for number in (1, 4):
+        found = partial(with_pixels_together, number, backward)
+        check(("x_bar_dot", f"{number} of a window together", *case), found, expected[0], tolerance)
     divisors = (torch.full((), 2.0**-9, dtype=dtype, device=device), torch.full((), 2.0**5, dtype=dtype, device=device))
     for given in (divisors[:1], divisors):
         whole = block.conv_norm_relu_pool_dual_backward(*dual, *bars, folded_dual, *options)
@@ -83,10 +83,16 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1:], whole[1:], strict=True))
 
 
-def pixels_together(number: int, *arguments: Any) -> Configuration:
-    """Return the table's row, of gradients to patches with `number` of a window's pixels in a tile."""
-    row = configuration(*arguments)
-    return row | {"TOGETHER": number} if "TOGETHER" in row else row
+def with_pixels_together(number: int, backward: Callable[[], tuple[Tensor, ...]]) -> Tensor:
+    """Return x̄̇ by the table's rows, of which that of gradients to patches has `number` of a window's pixels in a tile."""
+    from mtt_fast.kernels.triton import block
+
+    def row(*arguments: Any) -> Configuration:
+        found = configuration(*arguments)
+        return found | {"TOGETHER": number} if "TOGETHER" in found else found
+
+    with patch.object(block, "configuration", row):
+        return backward()[0]
 
 
 def batches(case: tuple[Any, ...], x: Tensor, padding: int, precision: Any, tolerance: float) -> None:

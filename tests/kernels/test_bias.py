@@ -17,7 +17,7 @@ from mtt_fast.kernels import reference
 from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
 from tests.kernels.helpers import FORMATS, PLANES, jvp, needs_native, plane_arguments, refused
-from tests.kernels.triton_comparison import compare
+from tests.kernels.triton_comparison import compare, each_part
 
 
 def bias_results(ops: Any, given: dict[str, Any], **options: bool) -> dict[str, Tensor]:
@@ -152,8 +152,9 @@ def test_triton_equals_the_reference_interpreted() -> None:
 
 
 @pytest.mark.gpu
-def test_triton_equals_the_reference_on_a_gpu() -> None:
-    compare("bias", "cuda")
+@each_part("bias")
+def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
+    compare("bias", "cuda", part)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, each_precision, in_parts, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, draw, jvp, refused
 from tests.kernels.test_warp import some_parameters
-from tests.kernels.triton_comparison import compare
+from tests.kernels.triton_comparison import compare, each_part
 
 BLOCKS = [  # batch, channels, height, width, filters, padding
     (2, 3, 6, 6, 16, 1),
@@ -232,8 +232,9 @@ def test_statistics_keep_their_bound_interpreted() -> None:
 
 
 @pytest.mark.gpu
-def test_triton_equals_the_reference_on_a_gpu() -> None:
-    compare("block", "cuda")
+@each_part("block")
+def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
+    compare("block", "cuda", part)
 
 
 @pytest.mark.gpu

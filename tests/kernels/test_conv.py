@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -20,7 +20,7 @@ from bench import kernels as bench
 from bench.kernels import READ_IN_PARTS
 from bench.settings import Setting
 from mtt_fast import ConvNet, kernels
-from mtt_fast.kernels import Affine, PartialPlanes, native, reference
+from mtt_fast.kernels import Affine, PartialPlanes, Precision, native, reference
 from mtt_fast.kernels.native import extension, planes
 from mtt_fast.kernels.triton import cudnn
 from mtt_fast.kernels.triton.planes import Planes, stacked
@@ -47,7 +47,7 @@ from tests.kernels.helpers import (
     needs_native,
     refused,
 )
-from tests.kernels.triton_comparison import compare
+from tests.kernels.triton_comparison import cases_of, compare, each_part
 
 
 def convolution_results(ops: Any, given: dict[str, Any]) -> dict[str, Tensor]:
@@ -318,10 +318,17 @@ def test_triton_equals_the_reference_interpreted() -> None:
 
 
 @pytest.mark.gpu
-def test_triton_equals_the_reference_on_a_gpu() -> None:
-    lines = compare("conv", "cuda")
-    for precision in ("fp32", "tf32", "bf16"):
-        assert any(f"'{precision}'" in line for line in lines)
+@each_part("conv")
+def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
+    compare("conv", "cuda", part)
+
+
+def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cases: Any = cases_of("conv", "cuda")
+    found = {(case.func.__name__, case.args[2]) for case in cases if len(case.args) > 1}
+    assert found >= {("convolutions", precision) for precision in get_args(Precision)}
+    assert found >= {("boxed_convolutions", precision) for precision in ("tf32", "bf16")}
 
 
 @pytest.mark.slow

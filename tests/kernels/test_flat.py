@@ -27,11 +27,11 @@ from mtt_fast.kernels import (
     index_add,
     native,
     pack_parameters,
-    power_of_two,
     reference,
     sgd_step,
     squared_distance,
 )
+from mtt_fast.kernels.reference.flat import power_of_two
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
 from tests.kernels.helpers import needs_native
@@ -212,13 +212,6 @@ def test_power_of_two_of_what_is_not_finite(number: float) -> None:
     assert float(power_of_two(64.0, torch.tensor([1.0, number]))) == 1
 
 
-def test_power_of_two_refuses() -> None:
-    with pytest.raises(
-        ValueError, match=r"power_of_two: expected b of floating dtype torch\.float32, found torch\.float64"
-    ):
-        power_of_two(1.0, torch.zeros(2), torch.zeros(2, dtype=torch.float64))
-
-
 def two_vectors(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(size)
     a = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -383,7 +376,6 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
         flat.squared_distance(a, a)
         index = torch.empty(100, dtype=torch.long, device="meta")
         flat.index_add(meta(500, 3, 32, 32), index, meta(100, 3, 32, 32), -1.0)
-        flat.power_of_two(64.0, a, meta(100, 64))
         of_weights = meta(40, WIDTH, 3, 3, WIDTH).permute(0, 1, 4, 2, 3)
         sums = PartialSums((of_weights, meta(0, WIDTH), meta(100, 2, WIDTH)[:, 1], meta(1, 10, 2048)), (meta(), meta()))
         vector = flat.add_up(sums)
@@ -392,5 +384,5 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
         for precision in get_args(Precision):
             place = WeightPlace(27 * WIDTH, WIDTH, WIDTH)
             weights.pack_parameters(vector, vector, [place], precision, 1.0)
-    assert len(launches) == 8 + 3 + 5
+    assert len(launches) == 6 + 3 + 5
     check(launches, architecture, tmp_path)

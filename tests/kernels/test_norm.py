@@ -18,7 +18,7 @@ from mtt_fast.kernels.types import accumulator
 from mtt_fast.testing import added_up, assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, in_parts, meta, recording
 from tests.kernels.helpers import EPS, FORMATS, PLANES, jvp, needs_native, plane_arguments, refused
-from tests.kernels.triton_comparison import compare
+from tests.kernels.triton_comparison import compare, each_part
 
 
 def plane_results(ops: Any, given: dict[str, Any], **options: bool) -> dict[str, Tensor]:
@@ -165,8 +165,9 @@ def test_triton_equals_the_reference_interpreted() -> None:
 
 
 @pytest.mark.gpu
-def test_triton_equals_the_reference_on_a_gpu() -> None:
-    compare("norm", "cuda")
+@each_part("norm")
+def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
+    compare("norm", "cuda", part)
 
 
 @pytest.mark.slow

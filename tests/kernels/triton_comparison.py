@@ -1,8 +1,8 @@
 """Hold Triton's operations of one family to the reference: `python -m tests.kernels.triton_comparison FAMILY DEVICE PART PARTS`.
 
 A program of its own, since a process either interprets Triton's kernels (TRITON_INTERPRET=1, DEVICE cpu) or compiles
-them (DEVICE cuda). It prints a line for each case that passed. `compare` runs it, on a GPU in several processes, each with
-its part of the cases, since compiling takes nearly all the time.
+them (DEVICE cuda). It prints a line for each case that passed. `compare` runs it. On a GPU, where compiling takes nearly all
+the time, a family is cut into parts that are tests of their own: they run side by side, and each has its outcome.
 
 The reference computes on the CPU, in float64, so that no fault of a GPU's libraries hides there.
 """
@@ -14,7 +14,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -88,48 +87,42 @@ LARGE_IMAGES = [(4, 3, 32, 32), (4, 3, 128, 128), (4, 1, 28, 28), (3, 3, 33, 63)
 TOLERANCES = {"fp32": 3e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 2e-2}
 
 Operation = Callable[..., Any]
-Share = tuple[int, int | None, int]
-"""The cases of a process, as arguments of `islice`."""
+Case = Callable[[], None]
+"""A comparison. It prints what passed, and raises for what did not."""
 
-PROCESSES = {"conv": 12, "block": 8, "norm": 4, "bias": 4, "classifier": 4}
-"""Processes of a family on a GPU, where it is not one: the families run side by side."""
+PARTS_ON_A_GPU = {"conv": 10, "block": 7, "norm": 3, "bias": 2, "classifier": 5, "student": 12}
+"""How many tests the cases of a family are, where they are not one."""
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def compare(family: str, device: str) -> list[str]:
-    """Run this program for a family, interpreted for `cpu`; return the lines that it prints."""
-    processes = 1 if device == "cpu" else PROCESSES.get(family, 1)
-    return run_in_processes("tests.kernels.triton_comparison", family, device, processes=processes)
+def each_part(family: str) -> pytest.MarkDecorator:
+    """Parametrise a test over the parts of a family."""
+    return pytest.mark.parametrize("part", range(PARTS_ON_A_GPU[family]))
 
 
-def run_in_processes(module: str, *arguments: str, processes: int, **environment: str) -> list[str]:
-    """Run `module` with the arguments, its part and the number of parts, in as many processes; return all lines.
+def compare(family: str, device: str, part: int = 0) -> list[str]:
+    """Run this program for a part of a family, interpreted, and for all of it, where the device is `cpu`; return what it prints."""
+    parts = 1 if device == "cpu" else PARTS_ON_A_GPU.get(family, 1)
+    return run_part("tests.kernels.triton_comparison", family, device, part=part, parts=parts)
+
+
+def run_part(module: str, *arguments: str, part: int = 0, parts: int = 1) -> list[str]:
+    """Run `module` with the arguments, the part and the number of parts; return the lines that it prints, of which one passed.
 
     The last argument is the device: on `cpu` Triton is interpreted.
     """
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    interpreted = {"TRITON_INTERPRET": "1" if arguments[-1] == "cpu" else "0"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", module, *arguments, str(part), str(processes)],
-            cwd=ROOT,
-            env=os.environ | interpreted | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for part in range(processes)
-    ]
-    deadline, lines = time.monotonic() + 280, []
-    try:
-        for process in started:
-            output, errors = process.communicate(timeout=max(0, deadline - time.monotonic()))
-            assert process.returncode == 0, errors
-            lines += output.splitlines()
-    finally:
-        for process in started:
-            process.kill()
+    # as many of these run at a time as there are processors
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if arguments[-1] == "cpu" else "0"}
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments, str(part), str(parts)]
+    found = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    if found.returncode:
+        pytest.fail(found.stderr, pytrace=False)
+    lines = found.stdout.splitlines()
+    assert any(line.startswith("passed") for line in lines), lines
     return lines
 
 
@@ -177,12 +170,6 @@ def check(case: object, run: Callable[[], Any], expected: Any, tolerance: float)
     print("passed:", case)
 
 
-def norms(device: str, share: Share) -> None:
-    """Compare norm, ReLU and pool, and the derivatives, by the table's tiles and, of channels_last planes, in parts."""
-    for shape, given in itertools.islice(itertools.chain(table_cases(device), part_cases(device)), *share):
-        check_norm(shape, given)
-
-
 def far_planes(device: str) -> None:
     """Check statistics in parts where sums of squares would cancel: far from zero, and with a first pixel far from the rest."""
     from mtt_fast.kernels import reference, triton
@@ -202,6 +189,7 @@ def far_planes(device: str) -> None:
 
 
 def check_norm(shape: tuple[int | str, ...], given: dict[str, Tensor]) -> None:
+    """Compare norm, ReLU and pool, and the derivatives."""
     from mtt_fast.kernels import reference
 
     y, y_dot, bars = given["y"], given["y_dot"], (given["p_bar"], given["p_bar_dot"])
@@ -216,58 +204,68 @@ def check_norm(shape: tuple[int | str, ...], given: dict[str, Tensor]) -> None:
     check_planes(cases, shape, y)
 
 
-def biases(device: str, share: Share) -> None:
-    """Compare bias, ReLU and pool, and the derivatives, by the table's tiles and by those of PARTS."""
-    for shape, given in itertools.islice(itertools.chain(table_cases(device), part_cases(device)), *share):
-        y, beta, bars = given["z"], given["beta"], (given["p_bar"], given["p_bar_dot"])
-        cases: dict[str, tuple[Any, ...]] = {
-            "bias_relu_pool": (y, beta),
-            "bias_relu_pool_backward": (y, beta, bars[0]),
-            "bias_relu_pool_dual": (y, given["y_dot"], beta, given["beta_dot"]),
-            "bias_relu_pool_dual_backward": (y, beta, *bars),
-        }
-        check_planes(cases, shape, y)
+def check_bias(shape: tuple[int | str, ...], given: dict[str, Tensor]) -> None:
+    """Compare bias, ReLU and pool, and the derivatives."""
+    y, beta, bars = given["z"], given["beta"], (given["p_bar"], given["p_bar_dot"])
+    cases: dict[str, tuple[Any, ...]] = {
+        "bias_relu_pool": (y, beta),
+        "bias_relu_pool_backward": (y, beta, bars[0]),
+        "bias_relu_pool_dual": (y, given["y_dot"], beta, given["beta_dot"]),
+        "bias_relu_pool_dual_backward": (y, beta, *bars),
+    }
+    check_planes(cases, shape, y)
 
 
-def table_cases(device: str) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
-    """Yield the arguments of planes in both formats, whose tiles are those of the table."""
-    for shape, form in itertools.product(PLANES, (torch.contiguous_format, torch.channels_last)):
-        yield from plane_cases(device, shape, form)
-    for shape in () if device == "cpu" else LARGE_PLANES:
-        yield from plane_cases(device, shape, torch.channels_last)  # as a student on a GPU has them
+def plane_cases(check: Operation, device: str) -> list[Case]:
+    """Return the comparisons by `check` of planes in both formats, by the table's tiles, and of channels_last ones in parts."""
+    dtypes, last = (torch.float64, torch.float32, torch.bfloat16), torch.channels_last
+    shapes = list(itertools.product(PLANES, (torch.contiguous_format, last)))
+    if device != "cpu":
+        shapes += [(shape, last) for shape in LARGE_PLANES]  # as a student on a GPU has them
+    cases: list[Case] = []
+    for (shape, form), dtype in itertools.product(shapes, dtypes):
+        cases.append(partial(check_drawn, check, device, shape, form, dtype))
+    for (shape, tile), dtype in itertools.product(PARTS, dtypes):
+        cases.append(partial(check_in_parts, check, device, shape, dtype, tile))
+    return cases
 
 
-def part_cases(device: str) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
-    """Yield the arguments of channels_last planes, and have them computed in parts until the next case."""
+def check_drawn(
+    check: Operation, device: str, shape: tuple[int, ...], form: torch.memory_format, dtype: torch.dtype, *label: str
+) -> None:
+    """Compare planes that are drawn."""
+    check((*shape, *label), draw_planes(device, shape, form, dtype))
+
+
+def check_in_parts(
+    check: Operation, device: str, shape: tuple[int, ...], dtype: torch.dtype, tile: dict[str, int]
+) -> None:
+    """Compare channels_last planes that go in parts of `tile`, more than are combined at a time."""
     from mtt_fast.kernels.triton import lines
 
-    for shape, tile in PARTS:
-        combined = patch.object(lines, "COMBINED_PARTS", 2)  # fewer than there are
-        with patch.object(lines, "configuration", return_value=tile), combined:
-            for _, given in plane_cases(device, shape, torch.channels_last):
-                yield (*shape, "in parts"), given
+    with patch.object(lines, "configuration", return_value=tile), patch.object(lines, "COMBINED_PARTS", 2):
+        check_drawn(check, device, shape, torch.channels_last, dtype, "in parts")
 
 
-def plane_cases(
-    device: str, shape: tuple[int, int, int, int], form: torch.memory_format
-) -> Iterator[tuple[tuple[int | str, ...], dict[str, Tensor]]]:
-    """Yield the arguments of each dtype; in channel 0 every u is exactly 0, where ReLU has its kink."""
+def draw_planes(
+    device: str, shape: tuple[int, ...], form: torch.memory_format, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the arguments of all operations; in channel 0 every u is exactly 0, where ReLU has its kink."""
     from mtt_fast.kernels.types import accumulator
 
     batch, channels, height, width = shape
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
 
-        def planes(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(size, dtype=dtype).to(device).contiguous(memory_format=form)
+    def planes(*size: int) -> Tensor:
+        return torch.randn(size, dtype=dtype).to(device).contiguous(memory_format=form)
 
-        names = ("gamma", "beta", "gamma_dot", "beta_dot")
-        given = {name: planes(*shape) for name in ("y", "y_dot")}
-        given |= {name: torch.randn(channels, dtype=accumulator(dtype)).to(device) for name in names}
-        given |= {name: planes(batch, channels, height // 2, width // 2) for name in ("p_bar", "p_bar_dot")}
-        given["gamma"][0] = given["beta"][0] = 0
-        given["z"] = given["y"].clone(memory_format=torch.preserve_format)
-        given["z"][:, 0] = 0  # at the kink without a norm
-        yield shape, given
+    names = ("gamma", "beta", "gamma_dot", "beta_dot")
+    given = {name: planes(*shape) for name in ("y", "y_dot")}
+    given |= {name: torch.randn(channels, dtype=accumulator(dtype)).to(device) for name in names}
+    given |= {name: planes(batch, channels, height // 2, width // 2) for name in ("p_bar", "p_bar_dot")}
+    given["gamma"][0] = given["beta"][0] = 0
+    given["z"] = given["y"].clone(memory_format=torch.preserve_format)
+    given["z"][:, 0] = 0  # at the kink without a norm
+    return given
 
 
 def check_planes(cases: dict[str, tuple[Any, ...]], shape: tuple[int | str, ...], y: Tensor) -> None:
@@ -494,14 +492,19 @@ def rows(device: str) -> None:
 
 
 def powers(device: str) -> None:
+    """Check the power of two that brings a direction into fp16's range."""
     from mtt_fast.kernels import reference, triton
 
     numbers = (0.0, 1e-45, 1e-30, 0.3, 1.0, 64.0, 1e5, 3e38, float("inf"), float("nan"))
     for number, size in itertools.product(numbers, (1, 5_000)):
-        a, b = torch.zeros(size, device=device), torch.full((3, 2), -number, device=device)
-        a[-1] = number / 2
-        for both in ((a, b), (b, a), (b, None)):
-            assert torch.equal(triton.power_of_two(64.0, *both), reference.power_of_two(64.0, *both)), (number, size)
+        theta, direction = torch.zeros(size, device=device), torch.full((size,), number / 2, device=device)
+        direction[-1] = -number
+        ours, theirs = (
+            back_end.pack_parameters(theta, direction, (), "fp16", 64.0).scale for back_end in (triton, reference)
+        )
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(ours, theirs), (number, size)
     print("passed: powers of two")
 
 
@@ -576,11 +579,11 @@ def refusals(device: str) -> None:
             raise AssertionError(f"accepted strides {first.stride()}")
 
 
-def all_convolutions(device: str, share: Share) -> None:
-    """Compare every shape compiled; interpreted, those of float64, and few of the others."""
+def all_convolutions(device: str) -> list[Case]:
+    """Return the comparisons: compiled, of every shape; interpreted, of those in float64, and few of the others."""
     precisions, interpreted = get_args(Precision), device == "cpu"
     shapes = SHAPES if interpreted else SHAPES + LARGE
-    cases: list[Callable[[], None]] = [partial(mixed_formats, device), partial(refusals, device)]
+    cases: list[Case] = [partial(mixed_formats, device), partial(refusals, device)]
     for shape, form in itertools.product(shapes, (torch.contiguous_format, torch.channels_last)):
         if interpreted or shape == SHAPES[1]:  # where float32 was wrong (docs/gpu.md, Faults)
             cases.append(partial(convolutions, device, torch.float64, "fp32", shape, form))
@@ -597,62 +600,63 @@ def all_convolutions(device: str, share: Share) -> None:
         for shape in BOXED + [shape for shape in LARGE if shape[1] % 8 == shape[2] % 8 == 0]:
             cases.append(partial(boxed_convolutions, device, torch.float32, "tf32", shape, None))
             cases.append(partial(boxed_convolutions, device, torch.bfloat16, "bf16", shape, None))
-    run(cases, share)
+    return cases
 
 
-def run(cases: list[Callable[[], None]], share: Share) -> None:
-    """Run the cases of a share, each of which draws the same numbers whatever the others are, and those after a failure too.
+def run(cases: list[Case], part: int, parts: int) -> None:
+    """Run the cases of a part, each of which draws the same numbers whatever the others are. Neighbours share kernels.
 
     Raises `AssertionError` at the end if one failed: time on a GPU is scarce, so one run shows all that is wrong.
     """
     failures = []
-    for number, case in itertools.islice(enumerate(cases), *share):
+    for number in range(len(cases) * part // parts, len(cases) * (part + 1) // parts):
         torch.manual_seed(number)
         try:
-            case()
-        except AssertionError:
+            cases[number]()
+        except Exception:
             failures.append(traceback.format_exc())
     assert not failures, "\n".join(failures)
 
 
-def main(family: str, device: str, share: Share) -> None:
+def cases_of(family: str, device: str) -> list[Case]:
+    """Return all comparisons of a family."""
     from tests.kernels import block_comparison, classifier_comparison, parameters_comparison, partial_comparison
 
-    assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
-    torch.backends.cudnn.allow_tf32 = False
-    torch.manual_seed(0)
-    poison()
     match family:
         case "norm":
-            norms(device, share)
-            run(partial_comparison.norm_cases(device), share)
-            far_planes(device)
-            refused_planes(family, device)
+            return [
+                *plane_cases(check_norm, device),
+                *partial_comparison.norm_cases(device),
+                partial(far_planes, device),
+                partial(refused_planes, family, device),
+            ]
         case "bias":
-            biases(device, share)
-            refused_planes(family, device)
+            return [*plane_cases(check_bias, device), partial(refused_planes, family, device)]
         case "conv":
-            all_convolutions(device, share)
+            return all_convolutions(device)
         case "block":
-            run(block_comparison.all_blocks(device) + partial_comparison.block_cases(device), share)
+            return block_comparison.all_blocks(device) + partial_comparison.block_cases(device)
         case "statistics":
-            block_comparison.statistics(device)
+            return [partial(block_comparison.statistics, device)]
         case "classifier":
-            run(classifier_comparison.all_classifiers(device), share)
+            return classifier_comparison.all_classifiers(device)
         case "flat":
-            vectors(device)
-            rows(device)
-            powers(device)
-            parameters_comparison.partial_sums(device)
-            parameters_comparison.packed_parameters(device)
+            of_parameters = (parameters_comparison.partial_sums, parameters_comparison.packed_parameters)
+            return [partial(check, device) for check in (vectors, rows, powers, *of_parameters)]
         case "warp":
-            for images in IMAGES if device == "cpu" else IMAGES + LARGE_IMAGES:
-                warps(device, images)
-                added_warps(device, images)
+            images = IMAGES if device == "cpu" else IMAGES + LARGE_IMAGES
+            return [partial(check, device, shape) for shape in images for check in (warps, added_warps)]
         case _:
             raise ValueError(f"no family is called {family}")
 
 
+def main(family: str, device: str, part: int, parts: int) -> None:
+    assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
+    torch.backends.cudnn.allow_tf32 = False
+    poison()
+    run(cases_of(family, device), part, parts)
+
+
 if __name__ == "__main__":
     family, device, part, parts = sys.argv[1:]
-    main(family, device, (int(part), None, int(parts)))
+    main(family, device, int(part), int(parts))
