@@ -52,7 +52,7 @@ def score(
     if ROWS < 16:  # fewer rows than `tl.dot` takes
         at, along = _sums(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
-            CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, AHEAD if ACC == tl.float32 else 1, ACC,
+            CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, AHEAD if tl.float32 == ACC else 1, ACC,
         )  # fmt: skip
     else:
         at, along = _products(
