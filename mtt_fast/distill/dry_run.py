@@ -102,7 +102,8 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
 _SHOWN_ELSEWHERE = {
     "dataset", "subset", "res", "zca", "model", "ipc", "Iteration", "syn_steps", "expert_epochs", "max_start_epoch",
     "min_start_epoch", "batch_syn", "num_experts", "max_experts", "train_epochs", "recipe", "config", "out", "resume",
-    "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "memory_budget", "microbatch",
+    "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "precision", "memory_budget",
+    "microbatch",
 }  # fmt: skip
 """Options that another line shows, or that only name files and folders."""
 

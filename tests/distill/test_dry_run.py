@@ -88,6 +88,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixt
         size = sum(path.stat().st_size for path in tmp_path.glob(pattern)) / 1e3
         assert size == pytest.approx(float(parts[name]), rel=0.4 if name == "experts" else 0.02), name  # headers
     after = told(capsys, *TOY, *folders)
+    assert after["precision"].endswith("Student, fp32 (a CPU computes in float32)")
     assert after["experts"].startswith("0 to train for 3 epochs, 2 in")
     assert "is finished" in after["run"]
 
