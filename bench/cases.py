@@ -11,17 +11,12 @@ from torch import Tensor
 
 from bench.engines import Case
 from bench.settings import Setting
-from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.student import GenericStudent
-from mtt_fast.errors import InputError
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.storage.files import save_tensors
-from mtt_fast.storage.trajectories import TrajectoryStore
 
 _LR = 0.01  # of the experts, and of the students of most settings
 _TARGET_BATCH = 32
-TARGET_EPOCHS = 2
-"""Epochs of an expert that a student is to come near to, as in the paper's settings of CIFAR."""
 
 
 def make_case(setting: Setting, seed: int = 0) -> Case:
@@ -48,37 +43,6 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
         target=target.double(),
         images=images.double(),
         labels=torch.arange(setting.images) % net.num_classes,
-        lr=torch.tensor(_LR).double(),
-        batches=torch.stack(batches),
-    )
-
-
-def trained_case(setting: Setting, experts: Path, synthetic: Path, epoch: int, seed: int = 0) -> Case:
-    """Return a case like `make_case`'s from an expert's `epoch` to `TARGET_EPOCHS` later, on the images of a distilled set.
-
-    Raises `InputError` where the experts are not of the setting's network or end before that, or the set has other classes or shapes.
-    """
-    store, distilled, net = TrajectoryStore(experts), SyntheticDataset.load(synthetic), setting.net
-    if store.metadata(0).layout != net.layout.describe():
-        raise InputError(
-            f"{experts}: expected experts of {setting}; give --setting, --width, --depth or --size of theirs"
-        )
-    shape = (net.in_channels, net.image_size, net.image_size)
-    if distilled.images.shape[1:] != shape or distilled.labels.is_floating_point():
-        raise InputError(
-            f"{synthetic}: expected images {shape} with class indices, found {tuple(distilled.images.shape[1:])}, "
-            f"labels of {distilled.labels.dtype}"
-        )
-    if not 0 <= epoch <= (last := store.epochs(0) - TARGET_EPOCHS):
-        raise InputError(f"--start_epoch {epoch}: expected 0 … {last}, for experts of {store.epochs(0)} epochs")
-    generator, count = torch.Generator().manual_seed(seed), len(distilled.images)
-    batches = [torch.randperm(count, generator=generator)[: setting.batch] for _ in range(setting.steps)]
-    return Case(
-        net=net,
-        start=store.read(0, epoch).double(),
-        target=store.read(0, epoch + TARGET_EPOCHS).double(),
-        images=distilled.images.double(),
-        labels=distilled.labels,
         lr=torch.tensor(_LR).double(),
         batches=torch.stack(batches),
     )

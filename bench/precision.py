@@ -1,4 +1,4 @@
-"""Measure the gradients' errors against float64 in each precision of the products, for one iteration.
+"""Measure the gradients' errors against float64 in each precision of the products, iteration by iteration.
 
 On a CPU the reference emulates a precision: it rounds the factors as tensor cores do and adds up in float32. On a GPU the
 precision is the GPU's own.
@@ -6,14 +6,16 @@ precision is the GPU's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
-from bench.cases import TARGET_EPOCHS, case_on, make_case, trained_case
-from bench.engines import Case
+from bench.cases import case_on, make_case
+from bench.iterations import NamedCase, golden_cases, run_cases
 from bench.parsing import CommonOptions
 from bench.records import write_record
 from bench.render import table
@@ -28,52 +30,65 @@ _MICROBATCH = 32  # so that float64 fits in the memory in which the engine fits;
 
 @dataclass(frozen=True)
 class Options(CommonOptions, Shape):
-    """Compare the gradients in each precision of the products with float64's."""
+    """Compare the gradients in each precision of the products with float64's: of a random case, and of others that are given."""
 
     precisions: str = ",".join(get_args(Precision))
     """precisions to compare, as in fp32,bf16"""
-    experts: str | None = None
-    """folder of trained experts: start and target are an expert's epochs, in place of a random case"""
-    synthetic: str | None = None
-    """distilled set to step on, with --experts"""
-    start_epoch: int = 0
-    """epoch of the expert at which the student starts; the target is two epochs later"""
+    golden: str | None = None
+    """folder of golden cases, to compare these too"""
+    runs: str | None = None
+    """folders of distillations, separated by commas, to compare iterations on their sets too"""
+    starts: int = 1
+    """iterations of each of --runs, their starts evenly over the later half of its expert's epochs, and one at the end"""
     repetitions: int = 1
     """not used: nothing is timed"""
 
 
 def main(options: Options, command: str) -> None:
     """Compute, print the table, write the record."""
-    device, setting = options.torch_device(), options.resolve()
+    device = options.torch_device()
     names = options.precisions.split(",")
     if unknown := [name for name in names if name not in get_args(Precision)]:
         raise InputError(f"--precisions {unknown[0]}: expected some of {', '.join(get_args(Precision))}")
-    if (options.experts is None) != (options.synthetic is None):
-        raise InputError("--experts, --synthetic: expected both or neither, found one; give the other too")
-    if options.experts is None or options.synthetic is None:
-        case, of = make_case(setting), str(setting)
-    else:
-        case = trained_case(setting, Path(options.experts), Path(options.synthetic), options.start_epoch)
-        of = f"{setting}, from an expert's epoch {options.start_epoch} to {options.start_epoch + TARGET_EPOCHS}"
-    expected = _gradients(case_on(case, torch.float64, device), "fp32")
-    rows = []
-    for name in names:
-        gradients = _gradients(case_on(case, torch.float32, device), name)
-        errors = {part: relative_error(gradients[part].double(), expected[part]) for part in expected}
-        rows.append({"precision": name, **errors})
-    conditions = {"case": of, "products": "emulated" if device.type == "cpu" else "the GPU's own"}
-    print(table("precision", conditions, rows))
+    if options.starts < 1:
+        raise InputError(f"--starts {options.starts}: expected at least 1")
+    conditions = {"products": "emulated" if device.type == "cpu" else "the GPU's own"}
     name = options.name or f"precision-{options.label()}-{device.type}"
+    rows = [_row(case, names, device) for case in _cases(options)]
+    print(table("precision", conditions, rows))
     write_record(options.out, name, "precision", device, conditions, rows, command)
 
 
-def _gradients(case: Case, precision: Any) -> dict[str, torch.Tensor]:
-    """Return the gradients of images and learning rate, and the student's displacement."""
+def _cases(options: Options) -> Iterator[NamedCase]:
+    setting = options.resolve()
+    yield NamedCase(f"random, {setting}", make_case(setting), "indices")
+    if options.golden:
+        yield from golden_cases(Path(options.golden))
+    for folder in options.runs.split(",") if options.runs else []:
+        yield from run_cases(Path(folder), options.starts)
+
+
+def _row(named: NamedCase, precisions: list[str], device: torch.device) -> dict[str, Any]:
+    """Return the errors of each precision, and of the image gradient's how many times tf32's they are."""
+    exact = gradients_of(named, torch.float64, "fp32", device)
+    row: dict[str, Any] = {"case": named.name}
+    for precision in precisions:
+        found = gradients_of(named, torch.float32, precision, device)
+        row[precision] = {part: relative_error(found[part].double(), exact[part]) for part in exact}
+    if "tf32" in row:
+        row["of_tf32"] = {precision: row[precision]["images"] / row["tf32"]["images"] for precision in precisions}
+    return row
+
+
+def gradients_of(named: NamedCase, dtype: torch.dtype, precision: Any, device: torch.device) -> dict[str, Tensor]:
+    """Return the gradients of images, learning rate and soft labels, and the student's displacement."""
+    case = case_on(named.case, dtype, device)
     images, lr = case.images.clone().requires_grad_(), case.lr.clone().requires_grad_()
+    labels = case.labels.clone().requires_grad_(case.labels.is_floating_point())
     path = unroll(
-        case.net, case.start, images, case.labels, lr, case.batches, microbatch=_MICROBATCH, precision=precision
-    )
+        case.net, case.start, images, labels, lr, case.batches, microbatch=_MICROBATCH, label_kind=named.label_kind,
+        momentum=named.momentum, weight_decay=named.weight_decay, precision=precision,
+    )  # fmt: skip
     matching_loss(path[-1], start=case.start, target=case.target).backward()
-    assert images.grad is not None
-    assert lr.grad is not None
-    return {"images": images.grad, "lr": lr.grad, "path": (path[-1] - case.start).detach()}
+    gradients = {"images": images.grad, "lr": lr.grad, "labels": labels.grad, "path": (path[-1] - case.start).detach()}
+    return {part: gradient for part, gradient in gradients.items() if gradient is not None}

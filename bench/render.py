@@ -232,10 +232,10 @@ TABLES: dict[str, list[Column]] = {
         ("not timed because", _text("problem")),
     ],
     "precision": [
-        ("factors", _text("precision")),
-        ("image gradient's error", _number("images", "{:.1e}")),
-        ("rate gradient's error", _number("lr", "{:.1e}")),
-        ("path's error", _number("path", "{:.1e}")),
+        ("case", _text("case")),
+        *((f"error in {each}", _number(f"{each}.images", "{:.1e}")) for each in ("fp32", "tf32", "fp16", "bf16")),
+        ("fp16 / tf32", _number("of_tf32.fp16", "{:.2f}")),
+        ("bf16 / tf32", _number("of_tf32.bf16", "{:.2f}")),
     ],
     "training": [
         ("loop", _text("loop")),

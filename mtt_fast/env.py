@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
         "in use" if native_available() else "not in use: not compiled, or turned off by MTT_FAST_NATIVE=0"
     )
     device = choose_device("auto")
-    lines["student of ConvNet"] = describe_numerics(device, ConvNet(), CommonOptions.precision)
+    lines["student of ConvNet"] = describe_numerics(device, ConvNet(), CommonOptions.precision, iterations=True)
     lines["student of other networks"] = (
         f"{GenericStudent.__name__}, {precision_on(device, ConvNet(), CommonOptions.precision)}"
     )

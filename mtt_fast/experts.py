@@ -225,7 +225,7 @@ def check_trained_alike(
     training: ExpertTraining,
     seed: int,
     dtype: torch.dtype,
-    precision: Precision,
+    precision: str,
     *,
     more: bool = True,
 ) -> None:

@@ -224,6 +224,14 @@ def test_a_stopped_run_continues(
     assert torch.equal(set_of(whole).images, set_of(stopped).images)
 
 
+def test_a_run_goes_on_in_the_precision_with_which_it_began(shared: Path, tmp_path: Path) -> None:
+    words = [*flags("dm", shared), "--out", str(tmp_path)]
+    assert run(*words, "--precision", "tf32") == 0
+    assert run(*words, "--Iteration", "3") == 0
+    assert 'precision = "tf32"' in (tmp_path / "config.toml").read_text()
+    assert summary_of(tmp_path)["iterations"] == 3
+
+
 def test_a_stopped_evaluation_of_a_chosen_set_says_how_to_go_on(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -276,7 +276,7 @@ def _question(
         "network": network.describe(),
         "fingerprint": real.data.fingerprint,
         "whitening": real.whitening,
-        "precision": options.precision,
+        "precision": precision_on(real.train.labels.device, network, options.precision),
     }
     return dict(json.loads(json.dumps(question)))  # as in the record that is read back
 

@@ -21,7 +21,13 @@ from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
 from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import first_expert, requested_hyperparameters, with_first_expert_training
 from mtt_fast.commands import parsing
-from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
+from mtt_fast.commands.earlier_run import (
+    check_same_method,
+    check_same_run,
+    earlier_options,
+    in_precision_of_run,
+    is_finished,
+)
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import Run
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
@@ -30,7 +36,7 @@ from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
-from mtt_fast.storage.run_folder import CONFIG, only_user, read_config, write_config
+from mtt_fast.storage.run_folder import CONFIG, only_user, write_config
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     folder = options.folder(name)
     device = choose_device(options.device)
     check_same_method(folder, name)
+    options = in_precision_of_run(options, folder, parsing.given(type(options), argv))
     may_differ = outside_result(type(options))
     if isinstance(
         options, TrainedNetworkOptions
@@ -90,7 +97,7 @@ def parse_method_options(name: str, argv: Sequence[str]) -> BaselineOptions:
     if chosen.resume:
         if chosen.out is None:
             raise InputError("--resume: expected the run's folder with --out, found none")
-        config = read_config(folder)
+        config = earlier_options(folder)
         if config is None:
             raise InputError(f"--resume: there is no run in {chosen.out}; start it without --resume")
         check_same_method(folder, name)
@@ -121,14 +128,16 @@ def _run(
     with only_user(folder), counted_in(folder, seconds):
         check_goes_on(folder, real.identity)
         write_config(folder, {"method": name} | dataclasses.asdict(dataclasses.replace(options, resume=False)))
+        numerics_in_words = describe_numerics(device, network, options.precision)
         log.info(
             "%s: %s, %d images of %s, %s with %d parameters (%s), on %s",
             folder, method.title, options.ipc * data.num_classes, data.name, options.model, network.num_parameters,
-            describe_numerics(device, network, options.precision), device_name(device),
+            numerics_in_words, device_name(device),
         )  # fmt: skip
         run = Run(
             program=f"{PROGRAM} {name}", command=shlex.join([*PROGRAM.split(), *argv]), method=method.title,
-            options=options, folder=folder, real=real, network=network, evaluated=evaluated, seconds=seconds,
+            options=options, folder=folder, real=real, network=network, evaluated=evaluated,
+            numerics=numerics_in_words, seconds=seconds,
         )  # fmt: skip
         if isinstance(options, TrainedNetworkOptions):
             with seconds.of("experts"):

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mtt_fast.commands.option_fields import Role, fields_of
 from mtt_fast.errors import InputError
@@ -16,7 +16,10 @@ from mtt_fast.storage.run_folder import broken_summary, read_config, read_summar
 log = logging.getLogger(__name__)
 
 
+Options = TypeVar("Options")
+
 _DISTILLATION = "mtt_fast.distill"
+_EARLIER_PRECISION = "tf32"  # the default when runs did not yet write theirs down
 
 
 def check_same_method(folder: Path, method: str | None) -> None:
@@ -32,12 +35,29 @@ def check_same_method(folder: Path, method: str | None) -> None:
         )
 
 
+def earlier_options(folder: Path) -> dict[str, Any] | None:
+    """Return the options of the run in `folder`, or None if there is none. Raises `InputError` for a damaged file of them."""
+    config = read_config(folder)
+    return None if config is None else {"precision": _EARLIER_PRECISION} | config
+
+
+def in_precision_of_run(options: Options, folder: Path, given: Container[str]) -> Options:
+    """Return the dataclass `options` with the precision of the run in `folder`, if there is one, unless it is in `given`.
+
+    So a run goes on as it began, whatever the default has become.
+    """
+    before = earlier_options(folder)
+    if before is None or "precision" in given:
+        return options
+    return dataclasses.replace(options, precision=before["precision"])  # type: ignore[type-var]
+
+
 def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:
     """Raise `InputError` if `folder` holds a run with other values than those in the dataclass `options`.
 
     The options named in `may_differ` may have other values, since the result does not depend on them.
     """
-    before = read_config(folder)
+    before = earlier_options(folder)
     if before is None:
         return
     before = dataclasses.asdict(type(options)()) | before  # an option that is younger than the run

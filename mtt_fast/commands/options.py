@@ -28,7 +28,7 @@ from mtt_fast.commands.option_fields import (
 )
 from mtt_fast.data import NAMES, ImageData, load
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
-from mtt_fast.kernels import Precision
+from mtt_fast.engine.student_choice import PrecisionRequest
 from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.networks.pools import eval_pool
 from mtt_fast.networks.protocol import Trainable
@@ -101,9 +101,10 @@ class CommonOptions:
     """seed from which every random number follows"""
     device: Annotated[str, Role.MACHINE, Group.MACHINE, Checked(check_device_name)] = "auto"
     """device that computes: auto, cpu, cuda, cuda:1, …"""
-    precision: Annotated[Precision, HARMLESS, Group.MACHINE] = "tf32"
+    precision: Annotated[PrecisionRequest, HARMLESS, Group.MACHINE] = "auto"
     """precision of the factors of a GPU's float32 products: fp32, tf32 (as the public code runs), fp16 (as exact as tf32, half the
-    bytes; what overflows is repeated in tf32) or bf16, the last two for ConvNet's fused step alone; sums are float32. A CPU computes in float32 whatever this says"""
+    bytes; what overflows is repeated in tf32) or bf16, the last two for ConvNet's fused step alone; auto is fp16 in the iterations of a
+    distillation where Tensor cores have it, and tf32 otherwise. Sums are float32. A CPU computes in float32 whatever this says"""
 
     def without_effect(self) -> dict[str, str]:
         """Return the options that have no effect with the others, with the reasons."""

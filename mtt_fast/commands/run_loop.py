@@ -20,7 +20,7 @@ from mtt_fast.commands.plots import save_curves, save_grid, save_snapshot
 from mtt_fast.commands.seconds import Part, Seconds, in_words, save_seconds
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening
-from mtt_fast.engine.student_choice import describe_numerics, precision_on
+from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.interrupts import Stopped, StopRequest, stop_request
 from mtt_fast.runtime.memory_info import AUTO
@@ -55,6 +55,8 @@ class Run:
     """the networks of an evaluation by name; the first decides which set is best"""
     memory_budget: str = AUTO
     """memory for the networks that an evaluation trains at the same time"""
+    numerics: str
+    """the student and its precision, in words"""
     seconds: Seconds = field(default_factory=Seconds)
     """the clock of what the run's time is spent on"""
 
@@ -284,7 +286,7 @@ def write_summary(
             "seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(device),
             "device": device_name(device),
-            "arithmetic": describe_numerics(device, run.network, run.options.precision),
+            "arithmetic": run.numerics,
             "versions": versions(),
             "command": run.command,
             "data": run.real.identity.record(),

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mtt_fast.commands.earlier_run import check_same_method, check_same_run, is_finished
+from mtt_fast.commands.earlier_run import check_same_method, check_same_run, in_precision_of_run, is_finished
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     requested, folder = requested_hyperparameters(options, given), options.folder()
     device = choose_device(options.device)
     check_same_method(folder, None)
+    options = in_precision_of_run(options, folder, given)
     # an option of the experts that is not given says nothing about the experts with which the run started
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if options.dry_run:
@@ -84,9 +85,9 @@ def _run(
         data = options.load_data()
     network = options.network(data)
     check_fits(options, data, network, device, requested)
-    student = describe_numerics(device, network, options.precision)
+    numerics_in_words = describe_numerics(device, network, options.precision, iterations=True)
     real = timed_real_images(data, device, seconds, zca=options.zca)
-    precision = precision_on(device, network, options.precision)
+    precision = precision_on(device, network, options.precision, iterations=True)
     plan = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder), counted_in(folder, seconds):
         state = load_checkpoint(folder, device)
@@ -102,7 +103,7 @@ def _run(
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
-            folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, student,
+            folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_in_words,
             len(experts), device_name(device),
         )  # fmt: skip
         for line in (gradient, plan, options.evaluation_protocol().describe()):
@@ -116,7 +117,7 @@ def _run(
         run = DistillRun(
             program=PROGRAM, command=command, method=method, options=options, folder=folder, real=real, network=network,
             evaluated=options.evaluated_networks(data), memory_budget=options.memory_budget, experts=experts,
-            matched_experts=state.experts, metrics=MetricsLog(folder, state.iteration), seconds=seconds,
+            matched_experts=state.experts, metrics=MetricsLog(folder, state.iteration), numerics=numerics_in_words, seconds=seconds,
         )  # fmt: skip
         distill(run, state, plan)
 
@@ -136,7 +137,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     def iterate() -> None:
         nonlocal plan
         segments = list(islice(ahead, options.num_trajectories))
-        (loss, *gradients), plan = gradients_in_range(run, options, state, segments, plan, iteration)
+        (loss, *gradients), plan = gradients_in_range(run, state, segments, plan, iteration)
         apply_gradients(run, state, segments, float(loss), gradients)
 
     def evaluate(stop: StopRequest) -> None:

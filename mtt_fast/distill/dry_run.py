@@ -17,7 +17,7 @@ from mtt_fast.distill.checks import check_fits
 from mtt_fast.distill.experts import ExpertInventory, check_same_experts, inventory_of
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import planned
-from mtt_fast.engine.student_choice import precision_on, student_for
+from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
 from mtt_fast.recipes import recipe_about
@@ -62,17 +62,20 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         if not (experts.missing or experts.uncompressed):
             check_same_experts(folder, state, TrajectoryStore(experts.used))
     missing, uncompressed = experts.missing, experts.uncompressed
-    precision = precision_on(device, network, options.precision)
+    precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     plan = planned(options, network, (count, *info.image_shape), device, precision)
     saved = plan.passes / plan.work.student.passes[0]  # by saved activations
-    evaluated = options.evaluated_networks(info).values()
-    costs = {  # equal networks are measured once
-        each: _measured_seconds(each, info.image_shape, device, precision_on(device, each, options.precision))
-        for each in dict.fromkeys((network, *evaluated))
+    steps = [(network, precision)] + [
+        (each, precision_on(device, each, options.precision))
+        for each in (network, *options.evaluated_networks(info).values())
+    ]
+    costs = {  # equal steps are measured once
+        step: _measured_seconds(*step, info.image_shape, device) for step in dict.fromkeys(steps)
     }
+    of_student, of_expert, *of_evaluated = (costs[step] for step in steps)
     seconds = estimated_seconds(
-        options, info, missing, costs[network], [costs[each].gradient for each in evaluated], saved
+        options, info, missing, of_student, of_expert.gradient, [each.gradient for each in of_evaluated], saved
     )
     size = estimated_bytes(options, info, network.num_parameters, missing, uncompressed)
     lines = {
@@ -85,6 +88,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
         "besides": _other_options(options),
+        "precision": describe_numerics(device, network, options.precision, iterations=True),
         "memory": str(plan).removeprefix("memory plan: "),
         "time": f"about {_duration(sum(seconds))}: experts {_duration(seconds.experts)}, iterations "
         f"{_duration(seconds.iterations)}, evaluations {_duration(seconds.rest)}; scaled from steps of {_SAMPLES} images "
@@ -98,7 +102,8 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
 _SHOWN_ELSEWHERE = {
     "dataset", "subset", "res", "zca", "model", "ipc", "Iteration", "syn_steps", "expert_epochs", "max_start_epoch",
     "min_start_epoch", "batch_syn", "num_experts", "max_experts", "train_epochs", "recipe", "config", "out", "resume",
-    "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "memory_budget", "microbatch",
+    "dry_run", "data_path", "packed_path", "buffer_path", "download", "device", "precision", "memory_budget",
+    "microbatch",
 }  # fmt: skip
 """Options that another line shows, or that only name files and folders."""
 
@@ -135,22 +140,23 @@ def estimated_seconds(
     info: DatasetInfo,
     missing: int,
     cost: SecondsPerImage,
+    expert: float,
     evaluated: Sequence[float],
     saved: float,
 ) -> _Estimate:
-    """Return the seconds of a run, where an image takes `cost` in the student, and `evaluated` in a step of each such network."""
+    """Return the seconds of a run, where an image takes `cost` in the student, and `expert` and `evaluated` in a step of theirs."""
     gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * info.num_classes
     crops = options.canvas.samples if options.canvas else 1
     batch = (options.batch_syn or count) * crops
-    forward = cost.gradient / 3  # a backward pass is two forward ones
+    forward = expert / 3  # a backward pass is two forward ones
     epochs = options.evaluation_protocol().total_epochs
     trainings = [epochs * count * crops * gradient + info.test * gradient / 3 for gradient in evaluated]
     steps = options.Iteration * options.num_trajectories * options.syn_steps
     # of the initial images and of those after them, for each set
     evaluations = _set_count(options) * (1 + math.ceil(options.Iteration / options.eval_it))
     return _Estimate(
-        experts=missing * options.train_epochs * (info.train * gradients * cost.gradient + info.test * forward),
+        experts=missing * options.train_epochs * (info.train * gradients * expert + info.test * forward),
         iterations=steps * batch * (cost.gradient + cost.tangent) * saved,
         # of the first network on random real images too
         rest=options.num_eval * (evaluations * sum(trainings) + trainings[0]),
@@ -180,7 +186,7 @@ def estimated_bytes(
 
 
 def _measured_seconds(
-    network: Network, image_shape: tuple[int, int, int], device: torch.device, precision: Precision
+    network: Network, precision: Precision, image_shape: tuple[int, int, int], device: torch.device
 ) -> SecondsPerImage:
     """Return the measured seconds of an image in a student's gradient and in the gradient's derivative."""
     kind: LabelKind = "indices"

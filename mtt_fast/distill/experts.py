@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from mtt_fast.commands.options import buffer_folder
 from mtt_fast.compress import check_made_of, compress, waypoint_folder
@@ -16,7 +16,6 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.experts import check_trained_alike, train_missing_experts
-from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.expert_checks import (
@@ -93,9 +92,7 @@ def check_experts(
     identity = data.identity(zca=options.zca)
     if sources.missing and experts is not None:
         precision = experts.metadata(0).precision or options.precision  # the device decides which precision it is
-        check_trained_alike(
-            experts, network, identity, options.experts(), options.seed, experts.dtype(0), cast(Precision, precision)
-        )
+        check_trained_alike(experts, network, identity, options.experts(), options.seed, experts.dtype(0), precision)
     if store is None:
         return
     matched_experts = range(min(options.max_experts or len(store), len(store)))

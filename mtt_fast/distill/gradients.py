@@ -15,11 +15,11 @@ from torch import Tensor
 from mtt_fast.distill.labels import teacher_labels
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.run import DistillRun
-from mtt_fast.distill.segments import Segment, augmentation, step_indices
+from mtt_fast.distill.segments import Segment, augmentation, in_tf32, step_indices
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
-from mtt_fast.engine.memory_plan import Plan, plan_for
+from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
 from mtt_fast.engine.unroll import Gradient
 from mtt_fast.networks.protocol import Network
@@ -82,18 +82,18 @@ def mean_gradients(
 
 def gradients_in_range(
     run: DistillRun,
-    options: DistillOptions,
     state: State,
     segments: Sequence[Segment],
     plan: Plan,
-    iteration_for: Callable[[Plan], Iteration],
+    iteration_for: Callable[..., Iteration],
 ) -> tuple[tuple[Tensor, ...], Plan]:
-    """Return what `mean_gradients` returns, of the iteration that `options` describe, and the plan whose memory was enough.
+    """Return what `mean_gradients` returns, of the iteration that `iteration_for` makes, and the plan whose memory was enough.
 
-    Where a number is too large for fp16, the iteration is repeated in tf32, with a line in the log.
+    Where a number is too large for fp16, the iteration is repeated in tf32, with a line in the log. `iteration_for(plan)` is
+    as `iteration_of`, and takes its `graph`; where it holds an iteration, it holds one at most, so that only one takes memory.
     """
 
-    def attempt(iteration_for: Callable[[Plan], Iteration], plan: Plan) -> tuple[Tensor, ...]:
+    def attempt(iteration_for: Callable[..., Iteration], plan: Plan) -> tuple[Tensor, ...]:
         return mean_gradients(iteration_for(plan), state, segments, teacher_of(run, state, plan))
 
     gradients, plan = with_smaller_pieces(plan, partial(attempt, iteration_for))
@@ -101,11 +101,8 @@ def gradients_in_range(
     if not isinstance(student, FusedConvNetStudent) or student.precision != "fp16" or _are_finite(gradients):
         return gradients, plan
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
-    work = dataclasses.replace(plan.work, student=dataclasses.replace(student, precision="tf32"))
-    rarely = partial(iteration_of, options, run.network, graph=False)  # a graph would keep its memory
-    gradients, _ = with_smaller_pieces(
-        plan_for(work, options.memory_budget, options.microbatch), partial(attempt, rarely)
-    )
+    rarely = partial(iteration_for, graph=False)  # also lets go of fp16's graph, whose memory the repetition takes
+    gradients, _ = with_smaller_pieces(in_tf32(plan), partial(attempt, rarely))
     return gradients, plan
 
 
@@ -122,7 +119,7 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
         options = dataclasses.replace(run.options, gradient=gradient)
 
         iteration_for = partial(iteration_of, options, run.network, graph=False)
-        gradients, plan = gradients_in_range(run, options, state, segments, plan, iteration_for)
+        gradients, plan = gradients_in_range(run, state, segments, plan, iteration_for)
         both.append(gradients[1].double().flatten())
     cosine = float(torch.nn.functional.cosine_similarity(both[0], both[1], dim=0))
     if not math.isfinite(cosine):

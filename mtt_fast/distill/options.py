@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
-from mtt_fast.commands.earlier_run import check_same_method
+from mtt_fast.commands.earlier_run import check_same_method, earlier_options
 from mtt_fast.commands.option_fields import Checked, Group, Needs, Range, Remark, Role, check_values
 from mtt_fast.commands.options import (
     AtLeastTwoOrNone,
@@ -36,7 +36,7 @@ from mtt_fast.kernels import LabelKind
 from mtt_fast.recipes import recipe_options
 from mtt_fast.runtime.memory_info import AUTO
 from mtt_fast.storage.files import read_toml
-from mtt_fast.storage.run_folder import CONFIG, read_config
+from mtt_fast.storage.run_folder import CONFIG
 
 PROGRAM = "python -m mtt_fast.distill"
 DEFAULT_RECIPE = "digits"
@@ -316,7 +316,7 @@ def _of_run(chosen: _Selection, options: DistillOptions) -> DistillOptions:
     if not chosen.out and chosen.recipe is None:
         raise InputError("--resume: expected the run's folder with --out, or its --recipe, found neither")
     folder = Path(chosen.out) if chosen.out else Path("runs") / str(chosen.recipe)
-    config = read_config(folder)
+    config = earlier_options(folder)
     if config is None:
         raise InputError(
             f"--resume: there is no run in {folder}; name its folder with --out, or start it without --resume"

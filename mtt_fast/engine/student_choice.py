@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -12,6 +12,19 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import HALF_PRECISIONS, LabelKind, Precision, has_kernels
 from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.protocol import Network
+
+PrecisionRequest = Literal["auto", "fp32", "tf32", "fp16", "bf16"]
+"""A precision that is asked for, or "auto": see `choose_precision`."""
+
+_TENSOR_CORES = (8, 0)
+"""The compute capability from which on Triton compiles the kernels for Tensor cores; below it fp16 would gain nothing."""
+
+
+class ChosenPrecision(NamedTuple):
+    """A precision of the factors of products, and the reason for it in words."""
+
+    precision: Precision
+    reason: str
 
 
 def student_for(
@@ -44,25 +57,52 @@ def kernels_for(device: torch.device) -> bool:
         raise InputError(f"{device}: {error}") from error
 
 
-def precision_on(device: torch.device, network: Network, precision: Precision) -> Precision:
-    """Return the precision of the factors of products in a run with `network` on `device`, where `precision` is requested.
+def choose_precision(
+    device: torch.device, network: Network, requested: PrecisionRequest, *, iterations: bool = False
+) -> ChosenPrecision:
+    """Return the precision of the factors of products in a run with `network` on `device`, where `requested` is asked for.
 
-    A CPU computes in float32 whatever `precision` is. Raises `InputError` for an unknown precision, and for fp16 and bf16
-    where `network` takes the generic student, which follows torch's own settings.
+    A CPU computes in float32 whatever is asked for. With "auto" the `iterations` of a distillation take fp16 where the
+    device has Tensor cores for it and `network` the fused step; everything else, experts and evaluations too, takes tf32.
+    Raises `InputError` for an unknown precision, and for fp16 and bf16 that are asked for where `network` takes the generic
+    student, which follows torch's own settings.
     """
-    if precision not in get_args(Precision):
-        raise InputError(f"`precision` {precision}: expected {', '.join(get_args(Precision))}")
+    if requested not in get_args(PrecisionRequest):
+        raise InputError(f"`precision` {requested}: expected {', '.join(get_args(PrecisionRequest))}")
     if device.type == "cpu":
-        return "fp32"
-    if precision in HALF_PRECISIONS and not isinstance(student_for(network, device), FusedConvNetStudent):
+        return ChosenPrecision("fp32", "a CPU computes in float32")
+    is_fused = isinstance(student_for(network, device), FusedConvNetStudent)
+    if requested == "auto":
+        return _automatic(device, is_fused=is_fused, iterations=iterations)
+    if requested in HALF_PRECISIONS and not is_fused:
         raise InputError(
-            f"`precision` {precision}: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
+            f"`precision` {requested}: only the fused step of ConvNet knows it, and {type(network).__name__} takes the generic one "
             f"on {device}; use `precision` tf32 or fp32"
         )
-    return precision
+    return ChosenPrecision(requested, "as asked for")
 
 
-def describe_numerics(device: torch.device, network: Network, precision: Precision) -> str:
-    """Return the student of `network` on `device` and its precision, as text for a log."""
-    used = precision_on(device, network, precision)
-    return f"{type(student_for(network, device, precision=used)).__name__}, {used}"
+def _automatic(device: torch.device, *, is_fused: bool, iterations: bool) -> ChosenPrecision:
+    if not iterations:
+        return ChosenPrecision("tf32", "auto: fp16 is for the iterations of a distillation alone")
+    if not is_fused:
+        return ChosenPrecision("tf32", "auto: only the fused step of ConvNet has fp16")
+    if torch.cuda.get_device_capability(device) < _TENSOR_CORES:
+        return ChosenPrecision("tf32", "auto: the kernels have no Tensor cores for fp16 here")
+    return ChosenPrecision("fp16", "auto: in the iterations, as exact as tf32 there; experts and evaluations take tf32")
+
+
+def precision_on(
+    device: torch.device, network: Network, requested: PrecisionRequest, *, iterations: bool = False
+) -> Precision:
+    """Return the precision that `choose_precision` chooses. Raises as it does."""
+    return choose_precision(device, network, requested, iterations=iterations).precision
+
+
+def describe_numerics(
+    device: torch.device, network: Network, requested: PrecisionRequest, *, iterations: bool = False
+) -> str:
+    """Return the student of `network` on `device`, its precision and the reason for that, as text for a log."""
+    chosen = choose_precision(device, network, requested, iterations=iterations)
+    student = student_for(network, device, precision=chosen.precision)
+    return f"{type(student).__name__}, {chosen.precision} ({chosen.reason})"

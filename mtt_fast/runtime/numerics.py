@@ -16,7 +16,7 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS may add up in anothe
 def numerics(device: torch.device, precision: str) -> Iterator[None]:
     """Set torch to compute on `device` with `precision` and deterministically within the block, and reset it after the block.
 
-    On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32; operations
+    On CUDA: float32 products of cuDNN and cuBLAS round their factors to tf32, unless `precision` is fp32 (it may also be "auto"); operations
     with a fixed order of sums take the place of those without, or raise `RuntimeError`; algorithms are chosen by shapes,
     never by a race. CUBLAS_WORKSPACE_CONFIG is set unless the environment has it, so the block has to begin before the
     process first uses cuBLAS. Nothing is set for a CPU, which is deterministic by itself.

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import Precision
 from mtt_fast.networks.by_name import full_name
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.identity import DatasetIdentity, check_same_data
@@ -135,7 +134,7 @@ def check_same_training(
     hyperparameters: Mapping[str, Any],
     seed: int,
     dtype: torch.dtype,
-    precision: Precision,
+    precision: str,
 ) -> None:
     """Check that an expert was trained as those will be that are to lie beside it.
 
@@ -179,7 +178,7 @@ def _argument(name: str, value: Any) -> str:
 
 
 def _rounding(precision: str) -> str:
-    """Return the part of a precision that tells experts apart: factors of products with 10 bits or more make no difference."""
+    """Return the part of a precision, asked for or used, that tells experts apart: factors of products with 10 bits or more make no difference."""
     return "bf16" if precision == "bf16" else "fp32, tf32 or fp16"
 
 

@@ -118,7 +118,7 @@ _COMMON: Flags = {
     "dsa_strategy": "color_crop_cutout_flip_scale_rotate",
     "seed": 0,
     "device": "auto",
-    "precision": "tf32",
+    "precision": "auto",
 }
 _TRAINING: Flags = _COMMON | {"networks_at_once": None}
 _EVALUATION: Flags = _TRAINING | {

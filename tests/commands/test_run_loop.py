@@ -38,7 +38,7 @@ def looped(
     for iteration in evaluated:
         metrics.write("evaluation", iteration, accuracy_mean=0.5, accuracy_std=0.0, networks=1)
     options = SimpleNamespace(Iteration=iterations, eval_it=eval_it, save_seconds=save_seconds)
-    named = dict.fromkeys(("command", "method", "real", "network", "evaluated"), cast(Any, None))
+    named = dict.fromkeys(("command", "method", "real", "network", "evaluated", "numerics"), cast(Any, None))
     run = LoopRun(
         program="python -m it", options=options, folder=folder, metrics=metrics, seconds=seconds or Seconds(), **named
     )

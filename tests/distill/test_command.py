@@ -430,7 +430,24 @@ def test_a_run_older_than_an_option_goes_on(
     assert "holds a run with --precision tf32, not bf16" in capsys.readouterr().err
     assert run("--out", str(parts), "--resume", "--Iteration", "6") == 0
     assert torch.equal(images_of(whole), images_of(parts))
-    assert json.loads((parts / "summary.json").read_text())["arithmetic"].endswith("Student, fp32")
+    assert json.loads((parts / "summary.json").read_text())["arithmetic"].endswith(
+        "Student, fp32 (a CPU computes in float32)"
+    )
+
+
+def test_a_run_goes_on_in_the_precision_with_which_it_began(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    config = tmp_path / "run" / "config.toml"
+    assert run(*TOY, *experts, *out, "--Iteration", "1", "--precision", "tf32") == 0
+    for command in ([*TOY, *experts, *out, "--Iteration", "2"], [*out, "--resume", "--Iteration", "3"]):
+        assert run(*command) == 0
+        assert 'precision = "tf32"' in config.read_text()
+    assert run(*TOY, *experts, *out, "--Iteration", "4", "--precision", "auto") == 2
+    assert "holds a run with --precision tf32, not auto" in capsys.readouterr().err
+    assert run(*TOY, *experts, "--out", str(tmp_path / "new"), "--Iteration", "1") == 0
+    assert 'precision = "auto"' in (tmp_path / "new" / "config.toml").read_text()
 
 
 def test_an_expert_that_did_not_move_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from torch import Tensor
 from mtt_fast import ConvNet, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
-from mtt_fast.distill.gradients import mean_gradients
+from mtt_fast.distill.gradients import iteration_of, mean_gradients
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.segments import Segment, log_fields, planned, segment_numbers
+from mtt_fast.distill.segments import Segment, in_tf32, log_fields, planned, segment_numbers
 from mtt_fast.distill.updates import update
 from mtt_fast.engine.iteration import planned_iteration
-from mtt_fast.engine.memory_plan import Work, plan
-from mtt_fast.kernels import native
+from mtt_fast.engine.memory_plan import Plan, Work, plan
+from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision, native
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.testing import assert_close
@@ -255,13 +258,18 @@ def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_number
     assert float(SyntheticDataset.load(tmp_path / "synthetic.safetensors").lr) == pytest.approx(asked[2][0])
 
 
-@pytest.mark.skipif(not native.available, reason="without the native kernels a CPU has no fused student")
+fused_on_a_cpu = pytest.mark.skipif(
+    not native.available, reason="without the native kernels a CPU has no fused student"
+)
+
+
+@fused_on_a_cpu
 def test_what_overflows_in_fp16_is_repeated_in_tf32(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Run both precisions on a CPU, where the reference emulates them."""
     precision = "tf32"
-    monkeypatch.setattr("mtt_fast.distill.command.precision_on", lambda *_: precision)
+    monkeypatch.setattr("mtt_fast.distill.command.precision_on", lambda *_, **__: precision)
     assert run(*TOY, *experts, "--out", str(tmp_path / "tf32")) == 0
     assert "fp16" not in caplog.text
     precision = "fp16"
@@ -273,3 +281,68 @@ def test_what_overflows_in_fp16_is_repeated_in_tf32(
     assert "iteration 4: a number is too large for fp16; repeated in tf32" in caplog.text
     assert torch.equal(images_of(tmp_path / "overflowing"), images_of(tmp_path / "tf32"))
     assert records_of(tmp_path / "overflowing", "step") == records_of(tmp_path / "tf32", "step")
+
+
+@fused_on_a_cpu
+def test_auto_is_fp16_and_what_overflows_lets_go_of_its_memory(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Choose on a CPU as on a GPU; the reference emulates both precisions."""
+    pytest.importorskip("triton")
+    held: weakref.WeakSet[Any] = weakref.WeakSet()
+    held_while_computing = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        iteration = iteration_of(*arguments, **options)
+
+        def watched_iteration(*tensors: Tensor) -> tuple[Tensor, ...]:
+            held_while_computing.append(len(held))
+            return iteration(*tensors)
+
+        held.add(watched_iteration)
+        return watched_iteration
+
+    chosen: list[str] = []
+
+    def chosen_as_on_a_gpu(_: Any, network: Any, requested: Any, **options: Any) -> str:
+        chosen.append(precision_on(torch.device("cuda"), network, requested, **options))
+        return chosen[-1]
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("mtt_fast.distill.command.precision_on", chosen_as_on_a_gpu)
+    monkeypatch.setattr("mtt_fast.distill.command.iteration_of", watched)
+    assert run(*TOY, *experts, "--precision", "tf32", "--out", str(tmp_path / "tf32")) == 0
+    assert run(*TOY, *experts, "--out", str(tmp_path / "auto")) == 0
+    assert run(*TOY, *experts, "--precision", "fp16", "--out", str(tmp_path / "fp16")) == 0
+    assert chosen == ["tf32", "fp16", "fp16"]
+    assert torch.equal(images_of(tmp_path / "auto"), images_of(tmp_path / "fp16"))
+    assert not torch.equal(images_of(tmp_path / "auto"), images_of(tmp_path / "tf32"))
+    assert "repeated in tf32" not in caplog.text
+    monkeypatch.setattr("mtt_fast.kernels.reference.classifier.LARGEST_COTANGENT", 2.0**40)
+    assert run(*TOY, *experts, "--out", str(tmp_path / "overflowing")) == 0
+    assert caplog.text.count("a number is too large for fp16; repeated in tf32") == 4
+    assert torch.equal(images_of(tmp_path / "overflowing"), images_of(tmp_path / "tf32"))
+    assert len(held_while_computing) == 3 * 4 + 2 * 4
+    assert set(held_while_computing) == {1}  # a recorded iteration keeps its memory for as long as it is held
+
+
+@fused_on_a_cpu
+@pytest.mark.parametrize("batch", [None, 60])
+def test_what_is_planned_in_fp16_can_be_repeated_in_tf32_in_the_same_memory(batch: int | None) -> None:
+    def plan_of(precision: Precision, **options: Any) -> Plan:
+        given = DistillOptions(ipc=10, syn_steps=3, batch_syn=batch, **options)
+        return planned(given, ConvNet(3, 10, 32, 16, 3), (100, 3, 32, 32), torch.device("cpu"), precision)
+
+    least: dict[Precision, int] = {
+        precision: plan_of(precision, microbatch=1).peak_bytes for precision in ("fp16", "tf32")
+    }
+    assert least["fp16"] < least["tf32"]
+    for budget in (least["tf32"], 3 * least["tf32"] // 2, 2 * least["tf32"], 20 * least["tf32"]):
+        first = plan_of("fp16", memory_budget=str(budget))
+        again = in_tf32(first)
+        assert again == plan_of("tf32", memory_budget=str(budget))
+        assert max(first.peak_bytes, again.peak_bytes) <= budget
+    # what fp16 alone would fit in is refused before the first iteration
+    with pytest.raises(InputError, match=r"memory budget \d+: expected at least"):
+        plan_of("fp16", memory_budget=str(least["tf32"] - 1))
+    assert in_tf32(plan_of("fp16", microbatch=7)) == plan_of("tf32", microbatch=7)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
 
 from mtt_fast import ConvNet, FlatModule, InputError
-from mtt_fast.engine.student_choice import precision_on
+from mtt_fast.engine.student_choice import PrecisionRequest, describe_numerics, precision_on
 from mtt_fast.kernels import Precision
+from mtt_fast.networks.by_name import network_by_name
 from mtt_fast.runtime.numerics import numerics
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -65,11 +66,15 @@ def test_nothing_is_set_for_a_cpu() -> None:
 
 def test_a_cpu_computes_in_float32() -> None:
     net = ConvNet(3, 4, 8, width=2, depth=1)
-    assert [precision_on(CPU, net, precision) for precision in ("fp32", "tf32", "bf16")] == ["fp32"] * 3
+    requests: tuple[PrecisionRequest, ...] = get_args(PrecisionRequest)
+    assert set(requests) == {"auto", *get_args(Precision)}
+    for iterations in (False, True):
+        assert {precision_on(CPU, net, request, iterations=iterations) for request in requests} == {"fp32"}
+    assert describe_numerics(CPU, net, "auto", iterations=True).endswith("Student, fp32 (a CPU computes in float32)")
 
 
 def test_what_is_no_precision_is_refused() -> None:
-    with pytest.raises(InputError, match="`precision` fp8: expected fp32, tf32, fp16, bf16"):
+    with pytest.raises(InputError, match="`precision` fp8: expected auto, fp32, tf32, fp16, bf16"):
         precision_on(CPU, ConvNet(3, 4, 8, width=2, depth=1), cast(Precision, "fp8"))
 
 
@@ -78,3 +83,36 @@ def test_bf16_needs_the_fused_step() -> None:
     assert precision_on(CUDA, net, "tf32") == "tf32"
     with pytest.raises(InputError, match="`precision` bf16: only the fused step of ConvNet knows it, and FlatModule"):
         precision_on(CUDA, net, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "model", "precision", "reason"),
+    [
+        (
+            (8, 0),
+            "ConvNet",
+            "fp16",
+            "auto: in the iterations, as exact as tf32 there; experts and evaluations take tf32",
+        ),
+        ((9, 0), "ConvNetD4W64", "fp16", "auto: in the iterations"),
+        ((12, 0), "ConvNet", "fp16", "auto: in the iterations"),
+        ((7, 5), "ConvNet", "tf32", "auto: the kernels have no Tensor cores for fp16 here"),
+        ((6, 1), "ConvNet", "tf32", "auto: the kernels have no Tensor cores for fp16 here"),
+        ((9, 0), "ResNet18", "tf32", "auto: only the fused step of ConvNet has fp16"),
+        ((9, 0), "ConvNetBN", "tf32", "auto: only the fused step of ConvNet has fp16"),
+    ],
+)
+def test_auto_takes_fp16_for_the_iterations_where_tensor_cores_have_it(
+    capability: tuple[int, int], model: str, precision: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    network = network_by_name(model, (3, 32, 32), 10)
+    assert precision_on(CUDA, network, "auto", iterations=True) == precision
+    assert f", {precision} ({reason}" in describe_numerics(CUDA, network, "auto", iterations=True)
+    # of experts, evaluations and baselines
+    assert precision_on(CUDA, network, "auto") == "tf32"
+    assert "tf32 (auto: fp16 is for the iterations" in describe_numerics(CUDA, network, "auto")
+    assert precision_on(CUDA, network, "tf32", iterations=True) == "tf32"
+    assert precision_on(CUDA, network, "fp32", iterations=True) == "fp32"
+    assert ", tf32 (as asked for)" in describe_numerics(CUDA, network, "tf32")
