@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -62,8 +64,20 @@ def compile_ahead(call: Callable[[], object]) -> None:
     def compiling() -> None:
         _COMPILES_ONLY.set(True)
         # threads are enough: of a compilation, the seventh part holds the interpreter's lock, and the rest is LLVM's and ptxas's
-        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        with _no_collection(), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             call()
 
     with torch.autograd.set_multithreading_enabled(False):
         copy_context().run(compiling)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage: Python before 3.11.8 fails to parse in two threads if a collection hands over (python/cpython#106905)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

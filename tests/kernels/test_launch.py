@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,14 @@ def test_backward_passes_stay_in_the_thread_that_compiles(compiled: list[str]) -
     launch.compile_ahead(lambda: enabled.append(torch._C._is_multithreading_enabled()))
     assert enabled == [False]
     assert torch._C._is_multithreading_enabled()
+
+
+def test_no_garbage_is_collected_while_threads_parse(compiled: list[str]) -> None:
+    """Before Python 3.11.8 a kernel now and then failed with "AST constructor recursion depth mismatch", and so did its launch."""
+    enabled: list[bool] = []
+    launch.compile_ahead(lambda: enabled.append(gc.isenabled()))
+    assert enabled == [False]
+    assert gc.isenabled()
 
 
 def test_an_error_of_the_call_comes_out_and_later_launches_run_again(compiled: list[str]) -> None:
