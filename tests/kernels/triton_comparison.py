@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mtt_fast.kernels import Affine, PartialPlanes, PlaneStats, Precision
 from mtt_fast.testing import added_up
+from tests.kernels.sanitizer import watched
 
 # Precisions that the interpreter does not have, and why.
 UNINTERPRETED = {"tf32": "it does not round, so this would be fp32 once more"}
@@ -606,13 +607,17 @@ def all_convolutions(device: str) -> list[Case]:
 def run(cases: list[Case], part: int, parts: int) -> None:
     """Run the cases of a part, each of which draws the same numbers whatever the others are. Neighbours share kernels.
 
+    Where kernels are interpreted, what they load and store is watched (sanitizer.py).
     Raises `AssertionError` at the end if one failed: time on a GPU is scarce, so one run shows all that is wrong.
     """
+    from mtt_fast.kernels.triton.launch import INTERPRETED
+
     failures = []
     for number in range(len(cases) * part // parts, len(cases) * (part + 1) // parts):
         torch.manual_seed(number)
         try:
-            cases[number]()
+            with watched() if INTERPRETED else nullcontext():
+                cases[number]()
         except Exception:
             failures.append(traceback.format_exc())
     assert not failures, "\n".join(failures)
