@@ -74,6 +74,7 @@ def find(
         case "folder":
             return folder.source(data_path, res)
         case str():
+            assert name in imagenet.SUBSETS, f"{name} is one of NAMES, but has no case here"
             return imagenet.source(data_path, name, res)
     path = Path(dataset).expanduser()
     if path.is_dir() or os.sep in dataset:

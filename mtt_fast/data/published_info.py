@@ -51,4 +51,5 @@ def _published(dataset: str, subset: str | None, res: int | None) -> DatasetInfo
             return imagenet.info(subset.casefold() if subset else None, res)
         case "folder" | None:
             return None
+    assert name in imagenet.SUBSETS, f"{name} is one of catalogue.NAMES, but has no case here"
     return imagenet.info(name, res)

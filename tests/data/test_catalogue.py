@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mtt_fast.data import NAMES, load
+from mtt_fast.data import NAMES, catalogue, load
+from mtt_fast.data.published_info import dataset_info
 from mtt_fast.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -140,3 +141,13 @@ def test_real_imagenette(tmp_path: Path) -> None:
     with Image.open(first) as picture:
         expected = picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
     assert torch.equal(small.train.images[0].permute(1, 2, 0), torch.tensor(np.asarray(expected)))
+
+
+def test_a_name_without_a_module_is_not_taken_for_a_subset_of_imagenet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "NAMES", (*catalogue.NAMES, "stripes"))
+    with pytest.raises(AssertionError, match="stripes is one of NAMES"):
+        catalogue.find("stripes", data_path=tmp_path)
+    with pytest.raises(AssertionError, match=r"stripes is one of catalogue\.NAMES"):
+        dataset_info("stripes", data_path=str(tmp_path))
