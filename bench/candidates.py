@@ -156,9 +156,10 @@ those of image_patches. The microseconds of …_finish, …_columns and …_col2
 rows of …_columns without are the faster ones in traces of whole iterations (bench/results/h200/traces.json).""",
     "linear_cross_entropy": """\
 linear_cross_entropy…: the class of shapes is the number of classes, rounded up to the sizes below; the last one takes all larger
-numbers. Scores are tiles of ROWS samples × COLUMNS classes, summed over BLOCK_D features at a time, of which those of AHEAD tiles
-are loaded together; up to 128 classes fit in one. Gradients are tiles of COLUMNS classes × BLOCK_D features, or of BLOCK_B
-samples × BLOCK_D features.""",
+numbers. Of more than 4096 features a row of the class with `-wide` goes first: what a loop of four steps holds would spill. Scores
+are tiles of ROWS samples × COLUMNS classes, summed over BLOCK_D features at a time, of which those of AHEAD tiles are loaded
+together; up to 128 classes fit in one. Gradients are tiles of COLUMNS classes × BLOCK_D features, or of BLOCK_B samples × BLOCK_D
+features.""",
     "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
     "": """\
 Flat vectors and rows: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64. Of partial sums SIZE

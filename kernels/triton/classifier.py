@@ -15,6 +15,8 @@ from .launch import architecture, launch, triton
 from .planes import Planes
 from .softmax import PARTS
 
+WIDE = 4096  # features; more have classes of shapes of their own in the table
+
 
 def linear_cross_entropy(
     p: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
@@ -100,6 +102,8 @@ def _launch(
 
 
 def _row(kernel: str, weight: Tensor) -> Configuration:
-    """Return the configuration for so many classes: the row of the next larger number, or of all beyond."""
-    shape_class = next((str(size) for size in (16, 64, 128, 256) if len(weight) <= size), "1024")
-    return configuration(f"linear_cross_entropy_{kernel}", shape_class, architecture(weight.device))
+    """Return the configuration for so many classes: the row of the next larger number, or of all beyond; many features may have their own."""
+    classes, features = weight.shape
+    shape_class = next((str(size) for size in (16, 64, 128, 256) if classes <= size), "1024")
+    closely = f"{shape_class}-wide" if features > WIDE else shape_class
+    return configuration(f"linear_cross_entropy_{kernel}", closely, architecture(weight.device), shape_class)

@@ -72,12 +72,15 @@ def work_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> int:
     """See `mtt_fast.kernels.work_bytes`."""
-    effective, most = effective_precision(dtype, precision), 0
-    for layer in layers if effective in ("fp32", "fp64") else ():
+    x, most = torch.empty(0, dtype=dtype, device=device), 0
+    for layer in layers if effective_precision(dtype, precision) in ("fp32", "fp64") else ():
         inputs, outputs = _planes_of_layer(batch, layer)
-        classes = shape_classes(inputs, outputs, effective)
-        convolutions = ("conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient")
-        if any(backend_of(each, classes[0], architecture(device), *classes[1:]) == "cudnn" for each in convolutions):
+        convolutions = {
+            "conv3x3": (inputs, outputs),
+            "conv3x3_input_gradient": (outputs, inputs),
+            "conv3x3_weight_gradient": (inputs, outputs),
+        }
+        if any(_backend(each, *planes, precision, x, [x]) == "cudnn" for each, planes in convolutions.items()):
             most = max(most, inputs.sample_size, outputs.sample_size)
     return _LIBRARY_PLANES * batch * most * dtype.itemsize
 

@@ -301,6 +301,23 @@ def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
 COMPILED = ((10, "indices"), (64, "probabilities"), (128, "logits"), (200, "probabilities"), (1000, "logits"))
 
 
+@pytest.mark.slow
+@each_architecture
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [128, 256, 512])
+def test_triton_compiles_for_the_features_of_networks(
+    width: int, dtype: torch.dtype, architecture: str, tmp_path: Path
+) -> None:
+    """Registers also hold what a loop over features has under way, which is unrolled as the number of its steps allows."""
+    from mtt_fast.kernels.triton import classifier
+
+    p, weight, bias = meta(10, width, 4, 4, form=torch.channels_last).to(dtype), meta(10, 16 * width), meta(10)
+    labels = torch.empty(10, dtype=torch.long, device="meta")
+    with recording([classifier], architecture) as launches:
+        classifier.linear_cross_entropy_dual(p, p, weight, bias, weight, bias, labels, "indices", None, None)
+    check(launches, architecture, tmp_path)
+
+
 @each_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_triton_compiles(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -432,6 +432,24 @@ def test_boxes_are_taken_where_the_table_says_so_and_they_fit(monkeypatch: pytes
 
 
 @needs_triton
+@pytest.mark.parametrize("operation", ["conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"])
+def test_memory_of_the_library_is_planned_where_the_table_takes_it(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class of shapes is that of the result, which of an input gradient are the planes that the layer convolves."""
+    from mtt_fast.kernels.triton import dispatch
+
+    def backend_of(asked: str, closely: str, *_: str) -> str:
+        of_result = "1024" if operation == "conv3x3_input_gradient" else "256"
+        return "cudnn" if asked == operation and of_result in closely.split("-") else "triton"
+
+    monkeypatch.setattr(dispatch, "backend_of", backend_of)
+    layers = [kernels.ConvLayer(8, 18, 18, 16, 0)]  # 324 pixels, and 256 of the result
+    planned = [dispatch.work_bytes(2, layers, torch.float32, torch.device("cpu"), each) for each in ("fp32", "tf32")]
+    assert planned == [5 * 2 * (16 * 256) * 4, 0]
+
+
+@needs_triton
 def test_boxes_refuse_what_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     from mtt_fast.kernels.triton import tma, weights
 
