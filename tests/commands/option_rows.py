@@ -369,7 +369,7 @@ OWN: dict[str, dict[str, Row]] = {
 ROWS |= {name: {**_BASELINE, **own} for name, own in OWN.items()}
 
 
-def _cases() -> list[Any]:
+def option_cases() -> list[Any]:
     """Return all commands with their options. What another command shows of the same option too counts as slow."""
     cases = []
     for command, rows in ROWS.items():

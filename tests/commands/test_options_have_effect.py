@@ -29,7 +29,7 @@ from mtt_fast.data import load
 from mtt_fast.distill import command as distill
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.testing import reference_convnet
-from tests.commands.option_rows import COMMANDS, EVALUATION, NETWORK, NO_EFFECT, OWN, ROWS, RUN, _cases
+from tests.commands.option_rows import COMMANDS, EVALUATION, NETWORK, NO_EFFECT, OWN, ROWS, RUN, option_cases
 
 pytestmark = pytest.mark.slow  # hundreds of jobs
 
@@ -217,7 +217,7 @@ def test_the_same_job_has_the_same_outcome(toy: Toy, command: str) -> None:
     assert toy.outcome(command, job) == before(toy, command, job)
 
 
-@pytest.mark.parametrize(("command", "option"), _cases())
+@pytest.mark.parametrize(("command", "option"), option_cases())
 def test_an_option_has_an_effect_or_says_that_it_has_none(toy: Toy, command: str, option: str) -> None:
     row = ROWS[command][option]
     job = COMMANDS[command].job if row.job is None else row.job
