@@ -1,4 +1,4 @@
-"""Check the arguments of the operations: `ValueError`, naming operation and argument, for what an operation does not take."""
+"""Check the arguments of the operations. Each check raises a `ValueError` that names the operation and the argument."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .types import (
 
 
 def check_vectors(op: str, vectors: dict[str, Tensor | PartialSums | None], scalars: dict[str, Tensor]) -> None:
-    """Check that flat vectors have the size, dtype and device of the first one given, and scalars its dtype and device."""
+    """Check that flat vectors have the size, dtype and device of the first that is a tensor, and scalars its dtype and device."""
     given = {name: vector for name, vector in vectors.items() if isinstance(vector, Tensor)}
     first = next(iter(given.values()))
     check_tensors(op, first, given, (first.numel(),))
@@ -36,7 +36,10 @@ def check_vectors(op: str, vectors: dict[str, Tensor | PartialSums | None], scal
 
 
 def check_partial_sums(op: str, name: str, sums: PartialSums, first: Tensor) -> None:
-    """Check that pieces and factors have the dtype and device of `first`, and that the pieces' numbers lie as one block a summand."""
+    """Check the dtype, the device and the layout of partial sums.
+
+    Pieces and factors have the dtype and device of `first`. Each summand is contiguous, or channels_last if it is a weight.
+    """
     check_tensors(op, first, {f"a factor of {name}": factor for factor in sums.factors[:1]}, ())
     for piece in sums.pieces:
         summand = piece.new_empty(0) if len(piece) == 0 else piece[0]
@@ -59,35 +62,43 @@ def check_planes(
     stats: dict[str, Tensor] | None = None,
     pooled: Mapping[str, Convolved] | None = None,
 ) -> None:
-    """Check the arguments of a plane operation against `y`: shapes, dtype, device, memory format."""
+    """Check the arguments of a plane operation against `y` (B, C, H, W): shapes, dtypes, device, memory format.
+
+    `planes` are like `y`, `channels` are (C,), `stats` (B, C), and `pooled` (B, C, H//2, W//2).
+    """
     pooled = pooled or {}
     if y.dim() != 4 or min(y.shape[:2]) < 1 or min(y.shape[2:]) < 2:
         raise ValueError(f"{op}: expected y (B, C, H, W) of at least 2×2 pixels, found {tuple(y.shape)}")
-    batch, width, height, breadth = y.shape
+    batch, channel_count, height, width = y.shape
     check_tensors(op, y, {name: planes_of(each) for name, each in planes.items()}, y.shape, like_format=y)
-    check_tensors(op, y, channels, (width,), dtype=accumulator(y.dtype))
-    check_tensors(op, y, stats or {}, (batch, width), dtype=accumulator(y.dtype))
+    check_tensors(op, y, channels, (channel_count,), dtype=accumulator(y.dtype))
+    check_tensors(op, y, stats or {}, (batch, channel_count), dtype=accumulator(y.dtype))
     bars = {name: planes_of(each) for name, each in pooled.items()}
-    check_tensors(op, y, bars, (batch, width, height // 2, breadth // 2), like_format=y)
+    check_tensors(op, y, bars, (batch, channel_count, height // 2, width // 2), like_format=y)
     for name, each in (*planes.items(), *pooled.items()):
         check_parts(op, name, each)
 
 
 def check_parts(op: str, name: str, planes: Convolved) -> None:
-    """Check that parts of planes, if planes are in parts, are at least one, float32, and of their shape, device and format."""
+    """Check the parts of planes that are in parts: at least one, float32, of the planes' shape, device and memory format."""
     if isinstance(planes, PartialPlanes):
         if planes.parts.dim() != 5 or len(planes.parts) < 1:
             raise ValueError(f"{op}: expected parts of {name} (S, B, C, H, W), found {tuple(planes.parts.shape)}")
         first = {f"a part of {name}": planes.parts[0]}
         check_tensors(op, planes.planes, first, planes.planes.shape, like_format=planes.planes, dtype=torch.float32)
         if planes.parts.stride(0) != planes.planes.numel() and len(planes.parts) > 1:
-            raise ValueError(f"{op}: expected parts of {name} behind each other, found strides {planes.parts.stride()}")
+            raise ValueError(
+                f"{op}: expected parts of {name} one after the other, found strides {planes.parts.stride()}"
+            )
 
 
 def check_convolution(
     op: str, padding: int, inputs: dict[str, Tensor], weights: dict[str, Weight], channel_axis: int
 ) -> None:
-    """Check that inputs and weights of a convolution fit. `channel_axis` of the weights meets the inputs' channels: 1, back 0."""
+    """Check that the inputs and the weights of a convolution fit.
+
+    `channel_axis` is the axis of the weights that has the inputs' channels: 1, or 0 for the gradient to the input.
+    """
     plain = {name: weight_of(each) for name, each in weights.items()}
     first, weight = next(iter(inputs.values())), next(iter(plain.values()))
     if (
@@ -100,21 +111,21 @@ def check_convolution(
             f"{op}: expected (B, C, H, W) and 3×3 weights of as many channels, "
             f"found {tuple(first.shape)}, {tuple(weight.shape)}"
         )
-    grown = 2 * (padding - 1) * (1 if channel_axis == 1 else -1)
-    if padding < 0 or min(first.shape[2:]) + grown < 1:
+    growth = 2 * (padding - 1) * (1 if channel_axis == 1 else -1)
+    if padding < 0 or min(first.shape[2:]) + growth < 1:
         raise ValueError(f"{op}: padding {padding} leaves nothing of {tuple(first.shape)}")
     check_tensors(op, first, inputs, first.shape, like_format=first)
     check_tensors(op, first, plain, weight.shape, dtype=accumulator(first.dtype))
 
 
 def check_correlation(op: str, padding: int, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
-    """Check that a weight gradient's `inputs`, "x" among them, and `outputs`, shaped as a convolution of x is, fit."""
+    """Check the `inputs` of a weight gradient, one of them named "x", and its `outputs`, shaped as convolutions of x."""
     x, y = inputs["x"], next(iter(outputs.values()))
     if x.dim() != 4 or y.dim() != 4:
         raise ValueError(f"{op}: expected (B, C, H, W) tensors, found {tuple(x.shape)}, {tuple(y.shape)}")
     check_tensors(op, x, inputs, x.shape, like_format=x)
-    grown = (len(x), y.shape[1], *(side + 2 * padding - 2 for side in x.shape[2:]))
-    check_tensors(op, x, outputs, grown, like_format=y)
+    out_shape = (len(x), y.shape[1], *(side + 2 * padding - 2 for side in x.shape[2:]))
+    check_tensors(op, x, outputs, out_shape, like_format=y)
 
 
 def check_classifier(
@@ -126,7 +137,7 @@ def check_classifier(
     label_kind: LabelKind,
     scales: dict[str, Tensor | None] | None = None,
 ) -> None:
-    """Check the arguments of a classifier against its first planes (B, C, h, w) and bias (K,)."""
+    """Check the arguments of a classifier against the first of its planes (B, C, h, w) and of its biases (K,)."""
     first = planes[0]
     if first.dim() != 4 or first.numel() < 1 or biases[0].dim() != 1 or len(biases[0]) < 1:
         raise ValueError(
@@ -134,10 +145,8 @@ def check_classifier(
             f"found {tuple(first.shape)}, {tuple(biases[0].shape)}"
         )
     batch, classes, width = len(first), len(biases[0]), first[0].numel()
-    dtype, given = (
-        accumulator(first.dtype),
-        {name: scale for name, scale in (scales or {}).items() if scale is not None},
-    )
+    dtype = accumulator(first.dtype)
+    given = {name: scale for name, scale in (scales or {}).items() if scale is not None}
     check_tensors(op, first, {"p": first, "p_dot": planes[-1]}, first.shape, like_format=first)
     check_tensors(op, first, {"weight": weights[0], "weight_dot": weights[-1]}, (classes, width), dtype=dtype)
     check_tensors(op, first, {"bias": biases[0], "bias_dot": biases[-1]}, (classes,), dtype=dtype)
@@ -159,7 +168,10 @@ def check_classifier(
 
 
 def check_index(op: str, index: Tensor, count: int, rows: Tensor) -> None:
-    """Check that `index` (count,) points into `rows`; on an accelerator, where nothing waits for the values, not how far."""
+    """Check that `index` is int64 (count,) on the device of `rows`, and on a CPU that its values are rows.
+
+    On an accelerator the values are not checked: that would wait for the device.
+    """
     if index.shape != (count,) or index.dtype != torch.int64 or index.device != rows.device:
         raise ValueError(
             f"{op}: expected int64 indices ({count},) on {rows.device}, found {index.dtype} of shape "
@@ -170,7 +182,7 @@ def check_index(op: str, index: Tensor, count: int, rows: Tensor) -> None:
 
 
 def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
-    """Check a warp's parameters against the images, which the operation calls `name`."""
+    """Check the images (B, C, H, W) of a warp, which the operation calls `name`, and its parameters against them."""
     if images.dim() != 4 or min(images.shape[1:]) < 1:
         raise ValueError(f"{op}: expected {name} (B, C, H, W), found {tuple(images.shape)}")
     check_tensors(op, images, {name: images}, images.shape)
@@ -178,10 +190,10 @@ def check_warp(op: str, name: str, images: Tensor, parameters: Tensor) -> None:
 
 
 def check_warp_parameters(op: str, parameters: Tensor, count: int, images: Tensor) -> None:
-    """Check the parameters of warps of `count` samples of `images`."""
+    """Check the parameters (count, 13) of warps of `images`, and on a CPU that each warp has an inverse."""
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    model = torch.empty(0, dtype=dtype, device=images.device)
-    check_tensors(op, model, {"parameters": parameters}, (count, len(WARP_PARAMETERS)))
+    like = torch.empty(0, dtype=dtype, device=images.device)
+    check_tensors(op, like, {"parameters": parameters}, (count, len(WARP_PARAMETERS)))
     if parameters.device.type == "cpu":
         column = dict(zip(WARP_PARAMETERS, parameters.unbind(1), strict=True))
         determinant = (1 + column["row_by_row"]) * (1 + column["column_by_column"])
@@ -200,7 +212,10 @@ def check_tensors(
     like_format: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Check that `tensors` have `shape`, the device of `first`, its dtype or `dtype`, no graph, the format of `like_format`."""
+    """Check that each of `tensors` has `shape`, the device of `first`, and no graph.
+
+    Its dtype is `dtype`, or that of `first`. Its memory format is that of `like_format`; without one it is contiguous.
+    """
     dtype = dtype or first.dtype
     for name, tensor in tensors.items():
         if tensor.shape != shape:

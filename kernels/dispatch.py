@@ -25,7 +25,7 @@ def native_available() -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Return whether a back end has kernels for `device`, so that the reference is not all there is.
+    """Return whether a back end other than the reference computes on `device`.
 
     Raises `ImportError` for a CUDA device where Triton is missing: a GPU is never left idle in silence.
     """
@@ -51,9 +51,9 @@ def implementation_of(operation: str, tensor: Tensor, precision: Precision | Non
 
 
 def has_image_block(layer: ConvLayer, device: torch.device) -> bool:
-    """Return whether a back end computes the first block, with an instance norm, without the planes between images and pool.
+    """Return whether a back end fuses the first block with its instance norm, and so stores no planes before the pooled ones.
 
-    Triton's kernels do, for at most 3 channels and a multiple of 16 filters.
+    Triton's does, for at most 3 channels and a multiple of 16 filters.
     """
     return _runs_triton(device) and triton.has_image_block(layer.channels, layer.filters)
 
@@ -61,7 +61,7 @@ def has_image_block(layer: ConvLayer, device: torch.device) -> bool:
 def block_implementation_of(
     operation: str, channels: int, filters: int | None, device: torch.device, precision: Precision
 ) -> Implementation:
-    """Return the implementation of an `operation` of the first block: kernels where a back end has them, else the reference.
+    """Return the implementation of an `operation` of the first block: Triton's kernels where they fit, else the reference.
 
     `filters` is None for the patches, which depend on the images alone.
     """
@@ -70,14 +70,17 @@ def block_implementation_of(
 
 
 def readable(planes: Convolved) -> Convolved:
-    """Return planes as the back end of their device reads them: Triton's adds parts up where it reads, the others before."""
+    """Return planes as the back end of their device takes them.
+
+    Triton's kernels add parts up as they read them; for the other back ends they are added up here.
+    """
     return planes if _runs_triton(planes_of(planes).device) else reference.add_planes(planes)[0]
 
 
 def compile_ahead(call: Callable[[], object]) -> None:
-    """Make a `call` on a GPU that compiles the kernels it launches, in parallel, and runs none of them.
+    """Compile the kernels that `call` launches on a GPU, in parallel, and run none of them.
 
-    What it computes has no meaning, so it must not depend on any value. Raises what `call` does.
+    The tensors in `call` hold no meaningful values, so it must not depend on any. Raises what `call` does.
     """
     triton.compile_ahead(call)
 
@@ -85,10 +88,10 @@ def compile_ahead(call: Callable[[], object]) -> None:
 def work_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> int:
-    """Return the bytes that a step's convolutions of planes of `dtype` work with beside their results: all operations, on all `layers`.
+    """Return the bytes of scratch memory that a step's convolutions of planes of `dtype` take, in all operations on all `layers`.
 
-    On the CPU they are kept from one call to the next, some for each of torch's threads. On CUDA they are an allowance for
-    those that torch's library computes. The reference's are not known, and 0 is returned.
+    On the CPU this memory is kept from one call to the next, some of it for each of torch's threads. On CUDA the number is
+    an allowance for the convolutions that cuDNN computes. That of the reference is not known, and 0 is returned.
     """
     if _runs_triton(device):
         return triton.work_bytes(batch, layers, dtype, device, precision)
@@ -100,14 +103,14 @@ def work_bytes(
 def weight_bytes(
     batch: int, layers: Sequence[ConvLayer], dtype: torch.dtype, device: torch.device, precision: Precision
 ) -> list[WeightBytes]:
-    """Return the bytes that the convolution of each of `layers` takes in a step beside planes of `dtype` and its weight."""
+    """Return, for each of `layers`, the bytes that its convolution takes in a step in addition to planes of `dtype` and weight."""
     if _runs_triton(device):
         return triton.weight_bytes(batch, layers, dtype, device, precision)
     return [WeightBytes(0, 9 * layer.channels * layer.filters * accumulator(dtype).itemsize) for layer in layers]
 
 
 def release_memory() -> None:
-    """Give back to the system the memory that the native kernels keep from one call to the next and nobody uses."""
+    """Return to the system the memory that the native kernels keep from one call to the next and that is not in use."""
     native.release_memory()
 
 

@@ -11,21 +11,24 @@ LabelKind = Literal["indices", "probabilities", "logits"]
 """Labels are class indices (B,), probabilities (B, K), or logits (B, K) of which the softmax is taken."""
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
-"""The format that float32 factors of a product are rounded to; sums are always float32. float64 tensors stay float64.
+"""Format to which the float32 factors of a product are rounded. Sums are float32, and float64 tensors stay float64.
 
-Planes may be float16 or bfloat16 themselves. Then products are fp16 or bf16, and tensors without pixels are float32: see
-`accumulator`.
+Planes may themselves be float16 or bfloat16. Their products are then fp16 or bf16, and tensors without pixels are float32:
+see `accumulator`.
 """
 
 HALF_PRECISIONS: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
-"""The precisions whose planes take two bytes a number, with the dtype of the planes."""
+"""Precisions whose planes take two bytes a number, with the dtype of these planes."""
 
 LARGEST_COTANGENT = 64.0
-"""The largest magnitude that a power of two lets the gradient to float16 features have: the next layers make it larger."""
+"""Largest magnitude of the gradient to float16 features after it was scaled by a power of two.
+
+It is far below the range of float16, since the layers that the backward reaches next make gradients larger.
+"""
 
 
 class Affine(NamedTuple):
-    """Scale and shift that follow an instance norm, one of each a channel; also their derivative in a direction."""
+    """Scale γ and shift β of each channel after an instance norm, or the derivatives of both in a direction."""
 
     gamma: Tensor  # (C,)
     beta: Tensor  # (C,)
@@ -44,7 +47,7 @@ class PlaneStats(NamedTuple):
 
 
 class Patches(NamedTuple):
-    """Images as the first block reads them, and all that its statistics depend on, whatever its weights.
+    """Images laid out for the first block, and the sums from which its statistics follow for any weights.
 
     A patch x̃ is the 9·C numbers that a pixel of a 3×3 convolution sees, in the order (3, 3, C), and a one.
     """
@@ -55,7 +58,7 @@ class Patches(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """A norm folded into weights of each sample, as the back end lays them out that made them and alone reads them."""
+    """A norm folded into the weights, for each sample. The layout is private to the back end that made it."""
 
     weight: Tensor
     weight_dot: Tensor | None
@@ -63,16 +66,16 @@ class Folded(NamedTuple):
 
 
 class PartialSums(NamedTuple):
-    """A flat vector (P,) in pieces, each of them summands (S, …): the vector is their sums over S, flattened, one after the other.
+    """A flat vector (P,) whose last sum, over samples or parts of them, is left for one pass over all parameters.
 
-    What is summed last, over samples or over parts of them, is left for one pass over all parameters. S may be 0.
+    Each piece holds summands (S, …), and S may be 0. The vector is the pieces' sums over S, flattened, one after the other.
     """
 
     pieces: tuple[Tensor, ...]
-    factors: tuple[Tensor, ...] = ()  # () each: powers of two that all summands have, and the vector has not
+    factors: tuple[Tensor, ...] = ()  # () each: powers of two that all summands are multiplied with; the vector is not
 
     def vector(self) -> Tensor:
-        """Return the vector, by plain torch."""
+        """Return the vector (P,), computed in plain torch."""
         # most often there is one summand, of which a view is enough
         pieces = [piece[0] if len(piece) == 1 else piece.sum(0) for piece in self.pieces]
         vector = pieces[0].flatten() if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
@@ -82,9 +85,9 @@ class PartialSums(NamedTuple):
 
 
 class PartialPlanes(NamedTuple):
-    """Planes (B, C, H, W) that are the sum of parts, as a convolution leaves them to the operation that reads them first.
+    """Planes (B, C, H, W) as partial sums of a convolution, which the first operation that reads them adds up.
 
-    That one adds the parts up in their order and stores the sum, rounded, in `planes`, for all that read them afterwards.
+    That operation adds the parts in their order, rounds the sum once, and stores it in `planes` for all later readers.
     """
 
     parts: Tensor  # (S, B, C, H, W), float32: each part in the memory format of the planes
@@ -92,21 +95,21 @@ class PartialPlanes(NamedTuple):
 
 
 Convolved = Tensor | PartialPlanes
-"""The result of a convolution: planes (B, C, H, W), whole or, from a back end that cuts the sum, in parts."""
+"""Result of a convolution: planes (B, C, H, W), or parts of them from a back end that cuts the sum."""
 
 
 def planes_of(convolved: Convolved) -> Tensor:
-    """Return planes, or the memory of those that are in parts, which their first reader fills."""
+    """Return planes (B, C, H, W) as a tensor. For planes in parts it is the memory that their first reader fills."""
     return convolved.planes if isinstance(convolved, PartialPlanes) else convolved
 
 
 def vector_of(sums: Tensor | PartialSums) -> Tensor:
-    """Return a vector that may be given as partial sums, by plain torch."""
+    """Return `sums` as a vector (P,); partial sums are added up in plain torch."""
     return sums.vector() if isinstance(sums, PartialSums) else sums
 
 
 class PackedWeight(NamedTuple):
-    """A convolution's weight, with copies of it as a back end's products read them, rounded as they round."""
+    """A convolution's weight, with copies in the layouts and the precision that a back end's products read."""
 
     weight: Tensor  # (K, C, 3, 3)
     straight: Tensor  # (K, 3, 3, C)
@@ -123,27 +126,27 @@ def weight_of(weight: Weight) -> Tensor:
 
 
 class PackedParameters(NamedTuple):
-    """Parameters of a step, and perhaps a direction of them, as the step's products read them."""
+    """Parameters of a step as its products read them, and a direction of them if there is one."""
 
-    weights: tuple[Weight, ...]  # of the layers that were asked for
-    weights_dot: tuple[Weight, ...]  # none without a direction
+    weights: tuple[Weight, ...]  # of the layers that were asked for, in their order
+    weights_dot: tuple[Weight, ...]  # () without a direction
     direction: Tensor | None  # (P,): the direction times `scale`
     scale: Tensor | None  # (): a power of two; None for 1
 
 
 class WeightBytes(NamedTuple):
-    """Bytes that a convolution takes in a step beside its planes and its weight."""
+    """Bytes that a convolution takes in a step in addition to its planes and its weight."""
 
-    packed: int  # by copies of the weight
-    summands: int  # by the summands of the weight's gradient
-    copies: int = 0  # by the planes' copies that the weight's gradient is made of, while it is made
+    packed: int  # copies of the weight
+    summands: int  # summands of the weight's gradient
+    copies: int = 0  # copies of planes, while the weight's gradient is computed from them
     dual_copies: int = 0  # likewise, in a direction
-    parts: int = 0  # by the parts that the gradient to the input is left in, until it is read
-    dual_parts: int = 0  # likewise, with its derivative
+    parts: int = 0  # parts of the gradient to the input, until it is read
+    dual_parts: int = 0  # likewise, with the gradient's derivative
 
 
 class WeightPlace(NamedTuple):
-    """Say where a convolution's weight (filters, channels, 3, 3) lies in the flat vector of parameters."""
+    """Place of a convolution's weight (filters, channels, 3, 3) in the flat vector of parameters."""
 
     offset: int
     filters: int
@@ -151,12 +154,12 @@ class WeightPlace(NamedTuple):
 
 
 def plane_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
-    """Return the dtype of all that has pixels, and of what is multiplied with it, for images and parameters of `dtype`."""
+    """Return the dtype of planes, and of the factors of their products, for images and parameters of `dtype`."""
     return HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums over planes of `dtype`, of their statistics, of the parameters and their gradients."""
+    """Return the dtype of sums over planes of `dtype`: of their statistics, of parameters, and of gradients to parameters."""
     return torch.float32 if dtype in HALF_PRECISIONS.values() else dtype
 
 
@@ -175,11 +178,11 @@ WARP_PARAMETERS = (
     "left",
     "right",
 )
-"""Names of the parameters of one image in `colour_warp_mask`, in the order of the columns; all zeros are the identity."""
+"""Parameters of `colour_warp_mask` for one image, in the order of the columns. All zeros are the identity."""
 
 
 class ConvLayer(NamedTuple):
-    """A 3×3 convolution of (B, channels, height, width)."""
+    """Sizes of a 3×3 convolution of planes (B, channels, height, width)."""
 
     channels: int
     height: int
@@ -199,7 +202,7 @@ class ConvLayer(NamedTuple):
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """Return the format of `tensor` (B, C, H, W); channels_last where both fit. Raises `ValueError` if neither does."""
+    """Return the memory format of `tensor` (B, C, H, W): channels_last where both fit. Raises `ValueError` if neither fits."""
     for candidate in (torch.channels_last, torch.contiguous_format):
         if tensor.is_contiguous(memory_format=candidate):
             return candidate
@@ -208,6 +211,6 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     )
 
 
-def in_format_of(model: Tensor, tensor: Tensor) -> Tensor:
-    """Return `tensor` in the memory format of `model`, `tensor` itself if it has that format already."""
-    return tensor.contiguous(memory_format=memory_format(model))
+def in_format_of(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` in the memory format of `like`; it is copied only where its format is another."""
+    return tensor.contiguous(memory_format=memory_format(like))

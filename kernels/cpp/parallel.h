@@ -25,8 +25,9 @@ inline RunOnPool pool() {
 #endif
 }
 
-// Return how many blocks of so many additions and multiplications take one thread as long as it takes to start another:
-// work that is divided further is done no sooner, and much later where the other thread has to wait for a core.
+// Return how many blocks of `operations` additions and multiplications each keep one thread busy for as long as it
+// takes to start another. Work that is divided further is done no sooner, and much later where that thread has to wait
+// for a core.
 inline std::size_t grain_of(std::size_t operations) {
     constexpr std::size_t kOperations = 1 << 21;  // some 40 us
     return 1 + kOperations / operations;

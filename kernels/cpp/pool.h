@@ -41,7 +41,8 @@ class Pool {
     };
 
     // At least `size` bytes without a value: the smallest free block that is large enough, or a new one; a block that
-    // is far too large waits for its like. Of several the last that came back, which may still be in the cache.
+    // is far too large is left for a request of its size. Of several, the one that was given back last, which may still
+    // be in the cache.
     Block take(std::size_t size) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto smallest = free_.lower_bound(size);

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 struct WarpShape {
-    // An image is worked on as pixels of four channels, one vector, with zeros around it: a place outside is
-    // clamped to them, and nothing is tested.
+    // An image is stored as pixels of four channels, one vector each, with a border of zeros. A place outside is
+    // clamped to the border, so that no read needs a test.
     static constexpr std::size_t lanes = 4, margin = 2;
 
     std::size_t batch, channels, height, width;

@@ -67,7 +67,7 @@ NOT_IMPLEMENTED = frozenset(
         "pack_parameters",
     }
 )
-"""Operations that are left to their parts: on a CPU nothing is gained by doing them at once."""
+"""Operations without a native kernel: on a CPU nothing is gained by fusing their parts."""
 
 available = LOADED
 

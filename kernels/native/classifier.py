@@ -9,8 +9,8 @@ from ..types import LabelKind, in_format_of
 from .extension import extension
 
 # The products of the classifier are torch's: at a student's shapes its library comes close to the processor's peak.
-# Between the products lies one pass over the logits, which become the gradients to them. Planes of half the bytes, and the
-# scale that these need, are left to the reference.
+# Between the products lies one pass over the logits, which become the gradients to them. Planes of float16 and
+# bfloat16, and the scale that float16 needs, are left to the reference.
 
 
 def linear_cross_entropy(

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# Results of at least so many bytes take memory that the extension keeps from one call to the next (cpp/pool.h).
+# Results of at least this many bytes take memory that the extension keeps from one call to the next (cpp/pool.h).
 LARGE = 1 << 20
 
 
@@ -30,13 +30,13 @@ LOADED = _extension is not None
 
 
 def extension() -> ModuleType:
-    """Return the extension module, which must be there."""
+    """Return the extension module. Raises `AssertionError` where it is not installed, or turned off."""
     assert _extension is not None, "the native kernels are not installed"
     return _extension
 
 
 def allocate(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor without a value, contiguous, of the dtype of `like`."""
+    """Return an uninitialised contiguous tensor of `shape` and the dtype of `like`; large ones take the extension's memory."""
     size = math.prod(shape) * like.element_size()
     if size < LARGE:
         return torch.empty(shape, dtype=like.dtype)

@@ -1,7 +1,7 @@
-"""Allocate planes and their statistics, and show planes as the extension reads them: channels-last.
+"""Allocate planes and their statistics, and convert planes to the format that the extension reads: channels-last.
 
-The convolutions of torch's library are fastest in that format, and the channels are the lanes of the vector unit. A
-contiguous tensor is copied to it, and the results are copied back.
+Torch's own convolutions are fastest in that format, and neighbouring channels fill the lanes of the vector unit. A contiguous
+tensor is copied to it, and the results are copied back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def output_buffer(y: Tensor, reuse: bool) -> Tensor:
-    """Return the memory for the gradient to `y`: a pixel is read for the last time before its gradient is written."""
+    """Return memory for the gradient to `y`: with `reuse` that of `y`, if it is channels_last, and else new memory.
+
+    Kernels may write over `y`: they read a pixel for the last time before they write its gradient.
+    """
     if not (reuse and y.is_contiguous(memory_format=torch.channels_last)):
         return _empty(y, (y.shape[0], y.shape[1], y.shape[2], y.shape[3]))
     torch.autograd.graph.increment_version(y)
@@ -26,13 +29,13 @@ def output_buffer(y: Tensor, reuse: bool) -> Tensor:
 
 
 def empty_pooled(y: Tensor) -> Tensor:
-    """Allocate the pooled planes of `y`."""
+    """Allocate pooled planes (B, C, H//2, W//2) of `y` (B, C, H, W)."""
     batch, channels, height, width = y.shape
     return _empty(y, (batch, channels, height // 2, width // 2))
 
 
 def empty_grown(like: Tensor, channels: int, by: int) -> Tensor:
-    """Allocate planes of `channels` whose sides are those of `like` and `by` pixels more."""
+    """Allocate planes (B, channels, H + by, W + by) for `like` (B, C, H, W)."""
     batch, _, height, width = like.shape
     return _empty(like, (batch, channels, height + by, width + by))
 
@@ -43,6 +46,6 @@ def empty_stats(y: Tensor, count: int) -> list[Tensor]:
 
 
 def _empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Return a tensor without a value, channels_last, (B, C, H, W), of the dtype of `like`."""
+    """Return an uninitialised channels_last tensor (B, C, H, W) of the dtype of `like`."""
     batch, channels, height, width = shape
     return allocate(like, (batch, height, width, channels)).permute(0, 3, 1, 2)

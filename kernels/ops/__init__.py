@@ -1,4 +1,4 @@
-"""Offer the operations, by family: each checks its arguments and asks `dispatch` for an implementation.
+"""Offer the operations, by family. Each checks its arguments and asks `dispatch` for an implementation.
 
 The operations are not differentiable: the engine wraps them in an `autograd.Function`.
 """

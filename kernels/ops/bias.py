@@ -1,4 +1,4 @@
-"""Add a bias, take ReLU and pool 2×2, and the derivatives: a block's end without a norm."""
+"""Add a bias, take ReLU and pool 2×2, with derivatives: the end of a block without a norm."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def bias_relu_pool(y: Convolved, beta: Tensor) -> Tensor:
     """Return 2×2 averages of relu(y + β) (B, C, H//2, W//2): `norm_relu_pool` without the norm.
 
     `y` (B, C, H, W), contiguous or channels_last, as is the result; `beta` (C,). An odd last row or column is not pooled.
-    All of one floating dtype and device. What follows a convolution may be in parts, which are added up, as in `norm_relu_pool`.
-    Raises `ValueError` for anything else.
+    All of one floating dtype and device; if planes are float16 or bfloat16, β is float32. Planes from a convolution may be in
+    parts, which are added up, as in `norm_relu_pool`. Raises `ValueError` for anything else.
     """
     (y,) = add_planes(y)
     check_planes("bias_relu_pool", y, planes={"y": y}, channels={"beta": beta})
@@ -24,10 +24,10 @@ def bias_relu_pool(y: Convolved, beta: Tensor) -> Tensor:
 
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Convolved, *, reuse: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the gradient ȳ (B, C, H, W), and summands (S, C) of β̄, that follow from `p_bar` (B, C, H//2, W//2).
+    """Return the gradient ȳ (B, C, H, W) and summands (S, C) of β̄, given the gradient `p_bar` (B, C, H//2, W//2).
 
-    `y`, `beta` are those of `bias_relu_pool`. ReLU's derivative at 0 is 0. With `reuse`, `y` is needed no more, and ȳ may
-    take its memory. Raises `ValueError` as `bias_relu_pool` does.
+    `y` and `beta` are those of `bias_relu_pool`. ReLU's derivative at 0 is 0. With `reuse`, ȳ may be written over `y`.
+    Raises `ValueError` as `bias_relu_pool` does.
     """
     (p_bar,) = add_planes(p_bar)
     check_planes("bias_relu_pool_backward", y, {"y": y}, {"beta": beta}, pooled={"p_bar": p_bar})
@@ -46,10 +46,10 @@ def bias_relu_pool_dual(y: Convolved, y_dot: Convolved, beta: Tensor, beta_dot: 
 def bias_relu_pool_dual_backward(
     y: Tensor, beta: Tensor, p_bar: Convolved, p_bar_dot: Convolved, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ȳ, ȳ̇ (B, C, H, W), and summands (S, C) of β̄̇: the gradient to y, and the derivatives of the gradients.
+    """Return the gradient ȳ and its derivative ȳ̇ (B, C, H, W), and summands (S, C) of β̄̇, the derivative of the gradient to β.
 
-    `p_bar` (B, C, H//2, W//2) is the gradient and `p_bar_dot` its derivative; ẏ and β̇ do not matter, since the block is
-    linear between the kinks. With `reuse`, `y` is needed no more, and ȳ may take its memory.
+    `p_bar` (B, C, H//2, W//2) is the gradient to p and `p_bar_dot` its derivative. ẏ and β̇ have no effect, since the
+    operation is linear between ReLU's kinks. With `reuse`, ȳ may be written over `y`.
     Shapes, formats, errors: `bias_relu_pool`.
     """
     p_bar, p_bar_dot = add_planes(p_bar, p_bar_dot)

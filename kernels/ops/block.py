@@ -1,7 +1,8 @@
-"""Compute the first block, from images to pooled planes, and its derivatives, without the planes in between where a back end can.
+"""Compute the first block, from images to pooled planes, with derivatives.
 
-The block convolves 3×3, normalises each plane, scales, takes ReLU and pools 2×2. Images have no tangent: they do not move with
-the parameters. `dispatch.has_image_block` says which blocks a back end has kernels for; the reference computes the others.
+The block convolves 3×3, normalises each plane, scales, takes ReLU and pools 2×2. A back end that fuses these stores no planes
+in between: `dispatch.has_image_block` tells for which blocks, and the reference computes the others. Images have no
+derivative, since they do not depend on the parameters.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ def image_patches(
     index: Tensor | None = None,
     parameters: Tensor | None = None,
 ) -> Patches:
-    """Return what the first block takes of images `x` (B, C, H, W), float32 or float64, contiguous or channels_last.
+    """Return the patches of images `x` (B, C, H, W), float32 or float64, contiguous or channels_last, for the first block.
 
     With `index` (B,) int64 the images are those rows of `x` (n, C, H, W). With `parameters` (B, 13) `colour_warp_mask`
-    augments them, and `x` is contiguous. `padding` is the convolution's. The block's planes are of the images' dtype, but of
-    float32 images float16 or bfloat16 with fp16 or bf16.
-    Raises `ValueError` for anything else, and for images that a padded 3×3 convolution makes nothing to pool of; on an
-    accelerator, where nothing waits for the values, an index out of range is not noticed.
+    augments them, and `x` is contiguous. `padding` is that of the convolution. The block's planes have the images' dtype; with
+    fp16 or bf16, those of float32 images are float16 or bfloat16.
+    Raises `ValueError` for anything else, and for images too small to convolve and pool. On an accelerator an index out of
+    range is not noticed, since nothing waits for the values.
     """
     op = "image_patches"
     if x.dim() != 4 or padding < 0 or min(x.shape[:2]) < 1 or min(x.shape[2:]) + 2 * padding < 4:
@@ -51,7 +52,7 @@ def image_patches(
 def conv_norm_relu_pool(
     patches: Patches, weight: Tensor, affine: Affine, eps: float, precision: Precision = "fp32"
 ) -> tuple[Tensor, Folded | None]:
-    """Return p (B, K, H'//2, W'//2), channels_last, and what the backward takes.
+    """Return the pooled planes p (B, K, H'//2, W'//2), channels_last, and the folded norm that the backward takes.
 
     `weight` (K, C, 3, 3), `affine` (K,) each, float64 for float64 planes and else float32; H' = H + 2·padding − 2. `precision`
     is that of the patches. An odd last row or column counts in the statistics and is not pooled.
@@ -72,10 +73,10 @@ def conv_norm_relu_pool_backward(
     eps: float,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return summands of W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K). `folded` is what `conv_norm_relu_pool` returned of the same arguments.
+    """Return summands of the gradients W̄ (S, K, C, 3, 3), γ̄ and β̄ (S, K), given the gradient `p_bar`.
 
-    `p_bar` (B, K, H'//2, W'//2) is channels_last, of the planes' dtype, and perhaps in parts (`PartialPlanes`), which are added up.
-    Errors: `conv_norm_relu_pool`.
+    `p_bar` (B, K, H'//2, W'//2) is channels_last, of the planes' dtype, and may be in parts (`PartialPlanes`), which are
+    added up. `folded` is what `conv_norm_relu_pool` returned for the same arguments. Errors: `conv_norm_relu_pool`.
     """
     op = "conv_norm_relu_pool_backward"
     _check(op, patches, {"weight": weight}, affine._asdict(), {"p_bar": p_bar})
@@ -93,7 +94,10 @@ def conv_norm_relu_pool_dual(
     eps: float,
     precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor, Folded | None]:
-    """Return p, ṗ (B, K, H'//2, W'//2), and what the backward takes. Shapes, errors: `conv_norm_relu_pool`."""
+    """Return p and its derivative ṗ (B, K, H'//2, W'//2), and the folded norm that the backward takes.
+
+    Shapes, errors: `conv_norm_relu_pool`.
+    """
     op = "conv_norm_relu_pool_dual"
     _check(op, patches, {"weight": weight, "weight_dot": weight_dot}, with_dots(affine, affine_dot), {})
     implementation = _implementation(op, patches, weight, precision)
@@ -114,10 +118,11 @@ def conv_norm_relu_pool_dual_backward(
     precision: Precision = "fp32",
     divisors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K), of the parameters' dtype.
+    """Return the derivatives of the gradients: x̄̇ (B, C, H, W), contiguous, and summands of W̄̇ (S, K, C, 3, 3), γ̄̇, β̄̇ (S, K).
 
-    x̄̇, and nothing else, is divided by the `divisors`, at most two scalars () of that dtype, one after the other. `folded` is
-    what `conv_norm_relu_pool_dual` returned of the same arguments. `p_bar`, `p_bar_dot` and errors: `conv_norm_relu_pool_backward`.
+    All have the parameters' dtype. Only x̄̇ is divided by the `divisors`, at most two scalars () of that dtype, one after
+    the other. `folded` is what `conv_norm_relu_pool_dual` returned for the same arguments. `p_bar`, `p_bar_dot`, errors:
+    `conv_norm_relu_pool_backward`.
     """
     op = "conv_norm_relu_pool_dual_backward"
     weights, bars = {"weight": weight, "weight_dot": weight_dot}, {"p_bar": p_bar, "p_bar_dot": p_bar_dot}
@@ -135,16 +140,16 @@ def conv_norm_relu_pool_dual_backward(
 def _check(
     op: str, patches: Patches, weights: dict[str, Tensor], channels: dict[str, Tensor], pooled: dict[str, Convolved]
 ) -> None:
-    """Check parameters and pooled planes against the patches."""
-    batch, height, width, of_images = patches.images.shape
+    """Check parameters and pooled planes against the patches (B, H + 2·padding, W + 2·padding, C)."""
+    batch, height, width, image_channels = patches.images.shape
     weight, wide = weights["weight"], accumulator(patches.images.dtype)
-    if weight.dim() != 4 or len(weight) < 1 or weight.shape[1:] != (of_images, 3, 3):
-        raise ValueError(f"{op}: expected 3×3 weights of {of_images} channels, found {tuple(weight.shape)}")
+    if weight.dim() != 4 or len(weight) < 1 or weight.shape[1:] != (image_channels, 3, 3):
+        raise ValueError(f"{op}: expected 3×3 weights of {image_channels} channels, found {tuple(weight.shape)}")
     check_tensors(op, patches.images, weights, weight.shape, dtype=wide)
     check_tensors(op, patches.images, channels, (len(weight),), dtype=wide)
-    sides = (batch, len(weight), (height - 2) // 2, (width - 2) // 2)
+    pooled_shape = (batch, len(weight), (height - 2) // 2, (width - 2) // 2)
     bars = {name: planes_of(each) for name, each in pooled.items()}
-    check_tensors(op, patches.images, bars, sides, like_format=patches.images.permute(0, 3, 1, 2))
+    check_tensors(op, patches.images, bars, pooled_shape, like_format=patches.images.permute(0, 3, 1, 2))
     for name, each in pooled.items():
         check_parts(op, name, each)
 

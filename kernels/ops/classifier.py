@@ -1,4 +1,4 @@
-"""Classify linearly under cross-entropy, and the derivatives."""
+"""Compute the cross-entropy of a linear classifier, with derivatives."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from ..types import LabelKind
 def linear_cross_entropy(
     p: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_kind: LabelKind
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the mean cross-entropy () of a linear classifier of planes, its gradients p̄, Ā, c̄, and the factor `scale` of these.
+    """Return the mean cross-entropy () of a linear classifier of planes, its gradients p̄, Ā, c̄, and their factor `scale`.
 
-    `p` (B, C, h, w), contiguous or channels_last, float32, float64, float16 or bfloat16, as p̄ is; feature c·h·w + pixel has
-    column c·h·w + pixel of `weight` (K, C·h·w), contiguous, which with `bias` (K,), Ā, c̄ and the loss is float32, float64 for
-    such planes. `labels`: indices (B,) int64, or (B, K) of the weight's dtype: probabilities, which need not sum to one, or
-    logits, of which the softmax is taken. Planes of float16 have a narrow range, so then the three gradients are multiplied
-    with a power of two () that brings the largest magnitude in p̄ to at most `LARGEST_COTANGENT`, and over half of it, as
-    `pack_parameters` does for a direction; otherwise it is None and there is no factor.
+    `p` (B, C, h, w), contiguous or channels_last, float32, float64, float16 or bfloat16; p̄ is like `p`. Feature c·h·w + pixel
+    has that column of `weight` (K, C·h·w), contiguous. `weight`, `bias` (K,), Ā, c̄ and the loss are float64 for float64
+    planes and else float32. `labels` are indices (B,) int64, or (B, K) of the weight's dtype: probabilities, which need not
+    sum to one, or logits, of which the softmax is taken.
+
+    `scale` is None, and the gradients have no factor, unless planes are float16, whose range is narrow. Then the three
+    gradients are multiplied with `scale` (), the power of two that brings the largest magnitude in p̄ to at most
+    `LARGEST_COTANGENT` and over half of it, as `pack_parameters` does for a direction.
 
     Raises `ValueError` for anything else, and for an index that is no class; on an accelerator, where nothing waits for the
     values, such an index makes the loss NaN or fails as torch's own look-ups do.
@@ -42,12 +44,15 @@ def linear_cross_entropy_dual(
     scale: Tensor | None = None,
     direction_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the loss's derivative () in the direction of the dots, p̄, the derivatives p̄̇, Ā̇, c̄̇ of the gradients, and more.
+    """Return the loss's derivative () in the direction of the dots, p̄, p̄̇, Ā̇, c̄̇, the labels' derivative, and `scale`.
 
-    These are the derivative of the gradient to the labels (B, K), None for indices, and the factor `scale` of p̄, p̄̇, Ā̇ and c̄̇:
-    the one that is given for planes of float16, as one that an earlier p̄ has, else the power of two for p̄ and p̄̇ together.
-    `direction_scale` (), None for 1, is a power of two that the dots were multiplied with: it is taken out of the loss's and the
-    labels' derivatives, and the others keep it. Shapes, errors: `linear_cross_entropy`.
+    p̄ is the gradient to `p`, and p̄̇, Ā̇, c̄̇ are the derivatives of the gradients. The labels' derivative (B, K) is
+    that of the gradient to them, and None for indices.
+
+    `scale` is the factor of p̄, p̄̇, Ā̇ and c̄̇ for float16 planes. If it is given, because an earlier p̄ has it, it is kept; else
+    it is the power of two that suits p̄ and p̄̇ together. `direction_scale` (), None for 1, is a power of two that the dots
+    were multiplied with. The derivatives of the loss and of the labels' gradient are divided by it; the others keep it.
+    Shapes, errors: `linear_cross_entropy`.
     """
     scales = {"scale": scale, "direction_scale": direction_scale}
     weights, biases = [weight, weight_dot], [bias, bias_dot]

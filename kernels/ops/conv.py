@@ -1,4 +1,4 @@
-"""Convolve 3×3, and the derivatives that a step needs of it."""
+"""Convolve 3×3, with the derivatives that a step needs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..types import Convolved, PartialPlanes, Precision, Weight, planes_of
 
 
 def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
-    """Return planes (B, C, H, W) of one shape, dtype and format, each a tensor or in parts, which are added up and stored.
+    """Return planes as tensors (B, C, H, W): those in parts are added up, and the sum is stored.
 
-    Operations that take `Convolved` do so themselves: this is for whoever else reads the result of a convolution.
-    Raises `ValueError` for parts that are not float32 and like their planes.
+    All are of one shape, dtype and memory format. Operations that take `Convolved` add parts up themselves; this is for
+    other readers of a convolution's result. Raises `ValueError` for parts that are not float32, or not like their planes.
     """
     if not any(isinstance(each, PartialPlanes) for each in planes):
         return tuple(map(planes_of, planes))
@@ -26,16 +26,15 @@ def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
 
 
 def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision = "fp32") -> Convolved:
-    """Return W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`, or parts of which it is the sum.
+    """Return y = W∗x (B, K, H + 2·padding − 2, W + 2·padding − 2), in the memory format of `x`, or parts of it.
 
-    On a GPU the taps of a convolution of few samples are summed in parts. Operations that follow a convolution take
-    these as they are, and `add_planes` makes a tensor of either; so it is of all results here that have pixels.
+    `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous, or packed by `pack_parameters`. Stride 1,
+    and no bias: before an instance norm it has no effect, and elsewhere `bias_relu_pool` adds it. One floating dtype and
+    device; if planes are float16 or bfloat16, weights and their gradients are float32, here and below. `precision` is the
+    format to which float32 factors are rounded before they are multiplied; sums are float32, and float64 stays float64.
 
-    `x` (B, C, H, W), contiguous or channels_last; `weight` (K, C, 3, 3), contiguous, or packed by `pack_parameters`. Stride 1, and no bias: in front of
-    an instance norm it has no effect, and else `bias_relu_pool` adds it. One floating dtype and device; only if planes
-    are float16 or bfloat16, weights and their gradients are float32, here and below.
-    `precision` is the format that float32 factors are rounded to before they are multiplied; sums are float32, and float64
-    stays float64.
+    On a GPU the sum over the taps may be cut into parts where samples are few. So may all planes that the operations below
+    return. Operations that follow a convolution take parts as they are, and `add_planes` makes tensors of them.
     Raises `ValueError` for anything else.
     """
     check_convolution("conv3x3", padding, {"x": x}, {"weight": weight}, 1)
@@ -53,7 +52,7 @@ def conv3x3_input_gradient(y_bar: Tensor, weight: Weight, padding: int, precisio
 def conv3x3_weight_gradient(x: Tensor, y_bar: Tensor, padding: int, precision: Precision = "fp32") -> Tensor:
     """Return summands (S, K, C, 3, 3) of W̄ = ȳ ⋆ x from `y_bar`, the gradient to the result of `conv3x3`.
 
-    Their sum over S is left to `add_up`, as are those of all gradients to parameters.
+    `add_up` sums them over S, together with the summands of all other parameters' gradients.
     """
     check_correlation("conv3x3_weight_gradient", padding, {"x": x}, {"y_bar": y_bar})
     weight_bar: Tensor = dispatch.implementation_of("conv3x3_weight_gradient", x, precision)(x, y_bar, padding)
@@ -86,7 +85,7 @@ def conv3x3_tangent(
     padding: int,
     precision: Precision = "fp32",
 ) -> Convolved:
-    """Return ẏ of `conv3x3_dual` alone, where y is known."""
+    """Return the derivative ẏ of `conv3x3_dual` without y, for callers that have y already."""
     inputs = {"x": x} if x_dot is None else {"x": x, "x_dot": x_dot}
     check_convolution("conv3x3_tangent", padding, inputs, {"weight": weight, "weight_dot": weight_dot}, 1)
     y_dot: Convolved = dispatch.implementation_of("conv3x3_tangent", x, precision)(
@@ -119,7 +118,10 @@ def conv3x3_input_gradient_tangent(
     padding: int,
     precision: Precision = "fp32",
 ) -> Convolved:
-    """Return x̄̇ of `conv3x3_dual_input_gradient` alone, where x̄ is known or, below the first layer, of no use."""
+    """Return the derivative x̄̇ of `conv3x3_dual_input_gradient` without x̄.
+
+    It is for callers that have x̄ already, or, as in the first layer, do not need it.
+    """
     weights = {"weight": weight, "weight_dot": weight_dot}
     check_convolution("conv3x3_input_gradient_tangent", padding, {"y_bar": y_bar, "y_bar_dot": y_bar_dot}, weights, 0)
     implementation = dispatch.implementation_of("conv3x3_input_gradient_tangent", y_bar, precision)

@@ -1,4 +1,4 @@
-"""Step along flat vectors, measure their distance and their range, and add rows to rows."""
+"""Take steps along flat vectors of parameters, measure their distance, lay out weights, and add rows to rows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..types import PackedParameters, PartialSums, Precision, WeightPlace
 
 
 def add_up(sums: PartialSums) -> Tensor:
-    """Return the vector (P,) whose partial sums are given, less their factors.
+    """Return the vector (P,) of partial sums, divided by their factors.
 
-    Each piece (S, …), of one floating dtype and device, is contiguous but for its first axis, or, of weights (S, K, C, 3, 3),
-    channels_last so. Raises `ValueError` for anything else.
+    The pieces (S, …) are of one floating dtype and device. Each summand is contiguous, or, of weights (S, K, C, 3, 3),
+    channels_last. Raises `ValueError` for anything else.
     """
     check_partial_sums("add_up", "sums", sums, sums.pieces[0])
     vector: Tensor = dispatch.implementation_of("add_up", sums.pieces[0])(sums)
@@ -35,9 +35,9 @@ def sgd_step(
 ) -> Tensor:
     """Write θ − `rate` · u to `out` and return it, with u = `momentum` · `velocity` + `gradient` + `weight_decay` · θ.
 
-    That is a step of torch.optim.SGD; u is the new velocity, and goes to `velocity_out` if given. No `velocity` stands
-    for zero. `theta` and the other vectors (P,), contiguous, `rate` (), all of one floating dtype and device. `out` may
-    be `theta` itself, and `velocity_out` `velocity`. `gradient` may be left as partial sums: see `add_up`.
+    That is a step of torch.optim.SGD. The new velocity u is written to `velocity_out` if there is one, and no `velocity`
+    stands for zero. `theta` and the other vectors (P,), contiguous, and `rate` () are of one floating dtype and device.
+    `out` may be `theta`, and `velocity_out` may be `velocity`. `gradient` may be partial sums, as `add_up` takes them.
     Raises `ValueError` for anything else.
     """
     vectors = {"theta": theta, "gradient": gradient, "out": out, "velocity": velocity, "velocity_out": velocity_out}
@@ -57,9 +57,9 @@ def adjoint_step(
 ) -> Tensor:
     """Write λ + `scale` · (H v + `weight_decay` · v) + `incoming` to `out` and return it: the adjoint of `sgd_step`.
 
-    λ is `adjoint`, the adjoint of the parameters after the step, v the `direction`. No `incoming` stands for zero. `adjoint`
-    and the other vectors (P,), contiguous, `scale` (), all of one floating dtype and device. `out` may be any of the
-    arguments. `hessian_v` may be left as partial sums: see `add_up`. Raises `ValueError` for anything else.
+    λ is `adjoint`, the adjoint of the parameters after the step, and v is `direction`. No `incoming` stands for zero. `adjoint`
+    and the other vectors (P,), contiguous, and `scale` () are of one floating dtype and device. `out` may be any of them.
+    `hessian_v` may be partial sums, as `add_up` takes them. Raises `ValueError` for anything else.
     """
     vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
     check_vectors("adjoint_step", vectors, {"scale": scale})
@@ -107,13 +107,13 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> T
 def pack_parameters(
     theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float = 1.0
 ) -> PackedParameters:
-    """Return what a step's products read of parameters `theta` (P,), and of a `direction` (P,) of them if there is one.
+    """Return parameters `theta` (P,), and a `direction` (P,) of them if there is one, as a step's products read them.
 
-    The weights at `places` are laid out as products read them, in the dtype that they have there, for planes of the dtype that
-    `precision` means. Where these are float16, the direction has a factor: the power of two by which its largest magnitude
-    becomes at most `largest`, a power of two itself, and over half of it. The exponent of a magnitude counts as at most 60,
-    so that the product of two such factors is a float32; where all numbers are zero, or one is not finite, the factor is 1.
-    The vectors are contiguous, of one of float32 and float64, on one device. Raises `ValueError` for anything else.
+    The weights at `places` are laid out, and rounded, for products with planes of the dtype that `precision` stands for. If
+    that is float16, the direction is multiplied with a power of two that brings its largest magnitude to at most `largest`,
+    a power of two itself, and over half of it. The exponent of a magnitude counts as at most 60, so that the product of two
+    such factors is a float32. The factor is 1 if all numbers are zero, or one is not finite. The vectors are contiguous,
+    float32 or float64, on one device. Raises `ValueError` for anything else.
     """
     if theta.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"pack_parameters: expected float32 or float64, found {theta.dtype}")

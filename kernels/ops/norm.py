@@ -1,4 +1,4 @@
-"""Normalise each plane, take ReLU and pool 2×2, and the derivatives: the end of a block with an instance norm."""
+"""Normalise each plane, take ReLU and pool 2×2, with derivatives: the end of a block with an instance norm."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Te
 
     `y` (B, C, H, W), contiguous or channels_last, as is p (B, C, H//2, W//2); γ, β (C,) are `affine`; mean, rstd (B, C).
     rstd is 1/√(variance + eps). An odd last row or column counts in the statistics and is not pooled.
-    What follows a convolution may be in parts (`PartialPlanes`), here y: they are added up, and `planes_of` is filled.
-    All of one floating dtype and device; only if planes are float16 or bfloat16, statistics, γ and β are float32.
-    Raises `ValueError` for anything else.
+
+    Planes from a convolution, here y, may be in parts (`PartialPlanes`): they are added up, and the sum is stored in the
+    tensor that `planes_of` returns. All of one floating dtype and device; if planes are float16 or bfloat16, the statistics,
+    γ and β are float32. Raises `ValueError` for anything else.
     """
     check_planes("norm_relu_pool", planes_of(y), planes={"y": y}, channels=affine._asdict())
     implementation = dispatch.implementation_of("norm_relu_pool", planes_of(y))
@@ -27,10 +28,10 @@ def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Te
 def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Convolved, *, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient ȳ (B, C, H, W), and summands (S, C) of γ̄ and β̄, that follow from `p_bar` (B, C, H//2, W//2).
+    """Return the gradient ȳ (B, C, H, W) and summands (S, C) of γ̄ and β̄, given the gradient `p_bar` (B, C, H//2, W//2).
 
-    The other arguments are those and the results of `norm_relu_pool`; `p_bar` may be in parts. ReLU's derivative at 0 is 0.
-    With `reuse`, `y` is needed no more, and ȳ may take the memory of `y`. Raises `ValueError` as `norm_relu_pool` does.
+    The other arguments are the arguments and the results of `norm_relu_pool`. `p_bar` may be in parts. ReLU's derivative
+    at 0 is 0. With `reuse`, ȳ may be written over `y`. Raises `ValueError` as `norm_relu_pool` does.
     """
     op, stats = "norm_relu_pool_backward", {"mean": mean, "rstd": rstd}
     check_planes(op, y, {"y": y}, affine._asdict(), stats, {"p_bar": p_bar})
@@ -42,9 +43,9 @@ def norm_relu_pool_backward(
 def norm_relu_pool_dual(
     y: Convolved, y_dot: Convolved, affine: Affine, affine_dot: Affine, eps: float
 ) -> tuple[Tensor, Tensor, PlaneStats]:
-    """Return p, its derivative ṗ in the direction (`y_dot`, `affine_dot`), and the statistics of the planes.
+    """Return p, its derivative ṗ in the direction (`y_dot`, `affine_dot`), and the statistics that the backward takes.
 
-    `norm_relu_pool_dual_backward` takes the statistics. `y` and `y_dot` may be in parts. Shapes, formats, errors: `norm_relu_pool`.
+    `y` and `y_dot` may be in parts. Shapes, formats, errors: `norm_relu_pool`.
     """
     op = "norm_relu_pool_dual"
     check_planes(op, planes_of(y), {"y": y, "y_dot": y_dot}, with_dots(affine, affine_dot))
@@ -64,11 +65,11 @@ def norm_relu_pool_dual_backward(
     *,
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ȳ, ȳ̇ (B, C, H, W), and summands (S, C) of γ̄̇, β̄̇: the gradient to y, and the derivatives of the gradients.
+    """Return the gradient ȳ and its derivative ȳ̇ (B, C, H, W), and summands (S, C) of γ̄̇ and β̄̇.
 
-    The arguments are those and the statistics of `norm_relu_pool_dual`, the gradient `p_bar` (B, C, H//2, W//2) and its
-    derivative `p_bar_dot`, either perhaps in parts. With `reuse`, `y` and `y_dot` are needed no more, and the results may take their memory.
-    Shapes, formats, errors: `norm_relu_pool`.
+    The arguments are those of `norm_relu_pool_dual`, the statistics that it returned, and the gradient `p_bar`
+    (B, C, H//2, W//2) with its derivative `p_bar_dot`, each perhaps in parts. With `reuse`, ȳ and ȳ̇ may be written over `y`
+    and `y_dot`. Shapes, formats, errors: `norm_relu_pool`.
     """
     op = "norm_relu_pool_dual_backward"
     check_planes(
@@ -87,5 +88,5 @@ def norm_relu_pool_dual_backward(
 
 
 def with_dots(affine: Affine, affine_dot: Affine) -> dict[str, Tensor]:
-    """Return γ, β and their derivatives by the names that error messages give them."""
+    """Return γ, β and their derivatives, by the names that error messages have for them."""
     return affine._asdict() | {f"{name}_dot": value for name, value in affine_dot._asdict().items()}

@@ -1,4 +1,4 @@
-"""Move the colours and the pixels of images and mask them, and the transpose."""
+"""Change the colours of images, warp them and mask them, and apply the transpose of that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..checks import check_index, check_tensors, check_warp, check_warp_paramete
 
 
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
-    """Return y = A x + b of each image x: its colours moved, then its pixels, then a rectangle of it set to zero.
+    """Return y = A x + b of each image x: its colours changed, then its pixels moved, then a rectangle set to zero.
 
     `images` (B, C, H, W), contiguous, of any floating dtype; `parameters` (B, 13), float64 for float64 images and else
     float32, with the columns `WARP_PARAMETERS`. All are distances from the identity: zeros leave an image as it is. In
@@ -21,7 +21,7 @@ def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
       image, ((H − 1)/2, (W − 1)/2), and all are pixels; outside the image are zeros. Whole displacements are exact.
     - mask: rows top … bottom − 1 of columns left … right − 1 are zero.
 
-    The warp must have an inverse; its singular parameters are found out on a CPU alone, where it costs no wait.
+    The warp must have an inverse. That is checked on a CPU alone, where it costs no wait for the device.
     Raises `ValueError` for anything else, and for a tensor that requires grad.
     """
     check_warp("colour_warp_mask", "images", images, parameters)
@@ -32,9 +32,9 @@ def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
 def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     """Return x̄ = Aᵀ ȳ (B, C, H, W), the gradient to the images from `y_bar`, that to the result of `colour_warp_mask`.
 
-    Shapes, dtypes, errors: `colour_warp_mask`. On a GPU each pixel looks among the targets of the inverse's reach: with
-    r the largest sum of magnitudes in a row of the inverse, at most ⌈2r⌉² pixels, 3 × 3 for turns by at most 15 degrees
-    of square images and for scales of at least 1/1.2.
+    Shapes, dtypes, errors: `colour_warp_mask`. On a GPU each pixel of x̄ searches the pixels of ȳ that may
+    have read it: at most ⌈2r⌉², with r the largest sum of magnitudes in a row of the inverse warp. That is 3 × 3 for
+    rotations of square images by at most 15 degrees, and for scales of at least 1/1.2.
     """
     check_warp("colour_warp_mask_transpose", "y_bar", y_bar, parameters)
     x_bar: Tensor = dispatch.implementation_of("colour_warp_mask_transpose", y_bar)(y_bar, parameters)

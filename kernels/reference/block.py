@@ -1,4 +1,4 @@
-"""Compute the first block, from images to pooled planes, and its derivatives in plain torch: one part after the other."""
+"""Compute the first block, from images to pooled planes, and its derivatives in plain torch, one operation at a time."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .norm import norm_relu_pool, norm_relu_pool_backward, norm_relu_pool_dual, 
 from .warp import colour_warp_mask
 
 PROBES = 256
+"""Pixels of which the mean is subtracted from a channel: near zero, less is lost to rounding."""
 
 
 def image_patches(
@@ -29,7 +30,7 @@ def image_patches(
     index: Tensor | None = None,
     parameters: Tensor | None = None,
 ) -> Patches:
-    """Return the patches of images (n, C, H, W), gathered and augmented, whose shift is the mean of PROBES pixels."""
+    """Return the patches of images (n, C, H, W), gathered and augmented, less the mean of PROBES pixels of each channel."""
     if index is not None:
         x = x[index]
     if parameters is not None:

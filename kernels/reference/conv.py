@@ -15,7 +15,7 @@ from .planes import planes_like, widened
 
 
 def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
-    """Return planes (B, C, H, W), those in parts added up in the order of the parts and rounded once, and stored."""
+    """Return planes (B, C, H, W) as tensors. Parts are added up in their order, and the sum is rounded once and stored."""
     for each in planes:
         if isinstance(each, PartialPlanes):
             total = torch.zeros_like(each.parts[0])
@@ -95,8 +95,9 @@ def conv3x3_dual_weight_gradient(
 
 
 def rounded(factor: Tensor, precision: Precision) -> Tensor:
-    """Return `factor` as a tensor core takes it: tf32 and fp16 keep 10 bits of a float32's mantissa, bf16
-    seven, ties to even; fp16 has five bits of exponent.
+    """Return a float32 `factor` rounded to `precision` as tensor cores round it, ties to even; others are returned as they are.
+
+    tf32 and fp16 keep 10 bits of the mantissa, bf16 seven. fp16 has five bits of exponent.
     """
     if factor.dtype != torch.float32 or precision == "fp32":
         return factor

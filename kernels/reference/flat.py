@@ -1,4 +1,4 @@
-"""Compute the steps along flat vectors, their distance and range, and the sum of rows in plain torch."""
+"""Compute steps along flat vectors, their distance, weights in them, and sums of rows, in plain torch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def power_of_two(largest: float, a: Tensor, b: Tensor | None = None) -> Tensor:
 def pack_parameters(
     theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float
 ) -> PackedParameters:
-    """Return views of the weights (K, C, 3, 3) in `theta` (P,) and in the direction, which fp16 has scaled."""
+    """Return views of the weights (K, C, 3, 3) in `theta` (P,) and in the direction, which is scaled for fp16."""
     scale = None
     if direction is not None and HALF_PRECISIONS.get(precision) == torch.float16 and theta.dtype == torch.float32:
         scale = power_of_two(largest, direction)

@@ -22,7 +22,7 @@ def norm_relu_pool(y: Tensor, affine: Affine, eps: float) -> tuple[Tensor, Tenso
 def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ȳ (B, C, H, W), γ̄, β̄ (B, C), a summand of each sample. `p_bar`: (B, C, H//2, W//2). `reuse` is a permission not taken."""
+    """Return ȳ (B, C, H, W), γ̄, β̄ (B, C), a summand of each sample. `p_bar`: (B, C, H//2, W//2). `reuse` is ignored."""
     gamma, beta = affine
     h = _normalised(y, mean, rstd)
     u_bar = unpool(p_bar, y) * (h * per_channel(gamma) + per_channel(beta) > 0)

@@ -1,4 +1,4 @@
-"""Pool planes, spread them again, and shape statistics and parameters to broadcast over planes."""
+"""Pool planes and spread gradients back, and reshape statistics and parameters so that they broadcast over planes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ def pool(z: Tensor, y: Tensor) -> Tensor:
 
 
 def unpool(p_bar: Tensor, y: Tensor) -> Tensor:
-    """Spread each quarter of `p_bar` over its four pixels; an odd last row or column took no part in the pool."""
+    """Return the gradient to planes like `y` from `p_bar`, that to their 2×2 means (B, C, H//2, W//2).
+
+    An odd last row or column, which no mean has in it, gets zeros.
+    """
     height, width = p_bar.shape[2:]
     spread = torch.zeros_like(y, dtype=accumulator(y.dtype))
     spread[:, :, : 2 * height, : 2 * width] = widened(p_bar).repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
@@ -42,6 +45,6 @@ def widened(planes: Tensor) -> Tensor:
     return planes.to(accumulator(planes.dtype))
 
 
-def planes_like(model: Tensor, planes: Tensor) -> Tensor:
-    """Return `planes` in the dtype and memory format of `model`."""
-    return in_format_of(model, planes.to(model.dtype))
+def planes_like(like: Tensor, planes: Tensor) -> Tensor:
+    """Return `planes` in the dtype and memory format of `like`."""
+    return in_format_of(like, planes.to(like.dtype))

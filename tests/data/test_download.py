@@ -5,13 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
-import importlib.util
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -19,6 +16,7 @@ from mtt_fast.data import cifar, mnist
 from mtt_fast.data.download import fetch
 from mtt_fast.data.packing import packed
 from mtt_fast.errors import InputError
+from tests.data import cifar_files, test_mnist
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -116,22 +114,10 @@ def test_a_failed_download_keeps_the_file_before_it(server: str, tmp_path: Path)
     assert (tmp_path / "a.bin").read_bytes() == b"old"
 
 
-def other_test(name: str) -> ModuleType:
-    """Import a neighbouring test module, for its fabricated files."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_cifar_is_fetched_once_and_read(
     server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = other_test("test_cifar")
-    archive = made.archived(made.python_folder(tmp_path / "made", "CIFAR10"))
+    archive = cifar_files.archived(cifar_files.python_folder(tmp_path / "made", "CIFAR10"))
     files[archive.name] = archive.read_bytes()
     home = tmp_path / "data"
     with pytest.raises(InputError, match="expected the checksum"):
@@ -140,7 +126,7 @@ def test_cifar_is_fetched_once_and_read(
     spec = replace(cifar.SPECS["CIFAR10"], md5=md5(files[archive.name]))
     monkeypatch.setitem(cifar.SPECS, "CIFAR10", spec)
     source = cifar.source("CIFAR10", home, None, download=True, progress=False, url=server)
-    made.check(packed(source, home / "packed", progress=False), "CIFAR10")
+    cifar_files.check(packed(source, home / "packed", progress=False), "CIFAR10")
     files.clear()
     again = cifar.source("CIFAR10", home, None, download=True, progress=False, url=server)
     assert again.key == source.key
@@ -149,8 +135,7 @@ def test_cifar_is_fetched_once_and_read(
 def test_mnist_is_fetched_and_only_what_is_missing(
     server: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = other_test("test_mnist")
-    for path in made.files(tmp_path / "made").iterdir():
+    for path in test_mnist.files(tmp_path / "made").iterdir():
         files[f"{path.name}.gz"] = gzip.compress(path.read_bytes())
     a, b, c, d = (md5(files[f"{name}.gz"]) for name in mnist.FILES)
     monkeypatch.setitem(mnist.SPECS, "MNIST", replace(mnist.SPECS["MNIST"], md5=(a, b, c, d)))
@@ -158,4 +143,4 @@ def test_mnist_is_fetched_and_only_what_is_missing(
     raw.mkdir(parents=True)
     (raw / f"{mnist.FILES[0]}.gz").write_bytes(files.pop(f"{mnist.FILES[0]}.gz"))  # which the server now lacks
     source = mnist.source("MNIST", tmp_path / "data", download=True, progress=False, url=server)
-    made.check(packed(source, tmp_path / "data" / "packed", progress=False))
+    test_mnist.check(packed(source, tmp_path / "data" / "packed", progress=False))

@@ -1,11 +1,9 @@
-"""Test the distillation end to end on the embedded digits at toy size: files, stops, continuations, mistakes."""
+"""Test the distillation end to end on the embedded digits at toy size: files, stops, continuations."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,33 +17,13 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from mtt_fast import InputError, SyntheticDataset, TrajectoryStore
-from mtt_fast.commands import cli, parsing
-from mtt_fast.distill.command import main
-from mtt_fast.distill.options import DistillOptions, parse_options
+from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
-
-TOY = (
-    "--dataset digits --model ConvNetD1W4 --num_experts 2 --train_epochs 3 --max_start_epoch 2 --expert_epochs 1 "
-    "--syn_steps 3 --Iteration 6 --eval_it 3 --num_eval 2 --epoch_eval_train 2 --batch_real 512 --lr_img 10 "
-    "--save_seconds 0"
-).split()
-
-
-def run(*arguments: str) -> int:
-    return cli.run(main, arguments)
-
-
-def images_of(folder: Path) -> torch.Tensor:
-    return SyntheticDataset.load(folder / "synthetic.safetensors").images
-
-
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from tests.distill.command_runs import TOY, images_of, metrics_of, run
 
 
 def test_a_run_leaves_its_files(experts: list[str], tmp_path: Path) -> None:
@@ -225,149 +203,6 @@ def test_student_batches_are_the_public_codes() -> None:
     for begin in (0, 3):
         assert sorted(torch.cat(batches[begin : begin + 3]).tolist()) == list(range(10))
     assert [len(batch) for batch in student_batches(10, None, 2, torch.Generator())] == [10, 10]
-
-
-def test_options_come_from_the_recipe_then_the_file_then_the_flags(tmp_path: Path) -> None:
-    config = tmp_path / "mine.toml"
-    config.write_text("lr_img = 5\nsyn-steps = 7\n".replace("-", "_"))
-    options = parse_options(["--recipe", "digits", "--config", str(config), "--syn-steps", "9"])
-    assert (options.dataset, options.lr_img, options.syn_steps) == ("digits", 5, 9)
-    config.write_text('recipe = "quick-digits-datm"\nlr_y = 3\n')
-    named = parse_options(["--config", str(config)])
-    assert (named.recipe, named.lr_y, named.label_init) == ("quick-digits-datm", 3, "experts")
-    public = parse_options(["--dataset", "CIFAR10"])  # the public code's defaults
-    assert (public.recipe, public.syn_steps, public.lr_img, public.max_start_epoch) == (None, 20, 1000.0, 25)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "--device cpu",
-        "--out elsewhere",
-        "--out elsewhere --dry_run",
-        "--ipc 2 --lr_img 7",
-        "--config mine.toml",
-        "--config out.toml",
-        "--config mine.toml --out elsewhere --model ConvNetD1W4",
-    ],
-)
-def test_without_a_data_set_it_is_the_digits_recipe(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.toml").write_text("syn_steps = 7\nnum_eval = 2\n")
-    Path("out.toml").write_text('out = "elsewhere"\n')
-    options, recipe = parse_options(words.split()), parse_options(["--recipe", "digits"])
-    given = {"device", "out", "dry_run", "ipc", "lr_img", "config", "model"} & parsing.given(
-        DistillOptions, words.split()
-    )
-    given |= {"syn_steps", "num_eval"} if "mine.toml" in words else {"out"} if "out.toml" in words else set()
-    assert options == dataclasses.replace(recipe, **{name: getattr(options, name) for name in given})
-    assert options.recipe == "digits"
-
-
-@pytest.mark.parametrize(
-    "words", ["--dataset digits --out elsewhere", "--config mine.toml", "--config mine.toml --ipc 2"]
-)
-def test_with_a_data_set_it_is_no_recipe(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.toml").write_text('dataset = "digits"\n')
-    options = parse_options(words.split())
-    assert (options.recipe, options.dataset, options.syn_steps, options.lr_img) == (None, "digits", 20, 1000.0)
-
-
-@pytest.mark.parametrize("words", ["--out run --resume", "--config mine.toml --resume"])
-def test_a_run_goes_on_with_its_own_options(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.toml").write_text('out = "run"\n')
-    Path("run").mkdir()
-    Path("run/config.toml").write_text('dataset = "MNIST"\nsyn_steps = 3\n')
-    options = parse_options(words.split())
-    assert (options.recipe, options.dataset, options.syn_steps, options.lr_img) == (None, "MNIST", 3, 1000.0)
-    assert (options.resume, options.folder()) == (True, Path("run"))
-
-
-def test_what_is_to_be_resumed_is_named() -> None:
-    with pytest.raises(
-        InputError, match="--resume: expected the run's folder with --out, or its --recipe, found neither"
-    ):
-        parse_options("--dataset digits --resume".split())
-
-
-MISTAKES = [
-    pytest.param(["--recipe", "digit"], r"no such recipe \(did you mean digits\?\)", id="recipe"),
-    pytest.param(["--syn_stepz", "3"], r"unknown option \(did you mean --syn_steps\?\)", id="flag"),
-    pytest.param(["--dataset", "CIFAR11"], r"CIFAR11", id="data-set"),
-    pytest.param(["--data_path", "nowhere", "--dataset", "CIFAR10"], r"nowhere", id="no-data"),
-    pytest.param(["--batch_syn", "11"], r"--batch_syn 11: expected at most the 10 synthetic images", id="batch"),
-    pytest.param(["--max_start_epoch", "3"], r"--max_start_epoch.*epoch 4", id="beyond-the-experts"),
-    pytest.param(["--model", "ConvNetD9"], r"depth 9", id="too-deep"),
-    pytest.param(["--ipc", "5000"], r"ipc 5000: class 0 has only", id="too-many"),
-    pytest.param(["--Iteration", "-1"], r"--Iteration -1: expected at least 0", id="negative"),
-    pytest.param(["--lr_teacher", "0"], r"--lr_teacher 0.0: expected more than 0", id="rate"),
-    pytest.param(["--memory_budget", "much"], r"--memory_budget much: expected a number of bytes", id="budget-text"),
-    pytest.param(["--memory_budget", "1KiB"], r"memory budget 1KiB: expected at least", id="budget"),
-    pytest.param(["--dsa_strategy", "blur"], r"--dsa_strategy blur", id="augmentation"),
-    pytest.param(["--networks_at_once", "0"], r"--networks_at_once 0: expected at least 1", id="networks-at-once"),
-    pytest.param(["--device", "cuda:99"], r"--device cuda:99", id="device"),
-    pytest.param(["--device", "toaster"], r"--device toaster", id="no-device"),
-    pytest.param(["--config", "missing.toml"], r"missing.toml: cannot be read", id="config"),
-    pytest.param(["--resume"], r"there is no run in", id="nothing-to-resume"),
-]
-
-
-@pytest.mark.parametrize(("flags", "message"), MISTAKES)
-def test_mistakes_are_told_in_one_line(
-    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    out = tmp_path / "run"
-    assert run(*TOY, *experts, "--out", str(out), *flags) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert re.search(message, error)
-    assert not (out / "summary.json").exists()
-
-
-WASTED = [
-    (["--ipc", "200"], "--ipc 200: class 0 has only 143 real images of the 200 that each begins with"),
-    (["--ipc", "40", "--texture"], "--ipc 40, --canvas_size 2: class 0 has only 143 real images of the 160"),
-    (["--num_interpolation", "5"], "--num_interpolation 5: expected from 2 waypoints (the ends) to the 4 recorded"),
-    (["--max_start_epoch", "3"], "--max_start_epoch 3 + --expert_epochs 1: experts of --train_epochs 3 end before"),
-    (["--batch_syn", "11"], "--batch_syn 11: expected at most the 10 synthetic images"),
-    (
-        ["--eval_mode", "M"],
-        "VGG11: nothing is left of images (1, 8, 8); use larger images, or another --model, --models or --eval_mode",
-    ),
-]
-
-
-@pytest.mark.parametrize(("flags", "message"), WASTED)
-def test_no_expert_is_trained_for_a_run_that_cannot_be(
-    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    arguments = [*TOY, *experts, *flags, "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
-    assert run(*arguments) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-    if "--ipc" not in flags:  # how many images there are of a class is not known without them
-        assert run(*arguments, "--dry_run") == 2
-        assert message in capsys.readouterr().err
-
-
-def test_a_dry_run_refuses_what_the_run_would(
-    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = [*TOY, *experts, "--out", str(tmp_path / "run")]
-    assert run(*flags) == 0
-    for other, message in (
-        (["--ema_decay", "0.9"], "holds a run without --ema_decay, not with --ema_decay 0.9; choose another --out"),
-        (["--zca"], "holds a run without --zca, not with --zca"),
-        (["--out", "new", "--rho_max", "0.1"], "trained with rho_max 0.0, not 0.1; choose another --buf"),
-        (["--out", "new", "--max_start_epoch", "3"], "reach epoch 4, but the expert ends at epoch 3"),
-    ):
-        assert run(*flags, *other, "--dry_run") == 2
-        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

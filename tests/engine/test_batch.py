@@ -54,12 +54,12 @@ def test_both_kinds_of_batches_take_gradients_back_alike(operation: str | None) 
     by_autograd = AugmentedBatch.of(
         IMAGES, INDEX, lambda rows: rows if augment is None else augment(rows, draws), torch.float64, tracked=True
     )
-    found, expected = torch.zeros_like(IMAGES), torch.zeros_like(IMAGES)
-    batch.add_gradient(found, bars, factor)
+    actual, expected = torch.zeros_like(IMAGES), torch.zeros_like(IMAGES)
+    batch.add_gradient(actual, bars, factor)
     by_autograd.add_gradient(expected, bars, factor)
-    assert torch.equal(found, expected)
-    assert found[4].any()
-    assert not found[[1, 2, 3]].any()
+    assert torch.equal(actual, expected)
+    assert actual[4].any()
+    assert not actual[[1, 2, 3]].any()
 
 
 def test_which_batches_a_student_gathers() -> None:
@@ -107,12 +107,12 @@ def test_an_unroll_gathers_and_augments_as_autograd_does(net: Any, microbatch: i
         start, rate = theta.clone().requires_grad_(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         path = unroll(net, start, images, labels, rate, batches, augment, microbatch, draws=draws)
         loss = matching_loss(path[-1], theta, theta + 1) + path[1].square().sum()
-        wanted = [start, rate, *([images] if images.requires_grad else [])]
-        return [loss.detach(), *torch.autograd.grad(loss, wanted)]
+        inputs = [start, rate, *([images] if images.requires_grad else [])]
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
     of_functions = Augmentation(augment.draw, augment)
     learned = IMAGES.clone().requires_grad_()
-    for found, expected in zip(gradients(augment, learned), gradients(of_functions, learned), strict=True):
-        assert torch.equal(found, expected)
-    for found, expected in zip(gradients(augment, IMAGES), gradients(augment, learned), strict=False):
-        assert_close("without a gradient to the images", found, expected, 1e-15)
+    for actual, expected in zip(gradients(augment, learned), gradients(of_functions, learned), strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(gradients(augment, IMAGES), gradients(augment, learned), strict=False):
+        assert_close("without a gradient to the images", actual, expected, 1e-15)

@@ -45,7 +45,7 @@ class Distilled(nn.Module):
 Loss = Callable[[Distilled], Tensor]
 
 
-def ours(distilled: Distilled) -> Tensor:
+def loss_of_unroll(distilled: Distilled) -> Tensor:
     rows = unroll(NETWORK, START, distilled.images, distilled.labels, distilled.lr, BATCHES, label_kind="logits")
     return matching_loss(rows[-1], START, TARGET)
 
@@ -123,9 +123,9 @@ def by_moving_average(distilled: Distilled, loss: Loss) -> nn.Module:
 def test_an_optimiser_of_torch_ends_where_it_does_by_whole_graph_autograd(
     optimise: Callable[[Distilled, Loss], nn.Module],
 ) -> None:
-    found, expected = optimise(Distilled(), ours), optimise(Distilled(), plain)
+    actual, expected = optimise(Distilled(), loss_of_unroll), optimise(Distilled(), plain)
     for (name, value), wanted, before in zip(
-        found.named_parameters(), expected.parameters(), Distilled().parameters(), strict=True
+        actual.named_parameters(), expected.parameters(), Distilled().parameters(), strict=True
     ):
         assert_close(name, value - before, wanted - before, 1e-8)
 
@@ -136,29 +136,29 @@ def test_images_that_a_network_makes_pass_the_gradient_on() -> None:
     codes = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     distilled, leaves = Distilled(), [codes, *generator.parameters()]
     gradients = []
-    for loss in (ours, plain):
+    for loss in (loss_of_unroll, plain):
         del distilled.images
         distilled.images = generator(codes)
         gradients.append(torch.autograd.grad(loss(distilled), leaves))
-    for found, expected in zip(*gradients, strict=True):
-        assert_close("leaf", found, expected, 1e-10)
+    for actual, expected in zip(*gradients, strict=True):
+        assert_close("leaf", actual, expected, 1e-10)
 
 
 def test_images_in_any_memory_format_and_as_part_of_a_larger_tensor() -> None:
     distilled = Distilled()
     images = distilled.images.detach()
-    expected = torch.autograd.grad(ours(distilled), distilled.images)[0]
+    expected = torch.autograd.grad(loss_of_unroll(distilled), distilled.images)[0]
     for whole in (images.contiguous(memory_format=torch.channels_last), torch.cat([images, images], 1)[:, 2:]):
         leaf = whole.detach().requires_grad_()
-        found = unroll(NETWORK, START, leaf, distilled.labels, distilled.lr, BATCHES, label_kind="logits")
-        matching_loss(found[-1], START, TARGET).backward()
+        actual = unroll(NETWORK, START, leaf, distilled.labels, distilled.lr, BATCHES, label_kind="logits")
+        matching_loss(actual[-1], START, TARGET).backward()
         assert leaf.grad is not None
         assert_close("images", leaf.grad, expected, 1e-12)
 
 
 def test_images_changed_before_the_backward_pass_are_noticed() -> None:
     distilled = Distilled()
-    loss = ours(distilled)
+    loss = loss_of_unroll(distilled)
     with torch.no_grad():
         distilled.images.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -178,9 +178,9 @@ def test_autocast_around_it_changes_nothing(network: Network, dtype: torch.dtype
         assert leaf.grad is not None
         return rows, leaf.grad
 
-    for found, expected in zip(gradient(True), gradient(False), strict=True):
-        assert found.dtype == dtype
-        assert torch.equal(found, expected)
+    for actual, expected in zip(gradient(True), gradient(False), strict=True):
+        assert actual.dtype == dtype
+        assert torch.equal(actual, expected)
 
 
 def test_images_made_under_autocast_keep_their_type() -> None:
@@ -215,14 +215,14 @@ def test_a_start_made_in_inference_mode_serves() -> None:
         start = START.clone()
     distilled = Distilled()
     rows = unroll(NETWORK, start, distilled.images, distilled.labels, distilled.lr, BATCHES, label_kind="logits")
-    found = torch.autograd.grad(matching_loss(rows[-1], start, TARGET), distilled.images)[0]
-    assert torch.equal(found, torch.autograd.grad(ours(distilled), distilled.images)[0])
+    actual = torch.autograd.grad(matching_loss(rows[-1], start, TARGET), distilled.images)[0]
+    assert torch.equal(actual, torch.autograd.grad(loss_of_unroll(distilled), distilled.images)[0])
 
 
 def test_a_second_derivative_is_refused() -> None:
     distilled = Distilled()
     with pytest.raises(InputError, match="differentiable once"):
-        torch.autograd.grad(ours(distilled), distilled.images, create_graph=True)
+        torch.autograd.grad(loss_of_unroll(distilled), distilled.images, create_graph=True)
 
 
 def test_the_matching_loss_alone_has_second_derivatives() -> None:

@@ -1,4 +1,4 @@
-"""fp16's planes: as exact as tf32's factors, at any scale of the direction, and never silently wrong where they overflow."""
+"""Check float16 planes: as exact as tf32's factors, at any scale of the direction, never silently wrong where they overflow."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_one_step_is_as_exact_as_in_tf32(norm: str, label_kind: LabelKind) -> No
     if label_kind == "probabilities":
         labels = torch.randn(4, 4).softmax(1)
     wide = labels.double() if labels.is_floating_point() else labels
-    exact = FusedConvNetStudent(net, label_kind).gradient_jvp(theta.double(), images.double(), wide, v.double())
+    expected = FusedConvNetStudent(net, label_kind).gradient_jvp(theta.double(), images.double(), wide, v.double())
 
     def errors(precision: Precision, *, save: bool) -> dict[str, float]:
         student = FusedConvNetStudent(net, label_kind, precision)
         saved = student.gradient(theta, images, labels, save).saved
-        found = student.gradient_jvp(theta, images, labels, v, saved)
+        actual = student.gradient_jvp(theta, images, labels, v, saved)
         names = ("v_dot_g", "hessian_v", "images", "labels")
-        pairs = {name: (getattr(found, name), getattr(exact, name)) for name in names}
+        pairs = {name: (getattr(actual, name), getattr(expected, name)) for name in names}
         return {name: relative_error(a.double(), b) for name, (a, b) in pairs.items() if b is not None}
 
     tf32 = errors("tf32", save=False)

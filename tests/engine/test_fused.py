@@ -45,9 +45,9 @@ def assert_same_as_generic(net: ConvNet, batch: int, label_kind: Any, seed: int 
     theta, images, labels, v = case(net, batch, label_kind, seed)
     fused = FusedConvNetStudent(net, label_kind)
     generic = GenericStudent(net, cross_entropy_from_logits if label_kind == "logits" else cross_entropy)
-    ours, theirs = fused.gradient(theta, images, labels), generic.gradient(theta, images, labels)
-    assert_close("loss", ours.loss, theirs.loss, 1e-9, floor=1e-6)
-    assert_close("gradient", ours.theta, theirs.theta, 1e-9, floor=1e-6)
+    actual, wanted = fused.gradient(theta, images, labels), generic.gradient(theta, images, labels)
+    assert_close("loss", actual.loss, wanted.loss, 1e-9, floor=1e-6)
+    assert_close("gradient", actual.theta, wanted.theta, 1e-9, floor=1e-6)
     found_jvp, expected_jvp = (
         fused.gradient_jvp(theta, images, labels, v),
         generic.gradient_jvp(theta, images, labels, v),
@@ -57,15 +57,15 @@ def assert_same_as_generic(net: ConvNet, batch: int, label_kind: Any, seed: int 
     from_kept = fused.gradient_jvp(theta, images, labels, v, saved)
     assert not saved  # used up, so that the memory is free again
     for name in ("v_dot_g", "hessian_v", "images", "labels"):
-        found, expected = getattr(found_jvp, name), getattr(expected_jvp, name)
-        if found is not None:
-            assert_close(f"{name}, with what was kept", getattr(from_kept, name), found, 1e-12, floor=1e-4)
+        value, expected = getattr(found_jvp, name), getattr(expected_jvp, name)
+        if value is not None:
+            assert_close(f"{name}, with what was kept", getattr(from_kept, name), value, 1e-12, floor=1e-4)
         if expected is None:
-            assert found is None
+            assert value is None
         else:
-            assert found.shape == expected.shape
+            assert value.shape == expected.shape
             # a plane that the ReLU lets through whole has a gradient of zero, and both have rounding errors in its place
-            assert_close(name, found, expected, 1e-9, floor=1e-4)
+            assert_close(name, value, expected, 1e-9, floor=1e-4)
 
 
 @pytest.mark.usefixtures("either_backend")

@@ -76,11 +76,11 @@ def test_equals_the_engine_called_plainly(
     if microbatch is not None:
         student = in_microbatches(student, NET, microbatch)
     run = partial(iterate, student, applied, lengths_of(batches))
-    found = run(*given.values(), *draws.tensors())
+    results = run(*given.values(), *draws.tensors())
 
     images, labels, lr = (given[name].clone() for name in ("images", "labels", "lr"))
-    wanted = [images, lr, *([labels] if kind == "probabilities" else [])]
-    for tensor in wanted:
+    inputs = [images, lr, *([labels] if kind == "probabilities" else [])]
+    for tensor in inputs:
         tensor.requires_grad_()
     path = unroll(
         NET, given["start"], images, labels, lr, batches, augment, microbatch,
@@ -88,12 +88,12 @@ def test_equals_the_engine_called_plainly(
     )  # fmt: skip
     loss = matching_loss(path[-1], given["start"], given["target"])
     loss.backward()
-    expected = [loss.detach(), *(tensor.grad for tensor in wanted)]
-    for name, mine, theirs in zip(("loss", "images", "lr", "labels"), found, expected, strict=False):
-        assert theirs is not None
-        assert_close(name, mine, theirs, 1e-12)
-    assert len(found) == len(expected)
-    assert not any(tensor.requires_grad for tensor in found)
+    expected = [loss.detach(), *(tensor.grad for tensor in inputs)]
+    for name, actual, wanted in zip(("loss", "images", "lr", "labels"), results, expected, strict=False):
+        assert wanted is not None
+        assert_close(name, actual, wanted, 1e-12)
+    assert len(results) == len(expected)
+    assert not any(tensor.requires_grad for tensor in results)
 
 
 class NoValues(TorchDispatchMode):
@@ -120,8 +120,8 @@ def test_nothing_waits_for_a_value(student: Student, augment: Apply, microbatch:
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     cut = student if microbatch is None else in_microbatches(student, NET, microbatch)
     with NoValues():
-        found = iterate(cut, augment, lengths_of(batches), *inputs)
-    assert [tensor.shape for tensor in found] == [(), given["images"].shape, ()]
+        actual = iterate(cut, augment, lengths_of(batches), *inputs)
+    assert [tensor.shape for tensor in actual] == [(), given["images"].shape, ()]
 
 
 def test_nothing_waits_for_the_place_of_a_crop() -> None:
@@ -131,8 +131,8 @@ def test_nothing_waits_for_the_place_of_a_crop() -> None:
     draws = draw_steps(batches, (3, 16, 16), torch.float64, crops.draw_parameters, torch.Generator())
     inputs = [tensor.to("meta") for tensor in (*given.values(), *draws.tensors())]
     with NoValues():
-        found = iterate(FusedConvNetStudent(NET), crops, lengths_of(batches), *inputs)
-    assert [tensor.shape for tensor in found] == [(), (10, 3, 16, 16), ()]
+        actual = iterate(FusedConvNetStudent(NET), crops, lengths_of(batches), *inputs)
+    assert [tensor.shape for tensor in actual] == [(), (10, 3, 16, 16), ()]
 
 
 def test_a_step_of_training_hands_the_student_what_it_can_gather() -> None:
@@ -157,9 +157,9 @@ def test_a_step_of_training_hands_the_student_what_it_can_gather() -> None:
         expected = images.batch(index)[0]
         if applied is not None:
             expected = augment_with(expected, parameters)
-        found = training_steps(Watched(NET), images, sgd, applied, None, len(index), theta, theta, *rows)[0]
+        actual = training_steps(Watched(NET), images, sgd, applied, None, len(index), theta, theta, *rows)[0]
         gradient = GenericStudent(NET).gradient(theta, expected, labels[index]).theta
-        assert_close("theta", found, theta - 0.1 * gradient, 1e-6)
+        assert_close("theta", actual, theta - 0.1 * gradient, 1e-6)
     assert [isinstance(images, Batch) for images in handed] == [True, True, False, False]
 
 
@@ -175,8 +175,8 @@ def test_nothing_waits_in_a_step_of_training(pixels: str) -> None:
     parameters = torch.empty(7, len(WARP_PARAMETERS), device="meta")
     run = partial(training_steps, FusedConvNetStudent(NET), images, Sgd(0.1, 0.9, 5e-4), augment_with, None, 4)
     with NoValues():
-        found = run(theta, theta, index, parameters)
-    assert [tensor.shape for tensor in found] == [theta.shape, theta.shape, (2,)]
+        actual = run(theta, theta, index, parameters)
+    assert [tensor.shape for tensor in actual] == [theta.shape, theta.shape, (2,)]
 
 
 def labels_on_meta() -> Tensor:
@@ -215,9 +215,9 @@ def fresh(device: torch.device = CPU) -> Iteration:
 def test_refilled_places_give_the_bits_of_a_fresh_call() -> None:
     run = GraphedFunction(fresh(), repeating)
     saved = [(seed, run(*inputs(seed))) for seed in (0, 1, 2, 0)]
-    for seed, found in saved:  # what was returned is not written over by later calls
-        for mine, theirs in zip(found, fresh()(*inputs(seed)), strict=True):
-            assert torch.equal(mine, theirs)
+    for seed, results in saved:  # what was returned is not written over by later calls
+        for actual, expected in zip(results, fresh()(*inputs(seed)), strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu
@@ -233,8 +233,8 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu(student: str) -> None:
         run = graphed(eager, device)
         for seed in (0, 1, 2, 0):
             given = inputs(seed, device=device)
-            for mine, theirs in zip(run(*given), eager(*given), strict=True):
-                assert torch.equal(mine, theirs)
+            for actual, expected in zip(run(*given), eager(*given), strict=True):
+                assert torch.equal(actual, expected)
     assert isinstance(run, GraphedFunction)
     assert run.problem is None
 

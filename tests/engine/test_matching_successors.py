@@ -78,12 +78,12 @@ def test_iterate_equals_autograd(match_step: MatchStep, loss_ratio: float, soft:
     expected = torch.autograd.grad(expected_loss, leaves)
     loss = partial(path_loss, match_step=match_step, loss_ratio=loss_ratio)
     for student in (GenericStudent(NET), FusedConvNetStudent(NET, "probabilities" if soft else "indices")):
-        found = iterate(student, None, LENGTHS, *given.values(), loss=loss)
-        assert len(found) == 1 + len(expected)
-        for name, mine, theirs in zip(
-            ("loss", "images", "lr", "labels"), found, (expected_loss, *expected), strict=False
+        results = iterate(student, None, LENGTHS, *given.values(), loss=loss)
+        assert len(results) == 1 + len(expected)
+        for name, actual, wanted in zip(
+            ("loss", "images", "lr", "labels"), results, (expected_loss, *expected), strict=False
         ):
-            assert_close(name, mine, theirs.detach(), 1e-9)
+            assert_close(name, actual, wanted.detach(), 1e-9)
 
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.9, 0.0), (0.0, 0.1), (0.6, 0.1)])
@@ -102,10 +102,10 @@ def test_momentum_and_weight_decay_of_the_student(momentum: float, weight_decay:
         NET, steps, None, LENGTHS, loss=partial(path_loss, match_step=match_step), momentum=momentum,
         weight_decay=weight_decay,
     )  # fmt: skip
-    for name, mine, theirs in zip(
+    for name, actual, wanted in zip(
         ("loss", "images", "lr"), run(*given.values()), (expected_loss, *expected), strict=True
     ):
-        assert_close(name, mine, theirs.detach(), 1e-9)
+        assert_close(name, actual, wanted.detach(), 1e-9)
 
 
 def test_the_public_functions_on_a_path() -> None:
@@ -114,14 +114,14 @@ def test_the_public_functions_on_a_path() -> None:
     pixels = given["images"].clone().requires_grad_()
     path = unroll(NET, given["start"], pixels, given["labels"], given["lr"], given["indices"].split(LENGTHS))
     assert int(nearest_step(path, given["target"])) == NEAREST
-    for found, row, ratio in (
+    for distance, row, ratio in (
         (nearest_step_loss(path, given["start"], given["target"]), NEAREST, 0.0),
         (masked_matching_loss(path[-1], given["start"], given["target"], 0.3), STEPS, 0.3),
     ):
         expected = loss_of(expected_path[row], given, ratio)
-        assert_close("loss", found.detach(), expected.detach(), 1e-11)
-        mine = torch.autograd.grad(found, pixels, retain_graph=True)[0]
-        assert_close("images", mine, torch.autograd.grad(expected, images, retain_graph=True)[0], 1e-9)
+        assert_close("loss", distance.detach(), expected.detach(), 1e-11)
+        actual = torch.autograd.grad(distance, pixels, retain_graph=True)[0]
+        assert_close("images", actual, torch.autograd.grad(expected, images, retain_graph=True)[0], 1e-9)
 
 
 def test_the_nearest_step_is_by_the_sum_of_magnitudes() -> None:
@@ -152,10 +152,10 @@ def test_nothing_waits_for_a_value(student: Any) -> None:
     inputs = [tensor.to("meta") for tensor in case(per_step=True).values()]
     loss = partial(path_loss, match_step="nearest", loss_ratio=0.3)
     with NoValues():
-        found = iterate(
+        actual = iterate(
             student, None, LENGTHS, *inputs, loss=loss, momentum=0.5, weight_decay=0.1, gradient="truncated"
         )
-    assert [tensor.shape for tensor in found] == [(), (10, 3, 9, 9), (STEPS,)]
+    assert [tensor.shape for tensor in actual] == [(), (10, 3, 9, 9), (STEPS,)]
 
 
 @pytest.mark.gpu
@@ -174,8 +174,8 @@ def test_a_replay_gives_the_bits_of_the_call_on_a_gpu() -> None:
     )
     inputs = [tensor.to(device) for tensor in case(per_step=True).values()]
     for _ in range(2):
-        for mine, theirs in zip(graph(*inputs), call(*inputs), strict=True):
-            assert torch.equal(mine, theirs)
+        for actual, expected in zip(graph(*inputs), call(*inputs), strict=True):
+            assert torch.equal(actual, expected)
     assert isinstance(graph, GraphedFunction)
     assert graph.problem is None
 
@@ -187,8 +187,8 @@ def test_a_path_in_host_memory() -> None:
         iterate(GenericStudent(NET), None, LENGTHS, *given.values(), loss=loss, momentum=0.5, path_on_host=on_host)
         for on_host in (False, True)
     ]
-    for mine, theirs in zip(*runs, strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(*runs, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_the_plan_counts_a_gradient_of_the_whole_path() -> None:

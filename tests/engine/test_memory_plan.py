@@ -78,8 +78,8 @@ needs_native = pytest.mark.skipif(not native.available, reason="the native kerne
 def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str, int]:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(case)]
     given = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | (environment or {})
-    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, env=given)
-    answer: dict[str, int] = json.loads(found.stdout)
+    finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, env=given)
+    answer: dict[str, int] = json.loads(finished.stdout)
     return answer
 
 
@@ -100,8 +100,8 @@ def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str
 )
 @pytest.mark.slow
 def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
-    found = measured(**case)
-    assert found["measured"] == pytest.approx(found["planned"], rel=0.15)
+    memory = measured(**case)
+    assert memory["measured"] == pytest.approx(memory["planned"], rel=0.15)
 
 
 @needs_proc
@@ -110,16 +110,16 @@ def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
 def test_the_steady_state_has_no_page_faults() -> None:
     # as the command lines tell glibc, which keeps what is small
     keeps = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-    found = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, kept=2, augment=True, again=4)
-    assert found["faults"] * 4096 <= 0.01 * found["planned"]
+    memory = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, kept=2, augment=True, again=4)
+    assert memory["faults"] * 4096 <= 0.01 * memory["planned"]
 
 
 @needs_proc
 @pytest.mark.slow
 def test_peak_grows_with_the_steps_by_the_parameters_alone() -> None:
     # every freed block of 64 KiB goes back at once, so that the peak is what lives, not what the allocator keeps
-    exact, case = {"MALLOC_MMAP_THRESHOLD_": "65536"}, {"size": 32, "width": 64, "depth": 3, "batch": 8}
-    few, many = (measured(exact, steps=steps, **case)["measured"] for steps in (5, 40))
+    environment, case = {"MALLOC_MMAP_THRESHOLD_": "65536"}, {"size": 32, "width": 64, "depth": 3, "batch": 8}
+    few, many = (measured(environment, steps=steps, **case)["measured"] for steps in (5, 40))
     assert many - few <= 1.1 * 35 * 4 * ConvNet(image_size=32, width=64).num_parameters
 
 
@@ -138,8 +138,8 @@ def test_peak_grows_with_the_steps_by_the_parameters_alone() -> None:
 @pytest.mark.slow
 def test_the_budget_holds(budget: str, native: str) -> None:
     case = {"size": 32, "width": 32, "depth": 3, "steps": 4, "batch": 40}
-    found = measured({"MTT_FAST_NATIVE": native}, memory_budget=budget, **case)
-    assert found["measured"] <= parse_bytes(budget)
+    memory = measured({"MTT_FAST_NATIVE": native}, memory_budget=budget, **case)
+    assert memory["measured"] <= parse_bytes(budget)
 
 
 def planned(memory_budget: int | str | None, net: Any = None, **options: Any) -> Plan:
@@ -273,10 +273,10 @@ def small_plan(**changes: Any) -> Plan:
 )
 def test_every_plan_gives_the_same_gradients(changes: dict[str, Any]) -> None:
     names = ("end", "start", "images", "lr")
-    for name, found, expected in zip(
+    for name, actual, expected in zip(
         names, meta_gradient(small_plan(**changes)), meta_gradient(small_plan()), strict=True
     ):
-        assert_close(name, found, expected, 1e-12)
+        assert_close(name, actual, expected, 1e-12)
 
 
 @needs_native
@@ -332,9 +332,9 @@ def test_out_of_memory_repeats_in_less_exactly(
     expected = meta_gradient(small_plan())
     module = importlib.import_module("mtt_fast.engine.unroll")
     monkeypatch.setattr(module, "student_for", lambda *_: Shrinking(3))
-    found, plan = with_smaller_pieces(small_plan(saved_steps=2), meta_gradient)
+    actual, plan = with_smaller_pieces(small_plan(saved_steps=2), meta_gradient)
     assert (plan.microbatch, plan.saved_steps) == (3, 0)
-    for name, value, wanted in zip(("end", "start", "images", "lr"), found, expected, strict=True):
+    for name, value, wanted in zip(("end", "start", "images", "lr"), actual, expected, strict=True):
         assert_close(name, value, wanted, 1e-12)
     assert [record.message.startswith("out of memory; repeated exactly") for record in caplog.records] == [True] * 2
 

@@ -43,7 +43,7 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, sa
     of_pieces = student.gradient(theta, images, labels, save)
     before = theta.clone()
     theta.mul_(2 if save else 1)  # the saved activations belong to the old parameters
-    found = student.gradient_jvp(theta, images, labels, v, of_pieces.saved)
+    actual = student.gradient_jvp(theta, images, labels, v, of_pieces.saved)
     theta = before
 
     leaves = [images.clone().requires_grad_(), *([labels.clone().requires_grad_()] if soft else [])]
@@ -51,12 +51,12 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, sa
     loss = cross_entropy(NET(at, leaves[0]), leaves[1] if soft else labels)
     (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
     expected = torch.autograd.grad(v @ gradient, [at, *leaves])
-    assert_close("v·g", found.v_dot_g, v @ gradient, 1e-12)
-    assert_close("H v", found.hessian_v, expected[0], 1e-10)
-    assert_close("images", found.images, expected[1], 1e-10)
-    assert (found.labels is not None) == soft
-    if found.labels is not None:
-        assert_close("labels", found.labels, expected[2], 1e-10)
+    assert_close("v·g", actual.v_dot_g, v @ gradient, 1e-12)
+    assert_close("H v", actual.hessian_v, expected[0], 1e-10)
+    assert_close("images", actual.images, expected[1], 1e-10)
+    assert (actual.labels is not None) == soft
+    if actual.labels is not None:
+        assert_close("labels", actual.labels, expected[2], 1e-10)
     assert (of_pieces.saved is not None) == save
     assert_close("loss", of_pieces.loss, loss, 1e-12)
     assert_close("gradient", of_pieces.theta, gradient, 1e-12)

@@ -145,8 +145,8 @@ def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
 def focal(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the focal loss (Lin et al., 2017) for class indices and for distributions."""
     log_p = logits.log_softmax(1)
-    wanted = labels if labels.is_floating_point() else F.one_hot(labels, logits.shape[1])
-    return -((1 - log_p.exp()) ** 2 * wanted * log_p).sum(1).mean()
+    targets = labels if labels.is_floating_point() else F.one_hot(labels, logits.shape[1])
+    return -((1 - log_p.exp()) ** 2 * targets * log_p).sum(1).mean()
 
 
 def divergence_of_temperature(logits: Tensor, labels: Tensor) -> Tensor:
@@ -188,11 +188,11 @@ def test_loss(loss: Any, soft: bool, microbatch: int | None) -> None:
     cotangent = torch.randn(len(start), dtype=torch.float64)
 
     path = unroll(net, start, images, labels, leaves[2], batches, loss=loss, microbatch=microbatch)
-    found = torch.autograd.grad(cotangent @ path[-1], leaves)
+    actual = torch.autograd.grad(cotangent @ path[-1], leaves)
 
     theta: Tensor = start
     for index in batches:
         value = loss(network(theta, images[index]), labels[index])
         theta = theta - leaves[2] * torch.autograd.grad(value, theta, create_graph=True)[0]
-    for gradient, expected in zip(found, torch.autograd.grad(cotangent @ theta, leaves), strict=True):
+    for gradient, expected in zip(actual, torch.autograd.grad(cotangent @ theta, leaves), strict=True):
         assert_close("leaf", gradient, expected, 1e-9)

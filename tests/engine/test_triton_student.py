@@ -102,11 +102,11 @@ def live_bytes_of_a_step(student: FusedConvNetStudent, batch: int, architecture:
 def test_the_formula_is_what_a_step_holds(net: ConvNet, batch: int, precision: Any) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     student = FusedConvNetStudent(net, "indices", precision)
-    found = live_bytes_of_a_step(student, batch)
+    live_bytes = live_bytes_of_a_step(student, batch)
     with patch.object(dispatch, "_runs_triton", return_value=True):
         planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
     for name, value in planned._asdict().items():
-        assert getattr(found, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
+        assert getattr(live_bytes, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
 
 
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
@@ -125,11 +125,11 @@ def test_the_formula_counts_the_parts_of_convolutions(net: ConvNet, batch: int, 
     """Hold it to live bytes by the table of an H100 or H200, which cuts convolutions of so few samples."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     student = FusedConvNetStudent(net, "indices", precision)
-    found = live_bytes_of_a_step(student, batch, "sm_90")
+    live_bytes = live_bytes_of_a_step(student, batch, "sm_90")
     with recorded_triton("sm_90"):
         planned = student.step_bytes(batch, image_shape(net), torch.float32, torch.device("meta"))
     for name, value in planned._asdict().items():
-        assert getattr(found, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
+        assert getattr(live_bytes, name) == pytest.approx(value, rel=0.15, abs=3 << 20), name
 
 
 @pytest.mark.parametrize("microbatch", [None, 10])
@@ -147,10 +147,10 @@ def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: 
             augment=augment, precision="tf32",
         )  # fmt: skip
         student = student_for_plan(planned.work.student, net, planned, batch)
-        with CountLiveBytes() as found, torch.autograd.set_multithreading_enabled(False):
+        with CountLiveBytes() as counted, torch.autograd.set_multithreading_enabled(False):
             iterate(student, augment, (batch,) * steps, theta, theta, images, labels, lr, indices, parameters)
         expected = sum(planned.parts.values()) - planned.parts["rest"]
-    assert found.peak == pytest.approx(expected, rel=0.15)
+    assert counted.peak == pytest.approx(expected, rel=0.15)
 
 
 def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> None:
@@ -170,9 +170,9 @@ def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> No
 def test_the_first_block_keeps_no_planes() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     at_once, parts = (FusedConvNetStudent(ConvNet(3, 10, 128, width, 5), "indices", "tf32") for width in (128, 127))
-    ours, theirs = (live_bytes_of_a_step(student, 20) for student in (at_once, parts))
-    assert ours.gradient_jvp <= 0.45 * theirs.gradient_jvp
-    assert ours.gradient <= 0.5 * theirs.gradient  # both keep the summands of the weights' gradients
+    live_at_once, live_in_parts = (live_bytes_of_a_step(student, 20) for student in (at_once, parts))
+    assert live_at_once.gradient_jvp <= 0.45 * live_in_parts.gradient_jvp
+    assert live_at_once.gradient <= 0.5 * live_in_parts.gradient  # both keep the summands of the weights' gradients
 
 
 @pytest.mark.gpu
@@ -187,9 +187,9 @@ def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     cases: Any = triton_student.cases_of("cuda")
-    found = {case.args[3:5] for case in cases if case.func is triton_student.compare}
-    assert found >= set(itertools.product(get_args(Precision), ("triton", "cudnn")))
-    assert found >= set(itertools.product(("tf32", "fp16", "bf16"), ("tma",)))
+    compared = {case.args[3:5] for case in cases if case.func is triton_student.compare}
+    assert compared >= set(itertools.product(get_args(Precision), ("triton", "cudnn")))
+    assert compared >= set(itertools.product(("tf32", "fp16", "bf16"), ("tma",)))
 
 
 def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:
@@ -201,8 +201,8 @@ def meta_gradients(case: dict[str, Any], device: str, dtype: torch.dtype, **opti
     images, start, lr = (leaf.clone().requires_grad_() for leaf in (moved("images"), moved("start"), moved("lr")[0]))
     path = unroll(case["net"], start, images, moved("labels"), lr, moved("batches"), **options)
     matching_loss(path[-1], start=start, target=moved("target")).backward()
-    found = {"end": path[-1].detach(), "images": images.grad, "lr": lr.grad, "start": start.grad}
-    return {name: value.cpu().double() for name, value in found.items() if value is not None}
+    gradients = {"end": path[-1].detach(), "images": images.grad, "lr": lr.grad, "start": start.grad}
+    return {name: value.cpu().double() for name, value in gradients.items() if value is not None}
 
 
 each_golden_case = pytest.mark.parametrize("name", ["soft-labels-d3-n6", "rgb64-d4-n3", "cifar-d3-n5"])
@@ -239,8 +239,8 @@ def test_the_meta_gradient_in_float32_on_a_gpu(golden: Path, name: str) -> None:
     Of images that differ by 1e-7, the reference's answers to rgb64-d4-n3 have errors of 9e-7, 3e-4 and 7e-3.
     """
     case, expected = golden_case(golden, name)
-    found = meta_gradients(case, "cuda", torch.float32)
-    errors = {key: relative_error(found[key], value) for key, value in expected.items()}
+    actual = meta_gradients(case, "cuda", torch.float32)
+    errors = {key: relative_error(actual[key], value) for key, value in expected.items()}
     print(f"errors of {name}:", errors)
     assert errors["images"] <= 2e-2
     assert max(errors["lr"], errors["start"]) <= 1e-3
@@ -252,8 +252,8 @@ def test_the_meta_gradient_in_tf32_and_fp16_on_a_gpu(golden: Path, name: str) ->
     case, expected = golden_case(golden, name)
     errors = {}
     for precision in ("tf32", "fp16"):
-        found = meta_gradients(case, "cuda", torch.float32, precision=precision)["images"]
-        errors[precision] = relative_error(found, expected["images"])
+        actual = meta_gradients(case, "cuda", torch.float32, precision=precision)["images"]
+        errors[precision] = relative_error(actual, expected["images"])
     print(f"errors of {name}:", errors)
     assert errors["tf32"] <= 0.1
     assert errors["fp16"] <= 2 * errors["tf32"]

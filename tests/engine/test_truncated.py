@@ -35,11 +35,11 @@ def case(kind: str = "indices", steps: int = 5, per_step: bool = False) -> dict[
 
 def by_engine(given: dict[str, Any], net: Any = NET, **options: Any) -> dict[str, Tensor]:
     leaves = {name: given[name].clone() for name in ("start", "images", "labels", "lr")}
-    wanted = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf.is_floating_point()}
+    inputs = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf.is_floating_point()}
     theta, images, labels, lr = leaves.values()
     path = unroll(net, theta, images, labels, lr, given["batches"], **{"gradient": "truncated"} | options)
     matching_loss(path[-1], theta, given["target"]).backward()
-    return {name: leaf.grad for name, leaf in wanted.items() if leaf.grad is not None} | {"end": path[-1].detach()}
+    return {name: leaf.grad for name, leaf in inputs.items() if leaf.grad is not None} | {"end": path[-1].detach()}
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
@@ -49,9 +49,9 @@ def test_equals_the_two_loops_of_tesla(kind: str, per_step: bool, microbatch: in
     given = case(kind, per_step=per_step)
     expected = truncated(ORACLE, **given)
     for net in (NET, FlatModule(reference_convnet(3, 4, 9, 6, 2))):
-        found = by_engine(given, net, microbatch=microbatch)
-        assert set(found) == {"start", "images", "lr", "end"} | ({"labels"} if kind == "probabilities" else set())
-        for name, value in found.items():
+        actual = by_engine(given, net, microbatch=microbatch)
+        assert set(actual) == {"start", "images", "lr", "end"} | ({"labels"} if kind == "probabilities" else set())
+        for name, value in actual.items():
             assert_close(name, value, getattr(expected, name), 1e-10)
 
 
@@ -78,19 +78,19 @@ def test_everything_but_the_hessians_is_exact(momentum: float, weight_decay: flo
 
     theta, images, lr = starts = leaves()
     found_path = unroll(NET, theta, images, given["labels"], lr, given["batches"], gradient="truncated", **options)
-    found = torch.autograd.grad((weights * found_path).sum(), starts)
-    for name, mine, theirs in zip(("start", "images", "lr"), found, expected, strict=True):
-        assert_close(name, mine, theirs, 1e-10)
+    results = torch.autograd.grad((weights * found_path).sum(), starts)
+    for name, actual, wanted in zip(("start", "images", "lr"), results, expected, strict=True):
+        assert_close(name, actual, wanted, 1e-10)
 
 
 def test_it_is_an_approximation() -> None:
     """Check that on the same path the last step's part is exact and the others' are not, so the tests of either can tell them apart."""
     given = case()
-    exact = whole_graph(ORACLE, **given)
-    found = by_engine(given)
-    assert_close("end", found["end"], exact.end, 1e-12)
-    assert 0.02 < relative_error(found["images"], exact.images) < 2
-    assert relative_error(found["lr"], exact.lr) > 0.02
+    expected = whole_graph(ORACLE, **given)
+    actual = by_engine(given)
+    assert_close("end", actual["end"], expected.end, 1e-12)
+    assert 0.02 < relative_error(actual["images"], expected.images) < 2
+    assert relative_error(actual["lr"], expected.lr) > 0.02
     last = given | {"batches": given["batches"][-1:]}
     assert_close("one step", by_engine(last)["images"], whole_graph(ORACLE, **last).images, 1e-10)
 

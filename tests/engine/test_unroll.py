@@ -35,12 +35,12 @@ def meta_gradient(
     return MetaGradient(path[-1].detach(), loss.detach(), pixels.grad, targets.grad, rate.grad, theta.grad)
 
 
-def assert_same(found: MetaGradient, expected: MetaGradient, tolerance: float) -> None:
+def assert_same(actual: MetaGradient, expected: MetaGradient, tolerance: float) -> None:
     for name in FIELDS:
         wanted = getattr(expected, name)
         if wanted is not None:
             # dead ReLUs can make a true zero of a random case's gradient
-            assert_close(name, getattr(found, name), wanted, tolerance, floor=1e-5)
+            assert_close(name, getattr(actual, name), wanted, tolerance, floor=1e-5)
 
 
 @pytest.mark.parametrize("microbatch", [None, 3])
@@ -52,7 +52,7 @@ def test_golden_cases(golden: Any, name: str, microbatch: int | None) -> None:
     net = ConvNet(**{key: int(info[key]) for key in ("in_channels", "num_classes", "image_size", "width", "depth")})  # type: ignore[arg-type]
     assert net.layout.describe() == info["parameters"]
     labels = case["labels"]
-    found = meta_gradient(
+    actual = meta_gradient(
         net,
         case["start"].double(),
         case["target"].double(),
@@ -70,7 +70,7 @@ def test_golden_cases(golden: Any, name: str, microbatch: int | None) -> None:
         case["grad_lr"][0],
         case["grad_start"],
     )
-    assert_same(found, expected, 1e-9)
+    assert_same(actual, expected, 1e-9)
 
 
 @st.composite
@@ -126,7 +126,7 @@ def test_random_cases_equal_whole_graph_autograd(case: dict[str, Any]) -> None:
         label_logits=case["labels"] == "logits",
         **common,
     )
-    found = meta_gradient(
+    actual = meta_gradient(
         net,
         start,
         target,
@@ -138,7 +138,7 @@ def test_random_cases_equal_whole_graph_autograd(case: dict[str, Any]) -> None:
         microbatch=case["microbatch"],
         **common,
     )
-    assert_same(found, expected, 1e-9)
+    assert_same(actual, expected, 1e-9)
 
 
 def small_case(dtype: torch.dtype = torch.float64, steps: int = 3) -> dict[str, Any]:
@@ -180,20 +180,20 @@ def test_numerical_derivative_of_the_whole_unroll() -> None:
 
 def test_mixed_precision_of_the_arguments_and_forms_of_the_learning_rate() -> None:
     case = small_case()
-    exact = meta_gradient(**case)
+    expected = meta_gradient(**case)
     mixed = case | {
         "images": case["images"].float(),
         "target": case["target"].float(),
         "labels": torch.nn.functional.one_hot(case["labels"], 4).float(),
         "lr": case["lr"].view(1),
     }
-    found = meta_gradient(**mixed)
-    assert (found.images.dtype, found.lr.shape, found.end.dtype) == (torch.float32, (1,), torch.float64)
+    actual = meta_gradient(**mixed)
+    assert (actual.images.dtype, actual.lr.shape, actual.end.dtype) == (torch.float32, (1,), torch.float64)
     for name in ("end", "images", "lr", "start"):
-        assert_close(name, getattr(found, name).flatten(), getattr(exact, name).flatten(), 1e-5)
+        assert_close(name, getattr(actual, name).flatten(), getattr(expected, name).flatten(), 1e-5)
     indices = case["labels"].int()
     path = unroll(case["net"], case["start"], case["images"], indices, 0.1, case["batches"])
-    assert torch.equal(path[-1], exact.end)
+    assert torch.equal(path[-1], expected.end)
 
 
 def test_any_rows_of_the_path_can_be_differentiated() -> None:
@@ -201,12 +201,12 @@ def test_any_rows_of_the_path_can_be_differentiated() -> None:
     weights = torch.randn(4, len(case["start"]), dtype=torch.float64)
     images = case["images"].clone().requires_grad_()
     path = unroll(case["net"], case["start"], images, case["labels"], case["lr"], case["batches"])
-    (found,) = torch.autograd.grad((weights * path).sum(), images)
+    (actual,) = torch.autograd.grad((weights * path).sum(), images)
     expected = torch.zeros_like(images)
     for row in (1, 2, 3):  # a path to row n is the unroll of n steps, which the tests above cover
         shorter = unroll(case["net"], case["start"], images, case["labels"], case["lr"], case["batches"][:row])
         expected += torch.autograd.grad((weights[row] * shorter[-1]).sum(), images)[0]
-    assert_close("images", found, expected, 1e-10)
+    assert_close("images", actual, expected, 1e-10)
 
 
 def test_steps_behind_the_last_row_that_counts_are_left_alone() -> None:
@@ -247,8 +247,8 @@ def test_augmentation_repeats_its_draws_in_the_backward_sweep() -> None:
         case["batches"],
         augment=lambda images, n: augment(images, draws[n]),
     )
-    found = meta_gradient(**case, augment=augment, generator=torch.Generator().manual_seed(11))
-    assert_same(found, expected, 1e-9)
+    actual = meta_gradient(**case, augment=augment, generator=torch.Generator().manual_seed(11))
+    assert_same(actual, expected, 1e-9)
 
 
 @pytest.mark.parametrize("norm", ["instance", "none"])
@@ -264,11 +264,11 @@ def test_float32_is_as_close_to_the_truth_as_whole_graph_autograd_in_float32(nor
         "batches": torch.stack([torch.randperm(20)[:10] for _ in range(5)]),
     }
     doubled = {name: value.double() if value.is_floating_point() else value for name, value in case.items()}
-    truth, theirs, ours = whole_graph(module, **doubled), whole_graph(module, **case), meta_gradient(net, **case)
+    truth, by_autograd, actual = whole_graph(module, **doubled), whole_graph(module, **case), meta_gradient(net, **case)
     for name in ("end", "loss", "images", "lr", "start"):
         wanted = getattr(truth, name)
-        allowed = 2 * relative_error(getattr(theirs, name), wanted) + 1e-7
-        assert_close(name, getattr(ours, name), wanted, allowed)
+        allowed = 2 * relative_error(getattr(by_autograd, name), wanted) + 1e-7
+        assert_close(name, getattr(actual, name), wanted, allowed)
 
 
 def test_same_seed_twice_is_bit_identical() -> None:

@@ -26,7 +26,7 @@ from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
 from mtt_fast.kernels.triton import boxes, dispatch
 from mtt_fast.testing import relative_error
-from tests.kernels.triton_comparison import Case, poison, run
+from tests.kernels.comparison import Case, poison, run
 
 NETS = [
     (ConvNet(3, 3, (9, 6), 5, 2), 2),  # odd sides, not square; a width that has no kernels for the first block at once
@@ -48,13 +48,13 @@ LARGE_TOLERANCES = {"fp32": 2e-3, "tf32": 8e-2, "fp16": 8e-2, "bf16": 0.2}
 def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> dict[str, Tensor]:
     """Return every result of a student, also with saved activations."""
     gradient = student.gradient(theta, images, labels, save=True)
-    found = {"loss": gradient.loss, "gradient": gradient.theta}
+    values = {"loss": gradient.loss, "gradient": gradient.theta}
     for name, saved in (("", None), (" from saved activations", gradient.saved)):
         tangent = student.gradient_jvp(theta, images, labels, v, saved)
-        found[f"v_dot_g{name}"] = tangent.v_dot_g
-        found[f"hessian_v{name}"] = tangent.hessian_v
-        found[f"images{name}"] = tangent.images
-    return found
+        values[f"v_dot_g{name}"] = tangent.v_dot_g
+        values[f"hessian_v{name}"] = tangent.hessian_v
+        values[f"images{name}"] = tangent.images
+    return values
 
 
 CUT_TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "TAPS": 3, "num_warps": 1, "num_stages": 2}
@@ -74,12 +74,12 @@ def compare(net: ConvNet, batch: int, dtype: torch.dtype, precision: Any, backen
     with taken(backend):
         student = FusedConvNetStudent(net, "indices", precision)
         at = (theta.to(device, dtype), images.to(device, dtype), labels.to(device), v.to(device, dtype))
-        found = results(student, *at)
+        actual = results(student, *at)
     tolerances = LARGE_TOLERANCES if any(net == large for large, _ in LARGE) else TOLERANCES
     tolerance = tolerances["float64" if dtype == torch.float64 else precision]
     # v·g may cancel to far less than a sum of as many products of either sign has
     products = float(v.norm() * expected["gradient"].norm()) / net.num_parameters**0.5
-    for name, value in found.items():
+    for name, value in actual.items():
         assert value.dtype == dtype, name
         floor = products if name.startswith("v_dot_g") else 1e-4
         error = relative_error(value.cpu().double(), expected[name], floor=floor)
@@ -130,9 +130,9 @@ def compare_iterations(net: ConvNet, dtype: torch.dtype, precision: Any, microba
         student = in_microbatches(student, net, microbatch)
     with patch.object(dispatch, "backend_of", lambda *_: "triton"):
         at = [each.to(device, dtype if each.is_floating_point() else each.dtype) for each in inputs]
-        found = iterate(student, SiameseAugment(), lengths, *at)
-    for name, ours, theirs in zip(("loss", "images", "lr"), found, expected, strict=True):
-        error = relative_error(ours.cpu().double(), theirs, floor=1e-4)
+        results = iterate(student, SiameseAugment(), lengths, *at)
+    for name, actual, wanted in zip(("loss", "images", "lr"), results, expected, strict=True):
+        error = relative_error(actual.cpu().double(), wanted, floor=1e-4)
         # errors of a step grow over six of them
         assert error <= 4 * TOLERANCES["float64" if dtype == torch.float64 else precision], f"{name} of {net}: {error}"
     print("passed: an iteration of", net, dtype, precision, microbatch)
@@ -149,10 +149,10 @@ def adds_something(net: tuple[ConvNet, int], precision: str, backend: str) -> bo
 
 def cases_of(device: str) -> list[Case]:
     """Return the comparisons of steps, and of whole iterations."""
-    precisions, exact, single = get_args(Precision), torch.float64, torch.float32
+    precisions, double, single = get_args(Precision), torch.float64, torch.float32
     steps: list[tuple[ConvNet, int, torch.dtype, str, str]] = [
-        *((*NETS[0], exact, "fp32", backend) for backend in BACKENDS),
-        *((*net, exact, "fp32", "triton") for net in NETS[1:]),
+        *((*NETS[0], double, "fp32", backend) for backend in BACKENDS),
+        *((*net, double, "fp32", "triton") for net in NETS[1:]),
     ]
     if device == "cpu":  # interpreted, one case of each takes seconds, and tf32 is not rounded
         for net, precision in itertools.product((NETS[0], NETS[2]), ("fp32", "fp16", "bf16")):
@@ -160,14 +160,14 @@ def cases_of(device: str) -> list[Case]:
         steps += [(*NETS[2], single, precision, "cut") for precision in ("fp32", "fp16", "bf16")]
         steps.append((*CUT, single, "fp32", "cut"))
     else:
-        steps.append((*NETS[1], exact, "fp32", "cudnn"))
+        steps.append((*NETS[1], double, "fp32", "cudnn"))
         backends = (*BACKENDS, "tma") if torch.cuda.get_device_capability()[0] >= 9 else BACKENDS
         steps += [
             (*net, single, precision, backend)
             for precision, net, backend in itertools.product(precisions, NETS + LARGE, backends)
             if adds_something(net, precision, backend)
         ]
-    iterations = [(net, exact, "fp32", cut) for net, cut in ((NETS[0][0], None), (NETS[2][0], 2), (NETS[3][0], None))]
+    iterations = [(net, double, "fp32", cut) for net, cut in ((NETS[0][0], None), (NETS[2][0], 2), (NETS[3][0], None))]
     iterations.append((NETS[2][0], single, "fp16", None))
     cases: list[Case] = [partial(compare, *step, device) for step in steps]
     return cases + [partial(compare_iterations, *iteration, device) for iteration in iterations]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import os
 import random
 import resource
 import shutil
@@ -48,12 +47,11 @@ from mtt_fast.storage.run_folder import METRICS, read_config, write_config
 from mtt_fast.storage.trajectories import write_waypoints
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
 from tests.data.test_mnist import arrays, idx
+from tests.interop.helpers import CLASSES, EXAMPLES, IPC, distilled
 from tests.interop.test_buffers import NET, flat, metadata, save_buffers, trained, unmeasured
-from tests.interop.test_sets import CLASSES, IPC, distilled
 
 pytestmark = pytest.mark.fuzz
 
-EXAMPLES = int(os.environ.get("MTT_FAST_FUZZ", "0"))
 fuzzed = settings(max_examples=EXAMPLES or 40, derandomize=not EXAMPLES, deadline=None)
 SECONDS = 30.0  # for a file of a few kilobytes, on a busy machine
 MEMORY = 256 << 20

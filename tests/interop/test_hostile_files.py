@@ -2,81 +2,37 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import pickle
-import resource
 import socket
 import struct
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from pyarrow import parquet
 from torch import Tensor
 
 from mtt_fast import InputError, SyntheticDataset, TrajectoryStore
 from mtt_fast.convert.experts import expert_kind_of, options_in_path
-from mtt_fast.data import from_tensors
 from mtt_fast.errors import one_line
 from mtt_fast.interop import (
     buffer_files,
-    image_data_from,
-    read_buffer,
     read_set,
-    read_waypoints,
     set_kind_of,
     write_set,
 )
-from mtt_fast.interop.buffers import check_trajectory, layout_from
-from mtt_fast.interop.tensor_set import SourceInfo
 from mtt_fast.storage.foreign import LARGEST_FILE, as_tensor, plain_tensor, shown
-from tests.interop.test_buffers import NET, Epochs, trained
-from tests.interop.test_fuzz_files import EXAMPLES
-from tests.interop.test_sets import CLASSES, N, distilled
+from tests.interop.helpers import CLASSES, EXAMPLES, N, distilled
+from tests.interop.hostile import INFO, refused, rows_of
 
-INFO = SourceInfo(("cat", "dog / wolf", "owl"), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), None)
-SECONDS, MEMORY = 30.0, 192 << 20  # on a busy machine; all take less than one
+pytestmark = pytest.mark.usefixtures("bounded")
 
-
-@pytest.fixture(autouse=True)
-def _bounded() -> Iterator[None]:
-    """Fail a test that takes long, or makes the process much larger."""
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    yield
-    assert time.monotonic() - began < SECONDS * max(1, EXAMPLES / 60)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
-
-
-def refused(read: Callable[[], object], name: str) -> str:
-    """Return what the refusal says, which is one line with `name` in it."""
-    with pytest.raises(InputError) as found:
-        read()
-    message = str(found.value)
-    assert message.isprintable()
-    assert name in message
-    assert len(message) < 1000
-    return message
-
-
-def rows_of(file: Path) -> list[Tensor]:
-    found = list(read_waypoints(file) if file.name.startswith("waypoint") else read_buffer(file))
-    for expert in found:
-        check_trajectory(expert, NET.layout)
-    return [expert.rows() for expert in found]
-
-
-# --- tensors that are none ---
 
 TENSORS: dict[str, Any] = {
     "a number": torch.tensor(1.0),
@@ -166,8 +122,6 @@ def test_half_a_pair(tmp_path: Path) -> None:
     assert "expected the labels of images_best.pt" in refused(lambda: read_set(tmp_path), "labels_best.pt")
 
 
-# --- archives and pickles ---
-
 PICKLES = {
     "deep": b"]" * 20_000 + b"a" * 19_999 + b".",
     "deep tuples": b")" + b"\x85" * 20_000 + b".",
@@ -242,8 +196,6 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
         refused(lambda: read(tmp_path / name), name)  # noqa: B023
         (tmp_path / name).unlink()
 
-
-# --- files that are no files ---
 
 NAMES = (
     "images_best.pt", "res_x.pt", "x.parquet", "synthetic.safetensors", "labels.json", "IPC1/x.npz", "replay_buffer_0.pt",
@@ -324,9 +276,6 @@ def test_folders_of_thousands_of_files(tmp_path: Path) -> None:
     refused(lambda: read_set(tmp_path), tmp_path.name)
 
 
-# --- arrays of numpy ---
-
-
 def test_arrays_that_hurt(tmp_path: Path) -> None:
     labels = np.ones((6, 2), np.float32)
     honest = np.ones((6, 4, 4, 3), np.float32)
@@ -365,259 +314,6 @@ def test_headers_of_arrays_that_claim_more(tmp_path: Path, shape: str, kind: str
             archive.writestr(f"{name}.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(100))
     refused(lambda: read_set(tmp_path / "IPC1"), "x.npz")
 
-
-# --- labels.json ---
-
-BROKEN: dict[str, list[Any]] = {
-    "labels": [[10**30] * N, [float("nan")] * N, [1.0] * N, "abcdef", {"a": 1}, [True] * N, [[0]] * N, [None] * N],
-    "lr": [float("inf"), 0, -1, [1], "x", 10**400, None, True],
-    "lr_per_step": [[0.1, 0], [], "x", [[0.1]], 0.1],
-    "std": [[0, 1, 1], [-1, 1, 1], [1, 1], ["a"] * 3, [10**400] * 3, [10**29] * 3, None, 5, [[1], [1], [1]]],
-    "mean": [[float("nan")] * 3, [float("inf")] * 3, {}, [True] * 3],
-    "class_names": [["a", "a", "b"], [1, 2, 3], "abc", [], [[1], [2], [3]], None],
-    "canvas": [
-        {"size": 3, "samples": 1}, {"a": 1}, {"size": 0, "samples": 1}, {"size": 2.0, "samples": 1}, [2, 1],
-        {"size": True, "samples": 1},
-    ],
-    "files": [[], ["nope.png"] * N, ["labels.json"] * N, [""] * N, ["a\0b"] * N, ["x" * 5000] * N, {"a": 1}],
-    "label_kind": ["zz", None, [1]],
-    "recipe": [[], None],
-    "versions": [3],
-    "whitened": ["yes", True],
-    "format": [None, [1]],
-    "checksum": ["x", None, 5],
-}  # fmt: skip
-FIELDS = [(name, value) for name, values in BROKEN.items() for value in values]
-
-
-@pytest.mark.parametrize(("name", "value"), FIELDS)
-def test_records_of_pictures_that_are_none(tmp_path: Path, name: str, value: Any) -> None:
-    distilled().export("png", tmp_path)
-    record = json.loads((tmp_path / "labels.json").read_text())
-    (tmp_path / "labels.json").write_text(json.dumps(record | {name: value}))
-    refused(lambda: read_set(tmp_path), tmp_path.name)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"[" * 10**6,
-        b'{"a":' * 10**5,
-        b"1" * 10**6,
-        b"",
-        b"null",
-        b"[]",
-        b"3",
-        b"\xff",
-        b"{}",
-        b'{"format": "mtt_fast pictures 2"}',
-    ],
-)
-def test_json_that_hurts(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "labels.json").write_bytes(text)
-    refused(lambda: read_set(tmp_path, "png"), "labels.json")
-
-
-# --- parquet ---
-
-
-def picture(width: int = 5, height: int = 4, mode: str = "RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, (width, height)).save(file, "PNG")
-    return file.getvalue()
-
-
-def cells(*contents: bytes | None) -> list[dict[str, Any]]:
-    return [{"bytes": content, "path": "x"} for content in contents]
-
-
-def one_often(size: int, count: int) -> Any:
-    """Return a column that names one image of `size` bytes `count` times."""
-    where = pyarrow.array([0] * count, pyarrow.int32())
-    contents = pyarrow.DictionaryArray.from_arrays(where, pyarrow.array([bytes(size)], pyarrow.binary()))
-    return pyarrow.StructArray.from_arrays([contents], ["bytes"])
-
-
-def tables() -> dict[str, Any]:
-    good = cells(*[picture()] * 3)
-    columns: dict[str, dict[str, Any]] = {
-        "text for images": {"image": ["a"] * 3, "label": [0, 1, 2]},
-        "bytes alone": {"image": [picture()] * 3, "label": [0, 1, 2]},
-        "a row without image": {"image": [good[0], None, good[0]], "label": [0, 1, 2]},
-        "an image without bytes": {"image": cells(picture(), None, picture()), "label": [0, 1, 2]},
-        "a row without label": {"image": good, "label": [0, None, 2]},
-        "labels of another set": {"image": good, "label": ["zebra", "owl", "cat"]},
-        "labels between": {"image": good, "label": [0.5, 1, 2]},
-        "lists for labels": {"image": good, "label": [[0], [1], [2]]},
-        "labels of 2⁶³": {"image": good, "label": pyarrow.array([2**63] * 3, pyarrow.uint64())},
-        "labels of 10¹²": {"image": good, "label": [10**12] * 3},
-        "labels below 0": {"image": good, "label": [-1] * 3},
-        "truth for labels": {"image": good, "label": [True] * 3},
-        "no labels": {"image": good},
-        "nothing": {"image": pyarrow.array([], pyarrow.struct([("bytes", pyarrow.binary())])), "label": pyarrow.array([], pyarrow.int64())},
-        "ragged soft labels": {"image": good, "label": [0, 1, 2], "soft_label": [[0.1], [0.1, 0.2], [1.0]]},
-        "soft labels that lack": {"image": good, "label": [0, 1, 2], "soft_label": [[0.1, 0.2, 0.7], None, [0.1, 0.2, 0.7]]},
-        "soft labels of two classes": {"image": good, "label": [0, 1, 2], "soft_label": [[0.5, 0.5]] * 3},
-        "text for soft labels": {"image": good, "label": [0, 1, 2], "soft_label": ["a"] * 3},
-        "sizes that differ": {"image": cells(picture(), picture(4), picture()), "label": [0, 1, 2]},
-        "no pictures": {"image": cells(*[b"xx"] * 3), "label": [0, 1, 2]},
-        "a large picture": {"image": cells(picture(9000, 9000, "1")), "label": [0]},
-        "sixteen bits": {"image": cells(picture(mode="I;16")), "label": [0]},
-        "another program's": {"image": cells(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "label": [0]},
-        "zeros": {"image": cells(bytes(3_000_000)), "label": [0]},
-        "one often": {"image": one_often(400_000, 50), "label": [0] * 50},
-        "nested": {"image": [{"bytes": {"bytes": b"a"}}] * 3, "label": [0, 1, 2]},
-    }  # fmt: skip
-    return {name: pyarrow.table(column) for name, column in columns.items()}
-
-
-def test_tables_that_hold_no_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtt_fast.interop.parquet._SMALL", 1 << 20)  # so that a bomb is small, too
-    file = tmp_path / "x.parquet"
-    for name, table in tables().items():
-        parquet.write_table(table, file, compression="zstd")
-        assert refused(lambda: read_set(file, info=INFO), "x.parquet"), name
-
-
-@pytest.mark.parametrize("key", ["huggingface", "mtt_fast"])
-@pytest.mark.parametrize("text", [b"{", b"[]", b"3", b'{"info": 3}', b'{"info": null}', b'{"info": {"features": []}}', b"[" * 100_000, b"\xff",
-                                  b'{"info": {"features": {"label": {"names": "abc"}}}}', b'{"info": {"features": {"label": {"names": [1, 2, 3]}}}}'])  # fmt: skip
-def test_metadata_of_tables_that_is_none(tmp_path: Path, key: str, text: bytes) -> None:
-    good = pyarrow.table({"image": cells(*[picture()] * 3), "label": [0, 1, 2]})
-    parquet.write_table(good.replace_schema_metadata({key: text}), tmp_path / "x.parquet")
-    refused(lambda: read_set(tmp_path / "x.parquet", info=INFO), "x.parquet")
-
-
-# --- trajectories ---
-
-
-def buffers(expert: Epochs) -> dict[str, Any]:
-    def each(change: Callable[[Tensor], Any]) -> list[Any]:
-        return [[change(tensor) for tensor in epoch] for epoch in expert]
-
-    point = [torch.ones_like(tensor) for tensor in expert[0]]
-    return {
-        "nothing": None, "no experts": [], "no epochs": [[]], "one epoch": [[expert[0]]], "text": ["a"],
-        "a dictionary": {"a": expert}, "a tuple": (expert,), "tuples for lists": [tuple(expert)],
-        "tuples for epochs": [[tuple(epoch) for epoch in expert]], "ragged": [[expert[0], expert[1][:-1]]],
-        "numbers": [[[1, 2], [3, 4]]], "nothing in it": [[None, None]], "nothing and a list": [[None, [torch.ones(1)]]], "empty tensors": [[[torch.ones(0)], [torch.ones(0)]]],
-        "whole": [each(Tensor.int)], "complex": [each(lambda tensor: tensor.to(torch.complex64))],
-        "sparse": [[[torch.eye(3).to_sparse()]] * 2], "nowhere": [each(lambda tensor: tensor.to("meta"))],
-        "NaN": [expert, [expert[0], [tensor * float("nan") for tensor in expert[1]]]],
-        "too large": [each(lambda tensor: tensor.double() * 1e300)], "one expert often": [expert] * 1000,
-        "one epoch often": [[expert[0], expert[1]] * 10_000], "one tensor often": [[list(point) for _ in range(5000)]],
-        "a claim": [each(lambda _: torch.zeros(1).expand(10**6, 10**6))],
-        "expanded": [each(lambda tensor: torch.zeros(1).expand(tensor.shape))],
-        "numbers as tensors": [[[torch.tensor(1.0)] for _ in range(3)]],
-    }  # fmt: skip
-
-
-def test_buffers_that_hold_no_experts(tmp_path: Path) -> None:
-    for content in buffers(trained(0)).values():
-        torch.save(content, tmp_path / "replay_buffer_0.pt")
-        refused(lambda: rows_of(tmp_path / "replay_buffer_0.pt"), "replay_buffer_0.pt")
-    torch.save(
-        [[[torch.nn.Parameter(tensor).half() for tensor in epoch] for epoch in trained(0)]],
-        tmp_path / "replay_buffer_0.pt",
-    )
-    assert len(rows_of(tmp_path / "replay_buffer_0.pt")) == 1
-
-
-def test_an_expert_with_nan_is_named_with_its_epoch(tmp_path: Path) -> None:
-    one, other = trained(0), trained(1)
-    other[2][3][0] = float("inf")
-    torch.save([one, other], tmp_path / "replay_buffer_7.pt")
-    message = refused(lambda: rows_of(tmp_path / "replay_buffer_7.pt"), "replay_buffer_7.pt: expert 1: ")
-    assert f"after epoch 2 are not finite (in {NET.layout.names[3]})" in message
-    assert "--lr" not in message
-
-
-def test_steps_that_do_not_fit_waypoints(tmp_path: Path) -> None:
-    expert = trained(0)
-    size, points = len(expert[0]), expert[:3]
-    rest = [[0.0] * size, [1.0] * size]
-
-    def with_middle(row: Any) -> list[Any]:
-        return [[[[0.0] * size, row, [1.0] * size], rest]]
-
-    steps: list[Any] = [
-        with_middle([float("nan")] * size), with_middle([5.0] * size), with_middle([-0.5] * size), with_middle([0.5] * (size - 1)),
-        with_middle([[0.5]] * size), with_middle([10**400] * size), with_middle([0.5j] * size), with_middle("a"), with_middle(None),
-        with_middle([torch.eye(2).to_sparse()] * size), with_middle([torch.zeros(1).expand(10**9)] * size),
-        ["a"], [None], [3], [[]], [[[], []]], [{"a": 1}], torch.ones(3), [torch.ones(3, 3)], {}, None, [[[[0.0] * size] * 100_000, rest]],
-    ]  # fmt: skip
-    file = tmp_path / "waypoint_buffer_ip3_0.pt"
-    torch.save([points], file)
-    for content in steps:
-        torch.save(content, tmp_path / "step_buffer_ip3_0.pt")
-        refused(lambda: rows_of(file), "buffer_ip3_0.pt")
-    torch.save(with_middle([0.5] * size), tmp_path / "step_buffer_ip3_0.pt")
-    assert len(rows_of(file)) == 1
-    for content in ([3], [[1, 2, 3]], [None], {"a": 1}, [[points[0]]], [points[:2]]):
-        torch.save(content, file)
-        refused(lambda: rows_of(file), "waypoint_buffer_ip3_0.pt")
-
-
-@pytest.mark.parametrize("text", ["a:2xx", "a:2xb", "a:x;b:-y", "a:1.5"])
-def test_a_layout_that_is_none(text: str) -> None:
-    refused(lambda: layout_from(text.replace("xx", "x½")), "layout")
-
-
-# --- tensors and datasets of one's own ---
-
-PIXELS, TARGETS = torch.zeros(6, 1, 4, 4).byte(), torch.arange(6) % 3
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "options"),
-    [
-        (PIXELS.float(), TARGETS, {}), (PIXELS.numpy(), TARGETS, {}), (PIXELS, TARGETS.tolist(), {}), (PIXELS, TARGETS.bool(), {}),
-        (PIXELS, TARGETS.float(), {}), (PIXELS, torch.full((6,), 2**62), {}), (PIXELS, -TARGETS, {}), (PIXELS, TARGETS[:5], {}),
-        (PIXELS.to_sparse(), TARGETS, {}), (torch.zeros(1).byte().expand(10**6, 3, 1000, 1000), torch.zeros(10**6).long(), {}),
-        (PIXELS[:0], TARGETS[:0], {}), (PIXELS, TARGETS, {"class_names": ["a", "a", "b"]}), (PIXELS, TARGETS, {"class_names": ["a"]}),
-        (PIXELS, TARGETS, {"class_names": [1, 2, 3]}), (PIXELS, TARGETS, {"mean": [float("nan")], "std": [1.0]}),
-        (PIXELS, TARGETS, {"mean": [0.5], "std": [float("nan")]}), (PIXELS, TARGETS, {"mean": [0.5], "std": [float("inf")]}),
-    ],
-)  # fmt: skip
-def test_tensors_that_are_no_data(images: Any, labels: Any, options: Any) -> None:
-    with pytest.raises(InputError) as found:
-        from_tensors((images, labels), (images, labels), **options)
-    assert str(found.value).isprintable()
-
-
-@pytest.mark.parametrize(
-    "label", [1.5, -1, float("nan"), None, "a", [1, 0], True, 10**30, torch.tensor([1, 2]), np.zeros(2), {}]
-)
-def test_labels_of_datasets_that_are_none(label: Any) -> None:
-    dataset = [(torch.zeros(1, 4, 4).byte(), label)]
-    refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train, image 0")
-
-
-@pytest.mark.parametrize("label", [1, 1.0, np.int32(1), np.uint8(1), torch.tensor(1), torch.tensor([1]), np.array([1])])
-def test_labels_of_datasets_that_are_some(label: Any) -> None:
-    dataset = [(torch.zeros(1, 4, 4).byte(), 0), (torch.zeros(1, 4, 4).byte(), label)]
-    assert image_data_from(dataset, dataset).train.labels.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        None, "x", 5, [[1]], object(), np.array(None), np.zeros((2, 2), complex), np.zeros(3), np.zeros((2, 2), "M8[s]"),
-        Image.new("P", (4, 4)), Image.new("I;16", (4, 4)), Image.new("RGBA", (4, 4)), torch.zeros(1, 4, 4).to_sparse(),
-        torch.full((1, 4, 4), float("nan")), torch.zeros(1, 4, 4, dtype=torch.complex64), torch.zeros(1, 4, 4, device="meta"),
-    ],
-)  # fmt: skip
-def test_images_of_datasets_that_are_none(image: Any) -> None:
-    dataset = [(image, 0)]
-    refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train, image 0")
-
-
-@pytest.mark.parametrize("dataset", [iter([]), None, 5, "", {}])
-def test_datasets_that_are_none(dataset: Any) -> None:
-    refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train")
-
-
-# --- anything at all ---
 
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.complex_numbers(),

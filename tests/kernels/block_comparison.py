@@ -16,7 +16,8 @@ from mtt_fast.kernels import Affine, Precision
 from mtt_fast.kernels.reference.block import gram_of
 from mtt_fast.kernels.triton.configurations import Configuration, configuration
 from mtt_fast.kernels.types import accumulator
-from tests.kernels.triton_comparison import check, summed_results, warp_rows
+from tests.kernels.comparison import check, summed_results
+from tests.kernels.warp_comparison import warp_rows
 
 BLOCKS = [  # (B, C, K, H, W, padding)
     (2, 3, 48, 7, 6, 1),  # an odd side, windows that are not whole, filters in several blocks
@@ -45,13 +46,13 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
 
     case = (str(dtype), precision, shape, str(form))
     x = (draw(batch, channels, height, width) + 2).contiguous(memory_format=form)
-    ours, theirs = (back_end.image_patches(x, padding, precision) for back_end in (block, reference))
-    assert ours.gram.dtype == theirs.gram.dtype
-    wanted = (theirs.images, exact_gram(ours.images))
-    check(("image_patches", *case), lambda: (ours.images, ours.gram.sum(1)), wanted, close)
-    batches(case, x, padding, precision, close)
-    patches = theirs  # whoever made them, all back ends read them
+    laid_out, patches = (back_end.image_patches(x, padding, precision) for back_end in (block, reference))
+    assert laid_out.gram.dtype == patches.gram.dtype
+    expected_patches = (patches.images, exact_gram(laid_out.images))
+    check(("image_patches", *case), lambda: (laid_out.images, laid_out.gram.sum(1)), expected_patches, close)
+    patches_of_batches(case, x, padding, precision, close)
 
+    # those of the reference: whoever made patches, all back ends read them
     weights = [draw(filters, channels, 3, 3) for _ in range(2)]
     # few units near the kink, where rounding decides: some filters pass most of a plane, the others little of it
     affine = [Affine(draw(filters), draw(filters).sign() * 2), Affine(draw(filters), draw(filters))]
@@ -73,14 +74,14 @@ def blocks(device: str, dtype: torch.dtype, precision: Any, shape: tuple[int, ..
         check((name, *case), partial(summed_results, block, name, *arguments, made, *options), expected, tolerance)
     backward = partial(block.conv_norm_relu_pool_dual_backward, *dual, *bars, folded_dual, *options)
     for number in (1, 4):
-        found = partial(with_pixels_together, number, backward)
-        check(("x_bar_dot", f"{number} of a window together", *case), found, expected[0], tolerance)
+        together = partial(with_pixels_together, number, backward)
+        check(("x_bar_dot", f"{number} of a window together", *case), together, expected[0], tolerance)
     divisors = (torch.full((), 2.0**-9, dtype=dtype, device=device), torch.full((), 2.0**5, dtype=dtype, device=device))
     for given in (divisors[:1], divisors):
         whole = block.conv_norm_relu_pool_dual_backward(*dual, *bars, folded_dual, *options)
-        found = block.conv_norm_relu_pool_dual_backward(*dual, *bars, folded_dual, *options, given)
-        assert torch.equal(found[0], whole[0] / math.prod(given)), "a power of two is taken out exactly"
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[1:], whole[1:], strict=True))
+        divided = block.conv_norm_relu_pool_dual_backward(*dual, *bars, folded_dual, *options, given)
+        assert torch.equal(divided[0], whole[0] / math.prod(given)), "a power of two is taken out exactly"
+        assert all(torch.equal(actual, wanted) for actual, wanted in zip(divided[1:], whole[1:], strict=True))
 
 
 def with_pixels_together(number: int, backward: Callable[[], tuple[Tensor, ...]]) -> Tensor:
@@ -88,15 +89,18 @@ def with_pixels_together(number: int, backward: Callable[[], tuple[Tensor, ...]]
     from mtt_fast.kernels.triton import block
 
     def row(*arguments: Any) -> Configuration:
-        found = configuration(*arguments)
-        return found | {"TOGETHER": number} if "TOGETHER" in found else found
+        constants = configuration(*arguments)
+        return constants | {"TOGETHER": number} if "TOGETHER" in constants else constants
 
     with patch.object(block, "configuration", row):
         return backward()[0]
 
 
-def batches(case: tuple[Any, ...], x: Tensor, padding: int, precision: Any, tolerance: float) -> None:
-    """Compare the patches of batches that are gathered and augmented on the way: an index comes again, each warp is another."""
+def patches_of_batches(case: tuple[Any, ...], x: Tensor, padding: int, precision: Any, tolerance: float) -> None:
+    """Compare the patches of batches that are gathered and augmented as they are made.
+
+    An index comes again, and each sample has a warp of its own.
+    """
     from mtt_fast.kernels import reference
     from mtt_fast.kernels.triton import block
 
@@ -105,14 +109,15 @@ def batches(case: tuple[Any, ...], x: Tensor, padding: int, precision: Any, tole
     parameters = warp_rows((4, *x.shape[1:])).to(x)
     for given in ((index, None), (index, parameters), (None, parameters[: len(x)])):
         rows = images[:4] if given[0] is None else images
-        expected = reference.image_patches(rows, padding, precision, *given)
-        wanted = (expected.images, exact_gram(block.image_patches(rows, padding, precision, *given).images))
+        images_of_batch = reference.image_patches(rows, padding, precision, *given).images
+        expected = (images_of_batch, exact_gram(block.image_patches(rows, padding, precision, *given).images))
 
-        def found(rows: Tensor = rows, given: Any = given) -> tuple[Tensor, Tensor]:
-            ours = block.image_patches(rows, padding, precision, *given)
-            return ours.images, ours.gram.sum(1)
+        def patches_of_batch(rows: Tensor = rows, given: Any = given) -> tuple[Tensor, Tensor]:
+            patches = block.image_patches(rows, padding, precision, *given)
+            return patches.images, patches.gram.sum(1)
 
-        check(("image_patches of a batch", *(each is not None for each in given), *case), found, wanted, tolerance)
+        label = ("image_patches of a batch", *(each is not None for each in given), *case)
+        check(label, patches_of_batch, expected, tolerance)
 
 
 def exact_gram(images: Tensor) -> Tensor:
@@ -121,8 +126,8 @@ def exact_gram(images: Tensor) -> Tensor:
     return gram.to(accumulator(images.dtype))
 
 
-def lost_weight(device: str, precision: Any) -> None:
-    """Check that a weight that is not a number is seen in all that its filter makes, and nowhere else."""
+def nan_weight(device: str, precision: Any) -> None:
+    """Check that a NaN among the weights makes every pixel of its filter's planes NaN, and none of another's."""
     from mtt_fast.kernels.triton import block
 
     weight = torch.randn(16, 3, 3, 3, device=device)
@@ -172,8 +177,8 @@ def statistics(device: str) -> None:
     for (name, x), padding, precision in itertools.product(images.items(), (0, 1), ("fp32", "tf32")):
         patches = block.image_patches(x, padding, precision)
         p, folded = block.conv_norm_relu_pool(patches, weight, affine, 1e-5, precision)
-        exact = patches._replace(images=patches.images.double())
-        planes = exact.images.permute(0, 3, 1, 2).cpu()
+        wide_patches = patches._replace(images=patches.images.double())
+        planes = wide_patches.images.permute(0, 3, 1, 2).cpu()
         variance = torch.nn.functional.conv2d(planes, weight.double().cpu()).var((2, 3), correction=0)
         magnitude = torch.nn.functional.conv2d(planes.abs(), weight.double().abs().cpu())  # |w|·|x̃|
         rstd = (variance + 1e-5).rsqrt()
@@ -182,7 +187,7 @@ def statistics(device: str) -> None:
         assert (error <= bound).all(), f"{name}, {precision}: {error / bound}"
         if precision == "fp32":
             wide = Affine(affine.gamma.double(), affine.beta.double())
-            expected = reference.conv_norm_relu_pool(exact, weight.double(), wide, 1e-5)[0]
+            expected = reference.conv_norm_relu_pool(wide_patches, weight.double(), wide, 1e-5)[0]
             of_p = (p.double() - expected).abs().amax((2, 3)).cpu()
             rounding = 2**-22 * rstd * magnitude.amax((2, 3))  # of y itself, a sum of 27 numbers
             allowed = bound * expected.amax((2, 3)).cpu() + rounding
@@ -190,7 +195,7 @@ def statistics(device: str) -> None:
         print("passed: statistics", name, padding, precision, float((error / bound).max()))
 
 
-def all_blocks(device: str) -> list[Callable[[], None]]:
+def block_cases(device: str) -> list[Callable[[], None]]:
     """Return the comparisons of every shape in every precision; interpreted too, since the kernels round tf32 themselves."""
     shapes = BLOCKS if device == "cpu" else BLOCKS + LARGE_BLOCKS
     formats = (torch.contiguous_format, torch.channels_last)
@@ -199,4 +204,4 @@ def all_blocks(device: str) -> list[Callable[[], None]]:
         cases.append(partial(blocks, device, torch.float64, "fp32", shape, form))
     for shape, form in zip(shapes, itertools.cycle(formats[::-1]), strict=False):
         cases += [partial(blocks, device, torch.float32, precision, shape, form) for precision in get_args(Precision)]
-    return cases + [partial(lost_weight, device, precision) for precision in get_args(Precision)]
+    return cases + [partial(nan_weight, device, precision) for precision in get_args(Precision)]

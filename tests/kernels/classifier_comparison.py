@@ -29,7 +29,7 @@ CLASSIFIERS = [  # (B, C, h, w, K)
 LARGE_CLASSIFIERS = [(100, 128, 4, 4, classes) for classes in (10, 100, 200, 1000)]
 
 
-def all_classifiers(device: str) -> list[Callable[[], None]]:
+def classifier_cases(device: str) -> list[Callable[[], None]]:
     """Return the comparisons of all dtypes and shapes, each dtype in both formats; every second shape has logits that overflow.
 
     On a GPU, where nearly all the time goes into compiling, two shapes are compared in two dtypes, the next two in the others.
@@ -88,36 +88,37 @@ def compare_classifier(name: str, arguments: tuple[Any, ...], case: tuple[object
     if name.endswith("dual"):
         given, scales = arguments[:-2], arguments[-2:]
     scale, direction_scale = scales
-    *ours, factor = getattr(triton, name)(*arguments)
-    again = getattr(triton, name)(*arguments)[:-1] if p.is_cuda else ours  # interpreted, a second run could not differ
+    *results, factor = getattr(triton, name)(*arguments)
+    # interpreted, a second run could not differ
+    repeated = getattr(triton, name)(*arguments)[:-1] if p.is_cuda else results
     unscaled = (None, None) if name.endswith("dual") else ()
     wide = [each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in given]
-    *exact, _ = getattr(reference, name)(*wide, *unscaled)
-    bars = [each.contiguous() for each in exact if each is not None and each.dim() == 4]
-    wanted = power_of_two(LARGEST_COTANGENT, *bars) if p.dtype == torch.float16 else None
-    assert factor is scale if scale is not None else (factor is None) == (wanted is None), case
-    if factor is not None and wanted is not None and scale is None:
+    *expected, _ = getattr(reference, name)(*wide, *unscaled)
+    bars = [each.contiguous() for each in expected if each is not None and each.dim() == 4]
+    expected_factor = power_of_two(LARGEST_COTANGENT, *bars) if p.dtype == torch.float16 else None
+    assert factor is scale if scale is not None else (factor is None) == (expected_factor is None), case
+    if factor is not None and expected_factor is not None and scale is None:
         assert factor.dtype == torch.float32, case
-        assert float(factor) == float(wanted), (case, factor, wanted)
+        assert float(factor) == float(expected_factor), (case, factor, expected_factor)
 
     labels_bar_dot = 5
     tolerances = {torch.float64: 1e-12, torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-    for place, (first, second, expected) in enumerate(zip(ours, again, exact, strict=True)):
+    for place, (actual, again, wanted) in enumerate(zip(results, repeated, expected, strict=True)):
         where = (name, *case, f"result {place}")
-        assert (first is None) == (expected is None), where
-        if expected is None:
+        assert (actual is None) == (wanted is None), where
+        if wanted is None:
             continue
-        dtype = p.dtype if first.dim() == 4 else accumulator(p.dtype)
-        assert (first.shape, first.dtype) == (expected.shape, dtype), where
-        assert first.dim() < 4 or first.is_contiguous(memory_format=memory_format(p)), where
-        assert torch.equal(first, second), f"{where} differs from one run to the next"
+        dtype = p.dtype if actual.dim() == 4 else accumulator(p.dtype)
+        assert (actual.shape, actual.dtype) == (wanted.shape, dtype), where
+        assert actual.dim() < 4 or actual.is_contiguous(memory_format=memory_format(p)), where
+        assert torch.equal(actual, again), f"{where} differs from one run to the next"
         if factor is not None and place not in (0, labels_bar_dot):
-            expected = expected * factor
+            wanted = wanted * factor
         elif direction_scale is not None:
-            expected = expected / direction_scale
+            wanted = wanted / direction_scale
         floor = 0.1 * float(1 if factor is None else factor)
-        error = float((first.double() - expected).norm() / expected.norm().clamp_min(floor))
-        assert error <= tolerances[first.dtype], (*where, error)
+        error = float((actual.double() - wanted).norm() / wanted.norm().clamp_min(floor))
+        assert error <= tolerances[actual.dtype], (*where, error)
     print("passed:", (name, case))
 
 

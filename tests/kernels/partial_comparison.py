@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mtt_fast.kernels import Affine, Convolved, PartialPlanes, PlaneStats, Precision, plane_dtype, planes_of
 from mtt_fast.kernels.types import accumulator
-from tests.kernels.triton_comparison import PARTS, as_tuple
+from tests.kernels.comparison import as_tuple
+from tests.kernels.plane_comparison import PARTS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(2, 4, 4, 4), (1, 5, 7, 5), (3, 33, 2, 3)]  # nothing to mask; odd sides; channels in several blocks
@@ -42,20 +43,23 @@ def in_parts(shape: tuple[int, ...], count: int | None, dtype: torch.dtype, form
 
 
 def compare_parts(case: object, operation: Callable[..., Any], read: list[Convolved], place: int, *rest: Any) -> None:
-    """Call an operation with what it reads, which is at `place` of its arguments, in parts and added up before."""
+    """Check that an operation gives the same bits for planes in parts and for planes that were added up before.
+
+    `read` are the planes, which come after `place` of the other arguments, `rest`. The sums must also be stored.
+    """
     from mtt_fast.kernels import reference, triton
 
     before, after = rest[:place], rest[place:]
     copies = [copied(each) for each in read]
     whole = triton.add_planes(*copies)
-    expected, found = (as_tuple(operation(*before, *planes, *after)) for planes in (whole, read))
-    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        assert ours.isfinite().all(), f"{case}, result {number}"
-        assert torch.equal(ours, theirs), f"{case}, result {number}"
-    for ours, theirs, parts in zip(map(planes_of, read), whole, copies, strict=True):
-        assert torch.equal(ours, theirs), f"{case}: the sum that is stored"
-        if ours.is_cuda or ours.dtype != torch.bfloat16:  # interpreted, that is cut off
-            assert torch.equal(ours, reference.add_planes(copied(parts))[0]), f"{case}: the sum"
+    expected, results = (as_tuple(operation(*before, *planes, *after)) for planes in (whole, read))
+    for number, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
+        assert actual.isfinite().all(), f"{case}, result {number}"
+        assert torch.equal(actual, wanted), f"{case}, result {number}"
+    for stored, added, parts in zip(map(planes_of, read), whole, copies, strict=True):
+        assert torch.equal(stored, added), f"{case}: the sum that is stored"
+        if stored.is_cuda or stored.dtype != torch.bfloat16:  # interpreted, that is cut off
+            assert torch.equal(stored, reference.add_planes(copied(parts))[0]), f"{case}: the sum"
     print("passed:", case)
 
 

@@ -51,9 +51,9 @@ def test_bias_relu_pool_is_what_autograd_makes_of_the_block(
     p, p_dot = jvp(block_without_norm, at, along)
     (y_bar, beta_bar), (y_bar_dot, beta_bar_dot) = jvp(gradients, (*at, given["p_bar"]), (*along, given["p_bar_dot"]))
     expected = [p, p, p_dot, y_bar, beta_bar, y_bar, y_bar_dot, beta_bar_dot]
-    for (name, found), wanted in zip(bias_results(kernels, given).items(), expected, strict=True):
-        assert_close(name, found, wanted, 1e-12)
-        assert found.dim() == 1 or found.is_contiguous(memory_format=layout)
+    for (name, actual), by_autograd in zip(bias_results(kernels, given).items(), expected, strict=True):
+        assert_close(name, actual, by_autograd, 1e-12)
+        assert actual.dim() == 1 or actual.is_contiguous(memory_format=layout)
 
 
 def test_the_derivatives_of_bias_relu_pool_are_numerical_ones() -> None:
@@ -64,9 +64,9 @@ def test_the_derivatives_of_bias_relu_pool_are_numerical_ones() -> None:
         y, beta, p_bar = (given[name] + sign * given[f"{name}_dot"] for name in ("y", "beta", "p_bar"))
         back = added_up("bias_relu_pool_backward", reference.bias_relu_pool_backward(y, beta, p_bar))
         ends.append((reference.bias_relu_pool(y, beta), *back))
-    found = bias_results(reference, given)
+    actual = bias_results(reference, given)
     for name, after, before in zip(("p_dot", "y_bar_dot", "beta_bar_dot"), *ends, strict=True):
-        assert_close(name, found[name], (after - before) / (2 * step), 1e-7)
+        assert_close(name, actual[name], (after - before) / (2 * step), 1e-7)
 
 
 @needs_native
@@ -78,10 +78,10 @@ def test_native_is_the_reference(
     shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format, reuse: bool
 ) -> None:
     given = plane_arguments(shape, dtype, layout)
-    exact = bias_results(reference, {name: value.double() for name, value in given.items()})
-    for name, found in bias_results(kernels, given, reuse=reuse).items():
-        assert found.dtype == dtype
-        assert_close(name, found, exact[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
+    expected = bias_results(reference, {name: value.double() for name, value in given.items()})
+    for name, actual in bias_results(kernels, given, reuse=reuse).items():
+        assert actual.dtype == dtype
+        assert_close(name, actual, expected[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
 
 
 @pytest.mark.usefixtures("either_backend")
@@ -160,7 +160,7 @@ def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
 @pytest.mark.slow
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    """The smallest and the largest of those planes: the rows for the others are these too."""
+    """Compile for the smallest and the largest of those planes; the table's rows for the others are these too."""
     from mtt_fast.kernels.triton import bias, lines, windows
 
     with recording([windows, lines], architecture) as launches:

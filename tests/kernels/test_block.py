@@ -64,7 +64,7 @@ def block_results(given: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_the_block_is_what_autograd_makes_of_it(case: tuple[int, ...], layout: torch.memory_format) -> None:
     given = block_arguments(case)
-    found = block_results(given | {"x": given["x"].contiguous(memory_format=layout)})
+    actual = block_results(given | {"x": given["x"].contiguous(memory_format=layout)})
 
     def whole(*at: Tensor) -> Tensor:
         return block(given["padding"], *at)
@@ -80,12 +80,12 @@ def test_the_block_is_what_autograd_makes_of_it(case: tuple[int, ...], layout: t
     expected = {"p": p, "dual p": p, "p_dot": p_dot, "x_bar_dot": bars_dot[0]}
     expected |= dict(zip(names, bars[1:], strict=True))
     expected |= {f"{name}_dot": value for name, value in zip(names, bars_dot[1:], strict=True)}
-    assert expected.keys() == found.keys()
-    for name, value in found.items():
+    assert expected.keys() == actual.keys()
+    for name, value in actual.items():
         assert value.shape == expected[name].shape, name
         assert_close(name, value, expected[name], 1e-10, floor=1e-4)
-    assert found["p"].is_contiguous(memory_format=torch.channels_last)
-    assert found["x_bar_dot"].is_contiguous()
+    assert actual["p"].is_contiguous(memory_format=torch.channels_last)
+    assert actual["x_bar_dot"].is_contiguous()
 
 
 def test_a_shift_of_the_images_makes_no_difference() -> None:
@@ -104,18 +104,18 @@ def test_patches_have_the_precision_of_the_planes(precision: Any) -> None:
     weights = [weight.float() for weight in given["weights"]]
     affine = [Affine(each.gamma.float(), each.beta.float()) for each in given["affine"]]
     p, p_dot, folded = kernels.conv_norm_relu_pool_dual(patches, *weights, *affine, EPS, precision)
-    exact = block_results(given)
+    expected = block_results(given)
     for name, value in (("p", p), ("p_dot", p_dot)):
         assert value.dtype == patches.images.dtype
         allowed = {"fp32": 1e-5, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}[precision]
-        assert_close(name, value.double(), exact[name], allowed, floor=0.1)
+        assert_close(name, value.double(), expected[name], allowed, floor=0.1)
     bars = [each.to(p.dtype) for each in given["bars"]]
     for value in kernels.conv_norm_relu_pool_dual_backward(patches, *weights, *affine, *bars, folded, EPS, precision):
         assert value.dtype == torch.float32
 
 
 def test_patches_of_a_batch_are_those_of_its_augmented_rows() -> None:
-    """An index comes again."""
+    """Gather with an index that comes again."""
     rows, index = draw(5, 3, 6, 7), torch.tensor([4, 1, 4])
     parameters = some_parameters((3, 3, 6, 7))
     for given, expected in (
@@ -124,9 +124,9 @@ def test_patches_of_a_batch_are_those_of_its_augmented_rows() -> None:
         ((None, parameters), kernels.colour_warp_mask(rows[:3], parameters)),
     ):
         images = rows if given[0] is not None else rows[:3]
-        ours, theirs = kernels.image_patches(images, 1, "fp32", *given), kernels.image_patches(expected, 1)
-        assert_close("images", ours.images, theirs.images, 1e-14)
-        assert_close("gram", ours.gram, theirs.gram, 1e-14)
+        fused, plain = kernels.image_patches(images, 1, "fp32", *given), kernels.image_patches(expected, 1)
+        assert_close("images", fused.images, plain.images, 1e-14)
+        assert_close("gram", fused.gram, plain.gram, 1e-14)
 
 
 def test_divisors_are_taken_out_of_the_gradient_of_the_images_alone() -> None:
@@ -138,7 +138,7 @@ def test_divisors_are_taken_out_of_the_gradient_of_the_images_alone() -> None:
     for divisors, factor in (((four,), 0.25), ((four, eighth), 2.0)):
         x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(*arguments, divisors=divisors)
         assert torch.equal(x_bar_dot, factor * whole[0])
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, whole[1:], strict=True))
+        assert all(torch.equal(divided, undivided) for divided, undivided in zip(parameters, whole[1:], strict=True))
 
 
 def test_which_blocks_have_kernels() -> None:
@@ -155,7 +155,7 @@ def test_which_blocks_have_kernels() -> None:
 
 
 def test_candidates_are_whole_rows() -> None:
-    """A candidate that lacks a size fails, and the tuner leaves it out."""
+    """Check that each candidate has all sizes: one that lacks a size fails, and the tuner would leave it out."""
     from mtt_fast.kernels.triton.configurations import NOT_OF_A_LAUNCH, table
 
     for operation, candidates in CANDIDATES.items():
@@ -225,7 +225,7 @@ def test_triton_equals_the_reference_interpreted() -> None:
 
 @pytest.mark.slow
 def test_statistics_keep_their_bound_interpreted() -> None:
-    """Edge filters on smooth images, low contrast, constant images."""
+    """Take edge filters on smooth images, images of low contrast, and constant images."""
     lines = compare("statistics", "cpu")
     for case in ("smooth", "far from zero", "low contrast", "constant", "black"):
         assert any(case in line for line in lines)
@@ -246,7 +246,7 @@ def test_statistics_keep_their_bound_on_a_gpu() -> None:
 @each_architecture
 @each_precision
 def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> None:
-    """A block of 128×128 images, and MNIST's."""
+    """Compile for a block of 128×128 images, and for MNIST's."""
     from mtt_fast.kernels.triton import block
 
     affine, index = Affine(meta(WIDTH), meta(WIDTH)), torch.zeros(6, dtype=torch.long, device="meta")
@@ -273,7 +273,7 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
 @each_architecture
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_kernels_that_add_parts_up_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
-    """Ten 32×32 images, and ten of MNIST's, with p̄ in as many parts as the table of an H100 makes, and more."""
+    """Compile for ten 32×32 images and ten of MNIST's, with p̄ in as many parts as the table of an H100 makes, and more."""
     from mtt_fast.kernels.triton import block, partial_planes
 
     affine, options = Affine(meta(WIDTH), meta(WIDTH)), (EPS, precision)

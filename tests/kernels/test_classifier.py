@@ -80,8 +80,8 @@ def classifier_by_autograd(given: dict[str, Any]) -> dict[str, Tensor]:
     def loss_of(p: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(p.flatten(1), weight, bias), labels.softmax(1) if kind == "logits" else labels)
 
-    wanted = (0, 1, 2) if kind == "indices" else (0, 1, 2, 3)
-    gradients_and_loss: Any = torch.func.grad_and_value(loss_of, argnums=wanted)
+    argnums = (0, 1, 2) if kind == "indices" else (0, 1, 2, 3)
+    gradients_and_loss: Any = torch.func.grad_and_value(loss_of, argnums=argnums)
     names = ("p", "weight", "bias")
     at, along = (tuple(given[name + ending] for name in names) for ending in ("", "_dot"))
     (gradients, loss), (gradients_dot, loss_dot) = jvp(lambda *at: gradients_and_loss(*at, labels), at, along)
@@ -98,11 +98,11 @@ def test_the_classifier_is_what_autograd_makes_of_cross_entropy(
     case: tuple[int, ...], layout: torch.memory_format, kind: str
 ) -> None:
     given = classifier_arguments(case, kind, layout=layout)
-    found, expected = classifier_results(kernels, given), classifier_by_autograd(given)
-    assert found.keys() == expected.keys()
+    actual, expected = classifier_results(kernels, given), classifier_by_autograd(given)
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert value.dim() < 4 or found[name].is_contiguous(memory_format=layout)
-        assert_close(name, found[name], value, 1e-12, floor=1e-3)  # of one class, all gradients are zero
+        assert value.dim() < 4 or actual[name].is_contiguous(memory_format=layout)
+        assert_close(name, actual[name], value, 1e-12, floor=1e-3)  # of one class, all gradients are zero
 
 
 @needs_native
@@ -111,17 +111,17 @@ def test_the_classifier_is_what_autograd_makes_of_cross_entropy(
 def test_the_native_classifier_in_float32(case: tuple[int, ...], kind: str) -> None:
     given = classifier_arguments(case, kind, torch.float32)
     wide = {name: in_float64(value) for name, value in given.items()}
-    exact = classifier_results(reference, wide)
-    for name, found in classifier_results(kernels, given).items():
-        assert found.dtype == torch.float32
-        assert_close(name, found, exact[name], 5e-6, floor=1e-2)
+    expected = classifier_results(reference, wide)
+    for name, actual in classifier_results(kernels, given).items():
+        assert actual.dtype == torch.float32
+        assert_close(name, actual, expected[name], 5e-6, floor=1e-2)
 
 
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_classifier_at_logits_of_ten_thousand(dtype: torch.dtype, kind: str) -> None:
-    """Exponentials of such numbers overflow, and their differences underflow to exact zeros."""
+    """Take logits whose exponentials overflow, and whose differences underflow to exact zeros."""
     given = classifier_arguments((9, 9, 1, 1, 35), kind, dtype)
     given["p"] = 1e4 * torch.eye(9, dtype=dtype)[:, :, None, None]
     given["weight"] = draw(35, 9).sign().to(dtype)  # so a logit is ±1e4, exactly
@@ -132,8 +132,8 @@ def test_the_classifier_at_logits_of_ten_thousand(dtype: torch.dtype, kind: str)
         given["labels"] = 1e4 * given["labels"].sign()
     wide = {name: in_float64(value) for name, value in given.items()}
     expected = classifier_by_autograd(wide)
-    for name, found in classifier_results(kernels, given).items():
-        assert_close(name, found, expected[name], 2e-6 if dtype == torch.float32 else 1e-12, floor=1e-2)
+    for name, actual in classifier_results(kernels, given).items():
+        assert_close(name, actual, expected[name], 2e-6 if dtype == torch.float32 else 1e-12, floor=1e-2)
 
 
 @needs_native
@@ -141,13 +141,13 @@ def test_the_classifier_at_logits_of_ten_thousand(dtype: torch.dtype, kind: str)
     ("dtype", "least", "tolerance"), [(torch.float32, -78, 1e-6), (torch.float64, -699, 5e-15)], ids=str
 )
 def test_the_native_exponential_over_all_its_range(dtype: torch.dtype, least: int, tolerance: float) -> None:
-    """Through a softmax of two classes: the gradient to the logit x of the wrong one is a share of eˣ / (1 + eˣ)."""
+    """Measure it through a softmax of two classes: the gradient to the logit x of the wrong one is a share of eˣ / (1 + eˣ)."""
     x = torch.linspace(least, 0, 5001, dtype=torch.float64).to(dtype)
     o, bias = torch.stack([torch.zeros_like(x), x], 1), torch.zeros(2, dtype=dtype)
     right = torch.zeros(len(x), dtype=torch.long)
     extension().cross_entropy(o, bias, right, None, False, o.new_empty(1), o.new_empty(2), 1)
-    exact = x.double().sigmoid() / len(x)  # still a normal number
-    assert float((o[:, 1].double() / exact - 1).abs().max()) <= tolerance
+    expected = x.double().sigmoid() / len(x)  # still a normal number
+    assert float((o[:, 1].double() / expected - 1).abs().max()) <= tolerance
 
 
 @needs_native
@@ -155,14 +155,14 @@ def test_the_native_softmax_passes_on_what_is_not_finite() -> None:
     for value in (float("nan"), float("inf")):
         given = classifier_arguments((3, 4, 1, 1, 40), "indices", torch.float32)
         given["bias"][37] = value
-        for name, found in classifier_results(kernels, given).items():
-            assert not torch.isfinite(found).all(), name
+        for name, actual in classifier_results(kernels, given).items():
+            assert not torch.isfinite(actual).all(), name
 
 
 @needs_native
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_native_softmax_does_not_depend_on_threads(kind: str) -> None:
-    """The products are torch's, and may."""
+    """Leave out the matrix products, which are torch's and may depend on threads."""
     o, o_dot, labels = draw(2500, 40), draw(2500, 40), labels_of(kind, 2500, 40)
     bias, bias_dot, given = draw(40), draw(40), native_classifier._labels(labels, cast(LabelKind, kind))
     results = []
@@ -238,19 +238,19 @@ def test_refuses(op: str, arguments: tuple[Any, ...], reason: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("magnitude", [1e-8, 1.0])
 def test_gradients_of_float16_have_a_power_of_two(kind: str, magnitude: float) -> None:
-    """The loss and the gradients to labels have none, whatever the direction's scale is."""
+    """Check also that the loss and the gradients to labels have no factor, whatever the direction's scale is."""
     given = classifier_arguments((5, 7, 2, 3, 4), kind, torch.float16)
     given["weight"] *= magnitude
     given["weight_dot"] *= magnitude
     wide = {name: in_float64(value) for name, value in given.items()}
-    exact = classifier_results(kernels, wide)
+    expected = classifier_results(kernels, wide)
     *primal, scale = kernels.linear_cross_entropy(**{k: v for k, v in given.items() if not k.endswith("_dot")})
     assert scale is not None
     assert scale.dtype == torch.float32
-    assert float(scale) == float(power_of_two(LARGEST_COTANGENT, exact["p_bar"]))
-    for name, found in zip(("p_bar", "weight_bar", "bias_bar"), primal[1:], strict=True):
-        assert found.dtype == (torch.float16 if name == "p_bar" else torch.float32)
-        assert_close(name, found.double() / float(scale), exact[name], 1e-3)
+    assert float(scale) == float(power_of_two(LARGEST_COTANGENT, expected["p_bar"]))
+    for name, actual in zip(("p_bar", "weight_bar", "bias_bar"), primal[1:], strict=True):
+        assert actual.dtype == (torch.float16 if name == "p_bar" else torch.float32)
+        assert_close(name, actual.double() / float(scale), expected[name], 1e-3)
 
     given |= {"weight_dot": 8 * given["weight_dot"], "bias_dot": 8 * given["bias_dot"], "p_dot": 8 * given["p_dot"]}
     direction_scale = torch.tensor(8.0)
@@ -260,17 +260,17 @@ def test_gradients_of_float16_have_a_power_of_two(kind: str, magnitude: float) -
         assert factor is not None
         largest = float(torch.stack([p_bar.abs().max(), p_bar_dot.abs().max()]).max())
         assert 32 <= largest <= 64 if given_scale is None else factor is scale
-        assert_close("loss_dot", loss_dot, exact["loss_dot"], 1e-4)
+        assert_close("loss_dot", loss_dot, expected["loss_dot"], 1e-4)
         assert (labels_bar_dot is None) == (kind == "indices")
         if labels_bar_dot is not None:
-            assert_close("labels_bar_dot", labels_bar_dot, exact["labels_bar_dot"], 1e-4)
-        for name, found in (
+            assert_close("labels_bar_dot", labels_bar_dot, expected["labels_bar_dot"], 1e-4)
+        for name, actual in (
             ("p_bar_dot", p_bar_dot),
             ("weight_bar_dot", weight_bar_dot),
             ("bias_bar_dot", bias_bar_dot),
         ):
-            assert_close(name, found.double() / float(factor) / 8, exact[name], 1e-3)
-        assert_close("p_bar", p_bar.double() / float(factor), exact["p_bar"], 1e-3 if given_scale is scale else 1e-2)
+            assert_close(name, actual.double() / float(factor) / 8, expected[name], 1e-3)
+        assert_close("p_bar", p_bar.double() / float(factor), expected["p_bar"], 1e-3 if given_scale is scale else 1e-2)
 
 
 def test_gradients_that_are_not_finite_or_zero_have_the_power_one() -> None:

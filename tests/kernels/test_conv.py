@@ -108,9 +108,9 @@ def test_convolutions_are_what_autograd_makes_of_conv2d(case: tuple[int, ...], l
         x_bar_dot,
         weight_bar_dot,
     ]
-    found = convolution_results(kernels, given)
-    for (name, value), wanted in zip(found.items(), [*expected, image_weight_dot], strict=True):
-        assert_close(name, value, wanted, 1e-12)
+    actual = convolution_results(kernels, given)
+    for (name, value), by_autograd in zip(actual.items(), [*expected, image_weight_dot], strict=True):
+        assert_close(name, value, by_autograd, 1e-12)
         backward = name.startswith(("x_bar", "input"))
         weights, model = name.startswith("weight"), y_bar if backward else x
         assert value.is_contiguous() if weights else value.is_contiguous(memory_format=memory_format(model))
@@ -120,10 +120,10 @@ def test_convolutions_are_what_autograd_makes_of_conv2d(case: tuple[int, ...], l
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_native_convolutions_in_float32(case: tuple[int, ...]) -> None:
     given = convolution_arguments(case, torch.float32)
-    exact = convolution_results(reference, {k: v if k == "padding" else v.double() for k, v in given.items()})
-    for name, found in convolution_results(kernels, given).items():
-        assert found.dtype == torch.float32
-        assert_close(name, found, exact[name], 3e-6)
+    expected = convolution_results(reference, {k: v if k == "padding" else v.double() for k, v in given.items()})
+    for name, actual in convolution_results(kernels, given).items():
+        assert actual.dtype == torch.float32
+        assert_close(name, actual, expected[name], 3e-6)
 
 
 @needs_native
@@ -161,7 +161,7 @@ def test_large_results_are_written_whole_into_memory_that_was_used_before(monkey
 def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None:
     given = convolution_arguments((2, 40, 6, 5, 33, 1), torch.float32)
     x, weight, y_bar = (given[name].bfloat16().float() for name in ("x", "weight", "y_bar"))
-    for found, expected in (
+    for actual, expected in (
         (
             kernels.planes_of(kernels.conv3x3(given["x"].to(planes), given["weight"], 1, "bf16")),
             F.conv2d(x, weight, padding=1),
@@ -171,8 +171,8 @@ def test_bf16_rounds_factors_and_adds_up_in_float32(planes: torch.dtype) -> None
             conv2d_weight(x, (33, 40, 3, 3), y_bar, padding=1),
         ),
     ):
-        rounded = found.dtype == torch.bfloat16
-        assert_close("result", found.float(), expected, 4e-3 if rounded else 1e-6)
+        rounded = actual.dtype == torch.bfloat16
+        assert_close("result", actual.float(), expected, 4e-3 if rounded else 1e-6)
 
 
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
@@ -193,8 +193,8 @@ def test_cudnn_makes_one_product_of_batches_that_lie_one_behind_the_other(
     monkeypatch.setattr(cudnn, "conv2d_weight", noting)
     for apart in (False, True):
         bars = (y_bar.clone(), y_bar_dot) if apart else (y_bar, y_bar_dot)
-        found = cudnn.conv3x3_dual_weight_gradient(x, x_dot, *bars, padding, "fp32")
-        assert_close("weight_bar_dot", found, expected, 1e-13)
+        actual = cudnn.conv3x3_dual_weight_gradient(x, x_dot, *bars, padding, "fp32")
+        assert_close("weight_bar_dot", actual, expected, 1e-13)
     assert samples == [6, 3, 3]
 
 
@@ -216,7 +216,7 @@ def test_batches_are_stacked_where_the_second_begins_at_the_end_of_the_first() -
 
 @needs_triton
 def test_a_pair_of_inputs_has_a_pair_of_results() -> None:
-    """So the dual weight gradient finds ȳ̇ and ȳ, which are written over ẏ and y, one behind the other."""
+    """Check that results lie one after the other: the dual weight gradient then finds ȳ̇ and ȳ, written over ẏ and y, so too."""
     from mtt_fast.kernels.triton import conv, lines, norm, norm_held, norm_passes, weights
 
     with recording([norm, norm_held, norm_passes, lines], "sm_90"):
@@ -241,9 +241,9 @@ def test_add_planes_rounds_the_sum_of_parts_once_and_stores_it(dtype: torch.dtyp
     planes = torch.full_like(whole, float("nan"))
     expected = functools.reduce(torch.add, parts).to(dtype)  # one after the other
     assert not torch.equal(parts.double().sum(0).to(dtype), expected) or dtype == torch.float16
-    found = kernels.add_planes(whole, PartialPlanes(parts, planes))
-    assert found[0] is whole
-    assert found[1] is planes
+    actual = kernels.add_planes(whole, PartialPlanes(parts, planes))
+    assert actual[0] is whole
+    assert actual[1] is planes
     assert torch.equal(planes, expected)
     assert planes.is_contiguous(memory_format=layout)
     assert kernels.add_planes(whole)[0] is whole
@@ -253,7 +253,7 @@ def test_add_planes_rounds_the_sum_of_parts_once_and_stores_it(dtype: torch.dtyp
     "operation", [name for name in READ_IN_PARTS if name != "add_planes"] + ["bias_relu_pool_dual"]
 )
 def test_what_follows_a_convolution_takes_its_parts(operation: str) -> None:
-    """On a CPU, whose convolutions leave none, they are added up before; Triton's kernels are compared interpreted."""
+    """Take a CPU's back ends, which add parts up before; Triton's kernels are compared interpreted."""
     setting = Setting(ConvNet(3, 2, 8, 4, 1), images=2, steps=1, batch=2)
     case = next(each for each in bench.operations(setting, torch.device("cpu")) if each.name == operation)
     places = READ_IN_PARTS.get(operation, {0: 3, 1: 6})
@@ -264,9 +264,8 @@ def test_what_follows_a_convolution_takes_its_parts(operation: str) -> None:
         reference.add_planes(each._replace(planes=torch.empty_like(each.planes)))[0] if place in read else each
         for place, each in enumerate(arguments)
     ]
-    expected, found = (bench.tensors_of(getattr(kernels, operation)(*given)) for given in (whole, arguments))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours, theirs)
+    expected, actual = (bench.tensors_of(getattr(kernels, operation)(*given)) for given in (whole, arguments))
+    assert all(itertools.starmap(torch.equal, zip(actual, expected, strict=True)))
     for place, each in read.items():
         assert torch.equal(each.planes, whole[place]), "the sum is stored for those that read it afterwards"
 
@@ -295,7 +294,7 @@ PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
         refused("add_planes", "a part of planes 1 of shape", PartialPlanes(PARTS[:, :1], LAST)),
         refused("add_planes", "a part of planes 1 of floating dtype", PartialPlanes(PARTS.half(), LAST.half())),
         refused("add_planes", "a part of planes 1 contiguous_format", PartialPlanes(PARTS, ZEROS)),
-        refused("add_planes", "behind each other", PartialPlanes(PARTS[::2], LAST)),
+        refused("add_planes", "one after the other", PartialPlanes(PARTS[::2], LAST)),
         refused(
             "norm_relu_pool", "a part of y of shape", PartialPlanes(PARTS[:, :1], LAST), Affine(*torch.zeros(2, 4)), EPS
         ),
@@ -326,16 +325,16 @@ def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
 def test_a_gpu_compares_every_precision_by_every_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     cases: Any = cases_of("conv", "cuda")
-    found = {(case.func.__name__, case.args[2]) for case in cases if len(case.args) > 1}
-    assert found >= {("convolutions", precision) for precision in get_args(Precision)}
-    assert found >= {("boxed_convolutions", precision) for precision in ("tf32", "bf16")}
+    compared = {(case.func.__name__, case.args[2]) for case in cases if len(case.args) > 1}
+    assert compared >= {("convolutions", precision) for precision in get_args(Precision)}
+    assert compared >= {("boxed_convolutions", precision) for precision in ("tf32", "bf16")}
 
 
 @pytest.mark.slow
 @each_architecture
 @each_precision
 def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> None:
-    """The first two blocks of 32×32 images, and those of 128×128 images; once in the other format."""
+    """Compile for the first two blocks of 32×32 images and of 128×128 images, once in the other format."""
     from mtt_fast.kernels.triton import conv, implicit_gemm, weights
 
     with recording([implicit_gemm, weights], architecture) as launches:
@@ -362,7 +361,7 @@ def test_triton_compiles(architecture: str, precision: Any, tmp_path: Path) -> N
 
 @each_architecture
 def test_the_assembler_loses_no_constant(architecture: str, tmp_path: Path) -> None:
-    """The kernels that were wrong on an H200 (docs/gpu.md, Faults), and others of few channels."""
+    """Compile the kernels that were wrong on an H200 (docs/gpu.md, Faults), and others of few channels."""
     from mtt_fast.kernels.triton import conv, implicit_gemm, weights
 
     with recording([implicit_gemm, weights], architecture) as launches:
@@ -380,7 +379,7 @@ def test_the_assembler_loses_no_constant(architecture: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_boxes_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
-    """The shapes that the prototype was measured at, with the table's tiles, and once odd sizes."""
+    """Compile for the shapes that the prototype was measured at, with the table's tiles, and once for odd sizes."""
     from mtt_fast.kernels.triton import box_convolve, box_correlate, boxes, partial_planes, tma, weights
 
     weight = meta(WIDTH, WIDTH, 3, 3)

@@ -35,7 +35,7 @@ def test_a_family_has_one_name_in_each_layer(family: str) -> None:
 
 @pytest.mark.parametrize("operation", ops.__all__)
 def test_each_operation_is_in_every_layer(operation: str) -> None:
-    """A back end that leaves an operation to its parts says so."""
+    """Check that a back end without a kernel for an operation lists it in NOT_IMPLEMENTED."""
     family = getattr(ops, operation).__module__.rpartition(".")[2]
     assert family in FAMILIES
     assert operation in kernels.__all__
@@ -49,14 +49,14 @@ def test_each_operation_is_in_every_layer(operation: str) -> None:
 
 @pytest.mark.parametrize("operation", sorted(triton.OPERATIONS))
 def test_triton_takes_the_arguments_that_the_reference_takes(operation: str) -> None:
-    """The dispatch hands both the same arguments."""
+    """Check their signatures, since the dispatch hands both the same arguments."""
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    ours, theirs = (inspect.signature(getattr(back_end, operation)).parameters for back_end in (triton, reference))
-    assert list(ours) == list(theirs)
+    actual, expected = (inspect.signature(getattr(back_end, operation)).parameters for back_end in (triton, reference))
+    assert list(actual) == list(expected)
 
 
 def test_layers_import_only_downwards() -> None:
-    """No back end imports another or `ops`, and `kernels` imports no other part of mtt_fast."""
+    """Check that no back end imports another or `ops`, and that `kernels` imports no other part of mtt_fast."""
     for path in SOURCES.rglob("*.py"):
         place = path.relative_to(SOURCES).with_suffix("").parts
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -70,7 +70,7 @@ def test_layers_import_only_downwards() -> None:
 
 
 def test_importing_needs_no_triton() -> None:
-    """An operation that is asked for does, and says so."""
+    """Check also that an operation of Triton's does need it, and says so when it is looked up."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "from mtt_fast.kernels import triton as operations\n"

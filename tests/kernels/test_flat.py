@@ -64,21 +64,21 @@ def test_three_sgd_steps_are_those_of_torch_optim(
     gradients = vectors(size, 3, dtype)
     (start,) = vectors(size, 1, dtype)
     rate = torch.tensor(0.3, dtype=dtype)
-    theirs = start.double().clone().requires_grad_()
-    optimiser = torch.optim.SGD([theirs], rate.item(), momentum=momentum, weight_decay=weight_decay)
+    parameters = start.double().clone().requires_grad_()
+    optimiser = torch.optim.SGD([parameters], rate.item(), momentum=momentum, weight_decay=weight_decay)
     theta, velocity = start, None
     for gradient in gradients:
-        theirs.grad = gradient.double()
+        parameters.grad = gradient.double()
         optimiser.step()
         out = unwritten(start)
         velocity_out = unwritten(start) if momentum else None
         factors = {"momentum": momentum, "weight_decay": weight_decay}
         assert sgd_step(theta, gradient, rate, out, velocity, velocity_out, **factors) is out
         theta, velocity = out, velocity_out
-        moved, expected = theta.double() - start.double(), theirs.detach() - start.double()
+        moved, expected = theta.double() - start.double(), parameters.detach() - start.double()
         assert_close("displacement", moved, expected, 1e-6 if dtype == torch.float32 else 1e-13)
         if velocity is not None:
-            buffer = optimiser.state[theirs]["momentum_buffer"]
+            buffer = optimiser.state[parameters]["momentum_buffer"]
             assert_close("velocity", velocity, buffer, 1e-6 if dtype == torch.float32 else 1e-13)
 
 
@@ -90,7 +90,7 @@ def test_three_sgd_steps_are_those_of_torch_optim(
 def test_an_adjoint_step_is_an_sgd_step_transposed(
     size: int, dtype: torch.dtype, weight_decay: float, with_incoming: bool
 ) -> None:
-    """The loss is Σ θ⁴ / 12, whose Hessian is the diagonal of θ²."""
+    """Take the loss Σ θ⁴ / 12, whose Hessian is the diagonal of θ²."""
     theta, adjoint, incoming = vectors(size, 3, dtype)
     rate = torch.tensor(0.3, dtype=dtype)
     leaf = theta.double().clone().requires_grad_()

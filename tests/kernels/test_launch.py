@@ -1,4 +1,4 @@
-"""Kernels are compiled ahead: several at a time, without a launch, and not again afterwards."""
+"""Check that kernels are compiled ahead: several at a time, without a launch, and not again afterwards."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NoDriver:
 
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the kernels that are compiled in the test, in a process that believes to have a GPU."""
+    """Return the names of the kernels that are compiled in the test, in a process that believes to have a GPU."""
     names: list[str] = []
     monkeypatch.setattr(launch, "INTERPRETED", True)  # takes tensors on the CPU
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
@@ -152,7 +152,7 @@ def test_a_recording_compiles_its_kernels_ahead_on_a_gpu() -> None:
 
 @pytest.mark.slow
 def test_a_whole_iteration_compiles_ahead(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sweeps with augmentation, from start to gradients: what is compiled suffices for a second call."""
+    """Check that what is compiled for both sweeps, with augmentation, suffices for a second call."""
     monkeypatch.setattr(dispatch, "_INTERPRETED", True)  # a CPU's tensors go to Triton
     net, augment = ConvNet(in_channels=3, num_classes=3, image_size=8, width=16, depth=2), SiameseAugment("flip_scale")
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])

@@ -47,7 +47,7 @@ def test_planes_are_what_autograd_makes_of_the_block(
     shape: tuple[int, int, int, int], layout: torch.memory_format
 ) -> None:
     given = plane_arguments(shape, torch.float64, layout)
-    found = plane_results(kernels, given)
+    actual = plane_results(kernels, given)
 
     def gradients(y: Tensor, gamma: Tensor, beta: Tensor, p_bar: Tensor) -> Any:
         return torch.func.vjp(block, y, gamma, beta)[1](p_bar)
@@ -64,9 +64,9 @@ def test_planes_are_what_autograd_makes_of_the_block(
         "beta_bar_dot": bars_dot[2],
     }
     for name, value in expected.items():
-        assert_close(name, found[name], value, 1e-10, floor=1e-3)  # where the ReLU lets a pool through whole: a true 0
+        assert_close(name, actual[name], value, 1e-10, floor=1e-3)  # where the ReLU lets a pool through whole: a true 0
     for name in ("p", "p_dot", "y_bar", "y_bar_dot"):
-        assert found[name].is_contiguous(memory_format=layout)
+        assert actual[name].is_contiguous(memory_format=layout)
 
 
 def test_the_planes_derivatives_are_numerical_ones() -> None:
@@ -78,9 +78,9 @@ def test_the_planes_derivatives_are_numerical_ones() -> None:
         p, mean, rstd = reference.norm_relu_pool(y, Affine(gamma, beta), EPS)
         back = reference.norm_relu_pool_backward(y, mean, rstd, Affine(gamma, beta), p_bar)
         ends.append((p, *added_up("norm_relu_pool_backward", back)))
-    found = plane_results(reference, given)
+    actual = plane_results(reference, given)
     for name, after, before in zip(("p_dot", "y_bar_dot", "gamma_bar_dot", "beta_bar_dot"), *ends, strict=True):
-        assert_close(name, found[name], (after - before) / (2 * step), 1e-7)
+        assert_close(name, actual[name], (after - before) / (2 * step), 1e-7)
 
 
 @needs_native
@@ -92,10 +92,10 @@ def test_native_is_the_reference(
     shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format, reuse: bool
 ) -> None:
     given = plane_arguments(shape, dtype, layout)
-    exact = plane_results(reference, {name: value.double() for name, value in given.items()})
-    for name, found in plane_results(kernels, given, reuse=reuse).items():
-        assert found.dtype == dtype
-        assert_close(name, found, exact[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
+    expected = plane_results(reference, {name: value.double() for name, value in given.items()})
+    for name, actual in plane_results(kernels, given, reuse=reuse).items():
+        assert actual.dtype == dtype
+        assert_close(name, actual, expected[name], 2e-5 if dtype == torch.float32 else 1e-12, floor=1e-2)
 
 
 @pytest.mark.usefixtures("either_backend")
@@ -173,7 +173,7 @@ def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
 @pytest.mark.slow
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    """The planes of 32×32 images' blocks, and those of 128×128 images' first, which go in parts."""
+    """Compile for the planes of 32×32 images' blocks, and for those of 128×128 images' first block, which go in parts."""
     from mtt_fast.kernels.triton import lines, norm, windows
 
     last, contiguous = torch.channels_last, torch.contiguous_format
@@ -200,7 +200,7 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @each_architecture
 def test_kernels_that_add_parts_up_compile(architecture: str, tmp_path: Path) -> None:
-    """The planes of ten 32×32 images, in as many parts as the table of an H100 makes; nothing is added up beforehand."""
+    """Compile for planes of ten 32×32 images, in as many parts as the table of an H100 makes; none are added up before."""
     from mtt_fast.kernels.triton import lines, norm, partial_planes, windows
 
     plane, channel = meta(10, WIDTH), meta(WIDTH)

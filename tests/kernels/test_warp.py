@@ -85,7 +85,7 @@ def test_values_and_transpose_are_those_of_torchs_sampler(shape: tuple[int, int,
 def test_the_transpose_is_added_to_the_rows_that_were_gathered(
     shape: tuple[int, int, int, int], augmented: bool
 ) -> None:
-    """An index comes again, and a row has none."""
+    """Gather with an index that comes again, and leave a row out."""
     rows, index = torch.randn(5, *shape[1:], dtype=torch.float64, requires_grad=True), torch.tensor([3, 0, 3, 4])
     index = index[: shape[0]]
     parameters = some_parameters(shape) if augmented else None
@@ -117,9 +117,9 @@ def test_adding_is_to_the_bit_what_its_parts_do(dtype: torch.dtype) -> None:
 def test_the_native_kernel_in_float32(shape: tuple[int, int, int, int]) -> None:
     images, parameters = torch.randn(shape), some_parameters(shape).float()
     for name in OPERATIONS:
-        found = getattr(kernels, name)(images, parameters)
-        assert found.dtype == torch.float32
-        assert_close(name, found, getattr(reference, name)(images.double(), parameters.double()), 1e-6)
+        actual = getattr(kernels, name)(images, parameters)
+        assert actual.dtype == torch.float32
+        assert_close(name, actual, getattr(reference, name)(images.double(), parameters.double()), 1e-6)
 
 
 @pytest.mark.usefixtures("either_backend")
@@ -176,9 +176,9 @@ def test_large_results_are_written_whole_into_memory_that_was_used_before(monkey
     shape = (90, 3, 33, 32)
     images, parameters = torch.randn(shape), some_parameters(shape).float()
     for name in OPERATIONS * 2:
-        found = getattr(kernels, name)(images, parameters)
-        assert found.nbytes > extension.LARGE
-        assert_close(name, found, getattr(reference, name)(images.double(), parameters.double()), 1e-6)
+        actual = getattr(kernels, name)(images, parameters)
+        assert actual.nbytes > extension.LARGE
+        assert_close(name, actual, getattr(reference, name)(images.double(), parameters.double()), 1e-6)
 
 
 def test_no_images() -> None:
@@ -252,7 +252,7 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
 @pytest.mark.slow
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    """One channel and three, at the sides of the smallest and of large images, in float32 and bfloat16."""
+    """Compile for one channel and three, at the sides of the smallest and of large images, in float32 and bfloat16."""
     from mtt_fast.kernels.triton import warp
 
     with recording([warp], architecture) as launches:

@@ -1,4 +1,4 @@
-"""Kill a process at each point of each writer in turn, run by tests/test_killed.py in a folder of its own.
+"""Kill a process at each point of each writer in turn, run by tests/storage/test_killed.py in a folder of its own.
 
 It forks before any parallel region, which a child could not enter otherwise; a child ends without any clean-up at the
 given call of those that change a file system.

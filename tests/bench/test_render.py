@@ -13,7 +13,7 @@ from bench.render import DRAWN, TABLES, Options, filled_in, rendered, table
 from mtt_fast import InputError
 from mtt_fast.commands import cli
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_render_fills_in_the_marked_places(tmp_path: Path) -> None:

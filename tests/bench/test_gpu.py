@@ -17,12 +17,7 @@ import torch
 
 from bench import gpu, tune
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # in workers: a toy is slower on several
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def stage(name: str, out: Path, status: int = 0, *flags: str) -> str:

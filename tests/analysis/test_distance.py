@@ -1,0 +1,278 @@
+"""Test the distance of students from the expert and from real training, against steps that are written out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
+from mtt_fast.analysis.distance import (
+    DistanceOptions,
+    default_options,
+    nearest_steps,
+    read_distilled_sets,
+    strategy_of,
+    student_path,
+)
+from mtt_fast.commands import parsing
+from mtt_fast.data import load, transform_for
+from mtt_fast.experts import ExpertTraining, expert_steps, train_expert
+from mtt_fast.runtime.interrupts import Stopped
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.training.images import real_images
+from tests.analysis.helpers import read, run
+
+
+def test_nearest_steps_by_hand() -> None:
+    path = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
+    targets = torch.tensor([[4.0, 0.0], [3.0, 4.0], [0.0, -2.0]], dtype=torch.float64)
+    assert nearest_steps(path, targets) == [(1 / 16, 1), (0.0, 2), (1.0, 0)]
+    path[1] = torch.nan  # a student that diverges was somewhere before
+    assert nearest_steps(path, targets) == [(1.0, 0), (0.0, 2), (1.0, 0)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nearest_steps_against_a_written_out_loop(seed: int) -> None:
+    generator = generator_for(seed, "nearest")
+    path, targets = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (20, 4))
+    for (distance, step), target in zip(nearest_steps(path, targets), targets, strict=True):
+        errors = []
+        for theta in path:
+            errors.append(
+                float(F.mse_loss(theta, target, reduction="sum") / F.mse_loss(path[0], target, reduction="sum"))
+            )
+        assert distance == pytest.approx(min(errors), rel=1e-12)
+        assert step == errors.index(min(errors))
+
+
+def sgd_step(net: ConvNet, theta: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, lr: float) -> torch.Tensor:
+    """Do a step of plain SGD in float64."""
+    leaf = theta.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(net(leaf, images.double()), labels), leaf)
+    return theta - lr * gradient
+
+
+def written_out_path(
+    net: ConvNet, start: torch.Tensor, synthetic: SyntheticDataset, generator: torch.Generator, steps: int
+) -> list[torch.Tensor]:
+    """Do steps on ten images in batches of six: a permutation's chunks from the end, the short one first."""
+    path, batches = [start], list[torch.Tensor]()
+    for _ in range(steps):
+        if not batches:
+            batches = list(torch.randperm(10, generator=generator).split(6))
+        index = batches.pop()
+        path.append(sgd_step(net, path[-1], synthetic.images[index], synthetic.labels[index], float(synthetic.lr)))
+    return path
+
+
+def written_out_training(
+    net: ConvNet, data_path: Path, generator: torch.Generator, steps: int, lr: float
+) -> list[torch.Tensor]:
+    """Do steps on the digits in batches of 512: an epoch is a permutation's chunks in order, the short one last."""
+    data = load("digits", data_path=data_path)
+    images = transform_for(data, zca=False).apply(data.train.images.float() / 255)
+    path, batches = [net.init(generator).double()], list[torch.Tensor]()
+    for _ in range(steps):
+        batches = batches or list(torch.randperm(len(images), generator=generator).split(512))
+        index = batches.pop(0)
+        path.append(sgd_step(net, path[-1], images[index], data.train.labels[index], lr))
+    return path
+
+
+def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
+    """Compare with the paper's definition, in float64: targets after Δt steps on real images, squared errors, the closest step."""
+    out = tmp_path / "distance"
+    flags = [*"--steps 5 --deltas 7,1,4 --starts 2 --expert_lr 0.1 --dsa False".split(), "--out", str(out)]
+    assert run("distance", f"short={toy / 'run'}", f"best={toy / 'run' / 'best.safetensors'}", *flags) == 0
+    record = read(out / "distance.json")
+    net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
+    for label, name in (("short", "synthetic"), ("best", "best")):
+        synthetic = SyntheticDataset.load(toy / "run" / f"{name}.safetensors")
+        wanted: dict[int, list[float]] = {1: [], 4: [], 7: []}
+        for start in (0, 1):
+            real = written_out_training(net, toy / "data", generator_for(0, "expert", start), 7, lr=0.1)
+            path = written_out_path(net, real[0], synthetic, generator_for(0, "distance", start), 5)
+            for delta, distances in wanted.items():
+                target, moved = real[delta], (real[0] - real[delta]).square().sum()
+                distances.append(min(float((theta - target).square().sum() / moved) for theta in path))
+        points = record["curves"][label]
+        assert [(point["real_steps"], point["n"]) for point in points] == [(1, 2), (4, 2), (7, 2)]
+        for point in points:
+            values = torch.tensor(wanted[point["real_steps"]])
+            assert point["mean"] == pytest.approx(float(values.mean()), rel=1e-4)
+            assert point["std"] == pytest.approx(float(values.std()), rel=1e-2, abs=1e-5)
+    text = (out / "distance.md").read_text()
+    assert "| Δt, steps on real images | 1 | 4 | 7 |" in text
+    assert "Least squared distance over 5 steps on the distilled set" in text
+    with Image.open(out / "distance.png") as picture:
+        assert picture.width > 400
+
+
+def test_distance_is_the_papers_by_default() -> None:
+    options = DistanceOptions()
+    assert (options.steps, options.starts) == (1000, 1)
+    deltas = parsing.integers(options.deltas, "--deltas")
+    assert deltas == sorted(deltas)
+    assert deltas[0] <= 10  # short
+    assert deltas[-1] >= 3 * 196  # long: beyond the three epochs of CIFAR-100 that its sets were matched over
+
+
+def test_real_training_is_that_of_the_experts(toy: Path) -> None:
+    """Compare whole epochs bit for bit: with augmentation, and beyond the epoch where --decay begins a new optimiser."""
+    store = TrajectoryStore(toy / "buffers" / "digits" / "ConvNetD1W4")
+    net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
+    real = real_images(load("digits", data_path=toy / "data"), torch.device("cpu"), zca=False)
+    recorded = ExpertTraining(**store.metadata(1).hyperparameters)
+    decaying = dataclasses.replace(recorded, decay=True, mom=0.9, l2=0.01, rho_max=0.05, rho_min=0.01)
+    rows = {}
+    for training in (recorded, decaying):
+        rows[training], _ = train_expert(real, net, training, seed=0, index=1)
+        steps = list(itertools.islice(expert_steps(real, net, training, seed=0, index=1), 13))
+        assert all(steps[3 * epoch].equal(row) for epoch, row in enumerate(rows[training]))  # 1437 images, 512 a batch
+    for epoch, row in enumerate(rows[recorded]):
+        torch.testing.assert_close(row, store.read(1, epoch))  # trained with another number of threads
+    undiminished, _ = train_expert(real, net, dataclasses.replace(decaying, decay=False, rho_min=0.05), seed=0, index=1)
+    assert undiminished[3].equal(rows[decaying][3])
+    assert undiminished[4].equal(rows[decaying][4])  # of four epochs none is behind the drop
+    drops = dataclasses.replace(decaying, train_epochs=2)
+    late = list(itertools.islice(expert_steps(real, net, drops, seed=0, index=1), 13))
+    assert late[9].equal(rows[decaying][3])
+    assert not late[12].equal(rows[decaying][4])
+
+
+def test_a_stopped_distance_goes_on(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, seen = tmp_path / "out", list[str]()
+
+    def counted(
+        network: Any, start: torch.Tensor, synthetic: SyntheticDataset, options: Any, generator: torch.Generator
+    ) -> torch.Tensor:
+        if len(seen) == 1:
+            raise Stopped("stopped", 2)
+        seen.append("student")
+        return student_path(network, start, synthetic, options, generator)
+
+    synthetic = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
+    dataclasses.replace(synthetic, lr=synthetic.lr / 2).save(tmp_path / "slow.safetensors")
+    sets = [f"a={toy / 'run'}", f"b={tmp_path / 'slow.safetensors'}"]
+    flags = ["--steps", "3", "--deltas", "2,5"]
+    assert run("distance", *sets, *flags, "--out", str(tmp_path / "whole")) == 0
+    monkeypatch.setattr("mtt_fast.analysis.distance.student_path", counted)
+    assert run("distance", *sets, *flags, "--out", str(out)) == 130
+    assert list(read(out / "distance.json")["curves"]) == ["a"]
+    seen.clear()
+    assert run("distance", *sets, *flags, "--out", str(out)) == 0  # one student was left
+    assert read(out / "distance.json")["curves"] == read(tmp_path / "whole" / "distance.json")["curves"]
+    assert (out / "distance.md").read_text() == (tmp_path / "whole" / "distance.md").read_text()
+    assert run("distance", *sets, *flags, "--out", str(out)) == 0  # and now none
+    assert run("distance", *sets, *flags, "--steps", "4", "--out", str(out)) == 130  # another question
+
+
+def test_augmentation_is_that_of_the_distillation() -> None:
+    options = DistanceOptions(dsa_strategy="flip")
+    for recipe, strategy in (
+        ({}, "flip"),  # from elsewhere
+        ({"dsa_strategy": "crop", "dsa": True}, "crop"),
+        ({"dsa_strategy": "crop", "dsa": False}, "none"),
+        ({"dsa_strategy": "crop", "no_aug": True}, "none"),
+        ({"dsa_strategy": "crop", "method": "DC"}, "none"),
+        ({"dsa_strategy": "crop", "method": "DSA"}, "crop"),
+    ):
+        assert strategy_of(recipe, options) == strategy
+
+
+def test_options_of_real_training_are_those_of_the_set_that_matched_trajectories() -> None:
+    dsa = {"dataset": "CIFAR100", "seed": 3, "device": "cuda:1", "method": "DSA", "batch_real": 128, "lr_img": 0.1}
+    mtt = {"dataset": "CIFAR10", "expert_epochs": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9, "ipc": 1}
+    assert default_options([dsa, mtt]) == {
+        "dataset": "CIFAR100", "seed": 3, "expert_lr": 0.02, "batch_real": 256, "mom": 0.9,
+    }  # fmt: skip
+    assert default_options([dsa]) == {"dataset": "CIFAR100", "seed": 3}
+
+
+def test_students_step_as_in_the_distillation(toy: Path) -> None:
+    """Use a rate for each of two steps in turn, momentum and weight decay, against torch's optimiser."""
+    synthetic = SyntheticDataset.load(toy / "run" / "synthetic.safetensors")
+    recipe = synthetic.recipe | {"student_mom": 0.5, "student_l2": 0.01}
+    synthetic = dataclasses.replace(synthetic, lr_per_step=torch.tensor([0.1, 0.3]), recipe=recipe)
+    net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
+    start = net.init(generator_for(0, "start"))
+    options = DistanceOptions(steps=5)
+    path = student_path(net, start, synthetic, options, generator_for(0, "student"))
+
+    theta, batches, generator = start.clone().requires_grad_(), list[torch.Tensor](), generator_for(0, "student")
+    optimiser = torch.optim.SGD([theta], momentum=0.5, weight_decay=0.01)
+    assert len(path) == 6
+    for step in range(5):
+        if not batches:
+            batches = list(torch.randperm(10, generator=generator).split(6))
+        index = batches.pop()
+        optimiser.param_groups[0]["lr"] = (0.1, 0.3)[step % 2]
+        optimiser.zero_grad()
+        F.cross_entropy(net(theta, synthetic.images[index]), synthetic.labels[index]).backward()
+        optimiser.step()
+        torch.testing.assert_close(path[step + 1], theta.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "expected run folders, plain or as LABEL=FOLDER"),
+        (["RUN", "RUN"], "there is another run with the label run; give labels as LABEL=FOLDER"),
+        (["RUN", "--deltas", "1,x"], "--deltas 1,x: expected numbers as in 1,10,100"),
+        (["RUN", "--deltas", "0,1"], "--deltas 0,1: expected numbers of at least 1"),
+        (["RUN", "--starts", "0"], "--starts 0: expected at least 1"),
+        (["RUN", "--expert_lr", "0"], "--expert_lr 0.0: expected more than 0"),
+        (
+            ["RUN", "--zca"],
+            "run: whitened otherwise: expected ZCA-whitened images, found normalised images; leave out --zca",
+        ),
+        (["RUN", "--steps", "0"], "--steps 0: expected at least 1"),
+    ],
+)
+def test_distance_refuses(
+    flags: list[str], message: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(toy / "run") if word == "RUN" else word for word in flags]
+    assert run("distance", *words, "--out", str(tmp_path / "out")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        ("1e38", "diverged within 9 steps; give a smaller --expert_lr"),
+        ("1e-46", "--expert_lr 1e-46: expected more than 0 in float32"),
+    ],
+)
+def test_real_training_that_leads_nowhere(
+    lr: str, message: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--deltas", "9", "--steps", "1", "--expert_lr", lr, "--out", str(tmp_path / "out")]
+    assert run("distance", str(toy / "run"), *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "distance.json").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"curves": {}}'])
+def test_a_broken_record_of_distances(text: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "distance.json").write_text(text)
+    assert run("distance", str(toy / "run"), "--deltas", "1", "--out", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "distance.json: expected a record of this command, found" in error
+    assert "delete it or choose another --out" in error
+    assert (tmp_path / "distance.json").read_text() == text
+
+
+def test_labels_and_paths_of_sets(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "N=2").symlink_to(toy / "run")
+    found = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
+    assert list(found) == ["N=2", "short", "x"]

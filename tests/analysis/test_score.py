@@ -1,0 +1,82 @@
+"""Test the score of accuracies: the formulas, and refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mtt_fast.storage.files import write_json
+from tests.analysis.helpers import read, run
+
+
+def write_evaluation(path: Path, mean: float, **others: str) -> str:
+    record = {
+        "dataset": "CIFAR10",
+        "model": "ConvNet",
+        "protocol": {"name": others.pop("protocol", "ddranking")},
+    } | others
+    write_json(path, record | {"accuracy": {"mean": mean, "std": 0.0, "n": 5}})
+    return str(path)
+
+
+@pytest.mark.parametrize("hard", [None, "40"])
+def test_score_of_accuracies(hard: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    out = tmp_path / "score.json"
+    files = ["--distilled", write_evaluation(tmp_path / "set.json", 0.6), "--random"]
+    files += [write_evaluation(tmp_path / "random.json", 0.3), "--full", "85", "--out", str(out)]
+    assert run("score", *files, *(["--hard", hard] if hard else [])) == 0
+    record = read(out)
+    hlr = 0.85 - (0.4 if hard else 0.6)
+    assert (record["hard_label_recovery"], record["improvement_over_random"]) == pytest.approx((hlr, 0.3))
+    score = (math.exp(0.5 * 0.3 - 0.5 * hlr) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
+    assert record["label_robust_score"] == pytest.approx(score)
+    assert (record["protocol"], record["dataset"], record["model"]) == ("ddranking", "CIFAR10", "ConvNet")
+    assert f"label-robust score {score:.3f} (weight 0.5)" in caplog.text
+
+
+def test_score_of_the_board(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert run("score", "--hlr", "23.73", "--ior", "30.90") == 0
+    assert "HLR 23.73 %, IOR 30.90 %, label-robust score 0.284" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--full: expected an accuracy, found none; or give --hlr"),
+        ("--full 85", "--distilled: expected an accuracy, found none; or give --hlr"),
+        ("--full 85 --distilled 60", "--random: expected an accuracy, found none; or give --ior"),
+        ("--hlr 20", "--distilled: expected an accuracy, found none; or give --ior"),
+        ("--hlr 20 --ior 30 --distilled 50", "--distilled: has no effect beside --hlr or --ior"),
+        ("--hlr 20 --full 80 --distilled 50 --random 30", "--full: has no effect beside --hlr or --ior"),
+        ("--full 80 --distilled 50 --ior 3 --random 2", "--random: has no effect beside --hlr or --ior"),
+        ("--full 0.85 --distilled 60 --random 30", "--full 0.85: expected an accuracy in per cent, as 84.8"),
+        ("--full 850 --distilled 60 --random 30", "--full 850: expected an accuracy in per cent, 0 to 100"),
+        ("--full nan --distilled 60 --random 30", "--full nan: expected an accuracy in per cent, 0 to 100"),
+        ("--hlr 200 --ior 30", "--hlr 200.0: expected per cent, -100 to 100"),
+        ("--hlr 20 --ior nan", "--ior nan: expected a finite number"),
+        ("--hlr 20 --ior 30 --weight 2", "--weight 2.0: expected 0 to 1"),
+        (
+            "--full 85 --distilled no.json --random 30",
+            "--distilled no.json: expected a number in per cent or a file (No such",
+        ),
+        (
+            "--full 85 --distilled list.json --random 30",
+            "list.json: expected what mtt_fast.evaluate --out writes, found",
+        ),
+        ("--full 85 --distilled a.json --random b.json", "--random: expected the protocol ddranking as in the files"),
+    ],
+)
+def test_score_refuses(
+    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[1]")
+    write_evaluation(Path("a.json"), 0.6)
+    write_evaluation(Path("b.json"), 0.3, protocol="mtt")
+    assert run("score", *flags.split(), "--out", "score.json") == 2
+    assert message in capsys.readouterr().err
+    assert not Path("score.json").exists()

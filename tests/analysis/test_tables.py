@@ -1,0 +1,117 @@
+"""Test the tables of accuracies: what was measured beside the paper, and refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtt_fast.storage.files import write_json
+from tests.analysis.helpers import read, run
+
+
+def summary(mean: float, *, method: str | None = None, random: float | None = None, **options: Any) -> dict[str, Any]:
+    accuracy = {"distilled": {"mean": mean, "std": 0.01, "n": 5}}
+    if random is not None:
+        accuracy["random_real_images"] = {"mean": random, "std": 0.02, "n": 5}
+    settings = {"dataset": "CIFAR10", "model": "ConvNet", "ipc": 1, "seed": 0} | options
+    return {"accuracy": accuracy, "options": settings} | ({} if method is None else {"method": method})
+
+
+def by_network(*networks: str, accuracy: float = 0.7) -> dict[str, Any]:
+    return {"accuracy_by_network": {"distilled": {name: {"mean": accuracy, "std": 0.0, "n": 5} for name in networks}}}
+
+
+def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
+    runs = {
+        "a/seed0": summary(0.40, random=0.15, out="a/seed0", device="cpu", recipe="mine"),
+        "a/seed1": summary(0.44, seed=1, random=0.17, out="a/seed1", memory_budget="2GiB"),
+        "b": summary(0.30, Iteration=7),
+        "datm": summary(0.50, random=0.35, protocol="datm"),
+        "best": summary(0.60, best_epoch=True),
+        "vgg": summary(0.70, ipc=50, eval_mode="B") | by_network("ConvNetBN", "VGG11BN"),
+        "cross": summary(0.48, ipc=10, eval_mode="C") | by_network("VGG11", accuracy=0.48),
+        "dm": summary(0.25, method="DM", ipc=10),
+        "nette": summary(0.5, dataset="ImageNet", subset="imagenette", res=128, model="ConvNetD5"),
+        "small": summary(0.6, dataset="ImageNet", subset="imagenette", res=64, model="ConvNetD5"),
+        "textures": summary(0.2, texture=True),
+        "digits": summary(0.9, dataset="digits", model="ConvNetD2W32"),
+        "folder": summary(0.3, dataset="/some/where/CIFAR10"),
+    }
+    for name, content in runs.items():
+        write_json(tmp_path / "runs" / name / "summary.json", content)
+    assert run("tables", str(tmp_path / "runs"), "--out", str(tmp_path / "out")) == 0
+    tables = read(tmp_path / "out" / "tables.json")
+
+    def rows(table: str, dataset: str, method: str) -> list[dict[str, Any]]:
+        return [row for row in tables[table]["rows"] if (row["dataset"], row["method"]) == (dataset, method)]
+
+    seeds, other, *tested_on_others = rows("1", "CIFAR10", "MTT")
+    assert [(row["model"], row["measured"]["50"]["mean"]) for row in tested_on_others] == [
+        ("ConvNetBN", 0.70),
+        ("VGG11BN", 0.70),
+    ]
+    assert seeds["measured"]["1"]["mean"] == pytest.approx(0.42)
+    assert seeds["measured"]["1"]["std"] == pytest.approx(math.sqrt(2) * 0.02)
+    assert [Path(path).name for path in seeds["measured"]["1"]["runs"]] == ["seed0", "seed1"]
+    assert seeds["paper"]["accuracy"]["50"] == pytest.approx({"mean": 0.716, "std": 0.002})
+    assert other["measured"]["1"]["mean"] == 0.30
+    assert other["paper"] is None
+    (random,) = rows("1", "CIFAR10", "Random")
+    assert random["measured"]["1"]["mean"] == pytest.approx(0.16)
+    for method, mean in (("MTT, protocol datm", 0.50), ("Random, protocol datm", 0.35), ("MTT, best epoch", 0.60)):
+        (row,) = rows("1", "CIFAR10", method)
+        assert (row["measured"]["1"]["mean"], row["paper"]) == (mean, None)
+    assert rows("2", "CIFAR10", "MTT")[0]["measured"]["1"]["n"] == 2
+    assert rows("2", "CIFAR10", "KIP")[0]["paper"]["quoted"]
+    by_model = {row["model"]: row for row in rows("3", "CIFAR10", "MTT")}
+    assert list(by_model) == ["ConvNet", "ResNet18", "VGG11", "AlexNet"]
+    assert by_model["VGG11"]["measured"]["10"]["mean"] == 0.48
+    assert by_model["VGG11"]["paper"]["accuracy"]["10"] == pytest.approx({"mean": 0.503, "std": 0.008})
+    assert by_model["VGG11"]["elsewhere"][0]["accuracy"]["50"] == pytest.approx({"mean": 0.554})
+    assert seeds["elsewhere"][0]["source"] == "the text of the paper"
+    assert rows("4", "imagenette", "MTT")[0]["measured"]["1"]["mean"] == 0.5
+    assert rows("1", "imagenette at 64 px", "MTT")[0]["measured"]["1"]["mean"] == 0.6
+    assert rows("1", "CIFAR10", "MTT, textures")[0]["measured"]["1"]["mean"] == 0.2
+    assert rows("1", "digits", "MTT")[0]["paper"] is None
+    assert [row["model"] for row in rows("1", "CIFAR10 (folder)", "MTT")] == ["ConvNet"]
+    text = (tmp_path / "out" / "tables.md").read_text()
+    for line in (
+        "| CIFAR10 | MTT | ConvNet | 42.0 ± 2.8 (2 runs) | 46.3 ± 0.8* | — | 65.3 ± 0.7* | — | 71.6 ± 0.2 | — | — |",
+        "| CIFAR10 | DM | ConvNet | — | 26.0 ± 0.8‡ | 25.0 ± 1.0 | 48.9 ± 0.6 |",
+        "| CIFAR10 | MTT (b) | ConvNet | 30.0 ± 1.0 | — |",
+        "| CIFAR10 | CAFE | ConvNet | — | 30.3 ± 1.1†‡ | — |",
+        "| CIFAR10 | DD | AlexNet | — | none | — | 36.8 ± 1.2 | — | none |",
+        "| CIFAR10 | MTT | VGG11 | — | — | 48.0 ± 0.0 | 50.3 ± 0.8 | — | 55.4‡ |",
+        "| imagesquawk | all real images | ConvNetD5 | — | — | — | — | — | 87.5 ± 0.3 |",
+        "\n- Herding (CIFAR10, CIFAR100): Table 1 of AutoPalette",
+        "\n- CIFAR10, MTT, ConvNet, 1: 46.2 ± 0.8 in Table 1 of PAD (arXiv 2408.03360)\n",
+        "\n- CIFAR100, MTT, ConvNet, 10: 39.4 in Table 2 of the paper\n",
+        "\n- CIFAR10: 0.02 % at 1, 0.2 % at 10, 1 % at 50\n",
+        "\n- ImageNet subsets: 11 s an epoch, 15 GPU hours for 100, 120 MB each\n",
+    ):
+        assert line in text
+    assert "MTT, ConvNet, 50: 71.6" not in text  # PAD says what the table says
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "expected a finished run in it or below, found no summary.json"),
+        ({"summary.json": "{"}, "summary.json: expected the summary of a run"),
+        (
+            {"summary.json": '{"accuracy": {"distilled": {"mean": 0.5, "std": 0.1, "n": 2}}, "options": {}}'},
+            "expected 'dataset' among the options",
+        ),
+    ],
+)
+def test_tables_refuse(files: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    assert run("tables", str(folder), "--out", str(tmp_path / "out")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,86 @@
+"""Test the methods that choose real images against naive loops: herding, forgetting, k-means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtt_fast.baselines.forgetting import forgetting_events, most_forgotten, right_at_each_epoch
+from mtt_fast.baselines.herding import herd
+from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
+from mtt_fast.experts import ExpertTraining, train_missing_experts
+from mtt_fast.testing import module_function, reference_convnet
+from mtt_fast.training.images import RealImages
+from tests.baselines.network import F64, NET, SHAPE, seeded
+
+
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_herding_is_greedy(count: int) -> None:
+    points = torch.randn(12, 5, dtype=F64)
+    chosen: list[int] = []
+    for _ in range(count):
+        distances = {
+            index: float((points.mean(0) - points[[*chosen, index]].mean(0)).norm())
+            for index in range(len(points))
+            if index not in chosen
+        }
+        chosen.append(min(distances, key=lambda index: distances[index]))
+    assert herd(points, count).tolist() == chosen
+
+
+def test_forgetting_events_are_counted_one_by_one() -> None:
+    right = torch.rand(9, 40) < 0.5
+    expected = [
+        sum(bool(right[epoch, image]) and not right[epoch + 1, image] for epoch in range(8)) for image in range(40)
+    ]
+    events = forgetting_events(right)
+    assert events.tolist() == expected
+    members = torch.arange(1, 40, 3)
+    chosen = most_forgotten(members, events, 5, seeded())
+    assert len(set(chosen.tolist())) == 5
+    assert set(chosen.tolist()) <= set(members.tolist())
+    left = [expected[index] for index in members.tolist() if index not in chosen]
+    assert min(expected[index] for index in chosen.tolist()) >= max(left)
+
+
+def test_among_equals_chance_decides() -> None:
+    members, events = torch.arange(50), torch.zeros(50, dtype=torch.long)
+    picks = [tuple(most_forgotten(members, events, 3, seeded(seed)).tolist()) for seed in range(5)]
+    assert len(set(picks)) > 1
+    assert picks[0] == tuple(most_forgotten(members, events, 3, seeded(0)).tolist())
+
+
+def test_what_an_expert_gets_right_after_each_epoch(real: RealImages, tmp_path: Path) -> None:
+    store = train_missing_experts(tmp_path / "experts", 1, real, NET, ExpertTraining(3, 0.1), seed=0)
+    right = right_at_each_epoch(store, real.train, NET)
+    function = module_function(reference_convnet(*SHAPE))
+    seen, labels = real.train.batch(slice(None))
+    for epoch in range(3):
+        logits = function(store.read(0, epoch + 1), seen)
+        top = logits.topk(2, dim=1).values
+        sure = top[:, 0] - top[:, 1] > 1e-4  # where rounding cannot decide
+        assert int(sure.sum()) > 1000
+        assert torch.equal(right[epoch][sure], (logits.argmax(1) == labels)[sure])
+
+
+def test_clusters_are_a_fixed_point_and_find_what_is_apart() -> None:
+    middles = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    points = (middles.repeat_interleave(20, dim=0) + torch.randn(60, 2)).float()
+    centres = cluster_centres(points, 3, seeded())
+    assert torch.equal(centres, cluster_centres(points, 3, seeded()))
+    nearest = torch.stack([(points - centre).norm(dim=1) for centre in centres]).argmin(0)
+    for cluster, centre in enumerate(centres):
+        torch.testing.assert_close(points[nearest == cluster].mean(0), centre, rtol=1e-5, atol=1e-5)
+    assert sorted(torch.bincount(nearest).tolist()) == [20, 20, 20]
+
+
+def test_the_nearest_image_to_each_centre_is_taken_once() -> None:
+    points, centres = torch.randn(30, 4), torch.randn(6, 4)
+    chosen: list[int] = []
+    for centre in centres:
+        left = [index for index in range(30) if index not in chosen]
+        chosen.append(min(left, key=lambda index: float((points[index] - centre).norm())))
+    assert nearest_rows(points, centres).tolist() == chosen
+    assert nearest_rows(points[:3], points[:1].repeat(3, 1)).sort().values.tolist() == [0, 1, 2]

@@ -1,0 +1,137 @@
+"""Test DC and DSA against the double backward of plain torch, in float64, on a toy network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import InputError
+from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
+from mtt_fast.baselines import gradient_matching
+from mtt_fast.baselines.gradient_distance import DISTANCES, Metric
+from mtt_fast.baselines.gradient_matching import dc, dsa, matching_gradient
+from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
+from mtt_fast.baselines.method import LearnedSet
+from mtt_fast.baselines.real_data import class_members, random_batch
+from mtt_fast.baselines.siamese import siamese_augmentation
+from mtt_fast.engine.student import GenericStudent
+from mtt_fast.engine.student_choice import student_for
+from mtt_fast.runtime.seeding import generator_for
+from mtt_fast.testing import assert_close, reference_convnet
+from mtt_fast.training.images import RealImages
+from tests.baselines.network import F64, NET, SHAPE, plain, random_theta, seeded
+
+
+def written_out(metric: Metric, found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the distance as the papers define it, one row after the other."""
+
+    def cosine(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum() / ((a**2).sum().sqrt() * (b**2).sum().sqrt() + 1e-6)
+
+    if metric == "mse":
+        return ((found - wanted) ** 2).sum()
+    if metric == "cos":
+        return 1 - cosine(found, wanted)
+    total, begin = torch.zeros((), dtype=found.dtype), 0
+    for parameter in reference_convnet(*SHAPE).parameters():
+        end = begin + parameter.numel()
+        if parameter.dim() > 1:
+            rows = parameter.shape[0]
+            for own, target in zip(found[begin:end].view(rows, -1), wanted[begin:end].view(rows, -1), strict=True):
+                total = total + 1 - cosine(own, target)
+        begin = end
+    return total
+
+
+METRICS: list[Metric] = ["ours", "mse", "cos"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_distance_of_gradients_is_the_papers(metric: Metric) -> None:
+    found, wanted = torch.randn(2, NET.num_parameters, dtype=F64)
+    assert_close(metric, DISTANCES[metric](found, wanted, NET.layout), written_out(metric, found, wanted), 1e-12)
+    assert float(DISTANCES[metric](found, found, NET.layout)) == pytest.approx(0, abs=1e-4)  # but for the 1e-6
+
+
+@pytest.mark.parametrize("strategy", ["none", "color", "crop", "cutout", "flip", "scale", "rotate"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradient_matching_is_the_double_backward(metric: Metric, strategy: str) -> None:
+    theta, function = random_theta(), plain()
+    images, labels = torch.randn(5, 1, 8, 8, dtype=F64), torch.tensor([3, 3, 3, 3, 3])
+    wanted = torch.randn(NET.num_parameters, dtype=F64)
+    augment = siamese_augmentation(strategy, images, seeded(1))
+
+    pixels, leaf = images.clone().requires_grad_(), theta.clone().requires_grad_()
+    loss = F.cross_entropy(function(leaf, augment(pixels)), labels)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    expected = written_out(metric, gradient, wanted)
+    (to_images,) = torch.autograd.grad(expected, pixels)
+
+    for student in (student_for(NET, torch.device("cpu")), GenericStudent(NET)):
+        distance, found = matching_gradient(
+            student, theta, images, labels, augment, lambda own: DISTANCES[metric](own, wanted, NET.layout)
+        )
+        assert_close("distance", distance, expected, 1e-10)
+        assert_close("gradient", found, to_images, 1e-9)
+
+
+def test_siamese_augmentation_does_the_same_to_every_image() -> None:
+    one = torch.rand(1, 3, 9, 9)
+    augment = SiameseAugment("color_crop_cutout_flip_scale_rotate")
+    for seed in range(12):
+        same = siamese_augmentation(augment.strategy, one.expand(4, -1, -1, -1), seeded(seed))
+        expected = augment_with(one, augment.draw_parameters([one], seeded(seed)))
+        for batch in (1, 6):
+            torch.testing.assert_close(same(one.expand(batch, -1, -1, -1)), expected.expand(batch, -1, -1, -1))
+    identity = siamese_augmentation("none", one, seeded())
+    assert identity(one) is one
+
+
+def test_dc_updates_images_and_network_by_turns(real: RealImages) -> None:
+    options = DcOptions(dataset="digits", ipc=1, batch_real=9, outer_loop=3, inner_loop=2, lr_net=0.1, lr_img=0.2)
+    learning, function = dc(options, real, NET), plain()
+    images, velocity, labels = learning.images.double(), torch.zeros(()), torch.arange(10)
+    members, generator = class_members(real, 1), generator_for(0, "gradient matching", 0)
+    theta, total = NET.init(generator).double(), 0.0
+    for _ in range(3):
+        pixels, distance = images.clone().requires_grad_(), torch.zeros((), dtype=F64)
+        for label, indices in enumerate(members):
+            seen, of_seen = random_batch(real.train, indices, 9, generator)
+            leaf = theta.clone().requires_grad_()
+            (wanted,) = torch.autograd.grad(F.cross_entropy(function(leaf, seen.double()), of_seen), leaf)
+            own = F.cross_entropy(function(leaf, pixels[label : label + 1]), labels[label : label + 1])
+            (found,) = torch.autograd.grad(own, leaf, create_graph=True)
+            distance = distance + written_out("ours", found, wanted)
+        (gradient,) = torch.autograd.grad(distance, pixels)
+        velocity = 0.5 * velocity + gradient
+        images, total = images - 0.2 * velocity, total + float(distance.detach())
+        for _ in range(2):
+            torch.randperm(10, generator=generator)  # the order in the one batch of an epoch
+            leaf = theta.clone().requires_grad_()
+            theta = theta - 0.1 * torch.autograd.grad(F.cross_entropy(function(leaf, images), labels), leaf)[0]
+    assert learning.step(0) == pytest.approx(total / 30, rel=1e-4)
+    assert_close("images", learning.images.double(), images, 1e-3)
+
+
+@pytest.mark.parametrize(("method", "strategy"), [(dc, None), (dsa, "color_crop")])
+def test_the_network_sees_what_the_method_augments(
+    method: Callable[..., LearnedSet], strategy: str | None, real: RealImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(gradient_matching, "epoch_on", lambda student, images, sgd, augment: seen.append(augment))
+    method(DsaOptions(dataset="digits", dsa_strategy="color_crop"), real, NET)
+    assert seen == [None if strategy is None else SiameseAugment(strategy)]
+
+
+def test_loops_are_the_papers_or_the_users() -> None:
+    assert DcOptions(ipc=1).loops() == (1, 1)
+    assert DcOptions(ipc=10).loops() == (10, 50)
+    assert DcOptions(ipc=50, inner_loop=3).loops() == (50, 3)
+    with pytest.raises(InputError, match="--ipc 7: the papers name loops for 1, 10, 20, 30, 40, 50"):
+        DcOptions(ipc=7, outer_loop=3).check()
+    with pytest.raises(InputError, match="run dc instead"):
+        DsaOptions(dsa=False).check()

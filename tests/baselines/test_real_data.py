@@ -1,0 +1,48 @@
+"""Test what the methods share: starting images, batches, and iterations that depend on their number alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtt_fast import InputError
+from mtt_fast.baselines.catalogue import METHODS
+from mtt_fast.baselines.method import LearnedSet
+from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
+from mtt_fast.training.images import RealImages
+from tests.baselines.network import NET, seeded
+
+
+def test_starting_images_are_real_or_noise(real: RealImages) -> None:
+    start, noise = (starting_images(real, 3, kind, 0) for kind in ("real", "noise"))
+    assert start.labels.tolist() == noise.labels.tolist() == [label for label in range(10) for _ in range(3)]
+    everything, labels = real.train.batch(slice(None))
+    for image, label in zip(start.pixels, start.labels, strict=True):
+        assert (everything[labels == label] == image).all(dim=(1, 2, 3)).any()
+    assert abs(float(noise.pixels.mean())) < 0.1
+    assert float(noise.pixels.std()) == pytest.approx(1, abs=0.1)
+    with pytest.raises(InputError, match="--ipc 5000: class 0 has only"):
+        class_members(real, 5000)
+
+
+def test_a_batch_has_every_image_once(real: RealImages) -> None:
+    members = class_members(real, 1)[4]
+    seen, labels = random_batch(real.train, members, 10**6, seeded())
+    assert len(seen) == len(members)
+    assert set(labels.tolist()) == {4}
+    assert torch.equal(
+        seen.flatten(1).sum(1).sort().values, real.train.batch(members)[0].flatten(1).sum(1).sort().values
+    )
+
+
+@pytest.mark.parametrize("name", ["dm", "dc", "dsa", "dd", "ld"])
+def test_an_iteration_depends_on_its_number_alone(name: str, real: RealImages) -> None:
+    method = METHODS[name]
+    learnings = [method.make(method.options(dataset="digits"), real, NET) for _ in range(2)]
+    losses, sets = [], []
+    for learning in learnings:
+        assert isinstance(learning, LearnedSet)
+        losses.append([learning.step(7), learning.step(8)])
+        sets.append(torch.cat([learning.images.flatten(), learning.labels.flatten()]))
+    assert losses[0] == losses[1]
+    assert torch.equal(*sets)

@@ -1,0 +1,180 @@
+"""Test dataset and label distillation, through steps to a real loss, against whole-graph autograd, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtt_fast import InputError
+from mtt_fast.baselines.dd import DdOptions, dd, step_batches
+from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates
+from mtt_fast.baselines.real_loss import logits_after_steps
+from mtt_fast.testing import assert_close
+from mtt_fast.training.images import RealImages
+from tests.baselines.network import F64, NET, plain, random_theta, seeded
+
+
+def whole_graph_logits(
+    theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, batches: list[Tensor], seen: Tensor
+) -> Tensor:
+    """Return the logits with all steps recorded by autograd."""
+    function = plain()
+    theta = theta.clone().requires_grad_()
+    for n, index in enumerate(batches):
+        log_p = F.log_softmax(function(theta, images[index]), dim=1)
+        wanted = labels[index]
+        hard = not wanted.is_floating_point()
+        loss = -(F.one_hot(wanted, 10) * log_p if hard else wanted * log_p).sum(1).mean()
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = theta - rates[n] * gradient
+    return function(theta, seen)
+
+
+def test_dd_has_the_whole_graphs_gradients() -> None:
+    images = torch.randn(20, 1, 8, 8, dtype=F64, requires_grad=True)
+    labels, rates = torch.arange(10).repeat_interleave(2), torch.rand(6, dtype=F64, requires_grad=True)
+    batches = step_batches(DdOptions(ipc=2), 10)
+    seen, wanted = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
+    results = []
+    for logits in (
+        logits_after_steps(NET, random_theta(), images, labels, rates, batches, seen),
+        whole_graph_logits(random_theta(), images, labels, rates, batches, seen),
+    ):
+        loss = F.cross_entropy(logits, wanted)
+        results.append((loss, *torch.autograd.grad(loss, (images, rates))))
+    for name, found, expected in zip(("loss", "images", "rates"), *results, strict=True):
+        assert_close(name, found, expected, 1e-10)
+
+
+def test_ld_has_the_whole_graphs_gradients() -> None:
+    images, soft = torch.randn(20, 1, 8, 8, dtype=F64), torch.rand(20, 10, dtype=F64).softmax(1).requires_grad_()
+    index, rate = torch.randperm(20)[:13], torch.tensor(0.3, dtype=F64)
+    seen, wanted = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
+    found, expected = (
+        torch.autograd.grad(F.cross_entropy(logits, wanted), soft)[0]
+        for logits in (
+            logits_after_steps(NET, random_theta(), images, soft, rate, [index], seen),
+            whole_graph_logits(random_theta(), images, soft, rate[None], [index], seen),
+        )
+    )
+    assert_close("labels", found, expected, 1e-10)
+    untouched = [row for row in range(20) if row not in index]
+    assert not found[untouched].any()
+
+
+def test_the_steps_of_dd_share_the_images_out() -> None:
+    batches = step_batches(DdOptions(ipc=6, distilled_images_per_class_per_step=2, distill_epochs=2), 3)
+    assert [batch.tolist() for batch in batches[:3]] == [
+        [0, 1, 6, 7, 12, 13],
+        [2, 3, 8, 9, 14, 15],
+        [4, 5, 10, 11, 16, 17],
+    ]
+    assert len(batches) == 6
+    assert torch.equal(torch.stack(batches[:3]), torch.stack(batches[3:]))
+    with pytest.raises(InputError, match="expected a divisor of --ipc 5"):
+        DdOptions(ipc=5, distilled_images_per_class_per_step=2).check()
+
+
+def test_dd_lowers_its_loss_and_learns_its_rates(real: RealImages) -> None:
+    options = DdOptions(dataset="digits", batch_real=256, lr_img=0.05, train_nets_type="known_init")
+    learning = dd(options, real, NET)
+    assert float(learning.lr()) == pytest.approx(0.02)
+    losses = [learning.step(iteration) for iteration in range(80)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert float(learning.lr()) != pytest.approx(0.02)
+    assert learning.own_training is not None
+    trained = learning.own_training(seeded(5))
+    assert torch.equal(trained, learning.own_training(seeded(6)))  # of one initialisation
+    seen, labels = real.test.batch(slice(None))
+    assert float((NET(trained, seen).argmax(1) == labels).float().mean()) > 0.3
+
+
+def test_several_networks_of_dd_are_averaged(real: RealImages) -> None:
+    options = {"dataset": "digits", "batch_real": 64, "train_nets_type": "known_init"}
+    one, three = (dd(DdOptions(**options, n_nets=n), real, NET) for n in (1, 3))  # type: ignore[arg-type]
+    assert one.step(0) == pytest.approx(three.step(0), rel=1e-6)
+    assert_close("images", three.images, one.images, 1e-4)
+
+
+def test_dd_decays_its_rate(real: RealImages) -> None:
+    learning = dd(DdOptions(dataset="digits", batch_real=16, decay_it=2, decay_factor=0.1), real, NET)
+    assert learning.optimiser.defaults["betas"] == (0.5, 0.999)  # the public code's
+    rates = []
+    for iteration in (0, 1, 2, 5):
+        learning.step(iteration)
+        rates.append(learning.optimiser.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.0001])
+
+
+def test_ld_keeps_probabilities_and_moves_its_network(real: RealImages) -> None:
+    learning = ld(LdOptions(dataset="digits", ipc=2, batch_real=64, lr_y=0.05), real, NET)
+    images, theta = learning.images.clone(), learning.carried["theta"].clone()
+    assert learning.labels.unique().tolist() == pytest.approx([0.1])
+    for iteration in range(3):
+        learning.step(iteration)
+    torch.testing.assert_close(learning.labels.sum(1), torch.ones(20))
+    assert float(learning.labels.min()) >= 0
+    assert float(learning.labels.max()) > 0.11
+    assert torch.equal(images, learning.images)
+    moved = (learning.carried["theta"] - theta).abs()
+    assert 0 < float(moved.max()) < 3.1e-3  # three steps of Adam at 1e-3
+    assert len(learning.carried["errors"]) == 3
+
+
+def test_ld_gives_the_label_of_its_class_to_most_images(real: RealImages) -> None:
+    learning = ld(LdOptions(dataset="digits", ipc=2, batch_real=256, lr_y=0.03, inner_lr=0.1), real, NET)
+    for iteration in range(80):
+        learning.step(iteration)
+    own = torch.arange(10).repeat_interleave(2)
+    assert float((learning.labels.argmax(1) == own).float().mean()) > 0.6
+
+
+def restarts(errors: list[float], window: int) -> list[int]:
+    """Return the steps after which the public code takes a fresh network: its counters, kept one step after the other."""
+    found: list[int] = []
+    last: list[float] = []
+    lowest, since = float("inf"), 0
+    for step, error in enumerate(errors):
+        full = len(last) == window
+        last = [*last[1:], error] if full else [*last, error]
+        if len(last) < window:
+            continue
+        if not full or sum(last) < lowest:
+            lowest, since = sum(last), 0
+        elif since < window:
+            since += 1
+        else:
+            found.append(step)
+            last, lowest, since = [], float("inf"), 0
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_network_is_replaced_when_the_public_code_would(seed: int) -> None:
+    errors = [
+        float(step % 90 < 20) + float(torch.randint(8, (), generator=seeded(seed * 1000 + step))) for step in range(300)
+    ]
+    found, so_far = [], torch.empty(0)
+    for step, error in enumerate(errors):
+        so_far = torch.cat([so_far, torch.tensor([error])])
+        if stagnates(so_far, 7):
+            found.append(step)
+            so_far = torch.empty(0)
+    assert found == restarts(errors, 7)
+    assert len(found) > 3
+    assert [patience(100, 10), patience(101, 10), patience(100, 100)] == [50, 200, 100]
+
+
+def test_ld_begins_a_fresh_network_with_a_fresh_optimiser(real: RealImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtt_fast.baselines.ld.patience", lambda images, classes: 2)
+    learning = ld(LdOptions(dataset="digits", batch_real=16, inner_batch_size=4), real, NET)
+    theta, lengths = learning.carried["theta"], []
+    for iteration in range(40):
+        learning.step(iteration)
+        lengths.append(len(learning.carried["errors"]))
+        if lengths[-1] == 0:
+            assert theta not in learning.optimiser.state
+            assert float(theta[-10:].abs().max()) <= 1 / 8  # as initialised: ±1/√64
+    assert lengths.count(0) > 1

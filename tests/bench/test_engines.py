@@ -1,0 +1,104 @@
+"""Test the engines that are compared, their gate, which lets nothing wrong be timed, and the benchmarks' settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from bench import flops, gate
+from bench.cases import case_on, make_case
+from bench.engines import ENGINES, Case, Engine, Gradients, checkpointed, whole_graph
+from bench.settings import SETTINGS, Setting, Shape, setting_named
+from mtt_fast import ConvNet, InputError
+from mtt_fast.testing import relative_error
+from tests.bench.helpers import CPU, TINY
+
+
+def doubled(case: Case) -> Gradients:
+    """Return the gradients of an engine that is wrong."""
+    images, lr = whole_graph(case)
+    return Gradients(2 * images, lr)
+
+
+def wrong_in_float32(case: Case) -> Gradients:
+    """Return the gradients of an engine that is right only in the small case."""
+    images, lr = whole_graph(case)
+    return Gradients(images if images.dtype == torch.float64 else images * (1 + 1e-3), lr)
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "compiled"])
+def test_engines_that_claim_to_be_exact_are(name: str) -> None:
+    engine = ENGINES[name]
+    error = gate.float64_error(engine, TINY, CPU, cut=engine.takes_limits)
+    assert (error <= gate.FLOAT64_TOLERANCE) == engine.exact
+
+
+def test_engines_are_exact_without_a_norm() -> None:
+    setting = replace(TINY, net=replace(TINY.net, norm="none"))
+    for name in ("whole_graph", "generic", "fused"):
+        assert (
+            gate.float64_error(ENGINES[name], setting, CPU, cut=ENGINES[name].takes_limits) <= gate.FLOAT64_TOLERANCE
+        ), name
+
+
+def test_the_gate_closes_on_a_wrong_engine() -> None:
+    error = gate.float64_error(Engine(doubled), TINY, CPU)
+    assert error == pytest.approx(1)
+    assert gate.complaint(error, 0.0, None) == "wrong: float64 error 1.0e+00, allowed 1e-09"
+    assert gate.complaint(0.0, 3e-3, gate.allowed_float32(1e-3)) == "wrong: float32 error 3.0e-03, allowed 2.0e-03"
+    assert gate.complaint(float("nan"), 0.0, None) is not None
+    assert gate.complaint(0.0, float("nan"), 1.0) is not None
+    assert gate.complaint(1e-12, 1.9e-3, gate.allowed_float32(1e-3)) is None
+    assert gate.complaint(1e-12, 1.5e-2, gate.allowed_float32(1e-3, "bf16")) is None
+
+
+def test_the_truth_in_pieces_is_the_truth() -> None:
+    case = make_case(TINY)
+    for mine, theirs in zip(checkpointed(case, microbatch=2), whole_graph(case), strict=True):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+class CountOperations(TorchDispatchMode):
+    """A mode that adds up the operations by torch's own formulas."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        self.count += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
+        return result
+
+
+@pytest.mark.parametrize("name", ["whole_graph", "checkpointed", "truncated", "generic"])
+def test_operations_are_counted_as_torch_counts_them(name: str) -> None:
+    setting = Setting(ConvNet(3, 10, 16, width=4, depth=3), images=10, steps=2, batch=3)
+    case = case_on(make_case(setting), torch.float32, CPU)
+    with CountOperations() as counted:
+        ENGINES[name].run(case)
+    formula = flops.iteration_flops(setting.net, setting.steps, setting.batch, *ENGINES[name].passes)
+    assert counted.count == pytest.approx(formula, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_follow_the_recipes(name: str) -> None:
+    setting = setting_named(name)
+    assert setting.images >= setting.batch
+    assert setting.images == int(name.rpartition("ipc")[2]) * setting.net.num_classes
+
+
+def test_the_papers_numbers() -> None:
+    assert (setting_named("cifar100-ipc50").steps, setting_named("cifar100-ipc50").batch) == (80, 125)
+    assert (
+        str(setting_named("imagenet128-ipc50")) == "ConvNet depth 5 width 128, 3×128×128, 10 classes, N = 20, b = 500"
+    )
+    assert Shape("cifar10-ipc10", steps=10).label() == "cifar10-ipc10-steps10"
+    with pytest.raises(InputError, match=r"did you mean cifar10-ipc1"):
+        setting_named("cifar-ipc1")
+    with pytest.raises(InputError, match="--batch 0: expected at least 1"):
+        Shape(batch=0).resolve()

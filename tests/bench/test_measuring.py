@@ -1,0 +1,76 @@
+"""Test how times and memory are measured, and the processes in which they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench.cases import case_on, make_case
+from bench.engines import fused, whole_graph
+from bench.measuring import interleaved, peak_above_baseline, spread
+from bench.shares import share_of_operations
+from bench.workers import Here, Process, Worker, WorkerError
+from tests.bench.helpers import CPU, TINY, linux
+
+
+def test_turns_alternate_and_a_failure_is_left_out() -> None:
+    order, told = [], []
+
+    def measure(name: str) -> float:
+        order.append(name)
+        if name == "b" and len(order) > 3:
+            raise RuntimeError("no")
+        return float(len(order))
+
+    found = interleaved(3, ["a", "b"], measure, lambda name, error: told.append((name, str(error))))
+    assert order == ["a", "b", "a", "b", "a"]
+    assert found == {"a": spread([1, 3, 5])}
+    assert told == [("b", "no")]
+
+
+@linux
+def test_the_peak_is_what_was_allocated_meanwhile() -> None:
+    def allocate() -> None:
+        torch.ones(16 * 2**20).sum()  # 64 MiB, gone at the end
+
+    found = peak_above_baseline(allocate, CPU)
+    assert 60 * 2**20 < found["bytes"] < 80 * 2**20
+
+
+def test_shares_of_an_iteration_add_up() -> None:
+    case = case_on(make_case(TINY), torch.float32, CPU)
+    found = share_of_operations(lambda: fused(case), CPU)
+    assert sum(found.values()) == pytest.approx(1)
+    assert min(found.values()) > 0
+    assert share_of_operations(lambda: whole_graph(case), CPU) == {}
+
+
+def build_number(number: int) -> list[int]:
+    return [number]
+
+
+def add_to(state: list[int], number: int) -> int:
+    state[0] += number
+    print("noise on stdout")
+    return state[0]
+
+
+def end(state: list[int]) -> None:
+    os._exit(3)
+
+
+@pytest.mark.parametrize("made", [Process, Here])
+def test_a_worker_keeps_its_state_and_survives_a_failure(made: Callable[..., Worker]) -> None:
+    with made(build_number, number=40) as worker:
+        assert worker.ask(add_to, number=1) == 41
+        with pytest.raises(WorkerError, match="TypeError: unsupported operand"):
+            worker.ask(add_to, number="1")
+        assert worker.ask(add_to, number=1) == 42
+
+
+def test_the_end_of_a_process_is_told() -> None:
+    with Process(build_number, number=40) as worker, pytest.raises(WorkerError, match="status 3"):
+        worker.ask(end)

@@ -1,0 +1,108 @@
+"""Test the choice of tiles for a GPU: candidates, measurements, and the table that is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import tune
+from bench.candidates import BLOCKS, text_of
+from mtt_fast import kernels as operations
+from mtt_fast.kernels import reference
+from tests.bench.helpers import CPU, ROOT, rows_of
+
+
+@pytest.mark.slow
+def test_the_passes_of_the_first_block_are_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune at a width that has kernels for the block at once."""
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    words = "--size 8 --depth 1 --width 16 --steps 1 --batch 2 --repetitions 1 --device cpu --blocks 1 --candidates 1"
+    command = [sys.executable, "-W", "ignore", "-m", "bench", "tune", *words.split(), "--out", str(tmp_path)]
+    table = tmp_path / "configurations.toml"
+    subprocess.run([*command, "--name", "tune", "--table", str(table)], cwd=ROOT, check=True, capture_output=True)
+    rows = {row["operation"]: row for row in rows_of(tmp_path, "tune")}
+    assert rows.keys() >= BLOCKS.keys()
+    for name in BLOCKS:
+        assert rows[name]["problem"] == ""
+        assert rows[name]["error"] < tune.TOLERANCES["tf32"]
+    assert tomllib.loads(table.read_text())["conv_norm_relu_pool_columns"]["tf32-256-16"]["sm_80"]["BLOCK_C"] == 16
+
+
+def test_the_table_is_as_its_writer_writes_it() -> None:
+    text = (ROOT / "kernels/triton/configurations.toml").read_text()
+    assert text_of(tomllib.loads(text)) == text
+
+
+def test_the_table_says_what_was_measured() -> None:
+    """Check that a time belongs to one architecture, and to a kernel or its prototype; a tile of lines holds its class or is a part's."""
+    table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
+    for operation, classes in table.items():
+        for shape_class, rows in classes.items():
+            for architecture, row in rows.items():
+                where = f"{operation} {shape_class} {architecture}"
+                times = {name for name in row if name.endswith("microseconds")}
+                assert len(times) <= (architecture != "default"), where
+                assert times <= {"microseconds", "prototype_microseconds"}, where
+                if shape_class.startswith("channels_last") and operation.startswith(("norm", "bias")):
+                    windows = int(shape_class.removesuffix("-partial").rpartition("-")[2])
+                    in_parts = operation.startswith("bias") or row["WINDOWS"] < windows
+                    assert ("TILES" in row) == in_parts, where
+
+
+def test_times_of_the_prototype_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "bench/results/h200/norms.json").read_text())
+    measured = [row for row in record["rows"] if row["kernel"] == "prototype" and row["dtype"] == "float32"]
+    table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
+    for operation in (name for name in table if name.startswith("norm_relu_pool")):
+        for size, samples in ((64, 100), (256, 100), (1024, 20), (4096, 20)):
+            row = dict(table[operation][f"channels_last-{size}"]["sm_90"])
+            time, side = row.pop("prototype_microseconds"), 2 * int(size**0.5)
+            same = {"operation": operation, "planes": [samples, 128, side, side], "tile": row}
+            assert time in [each["microseconds"] for each in measured if same.items() <= each.items()]
+
+
+def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Check that such a candidate is not timed; the others are, and the fastest of them goes into the table."""
+    pauses = {"fast": 0.0, "right": 0.005, "slow": 0.05}
+    rows: dict[str, Any] = {"op": {"class": {"default": {"backend": "slow"}}}}
+    chosen = tune.Table(rows, lambda: None, "sm_90", CPU, tmp_path / "table.toml")
+
+    def run(argument: torch.Tensor) -> torch.Tensor:
+        backend = rows["op"]["class"]["sm_90"]["backend"]
+        time.sleep(pauses[backend])
+        return argument * (1.5 if backend == "fast" else 1)
+
+    monkeypatch.setattr(operations, "conv3x3", run)
+    monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
+    candidates = [{"backend": backend} for backend in ("fast", "absent", "right")]
+    subject = tune.Subject("op", ("class", "class"), candidates, "conv3x3", lambda: [torch.ones(3)])
+    found = tune.tune(subject, chosen, tune.Options(repetitions=2, device="cpu"))
+    assert found["chosen"] == "right"
+    assert found["problem"] == "fast: wrong: error 5.0e-01; absent: KeyError: 'absent'"
+    assert found["others"].keys() == {"slow"}
+    assert rows["op"]["class"]["default"] == {"backend": "slow"}
+    assert rows["op"]["class"]["sm_90"]["backend"] == "right"
+    assert rows["op"]["class"]["sm_90"]["microseconds"] >= 5000
+    chosen.write()
+    assert tomllib.loads((tmp_path / "table.toml").read_text()) == rows
+
+
+def test_a_row_has_the_fastest_tile_of_each_back_end() -> None:
+    default = {"backend": "triton", "BLOCK_M": 1, "tma": {"BLOCK_M": 2}}
+    fast = [
+        default | {"backend": "cudnn"},
+        default | {"backend": "tma", "tma": {"BLOCK_M": 3}},
+        default | {"BLOCK_M": 4},
+    ]
+    assert tune.fastest_tiles(fast, default) == {"backend": "cudnn", "BLOCK_M": 4, "tma": {"BLOCK_M": 3}}
+    assert tune.fastest_tiles(fast[:1], default) == default | {"backend": "cudnn"}
+    assert tune.fastest_tiles([{"BLOCK_C": 8}, {"BLOCK_C": 16}], {"BLOCK_C": 4}) == {"BLOCK_C": 8}

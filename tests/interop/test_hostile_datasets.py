@@ -1,0 +1,71 @@
+"""Test tensors and datasets of one's own that hold no images or labels: refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mtt_fast import InputError
+from mtt_fast.data import from_tensors
+from mtt_fast.interop import (
+    image_data_from,
+)
+from tests.interop.hostile import refused
+
+pytestmark = pytest.mark.usefixtures("bounded")
+
+
+PIXELS, TARGETS = torch.zeros(6, 1, 4, 4).byte(), torch.arange(6) % 3
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "options"),
+    [
+        (PIXELS.float(), TARGETS, {}), (PIXELS.numpy(), TARGETS, {}), (PIXELS, TARGETS.tolist(), {}), (PIXELS, TARGETS.bool(), {}),
+        (PIXELS, TARGETS.float(), {}), (PIXELS, torch.full((6,), 2**62), {}), (PIXELS, -TARGETS, {}), (PIXELS, TARGETS[:5], {}),
+        (PIXELS.to_sparse(), TARGETS, {}), (torch.zeros(1).byte().expand(10**6, 3, 1000, 1000), torch.zeros(10**6).long(), {}),
+        (PIXELS[:0], TARGETS[:0], {}), (PIXELS, TARGETS, {"class_names": ["a", "a", "b"]}), (PIXELS, TARGETS, {"class_names": ["a"]}),
+        (PIXELS, TARGETS, {"class_names": [1, 2, 3]}), (PIXELS, TARGETS, {"mean": [float("nan")], "std": [1.0]}),
+        (PIXELS, TARGETS, {"mean": [0.5], "std": [float("nan")]}), (PIXELS, TARGETS, {"mean": [0.5], "std": [float("inf")]}),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_no_data(images: Any, labels: Any, options: Any) -> None:
+    with pytest.raises(InputError) as found:
+        from_tensors((images, labels), (images, labels), **options)
+    assert str(found.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "label", [1.5, -1, float("nan"), None, "a", [1, 0], True, 10**30, torch.tensor([1, 2]), np.zeros(2), {}]
+)
+def test_labels_of_datasets_that_are_none(label: Any) -> None:
+    dataset = [(torch.zeros(1, 4, 4).byte(), label)]
+    refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train, image 0")
+
+
+@pytest.mark.parametrize("label", [1, 1.0, np.int32(1), np.uint8(1), torch.tensor(1), torch.tensor([1]), np.array([1])])
+def test_labels_of_datasets_that_are_some(label: Any) -> None:
+    dataset = [(torch.zeros(1, 4, 4).byte(), 0), (torch.zeros(1, 4, 4).byte(), label)]
+    assert image_data_from(dataset, dataset).train.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None, "x", 5, [[1]], object(), np.array(None), np.zeros((2, 2), complex), np.zeros(3), np.zeros((2, 2), "M8[s]"),
+        Image.new("P", (4, 4)), Image.new("I;16", (4, 4)), Image.new("RGBA", (4, 4)), torch.zeros(1, 4, 4).to_sparse(),
+        torch.full((1, 4, 4), float("nan")), torch.zeros(1, 4, 4, dtype=torch.complex64), torch.zeros(1, 4, 4, device="meta"),
+    ],
+)  # fmt: skip
+def test_images_of_datasets_that_are_none(image: Any) -> None:
+    dataset = [(image, 0)]
+    refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train, image 0")
+
+
+@pytest.mark.parametrize("dataset", [iter([]), None, 5, "", {}])
+def test_datasets_that_are_none(dataset: Any) -> None:
+    refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train")

@@ -1,0 +1,278 @@
+"""Test distilled sets as pictures, in folders and in parquet files: exact round trips, order of the classes, refusals."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mtt_fast import InputError, SyntheticDataset, Whitening
+from mtt_fast.data.class_names import CIFAR10, CIFAR100, MNIST, SUBSETS, imagenet_wnids
+from mtt_fast.interop import (
+    read_set,
+    set_kind_of,
+)
+from mtt_fast.interop.tensor_set import SourceInfo
+from tests.interop.helpers import N, distilled
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_pictures_come_back_exactly_and_with_their_facts(tmp_path: Path, kind: str, labels: str, channels: int) -> None:
+    info: dict[str, Any] = {"mean": (0.5,) * channels, "std": (0.2,) * channels, "lr_per_step": torch.rand(4)}
+    synthetic = distilled(labels, images=torch.randn(N, channels, 4, 5), **info)
+    synthetic.export(kind, tmp_path / "x")
+    assert set_kind_of(tmp_path / "x") == kind
+    back = read_set(tmp_path / "x")
+    assert isinstance(back, SyntheticDataset)
+    eight_bits = (synthetic.pictures() * 255).round()
+    assert torch.equal((back.pictures() * 255).round(), eight_bits)
+    torch.testing.assert_close(back.pictures(), eight_bits / 255, rtol=0, atol=1e-6)
+    assert torch.equal(back.labels, synthetic.labels)
+    assert torch.equal(back.lr, synthetic.lr)
+    assert back.lr_per_step is not None
+    assert torch.equal(back.lr_per_step, info["lr_per_step"])
+    assert (back.class_names, back.mean, back.std) == (synthetic.class_names, synthetic.mean, synthetic.std)
+    assert (back.label_kind, back.recipe, back.versions) == (labels, synthetic.recipe, synthetic.versions)
+
+
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_pictures_of_whitened_images_need_the_whitening(tmp_path: Path, kind: str) -> None:
+    whitening = Whitening.fit(torch.rand(200, 3, 4, 5))
+    synthetic = distilled(whitening=whitening, images=whitening.apply(torch.rand(N, 3, 4, 5)))
+    synthetic.export(kind, tmp_path)
+    with pytest.raises(InputError, match=r"the set was whitened.*`zca`"):
+        read_set(tmp_path)
+    info = SourceInfo(synthetic.class_names, synthetic.mean, synthetic.std, whitening)
+    back = read_set(tmp_path, info=info)
+    assert isinstance(back, SyntheticDataset)
+    assert back.whitening is whitening
+    assert torch.equal((back.pictures() * 255).round(), (synthetic.pictures() * 255).round())
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "fails_at"),
+    [("png", "image_folder", "write_json"), ("mtt", "pairs", "save_pickle"), ("ddranking", "pairs", "save_pickle")],
+)
+def test_a_stop_leaves_no_half_of_a_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: str, fails_at: str
+) -> None:
+    writer = importlib.import_module(f"mtt_fast.interop.{module}")
+    write, calls = getattr(writer, fails_at), []
+
+    def stopped(path: Path, value: Any) -> Any:
+        calls.append(path)
+        if fails_at == "write_json" or len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(path, value)
+
+    (tmp_path / "mine.txt").write_text("x")
+    monkeypatch.setattr(writer, fails_at, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distilled().export(kind, tmp_path)
+    assert calls
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine.txt"]
+
+
+def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
+    for label, name in enumerate(("ape", "bee")):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            values = np.full((4, 4, 3), 100 * label + number, np.uint8)
+            Image.fromarray(values).save(tmp_path / name / f"{number}.png")
+    with pytest.raises(InputError, match=r"expected labels\.json"):
+        read_set(tmp_path)
+    info = SourceInfo(("ape", "bee"), (0.5,) * 3, (0.25,) * 3, None)
+    found = read_set(tmp_path, info=info, lr=0.05)
+    assert isinstance(found, SyntheticDataset)
+    assert found.labels.tolist() == [0, 0, 1, 1]
+    assert (found.pictures()[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 100, 101]
+    assert found.lr == pytest.approx(0.05)
+
+
+def coloured_folder(root: Path, names: Sequence[str], value_of: Sequence[int]) -> Path:
+    """Write one picture a class folder, whose red is the class that it shows."""
+    for name, value in zip(names, value_of, strict=True):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4), (value, 0, 0)).save(root / name / "0.png")
+    return root
+
+
+WOOF = SUBSETS["imagewoof"]
+
+
+@pytest.mark.parametrize(
+    ("class_names", "names"),
+    [
+        (tuple(WOOF.values()), tuple(WOOF)),
+        (tuple(WOOF.values()), tuple(str(imagenet_wnids().index(wnid)) for wnid in WOOF)),
+        (tuple(WOOF), tuple(WOOF.values())),
+        (CIFAR10, ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
+        (CIFAR100, tuple(map(str, range(100)))),
+        (CIFAR100, tuple(f"new{number:03d}" for number in range(100))),
+        (("10", "9", "cat"), ("10", "9", "cat")),
+        (MNIST, tuple(f"{n} - {word}" for n, word in enumerate("zero one two three four five six seven eight nine".split()))),
+    ],
+    ids=["ids", "ranks", "words of ids", "cifar", "numbers", "numbers with a word", "own", "torchvision's digits"],
+)  # fmt: skip
+def test_folders_of_another_method_go_by_name(
+    tmp_path: Path, class_names: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    coloured_folder(tmp_path, names, range(len(names)))
+    found = read_set(tmp_path, info=SourceInfo(class_names, (0.5,) * 3, (0.25,) * 3, None))
+    assert isinstance(found, SyntheticDataset)
+    assert (found.pictures()[:, 0, 0, 0] * 255).round().tolist() == found.labels.tolist()
+    assert sorted(found.labels.tolist()) == list(range(len(names)))
+    assert found.class_names == class_names
+
+
+def test_folders_that_mean_no_class_or_are_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    with pytest.raises(InputError, match=r"a: expected the names of .*found 'dogg' \(nearest: dog.*\); rename it"):
+        read_set(coloured_folder(tmp_path / "a", ["cat", "dogg"], [3, 5]), info=info)
+    found = read_set(coloured_folder(tmp_path / "b", [*CIFAR10[:7], "boat"], range(8)), "png", info=info)
+    assert found.labels.tolist()[-1] in (6, 8)
+    assert "no pictures of 2 classes: horse, truck" in caplog.text
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_a_set_with_its_classes_in_another_order_is_put_in_the_datas(tmp_path: Path, kind: str, labels: str) -> None:
+    synthetic = distilled(labels)
+    synthetic.export(kind, tmp_path)
+    order = [2, 0, 1]
+    info = SourceInfo(tuple(synthetic.class_names[i] for i in order), synthetic.mean, synthetic.std, None)
+    found = read_set(tmp_path, info=info)
+    assert isinstance(found, SyntheticDataset)
+    assert found.class_names == info.class_names
+    if labels == "indices":
+        assert [info.class_names[i] for i in found.labels] == [synthetic.class_names[i] for i in synthetic.labels]
+    else:
+        assert torch.equal(found.labels, synthetic.labels[:, order])
+    other = SourceInfo(("cat", "fox", "owl"), synthetic.mean, synthetic.std, None)
+    with pytest.raises(InputError, match="found 'dog / wolf'"):
+        read_set(tmp_path, info=other)
+
+
+def foreign_parquet(path: Path, labels: list[Any], names: list[str] | None) -> Path:
+    """Write a file as `datasets` writes it; the red of each picture is the number of its row."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = []
+    for number in range(len(labels)):
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(file, format="PNG")
+        rows.append({"bytes": file.getvalue(), "path": None})
+    features = {"label": {"names": names, "_type": "ClassLabel"}} if names else {"label": {"dtype": "int64"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    parquet.write_table(pyarrow.table({"image": rows, "label": labels}).replace_schema_metadata(metadata), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        ([0, 1, 2], ["car", "truck", "plane"], [1, 9, 0]),
+        (["car", "truck", "plane"], None, [1, 9, 0]),
+        ([0, 1, 2], None, [0, 1, 2]),
+    ],
+)
+def test_parquet_files_go_by_the_names_of_their_classes(
+    tmp_path: Path, labels: list[Any], names: list[str] | None, expected: list[int]
+) -> None:
+    info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    found = read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
+    assert found.labels.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([0], ["zebra"], "found 'zebra'"),
+        ([3], ["car"], r"expected labels in \[0, 1\), one for each class name, found 3 to 3"),
+        ([0], ["car", "automobile"], "which both mean 'automobile'"),
+    ],
+)
+def test_parquet_files_of_other_classes(tmp_path: Path, labels: list[Any], names: list[str], message: str) -> None:
+    info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
+    with pytest.raises(InputError, match=rf"x\.parquet: .*{message}"):
+        read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
+
+
+def test_transparent_pictures_lie_on_white(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(tmp_path / "cat" / "0.png")
+    found = read_set(tmp_path, info=SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None))
+    assert isinstance(found, SyntheticDataset)
+    assert (found.pictures() * 255).round().unique().tolist() == [255]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda record: record.update(format="other"), "expected the format"),
+        (lambda record: record.pop("files"), "expected the labels of pictures, found a broken file"),
+        (lambda record: record["labels"].pop(), "expected a label for each file, found 6 and 5"),
+        (lambda record: record.pop("mean"), "expected the record of a distilled set"),
+        (lambda record: record.update(mean=[0.5]), "expected the record of a distilled set"),
+        (
+            lambda record: record.update(label_kind="logits"),
+            r"labels: expected logits, float32 \(n, classes\) of two or more classes, found Tensor float32 \(6,\)",
+        ),
+        (lambda record: record["labels"].__setitem__(0, 3), "labels: expected class indices from 0 to 2, found 0 to 3"),
+        (
+            lambda record: record["labels"].__setitem__(0, [1, 2]),
+            "expected the record of a distilled set, found it broken",
+        ),
+        (lambda record: record["files"].__setitem__(0, 7), "expected the labels of pictures, found a broken file"),
+        (lambda record: record["files"].__setitem__(0, "/etc/x.png"), "expected files in its own folder, found /etc/x"),
+        (lambda record: record["files"].__setitem__(0, "a/../../x.png"), "expected files in its own folder, found a/"),
+    ],
+)
+def test_a_broken_labels_file_is_named(tmp_path: Path, spoil: Any, message: str) -> None:
+    distilled().export("png", tmp_path)
+    record = json.loads((tmp_path / "labels.json").read_text())
+    spoil(record)
+    (tmp_path / "labels.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=rf"labels\.json: {message}"):
+        read_set(tmp_path)
+
+
+def test_the_schema_of_datasets(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    (file,) = distilled("logits").export("parquet", tmp_path)
+    schema = parquet.read_schema(file)
+    assert str(schema.field("image").type) == "struct<bytes: binary, path: string>"
+    assert (str(schema.field("label").type), str(schema.field("soft_label").type)) == ("int64", "list<element: float>")
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["image"] == {"_type": "Image"}
+    assert features["label"] == {"names": ["cat", "dog / wolf", "owl"], "_type": "ClassLabel"}
+    assert set(features) == {"image", "label", "soft_label"}
+
+
+def test_a_foreign_parquet_file(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "x.parquet")
+    (tmp_path / "y.parquet").write_text("hello")
+    for name in ("x", "y"):
+        with pytest.raises(InputError, match=rf"{name}\.parquet: expected columns image"):
+            read_set(tmp_path / f"{name}.parquet")
+    with pytest.raises(InputError, match=r"z\.parquet: cannot be read"):
+        read_set(tmp_path / "z.parquet")
+    (file,) = distilled().export("parquet", tmp_path / "spoilt.parquet")
+    parquet.write_table(parquet.read_table(file).replace_schema_metadata({"mtt_fast": "{"}), file)
+    with pytest.raises(InputError, match=r"spoilt\.parquet: expected columns image"):
+        read_set(file)

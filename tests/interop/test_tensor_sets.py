@@ -1,0 +1,358 @@
+"""Test distilled sets in tensor files of other software: exact round trips, order and kinds of labels, refusals."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mtt_fast import InputError
+from mtt_fast.interop import (
+    SET_KINDS,
+    TensorSet,
+    as_tensor_set,
+    class_major,
+    read_set,
+    set_kind_of,
+    write_set,
+)
+from mtt_fast.interop.tensor_set import hardened, in_place, tensor_set
+from tests.interop.helpers import CLASSES, IPC, N, assert_same, distilled
+
+
+@pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
+@pytest.mark.parametrize("kind", ["mtt", "ddranking", "dc", "synthetic"])
+def test_tensors_come_back_bit_for_bit(tmp_path: Path, kind: str, labels: str) -> None:
+    synthetic = distilled(labels)
+    expected = as_tensor_set(synthetic)
+    files = synthetic.export(kind, tmp_path / "x")
+    assert all(file.exists() for file in files)
+    assert set_kind_of(tmp_path / "x") == kind
+    found = read_set(tmp_path / "x")
+    if kind == "dc":  # keeps no learning rate
+        expected = TensorSet(expected.images, expected.labels, None, labels)
+    if kind == "ddranking" and labels == "probabilities":  # their logarithms are written
+        torch.testing.assert_close(found.labels.softmax(1), expected.labels, rtol=1e-6, atol=1e-7)
+        expected = TensorSet(expected.images, found.labels, expected.lr, "logits")
+    assert_same(found, expected)
+
+
+def test_the_files_are_those_of_the_public_code(tmp_path: Path) -> None:
+    synthetic = distilled("logits", labels=torch.randn(N, CLASSES, requires_grad=True))
+    folder = tmp_path / "set"
+    assert [file.name for file in synthetic.export("mtt", folder)] == ["images_best.pt", "labels_best.pt", "lr_best.pt"]
+    labels = torch.load(folder / "labels_best.pt", weights_only=True)
+    assert torch.equal(labels, synthetic.labels)
+    assert not labels.requires_grad
+    assert torch.load(folder / "lr_best.pt", weights_only=True).item() == pytest.approx(0.0123)
+
+    hard = distilled()
+    (result,) = hard.export("dc", tmp_path / "dc")
+    assert result.name == f"res_TM_CIFAR10_ConvNet_{IPC}ipc.pt"
+    content = torch.load(result, weights_only=False)
+    assert set(content) == {"data", "accs_all_exps"}
+    images, targets = content["data"][-1]
+    assert torch.equal(images, hard.images)
+    assert torch.equal(targets, hard.labels)
+
+
+def test_a_view_is_written_without_what_it_is_cut_from(tmp_path: Path) -> None:
+    many = torch.randn(1000 * N, 3, 4, 5)
+    files = distilled(images=many[:N]).export("mtt", tmp_path)
+    assert files[0].stat().st_size < 20_000
+
+
+def as_the_public_code_saves(
+    folder: Path, images: str, labels: str, classes: int = CLASSES, ipc: int = IPC
+) -> tuple[Tensor, Tensor]:
+    """Save the tensors that distill.py has in memory as it saves them."""
+    label_syn = torch.tensor([np.ones(ipc) * i for i in range(classes)], dtype=torch.long, requires_grad=False).view(-1)
+    image_syn = torch.randn(size=(classes * ipc, 3, 4, 4), dtype=torch.float).detach().requires_grad_(True)
+    with torch.no_grad():
+        torch.save(image_syn.cpu(), folder / images)
+        torch.save(label_syn.cpu(), folder / labels)
+    return image_syn.detach(), label_syn
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
+@pytest.mark.parametrize(
+    ("images", "labels", "lr"),
+    [
+        ("images_best.pt", "labels_best.pt", None),
+        ("images_100.pt", "labels_100.pt", None),
+        ("images_best.pt", "labels_best.pt", "lr_best.pt"),
+        ("images_best.pt", "labels_best.pt", "best_lr.pt"),
+        ("ema_images_100.pt", "ema_labels_100.pt", "lr_100.pt"),
+        ("images_ipc-2_best.pt", "labels_ipc-2_best.pt", None),
+        ("CIFAR10_IPC2_normalize_images.pt", "CIFAR10_IPC2_normalize_labels.pt", None),
+    ],
+)
+def test_names_of_the_field(tmp_path: Path, images: str, labels: str, lr: str | None) -> None:
+    pixels, targets = as_the_public_code_saves(tmp_path, images, labels)
+    if lr:
+        torch.save(torch.tensor(0.02, requires_grad=True), tmp_path / lr)
+    for source in (tmp_path / images, tmp_path):
+        found = read_set(source, "mtt")
+        assert not found.images.requires_grad
+        assert_same(found, TensorSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
+
+
+@pytest.mark.parametrize("rate", [0.02, np.float64(0.02), np.float32(0.02), torch.tensor([0.02])])
+def test_learning_rates_in_other_forms(tmp_path: Path, rate: Any) -> None:
+    distilled().export("mtt", tmp_path)
+    torch.save(rate, tmp_path / "lr_best.pt")
+    found = read_set(tmp_path)
+    assert found.lr is not None
+    assert found.lr.dim() == 0
+    assert float(found.lr) == pytest.approx(0.02)
+    torch.save([0.02, 0.03], tmp_path / "lr_best.pt")
+    with pytest.raises(InputError, match=r"lr_best\.pt: expected one learning rate, found \[0\.02, 0\.03\]"):
+        read_set(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
+def test_the_best_of_a_folder_is_meant(tmp_path: Path) -> None:
+    for name in ("0", "100", "best"):
+        pixels, targets = as_the_public_code_saves(tmp_path, f"images_{name}.pt", f"labels_{name}.pt")
+        torch.save(pixels, tmp_path / f"images_zca_{name}.pt")
+        torch.save(pixels, tmp_path / f"ema_images_{name}.pt")
+    assert_same(read_set(tmp_path), TensorSet(pixels, targets, None, "indices"))
+    (tmp_path / "images_best.pt").unlink()
+    with pytest.raises(InputError, match=r"expected one set .*ema_images_0\.pt, ema_images_100\.pt.*name its file"):
+        read_set(tmp_path)
+    with pytest.raises(InputError, match=r"for looking at.* name images_100\.pt instead"):
+        read_set(tmp_path / "images_zca_100.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
+def test_a_set_in_parts(tmp_path: Path) -> None:
+    pixels, targets = as_the_public_code_saves(tmp_path, "images_best.pt", "labels_best.pt", 10, 1)
+    (tmp_path / "images_best.pt").unlink()
+    for part in range(5):
+        torch.save(pixels[2 * part : 2 * part + 2], tmp_path / f"images_best_{part}.pt")
+        torch.save(targets[2 * part : 2 * part + 2], tmp_path / f"labels_best_{part}.pt")
+    for source in (tmp_path, tmp_path / "images_best.pt", tmp_path / "images_best_3.pt"):
+        assert_same(read_set(source, "mtt"), TensorSet(pixels, targets, None, "indices"))
+    (tmp_path / "images_best_2.pt").unlink()
+    with pytest.raises(InputError, match=r"images_best_2\.pt: expected this part of the set"):
+        read_set(tmp_path)
+
+
+def as_dc_saves(path: Path) -> list[list[Tensor]]:
+    """Write a file as main.py of DC and main_DM.py write it: numpy's numbers among the accuracies, several experiments."""
+    data_save = [[torch.randn(N, 3, 4, 4), torch.arange(CLASSES).repeat_interleave(IPC)] for _ in range(2)]
+    accuracy = np.sum(np.equal([1, 2, 2], [1, 2, 3])) / 3
+    torch.save({"data": data_save, "accs_all_exps": {"ConvNet": [accuracy, np.float32(accuracy)]}}, path)
+    return data_save
+
+
+def test_results_of_dc(tmp_path: Path) -> None:
+    data = as_dc_saves(tmp_path / "res_DM_CIFAR10_ConvNet_2ipc.pt")
+    found = read_set(tmp_path)
+    assert_same(found, TensorSet(data[-1][0], data[-1][1], None, "indices"))
+
+
+def test_results_that_numpy_1_wrote(tmp_path: Path) -> None:
+    as_dc_saves(tmp_path / "new.pt")
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "res_old.pt", "w") as old:
+        for name in new.namelist():
+            content = new.read(name)
+            if name.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in content
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            old.writestr(name, content)
+    assert len(read_set(tmp_path / "res_old.pt").images) == N
+
+
+@pytest.mark.parametrize("method", ["TM", "DC", "DSA", "DM", "random", "Kmeans"])
+def test_folders_of_dc_benchmark(tmp_path: Path, method: str) -> None:
+    synthetic = distilled()
+    files = write_set(tmp_path, synthetic, "dc_benchmark", method=method)
+    folder = tmp_path / method / "CIFAR10" / f"IPC{IPC}"
+    pairs = {"TM": "{}_best.pt", "random": "CIFAR10_IPC2_normalize_{}.pt", "Kmeans": "CIFAR10_IPC2_{}.pt"}
+    result = {f"res_{method}_CIFAR10_ConvNet_{IPC}ipc.pt"}
+    expected = {pairs[method].format(name) for name in ("images", "labels", "lr")} if method in pairs else result
+    assert {file.name for file in files} == expected
+    assert all(file.parent == folder for file in files)
+    for source in (tmp_path, tmp_path / method, folder):
+        assert set_kind_of(source) is not None
+        found = read_set(source, "dc_benchmark")
+        assert torch.equal(found.images, synthetic.images)
+        assert torch.equal(found.labels, synthetic.labels)
+    with pytest.raises(InputError, match="holds a set already"):
+        write_set(tmp_path, synthetic, "dc_benchmark", method=method)
+
+
+def test_tiny_imagenet_at_fifty_is_in_five_parts(tmp_path: Path) -> None:
+    labels = torch.arange(2).repeat_interleave(50)
+    synthetic = distilled(images=torch.randn(100, 3, 2, 2), labels=labels, recipe={"dataset": "Tiny"})
+    files = synthetic.export("dc_benchmark", tmp_path)
+    assert {file.name for file in files} == {f"{name}_best_{k}.pt" for name in ("images", "labels") for k in range(5)}
+    images = [torch.load(tmp_path / f"TM/tinyimagenet/IPC50/images_best_{k}.pt", weights_only=True) for k in range(5)]
+    assert torch.equal(torch.cat(images), synthetic.images)  # as its TMDataLoader puts them together
+    assert torch.equal(read_set(tmp_path).images, synthetic.images)
+
+
+def test_random_kmeans_and_kip_of_dc_benchmark(tmp_path: Path) -> None:
+    images, labels = torch.rand(N, 3, 4, 4), torch.arange(CLASSES).repeat_interleave(IPC)
+    folder = tmp_path / "random" / "CIFAR10" / "IPC2"
+    folder.mkdir(parents=True)
+    torch.save(images, folder / "CIFAR10_IPC2_normalize_images.pt")
+    torch.save(labels.float(), folder / "CIFAR10_IPC2_normalize_labels.pt")
+    assert_same(read_set(tmp_path), TensorSet(images, labels, None, "indices"))
+
+    kip = tmp_path / "KIP" / "CIFAR10" / "IPC2"
+    kip.mkdir(parents=True)
+    one_hot = torch.nn.functional.one_hot(labels).numpy() - 1 / CLASSES
+    np.savez(kip / "kip_cifar10_ConvNet3_ssize6.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=one_hot)
+    assert_same(read_set(kip), TensorSet(images, labels, None, "indices"))
+    with pytest.raises(InputError, match="expected one set in METHOD/DATASET/IPCn, found random/CIFAR10/IPC2, KIP"):
+        read_set(tmp_path)
+
+
+@pytest.mark.parametrize("labels", ["probabilities", "logits"])
+def test_dd_ranking_sees_the_same_soft_labels(tmp_path: Path, labels: str) -> None:
+    synthetic = distilled(labels)
+    if labels == "probabilities":
+        synthetic.labels[0] = torch.tensor([1.0, 0.0, 0.0])
+    truth = synthetic.labels if labels == "probabilities" else synthetic.labels.softmax(1)
+    synthetic.export("ddranking", tmp_path)
+    written = torch.load(tmp_path / "labels.pt", weights_only=True)
+    assert written.isfinite().all()
+    outputs = torch.randn(N, CLASSES)
+    its_loss = -(written.softmax(1) * outputs.log_softmax(1)).sum(1)  # its soft cross entropy, temperature 1
+    torch.testing.assert_close(its_loss, -(truth * outputs.log_softmax(1)).sum(1))
+
+
+def test_dd_ranking_wants_as_many_images_of_every_class(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="DD-Ranking: expected as many images of every class"):
+        write_set(tmp_path, distilled(labels=torch.tensor([0, 0, 0, 1, 1, 2])), "ddranking")
+
+
+def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> None:
+    images = torch.arange(6.0).view(6, 1, 1, 1)
+    mixed = tensor_set(images, torch.tensor([2, 0, 1, 0, 2, 1]), None, "x")
+    ordered = class_major(mixed)
+    assert ordered.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert ordered.images.flatten().tolist() == [1, 3, 2, 5, 0, 4]
+    assert (in_place(mixed), in_place(ordered)) == (3, 6)
+    write_set(tmp_path, mixed, "mtt")
+    assert_same(read_set(tmp_path), ordered)
+
+    soft = tensor_set(images, 9.0 * torch.nn.functional.one_hot(mixed.labels), None, "x")
+    assert class_major(soft) is soft
+    assert class_major(soft, reorder_soft=True).images.flatten().tolist() == [1, 3, 2, 5, 0, 4]
+    assert hardened(soft).labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (torch.tensor([[0.2, 0.8], [1.0, 0.0]]), "probabilities"),
+        (torch.tensor([[0.2, 0.8], [1.0, 0.1]]), "logits"),
+        (torch.tensor([[0.2, 0.8], [1.5, -0.5]]), "logits"),
+        (torch.tensor([0.0, 1.0]), "indices"),
+        (torch.tensor([0, 1], dtype=torch.int32), "indices"),
+    ],
+)
+def test_kinds_of_labels(labels: Tensor, kind: str) -> None:
+    assert tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x").label_kind == kind
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "lr", "message"),
+    [
+        (
+            torch.zeros(2, 4, 4),
+            torch.zeros(2).long(),
+            None,
+            r"expected images \(n, C, H, W\) with n labels, found \(2, 4, 4\)",
+        ),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(3).long(),
+            None,
+            r"with n labels, found \(2, 1, 4, 4\) and labels \(3,\)",
+        ),
+        (torch.zeros(2, 1, 4, 4).byte(), torch.zeros(2).long(), None, "expected images"),
+        (torch.zeros(2, 1, 4, 4), torch.tensor([0.5, 1.0]), None, "expected labels that are class indices"),
+        (torch.zeros(2, 1, 4, 4), torch.tensor([-1, 0]), None, "expected class indices, counted from 0, found -1 to 0"),
+        (torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, 3), None, "expected labels that are class indices"),
+        (
+            torch.full((2, 1, 4, 4), float("nan")),
+            torch.zeros(2).long(),
+            None,
+            "images: expected finite numbers, found 32 of 32",
+        ),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(2).long(),
+            torch.tensor(-0.1),
+            "expected one learning rate, finite and above 0",
+        ),
+    ],
+)
+def test_what_is_no_set(tmp_path: Path, images: Tensor, labels: Tensor, lr: Tensor | None, message: str) -> None:
+    torch.save(images, tmp_path / "images_best.pt")
+    torch.save(labels, tmp_path / "labels_best.pt")
+    if lr is not None:
+        torch.save(lr, tmp_path / "lr_best.pt")
+    with pytest.raises(InputError, match=rf"images_best\.pt: .*{message}"):
+        read_set(tmp_path)
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("name", ["images_best.pt", "res_DC_CIFAR10_ConvNet_1ipc.pt", "x.npz"])
+def test_hostile_files_do_not_run(tmp_path: Path, name: str) -> None:
+    hostile = Hostile(tmp_path / "touched")
+    folder = tmp_path / "DC" / "CIFAR10" / "IPC1"
+    folder.mkdir(parents=True)
+    if name.endswith(".npz"):
+        np.savez(folder / name, images=np.array([hostile], dtype=object), labels=np.zeros((1, 2)))
+    else:
+        torch.save({"data": [[hostile]], "accs_all_exps": hostile}, folder / name)
+        torch.save(torch.zeros(1).long(), folder / "labels_best.pt")
+    with pytest.raises(InputError, match="broken or foreign"):
+        read_set(folder, "dc_benchmark")
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"other": 1}, "found a dictionary with other"),
+        ([1], r"found \[1\]"),
+        ({"data": []}, "expected a dictionary with data"),
+    ],
+)
+def test_what_is_no_result_of_dc(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "res_x.pt")
+    with pytest.raises(InputError, match=message):
+        read_set(tmp_path / "res_x.pt")
+
+
+def test_kinds_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`to` pgn: expected one of .*\(did you mean png\?\)"):
+        distilled().export("pgn", tmp_path)
+    with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):
+        read_set(tmp_path / "nothing")
+    with pytest.raises(InputError, match="expected the properties of the real images for kind png"):
+        write_set(tmp_path, as_tensor_set(distilled()), "png")
+    with pytest.raises(InputError, match="`dataset`: expected the data set's name"):
+        write_set(tmp_path, as_tensor_set(distilled()), "dc_benchmark")
+    with pytest.raises(InputError, match="expected class indices, as dc_benchmark makes all labels whole numbers"):
+        distilled("logits").export("dc_benchmark", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert len(SET_KINDS) == 7

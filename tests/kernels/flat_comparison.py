@@ -1,0 +1,153 @@
+"""Hold Triton's operations on flat vectors and on parameters to the reference: a family of triton_comparison.py."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from bench.kernels import tensors_of
+from mtt_fast.kernels import HALF_PRECISIONS, PartialSums, Precision, WeightPlace
+from tests.kernels.comparison import Case
+
+
+def vectors(device: str) -> None:
+    """Compare the distance of two vectors, and steps along vectors, out of place and in place."""
+    from mtt_fast.kernels import reference, triton
+
+    torch.manual_seed(0)
+    for dtype, size in itertools.product((torch.float32, torch.float64, torch.bfloat16), (0, 1, 1003, 600_001)):
+        if device == "cpu" and size > 10_000:
+            size = 5_000  # interpreted programs take milliseconds each
+        a, b = (torch.randn(size).to(device, dtype) for _ in range(2))
+        distance = triton.squared_distance(a, b)
+        expected = reference.squared_distance(a, b)
+        assert distance.dtype == torch.float64
+        assert torch.equal(distance, triton.squared_distance(a, b))
+        torch.testing.assert_close(distance, expected, rtol=1e-13, atol=0)
+        # each kernel rounds once, at the end (the interpreter cuts bfloat16 off), so the reference computes in float64
+        tolerance = {torch.float32: 1e-6, torch.float64: 1e-15, torch.bfloat16: 2**-7}[dtype]
+        rate, c = torch.tensor(0.03, dtype=dtype, device=device), torch.randn(size).to(device, dtype)
+
+        def assert_close(actual: Tensor, expected: Tensor, tolerance: float = tolerance) -> None:
+            torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=min(tolerance, 1e-6))
+
+        def in_float64(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.double()
+
+        for velocity, decay in ((None, 0.0), (None, 0.0503), (c, 0.0503)):
+            out, moved = torch.empty_like(a), torch.empty_like(a)
+            expected_out, expected_moved = torch.empty_like(a).double(), torch.empty_like(a).double()
+            assert triton.sgd_step(a, b, rate, out, velocity, moved, 0.9, decay) is out
+            reference.sgd_step(
+                a.double(), b.double(), rate.double(), expected_out, in_float64(velocity), expected_moved, 0.9, decay
+            )
+            assert_close(out, expected_out)
+            assert_close(moved, expected_moved)
+            assert triton.adjoint_step(a, b, c, rate, out, velocity, decay) is out
+            reference.adjoint_step(
+                a.double(), b.double(), c.double(), rate.double(), expected_out, in_float64(velocity), decay
+            )
+            assert_close(out, expected_out)
+        reference.adjoint_step(a.double(), b.double(), a.double(), rate.double(), expected_out, c.double(), 0.0503)
+        assert triton.adjoint_step(a, b, a, rate, a, c, 0.0503) is a  # in place
+        assert_close(a, expected_out)
+        print("passed: vectors", size, dtype)
+
+
+def rows(device: str) -> None:
+    """Check that rows are added to rows with the same bits as the reference, also where an index comes again."""
+    from mtt_fast.kernels import reference, triton
+
+    torch.manual_seed(0)
+    for dtype, (count, batch, width) in itertools.product(
+        (torch.float32, torch.float64), ((5, 7, 3), (1, 4, 600), (9, 2, 1), (3, 0, 4))
+    ):
+        out, added = torch.randn(count, width, dtype=dtype), torch.randn(batch, width, dtype=dtype)
+        index = torch.randint(count, (batch,))
+        for alpha in (1.0, -1.0):
+            expected = reference.index_add(out.clone(), index, added, alpha)
+            actual = out.to(device, copy=True)
+            assert triton.index_add(actual, index.to(device), added.to(device), alpha) is actual
+            assert torch.equal(actual.cpu(), expected), (dtype, count, batch, width, alpha)
+        print("passed: rows", (count, batch, width), dtype)
+
+
+def powers(device: str) -> None:
+    """Check the power of two that brings a direction into fp16's range."""
+    from mtt_fast.kernels import reference, triton
+
+    numbers = (0.0, 1e-45, 1e-30, 0.3, 1.0, 64.0, 1e5, 3e38, float("inf"), float("nan"))
+    for number, size in itertools.product(numbers, (1, 5_000)):
+        theta, direction = torch.zeros(size, device=device), torch.full((size,), number / 2, device=device)
+        direction[-1] = -number
+        actual, expected = (
+            back_end.pack_parameters(theta, direction, (), "fp16", 64.0).scale for back_end in (triton, reference)
+        )
+        assert actual is not None
+        assert expected is not None
+        assert torch.equal(actual, expected), (number, size)
+    print("passed: powers of two")
+
+
+def partial_sums(device: str) -> None:
+    """Check that a step along partial sums is one along their vector, whatever their summands, layouts and factors."""
+    from mtt_fast.kernels import triton
+
+    torch.manual_seed(0)
+    for dtype, factors in itertools.product((torch.float32, torch.float64), ((), (4.0,), (0.5, 64.0))):
+        pieces = [torch.randn(size, dtype=dtype) for size in ((40, 9, 5, 3, 3), (1, 4, 40, 3, 3), (100, 7), (2, 2, 33))]
+        pieces.insert(2, torch.empty(0, 7, dtype=dtype))
+        products = [piece.permute(0, 1, 3, 4, 2).contiguous() for piece in pieces[:2]]
+        moved = [piece.to(device).permute(0, 1, 4, 2, 3) for piece in products] + [
+            each.to(device) for each in pieces[2:]
+        ]
+        moved.append(torch.randn(4, 6, 11, dtype=dtype, device=device)[:, 2])  # a summand is part of a row
+        pieces.append(moved[-1].cpu())
+        scalars = tuple(torch.tensor(factor, dtype=dtype) for factor in factors)
+        expected = PartialSums(tuple(pieces), scalars).vector()
+        sums = PartialSums(tuple(moved), tuple(scalar.to(device) for scalar in scalars))
+        vector = triton.add_up(sums)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-13  # of sums of a hundred
+        torch.testing.assert_close(vector.cpu(), expected, rtol=tolerance, atol=tolerance)
+        a, b = (torch.randn(len(vector), dtype=dtype, device=device) for _ in range(2))
+        rate, out, also = torch.tensor(0.3, dtype=dtype, device=device), torch.empty_like(a), torch.empty_like(a)
+        triton.sgd_step(a, sums, rate, out, b, None, 0.9, 0.05)
+        assert torch.equal(out, triton.sgd_step(a, vector, rate, also, b, None, 0.9, 0.05))
+        triton.adjoint_step(a, sums, b, rate, out, None, 0.05)
+        assert torch.equal(out, triton.adjoint_step(a, vector, b, rate, also, None, 0.05))
+        print("passed: partial sums", dtype, factors)
+
+
+def packed_parameters(device: str) -> None:
+    """Check the copies of weights, and the direction that fp16 scales."""
+    from mtt_fast.kernels import reference, triton
+
+    torch.manual_seed(0)
+    places = (WeightPlace(3, 20, 3), WeightPlace(600, 16, 20))
+    for dtype, precision in itertools.product((torch.float32, torch.float64), get_args(Precision)):
+        theta = torch.randn(600 + 9 * 16 * 20 + 5, dtype=dtype, device=device)
+        for direction in (None, theta * 1e-7, torch.zeros_like(theta), theta * float("inf")):
+            actual = triton.pack_parameters(theta, direction, places, precision, 1.0)
+            expected = reference.pack_parameters(theta, direction, places, precision, 1.0)
+            if direction is not None and dtype == torch.float32:
+                assert (actual.scale is None) == (precision != "fp16")
+            products = HALF_PRECISIONS.get(precision, dtype) if dtype == torch.float32 else dtype
+            for packed, plain in zip(tensors_of(actual), tensors_of(expected), strict=True):
+                rounded = plain.to(packed.dtype) if device != "cpu" or packed.dtype != torch.bfloat16 else plain
+                rtol = 2**-7 if packed.dtype == torch.bfloat16 else 0  # interpreted, bfloat16 is cut off
+                torch.testing.assert_close(packed.to(dtype), rounded.to(dtype), rtol=rtol, atol=0, equal_nan=True)
+            assert {weight.straight.dtype for weight in actual.weights} == {products}
+            assert all(
+                torch.equal(weight.weight, plain)
+                for weight, plain in zip(actual.weights, expected.weights, strict=True)
+            )
+        print("passed: packed parameters", dtype, precision)
+
+
+def flat_cases(device: str) -> list[Case]:
+    """Return the comparisons of flat vectors, of rows, and of parameters."""
+    return [partial(check, device) for check in (vectors, rows, powers, partial_sums, packed_parameters)]

@@ -1,0 +1,281 @@
+"""Check that experts are used with the images and the options they were trained with, and others refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast.baselines.command import main as baselines
+from mtt_fast.commands import cli
+from mtt_fast.compress import main as compress
+from mtt_fast.convert.command import main as convert
+from mtt_fast.distill.command import main as distill
+from mtt_fast.experts import main as experts
+from mtt_fast.interop import export_experts
+from mtt_fast.storage.files import read_toml
+from mtt_fast.storage.trajectories import write_expert
+from tests.storage.belonging import DISTILLED, EVALUATED, EXPERTS, MODEL, TRAINED, distil, refused
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+
+def test_experts_are_used_as_they_were_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expert = EXPERTS / "expert_0000.safetensors"
+    for dry in ([], ["--dry_run"]):
+        error = refused(capsys, distill, *distil("--mom", "0.9", "--l2", "0.1", "--expert_lr", "0.5", *dry))
+        assert f"{expert}: trained with lr 0.01, not 0.5; choose another --buffer_path, or say" in error
+        assert "--expert_lr 0.01 --mom 0.0 --l2 0.0 to use the experts that are there" in error
+    assert not Path("new").exists()
+    error = refused(capsys, distill, *distil("--batch_real", "64"))
+    assert f"{expert}: trained with batch_size 128, not 64" in error
+    Path("asked.toml").write_text("mom = 0.5\n")
+    assert f"{expert}: trained with mom 0.0, not 0.5" in refused(capsys, distill, *distil("--config", "asked.toml"))
+    error = refused(capsys, baselines, "herding", "--dataset", "digits", *MODEL, *EVALUATED, "--expert_lr", "0.5")
+    assert f"{expert}: trained with lr 0.01, not 0.5" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_epochs", "3"], "trained with batch_size 128, not 256"),
+        ([*TRAINED, "--seed", "1"], "trained with seed 0, not 1"),
+        (["--batch_real", "128", "--train_epochs", "4"], "trained with train_epochs 3, not 4"),
+    ],
+)
+def test_those_that_are_missing_are_trained_like_the_others(
+    here: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    for dry in (["--dry_run"], []):
+        error = refused(capsys, distill, *distil(*flags, "--num_experts", "3", *dry))
+        assert f"{EXPERTS}/expert_0000.safetensors: {message}" in error
+    assert cli.run(distill, distil(*TRAINED, "--num_experts", "3")) == 0
+    assert len(TrajectoryStore(EXPERTS)) == 3
+
+
+def test_what_is_recorded_is_what_the_experts_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dataset", "digits", *MODEL, "--num_experts", "2", "--buffer_path", "long"]
+    trained = "--train_epochs 5 --lr_teacher 0.02 --mom 0.5 --batch_train 256".split()
+    assert cli.run(experts, [*flags, *trained]) == 0
+    used = distil("--buffer_path", "long", "--train_epochs", "3")  # longer ones go the same way
+    assert cli.run(distill, used) == 0
+    config = read_toml(Path("new/config.toml"))
+    told = ("expert_lr", "mom", "train_epochs", "batch_real", "l2")
+    assert [config[name] for name in told] == [0.02, 0.5, 5, 256, 0.0]
+    summary = json.loads(Path("new/summary.json").read_text())
+    assert (summary["options"]["mom"], summary["experts"]["hyperparameters"]["mom"]) == (0.5, 0.5)
+    assert (summary["data"]["name"], summary["experts"]["number"]) == ("digits", 2)
+    assert SyntheticDataset.load("new/synthetic.safetensors").recipe["expert_lr"] == 0.02
+    assert cli.run(distill, [*used, "--Iteration", "3"]) == 0  # the same command goes on
+    assert cli.run(distill, ["--out", "new", "--resume", "--Iteration", "4"]) == 0
+    assert "holds a run with --mom 0.5, not 0.0" in refused(capsys, distill, *used, "--mom", "0", "--Iteration", "5")
+    assert cli.run(baselines, ["herding", *flags[:4], *EVALUATED, "--buffer_path", "long", "--out", "herded"]) == 0
+    assert read_toml(Path("herded/config.toml"))["mom"] == 0.5
+    error = refused(
+        capsys,
+        baselines,
+        "herding",
+        *flags[:4],
+        *EVALUATED,
+        "--buffer_path",
+        "long",
+        "--train_epochs",
+        "3",
+        "--out",
+        "x",
+    )
+    assert "trained with train_epochs 5, not 3" in error  # it looks at the last epoch
+    error = refused(capsys, distill, *used, "--pix_init", "samples_predicted_correctly", "--out", "other")
+    assert "trained with train_epochs 5, not 3" in error
+
+
+def rewrite(folder: Path, expert: int, **changes: Any) -> Path:
+    """Write an expert of `folder` again with other metadata; return its file."""
+    store = TrajectoryStore(folder)
+    rows = torch.stack([store.read(expert, epoch) for epoch in range(store.epochs(expert) + 1)])
+    return write_expert(folder, store.indices[expert], rows, replace(store.metadata(expert), **changes))
+
+
+ODD_EXPERTS: list[tuple[dict[str, Any], str]] = [
+    ({"whitening": "zca"}, "whitened otherwise"),
+    ({"dataset": "MNIST", "fingerprint": "beef"}, "made from another data set: expected digits, found MNIST"),
+    ({"network": {"kind": "ConvNetD1W4BN"}}, "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ARBNAP"),
+    ({"network": {"kind": "ConvNetD1W4AL"}}, "another network: expected ConvNetD1W4ARINAP, found ConvNetD1W4ALINAP"),
+    ({"hyperparameters": {"lr": 0.5, "train_epochs": 3}}, "trained with lr 0.5, but expert_0000.safetensors with 0.01"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ODD_EXPERTS)
+def test_every_expert_is_looked_at(
+    here: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    odd = rewrite(EXPERTS, 1, **changes)
+    trains = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128"]
+    asked = {
+        "the run": (distill, distil()),
+        "a dry run": (distill, distil("--dry_run")),
+        "waypoints": (distill, distil("--num_interpolation", "3")),
+        "compress": (compress, [str(EXPERTS), "--num_interpolation", "3"]),
+        "export": (convert, [str(EXPERTS), "out"]),
+        "more experts": (experts, [*trains, "--num_experts", "3"]),
+    }
+    before = sorted(EXPERTS.iterdir())
+    for name, (main, words) in asked.items():
+        error = refused(capsys, main, *words)
+        assert f"error: {odd}: " in error, name
+        assert message.partition(":")[0].partition(",")[0].partition(" 0.5")[0] in error, name
+    assert message in refused(capsys, distill, *distil())
+    assert sorted(EXPERTS.iterdir()) == before
+    assert cli.run(distill, distil("--max_experts", "1")) == 0  # it does not take turns
+
+
+def test_experts_of_other_images_on_purpose(
+    here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree("buffers/folder-pets", "buffers/folder-toys")
+    toys = distil(data=("--dataset", "./toys"))
+    error = refused(capsys, distill, *toys)
+    assert "expert_0000.safetensors: made from another data set: expected folder-toys, found folder-pets" in error
+    assert error.endswith("or say --other_data to use it with these")
+    caplog.set_level("INFO")
+    assert cli.run(distill, [*toys, "--other_data"]) == 0
+    assert (
+        "ConvNetD1W4: made from another data set: folder-pets, used with folder-toys, as other data are allowed"
+        in caplog.text
+    )
+    assert read_toml(Path("new/config.toml"))["other_data"] is True
+    summary = json.loads(Path("new/summary.json").read_text())
+    assert (summary["data"]["name"], summary["experts"]["data"]["name"]) == ("folder-toys", "folder-pets")
+    assert cli.run(distill, ["--out", "new", "--resume", "--Iteration", "3"]) == 0
+    Path("buffers/folder-words").mkdir()
+    shutil.copytree("buffers/folder-pets/ConvNetD1W4", "buffers/folder-words/ConvNetD1W4")
+    error = refused(capsys, distill, *distil("--other_data", data=("--dataset", "./words"), out="words-run"))
+    assert "expert_0000.safetensors: made from another data set: expected folder-words, found folder-pets" in error
+
+
+def test_a_run_goes_on_with_its_own_experts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--out", "run", "--resume", "--Iteration", "4"]
+    flags = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128", "--num_experts", "2"]
+    assert cli.run(experts, [*flags, "--seed", "1", "--buffer_path", "others"]) == 0
+    for dry in ([], ["--dry_run"]):
+        error = refused(capsys, distill, *more, "--buffer_path", "others", *dry)
+        assert (
+            "error: others/digits/ConvNetD1W4/expert_0000.safetensors: another expert than the one with which" in error
+        )
+    other = Path("others/digits/ConvNetD1W4/expert_0001.safetensors")
+    shutil.copy(other, EXPERTS)
+    assert f"error: {EXPERTS}/expert_0001.safetensors: another expert" in refused(capsys, distill, *more)
+    assert cli.run(experts, [*flags, "--buffer_path", "same"]) == 0
+    assert cli.run(distill, [*more, "--buffer_path", "same"]) == 0  # the same experts, elsewhere
+
+
+def test_waypoints_are_of_the_experts_that_are_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(distill, distil("--num_interpolation", "3")) == 0
+    assert cli.run(compress, [str(EXPERTS), "--num_interpolation", "3"]) == 0  # they are there already
+    few = TrajectoryStore(EXPERTS / "waypoints_3")
+    assert few.metadata(0).made_of == TrajectoryStore(EXPERTS).digest(0)
+    store = TrajectoryStore(EXPERTS)
+    rows = torch.stack([store.read(1, epoch) for epoch in range(4)])
+    write_expert(EXPERTS, 1, rows + 0.01, store.metadata(1))
+    for main, words in (
+        (distill, distil("--num_interpolation", "3", out="other")),
+        (compress, [str(EXPERTS), "--num_interpolation", "3"]),
+    ):
+        error = refused(capsys, main, *words)
+        assert (
+            f"{EXPERTS}/waypoints_3/expert_0001.safetensors: made from another expert than {EXPERTS}/expert_0001"
+            in error
+        )
+
+
+def test_the_students_augmentation_is_not_the_experts(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Use experts with another augmentation: one option names both where experts are trained, and the log names the difference."""
+    caplog.set_level("INFO")
+    assert cli.run(distill, distil("--dsa", "False")) == 0
+    told = (
+        "trained with augmentation color_crop_cutout_flip_scale_rotate; none is that of the student and of evaluations"
+    )
+    assert told in caplog.text
+
+
+def test_one_process_writes_experts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {path: path.read_bytes() for path in EXPERTS.iterdir()}
+    trains = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128"]
+    (EXPERTS / "waypoints_3").mkdir()
+    list(export_experts(TrajectoryStore(EXPERTS), "theirs"))
+    with FileLock(EXPERTS / ".lock"), FileLock(EXPERTS / "waypoints_3" / ".lock"):
+        for main, words in (
+            (experts, [*trains, "--num_experts", "3"]),
+            (experts, [*trains, "--num_experts", "3", "--buffer_path", "./buffers"]),
+            (distill, distil(*TRAINED, "--num_experts", "3")),
+            (compress, [str(EXPERTS), "--num_interpolation", "3"]),
+            (convert, ["theirs", "buffers", "--dataset", "digits", *MODEL]),
+        ):
+            error = refused(capsys, main, *words)
+            assert "another process is training or writing experts here; wait for it or choose another" in error
+        assert cli.run(distill, distil()) == 0  # a reader does not wait
+        assert cli.run(experts, [*trains, "--num_experts", "2"]) == 0
+    assert {path: path.read_bytes() for path in files} == files
+    (EXPERTS / ".lock").touch()  # as a killed process leaves it
+    assert cli.run(experts, [*trains, "--num_experts", "3"]) == 0
+    assert not (EXPERTS / ".lock").exists()
+    error = refused(capsys, experts, *trains, "--num_experts", "4", "--seed", "1")
+    assert f"{EXPERTS}/expert_0000.safetensors: trained with seed 0, not 1" in error
+
+
+@pytest.fixture
+def imported(here: Path) -> Path:
+    """Make the folder of converted experts of the public code, for which no --num_experts is known."""
+    list(export_experts(TrajectoryStore(EXPERTS), "theirs"))
+    assert cli.run(convert, ["theirs", "my_buffers", "--dataset", "digits", *MODEL]) == 0
+    return Path("my_buffers/digits/ConvNetD1W4")
+
+
+USED = ["--dataset", "digits", *MODEL, *(word for word in DISTILLED if word not in ("--num_experts",)), *EVALUATED]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--num_experts", "50"],
+        ["--max_experts", "1"],
+        ["--max_experts", "50"],
+        ["--num_interpolation", "3"],
+        ["--num_interpolation", "3", "--num_experts", "50"],
+        ["--mom", "0.9", "--expert_lr", "0.5"],  # nothing is known of them
+    ],
+)
+def test_imported_experts_are_used_as_they_are(
+    imported: Path, flags: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    words = ["--dataset", "digits", *MODEL, *DISTILLED[:-2], *EVALUATED, "--buffer_path", "my_buffers", "--out", "new"]
+    before = sorted(imported.glob("*.safetensors"))
+    assert cli.run(distill, [*words, *flags, "--dry_run"]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("experts"))
+    assert told.partition("experts from elsewhere, used as they are, 2 in my_buffers/digits/ConvNetD1W4")[1]
+    assert "to train" not in told
+    assert cli.run(distill, [*words, *flags]) == 0
+    assert sorted(imported.glob("*.safetensors")) == before
+    number = flags[flags.index("--num_experts") + 1] if "--num_experts" in flags else "100"
+    used = f"used as they are: all 2 that are there; --num_experts {number} trains none beside them"
+    assert used in caplog.text
+    assert ("not known: --expert_lr, --mom has no effect" in caplog.text) == ("--mom" in flags)
+    summary = json.loads(Path("new/summary.json").read_text())
+    assert summary["experts"]["number"] == (1 if flags == ["--max_experts", "1"] else 2)
+    assert "imported_from" in summary["experts"]["hyperparameters"]
+    assert cli.run(distill, [*words, *flags, "--Iteration", "3"]) == 0  # and goes on
+
+
+def test_experts_are_not_trained_beside_imported_ones(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dataset", "digits", *MODEL, "--num_experts", "3", "--buffer_path", "my_buffers"]
+    assert f"{imported}/expert_0000.safetensors: comes from elsewhere" in refused(capsys, experts, *flags)
+    assert len(TrajectoryStore(imported)) == 2
