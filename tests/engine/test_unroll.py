@@ -337,7 +337,7 @@ def test_parameters_are_float32_or_float64() -> None:
     case = small_case()
     start = case.pop("start").half()
     case.pop("target")
-    with pytest.raises(InputError, match="float32 or float64, found torch.float16"):
+    with pytest.raises(InputError, match=r"float32 or float64, found torch\.float16"):
         unroll(case.pop("net"), start, **case)
 
 
