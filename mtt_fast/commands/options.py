@@ -115,7 +115,7 @@ class CommonOptions:
             reasons["res"] = f"on {name}, whose images have {side} pixels a side"
         if name not in DOWNLOADED:
             reasons["download"] = f"on {self.dataset}: only {', '.join(DOWNLOADED)} are fetched"
-        if choose_device(self.device).type == "cpu":
+        if self.precision != "auto" and choose_device(self.device).type == "cpu":
             reasons["precision"] = "on a CPU, which computes in float32"
         return reasons
 

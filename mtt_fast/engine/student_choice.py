@@ -37,8 +37,17 @@ def student_for(
     """Return the student for `network` on `device`: the fused one for `ConvNet` where its kernels run, else the generic.
 
     Without a `loss` it is cross-entropy with labels of `label_kind`; a loss of the user's own takes the generic student.
-    `precision` is the fused student's; the generic one follows torch's own settings.
+    `precision` is the fused student's; the generic one follows torch's own settings. Raises `InputError` for an unknown
+    `label_kind` or `precision`, also where it has no effect, and for a module whose parameters are not one vector.
     """
+    for name, value, kinds in (("label_kind", label_kind, LabelKind), ("precision", precision, Precision)):
+        if value not in get_args(kinds):
+            raise InputError(f"`{name}` {value}: expected {', '.join(get_args(kinds))}")
+    if not hasattr(network, "num_parameters"):
+        raise InputError(
+            f"`net`: expected a network of one vector of parameters, found {type(network).__name__}; use ConvNet, or "
+            "FlatModule of a torch.nn.Module"
+        )
     if isinstance(network, ConvNet) and loss is None and kernels_for(device):
         return FusedConvNetStudent(network, label_kind, precision)
     default = cross_entropy_from_logits if label_kind == "logits" else cross_entropy

@@ -124,6 +124,8 @@ def unroll(
         raise InputError(
             "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
         )
+    _check_types(theta, images, labels, augment)
+    student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
     indices = _checked_batches(batches, images)
     lr = torch.as_tensor(lr, dtype=None if isinstance(lr, Tensor) else theta.dtype, device=theta.device)
     _check_tensors(theta, images, labels, lr, len(indices), net)
@@ -132,7 +134,6 @@ def unroll(
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{gradient}'")
     if [microbatch, memory_budget, plan].count(None) < 2:
         raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
-    student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
     has_velocity = momentum != 0 or velocity is not None or return_velocity
     largest, steps = max(len(index) for index in indices), len(indices)
     if draws is None:
@@ -425,6 +426,16 @@ def _input_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Si
     return (batch if augment is None else augment(batch, drawn)).shape[1:]
 
 
+def _check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:
+    for name, value in (("theta", theta), ("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise InputError(f"unroll {name}: expected a tensor, found {type(value).__name__}")
+    if augment is not None and not hasattr(augment, "draw"):
+        raise InputError(
+            f"unroll augment: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}"
+        )
+
+
 def _check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
     if velocity is None:
         return
@@ -444,7 +455,7 @@ def _kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
 
 
 def _checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
-    rows = tuple(batches.unbind(0)) if isinstance(batches, Tensor) else tuple(batches)
+    rows = tuple(batches.unbind(0)) if isinstance(batches, Tensor) else tuple(map(torch.as_tensor, batches))
     if not rows:
         raise InputError("unroll batches: expected at least one step, found none")
     for n, row in enumerate(rows):
@@ -461,9 +472,9 @@ def _checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tupl
 
 
 def _check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:
-    if theta.shape != (net.num_parameters,) or not theta.is_floating_point():
+    if theta.shape != (net.num_parameters,) or theta.dtype not in (torch.float32, torch.float64):
         raise InputError(
-            f"unroll theta: expected ({net.num_parameters},) floating-point parameters of the network, "
+            f"unroll theta: expected ({net.num_parameters},) parameters of the network, float32 or float64, "
             f"found {theta.dtype} of shape {tuple(theta.shape)}"
         )
     if not images.is_floating_point() or len(labels) != len(images):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,8 +42,11 @@ class ConvNet:
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "num_classes", "width", "depth"):
-            if getattr(self, name) < 1:
-                raise InputError(f"ConvNet {name}: expected at least 1, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral):
+                raise InputError(f"ConvNet {name}: expected a whole number, found {value!r}")
+            if value < 1:
+                raise InputError(f"ConvNet {name}: expected at least 1, found {value}")
         if self.norm not in get_args(Norm):
             raise InputError(f"ConvNet norm: expected {' or '.join(get_args(Norm))}, found {self.norm}")
         if min(self.feature_size) < 1:

@@ -23,12 +23,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in phrases)
 
 
-def parse_bytes(amount: int | str) -> int:
-    """Return a number of bytes from an integer or text such as "6GiB", "400 MB". Raises `InputError` for anything else."""
+def parse_bytes(amount: float | str) -> int:
+    """Return a number of bytes from a number or text such as "6GiB", "400 MB". Raises `InputError` for anything else."""
     if isinstance(amount, int):
         number, unit = float(amount), ""
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", amount)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(amount))
         if match is None or match[2].upper() not in _UNITS:
             raise InputError(
                 f"memory budget '{amount}': expected a number of bytes or one with KB, MB, GB, KiB, MiB or GiB, e.g. 6GiB"

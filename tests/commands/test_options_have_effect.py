@@ -7,6 +7,7 @@ The options' values and expected effects are listed in option_rows.py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -240,3 +241,9 @@ def test_what_has_no_effect_with_the_others_is_refused(toy: Toy, command: str, w
         status, _, error = toy.run(command, words)
     assert status == 2
     assert error.startswith(f"error: {message}")
+
+
+def test_auto_is_right_on_a_cpu() -> None:
+    asked = DistillOptions(precision="auto", device="cpu")
+    assert "precision" not in asked.without_effect()
+    assert "precision" in dataclasses.replace(asked, precision="tf32").without_effect()

@@ -389,13 +389,14 @@ def test_free_memory_is_the_least_that_system_and_groups_leave(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("6GiB", 6 * 2**30), ("1.5 MB", 1_500_000), ("7", 7), (123, 123), ("2kib", 2048)]
+    ("text", "value"),
+    [("6GiB", 6 * 2**30), ("1.5 MB", 1_500_000), ("7", 7), (123, 123), (1.5e9, 1_500_000_000), ("2kib", 2048)],
 )
-def test_amounts(text: int | str, value: int) -> None:
+def test_amounts(text: float | str, value: int) -> None:
     assert parse_bytes(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "lots", "6 XB", "-3GiB", 0])
-def test_amounts_that_are_none(text: int | str) -> None:
+@pytest.mark.parametrize("text", ["", "lots", "6 XB", "-3GiB", 0, float("nan")])
+def test_amounts_that_are_none(text: float | str) -> None:
     with pytest.raises(InputError, match="memory budget"):
         parse_bytes(text)

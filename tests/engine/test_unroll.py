@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -316,6 +317,12 @@ def test_a_custom_loss() -> None:
         ({"microbatch": 0}, "expected at least 1, found 0"),
         ({"microbatch": 2, "memory_budget": "1GiB"}, "expected one of microbatch, memory_budget and plan"),
         ({"label_kind": "logits"}, "does not fit labels"),
+        ({"label_kind": "soft", "labels": torch.zeros(6, 4)}, "`label_kind` soft: expected indices, probabilities"),
+        ({"precision": "auto"}, "`precision` auto: expected fp32, tf32, fp16, bf16"),
+        ({"net": torch.nn.Linear(2, 2)}, "one vector of parameters, found Linear; use ConvNet, or FlatModule"),
+        ({"start": [0.0, 1.0]}, "unroll theta: expected a tensor, found list"),
+        ({"images": np.zeros((6, 3, 8, 8))}, "unroll images: expected a tensor, found ndarray"),
+        ({"augment": "color_crop"}, "expected an augmentation, such as SiameseAugment, found str"),
     ],
 )
 def test_errors_name_the_cause(change: dict[str, Any], message: str) -> None:
@@ -324,3 +331,20 @@ def test_errors_name_the_cause(change: dict[str, Any], message: str) -> None:
     case.pop("target")
     with pytest.raises(InputError, match=message):
         unroll(case.pop("net"), start, **case)
+
+
+def test_parameters_are_float32_or_float64() -> None:
+    case = small_case()
+    start = case.pop("start").half()
+    case.pop("target")
+    with pytest.raises(InputError, match=r"float32 or float64, found torch\.float16"):
+        unroll(case.pop("net"), start, **case)
+
+
+@pytest.mark.parametrize("vectors", [[[0, 1], [2, 3, 4]], np.array([[0, 1], [2, 3]])], ids=["lists", "array"])
+def test_batches_may_be_lists_and_arrays(vectors: Any) -> None:
+    case = small_case() | {"lr": 0.1}
+    net, start, batches = case.pop("net"), case.pop("start"), [torch.tensor(row) for row in vectors]
+    case.pop("target")
+    path = unroll(net, start, **case | {"batches": vectors})
+    assert torch.equal(path, unroll(net, start, **case | {"batches": batches}))

@@ -104,6 +104,8 @@ def test_gradients_of_both_orders_and_modes(norm: Norm) -> None:
 def test_errors_name_the_cause() -> None:
     with pytest.raises(InputError, match=r"depth 4.*leave nothing"):
         ConvNet(image_size=8, depth=4)
+    with pytest.raises(InputError, match=r"width: expected a whole number, found 8\.0"):
+        ConvNet(width=8.0)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="width: expected at least 1, found 0"):
         ConvNet(width=0)
     with pytest.raises(InputError, match="norm: expected instance or none, found batch"):
