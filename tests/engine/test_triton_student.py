@@ -28,18 +28,27 @@ from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import PARTS_ON_A_GPU, each_part, run_part
 
 
+PARTS_INTERPRETED = 3
+"""All of it takes more than two minutes of one core."""
+
+
 @pytest.mark.slow
-def test_equals_the_generic_student_interpreted() -> None:
-    lines = run_part("tests.engine.triton_student", "cpu")
-    for case in (
-        "float64 fp32 triton",
-        "float64 fp32 cudnn",
-        "float32 bf16 triton",
-        "float32 bf16 cut",
-        "float64 fp32 2",
-        "float32 fp16 None",
-    ):
-        assert any(line.endswith(case) for line in lines), case
+@pytest.mark.parametrize("part", range(PARTS_INTERPRETED))
+def test_equals_the_generic_student_interpreted(part: int) -> None:
+    run_part("tests.engine.triton_student", "cpu", part=part, parts=PARTS_INTERPRETED)
+
+
+def test_every_back_end_is_interpreted() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    from tests.engine import triton_student
+
+    cases: Any = triton_student.cases_of("cpu")
+    steps = {case.args[2:5] for case in cases if case.func is triton_student.compare}
+    exact = {(torch.float64, "fp32", backend) for backend in ("triton", "cudnn")}
+    rounded = set(itertools.product((torch.float32,), ("fp32", "fp16", "bf16"), ("triton", "cut")))
+    assert steps >= exact | rounded
+    iterations = {case.args[1:4] for case in cases if case.func is triton_student.compare_iterations}
+    assert iterations >= {(torch.float64, "fp32", None), (torch.float64, "fp32", 2), (torch.float32, "fp16", None)}
 
 
 def image_shape(net: ConvNet) -> torch.Size:
