@@ -34,14 +34,7 @@ BOXED = [
     (3, 40, 24, 1, 1, 1),  # 1×1 planes, several samples in a box, more channels than a step of the sum
     (2, 8, 72, 9, 7, 0),  # several tiles in both directions
     (9, 8, 16, 5, 3, 1),  # the weight gradient's sum in several parts, the last one short
-    (
-        5,
-        8,
-        24,
-        4,
-        2,
-        1,
-    ),  # sides that are powers of two, as weight gradients in 16 bits need; half of the last box is empty
+    (5, 8, 24, 4, 2, 1),  # powers of two, as weight gradients in 16 bits need; half of the last box is empty
 ]
 BOX_TILES = [
     {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 1, "num_stages": 2},
