@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..types import accumulator
 from .launch import tl, triton
-from .lines import launch_parts, part_of, parts_of_windows, pooled_place, quarter_place, tile_of
+from .lines import launch_parts, parts_of_windows, pooled_pixels, program_part, quarter_pixels, tile_of
 from .planes import Planes
 from .windows import (
-    block_of,
     empty_pool,
     empty_stat,
     launch_windows,
     load_windows,
     output_buffer,
     plane_sum,
-    pooled_of,
-    row_of,
+    pooled_offsets,
+    program_block,
+    row_offsets,
 )
 
 
@@ -43,7 +43,7 @@ def _forward(
     WINDOWS: tl.constexpr,
 ) -> None:
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     begin = sample * (C * H * W)
     begin_pooled = sample * (C * (H // 2) * (W // 2))
     b = tl.load(beta + c, exists, 0).to(ACC)
@@ -52,7 +52,7 @@ def _forward(
 
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
             u = ys[row] + b
@@ -83,7 +83,7 @@ def _backward(
 ) -> None:
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     begin = sample * (C * H * W)
     begin_pooled = sample * (C * (H // 2) * (W // 2))
     b = tl.load(beta + c, exists, 0).to(ACC)
@@ -92,14 +92,14 @@ def _backward(
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + begin_pooled + offset, mask, 0).to(ACC) * 0.25
         if p_bar_dot is not None:
             share_dot = tl.load(p_bar_dot + begin_pooled + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             active = ys[row] + b > 0
             u_bar = tl.where(active, share, 0)
-            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + begin + offset, u_bar, mask)
             if p_bar_dot is not None:
                 u_bar = tl.where(active, share_dot, 0)
@@ -126,7 +126,7 @@ def _forward_lines(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     p += sample * ((H // 2) * (W // 2) * C)
     b = tl.load(beta + c, exists, 0).to(ACC)
@@ -139,13 +139,13 @@ def _forward_lines(
         pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
         pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             u = tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) + b
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
                 u_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) + b_dot
                 pooled_dot += tl.where(u > 0, u_dot, 0)
-        place, mask = pooled_place(window, H, W, WHOLE)
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         tl.store(p + place * C + c, pooled * 0.25, mask & exists)
         if y_dot is not None:
             tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
@@ -170,7 +170,7 @@ def _backward_lines(
     TILES: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = beta_sums.dtype.element_ty
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     y_bar += sample * (H * W * C)
     p_bar += sample * ((H // 2) * (W // 2) * C)
@@ -182,12 +182,12 @@ def _backward_lines(
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        place, mask = pooled_place(window, H, W, WHOLE)
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if p_bar_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             active = tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) + b > 0
             u_bar = tl.where(active, share, 0)
             tl.store(y_bar + pixel * C + c, u_bar, mask & exists)
@@ -200,7 +200,7 @@ def _backward_lines(
 
 def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
     """See `mtt_fast.kernels.bias_relu_pool`."""
-    planes = Planes.of(y)
+    planes = Planes.from_tensors(y)
     p = empty_pool(y, planes)
     _run_forward("bias_relu_pool", planes, y, None, beta, None, p, None)
     return p
@@ -208,13 +208,13 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_backward`."""
-    planes, y_bar = Planes.of(y, p_bar), output_buffer(y, reuse)
+    planes, y_bar = Planes.from_tensors(y, p_bar), output_buffer(y, reuse)
     return y_bar, _run_backward("bias_relu_pool_backward", planes, y, beta, p_bar, None, y_bar, None)
 
 
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual`."""
-    planes = Planes.of(y, y_dot)
+    planes = Planes.from_tensors(y, y_dot)
     p, p_dot = (empty_pool(y, planes) for _ in range(2))
     _run_forward("bias_relu_pool_dual", planes, y, y_dot, beta, beta_dot, p, p_dot)
     return p, p_dot
@@ -224,7 +224,7 @@ def bias_relu_pool_dual_backward(
     y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual_backward`."""
-    planes = Planes.of(y, p_bar, p_bar_dot)
+    planes = Planes.from_tensors(y, p_bar, p_bar_dot)
     y_bar, y_bar_dot = output_buffer(y, reuse), torch.empty_like(y)
     arguments = (y, beta, p_bar, p_bar_dot, y_bar, y_bar_dot)
     return y_bar, y_bar_dot, _run_backward("bias_relu_pool_dual_backward", planes, *arguments)

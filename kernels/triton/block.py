@@ -18,7 +18,7 @@ from ..types import Affine, Convolved, Folded, Patches, Precision, plane_dtype, 
 from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import architecture, launch, tl, triton
-from .partial_planes import arguments_of, counts_of
+from .partial_planes import part_arguments, part_counts
 from .patches import ONES, gather
 from .planes import OFFSETS, Planes
 
@@ -39,12 +39,12 @@ class _Block:
     ACC: Any
 
     @classmethod
-    def of(cls, patches: Patches, weight: Tensor, precision: Precision) -> _Block:
+    def from_operands(cls, patches: Patches, weight: Tensor, precision: Precision) -> _Block:
         """Return the block that convolves `patches` with `weight`."""
         _, height, width, channels = patches.images.shape
         wide = weight.dtype == torch.float64
         acc = tl.float64 if wide else tl.float32
-        return cls(channels, len(weight), height, width, _terms(channels), "fp64" if wide else precision, acc)
+        return cls(channels, len(weight), height, width, _patch_terms(channels), "fp64" if wide else precision, acc)
 
     @property
     def pooled(self) -> tuple[int, int]:
@@ -65,7 +65,7 @@ def image_patches(
     channels, height, width = x.shape[1:]
     batch = len(x) if index is None else len(index)
     padded = (height + 2 * padding, width + 2 * padding)
-    terms = _terms(channels)
+    terms = _patch_terms(channels)
     if terms * padded[0] * padded[1] >= OFFSETS:
         raise ValueError(f"expected less than 2³¹ numbers in a sample's patches, found shape {tuple(x.shape)}")
     effective = "fp64" if x.dtype == torch.float64 else precision
@@ -73,7 +73,7 @@ def image_patches(
     images = torch.empty((batch, *padded, channels), dtype=dtype, device=x.device)
     pixels = (padded[0] - 2) * (padded[1] - 2)
     row = _row("image_patches", effective, pixels, batch, x.device)
-    parts, tiles = _parts(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // batch)
+    parts, tiles = _split_tiles(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // batch)
     gram = _empty(x, (batch, parts, 9 * channels + 1, 9 * channels + 1))
     launch(
         gather,
@@ -96,7 +96,7 @@ def conv_norm_relu_pool(
     patches: Patches, weight: Tensor, affine: Affine, eps: float, precision: Precision
 ) -> tuple[Tensor, Folded]:
     """See `mtt_fast.kernels.conv_norm_relu_pool`."""
-    p, _, folded = _pooled("conv_norm_relu_pool", patches, weight, None, affine, None, eps, precision)
+    p, _, folded = _pool("conv_norm_relu_pool", patches, weight, None, affine, None, eps, precision)
     return p, folded
 
 
@@ -110,9 +110,9 @@ def conv_norm_relu_pool_backward(
     precision: Precision,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_backward`."""
-    block = _Block.of(patches, weight, precision)
-    sums = _summed("conv_norm_relu_pool_backward", block, patches, folded, p_bar, None)
-    gradients, _ = _finished(block, patches, folded, weight, None, affine, None, *sums)
+    block = _Block.from_operands(patches, weight, precision)
+    sums = _sum_patches("conv_norm_relu_pool_backward", block, patches, folded, p_bar, None)
+    gradients, _ = _parameter_gradients(block, patches, folded, weight, None, affine, None, *sums)
     return gradients
 
 
@@ -127,7 +127,7 @@ def conv_norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, Folded]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_dual`."""
     name = "conv_norm_relu_pool_dual"
-    p, p_dot, folded = _pooled(name, patches, weight, weight_dot, affine, affine_dot, eps, precision)
+    p, p_dot, folded = _pool(name, patches, weight, weight_dot, affine, affine_dot, eps, precision)
     assert p_dot is not None
     return p, p_dot, folded
 
@@ -146,16 +146,16 @@ def conv_norm_relu_pool_dual_backward(
     divisors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_dual_backward`."""
-    block = _Block.of(patches, weight, precision)
-    sums = _summed("conv_norm_relu_pool_dual_backward", block, patches, folded, p_bar, p_bar_dot)
-    gradients, linear = _finished(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
+    block = _Block.from_operands(patches, weight, precision)
+    sums = _sum_patches("conv_norm_relu_pool_dual_backward", block, patches, folded, p_bar, p_bar_dot)
+    gradients, linear = _parameter_gradients(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
     del sums
     assert linear is not None
     bars = (planes_of(p_bar), planes_of(p_bar_dot))  # which are whole now
     return _image_gradient(block, patches, folded, linear, *bars, divisors), *gradients
 
 
-def _pooled(
+def _pool(
     operation: str,
     patches: Patches,
     weight: Tensor,
@@ -166,7 +166,7 @@ def _pooled(
     precision: Precision,
 ) -> tuple[Tensor, Tensor | None, Folded]:
     """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and what the backward takes."""
-    block, batch = _Block.of(patches, weight, precision), len(patches.images)
+    block, batch = _Block.from_operands(patches, weight, precision), len(patches.images)
     row = block.row(operation, batch, weight.device)
     images, planes = patches.images, Planes(batch, block.K, *block.pooled, torch.channels_last)
     folded, folded_dot, p_dot = _empty(images, (batch, block.TERMS, block.K)), None, None
@@ -176,7 +176,7 @@ def _pooled(
         p, p_dot = planes.empty_pair(images, block.K, *block.pooled)
         folded_dot = torch.empty_like(folded)
     stats = _empty(weight, (batch, 4, block.K))
-    blocks, parts, tiles = _cut(block, row, batch)
+    blocks, parts, tiles = _split_windows(block, row, batch)
     launch(
         pool,
         batch * parts * blocks,
@@ -190,24 +190,24 @@ def _pooled(
     return p, p_dot, Folded(folded, folded_dot, stats)
 
 
-def _summed(
+def _sum_patches(
     operation: str, block: _Block, patches: Patches, folded: Folded, p_bar: Convolved, p_bar_dot: Convolved | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return U and, in a direction, U̇ over parts of the windows, (B, parts, TERMS, K). p̄ and p̄̇ are whole afterwards."""
     batch, bars = len(patches.images), (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
     row = block.row(operation, batch, folded.stats.device)
-    blocks, parts, tiles = _cut(block, row, batch)
+    blocks, parts, tiles = _split_windows(block, row, batch)
     shape = (batch, parts, block.TERMS, block.K)
     sums = _empty(folded.stats, shape)
     sums_dot = None if p_bar_dot is None else _empty(folded.stats, shape)
-    counts = counts_of(p_bar, p_bar_dot)
+    counts = part_counts(p_bar, p_bar_dot)
     if any(counts.values()):
         row["maxnreg"] = MOST_REGISTERS  # ptxas would rather spill some than take more than half of them
     launch(
         sum_patches,
         batch * parts * blocks,
         *(patches.images, folded.weight, *bars, sums, sums_dot, parts, tiles),
-        *arguments_of(p_bar, p_bar_dot),
+        *part_arguments(p_bar, p_bar_dot),
         **counts,
         TOGETHER=math.gcd(3, *counts.values()),
         **vars(block),
@@ -216,7 +216,7 @@ def _summed(
     return sums, sums_dot
 
 
-def _finished(
+def _parameter_gradients(
     block: _Block,
     patches: Patches,
     folded: Folded,
@@ -283,7 +283,7 @@ def _image_gradient(
     return x_bar_dot
 
 
-def _terms(channels: int) -> int:
+def _patch_terms(channels: int) -> int:
     """Return the numbers of a patch in the kernels."""
     terms: int = triton.next_power_of_2(9 * channels + ONES.value)
     return terms
@@ -306,17 +306,17 @@ def _row(operation: str, precision: str, pixels: int, batch: int, device: torch.
     return configuration(operation, closest, architecture(device), *looser)
 
 
-def _cut(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:
+def _split_windows(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:
     """Return the number of blocks of filters, of parts of the windows, and of tiles of a part, for about PROGRAMS programs.
 
     Takes PROGRAMS out of `row`, which is no constant of a kernel.
     """
     blocks = block.K // row["BLOCK_C"]
     tiles = triton.cdiv(math.prod(block.pooled), row["WINDOWS"])
-    return blocks, *_parts(tiles, row.pop("PROGRAMS") // (batch * blocks))
+    return blocks, *_split_tiles(tiles, row.pop("PROGRAMS") // (batch * blocks))
 
 
-def _parts(tiles: int, most: int) -> tuple[int, int]:
+def _split_tiles(tiles: int, most: int) -> tuple[int, int]:
     """Return the number of parts, about `most`, that `tiles` are cut into, and of the tiles of each but the last."""
     each = triton.cdiv(tiles, max(1, min(tiles, most)))
     return triton.cdiv(tiles, each), each

@@ -9,20 +9,20 @@ from __future__ import annotations
 from .launch import tl, triton
 from .partial_planes import load_planes
 from .patches import (
+    add_up_parts,
     fold_norm,
     fold_norm_tangent,
+    load_patches,
+    load_weights,
     moments,
-    patches_at,
-    places_of,
     product,
-    rounded,
-    sums_of_parts,
-    weights_of,
+    round_factor,
+    weight_places,
 )
 
 
 @triton.jit
-def _block_of(parts: tl.tensor, K: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def _program_block(parts: tl.tensor, K: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return the sample (int64), the part of the windows and the filters (BLOCK_C,) of this program."""
     BLOCKS: tl.constexpr = K // BLOCK_C
     program = tl.program_id(0)
@@ -66,11 +66,11 @@ def pool(
     """
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
-    sample, part, c = _block_of(parts, K, BLOCK_C)
+    sample, part, c = _program_block(parts, K, BLOCK_C)
     # all loads of the fold are under way before the first of them is waited for
-    weights, g, b = weights_of(weight, c, C, TERMS), tl.load(gamma + c), tl.load(beta + c)
+    weights, g, b = load_weights(weight, c, C, TERMS), tl.load(gamma + c), tl.load(beta + c)
     if p_dot is not None:
-        weights_dot = weights_of(weight_dot, c, C, TERMS)
+        weights_dot = load_weights(weight_dot, c, C, TERMS)
         g_dot, b_dot = tl.load(gamma_dot + c), tl.load(beta_dot + c)
     mean, covariance = moments(gram, sample, gram_parts, C, (HP - 2) * (WP - 2), TERMS)
     w, mu, r, covariance_w = fold_norm(mean, covariance, weights, g, b, EPS, C, TERMS, PRECISION, ACC)
@@ -97,7 +97,7 @@ def pool(
         if p_dot is not None:
             pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for pixel in tl.range(0, 4, loop_unroll_factor=UNROLL):
-            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
+            xs = load_patches(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             u = product(xs, w, ACC, PRECISION)
             inactive = u <= 0  # asked so, a u that is NaN is not lost
             pooled += tl.where(inactive, 0, u)
@@ -110,9 +110,9 @@ def pool(
 
 
 @triton.jit
-def _share(p_bars: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
+def _pixel_share(p_bars: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
     """Return what a pixel has of its window's p̄."""
-    return rounded(p_bars.to(ACC) * 0.25, PRECISION)
+    return round_factor(p_bars.to(ACC) * 0.25, PRECISION)
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def sum_patches(
     """Store U = Σ x̃ū, and U̇ = Σ x̃ū̇ where the direction is given, over parts of the windows."""
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
-    sample, part, c = _block_of(parts, K, BLOCK_C)
+    sample, part, c = _program_block(parts, K, BLOCK_C)
     images += sample * (HP * WP * C)
     begin = sample * (ALL * K)
     p_bar += begin
@@ -166,16 +166,16 @@ def sum_patches(
         row, column = window // PW * 2, window % PW * 2
         place = window[:, None] * K + c[None, :]
         p_bars = load_planes(p_bar, p_bar_parts, place, exists, size, COUNT, TOGETHER)
-        share = _share(p_bars, ACC, PRECISION)
+        share = _pixel_share(p_bars, ACC, PRECISION)
         if p_bar_dot is not None:
             p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, place, exists, size, COUNT_DOT, TOGETHER)
-            share_dot = _share(p_bars_dot, ACC, PRECISION)
+            share_dot = _pixel_share(p_bars_dot, ACC, PRECISION)
         if p_bar_parts is not None:
             tl.store(p_bar + place, p_bars, exists)
         if p_bar_dot_parts is not None:
             tl.store(p_bar_dot + place, p_bars_dot, exists)
         for pixel in range(4):
-            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
+            xs = load_patches(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             active = product(xs, w, ACC, PRECISION) > 0
             total += product(tl.trans(xs), tl.where(active, share, 0).to(xs.dtype), ACC, PRECISION)
             if p_bar_dot is not None:
@@ -229,15 +229,15 @@ def finish(
     mean, covariance = mean.to(ACC), covariance.to(ACC)
     place = sample * parts * (TERMS * K) + term * K + c[None, :]
     if weight_dot is None:
-        (total,) = sums_of_parts((sums + place,), None, parts, TERMS * K, ACC)
+        (total,) = add_up_parts((sums + place,), None, parts, TERMS * K, ACC)
     else:
-        total, total_dot = sums_of_parts((sums + place, sums_dot + place), None, parts, TERMS * K, ACC)
-    w = weights_of(weight, c, C, TERMS)
+        total, total_dot = add_up_parts((sums + place, sums_dot + place), None, parts, TERMS * K, ACC)
+    w = load_weights(weight, c, C, TERMS)
     stats += sample * (4 * K) + c
     mu, r = tl.load(stats), tl.load(stats + K)
     g = tl.load(gamma + c)
     if weight_dot is not None:
-        w_dot = weights_of(weight_dot, c, C, TERMS)
+        w_dot = load_weights(weight_dot, c, C, TERMS)
         k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
         g_dot = tl.load(gamma_dot + c)
 
@@ -273,14 +273,14 @@ def finish(
         tl.store(linear + program.to(tl.int64) * (TERMS * TERMS) + term * TERMS + tl.arange(0, TERMS)[None, :], m)
         beta_bar, gamma_bar = beta_bar_dot, gamma_bar_dot
     gradients += sample * (9 * C * K + 2 * K)
-    place, exists = places_of(c, C, TERMS)
+    place, exists = weight_places(c, C, TERMS)
     tl.store(gradients + place, tl.trans(weight_bar), exists)
     tl.store(gradients + 9 * C * K + c, gamma_bar)
     tl.store(gradients + 9 * C * K + K + c, beta_bar)
 
 
 @triton.jit
-def _pixels_of_windows(
+def _window_pixels(
     windows: tl.tensor,  # the number of the first one
     tile: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -332,42 +332,42 @@ def spread(
     folded_dot += sample * (TERMS * K)
     term = tl.arange(0, TERMS)
     linear += sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
-    (m,) = sums_of_parts((linear,), None, blocks, TERMS * TERMS, ACC)
-    m = rounded(m, PRECISION)
+    (m,) = add_up_parts((linear,), None, blocks, TERMS * TERMS, ACC)
+    m = round_factor(m, PRECISION)
     xs: tl.tuple = ()
     t: tl.tuple = ()
     for tile in tl.static_range(TILES):
-        row, column = _pixels_of_windows(windows, tile, TOGETHER, ACROSS, WINDOWS)
-        patches = patches_at(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
+        row, column = _window_pixels(windows, tile, TOGETHER, ACROSS, WINDOWS)
+        patches = load_patches(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
         xs += (patches,)
         t += (product(patches, m, ACC, PRECISION),)
 
-    row, column = _pixels_of_windows(windows, 0, TOGETHER, ACROSS, WINDOWS)
+    row, column = _window_pixels(windows, 0, TOGETHER, ACROSS, WINDOWS)
     place = sample * ((H // 2) * (W // 2) * K) + (row // 2 * (W // 2) + column // 2)[:, None] * K
     whole = ((row < H // 2 * 2) & (column < W // 2 * 2))[:, None]
     for block in range(K // BLOCK_C):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
         at = place + c[None, :]
-        share = _share(tl.load(p_bar + at, whole, 0), ACC, PRECISION)
-        share_dot = _share(tl.load(p_bar_dot + at, whole, 0), ACC, PRECISION)
+        share = _pixel_share(tl.load(p_bar + at, whole, 0), ACC, PRECISION)
+        share_dot = _pixel_share(tl.load(p_bar_dot + at, whole, 0), ACC, PRECISION)
         w = tl.load(folded + term[:, None] * K + c[None, :])
-        turned = term[None, :] * K + c[:, None]
-        w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
+        transposed = term[None, :] * K + c[:, None]
+        w_transposed, w_dot_transposed = tl.load(folded + transposed), tl.load(folded_dot + transposed)
         sums: tl.tuple = ()
         for tile in tl.static_range(TILES):
             active = product(xs[tile], w, ACC, PRECISION) > 0
-            total = t[tile] + product(tl.where(active, share, 0).to(w.dtype), w_dot_turned, ACC, PRECISION)
-            total += product(tl.where(active, share_dot, 0).to(w.dtype), w_turned, ACC, PRECISION)
+            total = t[tile] + product(tl.where(active, share, 0).to(w.dtype), w_dot_transposed, ACC, PRECISION)
+            total += product(tl.where(active, share_dot, 0).to(w.dtype), w_transposed, ACC, PRECISION)
             sums += (total,)
         t = sums
     for tile in tl.static_range(TILES):
-        row, column = _pixels_of_windows(windows, tile, TOGETHER, ACROSS, WINDOWS)
+        row, column = _window_pixels(windows, tile, TOGETHER, ACROSS, WINDOWS)
         place = sample * (H * W * TERMS) + (row * W + column)[:, None] * TERMS + term[None, :]
         tl.store(columns + place, t[tile], ((row < H) & (column < W))[:, None])
 
 
 @triton.jit
-def _quotient(total: tl.tensor, divisor: tl.tensor) -> tl.tensor:
+def _divide(total: tl.tensor, divisor: tl.tensor) -> tl.tensor:
     """Divide with the rounding of IEEE 754, so that a power of two is taken out exactly."""
     value = tl.load(divisor)
     if total.dtype == tl.float64:
@@ -407,7 +407,7 @@ def col2im(
     for channel in tl.static_range(C):
         total = tl.sum(tl.where(term % C == channel, t, 0), 1, keep_dims=True)
         if first_divisor is not None:
-            total = _quotient(total, first_divisor)
+            total = _divide(total, first_divisor)
         if second_divisor is not None:
-            total = _quotient(total, second_divisor)
+            total = _divide(total, second_divisor)
         tl.store(x_bar + sample * (C * H * W) + channel * (H * W) + pixel, total, exists)

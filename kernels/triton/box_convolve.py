@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..types import Convolved, PartialPlanes, Precision
-from .boxes import BOX, box_of, count_boxes, describe_planes, describe_weights, described, place_of, tile_of
+from .boxes import BOX, box_of, box_origin, count_boxes, describe, describe_planes, describe_weights, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
 
 
 @triton.jit
-def _multiplied(xs: tl.tensor, ws: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+def _add_product(xs: tl.tensor, ws: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """Add the product (N, M) of weights (N, K) and pixels (M, K), both of which the tensor core reads where the box lies.
 
     As the first factor the pixels would go through registers, since a box is reshaped, and Triton 3.6 and 3.7 load the next ones
@@ -27,7 +27,7 @@ def _multiplied(xs: tl.tensor, ws: tl.tensor, total: tl.tensor, PRECISION: tl.co
 
 
 @triton.jit
-def _stored(total: tl.tensor, y: tl.tensor_descriptor) -> tl.tensor:
+def _output_tile(total: tl.tensor, y: tl.tensor_descriptor) -> tl.tensor:
     """Return a tile of sums (N, M) as (M, N), in the dtype of `y`."""
     return tl.trans(total).to(y.dtype)
 
@@ -58,32 +58,32 @@ def _convolve(
     STEPS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     o = program % BLOCKS * BLOCK_N
-    n, row, column = place_of(program // BLOCKS, HO, WO, BOX_B, BOX_H, BOX_W)
+    n, row, column = box_origin(program // BLOCKS, HO, WO, BOX_B, BOX_H, BOX_W)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    of_w_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    of_x_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total_w_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total_x_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(9 * STEPS):
         tap, c = step // STEPS, step % STEPS * BLOCK_K
         down, right = row + tap // 3 - PADDING, column + tap % 3 - PADDING
         xs = x.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
         ws_dot = weight_dot.load([o, tap * CI + c])
-        of_w_dot = _multiplied(xs, ws_dot, of_w_dot, PRECISION)
+        total_w_dot = _add_product(xs, ws_dot, total_w_dot, PRECISION)
         if weight is not None:
             ws = weight.load([o, tap * CI + c])
             if y is not None:
-                total = _multiplied(xs, ws, total, PRECISION)
+                total = _add_product(xs, ws, total, PRECISION)
             if x_dot is not None:
                 xs_dot = x_dot.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
-                of_x_dot = _multiplied(xs_dot, ws, of_x_dot, PRECISION)
+                total_x_dot = _add_product(xs_dot, ws, total_x_dot, PRECISION)
     if y is not None:
-        y.store([n, row, column, o], _stored(total, y).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
+        y.store([n, row, column, o], _output_tile(total, y).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
     if x_dot is not None:
-        of_w_dot += of_x_dot
-    y_dot.store([n, row, column, o], _stored(of_w_dot, y_dot).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
+        total_w_dot += total_x_dot
+    y_dot.store([n, row, column, o], _output_tile(total_w_dot, y_dot).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
 
 
 @triton.jit
-def _sum_of_taps(
+def _sum_taps(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
     n: tl.tensor,
@@ -106,7 +106,7 @@ def _sum_of_taps(
         tap, c = first + step // STEPS, step % STEPS * BLOCK_K
         xs = x.load([n, row + tap // 3 - PADDING, column + tap % 3 - PADDING, c]).reshape(BLOCK_M, BLOCK_K)
         ws = weight.load([o, tap * CI + c])
-        total = _multiplied(xs, ws, total, PRECISION)
+        total = _add_product(xs, ws, total, PRECISION)
     return total
 
 
@@ -139,28 +139,28 @@ def _convolve_parts(
     program = tl.program_id(0)
     o = program % BLOCKS * BLOCK_N
     part = program // BLOCKS % PARTS
-    n, row, column = place_of(program // (BLOCKS * PARTS), HO, WO, BOX_B, BOX_H, BOX_W)
+    n, row, column = box_origin(program // (BLOCKS * PARTS), HO, WO, BOX_B, BOX_H, BOX_W)
     which = part // EACH if PRIMAL else part // EACH + 1
     first = part % EACH * TAPS
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if PRIMAL:  # noqa: SIM102 - known when this is compiled, and what follows is not
         if which == 0:
-            total = _sum_of_taps(
+            total = _sum_taps(
                 x, weight, n, row, column, o, first,
                 CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     if which == 1:
-        total = _sum_of_taps(
+        total = _sum_taps(
             x, weight_dot, n, row, column, o, first,
             CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if x_dot is not None:  # noqa: SIM102
         if which == 2:
-            total = _sum_of_taps(
+            total = _sum_taps(
                 x_dot, weight, n, row, column, o, first,
                 CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-    parts.store([part, n, row, column, o], _stored(total, parts).reshape(1, BOX_B, BOX_H, BOX_W, BLOCK_N))
+    parts.store([part, n, row, column, o], _output_tile(total, parts).reshape(1, BOX_B, BOX_H, BOX_W, BLOCK_N))
 
 
 def convolve(
@@ -178,7 +178,7 @@ def convolve(
 
     Raises `ValueError` for tensors that no box fits.
     """
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
+    inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_dot, y)
     tensors = [tensor for tensor in (x, x_dot, y_dot, y) if tensor is not None]
     tile = tile_of(operation, inputs, outputs, precision, tensors)
     box = box_of(tile.pop("BLOCK_M"), outputs)
@@ -211,7 +211,7 @@ def convolve(
     count = _count_parts(taps, products)
     shape = (count, outputs.samples, outputs.height, outputs.width, outputs.channels)
     parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-    results_of_parts = described(parts, shape, (1, *box, tile["BLOCK_N"]))
+    results_of_parts = describe(parts, shape, (1, *box, tile["BLOCK_N"]))
     constants |= {"PRIMAL": y is not None, "PARTS": count, "TAPS": taps}
     launch(_convolve_parts, programs * count, *factors, results_of_parts, **constants)
     parts = parts.permute(0, 1, 4, 2, 3)

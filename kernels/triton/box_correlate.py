@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..types import Precision
-from .boxes import BOX, count_boxes, describe_planes, described, place_of, row_box, tile_of
+from .boxes import BOX, box_origin, count_boxes, describe, describe_planes, row_box, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
 
-_COPIED = 64  # pixels, and channels, of a program that copies
+_COPY_BLOCK = 64  # pixels, and channels, of a program that copies
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _correlate(
     right = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for step in range(share):  # a box past the last one is zeros
         box = part * share + step
-        n, row, column = place_of(box, HO, WO, BOX_B, BOX_H, BOX_W)
+        n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
         down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
         gs = tl.trans(y_bar_dot.load([box * BLOCK_M, o]))
         left = product(gs, x.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
@@ -78,7 +78,7 @@ def _correlate(
     if x_dot is not None:  # y_bar is then a descriptor too
         for step in range(share):
             box = part * share + step
-            n, row, column = place_of(box, HO, WO, BOX_B, BOX_H, BOX_W)
+            n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
             down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
             gs = tl.trans(y_bar.load([box * BLOCK_M, o]))
             left = product(gs, x_dot.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
@@ -204,15 +204,15 @@ def correlate(
     precision: Precision,
 ) -> Tensor:
     """Return W̄̇ (S, CO, CI, 3, 3), float32, a summand of each part. Raises `ValueError` for tensors that no box fits."""
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
+    inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_bar, y_bar_dot)
     tensors = [tensor for tensor in (x, x_dot, y_bar, y_bar_dot) if tensor is not None]
     tile = tile_of(operation, inputs, outputs, precision, tensors)
     programs, share, count = _split(inputs, outputs, tile, x, x_dot is not None)
     tile.pop("PROGRAMS")
     if x.element_size() == 2:
-        kernel, factors, constants = _planes_as_they_lie(x, x_dot, y_bar, y_bar_dot, padding, tile)
+        kernel, factors, constants = _factors_in_place(x, x_dot, y_bar, y_bar_dot, padding, tile)
     else:
-        kernel, factors, constants = _copied_lines(x, x_dot, y_bar, y_bar_dot, padding, tile)
+        kernel, factors, constants = _copy_factors(x, x_dot, y_bar, y_bar_dot, padding, tile)
     constants |= {"CI": inputs.channels, "CO": outputs.channels, "PRECISION": effective_precision(x.dtype, precision)}
     parts = torch.empty((count, outputs.channels, 3, 3, inputs.channels), dtype=torch.float32, device=x.device)
     launch(kernel, count * programs, *factors, parts, share, **constants)
@@ -261,27 +261,27 @@ Summands = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A kernel, the descriptors that it multiplies, and its constants."""
 
 
-def _planes_as_they_lie(
+def _factors_in_place(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, tile: dict[str, int]
 ) -> Summands:
-    planes = Planes.of(y_bar_dot)
+    planes = Planes.from_tensors(y_bar_dot)
     sizes = {name: size for name, size in tile.items() if name != "BLOCK_M"}
     box = row_box(tile["BLOCK_M"], planes)
     pixels, block = (planes.samples * planes.height * planes.width, planes.channels), (tile["BLOCK_M"], tile["BLOCK_N"])
     factors = (
         describe_planes(x, box, tile["BLOCK_K"]),
         None if x_dot is None else describe_planes(x_dot, box, tile["BLOCK_K"]),
-        None if x_dot is None else described(y_bar, pixels, block),
-        described(y_bar_dot, pixels, block),
+        None if x_dot is None else describe(y_bar, pixels, block),
+        describe(y_bar_dot, pixels, block),
     )
     constants = {"HO": planes.height, "WO": planes.width, "PADDING": padding, **dict(zip(BOX, box, strict=True))}
     return _correlate, factors, sizes | constants
 
 
-def _copied_lines(
+def _copy_factors(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, tile: dict[str, int]
 ) -> Summands:
-    outputs = Planes.of(y_bar_dot)
+    outputs = Planes.from_tensors(y_bar_dot)
     left, right = ([x], [y_bar_dot]) if x_dot is None else ([x, x_dot], [y_bar_dot, y_bar])
     rows, pitch = _rows(outputs), _pitch(outputs)
     positions = outputs.samples * rows * pitch
@@ -289,11 +289,13 @@ def _copied_lines(
     xs, ys = x.new_empty(3 * x.shape[1], length), x.new_empty(outputs.channels, length)
     shapes = [(0, order, *each.shape[1:], padding, 3) for order, each in enumerate(left)]
     shapes += [(1, order, *each.shape[1:], 0, 1) for order, each in enumerate(right)]
-    programs = sum(triton.cdiv(positions, _COPIED) * triton.cdiv(channels, _COPIED) for _, _, channels, *_ in shapes)
-    constants = {"SHAPES": tuple(shapes), "ROWS": rows, "PITCH": pitch, "BLOCK_L": _COPIED, "BLOCK_C": _COPIED}
+    programs = sum(
+        triton.cdiv(positions, _COPY_BLOCK) * triton.cdiv(channels, _COPY_BLOCK) for _, _, channels, *_ in shapes
+    )
+    constants = {"SHAPES": tuple(shapes), "ROWS": rows, "PITCH": pitch, "BLOCK_L": _COPY_BLOCK, "BLOCK_C": _COPY_BLOCK}
     launch(_copy_lines, programs, (xs, ys), (*left, *right), length, positions, **constants, num_warps=8)
     factors = (
-        described(xs, tuple(xs.shape), (tile["BLOCK_K"], tile["BLOCK_M"])),
-        described(ys, tuple(ys.shape), (tile["BLOCK_N"], tile["BLOCK_M"])),
+        describe(xs, tuple(xs.shape), (tile["BLOCK_K"], tile["BLOCK_M"])),
+        describe(ys, tuple(ys.shape), (tile["BLOCK_N"], tile["BLOCK_M"])),
     )
     return _correlate_lines, factors, tile | {"PITCH": pitch}

@@ -22,7 +22,7 @@ BOX = ("BOX_B", "BOX_H", "BOX_W")  # samples, rows, columns
 
 
 @triton.jit
-def place_of(
+def box_origin(
     tile: tl.tensor, H: tl.constexpr, W: tl.constexpr, BOX_B: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return the first sample, row and column of box number `tile`."""
@@ -88,7 +88,7 @@ def count_boxes(planes: Planes, box: tuple[int, int, int]) -> int:
 def describe_planes(planes: Tensor, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
     """Describe planes (B, C, H, W), channels_last, by boxes of pixels × channels."""
     samples, every, height, width = planes.shape
-    return described(planes, (samples, height, width, every), (*box, channels))
+    return describe(planes, (samples, height, width, every), (*box, channels))
 
 
 def describe_weights(weight: Tensor, outputs: int, inputs: int) -> TensorDescriptor:
@@ -96,10 +96,10 @@ def describe_weights(weight: Tensor, outputs: int, inputs: int) -> TensorDescrip
 
     A box that reaches into the next tap's channels meets zeros among the pixels'.
     """
-    return described(weight, (len(weight), weight[0].numel()), (outputs, inputs))
+    return describe(weight, (len(weight), weight[0].numel()), (outputs, inputs))
 
 
-def described(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
+def describe(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
     """Describe memory without gaps; the steps of directions of length one are then multiples of 16 bytes too."""
     strides = [1]
     for length in reversed(shape[1:]):

@@ -11,8 +11,8 @@ Without a p_dot all is the primal's; with one, `weight_bar` and `bias_bar` are d
 from __future__ import annotations
 
 from .launch import tl, triton
-from .powers import magnitude_bits, power_of
-from .softmax import combine, cotangents_at, softmax_of, softmax_parts, targets_at
+from .powers import magnitude_bits, power_of_two
+from .softmax import combine, load_cotangents, load_softmax, load_targets, softmax_parts
 
 FEATURES = tl.constexpr(2048)  # whose largest gradient a program looks for at a time
 
@@ -50,12 +50,12 @@ def score(
     exists, place = row_exists & column_exists, row * CLASSES + column
 
     if ROWS < 16:  # fewer rows than `tl.dot` takes
-        at, along = _sums(
+        at, along = _logits_by_sums(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, AHEAD if tl.float32 == ACC else 1, ACC,
         )  # fmt: skip
     else:
-        at, along = _products(
+        at, along = _logits_by_dot(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
@@ -65,14 +65,14 @@ def score(
         along += tl.load(bias_dot + column, column_exists, 0).to(ACC)
         tl.store(z_dot + place, along, exists)
 
-    targets = targets_at(labels, row, column, batch, KIND, CLASSES, ACC)
+    targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
     parts = softmax_parts(at, along, targets, column_exists, p_dot is not None, KIND)
     for number in tl.static_range(6):
         tl.store(partials + (number * batch + row) * BLOCKS + block, parts[number], row_exists)
     if magnitudes is not None:
         tl.debug_barrier()  # what one thread has stored of a row's logits, all read
         softmax = combine(parts, p_dot is not None, KIND)
-        largest = _largest_product(
+        largest = _largest_feature_gradient(
             weight, weight_dot, labels, z, z_dot if p_dot is not None else None, row, softmax, batch,
             KIND, CLASSES, CHANNELS * PIXELS, ROWS, ACC,
         )  # fmt: skip
@@ -115,12 +115,12 @@ def differentiate(
     ACC: tl.constexpr = z.dtype.element_ty
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
-    OF_WEIGHTS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS * ACROSS
+    WEIGHT_PROGRAMS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS * ACROSS
     place = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     feature, place_exists = place % CHANNELS * PIXELS + place // CHANNELS, place < WIDTH
     factor, divisor = 1.0, 1.0
     if magnitudes is not None:
-        factor = power_of(_largest_of(magnitudes, count), LARGEST)
+        factor = power_of_two(_max_magnitude(magnitudes, count), LARGEST)
         if tl.program_id(0) == 0:
             tl.store(scale, factor)
     elif scale is not None:
@@ -128,29 +128,29 @@ def differentiate(
     if direction_scale is not None:
         divisor = tl.load(direction_scale).to(ACC)
 
-    if tl.program_id(0) < OF_WEIGHTS:
+    if tl.program_id(0) < WEIGHT_PROGRAMS:
         column = tl.program_id(0) // ACROSS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        to_weight, to_bias, total = _summed_over_samples(
+        to_weight, to_bias, total = _sum_over_samples(
             p, p_dot, labels, z, z_dot, partials, column, place, place_exists, batch,
             KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
-        of_weight = tl.trans(column) * WIDTH + feature
-        tl.store(weight_bar + of_weight, to_weight * factor, (tl.trans(column) < CLASSES) & place_exists)
+        weight_offset = tl.trans(column) * WIDTH + feature
+        tl.store(weight_bar + weight_offset, to_weight * factor, (tl.trans(column) < CLASSES) & place_exists)
         if tl.program_id(0) % ACROSS == 0:
             tl.store(bias_bar + column, to_bias * factor, column < CLASSES)
         if tl.program_id(0) == 0:
             tl.store(loss, total / divisor)
     else:
         first = tl.program_id(0) % ACROSS == 0
-        row = ((tl.program_id(0) - OF_WEIGHTS) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
-        to_p, to_p_dot = _summed_over_classes(
+        row = ((tl.program_id(0) - WEIGHT_PROGRAMS) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+        to_p, to_p_dot = _sum_over_classes(
             weight, weight_dot, labels, z, z_dot, partials, labels_bar_dot, divisor, first, row, feature, place_exists, batch,
             KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
-        of_p, exists = row * WIDTH + place, (row < batch) & place_exists
-        tl.store(p_bar + of_p, (to_p * factor).to(p_bar.dtype.element_ty), exists)
+        p_offset, exists = row * WIDTH + place, (row < batch) & place_exists
+        tl.store(p_bar + p_offset, (to_p * factor).to(p_bar.dtype.element_ty), exists)
         if p_dot is not None:
-            tl.store(p_bar_dot + of_p, (to_p_dot * factor).to(p_bar.dtype.element_ty), exists)
+            tl.store(p_bar_dot + p_offset, (to_p_dot * factor).to(p_bar.dtype.element_ty), exists)
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def measure(
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     feature = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     row = (tl.program_id(0) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
-    to_p, to_p_dot = _summed_over_classes(
+    to_p, to_p_dot = _sum_over_classes(
         weight, weight_dot, labels, z, z_dot, partials, None, 1.0, False, row, feature, feature < WIDTH, batch,
         KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
     )  # fmt: skip
@@ -188,7 +188,7 @@ def measure(
 
 
 @triton.jit
-def _sums(
+def _logits_by_sums(
     p: tl.tensor,
     p_dot: tl.tensor,
     weight: tl.tensor,
@@ -216,23 +216,26 @@ def _sums(
         fs_dot: tl.tuple = ()
         for tile in tl.static_range(AHEAD):
             feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
-            of_p, exists = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS, row_exists & (feature < WIDTH)
-            fs += (tl.load(p + of_p, exists, 0).to(ACC),)
+            p_offset, exists = (
+                row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS,
+                row_exists & (feature < WIDTH),
+            )
+            fs += (tl.load(p + p_offset, exists, 0).to(ACC),)
             if p_dot is not None:
-                fs_dot += (tl.load(p_dot + of_p, exists, 0).to(ACC),)
+                fs_dot += (tl.load(p_dot + p_offset, exists, 0).to(ACC),)
         for tile in tl.static_range(AHEAD):
             feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
-            of_weight, exists = column * WIDTH + feature, column_exists & (feature < WIDTH)
-            w = tl.load(weight + of_weight, exists, 0).to(ACC)
+            weight_offset, exists = column * WIDTH + feature, column_exists & (feature < WIDTH)
+            w = tl.load(weight + weight_offset, exists, 0).to(ACC)
             total += fs[tile] * w
             if p_dot is not None:
                 total_dot += fs_dot[tile] * w
-                total_dot += tl.load(weight_dot + of_weight, exists, 0).to(ACC) * fs[tile]
+                total_dot += tl.load(weight_dot + weight_offset, exists, 0).to(ACC) * fs[tile]
     return tl.sum(total, 2), tl.sum(total_dot, 2)
 
 
 @triton.jit
-def _products(
+def _logits_by_dot(
     p: tl.tensor,
     p_dot: tl.tensor,
     weight: tl.tensor,
@@ -253,22 +256,22 @@ def _products(
     total, total_dot = tl.zeros((ROWS, COLUMNS), ACC), tl.zeros((ROWS, COLUMNS), ACC)
     for start in range(0, WIDTH, BLOCK_D):
         feature = start + tl.arange(0, BLOCK_D)[None, :]
-        of_p = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS
-        of_weight = tl.trans(column) * WIDTH + feature
+        p_offset = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS
+        weight_offset = tl.trans(column) * WIDTH + feature
         p_exists, weight_exists = row_exists & (feature < WIDTH), tl.trans(column_exists) & (feature < WIDTH)
-        f = tl.load(p + of_p, p_exists, 0).to(ACC)
-        w = tl.trans(tl.load(weight + of_weight, weight_exists, 0).to(ACC))
+        f = tl.load(p + p_offset, p_exists, 0).to(ACC)
+        w = tl.trans(tl.load(weight + weight_offset, weight_exists, 0).to(ACC))
         total = tl.dot(f, w, total, input_precision="ieee", out_dtype=ACC)
         if p_dot is not None:
-            f_dot = tl.load(p_dot + of_p, p_exists, 0).to(ACC)
-            w_dot = tl.trans(tl.load(weight_dot + of_weight, weight_exists, 0).to(ACC))
+            f_dot = tl.load(p_dot + p_offset, p_exists, 0).to(ACC)
+            w_dot = tl.trans(tl.load(weight_dot + weight_offset, weight_exists, 0).to(ACC))
             total_dot = tl.dot(f_dot, w, total_dot, input_precision="ieee", out_dtype=ACC)
             total_dot = tl.dot(f, w_dot, total_dot, input_precision="ieee", out_dtype=ACC)
     return total, total_dot
 
 
 @triton.jit
-def _largest_product(
+def _largest_feature_gradient(
     weight: tl.tensor,
     weight_dot: tl.tensor,
     labels: tl.tensor,
@@ -293,7 +296,7 @@ def _largest_product(
         to_p, to_p_dot = tl.zeros((ROWS, FEATURES), ACC), tl.zeros((ROWS, FEATURES), ACC)
         for each in tl.range(0, CLASSES, loop_unroll_factor=4):
             column = each + tl.zeros((1, 1), tl.int32)
-            o_bar, o_bar_dot, _ = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+            o_bar, o_bar_dot, _ = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
             w = tl.load(weight + each * WIDTH + feature, feature < WIDTH, 0).to(ACC)
             to_p += o_bar * w
             if weight_dot is not None:
@@ -304,7 +307,7 @@ def _largest_product(
 
 
 @triton.jit
-def _largest_of(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
+def _max_magnitude(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
     """Return the largest of `count` magnitudes."""
     largest = tl.zeros((1024,), tl.int32)
     for start in range(0, count, 1024):
@@ -314,7 +317,7 @@ def _largest_of(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _summed_over_samples(
+def _sum_over_samples(
     p: tl.tensor,
     p_dot: tl.tensor,
     labels: tl.tensor,
@@ -343,15 +346,15 @@ def _summed_over_samples(
     )
     for start in range(0, batch, BLOCK_B):
         row = (start + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-        softmax = softmax_of(partials, row, batch, p_dot is not None, KIND, BLOCKS, EVERY, ACC)
-        o_bar, o_bar_dot, _ = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
-        of_p, exists = row * WIDTH + place, (row < batch) & place_exists
+        softmax = load_softmax(partials, row, batch, p_dot is not None, KIND, BLOCKS, EVERY, ACC)
+        o_bar, o_bar_dot, _ = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+        p_offset, exists = row * WIDTH + place, (row < batch) & place_exists
         moving = o_bar
         if p_dot is not None:
             moving = o_bar_dot
-            f_dot = tl.load(p_dot + of_p, exists, 0).to(ACC)
+            f_dot = tl.load(p_dot + p_offset, exists, 0).to(ACC)
             to_weight = tl.dot(tl.trans(o_bar), f_dot, to_weight, input_precision="ieee", out_dtype=ACC)
-        f = tl.load(p + of_p, exists, 0).to(ACC)
+        f = tl.load(p + p_offset, exists, 0).to(ACC)
         to_weight = tl.dot(tl.trans(moving), f, to_weight, input_precision="ieee", out_dtype=ACC)
         to_bias += tl.sum(moving, 0, keep_dims=True)
         total += tl.where(row < batch, softmax[5], 0)
@@ -359,7 +362,7 @@ def _summed_over_samples(
 
 
 @triton.jit
-def _summed_over_classes(
+def _sum_over_classes(
     weight: tl.tensor,
     weight_dot: tl.tensor,
     labels: tl.tensor,
@@ -384,16 +387,16 @@ def _summed_over_classes(
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return the gradients to features (BLOCK_B, BLOCK_D), and their derivatives."""
-    softmax = softmax_of(partials, row, batch, weight_dot is not None, KIND, BLOCKS, EVERY, ACC)
+    softmax = load_softmax(partials, row, batch, weight_dot is not None, KIND, BLOCKS, EVERY, ACC)
     to_p, to_p_dot = tl.zeros((BLOCK_B, BLOCK_D), ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC)
     for start in range(0, CLASSES, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
-        o_bar, o_bar_dot, to_labels = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
-        of_weight, exists = tl.trans(column) * WIDTH + feature, (tl.trans(column) < CLASSES) & feature_exists
-        w = tl.load(weight + of_weight, exists, 0).to(ACC)
+        o_bar, o_bar_dot, to_labels = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+        weight_offset, exists = tl.trans(column) * WIDTH + feature, (tl.trans(column) < CLASSES) & feature_exists
+        w = tl.load(weight + weight_offset, exists, 0).to(ACC)
         to_p = tl.dot(o_bar, w, to_p, input_precision="ieee", out_dtype=ACC)
         if weight_dot is not None:
-            w_dot = tl.load(weight_dot + of_weight, exists, 0).to(ACC)
+            w_dot = tl.load(weight_dot + weight_offset, exists, 0).to(ACC)
             to_p_dot = tl.dot(o_bar_dot, w, to_p_dot, input_precision="ieee", out_dtype=ACC)
             to_p_dot = tl.dot(o_bar, w_dot, to_p_dot, input_precision="ieee", out_dtype=ACC)
             if labels_bar_dot is not None:

@@ -11,13 +11,13 @@ Configuration = dict[str, int]  # block sizes in capitals, num_warps, num_stages
 Row = dict[str, Any]  # a configuration, the back end that computes the operation, and the time it took if measured
 Table = dict[str, dict[str, dict[str, Row]]]  # by operation, class of shapes, architecture
 
-NOT_OF_A_LAUNCH = ("backend", "microseconds", "prototype_microseconds", "tma")
+NOT_KERNEL_ARGUMENTS = ("backend", "microseconds", "prototype_microseconds", "tma")
 
 
 def configuration(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> Configuration:
     """Return the configuration of one operation, class of shapes and architecture; see `row_of`."""
     row = row_of(operation, shape_class, architecture, *looser_classes)
-    return {name: value for name, value in row.items() if name not in NOT_OF_A_LAUNCH}
+    return {name: value for name, value in row.items() if name not in NOT_KERNEL_ARGUMENTS}
 
 
 BATCHES = (16, 64, 256, 1024)

@@ -121,7 +121,7 @@ def conv3x3_dual_weight_gradient(
 
 def empty_output(x: Tensor, weight: Weight, padding: int) -> Tensor:
     """Allocate the result of a convolution of `x`."""
-    planes, (filters, *_) = Planes.of(x), weight_of(weight).shape
+    planes, (filters, *_) = Planes.from_tensors(x), weight_of(weight).shape
     return planes.empty(x, filters, planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
 
 
@@ -133,7 +133,7 @@ def _empty_dual(x: Tensor, x_dot: Tensor | None, weight: Weight, padding: int) -
     """
     if x_dot is None or stacked(x, x_dot) is None:
         return empty_output(x, weight, padding), empty_output(x, weight, padding)
-    planes, filters = Planes.of(x), len(weight_of(weight))
+    planes, filters = Planes.from_tensors(x), len(weight_of(weight))
     sides = (planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
     y_dot, y = planes.empty_pair(x, filters, *sides)
     return y, y_dot
@@ -141,5 +141,5 @@ def _empty_dual(x: Tensor, x_dot: Tensor | None, weight: Weight, padding: int) -
 
 def empty_input(y_bar: Tensor, weight: Weight, padding: int) -> Tensor:
     """Allocate the gradient to the input of the convolution whose result has the gradient `y_bar`."""
-    planes, (_, channels, *_) = Planes.of(y_bar), weight_of(weight).shape
+    planes, (_, channels, *_) = Planes.from_tensors(y_bar), weight_of(weight).shape
     return planes.empty(y_bar, channels, planes.height + 2 - 2 * padding, planes.width + 2 - 2 * padding)

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..types import PartialSums, accumulator
 from .configurations import configuration
 from .launch import architecture, launch, tl, triton
-from .powers import magnitude_bits, power_of
+from .powers import magnitude_bits, power_of_two
 
 
 @triton.jit
-def _sum_of_piece(
+def _sum_piece(
     source: tl.tensor, factors: tl.tuple, PIECES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return places of the vector (TAPS, COLUMNS), which of them exist, and the numbers there: one program's share of a `_Piece`.
@@ -53,7 +53,7 @@ def _sum_of_piece(
 
 
 @triton.jit
-def _is_of(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
+def _owns_piece(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
     """Return whether this program's share is of the piece."""
     FIRST: tl.constexpr = PIECES[PIECE][5]
     END: tl.constexpr = PIECES[PIECE][6]
@@ -63,8 +63,8 @@ def _is_of(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr) -> None:
     for piece in tl.static_range(len(PIECES)):
-        if _is_of(PIECES, piece):
-            place, exists, total = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(PIECES, piece):
+            place, exists, total = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
             tl.store(out + place, total, exists)
 
 
@@ -83,8 +83,8 @@ def _sgd_step(
     ACC: tl.constexpr,
 ) -> None:
     for piece in tl.static_range(len(PIECES)):
-        if _is_of(PIECES, piece):
-            place, exists, gradient = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(PIECES, piece):
+            place, exists, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
             at = tl.load(theta + place, exists, 0).to(ACC)
             update = gradient + WEIGHT_DECAY * at
             if velocity is not None:
@@ -108,8 +108,8 @@ def _adjoint_step(
     ACC: tl.constexpr,
 ) -> None:
     for piece in tl.static_range(len(PIECES)):
-        if _is_of(PIECES, piece):
-            place, exists, curvature = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(PIECES, piece):
+            place, exists, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
             if WEIGHT_DECAY != 0:
                 curvature += WEIGHT_DECAY * tl.load(direction + place, exists, 0).to(ACC)
             result = tl.load(adjoint + place, exists, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
@@ -178,9 +178,9 @@ def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.c
 
 
 @triton.jit
-def power_of_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
+def power_of_two_from_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
     """Return the power of two that brings the largest of the magnitudes just below LARGEST, or 1."""
-    return power_of(tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0), LARGEST)
+    return power_of_two(tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0), LARGEST)
 
 
 def add_up(sums: PartialSums) -> Tensor:

@@ -25,7 +25,7 @@ _NUMPY = tl.constexpr(INTERPRETED)  # NumPy multiplies the bits of bfloat16 numb
 
 
 @triton.jit
-def _terms(
+def _step_terms(
     step: tl.tensor, CI: tl.constexpr, BLOCK_K: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Return the terms of one step of the sum, (BLOCK_K,): number, input channel, the tap's row and column, existence.
@@ -95,9 +95,9 @@ def _convolve(
 
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     total_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    of_x_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # two products of a step into one sum would wait for each other
+    total_x_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # two products of a step into one sum would wait for each other
     for step in range(STEPS):
-        term, channel, down, right, exists = _terms(step, CI, BLOCK_K)
+        term, channel, down, right, exists = _step_terms(step, CI, BLOCK_K)
         factors = output[None, :] * (9 * CI) + term[:, None]
         factors_mask = (output < CO)[None, :] & exists[:, None]
         ws = tl.load(weight + factors, factors_mask, 0)
@@ -117,9 +117,9 @@ def _convolve(
             total = product(xs, ws, total, PRECISION)
         total_dot = product(xs, ws_dot, total_dot, PRECISION)
         if x_dot is not None:
-            of_x_dot = product(xs_dot, ws, of_x_dot, PRECISION)
+            total_x_dot = product(xs_dot, ws, total_x_dot, PRECISION)
     if x_dot is not None:
-        total_dot += of_x_dot
+        total_dot += total_x_dot
 
     place = pixel * CO + output[None, :] if CHANNELS_LAST else output[None, :] * (HO * WO) + pixel
     mask = (pixel < HO * WO) & (output < CO)[None, :]
@@ -158,13 +158,13 @@ def _correlate(
     STEPS: tl.constexpr = (9 * CI + BLOCK_K - 1) // BLOCK_K if CI < BLOCK_K else 9 * ((CI + BLOCK_K - 1) // BLOCK_K)
     program = tl.program_id(0)
     output = (program % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    term, channel, down, right, exists = _terms(program // BLOCKS % STEPS, CI, BLOCK_K)
+    term, channel, down, right, exists = _step_terms(program // BLOCKS % STEPS, CI, BLOCK_K)
     term, channel, down, right = term[:, None], channel[:, None], down[:, None], right[:, None]
     exists = exists[:, None]
     part = (program // (BLOCKS * STEPS)).to(tl.int64)
 
     total = tl.zeros((BLOCK_K, BLOCK_N), ACC)
-    of_x_dot = tl.zeros((BLOCK_K, BLOCK_N), ACC)
+    total_x_dot = tl.zeros((BLOCK_K, BLOCK_N), ACC)
     for step in range(tl.minimum(share, tiles - part * share)):
         tile = part * share + step  # int64, as is the sample
         sample = tile // TILES
@@ -186,9 +186,9 @@ def _correlate(
             gs = tl.load(y_bar + y_begin + y_place, y_mask, 0)
         total = product(tl.load(x + x_begin + place, mask, 0), gs_dot, total, PRECISION)
         if x_dot is not None:
-            of_x_dot = product(tl.load(x_dot + x_begin + place, mask, 0), gs, of_x_dot, PRECISION)
+            total_x_dot = product(tl.load(x_dot + x_begin + place, mask, 0), gs, total_x_dot, PRECISION)
     if x_dot is not None:
-        total += of_x_dot
+        total += total_x_dot
     tl.store(parts + (part * CO + output) * (9 * CI) + term, total, exists & (output < CO))
 
 
@@ -204,7 +204,7 @@ def convolve(
     precision: Precision,
 ) -> tuple[Tensor | None, Tensor]:
     """Return `y`, if there is one, and `y_dot`, filled; the weights are of weights.py. The row of `operation` in the table gives the tile."""
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
+    inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_dot, y)
     row = tile_of(operation, inputs, outputs, precision, x)
     x, x_dot = _factors(precision, x, x_dot)
     tiles = triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
@@ -237,7 +237,7 @@ def correlate(
     precision: Precision,
 ) -> Tensor:
     """Return W̄̇ (S, K, C, 3, 3), a summand of each part. The row of `operation` in the table gives the tile."""
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
+    inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_bar, y_bar_dot)
     row, programs, tiles, share = _split(operation, inputs, outputs, precision, x)
     channels, count = inputs.channels, triton.cdiv(tiles, share)
     x, x_dot, y_bar, y_bar_dot = _factors(precision, x, x_dot, y_bar, y_bar_dot)

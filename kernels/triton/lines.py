@@ -32,7 +32,7 @@ def within(index: tl.tensor, LIMIT: tl.constexpr, ALWAYS: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def part_of(
+def program_part(
     PARTS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Return the program's sample (int64), its part of the planes, its channels (1, BLOCK_C) and which of these exist."""
@@ -44,7 +44,7 @@ def part_of(
 
 
 @triton.jit
-def quarter_place(
+def quarter_pixels(
     window: tl.tensor,  # (WINDOWS, 1), as are the results
     QUARTER: tl.constexpr,
     H: tl.constexpr,
@@ -59,7 +59,7 @@ def quarter_place(
 
 
 @triton.jit
-def pooled_place(
+def pooled_pixels(
     window: tl.tensor, H: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return the places of the windows' pooled values in their plane, and which exist: (WINDOWS, 1)."""

@@ -21,15 +21,15 @@ from .lines import fits, tile_of
 from .partial_planes import add_planes
 from .planes import Planes
 from .windows import (
-    block_of,
     empty_pool,
     empty_stat,
     launch_windows,
     load_windows,
     output_buffer,
     plane_sum,
-    pooled_of,
-    row_of,
+    pooled_offsets,
+    program_block,
+    row_offsets,
 )
 
 
@@ -50,7 +50,7 @@ def _forward(
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
 
@@ -64,7 +64,7 @@ def _forward(
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         for row in tl.static_range(2):
-            _, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            _, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
     r = 1 / tl.sqrt(plane_sum(total) / (H * W) + EPS)
@@ -77,7 +77,7 @@ def _forward(
         for row in tl.static_range(2):
             u = g * ((ys[row] - mu) * r) + b
             pooled += tl.where(u > 0, u, 0)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
     tl.store(mean + sample * C + c, mu, exists)
     tl.store(rstd + sample * C + c, r, exists)
@@ -102,7 +102,7 @@ def _backward(
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_bar += sample * (C * H * W)
     p_bar += sample * (C * (H // 2) * (W // 2))
@@ -117,7 +117,7 @@ def _backward(
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             h = (ys[row] - mu) * r
@@ -131,12 +131,12 @@ def _backward(
 
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             h = (ys[row] - mu) * r
             u_bar = tl.where(g * h + b > 0, share, 0)
-            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * (g * u_bar - h_bar_mean - h * hh_bar_mean), mask)
     tl.store(gamma_bar + plane, gamma_total, exists)
     tl.store(beta_bar + plane, beta_total, exists)
@@ -177,7 +177,7 @@ def pool_dual(
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
         tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
 
@@ -212,7 +212,7 @@ def four_sums(
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
@@ -251,7 +251,7 @@ def _dual(
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_dot += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
@@ -273,7 +273,7 @@ def _dual(
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
         for row in tl.static_range(2):
-            _, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            _, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
             total_dot += deviation * (yds[row] - mu_dot)  # E[h] = 0: the same sum, with less to cancel
@@ -320,7 +320,7 @@ def _dual_backward(
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_dot += sample * (C * H * W)
     y_bar += sample * (C * H * W)
@@ -349,7 +349,7 @@ def _dual_backward(
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
@@ -360,7 +360,7 @@ def _dual_backward(
             u_bar_dot = tl.where(active, share_dot, 0)
             q = g * u_bar - h_bar_mean - h * along
             q_dot = g_dot * u_bar + g * u_bar_dot - h_bar_mean_dot - h_dot * along - h * along_dot
-            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * q, mask)
             tl.store(y_bar_dot + offset, r * (q_dot - r * h_y_dot * q), mask)  # the derivative of r is −r² k2
     tl.store(gamma_bar_dot + plane, gamma_total_dot, exists)
@@ -370,11 +370,11 @@ def _dual_backward(
 def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool`. mean and rstd are float32 for bfloat16 `y`, here and below."""
     whole = planes_of(y)
-    planes = Planes.of(whole)
+    planes = Planes.from_tensors(whole)
     p = empty_pool(whole, planes)
     mean, rstd = (empty_stat(whole) for _ in range(2))
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool", planes, y)
+        lines, tile = _lines_module("norm_relu_pool", planes, y)
         lines.forward(planes, tile, y, None, mean, rstd, None, None, *affine, None, None, p, None, eps=eps)
     else:
         launch_windows(_forward, "norm_relu_pool", planes, *add_planes(y), *affine, p, mean, rstd, EPS=eps)
@@ -385,10 +385,10 @@ def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Convolved, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
-    planes = Planes.of(y, planes_of(p_bar))
+    planes = Planes.from_tensors(y, planes_of(p_bar))
     y_bar = output_buffer(y, reuse)
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_backward", planes, p_bar)
+        lines, tile = _lines_module("norm_relu_pool_backward", planes, p_bar)
         arguments = (y, None, mean, rstd, None, None, *affine, None)
         bars = {"p_bar": p_bar, "p_bar_dot": None, "y_bar": y_bar, "y_bar_dot": None}
         beta_sums, gamma_sums = lines.backward(planes, tile, *arguments, **bars).unbind(1)
@@ -404,11 +404,11 @@ def norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, PlaneStats]:
     """See `mtt_fast.kernels.norm_relu_pool_dual`."""
     whole = planes_of(y)
-    planes = Planes.of(whole, planes_of(y_dot))
+    planes = Planes.from_tensors(whole, planes_of(y_dot))
     p, p_dot = planes.empty_pair(whole, planes.channels, planes.height // 2, planes.width // 2)
     stats = PlaneStats(*(empty_stat(whole) for _ in range(4)))
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_dual", planes, y, y_dot)
+        lines, tile = _lines_module("norm_relu_pool_dual", planes, y, y_dot)
         lines.forward(planes, tile, y, y_dot, *stats, *affine, *affine_dot, p, p_dot, eps=eps)
     else:
         arguments = (*add_planes(y, y_dot), *affine, *affine_dot, p, p_dot, *stats)
@@ -427,11 +427,11 @@ def norm_relu_pool_dual_backward(
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. β̇ moves no gradient of this operation."""
-    planes = Planes.of(y, y_dot, planes_of(p_bar), planes_of(p_bar_dot))
+    planes = Planes.from_tensors(y, y_dot, planes_of(p_bar), planes_of(p_bar_dot))
     y_bar, y_bar_dot = output_buffer(y, reuse), output_buffer(y_dot, reuse)
     arguments = (y, y_dot, *stats, *affine, affine_dot.gamma)
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_dual_backward", planes, p_bar, p_bar_dot)
+        lines, tile = _lines_module("norm_relu_pool_dual_backward", planes, p_bar, p_bar_dot)
         bars = {"p_bar": p_bar, "p_bar_dot": p_bar_dot, "y_bar": y_bar, "y_bar_dot": y_bar_dot}
         sums = lines.backward(planes, tile, *arguments, **bars)
         beta_sums_dot, gamma_sums_dot = sums[:, 2:].unbind(1)
@@ -442,7 +442,7 @@ def norm_relu_pool_dual_backward(
     return y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot
 
 
-def _lines(operation: str, planes: Planes, *read: Convolved) -> tuple[ModuleType, Configuration]:
+def _lines_module(operation: str, planes: Planes, *read: Convolved) -> tuple[ModuleType, Configuration]:
     """Return the module whose kernels compute `operation` of channels_last planes, by the tile of the table, and the tile.
 
     What it reads first may be in parts.

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..types import Convolved, accumulator, planes_of
 from .configurations import Configuration
 from .launch import tl, triton
-from .lines import launch_held, part_of, pooled_place, quarter_place, sum_four, sum_two
+from .lines import launch_held, pooled_pixels, program_part, quarter_pixels, sum_four, sum_two
 from .norm_passes import coefficients, coefficients_dot
-from .partial_planes import arguments_of, counts_of, load_planes
+from .partial_planes import load_planes, part_arguments, part_counts
 from .planes import Planes
 
 
@@ -33,10 +33,10 @@ def _load_quarters(
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     window = tl.arange(0, WINDOWS)[:, None]
-    pixel0, mask0 = quarter_place(window, 0, H, W, WHOLE)
-    pixel1, mask1 = quarter_place(window, 1, H, W, WHOLE)
-    pixel2, mask2 = quarter_place(window, 2, H, W, WHOLE)
-    pixel3, mask3 = quarter_place(window, 3, H, W, WHOLE)
+    pixel0, mask0 = quarter_pixels(window, 0, H, W, WHOLE)
+    pixel1, mask1 = quarter_pixels(window, 1, H, W, WHOLE)
+    pixel2, mask2 = quarter_pixels(window, 2, H, W, WHOLE)
+    pixel3, mask3 = quarter_pixels(window, 3, H, W, WHOLE)
     return (
         load_planes(planes, parts, pixel0 * C + c, mask0 & exists, size, COUNT, COUNT),
         load_planes(planes, parts, pixel1 * C + c, mask1 & exists, size, COUNT, COUNT),
@@ -59,7 +59,7 @@ def _store_quarters(
 ) -> None:
     window = tl.arange(0, WINDOWS)[:, None]
     for quarter in tl.static_range(4):
-        pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+        pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
         tl.store(planes + pixel * C + c, quarters[quarter], mask & exists)
 
 
@@ -97,7 +97,7 @@ def _forward(
     WINDOWS: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
-    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    sample, _, c, exists = program_part(1, C, BLOCK_C)
     plane = sample * C + c
     window = tl.arange(0, WINDOWS)[:, None]
     begin = sample * (H * W * C)
@@ -122,7 +122,7 @@ def _forward(
         mu, mu_dot = sum_two(_window_sum(ys, ACC), _window_sum(yds, ACC))
         mu, mu_dot = mu / (H * W), mu_dot / (H * W)
     for quarter in tl.static_range(4):
-        _, mask = quarter_place(window, quarter, H, W, WHOLE)
+        _, mask = quarter_pixels(window, quarter, H, W, WHOLE)
         deviation = tl.where(mask, ys[quarter].to(ACC) - mu, 0)
         total += deviation * deviation
         if y_dot is not None:
@@ -151,7 +151,7 @@ def _forward(
         if y_dot is not None:
             deviation_dot = yds[quarter].to(ACC) - mu_dot
             pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
-    place, mask = pooled_place(window, H, W, WHOLE)
+    place, mask = pooled_pixels(window, H, W, WHOLE)
     place = sample * ((H // 2) * (W // 2) * C) + place * C + c
     tl.store(p + place, pooled * 0.25, mask & exists)
     if y_dot is not None:
@@ -188,10 +188,10 @@ def _backward(
 ) -> None:
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
-    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    sample, _, c, exists = program_part(1, C, BLOCK_C)
     plane = sample * C + c
     window = tl.arange(0, WINDOWS)[:, None]
-    pooled, mask = pooled_place(window, H, W, WHOLE)
+    pooled, mask = pooled_pixels(window, H, W, WHOLE)
     pooled = sample * ((H // 2) * (W // 2) * C) + pooled * C + c
     ys = _load_quarters(y + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
     # Zero outside the pool, so windows that are not whole add nothing to the sums.
@@ -242,7 +242,7 @@ def _backward(
         tl.store(sums + 2 * C, beta_total_dot, exists)
         tl.store(sums + 3 * C, gamma_total_dot, exists)
     for quarter in tl.static_range(4):
-        pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+        pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
         place = sample * (H * W * C) + pixel * C + c
         h = (ys[quarter].to(ACC) - mu) * r
         active = g * h + b > 0
@@ -259,8 +259,8 @@ def forward(
     planes: Planes, tile: Configuration, y: Convolved, y_dot: Convolved | None, *rest: Tensor | None, eps: float
 ) -> None:
     """Compute what `norm_passes.forward` computes; parts of y and ẏ are added up on the way."""
-    arguments = (None if y_dot is None else planes_of(y_dot), *rest, *arguments_of(y, y_dot))
-    launch_held(_forward, planes, tile, planes_of(y), *arguments, **counts_of(y, y_dot), EPS=eps)
+    arguments = (None if y_dot is None else planes_of(y_dot), *rest, *part_arguments(y, y_dot))
+    launch_held(_forward, planes, tile, planes_of(y), *arguments, **part_counts(y, y_dot), EPS=eps)
 
 
 def backward(
@@ -277,6 +277,6 @@ def backward(
     shape = (planes.samples, 2 if y_bar_dot is None else 4, planes.channels)
     sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
     bars = (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
-    arguments = (*rest, *bars, sums, y_bar, y_bar_dot, *arguments_of(p_bar, p_bar_dot))
-    launch_held(_backward, planes, tile, y, *arguments, **counts_of(p_bar, p_bar_dot))
+    arguments = (*rest, *bars, sums, y_bar, y_bar_dot, *part_arguments(p_bar, p_bar_dot))
+    launch_held(_backward, planes, tile, y, *arguments, **part_counts(p_bar, p_bar_dot))
     return sums

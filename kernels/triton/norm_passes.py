@@ -19,11 +19,11 @@ from .launch import tl, triton
 from .lines import (
     combine_parts,
     launch_parts,
-    part_of,
     parts_of_pixels,
     parts_of_windows,
-    pooled_place,
-    quarter_place,
+    pooled_pixels,
+    program_part,
+    quarter_pixels,
     sum_four,
     sum_two,
     within,
@@ -55,7 +55,7 @@ def _moments(
     HW: tl.constexpr = H * W
     PIXELS: tl.constexpr = 4 * WINDOWS * TILES
     MOMENTS: tl.constexpr = 2 if y_dot is None else 4
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     first = part * PIXELS
     count = tl.minimum(HW - first, PIXELS).to(ACC)
     y += sample * (HW * C)
@@ -117,7 +117,7 @@ def _statistics(
     """Combine the moments of parts: the deviation of a pixel is that from its part's mean and that of this mean."""
     ACC: tl.constexpr = mean.dtype.element_ty
     MOMENTS: tl.constexpr = 2 if k1 is None else 4
-    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    sample, _, c, exists = program_part(1, C, BLOCK_C)
     parts += sample * (PARTS * MOMENTS * C) + c
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
     total_dot = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
@@ -177,7 +177,7 @@ def _pool(
 ) -> None:
     """Normalise, take ReLU and pool a part of planes whose statistics are known."""
     ACC: tl.constexpr = mean.dtype.element_ty
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
     g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
@@ -195,14 +195,14 @@ def _pool(
         pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
         pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             h = (tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) - mu) * r
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
                 deviation_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot
                 pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
-        place, mask = pooled_place(window, H, W, WHOLE)
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         tl.store(p + place * C + c, pooled * 0.25, mask & exists)
         if y_dot is not None:
             tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
@@ -234,7 +234,7 @@ def _sums(
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     AT_ONCE: tl.constexpr = 4 if y.dtype.element_ty.primitive_bitwidth == 16 else 2  # quarters that registers hold
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
     g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
@@ -251,7 +251,7 @@ def _sums(
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
         # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        place, mask = pooled_place(window, H, W, WHOLE)
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if y_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
@@ -259,7 +259,7 @@ def _sums(
             ys: tl.tuple = ()  # loads on their way together
             yds: tl.tuple = ()
             for quarter in tl.static_range(AT_ONCE):
-                pixel, mask = quarter_place(window, begin + quarter, H, W, WHOLE)
+                pixel, mask = quarter_pixels(window, begin + quarter, H, W, WHOLE)
                 ys += (tl.load(y + pixel * C + c, mask & exists, 0),)
                 if y_dot is not None:
                     yds += (tl.load(y_dot + pixel * C + c, mask & exists, 0),)
@@ -296,7 +296,7 @@ def _add_parts(
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
     """Add up the sums of parts."""
-    sample, index, c, exists = part_of(SUMS, C, BLOCK_C)
+    sample, index, c, exists = program_part(SUMS, C, BLOCK_C)
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), sums.dtype.element_ty)
     for start in range(0, PARTS, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)[:, None]
@@ -361,7 +361,7 @@ def _gradients(
     """Store the gradients of a part of planes whose sums are known."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
     g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
@@ -383,12 +383,12 @@ def _gradients(
         p_bar_dot += sample * ((H // 2) * (W // 2) * C)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-        place, mask = pooled_place(window, H, W, WHOLE)
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if y_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             place = pixel * C + c
             h = (tl.load(y + place, mask & exists, 0).to(ACC) - mu) * r
             active = g * h + b > 0

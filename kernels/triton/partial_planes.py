@@ -69,13 +69,13 @@ def add_pair(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor, T
     return first, second[0] if second else None
 
 
-def arguments_of(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor | int | None, ...]:
+def part_arguments(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor | int | None, ...]:
     """Return what a kernel that reads both takes of their parts: pointers to them, and the elements of one; None without."""
     parts = [each.parts if isinstance(each, PartialPlanes) else None for each in (planes, planes_dot)]
     return *parts, None if parts[0] is parts[1] is None else planes_of(planes).numel()
 
 
-def counts_of(planes: Convolved, planes_dot: Convolved | None) -> dict[str, int]:
+def part_counts(planes: Convolved, planes_dot: Convolved | None) -> dict[str, int]:
     """Return the constants of such a kernel: the numbers of parts, 0 without."""
     counts = [len(each.parts) if isinstance(each, PartialPlanes) else 0 for each in (planes, planes_dot)]
     return dict(zip(("COUNT", "COUNT_DOT"), counts, strict=True))

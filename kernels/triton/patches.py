@@ -12,7 +12,7 @@ image, (HP − 2) × (WP − 2) the convolution's result.
 from __future__ import annotations
 
 from .launch import INTERPRETED, tl, triton
-from .warp import load_parameters, mean_for, warped
+from .warp import load_parameters, mean_for_contrast, warp_pixels
 
 ONES = tl.constexpr(3)
 PROBES = tl.constexpr(256)  # pixels whose mean is an image's shift
@@ -21,7 +21,7 @@ _NUMPY = tl.constexpr(INTERPRETED)  # NumPy multiplies the bits of bfloat16 numb
 
 
 @triton.jit
-def rounded(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+def round_factor(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     """Round to what Tensor cores take: they would cut the bits off a float32. A NaN, whose bits would overflow, stays one."""
     if PRECISION == "bf16":
         tile = tile.to(tl.bfloat16)
@@ -43,7 +43,7 @@ def product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def _pixels_of(
+def _load_pixels(
     image: tl.tensor,  # (C, H, W)
     colour: tl.tuple | None,
     down: tl.tuple | None,
@@ -68,7 +68,7 @@ def _pixels_of(
         pixel = row * W + column
         value = tl.load(image + (pixel * C + c if CHANNELS_LAST else c * (H * W) + pixel), inside, 0).to(ACC)
     else:
-        value = warped(image, colour, down, right, mask, mean, c, row, column, C, H, W, ACC)
+        value = warp_pixels(image, colour, down, right, mask, mean, c, row, column, C, H, W, ACC)
     return value
 
 
@@ -111,18 +111,18 @@ def gather(
     colour, down, right, mask, mean = None, None, None, None, None
     if parameters is not None:
         colour, down, right, mask = load_parameters(parameters, sample)
-        mean = mean_for(colour[2], x, C * H * W, ACC)
+        mean = mean_for_contrast(colour[2], x, C * H * W, ACC)
 
     probe = tl.arange(0, PROBES)[None, :] * (H * W) // PROBES
-    probes = _pixels_of(x, colour, down, right, mask, mean, probe, 0, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
+    probes = _load_pixels(x, colour, down, right, mask, mean, probe, 0, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
     shift = tl.sum(probes, 1, keep_dims=True) / PROBES
     c = tl.arange(0, BLOCK_C)[:, None]
     end = (last // WIDTH + 3) * WP
     # from a multiple of PIXELS, so that a pixel has one place in a tile, and the same bits whichever program stores it
     for start in range(first // WIDTH * WP // PIXELS * PIXELS, end, PIXELS):
         pixel = start + tl.arange(0, PIXELS)[None, :]
-        value = _pixels_of(x, colour, down, right, mask, mean, pixel, PADDING, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
-        tl.store(images + pixel * C + c, rounded(value - shift, PRECISION), (c < C) & (pixel < end))
+        value = _load_pixels(x, colour, down, right, mask, mean, pixel, PADDING, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
+        tl.store(images + pixel * C + c, round_factor(value - shift, PRECISION), (c < C) & (pixel < end))
     tl.debug_barrier()  # what other threads of the program stored is read below
 
     total = tl.zeros((TERMS, TERMS), ACC)
@@ -130,7 +130,7 @@ def gather(
         centre = first + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         exists = (centre <= last)[:, None]
         centre = tl.minimum(centre, last)
-        xs = patches_at(images, centre // WIDTH, centre % WIDTH, C, WP, TERMS)
+        xs = load_patches(images, centre // WIDTH, centre % WIDTH, C, WP, TERMS)
         xs = tl.where(exists, xs, 0).to(xs.dtype)
         total += product(tl.trans(xs), xs, ACC, PRECISION)  # not into the accumulator, which would cut bits off
     COUNT: tl.constexpr = 9 * C + 1
@@ -140,7 +140,7 @@ def gather(
 
 
 @triton.jit
-def sums_of_parts(
+def add_up_parts(
     values: tl.tuple,  # of pointers to those of the first part
     masks: tl.tuple,  # or None for all
     parts: tl.tensor,
@@ -187,20 +187,20 @@ def moments(
     # the products with a one are the mean: read a second time, they need not be picked from the others
     places = (gram + row * COUNT + 9 * C, gram + 9 * C * COUNT + column, gram + row * COUNT + column)
     masks = (in_row, in_column, in_row & in_column)
-    mean, mean_row, total = sums_of_parts(places, masks, parts, COUNT * COUNT, tl.float64)
+    mean, mean_row, total = add_up_parts(places, masks, parts, COUNT * COUNT, tl.float64)
     mean, mean_row = mean * (1 / PIXELS), mean_row * (1 / PIXELS)
     return mean, total * (1 / PIXELS) - mean * mean_row
 
 
 @triton.jit
-def places_of(filters: tl.tensor, C: tl.constexpr, TERMS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def weight_places(filters: tl.tensor, C: tl.constexpr, TERMS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Return the places of weights (K, C, 3, 3) in the order of a patch, (BLOCK_C, TERMS), and which of them exist."""
     term = tl.arange(0, TERMS)[None, :]
     return filters[:, None] * (9 * C) + term % C * 9 + term // C, (term < 9 * C) & (filters[:, None] >= 0)
 
 
 @triton.jit
-def weights_of(
+def load_weights(
     weight: tl.tensor,  # (K, C, 3, 3)
     filters: tl.tensor,  # (BLOCK_C,)
     C: tl.constexpr,
@@ -208,12 +208,12 @@ def weights_of(
 ) -> tl.tensor:
     """Return weights in the order of a patch, (TERMS, BLOCK_C)."""
     # a filter's terms lie together, so that a warp reads a filter at a time
-    place, exists = places_of(filters, C, TERMS)
+    place, exists = weight_places(filters, C, TERMS)
     return tl.trans(tl.load(weight + place, exists, 0))
 
 
 @triton.jit
-def _with_shift(
+def _append_shift(
     weight: tl.tensor,  # (TERMS, BLOCK_C)
     level: tl.tensor,  # (BLOCK_C,): what the mean of the product has to be
     mean: tl.tensor,  # (TERMS, 1): of the patches
@@ -223,14 +223,14 @@ def _with_shift(
 ) -> tl.tensor:
     """Return rounded weights, and at the ones the shift that takes their own mean away, so that rounding moves no mean."""
     term = tl.arange(0, TERMS)[:, None]
-    weight = rounded(weight, PRECISION)
+    weight = round_factor(weight, PRECISION)
     shift = (level - tl.sum(mean * weight.to(level.dtype).to(tl.float64), 0)).to(level.dtype)
-    first = rounded(shift, PRECISION).to(level.dtype)
-    second = rounded(shift - first, PRECISION).to(level.dtype)
+    first = round_factor(shift, PRECISION).to(level.dtype)
+    second = round_factor(shift - first, PRECISION).to(level.dtype)
     third = shift - first - second
     pieces = tl.where(term == 9 * C, first[None, :], tl.where(term == 9 * C + 1, second[None, :], third[None, :]))
     pieces = tl.where(term < 9 * C + ONES, pieces, 0)
-    return tl.where(term < 9 * C, weight, rounded(pieces, PRECISION))
+    return tl.where(term < 9 * C, weight, round_factor(pieces, PRECISION))
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def fold_norm(
     variance = tl.maximum(tl.sum(w * covariance_w, 0), 0.0)  # rounding can make a plane's that is constant negative
     r = 1 / tl.sqrt(variance + EPS)
     scale = gamma.to(tl.float64) * r
-    f = _with_shift((scale[None, :] * w).to(ACC), beta, mean, C, TERMS, PRECISION)
+    f = _append_shift((scale[None, :] * w).to(ACC), beta, mean, C, TERMS, PRECISION)
     return f, mu, r, covariance_w
 
 
@@ -279,11 +279,11 @@ def fold_norm_tangent(
     scale = gamma.to(tl.float64) * r
     along = r * (gamma_dot.to(tl.float64) - scale * k2)  # u̇ = along (y − mean) + scale (ẏ − k1) + β̇
     f_dot = (scale[None, :] * w_dot + along[None, :] * w).to(ACC)
-    return _with_shift(f_dot, beta_dot, mean, C, TERMS, PRECISION), k1, k2
+    return _append_shift(f_dot, beta_dot, mean, C, TERMS, PRECISION), k1, k2
 
 
 @triton.jit
-def patches_at(
+def load_patches(
     images: tl.tensor,  # of the sample: (HP, WP, C)
     row: tl.tensor,  # (N,)
     column: tl.tensor,

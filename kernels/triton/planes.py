@@ -23,7 +23,7 @@ class Planes:
     memory_format: torch.memory_format
 
     @classmethod
-    def of(cls, tensor: Tensor, *alike: Tensor | None) -> Planes:
+    def from_tensors(cls, tensor: Tensor, *alike: Tensor | None) -> Planes:
         """Return the shape and format of `tensor`. Raises `ValueError` unless it, and all `alike` in the same way, are in one format."""
         shared = memory_format(tensor)
         for other in alike:

@@ -12,7 +12,7 @@ def magnitude_bits(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def power_of(bits: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
+def power_of_two(bits: tl.tensor, LARGEST: tl.constexpr) -> tl.tensor:
     """Return the power of two, float32, that brings the magnitude with these bits just below LARGEST; 1 if there is none."""
     exponent = tl.minimum(tl.maximum((bits >> 23) - 126, -60), 60)
     power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)

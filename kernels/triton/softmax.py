@@ -11,7 +11,7 @@ PARTS = 6  # numbers that `softmax_parts` returns of a row
 
 
 @triton.jit
-def targets_at(
+def load_targets(
     labels: tl.tensor,  # (B,) int64, or (B, K)
     row: tl.tensor,  # (rows, 1)
     column: tl.tensor,  # (1, columns)
@@ -83,7 +83,7 @@ def combine(parts: tl.tuple, DUAL: tl.constexpr, KIND: tl.constexpr) -> tuple[tl
 
 
 @triton.jit
-def softmax_of(
+def load_softmax(
     partials: tl.tensor,  # (6, B, BLOCKS)
     row: tl.tensor,  # (rows, 1)
     batch: tl.tensor,
@@ -130,7 +130,7 @@ def cotangents(
 
 
 @triton.jit
-def cotangents_at(
+def load_cotangents(
     z: tl.tensor,  # (B, K)
     z_dot: tl.tensor,  # or None
     labels: tl.tensor,
@@ -144,7 +144,7 @@ def cotangents_at(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Load a tile of logits and labels, and return what `cotangents` does."""
     exists, place = (row < batch) & (column < CLASSES), row * CLASSES + column
-    targets = targets_at(labels, row, column, batch, KIND, CLASSES, ACC)
+    targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
     at = tl.load(z + place, exists, 0)
     along = at
     if z_dot is not None:

@@ -35,7 +35,7 @@ def load_parameters(parameters: tl.tensor, sample: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
-def _block(
+def _pixel_block(
     H: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Return the sample (int64), the channels (BLOCK_C, 1), rows and columns of the pixels (1, BLOCK_M)."""
@@ -46,7 +46,7 @@ def _block(
 
 
 @triton.jit
-def _axis(
+def _axis_weights(
     along: tl.tuple,
     i: tl.tensor,
     j: tl.tensor,
@@ -69,7 +69,7 @@ def _axis(
 
 
 @triton.jit
-def _visible(mask: tl.tuple, i: tl.tensor, j: tl.tensor, H: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+def _visible_pixels(mask: tl.tuple, i: tl.tensor, j: tl.tensor, H: tl.constexpr, W: tl.constexpr) -> tl.tensor:
     """Return which pixels are in the image and not under the mask."""
     rows = (i >= mask[0]) & (i < mask[1])
     columns = (j >= mask[2]) & (j < mask[3])
@@ -77,7 +77,7 @@ def _visible(mask: tl.tuple, i: tl.tensor, j: tl.tensor, H: tl.constexpr, W: tl.
 
 
 @triton.jit
-def _coloured(
+def _change_colours(
     colour: tl.tuple,
     x: tl.tensor,
     average: tl.tensor,
@@ -92,7 +92,7 @@ def _coloured(
 
 
 @triton.jit
-def mean_for(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
+def mean_for_contrast(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
     """Return the mean of an image (C, H, W) where there is contrast, else zero."""
     total = tl.zeros((_MEAN,), ACC)
     for start in range(0, tl.where(contrast != 0, SIZE, 0), _MEAN):
@@ -102,7 +102,7 @@ def mean_for(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr, ACC: tl.
 
 
 @triton.jit
-def warped(
+def warp_pixels(
     image: tl.tensor,  # (C, H, W)
     colour: tl.tuple,
     down: tl.tuple,
@@ -119,17 +119,17 @@ def warped(
 ) -> tl.tensor:
     """Return pixels (i, j) of the image coloured, warped and masked, (BLOCK_C, BLOCK_M); zero where there is no pixel."""
     exists = (c < C) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-    row, upper, lower = _axis(down, i, j, i, H, H, W)
-    column, before, behind = _axis(right, i, j, j, W, H, W)
+    row, upper, lower = _axis_weights(down, i, j, i, H, H, W)
+    column, before, after = _axis_weights(right, i, j, j, W, H, W)
     x = tl.zeros((c.shape[0], i.shape[1]), ACC)
     for corner in tl.static_range(4):
-        weight = (lower if corner >= 2 else upper) * (behind if corner % 2 else before)
+        weight = (lower if corner >= 2 else upper) * (after if corner % 2 else before)
         place = (row + corner // 2) * W + column + corner % 2
         x += weight * tl.load(image + c * (H * W) + place, exists & (weight != 0), 0).to(ACC)
-    inside = (upper + lower) * (before + behind)
+    inside = (upper + lower) * (before + after)
     x = tl.where(exists, x + colour[0] * inside, 0)
-    x = _coloured(colour, x, mean + colour[0], inside, exists, C)
-    return tl.where(_visible(mask, i, j, H, W), x, 0)
+    x = _change_colours(colour, x, mean + colour[0], inside, exists, C)
+    return tl.where(_visible_pixels(mask, i, j, H, W), x, 0)
 
 
 @triton.jit
@@ -153,15 +153,15 @@ def _mean_of_transpose(
         pixel = start + tl.arange(0, PIXELS)[None, :]
         i = pixel // W
         j = pixel % W
-        _, upper, lower = _axis(down, i, j, i, H, H, W)
-        _, before, behind = _axis(right, i, j, j, W, H, W)
-        visible = _visible(mask, i, j, H, W) & (c < C)
-        total += (upper + lower) * (before + behind) * tl.load(y_bar + c * (H * W) + pixel, visible, 0).to(ACC)
+        _, upper, lower = _axis_weights(down, i, j, i, H, H, W)
+        _, before, after = _axis_weights(right, i, j, j, W, H, W)
+        visible = _visible_pixels(mask, i, j, H, W) & (c < C)
+        total += (upper + lower) * (before + after) * tl.load(y_bar + c * (H * W) + pixel, visible, 0).to(ACC)
     return tl.sum(tl.sum(total, 0), 0) / (C * H * W)
 
 
 @triton.jit
-def _transposed(
+def _transpose_pixels(
     y_bar: tl.tensor,  # of the sample: (C, H, W)
     parameters: tl.tensor,  # (B, 13)
     sample: tl.tensor,
@@ -203,14 +203,14 @@ def _transposed(
         for column_step in range(columns):
             i = top + row_step
             j = left + column_step
-            source_row, upper, lower = _axis(down, i, j, i, H, H, W)
-            source_column, before, behind = _axis(right, i, j, j, W, H, W)
+            source_row, upper, lower = _axis_weights(down, i, j, i, H, H, W)
+            source_column, before, after = _axis_weights(right, i, j, j, W, H, W)
             weight = tl.where(source_row == row, upper, tl.where(source_row + 1 == row, lower, 0))
-            weight *= tl.where(source_column == column, before, tl.where(source_column + 1 == column, behind, 0))
-            weight = tl.where(_visible(mask, i, j, H, W), weight, 0)
+            weight *= tl.where(source_column == column, before, tl.where(source_column + 1 == column, after, 0))
+            weight = tl.where(_visible_pixels(mask, i, j, H, W), weight, 0)
             place = c * (H * W) + i * W + j
             x += weight * tl.load(y_bar + place, exists & (weight != 0), 0).to(ACC)
-    return _coloured(colour, x, mean, tl.full((1, row.shape[1]), 1, ACC), exists, C)
+    return _change_colours(colour, x, mean, tl.full((1, row.shape[1]), 1, ACC), exists, C)
 
 
 @triton.jit
@@ -225,11 +225,11 @@ def _forward(
     BLOCK_M: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = parameters.dtype.element_ty
-    sample, c, i, j = _block(H, W, BLOCK_C, BLOCK_M)
+    sample, c, i, j = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     colour, down, right, mask = load_parameters(parameters, sample)
     images += sample * (C * H * W)
-    mean = mean_for(colour[2], images, C * H * W, ACC)
-    x = warped(images, colour, down, right, mask, mean, c, i, j, C, H, W, ACC)
+    mean = mean_for_contrast(colour[2], images, C * H * W, ACC)
+    x = warp_pixels(images, colour, down, right, mask, mean, c, i, j, C, H, W, ACC)
     tl.store(y + sample * (C * H * W) + c * (H * W) + i * W + j, x, (c < C) & (i < H))
 
 
@@ -245,9 +245,9 @@ def _transpose(
     BLOCK_M: tl.constexpr,
 ) -> None:
     ACC: tl.constexpr = parameters.dtype.element_ty
-    sample, c, row, column = _block(H, W, BLOCK_C, BLOCK_M)
+    sample, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     begin = sample * (C * H * W)
-    x = _transposed(y_bar + begin, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
+    x = _transpose_pixels(y_bar + begin, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
     tl.store(x_bar + begin + c * (H * W) + row * W + column, x, (c < C) & (row < H))
 
 
@@ -269,7 +269,7 @@ def _transpose_add(
     """Add pixels of a sample, and of all later ones of the same index, if no earlier sample has that index."""
     dtype: tl.constexpr = out.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    own, c, row, column = _block(H, W, BLOCK_C, BLOCK_M)
+    own, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     every, exists = tl.arange(0, EVERY), (c < C) & (row < H)
     target = tl.load(index + own)
     same = tl.load(index + every, every < batch, -1) == target
@@ -284,7 +284,7 @@ def _transpose_add(
                 if parameters is None:
                     x = tl.load(source + pixel, exists, 0).to(ACC)
                 else:
-                    x = _transposed(source, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
+                    x = _transpose_pixels(source, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
                 total += scale * x
         tl.store(place, total, exists)
 
@@ -292,14 +292,14 @@ def _transpose_add(
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask`."""
     y = torch.empty_like(images)
-    _launch(_forward, "colour_warp_mask", Planes.of(images), images, parameters, y)
+    _launch(_forward, "colour_warp_mask", Planes.from_tensors(images), images, parameters, y)
     return y
 
 
 def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask_transpose`."""
     x_bar = torch.empty_like(y_bar)
-    _launch(_transpose, "colour_warp_mask_transpose", Planes.of(y_bar), y_bar, parameters, x_bar)
+    _launch(_transpose, "colour_warp_mask_transpose", Planes.from_tensors(y_bar), y_bar, parameters, x_bar)
     return x_bar
 
 
@@ -307,7 +307,7 @@ def colour_warp_mask_transpose_add(
     out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
 ) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask_transpose_add`."""
-    planes, every = Planes.of(y_bar), triton.next_power_of_2(max(1, len(y_bar)))
+    planes, every = Planes.from_tensors(y_bar), triton.next_power_of_2(max(1, len(y_bar)))
     arguments = (out, index, y_bar, parameters, factor, len(y_bar))
     _launch(_transpose_add, "colour_warp_mask_transpose", planes, *arguments, EVERY=every)
     torch.autograd.graph.increment_version(out)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import HALF_PRECISIONS, PackedParameters, PackedWeight, Precision, Weight, WeightPlace, plane_dtype
 from .configurations import configuration
-from .flat import largest_parts, power_of_parts
+from .flat import largest_parts, power_of_two_from_parts
 from .launch import architecture, launch, tl, triton
 
 _ALIGNMENT = 64  # elements: boxes are loaded from memory that begins at a multiple of 128 bytes
@@ -72,7 +72,7 @@ def _pack(
     elif direction is not None:
         factor = 1.0
         if partials is not None:
-            factor = power_of_parts(partials, LARGEST, PARTIALS)
+            factor = power_of_two_from_parts(partials, LARGEST, PARTIALS)
         if program < 2 * TILES:
             _pack_weights(direction, packed_dot, factor, program - TILES, WEIGHTS, FILTERS, CHANNELS)
         elif partials is not None:
@@ -88,7 +88,7 @@ def pack_parameters(
     """See `mtt_fast.kernels.pack_parameters`."""
     row = configuration("pack_parameters", "", architecture(theta.device))
     dtype = plane_dtype(theta.dtype, precision)
-    shapes = _shapes(places)
+    shapes = _lay_out(places)
     total = sum(2 * apart for *_, apart in shapes)
     packed = torch.empty(total, dtype=dtype, device=theta.device)
     packed_dot = partials = scaled = scale = None
@@ -112,15 +112,15 @@ def pack_parameters(
 
 def straight(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[Tensor]:
     """Return one or two weights as (K, 3, 3, C), in the dtype in which they are multiplied with `planes`."""
-    return [weight.straight for weight in _packed(weights, planes, precision)]
+    return [weight.straight for weight in _pack_missing(weights, planes, precision)]
 
 
 def rotated(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[Tensor]:
     """Return one or two weights as those of the input gradient: (C, 3, 3, K), each 3×3 rotated by 180°."""
-    return [weight.rotated for weight in _packed(weights, planes, precision)]
+    return [weight.rotated for weight in _pack_missing(weights, planes, precision)]
 
 
-def _packed(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[PackedWeight]:
+def _pack_missing(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[PackedWeight]:
     """Return the weights packed: those that are not by a kernel each."""
     by_planes = next((name for name, dtype in HALF_PRECISIONS.items() if dtype == planes.dtype), precision)
     return [weight if isinstance(weight, PackedWeight) else _pack_one(weight, by_planes) for weight in weights]
@@ -133,7 +133,7 @@ def _pack_one(weight: Tensor, precision: Precision) -> PackedWeight:
     return packed
 
 
-def _shapes(places: Sequence[WeightPlace]) -> tuple[tuple[int, int, int, int, int], ...]:
+def _lay_out(places: Sequence[WeightPlace]) -> tuple[tuple[int, int, int, int, int], ...]:
     """Return of each weight its place in the vector, its place among the packed ones, K, C, and the room of a copy."""
     shapes, begin = [], 0
     for offset, filters, channels in places:

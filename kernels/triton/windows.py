@@ -18,7 +18,7 @@ from .planes import Planes
 
 
 @triton.jit
-def block_of(C: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def program_block(C: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return the sample (int64), the channels (BLOCK_C, 1, 1) and which of these exist."""
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
@@ -27,7 +27,7 @@ def block_of(C: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tens
 
 
 @triton.jit
-def row_of(
+def row_offsets(
     c: tl.tensor,
     start: tl.tensor,
     ROW: tl.constexpr,
@@ -47,7 +47,7 @@ def row_of(
 
 
 @triton.jit
-def pooled_of(
+def pooled_offsets(
     c: tl.tensor,
     start: tl.tensor,
     C: tl.constexpr,
@@ -77,8 +77,8 @@ def load_windows(
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Load both rows, in ACC: before anything is stored, or the loads of two walks could not be merged."""
-    upper, upper_mask = row_of(c, start, 0, C, H, W, WINDOWS)
-    lower, lower_mask = row_of(c, start, 1, C, H, W, WINDOWS)
+    upper, upper_mask = row_offsets(c, start, 0, C, H, W, WINDOWS)
+    lower, lower_mask = row_offsets(c, start, 1, C, H, W, WINDOWS)
     return tl.load(pointer + upper, upper_mask, 0).to(ACC), tl.load(pointer + lower, lower_mask, 0).to(ACC)
 
 
