@@ -1,7 +1,7 @@
-"""Add a bias, take ReLU and average-pool 2×2 in one pass, and the derivatives: the end of a block without a norm.
+"""Add a bias, take ReLU and average-pool 2×2, with derivatives: the end of a block without a norm.
 
-One walk over the planes: of channels_last ones by parts in whole lines of channels (lines.py), of contiguous ones in the
-windows of windows.py. A derivative is taken along with the primal's value, in the same walk; without one the kernels' dots
+A kernel passes over the planes once: over channels_last planes in parts (lines.py), over contiguous ones in the windows of
+windows.py. It computes the primal's values and, in a direction, their derivatives. Without a direction, all `_dot` arguments
 are None.
 """
 
@@ -74,7 +74,7 @@ def _backward(
     p_bar_dot: tl.tensor | None,
     y_bar: tl.tensor,  # (B, C, H, W)
     y_bar_dot: tl.tensor | None,
-    beta_sums: tl.tensor,  # (B, C), of ū, or of its derivative if there is one: the sum over samples is the caller's
+    beta_sums: tl.tensor,  # (B, C): of ū, in a direction of ū̇; the caller sums over the samples
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -91,7 +91,7 @@ def _backward(
     total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
         offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + begin_pooled + offset, mask, 0).to(ACC) * 0.25
         if p_bar_dot is not None:
@@ -157,9 +157,9 @@ def _backward_lines(
     beta: tl.tensor,  # (C,)
     p_bar: tl.tensor,  # (B, H//2, W//2, C)
     p_bar_dot: tl.tensor | None,
-    y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y, of which a pixel is read before it is written
+    y_bar: tl.tensor,  # (B, H, W, C); may be the memory of y: a pixel is read before it is written
     y_bar_dot: tl.tensor | None,
-    beta_sums: tl.tensor,  # (B, PARTS, C), of ū, or of its derivative if there is one: the sum over these is the caller's
+    beta_sums: tl.tensor,  # (B, PARTS, C): of ū, in a direction of ū̇; the caller sums over B and PARTS
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -181,7 +181,7 @@ def _backward_lines(
     total = tl.zeros((WINDOWS, BLOCK_C), ACC)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
         place, mask = pooled_pixels(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if p_bar_dot is not None:
@@ -240,7 +240,7 @@ def _run_forward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None
 
 
 def _run_backward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> Tensor:
-    """Run the kernel; return the sums of ū over parts of the planes of a channel, or those of its derivative: (S, C)."""
+    """Run the kernel for the memory format. Return the summands (S, C) of the sum of ū or, in a direction, of ū̇."""
     if planes.channels_last:
         tile = tile_of(operation, planes, y)
         parts = parts_of_windows(planes, tile)

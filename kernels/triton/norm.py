@@ -1,10 +1,10 @@
-"""Normalise, scale, take ReLU and average-pool 2×2, and the derivatives that the mixed step needs.
+"""Normalise, scale, take ReLU and average-pool 2×2, and compute the derivatives that the mixed step needs.
 
-channels_last planes go in whole lines of channels, large ones by the kernels of norm_passes.py and small ones by those of
-norm_held.py. The kernels here are for contiguous planes. A program walks over the planes of its channels three times: mean,
-variance, result. It walks in the windows of windows.py; those that are not whole count in the statistics and not in the
-pool. Where one tile holds the plane, the compiler merges the three walks' loads into one, so the plane is read once and
-stays in registers.
+For channels_last planes, this module calls the kernels of norm_passes.py if the planes are large, and those of norm_held.py
+if one tile holds a plane. The kernels here are for contiguous planes. A program loops over the planes of its channels three
+times: for the mean, the variance and the result. It loads the windows of windows.py. Incomplete windows count in the
+statistics and are not pooled. Where one tile holds the plane, the compiler merges the loads of the three loops, so the plane
+is read once and stays in registers.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _backward(
     beta: tl.tensor,
     p_bar: tl.tensor,  # (B, C, H//2, W//2)
     y_bar: tl.tensor,  # (B, C, H, W)
-    gamma_bar: tl.tensor,  # (B, C): the sum over samples is the caller's
+    gamma_bar: tl.tensor,  # (B, C): the caller sums over the samples
     beta_bar: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -116,7 +116,7 @@ def _backward(
     gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
         offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
@@ -148,7 +148,7 @@ def pool_dual(
     y_dot: tl.tensor,
     p: tl.tensor,  # (C, H//2, W//2)
     p_dot: tl.tensor,
-    c: tl.tensor,  # (BLOCK_C, 1, 1), as is all that belongs to a plane or a channel
+    c: tl.tensor,  # (BLOCK_C, 1, 1), as are all statistics and parameters below
     mu: tl.tensor,
     r: tl.tensor,
     mu_dot: tl.tensor,
@@ -164,7 +164,7 @@ def pool_dual(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
-    """Store p and ṗ of planes whose statistics are known."""
+    """Store p and ṗ (C, H//2, W//2) of a sample's planes, given their statistics."""
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
@@ -188,7 +188,7 @@ def four_sums(
     y_dot: tl.tensor,
     p_bar: tl.tensor,  # (C, H//2, W//2)
     p_bar_dot: tl.tensor,
-    c: tl.tensor,  # (BLOCK_C, 1, 1), as is all that belongs to a plane or a channel
+    c: tl.tensor,  # (BLOCK_C, 1, 1), as are all statistics and parameters below
     mu: tl.tensor,
     r: tl.tensor,
     mu_dot: tl.tensor,
@@ -202,7 +202,7 @@ def four_sums(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return the sums over each plane of ū, ūh, ū̇ and ū̇h + ūḣ."""
+    """Return the sums of ū, ūh, ū̇ and ū̇h + ūḣ over each plane, (BLOCK_C, 1, 1) each."""
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     beta_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
@@ -211,7 +211,7 @@ def four_sums(
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
         offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
@@ -276,7 +276,8 @@ def _dual(
             _, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
-            total_dot += deviation * (yds[row] - mu_dot)  # E[h] = 0: the same sum, with less to cancel
+            # subtracting k1 leaves the sum the same, since E[h] = 0, and less cancels
+            total_dot += deviation * (yds[row] - mu_dot)
     r = 1 / tl.sqrt(plane_sum(total) / (H * W) + EPS)
     h_y_dot = r * (plane_sum(total_dot) / (H * W))
 
@@ -310,7 +311,7 @@ def _dual_backward(
     p_bar_dot: tl.tensor,
     y_bar: tl.tensor,  # (B, C, H, W)
     y_bar_dot: tl.tensor,
-    gamma_bar_dot: tl.tensor,  # (B, C): the sum over samples is the caller's
+    gamma_bar_dot: tl.tensor,  # (B, C): the caller sums over the samples
     beta_bar_dot: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -336,7 +337,7 @@ def _dual_backward(
     b = tl.load(beta + c, exists, 0).to(ACC)
     g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
 
-    # Everything that the tangent needs of a plane follows from these sums.
+    # All that the gradients and their derivatives need of a plane follows from these sums.
     beta_total, gamma_total, beta_total_dot, gamma_total_dot = four_sums(
         y, y_dot, p_bar, p_bar_dot, c, mu, r, mu_dot, h_y_dot, g, b,
         ACC, C, H, W, BLOCK_C, WINDOWS,
@@ -368,7 +369,7 @@ def _dual_backward(
 
 
 def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mtt_fast.kernels.norm_relu_pool`. mean and rstd are float32 for bfloat16 `y`, here and below."""
+    """See `mtt_fast.kernels.norm_relu_pool`."""
     whole = planes_of(y)
     planes = Planes.from_tensors(whole)
     p = empty_pool(whole, planes)
@@ -426,7 +427,7 @@ def norm_relu_pool_dual_backward(
     p_bar_dot: Convolved,
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. β̇ moves no gradient of this operation."""
+    """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. No gradient of this operation depends on β̇."""
     planes = Planes.from_tensors(y, y_dot, planes_of(p_bar), planes_of(p_bar_dot))
     y_bar, y_bar_dot = output_buffer(y, reuse), output_buffer(y_dot, reuse)
     arguments = (y, y_dot, *stats, *affine, affine_dot.gamma)
@@ -443,9 +444,9 @@ def norm_relu_pool_dual_backward(
 
 
 def _lines_module(operation: str, planes: Planes, *read: Convolved) -> tuple[ModuleType, Configuration]:
-    """Return the module whose kernels compute `operation` of channels_last planes, by the tile of the table, and the tile.
+    """Return the module whose kernels compute `operation` of channels_last planes, and the tile of the table that decides it.
 
-    What it reads first may be in parts.
+    `read` are the planes that the operation reads first, perhaps as partial sums.
     """
     partial = any(isinstance(each, PartialPlanes) for each in read)
     tile = tile_of(operation, planes, planes_of(read[0]), partial)

@@ -1,7 +1,8 @@
-"""Normalise, take ReLU and pool channels_last planes that registers hold, and the derivatives (lines.py, norm_passes.py).
+"""Normalise, take ReLU and pool channels_last planes that fit in registers, with derivatives (lines.py, norm_passes.py).
 
-A program reads its planes once, all loads before the first use, and keeps them as they were loaded: bfloat16 takes half the
-registers. A derivative is taken along with the primal's value; without one the kernels' dots, k1 and k2 are None.
+A program reads its planes once and starts all loads before the first use. It keeps the planes in the dtype in which they were
+loaded, since values of 16 bits take half the registers. One kernel computes the primal's values and, in a direction, their
+derivatives. Without a direction, all `_dot` arguments, k1 and k2 are None.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .planes import Planes
 @triton.jit
 def _load_quarters(
     planes: tl.tensor,  # of the sample: (H, W, C)
-    parts: tl.tensor | None,  # of the sample's planes, if they are in COUNT parts of `size` elements
+    parts: tl.tensor | None,  # of the sample, if the planes are in COUNT parts of `size` elements
     c: tl.tensor,  # (1, BLOCK_C)
     exists: tl.tensor,
     size: tl.tensor | None,
@@ -83,7 +84,7 @@ def _forward(
     beta_dot: tl.tensor | None,
     p: tl.tensor,  # (B, H//2, W//2, C)
     p_dot: tl.tensor | None,
-    parts: tl.tensor | None,  # (COUNT, B, H, W, C): of y, which is stored then
+    parts: tl.tensor | None,  # (COUNT, B, H, W, C): of y; then y is stored
     parts_dot: tl.tensor | None,  # (COUNT_DOT, B, H, W, C): of ẏ
     size: tl.tensor | None,  # of a part
     EPS: tl.constexpr,
@@ -126,7 +127,8 @@ def _forward(
         deviation = tl.where(mask, ys[quarter].to(ACC) - mu, 0)
         total += deviation * deviation
         if y_dot is not None:
-            total_dot += deviation * (yds[quarter].to(ACC) - mu_dot)  # E[h] = 0: the same sum, with less to cancel
+            # subtracting k1 leaves the sum the same, since E[h] = 0, and less cancels
+            total_dot += deviation * (yds[quarter].to(ACC) - mu_dot)
     if y_dot is None:
         square = tl.sum(total, 0, keep_dims=True)
     else:
@@ -172,9 +174,9 @@ def _backward(
     p_bar: tl.tensor,  # (B, H//2, W//2, C)
     p_bar_dot: tl.tensor | None,
     sums: tl.tensor,  # (B, 2 or 4, C)
-    y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y
+    y_bar: tl.tensor,  # (B, H, W, C); may be the memory of y
     y_bar_dot: tl.tensor | None,
-    parts: tl.tensor | None,  # (COUNT, B, H//2, W//2, C): of p̄, which is stored then
+    parts: tl.tensor | None,  # (COUNT, B, H//2, W//2, C): of p̄; then p̄ is stored
     parts_dot: tl.tensor | None,  # (COUNT_DOT, B, H//2, W//2, C): of p̄̇
     size: tl.tensor | None,  # of a part
     COUNT: tl.constexpr,
@@ -194,7 +196,7 @@ def _backward(
     pooled, mask = pooled_pixels(window, H, W, WHOLE)
     pooled = sample * ((H // 2) * (W // 2) * C) + pooled * C + c
     ys = _load_quarters(y + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
-    # Zero outside the pool, so windows that are not whole add nothing to the sums.
+    # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
     p_bars = load_planes(p_bar, parts, pooled, mask & exists, size, COUNT, COUNT)
     share = p_bars.to(ACC) * 0.25
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
@@ -258,7 +260,7 @@ def _backward(
 def forward(
     planes: Planes, tile: Configuration, y: Convolved, y_dot: Convolved | None, *rest: Tensor | None, eps: float
 ) -> None:
-    """Compute what `norm_passes.forward` computes; parts of y and ẏ are added up on the way."""
+    """Write the same results as `norm_passes.forward`. The kernel itself adds up partial sums of y and ẏ."""
     arguments = (None if y_dot is None else planes_of(y_dot), *rest, *part_arguments(y, y_dot))
     launch_held(_forward, planes, tile, planes_of(y), *arguments, **part_counts(y, y_dot), EPS=eps)
 
@@ -273,7 +275,7 @@ def backward(
     y_bar: Tensor,
     y_bar_dot: Tensor | None,
 ) -> Tensor:
-    """Compute and return what `norm_passes.backward` computes and returns; parts of p̄ and p̄̇ are added up on the way."""
+    """Write and return the same results as `norm_passes.backward`. The kernel itself adds up partial sums of p̄ and p̄̇."""
     shape = (planes.samples, 2 if y_bar_dot is None else 4, planes.channels)
     sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
     bars = (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
