@@ -20,14 +20,14 @@ from .planes import Planes
 from .windows import shape_class
 
 COMBINED_C = 16
-"""Channels of a program that combines parts: few, so that the little work is spread over many programs."""
+"""Channels of a program that combines parts: few, so that there are many programs."""
 COMBINED_PARTS = 64
 """Most parts that such a program reads at once."""
 
 
 @triton.jit
 def within(index: tl.tensor, LIMIT: tl.constexpr, ALWAYS: tl.constexpr) -> tl.tensor:
-    """Return the mask of indices below LIMIT. With ALWAYS it is a constant, which the compiler removes from loads and stores."""
+    """Return the mask of indices below LIMIT. With ALWAYS it is a constant, which the compiler removes from memory accesses."""
     return tl.full(index.shape, 1, tl.int1) if ALWAYS else index < LIMIT
 
 
