@@ -1,8 +1,9 @@
-"""Compute the first block, from images to pooled planes, and its derivatives, with nothing of the planes' size in between.
+"""Compute the first block, from images to pooled planes, with derivatives, and store no planes in between.
 
-The convolution is linear in a pixel's patch x̃ (patches.py), and so few numbers have their sums Σ x̃x̃ᵀ for all statistics of
-the norm, which then folds into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. What the backward sums over a plane follows
-from U = Σ x̃ū and U̇ = Σ x̃ū̇, and x̄̇ from T = ū·ḟᵀ + ū̇·fᵀ + x̃·M, a patch at each pixel. docs/adjoint.md derives this.
+The convolution is linear in the patch x̃ of a pixel (patches.py), and a patch has few numbers. All statistics of the norm
+therefore follow from the sums Σ x̃x̃ᵀ. The norm is folded into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. All sums of the
+backward over a plane follow from U = Σ x̃ū and U̇ = Σ x̃ū̇. The gradient x̄̇ follows from T = ū·ḟᵀ + ū̇·fᵀ + x̃·M, which is a
+patch at each pixel. docs/adjoint.md derives this.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from .partial_planes import part_arguments, part_counts
 from .patches import ONES, gather
 from .planes import OFFSETS, Planes
 
-MOST_REGISTERS = 255  # of a thread
-SIZES = (256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
+MOST_REGISTERS = 255  # that a thread can have
+SIZES = (256, 1024, 4096, 16384)  # pixels that separate the classes of shapes; the last has larger planes too
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The sizes of a block and its factors, named as the kernels' constants."""
+    """Sizes and precision of a block, named as the constexpr parameters of the kernels."""
 
     C: int
     K: int
@@ -40,7 +41,7 @@ class _Block:
 
     @classmethod
     def from_operands(cls, patches: Patches, weight: Tensor, precision: Precision) -> _Block:
-        """Return the block that convolves `patches` with `weight`."""
+        """Return the sizes of the block that convolves `patches` with `weight` (K, C, 3, 3)."""
         _, height, width, channels = patches.images.shape
         wide = weight.dtype == torch.float64
         acc = tl.float64 if wide else tl.float32
@@ -48,11 +49,11 @@ class _Block:
 
     @property
     def pooled(self) -> tuple[int, int]:
-        """Return the sides of the pooled planes."""
+        """Return the height and width of the pooled planes."""
         return (self.HP - 2) // 2, (self.WP - 2) // 2
 
     def row(self, operation: str, batch: int, device: torch.device) -> Configuration:
-        """Return the table's row of `operation` for `batch` samples, its block of filters one that divides them."""
+        """Return the configuration of `operation` for `batch` samples, with a BLOCK_C that divides the number of filters."""
         row = _row(operation, self.PRECISION, (self.HP - 2) * (self.WP - 2), batch, device)
         row["BLOCK_C"] = min(row["BLOCK_C"], self.K & -self.K)
         return row
@@ -151,7 +152,7 @@ def conv_norm_relu_pool_dual_backward(
     gradients, linear = _parameter_gradients(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
     del sums
     assert linear is not None
-    bars = (planes_of(p_bar), planes_of(p_bar_dot))  # which are whole now
+    bars = (planes_of(p_bar), planes_of(p_bar_dot))  # `_sum_patches` has stored the sums of parts in these
     return _image_gradient(block, patches, folded, linear, *bars, divisors), *gradients
 
 
@@ -165,7 +166,7 @@ def _pool(
     eps: float,
     precision: Precision,
 ) -> tuple[Tensor, Tensor | None, Folded]:
-    """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and what the backward takes."""
+    """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and the folded norm for the backward."""
     block, batch = _Block.from_operands(patches, weight, precision), len(patches.images)
     row = block.row(operation, batch, weight.device)
     images, planes = patches.images, Planes(batch, block.K, *block.pooled, torch.channels_last)
@@ -193,7 +194,10 @@ def _pool(
 def _sum_patches(
     operation: str, block: _Block, patches: Patches, folded: Folded, p_bar: Convolved, p_bar_dot: Convolved | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return U and, in a direction, U̇ over parts of the windows, (B, parts, TERMS, K). p̄ and p̄̇ are whole afterwards."""
+    """Return U and, in a direction, U̇ of each part of the windows, (B, parts, TERMS, K).
+
+    Partial sums of p̄ and p̄̇ are added up on the way, and stored in the planes of these.
+    """
     batch, bars = len(patches.images), (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
     row = block.row(operation, batch, folded.stats.device)
     blocks, parts, tiles = _split_windows(block, row, batch)
@@ -202,7 +206,7 @@ def _sum_patches(
     sums_dot = None if p_bar_dot is None else _empty(folded.stats, shape)
     counts = part_counts(p_bar, p_bar_dot)
     if any(counts.values()):
-        row["maxnreg"] = MOST_REGISTERS  # ptxas would rather spill some than take more than half of them
+        row["maxnreg"] = MOST_REGISTERS  # else ptxas spills registers in order to use no more than half of them
     launch(
         sum_patches,
         batch * parts * blocks,
@@ -227,7 +231,11 @@ def _parameter_gradients(
     sums: Tensor,
     sums_dot: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """Return each sample's gradients of weight, γ and β, or in a direction their derivatives and M, (B, blocks, TERMS, TERMS)."""
+    """Return the gradients to weight (B, K, C, 3, 3), γ and β (B, K) of each sample, and None.
+
+    In a direction, return the derivatives of these gradients, and M as a summand (B, blocks, TERMS, TERMS) for each block of
+    filters.
+    """
     row = block.row("conv_norm_relu_pool_finish", len(sums), weight.device)
     batch, blocks = len(sums), block.K // row["BLOCK_C"]
     gradients = _empty(weight, (batch, weight.numel() + 2 * block.K))
@@ -254,7 +262,7 @@ def _image_gradient(
     p_bar_dot: Tensor,
     divisors: tuple[Tensor, ...],
 ) -> Tensor:
-    """Return x̄̇ (B, C, H, W) from M and the gradients of p, divided by at most two divisors."""
+    """Return x̄̇ (B, C, H, W), divided by at most two divisors, given M as `linear` and the gradients p̄ and p̄̇."""
     batch, device = len(p_bar), p_bar.device
     height, width = block.HP - 2, block.WP - 2
     row = block.row("conv_norm_relu_pool_columns", batch, device)
@@ -284,7 +292,7 @@ def _image_gradient(
 
 
 def _patch_terms(channels: int) -> int:
-    """Return the numbers of a patch in the kernels."""
+    """Return TERMS, the size of a patch in the kernels: its numbers and ONES ones, rounded up to a power of two."""
     terms: int = triton.next_power_of_2(9 * channels + ONES.value)
     return terms
 
@@ -294,22 +302,22 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def shape_classes(precision: str, pixels: int, batch: int) -> tuple[str, str, str]:
-    """Name the shapes of `batch` planes of so many pixels in the table, ever more loosely. fp16 has the classes of bf16."""
+    """Return the classes in the table of `batch` planes of `pixels`, the closest first. fp16 shares those of bf16."""
     precision = "bf16" if precision == "fp16" else precision
     closely = f"{precision}-{rounded_up(pixels, SIZES)}"
     return f"{closely}-{rounded_up(batch, BATCHES)}", closely, precision
 
 
 def _row(operation: str, precision: str, pixels: int, batch: int, device: torch.device) -> Configuration:
-    """Return a copy of the table's row of `operation`."""
+    """Return a new copy of the configuration of `operation`."""
     closest, *looser = shape_classes(precision, pixels, batch)
     return configuration(operation, closest, architecture(device), *looser)
 
 
 def _split_windows(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:
-    """Return the number of blocks of filters, of parts of the windows, and of tiles of a part, for about PROGRAMS programs.
+    """Return the blocks of filters, the parts of the windows, and the tiles in a part, for about PROGRAMS programs in all.
 
-    Takes PROGRAMS out of `row`, which is no constant of a kernel.
+    PROGRAMS is removed from `row`, since it is no parameter of a kernel.
     """
     blocks = block.K // row["BLOCK_C"]
     tiles = triton.cdiv(math.prod(block.pooled), row["WINDOWS"])
@@ -317,6 +325,6 @@ def _split_windows(block: _Block, row: Configuration, batch: int) -> tuple[int, 
 
 
 def _split_tiles(tiles: int, most: int) -> tuple[int, int]:
-    """Return the number of parts, about `most`, that `tiles` are cut into, and of the tiles of each but the last."""
+    """Return the number of parts for `tiles`, about `most`, and the number of tiles in each part but the last."""
     each = triton.cdiv(tiles, max(1, min(tiles, most)))
     return triton.cdiv(tiles, each), each

@@ -1,7 +1,8 @@
-"""Walk over the windows of the first block's pooled planes: pool, sum patches, spread gradients to patches, and to images.
+"""Pool the first block's planes, sum patches for its gradients, and carry gradients back to patches and to images.
 
-block.py says what for. Every pass makes u = f·x̃ again, since that takes less time than reading it would. K filters, BLOCK_C at a
-time; the planes that are never stored have H' × W' = (HP − 2) × (WP − 2) pixels, and PH × PW pooled ones.
+block.py says where each kernel is used. Every kernel computes u = f·x̃ again, since that takes less time than reading u would.
+There are K filters, BLOCK_C in a program. The planes, which are never stored, have H' × W' = (HP − 2) × (WP − 2) pixels, and
+PH × PW pooled ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .patches import (
 
 @triton.jit
 def _program_block(parts: tl.tensor, K: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return the sample (int64), the part of the windows and the filters (BLOCK_C,) of this program."""
+    """Return the program's sample (int64), its part of the windows, and its filters (BLOCK_C,)."""
     BLOCKS: tl.constexpr = K // BLOCK_C
     program = tl.program_id(0)
     sample = (program // (BLOCKS * parts)).to(tl.int64)
@@ -43,11 +44,11 @@ def pool(
     beta_dot: tl.tensor | None,
     folded: tl.tensor,  # (B, TERMS, K): f
     folded_dot: tl.tensor | None,
-    stats: tl.tensor,  # (B, 4, K): mean, rstd, k1, k2, the first and third less what the images' shift makes of them
+    stats: tl.tensor,  # (B, 4, K): mean, rstd, k1, k2, for images minus their shift
     p: tl.tensor,  # (B, PH, PW, K)
     p_dot: tl.tensor | None,
     parts: tl.tensor,
-    tiles: tl.tensor,  # of a part
+    tiles: tl.tensor,  # in one part
     EPS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -60,14 +61,14 @@ def pool(
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
-    """Store p, and ṗ where the direction is given, and for the backward the statistics and the weights that the norm folds into.
+    """Store p and, in a direction, ṗ. For the backward, store the statistics and the weights with the norm folded in.
 
-    A program folds for its own filters, which spares a launch; where a sample's windows are cut, its parts fold the same.
+    A program folds the norm for its own filters, which saves a launch. All parts of a sample's windows repeat the same folding.
     """
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
     sample, part, c = _program_block(parts, K, BLOCK_C)
-    # all loads of the fold are under way before the first of them is waited for
+    # all loads for the folding start before the first of them is used
     weights, g, b = load_weights(weight, c, C, TERMS), tl.load(gamma + c), tl.load(beta + c)
     if p_dot is not None:
         weights_dot = load_weights(weight_dot, c, C, TERMS)
@@ -99,7 +100,7 @@ def pool(
         for pixel in tl.range(0, 4, loop_unroll_factor=UNROLL):
             xs = load_patches(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             u = product(xs, w, ACC, PRECISION)
-            inactive = u <= 0  # asked so, a u that is NaN is not lost
+            inactive = u <= 0  # a comparison with > would turn NaN into zero
             pooled += tl.where(inactive, 0, u)
             if p_dot is not None:
                 pooled_dot += tl.where(inactive, 0, product(xs, w_dot, ACC, PRECISION))
@@ -111,7 +112,7 @@ def pool(
 
 @triton.jit
 def _pixel_share(p_bars: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
-    """Return what a pixel has of its window's p̄."""
+    """Return the gradient of each pixel in its window, a quarter of p̄, rounded."""
     return round_factor(p_bars.to(ACC) * 0.25, PRECISION)
 
 
@@ -124,13 +125,13 @@ def sum_patches(
     sums: tl.tensor,  # (B, parts, TERMS, K)
     sums_dot: tl.tensor | None,
     parts: tl.tensor,
-    tiles: tl.tensor,  # of a part
-    p_bar_parts: tl.tensor | None,  # (COUNT, B, PH, PW, K): of p̄, which is stored then
+    tiles: tl.tensor,  # in one part
+    p_bar_parts: tl.tensor | None,  # (COUNT, B, PH, PW, K): of p̄; then p̄ is stored
     p_bar_dot_parts: tl.tensor | None,  # (COUNT_DOT, B, PH, PW, K): of p̄̇
-    size: tl.tensor | None,  # of a part of p̄
+    size: tl.tensor | None,  # elements of a part of p̄
     COUNT: tl.constexpr,
     COUNT_DOT: tl.constexpr,
-    TOGETHER: tl.constexpr,  # parts whose loads are under way at a time: of more there would be too few registers
+    TOGETHER: tl.constexpr,  # parts that are loaded at the same time: more would not fit in registers
     C: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,
@@ -141,7 +142,7 @@ def sum_patches(
     WINDOWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store U = Σ x̃ū, and U̇ = Σ x̃ū̇ where the direction is given, over parts of the windows."""
+    """Store U = Σ x̃ū and, in a direction, U̇ = Σ x̃ū̇, summed over one part of the windows."""
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
     sample, part, c = _program_block(parts, K, BLOCK_C)
@@ -189,7 +190,10 @@ def sum_patches(
 
 @triton.jit
 def _precise_product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
-    """Multiply factors that are not rounded: on Tensor cores each as the sum of two of tf32, but in float32 for fp32."""
+    """Return the product of factors that are not rounded, in float32 or float64.
+
+    For tf32, fp16 and bf16, Tensor cores compute it, with each factor as a sum of two tf32 numbers (tf32x3).
+    """
     precision: tl.constexpr = "ieee" if PRECISION == "fp32" or PRECISION == "fp64" else "tf32x3"
     return tl.dot(a, b, input_precision=precision, out_dtype=ACC)
 
@@ -206,8 +210,8 @@ def finish(
     sums: tl.tensor,  # (B, parts, TERMS, K)
     sums_dot: tl.tensor | None,
     parts: tl.tensor,
-    gradients: tl.tensor,  # (B, 9 C K + 2 K): of weight, γ and β, or their derivatives; the sum over samples is the caller's
-    linear: tl.tensor | None,  # (B, BLOCKS, TERMS, TERMS): M, the part of these filters
+    gradients: tl.tensor,  # (B, 9 C K + 2 K): to weight, γ, β, or their derivatives; the caller sums over B
+    linear: tl.tensor | None,  # (B, BLOCKS, TERMS, TERMS): M, a summand for each block of filters
     C: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,
@@ -217,7 +221,7 @@ def finish(
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store the gradients of the parameters, or with a direction their derivatives, and M."""
+    """Store the gradients to the parameters. In a direction, store the derivatives of these, and M."""
     BLOCKS: tl.constexpr = K // BLOCK_C
     PIXELS: tl.constexpr = (HP - 2) * (WP - 2)
     program = tl.program_id(0)
@@ -263,7 +267,7 @@ def finish(
         covariance_w_dot = _precise_product(covariance, w_dot, ACC, PRECISION)
         weight_bar = of_u[None, :] * total_dot + dot_of_u[None, :] * total + (PIXELS * dot_constant)[None, :] * mean
         weight_bar += PIXELS * r * (dot_of_h[None, :] * covariance_w + of_h[None, :] * covariance_w_dot)
-        # what Ẇᵀȳ + Wᵀȳ̇ has beside ū and ū̇, as a function of the patch: h = r (w·x̃ − mean), ẏ = ẇ·x̃
+        # the terms of Ẇᵀȳ + Wᵀȳ̇ without ū and ū̇, as a function of the patch: h = r (w·x̃ − mean), ẏ = ẇ·x̃
         by_weight = r * (of_h[None, :] * w_dot + dot_of_h[None, :] * w)
         m = _precise_product(w, tl.trans(by_weight), ACC, PRECISION)
         m += _precise_product(w_dot, tl.trans(of_h * r * w), ACC, PRECISION)
@@ -281,13 +285,13 @@ def finish(
 
 @triton.jit
 def _window_pixels(
-    windows: tl.tensor,  # the number of the first one
+    windows: tl.tensor,  # number of the first window
     tile: tl.constexpr,
     TOGETHER: tl.constexpr,
     ACROSS: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return row and column of the pixels (TOGETHER · WINDOWS,) in a tile of windows' pixels, of which there are 4 / TOGETHER."""
+    """Return rows and columns of the pixels (TOGETHER · WINDOWS,) in one of the 4 / TOGETHER tiles of WINDOWS windows."""
     index = tl.arange(0, TOGETHER * WINDOWS)
     window, inner = windows + index // TOGETHER, tile * TOGETHER + index % TOGETHER
     return window // ACROSS * 2 + inner // 2, window % ACROSS * 2 + inner % 2
@@ -314,14 +318,15 @@ def spread(
     TOGETHER: tl.constexpr,  # 1 or 4
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store T, the patch of x̄̇ at each pixel, a few filters at a time, so that few of ū, ū̇ live at once.
+    """Store T, the patch of x̄̇ at each pixel.
 
-    A tile has TOGETHER of each window's four pixels. One pixel a tile loads p̄ once for all four of them; four a tile leave a
-    warp a quarter of the work, and so make more of few windows.
+    A program loops over blocks of filters, so that few values of ū and ū̇ are in registers at the same time. A tile has
+    TOGETHER of the four pixels of each window. With 1, a program loads p̄ once for all four pixels. With 4, a warp has a
+    quarter of the work of each window, so that few windows occupy more warps.
     """
     H: tl.constexpr = HP - 2
     W: tl.constexpr = WP - 2
-    ACROSS: tl.constexpr = (W + 1) // 2  # windows that are not whole have pixels too
+    ACROSS: tl.constexpr = (W + 1) // 2  # incomplete windows have pixels too
     PARTS: tl.constexpr = ((H + 1) // 2 * ACROSS + WINDOWS - 1) // WINDOWS
     TILES: tl.constexpr = 4 // TOGETHER
     program = tl.program_id(0)
@@ -368,7 +373,7 @@ def spread(
 
 @triton.jit
 def _divide(total: tl.tensor, divisor: tl.tensor) -> tl.tensor:
-    """Divide with the rounding of IEEE 754, so that a power of two is taken out exactly."""
+    """Return `total` divided by the scalar at `divisor`, rounded as IEEE 754 requires: division by a power of two is exact."""
     value = tl.load(divisor)
     if total.dtype == tl.float64:
         total /= value
@@ -390,7 +395,7 @@ def col2im(
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
-    """Sum what the patches have of each pixel of the image, and divide by the divisors."""
+    """Store the sum of each image pixel's entries in all patches, divided by the divisors that are not None."""
     HO: tl.constexpr = H + 2 * PADDING - 2
     WO: tl.constexpr = W + 2 * PADDING - 2
     PARTS: tl.constexpr = (H * W + BLOCK_M - 1) // BLOCK_M

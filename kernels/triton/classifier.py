@@ -1,6 +1,6 @@
-"""Compute cross-entropy of a linear classifier, its gradient and its tangent in two kernels, whatever the number of classes.
+"""Compute the cross-entropy of a linear classifier, with gradients and derivatives, in two kernels for any number of classes.
 
-Only the range of float16 asks for a third, where the classes of a row do not fit in one tile.
+float16 planes need a third kernel, `measure`, where the classes of a row do not fit in one tile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .launch import architecture, launch, triton
 from .planes import Planes
 from .softmax import PARTS
 
-WIDE = 4096  # features; more have classes of shapes of their own in the table
+WIDE = 4096  # most features of the usual classes of shapes; more features have classes of their own in the table
 
 
 def linear_cross_entropy(
@@ -58,7 +58,11 @@ def _launch(
     scale: Tensor | None,
     direction_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the loss, p̄, p̄̇, Ā, c̄, the labels' and the scale; with a p_dot, the derivatives of the loss, Ā and c̄."""
+    """Return the loss, p̄, p̄̇, Ā, c̄, the derivative of the gradient to the labels, and the scale.
+
+    With a `p_dot`, the first, fourth and fifth are the derivatives of the loss, Ā and c̄. Without it, p̄̇ and the derivative
+    for the labels are None. For indices, the derivative for the labels is always None.
+    """
     planes, classes = Planes.from_tensors(p, p_dot), len(weight)
     batch, width = planes.samples, planes.sample_size
     score_row, gradient_row = _row("scores", weight), _row("gradients", weight)
@@ -111,7 +115,11 @@ def _launch(
 
 
 def _row(kernel: str, weight: Tensor) -> Configuration:
-    """Return the configuration for so many classes: the row of the next larger number, or of all beyond; many features may have their own."""
+    """Return the configuration of `kernel` for the classes and features of `weight`.
+
+    The number of classes is rounded up to the next in the table; the last row has all larger numbers. More than WIDE features
+    may have a row of their own.
+    """
     classes, features = weight.shape
     shape_class = next((str(size) for size in (16, 64, 128, 256) if classes <= size), "1024")
     closest = f"{shape_class}-wide" if features > WIDE else shape_class

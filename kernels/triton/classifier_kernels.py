@@ -1,11 +1,13 @@
-"""The two kernels of a linear classifier under cross-entropy, and one for ranges.
+"""Compute logits and gradients of a linear classifier under cross-entropy, and the largest gradient for float16's range.
 
-`score` makes tiles of logits and, of each row of a tile, what a softmax needs of it. `differentiate` makes tiles of the
-gradients: it combines those parts, and with them turns logits into the gradients to them wherever it needs any. Planes are
-read and written as they lie, CHANNELS side by side at each of PIXELS; contiguous ones are one channel of all features.
-Feature c · PIXELS + pixel of the weights is what the public code calls so.
+`score` computes tiles of logits. For each row of a tile it also stores the six numbers that a softmax needs (softmax.py).
+`differentiate` computes tiles of the gradients. It combines the six numbers over the tiles of a row, and recomputes the
+gradient to a logit wherever it needs one. `measure` computes the largest gradient to float16 features.
 
-Without a p_dot all is the primal's; with one, `weight_bar` and `bias_bar` are derivatives and `loss` is.
+Planes are (B, PIXELS, CHANNELS) in memory. Contiguous planes are passed as one channel with all features as pixels. Column
+c · PIXELS + pixel of the weights belongs to channel c at that pixel: features have the order of a contiguous sample.
+
+Without a `p_dot`, all results are the primal's. With one, `weight_bar`, `bias_bar` and `loss` are derivatives.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from .launch import tl, triton
 from .powers import magnitude_bits, power_of_two
 from .softmax import combine, load_cotangents, load_softmax, load_targets, softmax_parts
 
-FEATURES = tl.constexpr(2048)  # whose largest gradient a program looks for at a time
+FEATURES = tl.constexpr(2048)  # features in which a program searches for the largest gradient at a time
 
 
 @triton.jit
 def score(
     p: tl.tensor,  # (B, PIXELS, CHANNELS)
-    p_dot: tl.tensor,  # or None: then neither are the other dots
+    p_dot: tl.tensor,  # or None; then all other `_dot` arguments are None
     weight: tl.tensor,  # (K, CHANNELS · PIXELS)
     weight_dot: tl.tensor,
     bias: tl.tensor,  # (K,)
@@ -29,7 +31,7 @@ def score(
     z: tl.tensor,  # (B, K)
     z_dot: tl.tensor,
     partials: tl.tensor,  # (6, B, blocks of classes)
-    magnitudes: tl.tensor,  # (programs,) int32, or None: always, unless one block has all classes
+    magnitudes: tl.tensor,  # (programs,) int32, or None; always None unless one block has all classes
     batch: tl.tensor,
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -40,7 +42,7 @@ def score(
     BLOCK_D: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """Make ROWS × COLUMNS logits, their tangents, and each row's part in its softmax."""
+    """Store ROWS × COLUMNS logits, in a direction their derivatives, and for each row the six numbers of `softmax_parts`."""
     ACC: tl.constexpr = z.dtype.element_ty
     BLOCKS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) % BLOCKS
@@ -49,7 +51,7 @@ def score(
     row_exists, column_exists = row < batch, column < CLASSES
     exists, place = row_exists & column_exists, row * CLASSES + column
 
-    if ROWS < 16:  # fewer rows than `tl.dot` takes
+    if ROWS < 16:  # `tl.dot` needs at least 16 rows
         at, along = _logits_by_sums(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, AHEAD if tl.float32 == ACC else 1, ACC,
@@ -70,7 +72,7 @@ def score(
     for number in tl.static_range(6):
         tl.store(partials + (number * batch + row) * BLOCKS + block, parts[number], row_exists)
     if magnitudes is not None:
-        tl.debug_barrier()  # what one thread has stored of a row's logits, all read
+        tl.debug_barrier()  # all threads read the logits of a row that one thread stored
         softmax = combine(parts, p_dot is not None, KIND)
         largest = _largest_feature_gradient(
             weight, weight_dot, labels, z, z_dot if p_dot is not None else None, row, softmax, batch,
@@ -82,7 +84,7 @@ def score(
 @triton.jit
 def differentiate(
     p: tl.tensor,  # (B, PIXELS, CHANNELS)
-    p_dot: tl.tensor,  # or None: then neither are the other dots
+    p_dot: tl.tensor,  # or None; then all other `_dot` arguments are None
     weight: tl.tensor,  # (K, CHANNELS · PIXELS)
     weight_dot: tl.tensor,
     labels: tl.tensor,  # (B,) int64, or (B, K)
@@ -90,7 +92,7 @@ def differentiate(
     z_dot: tl.tensor,
     partials: tl.tensor,  # (6, B, BLOCKS)
     magnitudes: tl.tensor,  # (count,) int32, or None
-    scale: tl.tensor,  # (), or None: written where there are magnitudes, else read
+    scale: tl.tensor,  # (), or None; written if there are magnitudes, else read
     direction_scale: tl.tensor,  # (), or None
     p_bar: tl.tensor,  # (B, PIXELS, CHANNELS)
     p_bar_dot: tl.tensor,
@@ -105,13 +107,17 @@ def differentiate(
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     LARGEST: tl.constexpr,
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Make COLUMNS × BLOCK_D gradients of weights, summed over all samples, or BLOCK_B × BLOCK_D of features, over all classes."""
+    """Store COLUMNS × BLOCK_D gradients to weights, summed over all samples, or BLOCK_B × BLOCK_D gradients to features.
+
+    The first WEIGHT_PROGRAMS programs compute the gradients to weights and biases and the loss. The others sum the gradients
+    to features over all classes, and in a direction store the derivative of the gradient to labels too.
+    """
     ACC: tl.constexpr = z.dtype.element_ty
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
@@ -167,12 +173,12 @@ def measure(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Store the bits of the largest magnitude in BLOCK_B × BLOCK_D gradients to features, and in their derivatives."""
+    """Store the bits of the largest magnitude in BLOCK_B × BLOCK_D gradients to features and in their derivatives."""
     ACC: tl.constexpr = z.dtype.element_ty
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     feature = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -205,13 +211,13 @@ def _logits_by_sums(
     AHEAD: tl.constexpr,  # tiles of features that are loaded at a time
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the products of rows of features with classes' weights (ROWS, COLUMNS), and with a direction their tangents."""
+    """Return logits without the bias (ROWS, COLUMNS) and, in a direction, their derivatives, as sums of element-wise products."""
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     total, total_dot = tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC), tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC)
     row, row_exists = row[:, :, None], row_exists[:, :, None]
     column, column_exists = column[:, :, None], column_exists[:, :, None]
     for start in range(0, WIDTH, AHEAD * BLOCK_D):
-        # On their way together: a load behind a use of features would wait for it, since these change hands among threads.
+        # All loads of features come first. A load after a use would wait, since features move between threads.
         fs: tl.tuple = ()
         fs_dot: tl.tuple = ()
         for tile in tl.static_range(AHEAD):
@@ -251,7 +257,7 @@ def _logits_by_dot(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return what `_sums` does, of at least 16 rows and classes."""
+    """Return the same as `_logits_by_sums`, by `tl.dot`, for at least 16 rows and classes."""
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     total, total_dot = tl.zeros((ROWS, COLUMNS), ACC), tl.zeros((ROWS, COLUMNS), ACC)
     for start in range(0, WIDTH, BLOCK_D):
@@ -286,9 +292,9 @@ def _largest_feature_gradient(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return the bits of the largest magnitude in the gradients to features of the rows, and in their derivatives.
+    """Return the bits of the largest magnitude in the rows' gradients to features and in their derivatives.
 
-    A thread adds up the classes of its own features, one after the other: a sum across threads would wait for all of them.
+    A thread adds up the classes of its own features, one after the other. A sum across threads would make all of them wait.
     """
     largest = tl.zeros((ROWS, FEATURES), tl.int32)
     for start in range(0, WIDTH, FEATURES):
@@ -308,7 +314,7 @@ def _largest_feature_gradient(
 
 @triton.jit
 def _max_magnitude(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """Return the largest of `count` magnitudes."""
+    """Return the largest of `count` magnitudes, as bits."""
     largest = tl.zeros((1024,), tl.int32)
     for start in range(0, count, 1024):
         place = start + tl.arange(0, 1024)
@@ -332,13 +338,16 @@ def _sum_over_samples(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return the gradients to weights (COLUMNS, BLOCK_D) and biases (1, COLUMNS), or their derivatives, and the loss or its."""
+    """Return the gradients to weights (COLUMNS, BLOCK_D) and to biases (1, COLUMNS), and the loss.
+
+    In a direction, return the derivatives of these three.
+    """
     to_weight, to_bias, total = (
         tl.zeros((COLUMNS, BLOCK_D), ACC),
         tl.zeros((1, COLUMNS), ACC),
@@ -371,7 +380,7 @@ def _sum_over_classes(
     partials: tl.tensor,
     labels_bar_dot: tl.tensor,
     divisor: tl.tensor,
-    first: tl.tensor,  # whether to store the gradients to labels
+    first: tl.tensor,  # whether to store the derivatives of the gradients to labels
     row: tl.tensor,  # (BLOCK_B, 1)
     feature: tl.tensor,  # (1, BLOCK_D)
     feature_exists: tl.tensor,
@@ -380,13 +389,16 @@ def _sum_over_classes(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the gradients to features (BLOCK_B, BLOCK_D), and their derivatives."""
+    """Return the gradients to features (BLOCK_B, BLOCK_D) and, in a direction, their derivatives, else zeros.
+
+    Where `first` is set, also store the derivatives of the gradients to labels, divided by `divisor`.
+    """
     softmax = load_softmax(partials, row, batch, weight_dot is not None, KIND, BLOCKS, EVERY, ACC)
     to_p, to_p_dot = tl.zeros((BLOCK_B, BLOCK_D), ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC)
     for start in range(0, CLASSES, COLUMNS):

@@ -1,13 +1,14 @@
-"""Turn logits into the gradients to them, from parts of their rows: what the classifier's kernels share.
+"""Compute a softmax and the gradients to logits from blocks of classes, for the kernels of the classifier.
 
-A row is cut into blocks of classes. What a softmax and a loss need of it, six numbers of each block, combines to the row's.
+A row is cut into blocks of classes. `softmax_parts` returns six numbers of a block, and `combine` combines those of a row's
+blocks to all that its softmax and its loss need.
 """
 
 from __future__ import annotations
 
 from .launch import tl, triton
 
-PARTS = 6  # numbers that `softmax_parts` returns of a row
+PARTS = 6  # numbers that `softmax_parts` returns for each row
 
 
 @triton.jit
@@ -20,11 +21,14 @@ def load_targets(
     CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return probabilities (rows, columns), 0 where no class is; labels that are logits are returned as such, −∞ there."""
+    """Return target probabilities (rows, columns), 0 outside of the classes. Labels that are logits stay logits, −∞ outside.
+
+    For an index that is no class, return NaN.
+    """
     if KIND == "indices":
         index = tl.load(labels + row, row < batch, 0)
         known = (index >= 0) & (index < CLASSES)
-        targets = tl.where(known, (column == index).to(ACC), float("nan"))  # a kernel cannot raise an error
+        targets = tl.where(known, (column == index).to(ACC), float("nan"))  # since a kernel cannot raise an error
     else:
         nothing: tl.constexpr = float("-inf") if KIND == "logits" else 0.0
         exists = (row < batch) & (column < CLASSES)
@@ -41,9 +45,10 @@ def softmax_parts(
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """Return of each row of a block of classes, (rows, 1), with e = exp(z − top) and unnormalised targets t:
+    """Return six numbers of each row of a block of classes, (rows, 1) each.
 
-    top, Σ e, the labels' top, Σ t, Σ t (z − top) or of a direction Σ t ż, and Σ e ż.
+    With e = exp(z − top) and unnormalised targets t, these are: the largest logit, top; Σ e; the largest label logit; Σ t;
+    Σ t (z − top), in a direction Σ t ż; and Σ e ż. For labels that are logits, t = exp(labels − largest label logit).
     """
     z = tl.where(column_exists, z, float("-inf"))
     top = tl.max(z, 1, keep_dims=True)
@@ -61,9 +66,10 @@ def softmax_parts(
 
 @triton.jit
 def combine(parts: tl.tuple, DUAL: tl.constexpr, KIND: tl.constexpr) -> tuple[tl.tensor, ...]:
-    """Return of each row, (rows, 1), from the parts of its blocks (rows, blocks), with targets t and π = softmax(z):
+    """Return seven numbers of each row, (rows, 1) each, given the parts of its blocks, (rows, blocks) each.
 
-    top and Σ of its exponentials, the same of labels that are logits, Σ t, Σ t log π or of a direction Σ t (log π)˙, and Σ π ż.
+    With targets t and π = softmax(z), these are: top and Σ exp(z − top); the same two for labels that are logits; Σ t;
+    Σ t log π, in a direction Σ t (log π)˙; and Σ π ż.
     """
     tops, sums, label_tops, masses, alongs, drifts = parts
     top, label_top = tl.max(tops, 1, keep_dims=True), tl.max(label_tops, 1, keep_dims=True)
@@ -90,10 +96,10 @@ def load_softmax(
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """Load the parts of rows and combine them, as `combine` does."""
+    """Load the parts of all blocks of the rows, and return what `combine` returns for them."""
     block = tl.arange(0, EVERY)[None, :]
     place, exists, size = row * BLOCKS + block, (row < batch) & (block < BLOCKS), batch * BLOCKS
     top = tl.load(partials + place, exists, float("-inf")).to(ACC)
@@ -116,7 +122,10 @@ def cotangents(
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return ō, ō̇ and the derivatives of the gradients to labels (rows, columns), 0 where nothing exists."""
+    """Return ō, the gradient to the logits, ō̇, its derivative, and the derivative of the gradient to the labels.
+
+    Each is (rows, columns). ō and ō̇ are 0 where `exists` is false. `softmax` is what `combine` returned for the rows.
+    """
     top, total, label_top, label_total, mass, along, drift = softmax
     pi, t = tl.exp(z - top) / total, targets
     if KIND == "logits":
@@ -142,7 +151,7 @@ def load_cotangents(
     CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Load a tile of logits and labels, and return what `cotangents` does."""
+    """Load a tile of logits and labels (rows, columns), and return what `cotangents` returns for it."""
     exists, place = (row < batch) & (column < CLASSES), row * CLASSES + column
     targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
     at = tl.load(z + place, exists, 0)

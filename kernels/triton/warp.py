@@ -1,9 +1,10 @@
-"""Colour, warp and mask images in one pass, and the transpose, also added to the rows that the images were gathered from.
+"""Change the colours of images, warp them and mask them in one kernel. Apply the transpose of that, and add it to rows.
 
-A program owns a block of pixels of one image, with all their channels: it gathers what it needs, so nothing is added
-to memory that others write. Colours are moved after the pixels and not before: a map that is linear in the channels
-and one that samples the pixels commute, if a constant is scaled by the share of it that the image's border leaves. Only
-contrast asks for the mean of a sample, and then each of its programs takes it: a launch of its own would cost every step.
+A program computes a block of pixels of one image, with all their channels. It gathers the pixels that it needs, so that no
+two programs write to the same memory. Colours are changed after the warp and not before. Both orders give the same result,
+since one map is linear in the channels and the other samples pixels; only constants must be scaled by the share of the
+sample that lies inside the image. Only a change of contrast needs the mean of a sample. Then each program of the sample
+computes that mean, since a launch for it would cost time in every step.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from .launch import architecture, launch, tl, triton
 from .planes import Planes
 
 _COUNT = tl.constexpr(len(WARP_PARAMETERS))
-_PROGRAMS = 64  # of a sample
-_MEAN = tl.constexpr(2048)  # numbers of a sample that are added to its mean at a time
+_PROGRAMS = 64  # most programs for one sample
+_MEAN = tl.constexpr(2048)  # numbers of a sample that are added at a time for its mean
 
 
 @triton.jit
 def load_parameters(parameters: tl.tensor, sample: tl.tensor) -> tl.tuple:
-    """Load the parameters of a sample: colour, displacement down, displacement right, mask."""
+    """Return the parameters of a sample as four tuples: colour, displacement down, displacement right, mask."""
     place = parameters + sample * _COUNT
     colour = (tl.load(place), tl.load(place + 1), tl.load(place + 2))
     down = (tl.load(place + 3), tl.load(place + 4), tl.load(place + 5))
@@ -38,7 +39,7 @@ def load_parameters(parameters: tl.tensor, sample: tl.tensor) -> tl.tuple:
 def _pixel_block(
     H: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return the sample (int64), the channels (BLOCK_C, 1), rows and columns of the pixels (1, BLOCK_M)."""
+    """Return the program's sample (int64), the channels (BLOCK_C, 1), and rows and columns of its pixels (1, BLOCK_M)."""
     blocks: tl.constexpr = (H * W + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     pixel = (program % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -55,10 +56,10 @@ def _axis_weights(
     H: tl.constexpr,
     W: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return, along one axis, the pixel before the source of target (i, j), its weight and that of the next, zero outside.
+    """Return, along one axis, the pixel at or before the source of target (i, j), its weight, and the next pixel's weight.
 
-    `along` are the displacement's three parameters. The displacement's remainder is never added to a pixel's number, which
-    would round the remainder.
+    Weights of pixels outside of the image are zero. `along` has the three parameters of the displacement, and `target` is i or
+    j. The fraction of the displacement is never added to a pixel's number, since that would round it.
     """
     displacement = along[0] * (i - (H - 1) * 0.5) + along[1] * (j - (W - 1) * 0.5) + along[2]
     whole = tl.floor(displacement)
@@ -70,7 +71,7 @@ def _axis_weights(
 
 @triton.jit
 def _visible_pixels(mask: tl.tuple, i: tl.tensor, j: tl.tensor, H: tl.constexpr, W: tl.constexpr) -> tl.tensor:
-    """Return which pixels are in the image and not under the mask."""
+    """Return whether pixels (i, j) are in the image and not under the mask rectangle."""
     rows = (i >= mask[0]) & (i < mask[1])
     columns = (j >= mask[2]) & (j < mask[3])
     return (i < H) & (j < W) & ~(rows & columns)
@@ -85,7 +86,7 @@ def _change_colours(
     exists: tl.tensor,
     C: tl.constexpr,
 ) -> tl.tensor:
-    """Saturate and contrast pixels (BLOCK_C, BLOCK_M); those of channels that are not there become zero."""
+    """Return pixels x (BLOCK_C, BLOCK_M) with saturation and contrast changed, and zero where `exists` is false."""
     grey = tl.sum(x, 0, keep_dims=True) / C
     x += colour[1] * (x - grey)
     return tl.where(exists, x + colour[2] * (x - average * inside), 0)
@@ -93,7 +94,7 @@ def _change_colours(
 
 @triton.jit
 def mean_for_contrast(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
-    """Return the mean of an image (C, H, W) where there is contrast, else zero."""
+    """Return the mean of an image (C, H, W), or zero if `contrast` is zero and the mean is not needed."""
     total = tl.zeros((_MEAN,), ACC)
     for start in range(0, tl.where(contrast != 0, SIZE, 0), _MEAN):
         place = start + tl.arange(0, _MEAN)
@@ -117,7 +118,7 @@ def warp_pixels(
     W: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return pixels (i, j) of the image coloured, warped and masked, (BLOCK_C, BLOCK_M); zero where there is no pixel."""
+    """Return pixels (i, j) of the image after colour change, warp and mask, (BLOCK_C, BLOCK_M). Outside they are zero."""
     exists = (c < C) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
     row, upper, lower = _axis_weights(down, i, j, i, H, H, W)
     column, before, after = _axis_weights(right, i, j, j, W, H, W)
@@ -145,7 +146,10 @@ def _mean_of_transpose(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return the mean of the warp's transpose of ȳ where there is contrast: each ȳ counts as far as its source lies in the image."""
+    """Return the mean of the warp's transpose of ȳ, or zero without a change of contrast.
+
+    Each value of ȳ counts with the share of its source that lies inside the image.
+    """
     PIXELS: tl.constexpr = _MEAN // (4 if BLOCK_C < 4 else BLOCK_C)
     c = tl.arange(0, BLOCK_C)[:, None]
     total = tl.zeros((BLOCK_C, PIXELS), ACC)
@@ -174,13 +178,13 @@ def _transpose_pixels(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return pixels (row, column) of the transpose of ȳ, (BLOCK_C, BLOCK_M)."""
+    """Return pixels (row, column) of x̄ = Aᵀ ȳ, (BLOCK_C, BLOCK_M)."""
     colour, down, right, mask = load_parameters(parameters, sample)
     mean = _mean_of_transpose(y_bar, colour, down, right, mask, C, H, W, BLOCK_C, ACC)
     exists = (c < C) & (row < H)
 
-    # The targets whose sources are less than a pixel away, on either axis, lie in a parallelogram around the target
-    # that has its source here. Its bounding box is `reach` to each side: so many whole pixels, whatever the pixel.
+    # Targets whose sources are less than a pixel away, on both axes, lie in a parallelogram. Its centre is the target
+    # whose source is this pixel. Its bounding box extends by `reach` to each side, which is the same for all pixels.
     a = 1 + down[0]
     b = down[1]
     d = right[0]
@@ -192,7 +196,7 @@ def _transpose_pixels(
     column_reach = (tl.abs(a) + tl.abs(d)) / tl.abs(determinant)
     first_row = (H - 1) * 0.5 + (e * below - b * beside) / determinant - row_reach
     first_column = (W - 1) * 0.5 + (a * beside - d * below) / determinant - column_reach
-    # targets outside the image need no look, which also bounds the loops
+    # targets outside of the image have no effect; leaving them out also bounds the loops
     top = tl.minimum(tl.maximum(tl.floor(first_row) + 1, 0), H).to(tl.int32)
     left = tl.minimum(tl.maximum(tl.floor(first_column) + 1, 0), W).to(tl.int32)
     rows = tl.minimum(tl.ceil(2 * row_reach), H).to(tl.int32)
@@ -251,7 +255,7 @@ def _transpose(
     tl.store(x_bar + begin + c * (H * W) + row * W + column, x, (c < C) & (row < H))
 
 
-@triton.jit(do_not_specialize_on_alignment=["index", "parameters", "factor"])  # a step's lie anywhere
+@triton.jit(do_not_specialize_on_alignment=["index", "parameters", "factor"])  # those of a step have any alignment
 def _transpose_add(
     out: tl.tensor,  # (n, C, H, W)
     index: tl.tensor,  # (B,)
@@ -264,9 +268,9 @@ def _transpose_add(
     W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    EVERY: tl.constexpr,  # at least B
+    EVERY: tl.constexpr,  # B rounded up to a power of two
 ) -> None:
-    """Add pixels of a sample, and of all later ones of the same index, if no earlier sample has that index."""
+    """Add pixels of a sample, and of all later samples with the same index, unless an earlier sample has that index too."""
     dtype: tl.constexpr = out.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     own, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
@@ -315,11 +319,11 @@ def colour_warp_mask_transpose_add(
 
 
 def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Any, **constants: int) -> None:
-    """Launch `kernel` over blocks of pixels of each sample."""
+    """Launch `kernel` for each block of pixels of each sample, with the configuration of `operation`."""
     row = dict(configuration(operation, "", architecture(arguments[0].device)))
     channels = triton.next_power_of_2(planes.channels)
     whole = triton.next_power_of_2(planes.height * planes.width)
-    # a program that needs the mean takes it of the whole sample: there are at most so many of a sample
+    # each program may compute the mean of its whole sample, so a sample has at most _PROGRAMS of them
     pixels = min(max(1, row.pop("ELEMENTS") // channels, whole // _PROGRAMS), whole)
     programs = planes.samples * triton.cdiv(planes.height * planes.width, pixels)
     sizes = {"C": planes.channels, "H": planes.height, "W": planes.width, "BLOCK_C": channels, "BLOCK_M": pixels}
