@@ -140,6 +140,7 @@ def compile_ahead(call: Callable[[], object]) -> None:
 
 
 def __getattr__(name: str) -> Any:
+    """Return the operation `name`, imported on first use. Raises `ImportError` where Triton is missing."""
     if name.startswith("conv3x3") and name in OPERATIONS:
         return importlib.import_module(".dispatch", __package__).dispatched(name)
     if name in OPERATIONS:

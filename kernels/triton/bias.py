@@ -42,6 +42,7 @@ def _forward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store p and, in a direction, ṗ of contiguous planes."""
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
     begin = sample * (C * H * W)
@@ -81,6 +82,7 @@ def _backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store ȳ and, in a direction, ȳ̇ of contiguous planes, and the sums for β."""
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
@@ -126,6 +128,7 @@ def _forward_lines(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
+    """Store p and, in a direction, ṗ of one part of channels_last planes."""
     sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     p += sample * ((H // 2) * (W // 2) * C)
@@ -169,6 +172,7 @@ def _backward_lines(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
+    """Store ȳ and, in a direction, ȳ̇ of one part of channels_last planes, and the sums for β."""
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
@@ -231,6 +235,7 @@ def bias_relu_pool_dual_backward(
 
 
 def _run_forward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> None:
+    """Run the kernel for the memory format. `rest` is y_dot, beta, beta_dot, p, p_dot."""
     kind = tl.float64 if accumulator(y.dtype) == torch.float64 else tl.float32
     if planes.channels_last:
         tile = tile_of(operation, planes, y)

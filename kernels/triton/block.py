@@ -298,6 +298,7 @@ def _patch_terms(channels: int) -> int:
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Allocate a tensor of `shape` with the dtype and device of `like`."""
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 

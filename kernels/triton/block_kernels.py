@@ -47,7 +47,7 @@ def pool(
     stats: tl.tensor,  # (B, 4, K): mean, rstd, k1, k2, for images minus their shift
     p: tl.tensor,  # (B, PH, PW, K)
     p_dot: tl.tensor | None,
-    parts: tl.tensor,
+    parts: tl.tensor,  # number of parts of a sample's windows
     tiles: tl.tensor,  # in one part
     EPS: tl.constexpr,
     C: tl.constexpr,
@@ -124,7 +124,7 @@ def sum_patches(
     p_bar_dot: tl.tensor | None,
     sums: tl.tensor,  # (B, parts, TERMS, K)
     sums_dot: tl.tensor | None,
-    parts: tl.tensor,
+    parts: tl.tensor,  # number of parts of a sample's windows
     tiles: tl.tensor,  # in one part
     p_bar_parts: tl.tensor | None,  # (COUNT, B, PH, PW, K): of p̄; then p̄ is stored
     p_bar_dot_parts: tl.tensor | None,  # (COUNT_DOT, B, PH, PW, K): of p̄̇
@@ -202,14 +202,14 @@ def _precise_product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: t
 def finish(
     gram: tl.tensor,  # (B, gram_parts, 9 C + 1, 9 C + 1)
     gram_parts: tl.tensor,
-    stats: tl.tensor,  # (B, 4, K)
+    stats: tl.tensor,  # (B, 4, K): as `pool` stored them
     weight: tl.tensor,  # (K, C, 3, 3)
     weight_dot: tl.tensor | None,
     gamma: tl.tensor,  # (K,)
     gamma_dot: tl.tensor | None,
     sums: tl.tensor,  # (B, parts, TERMS, K)
     sums_dot: tl.tensor | None,
-    parts: tl.tensor,
+    parts: tl.tensor,  # number of parts in `sums`
     gradients: tl.tensor,  # (B, 9 C K + 2 K): to weight, γ, β, or their derivatives; the caller sums over B
     linear: tl.tensor | None,  # (B, BLOCKS, TERMS, TERMS): M, a summand for each block of filters
     C: tl.constexpr,

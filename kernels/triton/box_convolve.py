@@ -234,4 +234,5 @@ def part_bytes(operation: str, inputs: Planes, outputs: Planes, precision: Preci
 
 
 def _count_parts(taps: int, products: int) -> int:
+    """Return the number of partial sums of `products` whose taps are split into parts of `taps`."""
     return products * 9 // taps

@@ -156,6 +156,7 @@ def _copy_block(
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
+    """Copy BLOCK_L positions × BLOCK_C channels of one of the planes to each of its COPIES lines."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = block % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     position = (block // BLOCKS).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]

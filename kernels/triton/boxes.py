@@ -3,7 +3,7 @@
 A box is the tile that TMA loads or stores at once. The hardware computes its addresses. It loads zeros for elements outside
 the tensor, and stores nothing there. It requires three things: channels are the innermost dimension, all other strides are
 multiples of 16 bytes, and a box begins at a multiple of 16 bytes in the innermost dimension. A box that began elsewhere
-ended in an illegal instruction. `fits` returns for which planes all of this holds.
+ended in an illegal instruction. `fits` checks all of this for planes.
 """
 
 from __future__ import annotations

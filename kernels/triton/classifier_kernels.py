@@ -211,7 +211,7 @@ def _logits_by_sums(
     AHEAD: tl.constexpr,  # tiles of features that are loaded at a time
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return logits without the bias (ROWS, COLUMNS) and, in a direction, their derivatives, as sums of element-wise products."""
+    """Return logits without the bias (ROWS, COLUMNS) and, in a direction, their derivatives, without `tl.dot`."""
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     total, total_dot = tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC), tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC)
     row, row_exists = row[:, :, None], row_exists[:, :, None]

@@ -30,9 +30,9 @@ def rounded_up(number: int, sizes: tuple[int, ...]) -> int:
 
 
 def box_configuration(operation: str, architecture: str, *classes: str) -> Configuration:
-    """Return the configuration of a convolution with TMA loads, from the closest of `classes` that has one for `architecture`.
+    """Return the configuration of a convolution with TMA loads, from the closest of `classes` that has one.
 
-    Raises `KeyError` if none has one.
+    Raises `KeyError` if no class has one for `architecture`.
     """
     for rows in (table()[operation].get(name, {}) for name in classes):
         if "tma" in rows.get(architecture, {}):

@@ -129,7 +129,7 @@ def _empty_dual(x: Tensor, x_dot: Tensor | None, weight: Weight, padding: int) -
     """Allocate y and ẏ. Where x and ẋ are adjacent in memory, put ẏ directly before y.
 
     The gradients are later written over y and ẏ. In this order, the two products of the dual weight gradient, ȳ̇ ⋆ x + ȳ ⋆ ẋ,
-    become one. Memory that is freed only as a whole costs nothing: where ẋ lives as long as x, ẏ lives as long as y.
+    become one. Both are freed only together, which costs no memory: where ẋ lives as long as x, ẏ lives as long as y.
     """
     if x_dot is None or stacked(x, x_dot) is None:
         return empty_output(x, weight, padding), empty_output(x, weight, padding)

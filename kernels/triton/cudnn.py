@@ -99,5 +99,6 @@ def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tenso
 
 @contextmanager
 def _precision(precision: Precision) -> Iterator[None]:
+    """Allow cuDNN only deterministic algorithms, and tf32 only if `precision` is tf32."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision == "tf32"):
         yield

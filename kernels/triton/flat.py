@@ -62,13 +62,15 @@ def _owns_piece(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr) -> None:
+    """Store the vector of the pieces' sums in `out`."""
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
             place, exists, total = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
             tl.store(out + place, total, exists)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rate"])  # an element of a vector of rates has any alignment
+# an element of a vector of rates has any alignment
+@triton.jit(do_not_specialize_on_alignment=["rate"])
 def _sgd_step(
     theta: tl.tensor,
     pieces: tl.tuple,  # pointers to the first summand of each piece
@@ -82,6 +84,7 @@ def _sgd_step(
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
+    """Store θ − rate · update in `out`, and the update, the new velocity, in `velocity_out` unless it is None."""
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
             place, exists, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
@@ -94,7 +97,8 @@ def _sgd_step(
             tl.store(out + place, at - tl.load(rate).to(ACC) * update, exists)
 
 
-@triton.jit(do_not_specialize_on_alignment=["scale"])  # an element of a vector of scales has any alignment
+# an element of a vector of scales has any alignment
+@triton.jit(do_not_specialize_on_alignment=["scale"])
 def _adjoint_step(
     adjoint: tl.tensor,
     pieces: tl.tuple,  # pointers to the first summand of each piece
@@ -107,6 +111,7 @@ def _adjoint_step(
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
+    """Store adjoint + scale · (H v + WEIGHT_DECAY · direction), plus `incoming` unless it is None, in `out`."""
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
             place, exists, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
@@ -122,6 +127,7 @@ def _adjoint_step(
 def _squared_distance(
     a: tl.tensor, b: tl.tensor, partials: tl.tensor, size: tl.tensor, PARTIALS: tl.constexpr, SIZE: tl.constexpr
 ) -> None:
+    """Store each program's partial sum of (a − b)², in float64."""
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros((SIZE,), tl.float64)
     for start in range(program * SIZE, size, PARTIALS * SIZE):
@@ -134,6 +140,7 @@ def _squared_distance(
 
 @triton.jit
 def _sum(partials: tl.tensor, result: tl.tensor, PARTIALS: tl.constexpr) -> None:
+    """Store the sum of the PARTIALS partial sums."""
     tl.store(result, tl.sum(tl.load(partials + tl.arange(0, PARTIALS)), 0))
 
 

@@ -78,6 +78,7 @@ def _convolve(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
+    """Store a tile of ẏ and, unless `y` is None, of y: BLOCK_M pixels × BLOCK_N output channels."""
     # Neighbouring programs read the same pixels, then neighbouring pixels, so that these stay in the cache.
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
@@ -153,6 +154,7 @@ def _correlate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
+    """Store BLOCK_K terms × BLOCK_N output channels of the weight gradient, summed over one part of the pixels."""
     ACC: tl.constexpr = parts.dtype.element_ty
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N

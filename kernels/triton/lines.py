@@ -150,6 +150,7 @@ def parts_of_pixels(planes: Planes, tile: Configuration) -> int:
 
 
 def _windows(planes: Planes) -> int:
+    """Return the number of 2×2 windows of a plane, incomplete ones included."""
     return ((planes.height + 1) // 2) * ((planes.width + 1) // 2)
 
 

@@ -48,6 +48,7 @@ def _forward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store p, mean and rstd of contiguous planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
@@ -100,6 +101,7 @@ def _backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store ȳ of contiguous planes, and summands of γ̄ and β̄."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
@@ -249,6 +251,7 @@ def _dual(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store p, ṗ and the statistics of contiguous planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
@@ -319,6 +322,7 @@ def _dual_backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store ȳ and ȳ̇ of contiguous planes, and summands of γ̄̇ and β̄̇."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)

@@ -33,6 +33,7 @@ def _load_quarters(
     WHOLE: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return the four quarters of all windows of a sample's planes, (WINDOWS, BLOCK_C) each, with partial sums added up."""
     window = tl.arange(0, WINDOWS)[:, None]
     pixel0, mask0 = quarter_pixels(window, 0, H, W, WHOLE)
     pixel1, mask1 = quarter_pixels(window, 1, H, W, WHOLE)
@@ -58,6 +59,7 @@ def _store_quarters(
     WHOLE: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store the four quarters of all windows of a sample's planes."""
     window = tl.arange(0, WINDOWS)[:, None]
     for quarter in tl.static_range(4):
         pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
@@ -66,6 +68,7 @@ def _store_quarters(
 
 @triton.jit
 def _window_sum(quarters: tl.tuple, ACC: tl.constexpr) -> tl.tensor:
+    """Return the sum of the four quarters, (WINDOWS, BLOCK_C), in ACC."""
     upper = quarters[0].to(ACC) + quarters[1].to(ACC)
     return upper + (quarters[2].to(ACC) + quarters[3].to(ACC))
 
@@ -86,7 +89,7 @@ def _forward(
     p_dot: tl.tensor | None,
     parts: tl.tensor | None,  # (COUNT, B, H, W, C): of y; then y is stored
     parts_dot: tl.tensor | None,  # (COUNT_DOT, B, H, W, C): of ẏ
-    size: tl.tensor | None,  # of a part
+    size: tl.tensor | None,  # elements of a part
     EPS: tl.constexpr,
     COUNT: tl.constexpr,
     COUNT_DOT: tl.constexpr,
@@ -97,6 +100,7 @@ def _forward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store p, mean and rstd and, in a direction, ṗ, k1 and k2 of whole planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     sample, _, c, exists = program_part(1, C, BLOCK_C)
     plane = sample * C + c
@@ -178,7 +182,7 @@ def _backward(
     y_bar_dot: tl.tensor | None,
     parts: tl.tensor | None,  # (COUNT, B, H//2, W//2, C): of p̄; then p̄ is stored
     parts_dot: tl.tensor | None,  # (COUNT_DOT, B, H//2, W//2, C): of p̄̇
-    size: tl.tensor | None,  # of a part
+    size: tl.tensor | None,  # elements of a part
     COUNT: tl.constexpr,
     COUNT_DOT: tl.constexpr,
     C: tl.constexpr,
@@ -188,6 +192,7 @@ def _backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store ȳ, the sums over planes and, in a direction, ȳ̇ of whole planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     sample, _, c, exists = program_part(1, C, BLOCK_C)

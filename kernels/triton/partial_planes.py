@@ -39,6 +39,7 @@ def load_planes(
 
 @triton.jit
 def _add_planes(parts: tl.tuple, planes: tl.tuple, size: tl.tensor, COUNTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """Store the sums of the parts in the planes, BLOCK elements of each."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < size
     for number in tl.static_range(len(COUNTS)):

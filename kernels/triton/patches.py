@@ -75,7 +75,8 @@ def _load_pixels(
     return value
 
 
-@triton.jit(do_not_specialize_on_alignment=["index", "parameters"])  # any alignment; single loads
+# `index` and `parameters` of a step have any alignment, and single loads read them
+@triton.jit(do_not_specialize_on_alignment=["index", "parameters"])
 def gather(
     x: tl.tensor,  # (n, C, H, W)
     index: tl.tensor | None,  # (B,)
@@ -135,9 +136,8 @@ def gather(
         centre = tl.minimum(centre, last)
         xs = load_patches(images, centre // WIDTH, centre % WIDTH, C, WP, TERMS)
         xs = tl.where(exists, xs, 0).to(xs.dtype)
-        total += product(
-            tl.trans(xs), xs, ACC, PRECISION
-        )  # added outside of `tl.dot`, whose accumulator would lose bits
+        # added outside of `tl.dot`, whose accumulator would lose bits
+        total += product(tl.trans(xs), xs, ACC, PRECISION)
     COUNT: tl.constexpr = 9 * C + 1
     row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
     place = program.to(tl.int64) * (COUNT * COUNT) + row * COUNT + column
@@ -261,9 +261,8 @@ def fold_norm(
     w = w.to(tl.float64)
     covariance_w = tl.dot(covariance, w, out_dtype=tl.float64)
     mu = tl.sum(mean * w, 0)
-    variance = tl.maximum(
-        tl.sum(w * covariance_w, 0), 0.0
-    )  # rounding can make the variance of a constant plane negative
+    # rounding can make the variance of a constant plane negative
+    variance = tl.maximum(tl.sum(w * covariance_w, 0), 0.0)
     r = 1 / tl.sqrt(variance + EPS)
     scale = gamma.to(tl.float64) * r
     f = _append_shift((scale[None, :] * w).to(ACC), beta, mean, C, TERMS, PRECISION)

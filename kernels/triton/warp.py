@@ -228,6 +228,7 @@ def _forward(
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
+    """Store one block of pixels of y."""
     ACC: tl.constexpr = parameters.dtype.element_ty
     sample, c, i, j = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     colour, down, right, mask = load_parameters(parameters, sample)
@@ -248,6 +249,7 @@ def _transpose(
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
+    """Store one block of pixels of x̄."""
     ACC: tl.constexpr = parameters.dtype.element_ty
     sample, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     begin = sample * (C * H * W)
@@ -255,7 +257,8 @@ def _transpose(
     tl.store(x_bar + begin + c * (H * W) + row * W + column, x, (c < C) & (row < H))
 
 
-@triton.jit(do_not_specialize_on_alignment=["index", "parameters", "factor"])  # those of a step have any alignment
+# these arguments of a step have any alignment, and single loads read them
+@triton.jit(do_not_specialize_on_alignment=["index", "parameters", "factor"])
 def _transpose_add(
     out: tl.tensor,  # (n, C, H, W)
     index: tl.tensor,  # (B,)

@@ -17,7 +17,7 @@ from .configurations import configuration
 from .flat import largest_parts, power_of_two_from_parts
 from .launch import architecture, launch, tl, triton
 
-_ALIGNMENT = 64  # elements: the memory of a TMA descriptor begins at a multiple of 128 bytes here
+_ALIGNMENT = 64  # elements: each copy begins at a multiple of 128 bytes, as TMA descriptors need it
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _pack_weights(
     FILTERS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    """Pack FILTERS × CHANNELS 3×3 weights, the tile of one program. Both sides are large enough for coalesced loads and stores."""
+    """Pack FILTERS × CHANNELS 3×3 weights, one program's tile, wide enough for coalesced loads and stores."""
     first = 0
     for weight in tl.static_range(len(WEIGHTS)):
         source, target, filters, channels, apart = WEIGHTS[weight]
@@ -66,7 +66,7 @@ def _pack(
     CHANNELS: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    """Pack weights in the first TILES programs and those of a direction in the next TILES; scale the direction in the others."""
+    """Pack weights in the first TILES programs, those of a direction in the next TILES, and scale it in the others."""
     program = tl.program_id(0)
     if program < TILES:
         _pack_weights(theta, packed, 1.0, program, WEIGHTS, FILTERS, CHANNELS)
@@ -128,6 +128,7 @@ def _pack_missing(weights: tuple[Weight, ...], planes: Tensor, precision: Precis
 
 
 def _pack_one(weight: Tensor, precision: Precision) -> PackedWeight:
+    """Return one weight (K, C, 3, 3) packed, by a kernel of its own."""
     place = WeightPlace(0, weight.shape[0], weight.shape[1])
     (packed,) = pack_parameters(weight.flatten(), None, (place,), precision, 1.0).weights
     assert isinstance(packed, PackedWeight)
