@@ -258,8 +258,8 @@ def finish(
         weight_bar += (PIXELS * r * of_h)[None, :] * covariance_w
     else:
         beta_bar_dot = tl.sum(tl.where(one, total_dot, 0), 0)
-        along = tl.sum(w_dot * total, 0) - k1 * beta_bar - k2 * gamma_bar  # Σ ūḣ / r
-        gamma_bar_dot = r * (tl.sum(w * total_dot, 0) - mu * beta_bar_dot + along)
+        u_bar_h_dot = tl.sum(w_dot * total, 0) - k1 * beta_bar - k2 * gamma_bar  # Σ ūḣ / r
+        gamma_bar_dot = r * (tl.sum(w * total_dot, 0) - mu * beta_bar_dot + u_bar_h_dot)
         # ȳ̇ = of_u ū̇ + dot_of_u ū + dot_constant + dot_of_h h + of_h r (ẏ − k1)
         dot_of_u = r * (g_dot - k2 * of_u)
         dot_constant = scale * (g_dot * beta_bar + g * beta_bar_dot) - r * k2 * constant
@@ -352,9 +352,9 @@ def spread(
     whole = ((row < H // 2 * 2) & (column < W // 2 * 2))[:, None]
     for block in range(K // BLOCK_C):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        at = place + c[None, :]
-        share = _pixel_share(tl.load(p_bar + at, whole, 0), ACC, PRECISION)
-        share_dot = _pixel_share(tl.load(p_bar_dot + at, whole, 0), ACC, PRECISION)
+        offset = place + c[None, :]
+        share = _pixel_share(tl.load(p_bar + offset, whole, 0), ACC, PRECISION)
+        share_dot = _pixel_share(tl.load(p_bar_dot + offset, whole, 0), ACC, PRECISION)
         w = tl.load(folded + term[:, None] * K + c[None, :])
         transposed = term[None, :] * K + c[:, None]
         w_transposed, w_dot_transposed = tl.load(folded + transposed), tl.load(folded_dot + transposed)

@@ -52,23 +52,23 @@ def score(
     exists, place = row_exists & column_exists, row * CLASSES + column
 
     if ROWS < 16:  # `tl.dot` needs at least 16 rows
-        at, along = _logits_by_sums(
+        logits, logits_dot = _logits_by_sums(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, AHEAD if tl.float32 == ACC else 1, ACC,
         )  # fmt: skip
     else:
-        at, along = _logits_by_dot(
+        logits, logits_dot = _logits_by_dot(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
-    at += tl.load(bias + column, column_exists, 0).to(ACC)
-    tl.store(z + place, at, exists)
+    logits += tl.load(bias + column, column_exists, 0).to(ACC)
+    tl.store(z + place, logits, exists)
     if p_dot is not None:
-        along += tl.load(bias_dot + column, column_exists, 0).to(ACC)
-        tl.store(z_dot + place, along, exists)
+        logits_dot += tl.load(bias_dot + column, column_exists, 0).to(ACC)
+        tl.store(z_dot + place, logits_dot, exists)
 
     targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
-    parts = softmax_parts(at, along, targets, column_exists, p_dot is not None, KIND)
+    parts = softmax_parts(logits, logits_dot, targets, column_exists, p_dot is not None, KIND)
     for number in tl.static_range(6):
         tl.store(partials + (number * batch + row) * BLOCKS + block, parts[number], row_exists)
     if magnitudes is not None:
@@ -358,14 +358,14 @@ def _sum_over_samples(
         softmax = load_softmax(partials, row, batch, p_dot is not None, KIND, BLOCKS, EVERY, ACC)
         o_bar, o_bar_dot, _ = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
         p_offset, exists = row * WIDTH + place, (row < batch) & place_exists
-        moving = o_bar
+        cotangent = o_bar
         if p_dot is not None:
-            moving = o_bar_dot
+            cotangent = o_bar_dot
             f_dot = tl.load(p_dot + p_offset, exists, 0).to(ACC)
             to_weight = tl.dot(tl.trans(o_bar), f_dot, to_weight, input_precision="ieee", out_dtype=ACC)
         f = tl.load(p + p_offset, exists, 0).to(ACC)
-        to_weight = tl.dot(tl.trans(moving), f, to_weight, input_precision="ieee", out_dtype=ACC)
-        to_bias += tl.sum(moving, 0, keep_dims=True)
+        to_weight = tl.dot(tl.trans(cotangent), f, to_weight, input_precision="ieee", out_dtype=ACC)
+        to_bias += tl.sum(cotangent, 0, keep_dims=True)
         total += tl.where(row < batch, softmax[5], 0)
     return to_weight, to_bias, -tl.sum(tl.sum(total, 1), 0) / batch
 

@@ -84,17 +84,20 @@ def _sgd_step(
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
-    """Store θ − rate · update in `out`, and the update, the new velocity, in `velocity_out` unless it is None."""
+    """Store θ − rate · update in `out`, and the update in `velocity_out` unless that is None.
+
+    The update is gradient + WEIGHT_DECAY · θ + MOMENTUM · velocity.
+    """
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
             place, exists, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
-            at = tl.load(theta + place, exists, 0).to(ACC)
-            update = gradient + WEIGHT_DECAY * at
+            value = tl.load(theta + place, exists, 0).to(ACC)
+            update = gradient + WEIGHT_DECAY * value
             if velocity is not None:
                 update += MOMENTUM * tl.load(velocity + place, exists, 0).to(ACC)
             if velocity_out is not None:
                 tl.store(velocity_out + place, update, exists)
-            tl.store(out + place, at - tl.load(rate).to(ACC) * update, exists)
+            tl.store(out + place, value - tl.load(rate).to(ACC) * update, exists)
 
 
 # an element of a vector of scales has any alignment
@@ -275,9 +278,10 @@ def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
     Many summands take many rows of a tile, and so more programs.
     """
     summands, numbers = len(piece), piece.shape[1:].numel()
-    lie_last = piece.dim() == 5 and not piece[:1].is_contiguous()
-    groups, channels, taps = (piece.shape[1], piece.shape[2], 9) if lie_last else (int(numbers > 0), numbers, 1)
-    tap_block, least_columns = (16, 8) if lie_last else (1, 32)  # a row is at least a whole sector, or a cache line
+    channels_last = piece.dim() == 5 and not piece[:1].is_contiguous()
+    groups, channels, taps = (piece.shape[1], piece.shape[2], 9) if channels_last else (int(numbers > 0), numbers, 1)
+    # a row of the tile is at least a whole sector, or a cache line
+    tap_block, least_columns = (16, 8) if channels_last else (1, 32)
     rows = min(triton.next_power_of_2(max(summands, 1)), size // (tap_block * least_columns))
     columns = size // (tap_block * max(rows, 4))  # few summands do not fill a tile; smaller tiles make more programs
     end = first + groups * triton.cdiv(channels, columns)

@@ -347,9 +347,9 @@ def _dual_backward(
         ACC, C, H, W, BLOCK_C, WINDOWS,
     )  # fmt: skip
     h_bar_mean = g * beta_total / (H * W)
-    along = g * gamma_total / (H * W)
+    hh_bar_mean = g * gamma_total / (H * W)
     h_bar_mean_dot = (g_dot * beta_total + g * beta_total_dot) / (H * W)
-    along_dot = (g_dot * gamma_total + g * gamma_total_dot) / (H * W)
+    hh_bar_mean_dot = (g_dot * gamma_total + g * gamma_total_dot) / (H * W)
 
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
@@ -363,8 +363,8 @@ def _dual_backward(
             active = g * h + b > 0
             u_bar = tl.where(active, share, 0)
             u_bar_dot = tl.where(active, share_dot, 0)
-            q = g * u_bar - h_bar_mean - h * along
-            q_dot = g_dot * u_bar + g * u_bar_dot - h_bar_mean_dot - h_dot * along - h * along_dot
+            q = g * u_bar - h_bar_mean - h * hh_bar_mean
+            q_dot = g_dot * u_bar + g * u_bar_dot - h_bar_mean_dot - h_dot * hh_bar_mean - h * hh_bar_mean_dot
             offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * q, mask)
             tl.store(y_bar_dot + offset, r * (q_dot - r * h_y_dot * q), mask)  # the derivative of r is −r² k2

@@ -136,7 +136,7 @@ def _forward(
     if y_dot is None:
         square = tl.sum(total, 0, keep_dims=True)
     else:
-        square, along = sum_two(total, total_dot)
+        square, square_dot = sum_two(total, total_dot)
     r = 1 / tl.sqrt(square / (H * W) + EPS)
     tl.store(mean + plane, mu, exists)
     tl.store(rstd + plane, r, exists)
@@ -144,7 +144,7 @@ def _forward(
     pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
     pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
-        h_y_dot = r * (along / (H * W))
+        h_y_dot = r * (square_dot / (H * W))
         g_dot, b_dot = tl.load(gamma_dot + c, exists, 0).to(ACC), tl.load(beta_dot + c, exists, 0).to(ACC)
         of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
         of_h = g_dot - of_y_dot * h_y_dot

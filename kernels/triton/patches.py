@@ -289,8 +289,8 @@ def fold_norm_tangent(
     k1 = tl.sum(mean * w_dot, 0)
     k2 = r * tl.sum(w_dot * covariance_w, 0)
     scale = gamma.to(tl.float64) * r
-    along = r * (gamma_dot.to(tl.float64) - scale * k2)  # u̇ = along (y − mean) + scale (ẏ − k1) + β̇
-    f_dot = (scale[None, :] * w_dot + along[None, :] * w).to(ACC)
+    scale_dot = r * (gamma_dot.to(tl.float64) - scale * k2)  # u̇ = scale_dot (y − mean) + scale (ẏ − k1) + β̇
+    f_dot = (scale[None, :] * w_dot + scale_dot[None, :] * w).to(ACC)
     return _append_shift(f_dot, beta_dot, mean, C, TERMS, PRECISION), k1, k2
 
 

@@ -58,10 +58,10 @@ def softmax_parts(
     if KIND == "logits":
         label_top = tl.max(targets, 1, keep_dims=True)
         t = tl.exp(targets - tl.where(label_top == float("-inf"), 0, label_top))
-    moving = z_dot if DUAL else tl.where(column_exists, z, 0)
-    along = tl.sum(t * moving, 1, keep_dims=True)
-    drift = tl.sum(e * z_dot, 1, keep_dims=True)
-    return top, tl.sum(e, 1, keep_dims=True), label_top, tl.sum(t, 1, keep_dims=True), along, drift
+    values = z_dot if DUAL else tl.where(column_exists, z, 0)
+    target_sum = tl.sum(t * values, 1, keep_dims=True)
+    z_dot_sum = tl.sum(e * z_dot, 1, keep_dims=True)
+    return top, tl.sum(e, 1, keep_dims=True), label_top, tl.sum(t, 1, keep_dims=True), target_sum, z_dot_sum
 
 
 @triton.jit
@@ -71,21 +71,21 @@ def combine(parts: tl.tuple, DUAL: tl.constexpr, KIND: tl.constexpr) -> tuple[tl
     With targets t and π = softmax(z), these are: top and Σ exp(z − top); the same two for labels that are logits; Σ t;
     Σ t log π, in a direction Σ t (log π)˙; and Σ π ż.
     """
-    tops, sums, label_tops, masses, alongs, drifts = parts
+    tops, sums, label_tops, target_masses, target_sums, z_dot_sums = parts
     top, label_top = tl.max(tops, 1, keep_dims=True), tl.max(label_tops, 1, keep_dims=True)
     share = tl.exp(tops - top)
     total = tl.sum(sums * share, 1, keep_dims=True)
     if not DUAL:
-        alongs += masses * tl.where(tops == float("-inf"), 0, tops - top)
+        target_sums += target_masses * tl.where(tops == float("-inf"), 0, tops - top)
     label_total = tl.zeros_like(label_top) + 1
     if KIND == "logits":
-        share_of_labels = tl.exp(label_tops - label_top)
-        label_total = tl.sum(masses * share_of_labels, 1, keep_dims=True)
-        masses, alongs = masses * share_of_labels / label_total, alongs * share_of_labels / label_total
-    mass, along = tl.sum(masses, 1, keep_dims=True), tl.sum(alongs, 1, keep_dims=True)
-    drift = tl.sum(drifts * share, 1, keep_dims=True) / total
-    along -= mass * (drift if DUAL else tl.log(total))
-    return top, total, label_top, label_total, mass, along, drift
+        label_share = tl.exp(label_tops - label_top)
+        label_total = tl.sum(target_masses * label_share, 1, keep_dims=True)
+        target_masses, target_sums = target_masses * label_share / label_total, target_sums * label_share / label_total
+    target_mass, target_sum = tl.sum(target_masses, 1, keep_dims=True), tl.sum(target_sums, 1, keep_dims=True)
+    z_dot_mean = tl.sum(z_dot_sums * share, 1, keep_dims=True) / total
+    target_sum -= target_mass * (z_dot_mean if DUAL else tl.log(total))
+    return top, total, label_top, label_total, target_mass, target_sum, z_dot_mean
 
 
 @triton.jit
@@ -105,10 +105,10 @@ def load_softmax(
     top = tl.load(partials + place, exists, float("-inf")).to(ACC)
     total = tl.load(partials + size + place, exists, 0).to(ACC)
     label_top = tl.load(partials + 2 * size + place, exists, float("-inf")).to(ACC)
-    mass = tl.load(partials + 3 * size + place, exists, 0).to(ACC)
-    along = tl.load(partials + 4 * size + place, exists, 0).to(ACC)
-    drift = tl.load(partials + 5 * size + place, exists, 0).to(ACC)
-    return combine((top, total, label_top, mass, along, drift), DUAL, KIND)  # type: ignore[no-any-return]
+    target_mass = tl.load(partials + 3 * size + place, exists, 0).to(ACC)
+    target_sum = tl.load(partials + 4 * size + place, exists, 0).to(ACC)
+    z_dot_sum = tl.load(partials + 5 * size + place, exists, 0).to(ACC)
+    return combine((top, total, label_top, target_mass, target_sum, z_dot_sum), DUAL, KIND)  # type: ignore[no-any-return]
 
 
 @triton.jit
@@ -126,16 +126,16 @@ def cotangents(
 
     Each is (rows, columns). ō and ō̇ are 0 where `exists` is false. `softmax` is what `combine` returned for the rows.
     """
-    top, total, label_top, label_total, mass, along, drift = softmax
+    top, total, label_top, label_total, target_mass, target_sum, z_dot_mean = softmax
     pi, t = tl.exp(z - top) / total, targets
     if KIND == "logits":
         t = tl.exp(targets - label_top) / label_total
-    moving = z_dot - drift  # the tangent of log π
-    to_labels = -moving
+    log_pi_dot = z_dot - z_dot_mean  # the derivative of log π in the direction
+    to_labels = -log_pi_dot
     if KIND == "logits":  # through t = softmax(labels)
-        to_labels = t * (along - moving)
-    o_bar = tl.where(exists, (pi * mass - t) / batch, 0)
-    return o_bar, tl.where(exists, pi * mass * moving / batch, 0), to_labels / batch
+        to_labels = t * (target_sum - log_pi_dot)
+    o_bar = tl.where(exists, (pi * target_mass - t) / batch, 0)
+    return o_bar, tl.where(exists, pi * target_mass * log_pi_dot / batch, 0), to_labels / batch
 
 
 @triton.jit
@@ -154,10 +154,10 @@ def load_cotangents(
     """Load a tile of logits and labels (rows, columns), and return what `cotangents` returns for it."""
     exists, place = (row < batch) & (column < CLASSES), row * CLASSES + column
     targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
-    at = tl.load(z + place, exists, 0)
-    along = at
+    logits = tl.load(z + place, exists, 0)
+    logits_dot = logits
     if z_dot is not None:
-        along = tl.load(z_dot + place, exists, 0)
+        logits_dot = tl.load(z_dot + place, exists, 0)
     return cotangents(  # type: ignore[no-any-return]
-        at, along, targets, exists, softmax, batch, z_dot is not None, KIND
+        logits, logits_dot, targets, exists, softmax, batch, z_dot is not None, KIND
     )
