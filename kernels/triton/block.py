@@ -1,7 +1,7 @@
 """Compute the first block, from images to pooled planes, with derivatives, and store no planes in between.
 
-The convolution is linear in the patch x̃ of a pixel (patches.py), and a patch has few numbers. All statistics of the norm
-therefore follow from the sums Σ x̃x̃ᵀ. The norm is folded into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. All sums of the
+The convolution is linear in the patch x̃ of a pixel (patches.py). All statistics of the norm therefore follow from the sums
+Σ x̃x̃ᵀ, which are few numbers. The norm is folded into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. All sums of the
 backward over a plane follow from U = Σ x̃ū and U̇ = Σ x̃ū̇. The gradient x̄̇ follows from T = ū·ḟᵀ + ū̇·fᵀ + x̃·M, which is a
 patch at each pixel. docs/adjoint.md derives this.
 """

@@ -91,17 +91,9 @@ def _launch(
     given = (labels, z, z_dot, partials, magnitudes)
     if magnitudes is not None and blocks > 1:
         launch(
-            measure,
-            feature_programs,
-            weight,
-            weight_dot,
-            *given,
-            batch,
-            **shape,
-            WIDTH=width,
-            **partial_sizes,
-            **gradient_row,
-        )
+            measure, feature_programs, weight, weight_dot, *given, batch,
+            **shape, WIDTH=width, **partial_sizes, **gradient_row,
+        )  # fmt: skip
     p_bar = torch.empty_like(p)
     p_bar_dot = None if p_dot is None else torch.empty_like(p)
     weight_bar, bias_bar, loss = torch.empty_like(weight), torch.empty_like(bias), weight.new_empty(())
