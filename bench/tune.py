@@ -300,9 +300,9 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     affine = [Affine(parameters(block.width), parameters(block.width)) for _ in range(2)]
     bars = [planes(block.width, grown // 2) for _ in range(2)]
     stats = reference.norm_relu_pool_dual(y, y_dot, *affine, NORM_EPS)[2]
-    forward = shape_classes(Planes.of(x), Planes.of(y), precision)
-    back = shape_classes(Planes.of(y), Planes.of(x), precision)
-    window = (shape_class(Planes.of(y)),) * 2
+    forward = shape_classes(Planes.from_tensors(x), Planes.from_tensors(y), precision)
+    back = shape_classes(Planes.from_tensors(y), Planes.from_tensors(x), precision)
+    window = (shape_class(Planes.from_tensors(y)),) * 2
 
     def fixed(*arguments: Any) -> Callable[[], list[Any]]:
         return lambda: list(arguments)
@@ -320,7 +320,7 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     ):
         yield Subject(name, window, lines(window[0]), name, fixed(*arguments))
         if batch <= FEW_SAMPLES:
-            classes = line_classes(Planes.of(y), partial=True)
+            classes = line_classes(Planes.from_tensors(y), partial=True)
             yield Subject(name, classes, lines(window[0]), name, fixed(*in_parts(name, arguments)))
 
     tiles: list[Row] = [*({"backend": "triton"} | tile for tile in TILES[precision]), {"backend": "cudnn"}]

@@ -1,9 +1,9 @@
-"""Compute the operations on CUDA: by kernels written in Triton, and by torch's library where that is faster.
+"""Compute the operations on CUDA with Triton kernels, and with cuDNN where that is faster.
 
-Importing this package imports neither Triton nor anything of CUDA. The first use of an operation does, and raises
-`ImportError` where Triton is missing: a GPU is never left idle in silence. As in the other back ends the functions are
-not differentiable. All are deterministic: no atomics, and sums are taken in an order that only shapes and the table of
-configurations decide. None waits for the device, so that all of them can be captured in a graph.
+Importing this package imports neither Triton nor CUDA libraries. The first use of an operation does, and raises
+`ImportError` where Triton is missing, so that a GPU never stays idle without a message. As in the other back ends, the
+functions are not differentiable. All are deterministic: they use no atomics, and the order of a sum depends only on shapes
+and on the table of configurations. No function waits for the device, so a CUDA graph can capture each of them.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ _MODULES = {
     "sgd": "flat",
     "squared": "flat",
 }
-"""Modules of the names that begin so."""
+"""Module of each operation, by the beginning of the operation's name."""
 
 
 def has_image_block(channels: int, filters: int | None) -> bool:
-    """Return whether there are kernels for the first block of such images and, unless None, so many filters."""
+    """Return whether there are kernels for the first block of images with `channels` and, unless it is None, `filters`."""
     return channels <= 3 and (filters is None or filters % 16 == 0)
 
 
@@ -135,11 +135,12 @@ def work_bytes(
 
 
 def compile_ahead(call: Callable[[], object]) -> None:
-    """Make a `call` whose launches compile their kernels, in parallel, and run none. Raises `ImportError` without Triton."""
+    """Run `call` so that its launches only compile their kernels, in parallel. Raises `ImportError` where Triton is missing."""
     importlib.import_module(".launch", __package__).compile_ahead(call)
 
 
 def __getattr__(name: str) -> Any:
+    """Return the operation `name`, imported on first use. Raises `ImportError` where Triton is missing."""
     if name.startswith("conv3x3") and name in OPERATIONS:
         return importlib.import_module(".dispatch", __package__).dispatched(name)
     if name in OPERATIONS:

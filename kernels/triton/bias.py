@@ -1,7 +1,7 @@
-"""Add a bias, take ReLU and average-pool 2×2 in one pass, and the derivatives: the end of a block without a norm.
+"""Add a bias, take ReLU and average-pool 2×2, with derivatives: the end of a block without a norm.
 
-One walk over the planes: of channels_last ones by parts in whole lines of channels (lines.py), of contiguous ones in the
-windows of windows.py. A derivative is taken along with the primal's value, in the same walk; without one the kernels' dots
+A kernel passes over the planes once: over channels_last planes in parts (lines.py), over contiguous ones in the windows of
+windows.py. It computes the primal's values and, in a direction, their derivatives. Without a direction, all `_dot` arguments
 are None.
 """
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..types import accumulator
 from .launch import tl, triton
-from .lines import launch_parts, part_of, parts_of_windows, pooled_place, quarter_place, tile_of
+from .lines import launch_parts, parts_of_windows, pooled_pixels, program_part, quarter_pixels, tile_of
 from .planes import Planes
 from .windows import (
-    block_of,
     empty_pool,
     empty_stat,
     launch_windows,
     load_windows,
     output_buffer,
     plane_sum,
-    pooled_of,
-    row_of,
+    pooled_offsets,
+    program_block,
+    row_offsets,
 )
 
 
@@ -42,8 +42,9 @@ def _forward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store p and, in a direction, ṗ of contiguous planes."""
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     begin = sample * (C * H * W)
     begin_pooled = sample * (C * (H // 2) * (W // 2))
     b = tl.load(beta + c, exists, 0).to(ACC)
@@ -52,7 +53,7 @@ def _forward(
 
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
         for row in tl.static_range(2):
             u = ys[row] + b
@@ -74,16 +75,17 @@ def _backward(
     p_bar_dot: tl.tensor | None,
     y_bar: tl.tensor,  # (B, C, H, W)
     y_bar_dot: tl.tensor | None,
-    beta_sums: tl.tensor,  # (B, C), of ū, or of its derivative if there is one: the sum over samples is the caller's
+    beta_sums: tl.tensor,  # (B, C): of ū, in a direction of ū̇; the caller sums over the samples
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store ȳ and, in a direction, ȳ̇ of contiguous planes, and the sums for β."""
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     begin = sample * (C * H * W)
     begin_pooled = sample * (C * (H // 2) * (W // 2))
     b = tl.load(beta + c, exists, 0).to(ACC)
@@ -91,15 +93,15 @@ def _backward(
     total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + begin_pooled + offset, mask, 0).to(ACC) * 0.25
         if p_bar_dot is not None:
             share_dot = tl.load(p_bar_dot + begin_pooled + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             active = ys[row] + b > 0
             u_bar = tl.where(active, share, 0)
-            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + begin + offset, u_bar, mask)
             if p_bar_dot is not None:
                 u_bar = tl.where(active, share_dot, 0)
@@ -126,7 +128,8 @@ def _forward_lines(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    """Store p and, in a direction, ṗ of one part of channels_last planes."""
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     p += sample * ((H // 2) * (W // 2) * C)
     b = tl.load(beta + c, exists, 0).to(ACC)
@@ -139,13 +142,13 @@ def _forward_lines(
         pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
         pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             u = tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) + b
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
                 u_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) + b_dot
                 pooled_dot += tl.where(u > 0, u_dot, 0)
-        place, mask = pooled_place(window, H, W, WHOLE)
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         tl.store(p + place * C + c, pooled * 0.25, mask & exists)
         if y_dot is not None:
             tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
@@ -157,9 +160,9 @@ def _backward_lines(
     beta: tl.tensor,  # (C,)
     p_bar: tl.tensor,  # (B, H//2, W//2, C)
     p_bar_dot: tl.tensor | None,
-    y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y, of which a pixel is read before it is written
+    y_bar: tl.tensor,  # (B, H, W, C); may be the memory of y: a pixel is read before it is written
     y_bar_dot: tl.tensor | None,
-    beta_sums: tl.tensor,  # (B, PARTS, C), of ū, or of its derivative if there is one: the sum over these is the caller's
+    beta_sums: tl.tensor,  # (B, PARTS, C): of ū, in a direction of ū̇; the caller sums over B and PARTS
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -169,8 +172,9 @@ def _backward_lines(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
+    """Store ȳ and, in a direction, ȳ̇ of one part of channels_last planes, and the sums for β."""
     ACC: tl.constexpr = beta_sums.dtype.element_ty
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     y_bar += sample * (H * W * C)
     p_bar += sample * ((H // 2) * (W // 2) * C)
@@ -181,13 +185,13 @@ def _backward_lines(
     total = tl.zeros((WINDOWS, BLOCK_C), ACC)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        place, mask = pooled_place(window, H, W, WHOLE)
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if p_bar_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             active = tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) + b > 0
             u_bar = tl.where(active, share, 0)
             tl.store(y_bar + pixel * C + c, u_bar, mask & exists)
@@ -200,7 +204,7 @@ def _backward_lines(
 
 def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
     """See `mtt_fast.kernels.bias_relu_pool`."""
-    planes = Planes.of(y)
+    planes = Planes.from_tensors(y)
     p = empty_pool(y, planes)
     _run_forward("bias_relu_pool", planes, y, None, beta, None, p, None)
     return p
@@ -208,13 +212,13 @@ def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:
 
 def bias_relu_pool_backward(y: Tensor, beta: Tensor, p_bar: Tensor, reuse: bool = False) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_backward`."""
-    planes, y_bar = Planes.of(y, p_bar), output_buffer(y, reuse)
+    planes, y_bar = Planes.from_tensors(y, p_bar), output_buffer(y, reuse)
     return y_bar, _run_backward("bias_relu_pool_backward", planes, y, beta, p_bar, None, y_bar, None)
 
 
 def bias_relu_pool_dual(y: Tensor, y_dot: Tensor, beta: Tensor, beta_dot: Tensor) -> tuple[Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual`."""
-    planes = Planes.of(y, y_dot)
+    planes = Planes.from_tensors(y, y_dot)
     p, p_dot = (empty_pool(y, planes) for _ in range(2))
     _run_forward("bias_relu_pool_dual", planes, y, y_dot, beta, beta_dot, p, p_dot)
     return p, p_dot
@@ -224,13 +228,14 @@ def bias_relu_pool_dual_backward(
     y: Tensor, beta: Tensor, p_bar: Tensor, p_bar_dot: Tensor, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.bias_relu_pool_dual_backward`."""
-    planes = Planes.of(y, p_bar, p_bar_dot)
+    planes = Planes.from_tensors(y, p_bar, p_bar_dot)
     y_bar, y_bar_dot = output_buffer(y, reuse), torch.empty_like(y)
     arguments = (y, beta, p_bar, p_bar_dot, y_bar, y_bar_dot)
     return y_bar, y_bar_dot, _run_backward("bias_relu_pool_dual_backward", planes, *arguments)
 
 
 def _run_forward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> None:
+    """Run the kernel for the memory format. `rest` is y_dot, beta, beta_dot, p, p_dot."""
     kind = tl.float64 if accumulator(y.dtype) == torch.float64 else tl.float32
     if planes.channels_last:
         tile = tile_of(operation, planes, y)
@@ -240,7 +245,7 @@ def _run_forward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None
 
 
 def _run_backward(operation: str, planes: Planes, y: Tensor, *rest: Tensor | None) -> Tensor:
-    """Run the kernel; return the sums of ū over parts of the planes of a channel, or those of its derivative: (S, C)."""
+    """Run the kernel for the memory format. Return the summands (S, C) of the sum of ū or, in a direction, of ū̇."""
     if planes.channels_last:
         tile = tile_of(operation, planes, y)
         parts = parts_of_windows(planes, tile)

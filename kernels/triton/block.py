@@ -1,8 +1,9 @@
-"""Compute the first block, from images to pooled planes, and its derivatives, with nothing of the planes' size in between.
+"""Compute the first block, from images to pooled planes, with derivatives, and store no planes in between.
 
-The convolution is linear in a pixel's patch x̃ (patches.py), and so few numbers have their sums Σ x̃x̃ᵀ for all statistics of
-the norm, which then folds into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. What the backward sums over a plane follows
-from U = Σ x̃ū and U̇ = Σ x̃ū̇, and x̄̇ from T = ū·ḟᵀ + ū̇·fᵀ + x̃·M, a patch at each pixel. docs/adjoint.md derives this.
+The convolution is linear in the patch x̃ of a pixel (patches.py). All statistics of the norm therefore follow from the sums
+Σ x̃x̃ᵀ, which are few numbers. The norm is folded into weights of each sample: u = f·x̃ and u̇ = ḟ·x̃. All sums of the
+backward over a plane follow from U = Σ x̃ū and U̇ = Σ x̃ū̇. The gradient x̄̇ follows from T = ū·ḟᵀ + ū̇·fᵀ + x̃·M, which is a
+patch at each pixel. docs/adjoint.md derives this.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from ..types import Affine, Convolved, Folded, Patches, Precision, plane_dtype, 
 from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import architecture, launch, tl, triton
-from .partial_planes import arguments_of, counts_of
+from .partial_planes import part_arguments, part_counts
 from .patches import ONES, gather
 from .planes import OFFSETS, Planes
 
-MOST_REGISTERS = 255  # of a thread
-SIZES = (256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
+MOST_REGISTERS = 255  # that a thread can have
+SIZES = (256, 1024, 4096, 16384)  # pixels that separate the classes of shapes; the last has larger planes too
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The sizes of a block and its factors, named as the kernels' constants."""
+    """Sizes and precision of a block, named as the constexpr parameters of the kernels."""
 
     C: int
     K: int
@@ -39,20 +40,20 @@ class _Block:
     ACC: Any
 
     @classmethod
-    def of(cls, patches: Patches, weight: Tensor, precision: Precision) -> _Block:
-        """Return the block that convolves `patches` with `weight`."""
+    def from_operands(cls, patches: Patches, weight: Tensor, precision: Precision) -> _Block:
+        """Return the sizes of the block that convolves `patches` with `weight` (K, C, 3, 3)."""
         _, height, width, channels = patches.images.shape
         wide = weight.dtype == torch.float64
         acc = tl.float64 if wide else tl.float32
-        return cls(channels, len(weight), height, width, _terms(channels), "fp64" if wide else precision, acc)
+        return cls(channels, len(weight), height, width, _patch_terms(channels), "fp64" if wide else precision, acc)
 
     @property
     def pooled(self) -> tuple[int, int]:
-        """Return the sides of the pooled planes."""
+        """Return the height and width of the pooled planes."""
         return (self.HP - 2) // 2, (self.WP - 2) // 2
 
     def row(self, operation: str, batch: int, device: torch.device) -> Configuration:
-        """Return the table's row of `operation` for `batch` samples, its block of filters one that divides them."""
+        """Return the configuration of `operation` for `batch` samples, with a BLOCK_C that divides the number of filters."""
         row = _row(operation, self.PRECISION, (self.HP - 2) * (self.WP - 2), batch, device)
         row["BLOCK_C"] = min(row["BLOCK_C"], self.K & -self.K)
         return row
@@ -65,7 +66,7 @@ def image_patches(
     channels, height, width = x.shape[1:]
     batch = len(x) if index is None else len(index)
     padded = (height + 2 * padding, width + 2 * padding)
-    terms = _terms(channels)
+    terms = _patch_terms(channels)
     if terms * padded[0] * padded[1] >= OFFSETS:
         raise ValueError(f"expected less than 2³¹ numbers in a sample's patches, found shape {tuple(x.shape)}")
     effective = "fp64" if x.dtype == torch.float64 else precision
@@ -73,7 +74,7 @@ def image_patches(
     images = torch.empty((batch, *padded, channels), dtype=dtype, device=x.device)
     pixels = (padded[0] - 2) * (padded[1] - 2)
     row = _row("image_patches", effective, pixels, batch, x.device)
-    parts, tiles = _parts(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // batch)
+    parts, tiles = _split_tiles(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // batch)
     gram = _empty(x, (batch, parts, 9 * channels + 1, 9 * channels + 1))
     launch(
         gather,
@@ -96,7 +97,7 @@ def conv_norm_relu_pool(
     patches: Patches, weight: Tensor, affine: Affine, eps: float, precision: Precision
 ) -> tuple[Tensor, Folded]:
     """See `mtt_fast.kernels.conv_norm_relu_pool`."""
-    p, _, folded = _pooled("conv_norm_relu_pool", patches, weight, None, affine, None, eps, precision)
+    p, _, folded = _pool("conv_norm_relu_pool", patches, weight, None, affine, None, eps, precision)
     return p, folded
 
 
@@ -110,9 +111,9 @@ def conv_norm_relu_pool_backward(
     precision: Precision,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_backward`."""
-    block = _Block.of(patches, weight, precision)
-    sums = _summed("conv_norm_relu_pool_backward", block, patches, folded, p_bar, None)
-    gradients, _ = _finished(block, patches, folded, weight, None, affine, None, *sums)
+    block = _Block.from_operands(patches, weight, precision)
+    sums = _sum_patches("conv_norm_relu_pool_backward", block, patches, folded, p_bar, None)
+    gradients, _ = _parameter_gradients(block, patches, folded, weight, None, affine, None, *sums)
     return gradients
 
 
@@ -127,7 +128,7 @@ def conv_norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, Folded]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_dual`."""
     name = "conv_norm_relu_pool_dual"
-    p, p_dot, folded = _pooled(name, patches, weight, weight_dot, affine, affine_dot, eps, precision)
+    p, p_dot, folded = _pool(name, patches, weight, weight_dot, affine, affine_dot, eps, precision)
     assert p_dot is not None
     return p, p_dot, folded
 
@@ -146,16 +147,16 @@ def conv_norm_relu_pool_dual_backward(
     divisors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.conv_norm_relu_pool_dual_backward`."""
-    block = _Block.of(patches, weight, precision)
-    sums = _summed("conv_norm_relu_pool_dual_backward", block, patches, folded, p_bar, p_bar_dot)
-    gradients, linear = _finished(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
+    block = _Block.from_operands(patches, weight, precision)
+    sums = _sum_patches("conv_norm_relu_pool_dual_backward", block, patches, folded, p_bar, p_bar_dot)
+    gradients, linear = _parameter_gradients(block, patches, folded, weight, weight_dot, affine, affine_dot, *sums)
     del sums
     assert linear is not None
-    bars = (planes_of(p_bar), planes_of(p_bar_dot))  # which are whole now
+    bars = (planes_of(p_bar), planes_of(p_bar_dot))  # `_sum_patches` has stored the sums of parts in these
     return _image_gradient(block, patches, folded, linear, *bars, divisors), *gradients
 
 
-def _pooled(
+def _pool(
     operation: str,
     patches: Patches,
     weight: Tensor,
@@ -165,8 +166,8 @@ def _pooled(
     eps: float,
     precision: Precision,
 ) -> tuple[Tensor, Tensor | None, Folded]:
-    """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and what the backward takes."""
-    block, batch = _Block.of(patches, weight, precision), len(patches.images)
+    """Return p and, in a direction, ṗ, both (B, K, H'//2, W'//2), channels_last, and the folded norm for the backward."""
+    block, batch = _Block.from_operands(patches, weight, precision), len(patches.images)
     row = block.row(operation, batch, weight.device)
     images, planes = patches.images, Planes(batch, block.K, *block.pooled, torch.channels_last)
     folded, folded_dot, p_dot = _empty(images, (batch, block.TERMS, block.K)), None, None
@@ -176,7 +177,7 @@ def _pooled(
         p, p_dot = planes.empty_pair(images, block.K, *block.pooled)
         folded_dot = torch.empty_like(folded)
     stats = _empty(weight, (batch, 4, block.K))
-    blocks, parts, tiles = _cut(block, row, batch)
+    blocks, parts, tiles = _split_windows(block, row, batch)
     launch(
         pool,
         batch * parts * blocks,
@@ -190,24 +191,27 @@ def _pooled(
     return p, p_dot, Folded(folded, folded_dot, stats)
 
 
-def _summed(
+def _sum_patches(
     operation: str, block: _Block, patches: Patches, folded: Folded, p_bar: Convolved, p_bar_dot: Convolved | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return U and, in a direction, U̇ over parts of the windows, (B, parts, TERMS, K). p̄ and p̄̇ are whole afterwards."""
+    """Return U and, in a direction, U̇ of each part of the windows, (B, parts, TERMS, K).
+
+    Partial sums of p̄ and p̄̇ are added up on the way, and stored in the planes of these.
+    """
     batch, bars = len(patches.images), (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
     row = block.row(operation, batch, folded.stats.device)
-    blocks, parts, tiles = _cut(block, row, batch)
+    blocks, parts, tiles = _split_windows(block, row, batch)
     shape = (batch, parts, block.TERMS, block.K)
     sums = _empty(folded.stats, shape)
     sums_dot = None if p_bar_dot is None else _empty(folded.stats, shape)
-    counts = counts_of(p_bar, p_bar_dot)
+    counts = part_counts(p_bar, p_bar_dot)
     if any(counts.values()):
-        row["maxnreg"] = MOST_REGISTERS  # ptxas would rather spill some than take more than half of them
+        row["maxnreg"] = MOST_REGISTERS  # else ptxas spills registers in order to use no more than half of them
     launch(
         sum_patches,
         batch * parts * blocks,
         *(patches.images, folded.weight, *bars, sums, sums_dot, parts, tiles),
-        *arguments_of(p_bar, p_bar_dot),
+        *part_arguments(p_bar, p_bar_dot),
         **counts,
         TOGETHER=math.gcd(3, *counts.values()),
         **vars(block),
@@ -216,7 +220,7 @@ def _summed(
     return sums, sums_dot
 
 
-def _finished(
+def _parameter_gradients(
     block: _Block,
     patches: Patches,
     folded: Folded,
@@ -227,7 +231,11 @@ def _finished(
     sums: Tensor,
     sums_dot: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """Return each sample's gradients of weight, γ and β, or in a direction their derivatives and M, (B, blocks, TERMS, TERMS)."""
+    """Return the gradients to weight (B, K, C, 3, 3), γ and β (B, K) of each sample, and None.
+
+    In a direction, return the derivatives of these gradients, and M as a summand (B, blocks, TERMS, TERMS) for each block of
+    filters.
+    """
     row = block.row("conv_norm_relu_pool_finish", len(sums), weight.device)
     batch, blocks = len(sums), block.K // row["BLOCK_C"]
     gradients = _empty(weight, (batch, weight.numel() + 2 * block.K))
@@ -254,7 +262,7 @@ def _image_gradient(
     p_bar_dot: Tensor,
     divisors: tuple[Tensor, ...],
 ) -> Tensor:
-    """Return x̄̇ (B, C, H, W) from M and the gradients of p, divided by at most two divisors."""
+    """Return x̄̇ (B, C, H, W), divided by at most two divisors, given M as `linear` and the gradients p̄ and p̄̇."""
     batch, device = len(p_bar), p_bar.device
     height, width = block.HP - 2, block.WP - 2
     row = block.row("conv_norm_relu_pool_columns", batch, device)
@@ -283,40 +291,41 @@ def _image_gradient(
     return x_bar_dot
 
 
-def _terms(channels: int) -> int:
-    """Return the numbers of a patch in the kernels."""
+def _patch_terms(channels: int) -> int:
+    """Return TERMS, the size of a patch in the kernels: its numbers and ONES ones, rounded up to a power of two."""
     terms: int = triton.next_power_of_2(9 * channels + ONES.value)
     return terms
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Allocate a tensor of `shape` with the dtype and device of `like`."""
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def shape_classes(precision: str, pixels: int, batch: int) -> tuple[str, str, str]:
-    """Name the shapes of `batch` planes of so many pixels in the table, ever more loosely. fp16 has the classes of bf16."""
+    """Return the classes in the table of `batch` planes of `pixels`, the closest first. fp16 shares those of bf16."""
     precision = "bf16" if precision == "fp16" else precision
     closely = f"{precision}-{rounded_up(pixels, SIZES)}"
     return f"{closely}-{rounded_up(batch, BATCHES)}", closely, precision
 
 
 def _row(operation: str, precision: str, pixels: int, batch: int, device: torch.device) -> Configuration:
-    """Return a copy of the table's row of `operation`."""
+    """Return a new copy of the configuration of `operation`."""
     closest, *looser = shape_classes(precision, pixels, batch)
     return configuration(operation, closest, architecture(device), *looser)
 
 
-def _cut(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:
-    """Return the number of blocks of filters, of parts of the windows, and of tiles of a part, for about PROGRAMS programs.
+def _split_windows(block: _Block, row: Configuration, batch: int) -> tuple[int, int, int]:
+    """Return the blocks of filters, the parts of the windows, and the tiles in a part, for about PROGRAMS programs in all.
 
-    Takes PROGRAMS out of `row`, which is no constant of a kernel.
+    PROGRAMS is removed from `row`, since it is no parameter of a kernel.
     """
     blocks = block.K // row["BLOCK_C"]
     tiles = triton.cdiv(math.prod(block.pooled), row["WINDOWS"])
-    return blocks, *_parts(tiles, row.pop("PROGRAMS") // (batch * blocks))
+    return blocks, *_split_tiles(tiles, row.pop("PROGRAMS") // (batch * blocks))
 
 
-def _parts(tiles: int, most: int) -> tuple[int, int]:
-    """Return the number of parts, about `most`, that `tiles` are cut into, and of the tiles of each but the last."""
+def _split_tiles(tiles: int, most: int) -> tuple[int, int]:
+    """Return the number of parts for `tiles`, about `most`, and the number of tiles in each part but the last."""
     each = triton.cdiv(tiles, max(1, min(tiles, most)))
     return triton.cdiv(tiles, each), each

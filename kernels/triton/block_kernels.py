@@ -1,7 +1,8 @@
-"""Walk over the windows of the first block's pooled planes: pool, sum patches, spread gradients to patches, and to images.
+"""Pool the first block's planes, sum patches for its gradients, and carry gradients back to patches and to images.
 
-block.py says what for. Every pass makes u = f·x̃ again, since that takes less time than reading it would. K filters, BLOCK_C at a
-time; the planes that are never stored have H' × W' = (HP − 2) × (WP − 2) pixels, and PH × PW pooled ones.
+block.py says where each kernel is used. Every kernel computes u = f·x̃ again, since that takes less time than reading u would.
+There are K filters, BLOCK_C in a program. The planes, which are never stored, have H' × W' = (HP − 2) × (WP − 2) pixels, and
+PH × PW pooled ones.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ from __future__ import annotations
 from .launch import tl, triton
 from .partial_planes import load_planes
 from .patches import (
+    add_up_parts,
     fold_norm,
     fold_norm_tangent,
+    load_patches,
+    load_weights,
     moments,
-    patches_at,
-    places_of,
     product,
-    rounded,
-    sums_of_parts,
-    weights_of,
+    round_factor,
+    weight_places,
 )
 
 
 @triton.jit
-def _block_of(parts: tl.tensor, K: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return the sample (int64), the part of the windows and the filters (BLOCK_C,) of this program."""
+def _program_block(parts: tl.tensor, K: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the program's sample (int64), its part of the windows, and its filters (BLOCK_C,)."""
     BLOCKS: tl.constexpr = K // BLOCK_C
     program = tl.program_id(0)
     sample = (program // (BLOCKS * parts)).to(tl.int64)
@@ -43,11 +44,11 @@ def pool(
     beta_dot: tl.tensor | None,
     folded: tl.tensor,  # (B, TERMS, K): f
     folded_dot: tl.tensor | None,
-    stats: tl.tensor,  # (B, 4, K): mean, rstd, k1, k2, the first and third less what the images' shift makes of them
+    stats: tl.tensor,  # (B, 4, K): mean, rstd, k1, k2, for images minus their shift
     p: tl.tensor,  # (B, PH, PW, K)
     p_dot: tl.tensor | None,
-    parts: tl.tensor,
-    tiles: tl.tensor,  # of a part
+    parts: tl.tensor,  # number of parts of a sample's windows
+    tiles: tl.tensor,  # in one part
     EPS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -60,17 +61,17 @@ def pool(
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
-    """Store p, and ṗ where the direction is given, and for the backward the statistics and the weights that the norm folds into.
+    """Store p and, in a direction, ṗ. For the backward, store the statistics and the weights with the norm folded in.
 
-    A program folds for its own filters, which spares a launch; where a sample's windows are cut, its parts fold the same.
+    A program folds the norm for its own filters, which saves a launch. All parts of a sample's windows repeat the same folding.
     """
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
-    sample, part, c = _block_of(parts, K, BLOCK_C)
-    # all loads of the fold are under way before the first of them is waited for
-    weights, g, b = weights_of(weight, c, C, TERMS), tl.load(gamma + c), tl.load(beta + c)
+    sample, part, c = _program_block(parts, K, BLOCK_C)
+    # all loads for the folding start before the first of them is used
+    weights, g, b = load_weights(weight, c, C, TERMS), tl.load(gamma + c), tl.load(beta + c)
     if p_dot is not None:
-        weights_dot = weights_of(weight_dot, c, C, TERMS)
+        weights_dot = load_weights(weight_dot, c, C, TERMS)
         g_dot, b_dot = tl.load(gamma_dot + c), tl.load(beta_dot + c)
     mean, covariance = moments(gram, sample, gram_parts, C, (HP - 2) * (WP - 2), TERMS)
     w, mu, r, covariance_w = fold_norm(mean, covariance, weights, g, b, EPS, C, TERMS, PRECISION, ACC)
@@ -97,9 +98,9 @@ def pool(
         if p_dot is not None:
             pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for pixel in tl.range(0, 4, loop_unroll_factor=UNROLL):
-            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
+            xs = load_patches(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             u = product(xs, w, ACC, PRECISION)
-            inactive = u <= 0  # asked so, a u that is NaN is not lost
+            inactive = u <= 0  # a comparison with > would turn NaN into zero
             pooled += tl.where(inactive, 0, u)
             if p_dot is not None:
                 pooled_dot += tl.where(inactive, 0, product(xs, w_dot, ACC, PRECISION))
@@ -110,9 +111,9 @@ def pool(
 
 
 @triton.jit
-def _share(p_bars: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
-    """Return what a pixel has of its window's p̄."""
-    return rounded(p_bars.to(ACC) * 0.25, PRECISION)
+def _pixel_share(p_bars: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return the gradient of each pixel in its window, a quarter of p̄, rounded."""
+    return round_factor(p_bars.to(ACC) * 0.25, PRECISION)
 
 
 @triton.jit
@@ -123,14 +124,14 @@ def sum_patches(
     p_bar_dot: tl.tensor | None,
     sums: tl.tensor,  # (B, parts, TERMS, K)
     sums_dot: tl.tensor | None,
-    parts: tl.tensor,
-    tiles: tl.tensor,  # of a part
-    p_bar_parts: tl.tensor | None,  # (COUNT, B, PH, PW, K): of p̄, which is stored then
+    parts: tl.tensor,  # number of parts of a sample's windows
+    tiles: tl.tensor,  # in one part
+    p_bar_parts: tl.tensor | None,  # (COUNT, B, PH, PW, K): of p̄; then p̄ is stored
     p_bar_dot_parts: tl.tensor | None,  # (COUNT_DOT, B, PH, PW, K): of p̄̇
-    size: tl.tensor | None,  # of a part of p̄
+    size: tl.tensor | None,  # elements of a part of p̄
     COUNT: tl.constexpr,
     COUNT_DOT: tl.constexpr,
-    TOGETHER: tl.constexpr,  # parts whose loads are under way at a time: of more there would be too few registers
+    TOGETHER: tl.constexpr,  # parts that are loaded at the same time: more would not fit in registers
     C: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,
@@ -141,10 +142,10 @@ def sum_patches(
     WINDOWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store U = Σ x̃ū, and U̇ = Σ x̃ū̇ where the direction is given, over parts of the windows."""
+    """Store U = Σ x̃ū and, in a direction, U̇ = Σ x̃ū̇, summed over one part of the windows."""
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
-    sample, part, c = _block_of(parts, K, BLOCK_C)
+    sample, part, c = _program_block(parts, K, BLOCK_C)
     images += sample * (HP * WP * C)
     begin = sample * (ALL * K)
     p_bar += begin
@@ -166,16 +167,16 @@ def sum_patches(
         row, column = window // PW * 2, window % PW * 2
         place = window[:, None] * K + c[None, :]
         p_bars = load_planes(p_bar, p_bar_parts, place, exists, size, COUNT, TOGETHER)
-        share = _share(p_bars, ACC, PRECISION)
+        share = _pixel_share(p_bars, ACC, PRECISION)
         if p_bar_dot is not None:
             p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, place, exists, size, COUNT_DOT, TOGETHER)
-            share_dot = _share(p_bars_dot, ACC, PRECISION)
+            share_dot = _pixel_share(p_bars_dot, ACC, PRECISION)
         if p_bar_parts is not None:
             tl.store(p_bar + place, p_bars, exists)
         if p_bar_dot_parts is not None:
             tl.store(p_bar_dot + place, p_bars_dot, exists)
         for pixel in range(4):
-            xs = patches_at(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
+            xs = load_patches(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             active = product(xs, w, ACC, PRECISION) > 0
             total += product(tl.trans(xs), tl.where(active, share, 0).to(xs.dtype), ACC, PRECISION)
             if p_bar_dot is not None:
@@ -189,7 +190,10 @@ def sum_patches(
 
 @triton.jit
 def _precise_product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
-    """Multiply factors that are not rounded: on Tensor cores each as the sum of two of tf32, but in float32 for fp32."""
+    """Return the product of factors that are not rounded, in float32 or float64.
+
+    For tf32, fp16 and bf16, Tensor cores compute it, with each factor as a sum of two tf32 numbers (tf32x3).
+    """
     precision: tl.constexpr = "ieee" if PRECISION == "fp32" or PRECISION == "fp64" else "tf32x3"
     return tl.dot(a, b, input_precision=precision, out_dtype=ACC)
 
@@ -198,16 +202,16 @@ def _precise_product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: t
 def finish(
     gram: tl.tensor,  # (B, gram_parts, 9 C + 1, 9 C + 1)
     gram_parts: tl.tensor,
-    stats: tl.tensor,  # (B, 4, K)
+    stats: tl.tensor,  # (B, 4, K): as `pool` stored them
     weight: tl.tensor,  # (K, C, 3, 3)
     weight_dot: tl.tensor | None,
     gamma: tl.tensor,  # (K,)
     gamma_dot: tl.tensor | None,
     sums: tl.tensor,  # (B, parts, TERMS, K)
     sums_dot: tl.tensor | None,
-    parts: tl.tensor,
-    gradients: tl.tensor,  # (B, 9 C K + 2 K): of weight, γ and β, or their derivatives; the sum over samples is the caller's
-    linear: tl.tensor | None,  # (B, BLOCKS, TERMS, TERMS): M, the part of these filters
+    parts: tl.tensor,  # number of parts in `sums`
+    gradients: tl.tensor,  # (B, 9 C K + 2 K): to weight, γ, β, or their derivatives; the caller sums over B
+    linear: tl.tensor | None,  # (B, BLOCKS, TERMS, TERMS): M, a summand for each block of filters
     C: tl.constexpr,
     K: tl.constexpr,
     HP: tl.constexpr,
@@ -217,7 +221,7 @@ def finish(
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store the gradients of the parameters, or with a direction their derivatives, and M."""
+    """Store the gradients to the parameters. In a direction, store the derivatives of these, and M."""
     BLOCKS: tl.constexpr = K // BLOCK_C
     PIXELS: tl.constexpr = (HP - 2) * (WP - 2)
     program = tl.program_id(0)
@@ -229,15 +233,15 @@ def finish(
     mean, covariance = mean.to(ACC), covariance.to(ACC)
     place = sample * parts * (TERMS * K) + term * K + c[None, :]
     if weight_dot is None:
-        (total,) = sums_of_parts((sums + place,), None, parts, TERMS * K, ACC)
+        (total,) = add_up_parts((sums + place,), None, parts, TERMS * K, ACC)
     else:
-        total, total_dot = sums_of_parts((sums + place, sums_dot + place), None, parts, TERMS * K, ACC)
-    w = weights_of(weight, c, C, TERMS)
+        total, total_dot = add_up_parts((sums + place, sums_dot + place), None, parts, TERMS * K, ACC)
+    w = load_weights(weight, c, C, TERMS)
     stats += sample * (4 * K) + c
     mu, r = tl.load(stats), tl.load(stats + K)
     g = tl.load(gamma + c)
     if weight_dot is not None:
-        w_dot = weights_of(weight_dot, c, C, TERMS)
+        w_dot = load_weights(weight_dot, c, C, TERMS)
         k1, k2 = tl.load(stats + 2 * K), tl.load(stats + 3 * K)
         g_dot = tl.load(gamma_dot + c)
 
@@ -254,8 +258,8 @@ def finish(
         weight_bar += (PIXELS * r * of_h)[None, :] * covariance_w
     else:
         beta_bar_dot = tl.sum(tl.where(one, total_dot, 0), 0)
-        along = tl.sum(w_dot * total, 0) - k1 * beta_bar - k2 * gamma_bar  # Σ ūḣ / r
-        gamma_bar_dot = r * (tl.sum(w * total_dot, 0) - mu * beta_bar_dot + along)
+        u_bar_h_dot = tl.sum(w_dot * total, 0) - k1 * beta_bar - k2 * gamma_bar  # Σ ūḣ / r
+        gamma_bar_dot = r * (tl.sum(w * total_dot, 0) - mu * beta_bar_dot + u_bar_h_dot)
         # ȳ̇ = of_u ū̇ + dot_of_u ū + dot_constant + dot_of_h h + of_h r (ẏ − k1)
         dot_of_u = r * (g_dot - k2 * of_u)
         dot_constant = scale * (g_dot * beta_bar + g * beta_bar_dot) - r * k2 * constant
@@ -263,7 +267,7 @@ def finish(
         covariance_w_dot = _precise_product(covariance, w_dot, ACC, PRECISION)
         weight_bar = of_u[None, :] * total_dot + dot_of_u[None, :] * total + (PIXELS * dot_constant)[None, :] * mean
         weight_bar += PIXELS * r * (dot_of_h[None, :] * covariance_w + of_h[None, :] * covariance_w_dot)
-        # what Ẇᵀȳ + Wᵀȳ̇ has beside ū and ū̇, as a function of the patch: h = r (w·x̃ − mean), ẏ = ẇ·x̃
+        # the terms of Ẇᵀȳ + Wᵀȳ̇ without ū and ū̇, as a function of the patch: h = r (w·x̃ − mean), ẏ = ẇ·x̃
         by_weight = r * (of_h[None, :] * w_dot + dot_of_h[None, :] * w)
         m = _precise_product(w, tl.trans(by_weight), ACC, PRECISION)
         m += _precise_product(w_dot, tl.trans(of_h * r * w), ACC, PRECISION)
@@ -273,21 +277,21 @@ def finish(
         tl.store(linear + program.to(tl.int64) * (TERMS * TERMS) + term * TERMS + tl.arange(0, TERMS)[None, :], m)
         beta_bar, gamma_bar = beta_bar_dot, gamma_bar_dot
     gradients += sample * (9 * C * K + 2 * K)
-    place, exists = places_of(c, C, TERMS)
+    place, exists = weight_places(c, C, TERMS)
     tl.store(gradients + place, tl.trans(weight_bar), exists)
     tl.store(gradients + 9 * C * K + c, gamma_bar)
     tl.store(gradients + 9 * C * K + K + c, beta_bar)
 
 
 @triton.jit
-def _pixels_of_windows(
-    windows: tl.tensor,  # the number of the first one
+def _window_pixels(
+    windows: tl.tensor,  # number of the first window
     tile: tl.constexpr,
     TOGETHER: tl.constexpr,
     ACROSS: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return row and column of the pixels (TOGETHER · WINDOWS,) in a tile of windows' pixels, of which there are 4 / TOGETHER."""
+    """Return rows and columns of the pixels (TOGETHER · WINDOWS,) in one of the 4 / TOGETHER tiles of WINDOWS windows."""
     index = tl.arange(0, TOGETHER * WINDOWS)
     window, inner = windows + index // TOGETHER, tile * TOGETHER + index % TOGETHER
     return window // ACROSS * 2 + inner // 2, window % ACROSS * 2 + inner % 2
@@ -314,14 +318,15 @@ def spread(
     TOGETHER: tl.constexpr,  # 1 or 4
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Store T, the patch of x̄̇ at each pixel, a few filters at a time, so that few of ū, ū̇ live at once.
+    """Store T, the patch of x̄̇ at each pixel.
 
-    A tile has TOGETHER of each window's four pixels. One pixel a tile loads p̄ once for all four of them; four a tile leave a
-    warp a quarter of the work, and so make more of few windows.
+    A program loops over blocks of filters, so that few values of ū and ū̇ are in registers at the same time. A tile has
+    TOGETHER of the four pixels of each window. With 1, a program loads p̄ once for all four pixels. With 4, a warp has a
+    quarter of the work of each window, so that few windows occupy more warps.
     """
     H: tl.constexpr = HP - 2
     W: tl.constexpr = WP - 2
-    ACROSS: tl.constexpr = (W + 1) // 2  # windows that are not whole have pixels too
+    ACROSS: tl.constexpr = (W + 1) // 2  # incomplete windows have pixels too
     PARTS: tl.constexpr = ((H + 1) // 2 * ACROSS + WINDOWS - 1) // WINDOWS
     TILES: tl.constexpr = 4 // TOGETHER
     program = tl.program_id(0)
@@ -332,43 +337,43 @@ def spread(
     folded_dot += sample * (TERMS * K)
     term = tl.arange(0, TERMS)
     linear += sample * blocks * (TERMS * TERMS) + term[:, None] * TERMS + term[None, :]
-    (m,) = sums_of_parts((linear,), None, blocks, TERMS * TERMS, ACC)
-    m = rounded(m, PRECISION)
+    (m,) = add_up_parts((linear,), None, blocks, TERMS * TERMS, ACC)
+    m = round_factor(m, PRECISION)
     xs: tl.tuple = ()
     t: tl.tuple = ()
     for tile in tl.static_range(TILES):
-        row, column = _pixels_of_windows(windows, tile, TOGETHER, ACROSS, WINDOWS)
-        patches = patches_at(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
+        row, column = _window_pixels(windows, tile, TOGETHER, ACROSS, WINDOWS)
+        patches = load_patches(images, tl.minimum(row, H - 1), tl.minimum(column, W - 1), C, WP, TERMS)
         xs += (patches,)
         t += (product(patches, m, ACC, PRECISION),)
 
-    row, column = _pixels_of_windows(windows, 0, TOGETHER, ACROSS, WINDOWS)
+    row, column = _window_pixels(windows, 0, TOGETHER, ACROSS, WINDOWS)
     place = sample * ((H // 2) * (W // 2) * K) + (row // 2 * (W // 2) + column // 2)[:, None] * K
     whole = ((row < H // 2 * 2) & (column < W // 2 * 2))[:, None]
     for block in range(K // BLOCK_C):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        at = place + c[None, :]
-        share = _share(tl.load(p_bar + at, whole, 0), ACC, PRECISION)
-        share_dot = _share(tl.load(p_bar_dot + at, whole, 0), ACC, PRECISION)
+        offset = place + c[None, :]
+        share = _pixel_share(tl.load(p_bar + offset, whole, 0), ACC, PRECISION)
+        share_dot = _pixel_share(tl.load(p_bar_dot + offset, whole, 0), ACC, PRECISION)
         w = tl.load(folded + term[:, None] * K + c[None, :])
-        turned = term[None, :] * K + c[:, None]
-        w_turned, w_dot_turned = tl.load(folded + turned), tl.load(folded_dot + turned)
+        transposed = term[None, :] * K + c[:, None]
+        w_transposed, w_dot_transposed = tl.load(folded + transposed), tl.load(folded_dot + transposed)
         sums: tl.tuple = ()
         for tile in tl.static_range(TILES):
             active = product(xs[tile], w, ACC, PRECISION) > 0
-            total = t[tile] + product(tl.where(active, share, 0).to(w.dtype), w_dot_turned, ACC, PRECISION)
-            total += product(tl.where(active, share_dot, 0).to(w.dtype), w_turned, ACC, PRECISION)
+            total = t[tile] + product(tl.where(active, share, 0).to(w.dtype), w_dot_transposed, ACC, PRECISION)
+            total += product(tl.where(active, share_dot, 0).to(w.dtype), w_transposed, ACC, PRECISION)
             sums += (total,)
         t = sums
     for tile in tl.static_range(TILES):
-        row, column = _pixels_of_windows(windows, tile, TOGETHER, ACROSS, WINDOWS)
+        row, column = _window_pixels(windows, tile, TOGETHER, ACROSS, WINDOWS)
         place = sample * (H * W * TERMS) + (row * W + column)[:, None] * TERMS + term[None, :]
         tl.store(columns + place, t[tile], ((row < H) & (column < W))[:, None])
 
 
 @triton.jit
-def _quotient(total: tl.tensor, divisor: tl.tensor) -> tl.tensor:
-    """Divide with the rounding of IEEE 754, so that a power of two is taken out exactly."""
+def _divide(total: tl.tensor, divisor: tl.tensor) -> tl.tensor:
+    """Return `total` divided by the scalar at `divisor`, rounded as IEEE 754 requires: division by a power of two is exact."""
     value = tl.load(divisor)
     if total.dtype == tl.float64:
         total /= value
@@ -390,7 +395,7 @@ def col2im(
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
-    """Sum what the patches have of each pixel of the image, and divide by the divisors."""
+    """Store the sum of each image pixel's entries in all patches, divided by the divisors that are not None."""
     HO: tl.constexpr = H + 2 * PADDING - 2
     WO: tl.constexpr = W + 2 * PADDING - 2
     PARTS: tl.constexpr = (H * W + BLOCK_M - 1) // BLOCK_M
@@ -407,7 +412,7 @@ def col2im(
     for channel in tl.static_range(C):
         total = tl.sum(tl.where(term % C == channel, t, 0), 1, keep_dims=True)
         if first_divisor is not None:
-            total = _quotient(total, first_divisor)
+            total = _divide(total, first_divisor)
         if second_divisor is not None:
-            total = _quotient(total, second_divisor)
+            total = _divide(total, second_divisor)
         tl.store(x_bar + sample * (C * H * W) + channel * (H * W) + pixel, total, exists)

@@ -1,7 +1,9 @@
-"""Convolve 3×3 as implicit_gemm.py does, on operands that are boxes (boxes.py): pixels × channels at the offset of a tap.
+"""Convolve 3×3 as implicit_gemm.py does, with operands that TMA loads (boxes.py).
 
-Value and tangent of a result share what they load. Each product has an accumulator of its own: two into one would wait for
-each other. Where results are too few to fill a GPU, a tile's taps are cut into parts, which their first reader adds up.
+A box is pixels × channels, moved by the offset of a tap. The value and the derivative of a result share the boxes that are
+loaded. Each product has its own accumulator: two products into one accumulator would wait for each other. Where there are too
+few results to fill a GPU, the taps of a tile are split (split-K), and the first operation that reads the result adds up the
+partial sums.
 """
 
 from __future__ import annotations
@@ -10,25 +12,26 @@ import torch
 from torch import Tensor
 
 from ..types import Convolved, PartialPlanes, Precision
-from .boxes import BOX, box_of, count_boxes, describe_planes, describe_weights, described, place_of, tile_of
+from .boxes import BOX, box_of, box_origin, count_boxes, describe, describe_planes, describe_weights, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
 
 
 @triton.jit
-def _multiplied(xs: tl.tensor, ws: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """Add the product (N, M) of weights (N, K) and pixels (M, K), both of which the tensor core reads where the box lies.
+def _add_product(xs: tl.tensor, ws: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return `total` (N, M) plus the product of weights (N, K) and pixels (M, K).
 
-    As the first factor the pixels would go through registers, since a box is reshaped, and Triton 3.6 and 3.7 load the next ones
-    into these while products that read them are under way (docs/gpu.md, Faults).
+    The tensor core reads both factors from the shared memory where TMA put them. As the first factor, the pixels would go
+    through registers, since their box is reshaped. Triton 3.6 and 3.7 load the next pixels into these registers while products
+    still read them (docs/gpu.md, Faults).
     """
     return product(ws, tl.trans(xs), total, PRECISION)
 
 
 @triton.jit
-def _stored(total: tl.tensor, y: tl.tensor_descriptor) -> tl.tensor:
-    """Return a tile of sums (N, M) as (M, N), in the dtype of `y`."""
+def _output_tile(total: tl.tensor, y: tl.tensor_descriptor) -> tl.tensor:
+    """Return the accumulator `total` (N, M) as a tile (M, N), in the dtype of `y`."""
     return tl.trans(total).to(y.dtype)
 
 
@@ -52,38 +55,38 @@ def _convolve(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Store a tile of ẏ and, if asked for, of y: a box of pixels × BLOCK_N output channels."""
+    """Store a tile of ẏ and, unless `y` is None, of y: a box of pixels × BLOCK_N output channels."""
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     o = program % BLOCKS * BLOCK_N
-    n, row, column = place_of(program // BLOCKS, HO, WO, BOX_B, BOX_H, BOX_W)
+    n, row, column = box_origin(program // BLOCKS, HO, WO, BOX_B, BOX_H, BOX_W)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    of_w_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    of_x_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total_w_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total_x_dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(9 * STEPS):
         tap, c = step // STEPS, step % STEPS * BLOCK_K
         down, right = row + tap // 3 - PADDING, column + tap % 3 - PADDING
         xs = x.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
         ws_dot = weight_dot.load([o, tap * CI + c])
-        of_w_dot = _multiplied(xs, ws_dot, of_w_dot, PRECISION)
+        total_w_dot = _add_product(xs, ws_dot, total_w_dot, PRECISION)
         if weight is not None:
             ws = weight.load([o, tap * CI + c])
             if y is not None:
-                total = _multiplied(xs, ws, total, PRECISION)
+                total = _add_product(xs, ws, total, PRECISION)
             if x_dot is not None:
                 xs_dot = x_dot.load([n, down, right, c]).reshape(BLOCK_M, BLOCK_K)
-                of_x_dot = _multiplied(xs_dot, ws, of_x_dot, PRECISION)
+                total_x_dot = _add_product(xs_dot, ws, total_x_dot, PRECISION)
     if y is not None:
-        y.store([n, row, column, o], _stored(total, y).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
+        y.store([n, row, column, o], _output_tile(total, y).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
     if x_dot is not None:
-        of_w_dot += of_x_dot
-    y_dot.store([n, row, column, o], _stored(of_w_dot, y_dot).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
+        total_w_dot += total_x_dot
+    y_dot.store([n, row, column, o], _output_tile(total_w_dot, y_dot).reshape(BOX_B, BOX_H, BOX_W, BLOCK_N))
 
 
 @triton.jit
-def _sum_of_taps(
+def _sum_taps(
     x: tl.tensor_descriptor,
     weight: tl.tensor_descriptor,
     n: tl.tensor,
@@ -99,14 +102,14 @@ def _sum_of_taps(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """Sum TAPS taps, from `first` on, of one product."""
+    """Return the sum over TAPS taps, from tap `first` on, of one product, (BLOCK_N, BLOCK_M)."""
     STEPS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(TAPS * STEPS):
         tap, c = first + step // STEPS, step % STEPS * BLOCK_K
         xs = x.load([n, row + tap // 3 - PADDING, column + tap % 3 - PADDING, c]).reshape(BLOCK_M, BLOCK_K)
         ws = weight.load([o, tap * CI + c])
-        total = _multiplied(xs, ws, total, PRECISION)
+        total = _add_product(xs, ws, total, PRECISION)
     return total
 
 
@@ -116,7 +119,7 @@ def _convolve_parts(
     x_dot: tl.tensor_descriptor | None,
     weight: tl.tensor_descriptor | None,
     weight_dot: tl.tensor_descriptor,
-    parts: tl.tensor_descriptor,  # descriptor: (PARTS, B, HO, WO, CO), the products W∗x, Ẇ∗x, W∗ẋ after each other
+    parts: tl.tensor_descriptor,  # descriptor: (PARTS, B, HO, WO, CO), first those of W∗x, then Ẇ∗x, then W∗ẋ
     PRIMAL: tl.constexpr,
     CI: tl.constexpr,
     CO: tl.constexpr,
@@ -132,35 +135,35 @@ def _convolve_parts(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Store TAPS taps of one product of a tile: for results too few to fill a GPU."""
+    """Store one part of a tile: the sum over TAPS taps of one product. This is for results too few to fill a GPU."""
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     EACH: tl.constexpr = 9 // TAPS
     program = tl.program_id(0)
     o = program % BLOCKS * BLOCK_N
     part = program // BLOCKS % PARTS
-    n, row, column = place_of(program // (BLOCKS * PARTS), HO, WO, BOX_B, BOX_H, BOX_W)
+    n, row, column = box_origin(program // (BLOCKS * PARTS), HO, WO, BOX_B, BOX_H, BOX_W)
     which = part // EACH if PRIMAL else part // EACH + 1
     first = part % EACH * TAPS
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if PRIMAL:  # noqa: SIM102 - known when this is compiled, and what follows is not
+    if PRIMAL:  # noqa: SIM102 - this is known when the kernel is compiled, and `which` is not
         if which == 0:
-            total = _sum_of_taps(
+            total = _sum_taps(
                 x, weight, n, row, column, o, first,
                 CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     if which == 1:
-        total = _sum_of_taps(
+        total = _sum_taps(
             x, weight_dot, n, row, column, o, first,
             CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if x_dot is not None:  # noqa: SIM102
         if which == 2:
-            total = _sum_of_taps(
+            total = _sum_taps(
                 x_dot, weight, n, row, column, o, first,
                 CI, PADDING, PRECISION, TAPS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-    parts.store([part, n, row, column, o], _stored(total, parts).reshape(1, BOX_B, BOX_H, BOX_W, BLOCK_N))
+    parts.store([part, n, row, column, o], _output_tile(total, parts).reshape(1, BOX_B, BOX_H, BOX_W, BLOCK_N))
 
 
 def convolve(
@@ -174,11 +177,11 @@ def convolve(
     padding: int,
     precision: Precision,
 ) -> tuple[Convolved | None, Convolved]:
-    """Return `y` and `y_dot`, filled or with the parts of which they are the sum; the weights are (CO, 3, 3, CI).
+    """Return W∗x, None if `y` is None, and Ẇ∗x + W∗ẋ, each in `y` and `y_dot` or as partial sums for these.
 
-    Raises `ValueError` for tensors that no box fits.
+    The weights are (CO, 3, 3, CI). Raises `ValueError` for planes that TMA cannot load.
     """
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
+    inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_dot, y)
     tensors = [tensor for tensor in (x, x_dot, y_dot, y) if tensor is not None]
     tile = tile_of(operation, inputs, outputs, precision, tensors)
     box = box_of(tile.pop("BLOCK_M"), outputs)
@@ -211,7 +214,7 @@ def convolve(
     count = _count_parts(taps, products)
     shape = (count, outputs.samples, outputs.height, outputs.width, outputs.channels)
     parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-    results_of_parts = described(parts, shape, (1, *box, tile["BLOCK_N"]))
+    results_of_parts = describe(parts, shape, (1, *box, tile["BLOCK_N"]))
     constants |= {"PRIMAL": y is not None, "PARTS": count, "TAPS": taps}
     launch(_convolve_parts, programs * count, *factors, results_of_parts, **constants)
     parts = parts.permute(0, 1, 4, 2, 3)
@@ -222,10 +225,14 @@ def convolve(
 
 
 def part_bytes(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor, products: int) -> int:
-    """Return the bytes of the parts that `convolve` leaves of so many products, for planes like `x`; 0 where it cuts none."""
+    """Return the bytes of the partial sums that `convolve` returns for so many products, 0 where it splits no sum.
+
+    Dtype and device are those of `x`.
+    """
     taps = tile_of(operation, inputs, outputs, precision, [x]).get("TAPS")
     return 0 if taps is None else 4 * _count_parts(taps, products) * outputs.samples * outputs.sample_size
 
 
 def _count_parts(taps: int, products: int) -> int:
+    """Return the number of partial sums of `products` whose taps are split into parts of `taps`."""
     return products * 9 // taps

@@ -1,7 +1,8 @@
-"""Sum the weight gradient of a 3×3 convolution over boxes of pixels (boxes.py), cut into parts that a second pass adds up.
+"""Compute the weight gradient of a 3×3 convolution with operands that TMA loads (boxes.py).
 
-A tensor core takes 16-bit factors as they lie, but those of tf32 only with the pixels side by side. It is given copies:
-of ȳ one, of x three, shifted by a pixel each, since the box of a tap could not begin at its pixel.
+The sum over pixels is split (split-K), and a later kernel adds up the partial sums. A tensor core accepts 16-bit factors in
+either layout, but tf32 factors only if their pixels are adjacent in memory. For tf32, planes are therefore copied to that
+layout: ȳ once, and x three times, each copy shifted by one more pixel, since a box cannot begin at the pixel of every tap.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ import torch
 from torch import Tensor
 
 from ..types import Precision
-from .boxes import BOX, count_boxes, describe_planes, described, place_of, row_box, tile_of
+from .boxes import BOX, box_origin, count_boxes, describe, describe_planes, row_box, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
 
-_COPIED = 64  # pixels, and channels, of a program that copies
+_COPY_BLOCK = 64  # pixels, and channels, that one program copies
 
 
 @triton.jit
 def _store_tap(
     parts: tl.tensor, total: tl.tensor, tap: tl.tensor, o: tl.tensor, c: tl.tensor, CI: tl.constexpr, CO: tl.constexpr
 ) -> None:
-    """Store a tap of a tile (BLOCK_N, BLOCK_K) of weights into a part (CO, 9, CI)."""
+    """Store `total` (BLOCK_N, BLOCK_K), one tap of a tile of weights, in a part (CO, 9, CI)."""
     output = o + tl.arange(0, total.shape[0])[:, None]
     channel = c + tl.arange(0, total.shape[1])[None, :]
     tl.store(parts + (output * 9 + tap) * CI + channel, total, (output < CO) & (channel < CI))
@@ -37,7 +38,7 @@ def _correlate(
     y_bar: tl.tensor_descriptor,  # (B·HO·WO, CO), as is y_bar_dot
     y_bar_dot: tl.tensor_descriptor,
     parts: tl.tensor,  # (PARTS, CO, 9, CI)
-    share: tl.tensor,  # boxes of a part
+    share: tl.tensor,  # boxes in one part
     CI: tl.constexpr,
     CO: tl.constexpr,
     HO: tl.constexpr,
@@ -51,9 +52,10 @@ def _correlate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Store BLOCK_N output × BLOCK_K input channels of one tap, or of the three of a row, summed over a part of the pixels.
+    """Store BLOCK_N output × BLOCK_K input channels of TAPS taps, summed over a part of the pixels.
 
-    A box's pixels lie one behind the other, so that ȳ needs no reshaping, and the first factor no registers (see box_convolve.py).
+    TAPS is 1, or 3 for the taps of a row. The pixels of a box are consecutive in memory, so ȳ needs no reshape. As the first
+    factor it then needs no registers: see `_add_product` in box_convolve.py.
     """
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     OUTPUTS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
@@ -66,9 +68,9 @@ def _correlate(
     left = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     right = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for step in range(share):  # a box past the last one is zeros
+    for step in range(share):  # boxes past the last one load as zeros
         box = part * share + step
-        n, row, column = place_of(box, HO, WO, BOX_B, BOX_H, BOX_W)
+        n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
         down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
         gs = tl.trans(y_bar_dot.load([box * BLOCK_M, o]))
         left = product(gs, x.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
@@ -78,7 +80,7 @@ def _correlate(
     if x_dot is not None:  # y_bar is then a descriptor too
         for step in range(share):
             box = part * share + step
-            n, row, column = place_of(box, HO, WO, BOX_B, BOX_H, BOX_W)
+            n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
             down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
             gs = tl.trans(y_bar.load([box * BLOCK_M, o]))
             left = product(gs, x_dot.load([n, down, across, c]).reshape(BLOCK_M, BLOCK_K), left, PRECISION)
@@ -94,20 +96,23 @@ def _correlate(
 
 @triton.jit
 def _correlate_lines(
-    x: tl.tensor_descriptor,  # descriptor: (3·CI, positions): shifted by a pixel from one third to the next
+    x: tl.tensor_descriptor,  # descriptor: (3·CI, positions), three copies, each shifted by one more pixel
     y_bar: tl.tensor_descriptor,  # descriptor: (CO, positions)
     parts: tl.tensor,  # (PARTS, CO, 9, CI)
-    share: tl.tensor,  # steps of a part
+    share: tl.tensor,  # steps in one part
     CI: tl.constexpr,
     CO: tl.constexpr,
-    PITCH: tl.constexpr,  # positions from a row to the next, a multiple of four
+    PITCH: tl.constexpr,  # positions from one row to the next, a multiple of four
     PRECISION: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Do as `_correlate`, on copies whose pixels lie side by side. A tile past the last channel of x has the next third's."""
+    """Store what `_correlate` does, from copies whose pixels are adjacent in memory.
+
+    A tile may reach past the last channel of one copy of x into the next copy. `_store_tap` masks these channels.
+    """
     OUTPUTS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     INPUTS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
@@ -137,10 +142,10 @@ def _correlate_lines(
 @triton.jit
 def _copy_block(
     planes: tl.tensor,  # (B, H, W, C)
-    lines: tl.tensor,  # (COPIES, C, length), from the first position of these planes on
+    lines: tl.tensor,  # (COPIES, C, length), beginning at the first position of these planes
     block: tl.tensor,
     length: tl.tensor,
-    positions: tl.tensor,  # of these planes
+    positions: tl.tensor,  # number of these planes' positions
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -151,6 +156,7 @@ def _copy_block(
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
+    """Copy BLOCK_L positions × BLOCK_C channels of one of the planes to each of its COPIES lines."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = block % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     position = (block // BLOCKS).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
@@ -167,19 +173,20 @@ def _copy_block(
 
 @triton.jit
 def _copy_lines(
-    lines: tl.tuple,  # (3·CI, length) of x, each copy one pixel further left than the one before, and (CO, length) of ȳ
-    planes: tl.tuple,  # x, x_dot if there is one, y_bar_dot, y_bar if there is x_dot
+    lines: tl.tuple,  # (3·CI, length) of x, each copy shifted one pixel further left, and (CO, length) of ȳ
+    planes: tl.tuple,  # x, x_dot unless None, y_bar_dot, and y_bar if there is x_dot
     length: tl.tensor,
     positions: tl.tensor,  # of each of the planes: B · ROWS · PITCH
-    SHAPES: tl.constexpr,  # of each: its lines, its place among the planes in a line, C, H, W, padding, copies
+    SHAPES: tl.constexpr,  # for each of the planes: its index in `lines`, its order within a line, C, H, W, padding, copies
     ROWS: tl.constexpr,
     PITCH: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """Copy so that pixels lie side by side, ROWS rows of PITCH pixels a sample, `padding` further down and right.
+    """Copy planes to lines, so that the pixels of a channel are adjacent in memory.
 
-    What is outside the planes is zero.
+    A sample is ROWS rows of PITCH positions. Pixels are moved down and right by the padding. Positions outside the planes are
+    zero.
     """
     program = tl.program_id(0)
     first = 0
@@ -203,16 +210,19 @@ def correlate(
     padding: int,
     precision: Precision,
 ) -> Tensor:
-    """Return W̄̇ (S, CO, CI, 3, 3), float32, a summand of each part. Raises `ValueError` for tensors that no box fits."""
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
+    """Return S partial sums of W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ, (S, CO, CI, 3, 3), float32. Without `x_dot`, W̄̇ = ȳ̇ ⋆ x.
+
+    Raises `ValueError` for planes that TMA cannot load.
+    """
+    inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_bar, y_bar_dot)
     tensors = [tensor for tensor in (x, x_dot, y_bar, y_bar_dot) if tensor is not None]
     tile = tile_of(operation, inputs, outputs, precision, tensors)
     programs, share, count = _split(inputs, outputs, tile, x, x_dot is not None)
     tile.pop("PROGRAMS")
     if x.element_size() == 2:
-        kernel, factors, constants = _planes_as_they_lie(x, x_dot, y_bar, y_bar_dot, padding, tile)
+        kernel, factors, constants = _factors_in_place(x, x_dot, y_bar, y_bar_dot, padding, tile)
     else:
-        kernel, factors, constants = _copied_lines(x, x_dot, y_bar, y_bar_dot, padding, tile)
+        kernel, factors, constants = _copy_factors(x, x_dot, y_bar, y_bar_dot, padding, tile)
     constants |= {"CI": inputs.channels, "CO": outputs.channels, "PRECISION": effective_precision(x.dtype, precision)}
     parts = torch.empty((count, outputs.channels, 3, 3, inputs.channels), dtype=torch.float32, device=x.device)
     launch(kernel, count * programs, *factors, parts, share, **constants)
@@ -220,13 +230,13 @@ def correlate(
 
 
 def count_summands(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> int:
-    """Return the number of parts that `correlate` sums over, for planes like `x` (of which dtype and device are asked)."""
+    """Return the number S of partial sums that `correlate` returns for planes of the dtype and device of `x`."""
     tile = tile_of(operation, inputs, outputs, precision, [x])
     return _split(inputs, outputs, tile, x, "dual" in operation)[2]
 
 
 def copied_bytes(operation: str, inputs: Planes, outputs: Planes, x: Tensor) -> int:
-    """Return the bytes of the copies that `correlate` makes of planes like `x`: tf32's, with pixels side by side."""
+    """Return the bytes of the copies that `correlate` makes of planes of the dtype of `x`: 0 for 16 bits."""
     if x.element_size() == 2:
         return 0
     positions = outputs.samples * _rows(outputs) * _pitch(outputs) * (2 if "dual" in operation else 1)
@@ -234,7 +244,7 @@ def copied_bytes(operation: str, inputs: Planes, outputs: Planes, x: Tensor) -> 
 
 
 def _split(inputs: Planes, outputs: Planes, tile: dict[str, int], x: Tensor, has_x_dot: bool) -> tuple[int, int, int]:
-    """Return the programs of a part of the sum over pixels, the steps of a part, and the number of parts."""
+    """Return the programs for each part of the sum over pixels, the steps in one part, and the number of parts."""
     programs = triton.cdiv(outputs.channels, tile["BLOCK_N"]) * triton.cdiv(inputs.channels, tile["BLOCK_K"])
     programs *= 9 // tile["TAPS"]
     if x.element_size() == 2:
@@ -247,41 +257,43 @@ def _split(inputs: Planes, outputs: Planes, tile: dict[str, int], x: Tensor, has
 
 
 def _rows(planes: Planes) -> int:
-    """Return the rows of a sample's lines: two more than the planes have, of zeros."""
+    """Return the rows of a sample in the copies: those of the planes and two rows of zeros."""
     return planes.height + 2
 
 
 def _pitch(planes: Planes) -> int:
-    """Return the positions from a row to the next, so that a row begins at a multiple of 16 bytes."""
+    """Return the positions from one row to the next in the copies. A row begins at a multiple of 16 bytes."""
     pitch: int = triton.cdiv(planes.width, 4) * 4
     return pitch
 
 
 Summands = tuple[Any, tuple[Any, ...], dict[str, Any]]
-"""A kernel, the descriptors that it multiplies, and its constants."""
+"""A kernel, its first arguments (the descriptors of its factors), and its constants."""
 
 
-def _planes_as_they_lie(
+def _factors_in_place(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, tile: dict[str, int]
 ) -> Summands:
-    planes = Planes.of(y_bar_dot)
+    """Return the kernel for 16-bit factors, with descriptors of the planes themselves."""
+    planes = Planes.from_tensors(y_bar_dot)
     sizes = {name: size for name, size in tile.items() if name != "BLOCK_M"}
     box = row_box(tile["BLOCK_M"], planes)
     pixels, block = (planes.samples * planes.height * planes.width, planes.channels), (tile["BLOCK_M"], tile["BLOCK_N"])
     factors = (
         describe_planes(x, box, tile["BLOCK_K"]),
         None if x_dot is None else describe_planes(x_dot, box, tile["BLOCK_K"]),
-        None if x_dot is None else described(y_bar, pixels, block),
-        described(y_bar_dot, pixels, block),
+        None if x_dot is None else describe(y_bar, pixels, block),
+        describe(y_bar_dot, pixels, block),
     )
     constants = {"HO": planes.height, "WO": planes.width, "PADDING": padding, **dict(zip(BOX, box, strict=True))}
     return _correlate, factors, sizes | constants
 
 
-def _copied_lines(
+def _copy_factors(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, tile: dict[str, int]
 ) -> Summands:
-    outputs = Planes.of(y_bar_dot)
+    """Copy the factors for tf32 to lines. Return the kernel that multiplies these, with descriptors of the copies."""
+    outputs = Planes.from_tensors(y_bar_dot)
     left, right = ([x], [y_bar_dot]) if x_dot is None else ([x, x_dot], [y_bar_dot, y_bar])
     rows, pitch = _rows(outputs), _pitch(outputs)
     positions = outputs.samples * rows * pitch
@@ -289,11 +301,13 @@ def _copied_lines(
     xs, ys = x.new_empty(3 * x.shape[1], length), x.new_empty(outputs.channels, length)
     shapes = [(0, order, *each.shape[1:], padding, 3) for order, each in enumerate(left)]
     shapes += [(1, order, *each.shape[1:], 0, 1) for order, each in enumerate(right)]
-    programs = sum(triton.cdiv(positions, _COPIED) * triton.cdiv(channels, _COPIED) for _, _, channels, *_ in shapes)
-    constants = {"SHAPES": tuple(shapes), "ROWS": rows, "PITCH": pitch, "BLOCK_L": _COPIED, "BLOCK_C": _COPIED}
+    programs = sum(
+        triton.cdiv(positions, _COPY_BLOCK) * triton.cdiv(channels, _COPY_BLOCK) for _, _, channels, *_ in shapes
+    )
+    constants = {"SHAPES": tuple(shapes), "ROWS": rows, "PITCH": pitch, "BLOCK_L": _COPY_BLOCK, "BLOCK_C": _COPY_BLOCK}
     launch(_copy_lines, programs, (xs, ys), (*left, *right), length, positions, **constants, num_warps=8)
     factors = (
-        described(xs, tuple(xs.shape), (tile["BLOCK_K"], tile["BLOCK_M"])),
-        described(ys, tuple(ys.shape), (tile["BLOCK_N"], tile["BLOCK_M"])),
+        describe(xs, tuple(xs.shape), (tile["BLOCK_K"], tile["BLOCK_M"])),
+        describe(ys, tuple(ys.shape), (tile["BLOCK_N"], tile["BLOCK_M"])),
     )
     return _correlate_lines, factors, tile | {"PITCH": pitch}

@@ -1,9 +1,9 @@
-"""Describe planes and weights as boxes, which the tensor memory accelerator (TMA) of sm_90 and later loads and stores.
+"""Make TMA descriptors of planes and weights. TMA is the tensor memory accelerator of sm_90 and later.
 
-The hardware counts the addresses of a box, fills with zeros what of it lies outside, and stores nothing there. It asks that
-channels are innermost, that a step in any other direction is a multiple of 16 bytes, and that a box begins at a multiple
-of 16 bytes in its innermost direction; one that did not ended in an illegal instruction. `fits` says for which planes
-that holds.
+A box is the tile that TMA loads or stores at once. The hardware computes its addresses. It loads zeros for elements outside
+the tensor, and stores nothing there. It requires three things: channels are the innermost dimension, all other strides are
+multiples of 16 bytes, and a box begins at a multiple of 16 bytes in the innermost dimension. A box that began elsewhere
+ended in an illegal instruction. `fits` checks all of this for planes.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ BOX = ("BOX_B", "BOX_H", "BOX_W")  # samples, rows, columns
 
 
 @triton.jit
-def place_of(
+def box_origin(
     tile: tl.tensor, H: tl.constexpr, W: tl.constexpr, BOX_B: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return the first sample, row and column of box number `tile`."""
+    """Return the first sample, row and column of the box with number `tile`."""
     ROWS: tl.constexpr = (H + BOX_H - 1) // BOX_H
     COLUMNS: tl.constexpr = (W + BOX_W - 1) // BOX_W
     return tile // (ROWS * COLUMNS) * BOX_B, tile // COLUMNS % ROWS * BOX_H, tile % COLUMNS * BOX_W
 
 
 def fits(operation: str, inputs: Planes, outputs: Planes, precision: Precision, tensors: list[Tensor]) -> bool:
-    """Return whether boxes can be loaded from and stored to `tensors`, which have the shapes of `inputs` or `outputs`.
+    """Return whether TMA can load and store `tensors`, which have the shapes of `inputs` or `outputs`.
 
-    They are channels_last, of float32, or 16 bits wide where the precision is; pixels are multiples of 16 bytes and begin
-    at one, whatever the numbers of samples, rows and columns. Those of a weight gradient in 16 bits have sides that are powers of two.
+    They must be channels_last, and float32 for products in fp32 and tf32, else of 16 bits. A pixel must take a multiple of
+    16 bytes, and memory must begin at one. For a weight gradient in 16 bits, the sides of ȳ must be powers of two.
     """
     dtype = tensors[0].dtype
     wide = effective_precision(dtype, precision) in ("fp32", "tf32")
@@ -52,7 +52,10 @@ def fits(operation: str, inputs: Planes, outputs: Planes, precision: Precision, 
 def tile_of(
     operation: str, inputs: Planes, outputs: Planes, precision: Precision, tensors: list[Tensor]
 ) -> Configuration:
-    """Return the table's tile, no wider than the channels. Raises `ValueError` for planes that no box fits."""
+    """Return the configuration of `operation`, with BLOCK_N and BLOCK_K limited to the channels.
+
+    Raises `ValueError` for planes that TMA cannot load (`fits`).
+    """
     if not fits(operation, inputs, outputs, precision, tensors):
         raise ValueError(
             f"{operation}: expected channels_last planes of whole 16 bytes a pixel, for a weight gradient in 16 bits with sides "
@@ -66,14 +69,17 @@ def tile_of(
 
 
 def box_of(pixels: int, planes: Planes) -> tuple[int, int, int]:
-    """Return the samples, rows and columns of a box of as many pixels: whole rows first, up to 16 columns."""
+    """Return the samples, rows and columns of a box of `pixels`: first columns up to 16, then rows, then samples."""
     columns = min(16, pixels, triton.next_power_of_2(planes.width))
     rows = min(pixels // columns, triton.next_power_of_2(planes.height))
     return pixels // (rows * columns), rows, columns
 
 
 def row_box(pixels: int, planes: Planes) -> tuple[int, int, int]:
-    """Return the same of a box whose pixels lie one behind the other, of planes with sides that are powers of two."""
+    """Return the samples, rows and columns of a box of `pixels` that are consecutive in memory.
+
+    Height and width of the planes are powers of two.
+    """
     columns = min(pixels, planes.width)
     rows = min(pixels // columns, planes.height)
     return pixels // (rows * columns), rows, columns
@@ -86,21 +92,24 @@ def count_boxes(planes: Planes, box: tuple[int, int, int]) -> int:
 
 
 def describe_planes(planes: Tensor, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
-    """Describe planes (B, C, H, W), channels_last, by boxes of pixels × channels."""
+    """Return a descriptor (B, H, W, C) of channels_last planes (B, C, H, W), with boxes of `box` pixels × `channels`."""
     samples, every, height, width = planes.shape
-    return described(planes, (samples, height, width, every), (*box, channels))
+    return describe(planes, (samples, height, width, every), (*box, channels))
 
 
 def describe_weights(weight: Tensor, outputs: int, inputs: int) -> TensorDescriptor:
-    """Describe weights (CO, 3, 3, CI) by boxes of output × input channels, a tensor core's own two directions.
+    """Return a descriptor (CO, 9·CI) of weights (CO, 3, 3, CI), with boxes of `outputs` × `inputs` channels.
 
-    A box that reaches into the next tap's channels meets zeros among the pixels'.
+    A box may reach past the last input channel into the next tap. The box of pixels has zeros there, so the product is right.
     """
-    return described(weight, (len(weight), weight[0].numel()), (outputs, inputs))
+    return describe(weight, (len(weight), weight[0].numel()), (outputs, inputs))
 
 
-def described(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
-    """Describe memory without gaps; the steps of directions of length one are then multiples of 16 bytes too."""
+def describe(tensor: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
+    """Return a descriptor of `tensor` as contiguous memory of `shape`, with boxes of `block`.
+
+    The strides are computed from `shape`, so that those of dimensions of length one are multiples of 16 bytes too.
+    """
     strides = [1]
     for length in reversed(shape[1:]):
         strides.insert(0, strides[0] * length)

@@ -1,6 +1,6 @@
-"""Compute cross-entropy of a linear classifier, its gradient and its tangent in two kernels, whatever the number of classes.
+"""Compute the cross-entropy of a linear classifier, with gradients and derivatives, in two kernels for any number of classes.
 
-Only the range of float16 asks for a third, where the classes of a row do not fit in one tile.
+float16 planes need a third kernel, `measure`, where the classes of a row do not fit in one tile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .launch import architecture, launch, triton
 from .planes import Planes
 from .softmax import PARTS
 
-WIDE = 4096  # features; more have classes of shapes of their own in the table
+WIDE = 4096  # most features of the usual classes of shapes; more features have classes of their own in the table
 
 
 def linear_cross_entropy(
@@ -58,52 +58,61 @@ def _launch(
     scale: Tensor | None,
     direction_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the loss, p̄, p̄̇, Ā, c̄, the labels' and the scale; with a p_dot, the derivatives of the loss, Ā and c̄."""
-    planes, classes = Planes.of(p, p_dot), len(weight)
+    """Return the loss, p̄, p̄̇, Ā, c̄, the derivative of the gradient to the labels, and the scale.
+
+    With a `p_dot`, the first, fourth and fifth are the derivatives of the loss, Ā and c̄. Without it, p̄̇ and the derivative
+    for the labels are None. For indices, the derivative for the labels is always None.
+    """
+    planes, classes = Planes.from_tensors(p, p_dot), len(weight)
     batch, width = planes.samples, planes.sample_size
-    of_scores, of_gradients = _row("scores", weight), _row("gradients", weight)
-    blocks = triton.cdiv(classes, of_scores["COLUMNS"])
-    scored = triton.cdiv(batch, of_scores["ROWS"]) * blocks
-    across = triton.cdiv(width, of_gradients["BLOCK_D"])
-    of_features = triton.cdiv(batch, of_gradients["BLOCK_B"]) * across
-    of_weights = triton.cdiv(classes, of_gradients["COLUMNS"]) * across
+    score_row, gradient_row = _row("scores", weight), _row("gradients", weight)
+    blocks = triton.cdiv(classes, score_row["COLUMNS"])
+    score_programs = triton.cdiv(batch, score_row["ROWS"]) * blocks
+    across = triton.cdiv(width, gradient_row["BLOCK_D"])
+    feature_programs = triton.cdiv(batch, gradient_row["BLOCK_B"]) * across
+    weight_programs = triton.cdiv(classes, gradient_row["COLUMNS"]) * across
 
     z = weight.new_empty(batch, classes)
     z_dot = None if p_dot is None else torch.empty_like(z)
     partials = weight.new_empty(PARTS, batch, blocks)
     magnitudes, count = None, 0
     if p.dtype == torch.float16 and scale is None:
-        count = scored if blocks == 1 else of_features
+        count = score_programs if blocks == 1 else feature_programs
         magnitudes, scale = torch.empty(count, dtype=torch.int32, device=p.device), weight.new_empty(())
     channels, pixels = (planes.channels, planes.height * planes.width) if planes.channels_last else (1, width)
     shape = {"KIND": label_kind, "CLASSES": classes}
-    of_planes = {"CHANNELS": channels, "PIXELS": pixels}
-    of_partials = {"BLOCKS": blocks, "EVERY": triton.next_power_of_2(blocks)}
+    plane_sizes = {"CHANNELS": channels, "PIXELS": pixels}
+    partial_sizes = {"BLOCKS": blocks, "EVERY": triton.next_power_of_2(blocks)}
 
     launch(
-        score, scored, p, p_dot, weight, weight_dot, bias, bias_dot, labels, z, z_dot, partials,
-        magnitudes if blocks == 1 else None, batch, **shape, **of_planes, **of_scores,
+        score, score_programs, p, p_dot, weight, weight_dot, bias, bias_dot, labels, z, z_dot, partials,
+        magnitudes if blocks == 1 else None, batch, **shape, **plane_sizes, **score_row,
     )  # fmt: skip
     given = (labels, z, z_dot, partials, magnitudes)
     if magnitudes is not None and blocks > 1:
         launch(
-            measure, of_features, weight, weight_dot, *given, batch, **shape, WIDTH=width, **of_partials, **of_gradients
-        )
+            measure, feature_programs, weight, weight_dot, *given, batch,
+            **shape, WIDTH=width, **partial_sizes, **gradient_row,
+        )  # fmt: skip
     p_bar = torch.empty_like(p)
     p_bar_dot = None if p_dot is None else torch.empty_like(p)
     weight_bar, bias_bar, loss = torch.empty_like(weight), torch.empty_like(bias), weight.new_empty(())
     labels_bar_dot = None if p_dot is None or label_kind == "indices" else torch.empty_like(labels)
     results = (p_bar, p_bar_dot, weight_bar, bias_bar, loss, labels_bar_dot)
     launch(
-        differentiate, of_weights + of_features, p, p_dot, weight, weight_dot, *given, scale, direction_scale, *results,
-        batch, count, **shape, **of_planes, **of_partials, LARGEST=LARGEST_COTANGENT, **of_gradients,
+        differentiate, weight_programs + feature_programs, p, p_dot, weight, weight_dot, *given, scale, direction_scale, *results,
+        batch, count, **shape, **plane_sizes, **partial_sizes, LARGEST=LARGEST_COTANGENT, **gradient_row,
     )  # fmt: skip
     return loss, p_bar, p_bar_dot, weight_bar, bias_bar, labels_bar_dot, scale
 
 
 def _row(kernel: str, weight: Tensor) -> Configuration:
-    """Return the configuration for so many classes: the row of the next larger number, or of all beyond; many features may have their own."""
+    """Return the configuration of `kernel` for the classes and features of `weight`.
+
+    The number of classes is rounded up to the next in the table; the last row has all larger numbers. More than WIDE features
+    may have a row of their own.
+    """
     classes, features = weight.shape
     shape_class = next((str(size) for size in (16, 64, 128, 256) if classes <= size), "1024")
-    closely = f"{shape_class}-wide" if features > WIDE else shape_class
-    return configuration(f"linear_cross_entropy_{kernel}", closely, architecture(weight.device), shape_class)
+    closest = f"{shape_class}-wide" if features > WIDE else shape_class
+    return configuration(f"linear_cross_entropy_{kernel}", closest, architecture(weight.device), shape_class)

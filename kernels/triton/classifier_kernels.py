@@ -1,26 +1,28 @@
-"""The two kernels of a linear classifier under cross-entropy, and one for ranges.
+"""Compute logits and gradients of a linear classifier under cross-entropy, and the largest gradient for float16's range.
 
-`score` makes tiles of logits and, of each row of a tile, what a softmax needs of it. `differentiate` makes tiles of the
-gradients: it combines those parts, and with them turns logits into the gradients to them wherever it needs any. Planes are
-read and written as they lie, CHANNELS side by side at each of PIXELS; contiguous ones are one channel of all features.
-Feature c · PIXELS + pixel of the weights is what the public code calls so.
+`score` computes tiles of logits. For each row of a tile it also stores the six numbers that a softmax needs (softmax.py).
+`differentiate` computes tiles of the gradients. It combines the six numbers over the tiles of a row, and recomputes the
+gradient to a logit wherever it needs one. `measure` computes the largest gradient to float16 features.
 
-Without a p_dot all is the primal's; with one, `weight_bar` and `bias_bar` are derivatives and `loss` is.
+Planes are (B, PIXELS, CHANNELS) in memory. Contiguous planes are passed as one channel with all features as pixels. Column
+c · PIXELS + pixel of the weights belongs to channel c at that pixel: features have the order of a contiguous sample.
+
+Without a `p_dot`, all results are the primal's. With one, `weight_bar`, `bias_bar` and `loss` are derivatives.
 """
 
 from __future__ import annotations
 
 from .launch import tl, triton
-from .powers import magnitude_bits, power_of
-from .softmax import combine, cotangents_at, softmax_of, softmax_parts, targets_at
+from .powers import magnitude_bits, power_of_two
+from .softmax import combine, load_cotangents, load_softmax, load_targets, softmax_parts
 
-FEATURES = tl.constexpr(2048)  # whose largest gradient a program looks for at a time
+FEATURES = tl.constexpr(2048)  # features in which a program searches for the largest gradient at a time
 
 
 @triton.jit
 def score(
     p: tl.tensor,  # (B, PIXELS, CHANNELS)
-    p_dot: tl.tensor,  # or None: then neither are the other dots
+    p_dot: tl.tensor,  # or None; then all other `_dot` arguments are None
     weight: tl.tensor,  # (K, CHANNELS · PIXELS)
     weight_dot: tl.tensor,
     bias: tl.tensor,  # (K,)
@@ -29,7 +31,7 @@ def score(
     z: tl.tensor,  # (B, K)
     z_dot: tl.tensor,
     partials: tl.tensor,  # (6, B, blocks of classes)
-    magnitudes: tl.tensor,  # (programs,) int32, or None: always, unless one block has all classes
+    magnitudes: tl.tensor,  # (programs,) int32, or None; always None unless one block has all classes
     batch: tl.tensor,
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -40,7 +42,7 @@ def score(
     BLOCK_D: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """Make ROWS × COLUMNS logits, their tangents, and each row's part in its softmax."""
+    """Store ROWS × COLUMNS logits, in a direction their derivatives, and for each row the six numbers of `softmax_parts`."""
     ACC: tl.constexpr = z.dtype.element_ty
     BLOCKS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) % BLOCKS
@@ -49,30 +51,30 @@ def score(
     row_exists, column_exists = row < batch, column < CLASSES
     exists, place = row_exists & column_exists, row * CLASSES + column
 
-    if ROWS < 16:  # fewer rows than `tl.dot` takes
-        at, along = _sums(
+    if ROWS < 16:  # `tl.dot` needs at least 16 rows
+        logits, logits_dot = _logits_by_sums(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, AHEAD if tl.float32 == ACC else 1, ACC,
         )  # fmt: skip
     else:
-        at, along = _products(
+        logits, logits_dot = _logits_by_dot(
             p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
-    at += tl.load(bias + column, column_exists, 0).to(ACC)
-    tl.store(z + place, at, exists)
+    logits += tl.load(bias + column, column_exists, 0).to(ACC)
+    tl.store(z + place, logits, exists)
     if p_dot is not None:
-        along += tl.load(bias_dot + column, column_exists, 0).to(ACC)
-        tl.store(z_dot + place, along, exists)
+        logits_dot += tl.load(bias_dot + column, column_exists, 0).to(ACC)
+        tl.store(z_dot + place, logits_dot, exists)
 
-    targets = targets_at(labels, row, column, batch, KIND, CLASSES, ACC)
-    parts = softmax_parts(at, along, targets, column_exists, p_dot is not None, KIND)
+    targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
+    parts = softmax_parts(logits, logits_dot, targets, column_exists, p_dot is not None, KIND)
     for number in tl.static_range(6):
         tl.store(partials + (number * batch + row) * BLOCKS + block, parts[number], row_exists)
     if magnitudes is not None:
-        tl.debug_barrier()  # what one thread has stored of a row's logits, all read
+        tl.debug_barrier()  # all threads read the logits of a row that one thread stored
         softmax = combine(parts, p_dot is not None, KIND)
-        largest = _largest_product(
+        largest = _largest_feature_gradient(
             weight, weight_dot, labels, z, z_dot if p_dot is not None else None, row, softmax, batch,
             KIND, CLASSES, CHANNELS * PIXELS, ROWS, ACC,
         )  # fmt: skip
@@ -82,7 +84,7 @@ def score(
 @triton.jit
 def differentiate(
     p: tl.tensor,  # (B, PIXELS, CHANNELS)
-    p_dot: tl.tensor,  # or None: then neither are the other dots
+    p_dot: tl.tensor,  # or None; then all other `_dot` arguments are None
     weight: tl.tensor,  # (K, CHANNELS · PIXELS)
     weight_dot: tl.tensor,
     labels: tl.tensor,  # (B,) int64, or (B, K)
@@ -90,7 +92,7 @@ def differentiate(
     z_dot: tl.tensor,
     partials: tl.tensor,  # (6, B, BLOCKS)
     magnitudes: tl.tensor,  # (count,) int32, or None
-    scale: tl.tensor,  # (), or None: written where there are magnitudes, else read
+    scale: tl.tensor,  # (), or None; written if there are magnitudes, else read
     direction_scale: tl.tensor,  # (), or None
     p_bar: tl.tensor,  # (B, PIXELS, CHANNELS)
     p_bar_dot: tl.tensor,
@@ -105,22 +107,26 @@ def differentiate(
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     LARGEST: tl.constexpr,
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Make COLUMNS × BLOCK_D gradients of weights, summed over all samples, or BLOCK_B × BLOCK_D of features, over all classes."""
+    """Store COLUMNS × BLOCK_D gradients to weights, summed over all samples, or BLOCK_B × BLOCK_D gradients to features.
+
+    The first WEIGHT_PROGRAMS programs compute the gradients to weights and biases and the loss. The others sum the gradients
+    to features over all classes, and in a direction store the derivative of the gradient to labels too.
+    """
     ACC: tl.constexpr = z.dtype.element_ty
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
-    OF_WEIGHTS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS * ACROSS
+    WEIGHT_PROGRAMS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS * ACROSS
     place = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     feature, place_exists = place % CHANNELS * PIXELS + place // CHANNELS, place < WIDTH
     factor, divisor = 1.0, 1.0
     if magnitudes is not None:
-        factor = power_of(_largest_of(magnitudes, count), LARGEST)
+        factor = power_of_two(_max_magnitude(magnitudes, count), LARGEST)
         if tl.program_id(0) == 0:
             tl.store(scale, factor)
     elif scale is not None:
@@ -128,29 +134,29 @@ def differentiate(
     if direction_scale is not None:
         divisor = tl.load(direction_scale).to(ACC)
 
-    if tl.program_id(0) < OF_WEIGHTS:
+    if tl.program_id(0) < WEIGHT_PROGRAMS:
         column = tl.program_id(0) // ACROSS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        to_weight, to_bias, total = _summed_over_samples(
+        to_weight, to_bias, total = _sum_over_samples(
             p, p_dot, labels, z, z_dot, partials, column, place, place_exists, batch,
             KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
-        of_weight = tl.trans(column) * WIDTH + feature
-        tl.store(weight_bar + of_weight, to_weight * factor, (tl.trans(column) < CLASSES) & place_exists)
+        weight_offset = tl.trans(column) * WIDTH + feature
+        tl.store(weight_bar + weight_offset, to_weight * factor, (tl.trans(column) < CLASSES) & place_exists)
         if tl.program_id(0) % ACROSS == 0:
             tl.store(bias_bar + column, to_bias * factor, column < CLASSES)
         if tl.program_id(0) == 0:
             tl.store(loss, total / divisor)
     else:
         first = tl.program_id(0) % ACROSS == 0
-        row = ((tl.program_id(0) - OF_WEIGHTS) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
-        to_p, to_p_dot = _summed_over_classes(
+        row = ((tl.program_id(0) - WEIGHT_PROGRAMS) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+        to_p, to_p_dot = _sum_over_classes(
             weight, weight_dot, labels, z, z_dot, partials, labels_bar_dot, divisor, first, row, feature, place_exists, batch,
             KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
-        of_p, exists = row * WIDTH + place, (row < batch) & place_exists
-        tl.store(p_bar + of_p, (to_p * factor).to(p_bar.dtype.element_ty), exists)
+        p_offset, exists = row * WIDTH + place, (row < batch) & place_exists
+        tl.store(p_bar + p_offset, (to_p * factor).to(p_bar.dtype.element_ty), exists)
         if p_dot is not None:
-            tl.store(p_bar_dot + of_p, (to_p_dot * factor).to(p_bar.dtype.element_ty), exists)
+            tl.store(p_bar_dot + p_offset, (to_p_dot * factor).to(p_bar.dtype.element_ty), exists)
 
 
 @triton.jit
@@ -167,17 +173,17 @@ def measure(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Store the bits of the largest magnitude in BLOCK_B × BLOCK_D gradients to features, and in their derivatives."""
+    """Store the bits of the largest magnitude in BLOCK_B × BLOCK_D gradients to features and in their derivatives."""
     ACC: tl.constexpr = z.dtype.element_ty
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     feature = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     row = (tl.program_id(0) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
-    to_p, to_p_dot = _summed_over_classes(
+    to_p, to_p_dot = _sum_over_classes(
         weight, weight_dot, labels, z, z_dot, partials, None, 1.0, False, row, feature, feature < WIDTH, batch,
         KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
     )  # fmt: skip
@@ -188,7 +194,7 @@ def measure(
 
 
 @triton.jit
-def _sums(
+def _logits_by_sums(
     p: tl.tensor,
     p_dot: tl.tensor,
     weight: tl.tensor,
@@ -205,34 +211,37 @@ def _sums(
     AHEAD: tl.constexpr,  # tiles of features that are loaded at a time
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the products of rows of features with classes' weights (ROWS, COLUMNS), and with a direction their tangents."""
+    """Return logits without the bias (ROWS, COLUMNS) and, in a direction, their derivatives, without `tl.dot`."""
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     total, total_dot = tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC), tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC)
     row, row_exists = row[:, :, None], row_exists[:, :, None]
     column, column_exists = column[:, :, None], column_exists[:, :, None]
     for start in range(0, WIDTH, AHEAD * BLOCK_D):
-        # On their way together: a load behind a use of features would wait for it, since these change hands among threads.
+        # All loads of features come first. A load after a use would wait, since features move between threads.
         fs: tl.tuple = ()
         fs_dot: tl.tuple = ()
         for tile in tl.static_range(AHEAD):
             feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
-            of_p, exists = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS, row_exists & (feature < WIDTH)
-            fs += (tl.load(p + of_p, exists, 0).to(ACC),)
+            p_offset, exists = (
+                row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS,
+                row_exists & (feature < WIDTH),
+            )
+            fs += (tl.load(p + p_offset, exists, 0).to(ACC),)
             if p_dot is not None:
-                fs_dot += (tl.load(p_dot + of_p, exists, 0).to(ACC),)
+                fs_dot += (tl.load(p_dot + p_offset, exists, 0).to(ACC),)
         for tile in tl.static_range(AHEAD):
             feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
-            of_weight, exists = column * WIDTH + feature, column_exists & (feature < WIDTH)
-            w = tl.load(weight + of_weight, exists, 0).to(ACC)
+            weight_offset, exists = column * WIDTH + feature, column_exists & (feature < WIDTH)
+            w = tl.load(weight + weight_offset, exists, 0).to(ACC)
             total += fs[tile] * w
             if p_dot is not None:
                 total_dot += fs_dot[tile] * w
-                total_dot += tl.load(weight_dot + of_weight, exists, 0).to(ACC) * fs[tile]
+                total_dot += tl.load(weight_dot + weight_offset, exists, 0).to(ACC) * fs[tile]
     return tl.sum(total, 2), tl.sum(total_dot, 2)
 
 
 @triton.jit
-def _products(
+def _logits_by_dot(
     p: tl.tensor,
     p_dot: tl.tensor,
     weight: tl.tensor,
@@ -248,27 +257,27 @@ def _products(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return what `_sums` does, of at least 16 rows and classes."""
+    """Return the same as `_logits_by_sums`, by `tl.dot`, for at least 16 rows and classes."""
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     total, total_dot = tl.zeros((ROWS, COLUMNS), ACC), tl.zeros((ROWS, COLUMNS), ACC)
     for start in range(0, WIDTH, BLOCK_D):
         feature = start + tl.arange(0, BLOCK_D)[None, :]
-        of_p = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS
-        of_weight = tl.trans(column) * WIDTH + feature
+        p_offset = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS
+        weight_offset = tl.trans(column) * WIDTH + feature
         p_exists, weight_exists = row_exists & (feature < WIDTH), tl.trans(column_exists) & (feature < WIDTH)
-        f = tl.load(p + of_p, p_exists, 0).to(ACC)
-        w = tl.trans(tl.load(weight + of_weight, weight_exists, 0).to(ACC))
+        f = tl.load(p + p_offset, p_exists, 0).to(ACC)
+        w = tl.trans(tl.load(weight + weight_offset, weight_exists, 0).to(ACC))
         total = tl.dot(f, w, total, input_precision="ieee", out_dtype=ACC)
         if p_dot is not None:
-            f_dot = tl.load(p_dot + of_p, p_exists, 0).to(ACC)
-            w_dot = tl.trans(tl.load(weight_dot + of_weight, weight_exists, 0).to(ACC))
+            f_dot = tl.load(p_dot + p_offset, p_exists, 0).to(ACC)
+            w_dot = tl.trans(tl.load(weight_dot + weight_offset, weight_exists, 0).to(ACC))
             total_dot = tl.dot(f_dot, w, total_dot, input_precision="ieee", out_dtype=ACC)
             total_dot = tl.dot(f, w_dot, total_dot, input_precision="ieee", out_dtype=ACC)
     return total, total_dot
 
 
 @triton.jit
-def _largest_product(
+def _largest_feature_gradient(
     weight: tl.tensor,
     weight_dot: tl.tensor,
     labels: tl.tensor,
@@ -283,9 +292,9 @@ def _largest_product(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return the bits of the largest magnitude in the gradients to features of the rows, and in their derivatives.
+    """Return the bits of the largest magnitude in the rows' gradients to features and in their derivatives.
 
-    A thread adds up the classes of its own features, one after the other: a sum across threads would wait for all of them.
+    A thread adds up the classes of its own features, one after the other. A sum across threads would make all of them wait.
     """
     largest = tl.zeros((ROWS, FEATURES), tl.int32)
     for start in range(0, WIDTH, FEATURES):
@@ -293,7 +302,7 @@ def _largest_product(
         to_p, to_p_dot = tl.zeros((ROWS, FEATURES), ACC), tl.zeros((ROWS, FEATURES), ACC)
         for each in tl.range(0, CLASSES, loop_unroll_factor=4):
             column = each + tl.zeros((1, 1), tl.int32)
-            o_bar, o_bar_dot, _ = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+            o_bar, o_bar_dot, _ = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
             w = tl.load(weight + each * WIDTH + feature, feature < WIDTH, 0).to(ACC)
             to_p += o_bar * w
             if weight_dot is not None:
@@ -304,8 +313,8 @@ def _largest_product(
 
 
 @triton.jit
-def _largest_of(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """Return the largest of `count` magnitudes."""
+def _max_magnitude(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
+    """Return the largest of `count` magnitudes, as bits."""
     largest = tl.zeros((1024,), tl.int32)
     for start in range(0, count, 1024):
         place = start + tl.arange(0, 1024)
@@ -314,7 +323,7 @@ def _largest_of(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _summed_over_samples(
+def _sum_over_samples(
     p: tl.tensor,
     p_dot: tl.tensor,
     labels: tl.tensor,
@@ -329,13 +338,16 @@ def _summed_over_samples(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return the gradients to weights (COLUMNS, BLOCK_D) and biases (1, COLUMNS), or their derivatives, and the loss or its."""
+    """Return the gradients to weights (COLUMNS, BLOCK_D) and to biases (1, COLUMNS), and the loss.
+
+    In a direction, return the derivatives of these three.
+    """
     to_weight, to_bias, total = (
         tl.zeros((COLUMNS, BLOCK_D), ACC),
         tl.zeros((1, COLUMNS), ACC),
@@ -343,23 +355,23 @@ def _summed_over_samples(
     )
     for start in range(0, batch, BLOCK_B):
         row = (start + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-        softmax = softmax_of(partials, row, batch, p_dot is not None, KIND, BLOCKS, EVERY, ACC)
-        o_bar, o_bar_dot, _ = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
-        of_p, exists = row * WIDTH + place, (row < batch) & place_exists
-        moving = o_bar
+        softmax = load_softmax(partials, row, batch, p_dot is not None, KIND, BLOCKS, EVERY, ACC)
+        o_bar, o_bar_dot, _ = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+        p_offset, exists = row * WIDTH + place, (row < batch) & place_exists
+        cotangent = o_bar
         if p_dot is not None:
-            moving = o_bar_dot
-            f_dot = tl.load(p_dot + of_p, exists, 0).to(ACC)
+            cotangent = o_bar_dot
+            f_dot = tl.load(p_dot + p_offset, exists, 0).to(ACC)
             to_weight = tl.dot(tl.trans(o_bar), f_dot, to_weight, input_precision="ieee", out_dtype=ACC)
-        f = tl.load(p + of_p, exists, 0).to(ACC)
-        to_weight = tl.dot(tl.trans(moving), f, to_weight, input_precision="ieee", out_dtype=ACC)
-        to_bias += tl.sum(moving, 0, keep_dims=True)
+        f = tl.load(p + p_offset, exists, 0).to(ACC)
+        to_weight = tl.dot(tl.trans(cotangent), f, to_weight, input_precision="ieee", out_dtype=ACC)
+        to_bias += tl.sum(cotangent, 0, keep_dims=True)
         total += tl.where(row < batch, softmax[5], 0)
     return to_weight, to_bias, -tl.sum(tl.sum(total, 1), 0) / batch
 
 
 @triton.jit
-def _summed_over_classes(
+def _sum_over_classes(
     weight: tl.tensor,
     weight_dot: tl.tensor,
     labels: tl.tensor,
@@ -368,7 +380,7 @@ def _summed_over_classes(
     partials: tl.tensor,
     labels_bar_dot: tl.tensor,
     divisor: tl.tensor,
-    first: tl.tensor,  # whether to store the gradients to labels
+    first: tl.tensor,  # whether to store the derivatives of the gradients to labels
     row: tl.tensor,  # (BLOCK_B, 1)
     feature: tl.tensor,  # (1, BLOCK_D)
     feature_exists: tl.tensor,
@@ -377,23 +389,26 @@ def _summed_over_classes(
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # a power of two, at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     BLOCK_B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the gradients to features (BLOCK_B, BLOCK_D), and their derivatives."""
-    softmax = softmax_of(partials, row, batch, weight_dot is not None, KIND, BLOCKS, EVERY, ACC)
+    """Return the gradients to features (BLOCK_B, BLOCK_D) and, in a direction, their derivatives, else zeros.
+
+    Where `first` is set, also store the derivatives of the gradients to labels, divided by `divisor`.
+    """
+    softmax = load_softmax(partials, row, batch, weight_dot is not None, KIND, BLOCKS, EVERY, ACC)
     to_p, to_p_dot = tl.zeros((BLOCK_B, BLOCK_D), ACC), tl.zeros((BLOCK_B, BLOCK_D), ACC)
     for start in range(0, CLASSES, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
-        o_bar, o_bar_dot, to_labels = cotangents_at(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
-        of_weight, exists = tl.trans(column) * WIDTH + feature, (tl.trans(column) < CLASSES) & feature_exists
-        w = tl.load(weight + of_weight, exists, 0).to(ACC)
+        o_bar, o_bar_dot, to_labels = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
+        weight_offset, exists = tl.trans(column) * WIDTH + feature, (tl.trans(column) < CLASSES) & feature_exists
+        w = tl.load(weight + weight_offset, exists, 0).to(ACC)
         to_p = tl.dot(o_bar, w, to_p, input_precision="ieee", out_dtype=ACC)
         if weight_dot is not None:
-            w_dot = tl.load(weight_dot + of_weight, exists, 0).to(ACC)
+            w_dot = tl.load(weight_dot + weight_offset, exists, 0).to(ACC)
             to_p_dot = tl.dot(o_bar_dot, w, to_p_dot, input_precision="ieee", out_dtype=ACC)
             to_p_dot = tl.dot(o_bar, w_dot, to_p_dot, input_precision="ieee", out_dtype=ACC)
             if labels_bar_dot is not None:

@@ -1,4 +1,4 @@
-"""Read launch configurations from a checked-in table: nothing is tuned at run time."""
+"""Read launch configurations from the table configurations.toml. Nothing is tuned at run time."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from importlib import resources
 from typing import Any, cast
 
 Configuration = dict[str, int]  # block sizes in capitals, num_warps, num_stages
-Row = dict[str, Any]  # a configuration, the back end that computes the operation, and the time it took if measured
-Table = dict[str, dict[str, dict[str, Row]]]  # by operation, class of shapes, architecture
+Row = dict[str, Any]  # a configuration, the back end, and the time that was measured, if any
+Table = dict[str, dict[str, dict[str, Row]]]  # rows by operation, class of shapes, and architecture
 
-NOT_OF_A_LAUNCH = ("backend", "microseconds", "prototype_microseconds", "tma")
+NOT_KERNEL_ARGUMENTS = ("backend", "microseconds", "prototype_microseconds", "tma")
 
 
 def configuration(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> Configuration:
     """Return the configuration of one operation, class of shapes and architecture; see `row_of`."""
     row = row_of(operation, shape_class, architecture, *looser_classes)
-    return {name: value for name, value in row.items() if name not in NOT_OF_A_LAUNCH}
+    return {name: value for name, value in row.items() if name not in NOT_KERNEL_ARGUMENTS}
 
 
 BATCHES = (16, 64, 256, 1024)
-"""Numbers of samples, by which shapes are told apart; the last is for all larger."""
+"""Batch sizes that separate the classes of shapes. The last class has all larger batches too."""
 
 
 def rounded_up(number: int, sizes: tuple[int, ...]) -> int:
-    """Return the first of `sizes` that is no less than `number`, or the last."""
+    """Return the smallest of the ascending `sizes` that is at least `number`, or the largest size."""
     return next(size for size in sizes if number <= size or size == sizes[-1])
 
 
 def box_configuration(operation: str, architecture: str, *classes: str) -> Configuration:
-    """Return the configuration of a convolution by boxes: the architecture's own in the closest class that has one."""
+    """Return the configuration of a convolution with TMA loads, from the closest of `classes` that has one.
+
+    Raises `KeyError` if no class has one for `architecture`.
+    """
     for rows in (table()[operation].get(name, {}) for name in classes):
         if "tma" in rows.get(architecture, {}):
             return cast(Configuration, rows[architecture]["tma"])
@@ -38,13 +41,16 @@ def box_configuration(operation: str, architecture: str, *classes: str) -> Confi
 
 
 def backend_of(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> str:
-    """Return the back end of the operation: `triton`, `tma` or `cudnn`."""
+    """Return the back end that the table names for `operation`: `triton`, `tma` or `cudnn`."""
     return cast(str, row_of(operation, shape_class, architecture, *looser_classes)["backend"])
 
 
 @cache
 def row_of(operation: str, shape_class: str, architecture: str, *looser_classes: str) -> Row:
-    """Return the row of the table: the architecture's own in the closest class that has one, else the `default`."""
+    """Return the row for `architecture` from the closest class that has one, else the closest `default` row.
+
+    Raises `KeyError` if no class has either.
+    """
     classes = [table()[operation].get(name, {}) for name in (shape_class, *looser_classes)]
     for name in (architecture, "default"):
         for rows in classes:
@@ -55,6 +61,6 @@ def row_of(operation: str, shape_class: str, architecture: str, *looser_classes:
 
 @cache
 def table() -> Table:
-    """Return the table that is checked in."""
+    """Return the whole table."""
     text = resources.files(__package__).joinpath("configurations.toml").read_text(encoding="utf-8")
     return cast(Table, tomllib.loads(text))

@@ -1,6 +1,6 @@
-"""Convolve 3×3 by the two matrix products of implicit_gemm.py unless others are given, as tma.py does.
+"""Convolve 3×3 with the two matrix products of implicit_gemm.py. A caller may pass other products, as tma.py does.
 
-Forward and input gradient are one kernel, since the latter is the convolution of ȳ with the weights rotated by 180°.
+Forward and input gradient use one kernel, since the input gradient is the convolution of ȳ with the weights rotated by 180°.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from .planes import Planes, stacked
 from .weights import rotated, straight
 
 Convolve = Callable[..., tuple[Any, Convolved]]
-"""`convolve` of implicit_gemm.py, or one that takes the same arguments."""
+"""`convolve` of implicit_gemm.py, or a function that takes the same arguments."""
 Correlate = Callable[..., Tensor]
-"""Likewise `correlate`."""
+"""`correlate` of implicit_gemm.py, or a function that takes the same arguments."""
 
 
 def conv3x3(x: Tensor, weight: Weight, padding: int, precision: Precision, convolve: Convolve = convolve) -> Convolved:
     """See `mtt_fast.kernels.conv3x3`."""
     y, (factors,) = empty_output(x, weight, padding), straight((weight,), x, precision)
-    operands = (x, None, factors, factors, None, y)  # W∗x is ẏ in the direction of W
+    operands = (x, None, factors, factors, None, y)  # y = W∗x is computed as ẏ in the direction of W
     return convolve("conv3x3", *operands, padding, precision)[1]
 
 
@@ -120,26 +120,26 @@ def conv3x3_dual_weight_gradient(
 
 
 def empty_output(x: Tensor, weight: Weight, padding: int) -> Tensor:
-    """Allocate the result of a convolution of `x`."""
-    planes, (filters, *_) = Planes.of(x), weight_of(weight).shape
+    """Allocate y (B, K, H + 2·padding − 2, W + 2·padding − 2), the result of a convolution of `x`, in the format of `x`."""
+    planes, (filters, *_) = Planes.from_tensors(x), weight_of(weight).shape
     return planes.empty(x, filters, planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
 
 
 def _empty_dual(x: Tensor, x_dot: Tensor | None, weight: Weight, padding: int) -> tuple[Tensor, Tensor]:
-    """Allocate y and ẏ: ẏ in front of y in one piece where x and ẋ are one.
+    """Allocate y and ẏ. Where x and ẋ are adjacent in memory, put ẏ directly before y.
 
-    The gradients that are written over them then make one product of the dual weight gradient's two, ȳ̇ ⋆ x + ȳ ⋆ ẋ.
-    Where ẋ is held as long as x, so is ẏ as long as y, and memory that is free only together is free no later.
+    The gradients are later written over y and ẏ. In this order, the two products of the dual weight gradient, ȳ̇ ⋆ x + ȳ ⋆ ẋ,
+    become one. Both are freed only together, which costs no memory: where ẋ lives as long as x, ẏ lives as long as y.
     """
     if x_dot is None or stacked(x, x_dot) is None:
         return empty_output(x, weight, padding), empty_output(x, weight, padding)
-    planes, filters = Planes.of(x), len(weight_of(weight))
+    planes, filters = Planes.from_tensors(x), len(weight_of(weight))
     sides = (planes.height + 2 * padding - 2, planes.width + 2 * padding - 2)
     y_dot, y = planes.empty_pair(x, filters, *sides)
     return y, y_dot
 
 
 def empty_input(y_bar: Tensor, weight: Weight, padding: int) -> Tensor:
-    """Allocate the gradient to the input of the convolution whose result has the gradient `y_bar`."""
-    planes, (_, channels, *_) = Planes.of(y_bar), weight_of(weight).shape
+    """Allocate x̄, the gradient to a convolution's input, in the format of `y_bar`, the gradient to its result."""
+    planes, (_, channels, *_) = Planes.from_tensors(y_bar), weight_of(weight).shape
     return planes.empty(y_bar, channels, planes.height + 2 - 2 * padding, planes.width + 2 - 2 * padding)

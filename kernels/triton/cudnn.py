@@ -1,6 +1,6 @@
-"""Convolve 3×3 by torch's library, which on a GPU is cuDNN: all of the primal's, and the mixed step's beside ours.
+"""Convolve 3×3 with cuDNN, through torch: the primal convolutions, and their derivatives as sums of these.
 
-cuDNN's algorithms are deterministic ones, chosen by its own rules and not by timing.
+Only deterministic algorithms of cuDNN are allowed. cuDNN's heuristics choose among them; nothing is timed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def conv3x3_input_gradient_tangent(
 def conv3x3_dual_weight_gradient(
     x: Tensor, x_dot: Tensor | None, y_bar: Tensor, y_bar_dot: Tensor, padding: int, precision: Precision
 ) -> Tensor:
-    """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`. One product over twice the samples where these lie so."""
+    """See `mtt_fast.kernels.conv3x3_dual_weight_gradient`.
+
+    It is one product over twice the samples where `stacked` can join the operands in memory, else two.
+    """
     if x_dot is None:
         return conv3x3_weight_gradient(x, y_bar_dot, padding, precision)
     xs, y_bars = stacked(x, x_dot), stacked(y_bar_dot, y_bar)
@@ -87,7 +90,7 @@ def conv3x3_dual_weight_gradient(
 
 
 def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tensor, Tensor]:
-    """Return the factors in the dtype that they are multiplied in. cuDNN's results are of that dtype too."""
+    """Return `planes` and `other` in the dtype in which they are multiplied. cuDNN's result has that dtype too."""
     if isinstance(other, PackedWeight):
         other = other.straight.permute(0, 3, 1, 2)
     dtype = plane_dtype(planes.dtype, precision)
@@ -96,5 +99,6 @@ def _factors(precision: Precision, planes: Tensor, other: Weight) -> tuple[Tenso
 
 @contextmanager
 def _precision(precision: Precision) -> Iterator[None]:
+    """Allow cuDNN only deterministic algorithms, and tf32 only if `precision` is tf32."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision == "tf32"):
         yield

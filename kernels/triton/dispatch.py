@@ -1,4 +1,4 @@
-"""Choose, from the checked-in table, the back end of an operation on a GPU: kernels of ours, by pointers or by boxes, or torch's library."""
+"""Choose how a GPU computes a convolution: Triton kernels with pointer or TMA loads, or cuDNN. The checked-in table decides."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from .planes import Planes
 
 BACKENDS: dict[str, ModuleType] = {"triton": conv, "tma": tma, "cudnn": cudnn}
 
-_LIBRARY_PLANES = 5
-"""The memory that cuDNN works with in full precision, in planes of the larger side of a convolution.
+_CUDNN_PLANES = 5
+"""Work space of cuDNN in full precision, as a multiple of the larger of a convolution's input and output.
 
-On an H200 a step on 100 × 3 × 32² images took 246 MiB more in fp32 than its tensors do, 4.7 of its largest planes; with tf32 none.
+On an H200 a step on 100 × 3 × 32² images took 246 MiB more than its tensors in fp32, which is 4.7 times its largest planes.
+With tf32 it took no more than its tensors.
 """
 
 
 def dispatched(operation: str) -> Callable[..., Any]:
-    """Return the convolution named `operation` as a function that takes the table's back end for its arguments."""
+    """Return a function that computes `operation`, a convolution, with the back end that the table names for its arguments."""
 
     @wraps(getattr(cudnn, operation))
     def run(*arguments: Any, **named: Precision) -> Any:
         every: list[Any] = [*arguments, *named.values()]
-        operands, precision = every[:-1], every[-1]  # which comes last, by name or without
-        result, planes = _result(operation, *operands), _planes_of(operation, operands)
-        backend = _backend(operation, Planes.of(planes[0]), result, precision, planes[0], planes)
+        operands, precision = every[:-1], every[-1]  # the precision is last, whether it is passed by name or not
+        result, planes = _result_planes(operation, *operands), _plane_operands(operation, operands)
+        backend = _backend(operation, Planes.from_tensors(planes[0]), result, precision, planes[0], planes)
         return getattr(BACKENDS[backend], operation)(*operands, precision)
 
     return run
@@ -82,11 +83,11 @@ def work_bytes(
         }
         if any(_backend(each, *planes, precision, x, [x]) == "cudnn" for each, planes in convolutions.items()):
             most = max(most, inputs.sample_size, outputs.sample_size)
-    return _LIBRARY_PLANES * batch * most * dtype.itemsize
+    return _CUDNN_PLANES * batch * most * dtype.itemsize
 
 
 def _planes_of_layer(batch: int, layer: ConvLayer) -> tuple[Planes, Planes]:
-    """Return the planes that a layer convolves, and those that it makes."""
+    """Return the shapes of the input and of the output of a layer."""
     inputs = Planes(batch, layer.channels, layer.height, layer.width, torch.channels_last)
     return inputs, Planes(batch, layer.filters, layer.out_height, layer.out_width, torch.channels_last)
 
@@ -94,24 +95,24 @@ def _planes_of_layer(batch: int, layer: ConvLayer) -> tuple[Planes, Planes]:
 def _backend(
     operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor, planes: list[Tensor]
 ) -> str:
-    """Return the table's back end, for dtype and device of `x`, or the kernels by pointers where boxes do not fit `planes`."""
-    closely, *loosely = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
-    backend = backend_of(operation, closely, architecture(x.device), *loosely)
+    """Return the table's back end for dtype and device of `x`; where TMA cannot load `planes`, `triton` in place of `tma`."""
+    closest, *looser = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
+    backend = backend_of(operation, closest, architecture(x.device), *looser)
     return "triton" if backend == "tma" and not fits(operation, inputs, outputs, precision, planes) else backend
 
 
-def _planes_of(operation: str, operands: list[Any]) -> list[Tensor]:
-    """Return the operands that are planes: the last is the padding, and of a convolution's others half are weights."""
+def _plane_operands(operation: str, operands: list[Any]) -> list[Tensor]:
+    """Return the operands that are planes. The last operand is the padding; of a convolution's others, half are weights."""
     tensors = operands[:-1]
     planes = tensors if operation.endswith("weight_gradient") else tensors[: len(tensors) // 2]
     return [each for each in planes if each is not None]
 
 
-def _result(operation: str, *arguments: Any) -> Planes:
-    """Return the planes that are convolved to, or, where the result is of the weights, correlated with."""
-    planes, (factor, padding) = Planes.of(arguments[0]), arguments[-2:]
+def _result_planes(operation: str, *arguments: Any) -> Planes:
+    """Return the shape of a convolution's result, or, for a weight gradient, of the planes ȳ that x is correlated with."""
+    planes, (factor, padding) = Planes.from_tensors(arguments[0]), arguments[-2:]
     if operation.endswith("weight_gradient"):
-        return Planes.of(factor)
+        return Planes.from_tensors(factor)
     back = "input_gradient" in operation
     grown = (2 - 2 * padding) if back else (2 * padding - 2)
     filters, of_images, *_ = weight_of(factor).shape

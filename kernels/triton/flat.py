@@ -1,6 +1,6 @@
-"""Pass once over flat vectors (a step of SGD, the adjoint of that step, the squared distance of two points), and add rows to rows.
+"""Step along flat vectors of parameters, compute their squared distance, and add rows to rows.
 
-The gradients that a step has left as partial sums are added up in the pass that steps along them.
+Each operation passes over its vectors once. A gradient may come as partial sums: the pass that steps along it adds them up.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from ..types import PartialSums, accumulator
 from .configurations import configuration
 from .launch import architecture, launch, tl, triton
-from .powers import magnitude_bits, power_of
+from .powers import magnitude_bits, power_of_two
 
 
 @triton.jit
-def _sum_of_piece(
+def _sum_piece(
     source: tl.tensor, factors: tl.tuple, PIECES: tl.constexpr, PIECE: tl.constexpr, ACC: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return places of the vector (TAPS, COLUMNS), which of them exist, and the numbers there: one program's share of a `_Piece`.
+    """Return offsets in the vector (TAP_BLOCK, COLUMNS), their mask, and the sums: one program's tile of a `_Piece`.
 
-    Each of ROWS rows adds every ROWS-th summand in their order, and then the rows are added as a tree: the same on every run.
-    It walks through the summands as they lie, where neighbours are read together.
+    Each of ROWS rows adds up every ROWS-th summand, in their order. Then a tree reduction adds up the rows. The order is the
+    same in every run. A row reads a summand in the order of memory, so that loads are coalesced.
     """
     SUMMANDS: tl.constexpr = PIECES[PIECE][0]
     STRIDE: tl.constexpr = PIECES[PIECE][1]
@@ -53,8 +53,8 @@ def _sum_of_piece(
 
 
 @triton.jit
-def _is_of(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
-    """Return whether this program's share is of the piece."""
+def _owns_piece(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
+    """Return whether this program works on a tile of the piece."""
     FIRST: tl.constexpr = PIECES[PIECE][5]
     END: tl.constexpr = PIECES[PIECE][6]
     return (tl.program_id(0) >= FIRST) & (tl.program_id(0) < END)
@@ -62,54 +62,62 @@ def _is_of(PIECES: tl.constexpr, PIECE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.constexpr, ACC: tl.constexpr) -> None:
+    """Store the vector of the pieces' sums in `out`."""
     for piece in tl.static_range(len(PIECES)):
-        if _is_of(PIECES, piece):
-            place, exists, total = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(PIECES, piece):
+            place, exists, total = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
             tl.store(out + place, total, exists)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rate"])  # one of a step lies anywhere
+# an element of a vector of rates has any alignment
+@triton.jit(do_not_specialize_on_alignment=["rate"])
 def _sgd_step(
     theta: tl.tensor,
-    pieces: tl.tuple,  # of pointers
-    factors: tl.tuple,  # of pointers to numbers
+    pieces: tl.tuple,  # pointers to the first summand of each piece
+    factors: tl.tuple,  # pointers to scalars that divide the sums
     rate: tl.tensor,
     out: tl.tensor,
     velocity: tl.tensor,  # or None
     velocity_out: tl.tensor,  # or None
-    PIECES: tl.constexpr,  # of each piece, a `_Piece`
+    PIECES: tl.constexpr,  # a `_Piece` for each piece
     MOMENTUM: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
+    """Store θ − rate · update in `out`, and the update in `velocity_out` unless that is None.
+
+    The update is gradient + WEIGHT_DECAY · θ + MOMENTUM · velocity.
+    """
     for piece in tl.static_range(len(PIECES)):
-        if _is_of(PIECES, piece):
-            place, exists, gradient = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
-            at = tl.load(theta + place, exists, 0).to(ACC)
-            update = gradient + WEIGHT_DECAY * at
+        if _owns_piece(PIECES, piece):
+            place, exists, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+            value = tl.load(theta + place, exists, 0).to(ACC)
+            update = gradient + WEIGHT_DECAY * value
             if velocity is not None:
                 update += MOMENTUM * tl.load(velocity + place, exists, 0).to(ACC)
             if velocity_out is not None:
                 tl.store(velocity_out + place, update, exists)
-            tl.store(out + place, at - tl.load(rate).to(ACC) * update, exists)
+            tl.store(out + place, value - tl.load(rate).to(ACC) * update, exists)
 
 
-@triton.jit(do_not_specialize_on_alignment=["scale"])  # one of a step lies anywhere
+# an element of a vector of scales has any alignment
+@triton.jit(do_not_specialize_on_alignment=["scale"])
 def _adjoint_step(
     adjoint: tl.tensor,
-    pieces: tl.tuple,  # of pointers
-    factors: tl.tuple,  # of pointers to numbers
+    pieces: tl.tuple,  # pointers to the first summand of each piece
+    factors: tl.tuple,  # pointers to scalars that divide the sums
     direction: tl.tensor,
     scale: tl.tensor,
     out: tl.tensor,
     incoming: tl.tensor,  # or None
-    PIECES: tl.constexpr,  # of each piece, a `_Piece`
+    PIECES: tl.constexpr,  # a `_Piece` for each piece
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
 ) -> None:
+    """Store adjoint + scale · (H v + WEIGHT_DECAY · direction), plus `incoming` unless it is None, in `out`."""
     for piece in tl.static_range(len(PIECES)):
-        if _is_of(PIECES, piece):
-            place, exists, curvature = _sum_of_piece(pieces[piece], factors, PIECES, piece, ACC)
+        if _owns_piece(PIECES, piece):
+            place, exists, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
             if WEIGHT_DECAY != 0:
                 curvature += WEIGHT_DECAY * tl.load(direction + place, exists, 0).to(ACC)
             result = tl.load(adjoint + place, exists, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
@@ -122,6 +130,7 @@ def _adjoint_step(
 def _squared_distance(
     a: tl.tensor, b: tl.tensor, partials: tl.tensor, size: tl.tensor, PARTIALS: tl.constexpr, SIZE: tl.constexpr
 ) -> None:
+    """Store each program's partial sum of (a − b)², in float64."""
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros((SIZE,), tl.float64)
     for start in range(program * SIZE, size, PARTIALS * SIZE):
@@ -134,6 +143,7 @@ def _squared_distance(
 
 @triton.jit
 def _sum(partials: tl.tensor, result: tl.tensor, PARTIALS: tl.constexpr) -> None:
+    """Store the sum of the PARTIALS partial sums."""
     tl.store(result, tl.sum(tl.load(partials + tl.arange(0, PARTIALS)), 0))
 
 
@@ -145,10 +155,10 @@ def _index_add(
     batch: tl.tensor,
     WIDTH: tl.constexpr,
     ALPHA: tl.constexpr,
-    EVERY: tl.constexpr,  # at least b
+    EVERY: tl.constexpr,  # b rounded up to a power of two
     SIZE: tl.constexpr,
 ) -> None:
-    """Add a row's SIZE elements, and those of all later rows of the same index, if no earlier row has that index."""
+    """Add SIZE elements of a row, and of all later rows with the same index, unless an earlier row has that index too."""
     BLOCKS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
     own, column = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * SIZE + tl.arange(0, SIZE)
     every, exists = tl.arange(0, EVERY), column < WIDTH
@@ -168,7 +178,7 @@ def _index_add(
 
 @triton.jit
 def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.constexpr) -> None:
-    """Store the bits of the largest magnitude of a program's share."""
+    """Store the bits of the largest magnitude among the elements of one program."""
     program, step = tl.program_id(0), tl.num_programs(0) * SIZE
     total = tl.zeros((SIZE,), tl.int32)
     for start in range(program * SIZE, size, step):
@@ -178,9 +188,9 @@ def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.c
 
 
 @triton.jit
-def power_of_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
-    """Return the power of two that brings the largest of the magnitudes just below LARGEST, or 1."""
-    return power_of(tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0), LARGEST)
+def power_of_two_from_parts(partials: tl.tensor, LARGEST: tl.constexpr, PARTIALS: tl.constexpr) -> tl.tensor:
+    """Return the power of two that scales the largest of all magnitudes as `power_of_two` does."""
+    return power_of_two(tl.max(tl.load(partials + tl.arange(0, PARTIALS)), 0), LARGEST)
 
 
 def add_up(sums: PartialSums) -> Tensor:
@@ -227,7 +237,10 @@ def adjoint_step(
 def _launch_step(
     kernel: Any, operation: str, first: Tensor, gradient: Tensor | PartialSums, *rest: Tensor | None, **constants: float
 ) -> None:
-    """Launch a program for each tile of SIZE summands of each piece of a `gradient`; it comes second of the tensors."""
+    """Launch `kernel`, a program for each tile of each piece of `gradient`.
+
+    The kernel's arguments are `first`, the pieces and factors of the gradient, then `rest`.
+    """
     row = configuration(operation, "", architecture(first.device))
     size = row.pop("SIZE")
     sums = PartialSums((gradient[None],)) if isinstance(gradient, Tensor) else gradient
@@ -242,37 +255,41 @@ def _launch_step(
 
 
 class _Piece(NamedTuple):
-    """Say how the summands of a piece lie in memory, (groups, taps, channels), and which programs share them.
+    """Layout of a piece of partial sums in memory, (summands, groups, taps, channels), and the programs that add it up.
 
-    In the vector the taps come last: what lies there in its own order is one group with one tap.
+    In the vector the order is (groups, channels, taps). A piece that already has the vector's order is one group with one tap.
     """
 
     summands: int
     stride: int  # elements from a summand to the next
     channels: int
     taps: int
-    begin: int  # in the vector
-    first: int  # program
-    end: int  # program after the last one
-    tap_block: int  # the tile's sides, powers of two
+    begin: int  # offset in the vector
+    first: int  # program that works on it
+    end: int  # one after the last program
+    tap_block: int  # sides of the tile, powers of two: tap_block, rows, columns
     rows: int
     columns: int
 
 
 def _piece_of(piece: Tensor, begin: int, first: int, size: int) -> _Piece:
-    """Return the layout of a piece, in tiles of `size`: many summands take many rows, and so more programs."""
+    """Return the layout of a piece (S, …) that begins at `begin` in the vector and at program `first`, in tiles of `size`.
+
+    Many summands take many rows of a tile, and so more programs.
+    """
     summands, numbers = len(piece), piece.shape[1:].numel()
-    lie_last = piece.dim() == 5 and not piece[:1].is_contiguous()
-    groups, channels, taps = (piece.shape[1], piece.shape[2], 9) if lie_last else (int(numbers > 0), numbers, 1)
-    tap_block, least_columns = (16, 8) if lie_last else (1, 32)  # at least whole sectors, or lines
+    channels_last = piece.dim() == 5 and not piece[:1].is_contiguous()
+    groups, channels, taps = (piece.shape[1], piece.shape[2], 9) if channels_last else (int(numbers > 0), numbers, 1)
+    # a row of the tile is at least a whole sector, or a cache line
+    tap_block, least_columns = (16, 8) if channels_last else (1, 32)
     rows = min(triton.next_power_of_2(max(summands, 1)), size // (tap_block * least_columns))
-    columns = size // (tap_block * max(rows, 4))  # few summands are too little for a whole tile: they need programs
+    columns = size // (tap_block * max(rows, 4))  # few summands do not fill a tile; smaller tiles make more programs
     end = first + groups * triton.cdiv(channels, columns)
     return _Piece(summands, piece.stride(0), channels, taps, begin, first, end, tap_block, rows, columns)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """See `mtt_fast.kernels.squared_distance`. The order of the sum depends on the size of the vectors alone."""
+    """See `mtt_fast.kernels.squared_distance`. The order of the sum depends only on the size of the vectors."""
     row = configuration("squared_distance", "", architecture(a.device))
     partials = torch.empty(row["PARTIALS"], dtype=torch.float64, device=a.device)
     result = torch.empty((), dtype=torch.float64, device=a.device)
@@ -282,7 +299,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
-    """See `mtt_fast.kernels.index_add`. torch's own, where it is deterministic, sorts the indices in ten kernels."""
+    """See `mtt_fast.kernels.index_add`. torch's deterministic one sorts the indices, in ten kernels."""
     row, batch, width = configuration("index_add", "", architecture(out.device)), len(rows), math.prod(out.shape[1:])
     programs = batch * triton.cdiv(width, row["SIZE"])
     constants = {"WIDTH": width, "ALPHA": alpha, "EVERY": triton.next_power_of_2(max(batch, 1))}
@@ -292,7 +309,7 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float) -> Tensor:
 
 
 def largest_parts(vector: Tensor) -> Tensor:
-    """Return the largest magnitudes of parts of a vector, as the bits of float32 numbers."""
+    """Return the largest magnitude of each part of a vector, as bits of float32 in int32, (PARTIALS,)."""
     row = configuration("largest_parts", "", architecture(vector.device))
     count = row.pop("PARTIALS")
     partials = torch.empty(count, dtype=torch.int32, device=vector.device)

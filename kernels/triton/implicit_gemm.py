@@ -1,9 +1,9 @@
-"""Convolve 3×3 as an implicit matrix product: a value and its tangent in one pass over the operands.
+"""Convolve 3×3 as an implicit matrix product (implicit GEMM). A kernel reads each operand once for a value and its derivative.
 
-Forward and input gradient are one kernel, since the latter is the convolution of ȳ with the weights rotated by 180°:
-results (pixel, output channel) are sums over terms (tap, input channel). The weight gradient is the product the other
-way: results (term, output channel) are sums over pixels, cut into parts that are added up at the end of the step. Tiles are
-BLOCK_M pixels of one sample, BLOCK_N output channels, BLOCK_K terms.
+Forward and input gradient use one kernel, since the input gradient is the convolution of ȳ with the weights rotated by 180°.
+Its results (pixel, output channel) are sums over terms: pairs of a tap and an input channel. The results of the weight
+gradient (term, output channel) are sums over pixels. That sum is split (split-K), and the partial sums are added up at the
+end of the step. Tiles are BLOCK_M pixels of one sample, BLOCK_N output channels and BLOCK_K terms.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import INTERPRETED, architecture, launch, tl, triton
 from .planes import Planes
 
-NARROW = 16  # channels up to which planes count as images
-SIZES = (64, 256, 1024, 4096, 16384)  # pixels of a plane, by which shapes are told apart; the last is for all larger
+NARROW = 16  # most channels of planes that count as images
+SIZES = (64, 256, 1024, 4096, 16384)  # pixels that separate the classes of shapes; the last has larger planes too
 
-_NUMPY = tl.constexpr(INTERPRETED)  # NumPy multiplies the bits of bfloat16 numbers as if they were integers
+_NUMPY = tl.constexpr(INTERPRETED)  # NumPy would multiply the bits of bfloat16 numbers as integers
 
 
 @triton.jit
-def _terms(
+def _step_terms(
     step: tl.tensor, CI: tl.constexpr, BLOCK_K: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return the terms of one step of the sum, (BLOCK_K,): number, input channel, the tap's row and column, existence.
+    """Return the terms of one step of the sum, (BLOCK_K,): their numbers, input channels, tap rows, tap columns, and mask.
 
-    A step is of one tap, whose pixels are then one address each, unless the channels are so few that they share it.
+    A step covers channels of one tap, so that a pixel has one address for all of them. Where there are fewer than BLOCK_K
+    input channels, a step covers terms of several taps.
     """
     place = tl.arange(0, BLOCK_K)
     if CI < BLOCK_K:
@@ -48,7 +49,7 @@ def _terms(
 
 @triton.jit
 def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """Add a·b to `total`; factors of 16 bits are of that dtype, and tf32's are rounded here."""
+    """Return `total` plus the matrix product a·b. For tf32 this rounds the factors; those of 16 bits are rounded already."""
     if _NUMPY:
         a, b = a.to(total.dtype), b.to(total.dtype)
     precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
@@ -77,7 +78,8 @@ def _convolve(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    # Programs side by side read the same pixels, then their neighbours, which stay in the cache.
+    """Store a tile of ẏ and, unless `y` is None, of y: BLOCK_M pixels × BLOCK_N output channels."""
+    # Neighbouring programs read the same pixels, then neighbouring pixels, so that these stay in the cache.
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
     STEPS: tl.constexpr = (9 * CI + BLOCK_K - 1) // BLOCK_K if CI < BLOCK_K else 9 * ((CI + BLOCK_K - 1) // BLOCK_K)
@@ -87,7 +89,7 @@ def _convolve(
     tile = program // BLOCKS % TILES
     sample = (program // (BLOCKS * TILES)).to(tl.int64)
     pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    # The padding is taken off here: a constant added to the remainder of a tap is what ptxas loses (docs/gpu.md, Faults).
+    # The padding is subtracted here: ptxas loses a constant that is added to the remainder of a tap (docs/gpu.md, Faults).
     row, column = pixel // WO - PADDING, pixel % WO - PADDING
     x += sample * (CI * H * W)
     if x_dot is not None:
@@ -95,9 +97,9 @@ def _convolve(
 
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     total_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    of_x_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # two products of a step into one sum would wait for each other
+    total_x_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # its own accumulator: two products into one would wait
     for step in range(STEPS):
-        term, channel, down, right, exists = _terms(step, CI, BLOCK_K)
+        term, channel, down, right, exists = _step_terms(step, CI, BLOCK_K)
         factors = output[None, :] * (9 * CI) + term[:, None]
         factors_mask = (output < CO)[None, :] & exists[:, None]
         ws = tl.load(weight + factors, factors_mask, 0)
@@ -117,9 +119,9 @@ def _convolve(
             total = product(xs, ws, total, PRECISION)
         total_dot = product(xs, ws_dot, total_dot, PRECISION)
         if x_dot is not None:
-            of_x_dot = product(xs_dot, ws, of_x_dot, PRECISION)
+            total_x_dot = product(xs_dot, ws, total_x_dot, PRECISION)
     if x_dot is not None:
-        total_dot += of_x_dot
+        total_dot += total_x_dot
 
     place = pixel * CO + output[None, :] if CHANNELS_LAST else output[None, :] * (HO * WO) + pixel
     mask = (pixel < HO * WO) & (output < CO)[None, :]
@@ -136,8 +138,8 @@ def _correlate(
     y_bar: tl.tensor,  # (B, CO, HO, WO)
     y_bar_dot: tl.tensor,
     parts: tl.tensor,  # (PARTS, CO, 3, 3, CI)
-    tiles: tl.tensor,  # of all samples
-    share: tl.tensor,  # tiles of a part
+    tiles: tl.tensor,  # tiles of pixels in all samples
+    share: tl.tensor,  # tiles in one part
     CI: tl.constexpr,
     CO: tl.constexpr,
     H: tl.constexpr,
@@ -152,19 +154,20 @@ def _correlate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
+    """Store BLOCK_K terms × BLOCK_N output channels of the weight gradient, summed over one part of the pixels."""
     ACC: tl.constexpr = parts.dtype.element_ty
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (9 * CI + BLOCK_K - 1) // BLOCK_K if CI < BLOCK_K else 9 * ((CI + BLOCK_K - 1) // BLOCK_K)
     program = tl.program_id(0)
     output = (program % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    term, channel, down, right, exists = _terms(program // BLOCKS % STEPS, CI, BLOCK_K)
+    term, channel, down, right, exists = _step_terms(program // BLOCKS % STEPS, CI, BLOCK_K)
     term, channel, down, right = term[:, None], channel[:, None], down[:, None], right[:, None]
     exists = exists[:, None]
     part = (program // (BLOCKS * STEPS)).to(tl.int64)
 
     total = tl.zeros((BLOCK_K, BLOCK_N), ACC)
-    of_x_dot = tl.zeros((BLOCK_K, BLOCK_N), ACC)
+    total_x_dot = tl.zeros((BLOCK_K, BLOCK_N), ACC)
     for step in range(tl.minimum(share, tiles - part * share)):
         tile = part * share + step  # int64, as is the sample
         sample = tile // TILES
@@ -186,9 +189,9 @@ def _correlate(
             gs = tl.load(y_bar + y_begin + y_place, y_mask, 0)
         total = product(tl.load(x + x_begin + place, mask, 0), gs_dot, total, PRECISION)
         if x_dot is not None:
-            of_x_dot = product(tl.load(x_dot + x_begin + place, mask, 0), gs, of_x_dot, PRECISION)
+            total_x_dot = product(tl.load(x_dot + x_begin + place, mask, 0), gs, total_x_dot, PRECISION)
     if x_dot is not None:
-        total += of_x_dot
+        total += total_x_dot
     tl.store(parts + (part * CO + output) * (9 * CI) + term, total, exists & (output < CO))
 
 
@@ -203,8 +206,11 @@ def convolve(
     padding: int,
     precision: Precision,
 ) -> tuple[Tensor | None, Tensor]:
-    """Return `y`, if there is one, and `y_dot`, filled; the weights are of weights.py. The row of `operation` in the table gives the tile."""
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_dot, y)
+    """Write W∗x to `y`, unless that is None, and Ẇ∗x + W∗ẋ to `y_dot`. Return both.
+
+    The weights are those of weights.py, (CO, 3, 3, CI). The configuration of `operation` sets the tile.
+    """
+    inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_dot, y)
     row = tile_of(operation, inputs, outputs, precision, x)
     x, x_dot = _factors(precision, x, x_dot)
     tiles = triton.cdiv(outputs.height * outputs.width, row["BLOCK_M"])
@@ -236,8 +242,11 @@ def correlate(
     padding: int,
     precision: Precision,
 ) -> Tensor:
-    """Return W̄̇ (S, K, C, 3, 3), a summand of each part. The row of `operation` in the table gives the tile."""
-    inputs, outputs = Planes.of(x, x_dot), Planes.of(y_bar, y_bar_dot)
+    """Return S partial sums of W̄̇ = ȳ̇ ⋆ x + ȳ ⋆ ẋ, (S, K, C, 3, 3), float64 for float64 planes and else float32.
+
+    Without `x_dot`, W̄̇ = ȳ̇ ⋆ x. The configuration of `operation` sets the tile and S.
+    """
+    inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_bar, y_bar_dot)
     row, programs, tiles, share = _split(operation, inputs, outputs, precision, x)
     channels, count = inputs.channels, triton.cdiv(tiles, share)
     x, x_dot, y_bar, y_bar_dot = _factors(precision, x, x_dot, y_bar, y_bar_dot)
@@ -262,7 +271,7 @@ def correlate(
 
 
 def count_summands(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> int:
-    """Return the number of parts that `correlate` sums over, for planes like `x` (of which dtype and device are asked)."""
+    """Return the number S of partial sums that `correlate` returns for planes of the dtype and device of `x`."""
     _, _, tiles, share = _split(operation, inputs, outputs, precision, x)
     count: int = triton.cdiv(tiles, share)
     return count
@@ -271,7 +280,7 @@ def count_summands(operation: str, inputs: Planes, outputs: Planes, precision: P
 def _split(
     operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor
 ) -> tuple[Configuration, int, int, int]:
-    """Return the tile, the programs of a part, the tiles of pixels, and those of a part."""
+    """Return the tile, the programs for each part, the tiles of pixels in all parts, and the tiles in one part."""
     row = tile_of(operation, inputs, outputs, precision, x)
     target = row.pop("PROGRAMS")
     row["BLOCK_K"] = min(row["BLOCK_K"], max(16, triton.next_power_of_2(9 * inputs.channels)))
@@ -283,24 +292,24 @@ def _split(
 
 
 def _factors(precision: Precision, *planes: Tensor | None) -> list[Any]:
-    """Return planes in the dtype that they are multiplied in.
+    """Return planes in the dtype in which they are multiplied, None where they are None.
 
-    Rounded in the kernel they would go through registers, which Triton 3.6 and 3.7 do not guard (docs/gpu.md, Faults).
+    Rounding in the kernel would load them into registers, which Triton 3.6 and 3.7 do not guard (docs/gpu.md, Faults).
     """
     return [None if each is None else each.to(plane_dtype(each.dtype, precision)) for each in planes]
 
 
 def effective_precision(dtype: torch.dtype, precision: Precision) -> str:
-    """Return `precision` for float32, which alone leaves a choice, else the format of `dtype`."""
+    """Return the precision of products: `precision` for float32 planes, else the format of `dtype`."""
     halves = {dtype: name for name, dtype in HALF_PRECISIONS.items()}
     return "fp64" if dtype == torch.float64 else halves.get(dtype, precision)
 
 
 def shape_classes(inputs: Planes, outputs: Planes, precision: str) -> tuple[str, str, str]:
-    """Name the shapes in the table, ever more loosely.
+    """Return the shapes' three classes in the table, the closest first.
 
-    Images make a class, and so do the size of the result and, most closely, the number of samples. fp16 has the classes of
-    bf16, whose numbers take as many bytes and as much time.
+    All name the precision and whether one side is images (`narrow`). The first two name the size of the result too, and the
+    first the batch size. fp16 shares the classes of bf16, since both take as many bytes and as much time.
     """
     precision = "bf16" if precision == "fp16" else precision
     width = "narrow" if min(inputs.channels, outputs.channels) <= NARROW else "wide"
@@ -310,7 +319,7 @@ def shape_classes(inputs: Planes, outputs: Planes, precision: str) -> tuple[str,
 
 
 def tile_of(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> Configuration:
-    """Return the table's tile, no larger than the planes and the channels ask for."""
+    """Return the configuration of `operation`, with BLOCK_M limited to the pixels of a plane, and BLOCK_N to the channels."""
     classes = shape_classes(inputs, outputs, effective_precision(x.dtype, precision))
     row = dict(configuration(operation, classes[0], architecture(x.device), *classes[1:]))
     row["BLOCK_M"] = min(row["BLOCK_M"], max(16, triton.next_power_of_2(outputs.height * outputs.width)))

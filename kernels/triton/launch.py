@@ -1,4 +1,4 @@
-"""Import Triton, which no other module does by itself; launch its kernels, or compile them without."""
+"""Import Triton, launch kernels, and compile kernels without running them. All other modules import Triton from here."""
 
 from __future__ import annotations
 
@@ -24,21 +24,25 @@ except ModuleNotFoundError as error:
 
 __all__ = ["INTERPRETED", "TensorDescriptor", "architecture", "compile_ahead", "launch", "tl", "triton"]
 
-# Triton reads TRITON_INTERPRET when a kernel is defined, so a process is in one mode from beginning to end.
+# Triton reads TRITON_INTERPRET when a kernel is defined, so the mode of a process never changes.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 def architecture(device: torch.device) -> str:
-    """Return the family of GPUs whose configurations suit `device`: `sm_80`, `sm_90` or `sm_100`."""
+    """Return the architecture whose configurations suit `device`: `sm_80`, `sm_90` or `sm_100`."""
     if device.type != "cuda":  # interpreted
         return "sm_80"
     major, _ = torch.cuda.get_device_capability(device)
-    # Consumer cards (8.6, 8.9, 12.x) have 99 KB of shared memory, and the rows of sm_80 stay within that.
+    # Consumer cards (8.6, 8.9, 12.x) have 99 KB of shared memory, and the configurations of sm_80 use no more.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Run `kernel` in a one-dimensional grid. The first argument is a tensor on the device to run on, some, or a descriptor of one."""
+    """Run `kernel` with a one-dimensional grid of so many `programs`, on the device of its first argument.
+
+    The first argument is a tensor, a tuple of tensors, or a TMA descriptor. `constants` are the kernel's constexpr parameters
+    and launch options. Raises `ValueError` if the device is no GPU, unless Triton's interpreter runs.
+    """
     first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
     first = first if isinstance(first, Tensor) else first.base
     if not (first.is_cuda or (INTERPRETED and first.device.type == "cpu")):
@@ -55,15 +59,15 @@ _COMPILES_ONLY = ContextVar("launches of this context compile kernels and run no
 
 
 def compile_ahead(call: Callable[[], object]) -> None:
-    """Make a `call` whose launches compile their kernels, several at a time, and run none of them.
+    """Run `call` so that its launches compile their kernels, several at a time, and run none of them.
 
-    What `call` computes has no meaning, so it must not depend on any value. Its backward passes stay in this thread, where
-    launches know what they are to do. A kernel that does not compile fails when it is launched.
+    The results of `call` have no meaning, so it must not depend on any value. Its backward passes run in this thread, since
+    only here launches know that they must not run. A kernel that does not compile raises its error at its first launch.
     """
 
     def compiling() -> None:
         _COMPILES_ONLY.set(True)
-        # threads are enough: of a compilation, the seventh part holds the interpreter's lock, and the rest is LLVM's and ptxas's
+        # threads are enough: a compilation holds Python's lock for a seventh of its time, and LLVM and ptxas take the rest
         with _no_collection(), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             call()
 
@@ -73,7 +77,10 @@ def compile_ahead(call: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Collect no garbage: Python before 3.11.8 fails to parse in two threads if a collection hands over (python/cpython#106905)."""
+    """Collect no garbage.
+
+    Before Python 3.11.8 the parser fails if a collection switches to another thread that parses (python/cpython#106905).
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,10 +1,10 @@
-"""Walk over channels_last planes in tiles of windows × channels: whole lines of channels, pooled within a thread.
+"""Iterate over channels_last planes in tiles (WINDOWS, BLOCK_C) of 2×2 windows and channels, which are adjacent in memory.
 
-The four pixels of 2×2 windows lie in four tiles of one layout, so the thread that adds them up holds them all. Quarters 0
-and 1 of a window are its upper pixels, 2 and 3 the lower ones. A plane that fits in one tile stays in a program's
-registers. A larger one is cut into parts of TILES tiles, a program each, and what is summed over a plane is summed over
-its parts by a pass of its own, always in the same order. An odd last row or column makes windows that are not whole,
-which have no pooled value.
+The four pixels of a window lie in four tiles of the same layout, so that one thread holds them all and adds them up.
+Quarters 0 and 1 are the upper pixels of a window, 2 and 3 the lower ones. A plane that fits in one tile stays in the
+registers of one program (`launch_held`). A larger plane is cut into parts of TILES tiles, one for each program
+(`launch_parts`), and another kernel adds up the parts' sums in a fixed order (`combine_parts`). An odd last row or column
+makes incomplete windows, which have no pooled value.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from .planes import Planes
 from .windows import shape_class
 
 COMBINED_C = 16
-"""Channels of a program that combines parts: there are few numbers to read, so programs should be many."""
+"""Channels of a program that combines parts: few, so that there are many programs."""
 COMBINED_PARTS = 64
-"""Parts that it reads at once."""
+"""Most parts that such a program reads at once."""
 
 
 @triton.jit
 def within(index: tl.tensor, LIMIT: tl.constexpr, ALWAYS: tl.constexpr) -> tl.tensor:
-    """Return which indices are below LIMIT: where all are, a constant, which the compiler takes out of loads and stores."""
+    """Return the mask of indices below LIMIT. With ALWAYS it is a constant, which the compiler removes from memory accesses."""
     return tl.full(index.shape, 1, tl.int1) if ALWAYS else index < LIMIT
 
 
 @triton.jit
-def part_of(
+def program_part(
     PARTS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return the program's sample (int64), its part of the planes, its channels (1, BLOCK_C) and which of these exist."""
+    """Return the program's sample (int64), its part of the planes, its channels (1, BLOCK_C), and their mask."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     c = program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -44,14 +44,14 @@ def part_of(
 
 
 @triton.jit
-def quarter_place(
+def quarter_pixels(
     window: tl.tensor,  # (WINDOWS, 1), as are the results
     QUARTER: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the pixels of a quarter of the windows, and which exist: with WHOLE, all windows do and are whole."""
+    """Return the pixel of each window at QUARTER (0 to 3), and the mask. With WHOLE, all windows exist and are complete."""
     COLUMNS: tl.constexpr = (W + 1) // 2
     row, column = 2 * (window // COLUMNS), 2 * (window % COLUMNS)
     exists = within(row, H - QUARTER // 2, WHOLE) & within(column, W - QUARTER % 2, WHOLE)
@@ -59,10 +59,10 @@ def quarter_place(
 
 
 @triton.jit
-def pooled_place(
+def pooled_pixels(
     window: tl.tensor, H: tl.constexpr, W: tl.constexpr, WHOLE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the places of the windows' pooled values in their plane, and which exist: (WINDOWS, 1)."""
+    """Return the pixels of the windows' pooled values in the pooled plane, and the mask: (WINDOWS, 1)."""
     COLUMNS: tl.constexpr = (W + 1) // 2
     row, column = window // COLUMNS, window % COLUMNS
     return row * (W // 2) + column, within(row, H // 2, WHOLE) & within(column, W // 2, WHOLE)
@@ -70,7 +70,10 @@ def pooled_place(
 
 @triton.jit
 def sum_two(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Sum tiles (WINDOWS, BLOCK_C) over the windows, (1, BLOCK_C): together, since threads wait for each other in a sum."""
+    """Return the sums of two tiles (WINDOWS, BLOCK_C) over the windows, (1, BLOCK_C) each.
+
+    Both are reduced together, since the threads of a program wait for each other in every reduction.
+    """
     return tl.split(tl.sum(tl.join(a, b), 0, keep_dims=True))  # type: ignore[no-any-return]
 
 
@@ -78,7 +81,7 @@ def sum_two(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 def sum_four(
     a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Sum four tiles as `sum_two` does two."""
+    """Return the sums of four tiles, reduced together as by `sum_two`."""
     first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0, keep_dims=True))
     of_a, of_b = tl.split(first)
     of_c, of_d = tl.split(second)
@@ -86,13 +89,13 @@ def sum_four(
 
 
 def shape_classes(planes: Planes, partial: bool) -> tuple[str, ...]:
-    """Name the shape in the table, where planes that are read in parts may have a row of their own."""
+    """Return the shape's classes in the table, the closest first. Planes read as partial sums may have a row of their own."""
     loosely = shape_class(planes)
     return (f"{loosely}-partial", loosely) if partial else (loosely,)
 
 
 def tile_of(operation: str, planes: Planes, y: Tensor, partial: bool = False) -> Configuration:
-    """Return the row of `operation` in the table, with a tile no wider than the planes, and of float64 half as wide."""
+    """Return the configuration of `operation`, with BLOCK_C limited to the channels, and half as large for float64."""
     closest, *looser = shape_classes(planes, partial)
     row = configuration(operation, closest, architecture(y.device), *looser)
     widest = row["BLOCK_C"] if y.dtype != torch.float64 else max(1, row["BLOCK_C"] // 2)
@@ -100,14 +103,14 @@ def tile_of(operation: str, planes: Planes, y: Tensor, partial: bool = False) ->
 
 
 def fits(planes: Planes, tile: Configuration) -> bool:
-    """Return whether a plane is held by one tile."""
+    """Return whether one tile holds a whole plane."""
     return _windows(planes) <= tile["WINDOWS"]
 
 
 def launch_held(
     kernel: Any, planes: Planes, tile: Configuration, y: Tensor, *rest: Tensor | int | None, **more: Any
 ) -> None:
-    """Run `kernel` for each block of channels of each sample: a program holds their planes."""
+    """Run `kernel` for each block of channels of each sample. A program holds whole planes in registers."""
     windows = _windows(planes)
     tile = {"WINDOWS": triton.next_power_of_2(windows), "BLOCK_C": tile["BLOCK_C"], "num_warps": tile["num_warps"]}
     _launch(kernel, planes, tile, 1, windows % tile["WINDOWS"] == 0, y, *rest, **more)
@@ -116,7 +119,7 @@ def launch_held(
 def launch_parts(
     kernel: Any, planes: Planes, tile: Configuration, parts: int, y: Tensor, *rest: Tensor | None, **more: Any
 ) -> None:
-    """Run `kernel` for each block of channels of each of the parts of each sample's planes."""
+    """Run `kernel` for each block of channels of each part of each sample's planes."""
     filled = _windows(planes) % (tile["WINDOWS"] * tile["TILES"]) == 0
     _launch(kernel, planes, tile, parts, filled, y, *rest, PARTS=parts, **more)
 
@@ -124,7 +127,7 @@ def launch_parts(
 def combine_parts(
     kernel: Any, planes: Planes, results: int, parts: int, *arguments: Tensor | None, **more: int | float
 ) -> None:
-    """Run `kernel`, which reads all parts, for each of the results of each block of channels of each sample."""
+    """Run `kernel`, which reads all parts of a plane, for each of the `results` of each block of channels of each sample."""
     programs = planes.samples * results * triton.cdiv(planes.channels, COMBINED_C)
     block_parts = min(COMBINED_PARTS, triton.next_power_of_2(parts))
     tile = {"BLOCK_C": COMBINED_C, "BLOCK_PARTS": block_parts, "num_warps": 4}
@@ -132,18 +135,22 @@ def combine_parts(
 
 
 def parts_of_windows(planes: Planes, tile: Configuration) -> int:
-    """Return the number of parts of a plane if a part has TILES tiles of windows."""
+    """Return the number of parts of a plane if a part is TILES tiles of windows."""
     parts: int = triton.cdiv(_windows(planes), tile["WINDOWS"] * tile["TILES"])
     return parts
 
 
 def parts_of_pixels(planes: Planes, tile: Configuration) -> int:
-    """Return the number of parts of a plane if a part has four times as many pixels, wherever they lie: none is empty."""
+    """Return the number of parts of a plane if a part is as many pixels as TILES tiles have, in the order of memory.
+
+    No part is then empty, since no pixels are counted for incomplete windows.
+    """
     parts: int = triton.cdiv(planes.height * planes.width, 4 * tile["WINDOWS"] * tile["TILES"])
     return parts
 
 
 def _windows(planes: Planes) -> int:
+    """Return the number of 2×2 windows of a plane, incomplete ones included."""
     return ((planes.height + 1) // 2) * ((planes.width + 1) // 2)
 
 
@@ -156,7 +163,7 @@ def _launch(
     *arguments: Tensor | int | None,
     **more: Any,
 ) -> None:
-    """Run `kernel`, which may leave out the masks of windows where tiles are `filled` and sizes are even."""
+    """Run `kernel`. It needs no masks of windows if all tiles are `filled` and height and width are even."""
     shape = {"C": planes.channels, "H": planes.height, "W": planes.width}
     whole = filled and planes.height % 2 == planes.width % 2 == 0
     programs = planes.samples * parts * triton.cdiv(planes.channels, tile["BLOCK_C"])

@@ -1,10 +1,10 @@
-"""Normalise, scale, take ReLU and average-pool 2×2, and the derivatives that the mixed step needs.
+"""Normalise, scale, take ReLU and average-pool 2×2, and compute the derivatives that the mixed step needs.
 
-channels_last planes go in whole lines of channels, large ones by the kernels of norm_passes.py and small ones by those of
-norm_held.py. The kernels here are for contiguous planes. A program walks over the planes of its channels three times: mean,
-variance, result. It walks in the windows of windows.py; those that are not whole count in the statistics and not in the
-pool. Where one tile holds the plane, the compiler merges the three walks' loads into one, so the plane is read once and
-stays in registers.
+For channels_last planes, this module calls the kernels of norm_passes.py if the planes are large, and those of norm_held.py
+if one tile holds a plane. The kernels here are for contiguous planes. A program loops over the planes of its channels three
+times: for the mean, the variance and the result. It loads the windows of windows.py. Incomplete windows count in the
+statistics and are not pooled. Where one tile holds the plane, the compiler merges the loads of the three loops, so the plane
+is read once and stays in registers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .lines import fits, tile_of
 from .partial_planes import add_planes
 from .planes import Planes
 from .windows import (
-    block_of,
     empty_pool,
     empty_stat,
     launch_windows,
     load_windows,
     output_buffer,
     plane_sum,
-    pooled_of,
-    row_of,
+    pooled_offsets,
+    program_block,
+    row_offsets,
 )
 
 
@@ -48,9 +48,10 @@ def _forward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store p, mean and rstd of contiguous planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
 
@@ -64,7 +65,7 @@ def _forward(
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         for row in tl.static_range(2):
-            _, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            _, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
     r = 1 / tl.sqrt(plane_sum(total) / (H * W) + EPS)
@@ -77,7 +78,7 @@ def _forward(
         for row in tl.static_range(2):
             u = g * ((ys[row] - mu) * r) + b
             pooled += tl.where(u > 0, u, 0)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
     tl.store(mean + sample * C + c, mu, exists)
     tl.store(rstd + sample * C + c, r, exists)
@@ -92,7 +93,7 @@ def _backward(
     beta: tl.tensor,
     p_bar: tl.tensor,  # (B, C, H//2, W//2)
     y_bar: tl.tensor,  # (B, C, H, W)
-    gamma_bar: tl.tensor,  # (B, C): the sum over samples is the caller's
+    gamma_bar: tl.tensor,  # (B, C): the caller sums over the samples
     beta_bar: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -100,9 +101,10 @@ def _backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store ȳ of contiguous planes, and summands of γ̄ and β̄."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_bar += sample * (C * H * W)
     p_bar += sample * (C * (H // 2) * (W // 2))
@@ -116,8 +118,8 @@ def _backward(
     gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             h = (ys[row] - mu) * r
@@ -131,12 +133,12 @@ def _backward(
 
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
             h = (ys[row] - mu) * r
             u_bar = tl.where(g * h + b > 0, share, 0)
-            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * (g * u_bar - h_bar_mean - h * hh_bar_mean), mask)
     tl.store(gamma_bar + plane, gamma_total, exists)
     tl.store(beta_bar + plane, beta_total, exists)
@@ -148,7 +150,7 @@ def pool_dual(
     y_dot: tl.tensor,
     p: tl.tensor,  # (C, H//2, W//2)
     p_dot: tl.tensor,
-    c: tl.tensor,  # (BLOCK_C, 1, 1), as is all that belongs to a plane or a channel
+    c: tl.tensor,  # (BLOCK_C, 1, 1), as are all statistics and parameters below
     mu: tl.tensor,
     r: tl.tensor,
     mu_dot: tl.tensor,
@@ -164,7 +166,7 @@ def pool_dual(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
-    """Store p and ṗ of planes whose statistics are known."""
+    """Store p and ṗ (C, H//2, W//2) of a sample's planes, given their statistics."""
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
@@ -177,7 +179,7 @@ def pool_dual(
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             pooled_dot += tl.where(u > 0, g_dot * h + g * h_dot + b_dot, 0)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
         tl.store(p_dot + offset, tl.sum(pooled_dot, 2, keep_dims=True) * 0.25, mask)
 
@@ -188,7 +190,7 @@ def four_sums(
     y_dot: tl.tensor,
     p_bar: tl.tensor,  # (C, H//2, W//2)
     p_bar_dot: tl.tensor,
-    c: tl.tensor,  # (BLOCK_C, 1, 1), as is all that belongs to a plane or a channel
+    c: tl.tensor,  # (BLOCK_C, 1, 1), as are all statistics and parameters below
     mu: tl.tensor,
     r: tl.tensor,
     mu_dot: tl.tensor,
@@ -202,7 +204,7 @@ def four_sums(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return the sums over each plane of ū, ūh, ū̇ and ū̇h + ūḣ."""
+    """Return the sums of ū, ūh, ū̇ and ū̇h + ūḣ over each plane, (BLOCK_C, 1, 1) each."""
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     beta_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
@@ -211,8 +213,8 @@ def four_sums(
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
@@ -249,9 +251,10 @@ def _dual(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store p, ṗ and the statistics of contiguous planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_dot += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
@@ -273,10 +276,11 @@ def _dual(
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
         for row in tl.static_range(2):
-            _, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            _, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             deviation = tl.where(mask, ys[row] - mu, 0)
             total += deviation * deviation
-            total_dot += deviation * (yds[row] - mu_dot)  # E[h] = 0: the same sum, with less to cancel
+            # subtracting k1 leaves the sum the same, since E[h] = 0, and less cancels
+            total_dot += deviation * (yds[row] - mu_dot)
     r = 1 / tl.sqrt(plane_sum(total) / (H * W) + EPS)
     h_y_dot = r * (plane_sum(total_dot) / (H * W))
 
@@ -310,7 +314,7 @@ def _dual_backward(
     p_bar_dot: tl.tensor,
     y_bar: tl.tensor,  # (B, C, H, W)
     y_bar_dot: tl.tensor,
-    gamma_bar_dot: tl.tensor,  # (B, C): the sum over samples is the caller's
+    gamma_bar_dot: tl.tensor,  # (B, C): the caller sums over the samples
     beta_bar_dot: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -318,9 +322,10 @@ def _dual_backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store ȳ and ȳ̇ of contiguous planes, and summands of γ̄̇ and β̄̇."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = block_of(C, BLOCK_C)
+    sample, c, exists = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_dot += sample * (C * H * W)
     y_bar += sample * (C * H * W)
@@ -336,20 +341,20 @@ def _dual_backward(
     b = tl.load(beta + c, exists, 0).to(ACC)
     g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
 
-    # Everything that the tangent needs of a plane follows from these sums.
+    # All that the gradients and their derivatives need of a plane follows from these sums.
     beta_total, gamma_total, beta_total_dot, gamma_total_dot = four_sums(
         y, y_dot, p_bar, p_bar_dot, c, mu, r, mu_dot, h_y_dot, g, b,
         ACC, C, H, W, BLOCK_C, WINDOWS,
     )  # fmt: skip
     h_bar_mean = g * beta_total / (H * W)
-    along = g * gamma_total / (H * W)
+    hh_bar_mean = g * gamma_total / (H * W)
     h_bar_mean_dot = (g_dot * beta_total + g * beta_total_dot) / (H * W)
-    along_dot = (g_dot * gamma_total + g * gamma_total_dot) / (H * W)
+    hh_bar_mean_dot = (g_dot * gamma_total + g * gamma_total_dot) / (H * W)
 
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         yds = load_windows(y_dot, ACC, c, start, C, H, W, WINDOWS)
-        offset, mask = pooled_of(c, start, C, H, W, WINDOWS)
+        offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         share = tl.load(p_bar + offset, mask, 0).to(ACC) * 0.25
         share_dot = tl.load(p_bar_dot + offset, mask, 0).to(ACC) * 0.25
         for row in tl.static_range(2):
@@ -358,9 +363,9 @@ def _dual_backward(
             active = g * h + b > 0
             u_bar = tl.where(active, share, 0)
             u_bar_dot = tl.where(active, share_dot, 0)
-            q = g * u_bar - h_bar_mean - h * along
-            q_dot = g_dot * u_bar + g * u_bar_dot - h_bar_mean_dot - h_dot * along - h * along_dot
-            offset, mask = row_of(c, start, row, C, H, W, WINDOWS)
+            q = g * u_bar - h_bar_mean - h * hh_bar_mean
+            q_dot = g_dot * u_bar + g * u_bar_dot - h_bar_mean_dot - h_dot * hh_bar_mean - h * hh_bar_mean_dot
+            offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * q, mask)
             tl.store(y_bar_dot + offset, r * (q_dot - r * h_y_dot * q), mask)  # the derivative of r is −r² k2
     tl.store(gamma_bar_dot + plane, gamma_total_dot, exists)
@@ -368,13 +373,13 @@ def _dual_backward(
 
 
 def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See `mtt_fast.kernels.norm_relu_pool`. mean and rstd are float32 for bfloat16 `y`, here and below."""
+    """See `mtt_fast.kernels.norm_relu_pool`."""
     whole = planes_of(y)
-    planes = Planes.of(whole)
+    planes = Planes.from_tensors(whole)
     p = empty_pool(whole, planes)
     mean, rstd = (empty_stat(whole) for _ in range(2))
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool", planes, y)
+        lines, tile = _lines_module("norm_relu_pool", planes, y)
         lines.forward(planes, tile, y, None, mean, rstd, None, None, *affine, None, None, p, None, eps=eps)
     else:
         launch_windows(_forward, "norm_relu_pool", planes, *add_planes(y), *affine, p, mean, rstd, EPS=eps)
@@ -385,10 +390,10 @@ def norm_relu_pool_backward(
     y: Tensor, mean: Tensor, rstd: Tensor, affine: Affine, p_bar: Convolved, reuse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mtt_fast.kernels.norm_relu_pool_backward`."""
-    planes = Planes.of(y, planes_of(p_bar))
+    planes = Planes.from_tensors(y, planes_of(p_bar))
     y_bar = output_buffer(y, reuse)
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_backward", planes, p_bar)
+        lines, tile = _lines_module("norm_relu_pool_backward", planes, p_bar)
         arguments = (y, None, mean, rstd, None, None, *affine, None)
         bars = {"p_bar": p_bar, "p_bar_dot": None, "y_bar": y_bar, "y_bar_dot": None}
         beta_sums, gamma_sums = lines.backward(planes, tile, *arguments, **bars).unbind(1)
@@ -404,11 +409,11 @@ def norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor, PlaneStats]:
     """See `mtt_fast.kernels.norm_relu_pool_dual`."""
     whole = planes_of(y)
-    planes = Planes.of(whole, planes_of(y_dot))
+    planes = Planes.from_tensors(whole, planes_of(y_dot))
     p, p_dot = planes.empty_pair(whole, planes.channels, planes.height // 2, planes.width // 2)
     stats = PlaneStats(*(empty_stat(whole) for _ in range(4)))
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_dual", planes, y, y_dot)
+        lines, tile = _lines_module("norm_relu_pool_dual", planes, y, y_dot)
         lines.forward(planes, tile, y, y_dot, *stats, *affine, *affine_dot, p, p_dot, eps=eps)
     else:
         arguments = (*add_planes(y, y_dot), *affine, *affine_dot, p, p_dot, *stats)
@@ -426,12 +431,12 @@ def norm_relu_pool_dual_backward(
     p_bar_dot: Convolved,
     reuse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. β̇ moves no gradient of this operation."""
-    planes = Planes.of(y, y_dot, planes_of(p_bar), planes_of(p_bar_dot))
+    """See `mtt_fast.kernels.norm_relu_pool_dual_backward`. No gradient of this operation depends on β̇."""
+    planes = Planes.from_tensors(y, y_dot, planes_of(p_bar), planes_of(p_bar_dot))
     y_bar, y_bar_dot = output_buffer(y, reuse), output_buffer(y_dot, reuse)
     arguments = (y, y_dot, *stats, *affine, affine_dot.gamma)
     if planes.channels_last:
-        lines, tile = _lines("norm_relu_pool_dual_backward", planes, p_bar, p_bar_dot)
+        lines, tile = _lines_module("norm_relu_pool_dual_backward", planes, p_bar, p_bar_dot)
         bars = {"p_bar": p_bar, "p_bar_dot": p_bar_dot, "y_bar": y_bar, "y_bar_dot": y_bar_dot}
         sums = lines.backward(planes, tile, *arguments, **bars)
         beta_sums_dot, gamma_sums_dot = sums[:, 2:].unbind(1)
@@ -442,10 +447,10 @@ def norm_relu_pool_dual_backward(
     return y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot
 
 
-def _lines(operation: str, planes: Planes, *read: Convolved) -> tuple[ModuleType, Configuration]:
-    """Return the module whose kernels compute `operation` of channels_last planes, by the tile of the table, and the tile.
+def _lines_module(operation: str, planes: Planes, *read: Convolved) -> tuple[ModuleType, Configuration]:
+    """Return the module whose kernels compute `operation` of channels_last planes, and the tile of the table that decides it.
 
-    What it reads first may be in parts.
+    `read` are the planes that the operation reads first, perhaps as partial sums.
     """
     partial = any(isinstance(each, PartialPlanes) for each in read)
     tile = tile_of(operation, planes, planes_of(read[0]), partial)

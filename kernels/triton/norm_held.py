@@ -1,7 +1,8 @@
-"""Normalise, take ReLU and pool channels_last planes that registers hold, and the derivatives (lines.py, norm_passes.py).
+"""Normalise, take ReLU and pool channels_last planes that fit in registers, with derivatives (lines.py, norm_passes.py).
 
-A program reads its planes once, all loads before the first use, and keeps them as they were loaded: bfloat16 takes half the
-registers. A derivative is taken along with the primal's value; without one the kernels' dots, k1 and k2 are None.
+A program reads its planes once and starts all loads before the first use. It keeps the planes in the dtype in which they were
+loaded, since values of 16 bits take half the registers. One kernel computes the primal's values and, in a direction, their
+derivatives. Without a direction, all `_dot` arguments, k1 and k2 are None.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from torch import Tensor
 from ..types import Convolved, accumulator, planes_of
 from .configurations import Configuration
 from .launch import tl, triton
-from .lines import launch_held, part_of, pooled_place, quarter_place, sum_four, sum_two
+from .lines import launch_held, pooled_pixels, program_part, quarter_pixels, sum_four, sum_two
 from .norm_passes import coefficients, coefficients_dot
-from .partial_planes import arguments_of, counts_of, load_planes
+from .partial_planes import load_planes, part_arguments, part_counts
 from .planes import Planes
 
 
 @triton.jit
 def _load_quarters(
     planes: tl.tensor,  # of the sample: (H, W, C)
-    parts: tl.tensor | None,  # of the sample's planes, if they are in COUNT parts of `size` elements
+    parts: tl.tensor | None,  # of the sample, if the planes are in COUNT parts of `size` elements
     c: tl.tensor,  # (1, BLOCK_C)
     exists: tl.tensor,
     size: tl.tensor | None,
@@ -32,11 +33,12 @@ def _load_quarters(
     WHOLE: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Return the four quarters of all windows of a sample's planes, (WINDOWS, BLOCK_C) each, with partial sums added up."""
     window = tl.arange(0, WINDOWS)[:, None]
-    pixel0, mask0 = quarter_place(window, 0, H, W, WHOLE)
-    pixel1, mask1 = quarter_place(window, 1, H, W, WHOLE)
-    pixel2, mask2 = quarter_place(window, 2, H, W, WHOLE)
-    pixel3, mask3 = quarter_place(window, 3, H, W, WHOLE)
+    pixel0, mask0 = quarter_pixels(window, 0, H, W, WHOLE)
+    pixel1, mask1 = quarter_pixels(window, 1, H, W, WHOLE)
+    pixel2, mask2 = quarter_pixels(window, 2, H, W, WHOLE)
+    pixel3, mask3 = quarter_pixels(window, 3, H, W, WHOLE)
     return (
         load_planes(planes, parts, pixel0 * C + c, mask0 & exists, size, COUNT, COUNT),
         load_planes(planes, parts, pixel1 * C + c, mask1 & exists, size, COUNT, COUNT),
@@ -57,14 +59,16 @@ def _store_quarters(
     WHOLE: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store the four quarters of all windows of a sample's planes."""
     window = tl.arange(0, WINDOWS)[:, None]
     for quarter in tl.static_range(4):
-        pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+        pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
         tl.store(planes + pixel * C + c, quarters[quarter], mask & exists)
 
 
 @triton.jit
 def _window_sum(quarters: tl.tuple, ACC: tl.constexpr) -> tl.tensor:
+    """Return the sum of the four quarters, (WINDOWS, BLOCK_C), in ACC."""
     upper = quarters[0].to(ACC) + quarters[1].to(ACC)
     return upper + (quarters[2].to(ACC) + quarters[3].to(ACC))
 
@@ -83,9 +87,9 @@ def _forward(
     beta_dot: tl.tensor | None,
     p: tl.tensor,  # (B, H//2, W//2, C)
     p_dot: tl.tensor | None,
-    parts: tl.tensor | None,  # (COUNT, B, H, W, C): of y, which is stored then
+    parts: tl.tensor | None,  # (COUNT, B, H, W, C): of y; then y is stored
     parts_dot: tl.tensor | None,  # (COUNT_DOT, B, H, W, C): of ẏ
-    size: tl.tensor | None,  # of a part
+    size: tl.tensor | None,  # elements of a part
     EPS: tl.constexpr,
     COUNT: tl.constexpr,
     COUNT_DOT: tl.constexpr,
@@ -96,8 +100,9 @@ def _forward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store p, mean and rstd and, in a direction, ṗ, k1 and k2 of whole planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
-    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    sample, _, c, exists = program_part(1, C, BLOCK_C)
     plane = sample * C + c
     window = tl.arange(0, WINDOWS)[:, None]
     begin = sample * (H * W * C)
@@ -122,15 +127,16 @@ def _forward(
         mu, mu_dot = sum_two(_window_sum(ys, ACC), _window_sum(yds, ACC))
         mu, mu_dot = mu / (H * W), mu_dot / (H * W)
     for quarter in tl.static_range(4):
-        _, mask = quarter_place(window, quarter, H, W, WHOLE)
+        _, mask = quarter_pixels(window, quarter, H, W, WHOLE)
         deviation = tl.where(mask, ys[quarter].to(ACC) - mu, 0)
         total += deviation * deviation
         if y_dot is not None:
-            total_dot += deviation * (yds[quarter].to(ACC) - mu_dot)  # E[h] = 0: the same sum, with less to cancel
+            # subtracting k1 leaves the sum the same, since E[h] = 0, and less cancels
+            total_dot += deviation * (yds[quarter].to(ACC) - mu_dot)
     if y_dot is None:
         square = tl.sum(total, 0, keep_dims=True)
     else:
-        square, along = sum_two(total, total_dot)
+        square, square_dot = sum_two(total, total_dot)
     r = 1 / tl.sqrt(square / (H * W) + EPS)
     tl.store(mean + plane, mu, exists)
     tl.store(rstd + plane, r, exists)
@@ -138,7 +144,7 @@ def _forward(
     pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
     pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
-        h_y_dot = r * (along / (H * W))
+        h_y_dot = r * (square_dot / (H * W))
         g_dot, b_dot = tl.load(gamma_dot + c, exists, 0).to(ACC), tl.load(beta_dot + c, exists, 0).to(ACC)
         of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
         of_h = g_dot - of_y_dot * h_y_dot
@@ -151,7 +157,7 @@ def _forward(
         if y_dot is not None:
             deviation_dot = yds[quarter].to(ACC) - mu_dot
             pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
-    place, mask = pooled_place(window, H, W, WHOLE)
+    place, mask = pooled_pixels(window, H, W, WHOLE)
     place = sample * ((H // 2) * (W // 2) * C) + place * C + c
     tl.store(p + place, pooled * 0.25, mask & exists)
     if y_dot is not None:
@@ -172,11 +178,11 @@ def _backward(
     p_bar: tl.tensor,  # (B, H//2, W//2, C)
     p_bar_dot: tl.tensor | None,
     sums: tl.tensor,  # (B, 2 or 4, C)
-    y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y
+    y_bar: tl.tensor,  # (B, H, W, C); may be the memory of y
     y_bar_dot: tl.tensor | None,
-    parts: tl.tensor | None,  # (COUNT, B, H//2, W//2, C): of p̄, which is stored then
+    parts: tl.tensor | None,  # (COUNT, B, H//2, W//2, C): of p̄; then p̄ is stored
     parts_dot: tl.tensor | None,  # (COUNT_DOT, B, H//2, W//2, C): of p̄̇
-    size: tl.tensor | None,  # of a part
+    size: tl.tensor | None,  # elements of a part
     COUNT: tl.constexpr,
     COUNT_DOT: tl.constexpr,
     C: tl.constexpr,
@@ -186,15 +192,16 @@ def _backward(
     BLOCK_C: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> None:
+    """Store ȳ, the sums over planes and, in a direction, ȳ̇ of whole planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
-    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    sample, _, c, exists = program_part(1, C, BLOCK_C)
     plane = sample * C + c
     window = tl.arange(0, WINDOWS)[:, None]
-    pooled, mask = pooled_place(window, H, W, WHOLE)
+    pooled, mask = pooled_pixels(window, H, W, WHOLE)
     pooled = sample * ((H // 2) * (W // 2) * C) + pooled * C + c
     ys = _load_quarters(y + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
-    # Zero outside the pool, so windows that are not whole add nothing to the sums.
+    # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
     p_bars = load_planes(p_bar, parts, pooled, mask & exists, size, COUNT, COUNT)
     share = p_bars.to(ACC) * 0.25
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
@@ -242,7 +249,7 @@ def _backward(
         tl.store(sums + 2 * C, beta_total_dot, exists)
         tl.store(sums + 3 * C, gamma_total_dot, exists)
     for quarter in tl.static_range(4):
-        pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+        pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
         place = sample * (H * W * C) + pixel * C + c
         h = (ys[quarter].to(ACC) - mu) * r
         active = g * h + b > 0
@@ -258,9 +265,9 @@ def _backward(
 def forward(
     planes: Planes, tile: Configuration, y: Convolved, y_dot: Convolved | None, *rest: Tensor | None, eps: float
 ) -> None:
-    """Compute what `norm_passes.forward` computes; parts of y and ẏ are added up on the way."""
-    arguments = (None if y_dot is None else planes_of(y_dot), *rest, *arguments_of(y, y_dot))
-    launch_held(_forward, planes, tile, planes_of(y), *arguments, **counts_of(y, y_dot), EPS=eps)
+    """Write the same results as `norm_passes.forward`. The kernel itself adds up partial sums of y and ẏ."""
+    arguments = (None if y_dot is None else planes_of(y_dot), *rest, *part_arguments(y, y_dot))
+    launch_held(_forward, planes, tile, planes_of(y), *arguments, **part_counts(y, y_dot), EPS=eps)
 
 
 def backward(
@@ -273,10 +280,10 @@ def backward(
     y_bar: Tensor,
     y_bar_dot: Tensor | None,
 ) -> Tensor:
-    """Compute and return what `norm_passes.backward` computes and returns; parts of p̄ and p̄̇ are added up on the way."""
+    """Write and return the same results as `norm_passes.backward`. The kernel itself adds up partial sums of p̄ and p̄̇."""
     shape = (planes.samples, 2 if y_bar_dot is None else 4, planes.channels)
     sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
     bars = (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))
-    arguments = (*rest, *bars, sums, y_bar, y_bar_dot, *arguments_of(p_bar, p_bar_dot))
-    launch_held(_backward, planes, tile, y, *arguments, **counts_of(p_bar, p_bar_dot))
+    arguments = (*rest, *bars, sums, y_bar, y_bar_dot, *part_arguments(p_bar, p_bar_dot))
+    launch_held(_backward, planes, tile, y, *arguments, **part_counts(p_bar, p_bar_dot))
     return sums

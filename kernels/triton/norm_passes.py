@@ -1,11 +1,13 @@
-"""Normalise, take ReLU and pool channels_last planes, and the derivatives, in passes over parts of large planes (lines.py).
+"""Normalise, take ReLU and pool channels_last planes, with derivatives, in three kernels over parts of large planes (lines.py).
 
-Forward: the moments of parts, the statistics of planes, the pooled values. Backward: the sums over parts of ū, ūh and, for
-a derivative, ū̇ and ū̇h + ūḣ; those over planes; then the gradients, which are linear in what a pixel has:
+The forward kernels compute the moments of parts, then the statistics of planes, then the pooled values. The backward kernels
+sum ū and ūh over parts, in a direction also ū̇ and ū̇h + ūḣ, then add up the parts, then compute the gradients. These are
+linear in the values of a pixel:
 
     ȳ = c₀ ū + c₁ + c₂ h          ȳ̇ = c₀ ū̇ + d₀ ū + d₁ + d₂ h + c₂ rstd (ẏ − k1)
 
-A derivative is taken along with the primal's value; without one the kernels' dots, k1 and k2 are None.
+One kernel computes the primal's values and, in a direction, their derivatives. Without a direction, all `_dot` arguments, k1
+and k2 are None.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from .launch import tl, triton
 from .lines import (
     combine_parts,
     launch_parts,
-    part_of,
     parts_of_pixels,
     parts_of_windows,
-    pooled_place,
-    quarter_place,
+    pooled_pixels,
+    program_part,
+    quarter_pixels,
     sum_four,
     sum_two,
     within,
@@ -46,16 +48,16 @@ def _moments(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store the mean of each part and Σ(y − mean)²; then the mean of ẏ and Σ(y − mean)(ẏ − its mean).
+    """Store the mean of each part and Σ(y − mean)². In a direction, store the mean of ẏ and Σ(y − mean)(ẏ − mean of ẏ) too.
 
-    Sums are taken of the differences from the part's first pixel. That pixel is one of those that are summed, so what
-    cancels is at most as many times the result as the part has pixels.
+    The sums are over differences from the first pixel of the part. Since that pixel is itself in the sum, cancellation is
+    bounded: what cancels is at most the result times the number of pixels in the part.
     """
     ACC: tl.constexpr = parts.dtype.element_ty
     HW: tl.constexpr = H * W
     PIXELS: tl.constexpr = 4 * WINDOWS * TILES
     MOMENTS: tl.constexpr = 2 if y_dot is None else 4
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     first = part * PIXELS
     count = tl.minimum(HW - first, PIXELS).to(ACC)
     y += sample * (HW * C)
@@ -68,7 +70,7 @@ def _moments(
         total_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         square_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     for tile in range(TILES):
-        ys: tl.tuple = ()  # loads on their way together
+        ys: tl.tuple = ()  # all loads start before the first is used
         yds: tl.tuple = ()
         for quarter in tl.static_range(4):
             pixel = first + (4 * tile + quarter) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
@@ -109,15 +111,18 @@ def _statistics(
     EPS: tl.constexpr,
     C: tl.constexpr,
     HW: tl.constexpr,
-    PIXELS: tl.constexpr,  # of a part; the last one has the rest
+    PIXELS: tl.constexpr,  # of a part; the last part may have fewer
     PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
-    """Combine the moments of parts: the deviation of a pixel is that from its part's mean and that of this mean."""
+    """Store the statistics of planes, given the moments of their parts.
+
+    A pixel's deviation from the mean is its deviation from the mean of its part, plus that mean's own deviation.
+    """
     ACC: tl.constexpr = mean.dtype.element_ty
     MOMENTS: tl.constexpr = 2 if k1 is None else 4
-    sample, _, c, exists = part_of(1, C, BLOCK_C)
+    sample, _, c, exists = program_part(1, C, BLOCK_C)
     parts += sample * (PARTS * MOMENTS * C) + c
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
     total_dot = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
@@ -175,9 +180,9 @@ def _pool(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Normalise, take ReLU and pool a part of planes whose statistics are known."""
+    """Normalise, take ReLU and pool one part of the planes, given their statistics."""
     ACC: tl.constexpr = mean.dtype.element_ty
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
     g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
@@ -195,14 +200,14 @@ def _pool(
         pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
         pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             h = (tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) - mu) * r
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
                 deviation_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot
                 pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
-        place, mask = pooled_place(window, H, W, WHOLE)
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         tl.store(p + place * C + c, pooled * 0.25, mask & exists)
         if y_dot is not None:
             tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
@@ -230,11 +235,11 @@ def _sums(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store the sums over each part of ū and ūh, then those of ū̇ and ū̇h + ūḣ."""
+    """Store the sums of ū and ūh over each part and, in a direction, those of ū̇ and ū̇h + ūḣ."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
-    AT_ONCE: tl.constexpr = 4 if y.dtype.element_ty.primitive_bitwidth == 16 else 2  # quarters that registers hold
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    AT_ONCE: tl.constexpr = 4 if y.dtype.element_ty.primitive_bitwidth == 16 else 2  # quarters that registers can hold
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
     g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
@@ -250,16 +255,16 @@ def _sums(
         gamma_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-        # Zero outside the pool, so windows that are not whole add nothing to the sums.
-        place, mask = pooled_place(window, H, W, WHOLE)
+        # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if y_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
         for begin in tl.static_range(0, 4, AT_ONCE):
-            ys: tl.tuple = ()  # loads on their way together
+            ys: tl.tuple = ()  # all loads start before the first is used
             yds: tl.tuple = ()
             for quarter in tl.static_range(AT_ONCE):
-                pixel, mask = quarter_place(window, begin + quarter, H, W, WHOLE)
+                pixel, mask = quarter_pixels(window, begin + quarter, H, W, WHOLE)
                 ys += (tl.load(y + pixel * C + c, mask & exists, 0),)
                 if y_dot is not None:
                     yds += (tl.load(y_dot + pixel * C + c, mask & exists, 0),)
@@ -295,8 +300,8 @@ def _add_parts(
     BLOCK_C: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
-    """Add up the sums of parts."""
-    sample, index, c, exists = part_of(SUMS, C, BLOCK_C)
+    """Add up the sums of all parts of a plane."""
+    sample, index, c, exists = program_part(SUMS, C, BLOCK_C)
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), sums.dtype.element_ty)
     for start in range(0, PARTS, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)[:, None]
@@ -309,7 +314,10 @@ def _add_parts(
 def coefficients(
     beta_total: tl.tensor, gamma_total: tl.tensor, r: tl.tensor, g: tl.tensor, HW: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return c₀, c₁ and c₂ of planes: ȳ = rstd (h̄ − E[h̄] − h E[h h̄]), with h̄ = γ ū."""
+    """Return c₀, c₁ and c₂ of each plane.
+
+    They follow from ȳ = rstd (h̄ − E[h̄] − h E[h h̄]) with h̄ = γ ū.
+    """
     scale = -r * g / HW
     return r * g, scale * beta_total, scale * gamma_total
 
@@ -326,7 +334,10 @@ def coefficients_dot(
     g_dot: tl.tensor,
     HW: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return d₀, d₁ and d₂: the derivative of rstd is −rstd² k2, and ḣ = rstd (ẏ − k1 − h k2) has a part along h."""
+    """Return d₀, d₁ and d₂ of each plane.
+
+    They follow from the derivative of rstd, −rstd² k2, and from ḣ = rstd (ẏ − k1 − h k2), of which one term is a multiple of h.
+    """
     c0, c1, c2 = coefficients(beta_total, gamma_total, r, g, HW)
     d1 = -r / HW * (g_dot * beta_total + g * beta_total_dot) - r * h_y_dot * c1
     d2 = -r / HW * (g_dot * gamma_total + g * gamma_total_dot) - 2 * r * h_y_dot * c2
@@ -347,7 +358,7 @@ def _gradients(
     p_bar: tl.tensor,  # (B, H//2, W//2, C)
     p_bar_dot: tl.tensor | None,
     sums: tl.tensor,  # (B, 2 or 4, C)
-    y_bar: tl.tensor,  # (B, H, W, C), perhaps the memory of y, of which a pixel is read before it is written
+    y_bar: tl.tensor,  # (B, H, W, C); may be the memory of y: a pixel is read before it is written
     y_bar_dot: tl.tensor | None,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -358,10 +369,10 @@ def _gradients(
     WINDOWS: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Store the gradients of a part of planes whose sums are known."""
+    """Store ȳ and, in a direction, ȳ̇ of one part of the planes, given the sums over the planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
-    sample, part, c, exists = part_of(PARTS, C, BLOCK_C)
+    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
     mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
     g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
@@ -383,12 +394,12 @@ def _gradients(
         p_bar_dot += sample * ((H // 2) * (W // 2) * C)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-        place, mask = pooled_place(window, H, W, WHOLE)
+        place, mask = pooled_pixels(window, H, W, WHOLE)
         share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
         if y_dot is not None:
             share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
         for quarter in tl.static_range(4):
-            pixel, mask = quarter_place(window, quarter, H, W, WHOLE)
+            pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
             place = pixel * C + c
             h = (tl.load(y + place, mask & exists, 0).to(ACC) - mu) * r
             active = g * h + b > 0
@@ -404,8 +415,11 @@ def _gradients(
 def forward(
     planes: Planes, tile: Configuration, y: Convolved, y_dot: Convolved | None, *rest: Tensor | None, eps: float
 ) -> None:
-    """Compute p, and ṗ of a derivative. `rest`: mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p, p_dot."""
-    y, y_dot = add_pair(y, y_dot)  # which are read twice
+    """Write p, mean and rstd and, in a direction, ṗ, k1 and k2.
+
+    `rest` is mean, rstd, k1, k2, gamma, beta, gamma_dot, beta_dot, p, p_dot. Partial sums of y and ẏ are added up first.
+    """
+    y, y_dot = add_pair(y, y_dot)  # two kernels read them
     stats, dual = rest[:4], y_dot is not None
     count = parts_of_pixels(planes, tile)
     parts = _empty_parts(y, planes, count, 4 if dual else 2)
@@ -426,8 +440,11 @@ def backward(
     y_bar: Tensor,
     y_bar_dot: Tensor | None,
 ) -> Tensor:
-    """Compute ȳ, and ȳ̇ of a derivative; return (B, 2 or 4, C): the sums over planes of ū and ūh, ū̇ and ū̇h + ūḣ."""
-    bars = add_pair(p_bar, p_bar_dot)  # which are read twice
+    """Write `y_bar` and, in a direction, `y_bar_dot`. Return the sums over planes, (B, 2 or 4, C).
+
+    These are the sums of ū and ūh and, in a direction, of ū̇ and ū̇h + ūḣ. Partial sums of p̄ and p̄̇ are added up first.
+    """
+    bars = add_pair(p_bar, p_bar_dot)  # two kernels read them
     count, sums = parts_of_windows(planes, tile), 2 if y_bar_dot is None else 4
     parts, totals = _empty_parts(y, planes, count, sums), _empty_parts(y, planes, 1, sums)
     *stats_and_affine, _ = rest
@@ -438,6 +455,6 @@ def backward(
 
 
 def _empty_parts(y: Tensor, planes: Planes, parts: int, numbers: int) -> Tensor:
-    """Allocate `numbers` of each part of each plane, (B, parts, numbers, C)."""
+    """Allocate `numbers` values for each part of each plane, (B, parts, numbers, C)."""
     shape = (planes.samples, parts, numbers, planes.channels)
     return torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)

@@ -1,4 +1,4 @@
-"""Add up planes that a convolution left in parts: in the kernel that reads them first, or beforehand for one that cannot."""
+"""Add up the partial sums of planes that a convolution left: in the kernel that reads them first, or in a kernel of its own."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ _BLOCK = 512  # elements of a program
 @triton.jit
 def load_planes(
     planes: tl.tensor,  # pointer
-    parts: tl.tensor | None,  # pointer to the first of COUNT parts, at the same place
+    parts: tl.tensor | None,  # pointer to the first of COUNT parts; offsets are those of the planes
     place: tl.tensor,
     mask: tl.tensor,
-    size: tl.tensor | None,  # elements of a part
+    size: tl.tensor | None,  # elements of a part, which is the step from part to part
     COUNT: tl.constexpr,
-    TOGETHER: tl.constexpr,  # parts whose loads are under way at a time: a divisor of COUNT
+    TOGETHER: tl.constexpr,  # parts that are loaded at the same time: a divisor of COUNT
 ) -> tl.tensor:
-    """Load elements of planes, zero where masked: where there are parts their sum, in their order, as the planes' dtype rounds it.
+    """Return elements of planes at the offsets `place`, zero where masked.
 
-    The sum is not stored: loads that follow a store would wait for it.
+    Where there are parts, add them up in their order in float32, and round the sum to the planes' dtype. The sum is not stored
+    here: loads that follow a store would wait for it.
     """
     if parts is None:
         value = tl.load(planes + place, mask, 0)
@@ -38,6 +39,7 @@ def load_planes(
 
 @triton.jit
 def _add_planes(parts: tl.tuple, planes: tl.tuple, size: tl.tensor, COUNTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """Store the sums of the parts in the planes, BLOCK elements of each."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < size
     for number in tl.static_range(len(COUNTS)):
@@ -64,18 +66,18 @@ def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:
 
 
 def add_pair(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor, Tensor | None]:
-    """Return planes, and their derivative unless it is None, with those in parts added up."""
+    """Return `planes` and `planes_dot`, which may be None, as tensors: partial sums are added up."""
     first, *second = add_planes(planes) if planes_dot is None else add_planes(planes, planes_dot)
     return first, second[0] if second else None
 
 
-def arguments_of(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor | int | None, ...]:
-    """Return what a kernel that reads both takes of their parts: pointers to them, and the elements of one; None without."""
+def part_arguments(planes: Convolved, planes_dot: Convolved | None) -> tuple[Tensor | int | None, ...]:
+    """Return the arguments of a kernel that adds up both: their parts and the elements of a part, None where there are none."""
     parts = [each.parts if isinstance(each, PartialPlanes) else None for each in (planes, planes_dot)]
     return *parts, None if parts[0] is parts[1] is None else planes_of(planes).numel()
 
 
-def counts_of(planes: Convolved, planes_dot: Convolved | None) -> dict[str, int]:
-    """Return the constants of such a kernel: the numbers of parts, 0 without."""
+def part_counts(planes: Convolved, planes_dot: Convolved | None) -> dict[str, int]:
+    """Return COUNT and COUNT_DOT of a kernel that adds up both: their numbers of parts, 0 where there are none."""
     counts = [len(each.parts) if isinstance(each, PartialPlanes) else 0 for each in (planes, planes_dot)]
     return dict(zip(("COUNT", "COUNT_DOT"), counts, strict=True))

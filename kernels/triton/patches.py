@@ -1,28 +1,31 @@
-"""Gather the patches that a 3×3 convolution of images sees, sum their products, and fold a norm into the convolution's weights.
+"""Gather the patches of a 3×3 convolution of images, sum their products, and fold a norm into the convolution's weights.
 
-The images may be those of a step as they lie: a program gathers its sample, augments it, and lays it out.
+A program may gather its sample from all images by an index, and augment it, before it stores the padded image.
 
-A patch x̃ is TERMS numbers: 9·C of the image in the order (3, 3, C), ONES ones, whose weights are pieces of the shift that
-follows the weights (rounded pieces add up to what one rounded number is not), and zeros up to what Tensor cores take. The
-image is less its shift, a number near the mean of each channel: a norm takes away what that changes, and where the image
-is far from zero the sums of products lose as much less to cancellation. The names of planes' sides: HP × WP the padded
-image, (HP − 2) × (WP − 2) the convolution's result.
+A patch x̃ has TERMS numbers: 9·C numbers of the image in the order (3, 3, C), then ONES ones, then zeros up to a size that
+Tensor cores support. The weights of the ones are three pieces of the shift that the folded norm adds. Three rounded pieces
+add up to a more precise shift than one rounded number. A number near the mean of each channel, the image's shift, is
+subtracted from the image. The norm removes the effect of that, and the sums of products lose fewer bits to cancellation
+where an image is far from zero. The padded image has HP × WP pixels, the convolution's result (HP − 2) × (WP − 2).
 """
 
 from __future__ import annotations
 
 from .launch import INTERPRETED, tl, triton
-from .warp import load_parameters, mean_for, warped
+from .warp import load_parameters, mean_for_contrast, warp_pixels
 
 ONES = tl.constexpr(3)
-PROBES = tl.constexpr(256)  # pixels whose mean is an image's shift
+PROBES = tl.constexpr(256)  # pixels of an image whose mean is its shift
 
-_NUMPY = tl.constexpr(INTERPRETED)  # NumPy multiplies the bits of bfloat16 numbers as if they were integers
+_NUMPY = tl.constexpr(INTERPRETED)  # NumPy would multiply the bits of bfloat16 numbers as integers
 
 
 @triton.jit
-def rounded(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """Round to what Tensor cores take: they would cut the bits off a float32. A NaN, whose bits would overflow, stays one."""
+def round_factor(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Return `tile` rounded to the nearest number of PRECISION, as a factor for Tensor cores.
+
+    For tf32 the result stays float32. Tensor cores would truncate it without this. NaN stays NaN: its bits would overflow.
+    """
     if PRECISION == "bf16":
         tile = tile.to(tl.bfloat16)
     elif PRECISION == "fp16":
@@ -35,7 +38,7 @@ def rounded(tile: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constexpr) -> tl.tensor:
-    """Multiply factors that are rounded already; the sums are in ACC."""
+    """Return the matrix product of factors that are already rounded, accumulated in ACC."""
     if _NUMPY:
         a, b = a.to(ACC), b.to(ACC)
     precision: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
@@ -43,14 +46,14 @@ def product(a: tl.tensor, b: tl.tensor, ACC: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def _pixels_of(
+def _load_pixels(
     image: tl.tensor,  # (C, H, W)
     colour: tl.tuple | None,
     down: tl.tuple | None,
     right: tl.tuple | None,
     mask: tl.tuple | None,
     mean: tl.tensor | None,
-    place: tl.tensor,  # (1, PIXELS): pixels, row by row, of the image with its padding
+    place: tl.tensor,  # (1, PIXELS): numbers of pixels of the padded image, row by row
     PADDING: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -59,7 +62,7 @@ def _pixels_of(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return pixels of the image, augmented where there are parameters, (BLOCK_C, PIXELS); zero outside of the image."""
+    """Return pixels of the image, augmented if `colour` is not None, (BLOCK_C, PIXELS). Outside of the image they are zero."""
     c = tl.arange(0, BLOCK_C)[:, None]
     row = place // (W + 2 * PADDING) - PADDING
     column = place % (W + 2 * PADDING) - PADDING
@@ -68,19 +71,20 @@ def _pixels_of(
         pixel = row * W + column
         value = tl.load(image + (pixel * C + c if CHANNELS_LAST else c * (H * W) + pixel), inside, 0).to(ACC)
     else:
-        value = warped(image, colour, down, right, mask, mean, c, row, column, C, H, W, ACC)
+        value = warp_pixels(image, colour, down, right, mask, mean, c, row, column, C, H, W, ACC)
     return value
 
 
-@triton.jit(do_not_specialize_on_alignment=["index", "parameters"])  # a step's lie anywhere, and are read one by one
+# `index` and `parameters` of a step have any alignment, and single loads read them
+@triton.jit(do_not_specialize_on_alignment=["index", "parameters"])
 def gather(
     x: tl.tensor,  # (n, C, H, W)
     index: tl.tensor | None,  # (B,)
-    parameters: tl.tensor | None,  # (B, 13): of colour_warp_mask
+    parameters: tl.tensor | None,  # (B, 13): WARP_PARAMETERS of colour_warp_mask
     images: tl.tensor,  # (B, H + 2 PADDING, W + 2 PADDING, C)
     gram: tl.tensor,  # (B, parts, 9 C + 1, 9 C + 1)
     parts: tl.tensor,
-    tiles: tl.tensor,  # of a part
+    tiles: tl.tensor,  # in one part
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -92,10 +96,10 @@ def gather(
     BLOCK_M: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ) -> None:
-    """Store the padded image less its shift, rounded, and the sums of x̃x̃ᵀ over parts of the pixels.
+    """Store the padded image minus its shift, rounded, and the sum of x̃x̃ᵀ over one part of the pixels.
 
-    A program stores all rows that its patches have pixels of, and reads them back: its first and last rows are its neighbours'
-    too, which store the same values there.
+    A program stores all rows of which its patches have pixels, and reads them back. Neighbouring programs also store its first
+    and last rows, with the same values.
     """
     ACC: tl.constexpr = gram.dtype.element_ty
     WP: tl.constexpr = W + 2 * PADDING
@@ -111,28 +115,29 @@ def gather(
     colour, down, right, mask, mean = None, None, None, None, None
     if parameters is not None:
         colour, down, right, mask = load_parameters(parameters, sample)
-        mean = mean_for(colour[2], x, C * H * W, ACC)
+        mean = mean_for_contrast(colour[2], x, C * H * W, ACC)
 
     probe = tl.arange(0, PROBES)[None, :] * (H * W) // PROBES
-    probes = _pixels_of(x, colour, down, right, mask, mean, probe, 0, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
+    probes = _load_pixels(x, colour, down, right, mask, mean, probe, 0, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
     shift = tl.sum(probes, 1, keep_dims=True) / PROBES
     c = tl.arange(0, BLOCK_C)[:, None]
     end = (last // WIDTH + 3) * WP
-    # from a multiple of PIXELS, so that a pixel has one place in a tile, and the same bits whichever program stores it
+    # `start` is a multiple of PIXELS: a pixel has the same place in the tile of every program, and so the same bits
     for start in range(first // WIDTH * WP // PIXELS * PIXELS, end, PIXELS):
         pixel = start + tl.arange(0, PIXELS)[None, :]
-        value = _pixels_of(x, colour, down, right, mask, mean, pixel, PADDING, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
-        tl.store(images + pixel * C + c, rounded(value - shift, PRECISION), (c < C) & (pixel < end))
-    tl.debug_barrier()  # what other threads of the program stored is read below
+        value = _load_pixels(x, colour, down, right, mask, mean, pixel, PADDING, C, H, W, CHANNELS_LAST, BLOCK_C, ACC)
+        tl.store(images + pixel * C + c, round_factor(value - shift, PRECISION), (c < C) & (pixel < end))
+    tl.debug_barrier()  # threads read below what other threads of the program stored
 
     total = tl.zeros((TERMS, TERMS), ACC)
     for tile in range(tiles):
         centre = first + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         exists = (centre <= last)[:, None]
         centre = tl.minimum(centre, last)
-        xs = patches_at(images, centre // WIDTH, centre % WIDTH, C, WP, TERMS)
+        xs = load_patches(images, centre // WIDTH, centre % WIDTH, C, WP, TERMS)
         xs = tl.where(exists, xs, 0).to(xs.dtype)
-        total += product(tl.trans(xs), xs, ACC, PRECISION)  # not into the accumulator, which would cut bits off
+        # added outside of `tl.dot`, whose accumulator would lose bits
+        total += product(tl.trans(xs), xs, ACC, PRECISION)
     COUNT: tl.constexpr = 9 * C + 1
     row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
     place = program.to(tl.int64) * (COUNT * COUNT) + row * COUNT + column
@@ -140,14 +145,14 @@ def gather(
 
 
 @triton.jit
-def sums_of_parts(
-    values: tl.tuple,  # of pointers to those of the first part
-    masks: tl.tuple,  # or None for all
+def add_up_parts(
+    values: tl.tuple,  # pointers to the values of the first part
+    masks: tl.tuple,  # masks of these, or None
     parts: tl.tensor,
-    STRIDE: tl.constexpr,  # from part to part
+    STRIDE: tl.constexpr,  # elements from one part to the next
     ACC: tl.constexpr,
 ) -> tl.tuple:
-    """Add up each of the values of all parts, in the order of parts; the loads of AT_ONCE parts are under way at a time."""
+    """Return the sum of each value over all parts, in the order of the parts. AT_ONCE parts are loaded at the same time."""
     AT_ONCE: tl.constexpr = 4
     totals: tl.tuple = ()
     for each in tl.static_range(len(values)):
@@ -179,58 +184,61 @@ def moments(
     PIXELS: tl.constexpr,
     TERMS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the mean (TERMS, 1) and the covariance (TERMS, TERMS) of a sample's patches, in float64."""
+    """Return the mean (TERMS, 1) and the covariance (TERMS, TERMS) of the patches of a sample, in float64."""
     COUNT: tl.constexpr = 9 * C + 1
     row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
     in_row, in_column = row < COUNT, column < COUNT
     gram += sample * parts * (COUNT * COUNT)
-    # the products with a one are the mean: read a second time, they need not be picked from the others
+    # the products with a one are the mean; a second load of these is simpler than to extract them from `total`
     places = (gram + row * COUNT + 9 * C, gram + 9 * C * COUNT + column, gram + row * COUNT + column)
     masks = (in_row, in_column, in_row & in_column)
-    mean, mean_row, total = sums_of_parts(places, masks, parts, COUNT * COUNT, tl.float64)
+    mean, mean_row, total = add_up_parts(places, masks, parts, COUNT * COUNT, tl.float64)
     mean, mean_row = mean * (1 / PIXELS), mean_row * (1 / PIXELS)
     return mean, total * (1 / PIXELS) - mean * mean_row
 
 
 @triton.jit
-def places_of(filters: tl.tensor, C: tl.constexpr, TERMS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Return the places of weights (K, C, 3, 3) in the order of a patch, (BLOCK_C, TERMS), and which of them exist."""
+def weight_places(filters: tl.tensor, C: tl.constexpr, TERMS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Return offsets of weights (K, C, 3, 3) in the order of a patch, (BLOCK_C, TERMS), and their mask."""
     term = tl.arange(0, TERMS)[None, :]
     return filters[:, None] * (9 * C) + term % C * 9 + term // C, (term < 9 * C) & (filters[:, None] >= 0)
 
 
 @triton.jit
-def weights_of(
+def load_weights(
     weight: tl.tensor,  # (K, C, 3, 3)
     filters: tl.tensor,  # (BLOCK_C,)
     C: tl.constexpr,
     TERMS: tl.constexpr,
 ) -> tl.tensor:
-    """Return weights in the order of a patch, (TERMS, BLOCK_C)."""
-    # a filter's terms lie together, so that a warp reads a filter at a time
-    place, exists = places_of(filters, C, TERMS)
+    """Return the weights of `filters` in the order of a patch, (TERMS, BLOCK_C)."""
+    # the terms of a filter are adjacent in memory, so a warp reads one filter at a time
+    place, exists = weight_places(filters, C, TERMS)
     return tl.trans(tl.load(weight + place, exists, 0))
 
 
 @triton.jit
-def _with_shift(
+def _append_shift(
     weight: tl.tensor,  # (TERMS, BLOCK_C)
-    level: tl.tensor,  # (BLOCK_C,): what the mean of the product has to be
+    level: tl.tensor,  # (BLOCK_C,): the mean that the product should have
     mean: tl.tensor,  # (TERMS, 1): of the patches
     C: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Return rounded weights, and at the ones the shift that takes their own mean away, so that rounding moves no mean."""
+    """Return the weights rounded, with the shift as weights of the ones.
+
+    The shift is computed from the rounded weights, so that rounding does not change the mean of the product.
+    """
     term = tl.arange(0, TERMS)[:, None]
-    weight = rounded(weight, PRECISION)
+    weight = round_factor(weight, PRECISION)
     shift = (level - tl.sum(mean * weight.to(level.dtype).to(tl.float64), 0)).to(level.dtype)
-    first = rounded(shift, PRECISION).to(level.dtype)
-    second = rounded(shift - first, PRECISION).to(level.dtype)
+    first = round_factor(shift, PRECISION).to(level.dtype)
+    second = round_factor(shift - first, PRECISION).to(level.dtype)
     third = shift - first - second
     pieces = tl.where(term == 9 * C, first[None, :], tl.where(term == 9 * C + 1, second[None, :], third[None, :]))
     pieces = tl.where(term < 9 * C + ONES, pieces, 0)
-    return tl.where(term < 9 * C, weight, rounded(pieces, PRECISION))
+    return tl.where(term < 9 * C, weight, round_factor(pieces, PRECISION))
 
 
 @triton.jit
@@ -246,14 +254,18 @@ def fold_norm(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return f (TERMS, BLOCK_C), rounded; of the planes mean, less what the images' shift makes of it, and rstd; and Cw."""
+    """Return f (TERMS, BLOCK_C), rounded, the mean and rstd of the planes (BLOCK_C,), and covariance · w (TERMS, BLOCK_C).
+
+    The mean is that for the image minus its shift.
+    """
     w = w.to(tl.float64)
     covariance_w = tl.dot(covariance, w, out_dtype=tl.float64)
     mu = tl.sum(mean * w, 0)
-    variance = tl.maximum(tl.sum(w * covariance_w, 0), 0.0)  # rounding can make a plane's that is constant negative
+    # rounding can make the variance of a constant plane negative
+    variance = tl.maximum(tl.sum(w * covariance_w, 0), 0.0)
     r = 1 / tl.sqrt(variance + EPS)
     scale = gamma.to(tl.float64) * r
-    f = _with_shift((scale[None, :] * w).to(ACC), beta, mean, C, TERMS, PRECISION)
+    f = _append_shift((scale[None, :] * w).to(ACC), beta, mean, C, TERMS, PRECISION)
     return f, mu, r, covariance_w
 
 
@@ -272,18 +284,18 @@ def fold_norm_tangent(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return ḟ (TERMS, BLOCK_C), rounded, and of the planes k1, less what the images' shift makes of it, and k2."""
+    """Return ḟ (TERMS, BLOCK_C), rounded, and k1 and k2 of the planes (BLOCK_C,). k1 is for the image minus its shift."""
     w, w_dot = w.to(tl.float64), w_dot.to(tl.float64)
     k1 = tl.sum(mean * w_dot, 0)
     k2 = r * tl.sum(w_dot * covariance_w, 0)
     scale = gamma.to(tl.float64) * r
-    along = r * (gamma_dot.to(tl.float64) - scale * k2)  # u̇ = along (y − mean) + scale (ẏ − k1) + β̇
-    f_dot = (scale[None, :] * w_dot + along[None, :] * w).to(ACC)
-    return _with_shift(f_dot, beta_dot, mean, C, TERMS, PRECISION), k1, k2
+    scale_dot = r * (gamma_dot.to(tl.float64) - scale * k2)  # u̇ = scale_dot (y − mean) + scale (ẏ − k1) + β̇
+    f_dot = (scale[None, :] * w_dot + scale_dot[None, :] * w).to(ACC)
+    return _append_shift(f_dot, beta_dot, mean, C, TERMS, PRECISION), k1, k2
 
 
 @triton.jit
-def patches_at(
+def load_patches(
     images: tl.tensor,  # of the sample: (HP, WP, C)
     row: tl.tensor,  # (N,)
     column: tl.tensor,
@@ -291,7 +303,7 @@ def patches_at(
     WP: tl.constexpr,
     TERMS: tl.constexpr,
 ) -> tl.tensor:
-    """Return the patches of pixels of the convolution's result, (N, TERMS)."""
+    """Return the patches of the convolution's output pixels (row, column), (N, TERMS)."""
     term = tl.arange(0, TERMS)[None, :]
     place = (row * WP + column)[:, None] * C + (term // (3 * C) * (WP * C) + term % (3 * C))
     xs = tl.load(images + place, term < 9 * C, 0)

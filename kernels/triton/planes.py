@@ -1,4 +1,4 @@
-"""Describe a batch of planes (B, C, H, W) to the kernels: its shape and its memory format."""
+"""Describe a batch of planes (B, C, H, W): its shape and its memory format."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..types import memory_format
 
-OFFSETS = 2**31  # a sample is addressed by int64, and an element within a few samples by int32
+OFFSETS = 2**31  # a sample has fewer elements: kernels count in int32 within a sample, in int64 across samples
 
 
 @dataclass(frozen=True)
 class Planes:
-    """Shape and format of a tensor in one of the two memory formats."""
+    """Shape and memory format of a contiguous or channels_last tensor."""
 
     samples: int
     channels: int
@@ -23,8 +23,12 @@ class Planes:
     memory_format: torch.memory_format
 
     @classmethod
-    def of(cls, tensor: Tensor, *alike: Tensor | None) -> Planes:
-        """Return the shape and format of `tensor`. Raises `ValueError` unless it, and all `alike` in the same way, are in one format."""
+    def from_tensors(cls, tensor: Tensor, *alike: Tensor | None) -> Planes:
+        """Return the shape and format of `tensor` (B, C, H, W).
+
+        Raises `ValueError` for a tensor in neither format, for one of `alike` in another format, and for samples of 2³¹
+        elements or more.
+        """
         shared = memory_format(tensor)
         for other in alike:
             if other is not None and not other.is_contiguous(memory_format=shared):
@@ -37,7 +41,7 @@ class Planes:
 
     @property
     def channels_last(self) -> bool:
-        """Return whether the channels of a pixel lie side by side; otherwise the pixels of a channel do."""
+        """Return whether the channels of a pixel are adjacent in memory. Otherwise the pixels of a channel are."""
         return self.memory_format == torch.channels_last
 
     @property
@@ -46,19 +50,22 @@ class Planes:
         return self.channels * self.height * self.width
 
     def empty(self, like: Tensor, channels: int, height: int, width: int) -> Tensor:
-        """Allocate planes of this format, with the samples, type and device of `like`."""
+        """Allocate planes (B, channels, height, width) in this format, with the batch size, dtype and device of `like`."""
         shape = (len(like), channels, height, width)
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
 
     def empty_pair(self, like: Tensor, channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Allocate two of `empty` so that `stacked` makes one batch of them. Their memory is free when both are."""
+        """Allocate planes twice, as `empty` does, in one piece of memory, so that `stacked` can make one batch of them.
+
+        The memory is freed when both tensors are.
+        """
         shape = (2 * len(like), channels, height, width)
         both = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
         return both[: len(like)], both[len(like) :]
 
 
 def stacked(first: Tensor, second: Tensor) -> Tensor | None:
-    """Return both batches (B, …) as one (2 B, …), a view, if `second` begins where `first` ends; else None."""
+    """Return a view (2 B, …) of both batches (B, …) if `second` begins in memory where `first` ends, else None."""
     shares_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     distance = second.storage_offset() - first.storage_offset()
     alike = first.dtype == second.dtype and first.shape == second.shape and first.stride() == second.stride()

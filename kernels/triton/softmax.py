@@ -1,17 +1,18 @@
-"""Turn logits into the gradients to them, from parts of their rows: what the classifier's kernels share.
+"""Compute a softmax and the gradients to logits from blocks of classes, for the kernels of the classifier.
 
-A row is cut into blocks of classes. What a softmax and a loss need of it, six numbers of each block, combines to the row's.
+A row is cut into blocks of classes. `softmax_parts` returns six numbers of a block, and `combine` combines those of a row's
+blocks to all that its softmax and its loss need.
 """
 
 from __future__ import annotations
 
 from .launch import tl, triton
 
-PARTS = 6  # numbers that `softmax_parts` returns of a row
+PARTS = 6  # numbers that `softmax_parts` returns for each row
 
 
 @triton.jit
-def targets_at(
+def load_targets(
     labels: tl.tensor,  # (B,) int64, or (B, K)
     row: tl.tensor,  # (rows, 1)
     column: tl.tensor,  # (1, columns)
@@ -20,11 +21,14 @@ def targets_at(
     CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return probabilities (rows, columns), 0 where no class is; labels that are logits are returned as such, −∞ there."""
+    """Return target probabilities (rows, columns), 0 outside of the classes. Labels that are logits stay logits, −∞ outside.
+
+    For an index that is no class, return NaN.
+    """
     if KIND == "indices":
         index = tl.load(labels + row, row < batch, 0)
         known = (index >= 0) & (index < CLASSES)
-        targets = tl.where(known, (column == index).to(ACC), float("nan"))  # a kernel cannot raise an error
+        targets = tl.where(known, (column == index).to(ACC), float("nan"))  # since a kernel cannot raise an error
     else:
         nothing: tl.constexpr = float("-inf") if KIND == "logits" else 0.0
         exists = (row < batch) & (column < CLASSES)
@@ -41,9 +45,10 @@ def softmax_parts(
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """Return of each row of a block of classes, (rows, 1), with e = exp(z − top) and unnormalised targets t:
+    """Return six numbers of each row of a block of classes, (rows, 1) each.
 
-    top, Σ e, the labels' top, Σ t, Σ t (z − top) or of a direction Σ t ż, and Σ e ż.
+    With e = exp(z − top) and unnormalised targets t, these are: the largest logit, top; Σ e; the largest label logit; Σ t;
+    Σ t (z − top), in a direction Σ t ż; and Σ e ż. For labels that are logits, t = exp(labels − largest label logit).
     """
     z = tl.where(column_exists, z, float("-inf"))
     top = tl.max(z, 1, keep_dims=True)
@@ -53,56 +58,57 @@ def softmax_parts(
     if KIND == "logits":
         label_top = tl.max(targets, 1, keep_dims=True)
         t = tl.exp(targets - tl.where(label_top == float("-inf"), 0, label_top))
-    moving = z_dot if DUAL else tl.where(column_exists, z, 0)
-    along = tl.sum(t * moving, 1, keep_dims=True)
-    drift = tl.sum(e * z_dot, 1, keep_dims=True)
-    return top, tl.sum(e, 1, keep_dims=True), label_top, tl.sum(t, 1, keep_dims=True), along, drift
+    values = z_dot if DUAL else tl.where(column_exists, z, 0)
+    target_sum = tl.sum(t * values, 1, keep_dims=True)
+    z_dot_sum = tl.sum(e * z_dot, 1, keep_dims=True)
+    return top, tl.sum(e, 1, keep_dims=True), label_top, tl.sum(t, 1, keep_dims=True), target_sum, z_dot_sum
 
 
 @triton.jit
 def combine(parts: tl.tuple, DUAL: tl.constexpr, KIND: tl.constexpr) -> tuple[tl.tensor, ...]:
-    """Return of each row, (rows, 1), from the parts of its blocks (rows, blocks), with targets t and π = softmax(z):
+    """Return seven numbers of each row, (rows, 1) each, given the parts of its blocks, (rows, blocks) each.
 
-    top and Σ of its exponentials, the same of labels that are logits, Σ t, Σ t log π or of a direction Σ t (log π)˙, and Σ π ż.
+    With targets t and π = softmax(z), these are: top and Σ exp(z − top); the same two for labels that are logits; Σ t;
+    Σ t log π, in a direction Σ t (log π)˙; and Σ π ż.
     """
-    tops, sums, label_tops, masses, alongs, drifts = parts
+    tops, sums, label_tops, target_masses, target_sums, z_dot_sums = parts
     top, label_top = tl.max(tops, 1, keep_dims=True), tl.max(label_tops, 1, keep_dims=True)
     share = tl.exp(tops - top)
     total = tl.sum(sums * share, 1, keep_dims=True)
     if not DUAL:
-        alongs += masses * tl.where(tops == float("-inf"), 0, tops - top)
+        target_sums += target_masses * tl.where(tops == float("-inf"), 0, tops - top)
     label_total = tl.zeros_like(label_top) + 1
     if KIND == "logits":
-        share_of_labels = tl.exp(label_tops - label_top)
-        label_total = tl.sum(masses * share_of_labels, 1, keep_dims=True)
-        masses, alongs = masses * share_of_labels / label_total, alongs * share_of_labels / label_total
-    mass, along = tl.sum(masses, 1, keep_dims=True), tl.sum(alongs, 1, keep_dims=True)
-    drift = tl.sum(drifts * share, 1, keep_dims=True) / total
-    along -= mass * (drift if DUAL else tl.log(total))
-    return top, total, label_top, label_total, mass, along, drift
+        label_share = tl.exp(label_tops - label_top)
+        label_total = tl.sum(target_masses * label_share, 1, keep_dims=True)
+        target_masses, target_sums = target_masses * label_share / label_total, target_sums * label_share / label_total
+    target_mass, target_sum = tl.sum(target_masses, 1, keep_dims=True), tl.sum(target_sums, 1, keep_dims=True)
+    z_dot_mean = tl.sum(z_dot_sums * share, 1, keep_dims=True) / total
+    target_sum -= target_mass * (z_dot_mean if DUAL else tl.log(total))
+    return top, total, label_top, label_total, target_mass, target_sum, z_dot_mean
 
 
 @triton.jit
-def softmax_of(
+def load_softmax(
     partials: tl.tensor,  # (6, B, BLOCKS)
     row: tl.tensor,  # (rows, 1)
     batch: tl.tensor,
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
     BLOCKS: tl.constexpr,
-    EVERY: tl.constexpr,  # at least BLOCKS
+    EVERY: tl.constexpr,  # BLOCKS rounded up to a power of two
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """Load the parts of rows and combine them, as `combine` does."""
+    """Load the parts of all blocks of the rows, and return what `combine` returns for them."""
     block = tl.arange(0, EVERY)[None, :]
     place, exists, size = row * BLOCKS + block, (row < batch) & (block < BLOCKS), batch * BLOCKS
     top = tl.load(partials + place, exists, float("-inf")).to(ACC)
     total = tl.load(partials + size + place, exists, 0).to(ACC)
     label_top = tl.load(partials + 2 * size + place, exists, float("-inf")).to(ACC)
-    mass = tl.load(partials + 3 * size + place, exists, 0).to(ACC)
-    along = tl.load(partials + 4 * size + place, exists, 0).to(ACC)
-    drift = tl.load(partials + 5 * size + place, exists, 0).to(ACC)
-    return combine((top, total, label_top, mass, along, drift), DUAL, KIND)  # type: ignore[no-any-return]
+    target_mass = tl.load(partials + 3 * size + place, exists, 0).to(ACC)
+    target_sum = tl.load(partials + 4 * size + place, exists, 0).to(ACC)
+    z_dot_sum = tl.load(partials + 5 * size + place, exists, 0).to(ACC)
+    return combine((top, total, label_top, target_mass, target_sum, z_dot_sum), DUAL, KIND)  # type: ignore[no-any-return]
 
 
 @triton.jit
@@ -116,21 +122,24 @@ def cotangents(
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return ō, ō̇ and the derivatives of the gradients to labels (rows, columns), 0 where nothing exists."""
-    top, total, label_top, label_total, mass, along, drift = softmax
+    """Return ō, the gradient to the logits, ō̇, its derivative, and the derivative of the gradient to the labels.
+
+    Each is (rows, columns). ō and ō̇ are 0 where `exists` is false. `softmax` is what `combine` returned for the rows.
+    """
+    top, total, label_top, label_total, target_mass, target_sum, z_dot_mean = softmax
     pi, t = tl.exp(z - top) / total, targets
     if KIND == "logits":
         t = tl.exp(targets - label_top) / label_total
-    moving = z_dot - drift  # the tangent of log π
-    to_labels = -moving
+    log_pi_dot = z_dot - z_dot_mean  # the derivative of log π in the direction
+    to_labels = -log_pi_dot
     if KIND == "logits":  # through t = softmax(labels)
-        to_labels = t * (along - moving)
-    o_bar = tl.where(exists, (pi * mass - t) / batch, 0)
-    return o_bar, tl.where(exists, pi * mass * moving / batch, 0), to_labels / batch
+        to_labels = t * (target_sum - log_pi_dot)
+    o_bar = tl.where(exists, (pi * target_mass - t) / batch, 0)
+    return o_bar, tl.where(exists, pi * target_mass * log_pi_dot / batch, 0), to_labels / batch
 
 
 @triton.jit
-def cotangents_at(
+def load_cotangents(
     z: tl.tensor,  # (B, K)
     z_dot: tl.tensor,  # or None
     labels: tl.tensor,
@@ -142,13 +151,13 @@ def cotangents_at(
     CLASSES: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Load a tile of logits and labels, and return what `cotangents` does."""
+    """Load a tile of logits and labels (rows, columns), and return what `cotangents` returns for it."""
     exists, place = (row < batch) & (column < CLASSES), row * CLASSES + column
-    targets = targets_at(labels, row, column, batch, KIND, CLASSES, ACC)
-    at = tl.load(z + place, exists, 0)
-    along = at
+    targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
+    logits = tl.load(z + place, exists, 0)
+    logits_dot = logits
     if z_dot is not None:
-        along = tl.load(z_dot + place, exists, 0)
+        logits_dot = tl.load(z_dot + place, exists, 0)
     return cotangents(  # type: ignore[no-any-return]
-        at, along, targets, exists, softmax, batch, z_dot is not None, KIND
+        logits, logits_dot, targets, exists, softmax, batch, z_dot is not None, KIND
     )

@@ -1,4 +1,4 @@
-"""Convolve 3×3 as conv.py does, on boxes that the hardware loads: for sm_90 and later, and planes that `boxes.fits`."""
+"""Convolve 3×3 as conv.py does, with TMA loads: for sm_90 and later, and for planes that `boxes.fits` accepts."""
 
 from __future__ import annotations
 

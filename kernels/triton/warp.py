@@ -1,9 +1,10 @@
-"""Colour, warp and mask images in one pass, and the transpose, also added to the rows that the images were gathered from.
+"""Change the colours of images, warp them and mask them in one kernel. Apply the transpose of that, and add it to rows.
 
-A program owns a block of pixels of one image, with all their channels: it gathers what it needs, so nothing is added
-to memory that others write. Colours are moved after the pixels and not before: a map that is linear in the channels
-and one that samples the pixels commute, if a constant is scaled by the share of it that the image's border leaves. Only
-contrast asks for the mean of a sample, and then each of its programs takes it: a launch of its own would cost every step.
+A program computes a block of pixels of one image, with all their channels. It gathers the pixels that it needs, so that no
+two programs write to the same memory. Colours are changed after the warp and not before. Both orders give the same result,
+since one map is linear in the channels and the other samples pixels; only constants must be scaled by the share of the
+sample that lies inside the image. Only a change of contrast needs the mean of a sample. Then each program of the sample
+computes that mean, since a launch for it would cost time in every step.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from .launch import architecture, launch, tl, triton
 from .planes import Planes
 
 _COUNT = tl.constexpr(len(WARP_PARAMETERS))
-_PROGRAMS = 64  # of a sample
-_MEAN = tl.constexpr(2048)  # numbers of a sample that are added to its mean at a time
+_PROGRAMS = 64  # most programs for one sample
+_MEAN = tl.constexpr(2048)  # numbers of a sample that are added at a time for its mean
 
 
 @triton.jit
 def load_parameters(parameters: tl.tensor, sample: tl.tensor) -> tl.tuple:
-    """Load the parameters of a sample: colour, displacement down, displacement right, mask."""
+    """Return the parameters of a sample as four tuples: colour, displacement down, displacement right, mask."""
     place = parameters + sample * _COUNT
     colour = (tl.load(place), tl.load(place + 1), tl.load(place + 2))
     down = (tl.load(place + 3), tl.load(place + 4), tl.load(place + 5))
@@ -35,10 +36,10 @@ def load_parameters(parameters: tl.tensor, sample: tl.tensor) -> tl.tuple:
 
 
 @triton.jit
-def _block(
+def _pixel_block(
     H: tl.constexpr, W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Return the sample (int64), the channels (BLOCK_C, 1), rows and columns of the pixels (1, BLOCK_M)."""
+    """Return the program's sample (int64), the channels (BLOCK_C, 1), and rows and columns of its pixels (1, BLOCK_M)."""
     blocks: tl.constexpr = (H * W + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     pixel = (program % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -46,7 +47,7 @@ def _block(
 
 
 @triton.jit
-def _axis(
+def _axis_weights(
     along: tl.tuple,
     i: tl.tensor,
     j: tl.tensor,
@@ -55,10 +56,10 @@ def _axis(
     H: tl.constexpr,
     W: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return, along one axis, the pixel before the source of target (i, j), its weight and that of the next, zero outside.
+    """Return, along one axis, the pixel at or before the source of target (i, j), its weight, and the next pixel's weight.
 
-    `along` are the displacement's three parameters. The displacement's remainder is never added to a pixel's number, which
-    would round the remainder.
+    Weights of pixels outside of the image are zero. `along` has the three parameters of the displacement, and `target` is i or
+    j. The fraction of the displacement is never added to a pixel's number, since that would round it.
     """
     displacement = along[0] * (i - (H - 1) * 0.5) + along[1] * (j - (W - 1) * 0.5) + along[2]
     whole = tl.floor(displacement)
@@ -69,15 +70,15 @@ def _axis(
 
 
 @triton.jit
-def _visible(mask: tl.tuple, i: tl.tensor, j: tl.tensor, H: tl.constexpr, W: tl.constexpr) -> tl.tensor:
-    """Return which pixels are in the image and not under the mask."""
+def _visible_pixels(mask: tl.tuple, i: tl.tensor, j: tl.tensor, H: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+    """Return whether pixels (i, j) are in the image and not under the mask rectangle."""
     rows = (i >= mask[0]) & (i < mask[1])
     columns = (j >= mask[2]) & (j < mask[3])
     return (i < H) & (j < W) & ~(rows & columns)
 
 
 @triton.jit
-def _coloured(
+def _change_colours(
     colour: tl.tuple,
     x: tl.tensor,
     average: tl.tensor,
@@ -85,15 +86,15 @@ def _coloured(
     exists: tl.tensor,
     C: tl.constexpr,
 ) -> tl.tensor:
-    """Saturate and contrast pixels (BLOCK_C, BLOCK_M); those of channels that are not there become zero."""
+    """Return pixels x (BLOCK_C, BLOCK_M) with saturation and contrast changed, and zero where `exists` is false."""
     grey = tl.sum(x, 0, keep_dims=True) / C
     x += colour[1] * (x - grey)
     return tl.where(exists, x + colour[2] * (x - average * inside), 0)
 
 
 @triton.jit
-def mean_for(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
-    """Return the mean of an image (C, H, W) where there is contrast, else zero."""
+def mean_for_contrast(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr, ACC: tl.constexpr) -> tl.tensor:
+    """Return the mean of an image (C, H, W), or zero if `contrast` is zero and the mean is not needed."""
     total = tl.zeros((_MEAN,), ACC)
     for start in range(0, tl.where(contrast != 0, SIZE, 0), _MEAN):
         place = start + tl.arange(0, _MEAN)
@@ -102,7 +103,7 @@ def mean_for(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr, ACC: tl.
 
 
 @triton.jit
-def warped(
+def warp_pixels(
     image: tl.tensor,  # (C, H, W)
     colour: tl.tuple,
     down: tl.tuple,
@@ -117,19 +118,19 @@ def warped(
     W: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return pixels (i, j) of the image coloured, warped and masked, (BLOCK_C, BLOCK_M); zero where there is no pixel."""
+    """Return pixels (i, j) of the image after colour change, warp and mask, (BLOCK_C, BLOCK_M). Outside they are zero."""
     exists = (c < C) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
-    row, upper, lower = _axis(down, i, j, i, H, H, W)
-    column, before, behind = _axis(right, i, j, j, W, H, W)
+    row, upper, lower = _axis_weights(down, i, j, i, H, H, W)
+    column, before, after = _axis_weights(right, i, j, j, W, H, W)
     x = tl.zeros((c.shape[0], i.shape[1]), ACC)
     for corner in tl.static_range(4):
-        weight = (lower if corner >= 2 else upper) * (behind if corner % 2 else before)
+        weight = (lower if corner >= 2 else upper) * (after if corner % 2 else before)
         place = (row + corner // 2) * W + column + corner % 2
         x += weight * tl.load(image + c * (H * W) + place, exists & (weight != 0), 0).to(ACC)
-    inside = (upper + lower) * (before + behind)
+    inside = (upper + lower) * (before + after)
     x = tl.where(exists, x + colour[0] * inside, 0)
-    x = _coloured(colour, x, mean + colour[0], inside, exists, C)
-    return tl.where(_visible(mask, i, j, H, W), x, 0)
+    x = _change_colours(colour, x, mean + colour[0], inside, exists, C)
+    return tl.where(_visible_pixels(mask, i, j, H, W), x, 0)
 
 
 @triton.jit
@@ -145,7 +146,10 @@ def _mean_of_transpose(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return the mean of the warp's transpose of ȳ where there is contrast: each ȳ counts as far as its source lies in the image."""
+    """Return the mean of the warp's transpose of ȳ, or zero without a change of contrast.
+
+    Each value of ȳ counts with the share of its source that lies inside the image.
+    """
     PIXELS: tl.constexpr = _MEAN // (4 if BLOCK_C < 4 else BLOCK_C)
     c = tl.arange(0, BLOCK_C)[:, None]
     total = tl.zeros((BLOCK_C, PIXELS), ACC)
@@ -153,15 +157,15 @@ def _mean_of_transpose(
         pixel = start + tl.arange(0, PIXELS)[None, :]
         i = pixel // W
         j = pixel % W
-        _, upper, lower = _axis(down, i, j, i, H, H, W)
-        _, before, behind = _axis(right, i, j, j, W, H, W)
-        visible = _visible(mask, i, j, H, W) & (c < C)
-        total += (upper + lower) * (before + behind) * tl.load(y_bar + c * (H * W) + pixel, visible, 0).to(ACC)
+        _, upper, lower = _axis_weights(down, i, j, i, H, H, W)
+        _, before, after = _axis_weights(right, i, j, j, W, H, W)
+        visible = _visible_pixels(mask, i, j, H, W) & (c < C)
+        total += (upper + lower) * (before + after) * tl.load(y_bar + c * (H * W) + pixel, visible, 0).to(ACC)
     return tl.sum(tl.sum(total, 0), 0) / (C * H * W)
 
 
 @triton.jit
-def _transposed(
+def _transpose_pixels(
     y_bar: tl.tensor,  # of the sample: (C, H, W)
     parameters: tl.tensor,  # (B, 13)
     sample: tl.tensor,
@@ -174,13 +178,13 @@ def _transposed(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ) -> tl.tensor:
-    """Return pixels (row, column) of the transpose of ȳ, (BLOCK_C, BLOCK_M)."""
+    """Return pixels (row, column) of x̄ = Aᵀ ȳ, (BLOCK_C, BLOCK_M)."""
     colour, down, right, mask = load_parameters(parameters, sample)
     mean = _mean_of_transpose(y_bar, colour, down, right, mask, C, H, W, BLOCK_C, ACC)
     exists = (c < C) & (row < H)
 
-    # The targets whose sources are less than a pixel away, on either axis, lie in a parallelogram around the target
-    # that has its source here. Its bounding box is `reach` to each side: so many whole pixels, whatever the pixel.
+    # Targets whose sources are less than a pixel away, on both axes, lie in a parallelogram. Its centre is the target
+    # whose source is this pixel. Its bounding box extends by `reach` to each side, which is the same for all pixels.
     a = 1 + down[0]
     b = down[1]
     d = right[0]
@@ -192,7 +196,7 @@ def _transposed(
     column_reach = (tl.abs(a) + tl.abs(d)) / tl.abs(determinant)
     first_row = (H - 1) * 0.5 + (e * below - b * beside) / determinant - row_reach
     first_column = (W - 1) * 0.5 + (a * beside - d * below) / determinant - column_reach
-    # targets outside the image need no look, which also bounds the loops
+    # targets outside of the image have no effect; leaving them out also bounds the loops
     top = tl.minimum(tl.maximum(tl.floor(first_row) + 1, 0), H).to(tl.int32)
     left = tl.minimum(tl.maximum(tl.floor(first_column) + 1, 0), W).to(tl.int32)
     rows = tl.minimum(tl.ceil(2 * row_reach), H).to(tl.int32)
@@ -203,14 +207,14 @@ def _transposed(
         for column_step in range(columns):
             i = top + row_step
             j = left + column_step
-            source_row, upper, lower = _axis(down, i, j, i, H, H, W)
-            source_column, before, behind = _axis(right, i, j, j, W, H, W)
+            source_row, upper, lower = _axis_weights(down, i, j, i, H, H, W)
+            source_column, before, after = _axis_weights(right, i, j, j, W, H, W)
             weight = tl.where(source_row == row, upper, tl.where(source_row + 1 == row, lower, 0))
-            weight *= tl.where(source_column == column, before, tl.where(source_column + 1 == column, behind, 0))
-            weight = tl.where(_visible(mask, i, j, H, W), weight, 0)
+            weight *= tl.where(source_column == column, before, tl.where(source_column + 1 == column, after, 0))
+            weight = tl.where(_visible_pixels(mask, i, j, H, W), weight, 0)
             place = c * (H * W) + i * W + j
             x += weight * tl.load(y_bar + place, exists & (weight != 0), 0).to(ACC)
-    return _coloured(colour, x, mean, tl.full((1, row.shape[1]), 1, ACC), exists, C)
+    return _change_colours(colour, x, mean, tl.full((1, row.shape[1]), 1, ACC), exists, C)
 
 
 @triton.jit
@@ -224,12 +228,13 @@ def _forward(
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
+    """Store one block of pixels of y."""
     ACC: tl.constexpr = parameters.dtype.element_ty
-    sample, c, i, j = _block(H, W, BLOCK_C, BLOCK_M)
+    sample, c, i, j = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     colour, down, right, mask = load_parameters(parameters, sample)
     images += sample * (C * H * W)
-    mean = mean_for(colour[2], images, C * H * W, ACC)
-    x = warped(images, colour, down, right, mask, mean, c, i, j, C, H, W, ACC)
+    mean = mean_for_contrast(colour[2], images, C * H * W, ACC)
+    x = warp_pixels(images, colour, down, right, mask, mean, c, i, j, C, H, W, ACC)
     tl.store(y + sample * (C * H * W) + c * (H * W) + i * W + j, x, (c < C) & (i < H))
 
 
@@ -244,14 +249,16 @@ def _transpose(
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> None:
+    """Store one block of pixels of x̄."""
     ACC: tl.constexpr = parameters.dtype.element_ty
-    sample, c, row, column = _block(H, W, BLOCK_C, BLOCK_M)
+    sample, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     begin = sample * (C * H * W)
-    x = _transposed(y_bar + begin, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
+    x = _transpose_pixels(y_bar + begin, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
     tl.store(x_bar + begin + c * (H * W) + row * W + column, x, (c < C) & (row < H))
 
 
-@triton.jit(do_not_specialize_on_alignment=["index", "parameters", "factor"])  # a step's lie anywhere
+# these arguments of a step have any alignment, and single loads read them
+@triton.jit(do_not_specialize_on_alignment=["index", "parameters", "factor"])
 def _transpose_add(
     out: tl.tensor,  # (n, C, H, W)
     index: tl.tensor,  # (B,)
@@ -264,12 +271,12 @@ def _transpose_add(
     W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    EVERY: tl.constexpr,  # at least B
+    EVERY: tl.constexpr,  # B rounded up to a power of two
 ) -> None:
-    """Add pixels of a sample, and of all later ones of the same index, if no earlier sample has that index."""
+    """Add pixels of a sample, and of all later samples with the same index, unless an earlier sample has that index too."""
     dtype: tl.constexpr = out.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    own, c, row, column = _block(H, W, BLOCK_C, BLOCK_M)
+    own, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     every, exists = tl.arange(0, EVERY), (c < C) & (row < H)
     target = tl.load(index + own)
     same = tl.load(index + every, every < batch, -1) == target
@@ -284,7 +291,7 @@ def _transpose_add(
                 if parameters is None:
                     x = tl.load(source + pixel, exists, 0).to(ACC)
                 else:
-                    x = _transposed(source, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
+                    x = _transpose_pixels(source, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
                 total += scale * x
         tl.store(place, total, exists)
 
@@ -292,14 +299,14 @@ def _transpose_add(
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask`."""
     y = torch.empty_like(images)
-    _launch(_forward, "colour_warp_mask", Planes.of(images), images, parameters, y)
+    _launch(_forward, "colour_warp_mask", Planes.from_tensors(images), images, parameters, y)
     return y
 
 
 def colour_warp_mask_transpose(y_bar: Tensor, parameters: Tensor) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask_transpose`."""
     x_bar = torch.empty_like(y_bar)
-    _launch(_transpose, "colour_warp_mask_transpose", Planes.of(y_bar), y_bar, parameters, x_bar)
+    _launch(_transpose, "colour_warp_mask_transpose", Planes.from_tensors(y_bar), y_bar, parameters, x_bar)
     return x_bar
 
 
@@ -307,7 +314,7 @@ def colour_warp_mask_transpose_add(
     out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
 ) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask_transpose_add`."""
-    planes, every = Planes.of(y_bar), triton.next_power_of_2(max(1, len(y_bar)))
+    planes, every = Planes.from_tensors(y_bar), triton.next_power_of_2(max(1, len(y_bar)))
     arguments = (out, index, y_bar, parameters, factor, len(y_bar))
     _launch(_transpose_add, "colour_warp_mask_transpose", planes, *arguments, EVERY=every)
     torch.autograd.graph.increment_version(out)
@@ -315,11 +322,11 @@ def colour_warp_mask_transpose_add(
 
 
 def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Any, **constants: int) -> None:
-    """Launch `kernel` over blocks of pixels of each sample."""
+    """Launch `kernel` for each block of pixels of each sample, with the configuration of `operation`."""
     row = dict(configuration(operation, "", architecture(arguments[0].device)))
     channels = triton.next_power_of_2(planes.channels)
     whole = triton.next_power_of_2(planes.height * planes.width)
-    # a program that needs the mean takes it of the whole sample: there are at most so many of a sample
+    # each program may compute the mean of its whole sample, so a sample has at most _PROGRAMS of them
     pixels = min(max(1, row.pop("ELEMENTS") // channels, whole // _PROGRAMS), whole)
     programs = planes.samples * triton.cdiv(planes.height * planes.width, pixels)
     sizes = {"C": planes.channels, "H": planes.height, "W": planes.width, "BLOCK_C": channels, "BLOCK_M": pixels}

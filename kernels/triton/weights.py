@@ -1,6 +1,7 @@
-"""Lay out convolutions' weights as their products read them: a sum's terms side by side, rotated for the way back, rounded.
+"""Pack the weights of convolutions in the layouts and the dtype in which matrix products read them.
 
-All weights of a step go in one kernel, with those of its direction; where planes are float16 it scales the direction too.
+The terms of a sum become adjacent in memory. A second copy is rotated by 180° for the input gradient. One kernel packs all
+weights of a step and of its direction. Where planes are float16, it scales the direction too.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from ..types import HALF_PRECISIONS, PackedParameters, PackedWeight, Precision, Weight, WeightPlace, plane_dtype
 from .configurations import configuration
-from .flat import largest_parts, power_of_parts
+from .flat import largest_parts, power_of_two_from_parts
 from .launch import architecture, launch, tl, triton
 
-_ALIGNMENT = 64  # elements: boxes are loaded from memory that begins at a multiple of 128 bytes
+_ALIGNMENT = 64  # elements: each copy begins at a multiple of 128 bytes, as TMA descriptors need it
 
 
 @triton.jit
@@ -25,11 +26,11 @@ def _pack_weights(
     packed: tl.tensor,  # for each weight: (K, 3, 3, C), then (C, 3, 3, K) rotated by 180°
     factor: tl.tensor,
     program: tl.tensor,
-    WEIGHTS: tl.constexpr,  # of each: its place in the vector, its place in `packed`, K, C, elements from one copy to the other
+    WEIGHTS: tl.constexpr,  # offset in the vector, offset in `packed`, K, C, elements of a copy
     FILTERS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> None:
-    """Pack FILTERS × CHANNELS of the 3×3s: as many of both that each order has neighbours in the tile."""
+    """Pack FILTERS × CHANNELS 3×3 weights, one program's tile, wide enough for coalesced loads and stores."""
     first = 0
     for weight in tl.static_range(len(WEIGHTS)):
         source, target, filters, channels, apart = WEIGHTS[weight]
@@ -58,21 +59,21 @@ def _pack(
     scale: tl.tensor | None,  # ()
     size: tl.tensor,  # P
     WEIGHTS: tl.constexpr,
-    TILES: tl.constexpr,  # of all weights
+    TILES: tl.constexpr,  # of all weights together
     LARGEST: tl.constexpr,
     PARTIALS: tl.constexpr,
     FILTERS: tl.constexpr,
     CHANNELS: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    """Pack weights in the first TILES programs, in as many more those of a direction, and in the last ones scale it."""
+    """Pack weights in the first TILES programs, those of a direction in the next TILES, and scale it in the others."""
     program = tl.program_id(0)
     if program < TILES:
         _pack_weights(theta, packed, 1.0, program, WEIGHTS, FILTERS, CHANNELS)
     elif direction is not None:
         factor = 1.0
         if partials is not None:
-            factor = power_of_parts(partials, LARGEST, PARTIALS)
+            factor = power_of_two_from_parts(partials, LARGEST, PARTIALS)
         if program < 2 * TILES:
             _pack_weights(direction, packed_dot, factor, program - TILES, WEIGHTS, FILTERS, CHANNELS)
         elif partials is not None:
@@ -88,7 +89,7 @@ def pack_parameters(
     """See `mtt_fast.kernels.pack_parameters`."""
     row = configuration("pack_parameters", "", architecture(theta.device))
     dtype = plane_dtype(theta.dtype, precision)
-    shapes = _shapes(places)
+    shapes = _lay_out(places)
     total = sum(2 * apart for *_, apart in shapes)
     packed = torch.empty(total, dtype=dtype, device=theta.device)
     packed_dot = partials = scaled = scale = None
@@ -112,29 +113,30 @@ def pack_parameters(
 
 def straight(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[Tensor]:
     """Return one or two weights as (K, 3, 3, C), in the dtype in which they are multiplied with `planes`."""
-    return [weight.straight for weight in _packed(weights, planes, precision)]
+    return [weight.straight for weight in _pack_missing(weights, planes, precision)]
 
 
 def rotated(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[Tensor]:
     """Return one or two weights as those of the input gradient: (C, 3, 3, K), each 3×3 rotated by 180°."""
-    return [weight.rotated for weight in _packed(weights, planes, precision)]
+    return [weight.rotated for weight in _pack_missing(weights, planes, precision)]
 
 
-def _packed(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[PackedWeight]:
-    """Return the weights packed: those that are not by a kernel each."""
+def _pack_missing(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[PackedWeight]:
+    """Return the weights packed. A kernel packs each weight that is not packed yet."""
     by_planes = next((name for name, dtype in HALF_PRECISIONS.items() if dtype == planes.dtype), precision)
     return [weight if isinstance(weight, PackedWeight) else _pack_one(weight, by_planes) for weight in weights]
 
 
 def _pack_one(weight: Tensor, precision: Precision) -> PackedWeight:
+    """Return one weight (K, C, 3, 3) packed, by a kernel of its own."""
     place = WeightPlace(0, weight.shape[0], weight.shape[1])
     (packed,) = pack_parameters(weight.flatten(), None, (place,), precision, 1.0).weights
     assert isinstance(packed, PackedWeight)
     return packed
 
 
-def _shapes(places: Sequence[WeightPlace]) -> tuple[tuple[int, int, int, int, int], ...]:
-    """Return of each weight its place in the vector, its place among the packed ones, K, C, and the room of a copy."""
+def _lay_out(places: Sequence[WeightPlace]) -> tuple[tuple[int, int, int, int, int], ...]:
+    """Return for each weight its offset in the vector, its offset in the packed memory, K, C, and the elements of a copy."""
     shapes, begin = [], 0
     for offset, filters, channels in places:
         room = triton.cdiv(9 * filters * channels, _ALIGNMENT) * _ALIGNMENT
@@ -146,6 +148,7 @@ def _shapes(places: Sequence[WeightPlace]) -> tuple[tuple[int, int, int, int, in
 def _views(
     vector: Tensor, packed: Tensor, shapes: tuple[tuple[int, int, int, int, int], ...]
 ) -> tuple[PackedWeight, ...]:
+    """Return each weight as a view of `vector`, with views of its copies in `packed`."""
     views = []
     for offset, begin, filters, channels, room in shapes:
         numbers = 9 * filters * channels

@@ -1,7 +1,8 @@
-"""Walk over contiguous planes in 2×2 windows: place a window's pixels and its pooled value, and launch a kernel that walks so.
+"""Iterate over contiguous planes in 2×2 windows: compute offsets and masks, load windows, and launch kernels that do so.
 
-A program owns a block of channels of one sample and walks over their planes, WINDOWS at a time, so that a thread holds
-the pixels that it pools. An odd last row or column makes windows that are not whole, which have no pooled value.
+A program handles a block of channels of one sample. It loops over their planes, WINDOWS windows at a time, in a layout
+where a thread holds the pixels that it pools. An odd last row or column makes incomplete windows, which have no pooled
+value.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from .planes import Planes
 
 
 @triton.jit
-def block_of(C: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return the sample (int64), the channels (BLOCK_C, 1, 1) and which of these exist."""
+def program_block(C: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the program's sample (int64), its channels (BLOCK_C, 1, 1), and the mask of channels below C."""
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None, None]
@@ -27,7 +28,7 @@ def block_of(C: tl.constexpr, BLOCK_C: tl.constexpr) -> tuple[tl.tensor, tl.tens
 
 
 @triton.jit
-def row_of(
+def row_offsets(
     c: tl.tensor,
     start: tl.tensor,
     ROW: tl.constexpr,
@@ -36,7 +37,7 @@ def row_of(
     W: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the places of the windows' upper or lower pixels in a sample, and which exist: (BLOCK_C, WINDOWS, 2)."""
+    """Return offsets within a sample, and the mask, of row ROW (0 or 1) of the windows: (BLOCK_C, WINDOWS, 2)."""
     window = start + tl.arange(0, WINDOWS)[None, :, None]
     columns: tl.constexpr = (W + 1) // 2
     row = 2 * (window // columns) + ROW
@@ -47,7 +48,7 @@ def row_of(
 
 
 @triton.jit
-def pooled_of(
+def pooled_offsets(
     c: tl.tensor,
     start: tl.tensor,
     C: tl.constexpr,
@@ -55,7 +56,7 @@ def pooled_of(
     W: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the places of the windows' pooled values in a sample, and which exist: (BLOCK_C, WINDOWS, 1)."""
+    """Return offsets within a sample, and the mask, of the pooled values of the windows: (BLOCK_C, WINDOWS, 1)."""
     window = start + tl.arange(0, WINDOWS)[None, :, None]
     columns: tl.constexpr = (W + 1) // 2
     row = window // columns
@@ -76,30 +77,36 @@ def load_windows(
     W: tl.constexpr,
     WINDOWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Load both rows, in ACC: before anything is stored, or the loads of two walks could not be merged."""
-    upper, upper_mask = row_of(c, start, 0, C, H, W, WINDOWS)
-    lower, lower_mask = row_of(c, start, 1, C, H, W, WINDOWS)
+    """Load both rows of the windows (BLOCK_C, WINDOWS, 2), converted to ACC.
+
+    Both are loaded before the caller stores anything. Otherwise the compiler could not merge the loads of two loops.
+    """
+    upper, upper_mask = row_offsets(c, start, 0, C, H, W, WINDOWS)
+    lower, lower_mask = row_offsets(c, start, 1, C, H, W, WINDOWS)
     return tl.load(pointer + upper, upper_mask, 0).to(ACC), tl.load(pointer + lower, lower_mask, 0).to(ACC)
 
 
 @triton.jit
 def plane_sum(tile: tl.tensor) -> tl.tensor:
-    """Sum `tile` (BLOCK_C, WINDOWS, 2) over its pixels: (BLOCK_C, 1, 1)."""
+    """Return the sum of `tile` (BLOCK_C, WINDOWS, 2) over its pixels, (BLOCK_C, 1, 1)."""
     return tl.sum(tl.sum(tile, 2, keep_dims=True), 1, keep_dims=True)
 
 
 def empty_pool(y: Tensor, planes: Planes) -> Tensor:
-    """Allocate the pooled planes of `y`."""
+    """Allocate the pooled planes p (B, C, H//2, W//2) of `y`."""
     return planes.empty(y, planes.channels, planes.height // 2, planes.width // 2)
 
 
 def empty_stat(y: Tensor) -> Tensor:
-    """Allocate a statistic of the planes of `y`, (B, C): float32 for bfloat16."""
+    """Allocate a statistic (B, C) of the planes of `y`: float64 for float64 planes, else float32."""
     return torch.empty(y.shape[:2], dtype=accumulator(y.dtype), device=y.device)
 
 
 def output_buffer(y: Tensor, reuse: bool) -> Tensor:
-    """Return the memory for the gradient to `y`: a program reads a window for the last time before it writes there."""
+    """Return memory for the gradient to `y`: with `reuse` that of `y`, else new memory.
+
+    Reuse is safe, since a program reads a window for the last time before it writes there.
+    """
     if not reuse:
         return torch.empty_like(y)
     torch.autograd.graph.increment_version(y)
@@ -109,7 +116,7 @@ def output_buffer(y: Tensor, reuse: bool) -> Tensor:
 def launch_windows(
     kernel: Any, operation: str, planes: Planes, y: Tensor, *rest: Tensor | None, **constants: Any
 ) -> None:
-    """Run `kernel` for each block of channels of each sample, with the row of `operation` in the table."""
+    """Run `kernel` for each block of channels of each sample, with the configuration of `operation`."""
     row = configuration(operation, shape_class(planes), architecture(y.device))
     launch(
         kernel,
@@ -125,7 +132,10 @@ def launch_windows(
 
 
 def shape_class(planes: Planes) -> str:
-    """Name the shape in the table: one class for each format and number of windows, rounded up to a power of four."""
+    """Return the shape's class in the table: the memory format and the number of windows, rounded up to a power of four.
+
+    The largest class, 4096, has all larger planes too.
+    """
     windows = triton.cdiv(planes.height, 2) * triton.cdiv(planes.width, 2)
     size = next(size for size in (16, 64, 256, 1024, 4096) if windows <= size or size == 4096)
     return f"{str(planes.memory_format)[6:]}-{size}"

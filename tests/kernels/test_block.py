@@ -156,12 +156,12 @@ def test_which_blocks_have_kernels() -> None:
 
 def test_candidates_are_whole_rows() -> None:
     """Check that each candidate has all sizes: one that lacks a size fails, and the tuner would leave it out."""
-    from mtt_fast.kernels.triton.configurations import NOT_OF_A_LAUNCH, table
+    from mtt_fast.kernels.triton.configurations import NOT_KERNEL_ARGUMENTS, table
 
     for operation, candidates in CANDIDATES.items():
         known = [row for rows in table()[operation].values() for row in rows.values()]
         for candidate in candidates:
-            assert all(candidate.keys() == row.keys() - NOT_OF_A_LAUNCH for row in known), (operation, candidate)
+            assert all(candidate.keys() == row.keys() - NOT_KERNEL_ARGUMENTS for row in known), (operation, candidate)
 
 
 IMAGES, WEIGHT = torch.zeros(2, 3, 6, 5), torch.zeros(16, 3, 3, 3)

@@ -209,7 +209,7 @@ def test_batches_are_stacked_where_the_second_begins_at_the_end_of_the_first() -
         for other in (first, second.clone(), second[:2], both[2:5], second.transpose(2, 3), second.float()):
             assert stacked(first, other) is None
         assert stacked(second, first) is None
-    x, y = Planes.of(first).empty_pair(first, 7, 2, 1)
+    x, y = Planes.from_tensors(first).empty_pair(first, 7, 2, 1)
     assert x.shape == y.shape == (3, 7, 2, 1)
     assert stacked(x, y) is not None
 
