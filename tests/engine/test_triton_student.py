@@ -27,7 +27,6 @@ from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.testing import relative_error
 from tests.kernels.triton_comparison import PARTS_ON_A_GPU, each_part, run_part
 
-
 PARTS_INTERPRETED = 3
 """All of it takes more than two minutes of one core."""
 
