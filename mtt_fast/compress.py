@@ -69,7 +69,10 @@ def compress(
     """
     whole = TrajectoryStore(folder)
     if not len(whole):
-        raise InputError(f"{folder}: expected experts, found none; train some with `python -m mtt_fast.experts`")
+        raise InputError(
+            f"{folder}: expected experts, found none; train some with `python -m mtt_fast.experts`, or convert the public code's "
+            "with `python -m mtt_fast.convert`"
+        )
     check_one_kind(whole)
     written = compressed = 0
     with only_writer_of_experts(out), stop_request() as stop:

@@ -147,7 +147,8 @@ def _measurer(
 
 def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageData) -> None:
     final = torch.tensor([store.metadata(expert).accuracy[-1] for expert in range(len(store))])
-    log.info("wrote %d experts of %d epochs to %s", len(store), store.epochs(0), store.folder)
+    lengths = sorted({store.epochs(expert) for expert in range(len(store))})
+    log.info("wrote %d experts of %s epochs to %s", len(store), " or ".join(map(str, lengths)), store.folder)
     log.info("their test accuracy is %.4f", final.mean())
     if final.mean() < 2 / data.num_classes:
         log.warning(

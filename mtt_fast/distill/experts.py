@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.experts import check_trained_alike, train_missing_experts
+from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.expert_checks import (
@@ -27,6 +30,7 @@ from mtt_fast.storage.expert_checks import (
     check_long_enough,
     hyperparameters_of,
 )
+from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.identity import other_data_in_words
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.storage.waypoints import evenly_spaced
@@ -93,6 +97,8 @@ def check_experts(
     if sources.missing and experts is not None:
         precision = experts.metadata(0).precision or options.precision  # the device decides which precision it is
         check_trained_alike(experts, network, identity, options.experts(), options.seed, experts.dtype(0), precision)
+    if sources.missing and experts is None:
+        _check_nothing_to_convert(sources.whole)
     if store is None:
         return
     matched_experts = range(min(options.max_experts or len(store), len(store)))
@@ -103,6 +109,17 @@ def check_experts(
     check_alike(store, matched_experts, to_the_end=options.uses_last_epochs)
     if experts is not None and store.folder != experts.folder:
         check_made_of(store, matched_experts, experts)
+
+
+def _check_nothing_to_convert(folder: Path) -> None:
+    """Raise `InputError` if `folder`, which has no experts, holds the public code's, in whose place others would be trained."""
+    names = names_in(folder) if folder.is_dir() else []
+    if buffers := [name for name in names if re.fullmatch(f"{BUFFER}|{CONVEXIFIED}", name)]:
+        raise InputError(
+            f"{folder}: expected experts (expert_0000.safetensors, …), found buffers of the public code such as "
+            f"{buffers[0]}; convert them with `python -m mtt_fast.convert {shlex.quote(str(folder))} DESTINATION`, or have experts "
+            "trained in another `buffer_path`"
+        )
 
 
 def prepare_experts(

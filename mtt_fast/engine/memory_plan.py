@@ -8,6 +8,8 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,13 +204,19 @@ def plan(
     return plan_for(work, memory_budget, microbatch)
 
 
+def _check_microbatch(size: Any) -> None:
+    if not isinstance(size, Integral):
+        raise InputError(f"microbatch: expected a whole number, found {size!r}")
+    if int(size) < 1:
+        raise InputError(f"microbatch: expected at least 1, found {size}")
+
+
 def plan_for(work: Work, memory_budget: int | str | None, microbatch: int | None = None) -> Plan:
     """Return the plan for `work`: the largest pieces that fit, and as many saved activations as then fit. Raises as `plan`."""
     if microbatch is not None and memory_budget not in (None, AUTO):
         raise InputError("expected microbatch or memory_budget, found both; give one")
     if microbatch is not None:
-        if microbatch < 1:
-            raise InputError(f"microbatch: expected at least 1, found {microbatch}")
+        _check_microbatch(microbatch)
         if work.mixes_samples and microbatch < work.batch:
             raise InputError(CANNOT_CUT)
         return Plan(work, min(microbatch, work.batch))

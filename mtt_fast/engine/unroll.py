@@ -17,6 +17,7 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import Augment, footprint_of, warp_of
+from mtt_fast.engine import arguments
 from mtt_fast.engine.batch import AugmentedBatch, Batch
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
 from mtt_fast.engine.rows import Rows
@@ -94,7 +95,8 @@ def unroll(
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
         images: all synthetic images (n, C, H, W).
         labels: class indices (n,), or soft labels (n, classes).
-        lr: learning rate, a scalar (tensor), or one a step (N,).
+        lr: learning rate, a scalar (tensor), or one a step (N,). A number is checked, at least 0; a tensor, which may be learned
+            and lie on a GPU, is taken as it is.
         batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
             are drawn here, once a step in order, and used again by the backward sweep.
@@ -124,12 +126,14 @@ def unroll(
         raise InputError(
             "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
         )
-    _check_types(theta, images, labels, augment)
-    student = student_for(net, theta.device, _kind_of(labels, label_kind), loss, precision)
-    indices = _checked_batches(batches, images)
-    lr = torch.as_tensor(lr, dtype=None if isinstance(lr, Tensor) else theta.dtype, device=theta.device)
-    _check_tensors(theta, images, labels, lr, len(indices), net)
-    _check_velocity(velocity, theta)
+    arguments.check_types(theta, images, labels, augment)
+    arguments.check_number("momentum", momentum)
+    arguments.check_number("weight_decay", weight_decay)
+    student = student_for(net, theta.device, arguments.kind_of(labels, label_kind), loss, precision)
+    indices = arguments.checked_batches(batches, images)
+    lr = arguments.rates_of(lr, theta)
+    arguments.check_tensors(theta, images, labels, lr, len(indices), net)
+    arguments.check_velocity(velocity, theta)
     if gradient not in ("exact", "truncated"):
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{gradient}'")
     if [microbatch, memory_budget, plan].count(None) < 2:
@@ -424,73 +428,3 @@ def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
 def _input_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Size:
     """Return the shape (C, H, W) of the network's inputs from a `batch`, which an augmentation may crop or scale."""
     return (batch if augment is None else augment(batch, drawn)).shape[1:]
-
-
-def _check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:
-    for name, value in (("theta", theta), ("images", images), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise InputError(f"unroll {name}: expected a tensor, found {type(value).__name__}")
-    if augment is not None and not hasattr(augment, "draw"):
-        raise InputError(
-            f"unroll augment: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}"
-        )
-
-
-def _check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
-    if velocity is None:
-        return
-    for attribute in ("shape", "dtype", "device"):
-        actual, expected = getattr(velocity, attribute), getattr(theta, attribute)
-        if actual != expected:
-            raise InputError(f"unroll velocity: expected {attribute} {expected} of theta, found {actual}")
-
-
-def _kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
-    soft = labels.is_floating_point()
-    if kind is None:
-        return "probabilities" if soft else "indices"
-    if (kind == "indices") == soft:
-        raise InputError(f"unroll label_kind '{kind}': does not fit labels of dtype {labels.dtype}")
-    return kind
-
-
-def _checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
-    rows = tuple(batches.unbind(0)) if isinstance(batches, Tensor) else tuple(map(torch.as_tensor, batches))
-    if not rows:
-        raise InputError("unroll batches: expected at least one step, found none")
-    for n, row in enumerate(rows):
-        if row.dim() != 1 or len(row) == 0 or row.is_floating_point() or row.dtype == torch.bool:
-            raise InputError(
-                f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
-            )
-        # on an accelerator the look-up itself checks, without a wait for the device
-        if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < len(images):
-            raise InputError(
-                f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
-            )
-    return tuple(row.to(images.device, torch.long) for row in rows)
-
-
-def _check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:
-    if theta.shape != (net.num_parameters,) or theta.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"unroll theta: expected ({net.num_parameters},) parameters of the network, float32 or float64, "
-            f"found {theta.dtype} of shape {tuple(theta.shape)}"
-        )
-    if not images.is_floating_point() or len(labels) != len(images):
-        raise InputError(
-            f"unroll images, labels: expected floating-point images and as many labels, found {images.dtype} of shape "
-            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
-        )
-    if labels.dim() != (2 if labels.is_floating_point() else 1):
-        raise InputError(
-            f"unroll labels: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
-            f"{tuple(labels.shape)}"
-        )
-    if lr.dim() > 1 or lr.numel() not in (1, steps):
-        raise InputError(
-            f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}"
-        )
-    devices = {tensor.device for tensor in (theta, images, labels, lr)}
-    if len(devices) > 1:
-        raise InputError(f"unroll: expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")

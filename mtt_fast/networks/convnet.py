@@ -30,7 +30,7 @@ class ConvNet:
     1, but 3 in the first layer for one-channel images, as in the public code, where it makes MNIST's 28×28 into 32×32.
     The parameters are one vector `theta` (P,), in the public code's order, so that code's trajectories load unchanged.
 
-    Raises `InputError` if `depth` poolings leave nothing of `image_size`, and for a norm of another name.
+    Raises `InputError` if `depth` poolings leave nothing of `image_size`, and for sizes and norms that are none.
     """
 
     in_channels: int = 3
@@ -47,6 +47,11 @@ class ConvNet:
                 raise InputError(f"ConvNet {name}: expected a whole number, found {value!r}")
             if value < 1:
                 raise InputError(f"ConvNet {name}: expected at least 1, found {value}")
+        sides = self.image_size if isinstance(self.image_size, Sequence) else (self.image_size, self.image_size)
+        if isinstance(sides, str) or len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+            raise InputError(f"ConvNet image_size: expected a side, or height and width, found {self.image_size!r}")
+        if min(sides) < 1:
+            raise InputError(f"ConvNet image_size: expected at least 1, found {self.image_size}")
         if self.norm not in get_args(Norm):
             raise InputError(f"ConvNet norm: expected {' or '.join(get_args(Norm))}, found {self.norm}")
         if min(self.feature_size) < 1:

@@ -127,6 +127,17 @@ def test_mistakes(
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
+def test_buffers_of_the_public_code_are_not_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts(tmp_path).mkdir(parents=True)
+    torch.save([], experts(tmp_path) / "replay_buffer_0.pt")
+    assert run(tmp_path, tmp_path / "run", "--dry-run") == 2
+    assert run(tmp_path, tmp_path / "run") == 2
+    complaint = capsys.readouterr().err
+    assert "found buffers of the public code such as replay_buffer_0.pt; convert them with" in complaint
+    assert "in another --buffer_path" in complaint
+    assert [path.name for path in experts(tmp_path).iterdir()] == ["replay_buffer_0.pt"]
+
+
 def test_what_is_to_be_compressed_is_told_beforehand(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

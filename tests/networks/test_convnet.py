@@ -108,6 +108,11 @@ def test_errors_name_the_cause() -> None:
         ConvNet(width=8.0)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="width: expected at least 1, found 0"):
         ConvNet(width=0)
+    for size in ("8", "88", 8.0, None, (8, 8, 8), (8, "8")):
+        with pytest.raises(InputError, match="image_size: expected a side, or height and width, found"):
+            ConvNet(image_size=size)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="image_size: expected at least 1, found 0"):
+        ConvNet(in_channels=1, image_size=0, depth=1)
     with pytest.raises(InputError, match="norm: expected instance or none, found batch"):
         ConvNet(norm="batch")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected a flat vector of shape"):

@@ -1,0 +1,119 @@
+"""Checks of the arguments of `unroll`, so that a wrong one costs a line in place of a wrong path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtt_fast.augmentation.protocol import Augment
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import LabelKind
+from mtt_fast.networks.protocol import Network
+
+
+def check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:
+    """Raise `InputError` unless these are tensors, and `augment`, if there is one, an augmentation."""
+    for name, value in (("theta", theta), ("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise InputError(f"unroll {name}: expected a tensor, found {type(value).__name__}")
+    if augment is not None and not hasattr(augment, "draw"):
+        raise InputError(
+            f"unroll augment: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}"
+        )
+
+
+def check_velocity(velocity: Tensor | None, theta: Tensor) -> None:
+    """Raise `InputError` unless the velocity, if there is one, is a tensor of the kind of `theta`."""
+    if velocity is None:
+        return
+    if not isinstance(velocity, Tensor):
+        raise InputError(f"unroll velocity: expected a tensor, found {type(velocity).__name__}")
+    for attribute in ("shape", "dtype", "device"):
+        actual, expected = getattr(velocity, attribute), getattr(theta, attribute)
+        if actual != expected:
+            raise InputError(f"unroll velocity: expected {attribute} {expected} of theta, found {actual}")
+
+
+def kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
+    """Return the kind of `labels`, which by default follows from their dtype. Raises `InputError` for a `kind` that does not fit."""
+    soft = labels.is_floating_point()
+    if kind is None:
+        return "probabilities" if soft else "indices"
+    if (kind == "indices") == soft:
+        raise InputError(f"unroll label_kind '{kind}': does not fit labels of dtype {labels.dtype}")
+    return kind
+
+
+def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
+    """Return one vector of indices a step, int64, on the device of `images`. Raises `InputError` for anything else."""
+    rows = tuple(batches.unbind(0)) if isinstance(batches, Tensor) else tuple(map(torch.as_tensor, batches))
+    if not rows:
+        raise InputError("unroll batches: expected at least one step, found none")
+    for n, row in enumerate(rows):
+        if row.dim() != 1 or len(row) == 0 or row.is_floating_point() or row.dtype == torch.bool:
+            raise InputError(
+                f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
+            )
+        # on an accelerator the look-up itself checks, without a wait for the device
+        if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < len(images):
+            raise InputError(
+                f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
+            )
+    return tuple(row.to(images.device, torch.long) for row in rows)
+
+
+def check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:
+    """Raise `InputError` unless shapes, dtypes and devices fit each other and the network."""
+    if theta.shape != (net.num_parameters,) or theta.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"unroll theta: expected ({net.num_parameters},) parameters of the network, float32 or float64, "
+            f"found {theta.dtype} of shape {tuple(theta.shape)}"
+        )
+    if not images.is_floating_point() or len(labels) != len(images):
+        raise InputError(
+            f"unroll images, labels: expected floating-point images and as many labels, found {images.dtype} of shape "
+            f"{tuple(images.shape)} and labels of shape {tuple(labels.shape)}"
+        )
+    if labels.dim() != (2 if labels.is_floating_point() else 1):
+        raise InputError(
+            f"unroll labels: expected indices (n,) or soft labels (n, classes), found {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    if lr.dim() > 1 or lr.numel() not in (1, steps):
+        raise InputError(
+            f"unroll lr: expected a scalar or one rate for each of {steps} steps, found shape {tuple(lr.shape)}"
+        )
+    devices = {tensor.device for tensor in (theta, images, labels, lr)}
+    if len(devices) > 1:
+        raise InputError(f"unroll: expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise `InputError` unless `value`, a setting of SGD, is a finite number of at least 0, as torch.optim.SGD asks."""
+    if not isinstance(value, Real):
+        raise InputError(f"unroll {name}: expected a number, found {value!r}")
+    if not (math.isfinite(value) and float(value) >= 0):
+        raise InputError(f"unroll {name}: expected a finite number of at least 0, found {value}")
+
+
+def rates_of(lr: Any, theta: Tensor) -> Tensor:
+    """Return `lr` as a tensor on the device of `theta`. Raises `InputError` for numbers that are no learning rates.
+
+    A tensor is taken as it is: a learned rate may go anywhere, and its value would have to be waited for on a GPU.
+    """
+    if isinstance(lr, Tensor):
+        return lr.to(theta.device)
+    if isinstance(lr, Sequence) and any(isinstance(rate, Tensor) for rate in lr):
+        raise InputError("unroll lr: expected numbers or one tensor, found a list of tensors; use torch.stack")
+    try:
+        rates = torch.as_tensor(lr, dtype=theta.dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"unroll lr: expected a number, numbers or a tensor, found {lr!r}") from error
+    if not bool((rates.isfinite() & (rates >= 0)).all()):
+        raise InputError(f"unroll lr: expected finite numbers of at least 0, found {lr}")
+    return rates.to(theta.device)
