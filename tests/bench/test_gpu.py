@@ -10,12 +10,11 @@ import sys
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from bench import gpu, tune
+from tests.bench.helpers import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,14 +25,6 @@ def stage(name: str, out: Path, status: int = 0, *flags: str) -> str:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert found.returncode == status, found.stderr
     return found.stdout + found.stderr
-
-
-def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    record = json.loads((folder / f"{name}.json").read_text())
-    assert {"commit", "dirty", "versions", "device", "command", "time"} <= record.keys()
-    assert record["versions"]["torch"] == torch.__version__
-    rows: list[dict[str, Any]] = record["rows"]
-    return rows
 
 
 @pytest.mark.slow
