@@ -190,8 +190,7 @@ def _last_line(path: Path) -> str:
 def _suite(options: Options, out: Path) -> Iterator[Group]:
     selected = ["tests/engine/test_matching.py", "-n", "2"] if options.rehearse else ["-m", "gpu", "-n", "auto"]
     record = out / f"{suite.NAME}.json"
-    # a process that is done takes over what waits behind a long test of another
-    yield [Task("suite", ["pytest", "-q", *selected, "--dist", "worksteal", *suite.arguments(record)], record)]
+    yield [Task("suite", ["pytest", "-q", *selected, *suite.arguments(record)], record)]
 
 
 def _bench(options: Options, out: Path, name: str, *argv: str, **environment: str) -> Task:

@@ -1,6 +1,6 @@
 """A plugin of pytest that records each test as it ends: `pytest -p bench.suite --record FOLDER`.
 
-A row has the outcome, the seconds, what was printed, and of a failure the traceback, which pytest itself shows after the last
+The comparisons of kernels come first, since they take longest. A row has the outcome, the seconds, what was printed, and of a failure the traceback, which pytest itself shows after the last
 test. A run of the suite that was cut off goes on: what passed, at the same commit, is not run again. The record is
 FOLDER/suite.json, and suite.partial.json until the last test has ended.
 """
@@ -16,6 +16,8 @@ import torch
 from bench.records import partial_rows, write_record
 
 NAME = "suite"
+_LONGEST = "test_triton_equals", "test_equals_the_generic_student", "test_the_meta_gradient"
+"""Beginnings of the names of tests that compile many kernels."""
 _ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
@@ -28,18 +30,19 @@ def pytest_configure(config: pytest.Config) -> None:
     """Leave out what passed before; record in the process that hears of all tests, which no worker of xdist is."""
     folder = str(config.getoption("--record"))
     rows = {row["test"]: row for row in partial_rows(folder, NAME)}
-    config.pluginmanager.register(_PassedBefore({name for name, row in rows.items() if row["outcome"] == "passed"}))
+    config.pluginmanager.register(_Order({name for name, row in rows.items() if row["outcome"] == "passed"}))
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Recorder(folder, rows, " ".join(map(str, config.invocation_params.args))))
 
 
-class _PassedBefore:
-    """Leave out the tests of these names."""
+class _Order:
+    """Leave out the tests of these names, and put the longest first."""
 
     def __init__(self, names: set[str]) -> None:
         self._names = names
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: not item.name.startswith(_LONGEST))  # stable
         left_out = [item for item in items if item.nodeid in self._names]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
@@ -81,4 +84,5 @@ def _in_a_line(report: pytest.TestReport) -> str:
 
 def arguments(record: Path) -> list[str]:
     """Return the arguments of pytest that have it write `record`."""
-    return ["-p", "bench.suite", "--record", str(record.parent)]
+    # a process gets its next test when only one is left to it, so at most one waits behind a long one
+    return ["-p", "bench.suite", "--record", str(record.parent), "--dist", "load", "--maxschedchunk", "1"]

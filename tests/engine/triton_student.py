@@ -40,9 +40,10 @@ BACKENDS = ("triton", "cudnn")
 
 # relative errors: two right answers in float32 differ by the units that rounding carries over ReLU's kink
 TOLERANCES = {"float64": 1e-10, "fp32": 1e-4, "tf32": 3e-2, "fp16": 3e-2, "bf16": 0.2}
-# Of a million units some lie that near to it: of the first large net autograd in float32 errs by 1.1e-3, and the reference
-# by 2.4e-2, 2.9e-2 and 9.5e-2 where it rounds factors to tf32, fp16 and bf16; of the second by 4.3e-2, 3.7e-2 and 0.11.
-LARGE_TOLERANCES = {"fp32": 2e-3, "tf32": 8e-2, "fp16": 8e-2, "bf16": 0.2}
+# Of a million units some lie that near to it: of the first large net autograd in float32 errs by 1.1e-3, by 3.8e-3 if its
+# inputs are moved by 1e-6, and the reference by 2.4e-2, 2.9e-2 and 9.5e-2 where it rounds factors to tf32, fp16 and bf16; of
+# the second by 4.3e-2, 3.7e-2 and 0.11.
+LARGE_TOLERANCES = {"fp32": 1e-2, "tf32": 8e-2, "fp16": 8e-2, "bf16": 0.2}
 
 
 def results(student: Any, theta: Tensor, images: Tensor, labels: Tensor, v: Tensor) -> dict[str, Tensor]:
