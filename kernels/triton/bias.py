@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..types import accumulator
-from .launch import tl, triton, wait_for_kernels_before
+from .launch import tl, triton
 from .lines import launch_parts, parts_of_windows, pooled_pixels, program_part, quarter_pixels, tile_of
 from .planes import Planes
 from .windows import (
@@ -43,7 +43,6 @@ def _forward(
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store p and, in a direction, ṗ of contiguous planes."""
-    wait_for_kernels_before()
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
     begin = sample * (C * H * W)
@@ -84,7 +83,6 @@ def _backward(
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store ȳ and, in a direction, ȳ̇ of contiguous planes, and the sums for β."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
@@ -131,7 +129,6 @@ def _forward_lines(
     TILES: tl.constexpr,
 ) -> None:
     """Store p and, in a direction, ṗ of one part of channels_last planes."""
-    wait_for_kernels_before()
     sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     p += sample * ((H // 2) * (W // 2) * C)
@@ -176,7 +173,6 @@ def _backward_lines(
     TILES: tl.constexpr,
 ) -> None:
     """Store ȳ and, in a direction, ȳ̇ of one part of channels_last planes, and the sums for β."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)

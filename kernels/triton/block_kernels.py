@@ -7,7 +7,7 @@ PH × PW pooled ones.
 
 from __future__ import annotations
 
-from .launch import tl, triton, wait_for_kernels_before
+from .launch import tl, triton
 from .partial_planes import load_planes
 from .patches import (
     add_up_parts,
@@ -65,7 +65,6 @@ def pool(
 
     A program folds the norm for its own filters, which saves a launch. All parts of a sample's windows repeat the same folding.
     """
-    wait_for_kernels_before()
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
     sample, part, c = _program_block(parts, K, BLOCK_C)
@@ -144,7 +143,6 @@ def sum_patches(
     BLOCK_C: tl.constexpr,
 ) -> None:
     """Store U = Σ x̃ū and, in a direction, U̇ = Σ x̃ū̇, summed over one part of the windows."""
-    wait_for_kernels_before()
     PW: tl.constexpr = (WP - 2) // 2
     ALL: tl.constexpr = (HP - 2) // 2 * PW
     sample, part, c = _program_block(parts, K, BLOCK_C)
@@ -224,7 +222,6 @@ def finish(
     BLOCK_C: tl.constexpr,
 ) -> None:
     """Store the gradients to the parameters. In a direction, store the derivatives of these, and M."""
-    wait_for_kernels_before()
     BLOCKS: tl.constexpr = K // BLOCK_C
     PIXELS: tl.constexpr = (HP - 2) * (WP - 2)
     program = tl.program_id(0)
@@ -327,7 +324,6 @@ def spread(
     TOGETHER of the four pixels of each window. With 1, a program loads p̄ once for all four pixels. With 4, a warp has a
     quarter of the work of each window, so that few windows occupy more warps.
     """
-    wait_for_kernels_before()
     H: tl.constexpr = HP - 2
     W: tl.constexpr = WP - 2
     ACROSS: tl.constexpr = (W + 1) // 2  # incomplete windows have pixels too
@@ -400,7 +396,6 @@ def col2im(
     BLOCK_M: tl.constexpr,
 ) -> None:
     """Store the sum of each image pixel's entries in all patches, divided by the divisors that are not None."""
-    wait_for_kernels_before()
     HO: tl.constexpr = H + 2 * PADDING - 2
     WO: tl.constexpr = W + 2 * PADDING - 2
     PARTS: tl.constexpr = (H * W + BLOCK_M - 1) // BLOCK_M

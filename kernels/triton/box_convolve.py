@@ -14,7 +14,7 @@ from torch import Tensor
 from ..types import Convolved, PartialPlanes, Precision
 from .boxes import BOX, box_of, box_origin, count_boxes, describe, describe_planes, describe_weights, tile_of
 from .implicit_gemm import effective_precision, product
-from .launch import launch, tl, triton, wait_for_kernels_before
+from .launch import launch, tl, triton
 from .planes import Planes
 
 
@@ -56,7 +56,6 @@ def _convolve(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Store a tile of ẏ and, unless `y` is None, of y: a box of pixels × BLOCK_N output channels."""
-    wait_for_kernels_before()
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
@@ -137,7 +136,6 @@ def _convolve_parts(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Store one part of a tile: the sum over TAPS taps of one product. This is for results too few to fill a GPU."""
-    wait_for_kernels_before()
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     EACH: tl.constexpr = 9 // TAPS

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..types import Precision
 from .boxes import BOX, box_origin, count_boxes, describe, describe_planes, row_box, tile_of
 from .implicit_gemm import effective_precision, product
-from .launch import launch, tl, triton, wait_for_kernels_before
+from .launch import launch, tl, triton
 from .planes import Planes
 
 _COPY_BLOCK = 64  # pixels, and channels, that one program copies
@@ -57,7 +57,6 @@ def _correlate(
     TAPS is 1, or 3 for the taps of a row. The pixels of a box are consecutive in memory, so ȳ needs no reshape. As the first
     factor it then needs no registers: see `_add_product` in box_convolve.py.
     """
-    wait_for_kernels_before()
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     OUTPUTS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     INPUTS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
@@ -114,7 +113,6 @@ def _correlate_lines(
 
     A tile may reach past the last channel of one copy of x into the next copy. `_store_tap` masks these channels.
     """
-    wait_for_kernels_before()
     OUTPUTS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     INPUTS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
@@ -190,7 +188,6 @@ def _copy_lines(
     A sample is ROWS rows of PITCH positions. Pixels are moved down and right by the padding. Positions outside the planes are
     zero.
     """
-    wait_for_kernels_before()
     program = tl.program_id(0)
     first = 0
     for number in tl.static_range(len(SHAPES)):

@@ -12,7 +12,7 @@ Without a `p_dot`, all results are the primal's. With one, `weight_bar`, `bias_b
 
 from __future__ import annotations
 
-from .launch import tl, triton, wait_for_kernels_before
+from .launch import tl, triton
 from .powers import magnitude_bits, power_of_two
 from .softmax import combine, load_cotangents, load_softmax, load_targets, softmax_parts
 
@@ -43,7 +43,6 @@ def score(
     AHEAD: tl.constexpr,
 ) -> None:
     """Store ROWS × COLUMNS logits, in a direction their derivatives, and for each row the six numbers of `softmax_parts`."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = z.dtype.element_ty
     BLOCKS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS
     block = tl.program_id(0) % BLOCKS
@@ -119,7 +118,6 @@ def differentiate(
     The first WEIGHT_PROGRAMS programs compute the gradients to weights and biases and the loss. The others sum the gradients
     to features over all classes, and in a direction store the derivative of the gradient to labels too.
     """
-    wait_for_kernels_before()
     ACC: tl.constexpr = z.dtype.element_ty
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
@@ -181,7 +179,6 @@ def measure(
     BLOCK_D: tl.constexpr,
 ) -> None:
     """Store the bits of the largest magnitude in BLOCK_B × BLOCK_D gradients to features and in their derivatives."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = z.dtype.element_ty
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     feature = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..types import PartialSums, accumulator
 from .configurations import configuration
-from .launch import architecture, launch, tl, triton, wait_for_kernels_before
+from .launch import architecture, launch, tl, triton
 from .powers import magnitude_bits, power_of_two
 
 
@@ -88,7 +88,6 @@ def _sgd_step(
 
     The update is gradient + WEIGHT_DECAY · θ + MOMENTUM · velocity.
     """
-    wait_for_kernels_before()
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
             place, exists, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
@@ -116,7 +115,6 @@ def _adjoint_step(
     ACC: tl.constexpr,
 ) -> None:
     """Store adjoint + scale · (H v + WEIGHT_DECAY · direction), plus `incoming` unless it is None, in `out`."""
-    wait_for_kernels_before()
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
             place, exists, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
@@ -133,7 +131,6 @@ def _squared_distance(
     a: tl.tensor, b: tl.tensor, partials: tl.tensor, size: tl.tensor, PARTIALS: tl.constexpr, SIZE: tl.constexpr
 ) -> None:
     """Store each program's partial sum of (a − b)², in float64."""
-    wait_for_kernels_before()
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros((SIZE,), tl.float64)
     for start in range(program * SIZE, size, PARTIALS * SIZE):
@@ -147,7 +144,6 @@ def _squared_distance(
 @triton.jit
 def _sum(partials: tl.tensor, result: tl.tensor, PARTIALS: tl.constexpr) -> None:
     """Store the sum of the PARTIALS partial sums."""
-    wait_for_kernels_before()
     tl.store(result, tl.sum(tl.load(partials + tl.arange(0, PARTIALS)), 0))
 
 
@@ -163,7 +159,6 @@ def _index_add(
     SIZE: tl.constexpr,
 ) -> None:
     """Add SIZE elements of a row, and of all later rows with the same index, unless an earlier row has that index too."""
-    wait_for_kernels_before()
     BLOCKS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
     own, column = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * SIZE + tl.arange(0, SIZE)
     every, exists = tl.arange(0, EVERY), column < WIDTH
@@ -184,7 +179,6 @@ def _index_add(
 @triton.jit
 def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.constexpr) -> None:
     """Store the bits of the largest magnitude among the elements of one program."""
-    wait_for_kernels_before()
     program, step = tl.program_id(0), tl.num_programs(0) * SIZE
     total = tl.zeros((SIZE,), tl.int32)
     for start in range(program * SIZE, size, step):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..types import HALF_PRECISIONS, Precision, accumulator, plane_dtype
 from .configurations import BATCHES, Configuration, configuration, rounded_up
-from .launch import INTERPRETED, architecture, launch, tl, triton, wait_for_kernels_before
+from .launch import INTERPRETED, architecture, launch, tl, triton
 from .planes import Planes
 
 NARROW = 16  # most channels of planes that count as images
@@ -79,7 +79,6 @@ def _convolve(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Store a tile of ẏ and, unless `y` is None, of y: BLOCK_M pixels × BLOCK_N output channels."""
-    wait_for_kernels_before()
     # Neighbouring programs read the same pixels, then neighbouring pixels, so that these stay in the cache.
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
@@ -156,7 +155,6 @@ def _correlate(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Store BLOCK_K terms × BLOCK_N output channels of the weight gradient, summed over one part of the pixels."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = parts.dtype.element_ty
     TILES: tl.constexpr = (HO * WO + BLOCK_M - 1) // BLOCK_M
     BLOCKS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N

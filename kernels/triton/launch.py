@@ -22,25 +22,10 @@ except ModuleNotFoundError as error:
         "Linux, else `pip install triton`"
     ) from error
 
-__all__ = [
-    "INTERPRETED", "TensorDescriptor", "architecture", "compile_ahead", "launch", "tl", "triton", "wait_for_kernels_before",
-]  # fmt: skip
+__all__ = ["INTERPRETED", "TensorDescriptor", "architecture", "compile_ahead", "launch", "tl", "triton"]
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so the mode of a process never changes.
 INTERPRETED: bool = triton.knobs.runtime.interpret
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def wait_for_kernels_before() -> None:
-    """Wait until all that the kernels launched before have stored can be read. Each kernel begins with it.
-
-    From compute capability 9.0 on a kernel is launched while the one before it still runs (`launch`): here, once all
-    programs of that one have come to this line. So the time that a launch takes is hidden. Elsewhere this does nothing.
-    """
-    if not _INTERPRETED and tl.target_info.cuda_capability_geq(9, 0):
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 def architecture(device: torch.device) -> str:
@@ -56,15 +41,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
     """Run `kernel` with a one-dimensional grid of so many `programs`, on the device of its first argument.
 
     The first argument is a tensor, a tuple of tensors, or a TMA descriptor. `constants` are the kernel's constexpr parameters
-    and launch options. From compute capability 9.0 on it is a programmatic dependent launch, which does not wait for the
-    kernel before it; the kernel itself does (`wait_for_kernels_before`). Raises `ValueError` if the device is no GPU, unless Triton's interpreter runs.
+    and launch options. Raises `ValueError` if the device is no GPU, unless Triton's interpreter runs.
     """
     first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
     first = first if isinstance(first, Tensor) else first.base
     if not (first.is_cuda or (INTERPRETED and first.device.type == "cpu")):
         raise ValueError(f"Triton kernels run on CUDA tensors, found one on {first.device}")
-    if first.is_cuda and torch.cuda.get_device_capability(first.device)[0] >= 9:
-        constants["launch_pdl"] = True
     if programs:
         with torch.cuda.device_of(first):
             if _COMPILES_ONLY.get():

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..types import Affine, Convolved, PartialPlanes, PlaneStats, planes_of
 from . import norm_held, norm_passes
 from .configurations import Configuration
-from .launch import tl, triton, wait_for_kernels_before
+from .launch import tl, triton
 from .lines import fits, tile_of
 from .partial_planes import add_planes
 from .planes import Planes
@@ -49,7 +49,6 @@ def _forward(
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store p, mean and rstd of contiguous planes."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
@@ -103,7 +102,6 @@ def _backward(
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store ȳ of contiguous planes, and summands of γ̄ and β̄."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
@@ -254,7 +252,6 @@ def _dual(
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store p, ṗ and the statistics of contiguous planes."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)
@@ -326,7 +323,6 @@ def _dual_backward(
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store ȳ and ȳ̇ of contiguous planes, and summands of γ̄̇ and β̄̇."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
     sample, c, exists = program_block(C, BLOCK_C)

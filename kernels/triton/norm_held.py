@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..types import Convolved, accumulator, planes_of
 from .configurations import Configuration
-from .launch import tl, triton, wait_for_kernels_before
+from .launch import tl, triton
 from .lines import launch_held, pooled_pixels, program_part, quarter_pixels, sum_four, sum_two
 from .norm_passes import coefficients, coefficients_dot
 from .partial_planes import load_planes, part_arguments, part_counts
@@ -101,7 +101,6 @@ def _forward(
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store p, mean and rstd and, in a direction, ṗ, k1 and k2 of whole planes."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     sample, _, c, exists = program_part(1, C, BLOCK_C)
     plane = sample * C + c
@@ -194,7 +193,6 @@ def _backward(
     WINDOWS: tl.constexpr,
 ) -> None:
     """Store ȳ, the sums over planes and, in a direction, ȳ̇ of whole planes."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     sample, _, c, exists = program_part(1, C, BLOCK_C)

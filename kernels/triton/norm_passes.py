@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..types import Convolved, accumulator
 from .configurations import Configuration
-from .launch import tl, triton, wait_for_kernels_before
+from .launch import tl, triton
 from .lines import (
     combine_parts,
     launch_parts,
@@ -53,7 +53,6 @@ def _moments(
     The sums are over differences from the first pixel of the part. Since that pixel is itself in the sum, cancellation is
     bounded: what cancels is at most the result times the number of pixels in the part.
     """
-    wait_for_kernels_before()
     ACC: tl.constexpr = parts.dtype.element_ty
     HW: tl.constexpr = H * W
     PIXELS: tl.constexpr = 4 * WINDOWS * TILES
@@ -121,7 +120,6 @@ def _statistics(
 
     A pixel's deviation from the mean is its deviation from the mean of its part, plus that mean's own deviation.
     """
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     MOMENTS: tl.constexpr = 2 if k1 is None else 4
     sample, _, c, exists = program_part(1, C, BLOCK_C)
@@ -183,7 +181,6 @@ def _pool(
     TILES: tl.constexpr,
 ) -> None:
     """Normalise, take ReLU and pool one part of the planes, given their statistics."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
@@ -239,7 +236,6 @@ def _sums(
     TILES: tl.constexpr,
 ) -> None:
     """Store the sums of ū and ūh over each part and, in a direction, those of ū̇ and ū̇h + ūḣ."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     AT_ONCE: tl.constexpr = 4 if y.dtype.element_ty.primitive_bitwidth == 16 else 2  # quarters that registers can hold
@@ -305,7 +301,6 @@ def _add_parts(
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
     """Add up the sums of all parts of a plane."""
-    wait_for_kernels_before()
     sample, index, c, exists = program_part(SUMS, C, BLOCK_C)
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), sums.dtype.element_ty)
     for start in range(0, PARTS, BLOCK_PARTS):
@@ -375,7 +370,6 @@ def _gradients(
     TILES: tl.constexpr,
 ) -> None:
     """Store ȳ and, in a direction, ȳ̇ of one part of the planes, given the sums over the planes."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     sample, part, c, exists = program_part(PARTS, C, BLOCK_C)

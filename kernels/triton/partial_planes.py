@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..types import Convolved, PartialPlanes, planes_of
-from .launch import launch, tl, triton, wait_for_kernels_before
+from .launch import launch, tl, triton
 
 _BLOCK = 512  # elements of a program
 
@@ -40,7 +40,6 @@ def load_planes(
 @triton.jit
 def _add_planes(parts: tl.tuple, planes: tl.tuple, size: tl.tensor, COUNTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """Store the sums of the parts in the planes, BLOCK elements of each."""
-    wait_for_kernels_before()
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < size
     for number in tl.static_range(len(COUNTS)):

@@ -11,7 +11,7 @@ where an image is far from zero. The padded image has HP × WP pixels, the convo
 
 from __future__ import annotations
 
-from .launch import INTERPRETED, tl, triton, wait_for_kernels_before
+from .launch import INTERPRETED, tl, triton
 from .warp import load_parameters, mean_for_contrast, warp_pixels
 
 ONES = tl.constexpr(3)
@@ -101,7 +101,6 @@ def gather(
     A program stores all rows of which its patches have pixels, and reads them back. Neighbouring programs also store its first
     and last rows, with the same values.
     """
-    wait_for_kernels_before()
     ACC: tl.constexpr = gram.dtype.element_ty
     WP: tl.constexpr = W + 2 * PADDING
     WIDTH: tl.constexpr = WP - 2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..types import WARP_PARAMETERS
 from .configurations import configuration
-from .launch import architecture, launch, tl, triton, wait_for_kernels_before
+from .launch import architecture, launch, tl, triton
 from .planes import Planes
 
 _COUNT = tl.constexpr(len(WARP_PARAMETERS))
@@ -229,7 +229,6 @@ def _forward(
     BLOCK_M: tl.constexpr,
 ) -> None:
     """Store one block of pixels of y."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = parameters.dtype.element_ty
     sample, c, i, j = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     colour, down, right, mask = load_parameters(parameters, sample)
@@ -251,7 +250,6 @@ def _transpose(
     BLOCK_M: tl.constexpr,
 ) -> None:
     """Store one block of pixels of x̄."""
-    wait_for_kernels_before()
     ACC: tl.constexpr = parameters.dtype.element_ty
     sample, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
     begin = sample * (C * H * W)
@@ -276,7 +274,6 @@ def _transpose_add(
     EVERY: tl.constexpr,  # B rounded up to a power of two
 ) -> None:
     """Add pixels of a sample, and of all later samples with the same index, unless an earlier sample has that index too."""
-    wait_for_kernels_before()
     dtype: tl.constexpr = out.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     own, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)

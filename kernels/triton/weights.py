@@ -15,7 +15,7 @@ from torch import Tensor
 from ..types import HALF_PRECISIONS, PackedParameters, PackedWeight, Precision, Weight, WeightPlace, plane_dtype
 from .configurations import configuration
 from .flat import largest_parts, power_of_two_from_parts
-from .launch import architecture, launch, tl, triton, wait_for_kernels_before
+from .launch import architecture, launch, tl, triton
 
 _ALIGNMENT = 64  # elements: each copy begins at a multiple of 128 bytes, as TMA descriptors need it
 
@@ -67,7 +67,6 @@ def _pack(
     SIZE: tl.constexpr,
 ) -> None:
     """Pack weights in the first TILES programs, those of a direction in the next TILES, and scale it in the others."""
-    wait_for_kernels_before()
     program = tl.program_id(0)
     if program < TILES:
         _pack_weights(theta, packed, 1.0, program, WEIGHTS, FILTERS, CHANNELS)

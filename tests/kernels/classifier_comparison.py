@@ -114,12 +114,14 @@ def compare_classifier(name: str, arguments: tuple[Any, ...], case: tuple[object
         assert (actual.shape, actual.dtype) == (wanted.shape, dtype), where
         assert actual.dim() < 4 or actual.is_contiguous(memory_format=memory_format(p)), where
         assert torch.equal(actual, again), f"{where} differs from one run to the next"
+        size = 1.0
         if factor is not None and place not in (0, labels_bar_dot):
-            wanted = wanted * factor
+            size = float(factor)
         elif direction_scale is not None:
-            wanted = wanted / direction_scale
-        floor = 0.1 * float(1 if factor is None else factor)
-        error = float((actual.double() - wanted).norm() / wanted.norm().clamp_min(floor))
+            size = 1 / float(direction_scale)
+        # a loss's derivative is a sum of numbers of either sign, each as large as a logit's derivative
+        floor = 0.1 * size * (p[0].numel() ** 0.5 if name.endswith("dual") and place == 0 else 1)
+        error = float((actual.double() - size * wanted).norm() / (size * wanted.norm()).clamp_min(floor))
         assert error <= tolerances[actual.dtype], (*where, error)
     print("passed:", (name, case))
 
