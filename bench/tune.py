@@ -280,7 +280,6 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
     from mtt_fast.kernels.triton.lines import shape_classes as line_classes
     from mtt_fast.kernels.triton.planes import Planes
-    from mtt_fast.kernels.triton.windows import shape_class
 
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -302,7 +301,6 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
     stats = reference.norm_relu_pool_dual(y, y_dot, *affine, NORM_EPS)[2]
     forward = shape_classes(Planes.from_tensors(x), Planes.from_tensors(y), precision)
     back = shape_classes(Planes.from_tensors(y), Planes.from_tensors(x), precision)
-    window = (shape_class(Planes.from_tensors(y)),) * 2
 
     def fixed(*arguments: Any) -> Callable[[], list[Any]]:
         return lambda: list(arguments)
@@ -318,10 +316,12 @@ def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> 
         ),
         strict=True,
     ):
-        yield Subject(name, window, lines(window[0]), name, fixed(*arguments))
+        made = [(False, fixed(*arguments))]
         if batch <= FEW_SAMPLES:
-            classes = line_classes(Planes.from_tensors(y), partial=True)
-            yield Subject(name, classes, lines(window[0]), name, fixed(*in_parts(name, arguments)))
+            made.append((True, fixed(*in_parts(name, arguments))))
+        for partial, make in made:
+            classes = line_classes(Planes.from_tensors(y), dtype, partial)
+            yield Subject(name, classes, lines(classes[-1]), name, make)
 
     tiles: list[Row] = [*({"backend": "triton"} | tile for tile in TILES[precision]), {"backend": "cudnn"}]
     correlations: list[Row] = [

@@ -88,15 +88,19 @@ def sum_four(
     return of_a, of_b, of_c, of_d
 
 
-def shape_classes(planes: Planes, partial: bool) -> tuple[str, ...]:
-    """Return the shape's classes in the table, the closest first. Planes read as partial sums may have a row of their own."""
+def shape_classes(planes: Planes, dtype: torch.dtype, partial: bool) -> tuple[str, ...]:
+    """Return the shape's classes in the table, the closest first.
+
+    Planes read as partial sums may have a row of their own, and so may planes of 16 bits.
+    """
     loosely = shape_class(planes)
-    return (f"{loosely}-partial", loosely) if partial else (loosely,)
+    half = (f"{loosely}-half", loosely) if dtype.itemsize == 2 else (loosely,)
+    return (f"{loosely}-partial", *half) if partial else half
 
 
 def tile_of(operation: str, planes: Planes, y: Tensor, partial: bool = False) -> Configuration:
     """Return the configuration of `operation`, with BLOCK_C limited to the channels, and half as large for float64."""
-    closest, *looser = shape_classes(planes, partial)
+    closest, *looser = shape_classes(planes, y.dtype, partial)
     row = configuration(operation, closest, architecture(y.device), *looser)
     widest = row["BLOCK_C"] if y.dtype != torch.float64 else max(1, row["BLOCK_C"] // 2)
     return row | {"BLOCK_C": min(widest, triton.next_power_of_2(planes.channels))}

@@ -104,7 +104,7 @@ def norm(
     classes = lines.shape_classes
     # the planes that were added up before go by the tile of those in parts: another adds up a plane in another order
     by_tile = nullcontext() if tile is None else patch.object(lines, "configuration", return_value=tile)
-    with by_tile, patch.object(lines, "shape_classes", lambda planes, _: classes(planes, True)):
+    with by_tile, patch.object(lines, "shape_classes", lambda planes, dtype, _: classes(planes, dtype, True)):
         for name, (before, after) in cases.items():
             size = pooled if "backward" in name else shape
             read = [in_parts(size, count, dtype, form, device) for count in counts_of(name, counts)]
