@@ -1,7 +1,7 @@
 """Hold the fused student by Triton's kernels to the generic one: `python -m tests.engine.triton_student DEVICE PART PARTS`.
 
-A program of its own, as kernels/triton_comparison.py is. Every back end that the table may name is taken in turn. It
-prints a line for each case that passed.
+A program of its own where it is interpreted, as kernels/triton_comparison.py is. Every back end that the table may name is
+taken in turn. It prints a line for each case that passed.
 """
 
 from __future__ import annotations
@@ -174,10 +174,11 @@ def cases_of(device: str) -> list[Case]:
     return cases + [partial(compare_iterations, *iteration, device) for iteration in iterations]
 
 
-def main(device: str, part: int, parts: int) -> None:
-    poison()
+def compare_part(device: str, part: int, parts: int) -> None:
+    """Run part number `part` of the `parts`."""
     run(cases_of(device), part, parts)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    poison()  # in a test, a fixture does so
+    compare_part(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -88,8 +88,9 @@ def run(cases: list[Case], part: int, parts: int) -> None:
     """
     from mtt_fast.kernels.triton.launch import INTERPRETED
 
-    failures = []
-    for number in range(len(cases) * part // parts, len(cases) * (part + 1) // parts):
+    failures, numbers = [], range(len(cases) * part // parts, len(cases) * (part + 1) // parts)
+    assert numbers, f"part {part} of {parts} has none of {len(cases)} cases"
+    for number in numbers:
         torch.manual_seed(number)
         try:
             with watched() if INTERPRETED else nullcontext():

@@ -1,8 +1,8 @@
 """Hold Triton's operations of one family to the reference: `python -m tests.kernels.triton_comparison FAMILY DEVICE PART PARTS`.
 
-A program of its own, since a process either interprets Triton's kernels (TRITON_INTERPRET=1, DEVICE cpu) or compiles
-them (DEVICE cuda). It prints a line for each case that passed. `compare` runs it. On a GPU, where compiling takes nearly all
-the time, a family is cut into parts that are tests of their own: they run side by side, and each has its outcome.
+A process either interprets Triton's kernels (TRITON_INTERPRET=1, DEVICE cpu) or compiles them (DEVICE cuda). So what is
+interpreted is a program of its own, which `compare` runs; it prints a line for each case that passed. On a GPU, where compiling
+takes nearly all the time, a family is cut into parts that are tests of their own: they run side by side, and each has its outcome.
 
 The reference computes on the CPU, in float64, so that no fault of a GPU's libraries hides there. The cases of each family are
 in the other files that end in `_comparison.py`.
@@ -10,9 +10,14 @@ in the other files that end in `_comparison.py`.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -35,7 +40,7 @@ def each_part(family: str) -> pytest.MarkDecorator:
 
 
 def compare(family: str, device: str, part: int = 0) -> list[str]:
-    """Run this program for a part of a family; return the lines that it prints.
+    """Compare a part of a family; return the lines that are printed.
 
     On `cpu`, where Triton is interpreted, all of the family is one part.
     """
@@ -44,22 +49,46 @@ def compare(family: str, device: str, part: int = 0) -> list[str]:
 
 
 def run_part(module: str, *arguments: str, part: int = 0, parts: int = 1) -> list[str]:
-    """Run `module` with the arguments, the part and the number of parts; return the lines that it prints.
+    """Compare a part by `module`, with the arguments; return the lines that are printed.
 
-    The last argument is the device: on `cpu` Triton is interpreted. Fails the test if the program fails, or passes no case.
+    The last argument is the device: on `cpu` the module runs as a program that interprets Triton, else in this process. Fails
+    the test if a comparison fails, or none is made.
     """
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
-    # as many of these run at a time as there are processors
-    environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if arguments[-1] == "cpu" else "0"}
-    command = [sys.executable, "-W", "ignore", "-m", module, *arguments, str(part), str(parts)]
+    if arguments[-1] == "cpu":
+        return _run_program(module, *arguments, str(part), str(parts))
+    return _run_here(importlib.import_module(module).compare_part, *arguments, part, parts)
+
+
+def _run_here(compare_part: Callable[..., None], *arguments: str | int) -> list[str]:
+    """Run a part in this process. Ends the process if the GPU's context is broken, as later tests would only say so again."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many parts run at a time as there are processors
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            compare_part(*arguments)
+    except Exception:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            traceback.print_exc(file=sys.__stderr__)
+            os._exit(1)
+        raise
+    finally:
+        torch.set_num_threads(threads)
+    return printed.getvalue().splitlines()
+
+
+def _run_program(module: str, *arguments: str) -> list[str]:
+    """Run a part as a program that interprets Triton."""
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     finished = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=280, check=False
     )
     if finished.returncode:
         pytest.fail(finished.stderr, pytrace=False)
-    lines = finished.stdout.splitlines()
-    assert any(line.startswith("passed") for line in lines), lines
-    return lines
+    return finished.stdout.splitlines()
 
 
 def cases_of(family: str, device: str) -> list[Case]:
@@ -99,14 +128,16 @@ def cases_of(family: str, device: str) -> list[Case]:
             raise ValueError(f"no family is called {family}")
 
 
-def main(family: str, device: str, part: int, parts: int) -> None:
-    """Run part number `part` of the `parts` of a family on `device`, in poisoned memory and without TF32 in cuDNN."""
+def compare_part(family: str, device: str, part: int, parts: int) -> None:
+    """Run part number `part` of the `parts` of a family on `device`, without TF32 in cuDNN."""
     assert set(UNINTERPRETED) <= set(get_args(Precision)), "the list of what the interpreter cannot do is out of date"
-    torch.backends.cudnn.allow_tf32 = False
-    poison()
-    run(cases_of(family, device), part, parts)
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        run(cases_of(family, device), part, parts)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 if __name__ == "__main__":
-    family, device, part, parts = sys.argv[1:]
-    main(family, device, int(part), int(parts))
+    poison()  # in a test, a fixture does so
+    compare_part(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
