@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import pkgutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from bench.settings import setting_named
 from mtt_fast import ConvNet, SiameseAugment, matching_loss, plan, unroll
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.iteration import iterate
@@ -25,7 +27,7 @@ from mtt_fast.engine.student_choice import student_for
 from mtt_fast.engine.unroll import student_for_plan
 from mtt_fast.kernels import Precision, dispatch
 from mtt_fast.testing import relative_error
-from tests.kernels.triton_comparison import PARTS_ON_A_GPU, each_part, run_part
+from tests.kernels.triton_comparison import PARTS_ON_A_GPU, ROOT, each_part, run_part
 
 PARTS_INTERPRETED = 3
 """All of it takes more than two minutes of one core."""
@@ -159,6 +161,35 @@ def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: 
             iterate(student, augment, (batch,) * steps, theta, theta, images, labels, lr, indices, parameters)
         expected = sum(planned.parts.values()) - planned.parts["rest"]
     assert counted.peak == pytest.approx(expected, rel=0.15)
+
+
+SETTINGS = ("cifar10-ipc1", "cifar10-ipc10", "imagenet128-ipc10")
+
+
+def measured_peaks() -> dict[tuple[str, str], int]:
+    """Return the bytes that an iteration took on an H200, by setting and precision; each record is of one setting."""
+    records = json.loads((ROOT / "bench/results/h200/early-launches.json").read_text())["records"]
+    return {
+        (name, "fp16" if row["engine"].endswith("fp16") else "tf32"): row["peak"]["bytes"]
+        for name, record in zip(SETTINGS, records, strict=True)
+        for row in record["rows"]
+        if row["engine"].startswith("fused")
+    }
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_plan_is_within_15_percent_of_what_an_h200_took(name: str, precision: Any) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
+    setting = setting_named(name)
+    images = torch.empty(setting.images, *image_shape(setting.net), device="meta", requires_grad=True)
+    with recorded_triton("sm_90"):
+        planned = plan(
+            setting.net, images=images, steps=setting.steps, batch=setting.batch, memory_budget=None, device="meta",
+            precision=precision,
+        )  # fmt: skip
+        expected = sum(planned.parts.values())
+    assert expected == pytest.approx(measured_peaks()[name, precision], rel=0.15)
 
 
 def test_the_library_works_in_memory_of_its_own_where_nothing_is_rounded() -> None:
