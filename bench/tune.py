@@ -277,8 +277,8 @@ def fastest_tiles(rows: list[Row], default: Row) -> Row:
 def subjects(block: Block, batch: int, precision: Any, device: torch.device) -> Iterator[Subject]:
     """Yield the rows to find at a block's shapes; parts of other operations come first."""
     from mtt_fast.kernels.triton.block import shape_classes as block_classes
+    from mtt_fast.kernels.triton.channels_last_planes import shape_classes as line_classes
     from mtt_fast.kernels.triton.implicit_gemm import shape_classes
-    from mtt_fast.kernels.triton.lines import shape_classes as line_classes
     from mtt_fast.kernels.triton.planes import Planes
 
     generator = torch.Generator(device).manual_seed(0)

@@ -1,8 +1,8 @@
 """Add a bias, take ReLU and average-pool 2×2, with derivatives: the end of a block without a norm.
 
-A kernel passes over the planes once: over channels_last planes in parts (lines.py), over contiguous ones in the windows of
-windows.py. It computes the primal's values and, in a direction, their derivatives. Without a direction, all `_dot` arguments
-are None.
+A kernel passes over the planes once: over channels_last planes in parts (channels_last_planes.py), over contiguous ones in
+windows (contiguous_planes.py). It computes the primal's values and, in a direction, their derivatives. Without a direction, all
+`_dot` arguments are None.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ..types import accumulator
-from .launch import tl, triton
-from .lines import launch_parts, parts_of_windows, pooled_pixels, program_part, quarter_pixels, tile_of
-from .planes import Planes
-from .windows import (
+from .channels_last_planes import launch_parts, parts_of_windows, pooled_pixels, program_part, quarter_pixels, tile_of
+from .contiguous_planes import (
     empty_pool,
     empty_stat,
     launch_windows,
@@ -25,6 +23,8 @@ from .windows import (
     program_block,
     row_offsets,
 )
+from .launch import tl, triton
+from .planes import Planes
 
 
 @triton.jit

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..types import ConvLayer, Precision, WeightBytes, accumulator, plane_dtype, weight_of
-from . import box_convolve, box_correlate, conv, cudnn, implicit_gemm, tma
-from .boxes import fits
+from . import conv, cudnn, implicit_gemm, tma, tma_convolve, tma_correlate
 from .configurations import backend_of
 from .implicit_gemm import effective_precision, shape_classes
 from .launch import architecture
 from .planes import Planes
+from .tma_descriptors import fits
 
 BACKENDS: dict[str, ModuleType] = {"triton": conv, "tma": tma, "cudnn": cudnn}
 
@@ -55,14 +55,14 @@ def weight_bytes(
             planes = (operation, inputs, outputs, precision)
             backend = _backend(*planes, x, [x])
             if backend != "cudnn":
-                correlation = box_correlate if backend == "tma" else implicit_gemm
+                correlation = tma_correlate if backend == "tma" else implicit_gemm
                 counts.append(correlation.count_summands(*planes, x))
-            copies.append(box_correlate.copied_bytes(operation, inputs, outputs, x) if backend == "tma" else 0)
+            copies.append(tma_correlate.copied_bytes(operation, inputs, outputs, x) if backend == "tma" else 0)
         parts = []
         for operation, count in (("conv3x3_input_gradient", 1), ("conv3x3_dual_input_gradient", 3)):
             planes = (operation, outputs, inputs, precision)
             boxes = _backend(*planes, x, [x]) == "tma"
-            parts.append(box_convolve.part_bytes(*planes, x, count) if boxes else 0)
+            parts.append(tma_convolve.part_bytes(*planes, x, count) if boxes else 0)
         size = 9 * layer.channels * layer.filters
         summands = max(counts) * size * accumulator(dtype).itemsize
         every.append(WeightBytes(2 * size * products.itemsize, summands, *copies, *parts))

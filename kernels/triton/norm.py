@@ -1,9 +1,9 @@
 """Normalise, scale, take ReLU and average-pool 2×2, and compute the derivatives that the mixed step needs.
 
-For channels_last planes, this module calls the kernels of norm_passes.py if the planes are large, and those of norm_held.py
-if one tile holds a plane. The kernels here are for contiguous planes. A program loops over the planes of its channels three
-times: for the mean, the variance and the result. It loads the windows of windows.py. Incomplete windows count in the
-statistics and are not pooled. Where one tile holds the plane, the compiler merges the loads of the three loops, so the plane
+For channels_last planes, this module calls the kernels of norm_three_passes.py if the planes are large, and those of
+norm_single_pass.py if one tile holds a plane. The kernels here are for contiguous planes. A program loops over the planes of its
+channels three times: for the mean, the variance and the result. It loads the windows of contiguous_planes.py. Incomplete windows
+count in the statistics and are not pooled. Where one tile holds the plane, the compiler merges the loads of the three loops, so the plane
 is read once and stays in registers.
 """
 
@@ -14,13 +14,10 @@ from types import ModuleType
 from torch import Tensor
 
 from ..types import Affine, Convolved, PartialPlanes, PlaneStats, planes_of
-from . import norm_held, norm_passes
+from . import norm_single_pass, norm_three_passes
+from .channels_last_planes import fits, tile_of
 from .configurations import Configuration
-from .launch import tl, triton
-from .lines import fits, tile_of
-from .partial_planes import add_planes
-from .planes import Planes
-from .windows import (
+from .contiguous_planes import (
     empty_pool,
     empty_stat,
     launch_windows,
@@ -31,6 +28,9 @@ from .windows import (
     program_block,
     row_offsets,
 )
+from .launch import tl, triton
+from .partial_planes import add_planes
+from .planes import Planes
 
 
 @triton.jit
@@ -379,8 +379,8 @@ def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Te
     p = empty_pool(whole, planes)
     mean, rstd = (empty_stat(whole) for _ in range(2))
     if planes.channels_last:
-        lines, tile = _lines_module("norm_relu_pool", planes, y)
-        lines.forward(planes, tile, y, None, mean, rstd, None, None, *affine, None, None, p, None, eps=eps)
+        kernels, tile = _channels_last_module("norm_relu_pool", planes, y)
+        kernels.forward(planes, tile, y, None, mean, rstd, None, None, *affine, None, None, p, None, eps=eps)
     else:
         launch_windows(_forward, "norm_relu_pool", planes, *add_planes(y), *affine, p, mean, rstd, EPS=eps)
     return p, mean, rstd
@@ -393,10 +393,10 @@ def norm_relu_pool_backward(
     planes = Planes.from_tensors(y, planes_of(p_bar))
     y_bar = output_buffer(y, reuse)
     if planes.channels_last:
-        lines, tile = _lines_module("norm_relu_pool_backward", planes, p_bar)
+        kernels, tile = _channels_last_module("norm_relu_pool_backward", planes, p_bar)
         arguments = (y, None, mean, rstd, None, None, *affine, None)
         bars = {"p_bar": p_bar, "p_bar_dot": None, "y_bar": y_bar, "y_bar_dot": None}
-        beta_sums, gamma_sums = lines.backward(planes, tile, *arguments, **bars).unbind(1)
+        beta_sums, gamma_sums = kernels.backward(planes, tile, *arguments, **bars).unbind(1)
         return y_bar, gamma_sums, beta_sums
     gamma_sums, beta_sums = (empty_stat(y) for _ in range(2))
     results = (*add_planes(p_bar), y_bar, gamma_sums, beta_sums)
@@ -413,8 +413,8 @@ def norm_relu_pool_dual(
     p, p_dot = planes.empty_pair(whole, planes.channels, planes.height // 2, planes.width // 2)
     stats = PlaneStats(*(empty_stat(whole) for _ in range(4)))
     if planes.channels_last:
-        lines, tile = _lines_module("norm_relu_pool_dual", planes, y, y_dot)
-        lines.forward(planes, tile, y, y_dot, *stats, *affine, *affine_dot, p, p_dot, eps=eps)
+        kernels, tile = _channels_last_module("norm_relu_pool_dual", planes, y, y_dot)
+        kernels.forward(planes, tile, y, y_dot, *stats, *affine, *affine_dot, p, p_dot, eps=eps)
     else:
         arguments = (*add_planes(y, y_dot), *affine, *affine_dot, p, p_dot, *stats)
         launch_windows(_dual, "norm_relu_pool_dual", planes, *arguments, EPS=eps)
@@ -436,9 +436,9 @@ def norm_relu_pool_dual_backward(
     y_bar, y_bar_dot = output_buffer(y, reuse), output_buffer(y_dot, reuse)
     arguments = (y, y_dot, *stats, *affine, affine_dot.gamma)
     if planes.channels_last:
-        lines, tile = _lines_module("norm_relu_pool_dual_backward", planes, p_bar, p_bar_dot)
+        kernels, tile = _channels_last_module("norm_relu_pool_dual_backward", planes, p_bar, p_bar_dot)
         bars = {"p_bar": p_bar, "p_bar_dot": p_bar_dot, "y_bar": y_bar, "y_bar_dot": y_bar_dot}
-        sums = lines.backward(planes, tile, *arguments, **bars)
+        sums = kernels.backward(planes, tile, *arguments, **bars)
         beta_sums_dot, gamma_sums_dot = sums[:, 2:].unbind(1)
         return y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot
     gamma_sums_dot, beta_sums_dot = (empty_stat(y) for _ in range(2))
@@ -447,11 +447,11 @@ def norm_relu_pool_dual_backward(
     return y_bar, y_bar_dot, gamma_sums_dot, beta_sums_dot
 
 
-def _lines_module(operation: str, planes: Planes, *read: Convolved) -> tuple[ModuleType, Configuration]:
+def _channels_last_module(operation: str, planes: Planes, *read: Convolved) -> tuple[ModuleType, Configuration]:
     """Return the module whose kernels compute `operation` of channels_last planes, and the tile of the table that decides it.
 
     `read` are the planes that the operation reads first, perhaps as partial sums.
     """
     partial = any(isinstance(each, PartialPlanes) for each in read)
     tile = tile_of(operation, planes, planes_of(read[0]), partial)
-    return (norm_held if fits(planes, tile) else norm_passes), tile
+    return (norm_single_pass if fits(planes, tile) else norm_three_passes), tile

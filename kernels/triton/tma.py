@@ -1,12 +1,12 @@
-"""Convolve 3×3 as conv.py does, with TMA loads: for sm_90 and later, and for planes that `boxes.fits` accepts."""
+"""Convolve 3×3 as conv.py does, with TMA loads: for sm_90 and later, and for planes that `tma_descriptors.fits` accepts."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from . import conv
-from .box_convolve import convolve
-from .box_correlate import correlate
+from .tma_convolve import convolve
+from .tma_correlate import correlate
 
 conv3x3 = partial(conv.conv3x3, convolve=convolve)
 conv3x3_dual = partial(conv.conv3x3_dual, convolve=convolve)

@@ -24,7 +24,7 @@ from mtt_fast.engine.iteration import iterate
 from mtt_fast.engine.student import GenericStudent, Student, in_microbatches
 from mtt_fast.kernels import Precision
 from mtt_fast.kernels import dispatch as kernels_dispatch
-from mtt_fast.kernels.triton import boxes, dispatch
+from mtt_fast.kernels.triton import dispatch, tma_descriptors
 from mtt_fast.testing import relative_error
 from tests.kernels.comparison import Case, poison, run
 
@@ -99,7 +99,10 @@ def taken(backend: str) -> Iterator[None]:
         with patch.object(dispatch, "backend_of", lambda *_: backend):
             yield
         return
-    with patch.object(dispatch, "backend_of", lambda *_: "tma"), patch.object(boxes, "box_configuration", tile):
+    with (
+        patch.object(dispatch, "backend_of", lambda *_: "tma"),
+        patch.object(tma_descriptors, "box_configuration", tile),
+    ):
         yield
 
 

@@ -118,7 +118,7 @@ def boxed_convolutions(
     device: str, dtype: torch.dtype, precision: str, shape: tuple[int, ...], number: int | None
 ) -> None:
     """Compare our kernels by boxes, with tile `number` of those below, or with the table's."""
-    from mtt_fast.kernels.triton import boxes, tma
+    from mtt_fast.kernels.triton import tma, tma_descriptors
 
     def configuration(operation: str, *_: Any) -> dict[str, int]:
         tiles = BOX_CORRELATIONS if operation.endswith("weight_gradient") else BOX_TILES
@@ -132,7 +132,7 @@ def boxed_convolutions(
         for dual, operands in placed(name, arguments, device).items():
             compute = partial(summed_results, tma, name, *operands, shape[-1], precision=precision)
             case = (name, "tma", shape, str(dtype), precision, number, dual)
-            with nullcontext() if number is None else patch.object(boxes, "box_configuration", configuration):
+            with nullcontext() if number is None else patch.object(tma_descriptors, "box_configuration", configuration):
                 check(case, compute, expected, TOLERANCES[precision])
 
 

@@ -83,7 +83,7 @@ def norm(
 ) -> None:
     """Compare the operations with a norm, by the table's tiles or by `tile`."""
     from mtt_fast.kernels import triton
-    from mtt_fast.kernels.triton import lines
+    from mtt_fast.kernels.triton import channels_last_planes
 
     batch, channels, height, width = shape
     pooled = (batch, channels, height // 2, width // 2)
@@ -101,10 +101,13 @@ def norm(
         "norm_relu_pool_backward": ((y, stats.mean, stats.rstd, affine), ()),
         "norm_relu_pool_dual_backward": ((y, y_dot, stats, affine, affine_dot), ()),
     }
-    classes = lines.shape_classes
+    classes = channels_last_planes.shape_classes
     # the planes that were added up before go by the tile of those in parts: another adds up a plane in another order
-    by_tile = nullcontext() if tile is None else patch.object(lines, "configuration", return_value=tile)
-    with by_tile, patch.object(lines, "shape_classes", lambda planes, dtype, _: classes(planes, dtype, True)):
+    by_tile = nullcontext() if tile is None else patch.object(channels_last_planes, "configuration", return_value=tile)
+    with (
+        by_tile,
+        patch.object(channels_last_planes, "shape_classes", lambda planes, dtype, _: classes(planes, dtype, True)),
+    ):
         for name, (before, after) in cases.items():
             size = pooled if "backward" in name else shape
             read = [in_parts(size, count, dtype, form, device) for count in counts_of(name, counts)]

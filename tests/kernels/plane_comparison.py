@@ -31,7 +31,7 @@ def far_planes(device: str) -> None:
     The planes are far from zero, or their first pixel is far from the rest.
     """
     from mtt_fast.kernels import reference, triton
-    from mtt_fast.kernels.triton import lines
+    from mtt_fast.kernels.triton import channels_last_planes
 
     y, y_dot = (torch.randn(1, 2, 7, 5).to(device, memory_format=torch.channels_last) for _ in range(2))
     affine = Affine(torch.ones(2, device=device), torch.zeros(2, device=device))
@@ -39,7 +39,7 @@ def far_planes(device: str) -> None:
     first[:, :, 0, 0] = 1e3
     for far in (torch.full_like(y, 1e3), first):
         expected = reference.norm_relu_pool_dual(*map(in_float64, (y + far, y_dot - far, affine, affine)), 1e-5)[2]
-        with patch.object(lines, "configuration", return_value=PARTS[1][1]):
+        with patch.object(channels_last_planes, "configuration", return_value=PARTS[1][1]):
             stats = triton.norm_relu_pool_dual(y + far, y_dot - far, affine, affine, 1e-5)[2]
         for actual, wanted in zip(stats, expected, strict=True):
             torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -99,9 +99,12 @@ def check_in_parts(
     check: Operation, device: str, shape: tuple[int, ...], dtype: torch.dtype, tile: dict[str, int]
 ) -> None:
     """Compare channels_last planes that go in parts of `tile`, more than are combined at a time."""
-    from mtt_fast.kernels.triton import lines
+    from mtt_fast.kernels.triton import channels_last_planes
 
-    with patch.object(lines, "configuration", return_value=tile), patch.object(lines, "COMBINED_PARTS", 2):
+    with (
+        patch.object(channels_last_planes, "configuration", return_value=tile),
+        patch.object(channels_last_planes, "COMBINED_PARTS", 2),
+    ):
         check_drawn(check, device, shape, torch.channels_last, dtype, "in parts")
 
 

@@ -161,9 +161,9 @@ def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
     """Compile for the smallest and the largest of those planes; the table's rows for the others are these too."""
-    from mtt_fast.kernels.triton import bias, lines, windows
+    from mtt_fast.kernels.triton import bias, channels_last_planes, contiguous_planes
 
-    with recording([windows, lines], architecture) as launches:
+    with recording([contiguous_planes, channels_last_planes], architecture) as launches:
         for side, form in itertools.product((8, 128), FORMATS):
             for dtype in (torch.float32, torch.bfloat16) if form == torch.channels_last else (torch.float32,):
                 y, p_bar = (meta(4, WIDTH, size, size, form=form).to(dtype) for size in (side, side // 2))

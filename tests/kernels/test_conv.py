@@ -217,9 +217,9 @@ def test_batches_are_stacked_where_the_second_begins_at_the_end_of_the_first() -
 @needs_triton
 def test_a_pair_of_inputs_has_a_pair_of_results() -> None:
     """Check that results lie one after the other: the dual weight gradient then finds ȳ̇ and ȳ, written over ẏ and y, so too."""
-    from mtt_fast.kernels.triton import conv, lines, norm, norm_held, norm_passes, weights
+    from mtt_fast.kernels.triton import channels_last_planes, conv, norm, norm_single_pass, norm_three_passes, weights
 
-    with recording([norm, norm_held, norm_passes, lines], "sm_90"):
+    with recording([norm, norm_single_pass, norm_three_passes, channels_last_planes], "sm_90"):
         y, affine = meta(2, 16, 8, 8, form=torch.channels_last), Affine(meta(16), meta(16))
         x, x_dot, _ = norm.norm_relu_pool_dual(y, torch.empty_like(y), affine, affine, EPS)
     assert stacked(x, x_dot) is not None
@@ -380,10 +380,10 @@ def test_the_assembler_loses_no_constant(architecture: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
 def test_boxes_compile(architecture: str, precision: Any, tmp_path: Path) -> None:
     """Compile for the shapes that the prototype was measured at, with the table's tiles, and once for odd sizes."""
-    from mtt_fast.kernels.triton import box_convolve, box_correlate, boxes, partial_planes, tma, weights
+    from mtt_fast.kernels.triton import partial_planes, tma, tma_convolve, tma_correlate, tma_descriptors, weights
 
     weight = meta(WIDTH, WIDTH, 3, 3)
-    with recording([boxes, box_convolve, box_correlate, partial_planes, weights], architecture) as launches:
+    with recording([tma_descriptors, tma_convolve, tma_correlate, partial_planes, weights], architecture) as launches:
         for samples, side in ((20, 64), (100, 16), (100, 8), (10, 16), (10, 8)):
             x = planes_of(precision, samples, WIDTH, side, side)
             tma.conv3x3(x, weight, 1, precision)

@@ -174,13 +174,13 @@ def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
     """Compile for the planes of 32×32 images' blocks, and for those of 128×128 images' first block, which go in parts."""
-    from mtt_fast.kernels.triton import lines, norm, windows
+    from mtt_fast.kernels.triton import channels_last_planes, contiguous_planes, norm
 
     last, contiguous = torch.channels_last, torch.contiguous_format
     cases = [*itertools.product((8, 32, 128), [contiguous], [torch.float32])]
     cases += itertools.product((8, 16, 32, 128), [last], [torch.float32, torch.bfloat16])
     cases += itertools.product((32, 128), [last], [torch.float64])
-    with recording([windows, lines], architecture) as launches:
+    with recording([contiguous_planes, channels_last_planes], architecture) as launches:
         for side, form, dtype in cases:
             y, p_bar = (meta(4, WIDTH, size, size, form=form).to(dtype) for size in (side, side // 2))
             plane, channel = (meta(*size).to(accumulator(dtype)) for size in ((4, WIDTH), (WIDTH,)))
@@ -201,11 +201,11 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
 @each_architecture
 def test_kernels_that_add_parts_up_compile(architecture: str, tmp_path: Path) -> None:
     """Compile for planes of ten 32×32 images, in as many parts as the table of an H100 makes; none are added up before."""
-    from mtt_fast.kernels.triton import lines, norm, partial_planes, windows
+    from mtt_fast.kernels.triton import channels_last_planes, contiguous_planes, norm, partial_planes
 
     plane, channel = meta(10, WIDTH), meta(WIDTH)
     affine, stats = Affine(channel, channel), PlaneStats(*[plane] * 4)
-    with recording([windows, lines, partial_planes], architecture) as launches:
+    with recording([contiguous_planes, channels_last_planes, partial_planes], architecture) as launches:
         for side, dtype in itertools.product((16, 8), (torch.float32, torch.float16)):
             y, p_bar = (meta(10, WIDTH, size, size, form=torch.channels_last).to(dtype) for size in (side, side // 2))
             y_parts, y_dot_parts = in_parts(y, 3), in_parts(y, 6)

@@ -1,4 +1,4 @@
-"""Normalise, take ReLU and pool channels_last planes, with derivatives, in three kernels over parts of large planes (lines.py).
+"""Normalise, take ReLU and pool channels_last planes, with derivatives, in three kernels over parts of large planes.
 
 The forward kernels compute the moments of parts, then the statistics of planes, then the pooled values. The backward kernels
 sum ū and ūh over parts, in a direction also ū̇ and ū̇h + ūḣ, then add up the parts, then compute the gradients. These are
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ..types import Convolved, accumulator
-from .configurations import Configuration
-from .launch import tl, triton
-from .lines import (
+from .channels_last_planes import (
     combine_parts,
     launch_parts,
     parts_of_pixels,
@@ -30,6 +28,8 @@ from .lines import (
     sum_two,
     within,
 )
+from .configurations import Configuration
+from .launch import tl, triton
 from .partial_planes import add_pair
 from .planes import Planes
 

@@ -1,4 +1,4 @@
-"""Convolve 3×3 as implicit_gemm.py does, with operands that TMA loads (boxes.py).
+"""Convolve 3×3 as implicit_gemm.py does, with operands that TMA loads (tma_descriptors.py).
 
 A box is pixels × channels, moved by the offset of a tap. The value and the derivative of a result share the boxes that are
 loaded. Each product has its own accumulator: two products into one accumulator would wait for each other. Where there are too
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..types import Convolved, PartialPlanes, Precision
-from .boxes import BOX, box_of, box_origin, count_boxes, describe, describe_planes, describe_weights, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
+from .tma_descriptors import BOX, box_of, box_origin, count_boxes, describe, describe_planes, describe_weights, tile_of
 
 
 @triton.jit

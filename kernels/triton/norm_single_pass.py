@@ -1,4 +1,4 @@
-"""Normalise, take ReLU and pool channels_last planes that fit in registers, with derivatives (lines.py, norm_passes.py).
+"""Normalise, take ReLU and pool channels_last planes that fit in registers, with derivatives. Larger ones: norm_three_passes.py.
 
 A program reads its planes once and starts all loads before the first use. It keeps the planes in the dtype in which they were
 loaded, since values of 16 bits take half the registers. One kernel computes the primal's values and, in a direction, their
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..types import Convolved, accumulator, planes_of
+from .channels_last_planes import launch_held, pooled_pixels, program_part, quarter_pixels, sum_four, sum_two
 from .configurations import Configuration
 from .launch import tl, triton
-from .lines import launch_held, pooled_pixels, program_part, quarter_pixels, sum_four, sum_two
-from .norm_passes import coefficients, coefficients_dot
+from .norm_three_passes import coefficients, coefficients_dot
 from .partial_planes import load_planes, part_arguments, part_counts
 from .planes import Planes
 
@@ -265,7 +265,7 @@ def _backward(
 def forward(
     planes: Planes, tile: Configuration, y: Convolved, y_dot: Convolved | None, *rest: Tensor | None, eps: float
 ) -> None:
-    """Write the same results as `norm_passes.forward`. The kernel itself adds up partial sums of y and ẏ."""
+    """Write the same results as `norm_three_passes.forward`. The kernel itself adds up partial sums of y and ẏ."""
     arguments = (None if y_dot is None else planes_of(y_dot), *rest, *part_arguments(y, y_dot))
     launch_held(_forward, planes, tile, planes_of(y), *arguments, **part_counts(y, y_dot), EPS=eps)
 
@@ -280,7 +280,7 @@ def backward(
     y_bar: Tensor,
     y_bar_dot: Tensor | None,
 ) -> Tensor:
-    """Write and return the same results as `norm_passes.backward`. The kernel itself adds up partial sums of p̄ and p̄̇."""
+    """Write and return the same results as `norm_three_passes.backward`. The kernel itself adds up partial sums of p̄ and p̄̇."""
     shape = (planes.samples, 2 if y_bar_dot is None else 4, planes.channels)
     sums = torch.empty(shape, dtype=accumulator(y.dtype), device=y.device)
     bars = (planes_of(p_bar), None if p_bar_dot is None else planes_of(p_bar_dot))

@@ -1,4 +1,4 @@
-"""Compute the weight gradient of a 3×3 convolution with operands that TMA loads (boxes.py).
+"""Compute the weight gradient of a 3×3 convolution with operands that TMA loads (tma_descriptors.py).
 
 The sum over pixels is split (split-K), and a later kernel adds up the partial sums. A tensor core accepts 16-bit factors in
 either layout, but tf32 factors only if their pixels are adjacent in memory. For tf32, planes are therefore copied to that
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..types import Precision
-from .boxes import BOX, box_origin, count_boxes, describe, describe_planes, row_box, tile_of
 from .implicit_gemm import effective_precision, product
 from .launch import launch, tl, triton
 from .planes import Planes
+from .tma_descriptors import BOX, box_origin, count_boxes, describe, describe_planes, row_box, tile_of
 
 _COPY_BLOCK = 64  # pixels, and channels, that one program copies
 
@@ -55,7 +55,7 @@ def _correlate(
     """Store BLOCK_N output × BLOCK_K input channels of TAPS taps, summed over a part of the pixels.
 
     TAPS is 1, or 3 for the taps of a row. The pixels of a box are consecutive in memory, so ȳ needs no reshape. As the first
-    factor it then needs no registers: see `_add_product` in box_convolve.py.
+    factor it then needs no registers: see `_add_product` in tma_convolve.py.
     """
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     OUTPUTS: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N

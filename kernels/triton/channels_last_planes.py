@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .configurations import Configuration, configuration
+from .contiguous_planes import shape_class
 from .launch import architecture, launch, tl, triton
 from .planes import Planes
-from .windows import shape_class
 
 COMBINED_C = 16
 """Channels of a program that combines parts: few, so that there are many programs."""
