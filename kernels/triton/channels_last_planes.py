@@ -94,8 +94,8 @@ def shape_classes(planes: Planes, dtype: torch.dtype, partial: bool) -> tuple[st
     Planes read as partial sums may have a row of their own, and so may planes of 16 bits.
     """
     loosely = shape_class(planes)
-    half = (f"{loosely}-half", loosely) if dtype.itemsize == 2 else (loosely,)
-    return (f"{loosely}-partial", *half) if partial else half
+    own = ["partial"] * partial + ["half"] * (dtype.itemsize == 2)
+    return (*(f"{loosely}-{kind}" for kind in own), loosely)
 
 
 def tile_of(operation: str, planes: Planes, y: Tensor, partial: bool = False) -> Configuration:
