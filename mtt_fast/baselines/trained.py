@@ -16,6 +16,7 @@ from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages
 
@@ -50,11 +51,12 @@ def with_first_expert_training(
     """Return the options with the hyperparameters of the first expert, if there is one; else unchanged.
 
     Raises `InputError` if the expert is of another network or other images, or was trained with other hyperparameters than
-    the `requested` ones.
+    the `requested` ones; or if there is none and it cannot be written.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
     store = TrajectoryStore(folder) if folder.is_dir() else None
     if not store:
+        check_output_folder(folder, "choose another `buffer_path`")
         return options
     check_belongs(store, 0, network, real.identity)
     check_as_asked(store, 0, requested, to_the_end=True)

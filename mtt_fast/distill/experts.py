@@ -32,6 +32,7 @@ from mtt_fast.storage.expert_checks import (
 )
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.identity import other_data_in_words
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.storage.waypoints import evenly_spaced
 from mtt_fast.training.images import RealImages
@@ -80,7 +81,8 @@ def check_experts(
     """Check that the run can use the experts that are there, and those that will be trained or compressed.
 
     `requested` are the hyperparameters of experts that the user gave. With a `DatasetInfo`, of images that are not there yet,
-    few properties of the images are compared. Raises `InputError` that names an expert's file, or the options that do not fit.
+    few properties of the images are compared. Raises `InputError` that names an expert's file, the options that do not fit, or
+    the folder in which experts are missing and cannot be written.
     """
     sources = inventory_of(options, data)
     needed = options.max_start_epoch + options.expert_epochs
@@ -94,6 +96,9 @@ def check_experts(
             f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
         )
     identity = data.identity(zca=options.zca)
+    for folder, written in ((sources.whole, sources.missing), (sources.used, sources.uncompressed)):
+        if written:
+            check_output_folder(folder, "choose another `buffer_path`")
     if sources.missing and experts is not None:
         precision = experts.metadata(0).precision or options.precision  # the device decides which precision it is
         check_trained_alike(experts, network, identity, options.experts(), options.seed, experts.dtype(0), precision)
