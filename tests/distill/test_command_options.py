@@ -94,7 +94,11 @@ MISTAKES = [
     pytest.param(["--Iteration", "-1"], r"--Iteration -1: expected at least 0", id="negative"),
     pytest.param(["--lr_teacher", "0"], r"--lr_teacher 0.0: expected more than 0", id="rate"),
     pytest.param(["--memory_budget", "much"], r"--memory_budget much: expected a number of bytes", id="budget-text"),
-    pytest.param(["--memory_budget", "1KiB"], r"memory budget 1KiB: expected at least", id="budget"),
+    pytest.param(
+        ["--memory_budget", "1KiB"],
+        r"--memory_budget 1KiB: expected at least .* or lower --batch_syn or --syn_steps",
+        id="budget",
+    ),
     pytest.param(["--dsa_strategy", "blur"], r"--dsa_strategy blur", id="augmentation"),
     pytest.param(["--networks_at_once", "0"], r"--networks_at_once 0: expected at least 1", id="networks-at-once"),
     pytest.param(["--device", "cuda:99"], r"--device cuda:99", id="device"),
