@@ -102,7 +102,7 @@ def _run(
                 check_same_experts(folder, state, experts)
         options = with_actual_training(options, experts)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
-        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
+        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_in_words,

@@ -26,6 +26,16 @@ def test_options_come_from_the_recipe_then_the_file_then_the_flags(tmp_path: Pat
     assert (public.recipe, public.syn_steps, public.lr_img, public.max_start_epoch) == (None, 20, 1000.0, 25)
 
 
+def test_a_file_of_options_names_no_other(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    second.write_text("syn_steps = 7\n")
+    for named in (second, first):  # itself, too
+        first.write_text(f'config = "{named}"\n')
+        message = f"^{first}: option config: expected no further file in a file of options, found '{named}'; write the options"
+        with pytest.raises(InputError, match=message):
+            parse_options(["--config", str(first)])
+
+
 @pytest.mark.parametrize(
     "words",
     [
