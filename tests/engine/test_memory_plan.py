@@ -212,7 +212,7 @@ def test_batch_statistics_need_the_whole_batch() -> None:
     with pytest.raises(InputError, match="batch statistics: the batch cannot be cut"):
         planned("10MiB", net)
     with pytest.raises(
-        InputError, match="batch statistics, which cannot be cut .* the resolution, `steps` or `batch`, or"
+        InputError, match=r"batch statistics, which cannot be cut .* the resolution, `steps` or `batch`, or"
     ):
         planned(None, net).smaller()
 
@@ -423,5 +423,5 @@ def test_amounts(text: float | str, value: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "lots", "6 XB", "-3GiB", 0, float("nan")])
 def test_amounts_that_are_none(text: float | str) -> None:
-    with pytest.raises(InputError, match="^`memory_budget` "):
+    with pytest.raises(InputError, match=r"^`memory_budget` "):
         parse_bytes(text)
