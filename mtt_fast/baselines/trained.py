@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
@@ -15,10 +16,12 @@ from mtt_fast.commands.options import buffer_folder
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs
+from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs, training_unknown
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 500  # images in one forward pass
 
@@ -60,6 +63,8 @@ def with_first_expert_training(
         return options
     check_belongs(store, 0, network, real.identity)
     check_as_asked(store, 0, requested, to_the_end=True)
+    if requested and store.metadata(0).imported:
+        log.info("%s: %s", store.path(0), training_unknown(requested))
     return as_trained(options, dataclasses.asdict(options.expert()), store.metadata(0))
 
 
