@@ -18,13 +18,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from tqdm import tqdm
 
 from bench.records import write_record
 from bench.render import percent, table
+from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.options import EvaluationOptions, buffer_folder
 from mtt_fast.distill.options import DistillOptions, parse_options
 from mtt_fast.engine.student_choice import precision_on
@@ -33,6 +34,7 @@ from mtt_fast.experts import train_missing_experts
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, peak_memory_bytes
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import SUMMARY
 from mtt_fast.training.images import real_images
 from mtt_fast.training.protocols import Accuracy
@@ -136,7 +138,7 @@ class Options:
     """folder to use and keep the experts in; without it they are trained anew"""
     runs: str | None = None
     """folder to keep the run folders in; finished runs are not repeated. Without it they are thrown away"""
-    out: str = "bench/results"
+    out: Annotated[str, Checked(check_output_folder)] = "bench/results"
     """folder of the record"""
     name: str | None = None
     """name of the record; default from the setting and the device"""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 
 from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import choose_device
+from mtt_fast.storage.outputs import check_output_folder
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class CommonOptions:
     """device to run on: auto, cpu, cuda, cuda:1, …"""
     repetitions: int = 5
     """timed repetitions, interleaved over the subjects that are compared"""
-    out: str = "bench/results"
+    out: Annotated[str, Checked(check_output_folder)] = "bench/results"
     """folder of the record"""
     name: str | None = None
     """name of the record; default from the benchmark, its setting and the device"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -16,6 +17,8 @@ from bench.parsing import CommonOptions
 from bench.records import TRACE
 from bench.settings import Shape
 from bench.shares import labelled, wrapped_operations
+from mtt_fast.commands.option_fields import Checked
+from mtt_fast.storage.outputs import check_output_folder
 
 log = logging.getLogger("mtt_fast")
 
@@ -28,7 +31,7 @@ class Options(CommonOptions, Shape):
 
     repetitions: int = 1
     """untimed iterations before the one that is traced"""
-    out: str = "runs/profile"
+    out: Annotated[str, Checked(check_output_folder)] = "runs/profile"
     """folder of the trace"""
     engine: str = "fused"
     """engine to trace"""

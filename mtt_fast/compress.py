@@ -19,11 +19,12 @@ import tyro
 from tqdm import tqdm
 
 from mtt_fast.commands import cli, parsing
-from mtt_fast.commands.option_fields import COUNT_FROM_ZERO
+from mtt_fast.commands.option_fields import COUNT_FROM_ZERO, Checked
 from mtt_fast.commands.options import AtLeastTwo, TrueOrFalse
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import Stopped, stop_request
 from mtt_fast.storage.expert_checks import check_one_kind
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import TrajectoryStore, expert_path, layer_sizes, write_waypoints
 from mtt_fast.storage.waypoints import convexified, evenly_spaced
@@ -43,7 +44,7 @@ class CompressOptions:
     """epochs of the waypoints, such as 0 6 25 50; without it evenly spaced"""
     smooth: TrueOrFalse = True
     """take for a waypoint the mean of the epochs before and after it, and for the last waypoint the mean of the last two"""
-    out: str | None = None
+    out: Annotated[str | None, Checked(check_output_folder)] = None
     """folder for the compressed experts; default FOLDER/waypoints_K"""
 
     def without_effect(self) -> dict[str, str]:
@@ -75,7 +76,7 @@ def compress(
         )
     check_one_kind(whole)
     written = compressed = 0
-    with only_writer_of_experts(out), stop_request() as stop:
+    with only_writer_of_experts(out, "choose another `out`"), stop_request() as stop:
         done = TrajectoryStore(out)
         for expert, index in enumerate(tqdm(whole.indices, desc="compress", unit="expert")):
             if stop:

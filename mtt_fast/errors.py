@@ -23,6 +23,10 @@ class Diverged(InputError):
     """A run whose gradients stayed non-finite until it gave up: other settings may work, these do not."""
 
 
+class OutOfRange(InputError, IndexError):
+    """A position that a sequence does not have."""
+
+
 class NotFound(InputError):
     """A data set that is in none of the expected places: it may come there later."""
 

@@ -26,13 +26,14 @@ from mtt_fast.commands.evaluated_set import (
     settings_of,
     training_set,
 )
-from mtt_fast.commands.option_fields import Group, Role
+from mtt_fast.commands.option_fields import Checked, Group, Role
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.interrupts import stop_request
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, versions
+from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.storage.records import write_record
 from mtt_fast.training.protocols import Accuracy, evaluate
 
@@ -45,7 +46,7 @@ class EvaluateOptions(SetOptions):
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SET")] = ""
     """a run's folder, a synthetic.safetensors, an images_*.pt with its labels_*.pt beside it, or the word "random" """
-    out: Annotated[str | None, Role.LOCATION, Group.OUTPUT] = None
+    out: Annotated[str | None, Role.LOCATION, Group.OUTPUT, Checked(check_output_file)] = None
     """JSON file to which the result is written as well"""
 
     def without_effect(self) -> dict[str, str]:

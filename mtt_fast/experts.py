@@ -48,6 +48,7 @@ from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.expert_checks import check_belongs, check_same_training
 from mtt_fast.storage.identity import DatasetIdentity
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
@@ -209,13 +210,24 @@ class _Request(NamedTuple):
 def _missing(folder: Path, request: _Request) -> list[int]:
     """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one in `folder` is not as requested."""
     present = TrajectoryStore(folder) if folder.is_dir() else None
-    missing = [index for index in range(request.experts) if present is None or index not in present.indices]
+    missing = _numbers_missing(present, request.experts)
     if present:
         check_trained_alike(
             present, request.network, request.images.identity, request.training, request.seed,
             request.dtype or present.dtype(0), request.precision, more=bool(missing),
         )  # fmt: skip
     return missing
+
+
+def _numbers_missing(present: TrajectoryStore | None, count: int) -> list[int]:
+    """Return those of the numbers 0 … `count` − 1 of which there is no expert `present`."""
+    return [index for index in range(count) if present is None or index not in present.indices]
+
+
+def check_room_for_missing(folder: Path, count: int) -> None:
+    """Raise `InputError` if `folder` lacks some of experts 0 … `count` − 1 and they cannot be written there."""
+    if _numbers_missing(TrajectoryStore(folder) if folder.is_dir() else None, count):
+        check_output_folder(folder, "choose another `buffer_path`")
 
 
 def check_trained_alike(
@@ -398,6 +410,7 @@ def _run(options: ExpertOptions, training: ExpertTraining, device: torch.device)
     data = options.load_data()
     network = options.network(data)
     folder = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
+    check_room_for_missing(folder, options.num_experts)
     log.info("%s: %s", options.model, describe_numerics(device, network, options.precision))
     images = real_images(data, device, zca=options.zca)
     store = train_missing_experts(

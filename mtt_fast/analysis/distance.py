@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from mtt_fast.augmentation.siamese import augment_by_strategy
 from mtt_fast.commands import parsing
-from mtt_fast.commands.option_fields import Group, Role, names_of
+from mtt_fast.commands.option_fields import Checked, Group, Role, names_of
 from mtt_fast.commands.options import CommonOptions, Count, Networks, Rate
 from mtt_fast.commands.tables import markdown_table, save_figure
 from mtt_fast.data.synthetic import SyntheticDataset
@@ -50,6 +50,7 @@ from mtt_fast.runtime.provenance import choose_device, device_name, digest, vers
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.files import write_text
 from mtt_fast.storage.identity import check_same_data
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import read_entries, write_record
 from mtt_fast.storage.run_folder import SYNTHETIC, only_user
 from mtt_fast.training.images import RealImages, as_training_images, real_images
@@ -86,7 +87,7 @@ class DistanceOptions(ExpertTrainingOptions):
     """learning rate of the real training"""
     batch_real: Annotated[Count, Group.EXPERTS] = 256
     """batch size of the real training"""
-    out: Annotated[str, Group.OUTPUT] = "runs/distance"
+    out: Annotated[str, Group.OUTPUT, Checked(check_output_folder)] = "runs/distance"
     """folder for distance.png, distance.md and distance.json"""
 
     def without_effect(self) -> dict[str, str]:

@@ -18,10 +18,11 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from mtt_fast.commands import parsing
-from mtt_fast.commands.option_fields import Range
+from mtt_fast.commands.option_fields import Checked, Range
 from mtt_fast.commands.options import AtLeastTwo
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import atomic_path
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.regular import read_bytes
 from mtt_fast.storage.run_folder import HISTORY
 
@@ -42,7 +43,7 @@ class EvolutionOptions:
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """the run's folder"""
-    out: str | None = None
+    out: Annotated[str | None, Checked(check_output_folder)] = None
     """folder for the two pictures, if not the run's own"""
     seconds: Annotated[float, Range(0.02, 600)] = 0.3
     """seconds that each picture of the GIF is shown, from 0.02 to 600; the last picture stays five times as long"""

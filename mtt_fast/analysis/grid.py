@@ -14,13 +14,14 @@ from typing import Annotated, Any
 
 from mtt_fast.analysis.runs import read_summary
 from mtt_fast.commands import parsing
-from mtt_fast.commands.option_fields import Remark
+from mtt_fast.commands.option_fields import Checked, Remark
 from mtt_fast.commands.tables import MISSING, markdown_table, percent, save_figure
 from mtt_fast.distill import command as distill
 from mtt_fast.distill.options import parse_options
 from mtt_fast.errors import Diverged
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.files import write_text
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class GridOptions:
     """M: expert epochs that the student has to match, joined by commas"""
     syn_steps: str = "10,20,30"
     """N: student steps in each iteration, joined by commas"""
-    out: str = "runs/grid"
+    out: Annotated[str, Checked(check_output_folder)] = "runs/grid"
     """folder of the grid: grid.png, grid.md, grid.json, and a run folder for each cell"""
     resume: Annotated[bool, Remark("not needed: the same command always goes on where it was")] = False
     """not needed: the same command always goes on where it was"""

@@ -16,12 +16,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.interop import label_robust_score
 from mtt_fast.storage.files import write_json
+from mtt_fast.storage.outputs import check_output_file
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class ScoreOptions:
     """improvement over random in per cent, in place of --random and, where --hlr is given, --distilled"""
     weight: float = 0.5
     """w: weight of the improvement over random in the score, in [0, 1]"""
-    out: str | None = None
+    out: Annotated[str | None, Checked(check_output_file)] = None
     """JSON file to which the score is written as well"""
 
 

@@ -20,10 +20,12 @@ import tyro
 from mtt_fast.analysis.measured import Measured, Setting, measurements
 from mtt_fast.analysis.runs import finished_runs
 from mtt_fast.commands import parsing
+from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.published import Paper, Published, published
 from mtt_fast.commands.tables import MISSING, markdown_table, percent
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import write_text
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import write_record
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class TablesOptions:
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN …]")] = ()
     """run folders, or folders that hold some"""
-    out: str = "runs/tables"
+    out: Annotated[str, Checked(check_output_folder)] = "runs/tables"
     """folder for tables.md and tables.json"""
 
 

@@ -36,6 +36,7 @@ from mtt_fast.errors import InputError, did_you_mean
 from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import CONFIG, only_user, write_config
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
+    check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
         _run(name, options, folder, device, argv, seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
@@ -15,9 +16,12 @@ from mtt_fast.commands.options import buffer_folder
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.experts import train_missing_experts
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs
+from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs, training_unknown
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import RealImages
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 500  # images in one forward pass
 
@@ -50,14 +54,17 @@ def with_first_expert_training(
     """Return the options with the hyperparameters of the first expert, if there is one; else unchanged.
 
     Raises `InputError` if the expert is of another network or other images, or was trained with other hyperparameters than
-    the `requested` ones.
+    the `requested` ones; or if there is none and it cannot be written.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
     store = TrajectoryStore(folder) if folder.is_dir() else None
     if not store:
+        check_output_folder(folder, "choose another `buffer_path`")
         return options
     check_belongs(store, 0, network, real.identity)
     check_as_asked(store, 0, requested, to_the_end=True)
+    if requested and store.metadata(0).imported:
+        log.info("%s: %s", store.path(0), training_unknown(requested))
     return as_trained(options, dataclasses.asdict(options.expert()), store.metadata(0))
 
 

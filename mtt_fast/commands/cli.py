@@ -66,7 +66,7 @@ def with_flags(message: str) -> str:
 
 _ARGUMENT = re.compile(r"(?<![^\s(])`([A-Za-z_]\w*)`(?=[:;,.)]*(?:\s|$))")
 """A name in backquotes as a word of its own, not as a part of a path."""
-_FLAGS = {"strategy": "dsa_strategy"}
+_FLAGS = {"strategy": "dsa_strategy", "batch": "batch_syn", "steps": "syn_steps"}
 """Flags of those arguments that have another name."""
 
 

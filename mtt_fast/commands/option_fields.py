@@ -333,6 +333,7 @@ def _check_one(field: Field, value: Any) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise InvalidValue("expected a text of Unicode characters (UTF-8)") from error
+    if isinstance(value, str):
         for checked in field.declarations(Checked):
             try:
                 checked.check(value)

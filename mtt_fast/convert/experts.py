@@ -31,6 +31,7 @@ from mtt_fast.runtime.provenance import choose_device, versions
 from mtt_fast.storage.expert_checks import check_one_kind
 from mtt_fast.storage.files import whole_folder
 from mtt_fast.storage.foreign import names_in
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert, write_waypoints
 from mtt_fast.training.images import real_images
@@ -44,6 +45,7 @@ EXPERT_KINDS = {
     "convexified": "convexified_replay_buffer_N.pt of MCT",
     "waypoints": "waypoint_buffer_N.pt and step_buffer_N.pt of MCT",
 }
+_ELSEWHERE = "choose another destination"
 _SERIES = {
     "buffer": BUFFER,
     "convexified": CONVEXIFIED,
@@ -97,6 +99,7 @@ def import_from(options: ConvertOptions, kind: str) -> None:
     folder = buffer_folder(options.destination, data, options.model, zca=options.zca)
     if kind == "waypoints":
         folder = waypoint_folder(folder, len(next(read_waypoints(files[0])).points))
+    check_output_folder(folder, _ELSEWHERE)
     metadata = ExpertMetadata.of(
         data.identity(zca=options.zca),
         network=network.describe(),
@@ -183,6 +186,7 @@ def export_to(options: ConvertOptions) -> None:
     if kind not in ("buffer", "waypoints"):
         raise InputError(f"--to {kind}: {options.source} holds experts; expected buffer, waypoints or experts")
     folder = _public_folder(Path(options.destination), store, kind)
+    check_output_folder(folder, _ELSEWHERE)
     export = export_waypoints if kind == "waypoints" else export_experts
     written = []
     files = export(store, folder, options.experts_per_file)
@@ -203,6 +207,7 @@ def _copy(store: TrajectoryStore, root: Path) -> None:
     folder = root.joinpath(*source.parts[-3 if source.name.startswith("waypoints_") else -2 :])
     if not is_free(folder):
         raise InputError(f"{folder}: is there already; choose another destination, or delete it")
+    check_output_folder(folder, _ELSEWHERE)
     with whole_folder(folder) as content:
         for expert, index in enumerate(tqdm(store.indices, unit="expert")):
             course, epochs = store.course(expert), range(store.epochs(expert) + 1)

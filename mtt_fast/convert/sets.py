@@ -33,6 +33,7 @@ from mtt_fast.interop.ddranking import VERSION
 from mtt_fast.interop.tensor_set import hardened, in_place
 from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import is_free
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         log.info("%s", remark)
     if destination.is_file() or (to != "dc_benchmark" and not is_free(destination)):
         raise InputError(f"{destination}: is there already; choose another destination, or delete it")
+    check_output_folder(destination if destination.is_dir() else destination.parent, "choose another destination")
     info = _source_info(options) if kind in _PICTURES and options.dataset else None
     distilled = read_set(options.source, kind, label_kind=options.label_kind, info=info, lr=options.lr_teacher)
     if isinstance(distilled, SyntheticDataset):

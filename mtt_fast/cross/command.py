@@ -43,6 +43,7 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.provenance import choose_device, device_name, digest, versions
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.files import write_text
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import read_entries, write_record
 from mtt_fast.storage.run_folder import only_user
 from mtt_fast.training.images import Images, RealImages
@@ -67,7 +68,7 @@ class CrossOptions(SetOptions):
     """names of the networks to test on; without it those of --eval_mode"""
     eval_mode: Annotated[str, Role.EVALUATION, Group.EVALUATION, Checked(partial(eval_pool, model="ConvNet"))] = "M"
     """networks to test on, by the letter of a pool (see mtt_fast.evaluate): M architectures"""
-    out: Annotated[str, Role.LOCATION, Group.OUTPUT] = "runs/cross"
+    out: Annotated[str, Role.LOCATION, Group.OUTPUT, Checked(check_output_folder)] = "runs/cross"
     """folder for the table, as JSON, Markdown and a plot"""
 
     def without_effect(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtt_fast.data.class_names import class_indices, shortened
-from mtt_fast.data.image_data import DatasetInfo
+from mtt_fast.data.image_data import DatasetInfo, check_several
 from mtt_fast.data.images import decode, read_headers
 from mtt_fast.data.listing import SUFFIXES, Listing, folder_names, list_classes, listed, tell_skipped
 from mtt_fast.data.packing import Contents, Part, Source, key_of, stack_labels
@@ -108,7 +108,7 @@ def image_source(
     """Describe a data set of image files by class; class i is the i-th of `train`, called `class_names[i]`, or by its key.
 
     `channels` and `size` None: taken from the headers of all images. `resize`: see `images.decode`.
-    Raises `InputError` for classes that differ or are empty, and when it is read, for an image of another size or kind.
+    Raises `InputError` for classes that differ or are empty, for a single one, and when it is read, for an image of another size or kind.
     """
     if set(train) != set(test):
         odd = sorted(set(train) ^ set(test))
@@ -123,6 +123,7 @@ def image_source(
                     f"{root}: expected {split} images ({', '.join(SUFFIXES)}) of every class, found none of {label!r}; "
                     "add some, or remove its folders"
                 )
+    check_several(str(root), tuple(train))
     train_files = [file for label in train for file in train[label]]
     test_files = [file for label in train for file in test[label]]
 

@@ -138,7 +138,8 @@ def _split(part: str, images: Tensor, labels: Tensor) -> Split:
 
 
 def check_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[str]) -> None:
-    """Raise `InputError` unless all labels name a class, both splits hold images, and each class can be learnt."""
+    """Raise `InputError` unless all labels name a class, both splits hold images, and there are classes that can be learnt."""
+    check_several(name, class_names)
     for part, labels in (("training", train), ("test", test)):
         if not len(labels):
             raise InputError(f"{name}: expected {part} images, found none; get the data set again")
@@ -153,6 +154,15 @@ def check_labels(name: str, train: Tensor, test: Tensor, class_names: Sequence[s
         empty = class_names[int((counts == 0).nonzero()[0])]
         raise InputError(
             f"{name}: expected training images of every class, found none of {empty!r}; add some or drop the class"
+        )
+
+
+def check_several(name: str, class_names: Sequence[str]) -> None:
+    """Raise `InputError`, which begins with `name`, for fewer than two classes: a network would have nothing to tell apart."""
+    if len(class_names) < 2:
+        raise InputError(
+            f"{name}: expected at least two classes, found {'none' if not class_names else 'one'}"
+            f"{''.join(f' ({only!r})' for only in class_names)}; add the images of another class"
         )
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mtt_fast.data.image_data import DatasetInfo, ImageData, Split, channel_statistics, check_labels, fingerprint
 from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.storage.files import MALFORMED, atomic_path, header_of, load_tensors, parse_json
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.temporaries import remove_leftovers
 
 VERSION = 1  # of the packed files; raise it when the same source packs to something else
@@ -140,6 +141,7 @@ def _pack(source: Source, path: Path, *, progress: bool) -> None:
     The checksums are of what was given to be written, so that an error of the disk shows when the file is opened.
     Nothing but a few blocks is ever in memory, so the 63 GB of ImageNet at 128 pixels need no more of it than MNIST.
     """
+    check_output_folder(path.parent, "choose another `packed_path`")  # the source may take long to read
     contents = source.read()
     parts = {"train": contents.train, "test": contents.test}
     labels = {name: torch.from_numpy(part.labels) for name, part in parts.items()}

@@ -48,6 +48,7 @@ from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.metrics import MetricsLog
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_user, write_config
 
 log = logging.getLogger(__name__)
@@ -63,11 +64,12 @@ def main(argv: Sequence[str]) -> None:
     options = in_precision_of_run(options, folder, given)
     # an option of the experts that is not given says nothing about the experts with which the run started
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
+    if not options.dry_run and is_finished(folder, options, options.Iteration):
+        return
+    check_output_folder(folder, "choose another `out`")
     if options.dry_run:
         with numerics(device, options.precision):
             print(dry_run(options, folder, device, requested))
-        return
-    if is_finished(folder, options, options.Iteration):
         return
     with numerics(device, options.precision):
         _run(options, requested, folder, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
@@ -100,7 +102,7 @@ def _run(
                 check_same_experts(folder, state, experts)
         options = with_actual_training(options, experts)
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
-        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False)), gradient)
+        write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
         log.info(
             "%s: %d synthetic images of %s, %s with %d parameters (%s), %d experts, on %s",
             folder, options.ipc * data.num_classes, data.name, options.model, network.num_parameters, numerics_in_words,

@@ -14,7 +14,7 @@ import torch
 
 from mtt_fast.data.published_info import DatasetInfo, dataset_info
 from mtt_fast.distill.checks import check_fits
-from mtt_fast.distill.experts import ExpertInventory, check_same_experts, inventory_of
+from mtt_fast.distill.experts import ExpertInventory, check_same_experts, inventory_of, otherwise_whitened
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import planned
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
@@ -83,7 +83,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         "data set": f"{info.name}: {_shape(info.image_shape)}, {info.num_classes} classes, "
         f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
-        "experts": _experts(options, experts),
+        "experts": _experts(options, info, experts),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
@@ -122,11 +122,16 @@ def _recipe(options: DistillOptions) -> str:
     return f"{options.recipe}: {about['description']} ({about['source']})"
 
 
-def _experts(options: DistillOptions, experts: ExpertInventory) -> str:
+def _experts(options: DistillOptions, info: DatasetInfo, experts: ExpertInventory) -> str:
     kind = "experts from elsewhere, used as they are" if experts.imported else ""
     to_train = kind or f"{experts.missing} to train for {options.train_epochs} epochs"
     to_compress = f", {experts.uncompressed} to compress to {options.num_interpolation} waypoints"
-    return f"{to_train}, {experts.available} in {experts.whole}" + (to_compress if experts.uncompressed else "")
+    remark = otherwise_whitened(options, info) if experts.missing else ""
+    return (
+        f"{to_train}, {experts.available} in {experts.whole}"
+        + (to_compress if experts.uncompressed else "")
+        + (f" ({remark})" if remark else "")
+    )
 
 
 def _state(folder: Path) -> str:

@@ -29,9 +29,11 @@ from mtt_fast.storage.expert_checks import (
     check_belongs,
     check_long_enough,
     hyperparameters_of,
+    training_unknown,
 )
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.identity import other_data_in_words
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.storage.waypoints import evenly_spaced
 from mtt_fast.training.images import RealImages
@@ -80,7 +82,8 @@ def check_experts(
     """Check that the run can use the experts that are there, and those that will be trained or compressed.
 
     `requested` are the hyperparameters of experts that the user gave. With a `DatasetInfo`, of images that are not there yet,
-    few properties of the images are compared. Raises `InputError` that names an expert's file, or the options that do not fit.
+    few properties of the images are compared. Raises `InputError` that names an expert's file, the options that do not fit, or
+    the folder in which experts are missing and cannot be written.
     """
     sources = inventory_of(options, data)
     needed = options.max_start_epoch + options.expert_epochs
@@ -94,6 +97,9 @@ def check_experts(
             f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
         )
     identity = data.identity(zca=options.zca)
+    for folder, written in ((sources.whole, sources.missing), (sources.used, sources.uncompressed)):
+        if written:
+            check_output_folder(folder, "choose another `buffer_path`")
     if sources.missing and experts is not None:
         precision = experts.metadata(0).precision or options.precision  # the device decides which precision it is
         check_trained_alike(experts, network, identity, options.experts(), options.seed, experts.dtype(0), precision)
@@ -131,6 +137,8 @@ def prepare_experts(
     """
     sources = inventory_of(options, real.data)
     if sources.missing:
+        if remark := otherwise_whitened(options, real.data):
+            log.info("%s", remark)
         train_missing_experts(
             sources.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
             precision=precision_on(real.train.labels.device, network, options.precision),
@@ -142,6 +150,17 @@ def prepare_experts(
     for line in _remarks(options, real, store, requested):
         log.info("%s: %s", sources.used, line)
     return store
+
+
+def otherwise_whitened(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
+    """Return, where the run has no experts yet, which folder has some of the other --zca, which it cannot use; else ""."""
+    own, other = (
+        buffer_folder(options.buffer_path, data, options.model, zca=zca) for zca in (options.zca, not options.zca)
+    )
+    if _indices(own) or not _indices(other):
+        return ""
+    how = "normalised images; leave out --zca" if options.zca else "whitened images; say --zca"
+    return f"{own}: no experts yet; those in {other} were trained on {how} to use them"
 
 
 def _remarks(
@@ -159,7 +178,7 @@ def _remarks(
             "trains none beside them"
         )
     if first.imported and requested:
-        yield f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in requested)} has no effect"
+        yield training_unknown(requested)
     if (augment := hyperparameters_of(first).get("augment", options.strategy)) != options.strategy:
         yield f"trained with augmentation {augment}; {options.strategy} is that of the student and of evaluations"
 
@@ -172,7 +191,8 @@ def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> No
     if len(store) < state.experts:
         raise InputError(
             f"{folder}: the run was started with {state.experts} experts, found {len(store)}; "
-            f"say --num_experts {state.experts}, or restore its --buffer_path"
+            + ("" if store.metadata(0).imported else f"say --num_experts {state.experts}, or ")
+            + f"restore its --buffer_path, {store.folder}"
         )
     for expert, digest in enumerate(state.digests):
         if store.digest(expert) not in (digest, "") and digest:  # one from before there were checksums has none

@@ -279,6 +279,11 @@ def parse_options(argv: Sequence[str]) -> DistillOptions:
     of_file = parsing.apply(default, in_file, str(chosen.config))
     if of_file.resume:
         raise InputError(f"{chosen.config}: option resume: has no effect in a file; leave it out, and say --resume")
+    if of_file.config is not None:
+        raise InputError(
+            f"{chosen.config}: option config: expected no further file in a file of options, found {of_file.config!r}; write the "
+            "options of both into one"
+        )
     if chosen.resume:
         options = _of_run(chosen, options)
     elif chosen.recipe is not None:

@@ -21,7 +21,9 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
+from mtt_fast.engine.step_checks import check_choices, check_step
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
+from mtt_fast.errors import InputError
 from mtt_fast.kernels import (
     ConvLayer,
     Convolved,
@@ -53,8 +55,14 @@ class FusedConvNetStudent:
     label_kind: LabelKind = "indices"
     precision: Precision = "fp32"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, ConvNet):
+            raise InputError(f"`network`: expected a ConvNet, found {type(self.network).__name__}; use student_for")
+        check_choices(self.label_kind, self.precision)
+
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
-        """See `Student.gradient`."""
+        """See `Student.gradient`. Raises `InputError` for tensors that do not fit the network or each other."""
+        check_step(self.network, self.label_kind, images, labels, theta)
         packed = self._packed(theta, None, images)
         parameters, classifier = self._parts(theta, packed.weights)
         blocks = self._blocks(images, parameters, [None] * self.network.depth)
@@ -84,7 +92,12 @@ class FusedConvNetStudent:
     def gradient_jvp(
         self, theta: Tensor, images: Inputs, labels: Tensor, v: Tensor, saved: SavedActivations | None = None
     ) -> GradientTangent:
-        """See `Student.gradient_jvp`."""
+        """See `Student.gradient_jvp`. Raises `InputError` for tensors that do not fit, and activations that are used up."""
+        check_step(self.network, self.label_kind, images, labels, theta, v=v)
+        if saved is not None and len(saved) != self.network.depth + 1:
+            raise InputError(
+                "`saved`: expected activations of `gradient`, found what is used up; call it again with save"
+            )
         packed = self._packed(theta, v, images)
         parameters, classifier = self._parts(theta, packed.weights)
         directions, classifier_dot = self._parts(packed.direction, packed.weights_dot)

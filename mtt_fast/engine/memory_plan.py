@@ -126,8 +126,8 @@ class Plan:
                 "with batch statistics, which cannot be cut" if self.work.mixes_samples else "a piece of one image"
             )
             raise InputError(
-                f"out of memory at {smallest} ({_mib(self.peak_bytes)} planned); lower the width, the resolution, syn_steps "
-                "or batch_syn, or take a device with more memory"
+                f"out of memory at {smallest} ({_mib(self.peak_bytes)} planned); lower the width, the resolution, `steps` "
+                "or `batch`, or take a device with more memory"
             )
         return dataclasses.replace(self, microbatch=_even(self.work.batch, self.microbatch // 2))
 
@@ -184,7 +184,10 @@ def plan(
             samples depend on each other, so that its batches cannot be cut.
     """
     device = torch.device(device)
-    shape = torch.Size(images.shape if isinstance(images, Tensor) else images)
+    shape = _shape_of(images)
+    for name, value in (("steps", steps), ("batch", batch)):
+        if value is not None:
+            _check_count(name, value)
     input_shape, augment_bytes = footprint_of(augment, shape[1:], dtype)
     work = Work(
         student=student_for(net, device, label_kind, loss, precision),
@@ -204,19 +207,35 @@ def plan(
     return plan_for(work, memory_budget, microbatch)
 
 
-def _check_microbatch(size: Any) -> None:
-    if not isinstance(size, Integral):
-        raise InputError(f"microbatch: expected a whole number, found {size!r}")
-    if int(size) < 1:
-        raise InputError(f"microbatch: expected at least 1, found {size}")
+def _shape_of(images: Any) -> torch.Size:
+    """Return the shape of `images`, a tensor or its shape. Raises `InputError` unless it is (n, C, H, W)."""
+    shape = tuple(images.shape if isinstance(images, Tensor) else images)
+    if len(shape) != 4 or not all(isinstance(side, Integral) and int(side) > 0 for side in shape):
+        raise InputError(f"`images`: expected a tensor or a shape (n, C, H, W), found {shape}")
+    return torch.Size(shape)
 
 
-def plan_for(work: Work, memory_budget: int | str | None, microbatch: int | None = None) -> Plan:
-    """Return the plan for `work`: the largest pieces that fit, and as many saved activations as then fit. Raises as `plan`."""
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, Integral):
+        raise InputError(f"`{name}`: expected a whole number, found {value!r}")
+    if int(value) < 1:
+        raise InputError(f"`{name}`: expected at least 1, found {value}")
+
+
+def plan_for(
+    work: Work,
+    memory_budget: int | str | None,
+    microbatch: int | None = None,
+    otherwise: str = "lower `batch` or `steps`",
+) -> Plan:
+    """Return the plan for `work`: the largest pieces that fit, and as many saved activations as then fit.
+
+    Raises as `plan`; where the budget is too small the error says what to do `otherwise` than to raise it.
+    """
     if microbatch is not None and memory_budget not in (None, AUTO):
-        raise InputError("expected microbatch or memory_budget, found both; give one")
+        raise InputError("expected `microbatch` or `memory_budget`, found both; give one")
     if microbatch is not None:
-        _check_microbatch(microbatch)
+        _check_count("microbatch", microbatch)
         if work.mixes_samples and microbatch < work.batch:
             raise InputError(CANNOT_CUT)
         return Plan(work, min(microbatch, work.batch))
@@ -230,9 +249,9 @@ def plan_for(work: Work, memory_budget: int | str | None, microbatch: int | None
     if cut is None or (cut.cut and work.mixes_samples):
         least = whole if work.mixes_samples else dataclasses.replace(whole, microbatch=1)
         raise InputError(
-            f"memory budget {memory_budget}: expected at least {_mib(least.peak_bytes)} for {work.steps} steps of "
+            f"`memory_budget` {memory_budget}: expected at least {_mib(least.peak_bytes)} for {work.steps} steps of "
             f"{work.batch} images{' (batch statistics: the batch cannot be cut)' if work.mixes_samples else ''}; "
-            "raise it, or lower batch_syn or syn_steps"
+            f"raise it, or {otherwise}"
         )
     even = dataclasses.replace(cut, microbatch=_even(work.batch, cut.microbatch))
     recomputed, saved = work.student.passes

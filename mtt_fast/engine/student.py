@@ -33,7 +33,7 @@ _TAKEN_OVER_LIVE, _TAKEN_OVER_SAVED = 2.6, 2.0
 _MANY = 128  # samples
 
 CANNOT_CUT = (
-    "microbatch: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
+    "`microbatch`: the network's batch norm uses batch statistics, so cutting the batch would change the result; "
     "use instance norm, evaluation mode, or no micro-batches"
 )
 """The error where batches of a network that mixes samples were to be cut."""
@@ -290,7 +290,7 @@ def in_microbatches(student: Student, network: Network, size: int) -> Student:
     Raises `InputError` if `network` makes its samples depend on each other (batch norm).
     """
     if size < 1:
-        raise InputError(f"microbatch: expected at least 1, found {size}")
+        raise InputError(f"`microbatch`: expected at least 1, found {size}")
     if network.mixes_samples:
         raise InputError(CANNOT_CUT)
     return InMicrobatches(student, size)

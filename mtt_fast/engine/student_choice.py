@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from mtt_fast.engine.fused import FusedConvNetStudent
+from mtt_fast.engine.step_checks import check_choices
 from mtt_fast.engine.student import GenericStudent, Loss, Student, cross_entropy, cross_entropy_from_logits
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import HALF_PRECISIONS, LabelKind, Precision, has_kernels
@@ -40,9 +41,7 @@ def student_for(
     `precision` is the fused student's; the generic one follows torch's own settings. Raises `InputError` for an unknown
     `label_kind` or `precision`, also where it has no effect, and for a module whose parameters are not one vector.
     """
-    for name, value, kinds in (("label_kind", label_kind, LabelKind), ("precision", precision, Precision)):
-        if value not in get_args(kinds):
-            raise InputError(f"`{name}` {value}: expected {', '.join(get_args(kinds))}")
+    check_choices(label_kind, precision)
     if not hasattr(network, "num_parameters"):
         raise InputError(
             f"`net`: expected a network of one vector of parameters, found {type(network).__name__}; use ConvNet, or "

@@ -137,7 +137,7 @@ def unroll(
     if gradient not in ("exact", "truncated"):
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{gradient}'")
     if [microbatch, memory_budget, plan].count(None) < 2:
-        raise InputError("unroll: expected one of microbatch, memory_budget and plan, found several; give one")
+        raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
     has_velocity = momentum != 0 or velocity is not None or return_velocity
     largest, steps = max(len(index) for index in indices), len(indices)
     if draws is None:
@@ -165,7 +165,7 @@ def unroll(
             augment=augment is not None,
             augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
         )
-        plan = plan_for(work, memory_budget, microbatch)
+        plan = plan_for(work, memory_budget, microbatch, "give fewer or smaller `batches`")
     student_steps = StudentSteps(
         student=student_for_plan(student, net, plan, largest),
         batches=indices,

@@ -69,7 +69,10 @@ class ConvNet:
     def feature_size(self) -> tuple[int, int]:
         """Return the height and width of the last feature map."""
         size = self.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        return self.feature_size_of(*((size, size) if isinstance(size, int) else size))
+
+    def feature_size_of(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of the last feature map of images of this `height` and `width`."""
         grown = 2 * (self.first_padding - 1)
         return (height + grown) >> self.depth, (width + grown) >> self.depth
 

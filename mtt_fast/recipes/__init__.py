@@ -6,6 +6,7 @@ A recipe that says `base = "NAME"` has the options of that recipe, or of the fil
 from __future__ import annotations
 
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ def recipe_about(name: str) -> dict[str, str]:
 
 def recipe_text(name: str) -> str:
     """Return the text of the recipe's file, TOML, after the files that it is based on."""
-    base = _table(name).get("base")
-    own = str(_file(name).read_text(encoding="utf-8"))
-    return own if base is None else f"{recipe_text(base)}\n# over {base}\n{own}"
+    names = _with_bases(name)[::-1]
+    return "\n".join([_text(names[0]), *(f"# over {base}\n{_text(other)}" for base, other in pairwise(names))])
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -49,14 +49,33 @@ def _read(name: str) -> dict[str, Any]:
 
 def _resolved(name: str) -> dict[str, Any]:
     """Return the content of the file of `name`, merged over that of its base."""
-    table = _table(name)
-    base = table.pop("base", None)
-    return table if base is None else _resolved(base) | table
+    merged: dict[str, Any] = {}
+    for each in reversed(_with_bases(name)):
+        merged |= _table(each)
+    merged.pop("base", None)
+    return merged
+
+
+def _with_bases(name: str) -> list[str]:
+    """Return `name`, that of its base, that of the base's base, and so on. Raises `InputError` where that leads back."""
+    names = [name]
+    while (base := _table(names[-1]).get("base")) is not None:
+        if base in names:
+            circle = " -> ".join([*names[names.index(base) :], base])
+            raise InputError(
+                f"recipe {names[-1]}: expected a base that is not based on it, found {base} ({circle}); name another base"
+            )
+        names.append(base)
+    return names
 
 
 def _table(name: str) -> dict[str, Any]:
     with resources.as_file(_file(name)) as path:
         return read_toml(path)
+
+
+def _text(name: str) -> str:
+    return str(_file(name).read_text(encoding="utf-8"))
 
 
 def _file(name: str) -> Any:

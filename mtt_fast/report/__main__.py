@@ -12,10 +12,12 @@ from typing import Annotated
 import tyro
 
 from mtt_fast.commands import cli, parsing
+from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError
 from mtt_fast.report.page import render
 from mtt_fast.report.runs import read_runs
 from mtt_fast.storage.files import write_text
+from mtt_fast.storage.outputs import check_output_file
 
 PROGRAM = "python -m mtt_fast.report"
 
@@ -28,7 +30,7 @@ class ReportOptions:
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN …")] = ()
     """folders of runs, of baselines too"""
-    out: str | None = None
+    out: Annotated[str | None, Checked(check_output_file)] = None
     """the file to write; default RUN/report.html for one run, report.html here for several"""
 
 

@@ -31,11 +31,11 @@ def parse_bytes(amount: float | str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(amount))
         if match is None or match[2].upper() not in _UNITS:
             raise InputError(
-                f"memory budget '{amount}': expected a number of bytes or one with KB, MB, GB, KiB, MiB or GiB, e.g. 6GiB"
+                f"`memory_budget` '{amount}': expected a number of bytes or one with KB, MB, GB, KiB, MiB or GiB, e.g. 6GiB"
             )
         number, unit = float(match[1]), match[2].upper()
     if not 0 < number * _UNITS[unit] < 2**63:
-        raise InputError(f"memory budget {amount}: expected more than nothing, and less than 8 EiB")
+        raise InputError(f"`memory_budget` {amount}: expected more than nothing, and less than 8 EiB")
     return int(number * _UNITS[unit])
 
 

@@ -157,6 +157,11 @@ def check_same_training(
             )
 
 
+def training_unknown(requested: Iterable[str]) -> str:
+    """Return the remark on imported experts that the hyperparameters `requested` of experts say nothing about them."""
+    return f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in requested)} has no effect"
+
+
 def as_trained(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
     """Return `options` with those of the experts' training as the `expert` has them.
 

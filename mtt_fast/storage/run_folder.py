@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import MALFORMED, checksum_of, parse_toml, write_text
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.records import NUMBER, check_form, read_record
 from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.temporaries import remove_leftovers
@@ -41,8 +42,9 @@ def only_user(
     """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
 
     The lock ends with the process that holds it, whatever ends that. Raises `InputError` if another process holds it, with
-    what that is `doing`, and what to do `otherwise` than to wait.
+    what that is `doing`, and what to do `otherwise` than to wait; and where no folder is, can be made, or can be written in.
     """
+    check_output_folder(folder, otherwise)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / _LOCK, timeout=0):
@@ -56,12 +58,12 @@ def only_user(
 
 
 @contextlib.contextmanager
-def only_writer_of_experts(folder: Path) -> Iterator[None]:
+def only_writer_of_experts(folder: Path, otherwise: str = "choose another `buffer_path`") -> Iterator[None]:
     """Keep other processes from writing experts to `folder` while the block lasts; readers need not ask.
 
-    Nothing but experts stays, and no folder without one. Raises `InputError` if another process writes there.
+    Nothing but experts stays, and no folder without one. Raises as `only_user`.
     """
-    with only_user(folder, "training or writing experts here", "choose another `buffer_path`"):
+    with only_user(folder, "training or writing experts here", otherwise):
         try:
             yield
         finally:

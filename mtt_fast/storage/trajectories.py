@@ -12,17 +12,19 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError, reason_of, remedy_for
+from mtt_fast.errors import InputError, OutOfRange, reason_of, remedy_for
 from mtt_fast.storage.files import (
     MALFORMED,
     TensorEntry,
@@ -36,6 +38,7 @@ from mtt_fast.storage.files import (
     tell_unchecked,
     write_text,
 )
+from mtt_fast.storage.foreign import shown
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.records import check_form
 from mtt_fast.storage.regular import open_regular
@@ -237,12 +240,14 @@ class TrajectoryStore:
     """The experts of a folder, read only. Opening it lists names; each file's header is read at the first use of it.
 
     Methods take an expert's position, 0 … len − 1, in the order of the experts' numbers (`indices`). They may be called
-    from several threads. All raise `InputError` for a file that is missing, truncated or no expert's, and `IndexError`
-    for a position or an epoch out of range.
+    from several threads. All raise `InputError` for a file that is missing, truncated or no expert's, and `OutOfRange`, which
+    is an `InputError` and an `IndexError`, for a position or an epoch out of range.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
         """Open `folder`; one that `being_filled` has marked only if `unfinished` is said."""
+        if not isinstance(folder, str | os.PathLike):
+            raise InputError(f"`folder`: expected the path of a folder of experts, found {shown(folder)}")
         self.folder = Path(folder)
         try:
             names = os.listdir(self.folder)
@@ -271,8 +276,9 @@ class TrajectoryStore:
         the straight line from one to the next.
         """
         header = self._header(expert)
+        _check_number(epoch)
         if not 0 <= epoch <= header.epochs:
-            raise IndexError(f"{self._path(expert)}: expected an epoch from 0 to {header.epochs}, found {epoch}")
+            raise OutOfRange(f"{self._path(expert)}: expected an epoch from 0 to {header.epochs}, found {epoch}")
         row, weights = header.at(epoch)
         start = self._row(expert, header, row)
         return start if weights is None else torch.lerp(start, self._row(expert, header, row + 1), weights)
@@ -336,14 +342,32 @@ class TrajectoryStore:
             self._row(expert, header, number)
 
     def _path(self, expert: int) -> Path:
-        if not 0 <= expert < len(self):
-            raise IndexError(f"{self.folder}: expected an expert from 0 to {len(self) - 1}, found {expert}")
-        return expert_path(self.folder, self.indices[expert])
+        return expert_path(self.folder, self.indices[self._position(expert)])
+
+    def _position(self, expert: Any) -> int:
+        """Return `expert` as a position in `indices`. Raises `InputError` for what is none, `OutOfRange` for one without an expert."""
+        try:
+            position = operator.index(expert)
+        except TypeError as error:
+            raise InputError(
+                f"`expert`: expected the position of an expert, a whole number, found {shown(expert)}"
+            ) from error
+        if not self.indices:
+            raise OutOfRange(f"{self.folder}: expected experts (expert_0000.safetensors, …), found none")
+        if not 0 <= position < len(self):
+            raise OutOfRange(f"{self.folder}: expected an expert from 0 to {len(self) - 1}, found {position}")
+        return position
 
     def _header(self, expert: int) -> _Header:
-        if expert not in self._headers:  # two threads may both read it, to the same result
-            self._headers[expert] = _read_header(self._path(expert))
-        return self._headers[expert]
+        position = self._position(expert)
+        if position not in self._headers:  # two threads may both read it, to the same result
+            self._headers[position] = _read_header(self._path(position))
+        return self._headers[position]
+
+
+def _check_number(epoch: Any) -> None:
+    if not isinstance(epoch, Real | Tensor):
+        raise InputError(f"`epoch`: expected a number, found {shown(epoch)}")
 
 
 def _read_header(path: Path) -> _Header:

@@ -16,12 +16,12 @@ from typing import Literal
 import pytest
 import torch
 
-from mtt_fast import InputError
+from mtt_fast import InputError, recipes
 from mtt_fast.augmentation.siamese import SiameseAugment
 from mtt_fast.commands import cli, parsing
 from mtt_fast.distill.options import parse_options
 from mtt_fast.networks.by_name import network_by_name
-from mtt_fast.recipes import recipe_about, recipe_names
+from mtt_fast.recipes import recipe_about, recipe_names, recipe_options, recipe_text
 from mtt_fast.recipes.__main__ import listing
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.runtime.seeding import generator_for
@@ -271,6 +271,25 @@ def test_a_recipe_by_its_name_is_its_file(tmp_path: Path) -> None:
     assert 'source = "DATM (ICLR 2024), the public code, configs/CIFAR-10/ConvIN/IPC10.yaml"' in text
     (tmp_path / "x.toml").write_text(text)
     assert read_toml(tmp_path / "x.toml")["lr_y"] == 2.0
+
+
+def test_recipes_that_lead_back_to_themselves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "_folder", lambda: tmp_path)
+    (tmp_path / "bases").mkdir()
+    bases = {"own": "own", "a": "b", "b": "bases-c", "bases/bases-c": "a", "lost": "gone", "last": "bases-d"}
+    for name, base in bases.items():
+        (tmp_path / f"{name}.toml").write_text(f'base = "{base}"\nipc = 2\n')
+    (tmp_path / "bases" / "bases-d.toml").write_text("ipc = 1\nseed = 3\n")
+    for name, message in (
+        ("own", r"^recipe own: expected a base that is not based on it, found own \(own -> own\); name another base$"),
+        ("a", r"^recipe bases-c: .* found a \(a -> b -> bases-c -> a\);"),
+        ("lost", r"gone\.toml: cannot be read"),
+    ):
+        for read in (recipe_options, recipe_text):
+            with pytest.raises(InputError, match=message):
+                read(name)
+    assert recipe_options("last") == {"ipc": 2, "seed": 3}
+    assert recipe_text("last") == 'ipc = 1\nseed = 3\n\n# over bases-d\nbase = "bases-d"\nipc = 2\n'
 
 
 def test_no_recipe() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -13,7 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mtt_fast.data import images, load
+import mtt_fast.distill.command as distill
+from mtt_fast import evaluate, experts
+from mtt_fast.commands import cli
+from mtt_fast.data import from_tensors, images, load
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.images import decode
 from mtt_fast.data.packing import packed
@@ -58,9 +63,11 @@ def test_test_images_follow_the_classes_of_training(tmp_path: Path) -> None:
 def test_more_images_than_a_task_holds_keep_their_order(tmp_path: Path) -> None:
     for number in range(150):
         write(tmp_path / "train" / "a" / f"{number:03}.png", np.full((2, 2, 3), number, np.uint8))
-    write(tmp_path / "test" / "a" / "0.png", noise(0, 2, 2))
+    write(tmp_path / "train" / "b" / "0.png", np.full((2, 2, 3), 150, np.uint8))
+    for label in "ab":
+        write(tmp_path / "test" / label / "0.png", noise(0, 2, 2))
     data = load("folder", data_path=tmp_path, progress=False)
-    assert data.train.images[:, 0, 0, 0].tolist() == list(range(150))
+    assert data.train.images[:, 0, 0, 0].tolist() == list(range(151))
 
 
 @pytest.mark.parametrize(("side", "resize", "threads"), [(6, False, 1), (6, True, 8), (65, False, 8)])
@@ -205,6 +212,26 @@ def test_empty_class_is_named(tmp_path: Path, split: str, word: str) -> None:
     (tmp_path / split / "c" / "notes.txt").touch()
     (tmp_path / split / "c" / "._t.png").touch()
     fails(tmp_path, f"expected {word} images .* of every class, found none of 'c'")
+
+
+def test_a_single_class_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = folder(tmp_path / "pets"), tmp_path / "out"
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "b")
+    fails(root, r"pets: expected at least two classes, found one \('a'\); add the images of another class")
+    data = f"--dataset {root} --data_path {tmp_path} --model ConvNetD1W4".split()
+    for command, arguments in (
+        (experts.main, [*data, "--buffer_path", str(out)]),
+        (distill.main, [*data, "--buffer_path", str(out), "--out", str(out)]),
+        (distill.main, [*data, "--buffer_path", str(out), "--out", str(out), "--dry_run"]),
+        (evaluate.main, ["random", *data]),
+    ):
+        assert cli.run(command, arguments) == 2
+        assert re.match("error: .*pets: expected at least two classes, found one[^\n]*\n$", capsys.readouterr().err)
+    assert not out.exists()
+    pixels = torch.from_numpy(noise(0)).permute(2, 0, 1)[None]
+    with pytest.raises(InputError, match=r"^mine: expected at least two classes, found one \('0'\)"):
+        from_tensors((pixels, torch.tensor([0])), (pixels, torch.tensor([0])), name="mine")
 
 
 def test_missing_folders_are_named(tmp_path: Path) -> None:

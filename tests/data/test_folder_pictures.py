@@ -38,8 +38,8 @@ def transparent(mode: str) -> Image.Image:
 def test_transparency_is_composed_on_white_and_told(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for split in ("train", "test"):
-        write(tmp_path / split / "a/0.png", noise(1, 1, 3, channels=1 if kind in ("LA", "L") else 3))
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        write(tmp_path / place / "0.png", noise(1, 1, 3, channels=1 if kind in ("LA", "L") else 3))
     path = tmp_path / "train/a/1.png"
     match kind:
         case "RGBA" | "LA":

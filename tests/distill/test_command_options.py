@@ -26,6 +26,16 @@ def test_options_come_from_the_recipe_then_the_file_then_the_flags(tmp_path: Pat
     assert (public.recipe, public.syn_steps, public.lr_img, public.max_start_epoch) == (None, 20, 1000.0, 25)
 
 
+def test_a_file_of_options_names_no_other(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    second.write_text("syn_steps = 7\n")
+    for named in (second, first):  # itself, too
+        first.write_text(f'config = "{named}"\n')
+        message = f"^{first}: option config: expected no further file in a file of options, found '{named}'; write the options"
+        with pytest.raises(InputError, match=message):
+            parse_options(["--config", str(first)])
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -94,7 +104,11 @@ MISTAKES = [
     pytest.param(["--Iteration", "-1"], r"--Iteration -1: expected at least 0", id="negative"),
     pytest.param(["--lr_teacher", "0"], r"--lr_teacher 0.0: expected more than 0", id="rate"),
     pytest.param(["--memory_budget", "much"], r"--memory_budget much: expected a number of bytes", id="budget-text"),
-    pytest.param(["--memory_budget", "1KiB"], r"memory budget 1KiB: expected at least", id="budget"),
+    pytest.param(
+        ["--memory_budget", "1KiB"],
+        r"--memory_budget 1KiB: expected at least .* or lower --batch_syn or --syn_steps",
+        id="budget",
+    ),
     pytest.param(["--dsa_strategy", "blur"], r"--dsa_strategy blur", id="augmentation"),
     pytest.param(["--networks_at_once", "0"], r"--networks_at_once 0: expected at least 1", id="networks-at-once"),
     pytest.param(["--device", "cuda:99"], r"--device cuda:99", id="device"),

@@ -343,6 +343,6 @@ def test_what_is_planned_in_fp16_can_be_repeated_in_tf32_in_the_same_memory(batc
         assert again == plan_of("tf32", memory_budget=str(budget))
         assert max(first.peak_bytes, again.peak_bytes) <= budget
     # what fp16 alone would fit in is refused before the first iteration
-    with pytest.raises(InputError, match=r"memory budget \d+: expected at least"):
+    with pytest.raises(InputError, match=r"`memory_budget` \d+: expected at least"):
         plan_of("fp16", memory_budget=str(least["tf32"] - 1))
     assert in_tf32(plan_of("fp16", microbatch=7)) == plan_of("tf32", microbatch=7)

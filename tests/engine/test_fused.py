@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtt_fast import ConvNet
+from mtt_fast import ConvNet, InputError
+from mtt_fast.engine.batch import Batch
 from mtt_fast.engine.fused import FusedConvNetStudent
 from mtt_fast.engine.student import GenericStudent, cross_entropy, cross_entropy_from_logits
 from mtt_fast.kernels import native
@@ -106,3 +108,87 @@ def test_equals_the_generic_student_at_random(
 ) -> None:
     size = (2**depth + extra[0], 2**depth + extra[1])
     assert_same_as_generic(ConvNet(channels, 3, size, width, depth, norm), batch, label_kind, seed)
+
+
+SMALL = ConvNet(3, 10, 8, width=4, depth=2)
+STEP = {
+    "theta": torch.ones(SMALL.num_parameters),
+    "images": torch.ones(4, 3, 8, 8),
+    "labels": torch.arange(4),
+    "v": torch.ones(SMALL.num_parameters),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"theta": STEP["theta"][1:]},
+            "`theta`: expected the network's (446,) parameters, contiguous, float32 or float64",
+        ),
+        ({"theta": STEP["theta"].half()}, "found float16 of shape (446,)"),
+        (
+            {"theta": STEP["theta"].expand(2, -1).T.contiguous()[:, 0]},
+            "found float32 of shape (446,) with strides (2,)",
+        ),
+        ({"theta": STEP["theta"].tolist()}, "`theta`: expected a tensor, found list"),
+        (
+            {"theta": STEP["theta"].clone().requires_grad_()},
+            "`theta`: expected a tensor without a graph, found one that",
+        ),
+        (
+            {"images": torch.ones(4, 1, 8, 8)},
+            "`images`: expected floating-point numbers (b, 3, H, W), at least one image",
+        ),
+        ({"images": torch.ones(3, 8, 8)}, "found float32 of shape (3, 8, 8)"),
+        ({"images": torch.ones(4, 3, 8, 8, dtype=torch.uint8)}, "found uint8 of shape (4, 3, 8, 8)"),
+        ({"images": torch.ones(0, 3, 8, 8), "labels": torch.arange(0)}, "found float32 of shape (0, 3, 8, 8)"),
+        ({"images": torch.ones(4, 3, 16, 16)}, "`images`: expected the network's size 8, found (16, 16)"),
+        ({"images": Batch(torch.ones(6, 3, 16, 16), torch.arange(4), None)}, "expected the network's size 8, found"),
+        ({"images": STEP["images"].to("meta")}, "`images`: expected the device of theta, cpu, found meta"),
+        ({"labels": torch.arange(3)}, "`labels`: expected indices (4,), int64, found int64 of shape (3,)"),
+        ({"labels": torch.arange(4).int()}, "`labels`: expected indices (4,), int64, found int32 of shape (4,)"),
+        ({"labels": torch.ones(4, 10)}, "`labels`: expected indices (4,), int64, found float32 of shape (4, 10)"),
+        ({"labels": torch.tensor([0, 1, 2, 10])}, "`labels`: expected class indices 0 … 9, found 0 … 10"),
+        ({"labels": torch.tensor([0, 1, 2, -1])}, "`labels`: expected class indices 0 … 9, found -1 … 2"),
+        (
+            {"v": STEP["v"].double()},
+            "`v`: expected the network's (446,) parameters, contiguous, float32, found float64",
+        ),
+        ({"v": STEP["v"][1:]}, "contiguous, float32, found float32 of shape (445,)"),
+        ({"v": None}, "`v`: expected a tensor, found NoneType"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    step, student = STEP | change, FusedConvNetStudent(SMALL)
+    with pytest.raises(InputError, match=re.escape(message)):
+        student.gradient_jvp(**step)
+    if "v" not in change:
+        del step["v"]
+        with pytest.raises(InputError, match=re.escape(message)):
+            student.gradient(**step)
+
+
+def test_labels_are_of_the_kind_that_the_student_has() -> None:
+    for labels, found in ((STEP["labels"], "int64 of shape (4,)"), (torch.ones(4, 9), "float32 of shape (4, 9)")):
+        with pytest.raises(InputError, match=re.escape(f"expected logits (4, 10), float32, found {found}")):
+            FusedConvNetStudent(SMALL, "logits").gradient(STEP["theta"], STEP["images"], labels)
+
+
+def test_settings_are_checked() -> None:
+    for arguments, message in (
+        ((torch.nn.Linear(2, 2),), "`network`: expected a ConvNet, found Linear"),
+        ((SMALL, "soft"), "`label_kind` soft: expected indices, probabilities, logits"),
+        ((SMALL, "indices", "fp8"), "`precision` fp8: expected fp32, tf32, fp16, bf16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            FusedConvNetStudent(*arguments)
+
+
+def test_saved_activations_serve_once() -> None:
+    theta, images, labels, v = STEP.values()
+    student = FusedConvNetStudent(SMALL)
+    saved = student.gradient(theta, images, labels, save=True).saved
+    student.gradient_jvp(theta, images, labels, v, saved)
+    with pytest.raises(InputError, match="`saved`: expected activations of `gradient`, found what is used up"):
+        student.gradient_jvp(theta, images, labels, v, saved)

@@ -160,8 +160,31 @@ def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
         assert plan.peak_bytes == sum(plan.parts.values())
     assert planned(None).saved_steps == 0
     assert planned("10GiB").peak_bytes < GIB  # not more than is useful
-    with pytest.raises(InputError, match=r"expected at least .* MiB for 5 steps of 50 images; raise it"):
+    with pytest.raises(
+        InputError,
+        match=r"^`memory_budget` 1MiB: expected at least .* MiB for 5 steps of 50 images; raise it, or lower `batch` or `steps`$",
+    ):
         planned("1MiB")
+    net = ConvNet(width=16)
+    theta, images, labels = net.init(), torch.zeros(50, 3, 32, 32), torch.zeros(50, dtype=torch.long)
+    with pytest.raises(InputError, match=r"^`memory_budget` 1: .* raise it, or give fewer or smaller `batches`$"):
+        mtt_fast.unroll(net, theta, images, labels, 0.1, torch.arange(50)[None], memory_budget=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "^`steps`: expected at least 1, found 0$"),
+        ({"steps": 2.5}, "^`steps`: expected a whole number, found 2.5$"),
+        ({"batch": -3}, "^`batch`: expected at least 1, found -3$"),
+        ({"images": (3, 32, 32)}, r"^`images`: expected a tensor or a shape \(n, C, H, W\), found \(3, 32, 32\)$"),
+        ({"images": torch.zeros(2, 0, 4, 4)}, r"^`images`: .* found \(2, 0, 4, 4\)$"),
+        ({"microbatch": 3}, "^expected `microbatch` or `memory_budget`, found both"),
+    ],
+)
+def test_a_plan_for_no_steps_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        planned("1GiB", **change)
 
 
 @needs_native
@@ -188,7 +211,9 @@ def test_batch_statistics_need_the_whole_batch() -> None:
     assert planned("1GiB", net).microbatch == 50
     with pytest.raises(InputError, match="batch statistics: the batch cannot be cut"):
         planned("10MiB", net)
-    with pytest.raises(InputError, match="batch statistics, which cannot be cut"):
+    with pytest.raises(
+        InputError, match=r"batch statistics, which cannot be cut .* the resolution, `steps` or `batch`, or"
+    ):
         planned(None, net).smaller()
 
 
@@ -398,5 +423,5 @@ def test_amounts(text: float | str, value: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "lots", "6 XB", "-3GiB", 0, float("nan")])
 def test_amounts_that_are_none(text: float | str) -> None:
-    with pytest.raises(InputError, match="memory budget"):
+    with pytest.raises(InputError, match=r"^`memory_budget` "):
         parse_bytes(text)

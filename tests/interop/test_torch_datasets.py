@@ -53,8 +53,8 @@ def test_any_map_style_dataset_becomes_real_images() -> None:
     assert mixed.class_names == ("ape", "bee", "cow")
     with pytest.raises(InputError, match=r"test: expected the names of .* found 'dog'"):
         image_data_from(Named(["ape", "bee", "cow"]), Named(["cow", "ape", "dog"]))
-    grey = [(Image.fromarray(np.full((4, 5), 7, np.uint8)), 0)]
-    assert image_data_from(grey, grey, class_names=["seven"]).train.images.shape == (1, 1, 4, 5)
+    grey = [(Image.fromarray(np.full((4, 5), 7 + label, np.uint8)), label) for label in range(2)]
+    assert image_data_from(grey, grey, class_names=["seven", "eight"]).train.images.shape == (2, 1, 4, 5)
 
 
 @pytest.mark.parametrize(

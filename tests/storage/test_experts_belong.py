@@ -275,6 +275,51 @@ def test_imported_experts_are_used_as_they_are(
     assert cli.run(distill, [*words, *flags, "--Iteration", "3"]) == 0  # and goes on
 
 
+def test_no_flag_brings_back_imported_experts(
+    imported: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    words = ["--dataset", "digits", *MODEL, *DISTILLED[:-2], *EVALUATED, "--buffer_path", "my_buffers"]
+    assert cli.run(distill, [*words, "--out", "new"]) == 0
+    (imported / "expert_0001.safetensors").unlink()
+    line = refused(capsys, distill, *words, "--out", "new", "--Iteration", "3")
+    assert f"was started with 2 experts, found 1; restore its --buffer_path, {imported}" in line
+    assert (
+        cli.run(
+            baselines,
+            ["herding", "--dataset", "digits", *MODEL, *EVALUATED, "--buffer_path", "my_buffers", "--mom", "0.3"],
+        )
+        == 0
+    )
+    assert f"{imported}/expert_0000.safetensors: how they were trained is not known: --mom has no effect" in caplog.text
+
+
+def test_experts_of_the_other_whitening_are_pointed_out(
+    imported: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    words = [
+        "--dataset",
+        "digits",
+        *MODEL,
+        *DISTILLED[:-2],
+        *EVALUATED,
+        "--buffer_path",
+        "my_buffers",
+        "--out",
+        "new",
+        "--zca",
+    ]
+    words += ["--num_experts", "1", "--train_epochs", "3"]
+    remark = "digits_ZCA/ConvNetD1W4: no experts yet; those in my_buffers/digits/ConvNetD1W4 were trained on normalised images; leave out --zca to use them"
+    assert cli.run(distill, [*words, "--dry_run"]) == 0
+    assert remark in capsys.readouterr().out
+    assert cli.run(distill, words) == 0
+    assert remark in caplog.text
+    assert cli.run(distill, [*words, "--dry_run"]) == 0
+    assert "no experts yet" not in capsys.readouterr().out
+
+
 def test_experts_are_not_trained_beside_imported_ones(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dataset", "digits", *MODEL, "--num_experts", "3", "--buffer_path", "my_buffers"]
     assert f"{imported}/expert_0000.safetensors: comes from elsewhere" in refused(capsys, experts, *flags)

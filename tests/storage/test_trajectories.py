@@ -12,7 +12,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -113,8 +115,35 @@ def test_what_is_not_there_is_an_index_error(store: TrajectoryStore, expert: int
         store.read(expert, epoch)
 
 
+@pytest.mark.parametrize(
+    ("expert", "epoch", "message"),
+    [
+        (7, 0, "expected an expert from 0 to 0, found 7"),
+        (0, 99, f"expected an epoch from 0 to {EPOCHS}, found 99"),
+        (0, float("nan"), f"expected an epoch from 0 to {EPOCHS}, found nan"),
+        ("0", 0, "`expert`: expected the position of an expert, a whole number, found '0'"),
+        (0.0, 0, "`expert`: expected the position of an expert, a whole number, found 0.0"),
+        (slice(1), 0, "`expert`: expected the position of an expert, a whole number, found slice"),
+        (0, "1", "`epoch`: expected a number, found '1'"),
+        (0, None, "`epoch`: expected a number, found None"),
+    ],
+)
+def test_what_is_no_position_is_named(store: TrajectoryStore, expert: Any, epoch: Any, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        store.read(expert, epoch)
+    numbers: list[Any] = [np.int64(0), torch.tensor(0)]
+    for number in numbers:
+        assert torch.equal(store.read(number, number + 1), store.read(0, 1))
+
+
 def test_an_empty_folder_is_an_empty_store(tmp_path: Path) -> None:
-    assert len(TrajectoryStore(tmp_path)) == 0
+    store = TrajectoryStore(tmp_path)
+    assert len(store) == 0
+    with pytest.raises(InputError, match=r"expected experts \(expert_0000\.safetensors, …\), found none"):
+        store.metadata(0)
+    for folder in (None, 3):
+        with pytest.raises(InputError, match=f"`folder`: expected the path of a folder of experts, found {folder}"):
+            TrajectoryStore(folder)  # type: ignore[arg-type]
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Check the arguments of one step of the fused student, in the words of its caller; a GPU is not waited for."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from mtt_fast.engine.batch import Batch, Inputs
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.networks.convnet import ConvNet
+
+
+def check_choices(label_kind: str, precision: str) -> None:
+    """Raise `InputError` for an unknown `label_kind` or `precision`."""
+    for name, value, kinds in (("label_kind", label_kind, LabelKind), ("precision", precision, Precision)):
+        if value not in get_args(kinds):
+            raise InputError(f"`{name}` {value}: expected {', '.join(get_args(kinds))}")
+
+
+def check_step(
+    network: ConvNet, label_kind: LabelKind, images: Inputs, labels: Tensor, theta: Tensor, **directions: Tensor
+) -> None:
+    """Raise `InputError` unless the tensors of a step fit the network and each other: kinds, shapes, dtypes, one device.
+
+    `directions` of a derivative are like `theta`. Class indices are compared with the number of classes on a CPU alone.
+    """
+    pixels = images.images if isinstance(images, Batch) else images
+    for name, tensor in {"theta": theta, "images": pixels, "labels": labels, **directions}.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"`{name}`: expected a tensor, found {type(tensor).__name__}")
+        if tensor.device != theta.device:
+            raise InputError(f"`{name}`: expected the device of theta, {theta.device}, found {tensor.device}")
+        if tensor.requires_grad:
+            raise InputError(f"`{name}`: expected a tensor without a graph, found one that requires grad; detach it")
+    _check_vector("theta", theta, network, (torch.float32, torch.float64))
+    for name, direction in directions.items():
+        _check_vector(name, direction, network, (theta.dtype,))
+    _check_images(images, pixels, network)
+    _check_labels(labels, label_kind, len(images), network.num_classes, theta.dtype)
+
+
+def _check_vector(name: str, vector: Tensor, network: ConvNet, dtypes: tuple[torch.dtype, ...]) -> None:
+    if vector.shape != (network.num_parameters,) or vector.dtype not in dtypes or not vector.is_contiguous():
+        raise InputError(
+            f"`{name}`: expected the network's ({network.num_parameters},) parameters, contiguous, "
+            f"{' or '.join(map(_short, dtypes))}, found {_found(vector)}"
+        )
+
+
+def _check_images(images: Inputs, pixels: Tensor, network: ConvNet) -> None:
+    if pixels.dim() != 4 or not len(images) or images.shape[1] != network.in_channels or not pixels.is_floating_point():
+        raise InputError(
+            f"`images`: expected floating-point numbers (b, {network.in_channels}, H, W), at least one image, found {_found(pixels)}"
+        )
+    if network.feature_size_of(*images.shape[2:]) != network.feature_size:
+        raise InputError(f"`images`: expected the network's size {network.image_size}, found {tuple(images.shape[2:])}")
+
+
+def _check_labels(labels: Tensor, kind: LabelKind, count: int, classes: int, dtype: torch.dtype) -> None:
+    shape, kinds = ((count,), torch.int64) if kind == "indices" else ((count, classes), dtype)
+    if labels.shape != shape or labels.dtype != kinds:
+        raise InputError(f"`labels`: expected {kind} {shape}, {_short(kinds)}, found {_found(labels)}")
+    if kind == "indices" and labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InputError(
+            f"`labels`: expected class indices 0 … {classes - 1}, found {int(labels.min())} … {int(labels.max())}"
+        )
+
+
+def _found(tensor: Tensor) -> str:
+    strides = "" if tensor.is_contiguous() else f" with strides {tensor.stride()}"
+    return f"{_short(tensor.dtype)} of shape {tuple(tensor.shape)}{strides}"
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

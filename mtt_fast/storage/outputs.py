@@ -1,0 +1,35 @@
+"""Check that results can be written where they are asked for, before the work whose results they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mtt_fast.errors import InputError
+
+_OTHERWISE = "choose another place"
+
+
+def check_output_folder(folder: str | os.PathLike[str], otherwise: str = _OTHERWISE) -> None:
+    """Check that `folder` is one in which files can be made, or can be made itself.
+
+    Raises `InputError` that names what is in the way, and ends in what to do `otherwise`.
+    """
+    place = Path(folder).absolute()
+    nearest = next(each for each in (place, *place.parents) if os.path.lexists(each))
+    if not os.path.isdir(nearest):
+        where = "" if nearest == place else f" at {nearest}"
+        raise InputError(f"{folder}: expected a folder to write in, found {_kind(nearest)}{where}; {otherwise}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: expected a folder to write in, found that {nearest} is read-only; {otherwise}")
+
+
+def check_output_file(path: str | os.PathLike[str], otherwise: str = _OTHERWISE) -> None:
+    """Check that `path` is a file, or nothing yet, in a folder where files can be made. Raises as `check_output_folder`."""
+    if os.path.isdir(path):
+        raise InputError(f"{path}: expected a file to write, found a folder; {otherwise}")
+    check_output_folder(Path(path).absolute().parent, otherwise)
+
+
+def _kind(path: Path) -> str:
+    return "a file" if path.is_file() else "a link to nothing" if path.is_symlink() else "no folder"
