@@ -28,15 +28,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from bench import suite
 from bench.pictures import write_pictures
 from bench.records import read_record, write_record
+from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError
 from mtt_fast.runtime.provenance import choose_device
+from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import CONFIG, SUMMARY
 
 log = logging.getLogger("mtt_fast")
@@ -68,7 +70,7 @@ class Options:
 
     stage: tyro.conf.Positional[Stage] = "suite"
     """stage to do: suite, table, steps, cifar10, training or imagenette"""
-    out: str = "gpu"
+    out: Annotated[str, Checked(check_output_folder)] = "gpu"
     """folder of records, logs and runs"""
     seconds: float | None = None
     """time limit; default the stage's own"""

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -37,11 +37,13 @@ from bench.render import table as rendered
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_parameters
+from mtt_fast.commands.option_fields import Checked
 from mtt_fast.commands.parsing import integers
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Affine, ConvLayer, PartialPlanes, reference
 from mtt_fast.kernels.types import accumulator
 from mtt_fast.networks.convnet import NORM_EPS
+from mtt_fast.storage.outputs import check_output_file
 from mtt_fast.testing import relative_error
 
 log = logging.getLogger("mtt_fast")
@@ -67,7 +69,7 @@ class Options(CommonOptions, Shape):
     """most candidates of each operation"""
     compile_only: bool = False
     """compile all candidates into Triton's cache, and time none; several commands may do so at once, each for other blocks"""
-    table: str = "bench/results/configurations.toml"
+    table: Annotated[str, Checked(check_output_file)] = "bench/results/configurations.toml"
     """file to write; its other rows are kept, or those of the table in use where there is no file"""
 
 

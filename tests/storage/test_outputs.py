@@ -74,6 +74,8 @@ def test_what_is_in_the_way_is_named(tmp_path: Path, read_only: Path) -> None:
         (grid.main, f"{DIGITS} --out PLACE", "--out"),
         (tables.main, "run --out PLACE", "--out"),
         (score.main, "--hlr 1 --ior 1 --out PLACE/x.json", "--out"),
+        (bench.main, "gpu suite --out PLACE", "--out"),
+        (bench.main, "tune --table PLACE/table.toml", "--table"),
         (bench.main, "meta_step --device cpu --out PLACE", "--out"),
         (bench.main, "methods --device cpu --out PLACE", "--out"),
         (bench.main, "profile --device cpu --out PLACE", "--out"),
