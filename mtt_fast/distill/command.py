@@ -139,8 +139,8 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     def iterate() -> None:
         nonlocal plan
         segments = list(islice(ahead, options.num_trajectories))
-        (loss, *gradients), plan = gradients_in_range(run, state, segments, plan, iteration)
-        apply_gradients(run, state, segments, float(loss), gradients)
+        loss, gradients, plan = gradients_in_range(run, state, segments, plan, iteration)
+        apply_gradients(run, state, segments, loss, gradients)
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":

@@ -86,28 +86,32 @@ def gradients_in_range(
     segments: Sequence[Segment],
     plan: Plan,
     iteration_for: Callable[..., Iteration],
-) -> tuple[tuple[Tensor, ...], Plan]:
-    """Return what `mean_gradients` returns, of the iteration that `iteration_for` makes, and the plan whose memory was enough.
+) -> tuple[float, list[Tensor] | None, Plan]:
+    """Return the mean loss of an iteration, the gradients of `mean_gradients`, and the plan whose memory was enough.
 
-    Where a number is too large for fp16, the iteration is repeated in tf32, with a line in the log. `iteration_for(plan)` is
-    as `iteration_of`, and takes its `graph`; where it holds an iteration, it holds one at most, so that only one takes memory.
+    There are no gradients where a number is not finite. Where it is only too large for fp16, the iteration is repeated in tf32,
+    with a line in the log. `iteration_for(plan)` is as `iteration_of`, and takes its `graph`; where it holds an iteration, it
+    holds one at most, so that only one takes memory.
     """
 
-    def attempt(iteration_for: Callable[..., Iteration], plan: Plan) -> tuple[Tensor, ...]:
-        return mean_gradients(iteration_for(plan), state, segments, teacher_of(run, state, plan))
+    def attempt(iteration_for: Callable[..., Iteration], plan: Plan) -> tuple[float, list[Tensor] | None]:
+        loss, *gradients = mean_gradients(iteration_for(plan), state, segments, teacher_of(run, state, plan))
+        return float(loss), gradients if _are_finite((loss, *gradients)) else None
 
-    gradients, plan = with_smaller_pieces(plan, partial(attempt, iteration_for))
+    (loss, gradients), plan = with_smaller_pieces(plan, partial(attempt, iteration_for))
     student = plan.work.student
-    if not isinstance(student, FusedConvNetStudent) or student.precision != "fp16" or _are_finite(gradients):
-        return gradients, plan
+    if gradients is not None or not isinstance(student, FusedConvNetStudent) or student.precision != "fp16":
+        return loss, gradients, plan
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
     rarely = partial(iteration_for, graph=False)  # also lets go of fp16's graph, whose memory the repetition takes
-    gradients, _ = with_smaller_pieces(in_tf32(plan), partial(attempt, rarely))
-    return gradients, plan
+    (loss, gradients), _ = with_smaller_pieces(in_tf32(plan), partial(attempt, rarely))
+    return loss, gradients, plan
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    """Return whether all numbers are finite. A GPU is waited for once, since meanwhile it has nothing to do."""
+    largest = [torch.linalg.vector_norm(tensor, math.inf).double() for tensor in tensors]
+    return bool(torch.stack(largest).isfinite().all())
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
@@ -119,11 +123,11 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
         options = dataclasses.replace(run.options, gradient=gradient)
 
         iteration_for = partial(iteration_of, options, run.network, graph=False)
-        gradients, plan = gradients_in_range(run, state, segments, plan, iteration_for)
-        both.append(gradients[1].double().flatten())
+        _, gradients, plan = gradients_in_range(run, state, segments, plan, iteration_for)
+        if gradients is None:
+            log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
+            return
+        both.append(gradients[0].double().flatten())
     cosine = float(torch.nn.functional.cosine_similarity(both[0], both[1], dim=0))
-    if not math.isfinite(cosine):
-        log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
-        return
     log.info("iteration %d: cosine of the truncated image gradient to the exact one %.4f", state.iteration, cosine)
     run.metrics.write("gradient", state.iteration, cosine=cosine)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,15 +21,15 @@ _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 
 
 def apply_gradients(
-    run: DistillRun, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor]
+    run: DistillRun, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor] | None
 ) -> None:
     """End an iteration that matched `segments`: update images, labels and rate by the `gradients`, or skip or reject these.
 
-    `loss` and `gradients` are the results of `mean_gradients`.
+    `loss` and `gradients` are the results of `gradients_in_range`.
     """
     state.iteration += 1
     fields = log_fields(segments)
-    if not (math.isfinite(loss) and all(bool(gradient.isfinite().all()) for gradient in gradients)):
+    if gradients is None:
         _skip(run, state, loss)
     elif run.options.threshold is not None and loss > run.options.threshold:
         _reject_above_threshold(run, state, loss, fields)
