@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -57,15 +58,18 @@ def run_part(module: str, *arguments: str, part: int = 0, parts: int = 1) -> lis
     pytest.importorskip("triton", reason="Triton is not installed: it comes for Linux alone")
     if arguments[-1] == "cpu":
         return _run_program(module, *arguments, str(part), str(parts))
-    return _run_here(importlib.import_module(module).compare_part, *arguments, part, parts)
+    return run_here(importlib.import_module(module).compare_part, *arguments, part, parts)
 
 
-def _run_here(compare_part: Callable[..., None], *arguments: str | int) -> list[str]:
-    """Run a part in this process. Ends the process if the GPU's context is broken, as later tests would only say so again."""
+def run_here(compare_part: Callable[..., None], *arguments: str | int) -> list[str]:
+    """Run a part in this process; return the lines that it prints. Libraries' warnings are no errors here.
+
+    Ends the process if the GPU's context is broken, as later tests would only say so again.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as many parts run at a time as there are processors
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings(action="ignore"):
             compare_part(*arguments)
     except Exception:
         try:
