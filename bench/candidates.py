@@ -167,7 +167,8 @@ features.""",
     "colour_warp_mask": "colour_warp_mask…: a tile is ELEMENTS values, all channels of as many pixels.",
     "": """\
 Flat vectors and rows: SIZE elements a program at a time; squared_distance adds up PARTIALS sums of float64. Of partial sums SIZE
-are summands, and weights are packed in tiles of FILTERS × CHANNELS of their 3×3s.""",
+are summands, and weights are packed in tiles of FILTERS × CHANNELS of their 3×3s. Where a launch makes patches too, those
+tiles have image_patches' num_warps. ELEMENTS of adjoint_step are those of a tile of images.""",
 }
 """Comments above the operations, by a prefix of their names."""
 

@@ -23,7 +23,7 @@ from bench.render import table
 from bench.settings import Setting, Shape
 from mtt_fast import kernels
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock
-from mtt_fast.kernels import ConvLayer
+from mtt_fast.kernels import ConvLayer, plane_dtype
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,31 @@ def _runs(setting: Setting, device: torch.device, precision: Any) -> dict[str, C
         Parameters(random(net.width, net.in_channels, 3, 3) / 5, (random(net.width), random(net.width)))
         for _ in range(2)
     )
-    blocks: dict[str, Block] = {"in parts": PlaneBlock(EPILOGUES["instance"], at, along, padding, precision, True)}
+    in_parts = PlaneBlock(EPILOGUES["instance"], at, along, padding, precision, True)
+    planes_of = partial(x.to, plane_dtype(x.dtype, precision), memory_format=torch.channels_last)
+    ways: dict[str, tuple[Block, Callable[[], Any]]] = {"in parts": (in_parts, planes_of)}
     if kernels.has_image_block(ConvLayer(*x.shape[1:], net.width, padding), device):
-        blocks["without planes"] = ImageBlock(at, along, padding, precision)
-    p, _ = blocks["in parts"].forward(blocks["in parts"].inputs(x))
+        patches_of = partial(kernels.image_patches, x, padding, precision)
+        ways["without planes"] = (ImageBlock(at, along, precision), patches_of)
+    p, _ = in_parts.forward(planes_of())
     bars = [torch.randn_like(p) for _ in range(2)]
     runs: dict[str, Callable[[], Any]] = {}
-    for way, block in blocks.items():
-        runs[f"forward, {way}"] = partial(_forward_sweep, block, x, bars[0])
-        runs[f"backward, {way}"] = partial(_backward_sweep, block, x, *bars)
+    for way, (block, inputs_of) in ways.items():
+        runs[f"forward, {way}"] = partial(_forward_sweep, block, inputs_of, bars[0])
+        runs[f"backward, {way}"] = partial(_backward_sweep, block, inputs_of, *bars)
     patches = F.unfold(x, 3, padding=padding)
     runs["forward, products alone"] = partial(_products, patches, at.weight.flatten(1), 1)
     runs["backward, products alone"] = partial(_products, patches, at.weight.flatten(1), 2)
     return runs
 
 
-def _forward_sweep(block: Block, x: Tensor, p_bar: Tensor) -> None:
-    _, activations = block.forward(block.inputs(x))
+def _forward_sweep(block: Block, inputs_of: Callable[[], Any], p_bar: Tensor) -> None:
+    _, activations = block.forward(inputs_of())
     block.backward(activations, p_bar, True)
 
 
-def _backward_sweep(block: Block, x: Tensor, p_bar: Tensor, p_bar_dot: Tensor) -> None:
-    _, _, activations = block.dual(block.inputs(x), None, None)
+def _backward_sweep(block: Block, inputs_of: Callable[[], Any], p_bar: Tensor, p_bar_dot: Tensor) -> None:
+    _, _, activations = block.dual(inputs_of(), None, None)
     block.dual_backward(activations, p_bar, p_bar_dot, False)
 
 

@@ -368,7 +368,7 @@ def tensors_of(result: Any) -> list[Tensor]:
         return list(reference.add_planes(result))
     if isinstance(result, PackedParameters):
         every = [copy for weight in (*result.weights, *result.weights_dot) for copy in copies_of(weight)]
-        return [*every, *(each for each in (result.direction, result.scale) if each is not None)]
+        return [*every, *tensors_of((result.direction, result.scale, result.patches))]
     if isinstance(result, tuple):
         return [tensor for each in result for tensor in tensors_of(each)]
     return [result] if isinstance(result, Tensor) else []

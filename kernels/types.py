@@ -108,6 +108,24 @@ def vector_of(sums: Tensor | PartialSums) -> Tensor:
     return sums.vector() if isinstance(sums, PartialSums) else sums
 
 
+class BatchImages(NamedTuple):
+    """The images of a batch for the first block: rows of all images, which are neither gathered nor augmented yet."""
+
+    x: Tensor  # (n, C, H, W), float32 or float64; contiguous if they are augmented, else perhaps channels_last
+    padding: int  # of the convolution
+    rows: Tensor | None = None  # (B,) int64, of `x`; None for all
+    parameters: Tensor | None = None  # (B, 13), of `colour_warp_mask`; None for rows that are not augmented
+
+
+class BatchGradient(NamedTuple):
+    """Gradient to the images of a batch, which a later operation adds to the gradient to all images."""
+
+    out: Tensor  # (n, C, H, W), contiguous: the gradient to all images
+    rows: Tensor  # (B,) int64, of `out`
+    y_bar: Tensor  # (B, C, H, W), contiguous: the gradient to the augmented rows
+    parameters: Tensor | None  # (B, 13), of `colour_warp_mask`; None for rows that were not augmented
+
+
 class PackedWeight(NamedTuple):
     """A convolution's weight, with copies in the layouts and the precision that a back end's products read."""
 
@@ -132,6 +150,7 @@ class PackedParameters(NamedTuple):
     weights_dot: tuple[Weight, ...]  # () without a direction
     direction: Tensor | None  # (P,): the direction times `scale`
     scale: Tensor | None  # (): a power of two; None for 1
+    patches: Patches | None = None  # of the batch that was given
 
 
 class WeightBytes(NamedTuple):

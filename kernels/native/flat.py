@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import PartialSums, vector_of
+from ..types import BatchGradient, PartialSums, vector_of
 from .extension import extension
+from .warp import colour_warp_mask_transpose_add
 
 
 def sgd_step(
@@ -34,8 +35,11 @@ def adjoint_step(
     out: Tensor,
     incoming: Tensor | None,
     weight_decay: float,
+    batch: BatchGradient | None = None,
 ) -> Tensor:
     """See `mtt_fast.kernels.adjoint_step`."""
+    if batch is not None:
+        colour_warp_mask_transpose_add(*batch, factor=scale)
     decayed = direction if weight_decay else None  # a vector that plays no part is not read
     arguments = (adjoint, vector_of(hessian_v), decayed, scale.item(), out, incoming, weight_decay)
     extension().adjoint_step(*arguments, torch.get_num_threads())

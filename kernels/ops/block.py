@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_index, check_parts, check_tensors, check_warp_parameters
-from ..types import Affine, Convolved, Folded, Patches, Precision, accumulator, planes_of
+from ..checks import check_batch_images, check_parts, check_tensors
+from ..types import Affine, BatchImages, Convolved, Folded, Patches, Precision, accumulator, planes_of
 from .norm import with_dots
 
 
@@ -31,19 +31,8 @@ def image_patches(
     range is not noticed, since nothing waits for the values.
     """
     op = "image_patches"
-    if x.dim() != 4 or padding < 0 or min(x.shape[:2]) < 1 or min(x.shape[2:]) + 2 * padding < 4:
-        raise ValueError(
-            f"{op}: expected images (B, C, H, W) of at least 4×4 pixels with their padding, "
-            f"found {tuple(x.shape)} and padding {padding}"
-        )
-    if accumulator(x.dtype) != x.dtype:
-        raise ValueError(f"{op}: expected float32 or float64 images, found {x.dtype}")
-    check_tensors(op, x, {"x": x}, x.shape, like_format=x if parameters is None else None)
-    if index is not None:
-        check_index(op, index, index.numel(), x)
-        index = index.contiguous()
-    if parameters is not None:
-        check_warp_parameters(op, parameters, len(x) if index is None else len(index), x)
+    check_batch_images(op, BatchImages(x, padding, index, parameters))
+    index = None if index is None else index.contiguous()
     implementation = dispatch.block_implementation_of(op, x.shape[1], None, x.device, precision)
     patches: Patches = implementation(x, padding, index=index, parameters=parameters)
     return patches

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_index, check_partial_sums, check_tensors, check_vectors
-from ..types import PackedParameters, PartialSums, Precision, WeightPlace
+from ..checks import (
+    check_batch_gradient,
+    check_batch_images,
+    check_index,
+    check_partial_sums,
+    check_tensors,
+    check_vectors,
+)
+from ..types import BatchGradient, BatchImages, PackedParameters, PartialSums, Precision, WeightPlace
 
 
 def add_up(sums: PartialSums) -> Tensor:
@@ -54,16 +61,23 @@ def adjoint_step(
     out: Tensor,
     incoming: Tensor | None = None,
     weight_decay: float = 0.0,
+    batch: BatchGradient | None = None,
 ) -> Tensor:
     """Write λ + `scale` · (H v + `weight_decay` · v) + `incoming` to `out` and return it: the adjoint of `sgd_step`.
 
     λ is `adjoint`, the adjoint of the parameters after the step, and v is `direction`. No `incoming` stands for zero. `adjoint`
     and the other vectors (P,), contiguous, and `scale` () are of one floating dtype and device. `out` may be any of them.
-    `hessian_v` may be partial sums, as `add_up` takes them. Raises `ValueError` for anything else.
+    `hessian_v` may be partial sums, as `add_up` takes them.
+
+    With a `batch` its gradient times `scale` is added to that of all images, as `colour_warp_mask_transpose_add` does. On a
+    GPU the same launch does both. Raises `ValueError` for anything else.
     """
     vectors = {"adjoint": adjoint, "hessian_v": hessian_v, "direction": direction, "out": out, "incoming": incoming}
     check_vectors("adjoint_step", vectors, {"scale": scale})
-    arguments = (adjoint, hessian_v, direction, scale, out, incoming, weight_decay)
+    if batch is not None:
+        check_batch_gradient("adjoint_step", batch, scale)
+        batch = batch._replace(rows=batch.rows.contiguous())
+    arguments = (adjoint, hessian_v, direction, scale, out, incoming, weight_decay, batch)
     return dispatch.implementation_of("adjoint_step", adjoint)(*arguments)  # type: ignore[no-any-return]
 
 
@@ -105,7 +119,12 @@ def index_add(out: Tensor, index: Tensor, rows: Tensor, alpha: float = 1.0) -> T
 
 
 def pack_parameters(
-    theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float = 1.0
+    theta: Tensor,
+    direction: Tensor | None,
+    places: Sequence[WeightPlace],
+    precision: Precision,
+    largest: float = 1.0,
+    batch: BatchImages | None = None,
 ) -> PackedParameters:
     """Return parameters `theta` (P,), and a `direction` (P,) of them if there is one, as a step's products read them.
 
@@ -113,11 +132,18 @@ def pack_parameters(
     that is float16, the direction is multiplied with a power of two that brings its largest magnitude to at most `largest`,
     a power of two itself, and over half of it. The exponent of a magnitude counts as at most 60, so that the product of two
     such factors is a float32. The factor is 1 if all numbers are zero, or one is not finite. The vectors are contiguous,
-    float32 or float64, on one device. Raises `ValueError` for anything else.
+    float32 or float64, on one device.
+
+    With a `batch` of images, of the dtype and device of `theta`, its patches are returned as well, as `image_patches` makes
+    them. On a GPU the same launch does both. Raises `ValueError` for anything else.
     """
     if theta.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"pack_parameters: expected float32 or float64, found {theta.dtype}")
     check_vectors("pack_parameters", {"theta": theta, "direction": direction}, {})
+    if batch is not None:
+        check_batch_images("pack_parameters", batch)
+        check_tensors("pack_parameters", theta, {"x": batch.x}, batch.x.shape, like_format=batch.x)
+        batch = batch if batch.rows is None else batch._replace(rows=batch.rows.contiguous())
     implementation = dispatch.implementation_of("pack_parameters", theta, precision)
-    packed: PackedParameters = implementation(theta, direction, places, largest=largest)
+    packed: PackedParameters = implementation(theta, direction, places, largest=largest, batch=batch)
     return packed

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_index, check_tensors, check_warp, check_warp_parameters
+from ..checks import check_batch_gradient, check_warp
+from ..types import BatchGradient
 
 
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:
@@ -52,13 +53,6 @@ def colour_warp_mask_transpose_add(
     accelerator, where nothing waits for the values, an index out of range is not noticed.
     """
     op = "colour_warp_mask_transpose_add"
-    if y_bar.dim() != 4 or min(y_bar.shape[1:]) < 1:
-        raise ValueError(f"{op}: expected y_bar (B, C, H, W), found {tuple(y_bar.shape)}")
-    check_tensors(op, y_bar, {"y_bar": y_bar}, y_bar.shape)
-    check_tensors(op, y_bar, {"out": out}, (len(out), *y_bar.shape[1:]))
-    check_tensors(op, y_bar, {"factor": factor}, ())
-    check_index(op, index, len(y_bar), out)
-    if parameters is not None:
-        check_warp_parameters(op, parameters, len(y_bar), y_bar)
+    check_batch_gradient(op, BatchGradient(out, index, y_bar, parameters), factor)
     arguments = (out, index.contiguous(), y_bar, parameters, factor)
     return dispatch.implementation_of(op, out)(*arguments)  # type: ignore[no-any-return]

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, PackedParameters, PartialSums, Precision, WeightPlace, vector_of
+from ..types import (
+    HALF_PRECISIONS,
+    BatchGradient,
+    BatchImages,
+    PackedParameters,
+    PartialSums,
+    Precision,
+    WeightPlace,
+    vector_of,
+)
+from .block import image_patches
+from .warp import colour_warp_mask_transpose_add
 
 
 def add_up(sums: PartialSums) -> Tensor:
@@ -43,8 +54,11 @@ def adjoint_step(
     out: Tensor,
     incoming: Tensor | None,
     weight_decay: float,
+    batch: BatchGradient | None = None,
 ) -> Tensor:
-    """Write λ + `scale` (H v + ω v) + `incoming` to `out`. All (P,), `scale` ()."""
+    """Write λ + `scale` (H v + ω v) + `incoming` to `out`. All (P,), `scale` (). Add a batch's gradient times `scale`."""
+    if batch is not None:
+        colour_warp_mask_transpose_add(*batch, factor=scale)
     stepped = adjoint + scale * (vector_of(hessian_v) + weight_decay * direction)
     return out.copy_(stepped if incoming is None else stepped + incoming)
 
@@ -68,15 +82,26 @@ def power_of_two(largest: float, a: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def pack_parameters(
-    theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float
+    theta: Tensor,
+    direction: Tensor | None,
+    places: Sequence[WeightPlace],
+    precision: Precision,
+    largest: float,
+    batch: BatchImages | None = None,
 ) -> PackedParameters:
-    """Return views of the weights (K, C, 3, 3) in `theta` (P,) and in the direction, which is scaled for fp16."""
+    """Return views of the weights (K, C, 3, 3) in `theta` (P,) and in the direction, which is scaled for fp16.
+
+    Return also the patches of a batch.
+    """
     scale = None
     if direction is not None and HALF_PRECISIONS.get(precision) == torch.float16 and theta.dtype == torch.float32:
         scale = power_of_two(largest, direction)
         direction = direction * scale
     weights_dot = () if direction is None else weights_at(direction, places)
-    return PackedParameters(weights_at(theta, places), weights_dot, direction, scale)
+    patches = None
+    if batch is not None:
+        patches = image_patches(batch.x, batch.padding, precision, batch.rows, batch.parameters)
+    return PackedParameters(weights_at(theta, places), weights_dot, direction, scale, patches)
 
 
 def weights_at(vector: Tensor, places: Sequence[WeightPlace]) -> tuple[Tensor, ...]:

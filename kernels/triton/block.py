@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..types import Affine, Convolved, Folded, Patches, Precision, plane_dtype, planes_of
+from ..types import Affine, BatchImages, Convolved, Folded, Patches, Precision, plane_dtype, planes_of
+from . import has_image_block
 from .block_kernels import col2im, finish, pool, spread, sum_patches
 from .configurations import BATCHES, Configuration, configuration, rounded_up
 from .launch import architecture, launch, tl, triton
@@ -63,34 +64,53 @@ def image_patches(
     x: Tensor, padding: int, precision: Precision, index: Tensor | None = None, parameters: Tensor | None = None
 ) -> Patches:
     """See `mtt_fast.kernels.image_patches`."""
+    gathering = gathering_of(BatchImages(x, padding, index, parameters), precision)
+    launch(gather, gathering.programs, *gathering.arguments, **gathering.sizes, **gathering.options)
+    return gathering.patches
+
+
+class Gathering(NamedTuple):
+    """A launch of `gather`, and the patches that it fills."""
+
+    patches: Patches
+    programs: int
+    arguments: tuple[Any, ...]
+    sizes: dict[str, Any]  # constexpr parameters, in the order of the signature
+    options: dict[str, int]  # of the launch: num_warps, num_stages
+
+
+def gathering_of(batch: BatchImages, precision: Precision) -> Gathering:
+    """Return the launch that makes the patches of a batch. Raises `ValueError` for more channels than a patch has terms for."""
+    x, padding, index, parameters = batch
     channels, height, width = x.shape[1:]
-    batch = len(x) if index is None else len(index)
+    if not has_image_block(channels, None):
+        raise ValueError(f"expected images of fewer channels, found {channels}; use mtt_fast.kernels.image_patches")
+    samples = len(x) if index is None else len(index)
     padded = (height + 2 * padding, width + 2 * padding)
     terms = _patch_terms(channels)
     if terms * padded[0] * padded[1] >= OFFSETS:
         raise ValueError(f"expected less than 2³¹ numbers in a sample's patches, found shape {tuple(x.shape)}")
     effective = "fp64" if x.dtype == torch.float64 else precision
     dtype = plane_dtype(x.dtype, precision)
-    images = torch.empty((batch, *padded, channels), dtype=dtype, device=x.device)
+    images = torch.empty((samples, *padded, channels), dtype=dtype, device=x.device)
     pixels = (padded[0] - 2) * (padded[1] - 2)
-    row = _row("image_patches", effective, pixels, batch, x.device)
-    parts, tiles = _split_tiles(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // batch)
-    gram = _empty(x, (batch, parts, 9 * channels + 1, 9 * channels + 1))
-    launch(
-        gather,
-        batch * parts,
-        *(x, index, parameters, images, gram, parts, tiles),
-        C=channels,
-        H=height,
-        W=width,
-        PADDING=padding,
-        CHANNELS_LAST=not x.is_contiguous(),
-        TERMS=terms,
-        PRECISION=effective,
-        BLOCK_C=triton.next_power_of_2(channels),
-        **row,
-    )
-    return Patches(images, gram, padding)
+    row = _row("image_patches", effective, pixels, samples, x.device)
+    parts, tiles = _split_tiles(triton.cdiv(pixels, row["BLOCK_M"]), row.pop("PROGRAMS") // samples)
+    gram = _empty(x, (samples, parts, 9 * channels + 1, 9 * channels + 1))
+    sizes = {
+        "C": channels,
+        "H": height,
+        "W": width,
+        "PADDING": padding,
+        "CHANNELS_LAST": not x.is_contiguous(),
+        "TERMS": terms,
+        "PRECISION": effective,
+        "BLOCK_C": triton.next_power_of_2(channels),
+        "BLOCK_M": row.pop("BLOCK_M"),
+        "ELEMENTS": row.pop("ELEMENTS"),
+    }
+    arguments = (x, index, parameters, images, gram, parts, tiles)
+    return Gathering(Patches(images, gram, padding), samples * parts, arguments, sizes, row)
 
 
 def conv_norm_relu_pool(

@@ -1,6 +1,7 @@
 """Step along flat vectors of parameters, compute their squared distance, and add rows to rows.
 
 Each operation passes over its vectors once. A gradient may come as partial sums: the pass that steps along it adds them up.
+The adjoint's step also ends a step of the images' gradient, in programs of its own that run beside those of the vectors.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import PartialSums, accumulator
-from .configurations import configuration
+from ..types import BatchGradient, PartialSums, accumulator
+from .configurations import Configuration, configuration
 from .launch import architecture, launch, tl, triton
+from .planes import Planes
 from .powers import magnitude_bits, power_of_two
+from .warp import pixel_blocks, samples_at_once, transpose_add
 
 
 @triton.jit
@@ -100,8 +103,8 @@ def _sgd_step(
             tl.store(out + place, value - tl.load(rate).to(ACC) * update, exists)
 
 
-# an element of a vector of scales has any alignment
-@triton.jit(do_not_specialize_on_alignment=["scale"])
+# these arguments of a step have any alignment, and single loads read them
+@triton.jit(do_not_specialize_on_alignment=["scale", "index", "parameters"])
 def _adjoint_step(
     adjoint: tl.tensor,
     pieces: tl.tuple,  # pointers to the first summand of each piece
@@ -110,11 +113,36 @@ def _adjoint_step(
     scale: tl.tensor,
     out: tl.tensor,
     incoming: tl.tensor,  # or None
+    images_bar: tl.tensor,  # or None; the next four arguments, too, are those of `transpose_add`
+    index: tl.tensor,
+    y_bar: tl.tensor,
+    parameters: tl.tensor,
+    batch: tl.tensor,
     PIECES: tl.constexpr,  # a `_Piece` for each piece
     WEIGHT_DECAY: tl.constexpr,
     ACC: tl.constexpr,
+    IMAGES: tl.constexpr,  # or None; programs that work on images, and the sizes that `transpose_add` takes
 ) -> None:
-    """Store adjoint + scale · (H v + WEIGHT_DECAY · direction), plus `incoming` unless it is None, in `out`."""
+    """Store adjoint + scale · (H v + WEIGHT_DECAY · direction), plus `incoming` unless it is None, in `out`.
+
+    The first programs add a batch's gradient times the scale to `images_bar` unless that is None.
+    """
+    if IMAGES is not None:  # noqa: SIM102 - this is known when the kernel is compiled
+        if tl.program_id(0) < IMAGES[0]:
+            transpose_add(
+                images_bar,
+                index,
+                y_bar,
+                parameters,
+                scale,
+                batch,
+                C=IMAGES[1],
+                H=IMAGES[2],
+                W=IMAGES[3],
+                BLOCK_C=IMAGES[4],
+                BLOCK_M=IMAGES[5],
+                EVERY=IMAGES[6],
+            )
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
             place, exists, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
@@ -197,7 +225,7 @@ def add_up(sums: PartialSums) -> Tensor:
     """See `mtt_fast.kernels.add_up`."""
     first = sums.pieces[0]
     out = first.new_empty(sum(piece.shape[1:].numel() for piece in sums.pieces))
-    _launch_step(_add_up, "add_up", out, sums)
+    _launch_step(_add_up, out, sums, **_row("add_up", out))
     return out
 
 
@@ -213,7 +241,8 @@ def sgd_step(
 ) -> Tensor:
     """See `mtt_fast.kernels.sgd_step`. The rate is read on the device, so nothing waits for its value."""
     vectors = (rate, out, velocity, velocity_out)
-    _launch_step(_sgd_step, "sgd_step", theta, gradient, *vectors, MOMENTUM=momentum, WEIGHT_DECAY=weight_decay)
+    constants: dict[str, Any] = {"MOMENTUM": momentum, "WEIGHT_DECAY": weight_decay, **_row("sgd_step", theta)}
+    _launch_step(_sgd_step, theta, gradient, *vectors, **constants)
     torch.autograd.graph.increment_version([out] if velocity_out is None else [out, velocity_out])
     return out
 
@@ -226,32 +255,51 @@ def adjoint_step(
     out: Tensor,
     incoming: Tensor | None,
     weight_decay: float,
+    batch: BatchGradient | None = None,
 ) -> Tensor:
     """See `mtt_fast.kernels.adjoint_step`. The scale is read on the device, so nothing waits for its value."""
-    vectors = (direction, scale, out, incoming)
-    _launch_step(_adjoint_step, "adjoint_step", adjoint, hessian_v, *vectors, WEIGHT_DECAY=weight_decay)
+    row = _row("adjoint_step", adjoint)
+    elements, programs, sizes = row.pop("ELEMENTS"), 0, None
+    of_images: tuple[Any, ...] = (None,) * 5
+    if batch is not None:
+        programs, of_pixels = pixel_blocks(Planes.from_tensors(batch.y_bar), elements)
+        sizes = (programs, *of_pixels.values(), samples_at_once(len(batch.y_bar)))
+        of_images = (*batch, len(batch.y_bar))
+        torch.autograd.graph.increment_version(batch.out)
+    vectors = (direction, scale, out, incoming, *of_images)
+    constants: dict[str, Any] = {"WEIGHT_DECAY": weight_decay, "IMAGES": sizes, **row}
+    _launch_step(_adjoint_step, adjoint, hessian_v, *vectors, first_program=programs, **constants)
     torch.autograd.graph.increment_version(out)
     return out
 
 
+def _row(operation: str, like: Tensor) -> Configuration:
+    """Return a new copy of the configuration of `operation` on the device of a tensor."""
+    return configuration(operation, "", architecture(like.device))
+
+
 def _launch_step(
-    kernel: Any, operation: str, first: Tensor, gradient: Tensor | PartialSums, *rest: Tensor | None, **constants: float
+    kernel: Any,
+    first: Tensor,
+    gradient: Tensor | PartialSums,
+    *rest: Any,
+    SIZE: int,
+    first_program: int = 0,
+    **constants: Any,
 ) -> None:
-    """Launch `kernel`, a program for each tile of each piece of `gradient`.
+    """Launch `kernel`, from `first_program` on a program for each tile, of SIZE summands, of each piece of `gradient`.
 
     The kernel's arguments are `first`, the pieces and factors of the gradient, then `rest`.
     """
-    row = configuration(operation, "", architecture(first.device))
-    size = row.pop("SIZE")
     sums = PartialSums((gradient[None],)) if isinstance(gradient, Tensor) else gradient
-    pieces, begin, programs = [], 0, 0
+    pieces, begin, programs = [], 0, first_program
     for piece in sums.pieces:
-        pieces.append(_piece_of(piece, begin, programs, size))
+        pieces.append(_piece_of(piece, begin, programs, SIZE))
         begin += piece.shape[1:].numel()
         programs = pieces[-1].end
     shapes = tuple(map(tuple, pieces))
     acc = tl.float64 if accumulator(first.dtype) == torch.float64 else tl.float32
-    launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=shapes, **constants, ACC=acc, **row)
+    launch(kernel, programs, first, sums.pieces, sums.factors, *rest, PIECES=shapes, ACC=acc, **constants)
 
 
 class _Piece(NamedTuple):

@@ -259,7 +259,7 @@ def _transpose(
 
 # these arguments of a step have any alignment, and single loads read them
 @triton.jit(do_not_specialize_on_alignment=["index", "parameters", "factor"])
-def _transpose_add(
+def transpose_add(
     out: tl.tensor,  # (n, C, H, W)
     index: tl.tensor,  # (B,)
     y_bar: tl.tensor,  # (B, C, H, W)
@@ -273,7 +273,10 @@ def _transpose_add(
     BLOCK_M: tl.constexpr,
     EVERY: tl.constexpr,  # B rounded up to a power of two
 ) -> None:
-    """Add pixels of a sample, and of all later samples with the same index, unless an earlier sample has that index too."""
+    """Add pixels of a sample, and of all later samples with the same index, unless an earlier sample has that index too.
+
+    The first programs of the grid do, each for a block of pixels.
+    """
     dtype: tl.constexpr = out.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     own, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
@@ -314,20 +317,32 @@ def colour_warp_mask_transpose_add(
     out: Tensor, index: Tensor, y_bar: Tensor, parameters: Tensor | None, factor: Tensor
 ) -> Tensor:
     """See `mtt_fast.kernels.colour_warp_mask_transpose_add`."""
-    planes, every = Planes.from_tensors(y_bar), triton.next_power_of_2(max(1, len(y_bar)))
+    planes, every = Planes.from_tensors(y_bar), samples_at_once(len(y_bar))
     arguments = (out, index, y_bar, parameters, factor, len(y_bar))
-    _launch(_transpose_add, "colour_warp_mask_transpose", planes, *arguments, EVERY=every)
+    _launch(transpose_add, "colour_warp_mask_transpose", planes, *arguments, EVERY=every)
     torch.autograd.graph.increment_version(out)
     return out
+
+
+def samples_at_once(batch: int) -> int:
+    """Return EVERY, the size of a tile of all samples of a batch."""
+    every: int = triton.next_power_of_2(max(1, batch))
+    return every
 
 
 def _launch(kernel: Any, operation: str, planes: Planes, *arguments: Any, **constants: int) -> None:
     """Launch `kernel` for each block of pixels of each sample, with the configuration of `operation`."""
     row = dict(configuration(operation, "", architecture(arguments[0].device)))
+    programs, sizes = pixel_blocks(planes, row.pop("ELEMENTS"))
+    launch(kernel, programs, *arguments, **sizes, **constants, **row)
+
+
+def pixel_blocks(planes: Planes, elements: int) -> tuple[int, dict[str, int]]:
+    """Return the number of programs of about so many `elements` each, and the sizes that a kernel takes."""
     channels = triton.next_power_of_2(planes.channels)
     whole = triton.next_power_of_2(planes.height * planes.width)
     # each program may compute the mean of its whole sample, so a sample has at most _PROGRAMS of them
-    pixels = min(max(1, row.pop("ELEMENTS") // channels, whole // _PROGRAMS), whole)
+    pixels = min(max(1, elements // channels, whole // _PROGRAMS), whole)
     programs = planes.samples * triton.cdiv(planes.height * planes.width, pixels)
     sizes = {"C": planes.channels, "H": planes.height, "W": planes.width, "BLOCK_C": channels, "BLOCK_M": pixels}
-    launch(kernel, programs, *arguments, **sizes, **constants, **row)
+    return programs, sizes

@@ -1,7 +1,8 @@
 """Pack the weights of convolutions in the layouts and the dtype in which matrix products read them.
 
 The terms of a sum become adjacent in memory. A second copy is rotated by 180° for the input gradient. One kernel packs all
-weights of a step and of its direction. Where planes are float16, it scales the direction too.
+weights of a step and of its direction. Where planes are float16, it scales the direction too. So that a step begins with one
+launch, the same kernel can make the patches of the step's images, in programs of its own.
 """
 
 from __future__ import annotations
@@ -12,10 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import HALF_PRECISIONS, PackedParameters, PackedWeight, Precision, Weight, WeightPlace, plane_dtype
+from ..types import (
+    HALF_PRECISIONS,
+    BatchImages,
+    PackedParameters,
+    PackedWeight,
+    Precision,
+    Weight,
+    WeightPlace,
+    plane_dtype,
+)
+from .block import gathering_of
 from .configurations import configuration
 from .flat import largest_parts, power_of_two_from_parts
 from .launch import architecture, launch, tl, triton
+from .patches import gather
 
 _ALIGNMENT = 64  # elements: each copy begins at a multiple of 128 bytes, as TMA descriptors need it
 
@@ -48,7 +60,8 @@ def _pack_weights(
         first = end
 
 
-@triton.jit
+# `index` and `parameters` of a step have any alignment, and single loads read them
+@triton.jit(do_not_specialize_on_alignment=["index", "parameters"])
 def _pack(
     theta: tl.tensor,  # (P,)
     packed: tl.tensor,
@@ -58,6 +71,14 @@ def _pack(
     scaled: tl.tensor | None,  # (P,)
     scale: tl.tensor | None,  # ()
     size: tl.tensor,  # P
+    x: tl.tensor | None,  # this and the next six arguments are those of `gather`
+    index: tl.tensor | None,
+    parameters: tl.tensor | None,
+    images: tl.tensor | None,
+    gram: tl.tensor | None,
+    parts: tl.tensor | None,
+    tiles: tl.tensor | None,
+    gathers: tl.tensor,  # programs that gather patches
     WEIGHTS: tl.constexpr,
     TILES: tl.constexpr,  # of all weights together
     LARGEST: tl.constexpr,
@@ -65,10 +86,36 @@ def _pack(
     FILTERS: tl.constexpr,
     CHANNELS: tl.constexpr,
     SIZE: tl.constexpr,
+    PATCHES: tl.constexpr,  # the sizes that `gather` takes, or None
 ) -> None:
-    """Pack weights in the first TILES programs, those of a direction in the next TILES, and scale it in the others."""
-    program = tl.program_id(0)
-    if program < TILES:
+    """Gather patches in the first programs, pack weights in the next TILES, those of a direction in TILES more.
+
+    All others scale the direction.
+    """
+    program = tl.program_id(0) - gathers
+    if program < 0:
+        if PATCHES is not None:
+            PRECISION: tl.constexpr = PATCHES[6]  # Triton 3.6 takes no string out of a tuple as an argument
+            gather(
+                x,
+                index,
+                parameters,
+                images,
+                gram,
+                parts,
+                tiles,
+                C=PATCHES[0],
+                H=PATCHES[1],
+                W=PATCHES[2],
+                PADDING=PATCHES[3],
+                CHANNELS_LAST=PATCHES[4],
+                TERMS=PATCHES[5],
+                PRECISION=PRECISION,
+                BLOCK_C=PATCHES[7],
+                BLOCK_M=PATCHES[8],
+                ELEMENTS=PATCHES[9],
+            )
+    elif program < TILES:
         _pack_weights(theta, packed, 1.0, program, WEIGHTS, FILTERS, CHANNELS)
     elif direction is not None:
         factor = 1.0
@@ -84,7 +131,12 @@ def _pack(
 
 
 def pack_parameters(
-    theta: Tensor, direction: Tensor | None, places: Sequence[WeightPlace], precision: Precision, largest: float
+    theta: Tensor,
+    direction: Tensor | None,
+    places: Sequence[WeightPlace],
+    precision: Precision,
+    largest: float,
+    batch: BatchImages | None = None,
 ) -> PackedParameters:
     """See `mtt_fast.kernels.pack_parameters`."""
     row = configuration("pack_parameters", "", architecture(theta.device))
@@ -103,12 +155,16 @@ def pack_parameters(
     if scaled is not None:
         programs += triton.cdiv(theta.numel(), row["SIZE"])
     parts = 0 if partials is None else partials.numel()
-    constants: dict[str, Any] = {"TILES": tiles, "LARGEST": largest, "PARTIALS": parts, **row}
+    constants: dict[str, Any] = {"TILES": tiles, "LARGEST": largest, "PARTIALS": parts, "PATCHES": None, **row}
+    patches, gathers, of_patches = None, 0, (None,) * 7
+    if batch is not None:
+        patches, gathers, of_patches, sizes, options = gathering_of(batch, precision)
+        constants |= {"PATCHES": tuple(sizes.values()), **options}
     tensors = (theta, packed, direction, packed_dot, partials, scaled, scale)
-    launch(_pack, programs, *tensors, theta.numel(), WEIGHTS=shapes, **constants)
+    launch(_pack, gathers + programs, *tensors, theta.numel(), *of_patches, gathers, WEIGHTS=shapes, **constants)
     moved = direction if scaled is None else scaled
     weights_dot = () if moved is None or packed_dot is None else _views(moved, packed_dot, shapes)
-    return PackedParameters(_views(theta, packed, shapes), weights_dot, moved, scale)
+    return PackedParameters(_views(theta, packed, shapes), weights_dot, moved, scale, patches)
 
 
 def straight(weights: tuple[Weight, ...], planes: Tensor, precision: Precision) -> list[Tensor]:

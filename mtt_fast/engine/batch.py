@@ -48,10 +48,12 @@ class Batch:
         rows = self.images[self.index]
         return rows if self.parameters is None else kernels.colour_warp_mask(rows, self.parameters)
 
-    def add_gradient(self, out: Tensor, inputs_bar: Tensor, factor: Tensor) -> None:
-        """Add `factor` () times the gradient to the images from that to the batch (b, C, H, W) to `out` (n, C, H, W)."""
-        bars = inputs_bar.contiguous()
-        kernels.colour_warp_mask_transpose_add(out, self.index, bars, self.parameters, factor)
+    def add_gradient(self, out: Tensor, inputs_bar: Tensor, factor: Tensor) -> kernels.BatchGradient:
+        """Add `factor` () times the gradient to the images from that to the batch (b, C, H, W) to `out` (n, C, H, W).
+
+        What is returned is still to be added: `kernels.adjoint_step` does so on the way.
+        """
+        return kernels.BatchGradient(out, self.index, inputs_bar.contiguous(), self.parameters)
 
 
 Inputs = Tensor | Batch
@@ -81,10 +83,17 @@ class AugmentedBatch:
         return self.augmented.detach()
 
     def add_gradient(self, out: Tensor, inputs_bar: Tensor, factor: Tensor) -> None:
-        """See `Batch.add_gradient`."""
+        """See `Batch.add_gradient`. Nothing is left to be added."""
         (rows_bar,) = torch.autograd.grad(self.augmented, self.rows, -factor * inputs_bar)
         # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
         kernels.index_add(out, self.index, rows_bar.contiguous(), alpha=-1)
+
+
+def batch_images(images: Inputs, padding: int) -> kernels.BatchImages:
+    """Return the images of a step for a first block of this padding that gathers and augments them itself."""
+    if isinstance(images, Tensor):
+        return kernels.BatchImages(images.contiguous(), padding)
+    return kernels.BatchImages(images.images, padding, images.index, images.parameters)
 
 
 def gathered(images: Inputs) -> Tensor:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.batch import Inputs
+from mtt_fast.engine.batch import Inputs, batch_images, gathered
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
 from mtt_fast.engine.step_checks import check_choices, check_step
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
@@ -30,6 +31,7 @@ from mtt_fast.kernels import (
     LabelKind,
     PackedParameters,
     PartialSums,
+    Patches,
     Precision,
     Weight,
     WeightPlace,
@@ -63,10 +65,9 @@ class FusedConvNetStudent:
     def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
         """See `Student.gradient`. Raises `InputError` for tensors that do not fit the network or each other."""
         check_step(self.network, self.label_kind, images, labels, theta)
-        packed = self._packed(theta, None, images)
+        packed, x = self._begin(theta, None, images)
         parameters, classifier = self._parts(theta, packed.weights)
         blocks = self._blocks(images, parameters, [None] * self.network.depth)
-        x = blocks[0].inputs(images)
         activations = []
         for block in blocks:
             x, held = block.forward(x)
@@ -98,12 +99,11 @@ class FusedConvNetStudent:
             raise InputError(
                 "`saved`: expected activations of `gradient`, found what is used up; call it again with save"
             )
-        packed = self._packed(theta, v, images)
+        packed, x = self._begin(theta, v, images, None if saved is None else saved[-1][0])
         parameters, classifier = self._parts(theta, packed.weights)
         directions, classifier_dot = self._parts(packed.direction, packed.weights_dot)
         blocks = self._blocks(images, parameters, directions)
-        x, x_dot = blocks[0].inputs(images), None
-        activations, saved_bars = [], []
+        x_dot, activations, saved_bars = None, [], []
         for block in blocks:
             of_block, saved_bar = saved.pop() if saved is not None else (None, None)
             saved_bars.append(saved_bar)
@@ -217,20 +217,32 @@ class FusedConvNetStudent:
             for number, (at, along) in enumerate(zip(parameters, directions, strict=True))
         ]
         if self._has_image_block(images.shape[1:], images.device):
-            blocks[0] = ImageBlock(parameters[0], directions[0], self._padding(0), precision)
+            blocks[0] = ImageBlock(parameters[0], directions[0], precision)
         return blocks
 
     def _has_image_block(self, image_shape: torch.Size, device: torch.device) -> bool:
         return self.network.norm == "instance" and kernels.has_image_block(self._layers(image_shape)[0], device)
 
-    def _packed(self, theta: Tensor, v: Tensor | None, images: Inputs) -> PackedParameters:
-        """Return the weights of all blocks with planes, and of the direction `v` if there is one, as products read them."""
-        planes = slice(1 if self._has_image_block(images.shape[1:], images.device) else 0, self.network.depth)
+    def _begin(
+        self, theta: Tensor, v: Tensor | None, images: Inputs, saved: Any = None
+    ) -> tuple[PackedParameters, Tensor | Patches]:
+        """Return the weights of all blocks with planes, and of the direction `v` if there is one, as products read them.
+
+        Return also the images as the first block takes them: patches, unless they are `saved`, or channels_last planes.
+        """
+        without_planes = self._has_image_block(images.shape[1:], images.device)
         places = [
             WeightPlace(block[0].storage_offset() - theta.storage_offset(), *block[0].shape[:2])
-            for block in self.network.split(theta)[planes]
+            for block in self.network.split(theta)[int(without_planes) : self.network.depth]
         ]
-        return kernels.pack_parameters(theta, v, places, self.precision, _LARGEST_DIRECTION)
+        batch = None
+        if without_planes and saved is None:
+            batch = batch_images(images, self.network.first_padding)
+        packed = kernels.pack_parameters(theta, v, places, self.precision, _LARGEST_DIRECTION, batch)
+        if without_planes:
+            return packed, saved if packed.patches is None else packed.patches
+        dtype = plane_dtype(theta.dtype, self.precision)
+        return packed, gathered(images).to(dtype, memory_format=torch.channels_last)
 
     def _parts(self, vector: Tensor | None, packed: Sequence[Weight]) -> tuple[list[Parameters], Tensors]:
         """Return the parameters of each block that have an effect, the last blocks' weights `packed`, and the classifier's two.

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 import mtt_fast.kernels as kernels
-from mtt_fast.engine.batch import Inputs, gathered
 from mtt_fast.kernels import (
     Affine,
     Convolved,
@@ -23,7 +21,6 @@ from mtt_fast.kernels import (
     PlaneStats,
     Precision,
     Weight,
-    plane_dtype,
     planes_of,
     weight_of,
 )
@@ -40,13 +37,12 @@ class Parameters(NamedTuple):
 
 
 class Block(Protocol):
-    """One block at its parameters, and where `dual` is called in their direction. Only it knows its activations."""
+    """One block at its parameters, and where `dual` is called in their direction. Only it knows its activations.
 
-    def inputs(self, images: Inputs) -> Inputs:
-        """Return images (B, C, H, W) as the network's first block takes them."""
-        ...
+    Its input x is planes (B, C, H, W), or the patches of images.
+    """
 
-    def forward(self, x: Inputs) -> tuple[Tensor, Any]:
+    def forward(self, x: Any) -> tuple[Tensor, Any]:
         """Return p (B, K, H'//2, W'//2), channels_last, and the activations."""
         ...
 
@@ -62,7 +58,7 @@ class Block(Protocol):
         """
         ...
 
-    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Any) -> tuple[Tensor, Tensor, Any]:
+    def dual(self, x: Any, x_dot: Tensor | None, saved: Any) -> tuple[Tensor, Tensor, Any]:
         """Return p, ṗ and the activations. `x_dot` is None of images, `saved` where nothing was."""
         ...
 
@@ -191,14 +187,8 @@ class PlaneBlock:
     precision: Precision
     of_images: bool
 
-    def inputs(self, images: Inputs) -> Tensor:
-        """See `Block.inputs`."""
-        dtype = plane_dtype(weight_of(self.at.weight).dtype, self.precision)
-        return gathered(images).to(dtype, memory_format=torch.channels_last)
-
-    def forward(self, x: Inputs) -> tuple[Tensor, Activations]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
         """See `Block.forward`."""
-        assert isinstance(x, Tensor)
         y = kernels.conv3x3(x, self.at.weight, self.padding, self.precision)
         p, stats = self.epilogue.forward(y, self.at.affine)
         return p, Activations(x, None, planes_of(y), None, stats)
@@ -219,9 +209,8 @@ class PlaneBlock:
             x_bar = kernels.conv3x3_input_gradient(y_bar, self.at.weight, self.padding, self.precision)
         return x_bar, (weight_bar, *affine_bar)
 
-    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Tensor | None) -> tuple[Tensor, Tensor, Activations]:
+    def dual(self, x: Tensor, x_dot: Tensor | None, saved: Tensor | None) -> tuple[Tensor, Tensor, Activations]:
         """See `Block.dual`."""
-        assert isinstance(x, Tensor)
         assert self.along is not None
         operands = (x, x_dot, self.at.weight, self.along.weight, self.padding, self.precision)
         y, y_dot = kernels.conv3x3_dual(*operands) if saved is None else (saved, kernels.conv3x3_tangent(*operands))
@@ -271,19 +260,13 @@ class ImageBlock:
 
     at: Parameters
     along: Parameters | None
-    padding: int
     precision: Precision
 
-    def inputs(self, images: Inputs) -> Inputs:
-        """See `Block.inputs`."""
-        return images.contiguous() if isinstance(images, Tensor) else images
-
-    def forward(self, x: Inputs) -> tuple[Tensor, ImageActivations]:
+    def forward(self, x: Patches) -> tuple[Tensor, ImageActivations]:
         """See `Block.forward`."""
-        patches = self._patches(x)
         weight, affine = weight_of(self.at.weight), self.at.affine
-        p, folded = kernels.conv_norm_relu_pool(patches, weight, Affine(*affine), NORM_EPS, self.precision)
-        return p, ImageActivations(patches, folded)
+        p, folded = kernels.conv_norm_relu_pool(x, weight, Affine(*affine), NORM_EPS, self.precision)
+        return p, ImageActivations(x, folded)
 
     def to_save(self, activations: ImageActivations) -> Patches:
         """See `Block.to_save`."""
@@ -295,11 +278,10 @@ class ImageBlock:
         arguments = (weight_of(self.at.weight), Affine(*self.at.affine), p_bar, folded, NORM_EPS, self.precision)
         return None, kernels.conv_norm_relu_pool_backward(patches, *arguments)
 
-    def dual(self, x: Inputs, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
-        """See `Block.dual`."""
-        patches = self._patches(x) if saved is None else saved
-        p, p_dot, folded = kernels.conv_norm_relu_pool_dual(patches, *self._directions, NORM_EPS, self.precision)
-        return p, p_dot, ImageActivations(patches, folded)
+    def dual(self, x: Patches, x_dot: Tensor | None, saved: Patches | None) -> tuple[Tensor, Tensor, ImageActivations]:
+        """See `Block.dual`. What was saved is x itself."""
+        p, p_dot, folded = kernels.conv_norm_relu_pool_dual(x, *self._directions, NORM_EPS, self.precision)
+        return p, p_dot, ImageActivations(x, folded)
 
     def dual_backward(
         self,
@@ -314,12 +296,6 @@ class ImageBlock:
         arguments = (*self._directions, p_bar, p_bar_dot, folded, NORM_EPS, self.precision, divisors)
         x_bar_dot, *parameters = kernels.conv_norm_relu_pool_dual_backward(patches, *arguments)
         return None, x_bar_dot, tuple(parameters)
-
-    def _patches(self, images: Inputs) -> Patches:
-        """Return the patches of images; those of a batch are gathered and augmented on the way."""
-        if isinstance(images, Tensor):
-            return kernels.image_patches(images, self.padding, self.precision)
-        return kernels.image_patches(images.images, self.padding, self.precision, images.index, images.parameters)
 
     @property
     def _directions(self) -> tuple[Tensor, Tensor, Affine, Affine]:

@@ -394,8 +394,9 @@ class _Unroll(torch.autograd.Function):
             else:
                 slope = torch.dot(adjoint, velocities.load(n))
             slopes.append(slope)
+            of_batch = None
             if grad_images is not None:
-                batch.add_gradient(grad_images, tangent.images, sizes[n])
+                of_batch = batch.add_gradient(grad_images, tangent.images, sizes[n])
             if grad_labels is not None and tangent.labels is not None:
                 to_targets = (negated_sizes[n] * tangent.labels).to(labels.dtype)
                 kernels.index_add(grad_labels, steps.batches[n], to_targets, alpha=-1)
@@ -407,10 +408,11 @@ class _Unroll(torch.autograd.Function):
                 out=adjoint,
                 incoming=incoming(n),
                 weight_decay=steps.weight_decay,
+                batch=of_batch,
             )
             if velocity_adjoint is not None:
                 velocity_adjoint.mul_(steps.momentum)  # π_n
-            del batch, tangent
+            del batch, tangent, of_batch
 
         grad_rates = torch.zeros_like(rates)
         if slopes:

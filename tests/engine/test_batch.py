@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtt_fast import Augmentation, ConvNet, FlatModule, SiameseAugment, matching_loss, unroll
+from mtt_fast import Augmentation, ConvNet, FlatModule, SiameseAugment, kernels, matching_loss, unroll
 from mtt_fast.augmentation.protocol import warp_of
 from mtt_fast.augmentation.siamese import Draws, augment_with
 from mtt_fast.augmentation.texture import CanvasCrops
@@ -55,7 +55,10 @@ def test_both_kinds_of_batches_take_gradients_back_alike(operation: str | None) 
         IMAGES, INDEX, lambda rows: rows if augment is None else augment(rows, draws), torch.float64, tracked=True
     )
     actual, expected = torch.zeros_like(IMAGES), torch.zeros_like(IMAGES)
-    batch.add_gradient(actual, bars, factor)
+    still_to_add = batch.add_gradient(actual, bars, factor)
+    assert not actual.any()
+    vector = torch.zeros(1, dtype=torch.float64)
+    kernels.adjoint_step(vector, vector, vector, factor, vector, batch=still_to_add)
     by_autograd.add_gradient(expected, bars, factor)
     assert torch.equal(actual, expected)
     assert actual[4].any()

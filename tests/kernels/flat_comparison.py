@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bench.kernels import tensors_of
-from mtt_fast.kernels import HALF_PRECISIONS, PartialSums, Precision, WeightPlace
+from mtt_fast.kernels import HALF_PRECISIONS, BatchGradient, BatchImages, PartialSums, Precision, WeightPlace
 from tests.kernels.comparison import Case
+from tests.kernels.warp_comparison import warp_rows
 
 
 def vectors(device: str) -> None:
@@ -148,6 +149,51 @@ def packed_parameters(device: str) -> None:
         print("passed: packed parameters", dtype, precision)
 
 
+def gradients_of_batches(device: str) -> None:
+    """Check that a step of the adjoint adds a batch's gradient as the warp's own operation does, and moves as without it."""
+    from mtt_fast.kernels import triton
+
+    torch.manual_seed(0)
+    for dtype, (count, channels, height, width) in itertools.product(
+        (torch.float32, torch.float64), ((4, 3, 19, 17), (2, 1, 5, 6))
+    ):
+        a, b, out, also = (torch.randn(5_000, dtype=dtype, device=device) for _ in range(4))
+        scale, shape = torch.tensor(-0.37, dtype=dtype, device=device), (channels, height, width)
+        images_bar, y_bar = (torch.randn(each, *shape, dtype=dtype, device=device) for each in (5, count))
+        rows = torch.tensor([3, 0, 3, 4], device=device)[:count]
+        for parameters in (warp_rows((count, *shape)).to(a), None):
+            given = (rows, y_bar, parameters)
+            expected = triton.colour_warp_mask_transpose_add(images_bar.clone(), *given, scale)
+            batch = BatchGradient(images_bar.clone(), *given)
+            triton.adjoint_step(a, b, a, scale, out, None, 0.05, batch)
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-14  # of a mean that more programs add up otherwise
+            torch.testing.assert_close(batch.out, expected, rtol=tolerance, atol=tolerance)
+            assert torch.equal(batch.out[1:3], images_bar[1:3])
+            assert torch.equal(out, triton.adjoint_step(a, b, a, scale, also, None, 0.05))
+        print("passed: gradients of batches", dtype, shape)
+
+
+def patches_beside_parameters(device: str) -> None:
+    """Check that patches that are made beside packed parameters, and these, have the bits that they have by themselves."""
+    from mtt_fast.kernels import triton
+
+    torch.manual_seed(0)
+    places, shape = (WeightPlace(3, 20, 3), WeightPlace(600, 16, 20)), (4, 3, 9, 8)
+    kinds = [(torch.float64, "fp32"), *((torch.float32, precision) for precision in get_args(Precision))]
+    for dtype, precision in kinds:
+        theta = torch.randn(600 + 9 * 16 * 20 + 5, dtype=dtype, device=device)
+        x, rows = torch.randn(shape, dtype=dtype, device=device), torch.tensor([3, 0, 3], device=device)
+        warp = warp_rows(shape).to(theta)[:3]
+        for direction, batch in ((None, BatchImages(x, 1)), (theta * 1e-7, BatchImages(x, 3, rows, warp))):
+            both = triton.pack_parameters(theta, direction, places, precision, 1.0, batch)
+            alone = triton.pack_parameters(theta, direction, places, precision, 1.0)
+            patches = triton.image_patches(batch.x, batch.padding, precision, batch.rows, batch.parameters)
+            expected = tensors_of(alone._replace(patches=patches))
+            assert all(torch.equal(a, b) for a, b in zip(tensors_of(both), expected, strict=True))
+        print("passed: patches beside parameters", dtype, precision)
+
+
 def flat_cases(device: str) -> list[Case]:
     """Return the comparisons of flat vectors, of rows, and of parameters."""
-    return [partial(check, device) for check in (vectors, rows, powers, partial_sums, packed_parameters)]
+    families = (vectors, rows, powers, partial_sums, packed_parameters, gradients_of_batches, patches_beside_parameters)
+    return [partial(check, device) for check in families]

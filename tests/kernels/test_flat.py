@@ -18,12 +18,16 @@ from torch import Tensor
 
 from mtt_fast import kernels
 from mtt_fast.kernels import (
+    BatchGradient,
+    BatchImages,
     PackedParameters,
     PartialSums,
     Precision,
     WeightPlace,
     add_up,
     adjoint_step,
+    colour_warp_mask_transpose_add,
+    image_patches,
     index_add,
     native,
     pack_parameters,
@@ -33,7 +37,7 @@ from mtt_fast.kernels import (
 )
 from mtt_fast.kernels.reference.flat import power_of_two
 from mtt_fast.testing import assert_close
-from tests.kernels.compiling import WIDTH, check, each_architecture, meta, recording
+from tests.kernels.compiling import WIDTH, check, each_architecture, meta, needs_triton, recording
 from tests.kernels.helpers import needs_native
 from tests.kernels.triton_comparison import compare
 
@@ -124,6 +128,24 @@ def test_results_may_take_the_place_of_arguments(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("warped", [False, True])
+def test_an_adjoint_step_adds_the_gradient_of_a_batch_on_the_way(dtype: torch.dtype, warped: bool) -> None:
+    adjoint, curvature = vectors(17, 2, dtype)
+    y_bar, images_bar = torch.randn(3, 2, 5, 4, dtype=dtype), torch.randn(6, 2, 5, 4, dtype=dtype)
+    parameters = None
+    if warped:
+        parameters = torch.zeros(3, 13, dtype=dtype)
+        parameters[:, 2], parameters[:, 5] = 0.3, -1.25  # contrast, and a displacement down
+    rows, scale = torch.tensor([[4, 9], [0, 9], [4, 9]])[:, 0], torch.tensor(-0.3, dtype=dtype)
+    expected = colour_warp_mask_transpose_add(images_bar.clone(), rows.contiguous(), y_bar, parameters, scale)
+    batch = BatchGradient(images_bar, rows, y_bar, parameters)
+    stepped = adjoint_step(adjoint, curvature, adjoint, scale, unwritten(adjoint), batch=batch)
+    assert torch.equal(images_bar, expected)
+    assert torch.equal(stepped, adjoint_step(adjoint, curvature, adjoint, scale, unwritten(adjoint)))
+
+
+@pytest.mark.usefixtures("either_backend")
 def test_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     a, b, c, d = vectors(400_003, 4, torch.float32)
     rate, results = torch.tensor(0.3), []
@@ -137,6 +159,12 @@ def test_results_do_not_depend_on_threads(threads: Callable[[int], None]) -> Non
 
 
 V, RATE = torch.zeros(6), torch.zeros(())
+IMAGES, ROWS = torch.zeros(4, 3, 5, 5), torch.tensor([3, 0])
+
+
+def of_batch(**changed: Any) -> BatchGradient:
+    """Return a batch's gradient that fits V and RATE, but for what is changed."""
+    return BatchGradient(IMAGES, ROWS, IMAGES[:2], None)._replace(**changed)
 
 
 @pytest.mark.usefixtures("either_backend")
@@ -157,6 +185,13 @@ V, RATE = torch.zeros(6), torch.zeros(())
         (adjoint_step, (V, V, V, RATE, V, V[:5]), "expected incoming of shape"),
         (adjoint_step, (V, V, V, V, V), "expected scale of shape"),
         (adjoint_step, (V, torch.zeros(12)[::2], V, RATE, V), "expected hessian_v contiguous"),
+        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(y_bar=IMAGES)), r"int64 indices \(4,\)"),
+        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(rows=ROWS + 1)), "indices 0 … 3, found 1 … 4"),
+        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(out=IMAGES.double())), "out of floating dtype"),
+        (adjoint_step, (V, V, V, RATE, V, None, 0.0, of_batch(parameters=IMAGES[0, 0])), "parameters of shape"),
+        (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES[:, :, :1], 1)), "at least 4×4 pixels"),
+        (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES, 1, ROWS + 1)), "indices 0 … 3, found 1 … 4"),
+        (pack_parameters, (V, None, (), "fp32", 1.0, BatchImages(IMAGES.double(), 1)), "x of floating dtype"),
         (sgd_step, (V, PartialSums((V[None, :5],)), RATE, V), "expected gradient of 6 numbers, found pieces of 5"),
         (sgd_step, (V, PartialSums((torch.zeros(2, 12)[:, ::2],)), RATE, V), "summands of gradient contiguous"),
         (sgd_step, (V, PartialSums((V[None].double(),)), RATE, V), "expected gradient of torch.float32 on cpu"),
@@ -337,6 +372,16 @@ def test_parameters_are_packed_in_the_directions_range(precision: Any) -> None:
     assert torch.equal(packed.weights_dot[0], packed.direction[5:59].view(2, 3, 3, 3))
 
 
+def test_parameters_are_packed_beside_the_patches_of_a_batch() -> None:
+    theta, batch = torch.arange(100.0), BatchImages(torch.randn(4, 3, 6, 5), 1, torch.tensor([[2, 0], [0, 0]])[:, 0])
+    packed = pack_parameters(theta, None, [WeightPlace(5, 2, 3)], "tf32", batch=batch)
+    assert torch.equal(packed.weights[0], theta[5:59].view(2, 3, 3, 3))
+    assert packed.patches is not None
+    expected = image_patches(batch.x[[2, 0]], 1, "tf32")
+    assert torch.equal(packed.patches.images, expected.images)
+    assert torch.equal(packed.patches.gram, expected.gram)
+
+
 @pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", str(kernels.native_available()))])
 def test_the_environment_turns_the_native_kernels_off(value: str, expected: str) -> None:
     code = (
@@ -357,6 +402,8 @@ def test_triton_equals_the_reference_interpreted() -> None:
     assert "passed: powers of two" in lines
     assert len([line for line in lines if line.startswith("passed: partial sums")]) == 2 * 3
     assert len([line for line in lines if line.startswith("passed: packed parameters")]) == 2 * 4
+    assert len([line for line in lines if line.startswith("passed: gradients of batches")]) == 2 * 2
+    assert len([line for line in lines if line.startswith("passed: patches beside parameters")]) == 5
 
 
 @pytest.mark.gpu
@@ -366,15 +413,17 @@ def test_triton_equals_the_reference_on_a_gpu() -> None:
 
 @each_architecture
 def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
-    from mtt_fast.kernels.triton import flat, weights
+    from mtt_fast.kernels.triton import block, flat, weights
 
-    with recording([flat, weights], architecture) as launches:
-        a = meta(1003)
+    with recording([block, flat, weights], architecture) as launches:
+        a, index = meta(1003), torch.empty(100, dtype=torch.long, device="meta")
         flat.sgd_step(a, a, meta(), a, None, None, 0.0, 0.0)
         flat.sgd_step(a, a, meta(), a, a, a, 0.9, 5e-4)
         flat.adjoint_step(a, a, a, meta(), a, a, 5e-4)
+        for parameters in (None, meta(100, 13)):
+            batch = BatchGradient(meta(500, 3, 32, 32), index, meta(100, 3, 32, 32), parameters)
+            flat.adjoint_step(a, a, a, meta(), a, None, 0.0, batch)
         flat.squared_distance(a, a)
-        index = torch.empty(100, dtype=torch.long, device="meta")
         flat.index_add(meta(500, 3, 32, 32), index, meta(100, 3, 32, 32), -1.0)
         of_weights = meta(40, WIDTH, 3, 3, WIDTH).permute(0, 1, 4, 2, 3)
         sums = PartialSums((of_weights, meta(0, WIDTH), meta(100, 2, WIDTH)[:, 1], meta(1, 10, 2048)), (meta(), meta()))
@@ -384,5 +433,19 @@ def test_triton_compiles(architecture: str, tmp_path: Path) -> None:
         for precision in get_args(Precision):
             place = WeightPlace(27 * WIDTH, WIDTH, WIDTH)
             weights.pack_parameters(vector, vector, [place], precision, 1.0)
-    assert len(launches) == 6 + 3 + 5
+            batch = BatchImages(meta(500, 3, 32, 32), 1, index, meta(100, 13))
+            for direction in (None, vector):
+                weights.pack_parameters(vector, direction, [place], precision, 1.0, batch)
+    assert len(launches) == 6 + 2 + 3 + 3 * 4 + 2
     check(launches, architecture, tmp_path)
+
+
+@needs_triton
+def test_triton_makes_no_patches_of_many_channels() -> None:
+    from mtt_fast.kernels.triton import block, weights
+
+    with (
+        recording([block, weights], "sm_90"),
+        pytest.raises(ValueError, match="fewer channels, found 5; use mtt_fast.kernels.image_patches"),
+    ):
+        weights.pack_parameters(meta(9), None, (), "tf32", 1.0, BatchImages(meta(2, 5, 8, 8), 1))
