@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ from mtt_fast.distill.experts import (
     requested_hyperparameters,
     with_actual_training,
 )
-from mtt_fast.distill.gradients import DESCRIPTIONS, compare_with_exact, gradients_in_range, iteration_of
+from mtt_fast.distill.gradients import (
+    DESCRIPTIONS,
+    compare_with_exact,
+    gradients_in_range,
+    held_iterations,
+    iteration_of,
+)
 from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, given_options, parse_options
 from mtt_fast.distill.run import DistillRun
@@ -132,7 +138,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     `InputError` if the distillation has diverged for good.
     """
     options = run.options
-    iteration = lru_cache(maxsize=1)(partial(iteration_of, options, run.network))  # the last plan's
+    iteration = held_iterations(partial(iteration_of, options, run.network))
     segment = partial(read_segment, run, sender(state.lr.device), state.images)
     ahead = prefetched(segment, segment_numbers(options, range(state.iteration, options.Iteration)))
 

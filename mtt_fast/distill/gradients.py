@@ -55,6 +55,30 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
     )
 
 
+def held_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
+    """Return a function equal to `make(plan, graph=…)`, as `iteration_of` is, which holds iterations for later calls.
+
+    On a GPU an iteration takes its plan's memory for as long as it is held. So what is held fits in the budget together, or is
+    one iteration alone, and of a student it is the last plan's.
+    """
+    held: dict[tuple[Plan, bool], Iteration] = {}
+
+    def iteration_for(plan: Plan, *, graph: bool = True) -> Iteration:
+        if (plan, graph) not in held:
+            others = [other for other, _ in held]
+            if any(other.work == plan.work for other in others) or not fit_together(plan, *others):
+                held.clear()
+            held[plan, graph] = make(plan, graph=graph)
+        return held[plan, graph]
+
+    return iteration_for
+
+
+def fit_together(plan: Plan, *others: Plan) -> bool:
+    """Return whether the budget of `plan` has room for the memory of all plans at the same time."""
+    return plan.budget is not None and sum(each.peak_bytes for each in (plan, *others)) <= plan.budget
+
+
 def teacher_of(run: DistillRun, state: State, plan: Plan) -> Teacher | None:
     """Return the function that labels the images with --teacher_label, in the memory of `plan`; None without that option."""
     if not run.options.teacher_label:
@@ -86,25 +110,30 @@ def gradients_in_range(
     segments: Sequence[Segment],
     plan: Plan,
     iteration_for: Callable[..., Iteration],
+    *,
+    graph: bool = True,
 ) -> tuple[float, list[Tensor] | None, Plan]:
     """Return the mean loss of an iteration, the gradients of `mean_gradients`, and the plan whose memory was enough.
 
     There are no gradients where a number is not finite. Where it is only too large for fp16, the iteration is repeated in tf32,
-    with a line in the log. `iteration_for(plan)` is as `iteration_of`, and takes its `graph`; where it holds an iteration, it
-    holds one at most, so that only one takes memory.
+    with a line in the log. `iteration_for(plan, graph=…)` is as `iteration_of`, and may hold iterations as `held_iterations`
+    does. With a `graph` the iteration is recorded, and its repetition too where the memory of both fits in the budget.
     """
 
-    def attempt(iteration_for: Callable[..., Iteration], plan: Plan) -> tuple[float, list[Tensor] | None]:
-        loss, *gradients = mean_gradients(iteration_for(plan), state, segments, teacher_of(run, state, plan))
+    def attempt(graph: bool, plan: Plan) -> tuple[float, list[Tensor] | None]:
+        loss, *gradients = mean_gradients(
+            iteration_for(plan, graph=graph), state, segments, teacher_of(run, state, plan)
+        )
         return float(loss), gradients if _are_finite((loss, *gradients)) else None
 
-    (loss, gradients), plan = with_smaller_pieces(plan, partial(attempt, iteration_for))
+    (loss, gradients), plan = with_smaller_pieces(plan, partial(attempt, graph))
     student = plan.work.student
     if gradients is not None or not isinstance(student, FusedConvNetStudent) or student.precision != "fp16":
         return loss, gradients, plan
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
-    rarely = partial(iteration_for, graph=False)  # also lets go of fp16's graph, whose memory the repetition takes
-    (loss, gradients), _ = with_smaller_pieces(in_tf32(plan), partial(attempt, rarely))
+    again = in_tf32(plan)
+    # else fp16's graph is let go of, whose memory the repetition takes; to record that one would take longer than it does
+    (loss, gradients), _ = with_smaller_pieces(again, partial(attempt, graph and fit_together(plan, again)))
     return loss, gradients, plan
 
 
@@ -121,9 +150,8 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
     both = []
     for gradient in get_args(Gradient):
         options = dataclasses.replace(run.options, gradient=gradient)
-
-        iteration_for = partial(iteration_of, options, run.network, graph=False)
-        _, gradients, plan = gradients_in_range(run, state, segments, plan, iteration_for)
+        iteration_for = partial(iteration_of, options, run.network)
+        _, gradients, plan = gradients_in_range(run, state, segments, plan, iteration_for, graph=False)
         if gradients is None:
             log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
             return

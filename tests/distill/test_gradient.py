@@ -284,16 +284,24 @@ def test_what_overflows_in_fp16_is_repeated_in_tf32(
 
 
 @fused_on_a_cpu
-def test_auto_is_fp16_and_what_overflows_lets_go_of_its_memory(
-    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("budget", "at_once"), [("auto", 2), ("least", 1)])
+def test_auto_is_fp16_and_what_overflows_fits_in_its_memory(
+    budget: str,
+    at_once: int,
+    experts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Choose on a CPU as on a GPU; the reference emulates both precisions."""
     pytest.importorskip("triton")
+    made: list[bool] = []
     held: weakref.WeakSet[Any] = weakref.WeakSet()
     held_while_computing = []
 
-    def watched(*arguments: Any, **options: Any) -> Any:
-        iteration = iteration_of(*arguments, **options)
+    def watched(*arguments: Any, graph: bool = True) -> Any:
+        iteration = iteration_of(*arguments, graph=graph)
+        made.append(graph)
 
         def watched_iteration(*tensors: Tensor) -> tuple[Tensor, ...]:
             held_while_computing.append(len(held))
@@ -311,19 +319,27 @@ def test_auto_is_fp16_and_what_overflows_lets_go_of_its_memory(
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("mtt_fast.distill.command.precision_on", chosen_as_on_a_gpu)
     monkeypatch.setattr("mtt_fast.distill.command.iteration_of", watched)
-    assert run(*TOY, *experts, "--precision", "tf32", "--out", str(tmp_path / "tf32")) == 0
-    assert run(*TOY, *experts, "--out", str(tmp_path / "auto")) == 0
-    assert run(*TOY, *experts, "--precision", "fp16", "--out", str(tmp_path / "fp16")) == 0
+    if budget == "least":
+        toy = DistillOptions(syn_steps=3, microbatch=1)
+        budget = str(planned(toy, ConvNet(1, 10, 8, 4, 1), (10, 1, 8, 8), torch.device("cpu"), "tf32").peak_bytes)
+    common = [*TOY, *experts, "--memory_budget", budget]
+    assert run(*common, "--precision", "tf32", "--out", str(tmp_path / "tf32")) == 0
+    assert run(*common, "--out", str(tmp_path / "auto")) == 0
+    assert run(*common, "--precision", "fp16", "--out", str(tmp_path / "fp16")) == 0
     assert chosen == ["tf32", "fp16", "fp16"]
     assert torch.equal(images_of(tmp_path / "auto"), images_of(tmp_path / "fp16"))
     assert not torch.equal(images_of(tmp_path / "auto"), images_of(tmp_path / "tf32"))
     assert "repeated in tf32" not in caplog.text
+    assert made == [True] * 3
     monkeypatch.setattr("mtt_fast.kernels.reference.classifier.LARGEST_COTANGENT", 2.0**40)
-    assert run(*TOY, *experts, "--out", str(tmp_path / "overflowing")) == 0
+    assert run(*common, "--out", str(tmp_path / "overflowing")) == 0
     assert caplog.text.count("a number is too large for fp16; repeated in tf32") == 4
     assert torch.equal(images_of(tmp_path / "overflowing"), images_of(tmp_path / "tf32"))
     assert len(held_while_computing) == 3 * 4 + 2 * 4
-    assert set(held_while_computing) == {1}  # a recorded iteration keeps its memory for as long as it is held
+    # a recorded iteration keeps its memory for as long as it is held
+    assert set(held_while_computing) == {*range(1, at_once + 1)}
+    # both are recorded once; or else the repetition never is, and what it takes the memory of is recorded again
+    assert made[3:] == ([True] * 2 if at_once == 2 else [True, False] * 4)
 
 
 @fused_on_a_cpu
