@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +42,13 @@ class EventLog:
             self.close()
             raise
 
-    def write(self, name: str, value: float, iteration: int) -> None:
-        """Append one scalar."""
+    def write(self, scalars: Mapping[str, float], iteration: int) -> None:
+        """Append the scalars of an iteration, by name, in one record."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._write(Event(step=iteration, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)])))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(Event(step=iteration, summary=Summary(value=values)))
 
     def close(self) -> None:
         """Finish the file."""

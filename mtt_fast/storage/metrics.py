@@ -73,8 +73,7 @@ class MetricsLog:
             self._file.truncate(before)
             raise
         self.records.append(record)
-        for name, value in values.items():
-            self._events.write(f"{kind}/{name}", value, iteration)
+        self._events.write({f"{kind}/{name}": value for name, value in values.items()}, iteration)
 
     def find(self, kind: str, iteration: int | None = None) -> dict[str, Any] | None:
         """Return the first record of `kind` (at `iteration`, if given), or None."""

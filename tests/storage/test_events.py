@@ -27,10 +27,10 @@ def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_reads_them_as_they_are_written(tmp_path: Path) -> None:
     log = EventLog(tmp_path, 1)
-    log.write("step/loss", 0.5, 1)
-    log.write("step/loss", 0.25, 2)
-    assert scalars_in(tmp_path) == {"step/loss": [(1, 0.5), (2, 0.25)]}
-    log.write("step/lr", 2, 2)
+    log.write({"step/loss": 0.5}, 1)
+    log.write({"step/loss": 0.25, "step/expert": 3}, 2)
+    assert scalars_in(tmp_path) == {"step/loss": [(1, 0.5), (2, 0.25)], "step/expert": [(2, 3.0)]}
+    log.write({"step/lr": 2}, 2)
     log.close()
     assert scalars_in(tmp_path)["step/lr"] == [(2, 2.0)]
 
@@ -39,7 +39,7 @@ def test_a_run_that_goes_on_takes_the_place_of_what_was_written_behind_its_check
     for first in (1, 3):
         log = EventLog(tmp_path, first)
         for iteration in range(first, first + 4):
-            log.write("loss", float(first), iteration)
+            log.write({"loss": float(first)}, iteration)
         log.close()
     assert scalars_in(tmp_path) == {"loss": [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0), (5, 3.0), (6, 3.0)]}
 
