@@ -39,7 +39,7 @@ from mtt_fast.kernels.reference.flat import power_of_two
 from mtt_fast.testing import assert_close
 from tests.kernels.compiling import WIDTH, check, each_architecture, meta, needs_triton, recording
 from tests.kernels.helpers import needs_native
-from tests.kernels.triton_comparison import compare
+from tests.kernels.triton_comparison import compare, each_part
 
 SIZES = [0, 1, 15, 1003, (1 << 14) + 1, 400_003]  # less than a vector, around a block, several threads' shares
 DTYPES = [torch.float32, torch.float64]
@@ -407,8 +407,9 @@ def test_triton_equals_the_reference_interpreted() -> None:
 
 
 @pytest.mark.gpu
-def test_triton_equals_the_reference_on_a_gpu() -> None:
-    compare("flat", "cuda")
+@each_part("flat")
+def test_triton_equals_the_reference_on_a_gpu(part: int) -> None:
+    compare("flat", "cuda", part)
 
 
 @each_architecture
