@@ -44,12 +44,12 @@ def _forward(
 ) -> None:
     """Store p and, in a direction, ṗ of contiguous planes."""
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = program_block(C, BLOCK_C)
+    sample, c, channel_mask = program_block(C, BLOCK_C)
     begin = sample * (C * H * W)
     begin_pooled = sample * (C * (H // 2) * (W // 2))
-    b = tl.load(beta + c, exists, 0).to(ACC)
+    b = tl.load(beta + c, channel_mask, 0).to(ACC)
     if y_dot is not None:
-        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+        b_dot = tl.load(beta_dot + c, channel_mask, 0).to(ACC)
 
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y + begin, ACC, c, start, C, H, W, WINDOWS)
@@ -85,10 +85,10 @@ def _backward(
     """Store ȳ and, in a direction, ȳ̇ of contiguous planes, and the sums for β."""
     ACC: tl.constexpr = beta_sums.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = program_block(C, BLOCK_C)
+    sample, c, channel_mask = program_block(C, BLOCK_C)
     begin = sample * (C * H * W)
     begin_pooled = sample * (C * (H // 2) * (W // 2))
-    b = tl.load(beta + c, exists, 0).to(ACC)
+    b = tl.load(beta + c, channel_mask, 0).to(ACC)
 
     total = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     for start in range(0, TOTAL, WINDOWS):
@@ -107,7 +107,7 @@ def _backward(
                 u_bar = tl.where(active, share_dot, 0)
                 tl.store(y_bar_dot + begin + offset, u_bar, mask)
             total += u_bar
-    tl.store(beta_sums + sample * C + c, plane_sum(total), exists)
+    tl.store(beta_sums + sample * C + c, plane_sum(total), channel_mask)
 
 
 @triton.jit
@@ -129,29 +129,29 @@ def _forward_lines(
     TILES: tl.constexpr,
 ) -> None:
     """Store p and, in a direction, ṗ of one part of channels_last planes."""
-    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
+    sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     p += sample * ((H // 2) * (W // 2) * C)
-    b = tl.load(beta + c, exists, 0).to(ACC)
+    b = tl.load(beta + c, channel_mask, 0).to(ACC)
     if y_dot is not None:
         y_dot += sample * (H * W * C)
         p_dot += sample * ((H // 2) * (W // 2) * C)
-        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+        b_dot = tl.load(beta_dot + c, channel_mask, 0).to(ACC)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
         pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
         pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for quarter in tl.static_range(4):
             pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
-            u = tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) + b
+            u = tl.load(y + pixel * C + c, mask & channel_mask, 0).to(ACC) + b
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
-                u_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) + b_dot
+                u_dot = tl.load(y_dot + pixel * C + c, mask & channel_mask, 0).to(ACC) + b_dot
                 pooled_dot += tl.where(u > 0, u_dot, 0)
-        place, mask = pooled_pixels(window, H, W, WHOLE)
-        tl.store(p + place * C + c, pooled * 0.25, mask & exists)
+        pooled_pixel, mask = pooled_pixels(window, H, W, WHOLE)
+        tl.store(p + pooled_pixel * C + c, pooled * 0.25, mask & channel_mask)
         if y_dot is not None:
-            tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
+            tl.store(p_dot + pooled_pixel * C + c, pooled_dot * 0.25, mask & channel_mask)
 
 
 @triton.jit
@@ -174,32 +174,32 @@ def _backward_lines(
 ) -> None:
     """Store ȳ and, in a direction, ȳ̇ of one part of channels_last planes, and the sums for β."""
     ACC: tl.constexpr = beta_sums.dtype.element_ty
-    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
+    sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     y += sample * (H * W * C)
     y_bar += sample * (H * W * C)
     p_bar += sample * ((H // 2) * (W // 2) * C)
     if p_bar_dot is not None:
         y_bar_dot += sample * (H * W * C)
         p_bar_dot += sample * ((H // 2) * (W // 2) * C)
-    b = tl.load(beta + c, exists, 0).to(ACC)
+    b = tl.load(beta + c, channel_mask, 0).to(ACC)
     total = tl.zeros((WINDOWS, BLOCK_C), ACC)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
         # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
-        place, mask = pooled_pixels(window, H, W, WHOLE)
-        share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        pooled_pixel, mask = pooled_pixels(window, H, W, WHOLE)
+        share = tl.load(p_bar + pooled_pixel * C + c, mask & channel_mask, 0).to(ACC) * 0.25
         if p_bar_dot is not None:
-            share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
+            share_dot = tl.load(p_bar_dot + pooled_pixel * C + c, mask & channel_mask, 0).to(ACC) * 0.25
         for quarter in tl.static_range(4):
             pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
-            active = tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) + b > 0
+            active = tl.load(y + pixel * C + c, mask & channel_mask, 0).to(ACC) + b > 0
             u_bar = tl.where(active, share, 0)
-            tl.store(y_bar + pixel * C + c, u_bar, mask & exists)
+            tl.store(y_bar + pixel * C + c, u_bar, mask & channel_mask)
             if p_bar_dot is not None:
                 u_bar = tl.where(active, share_dot, 0)
-                tl.store(y_bar_dot + pixel * C + c, u_bar, mask & exists)
+                tl.store(y_bar_dot + pixel * C + c, u_bar, mask & channel_mask)
             total += u_bar
-    tl.store(beta_sums + (sample * PARTS + part) * C + c, tl.sum(total, 0, keep_dims=True), exists)
+    tl.store(beta_sums + (sample * PARTS + part) * C + c, tl.sum(total, 0, keep_dims=True), channel_mask)
 
 
 def bias_relu_pool(y: Tensor, beta: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .patches import (
     moments,
     product,
     round_factor,
-    weight_places,
+    weight_offsets,
 )
 
 
@@ -91,7 +91,7 @@ def pool(
     begin = sample * (ALL * K)
     for tile in range(tiles):
         window = (part * tiles + tile) * WINDOWS + tl.arange(0, WINDOWS)
-        exists = (window < ALL)[:, None]
+        mask = (window < ALL)[:, None]
         window = tl.minimum(window, ALL - 1)
         row, column = window // PW * 2, window % PW * 2
         pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
@@ -104,10 +104,10 @@ def pool(
             pooled += tl.where(inactive, 0, u)
             if p_dot is not None:
                 pooled_dot += tl.where(inactive, 0, product(xs, w_dot, ACC, PRECISION))
-        place = window[:, None] * K + c[None, :]
-        tl.store(p + begin + place, pooled * 0.25, exists)
+        offsets = window[:, None] * K + c[None, :]
+        tl.store(p + begin + offsets, pooled * 0.25, mask)
         if p_dot is not None:
-            tl.store(p_dot + begin + place, pooled_dot * 0.25, exists)
+            tl.store(p_dot + begin + offsets, pooled_dot * 0.25, mask)
 
 
 @triton.jit
@@ -162,19 +162,19 @@ def sum_patches(
         total_dot = tl.zeros((TERMS, BLOCK_C), ACC)
     for tile in range(tiles):
         window = (part * tiles + tile) * WINDOWS + tl.arange(0, WINDOWS)
-        exists = (window < ALL)[:, None]
+        mask = (window < ALL)[:, None]
         window = tl.minimum(window, ALL - 1)
         row, column = window // PW * 2, window % PW * 2
-        place = window[:, None] * K + c[None, :]
-        p_bars = load_planes(p_bar, p_bar_parts, place, exists, size, COUNT, TOGETHER)
+        offsets = window[:, None] * K + c[None, :]
+        p_bars = load_planes(p_bar, p_bar_parts, offsets, mask, size, COUNT, TOGETHER)
         share = _pixel_share(p_bars, ACC, PRECISION)
         if p_bar_dot is not None:
-            p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, place, exists, size, COUNT_DOT, TOGETHER)
+            p_bars_dot = load_planes(p_bar_dot, p_bar_dot_parts, offsets, mask, size, COUNT_DOT, TOGETHER)
             share_dot = _pixel_share(p_bars_dot, ACC, PRECISION)
         if p_bar_parts is not None:
-            tl.store(p_bar + place, p_bars, exists)
+            tl.store(p_bar + offsets, p_bars, mask)
         if p_bar_dot_parts is not None:
-            tl.store(p_bar_dot + place, p_bars_dot, exists)
+            tl.store(p_bar_dot + offsets, p_bars_dot, mask)
         for pixel in range(4):
             xs = load_patches(images, row + pixel // 2, column + pixel % 2, C, WP, TERMS)
             active = product(xs, w, ACC, PRECISION) > 0
@@ -231,11 +231,11 @@ def finish(
     one = term == 9 * C
     mean, covariance = moments(gram, sample, gram_parts, C, PIXELS, TERMS)
     mean, covariance = mean.to(ACC), covariance.to(ACC)
-    place = sample * parts * (TERMS * K) + term * K + c[None, :]
+    offsets = sample * parts * (TERMS * K) + term * K + c[None, :]
     if weight_dot is None:
-        (total,) = add_up_parts((sums + place,), None, parts, TERMS * K, ACC)
+        (total,) = add_up_parts((sums + offsets,), None, parts, TERMS * K, ACC)
     else:
-        total, total_dot = add_up_parts((sums + place, sums_dot + place), None, parts, TERMS * K, ACC)
+        total, total_dot = add_up_parts((sums + offsets, sums_dot + offsets), None, parts, TERMS * K, ACC)
     w = load_weights(weight, c, C, TERMS)
     stats += sample * (4 * K) + c
     mu, r = tl.load(stats), tl.load(stats + K)
@@ -277,8 +277,8 @@ def finish(
         tl.store(linear + program.to(tl.int64) * (TERMS * TERMS) + term * TERMS + tl.arange(0, TERMS)[None, :], m)
         beta_bar, gamma_bar = beta_bar_dot, gamma_bar_dot
     gradients += sample * (9 * C * K + 2 * K)
-    place, exists = weight_places(c, C, TERMS)
-    tl.store(gradients + place, tl.trans(weight_bar), exists)
+    offsets, mask = weight_offsets(c, C, TERMS)
+    tl.store(gradients + offsets, tl.trans(weight_bar), mask)
     tl.store(gradients + 9 * C * K + c, gamma_bar)
     tl.store(gradients + 9 * C * K + K + c, beta_bar)
 
@@ -348,11 +348,11 @@ def spread(
         t += (product(patches, m, ACC, PRECISION),)
 
     row, column = _window_pixels(windows, 0, TOGETHER, ACROSS, WINDOWS)
-    place = sample * ((H // 2) * (W // 2) * K) + (row // 2 * (W // 2) + column // 2)[:, None] * K
+    window_offsets = sample * ((H // 2) * (W // 2) * K) + (row // 2 * (W // 2) + column // 2)[:, None] * K
     whole = ((row < H // 2 * 2) & (column < W // 2 * 2))[:, None]
     for block in range(K // BLOCK_C):
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        offset = place + c[None, :]
+        offset = window_offsets + c[None, :]
         share = _pixel_share(tl.load(p_bar + offset, whole, 0), ACC, PRECISION)
         share_dot = _pixel_share(tl.load(p_bar_dot + offset, whole, 0), ACC, PRECISION)
         w = tl.load(folded + term[:, None] * K + c[None, :])
@@ -367,8 +367,8 @@ def spread(
         t = sums
     for tile in tl.static_range(TILES):
         row, column = _window_pixels(windows, tile, TOGETHER, ACROSS, WINDOWS)
-        place = sample * (H * W * TERMS) + (row * W + column)[:, None] * TERMS + term[None, :]
-        tl.store(columns + place, t[tile], ((row < H) & (column < W))[:, None])
+        offsets = sample * (H * W * TERMS) + (row * W + column)[:, None] * TERMS + term[None, :]
+        tl.store(columns + offsets, t[tile], ((row < H) & (column < W))[:, None])
 
 
 @triton.jit
@@ -405,14 +405,14 @@ def col2im(
     pixel = (program % PARTS * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     row = pixel // W + PADDING - term // (3 * C)
     column = pixel % W + PADDING - term // C % 3
-    exists = pixel < H * W
-    inside = exists & (term < 9 * C) & (row >= 0) & (row < HO) & (column >= 0) & (column < WO)
-    place = sample * (HO * WO * TERMS) + (row * WO + column) * TERMS + term
-    t = tl.load(columns + place, inside, 0).to(x_bar.dtype.element_ty)
+    mask = pixel < H * W
+    inside = mask & (term < 9 * C) & (row >= 0) & (row < HO) & (column >= 0) & (column < WO)
+    offsets = sample * (HO * WO * TERMS) + (row * WO + column) * TERMS + term
+    t = tl.load(columns + offsets, inside, 0).to(x_bar.dtype.element_ty)
     for channel in tl.static_range(C):
         total = tl.sum(tl.where(term % C == channel, t, 0), 1, keep_dims=True)
         if first_divisor is not None:
             total = _divide(total, first_divisor)
         if second_divisor is not None:
             total = _divide(total, second_divisor)
-        tl.store(x_bar + sample * (C * H * W) + channel * (H * W) + pixel, total, exists)
+        tl.store(x_bar + sample * (C * H * W) + channel * (H * W) + pixel, total, mask)

@@ -54,8 +54,8 @@ def quarter_pixels(
     """Return the pixel of each window at QUARTER (0 to 3), and the mask. With WHOLE, all windows exist and are complete."""
     COLUMNS: tl.constexpr = (W + 1) // 2
     row, column = 2 * (window // COLUMNS), 2 * (window % COLUMNS)
-    exists = within(row, H - QUARTER // 2, WHOLE) & within(column, W - QUARTER % 2, WHOLE)
-    return row * W + column + (QUARTER // 2 * W + QUARTER % 2), exists
+    mask = within(row, H - QUARTER // 2, WHOLE) & within(column, W - QUARTER % 2, WHOLE)
+    return row * W + column + (QUARTER // 2 * W + QUARTER % 2), mask
 
 
 @triton.jit

@@ -48,29 +48,29 @@ def score(
     block = tl.program_id(0) % BLOCKS
     row = (tl.program_id(0) // BLOCKS).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row_exists, column_exists = row < batch, column < CLASSES
-    exists, place = row_exists & column_exists, row * CLASSES + column
+    row_mask, column_mask = row < batch, column < CLASSES
+    mask, offsets = row_mask & column_mask, row * CLASSES + column
 
     if ROWS < 16:  # `tl.dot` needs at least 16 rows
         logits, logits_dot = _logits_by_sums(
-            p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
+            p, p_dot, weight, weight_dot, row, column, row_mask, column_mask,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, AHEAD if tl.float32 == ACC else 1, ACC,
         )  # fmt: skip
     else:
         logits, logits_dot = _logits_by_dot(
-            p, p_dot, weight, weight_dot, row, column, row_exists, column_exists,
+            p, p_dot, weight, weight_dot, row, column, row_mask, column_mask,
             CHANNELS, PIXELS, ROWS, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
-    logits += tl.load(bias + column, column_exists, 0).to(ACC)
-    tl.store(z + place, logits, exists)
+    logits += tl.load(bias + column, column_mask, 0).to(ACC)
+    tl.store(z + offsets, logits, mask)
     if p_dot is not None:
-        logits_dot += tl.load(bias_dot + column, column_exists, 0).to(ACC)
-        tl.store(z_dot + place, logits_dot, exists)
+        logits_dot += tl.load(bias_dot + column, column_mask, 0).to(ACC)
+        tl.store(z_dot + offsets, logits_dot, mask)
 
     targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
-    parts = softmax_parts(logits, logits_dot, targets, column_exists, p_dot is not None, KIND)
+    parts = softmax_parts(logits, logits_dot, targets, column_mask, p_dot is not None, KIND)
     for number in tl.static_range(6):
-        tl.store(partials + (number * batch + row) * BLOCKS + block, parts[number], row_exists)
+        tl.store(partials + (number * batch + row) * BLOCKS + block, parts[number], row_mask)
     if magnitudes is not None:
         tl.debug_barrier()  # all threads read the logits of a row that one thread stored
         softmax = combine(parts, p_dot is not None, KIND)
@@ -122,8 +122,8 @@ def differentiate(
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     ACROSS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     WEIGHT_PROGRAMS: tl.constexpr = (CLASSES + COLUMNS - 1) // COLUMNS * ACROSS
-    place = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    feature, place_exists = place % CHANNELS * PIXELS + place // CHANNELS, place < WIDTH
+    offsets = tl.program_id(0) % ACROSS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    feature, feature_mask = offsets % CHANNELS * PIXELS + offsets // CHANNELS, offsets < WIDTH
     factor, divisor = 1.0, 1.0
     if magnitudes is not None:
         factor = power_of_two(_max_magnitude(magnitudes, count), LARGEST)
@@ -137,11 +137,11 @@ def differentiate(
     if tl.program_id(0) < WEIGHT_PROGRAMS:
         column = tl.program_id(0) // ACROSS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         to_weight, to_bias, total = _sum_over_samples(
-            p, p_dot, labels, z, z_dot, partials, column, place, place_exists, batch,
+            p, p_dot, labels, z, z_dot, partials, column, offsets, feature_mask, batch,
             KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
         weight_offset = tl.trans(column) * WIDTH + feature
-        tl.store(weight_bar + weight_offset, to_weight * factor, (tl.trans(column) < CLASSES) & place_exists)
+        tl.store(weight_bar + weight_offset, to_weight * factor, (tl.trans(column) < CLASSES) & feature_mask)
         if tl.program_id(0) % ACROSS == 0:
             tl.store(bias_bar + column, to_bias * factor, column < CLASSES)
         if tl.program_id(0) == 0:
@@ -150,13 +150,13 @@ def differentiate(
         first = tl.program_id(0) % ACROSS == 0
         row = ((tl.program_id(0) - WEIGHT_PROGRAMS) // ACROSS).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
         to_p, to_p_dot = _sum_over_classes(
-            weight, weight_dot, labels, z, z_dot, partials, labels_bar_dot, divisor, first, row, feature, place_exists, batch,
+            weight, weight_dot, labels, z, z_dot, partials, labels_bar_dot, divisor, first, row, feature, feature_mask, batch,
             KIND, CLASSES, WIDTH, BLOCKS, EVERY, BLOCK_B, COLUMNS, BLOCK_D, ACC,
         )  # fmt: skip
-        p_offset, exists = row * WIDTH + place, (row < batch) & place_exists
-        tl.store(p_bar + p_offset, (to_p * factor).to(p_bar.dtype.element_ty), exists)
+        p_offset, mask = row * WIDTH + offsets, (row < batch) & feature_mask
+        tl.store(p_bar + p_offset, (to_p * factor).to(p_bar.dtype.element_ty), mask)
         if p_dot is not None:
-            tl.store(p_bar_dot + p_offset, (to_p_dot * factor).to(p_bar.dtype.element_ty), exists)
+            tl.store(p_bar_dot + p_offset, (to_p_dot * factor).to(p_bar.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -201,8 +201,8 @@ def _logits_by_sums(
     weight_dot: tl.tensor,
     row: tl.tensor,  # (ROWS, 1)
     column: tl.tensor,  # (1, COLUMNS)
-    row_exists: tl.tensor,
-    column_exists: tl.tensor,
+    row_mask: tl.tensor,
+    column_mask: tl.tensor,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -214,29 +214,29 @@ def _logits_by_sums(
     """Return logits without the bias (ROWS, COLUMNS) and, in a direction, their derivatives, without `tl.dot`."""
     WIDTH: tl.constexpr = CHANNELS * PIXELS
     total, total_dot = tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC), tl.zeros((ROWS, COLUMNS, BLOCK_D), ACC)
-    row, row_exists = row[:, :, None], row_exists[:, :, None]
-    column, column_exists = column[:, :, None], column_exists[:, :, None]
+    row, row_mask = row[:, :, None], row_mask[:, :, None]
+    column, column_mask = column[:, :, None], column_mask[:, :, None]
     for start in range(0, WIDTH, AHEAD * BLOCK_D):
         # All loads of features come first. A load after a use would wait, since features move between threads.
         fs: tl.tuple = ()
         fs_dot: tl.tuple = ()
         for tile in tl.static_range(AHEAD):
             feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
-            p_offset, exists = (
+            p_offset, mask = (
                 row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS,
-                row_exists & (feature < WIDTH),
+                row_mask & (feature < WIDTH),
             )
-            fs += (tl.load(p + p_offset, exists, 0).to(ACC),)
+            fs += (tl.load(p + p_offset, mask, 0).to(ACC),)
             if p_dot is not None:
-                fs_dot += (tl.load(p_dot + p_offset, exists, 0).to(ACC),)
+                fs_dot += (tl.load(p_dot + p_offset, mask, 0).to(ACC),)
         for tile in tl.static_range(AHEAD):
             feature = start + tile * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
-            weight_offset, exists = column * WIDTH + feature, column_exists & (feature < WIDTH)
-            w = tl.load(weight + weight_offset, exists, 0).to(ACC)
+            weight_offset, mask = column * WIDTH + feature, column_mask & (feature < WIDTH)
+            w = tl.load(weight + weight_offset, mask, 0).to(ACC)
             total += fs[tile] * w
             if p_dot is not None:
                 total_dot += fs_dot[tile] * w
-                total_dot += tl.load(weight_dot + weight_offset, exists, 0).to(ACC) * fs[tile]
+                total_dot += tl.load(weight_dot + weight_offset, mask, 0).to(ACC) * fs[tile]
     return tl.sum(total, 2), tl.sum(total_dot, 2)
 
 
@@ -248,8 +248,8 @@ def _logits_by_dot(
     weight_dot: tl.tensor,
     row: tl.tensor,
     column: tl.tensor,
-    row_exists: tl.tensor,
-    column_exists: tl.tensor,
+    row_mask: tl.tensor,
+    column_mask: tl.tensor,
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -264,13 +264,13 @@ def _logits_by_dot(
         feature = start + tl.arange(0, BLOCK_D)[None, :]
         p_offset = row * WIDTH + feature % PIXELS * CHANNELS + feature // PIXELS
         weight_offset = tl.trans(column) * WIDTH + feature
-        p_exists, weight_exists = row_exists & (feature < WIDTH), tl.trans(column_exists) & (feature < WIDTH)
-        f = tl.load(p + p_offset, p_exists, 0).to(ACC)
-        w = tl.trans(tl.load(weight + weight_offset, weight_exists, 0).to(ACC))
+        p_mask, weight_mask = row_mask & (feature < WIDTH), tl.trans(column_mask) & (feature < WIDTH)
+        f = tl.load(p + p_offset, p_mask, 0).to(ACC)
+        w = tl.trans(tl.load(weight + weight_offset, weight_mask, 0).to(ACC))
         total = tl.dot(f, w, total, input_precision="ieee", out_dtype=ACC)
         if p_dot is not None:
-            f_dot = tl.load(p_dot + p_offset, p_exists, 0).to(ACC)
-            w_dot = tl.trans(tl.load(weight_dot + weight_offset, weight_exists, 0).to(ACC))
+            f_dot = tl.load(p_dot + p_offset, p_mask, 0).to(ACC)
+            w_dot = tl.trans(tl.load(weight_dot + weight_offset, weight_mask, 0).to(ACC))
             total_dot = tl.dot(f_dot, w, total_dot, input_precision="ieee", out_dtype=ACC)
             total_dot = tl.dot(f, w_dot, total_dot, input_precision="ieee", out_dtype=ACC)
     return total, total_dot
@@ -317,8 +317,8 @@ def _max_magnitude(magnitudes: tl.tensor, count: tl.tensor) -> tl.tensor:
     """Return the largest of `count` magnitudes, as bits."""
     largest = tl.zeros((1024,), tl.int32)
     for start in range(0, count, 1024):
-        place = start + tl.arange(0, 1024)
-        largest = tl.maximum(largest, tl.load(magnitudes + place, place < count, 0))
+        offsets = start + tl.arange(0, 1024)
+        largest = tl.maximum(largest, tl.load(magnitudes + offsets, offsets < count, 0))
     return tl.max(largest, 0)
 
 
@@ -331,8 +331,8 @@ def _sum_over_samples(
     z_dot: tl.tensor,
     partials: tl.tensor,
     column: tl.tensor,  # (1, COLUMNS)
-    place: tl.tensor,  # (1, BLOCK_D)
-    place_exists: tl.tensor,
+    offsets: tl.tensor,  # (1, BLOCK_D)
+    feature_mask: tl.tensor,
     batch: tl.tensor,
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -357,13 +357,13 @@ def _sum_over_samples(
         row = (start + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
         softmax = load_softmax(partials, row, batch, p_dot is not None, KIND, BLOCKS, EVERY, ACC)
         o_bar, o_bar_dot, _ = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
-        p_offset, exists = row * WIDTH + place, (row < batch) & place_exists
+        p_offset, mask = row * WIDTH + offsets, (row < batch) & feature_mask
         cotangent = o_bar
         if p_dot is not None:
             cotangent = o_bar_dot
-            f_dot = tl.load(p_dot + p_offset, exists, 0).to(ACC)
+            f_dot = tl.load(p_dot + p_offset, mask, 0).to(ACC)
             to_weight = tl.dot(tl.trans(o_bar), f_dot, to_weight, input_precision="ieee", out_dtype=ACC)
-        f = tl.load(p + p_offset, exists, 0).to(ACC)
+        f = tl.load(p + p_offset, mask, 0).to(ACC)
         to_weight = tl.dot(tl.trans(cotangent), f, to_weight, input_precision="ieee", out_dtype=ACC)
         to_bias += tl.sum(cotangent, 0, keep_dims=True)
         total += tl.where(row < batch, softmax[5], 0)
@@ -383,7 +383,7 @@ def _sum_over_classes(
     first: tl.tensor,  # whether to store the derivatives of the gradients to labels
     row: tl.tensor,  # (BLOCK_B, 1)
     feature: tl.tensor,  # (1, BLOCK_D)
-    feature_exists: tl.tensor,
+    feature_mask: tl.tensor,
     batch: tl.tensor,
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -404,11 +404,11 @@ def _sum_over_classes(
     for start in range(0, CLASSES, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
         o_bar, o_bar_dot, to_labels = load_cotangents(z, z_dot, labels, row, column, softmax, batch, KIND, CLASSES, ACC)
-        weight_offset, exists = tl.trans(column) * WIDTH + feature, (tl.trans(column) < CLASSES) & feature_exists
-        w = tl.load(weight + weight_offset, exists, 0).to(ACC)
+        weight_offset, mask = tl.trans(column) * WIDTH + feature, (tl.trans(column) < CLASSES) & feature_mask
+        w = tl.load(weight + weight_offset, mask, 0).to(ACC)
         to_p = tl.dot(o_bar, w, to_p, input_precision="ieee", out_dtype=ACC)
         if weight_dot is not None:
-            w_dot = tl.load(weight_dot + weight_offset, exists, 0).to(ACC)
+            w_dot = tl.load(weight_dot + weight_offset, mask, 0).to(ACC)
             to_p_dot = tl.dot(o_bar_dot, w, to_p_dot, input_precision="ieee", out_dtype=ACC)
             to_p_dot = tl.dot(o_bar, w_dot, to_p_dot, input_precision="ieee", out_dtype=ACC)
             if labels_bar_dot is not None:

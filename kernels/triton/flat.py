@@ -42,17 +42,17 @@ def _sum_piece(
     group = (tl.program_id(0) - FIRST) // BLOCKS
     tap = tl.arange(0, TAP_BLOCK)[:, None]
     channel = (tl.program_id(0) - FIRST) % BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    exists = (tap < TAPS) & (channel < CHANNELS)
+    mask = (tap < TAPS) & (channel < CHANNELS)
     row = tl.arange(0, ROWS)[:, None, None]
     element = row.to(tl.int64) * STRIDE + ((group * TAPS + tap) * CHANNELS + channel)[None, :, :]
     total = tl.zeros((ROWS, TAP_BLOCK, COLUMNS), ACC)
     for start in range(0, SUMMANDS, ROWS):
-        total += tl.load(source + element, exists[None, :, :] & (start + row < SUMMANDS), 0).to(ACC)
+        total += tl.load(source + element, mask[None, :, :] & (start + row < SUMMANDS), 0).to(ACC)
         source += ROWS * STRIDE
     numbers = tl.sum(total, 0)
     for factor in tl.static_range(len(factors)):
         numbers /= tl.load(factors[factor]).to(ACC)
-    return BEGIN + (group * CHANNELS + channel) * TAPS + tap, exists, numbers
+    return BEGIN + (group * CHANNELS + channel) * TAPS + tap, mask, numbers
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def _add_up(out: tl.tensor, pieces: tl.tuple, factors: tl.tuple, PIECES: tl.cons
     """Store the vector of the pieces' sums in `out`."""
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
-            place, exists, total = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
-            tl.store(out + place, total, exists)
+            offsets, mask, total = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+            tl.store(out + offsets, total, mask)
 
 
 # an element of a vector of rates has any alignment
@@ -93,14 +93,14 @@ def _sgd_step(
     """
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
-            place, exists, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
-            value = tl.load(theta + place, exists, 0).to(ACC)
+            offsets, mask, gradient = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+            value = tl.load(theta + offsets, mask, 0).to(ACC)
             update = gradient + WEIGHT_DECAY * value
             if velocity is not None:
-                update += MOMENTUM * tl.load(velocity + place, exists, 0).to(ACC)
+                update += MOMENTUM * tl.load(velocity + offsets, mask, 0).to(ACC)
             if velocity_out is not None:
-                tl.store(velocity_out + place, update, exists)
-            tl.store(out + place, value - tl.load(rate).to(ACC) * update, exists)
+                tl.store(velocity_out + offsets, update, mask)
+            tl.store(out + offsets, value - tl.load(rate).to(ACC) * update, mask)
 
 
 # these arguments of a step have any alignment, and single loads read them
@@ -145,13 +145,13 @@ def _adjoint_step(
             )
     for piece in tl.static_range(len(PIECES)):
         if _owns_piece(PIECES, piece):
-            place, exists, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
+            offsets, mask, curvature = _sum_piece(pieces[piece], factors, PIECES, piece, ACC)
             if WEIGHT_DECAY != 0:
-                curvature += WEIGHT_DECAY * tl.load(direction + place, exists, 0).to(ACC)
-            result = tl.load(adjoint + place, exists, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
+                curvature += WEIGHT_DECAY * tl.load(direction + offsets, mask, 0).to(ACC)
+            result = tl.load(adjoint + offsets, mask, 0).to(ACC) + tl.load(scale).to(ACC) * curvature
             if incoming is not None:
-                result += tl.load(incoming + place, exists, 0).to(ACC)
-            tl.store(out + place, result, exists)
+                result += tl.load(incoming + offsets, mask, 0).to(ACC)
+            tl.store(out + offsets, result, mask)
 
 
 @triton.jit
@@ -162,9 +162,9 @@ def _squared_distance(
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros((SIZE,), tl.float64)
     for start in range(program * SIZE, size, PARTIALS * SIZE):
-        place = start + tl.arange(0, SIZE)
-        mask = place < size
-        difference = tl.load(a + place, mask, 0).to(tl.float64) - tl.load(b + place, mask, 0).to(tl.float64)
+        offsets = start + tl.arange(0, SIZE)
+        mask = offsets < size
+        difference = tl.load(a + offsets, mask, 0).to(tl.float64) - tl.load(b + offsets, mask, 0).to(tl.float64)
         total += difference * difference
     tl.store(partials + program, tl.sum(total, 0))
 
@@ -189,19 +189,19 @@ def _index_add(
     """Add SIZE elements of a row, and of all later rows with the same index, unless an earlier row has that index too."""
     BLOCKS: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
     own, column = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * SIZE + tl.arange(0, SIZE)
-    every, exists = tl.arange(0, EVERY), column < WIDTH
+    every, mask = tl.arange(0, EVERY), column < WIDTH
     target = tl.load(index + own)
     same = tl.load(index + every, every < batch, -1) == target
     if tl.min(tl.where(same, every, EVERY), 0) == own:
-        place = out + target * WIDTH + column
-        total = tl.load(place, exists, 0)
+        pointers = out + target * WIDTH + column
+        total = tl.load(pointers, mask, 0)
         last = tl.max(tl.where(same, every, 0), 0)
         source = rows + own.to(tl.int64) * WIDTH + column
         for row in range(own, last + 1):
             if tl.load(index + row) == target:
-                total += ALPHA * tl.load(source, exists, 0)
+                total += ALPHA * tl.load(source, mask, 0)
             source += WIDTH
-        tl.store(place, total, exists)
+        tl.store(pointers, total, mask)
 
 
 @triton.jit
@@ -210,8 +210,8 @@ def _largest(vector: tl.tensor, partials: tl.tensor, size: tl.tensor, SIZE: tl.c
     program, step = tl.program_id(0), tl.num_programs(0) * SIZE
     total = tl.zeros((SIZE,), tl.int32)
     for start in range(program * SIZE, size, step):
-        place = start + tl.arange(0, SIZE)
-        total = tl.maximum(total, magnitude_bits(tl.load(vector + place, place < size, 0)))
+        offsets = start + tl.arange(0, SIZE)
+        total = tl.maximum(total, magnitude_bits(tl.load(vector + offsets, offsets < size, 0)))
     tl.store(partials + program, tl.max(total, 0))
 
 

@@ -33,18 +33,18 @@ def _step_terms(
     A step covers channels of one tap, so that a pixel has one address for all of them. Where there are fewer than BLOCK_K
     input channels, a step covers terms of several taps.
     """
-    place = tl.arange(0, BLOCK_K)
+    offsets = tl.arange(0, BLOCK_K)
     if CI < BLOCK_K:
-        term = step * BLOCK_K + place
+        term = step * BLOCK_K + offsets
         tap, channel = term // CI, term % CI
-        exists = term < 9 * CI
+        mask = term < 9 * CI
     else:
         blocks: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
-        channel = step % blocks * BLOCK_K + place
+        channel = step % blocks * BLOCK_K + offsets
         tap = tl.zeros((BLOCK_K,), tl.int32) + step // blocks
         term = tap * CI + channel
-        exists = channel < CI
-    return term, channel, tap // 3, tap % 3, exists
+        mask = channel < CI
+    return term, channel, tap // 3, tap % 3, mask
 
 
 @triton.jit
@@ -99,9 +99,9 @@ def _convolve(
     total_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     total_x_dot = tl.zeros((BLOCK_M, BLOCK_N), ACC)  # its own accumulator: two products into one would wait
     for step in range(STEPS):
-        term, channel, down, right, exists = _step_terms(step, CI, BLOCK_K)
+        term, channel, down, right, term_mask = _step_terms(step, CI, BLOCK_K)
         factors = output[None, :] * (9 * CI) + term[:, None]
-        factors_mask = (output < CO)[None, :] & exists[:, None]
+        factors_mask = (output < CO)[None, :] & term_mask[:, None]
         ws = tl.load(weight + factors, factors_mask, 0)
         ws_dot = tl.load(weight_dot + factors, factors_mask, 0)
 
@@ -110,11 +110,11 @@ def _convolve(
         inside = (source_row >= 0) & (source_row < H) & (source_column >= 0) & (source_column < W)
         channel = channel[None, :]
         source = source_row * W + source_column
-        place = source * CI + channel if CHANNELS_LAST else channel * (H * W) + source
-        mask = inside & exists[None, :]
-        xs = tl.load(x + place, mask, 0)
+        offsets = source * CI + channel if CHANNELS_LAST else channel * (H * W) + source
+        mask = inside & term_mask[None, :]
+        xs = tl.load(x + offsets, mask, 0)
         if x_dot is not None:
-            xs_dot = tl.load(x_dot + place, mask, 0)
+            xs_dot = tl.load(x_dot + offsets, mask, 0)
         if PRIMAL:
             total = product(xs, ws, total, PRECISION)
         total_dot = product(xs, ws_dot, total_dot, PRECISION)
@@ -123,12 +123,12 @@ def _convolve(
     if x_dot is not None:
         total_dot += total_x_dot
 
-    place = pixel * CO + output[None, :] if CHANNELS_LAST else output[None, :] * (HO * WO) + pixel
+    offsets = pixel * CO + output[None, :] if CHANNELS_LAST else output[None, :] * (HO * WO) + pixel
     mask = (pixel < HO * WO) & (output < CO)[None, :]
     begin = sample * (CO * HO * WO)
-    tl.store(y_dot + begin + place, total_dot, mask)
+    tl.store(y_dot + begin + offsets, total_dot, mask)
     if PRIMAL:
-        tl.store(y + begin + place, total, mask)
+        tl.store(y + begin + offsets, total, mask)
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def _correlate(
     y_bar_dot: tl.tensor,
     parts: tl.tensor,  # (PARTS, CO, 3, 3, CI)
     tiles: tl.tensor,  # tiles of pixels in all samples
-    share: tl.tensor,  # tiles in one part
+    tiles_per_part: tl.tensor,
     CI: tl.constexpr,
     CO: tl.constexpr,
     H: tl.constexpr,
@@ -161,24 +161,24 @@ def _correlate(
     STEPS: tl.constexpr = (9 * CI + BLOCK_K - 1) // BLOCK_K if CI < BLOCK_K else 9 * ((CI + BLOCK_K - 1) // BLOCK_K)
     program = tl.program_id(0)
     output = (program % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    term, channel, down, right, exists = _step_terms(program // BLOCKS % STEPS, CI, BLOCK_K)
+    term, channel, down, right, term_mask = _step_terms(program // BLOCKS % STEPS, CI, BLOCK_K)
     term, channel, down, right = term[:, None], channel[:, None], down[:, None], right[:, None]
-    exists = exists[:, None]
+    term_mask = term_mask[:, None]
     part = (program // (BLOCKS * STEPS)).to(tl.int64)
 
     total = tl.zeros((BLOCK_K, BLOCK_N), ACC)
     total_x_dot = tl.zeros((BLOCK_K, BLOCK_N), ACC)
-    for step in range(tl.minimum(share, tiles - part * share)):
-        tile = part * share + step  # int64, as is the sample
+    for step in range(tl.minimum(tiles_per_part, tiles - part * tiles_per_part)):
+        tile = part * tiles_per_part + step  # int64, as is the sample
         sample = tile // TILES
         pixel = (tile % TILES).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
         row, column = pixel // WO - PADDING, pixel % WO - PADDING
         source_row = row[None, :] + down
         source_column = column[None, :] + right
         source = source_row * W + source_column
-        place = source * CI + channel if X_CHANNELS_LAST else channel * (H * W) + source
+        offsets = source * CI + channel if X_CHANNELS_LAST else channel * (H * W) + source
         inside = (source_row >= 0) & (source_row < H) & (source_column >= 0) & (source_column < W)
-        mask = (pixel < HO * WO)[None, :] & inside & exists
+        mask = (pixel < HO * WO)[None, :] & inside & term_mask
         x_begin = sample * (CI * H * W)
         y_begin = sample * (CO * HO * WO)
         pixel = pixel[:, None]
@@ -187,12 +187,12 @@ def _correlate(
         gs_dot = tl.load(y_bar_dot + y_begin + y_place, y_mask, 0)
         if x_dot is not None:
             gs = tl.load(y_bar + y_begin + y_place, y_mask, 0)
-        total = product(tl.load(x + x_begin + place, mask, 0), gs_dot, total, PRECISION)
+        total = product(tl.load(x + x_begin + offsets, mask, 0), gs_dot, total, PRECISION)
         if x_dot is not None:
-            total_x_dot = product(tl.load(x_dot + x_begin + place, mask, 0), gs, total_x_dot, PRECISION)
+            total_x_dot = product(tl.load(x_dot + x_begin + offsets, mask, 0), gs, total_x_dot, PRECISION)
     if x_dot is not None:
         total += total_x_dot
-    tl.store(parts + (part * CO + output) * (9 * CI) + term, total, exists & (output < CO))
+    tl.store(parts + (part * CO + output) * (9 * CI) + term, total, term_mask & (output < CO))
 
 
 def convolve(
@@ -247,14 +247,14 @@ def correlate(
     Without `x_dot`, W̄̇ = ȳ̇ ⋆ x. The configuration of `operation` sets the tile and S.
     """
     inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_bar, y_bar_dot)
-    row, programs, tiles, share = _split(operation, inputs, outputs, precision, x)
-    channels, count = inputs.channels, triton.cdiv(tiles, share)
+    row, programs, tiles, tiles_per_part = _split(operation, inputs, outputs, precision, x)
+    channels, count = inputs.channels, triton.cdiv(tiles, tiles_per_part)
     x, x_dot, y_bar, y_bar_dot = _factors(precision, x, x_dot, y_bar, y_bar_dot)
     parts = torch.empty((count, outputs.channels, 3, 3, channels), dtype=accumulator(x.dtype), device=x.device)
     launch(
         _correlate,
         count * programs,
-        *(x, x_dot, y_bar, y_bar_dot, parts, tiles, share),
+        *(x, x_dot, y_bar, y_bar_dot, parts, tiles, tiles_per_part),
         CI=channels,
         CO=outputs.channels,
         H=inputs.height,
@@ -272,8 +272,8 @@ def correlate(
 
 def count_summands(operation: str, inputs: Planes, outputs: Planes, precision: Precision, x: Tensor) -> int:
     """Return the number S of partial sums that `correlate` returns for planes of the dtype and device of `x`."""
-    _, _, tiles, share = _split(operation, inputs, outputs, precision, x)
-    count: int = triton.cdiv(tiles, share)
+    _, _, tiles, tiles_per_part = _split(operation, inputs, outputs, precision, x)
+    count: int = triton.cdiv(tiles, tiles_per_part)
     return count
 
 

@@ -51,7 +51,7 @@ def _forward(
     """Store p, mean and rstd of contiguous planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = program_block(C, BLOCK_C)
+    sample, c, channel_mask = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
 
@@ -70,8 +70,8 @@ def _forward(
             total += deviation * deviation
     r = 1 / tl.sqrt(plane_sum(total) / (H * W) + EPS)
 
-    g = tl.load(gamma + c, exists, 0).to(ACC)
-    b = tl.load(beta + c, exists, 0).to(ACC)
+    g = tl.load(gamma + c, channel_mask, 0).to(ACC)
+    b = tl.load(beta + c, channel_mask, 0).to(ACC)
     for start in range(0, TOTAL, WINDOWS):
         ys = load_windows(y, ACC, c, start, C, H, W, WINDOWS)
         pooled = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
@@ -80,8 +80,8 @@ def _forward(
             pooled += tl.where(u > 0, u, 0)
         offset, mask = pooled_offsets(c, start, C, H, W, WINDOWS)
         tl.store(p + offset, tl.sum(pooled, 2, keep_dims=True) * 0.25, mask)
-    tl.store(mean + sample * C + c, mu, exists)
-    tl.store(rstd + sample * C + c, r, exists)
+    tl.store(mean + sample * C + c, mu, channel_mask)
+    tl.store(rstd + sample * C + c, r, channel_mask)
 
 
 @triton.jit
@@ -104,15 +104,15 @@ def _backward(
     """Store ȳ of contiguous planes, and summands of γ̄ and β̄."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = program_block(C, BLOCK_C)
+    sample, c, channel_mask = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_bar += sample * (C * H * W)
     p_bar += sample * (C * (H // 2) * (W // 2))
     plane = sample * C + c
-    mu = tl.load(mean + plane, exists, 0)
-    r = tl.load(rstd + plane, exists, 0)
-    g = tl.load(gamma + c, exists, 0).to(ACC)
-    b = tl.load(beta + c, exists, 0).to(ACC)
+    mu = tl.load(mean + plane, channel_mask, 0)
+    r = tl.load(rstd + plane, channel_mask, 0)
+    g = tl.load(gamma + c, channel_mask, 0).to(ACC)
+    b = tl.load(beta + c, channel_mask, 0).to(ACC)
 
     beta_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
     gamma_sum = tl.zeros((BLOCK_C, WINDOWS, 2), ACC)
@@ -140,8 +140,8 @@ def _backward(
             u_bar = tl.where(g * h + b > 0, share, 0)
             offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * (g * u_bar - h_bar_mean - h * hh_bar_mean), mask)
-    tl.store(gamma_bar + plane, gamma_total, exists)
-    tl.store(beta_bar + plane, beta_total, exists)
+    tl.store(gamma_bar + plane, gamma_total, channel_mask)
+    tl.store(beta_bar + plane, beta_total, channel_mask)
 
 
 @triton.jit
@@ -254,7 +254,7 @@ def _dual(
     """Store p, ṗ and the statistics of contiguous planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = program_block(C, BLOCK_C)
+    sample, c, channel_mask = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_dot += sample * (C * H * W)
     p += sample * (C * (H // 2) * (W // 2))
@@ -284,19 +284,19 @@ def _dual(
     r = 1 / tl.sqrt(plane_sum(total) / (H * W) + EPS)
     h_y_dot = r * (plane_sum(total_dot) / (H * W))
 
-    g = tl.load(gamma + c, exists, 0).to(ACC)
-    b = tl.load(beta + c, exists, 0).to(ACC)
-    g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
-    b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+    g = tl.load(gamma + c, channel_mask, 0).to(ACC)
+    b = tl.load(beta + c, channel_mask, 0).to(ACC)
+    g_dot = tl.load(gamma_dot + c, channel_mask, 0).to(ACC)
+    b_dot = tl.load(beta_dot + c, channel_mask, 0).to(ACC)
     pool_dual(
         y, y_dot, p, p_dot, c, mu, r, mu_dot, h_y_dot, g, b, g_dot, b_dot,
         ACC, C, H, W, BLOCK_C, WINDOWS,
     )  # fmt: skip
     plane = sample * C + c
-    tl.store(mean + plane, mu, exists)
-    tl.store(rstd + plane, r, exists)
-    tl.store(k1 + plane, mu_dot, exists)
-    tl.store(k2 + plane, h_y_dot, exists)
+    tl.store(mean + plane, mu, channel_mask)
+    tl.store(rstd + plane, r, channel_mask)
+    tl.store(k1 + plane, mu_dot, channel_mask)
+    tl.store(k2 + plane, h_y_dot, channel_mask)
 
 
 @triton.jit
@@ -325,7 +325,7 @@ def _dual_backward(
     """Store ȳ and ȳ̇ of contiguous planes, and summands of γ̄̇ and β̄̇."""
     ACC: tl.constexpr = mean.dtype.element_ty
     TOTAL: tl.constexpr = ((H + 1) // 2) * ((W + 1) // 2)
-    sample, c, exists = program_block(C, BLOCK_C)
+    sample, c, channel_mask = program_block(C, BLOCK_C)
     y += sample * (C * H * W)
     y_dot += sample * (C * H * W)
     y_bar += sample * (C * H * W)
@@ -333,13 +333,13 @@ def _dual_backward(
     p_bar += sample * (C * (H // 2) * (W // 2))
     p_bar_dot += sample * (C * (H // 2) * (W // 2))
     plane = sample * C + c
-    mu = tl.load(mean + plane, exists, 0)
-    r = tl.load(rstd + plane, exists, 0)
-    mu_dot = tl.load(k1 + plane, exists, 0)
-    h_y_dot = tl.load(k2 + plane, exists, 0)
-    g = tl.load(gamma + c, exists, 0).to(ACC)
-    b = tl.load(beta + c, exists, 0).to(ACC)
-    g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
+    mu = tl.load(mean + plane, channel_mask, 0)
+    r = tl.load(rstd + plane, channel_mask, 0)
+    mu_dot = tl.load(k1 + plane, channel_mask, 0)
+    h_y_dot = tl.load(k2 + plane, channel_mask, 0)
+    g = tl.load(gamma + c, channel_mask, 0).to(ACC)
+    b = tl.load(beta + c, channel_mask, 0).to(ACC)
+    g_dot = tl.load(gamma_dot + c, channel_mask, 0).to(ACC)
 
     # All that the gradients and their derivatives need of a plane follows from these sums.
     beta_total, gamma_total, beta_total_dot, gamma_total_dot = four_sums(
@@ -368,8 +368,8 @@ def _dual_backward(
             offset, mask = row_offsets(c, start, row, C, H, W, WINDOWS)
             tl.store(y_bar + offset, r * q, mask)
             tl.store(y_bar_dot + offset, r * (q_dot - r * h_y_dot * q), mask)  # the derivative of r is −r² k2
-    tl.store(gamma_bar_dot + plane, gamma_total_dot, exists)
-    tl.store(beta_bar_dot + plane, beta_total_dot, exists)
+    tl.store(gamma_bar_dot + plane, gamma_total_dot, channel_mask)
+    tl.store(beta_bar_dot + plane, beta_total_dot, channel_mask)
 
 
 def norm_relu_pool(y: Convolved, affine: Affine, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ def _load_quarters(
     planes: tl.tensor,  # of the sample: (H, W, C)
     parts: tl.tensor | None,  # of the sample, if the planes are in COUNT parts of `size` elements
     c: tl.tensor,  # (1, BLOCK_C)
-    exists: tl.tensor,
+    channel_mask: tl.tensor,
     size: tl.tensor | None,
     COUNT: tl.constexpr,
     C: tl.constexpr,
@@ -40,10 +40,10 @@ def _load_quarters(
     pixel2, mask2 = quarter_pixels(window, 2, H, W, WHOLE)
     pixel3, mask3 = quarter_pixels(window, 3, H, W, WHOLE)
     return (
-        load_planes(planes, parts, pixel0 * C + c, mask0 & exists, size, COUNT, COUNT),
-        load_planes(planes, parts, pixel1 * C + c, mask1 & exists, size, COUNT, COUNT),
-        load_planes(planes, parts, pixel2 * C + c, mask2 & exists, size, COUNT, COUNT),
-        load_planes(planes, parts, pixel3 * C + c, mask3 & exists, size, COUNT, COUNT),
+        load_planes(planes, parts, pixel0 * C + c, mask0 & channel_mask, size, COUNT, COUNT),
+        load_planes(planes, parts, pixel1 * C + c, mask1 & channel_mask, size, COUNT, COUNT),
+        load_planes(planes, parts, pixel2 * C + c, mask2 & channel_mask, size, COUNT, COUNT),
+        load_planes(planes, parts, pixel3 * C + c, mask3 & channel_mask, size, COUNT, COUNT),
     )
 
 
@@ -52,7 +52,7 @@ def _store_quarters(
     planes: tl.tensor,  # of the sample: (H, W, C)
     quarters: tl.tuple,
     c: tl.tensor,  # (1, BLOCK_C)
-    exists: tl.tensor,
+    channel_mask: tl.tensor,
     C: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -63,7 +63,7 @@ def _store_quarters(
     window = tl.arange(0, WINDOWS)[:, None]
     for quarter in tl.static_range(4):
         pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
-        tl.store(planes + pixel * C + c, quarters[quarter], mask & exists)
+        tl.store(planes + pixel * C + c, quarters[quarter], mask & channel_mask)
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _forward(
 ) -> None:
     """Store p, mean and rstd and, in a direction, ṗ, k1 and k2 of whole planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
-    sample, _, c, exists = program_part(1, C, BLOCK_C)
+    sample, _, c, channel_mask = program_part(1, C, BLOCK_C)
     plane = sample * C + c
     window = tl.arange(0, WINDOWS)[:, None]
     begin = sample * (H * W * C)
@@ -110,15 +110,15 @@ def _forward(
         parts += begin
     if parts_dot is not None:
         parts_dot += begin
-    ys = _load_quarters(y + begin, parts, c, exists, size, COUNT, C, H, W, WHOLE, WINDOWS)
+    ys = _load_quarters(y + begin, parts, c, channel_mask, size, COUNT, C, H, W, WHOLE, WINDOWS)
     if y_dot is not None:
-        yds = _load_quarters(y_dot + begin, parts_dot, c, exists, size, COUNT_DOT, C, H, W, WHOLE, WINDOWS)
+        yds = _load_quarters(y_dot + begin, parts_dot, c, channel_mask, size, COUNT_DOT, C, H, W, WHOLE, WINDOWS)
     if parts is not None:
-        _store_quarters(y + begin, ys, c, exists, C, H, W, WHOLE, WINDOWS)
+        _store_quarters(y + begin, ys, c, channel_mask, C, H, W, WHOLE, WINDOWS)
     if parts_dot is not None:
-        _store_quarters(y_dot + begin, yds, c, exists, C, H, W, WHOLE, WINDOWS)
+        _store_quarters(y_dot + begin, yds, c, channel_mask, C, H, W, WHOLE, WINDOWS)
 
-    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    g, b = tl.load(gamma + c, channel_mask, 0).to(ACC), tl.load(beta + c, channel_mask, 0).to(ACC)
     total = tl.zeros((WINDOWS, BLOCK_C), ACC)
     total_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is None:
@@ -138,18 +138,18 @@ def _forward(
     else:
         square, square_dot = sum_two(total, total_dot)
     r = 1 / tl.sqrt(square / (H * W) + EPS)
-    tl.store(mean + plane, mu, exists)
-    tl.store(rstd + plane, r, exists)
+    tl.store(mean + plane, mu, channel_mask)
+    tl.store(rstd + plane, r, channel_mask)
 
     pooled = tl.zeros((WINDOWS, BLOCK_C), ACC)
     pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
         h_y_dot = r * (square_dot / (H * W))
-        g_dot, b_dot = tl.load(gamma_dot + c, exists, 0).to(ACC), tl.load(beta_dot + c, exists, 0).to(ACC)
+        g_dot, b_dot = tl.load(gamma_dot + c, channel_mask, 0).to(ACC), tl.load(beta_dot + c, channel_mask, 0).to(ACC)
         of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
         of_h = g_dot - of_y_dot * h_y_dot
-        tl.store(k1 + plane, mu_dot, exists)
-        tl.store(k2 + plane, h_y_dot, exists)
+        tl.store(k1 + plane, mu_dot, channel_mask)
+        tl.store(k2 + plane, h_y_dot, channel_mask)
     for quarter in tl.static_range(4):
         h = (ys[quarter].to(ACC) - mu) * r
         u = g * h + b
@@ -157,11 +157,11 @@ def _forward(
         if y_dot is not None:
             deviation_dot = yds[quarter].to(ACC) - mu_dot
             pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
-    place, mask = pooled_pixels(window, H, W, WHOLE)
-    place = sample * ((H // 2) * (W // 2) * C) + place * C + c
-    tl.store(p + place, pooled * 0.25, mask & exists)
+    pixel, mask = pooled_pixels(window, H, W, WHOLE)
+    offsets = sample * ((H // 2) * (W // 2) * C) + pixel * C + c
+    tl.store(p + offsets, pooled * 0.25, mask & channel_mask)
     if y_dot is not None:
-        tl.store(p_dot + place, pooled_dot * 0.25, mask & exists)
+        tl.store(p_dot + offsets, pooled_dot * 0.25, mask & channel_mask)
 
 
 @triton.jit
@@ -195,31 +195,31 @@ def _backward(
     """Store ȳ, the sums over planes and, in a direction, ȳ̇ of whole planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
-    sample, _, c, exists = program_part(1, C, BLOCK_C)
+    sample, _, c, channel_mask = program_part(1, C, BLOCK_C)
     plane = sample * C + c
     window = tl.arange(0, WINDOWS)[:, None]
     pooled, mask = pooled_pixels(window, H, W, WHOLE)
     pooled = sample * ((H // 2) * (W // 2) * C) + pooled * C + c
-    ys = _load_quarters(y + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
+    ys = _load_quarters(y + sample * (H * W * C), None, c, channel_mask, None, 0, C, H, W, WHOLE, WINDOWS)
     # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
-    p_bars = load_planes(p_bar, parts, pooled, mask & exists, size, COUNT, COUNT)
+    p_bars = load_planes(p_bar, parts, pooled, mask & channel_mask, size, COUNT, COUNT)
     share = p_bars.to(ACC) * 0.25
-    mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
-    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    mu, r = tl.load(mean + plane, channel_mask, 0), tl.load(rstd + plane, channel_mask, 0)
+    g, b = tl.load(gamma + c, channel_mask, 0).to(ACC), tl.load(beta + c, channel_mask, 0).to(ACC)
     beta_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
     gamma_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
-        yds = _load_quarters(y_dot + sample * (H * W * C), None, c, exists, None, 0, C, H, W, WHOLE, WINDOWS)
-        p_bars_dot = load_planes(p_bar_dot, parts_dot, pooled, mask & exists, size, COUNT_DOT, COUNT_DOT)
+        yds = _load_quarters(y_dot + sample * (H * W * C), None, c, channel_mask, None, 0, C, H, W, WHOLE, WINDOWS)
+        p_bars_dot = load_planes(p_bar_dot, parts_dot, pooled, mask & channel_mask, size, COUNT_DOT, COUNT_DOT)
         share_dot = p_bars_dot.to(ACC) * 0.25
-        mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
-        g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
+        mu_dot, h_y_dot = tl.load(k1 + plane, channel_mask, 0), tl.load(k2 + plane, channel_mask, 0)
+        g_dot = tl.load(gamma_dot + c, channel_mask, 0).to(ACC)
         beta_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         gamma_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if parts is not None:
-        tl.store(p_bar + pooled, p_bars, mask & exists)
+        tl.store(p_bar + pooled, p_bars, mask & channel_mask)
     if parts_dot is not None:
-        tl.store(p_bar_dot + pooled, p_bars_dot, mask & exists)
+        tl.store(p_bar_dot + pooled, p_bars_dot, mask & channel_mask)
     for quarter in tl.static_range(4):
         h = (ys[quarter].to(ACC) - mu) * r
         active = g * h + b > 0
@@ -240,26 +240,26 @@ def _backward(
             beta_sum, gamma_sum, beta_sum_dot, gamma_sum_dot
         )
     c0, c1, c2 = coefficients(beta_total, gamma_total, r, g, H * W)
-    tl.store(sums, beta_total, exists)
-    tl.store(sums + C, gamma_total, exists)
+    tl.store(sums, beta_total, channel_mask)
+    tl.store(sums + C, gamma_total, channel_mask)
     if y_dot is not None:
         d0, d1, d2 = coefficients_dot(
             beta_total, gamma_total, beta_total_dot, gamma_total_dot, r, h_y_dot, g, g_dot, H * W
         )
-        tl.store(sums + 2 * C, beta_total_dot, exists)
-        tl.store(sums + 3 * C, gamma_total_dot, exists)
+        tl.store(sums + 2 * C, beta_total_dot, channel_mask)
+        tl.store(sums + 3 * C, gamma_total_dot, channel_mask)
     for quarter in tl.static_range(4):
         pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
-        place = sample * (H * W * C) + pixel * C + c
+        offsets = sample * (H * W * C) + pixel * C + c
         h = (ys[quarter].to(ACC) - mu) * r
         active = g * h + b > 0
         u_bar = tl.where(active, share, 0)
-        tl.store(y_bar + place, c0 * u_bar + (c2 * h + c1), mask & exists)
+        tl.store(y_bar + offsets, c0 * u_bar + (c2 * h + c1), mask & channel_mask)
         if y_dot is not None:
             u_bar_dot = tl.where(active, share_dot, 0)
             deviation = yds[quarter].to(ACC) - mu_dot
             value = c0 * u_bar_dot + d0 * u_bar + (d2 * h + (c2 * r * deviation + d1))
-            tl.store(y_bar_dot + place, value, mask & exists)
+            tl.store(y_bar_dot + offsets, value, mask & channel_mask)
 
 
 def forward(

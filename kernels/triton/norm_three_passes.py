@@ -57,16 +57,16 @@ def _moments(
     HW: tl.constexpr = H * W
     PIXELS: tl.constexpr = 4 * WINDOWS * TILES
     MOMENTS: tl.constexpr = 2 if y_dot is None else 4
-    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
+    sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     first = part * PIXELS
     count = tl.minimum(HW - first, PIXELS).to(ACC)
     y += sample * (HW * C)
-    base = tl.load(y + first * C + c, exists, 0)
+    base = tl.load(y + first * C + c, channel_mask, 0)
     total = tl.zeros((WINDOWS, BLOCK_C), ACC)
     square = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
         y_dot += sample * (HW * C)
-        base_dot = tl.load(y_dot + first * C + c, exists, 0)
+        base_dot = tl.load(y_dot + first * C + c, channel_mask, 0)
         total_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         square_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
     for tile in range(TILES):
@@ -74,13 +74,13 @@ def _moments(
         yds: tl.tuple = ()
         for quarter in tl.static_range(4):
             pixel = first + (4 * tile + quarter) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-            mask = within(pixel, HW, WHOLE) & exists
+            mask = within(pixel, HW, WHOLE) & channel_mask
             ys += (tl.load(y + pixel * C + c, mask, 0),)
             if y_dot is not None:
                 yds += (tl.load(y_dot + pixel * C + c, mask, 0),)
         for quarter in tl.static_range(4):
             pixel = first + (4 * tile + quarter) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-            mask = within(pixel, HW, WHOLE) & exists
+            mask = within(pixel, HW, WHOLE) & channel_mask
             v = tl.where(mask, ys[quarter].to(ACC) - base.to(ACC), 0)
             total += v
             square += v * v
@@ -88,17 +88,17 @@ def _moments(
                 v_dot = tl.where(mask, yds[quarter].to(ACC) - base_dot.to(ACC), 0)
                 total_dot += v_dot
                 square_dot += v * v_dot
-    place = parts + (sample * PARTS + part) * (MOMENTS * C) + c
+    pointers = parts + (sample * PARTS + part) * (MOMENTS * C) + c
     if y_dot is None:
         sum_of, square_of = sum_two(total, square)
     else:
         sum_of, square_of, sum_of_dot, square_of_dot = sum_four(total, square, total_dot, square_dot)
         mean_dot = sum_of_dot / count
-        tl.store(place + 2 * C, base_dot.to(ACC) + mean_dot, exists)
-        tl.store(place + 3 * C, square_of_dot - sum_of / count * mean_dot * count, exists)
+        tl.store(pointers + 2 * C, base_dot.to(ACC) + mean_dot, channel_mask)
+        tl.store(pointers + 3 * C, square_of_dot - sum_of / count * mean_dot * count, channel_mask)
     mean = sum_of / count
-    tl.store(place, base.to(ACC) + mean, exists)
-    tl.store(place + C, square_of - mean * mean * count, exists)
+    tl.store(pointers, base.to(ACC) + mean, channel_mask)
+    tl.store(pointers + C, square_of - mean * mean * count, channel_mask)
 
 
 @triton.jit
@@ -122,13 +122,13 @@ def _statistics(
     """
     ACC: tl.constexpr = mean.dtype.element_ty
     MOMENTS: tl.constexpr = 2 if k1 is None else 4
-    sample, _, c, exists = program_part(1, C, BLOCK_C)
+    sample, _, c, channel_mask = program_part(1, C, BLOCK_C)
     parts += sample * (PARTS * MOMENTS * C) + c
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
     total_dot = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
     for start in range(0, PARTS, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)[:, None]
-        mask = (part < PARTS) & exists
+        mask = (part < PARTS) & channel_mask
         count = tl.minimum(HW - part * PIXELS, PIXELS).to(ACC)
         total += count * tl.load(parts + part * (MOMENTS * C), mask, 0)
         if k1 is not None:
@@ -140,21 +140,21 @@ def _statistics(
     total_dot = tl.zeros((BLOCK_PARTS, BLOCK_C), ACC)
     for start in range(0, PARTS, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)[:, None]
-        mask = (part < PARTS) & exists
+        mask = (part < PARTS) & channel_mask
         count = tl.where(mask, tl.minimum(HW - part * PIXELS, PIXELS), 0).to(ACC)
-        place = parts + part * (MOMENTS * C)
-        deviation = tl.load(place, mask, 0) - mu
-        total += tl.load(place + C, mask, 0) + count * deviation * deviation
+        pointers = parts + part * (MOMENTS * C)
+        deviation = tl.load(pointers, mask, 0) - mu
+        total += tl.load(pointers + C, mask, 0) + count * deviation * deviation
         if k1 is not None:
-            deviation_dot = tl.load(place + 2 * C, mask, 0) - mu_dot
-            total_dot += tl.load(place + 3 * C, mask, 0) + count * deviation * deviation_dot
+            deviation_dot = tl.load(pointers + 2 * C, mask, 0) - mu_dot
+            total_dot += tl.load(pointers + 3 * C, mask, 0) + count * deviation * deviation_dot
     r = 1 / tl.sqrt(tl.sum(total, 0, keep_dims=True) / HW + EPS)
     plane = sample * C + c
-    tl.store(mean + plane, mu, exists)
-    tl.store(rstd + plane, r, exists)
+    tl.store(mean + plane, mu, channel_mask)
+    tl.store(rstd + plane, r, channel_mask)
     if k1 is not None:
-        tl.store(k1 + plane, mu_dot, exists)
-        tl.store(k2 + plane, r * (tl.sum(total_dot, 0, keep_dims=True) / HW), exists)
+        tl.store(k1 + plane, mu_dot, channel_mask)
+        tl.store(k2 + plane, r * (tl.sum(total_dot, 0, keep_dims=True) / HW), channel_mask)
 
 
 @triton.jit
@@ -182,17 +182,17 @@ def _pool(
 ) -> None:
     """Normalise, take ReLU and pool one part of the planes, given their statistics."""
     ACC: tl.constexpr = mean.dtype.element_ty
-    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
+    sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
-    mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
-    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    mu, r = tl.load(mean + plane, channel_mask, 0), tl.load(rstd + plane, channel_mask, 0)
+    g, b = tl.load(gamma + c, channel_mask, 0).to(ACC), tl.load(beta + c, channel_mask, 0).to(ACC)
     y += sample * (H * W * C)
     p += sample * ((H // 2) * (W // 2) * C)
     if y_dot is not None:
-        mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
-        b_dot = tl.load(beta_dot + c, exists, 0).to(ACC)
+        mu_dot, h_y_dot = tl.load(k1 + plane, channel_mask, 0), tl.load(k2 + plane, channel_mask, 0)
+        b_dot = tl.load(beta_dot + c, channel_mask, 0).to(ACC)
         of_y_dot = g * r  # u̇ = γ̇ h + γ ḣ + β̇, with ḣ = rstd (ẏ − k1 − h k2)
-        of_h = tl.load(gamma_dot + c, exists, 0).to(ACC) - of_y_dot * h_y_dot
+        of_h = tl.load(gamma_dot + c, channel_mask, 0).to(ACC) - of_y_dot * h_y_dot
         y_dot += sample * (H * W * C)
         p_dot += sample * ((H // 2) * (W // 2) * C)
     for tile in range(TILES):
@@ -201,16 +201,16 @@ def _pool(
         pooled_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
         for quarter in tl.static_range(4):
             pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
-            h = (tl.load(y + pixel * C + c, mask & exists, 0).to(ACC) - mu) * r
+            h = (tl.load(y + pixel * C + c, mask & channel_mask, 0).to(ACC) - mu) * r
             u = g * h + b
             pooled += tl.where(u > 0, u, 0)
             if y_dot is not None:
-                deviation_dot = tl.load(y_dot + pixel * C + c, mask & exists, 0).to(ACC) - mu_dot
+                deviation_dot = tl.load(y_dot + pixel * C + c, mask & channel_mask, 0).to(ACC) - mu_dot
                 pooled_dot += tl.where(u > 0, of_h * h + (of_y_dot * deviation_dot + b_dot), 0)
-        place, mask = pooled_pixels(window, H, W, WHOLE)
-        tl.store(p + place * C + c, pooled * 0.25, mask & exists)
+        pooled_pixel, mask = pooled_pixels(window, H, W, WHOLE)
+        tl.store(p + pooled_pixel * C + c, pooled * 0.25, mask & channel_mask)
         if y_dot is not None:
-            tl.store(p_dot + place * C + c, pooled_dot * 0.25, mask & exists)
+            tl.store(p_dot + pooled_pixel * C + c, pooled_dot * 0.25, mask & channel_mask)
 
 
 @triton.jit
@@ -239,16 +239,16 @@ def _sums(
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
     AT_ONCE: tl.constexpr = 4 if y.dtype.element_ty.primitive_bitwidth == 16 else 2  # quarters that registers can hold
-    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
+    sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
-    mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
-    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    mu, r = tl.load(mean + plane, channel_mask, 0), tl.load(rstd + plane, channel_mask, 0)
+    g, b = tl.load(gamma + c, channel_mask, 0).to(ACC), tl.load(beta + c, channel_mask, 0).to(ACC)
     y += sample * (H * W * C)
     p_bar += sample * ((H // 2) * (W // 2) * C)
     beta_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
     gamma_sum = tl.zeros((WINDOWS, BLOCK_C), ACC)
     if y_dot is not None:
-        mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
+        mu_dot, h_y_dot = tl.load(k1 + plane, channel_mask, 0), tl.load(k2 + plane, channel_mask, 0)
         y_dot += sample * (H * W * C)
         p_bar_dot += sample * ((H // 2) * (W // 2) * C)
         beta_sum_dot = tl.zeros((WINDOWS, BLOCK_C), ACC)
@@ -256,18 +256,18 @@ def _sums(
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
         # p̄ loads as zero outside the pooled plane, so incomplete windows add nothing to the sums.
-        place, mask = pooled_pixels(window, H, W, WHOLE)
-        share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        pooled_pixel, mask = pooled_pixels(window, H, W, WHOLE)
+        share = tl.load(p_bar + pooled_pixel * C + c, mask & channel_mask, 0).to(ACC) * 0.25
         if y_dot is not None:
-            share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
+            share_dot = tl.load(p_bar_dot + pooled_pixel * C + c, mask & channel_mask, 0).to(ACC) * 0.25
         for begin in tl.static_range(0, 4, AT_ONCE):
             ys: tl.tuple = ()  # all loads start before the first is used
             yds: tl.tuple = ()
             for quarter in tl.static_range(AT_ONCE):
                 pixel, mask = quarter_pixels(window, begin + quarter, H, W, WHOLE)
-                ys += (tl.load(y + pixel * C + c, mask & exists, 0),)
+                ys += (tl.load(y + pixel * C + c, mask & channel_mask, 0),)
                 if y_dot is not None:
-                    yds += (tl.load(y_dot + pixel * C + c, mask & exists, 0),)
+                    yds += (tl.load(y_dot + pixel * C + c, mask & channel_mask, 0),)
             for quarter in tl.static_range(AT_ONCE):
                 h = (ys[quarter].to(ACC) - mu) * r
                 active = g * h + b > 0
@@ -279,15 +279,15 @@ def _sums(
                     u_bar_dot = tl.where(active, share_dot, 0)
                     beta_sum_dot += u_bar_dot
                     gamma_sum_dot += u_bar_dot * h + u_bar * h_dot
-    place = parts + (sample * PARTS + part) * (SUMS * C) + c
+    pointers = parts + (sample * PARTS + part) * (SUMS * C) + c
     if y_dot is None:
         of_beta, of_gamma = sum_two(beta_sum, gamma_sum)
     else:
         of_beta, of_gamma, of_beta_dot, of_gamma_dot = sum_four(beta_sum, gamma_sum, beta_sum_dot, gamma_sum_dot)
-        tl.store(place + 2 * C, of_beta_dot, exists)
-        tl.store(place + 3 * C, of_gamma_dot, exists)
-    tl.store(place, of_beta, exists)
-    tl.store(place + C, of_gamma, exists)
+        tl.store(pointers + 2 * C, of_beta_dot, channel_mask)
+        tl.store(pointers + 3 * C, of_gamma_dot, channel_mask)
+    tl.store(pointers, of_beta, channel_mask)
+    tl.store(pointers + C, of_gamma, channel_mask)
 
 
 @triton.jit
@@ -301,13 +301,13 @@ def _add_parts(
     BLOCK_PARTS: tl.constexpr,
 ) -> None:
     """Add up the sums of all parts of a plane."""
-    sample, index, c, exists = program_part(SUMS, C, BLOCK_C)
+    sample, index, c, channel_mask = program_part(SUMS, C, BLOCK_C)
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), sums.dtype.element_ty)
     for start in range(0, PARTS, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)[:, None]
-        place = parts + ((sample * PARTS + part) * SUMS + index) * C + c
-        total += tl.load(place, (part < PARTS) & exists, 0)
-    tl.store(sums + (sample * SUMS + index) * C + c, tl.sum(total, 0, keep_dims=True), exists)
+        pointers = parts + ((sample * PARTS + part) * SUMS + index) * C + c
+        total += tl.load(pointers, (part < PARTS) & channel_mask, 0)
+    tl.store(sums + (sample * SUMS + index) * C + c, tl.sum(total, 0, keep_dims=True), channel_mask)
 
 
 @triton.jit
@@ -372,20 +372,20 @@ def _gradients(
     """Store ȳ and, in a direction, ȳ̇ of one part of the planes, given the sums over the planes."""
     ACC: tl.constexpr = mean.dtype.element_ty
     SUMS: tl.constexpr = 2 if y_dot is None else 4
-    sample, part, c, exists = program_part(PARTS, C, BLOCK_C)
+    sample, part, c, channel_mask = program_part(PARTS, C, BLOCK_C)
     plane = sample * C + c
-    mu, r = tl.load(mean + plane, exists, 0), tl.load(rstd + plane, exists, 0)
-    g, b = tl.load(gamma + c, exists, 0).to(ACC), tl.load(beta + c, exists, 0).to(ACC)
+    mu, r = tl.load(mean + plane, channel_mask, 0), tl.load(rstd + plane, channel_mask, 0)
+    g, b = tl.load(gamma + c, channel_mask, 0).to(ACC), tl.load(beta + c, channel_mask, 0).to(ACC)
     sums += sample * (SUMS * C) + c
-    beta_total, gamma_total = tl.load(sums, exists, 0), tl.load(sums + C, exists, 0)
+    beta_total, gamma_total = tl.load(sums, channel_mask, 0), tl.load(sums + C, channel_mask, 0)
     c0, c1, c2 = coefficients(beta_total, gamma_total, r, g, H * W)
     y += sample * (H * W * C)
     y_bar += sample * (H * W * C)
     p_bar += sample * ((H // 2) * (W // 2) * C)
     if y_dot is not None:
-        mu_dot, h_y_dot = tl.load(k1 + plane, exists, 0), tl.load(k2 + plane, exists, 0)
-        g_dot = tl.load(gamma_dot + c, exists, 0).to(ACC)
-        totals_dot = tl.load(sums + 2 * C, exists, 0), tl.load(sums + 3 * C, exists, 0)
+        mu_dot, h_y_dot = tl.load(k1 + plane, channel_mask, 0), tl.load(k2 + plane, channel_mask, 0)
+        g_dot = tl.load(gamma_dot + c, channel_mask, 0).to(ACC)
+        totals_dot = tl.load(sums + 2 * C, channel_mask, 0), tl.load(sums + 3 * C, channel_mask, 0)
         d0, d1, d2 = coefficients_dot(
             beta_total, gamma_total, totals_dot[0], totals_dot[1], r, h_y_dot, g, g_dot, H * W
         )
@@ -394,22 +394,22 @@ def _gradients(
         p_bar_dot += sample * ((H // 2) * (W // 2) * C)
     for tile in range(TILES):
         window = (part * TILES + tile) * WINDOWS + tl.arange(0, WINDOWS)[:, None]
-        place, mask = pooled_pixels(window, H, W, WHOLE)
-        share = tl.load(p_bar + place * C + c, mask & exists, 0).to(ACC) * 0.25
+        pooled_pixel, mask = pooled_pixels(window, H, W, WHOLE)
+        share = tl.load(p_bar + pooled_pixel * C + c, mask & channel_mask, 0).to(ACC) * 0.25
         if y_dot is not None:
-            share_dot = tl.load(p_bar_dot + place * C + c, mask & exists, 0).to(ACC) * 0.25
+            share_dot = tl.load(p_bar_dot + pooled_pixel * C + c, mask & channel_mask, 0).to(ACC) * 0.25
         for quarter in tl.static_range(4):
             pixel, mask = quarter_pixels(window, quarter, H, W, WHOLE)
-            place = pixel * C + c
-            h = (tl.load(y + place, mask & exists, 0).to(ACC) - mu) * r
+            offsets = pixel * C + c
+            h = (tl.load(y + offsets, mask & channel_mask, 0).to(ACC) - mu) * r
             active = g * h + b > 0
             u_bar = tl.where(active, share, 0)
             if y_dot is not None:
-                deviation = tl.load(y_dot + place, mask & exists, 0).to(ACC) - mu_dot
+                deviation = tl.load(y_dot + offsets, mask & channel_mask, 0).to(ACC) - mu_dot
                 u_bar_dot = tl.where(active, share_dot, 0)
                 value = c0 * u_bar_dot + d0 * u_bar + (d2 * h + (c2 * r * deviation + d1))
-                tl.store(y_bar_dot + place, value, mask & exists)
-            tl.store(y_bar + place, c0 * u_bar + (c2 * h + c1), mask & exists)
+                tl.store(y_bar_dot + offsets, value, mask & channel_mask)
+            tl.store(y_bar + offsets, c0 * u_bar + (c2 * h + c1), mask & channel_mask)
 
 
 def forward(

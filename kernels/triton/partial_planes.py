@@ -14,24 +14,24 @@ _BLOCK = 512  # elements of a program
 def load_planes(
     planes: tl.tensor,  # pointer
     parts: tl.tensor | None,  # pointer to the first of COUNT parts; offsets are those of the planes
-    place: tl.tensor,
+    offsets: tl.tensor,
     mask: tl.tensor,
     size: tl.tensor | None,  # elements of a part, which is the step from part to part
     COUNT: tl.constexpr,
     TOGETHER: tl.constexpr,  # parts that are loaded at the same time: a divisor of COUNT
 ) -> tl.tensor:
-    """Return elements of planes at the offsets `place`, zero where masked.
+    """Return elements of planes at `offsets`, zero where masked.
 
     Where there are parts, add them up in their order in float32, and round the sum to the planes' dtype. The sum is not stored
     here: loads that follow a store would wait for it.
     """
     if parts is None:
-        value = tl.load(planes + place, mask, 0)
+        value = tl.load(planes + offsets, mask, 0)
     else:
-        total = tl.zeros(place.shape, tl.float32)
+        total = tl.zeros(offsets.shape, tl.float32)
         for _ in range(COUNT // TOGETHER):
             for _ in tl.static_range(TOGETHER):
-                total += tl.load(parts + place, mask, 0)
+                total += tl.load(parts + offsets, mask, 0)
                 parts += size
         value = total.to(planes.dtype.element_ty)
     return value
@@ -40,11 +40,11 @@ def load_planes(
 @triton.jit
 def _add_planes(parts: tl.tuple, planes: tl.tuple, size: tl.tensor, COUNTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """Store the sums of the parts in the planes, BLOCK elements of each."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = place < size
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
     for number in tl.static_range(len(COUNTS)):
-        value = load_planes(planes[number], parts[number], place, exists, size, COUNTS[number], COUNTS[number])
-        tl.store(planes[number] + place, value, exists)
+        value = load_planes(planes[number], parts[number], offsets, mask, size, COUNTS[number], COUNTS[number])
+        tl.store(planes[number] + offsets, value, mask)
 
 
 def add_planes(*planes: Convolved) -> tuple[Tensor, ...]:

@@ -53,7 +53,7 @@ def _load_pixels(
     right: tl.tuple | None,
     mask: tl.tuple | None,
     mean: tl.tensor | None,
-    place: tl.tensor,  # (1, PIXELS): numbers of pixels of the padded image, row by row
+    offsets: tl.tensor,  # (1, PIXELS): numbers of pixels of the padded image, row by row
     PADDING: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -64,8 +64,8 @@ def _load_pixels(
 ) -> tl.tensor:
     """Return pixels of the image, augmented if `colour` is not None, (BLOCK_C, PIXELS). Outside of the image they are zero."""
     c = tl.arange(0, BLOCK_C)[:, None]
-    row = place // (W + 2 * PADDING) - PADDING
-    column = place % (W + 2 * PADDING) - PADDING
+    row = offsets // (W + 2 * PADDING) - PADDING
+    column = offsets % (W + 2 * PADDING) - PADDING
     if colour is None:
         inside = (c < C) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
         pixel = row * W + column
@@ -132,16 +132,16 @@ def gather(
     total = tl.zeros((TERMS, TERMS), ACC)
     for tile in range(tiles):
         centre = first + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        exists = (centre <= last)[:, None]
+        in_part = (centre <= last)[:, None]
         centre = tl.minimum(centre, last)
         xs = load_patches(images, centre // WIDTH, centre % WIDTH, C, WP, TERMS)
-        xs = tl.where(exists, xs, 0).to(xs.dtype)
+        xs = tl.where(in_part, xs, 0).to(xs.dtype)
         # added outside of `tl.dot`, whose accumulator would lose bits
         total += product(tl.trans(xs), xs, ACC, PRECISION)
     COUNT: tl.constexpr = 9 * C + 1
     row, column = tl.arange(0, TERMS)[:, None], tl.arange(0, TERMS)[None, :]
-    place = program.to(tl.int64) * (COUNT * COUNT) + row * COUNT + column
-    tl.store(gram + place, total, (row < COUNT) & (column < COUNT))
+    offsets = program.to(tl.int64) * (COUNT * COUNT) + row * COUNT + column
+    tl.store(gram + offsets, total, (row < COUNT) & (column < COUNT))
 
 
 @triton.jit
@@ -161,10 +161,10 @@ def add_up_parts(
         loaded: tl.tuple = ()
         for part in tl.static_range(AT_ONCE):
             for each in tl.static_range(len(values)):
-                exists = start + part < parts
+                mask = start + part < parts
                 if masks is not None:
-                    exists &= masks[each]
-                loaded += (tl.load(values[each] + (start + part) * STRIDE, exists, 0),)
+                    mask &= masks[each]
+                loaded += (tl.load(values[each] + (start + part) * STRIDE, mask, 0),)
         added: tl.tuple = ()
         for each in tl.static_range(len(values)):
             total = totals[each]
@@ -190,15 +190,15 @@ def moments(
     in_row, in_column = row < COUNT, column < COUNT
     gram += sample * parts * (COUNT * COUNT)
     # the products with a one are the mean; a second load of these is simpler than to extract them from `total`
-    places = (gram + row * COUNT + 9 * C, gram + 9 * C * COUNT + column, gram + row * COUNT + column)
+    pointers = (gram + row * COUNT + 9 * C, gram + 9 * C * COUNT + column, gram + row * COUNT + column)
     masks = (in_row, in_column, in_row & in_column)
-    mean, mean_row, total = add_up_parts(places, masks, parts, COUNT * COUNT, tl.float64)
+    mean, mean_row, total = add_up_parts(pointers, masks, parts, COUNT * COUNT, tl.float64)
     mean, mean_row = mean * (1 / PIXELS), mean_row * (1 / PIXELS)
     return mean, total * (1 / PIXELS) - mean * mean_row
 
 
 @triton.jit
-def weight_places(filters: tl.tensor, C: tl.constexpr, TERMS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def weight_offsets(filters: tl.tensor, C: tl.constexpr, TERMS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Return offsets of weights (K, C, 3, 3) in the order of a patch, (BLOCK_C, TERMS), and their mask."""
     term = tl.arange(0, TERMS)[None, :]
     return filters[:, None] * (9 * C) + term % C * 9 + term // C, (term < 9 * C) & (filters[:, None] >= 0)
@@ -213,8 +213,8 @@ def load_weights(
 ) -> tl.tensor:
     """Return the weights of `filters` in the order of a patch, (TERMS, BLOCK_C)."""
     # the terms of a filter are adjacent in memory, so a warp reads one filter at a time
-    place, exists = weight_places(filters, C, TERMS)
-    return tl.trans(tl.load(weight + place, exists, 0))
+    offsets, mask = weight_offsets(filters, C, TERMS)
+    return tl.trans(tl.load(weight + offsets, mask, 0))
 
 
 @triton.jit
@@ -305,8 +305,8 @@ def load_patches(
 ) -> tl.tensor:
     """Return the patches of the convolution's output pixels (row, column), (N, TERMS)."""
     term = tl.arange(0, TERMS)[None, :]
-    place = (row * WP + column)[:, None] * C + (term // (3 * C) * (WP * C) + term % (3 * C))
-    xs = tl.load(images + place, term < 9 * C, 0)
+    offsets = (row * WP + column)[:, None] * C + (term // (3 * C) * (WP * C) + term % (3 * C))
+    xs = tl.load(images + offsets, term < 9 * C, 0)
     dtype: tl.constexpr = xs.dtype
     if _NUMPY and dtype == tl.bfloat16:
         xs = xs.to(tl.float32)

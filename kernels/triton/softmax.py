@@ -31,8 +31,8 @@ def load_targets(
         targets = tl.where(known, (column == index).to(ACC), float("nan"))  # since a kernel cannot raise an error
     else:
         nothing: tl.constexpr = float("-inf") if KIND == "logits" else 0.0
-        exists = (row < batch) & (column < CLASSES)
-        targets = tl.load(labels + row * CLASSES + column, exists, nothing).to(ACC)
+        mask = (row < batch) & (column < CLASSES)
+        targets = tl.load(labels + row * CLASSES + column, mask, nothing).to(ACC)
     return targets
 
 
@@ -41,7 +41,7 @@ def softmax_parts(
     z: tl.tensor,  # logits (rows, columns)
     z_dot: tl.tensor,
     targets: tl.tensor,
-    column_exists: tl.tensor,
+    column_mask: tl.tensor,
     DUAL: tl.constexpr,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
@@ -50,7 +50,7 @@ def softmax_parts(
     With e = exp(z − top) and unnormalised targets t, these are: the largest logit, top; Σ e; the largest label logit; Σ t;
     Σ t (z − top), in a direction Σ t ż; and Σ e ż. For labels that are logits, t = exp(labels − largest label logit).
     """
-    z = tl.where(column_exists, z, float("-inf"))
+    z = tl.where(column_mask, z, float("-inf"))
     top = tl.max(z, 1, keep_dims=True)
     z -= tl.where(top == float("-inf"), 0, top)
     e = tl.exp(z)
@@ -58,7 +58,7 @@ def softmax_parts(
     if KIND == "logits":
         label_top = tl.max(targets, 1, keep_dims=True)
         t = tl.exp(targets - tl.where(label_top == float("-inf"), 0, label_top))
-    values = z_dot if DUAL else tl.where(column_exists, z, 0)
+    values = z_dot if DUAL else tl.where(column_mask, z, 0)
     target_sum = tl.sum(t * values, 1, keep_dims=True)
     z_dot_sum = tl.sum(e * z_dot, 1, keep_dims=True)
     return top, tl.sum(e, 1, keep_dims=True), label_top, tl.sum(t, 1, keep_dims=True), target_sum, z_dot_sum
@@ -73,17 +73,20 @@ def combine(parts: tl.tuple, DUAL: tl.constexpr, KIND: tl.constexpr) -> tuple[tl
     """
     tops, sums, label_tops, target_masses, target_sums, z_dot_sums = parts
     top, label_top = tl.max(tops, 1, keep_dims=True), tl.max(label_tops, 1, keep_dims=True)
-    share = tl.exp(tops - top)
-    total = tl.sum(sums * share, 1, keep_dims=True)
+    rescale = tl.exp(tops - top)
+    total = tl.sum(sums * rescale, 1, keep_dims=True)
     if not DUAL:
         target_sums += target_masses * tl.where(tops == float("-inf"), 0, tops - top)
     label_total = tl.zeros_like(label_top) + 1
     if KIND == "logits":
-        label_share = tl.exp(label_tops - label_top)
-        label_total = tl.sum(target_masses * label_share, 1, keep_dims=True)
-        target_masses, target_sums = target_masses * label_share / label_total, target_sums * label_share / label_total
+        label_rescale = tl.exp(label_tops - label_top)
+        label_total = tl.sum(target_masses * label_rescale, 1, keep_dims=True)
+        target_masses, target_sums = (
+            target_masses * label_rescale / label_total,
+            target_sums * label_rescale / label_total,
+        )
     target_mass, target_sum = tl.sum(target_masses, 1, keep_dims=True), tl.sum(target_sums, 1, keep_dims=True)
-    z_dot_mean = tl.sum(z_dot_sums * share, 1, keep_dims=True) / total
+    z_dot_mean = tl.sum(z_dot_sums * rescale, 1, keep_dims=True) / total
     target_sum -= target_mass * (z_dot_mean if DUAL else tl.log(total))
     return top, total, label_top, label_total, target_mass, target_sum, z_dot_mean
 
@@ -101,13 +104,13 @@ def load_softmax(
 ) -> tuple[tl.tensor, ...]:
     """Load the parts of all blocks of the rows, and return what `combine` returns for them."""
     block = tl.arange(0, EVERY)[None, :]
-    place, exists, size = row * BLOCKS + block, (row < batch) & (block < BLOCKS), batch * BLOCKS
-    top = tl.load(partials + place, exists, float("-inf")).to(ACC)
-    total = tl.load(partials + size + place, exists, 0).to(ACC)
-    label_top = tl.load(partials + 2 * size + place, exists, float("-inf")).to(ACC)
-    target_mass = tl.load(partials + 3 * size + place, exists, 0).to(ACC)
-    target_sum = tl.load(partials + 4 * size + place, exists, 0).to(ACC)
-    z_dot_sum = tl.load(partials + 5 * size + place, exists, 0).to(ACC)
+    offsets, mask, size = row * BLOCKS + block, (row < batch) & (block < BLOCKS), batch * BLOCKS
+    top = tl.load(partials + offsets, mask, float("-inf")).to(ACC)
+    total = tl.load(partials + size + offsets, mask, 0).to(ACC)
+    label_top = tl.load(partials + 2 * size + offsets, mask, float("-inf")).to(ACC)
+    target_mass = tl.load(partials + 3 * size + offsets, mask, 0).to(ACC)
+    target_sum = tl.load(partials + 4 * size + offsets, mask, 0).to(ACC)
+    z_dot_sum = tl.load(partials + 5 * size + offsets, mask, 0).to(ACC)
     return combine((top, total, label_top, target_mass, target_sum, z_dot_sum), DUAL, KIND)  # type: ignore[no-any-return]
 
 
@@ -116,7 +119,7 @@ def cotangents(
     z: tl.tensor,  # logits (rows, columns)
     z_dot: tl.tensor,
     targets: tl.tensor,
-    exists: tl.tensor,
+    mask: tl.tensor,
     softmax: tl.tuple,
     batch: tl.tensor,
     DUAL: tl.constexpr,
@@ -124,7 +127,7 @@ def cotangents(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return ō, the gradient to the logits, ō̇, its derivative, and the derivative of the gradient to the labels.
 
-    Each is (rows, columns). ō and ō̇ are 0 where `exists` is false. `softmax` is what `combine` returned for the rows.
+    Each is (rows, columns). ō and ō̇ are 0 where `mask` is false. `softmax` is what `combine` returned for the rows.
     """
     top, total, label_top, label_total, target_mass, target_sum, z_dot_mean = softmax
     pi, t = tl.exp(z - top) / total, targets
@@ -134,8 +137,8 @@ def cotangents(
     to_labels = -log_pi_dot
     if KIND == "logits":  # through t = softmax(labels)
         to_labels = t * (target_sum - log_pi_dot)
-    o_bar = tl.where(exists, (pi * target_mass - t) / batch, 0)
-    return o_bar, tl.where(exists, pi * target_mass * log_pi_dot / batch, 0), to_labels / batch
+    o_bar = tl.where(mask, (pi * target_mass - t) / batch, 0)
+    return o_bar, tl.where(mask, pi * target_mass * log_pi_dot / batch, 0), to_labels / batch
 
 
 @triton.jit
@@ -152,12 +155,12 @@ def load_cotangents(
     ACC: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Load a tile of logits and labels (rows, columns), and return what `cotangents` returns for it."""
-    exists, place = (row < batch) & (column < CLASSES), row * CLASSES + column
+    mask, offsets = (row < batch) & (column < CLASSES), row * CLASSES + column
     targets = load_targets(labels, row, column, batch, KIND, CLASSES, ACC)
-    logits = tl.load(z + place, exists, 0)
+    logits = tl.load(z + offsets, mask, 0)
     logits_dot = logits
     if z_dot is not None:
-        logits_dot = tl.load(z_dot + place, exists, 0)
+        logits_dot = tl.load(z_dot + offsets, mask, 0)
     return cotangents(  # type: ignore[no-any-return]
-        logits, logits_dot, targets, exists, softmax, batch, z_dot is not None, KIND
+        logits, logits_dot, targets, mask, softmax, batch, z_dot is not None, KIND
     )

@@ -38,7 +38,7 @@ def _correlate(
     y_bar: tl.tensor_descriptor,  # (B·HO·WO, CO), as is y_bar_dot
     y_bar_dot: tl.tensor_descriptor,
     parts: tl.tensor,  # (PARTS, CO, 9, CI)
-    share: tl.tensor,  # boxes in one part
+    boxes_per_part: tl.tensor,
     CI: tl.constexpr,
     CO: tl.constexpr,
     HO: tl.constexpr,
@@ -68,8 +68,8 @@ def _correlate(
     left = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     right = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for step in range(share):  # boxes past the last one load as zeros
-        box = part * share + step
+    for step in range(boxes_per_part):  # boxes past the last one load as zeros
+        box = part * boxes_per_part + step
         n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
         down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
         gs = tl.trans(y_bar_dot.load([box * BLOCK_M, o]))
@@ -78,8 +78,8 @@ def _correlate(
             middle = product(gs, x.load([n, down, across + 1, c]).reshape(BLOCK_M, BLOCK_K), middle, PRECISION)
             right = product(gs, x.load([n, down, across + 2, c]).reshape(BLOCK_M, BLOCK_K), right, PRECISION)
     if x_dot is not None:  # y_bar is then a descriptor too
-        for step in range(share):
-            box = part * share + step
+        for step in range(boxes_per_part):
+            box = part * boxes_per_part + step
             n, row, column = box_origin(box, HO, WO, BOX_B, BOX_H, BOX_W)
             down, across = row + tap // 3 - PADDING, column + tap % 3 - PADDING
             gs = tl.trans(y_bar.load([box * BLOCK_M, o]))
@@ -99,7 +99,7 @@ def _correlate_lines(
     x: tl.tensor_descriptor,  # descriptor: (3·CI, positions), three copies, each shifted by one more pixel
     y_bar: tl.tensor_descriptor,  # descriptor: (CO, positions)
     parts: tl.tensor,  # (PARTS, CO, 9, CI)
-    share: tl.tensor,  # steps in one part
+    steps_per_part: tl.tensor,
     CI: tl.constexpr,
     CO: tl.constexpr,
     PITCH: tl.constexpr,  # positions from one row to the next, a multiple of four
@@ -124,8 +124,8 @@ def _correlate_lines(
     left = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     right = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for step in range(share):
-        position = (part * share + step) * BLOCK_M
+    for step in range(steps_per_part):
+        position = (part * steps_per_part + step) * BLOCK_M
         source = position + tap // 3 * PITCH
         gs = y_bar.load([o, position])
         left = product(gs, tl.trans(x.load([line, source])), left, PRECISION)
@@ -162,13 +162,13 @@ def _copy_block(
     position = (block // BLOCKS).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
     row = position // PITCH % ROWS - PADDING
     sample = position // (PITCH * ROWS)
-    exists = (position < positions) & (c < C)
+    mask = (position < positions) & (c < C)
     for copy in tl.static_range(COPIES):
         column = position % PITCH + (copy - PADDING)
-        inside = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        inside = mask & (row >= 0) & (row < H) & (column >= 0) & (column < W)
         values = tl.load(planes + ((sample * H + row) * W + column) * C + c, inside, 0)
-        place = (copy * C + c) * length + position
-        tl.store(lines + tl.trans(place), tl.trans(values), tl.trans(exists))
+        offsets = (copy * C + c) * length + position
+        tl.store(lines + tl.trans(offsets), tl.trans(values), tl.trans(mask))
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def correlate(
     inputs, outputs = Planes.from_tensors(x, x_dot), Planes.from_tensors(y_bar, y_bar_dot)
     tensors = [tensor for tensor in (x, x_dot, y_bar, y_bar_dot) if tensor is not None]
     tile = tile_of(operation, inputs, outputs, precision, tensors)
-    programs, share, count = _split(inputs, outputs, tile, x, x_dot is not None)
+    programs, per_part, count = _split(inputs, outputs, tile, x, x_dot is not None)
     tile.pop("PROGRAMS")
     if x.element_size() == 2:
         kernel, factors, constants = _factors_in_place(x, x_dot, y_bar, y_bar_dot, padding, tile)
@@ -225,7 +225,7 @@ def correlate(
         kernel, factors, constants = _copy_factors(x, x_dot, y_bar, y_bar_dot, padding, tile)
     constants |= {"CI": inputs.channels, "CO": outputs.channels, "PRECISION": effective_precision(x.dtype, precision)}
     parts = torch.empty((count, outputs.channels, 3, 3, inputs.channels), dtype=torch.float32, device=x.device)
-    launch(kernel, count * programs, *factors, parts, share, **constants)
+    launch(kernel, count * programs, *factors, parts, per_part, **constants)
     return parts.permute(0, 1, 4, 2, 3)
 
 
@@ -252,8 +252,8 @@ def _split(inputs: Planes, outputs: Planes, tile: dict[str, int], x: Tensor, has
     else:
         positions = outputs.samples * _rows(outputs) * _pitch(outputs)
         steps = triton.cdiv(2 * positions if has_x_dot else positions, tile["BLOCK_M"])
-    share = triton.cdiv(steps, max(1, min(steps, tile["PROGRAMS"] // programs)))
-    return programs, share, triton.cdiv(steps, share)
+    per_part = triton.cdiv(steps, max(1, min(steps, tile["PROGRAMS"] // programs)))
+    return programs, per_part, triton.cdiv(steps, per_part)
 
 
 def _rows(planes: Planes) -> int:

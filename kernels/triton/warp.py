@@ -27,11 +27,11 @@ _MEAN = tl.constexpr(2048)  # numbers of a sample that are added at a time for i
 @triton.jit
 def load_parameters(parameters: tl.tensor, sample: tl.tensor) -> tl.tuple:
     """Return the parameters of a sample as four tuples: colour, displacement down, displacement right, mask."""
-    place = parameters + sample * _COUNT
-    colour = (tl.load(place), tl.load(place + 1), tl.load(place + 2))
-    down = (tl.load(place + 3), tl.load(place + 4), tl.load(place + 5))
-    right = (tl.load(place + 6), tl.load(place + 7), tl.load(place + 8))
-    mask = (tl.load(place + 9), tl.load(place + 10), tl.load(place + 11), tl.load(place + 12))
+    pointer = parameters + sample * _COUNT
+    colour = (tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2))
+    down = (tl.load(pointer + 3), tl.load(pointer + 4), tl.load(pointer + 5))
+    right = (tl.load(pointer + 6), tl.load(pointer + 7), tl.load(pointer + 8))
+    mask = (tl.load(pointer + 9), tl.load(pointer + 10), tl.load(pointer + 11), tl.load(pointer + 12))
     return colour, down, right, mask
 
 
@@ -63,10 +63,10 @@ def _axis_weights(
     """
     displacement = along[0] * (i - (H - 1) * 0.5) + along[1] * (j - (W - 1) * 0.5) + along[2]
     whole = tl.floor(displacement)
-    share = displacement - whole
+    fraction = displacement - whole
     first = tl.minimum(tl.maximum(target + whole, -2), SIZE).to(tl.int32)
-    before = tl.where((first >= 0) & (first < SIZE), 1 - share, 0)
-    return first, before, tl.where((first >= -1) & (first < SIZE - 1), share, 0)
+    before = tl.where((first >= 0) & (first < SIZE), 1 - fraction, 0)
+    return first, before, tl.where((first >= -1) & (first < SIZE - 1), fraction, 0)
 
 
 @triton.jit
@@ -83,13 +83,13 @@ def _change_colours(
     x: tl.tensor,
     average: tl.tensor,
     inside: tl.tensor,
-    exists: tl.tensor,
+    valid: tl.tensor,
     C: tl.constexpr,
 ) -> tl.tensor:
-    """Return pixels x (BLOCK_C, BLOCK_M) with saturation and contrast changed, and zero where `exists` is false."""
+    """Return pixels x (BLOCK_C, BLOCK_M) with saturation and contrast changed, and zero where `valid` is false."""
     grey = tl.sum(x, 0, keep_dims=True) / C
     x += colour[1] * (x - grey)
-    return tl.where(exists, x + colour[2] * (x - average * inside), 0)
+    return tl.where(valid, x + colour[2] * (x - average * inside), 0)
 
 
 @triton.jit
@@ -97,8 +97,8 @@ def mean_for_contrast(contrast: tl.tensor, image: tl.tensor, SIZE: tl.constexpr,
     """Return the mean of an image (C, H, W), or zero if `contrast` is zero and the mean is not needed."""
     total = tl.zeros((_MEAN,), ACC)
     for start in range(0, tl.where(contrast != 0, SIZE, 0), _MEAN):
-        place = start + tl.arange(0, _MEAN)
-        total += tl.load(image + place, place < SIZE, 0).to(ACC)
+        offsets = start + tl.arange(0, _MEAN)
+        total += tl.load(image + offsets, offsets < SIZE, 0).to(ACC)
     return tl.sum(total, 0) / SIZE
 
 
@@ -119,17 +119,17 @@ def warp_pixels(
     ACC: tl.constexpr,
 ) -> tl.tensor:
     """Return pixels (i, j) of the image after colour change, warp and mask, (BLOCK_C, BLOCK_M). Outside they are zero."""
-    exists = (c < C) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
+    valid = (c < C) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
     row, upper, lower = _axis_weights(down, i, j, i, H, H, W)
     column, before, after = _axis_weights(right, i, j, j, W, H, W)
     x = tl.zeros((c.shape[0], i.shape[1]), ACC)
     for corner in tl.static_range(4):
         weight = (lower if corner >= 2 else upper) * (after if corner % 2 else before)
-        place = (row + corner // 2) * W + column + corner % 2
-        x += weight * tl.load(image + c * (H * W) + place, exists & (weight != 0), 0).to(ACC)
+        offsets = (row + corner // 2) * W + column + corner % 2
+        x += weight * tl.load(image + c * (H * W) + offsets, valid & (weight != 0), 0).to(ACC)
     inside = (upper + lower) * (before + after)
-    x = tl.where(exists, x + colour[0] * inside, 0)
-    x = _change_colours(colour, x, mean + colour[0], inside, exists, C)
+    x = tl.where(valid, x + colour[0] * inside, 0)
+    x = _change_colours(colour, x, mean + colour[0], inside, valid, C)
     return tl.where(_visible_pixels(mask, i, j, H, W), x, 0)
 
 
@@ -181,7 +181,7 @@ def _transpose_pixels(
     """Return pixels (row, column) of x̄ = Aᵀ ȳ, (BLOCK_C, BLOCK_M)."""
     colour, down, right, mask = load_parameters(parameters, sample)
     mean = _mean_of_transpose(y_bar, colour, down, right, mask, C, H, W, BLOCK_C, ACC)
-    exists = (c < C) & (row < H)
+    valid = (c < C) & (row < H)
 
     # Targets whose sources are less than a pixel away, on both axes, lie in a parallelogram. Its centre is the target
     # whose source is this pixel. Its bounding box extends by `reach` to each side, which is the same for all pixels.
@@ -212,9 +212,9 @@ def _transpose_pixels(
             weight = tl.where(source_row == row, upper, tl.where(source_row + 1 == row, lower, 0))
             weight *= tl.where(source_column == column, before, tl.where(source_column + 1 == column, after, 0))
             weight = tl.where(_visible_pixels(mask, i, j, H, W), weight, 0)
-            place = c * (H * W) + i * W + j
-            x += weight * tl.load(y_bar + place, exists & (weight != 0), 0).to(ACC)
-    return _change_colours(colour, x, mean, tl.full((1, row.shape[1]), 1, ACC), exists, C)
+            offsets = c * (H * W) + i * W + j
+            x += weight * tl.load(y_bar + offsets, valid & (weight != 0), 0).to(ACC)
+    return _change_colours(colour, x, mean, tl.full((1, row.shape[1]), 1, ACC), valid, C)
 
 
 @triton.jit
@@ -280,23 +280,23 @@ def transpose_add(
     dtype: tl.constexpr = out.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     own, c, row, column = _pixel_block(H, W, BLOCK_C, BLOCK_M)
-    every, exists = tl.arange(0, EVERY), (c < C) & (row < H)
+    every, valid = tl.arange(0, EVERY), (c < C) & (row < H)
     target = tl.load(index + own)
     same = tl.load(index + every, every < batch, -1) == target
     if tl.min(tl.where(same, every, EVERY), 0) == own:
         pixel = c * (H * W) + row * W + column
-        place = out + target * (C * H * W) + pixel
-        total = tl.load(place, exists, 0).to(ACC)
+        pointers = out + target * (C * H * W) + pixel
+        total = tl.load(pointers, valid, 0).to(ACC)
         scale = tl.load(factor).to(ACC)
         for sample in range(own, tl.max(tl.where(same, every, 0), 0) + 1):
             if tl.load(index + sample) == target:
                 source = y_bar + sample * (C * H * W)
                 if parameters is None:
-                    x = tl.load(source + pixel, exists, 0).to(ACC)
+                    x = tl.load(source + pixel, valid, 0).to(ACC)
                 else:
                     x = _transpose_pixels(source, parameters, sample, c, row, column, C, H, W, BLOCK_C, ACC)
                 total += scale * x
-        tl.store(place, total, exists)
+        tl.store(pointers, total, valid)
 
 
 def colour_warp_mask(images: Tensor, parameters: Tensor) -> Tensor:

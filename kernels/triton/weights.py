@@ -52,11 +52,11 @@ def _pack_weights(
             filter = (program - first) // across * FILTERS + tl.arange(0, FILTERS)[:, None, None]
             channel = (program - first) % across * CHANNELS + tl.arange(0, CHANNELS)[None, :, None]
             tap = tl.arange(0, 16)[None, None, :]
-            exists = (filter < filters) & (channel < channels) & (tap < 9)
-            value = tl.load(vector + source + (filter * channels + channel) * 9 + tap, exists, 0) * factor
+            mask = (filter < filters) & (channel < channels) & (tap < 9)
+            value = tl.load(vector + source + (filter * channels + channel) * 9 + tap, mask, 0) * factor
             value = value.to(packed.dtype.element_ty)
-            tl.store(packed + target + (filter * 9 + tap) * channels + channel, value, exists)
-            tl.store(packed + target + apart + (channel * 9 + 8 - tap) * filters + filter, value, exists)
+            tl.store(packed + target + (filter * 9 + tap) * channels + channel, value, mask)
+            tl.store(packed + target + apart + (channel * 9 + 8 - tap) * filters + filter, value, mask)
         first = end
 
 
@@ -124,8 +124,8 @@ def _pack(
         if program < 2 * TILES:
             _pack_weights(direction, packed_dot, factor, program - TILES, WEIGHTS, FILTERS, CHANNELS)
         elif partials is not None:
-            place = (program - 2 * TILES) * SIZE + tl.arange(0, SIZE)
-            tl.store(scaled + place, tl.load(direction + place, place < size, 0) * factor, place < size)
+            offsets = (program - 2 * TILES) * SIZE + tl.arange(0, SIZE)
+            tl.store(scaled + offsets, tl.load(direction + offsets, offsets < size, 0) * factor, offsets < size)
             if program == 2 * TILES:
                 tl.store(scale, factor)
 
