@@ -16,6 +16,7 @@ from mtt_fast.storage.files import (
     MALFORMED,
     load_tensors,
     parse_json,
+    read_header,
     save_tensors,
 )
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
@@ -41,6 +42,7 @@ class State:
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     data: DatasetIdentity = UNKNOWN  # of the real images
     digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
+    imported: bool = False  # whether these experts come from other software, so that none can be trained in their place
 
     @property
     def mean_lr(self) -> float:
@@ -52,13 +54,14 @@ _CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums 
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
+_FORM = dict.fromkeys(_NUMBERS, NUMBER) | {"imported?": bool}
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 """Of checkpoints from before there was seconds.json."""
 
 
 def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write `state` and the records of the evaluations so far (`MetricsLog.evaluations`), atomically."""
-    numbers = {name: getattr(state, name) for name in _NUMBERS}
+    numbers = {name: getattr(state, name) for name in (*_NUMBERS, "imported")}
     tensors = {name: getattr(state, name) for name in (*_TENSORS, *_OPTIONAL_TENSORS)}
     save_tensors(
         folder / CHECKPOINT,
@@ -85,14 +88,34 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
         numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
         if "format" in metadata:
-            check_form(numbers, dict.fromkeys(_NUMBERS, NUMBER))
+            check_form(numbers, _FORM)
             if metadata["format"] != _CHECKPOINT:
                 raise ValueError("another format")
         for name in FORMER_NUMBERS:
             numbers.pop(name, None)
         return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))
     except MALFORMED as error:
-        raise InputError(f"{path}: not a checkpoint of this version; choose another `out`") from error
+        raise _of_another_version(path) from error
+
+
+def imported_experts(folder: Path) -> int:
+    """Return with how many experts of other software the run in `folder` began; 0 if there is none, or it has no checkpoint.
+
+    Reads the header alone. Raises `InputError` if it is broken.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return 0
+    _, metadata = read_header(path)
+    try:
+        numbers = parse_json(metadata["numbers"])
+        return int(numbers["experts"]) if numbers.get("imported") else 0
+    except MALFORMED as error:
+        raise _of_another_version(path) from error
+
+
+def _of_another_version(path: Path) -> InputError:
+    return InputError(f"{path}: not a checkpoint of this version; choose another `out`")
 
 
 def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:
