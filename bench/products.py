@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,16 @@ def reverse_over_reverse(loss: Loss, theta: Tensor, images: Tensor, v: Tensor) -
     theta, images = (value.detach().clone().requires_grad_() for value in (theta, images))
     (gradient,) = torch.autograd.grad(loss(theta, images), theta, create_graph=True)
     v_dot_g = gradient @ v
-    return v_dot_g.detach(), *torch.autograd.grad(v_dot_g, (theta, images))
+    hessian_v, to_images = torch.autograd.grad(v_dot_g, (theta, images))
+    return v_dot_g.detach(), hessian_v, to_images
 
 
 def forward_over_reverse(loss: Loss, theta: Tensor, images: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take `torch.func.jvp` of the gradient."""
     gradients_and_loss = torch.func.grad_and_value(loss, argnums=(0, 1))
-    _, (gradients, v_dot_g) = torch.func.jvp(lambda at: gradients_and_loss(at, images), (theta,), (v,))
-    return v_dot_g, *gradients
+    derivatives: Any = torch.func.jvp(lambda at: gradients_and_loss(at, images), (theta,), (v,))[1]
+    (hessian_v, to_images), v_dot_g = derivatives
+    return v_dot_g, hessian_v, to_images
 
 
 def reverse_over_forward(loss: Loss, theta: Tensor, images: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,8 +39,8 @@ def reverse_over_forward(loss: Loss, theta: Tensor, images: Tensor, v: Tensor) -
     def v_dot_g(theta: Tensor, images: Tensor) -> Tensor:
         return torch.func.jvp(lambda at: loss(at, images), (theta,), (v,))[1]  # type: ignore[no-any-return]
 
-    gradients, value = torch.func.grad_and_value(v_dot_g, argnums=(0, 1))(theta, images)
-    return value, *gradients
+    (hessian_v, to_images), value = torch.func.grad_and_value(v_dot_g, argnums=(0, 1))(theta, images)
+    return value, hessian_v, to_images
 
 
 def gradients_by(
