@@ -54,14 +54,15 @@ _CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums 
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
-_FORM = dict.fromkeys(_NUMBERS, NUMBER) | {"imported?": bool}
+_IMPORTED = "imported"
+"""The field of the metadata that tells whether the experts are; a checkpoint from before it was there lacks it."""
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 """Of checkpoints from before there was seconds.json."""
 
 
 def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write `state` and the records of the evaluations so far (`MetricsLog.evaluations`), atomically."""
-    numbers = {name: getattr(state, name) for name in (*_NUMBERS, "imported")}
+    numbers = {name: getattr(state, name) for name in _NUMBERS}
     tensors = {name: getattr(state, name) for name in (*_TENSORS, *_OPTIONAL_TENSORS)}
     save_tensors(
         folder / CHECKPOINT,
@@ -71,6 +72,7 @@ def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[st
             "numbers": json.dumps(numbers),
             "data": json.dumps(state.data.record()),
             "digests": json.dumps(state.digests),
+            _IMPORTED: json.dumps(state.imported),
             EVALUATIONS: json.dumps(evaluations),
         },
     )
@@ -88,12 +90,17 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         before = {} if "format" in metadata else {"data": "{}", "digests": "[]"}
         numbers, data, digests = (parse_json((before | metadata)[name]) for name in ("numbers", "data", "digests"))
         if "format" in metadata:
-            check_form(numbers, _FORM)
+            check_form(numbers, dict.fromkeys(_NUMBERS, NUMBER))
             if metadata["format"] != _CHECKPOINT:
                 raise ValueError("another format")
         for name in FORMER_NUMBERS:
             numbers.pop(name, None)
-        return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))
+        return State(
+            **values | numbers,
+            data=DatasetIdentity.from_record(data),
+            digests=tuple(digests),
+            imported=_says_imported(metadata),
+        )
     except MALFORMED as error:
         raise _of_another_version(path) from error
 
@@ -108,10 +115,13 @@ def imported_experts(folder: Path) -> int:
         return 0
     _, metadata = read_header(path)
     try:
-        numbers = parse_json(metadata["numbers"])
-        return int(numbers["experts"]) if numbers.get("imported") else 0
+        return int(parse_json(metadata["numbers"])["experts"]) if _says_imported(metadata) else 0
     except MALFORMED as error:
         raise _of_another_version(path) from error
+
+
+def _says_imported(metadata: Mapping[str, str]) -> bool:
+    return bool(parse_json(metadata.get(_IMPORTED, "false")))
 
 
 def _of_another_version(path: Path) -> InputError:
