@@ -22,6 +22,7 @@ from bench.engines import Gradients
 from bench.gate import FLOAT64_TOLERANCE
 from bench.measuring import interleaved, peak_above_baseline, spread, synchronise
 from bench.parsing import CommonOptions
+from bench.products import Product, forward_over_reverse, gradients_by, reverse_over_forward, reverse_over_reverse
 from bench.records import write_record
 from bench.render import table
 from bench.workers import Process, Worker, WorkerError, give_up
@@ -40,6 +41,8 @@ class Options(CommonOptions):
 
     networks: str = "ConvNet,ResNet18,ViT"
     """networks to time, joined by commas"""
+    engines: str = "whole_graph,generic,generic-auto"
+    """engines to time, joined by commas"""
     steps: int = 3
     """N, student steps in an iteration"""
     batch: int = 20
@@ -100,18 +103,30 @@ def generic(case: Case, memory_budget: str | None = None) -> Gradients:
     return Gradients(*torch.autograd.grad(matching_loss(path[-1], case.start, case.target), (images, lr)))
 
 
+def by_product(product: Product, case: Case) -> Gradients:
+    """Take one step at a time as `generic` does, with `product` as the derivative of its gradient."""
+    network = testing.module_function(case.module)
+    return Gradients(
+        *gradients_by(product, network, case.start, case.target, case.images, case.labels, case.lr, case.batches)
+    )
+
+
 ENGINES: dict[str, Callable[[Case], Gradients]] = {
     "whole_graph": whole_graph,
     "generic": generic,
     "generic-auto": lambda case: generic(case, AUTO),
+    "reverse-over-reverse": partial(by_product, reverse_over_reverse),
+    "forward-over-reverse": partial(by_product, forward_over_reverse),
+    "reverse-over-forward": partial(by_product, reverse_over_forward),
 }
 
 
 def main(options: Options, command: str) -> None:
     """Measure, print the table, write the record."""
-    device, names = options.torch_device(), options.networks.split(",")
-    if unknown := set(names) - set(NETWORKS):
-        raise InputError(f"--networks {','.join(sorted(unknown))}: expected some of {', '.join(NETWORKS)}")
+    device, names, engines = options.torch_device(), options.networks.split(","), options.engines.split(",")
+    for flag, given, known in (("networks", names, NETWORKS), ("engines", engines, ENGINES)):
+        if unknown := set(given) - set(known):
+            raise InputError(f"--{flag} {','.join(sorted(unknown))}: expected some of {', '.join(known)}")
     if min(options.steps, options.batch) < 1:
         raise InputError("--steps, --batch: expected at least 1")
     rows: dict[str, dict[str, Any]] = {}
@@ -125,7 +140,7 @@ def main(options: Options, command: str) -> None:
 
     try:
         for network in names:
-            for engine in ENGINES:
+            for engine in engines:
                 name = f"{network} {engine}"
                 rows[name] = {"network": network, "engine": engine, "problem": None}
                 try:

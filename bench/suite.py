@@ -27,33 +27,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leave out what passed before; record in the process that hears of all tests, which no worker of xdist is."""
-    folder = str(config.getoption("--record"))
-    rows = {row["test"]: row for row in partial_rows(folder, NAME)}
-    config.pluginmanager.register(_Order({name for name, row in rows.items() if row["outcome"] == "passed"}))
+    """Record in the process that hears of all tests, which no worker of xdist is."""
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Recorder(folder, rows, " ".join(map(str, config.invocation_params.args))))
+        folder, words = str(config.getoption("--record")), " ".join(map(str, config.invocation_params.args))
+        config.pluginmanager.register(_Recorder(folder, partial_rows(folder, NAME), words))
 
 
-class _Order:
-    """Leave out the tests of these names, and put the longest first."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what passed before, and put the longest first."""
+    rows = partial_rows(str(config.getoption("--record")), NAME)
+    _leave_out({row["test"] for row in rows if row["outcome"] == "passed"}, config, items)
+    items.sort(key=lambda item: not item.name.startswith(_LONGEST))  # stable
 
-    def __init__(self, names: set[str]) -> None:
-        self._names = names
 
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: not item.name.startswith(_LONGEST))  # stable
-        left_out = [item for item in items if item.nodeid in self._names]
-        if left_out:
-            config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if item.nodeid not in self._names]
+def _leave_out(names: set[str], config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take the tests of these names out of `items`, and tell pytest of it."""
+    left_out = [item for item in items if item.nodeid in names]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in names]
 
 
 class _Recorder:
     """Write the record after each test, and once more at the end."""
 
-    def __init__(self, folder: str, rows: dict[str, dict[str, Any]], arguments: str) -> None:
-        self._folder, self._rows, self._arguments = folder, rows, arguments
+    def __init__(self, folder: str, before: list[dict[str, Any]], arguments: str) -> None:
+        self._folder, self._arguments = folder, arguments
+        self._rows = {row["test"]: row for row in before}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -234,3 +235,15 @@ def test_figures() -> None:
     assert [seconds(value) for value in (3.04, 61, 3599.7, 7500)] == ["3.0 s", "1 min 01 s", "1 h 00 min", "2 h 05 min"]
     assert percent({"mean": 0.123456, "std": 0.01, "n": 1}) == "12.35"
     assert number([0.01, 0.0212345]) == "0.01, 0.021234"
+
+
+def test_a_run_that_cannot_be_written_to_is_reported_elsewhere(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    allowed = os.access  # the system lets root write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run and allowed(path, mode))
+    assert cli.run(main, [str(run)]) == 2
+    expected = f"error: {run}: expected a folder to write in, found that {run} is read-only; choose another --out\n"
+    assert capsys.readouterr().err == expected
+    assert cli.run(main, [str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")

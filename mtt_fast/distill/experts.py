@@ -20,7 +20,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.experts import check_trained_alike, train_missing_experts
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.checkpoint import State, imported_experts
 from mtt_fast.storage.expert_checks import (
     FLAGS,
     as_trained,
@@ -83,9 +83,11 @@ def check_experts(
 
     `requested` are the hyperparameters of experts that the user gave. With a `DatasetInfo`, of images that are not there yet,
     few properties of the images are compared. Raises `InputError` that names an expert's file, the options that do not fit, or
-    the folder in which experts are missing and cannot be written.
+    the folder in which experts are missing and cannot be written, or must not be trained in place of those of a run that goes on.
     """
     sources = inventory_of(options, data)
+    if sources.missing:
+        _check_imported_remain(options.folder(), sources)
     needed = options.max_start_epoch + options.expert_epochs
     experts = _store(sources.whole)
     if sources.uncompressed and options.num_interpolation is not None:
@@ -115,6 +117,16 @@ def check_experts(
     check_alike(store, matched_experts, to_the_end=options.uses_last_epochs)
     if experts is not None and store.folder != experts.folder:
         check_made_of(store, matched_experts, experts)
+
+
+def _check_imported_remain(folder: Path, sources: ExpertInventory) -> None:
+    """Raise `InputError` if the run in `folder` began with experts of other software, in whose place others would be trained."""
+    if began_with := imported_experts(folder):
+        found = f"{sources.available} trained here" if sources.available else "none"
+        raise InputError(
+            f"{sources.whole}: expected the {began_with} experts from elsewhere with which the run in {folder} began, found "
+            f"{found}; restore them, convert them again with `python -m mtt_fast.convert`, or say in which `buffer_path` they are"
+        )
 
 
 def _check_nothing_to_convert(folder: Path) -> None:

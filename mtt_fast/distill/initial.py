@@ -46,7 +46,7 @@ def initial_state(
         0, experts, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(),
-        data=real.identity, digests=tuple(map(store.digest, range(experts))),
+        data=real.identity, digests=tuple(map(store.digest, range(experts))), imported=store.metadata(0).imported,
     )  # fmt: skip
 
 

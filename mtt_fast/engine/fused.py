@@ -22,7 +22,7 @@ from torch import Tensor
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, batch_images, gathered
 from mtt_fast.engine.fused_blocks import EPILOGUES, Block, ImageBlock, Parameters, PlaneBlock, Tensors
-from mtt_fast.engine.step_checks import check_choices, check_step
+from mtt_fast.engine.step_checks import check_choices, check_saved, check_step
 from mtt_fast.engine.student import GradientTangent, SavedActivations, StepBytes, StepGradient
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import (
@@ -95,10 +95,7 @@ class FusedConvNetStudent:
     ) -> GradientTangent:
         """See `Student.gradient_jvp`. Raises `InputError` for tensors that do not fit, and activations that are used up."""
         check_step(self.network, self.label_kind, images, labels, theta, v=v)
-        if saved is not None and len(saved) != self.network.depth + 1:
-            raise InputError(
-                "`saved`: expected activations of `gradient`, found what is used up; call it again with save"
-            )
+        check_saved(saved, self.network, images)
         packed, x = self._begin(theta, v, images, None if saved is None else saved[-1][0])
         parameters, classifier = self._parts(theta, packed.weights)
         directions, classifier_dot = self._parts(packed.direction, packed.weights_dot)

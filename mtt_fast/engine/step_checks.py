@@ -42,6 +42,26 @@ def check_step(
     _check_labels(labels, label_kind, len(images), network.num_classes, theta.dtype)
 
 
+def check_saved(saved: Any, network: ConvNet, images: Inputs) -> None:
+    """Raise `InputError` unless `saved` is None, or the unused activations of a step of `network` on as many images.
+
+    They are a factor, and of each block, the last one first, its activations and the gradient to its result (b, …).
+    """
+    if saved is None:
+        return
+    found = type(saved).__name__
+    if isinstance(saved, list) and len(saved) == network.depth + 1:
+        _, bar = saved[1]
+        if len(bar) == len(images):
+            return
+        found = f"those of {len(bar)}"
+    elif isinstance(saved, list):
+        found = "what is used up"
+    raise InputError(
+        f"`saved`: expected activations of `gradient` for these {len(images)} images, found {found}; call it again with save"
+    )
+
+
 def _check_vector(name: str, vector: Tensor, network: ConvNet, dtypes: tuple[torch.dtype, ...]) -> None:
     if vector.shape != (network.num_parameters,) or vector.dtype not in dtypes or not vector.is_contiguous():
         raise InputError(

@@ -41,8 +41,9 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"expected the folder of a run; see {PROGRAM} --help")
     folders = [Path(run) for run in options.runs]
     alone = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
-    path = Path(options.out) if options.out else alone
-    write_text(path, render(read_runs(folders)))
+    path, runs = Path(options.out) if options.out else alone, read_runs(folders)
+    check_output_file(path, "choose another `out`")
+    write_text(path, render(runs))
     log.info("%s", path)
 
 

@@ -16,6 +16,7 @@ from mtt_fast.storage.files import (
     MALFORMED,
     load_tensors,
     parse_json,
+    read_header,
     save_tensors,
 )
 from mtt_fast.storage.identity import UNKNOWN, DatasetIdentity, check_same_data
@@ -41,6 +42,7 @@ class State:
     lr_kept: int = 0  # iterations whose update would have made the learning rate negative
     data: DatasetIdentity = UNKNOWN  # of the real images
     digests: tuple[str, ...] = ()  # of the experts that take turns, see `TrajectoryStore.digest`
+    imported: bool = False  # whether these experts come from other software, so that none can be trained in their place
 
     @property
     def mean_lr(self) -> float:
@@ -52,6 +54,8 @@ _CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums 
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
+_IMPORTED = "imported"
+"""The field of the metadata that tells whether the experts are; a checkpoint from before it was there lacks it."""
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
 """Of checkpoints from before there was seconds.json."""
 
@@ -68,6 +72,7 @@ def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[st
             "numbers": json.dumps(numbers),
             "data": json.dumps(state.data.record()),
             "digests": json.dumps(state.digests),
+            _IMPORTED: json.dumps(state.imported),
             EVALUATIONS: json.dumps(evaluations),
         },
     )
@@ -90,9 +95,37 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
                 raise ValueError("another format")
         for name in FORMER_NUMBERS:
             numbers.pop(name, None)
-        return State(**values | numbers, data=DatasetIdentity.from_record(data), digests=tuple(digests))
+        return State(
+            **values | numbers,
+            data=DatasetIdentity.from_record(data),
+            digests=tuple(digests),
+            imported=_says_imported(metadata),
+        )
     except MALFORMED as error:
-        raise InputError(f"{path}: not a checkpoint of this version; choose another `out`") from error
+        raise _of_another_version(path) from error
+
+
+def imported_experts(folder: Path) -> int:
+    """Return with how many experts of other software the run in `folder` began; 0 if there is none, or it has no checkpoint.
+
+    Reads the header alone. Raises `InputError` if it is broken.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return 0
+    _, metadata = read_header(path)
+    try:
+        return int(parse_json(metadata["numbers"])["experts"]) if _says_imported(metadata) else 0
+    except MALFORMED as error:
+        raise _of_another_version(path) from error
+
+
+def _says_imported(metadata: Mapping[str, str]) -> bool:
+    return bool(parse_json(metadata.get(_IMPORTED, "false")))
+
+
+def _of_another_version(path: Path) -> InputError:
+    return InputError(f"{path}: not a checkpoint of this version; choose another `out`")
 
 
 def check_same_images(folder: Path, began_with: DatasetIdentity, identity: DatasetIdentity) -> None:

@@ -56,6 +56,12 @@ def test_modules(tmp_path: Path) -> None:
         assert row["error_float64"] <= gate.FLOAT64_TOLERANCE
         assert row["cpu_seconds"]["n"] == row["seconds"]["n"] == 2
         assert row["cpu_of_whole_graph"] == 1 or row["engine"] != "whole_graph"
+    products = ["reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"]
+    few[1] = "ConvNet"
+    bench("modules", *few, "--engines", ",".join(products), "--out", str(tmp_path), "--name", "products")
+    rows = rows_of(tmp_path, "products")
+    assert [(row["engine"], row["problem"]) for row in rows] == [(name, None) for name in products]
+    assert all(0 <= row["error_float64"] <= gate.FLOAT64_TOLERANCE for row in rows)
 
 
 @pytest.mark.slow
@@ -191,6 +197,10 @@ def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pyte
     [
         (["kernals"], "no such benchmark (did you mean kernels?)"),
         (["modules", "--networks", "ConvNet,VGG"], "--networks VGG: expected some of ConvNet, ResNet18, ViT"),
+        (
+            ["modules", "--engines", "mine"],
+            "--engines mine: expected some of whole_graph, generic, generic-auto, reverse",
+        ),
         (["kernels", "--bacth", "3"], "--bacth: unknown option (did you mean --batch?)"),
         (["meta_step", "--engines", "quick"], "--engines quick: no such engine"),
         (["meta_step", "--engines", "fused-graph", "--device", "cpu"], "--engines fused-graph: expected a CUDA device"),

@@ -128,6 +128,9 @@ def test_three():
     ran("three")
     print("about to fail")
     assert 1 == 2
+
+def test_triton_equals_it():
+    ran("longest")
 """
 
 
@@ -150,11 +153,12 @@ def test_a_killed_suite_keeps_what_passed_and_goes_on(tmp_path: Path) -> None:
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     statuses = [subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode]
-    assert [row["test"] for row in rows_of(tmp_path, "suite.partial")] == ["test_it.py::test_one"]
+    first = ["test_it.py::test_triton_equals_it", "test_it.py::test_one"]
+    assert [row["test"] for row in rows_of(tmp_path, "suite.partial")] == first
     assert not (tmp_path / "suite.json").exists()
     statuses.append(subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode)
     assert statuses == [-signal.SIGKILL, 1]
-    assert (tmp_path / "ran").read_text().split() == ["one", "two", "two", "three"]
+    assert (tmp_path / "ran").read_text().split() == ["longest", "one", "two", "two", "three"]
     rows = {row["test"]: (row["outcome"], row["problem"]) for row in rows_of(tmp_path, "suite")}
     assert rows["test_it.py::test_one"] == rows["test_it.py::test_two"] == ("passed", None)
     assert rows["test_it.py::test_three"][0] == "failed"

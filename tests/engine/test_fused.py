@@ -185,10 +185,18 @@ def test_settings_are_checked() -> None:
             FusedConvNetStudent(*arguments)
 
 
-def test_saved_activations_serve_once() -> None:
+def test_saved_activations_serve_once_and_for_their_step() -> None:
     theta, images, labels, v = STEP.values()
     student = FusedConvNetStudent(SMALL)
-    saved = student.gradient(theta, images, labels, save=True).saved
-    student.gradient_jvp(theta, images, labels, v, saved)
-    with pytest.raises(InputError, match="`saved`: expected activations of `gradient`, found what is used up"):
-        student.gradient_jvp(theta, images, labels, v, saved)
+
+    def refuse(saved: Any, images: Tensor, found: str) -> None:
+        with pytest.raises(InputError) as error:
+            student.gradient_jvp(theta, images, labels[: len(images)], v, saved)
+        expected = f"`saved`: expected activations of `gradient` for these {len(images)} images"
+        assert str(error.value) == f"{expected}, found {found}; call it again with save"
+
+    result = student.gradient(theta, images, labels, save=True)
+    refuse(result.saved, images[:3], "those of 4")
+    refuse(result, images, "StepGradient")
+    student.gradient_jvp(theta, images, labels, v, result.saved)  # a refusal took nothing
+    refuse(result.saved, images, "what is used up")

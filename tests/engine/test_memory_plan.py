@@ -44,6 +44,13 @@ def peak(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
+def resident():  # exactly; a kernel may sum up VmRSS only roughly
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Rss:"))
+
+def faulted_in():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize()
+
 def run(size, width, depth, steps, batch, kept=0, augment=False, canvas=1, again=0, **options):
     net = ConvNet(image_size=size, width=width, depth=depth)
     start = net.init(torch.Generator().manual_seed(0))
@@ -58,13 +65,15 @@ def run(size, width, depth, steps, batch, kept=0, augment=False, canvas=1, again
     target = start + 0.01
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
     before = peak("VmRSS")
-    faults = [0]
+    faults, growth = [], []
     for _ in range(1 + again):
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        growth.append(-resident())
+        faults.append(-faulted_in())
         path = unroll(net, start, images, labels, lr, batches, plan=chosen, augment=augmentation)
         matching_loss(path[-1], start, target).backward()
-        faults[-1] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults[-1]
-    return {"measured": peak("VmHWM") - before, "planned": chosen.peak_bytes, "faults": faults[-1]}
+        faults[-1] += faulted_in()
+        growth[-1] += resident()
+    return {"measured": peak("VmHWM") - before, "planned": chosen.peak_bytes, "faults": faults, "growth": growth}
 
 for canvas in (1, 2):  # libraries and thread pools are loaded, those of both ways to augment
     run(16, 32, 2, 2, 2, augment=True, canvas=canvas)
@@ -75,11 +84,11 @@ needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 needs_native = pytest.mark.skipif(not native.available, reason="the native kernels are not installed or turned off")
 
 
-def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str, int]:
+def measured(environment: dict[str, str] | None = None, **case: Any) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(case)]
     given = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | (environment or {})
     finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, env=given)
-    answer: dict[str, int] = json.loads(finished.stdout)
+    answer: dict[str, Any] = json.loads(finished.stdout)
     return answer
 
 
@@ -107,11 +116,16 @@ def test_the_formula_is_what_is_measured(case: dict[str, Any]) -> None:
 @needs_proc
 @needs_native
 @pytest.mark.slow
-def test_the_steady_state_has_no_page_faults() -> None:
+def test_no_page_of_the_steady_state_is_faulted_in_twice() -> None:
     # as the command lines tell glibc, which keeps what is small
     keeps = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-    memory = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, kept=2, augment=True, again=4)
-    assert memory["faults"] * 4096 <= 0.01 * memory["planned"]
+    memory = measured(keeps, size=32, width=64, depth=3, steps=4, batch=40, kept=2, augment=True, again=8)
+    # Now and then an iteration enlarges glibc's heap: its augmentation is drawn, and something small may lie where a plane of
+    # the last block fitted before. Those pages are new, and stay; any other page that is faulted in had been given back.
+    given_back = [max(0, faulted - new) for faulted, new in zip(memory["faults"], memory["growth"], strict=True)]
+    assert sum(given_back[1:]) <= 0.01 * memory["planned"]
+    assert min(memory["faults"][1:]) <= 0.01 * memory["planned"]  # the heap does not grow for ever
+    assert memory["measured"] <= 1.15 * memory["planned"]
 
 
 @needs_proc

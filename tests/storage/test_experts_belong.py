@@ -294,6 +294,28 @@ def test_no_flag_brings_back_imported_experts(
     assert f"{imported}/expert_0000.safetensors: how they were trained is not known: --mom has no effect" in caplog.text
 
 
+def test_none_is_trained_in_place_of_imported_experts(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dataset", "digits", *MODEL, *DISTILLED[:-2], *EVALUATED, "--buffer_path", "my_buffers", "--out", "new"]
+    more = ["--out", "new", "--resume", "--Iteration", "3"]
+    assert cli.run(distill, words) == 0
+    shutil.rmtree(imported)
+    expected = f"error: {imported}: expected the 2 experts from elsewhere with which the run in new began, found"
+    mend = "restore them, convert them again with `python -m mtt_fast.convert`, or say in which --buffer_path they are"
+    for flags in ([], ["--dry_run"], ["--train_epochs", "1"]):  # 1: too few if they were trained
+        assert refused(capsys, distill, *more, *flags) == f"{expected} none; {mend}"
+    assert not imported.exists()
+    imported.mkdir()
+    shutil.copy(EXPERTS / "expert_0000.safetensors", imported)
+    assert refused(capsys, distill, *more) == f"{expected} 1 trained here; {mend}"
+    assert [path.name for path in imported.iterdir()] == ["expert_0000.safetensors"]
+    shutil.rmtree(imported)
+    assert cli.run(convert, ["theirs", "my_buffers", "--dataset", "digits", *MODEL]) == 0
+    assert cli.run(distill, more) == 0
+    assert cli.run(distill, [*more[:-1], "4", "--num_experts", "2"]) == 0  # the next checkpoint says so too
+    shutil.rmtree(imported)
+    assert refused(capsys, distill, *more[:-1], "5") == f"{expected} none; {mend}"
+
+
 def test_experts_of_the_other_whitening_are_pointed_out(
     imported: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
