@@ -17,17 +17,12 @@ from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.engine.student import GenericStudent, plain_attention
 from mtt_fast.errors import InputError
 
-SAMPLES = 8
-"""The number of samples of a trial at most: a forward pass of so few takes less memory than a step of one."""
-
-_ALIKE = 1e-3  # far above what rounding in another order does, and below what a random layer does
-_ROUNDED = 1e-2  # in tf32 a batch and its samples may round to numbers that differ by a thousandth
+_MOST = 8  # samples of a trial
 
 
-def few_of(index: Tensor) -> Tensor:
-    """Return the positions in `index` (b,) of at most `SAMPLES` samples from all over it."""
-    count = min(SAMPLES, len(index))
-    return torch.linspace(0, len(index) - 1, count, device=index.device).long()
+def few_of(batch: Tensor) -> Tensor:
+    """Return the positions in `batch` (b, …) of a few samples from all over it."""
+    return torch.linspace(0, len(batch) - 1, min(len(batch), _MOST), device=batch.device).long()
 
 
 def try_augmentation(augment: Augment, rows: Tensor, draws: Any) -> Tensor:
@@ -42,49 +37,73 @@ def try_augmentation(augment: Augment, rows: Tensor, draws: Any) -> Tensor:
     return first
 
 
-def try_step(student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, is_cut: bool) -> None:
-    """Raise `InputError` unless the loss at `theta` (P,) of a few `inputs` and `labels` is one that unrolling is exact for.
+def try_step(
+    student: GenericStudent,
+    theta: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
+    microbatch: int | None,
+    *,
+    wants_images: bool,
+) -> None:
+    """Raise `InputError` unless unrolling is exact for the loss at `theta` (P,) of a few `inputs` and `labels`.
 
-    It has to be a differentiable scalar, of outputs that are the same each time. Where batches are cut it also has to be
-    the mean of the samples' own losses, of outputs that each sample has alone.
+    The outputs have to be the same each time, and the loss a scalar that depends on the parameters, and on the images if it
+    `wants_images`. Where batches are cut into pieces of at most `microbatch` samples, each sample has to have the same outputs
+    alone, and the loss to be the mean of the samples' losses.
     """
-    with torch.enable_grad():
-        leaf = theta.detach().requires_grad_()
-        with plain_attention, _RefuseRandomNumbers():
-            logits = student.network(leaf, inputs)
-        loss = student.loss(logits, labels)
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
-        found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(f"unroll loss: expected the mean over a batch, a floating-point tensor (), found {found}")
-    if not loss.requires_grad:
-        raise InputError(
-            "unroll: expected a loss that depends on the parameters, found one without a graph; `net` or `loss` cuts the "
-            "gradient off, as detach, item and torch.no_grad do"
-        )
+    # as few at once as a step has in memory, but two: their gradient takes less than the derivative of the gradient of one
+    count = len(inputs) if microbatch is None else max(2, microbatch)
+    together = inputs[:count]
+    logits = _try_gradient(student, theta, together, labels[:count], wants_images=wants_images)
     with torch.no_grad():
-        if not _alike(logits, student.network(theta, inputs)):
+        if not _alike(logits, student.network(theta, together)):
             raise InputError(
                 "unroll net: expected the same outputs for the same parameters and images, found others at the second call; take out "
                 "what changes from call to call, or call .eval() before wrapping"
             )
-        if is_cut and len(inputs) > 1:
+        if microbatch is not None:
             singles = torch.cat([student.network(theta, image) for image in inputs.split(1)])
-            _check_samples_are_apart(logits, singles)
-            _check_mean(student, loss, singles, labels)
+            _check_samples_are_apart(logits, singles[:count])
+            _check_mean(student, singles, labels)
+
+
+def _try_gradient(
+    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, wants_images: bool
+) -> Tensor:
+    """Return the logits of `inputs`. Raises `InputError` for random numbers, and where the loss has no gradient."""
+    with torch.enable_grad():
+        leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
+        with plain_attention, _RefuseRandomNumbers():
+            logits = student.network(*leaves)
+        loss = student.loss(logits, labels)
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+        found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(f"unroll loss: expected the mean over a batch, a floating-point tensor (), found {found}")
+    names = ["parameters", "images"] if wants_images else ["parameters"]
+    gradients = torch.autograd.grad(loss, leaves[: len(names)], allow_unused=True) if loss.requires_grad else [None]
+    for name, gradient in zip(names, gradients, strict=False):
+        if gradient is None:
+            raise InputError(
+                f"unroll: expected a loss that depends on the {name}, found none of their gradients; `net` or `loss` cuts them off, as "
+                "detach, item and torch.no_grad do"
+            )
+    return logits.detach()
 
 
 def _check_samples_are_apart(together: Tensor, singles: Tensor) -> None:
-    if not _alike(together, singles, _ROUNDED):
+    if not _alike(together, singles):
         raise InputError(
             "unroll net: expected samples that do not depend on each other, since batches are cut, found other outputs for "
             "samples alone than in a batch; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
         )
 
 
-def _check_mean(student: GenericStudent, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None:
+    loss = student.loss(logits, labels)
     parts = [student.loss(*single) for single in zip(logits.split(1), labels.split(1), strict=True)]
     mean = torch.stack(parts).mean()
-    if not torch.allclose(loss, mean, rtol=_ROUNDED, equal_nan=True):
+    if not torch.allclose(loss, mean, rtol=_rounding(loss), equal_nan=True):
         raise InputError(
             f"unroll loss: expected the mean of the samples' losses, since batches are cut, found {float(loss):.6g} for {len(parts)} "
             f"samples whose mean is {float(mean):.6g}; take one without weights of classes and with every label, or leave `microbatch` and "
@@ -104,8 +123,13 @@ class _RefuseRandomNumbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _alike(first: Tensor, second: Tensor, tolerance: float = _ALIKE) -> bool:
+def _alike(first: Tensor, second: Tensor) -> bool:
     scale = float(first.detach().abs().nan_to_num(0, 0, 0).max())
     return first.shape == second.shape and torch.allclose(
-        first, second, rtol=tolerance, atol=tolerance * scale, equal_nan=True
+        first, second, rtol=0, atol=_rounding(first) * scale, equal_nan=True
     )
+
+
+def _rounding(like: Tensor) -> float:
+    """Return what another order of sums may do to numbers, in parts of the largest: products may have been in half precision."""
+    return 1e-6 if like.dtype == torch.float64 else 1e-2

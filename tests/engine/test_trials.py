@@ -163,7 +163,10 @@ def test_a_norm_over_the_batch_that_is_no_layer_of_torch_is_refused_where_batche
     [
         (nn.CrossEntropyLoss(reduction="none"), r"unroll loss: .* found torch\.float64 of shape \(4,\)"),
         (lambda logits, labels: F.cross_entropy(logits, labels).item(), "unroll loss: .* found float"),
-        (lambda logits, labels: F.cross_entropy(logits, labels).detach(), "without a graph; `net` or `loss` cuts"),
+        (
+            lambda logits, labels: F.cross_entropy(logits, labels).detach(),
+            "depends on the parameters, found none of their gradients",
+        ),
     ],
     ids=["a loss a sample", "a number", "without a graph"],
 )
@@ -171,6 +174,15 @@ def test_what_is_no_loss_is_refused(loss: Any, message: str) -> None:
     net = FlatModule(with_layer(nn.Identity()))
     with pytest.raises(InputError, match=message):
         gradient(net, net.init(), loss=loss)
+
+
+def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None:
+    """Check what would give images without a gradient: features that are computed under no_grad."""
+    net = FlatModule(with_layer(Layer(lambda images, layer: images.detach())))
+    with pytest.raises(InputError, match="depends on the images, found none of their gradients; `net` or `loss` cuts"):
+        gradient(net, net.init())
+    with torch.no_grad():  # a training of which no gradient is asked for
+        unroll(net, net.init(), torch.zeros(6, 2, 6, 6, requires_grad=True), LABELS, 0.3, BATCHES)
 
 
 def noisy(images: Tensor, _: Any) -> Tensor:
