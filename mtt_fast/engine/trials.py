@@ -18,6 +18,7 @@ from mtt_fast.engine.student import GenericStudent, plain_attention
 from mtt_fast.errors import InputError
 
 _MOST = 8  # samples of a trial
+_AT_ONCE = 2  # of them: their gradient takes less memory than a step of one, and little time
 
 
 def few_of(batch: Tensor) -> Tensor:
@@ -38,33 +39,25 @@ def try_augmentation(augment: Augment, rows: Tensor, draws: Any) -> Tensor:
 
 
 def try_step(
-    student: GenericStudent,
-    theta: Tensor,
-    inputs: Tensor,
-    labels: Tensor,
-    microbatch: int | None,
-    *,
-    wants_images: bool,
+    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, is_cut: bool, wants_images: bool
 ) -> None:
     """Raise `InputError` unless unrolling is exact for the loss at `theta` (P,) of a few `inputs` and `labels`.
 
     The outputs have to be the same each time, and the loss a scalar that depends on the parameters, and on the images if it
-    `wants_images`. Where batches are cut into pieces of at most `microbatch` samples, each sample has to have the same outputs
-    alone, and the loss to be the mean of the samples' losses.
+    `wants_images`. Where a batch `is_cut`, each sample also has to have the same outputs alone, and the loss to be the mean of
+    the samples' losses.
     """
-    # as few at once as a step has in memory, but two: their gradient takes less than the derivative of the gradient of one
-    count = len(inputs) if microbatch is None else max(2, microbatch)
-    together = inputs[:count]
-    logits = _try_gradient(student, theta, together, labels[:count], wants_images=wants_images)
+    together = inputs[:_AT_ONCE]
+    logits = _try_gradient(student, theta, together, labels[:_AT_ONCE], wants_images=wants_images)
     with torch.no_grad():
         if not _alike(logits, student.network(theta, together)):
             raise InputError(
                 "unroll net: expected the same outputs for the same parameters and images, found others at the second call; take out "
                 "what changes from call to call, or call .eval() before wrapping"
             )
-        if microbatch is not None:
+        if is_cut:
             singles = torch.cat([student.network(theta, image) for image in inputs.split(1)])
-            _check_samples_are_apart(logits, singles[:count])
+            _check_samples_are_apart(logits, singles[:_AT_ONCE])
             _check_mean(student, singles, labels)
 
 

@@ -172,8 +172,8 @@ def unroll(
         plan = plan_for(work, memory_budget, microbatch, "give fewer or smaller `batches`")
     planned = student_for_plan(student, net, plan, largest)
     if isinstance(student, GenericStudent) and not theta.is_meta:
-        cut_to = None if planned is student else plan.microbatch
-        _try_on_few(student, theta, first, labels.detach()[indices[0]], cut_to, wants_images=images.requires_grad)
+        labels_of_first, is_cut = labels.detach()[indices[0]], planned is not student
+        _try_on_few(student, theta, first, labels_of_first, is_cut=is_cut, wants_images=images.requires_grad)
     student_steps = StudentSteps(
         student=planned,
         batches=indices,
@@ -191,13 +191,13 @@ def unroll(
 
 
 def _try_on_few(
-    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, cut_to: int | None, *, wants_images: bool
+    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, is_cut: bool, wants_images: bool
 ) -> None:
     """Try a step on a few of its `inputs` and `labels` (mtt_fast/engine/trials.py)."""
     few, wanted = few_of(inputs), wants_images and torch.is_grad_enabled()
     targets = labels[few].to(theta.dtype) if labels.is_floating_point() else labels[few].long()
     with _without_autocast(theta.device):
-        try_step(student, theta, inputs[few].to(theta.dtype), targets, cut_to, wants_images=wanted)
+        try_step(student, theta, inputs[few].to(theta.dtype), targets, is_cut=is_cut, wants_images=wanted)
 
 
 def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:
