@@ -76,6 +76,9 @@ def _escaped(letter: str) -> str:
 
 
 def did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """Return " (did you mean …?)" for the known name closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1) or [other for other in known if name and other.startswith(name)]
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+    """Return " (did you mean …?)" for the known name closest to `name` in any case of letters, or nothing."""
+    folded, wanted = {other.casefold(): other for other in known}, name.casefold()
+    close = difflib.get_close_matches(wanted, folded, n=1) or [
+        other for other in folded if wanted and other.startswith(wanted)
+    ]
+    return f" (did you mean {prefix}{folded[close[0]]}?)" if close else ""

@@ -74,6 +74,21 @@ def test_the_call_leaves_the_gradients_of_the_loop_that_it_replaces() -> None:
 
 
 @pytest.mark.usefixtures("_float64")
+def test_the_call_in_readme_leaves_the_gradients_of_its_loop() -> None:
+    loop, call = blocks_of("../README.md")
+    space: dict[str, Any] = {}
+    for block in blocks_of("migrating.md")[:2]:  # what README's blocks start from
+        exec(block, space)
+    gradients = []
+    for way in (loop, call):
+        space["images"].grad = space["lr"].grad = None
+        exec(way, space)
+        gradients.append([space[name].grad.clone() for name in ("images", "lr")])
+    for actual, expected in zip(*gradients, strict=True):
+        assert_close("gradient", actual, expected, 1e-9)
+
+
+@pytest.mark.usefixtures("_float64")
 def test_the_window_starts_with_the_velocity_that_was_left() -> None:
     """Compare the gradient of the page's window with that of recorded steps; without the velocity it is another one."""
     setup, loop, _, _, window, *_ = blocks_of("migrating.md")

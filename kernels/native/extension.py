@@ -39,7 +39,7 @@ def allocate(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return an uninitialised contiguous tensor of `shape` and the dtype of `like`; large ones take the extension's memory."""
     size = math.prod(shape) * like.element_size()
     if size < LARGE:
-        return torch.empty(shape, dtype=like.dtype)
+        return torch.empty(shape, dtype=like.dtype, device="cpu")
     memory: Tensor = extension().memory(size)
     return memory.view(like.dtype).view(shape)
 

@@ -49,4 +49,4 @@ def adjoint_step(
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """See `mtt_fast.kernels.squared_distance`."""
-    return torch.tensor(extension().squared_distance(a, b, torch.get_num_threads()), dtype=torch.float64)
+    return torch.tensor(extension().squared_distance(a, b, torch.get_num_threads()), dtype=torch.float64, device="cpu")

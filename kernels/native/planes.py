@@ -42,7 +42,7 @@ def empty_grown(like: Tensor, channels: int, by: int) -> Tensor:
 
 def empty_stats(y: Tensor, count: int) -> list[Tensor]:
     """Allocate `count` statistics of the planes of `y`, (B, C) each."""
-    return [torch.empty(y.shape[:2], dtype=y.dtype) for _ in range(count)]
+    return [torch.empty(y.shape[:2], dtype=y.dtype, device="cpu") for _ in range(count)]
 
 
 def _empty(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

@@ -123,7 +123,8 @@ def _of_file(option: str, path: Path) -> _Accuracy:
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{option} {path}: expected what mtt_fast.evaluate --out writes, found {type(error).__name__}: {error}"
+            f"{option} {path}: expected what mtt_fast.evaluate writes with --out FILE.json, found "
+            + (f"no field {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}")
         ) from error
     if not 0 <= mean <= 1:
         raise InputError(f"{option} {path}: expected an accuracy from 0 to 1, found {mean}")

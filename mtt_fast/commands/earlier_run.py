@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mtt_fast.commands.option_fields import Role, fields_of
+from mtt_fast.data.catalogue import name_of
 from mtt_fast.errors import InputError
 from mtt_fast.storage.files import MALFORMED
 from mtt_fast.storage.run_folder import broken_summary, read_config, read_summary
@@ -55,18 +56,26 @@ def in_precision_of_run(options: Options, folder: Path, given: Container[str]) -
 def check_same_run(folder: Path, options: Any, may_differ: Container[str]) -> None:
     """Raise `InputError` if `folder` holds a run with other values than those in the dataclass `options`.
 
-    The options named in `may_differ` may have other values, since the result does not depend on them.
+    The options named in `may_differ` may have other values, since the result does not depend on them. An image folder may
+    have moved: its images are compared when they are read.
     """
     before = earlier_options(folder)
     if before is None:
         return
     before = dataclasses.asdict(type(options)()) | before  # an option that is younger than the run
     for name, value in dataclasses.asdict(options).items():
-        if name not in may_differ and before[name] != value:
+        is_same = _same_dataset(before[name], value) if name == "dataset" else before[name] == value
+        if name not in may_differ and not is_same:
             raise InputError(
                 f"{folder}: holds a run {_differing(name, before[name], value)}; choose another --out "
                 f"(or delete the folder)"
             )
+
+
+def _same_dataset(before: str, now: str) -> bool:
+    """Return whether two values of --dataset mean one data set, or image folders of one name."""
+    names = name_of(before), name_of(now)
+    return names[0] == names[1] if any(names) else Path(before).name == Path(now).name
 
 
 def is_finished(folder: Path, options: Any, iterations: int) -> bool:

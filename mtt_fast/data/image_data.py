@@ -128,6 +128,11 @@ def _split(part: str, images: Tensor, labels: Tensor) -> Split:
             f"{part} images: expected uint8 (n, C, H, W) with n > 0, found {images.dtype} {tuple(images.shape)}; "
             "from floats in [0, 1] use (255 * images).round().byte()"
         )
+    channels, height, width = images.shape[1:]
+    if width in (1, 3) and channels == height > width:
+        raise InputError(
+            f"{part} images: expected (n, C, H, W), found {tuple(images.shape)}, which has its channels last; use images.permute(0, 3, 1, 2)"
+        )
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != images.shape[:1]:
         raise InputError(
             f"{part} labels: expected {len(images)} integers, one an image, found {labels.dtype} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mtt_fast.data import catalogue, cifar, digits, imagenet, mnist, tiny_imagenet
@@ -22,7 +23,9 @@ def dataset_info(
     """
     published = _published(dataset, subset, res)
     place = Path(data_path if dataset.casefold() == "folder" else dataset).expanduser()
-    if published is None and not place.is_dir():
+    if (
+        published is None and os.sep in str(place) and not place.is_dir()
+    ):  # a mere word is a misspelt name: find says which
         raise InputError(f"`dataset` {place}: expected a data set by name or an image folder, found no folder")
     try:
         source = catalogue.find(dataset, data_path=data_path, subset=subset, res=res)

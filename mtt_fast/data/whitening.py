@@ -36,7 +36,8 @@ class Whitening:
         """Fit to `images` (n, C, H, W), floating point in [0, 1], on their device; needs about 5·D² float64 values besides.
 
         The fields are of the dtype of `images`, float32 at least.
-        Raises `InputError` for fewer than two images, or for images of more than `LARGEST_IMAGE` values.
+        Raises `InputError` for fewer than two images, for images of more than `LARGEST_IMAGE` values or with values that are
+        not finite, and for an `eps` that leaves nothing to divide by.
         """
         _check_floating(images)
         return cls._fit(images, images.device, torch.promote_types(images.dtype, torch.float32), eps)
@@ -64,8 +65,14 @@ class Whitening:
             return (block.to(device, products).flatten(1).div(scale) for block in images.split(_BLOCK))
 
         mean, covariance = _moments(blocks, len(images))
+        if not covariance.isfinite().all():
+            raise InputError("ZCA whitening: expected finite images, found infinite values or NaN in them")
         values, vectors = torch.linalg.eigh(covariance)
         deviations = (values.clamp_(min=0) + eps).sqrt_()  # rounding leaves what is zero a little below
+        if not deviations.gt(0).all():
+            raise InputError(
+                f"ZCA whitening: expected an `eps` above 0 for images that do not vary in all directions, found {eps}"
+            )
         matrix, inverse = ((vectors * root) @ vectors.T for root in (1 / deviations, deviations))
         return cls(mean.to(dtype), matrix.to(dtype), inverse.to(dtype))
 

@@ -50,12 +50,21 @@ def kind_of(labels: Tensor, kind: LabelKind | None) -> LabelKind:
 
 
 def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
-    """Return one vector of indices a step, int64, on the device of `images`. Raises `InputError` for anything else."""
-    rows = tuple(batches.unbind(0)) if isinstance(batches, Tensor) else tuple(map(torch.as_tensor, batches))
+    """Return one vector of indices a step, int64, on the device of `images`. Raises `InputError` for anything else.
+
+    They are copies, so that a caller may fill the same `batches` again before the backward sweep.
+    """
+    try:
+        rows = tuple(row if isinstance(row, Tensor) else torch.as_tensor(row, device="cpu") for row in batches)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"unroll batches: expected vectors of indices into the images, one a step, found {type(batches).__name__}: {error}"
+        ) from error
     if not rows:
         raise InputError("unroll batches: expected at least one step, found none")
     for n, row in enumerate(rows):
-        if row.dim() != 1 or len(row) == 0 or row.is_floating_point() or row.dtype == torch.bool:
+        is_integer = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
+        if row.dim() != 1 or len(row) == 0 or not is_integer:
             raise InputError(
                 f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
             )
@@ -64,7 +73,9 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
             raise InputError(
                 f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
             )
-    return tuple(row.to(images.device, torch.long) for row in rows)
+    indices = torch.cat([row.to(images.device, torch.long) for row in rows])
+    split: tuple[Tensor, ...] = indices.split([len(row) for row in rows])
+    return split
 
 
 def check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:
@@ -107,11 +118,13 @@ def rates_of(lr: Any, theta: Tensor) -> Tensor:
     A tensor is taken as it is: a learned rate may go anywhere, and its value would have to be waited for on a GPU.
     """
     if isinstance(lr, Tensor):
+        if lr.is_complex():
+            raise InputError(f"unroll lr: expected real numbers, found {lr.dtype}")
         return lr.to(theta.device)
     if isinstance(lr, Sequence) and any(isinstance(rate, Tensor) for rate in lr):
         raise InputError("unroll lr: expected numbers or one tensor, found a list of tensors; use torch.stack")
     try:
-        rates = torch.as_tensor(lr, dtype=theta.dtype)
+        rates = torch.as_tensor(lr, dtype=theta.dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"unroll lr: expected a number, numbers or a tensor, found {lr!r}") from error
     if not bool((rates.isfinite() & (rates >= 0)).all()):

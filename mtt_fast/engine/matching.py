@@ -68,7 +68,13 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
 
     The distance is `Σ |θ_n − θ*|`, accumulated in float64; of equal distances the last step counts, and a step that is not
     finite is as far as can be. `path` (N + 1, P) is the student's; its start is no step. No tensor is asked for its value.
+    Raises `InputError` for shapes that do not fit.
     """
+    if path.dim() != 2 or len(path) < 2 or path.shape[1:] != target.shape:
+        raise InputError(
+            f"nearest_step: expected a path (N + 1, P) of at least one step and a target (P,), found shapes {tuple(path.shape)} and "
+            f"{tuple(target.shape)}"
+        )
     path, target = path.detach(), target.detach().to(path.dtype)
     distances = [(row.to(target.device) - target).abs().sum(dtype=torch.float64) for row in path[1:]]
     return len(distances) - torch.stack(distances[::-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
@@ -111,6 +117,12 @@ def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: floa
 
 
 def _check_vectors(name: str, end: Tensor, start: Tensor, target: Tensor) -> None:
+    for argument, vector in (("end", end), ("start", start), ("target", target)):
+        if not isinstance(vector, Tensor) or vector.dim() != 1:
+            found = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+            raise InputError(
+                f"{name} {argument}: expected a flat vector (P,), found {found}; torch.nn.utils.parameters_to_vector makes one of a list"
+            )
     if not end.shape == start.shape == target.shape:
         raise InputError(
             f"{name}: expected three vectors of one shape, found end {tuple(end.shape)}, start {tuple(start.shape)}, "

@@ -141,7 +141,7 @@ class _SharedSetting:
 
 
 # the only attention that can be differentiated twice, in whichever mode
-_plain_attention = _SharedSetting(functools.partial(sdpa_kernel, SDPBackend.MATH))
+plain_attention = _SharedSetting(functools.partial(sdpa_kernel, SDPBackend.MATH))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class GenericStudent:
     def _recorded(self, theta: Tensor, images: Inputs, labels: Tensor) -> _RecordedStep:
         inputs = gathered(images)
         differentiated = (theta, inputs, labels) if labels.is_floating_point() else (theta, inputs)
-        with _plain_attention, torch.enable_grad():
+        with plain_attention, torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in differentiated]
             loss = self.loss(self.network(leaves[0], leaves[1]), leaves[2] if len(leaves) == 3 else labels)
             (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)

@@ -42,7 +42,7 @@ def student_for(
     `label_kind` or `precision`, also where it has no effect, and for a module whose parameters are not one vector.
     """
     check_choices(label_kind, precision)
-    if not hasattr(network, "num_parameters"):
+    if not (hasattr(network, "num_parameters") and hasattr(network, "mixes_samples")):
         raise InputError(
             f"`net`: expected a network of one vector of parameters, found {type(network).__name__}; use ConvNet, or "
             "FlatModule of a torch.nn.Module"

@@ -6,6 +6,7 @@ parameters: a step's contribution is one directional derivative of its ordinary 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +22,9 @@ from mtt_fast.engine import arguments
 from mtt_fast.engine.batch import AugmentedBatch, Batch
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
 from mtt_fast.engine.rows import Rows
-from mtt_fast.engine.student import Loss, Student, in_microbatches
+from mtt_fast.engine.student import GenericStudent, Loss, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
+from mtt_fast.engine.trials import few_of, try_augmentation, try_step
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, PartialSums, Precision
 from mtt_fast.networks.protocol import Network
@@ -93,11 +95,11 @@ def unroll(
     Args:
         net: the student's network, `net(theta, images) -> logits`.
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
-        images: all synthetic images (n, C, H, W).
+        images: all synthetic images (n, C, H, W); for a `FlatModule`, any (n, …) that the module takes.
         labels: class indices (n,), or soft labels (n, classes).
         lr: learning rate, a scalar (tensor), or one a step (N,). A number is checked, at least 0; a tensor, which may be learned
             and lie on a GPU, is taken as it is.
-        batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again.
+        batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again. They are copied.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
             are drawn here, once a step in order, and used again by the backward sweep.
         microbatch: at most so many samples at once; exact for networks that do not mix samples.
@@ -120,7 +122,9 @@ def unroll(
             at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
 
     Raises:
-        InputError: shapes, dtypes, indices or options that do not fit each other, or `torch.inference_mode`.
+        InputError: shapes, dtypes, indices or options that do not fit each other, or `torch.inference_mode`. A network, a loss or
+            an augmentation of the caller's own is tried on a few samples first, and refused if it does not repeat itself or if its
+            samples do not add up where batches are cut.
     """
     if torch.is_inference_mode_enabled():
         raise InputError(
@@ -147,16 +151,16 @@ def unroll(
             f"unroll draws: expected those of an augmentation for each of {len(indices)} steps, found {len(draws)}"
             + (" and no augment" if augment is None else "")
         )
+    shape, first = images.shape[1:], images.detach()[indices[0]]
+    if augment is not None and warp_of(augment, draws[0], first.shape) is None and not theta.is_meta:
+        first = try_augmentation(augment, first, draws[0])
     if plan is None:
-        shape = images.shape[1:]
         work = Work(
             student=student,
             num_parameters=net.num_parameters,
             mixes_samples=net.mixes_samples,
             images=images.shape,
-            input_shape=shape
-            if memory_budget is None
-            else _input_shape(augment, images.detach()[indices[0]], draws[0]),
+            input_shape=first.shape[1:],
             batch=largest,
             steps=steps,
             dtype=theta.dtype,
@@ -166,8 +170,12 @@ def unroll(
             augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
         )
         plan = plan_for(work, memory_budget, microbatch, "give fewer or smaller `batches`")
+    planned = student_for_plan(student, net, plan, largest)
+    if isinstance(student, GenericStudent) and not theta.is_meta:
+        labels_of_first, is_cut = labels.detach()[indices[0]], planned is not student
+        _try_on_few(student, theta, first, labels_of_first, is_cut=is_cut, wants_images=images.requires_grad)
     student_steps = StudentSteps(
-        student=student_for_plan(student, net, plan, largest),
+        student=planned,
         batches=indices,
         saved_from=max(0, steps - plan.saved_steps),
         path_on_host=plan.path_on_host,
@@ -180,6 +188,16 @@ def unroll(
     )
     path, after = path_of(student_steps, theta, images, labels, lr, velocity)
     return (path, after) if return_velocity and after is not None else path
+
+
+def _try_on_few(
+    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, is_cut: bool, wants_images: bool
+) -> None:
+    """Try a step on a few of its `inputs` and `labels` (mtt_fast/engine/trials.py)."""
+    few, wanted = few_of(inputs), wants_images and torch.is_grad_enabled()
+    targets = labels[few].to(theta.dtype) if labels.is_floating_point() else labels[few].long()
+    with _without_autocast(theta.device):
+        try_step(student, theta, inputs[few].to(theta.dtype), targets, is_cut=is_cut, wants_images=wanted)
 
 
 def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:
@@ -219,6 +237,12 @@ class _Path(Tensor):
     def __getitem__(self, index: Any) -> Tensor:
         return self.rows[index].to(self.home) if isinstance(index, int) else super().__getitem__(index)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a file of a path is a file of an ordinary tensor
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
 
 @dataclass(frozen=True)
 class StudentSteps:
@@ -242,7 +266,8 @@ class StudentSteps:
         """
         index, draws, augment = self.batches[n], self.draws[n], self.augment
         warp = warp_of(augment, draws, torch.Size((len(index), *images.shape[1:])))
-        if (augment is None or warp is not None) and images.dtype == dtype and images.is_contiguous():
+        as_pictures = images.dim() == 4 and images.dtype == dtype and images.is_contiguous()
+        if (augment is None or warp is not None) and as_pictures:
             if warp is not None:
                 warp = warp.to(images.device, torch.float64 if dtype == torch.float64 else torch.float32)
             return Batch(images.detach(), index, warp)
@@ -424,9 +449,3 @@ class _Unroll(torch.autograd.Function):
 def _rates(lr: Tensor, steps: int, like: Tensor) -> Tensor:
     """Return one learning rate a step (N,), in the dtype and on the device of the parameters."""
     return lr.detach().to(like).expand(steps)
-
-
-@torch.no_grad()
-def _input_shape(augment: Augment | None, batch: Tensor, drawn: Any) -> torch.Size:
-    """Return the shape (C, H, W) of the network's inputs from a `batch`, which an augmentation may crop or scale."""
-    return (batch if augment is None else augment(batch, drawn)).shape[1:]

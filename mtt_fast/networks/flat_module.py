@@ -23,26 +23,29 @@ Track = Callable[[Tensor, Tensor, Tensor], Tensor]
 class FlatModule:
     """A copy of `module`, called with its parameters as one vector `theta` (P,), in `module.parameters()` order.
 
-    Buffers keep the values they have now. The copy keeps the module's mode:
-    a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is no longer a mean
+    Buffers keep the values they have now, whatever layers write into them, and so do frozen parameters (those with
+    `requires_grad` False beside others), which are no part of `theta`. The copy keeps the module's mode: a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is no longer a mean
     over independent samples and a batch cannot be cut into micro-batches; in evaluation mode it can.
     The running statistics that `torch` keeps in buffers are explicit: `statistics` are those at the start, `track` updates
     them by a batch, and `evaluated` tests with them.
 
     May be called in several threads at once. Raises `InputError` for a module with active dropout: its draws would
     differ between the two sweeps. Torch's dropout layers are detected, and layers whose share is their `dropout`, as
-    that of attention and recurrent layers; a module must be free of other random operations.
+    that of attention and recurrent layers; `unroll` refuses a module that draws otherwise. Refused as well are a compiled
+    module, which has no second derivative, and one that cannot be copied or called with other parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        tracked = copy.deepcopy(module)
+        _check_kind(module)
+        tracked = _copy_of(module)
         for name, part in tracked.named_modules():
             if part.training and _dropped(part) > 0:
                 raise InputError(
                     f"FlatModule: layer {name or type(part).__name__} draws random numbers in training mode, so the backward "
                     "sweep would not repeat the forward one; set its share to 0, or call .eval()"
                 )
-        parameters = dict(tracked.named_parameters())
+        everything = dict(tracked.named_parameters())
+        parameters = {name: value for name, value in everything.items() if value.requires_grad} or everything
         self.layout = ParameterLayout(tuple(parameters), tuple(tuple(value.shape) for value in parameters.values()))
         norms = {name: part for name, part in tracked.named_modules() if isinstance(part, _BatchNorm)}
         mixing = {name: part for name, part in norms.items() if part.training or part.running_mean is None}
@@ -159,9 +162,10 @@ class _Stateless:
 
     def __call__(self, tensors: dict[str, Tensor], images: Tensor) -> Tensor:
         like = next(iter(tensors.values()), images)
-        buffers = {
-            name: buffer.to(like) if buffer.is_floating_point() else buffer.to(like.device)
-            for name, buffer in self.module.named_buffers()
+        # copies, since a layer may write into its buffers, and the next call has to find what this one found
+        constants = {
+            name: value.detach().to(like.device, like.dtype if value.is_floating_point() else None, copy=True)
+            for name, value in (*self.module.named_parameters(), *self.module.named_buffers())
             if name not in tensors
         }
         try:
@@ -169,12 +173,44 @@ class _Stateless:
         except IndexError:
             module = _with_the_same_tensors(self.module)
         try:
-            output = functional_call(module, tensors | buffers, (images,))
+            output = functional_call(module, tensors | constants, (images,))
         finally:
             self._idle.append(module)
         if not isinstance(output, Tensor):
             raise InputError(f"FlatModule: expected the module to return logits, found {type(output).__name__}")
         return output
+
+
+def _check_kind(module: nn.Module) -> None:
+    """Raise `InputError` for what a pure function with two derivatives cannot be made of."""
+    if not isinstance(module, nn.Module):
+        raise InputError(f"FlatModule: expected a torch.nn.Module, found {type(module).__name__}")
+    for name, part in module.named_modules():
+        where = f"layer {name}" if name else "the module"
+        if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
+            raise InputError(
+                f"FlatModule: {where} is compiled, so it has no second derivative; wrap it before torch.compile"
+            )
+        if isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise InputError(f"FlatModule: {where} is {type(part).__name__}, one copy a device; wrap its .module")
+        if isinstance(part, torch.jit.ScriptModule):
+            raise InputError(f"FlatModule: {where} is compiled by torch.jit; wrap the module that it was made from")
+    if not any(True for _ in module.parameters()):
+        raise InputError(f"FlatModule: expected a module with parameters, found {type(module).__name__} without any")
+    if any(nn.parameter.is_lazy(value) for value in module.parameters()):
+        raise InputError(
+            "FlatModule: expected a module that knows its sizes, found a lazy layer before its first call; call the module once"
+        )
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"FlatModule: {type(module).__name__} cannot be copied ({str(error).split(chr(10))[0]}); with weight or spectral norm use "
+            "those of torch.nn.utils.parametrizations"
+        ) from error
 
 
 def _dropped(part: nn.Module) -> float:

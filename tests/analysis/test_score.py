@@ -65,7 +65,11 @@ def test_score_of_the_board(caplog: pytest.LogCaptureFixture) -> None:
         ),
         (
             "--full 85 --distilled list.json --random 30",
-            "list.json: expected what mtt_fast.evaluate --out writes, found",
+            "list.json: expected what mtt_fast.evaluate writes with --out FILE.json, found",
+        ),
+        (
+            "--full 85 --distilled run.json --random 30",
+            "run.json: expected what mtt_fast.evaluate writes with --out FILE.json, found no field 'mean'",
         ),
         ("--full 85 --distilled a.json --random b.json", "--random: expected the protocol ddranking as in the files"),
     ],
@@ -75,6 +79,7 @@ def test_score_refuses(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("list.json").write_text("[1]")
+    Path("run.json").write_text('{"accuracy": {}}')
     write_evaluation(Path("a.json"), 0.6)
     write_evaluation(Path("b.json"), 0.3, protocol="mtt")
     assert run("score", *flags.split(), "--out", "score.json") == 2

@@ -120,6 +120,15 @@ def test_refuses_images_too_large_before_it_begins() -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_refuses_what_makes_no_finite_matrix() -> None:
+    with pytest.raises(InputError, match="expected finite images"):
+        Whitening.fit(pictures().index_fill(0, torch.tensor(0), torch.nan))
+    few = pictures(3)
+    with pytest.raises(InputError, match=r"expected an `eps` above 0 .*, found 0"):
+        Whitening.fit(few, eps=0)
+    assert Whitening.fit(few, eps=1e-3).matrix.isfinite().all()
+
+
 def test_refuses_too_few_bytes_and_other_shapes() -> None:
     with pytest.raises(InputError, match="at least 2 training images, found 1"):
         Whitening.fit(pictures(1))

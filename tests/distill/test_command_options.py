@@ -95,6 +95,9 @@ def test_what_is_to_be_resumed_is_named() -> None:
 MISTAKES = [
     pytest.param(["--recipe", "digit"], r"no such recipe \(did you mean digits\?\)", id="recipe"),
     pytest.param(["--syn_stepz", "3"], r"unknown option \(did you mean --syn_steps\?\)", id="flag"),
+    pytest.param(["--Momentum_y", "0.9"], r"unknown option \(did you mean --mom_y\?\)", id="flag-of-DATM"),
+    pytest.param(["--ITERATION", "3"], r"unknown option \(did you mean --Iteration\?\)", id="flag-in-capitals"),
+    pytest.param(["--dataset", "CIFAR-10", "--dry-run"], r"did you mean CIFAR10\?", id="data-set-of-a-dry-run"),
     pytest.param(["--dataset", "CIFAR11"], r"CIFAR11", id="data-set"),
     pytest.param(["--data_path", "nowhere", "--dataset", "CIFAR10"], r"nowhere", id="no-data"),
     pytest.param(["--batch_syn", "11"], r"--batch_syn 11: expected at most the 10 synthetic images", id="batch"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mtt_fast import ConvNet, FlatModule, InputError, matching_loss, unroll
+from mtt_fast import ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
 from mtt_fast.networks.protocol import Network
-from mtt_fast.testing import assert_close, module_function, reference_convnet
+from mtt_fast.testing import assert_close, module_function, reference_convnet, whole_graph
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 BATCHES = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5], [5, 1, 0, 4]])
@@ -232,3 +234,60 @@ def test_the_matching_loss_alone_has_second_derivatives() -> None:
     (gradient,) = torch.autograd.grad(matching_loss(end, START, TARGET), end, create_graph=True)
     (product,) = torch.autograd.grad(gradient @ direction, end)
     assert_close("product", product, 2 * direction / (START - TARGET).square().sum(), 1e-12)
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("kind", ["tensor", "arrays"])
+def test_batches_may_be_filled_again_before_the_backward_pass(network: Network, kind: str) -> None:
+    def gradient(*, refill: bool) -> Tensor:
+        images, batches = Distilled().images, BATCHES.clone()
+        path = unroll(network, START, images, LABELS, 0.2, batches if kind == "tensor" else list(batches.numpy()))
+        if refill:
+            batches.zero_()
+        return torch.autograd.grad(matching_loss(path[-1], START, TARGET), images)[0]
+
+    assert torch.equal(gradient(refill=True), gradient(refill=False))
+
+
+def test_a_saved_path_is_an_ordinary_tensor(tmp_path: Path) -> None:
+    """Save a path as trajectories are saved: in files that torch.load reads without this library."""
+    with torch.no_grad():
+        path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
+    torch.save({"path": path}, tmp_path / "path.pt")
+    for other in (torch.load(tmp_path / "path.pt", weights_only=True)["path"], copy.deepcopy(path)):
+        assert type(other) is Tensor
+        assert torch.equal(other, path)
+
+
+def test_images_need_not_be_pictures() -> None:
+    """Distil rows of a table for an MLP, as embeddings and measurements are distilled."""
+    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    net, rows = FlatModule(module), torch.randn(6, 5, dtype=torch.float64)
+    start, lr = net.init(), torch.tensor(0.2, dtype=torch.float64)
+    expected = whole_graph(module_function(module), start, 1.1 * start, rows, LABELS, lr, list(BATCHES))
+    for options in ({}, {"microbatch": 2}, {"memory_budget": "64MiB"}):
+        leaf = rows.clone().requires_grad_()
+        path = unroll(net, start, leaf, LABELS, lr, BATCHES, **options)
+        (actual,) = torch.autograd.grad(matching_loss(path[-1], start, 1.1 * start), leaf)
+        assert_close("rows", actual, expected.images, 1e-9)
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+def test_the_default_device_has_no_part_in_it(network: Network) -> None:
+    """Take a device that no number can be read from for the default: whatever is made there is noticed."""
+    augment = SiameseAugment("color_crop_cutout_flip_scale_rotate")
+    images, batches = Distilled().images, cast(Any, [[0, 1], [2, 3]])
+    with torch.device("meta"):
+        path = unroll(network, START, images, LABELS, 0.2, batches, augment, momentum=0.5)
+        matching_loss(path[-1], START, TARGET).backward()
+    assert images.grad is not None
+    assert images.grad.isfinite().all()
+    assert images.grad.any()
+
+
+@pytest.mark.parametrize(
+    "batches", [5, None, torch.tensor(1), ["ab"], [(START, LABELS)], [torch.tensor([1j])]], ids=type
+)
+def test_what_are_no_batches_is_refused(batches: Any) -> None:
+    with pytest.raises(InputError, match="unroll batches: expected"):
+        unroll(NETWORK, START, Distilled().images, LABELS, 0.2, batches)

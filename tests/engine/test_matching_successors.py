@@ -212,5 +212,8 @@ def test_an_expert_that_did_not_move_is_named() -> None:
         masked_matching_loss(torch.zeros(3), still, still, 0.3)
     with pytest.raises(InputError, match="start and target are equal"):
         nearest_step_loss(torch.zeros(4, 3), still, still)
+    for path in (torch.zeros(1, 3), torch.zeros(4, 2), still):
+        with pytest.raises(InputError, match=r"nearest_step: expected a path \(N \+ 1, P\) of at least one step"):
+            nearest_step_loss(path, torch.zeros(3), still)
     with pytest.raises(InputError, match="masked_matching_loss: expected three vectors"):
         masked_matching_loss(torch.zeros(4), still, still, 0.3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,45 @@ def test_dropout_inside_a_layer_is_refused_too(layer: nn.Module) -> None:
         FlatModule(nn.Sequential(layer))
     FlatModule(nn.Sequential(layer).eval())
     FlatModule(nn.Sequential(nn.MultiheadAttention(4, 2)))
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    made: Any = torch.compile(module)
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (compiled(nn.Linear(2, 2)), "the module is compiled, .* wrap it before torch.compile"),
+        (nn.Sequential(compiled(nn.Linear(2, 2))), "layer 0 is compiled"),
+        (nn.DataParallel(nn.Linear(2, 2)), "the module is DataParallel, .* wrap its .module"),
+        (torch.jit.script(nn.Linear(2, 2)), "the module is compiled by torch.jit"),
+        (nn.Sequential(nn.LazyLinear(2)), ".* lazy layer before its first call; call the module once"),
+        (nn.Flatten(), "expected a module with parameters, found Flatten without any"),
+        (nn.Linear(2, 2).forward, "expected a torch.nn.Module, found method"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_what_cannot_be_wrapped_is_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(InputError, match=f"FlatModule: {message}"):
+        FlatModule(module)
+
+
+def test_a_module_compiled_in_place_is_refused() -> None:
+    module = nn.Linear(2, 2)
+    module.compile()
+    with pytest.raises(InputError, match="FlatModule: the module is compiled"):
+        FlatModule(module)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_module_that_cannot_be_copied_is_refused() -> None:
+    module = nn.utils.weight_norm(nn.Linear(2, 2))
+    with pytest.raises(
+        InputError, match=r"FlatModule: Linear cannot be copied .* use those of torch\.nn\.utils\.parametrizations"
+    ):
+        FlatModule(module)
 
 
 def test_the_embedding_is_what_the_last_linear_layer_sees() -> None:

@@ -171,3 +171,20 @@ def test_one_name_and_two_data_sets_are_two_rows_of_a_table(here: Path) -> None:
     rows = json.loads(Path("tables/tables.json").read_text())["1"]["rows"]
     of_random = [row for row in rows if row["dataset"] == "pets (folder)"]
     assert len(of_random) == 2
+
+
+def test_a_run_goes_on_where_its_image_folder_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pets, moved, other = save_folder(Path("pets"), 0), Path("elsewhere/pets"), save_folder(Path("other/pets"), 1)
+    assert cli.run(distill, distil(*TRAINED, data=["--dataset", str(pets.absolute())], out="run")) == 0
+    moved.parent.mkdir()
+    pets.rename(moved)
+    go_on = ["--out", "run", "--resume", "--Iteration", "3"]
+    assert "run: holds a run with --dataset" in refused(capsys, distill, *go_on, "--dataset", "digits")
+    assert "made from other images" in refused(capsys, distill, *go_on, "--dataset", str(other))
+    assert cli.run(distill, [*go_on, "--dataset", str(moved)]) == 0
+    assert (
+        cli.run(distill, ["--out", "run", "--resume", "--Iteration", "4"]) == 0
+    )  # where it is from now on is recorded

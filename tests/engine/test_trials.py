@@ -1,0 +1,203 @@
+"""Whatever a caller's network, loss or augmentation does, `unroll` gives the right gradient or says why it cannot."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, matching_loss, unroll
+from mtt_fast.networks.protocol import Network
+from mtt_fast.testing import assert_close, whole_graph
+
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+BATCHES = [torch.tensor([0, 1, 2, 3]), torch.tensor([5, 1, 4])]
+
+
+class Layer(nn.Module):
+    """A layer that is a function of the images and of the layer itself."""
+
+    def __init__(self, function: Callable[[Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.function, self.calls = function, 0
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        result: Tensor = self.function(images, self)
+        return result
+
+
+def following_its_mean(images: Tensor, layer: Any) -> Tensor:
+    layer.mean.mul_(0.9).add_(0.1 * images.detach().mean() + 1)
+    centred: Tensor = images - layer.mean
+    return centred
+
+
+def normalised_over_the_batch(images: Tensor, layer: Any) -> Tensor:
+    return images / images.square().mean((0, 2, 3), keepdim=True).sqrt()
+
+
+def with_layer(layer: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    module = nn.Sequential(layer, nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+    return module.double()
+
+
+def gradient(net: Network, start: Tensor, **options: Any) -> Tensor:
+    images = torch.randn(6, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    path = unroll(net, start, images, LABELS, 0.3, BATCHES, **options)
+    (result,) = torch.autograd.grad(matching_loss(path[-1], start, 1.1 * start), images)
+    return result
+
+
+def gradient_of_module(layer: nn.Module, **options: Any) -> Tensor:
+    net = FlatModule(with_layer(layer))
+    return gradient(net, net.init(), **options)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(lambda images, layer: F.dropout(images, 0.1)),
+        Layer(lambda images, layer: images * images.new_empty(len(images), 1, 1, 1).bernoulli_(0.99)),
+        Layer(lambda images, layer: images + 1e-6 * torch.randn_like(images)),
+        nn.RReLU(),
+    ],
+    ids=["functional dropout", "stochastic depth", "small noise", "RReLU"],
+)
+def test_a_network_that_draws_random_numbers_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(InputError, match="unroll net: expected no random numbers"):
+        gradient_of_module(layer)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Layer(lambda images, layer: images * random.random()), Layer(lambda images, layer: images / layer.calls)],
+    ids=["random numbers of Python", "a count of calls"],
+)
+def test_a_network_that_changes_from_call_to_call_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(InputError, match="unroll net: expected the same outputs"):
+        gradient_of_module(layer)
+
+
+@pytest.mark.parametrize(
+    "layer", [Layer(following_its_mean), nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 2, 1))],
+    ids=["a running mean", "spectral norm"],
+)  # fmt: skip
+def test_buffers_that_a_layer_writes_keep_their_values(layer: nn.Module) -> None:
+    module = with_layer(layer)
+    net = FlatModule(module)
+    start = net.init()
+
+    def plain(theta: Tensor, images: Tensor) -> Tensor:
+        values = dict(zip(net.layout.names, net.layout.split(theta), strict=True))
+        return torch.func.functional_call(copy.deepcopy(module), values, (images,))  # type: ignore[no-any-return]
+
+    images = torch.randn(6, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    lr = torch.tensor(0.3, dtype=torch.float64)
+    expected = whole_graph(plain, start, 1.1 * start, images, LABELS, lr, BATCHES)
+    assert_close("images", gradient(net, start), expected.images, 1e-9)
+
+
+def test_frozen_parameters_stay_what_they_are() -> None:
+    module = with_layer(nn.Identity())
+    module[1].requires_grad_(False)
+    net = FlatModule(module.float())  # its frozen ones follow the others to float64
+    start = net.init().double()
+    assert net.num_parameters == 64 * 3 + 3
+    head, body = module[3:], module[:3].double()
+
+    def plain(theta: Tensor, images: Tensor) -> Tensor:
+        return F.linear(body(images).flatten(1), theta[:192].view(3, 64), theta[192:])
+
+    assert torch.equal(start.float(), nn.utils.parameters_to_vector(head.parameters()).float())
+    images = torch.randn(6, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    lr = torch.tensor(0.3, dtype=torch.float64)
+    expected = whole_graph(plain, start, 1.1 * start, images, LABELS, lr, BATCHES)
+    assert_close("images", gradient(net, start), expected.images, 1e-9)
+
+
+def test_a_module_that_is_frozen_as_a_whole_has_all_its_parameters() -> None:
+    net = FlatModule(with_layer(nn.Identity()).requires_grad_(False))
+    assert net.num_parameters == 2 * 4 * 9 + 4 + 64 * 3 + 3
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(reduction="sum"),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1, 3], dtype=torch.float64)),
+        nn.CrossEntropyLoss(ignore_index=1),
+        lambda logits, labels: F.cross_entropy(logits - logits.mean(0), labels),
+    ],
+    ids=["a sum", "weights", "a class left out", "a mean over the batch"],
+)
+def test_a_loss_that_does_not_add_up_is_refused_where_batches_are_cut(loss: Any) -> None:
+    net = ConvNet(2, 3, 6, 4, 1)
+    start = net.init(torch.Generator().manual_seed(0)).double()
+    gradient(net, start, loss=loss)
+    gradient(net, start, loss=loss, microbatch=4)
+    with pytest.raises(
+        InputError, match="unroll loss: expected the mean of the samples' losses, since batches are cut"
+    ):
+        gradient(net, start, loss=loss, microbatch=2)
+
+
+def test_a_norm_over_the_batch_that_is_no_layer_of_torch_is_refused_where_batches_are_cut() -> None:
+    gradient_of_module(Layer(normalised_over_the_batch))
+    with pytest.raises(
+        InputError, match="unroll net: expected samples that do not depend on each other, since batches are cut"
+    ):
+        gradient_of_module(Layer(normalised_over_the_batch), microbatch=2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), r"unroll loss: .* found torch\.float64 of shape \(2,\)"),
+        (lambda logits, labels: F.cross_entropy(logits, labels).item(), "unroll loss: .* found float"),
+        (
+            lambda logits, labels: F.cross_entropy(logits, labels).detach(),
+            "depends on the parameters, found none of their gradients",
+        ),
+    ],
+    ids=["a loss a sample", "a number", "without a graph"],
+)
+def test_what_is_no_loss_is_refused(loss: Any, message: str) -> None:
+    net = FlatModule(with_layer(nn.Identity()))
+    with pytest.raises(InputError, match=message):
+        gradient(net, net.init(), loss=loss)
+
+
+def test_a_network_that_cuts_the_gradient_to_the_images_off_is_refused() -> None:
+    """Check what would give images without a gradient: features that are computed under no_grad."""
+    net = FlatModule(with_layer(Layer(lambda images, layer: images.detach())))
+    with pytest.raises(InputError, match="depends on the images, found none of their gradients; `net` or `loss` cuts"):
+        gradient(net, net.init())
+    with torch.no_grad():  # a training of which no gradient is asked for
+        unroll(net, net.init(), torch.zeros(6, 2, 6, 6, requires_grad=True), LABELS, 0.3, BATCHES)
+
+
+def noisy(images: Tensor, _: Any) -> Tensor:
+    return images + torch.randn_like(images)
+
+
+@pytest.mark.parametrize("network", ["ConvNet", "FlatModule"])
+def test_an_augmentation_that_draws_as_it_applies_is_refused(network: str) -> None:
+    net: Any = ConvNet(2, 3, 6, 4, 1) if network == "ConvNet" else FlatModule(with_layer(nn.Identity()))
+    start = net.init().double()
+    with pytest.raises(InputError, match=r"same images for the same draws, .* take all random numbers in its draw"):
+        gradient(net, start, augment=Augmentation(lambda images, generator: None, noisy))
+
+    def seeded(images: Tensor, seed: int) -> Tensor:  # as the public code's DiffAugment
+        torch.manual_seed(seed)
+        return noisy(images, None)
+
+    assert gradient(net, start, augment=Augmentation(lambda images, generator: 3, seeded)).isfinite().all()
