@@ -174,6 +174,7 @@ def unroll(
     if isinstance(student, GenericStudent) and not theta.is_meta:
         labels_of_first, is_cut = labels.detach()[indices[0]], planned is not student
         _try_on_few(student, theta, first, labels_of_first, is_cut=is_cut, wants_images=images.requires_grad)
+    del first  # the plan has no memory for it
     student_steps = StudentSteps(
         student=planned,
         batches=indices,
