@@ -88,15 +88,15 @@ def check_experts(
     sources = inventory_of(options, data)
     if sources.missing:
         _check_imported_remain(options.folder(), sources)
-    needed = options.max_start_epoch + options.expert_epochs
+    needed = options.last_matched_epoch
     experts = _store(sources.whole)
     if sources.uncompressed and options.num_interpolation is not None:
         evenly_spaced(experts.epochs(0) if experts else options.train_epochs, options.num_interpolation)
     store = experts if sources.uncompressed else _store(sources.used)
     if sources.missing and needed > options.train_epochs:
         raise InputError(
-            f"--max_start_epoch {options.max_start_epoch} + --expert_epochs {options.expert_epochs}: experts of "
-            f"--train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
+            f"--max_start_epoch {options.max_start_epoch}, --expert_epochs {options.expert_epochs}: segments reach epoch {needed}, "
+            f"and experts of --train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
         )
     identity = data.identity(zca=options.zca)
     for folder, written in ((sources.whole, sources.missing), (sources.used, sources.uncompressed)):

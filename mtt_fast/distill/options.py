@@ -179,6 +179,12 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return "probabilities" if self.teacher_label else "indices"
 
     @property
+    def last_matched_epoch(self) -> int:
+        """Return the epoch that an expert has to have: the last that segments reach, which start below max_start_epoch."""
+        last_start = self.max_start_epoch if self.continuous_start else self.max_start_epoch - 1
+        return last_start + self.expert_epochs
+
+    @property
     def canvas(self) -> Canvas | None:
         """Return the canvas whose crops are the steps' inputs with --texture, else None."""
         return Canvas(self.canvas_size, self.canvas_samples) if self.texture else None

@@ -81,7 +81,7 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
         (["--syn_steps", "1,x"], "--syn_steps 1,x: expected numbers as in 1,10,100"),
         (["--expert_epochs", "0"], "--expert_epochs 0: expected numbers of at least 1"),
         (["--ipcc", "3"], "ipcc: unknown option (did you mean --ipc?)"),
-        (["--expert_epochs", "1,3"], "reach epoch 5, but the expert ends at epoch 4"),
+        (["--expert_epochs", "1,4"], "reach epoch 5, but the expert ends at epoch 4"),
     ],
 )
 def test_grid_refuses_before_the_first_cell(

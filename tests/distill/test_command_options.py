@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -101,7 +102,7 @@ MISTAKES = [
     pytest.param(["--dataset", "CIFAR11"], r"CIFAR11", id="data-set"),
     pytest.param(["--data_path", "nowhere", "--dataset", "CIFAR10"], r"nowhere", id="no-data"),
     pytest.param(["--batch_syn", "11"], r"--batch_syn 11: expected at most the 10 synthetic images", id="batch"),
-    pytest.param(["--max_start_epoch", "3"], r"--max_start_epoch.*epoch 4", id="beyond-the-experts"),
+    pytest.param(["--max_start_epoch", "4"], r"--max_start_epoch.*epoch 4", id="beyond-the-experts"),
     pytest.param(["--model", "ConvNetD9"], r"depth 9", id="too-deep"),
     pytest.param(["--ipc", "5000"], r"ipc 5000: class 0 has only", id="too-many"),
     pytest.param(["--Iteration", "-1"], r"--Iteration -1: expected at least 0", id="negative"),
@@ -137,7 +138,11 @@ WASTED = [
     (["--ipc", "200"], "--ipc 200: class 0 has only 143 real images of the 200 that each begins with"),
     (["--ipc", "40", "--texture"], "--ipc 40, --canvas_size 2: class 0 has only 143 real images of the 160"),
     (["--num_interpolation", "5"], "--num_interpolation 5: expected from 2 waypoints (the ends) to the 4 recorded"),
-    (["--max_start_epoch", "3"], "--max_start_epoch 3 + --expert_epochs 1: experts of --train_epochs 3 end before"),
+    (
+        ["--max_start_epoch", "4"],
+        "--max_start_epoch 4, --expert_epochs 1: segments reach epoch 4, and experts of --train_epochs 3 end",
+    ),
+    (["--max_start_epoch", "3", "--continuous_start"], "segments reach epoch 4, and experts of --train_epochs 3 end"),
     (["--batch_syn", "11"], "--batch_syn 11: expected at most the 10 synthetic images"),
     (
         ["--eval_mode", "M"],
@@ -168,7 +173,21 @@ def test_a_dry_run_refuses_what_the_run_would(
         (["--ema_decay", "0.9"], "holds a run without --ema_decay, not with --ema_decay 0.9; choose another --out"),
         (["--zca"], "holds a run without --zca, not with --zca"),
         (["--out", "new", "--rho_max", "0.1"], "trained with rho_max 0.0, not 0.1; choose another --buf"),
-        (["--out", "new", "--max_start_epoch", "3"], "reach epoch 4, but the expert ends at epoch 3"),
+        (["--out", "new", "--max_start_epoch", "4"], "reach epoch 4, but the expert ends at epoch 3"),
+        (
+            ["--out", "new", "--max_start_epoch", "3", "--continuous_start"],
+            "reach epoch 4, but the expert ends at epoch 3",
+        ),
     ):
         assert run(*flags, *other, "--dry_run") == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_last_segment_may_end_with_the_expert(experts: list[str], tmp_path: Path) -> None:
+    """Take the longest starts that the public code takes of the same experts: it draws them below --max_start_epoch."""
+    flags = [*TOY, *experts, "--max_start_epoch", "3", "--min_start_epoch", "2", "--Iteration", "1", "--eval_it", "1"]
+    assert run(*flags, "--out", str(tmp_path / "run")) == 0
+    (step,) = (
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"step"' in line
+    )
+    assert step["start_epoch"] == 2
