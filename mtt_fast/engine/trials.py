@@ -67,8 +67,14 @@ def _try_gradient(
     """Return the logits of `inputs`. Raises `InputError` for random numbers, and where the loss has no gradient."""
     with torch.enable_grad():
         leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
-        with plain_attention, _RefuseRandomNumbers():
+        before = _generators_state(theta.device)
+        with plain_attention, _RandomOperations() as operations:
             logits = student.network(*leaves)
+        if not all(map(torch.equal, before, _generators_state(theta.device))):
+            raise InputError(
+                "unroll net: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
+                f"{', '.join(operations.names) or 'that torch.manual_seed was called'}; call .eval() before wrapping, or take the random layer out"
+            )
         loss = student.loss(logits, labels)
     if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
         found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -104,16 +110,23 @@ def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None
         )
 
 
-class _RefuseRandomNumbers(TorchDispatchMode):
-    """Raise `InputError` at an operation that draws random numbers."""
+class _RandomOperations(TorchDispatchMode):
+    """Note the names of operations that may draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise InputError(
-                f"unroll net: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
-                f"{func.__name__}; call .eval() before wrapping, or take the random layer out"
-            )
+            self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def _generators_state(device: torch.device) -> tuple[Tensor, ...]:
+    """Return the states of torch's generators that a network on `device` may draw from."""
+    state = torch.get_rng_state()
+    return (state, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (state,)
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:
@@ -125,4 +138,4 @@ def _alike(first: Tensor, second: Tensor) -> bool:
 
 def _rounding(like: Tensor) -> float:
     """Return what another order of sums may do to numbers, in parts of the largest: products may have been in half precision."""
-    return 1e-6 if like.dtype == torch.float64 else 1e-2
+    return 1e-4 if like.dtype == torch.float64 else 1e-2

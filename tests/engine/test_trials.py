@@ -79,6 +79,15 @@ def test_a_network_that_draws_random_numbers_is_refused(layer: nn.Module) -> Non
 
 @pytest.mark.parametrize(
     "layer",
+    [nn.RReLU().eval(), nn.AlphaDropout(0.3).eval(), Layer(lambda images, layer: F.dropout(images, 0.0))],
+    ids=["RReLU", "alpha dropout", "no share"],
+)
+def test_a_random_layer_that_draws_nothing_is_taken(layer: nn.Module) -> None:
+    assert gradient_of_module(layer).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "layer",
     [Layer(lambda images, layer: images * random.random()), Layer(lambda images, layer: images / layer.calls)],
     ids=["random numbers of Python", "a count of calls"],
 )
