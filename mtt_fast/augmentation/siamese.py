@@ -40,12 +40,17 @@ class SiameseAugment:
     `strategy` joins operations by underscores, as the public code's --dsa_strategy does:
     color (brightness, saturation and contrast in turn), crop, cutout, flip, scale, rotate.
     Random numbers come from the generator given to `draw`, on its own device, so that a run repeats.
-    Raises `InputError` for an unknown operation.
+    Raises `InputError` for an unknown operation, and for what is no text.
     """
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.strategy, str):
+            raise InputError(
+                f"`strategy`: expected operations joined by underscores, found {type(self.strategy).__name__}; without "
+                "augmentation leave `augment` out"
+            )
         for name in self.operations:
             if name not in _OPERATIONS:
                 raise InputError(

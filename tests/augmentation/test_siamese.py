@@ -233,3 +233,9 @@ def test_unknown_operation() -> None:
     with pytest.raises(InputError, match="found 'blur'"):
         SiameseAugment("color_blur")
     assert augment_by_strategy("none") is None
+
+
+def test_a_strategy_that_is_no_text() -> None:
+    strategy: Any = None
+    with pytest.raises(InputError, match="found NoneType; without augmentation leave `augment` out"):
+        SiameseAugment(strategy)
