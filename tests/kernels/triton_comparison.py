@@ -88,7 +88,7 @@ def _run_program(module: str, *arguments: str) -> list[str]:
     environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     finished = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=900, check=False
     )
     if finished.returncode:
         pytest.fail(finished.stderr, pytrace=False)
