@@ -1,4 +1,4 @@
-"""Trials of a caller's network, loss and augmentation on a few samples, before a student trains with them.
+"""Trials of a caller's network, loss and augmentation before a student trains with them, on a few samples of its first batch.
 
 The backward sweep computes each step again, and may cut its batch. Both give the right gradient only where the same
 inputs give the same numbers, and where the loss of a batch is the mean of its samples'. What breaks that has no other
@@ -105,12 +105,12 @@ def _called_twice(name: str, call: Callable[[], Any], device: torch.device) -> T
     if operations.names and not all(map(torch.equal, state, _generators_state(device))):
         raise InputError(
             f"unroll {name}: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
-            f"{', '.join(dict.fromkeys(operations.names))}; call .eval() before wrapping, or take the random layer out"
+            f"{', '.join(dict.fromkeys(operations.names))}; take out what draws them, or call .eval() on a module before it is wrapped"
         )
     if not _alike(result, again):
         raise InputError(
             f"unroll {name}: expected the same outputs for the same arguments, found others at the second call; take out what "
-            "changes from call to call, or call .eval() before wrapping"
+            "changes from call to call, or call .eval() on a module before it is wrapped"
         )
     return result
 
