@@ -23,9 +23,8 @@ def dataset_info(
     """
     published = _published(dataset, subset, res)
     place = Path(data_path if dataset.casefold() == "folder" else dataset).expanduser()
-    if (
-        published is None and os.sep in str(place) and not place.is_dir()
-    ):  # a mere word is a misspelt name: find says which
+    is_word = os.sep not in str(place)  # a misspelt name then: find says which
+    if published is None and not is_word and not place.is_dir():
         raise InputError(f"`dataset` {place}: expected a data set by name or an image folder, found no folder")
     try:
         source = catalogue.find(dataset, data_path=data_path, subset=subset, res=res)

@@ -58,8 +58,8 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
 def held_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
     """Return a function equal to `make(plan, graph=…)`, as `iteration_of` is, which holds iterations for later calls.
 
-    On a GPU an iteration takes its plan's memory for as long as it is held. So what is held fits in the budget together, or is
-    one iteration alone, and of a student it is the last plan's.
+    On a GPU an iteration takes its plan's memory for as long as it is held. So either the budget has room for all that are held,
+    or only one is. A new plan for the same work takes the place of the last one.
     """
     held: dict[tuple[Plan, bool], Iteration] = {}
 

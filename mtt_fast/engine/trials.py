@@ -1,4 +1,4 @@
-"""Trials of a caller's network, loss and augmentation on a few samples, before a student trains with them.
+"""Trials of a caller's network, loss and augmentation before a student trains with them, on a few samples of its first batch.
 
 The backward sweep computes each step again, and may cut its batch. Both give the right gradient only where the same
 inputs give the same numbers, and where the loss of a batch is the mean of its samples'. What breaks that has no other
@@ -7,6 +7,7 @@ symptom than a wrong gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,20 +17,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.engine.student import GenericStudent, plain_attention
 from mtt_fast.errors import InputError
+from mtt_fast.networks.protocol import Network
 
 _MOST = 8  # samples of a trial
 _AT_ONCE = 2  # of them: their gradient takes less memory than a step of one, and little time
 
 
-def few_of(batch: Tensor) -> Tensor:
-    """Return the positions in `batch` (b, …) of a few samples from all over it."""
-    return torch.linspace(0, len(batch) - 1, min(len(batch), _MOST), device=batch.device).long()
+def few_of(network: Network, batch: int) -> Tensor:
+    """Return the positions in a `batch` of so many samples of a few from all over it.
+
+    Where `network` mixes samples they are all: a norm of parts of a batch takes no other number, and the batch is not cut.
+    """
+    few = batch if network.mixes_samples else min(batch, _MOST) // _AT_ONCE * _AT_ONCE or 1
+    return torch.linspace(0, batch - 1, few, device="cpu").round().long()
 
 
-def try_augmentation(augment: Augment, rows: Tensor, draws: Any) -> Tensor:
-    """Return `rows` (b, C, H, W) augmented with `draws`. Raises `InputError` if a second time gives other images."""
-    with torch.no_grad():
-        first, second = (augment(rows.clone(), draws) for _ in range(2))
+def try_augmentation(augment: Augment, rows: Tensor, draws: Any, few: Tensor) -> Tensor:
+    """Return `rows` (b, C, H, W) augmented with `draws`, those at the positions `few`.
+
+    Raises `InputError` if a second time gives other images.
+    """
+    with torch.no_grad():  # of copies, since it may write into them
+        first, second = (augment(rows.clone(), draws)[few] for _ in range(2))
     if not _alike(first, second):
         raise InputError(
             f"unroll augment: expected the same images for the same draws, found others at the second call of {type(augment).__name__}; "
@@ -41,44 +50,34 @@ def try_augmentation(augment: Augment, rows: Tensor, draws: Any) -> Tensor:
 def try_step(
     student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, is_cut: bool, wants_images: bool
 ) -> None:
-    """Raise `InputError` unless unrolling is exact for the loss at `theta` (P,) of a few `inputs` and `labels`.
+    """Raise `InputError` unless unrolling is exact for the loss at `theta` (P,) of the `inputs` at `few_of`, and their `labels`.
 
-    The outputs have to be the same each time, and the loss a scalar that depends on the parameters, and on the images if it
-    `wants_images`. Where a batch `is_cut`, each sample also has to have the same outputs alone, and the loss to be the mean of
-    the samples' losses.
+    Outputs and loss have to be the same each time, and the loss a scalar that depends on the parameters, and on the images if
+    it `wants_images`. Where a batch `is_cut`, the outputs of each sample also must not depend on the others, and the loss has
+    to be the mean of the samples' losses.
     """
-    together = inputs[:_AT_ONCE]
-    logits = _try_gradient(student, theta, together, labels[:_AT_ONCE], wants_images=wants_images)
-    with torch.no_grad():
-        if not _alike(logits, student.network(theta, together)):
-            raise InputError(
-                "unroll net: expected the same outputs for the same parameters and images, found others at the second call; take out "
-                "what changes from call to call, or call .eval() before wrapping"
-            )
-        if is_cut:
-            singles = torch.cat([student.network(theta, image) for image in inputs.split(1)])
-            _check_samples_are_apart(logits, singles[:_AT_ONCE])
-            _check_mean(student, singles, labels)
+    together = slice(None) if student.network.mixes_samples else slice(_AT_ONCE)
+    logits = _try_gradient(student, theta, inputs[together], labels[together], wants_images=wants_images)
+    if is_cut:
+        with torch.no_grad():
+            _check_samples_are_apart(student, theta, inputs[together], logits)
+            every = torch.cat([student.network(theta, pair.clone()) for pair in inputs.split(_AT_ONCE)])
+            _check_mean(student, every, labels)
 
 
 def _try_gradient(
     student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, wants_images: bool
 ) -> Tensor:
-    """Return the logits of `inputs`. Raises `InputError` for random numbers, and where the loss has no gradient."""
+    """Return the logits of `inputs`. Raises `InputError` for what differs at a second call, and where the loss has no gradient."""
     with torch.enable_grad():
         leaves = [theta.detach().requires_grad_(), inputs.detach().requires_grad_(wants_images)]
-        before = _generators_state(theta.device)
-        with plain_attention, _RandomOperations() as operations:
-            logits = student.network(*leaves)
-        if not all(map(torch.equal, before, _generators_state(theta.device))):
-            raise InputError(
-                "unroll net: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
-                f"{', '.join(operations.names) or 'that torch.manual_seed was called'}; call .eval() before wrapping, or take the random layer out"
-            )
-        loss = student.loss(logits, labels)
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
-        found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(f"unroll loss: expected the mean over a batch, a floating-point tensor (), found {found}")
+        # of copies, since a network may write into its images, and a loss, as one with a margin does, into the logits
+        logits = _called_twice("net", lambda: student.network(leaves[0], leaves[1].clone()), theta.device)
+        loss = _called_twice("loss", lambda: student.loss(logits.clone(), labels), theta.device)
+    if loss.dim() or not loss.is_floating_point():
+        raise InputError(
+            f"unroll loss: expected the mean over a batch, a floating-point tensor (), found {loss.dtype} of shape {tuple(loss.shape)}"
+        )
     names = ["parameters", "images"] if wants_images else ["parameters"]
     gradients = torch.autograd.grad(loss, leaves[: len(names)], allow_unused=True) if loss.requires_grad else [None]
     for name, gradient in zip(names, gradients, strict=False):
@@ -90,23 +89,53 @@ def _try_gradient(
     return logits.detach()
 
 
-def _check_samples_are_apart(together: Tensor, singles: Tensor) -> None:
-    if not _alike(together, singles):
+def _called_twice(name: str, call: Callable[[], Any], device: torch.device) -> Tensor:
+    """Return the result of `call`. Raises `InputError` if it is no tensor, or if a second call draws again or has another result.
+
+    A call that seeds the generators itself, or puts them back, draws the same numbers each time.
+    """
+    with plain_attention, _RandomOperations() as operations:
+        result = call()
+        state = _generators_state(device)
+        with torch.no_grad():
+            again = call()
+    if not isinstance(result, Tensor):
+        raise InputError(f"unroll {name}: expected a tensor as its result, found {type(result).__name__}")
+    # other threads may draw meanwhile, so a change of state alone says nothing
+    if operations.names and not all(map(torch.equal, state, _generators_state(device))):
         raise InputError(
-            "unroll net: expected samples that do not depend on each other, since batches are cut, found other outputs for "
-            "samples alone than in a batch; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
+            f"unroll {name}: expected no random numbers, since the backward sweep would not repeat those of the forward one, found "
+            f"{', '.join(dict.fromkeys(operations.names))}; take out what draws them, or call .eval() on a module before it is wrapped"
         )
+    if not _alike(result, again):
+        raise InputError(
+            f"unroll {name}: expected the same outputs for the same arguments, found others at the second call; take out what "
+            "changes from call to call, or call .eval() on a module before it is wrapped"
+        )
+    return result
+
+
+def _check_samples_are_apart(student: GenericStudent, theta: Tensor, inputs: Tensor, logits: Tensor) -> None:
+    # beside itself in place of others: one sample by itself is no batch to some networks, as where they squeeze
+    for position in range(len(inputs)):
+        beside_itself = student.network(theta, inputs[[position, position]])
+        if not _alike(logits[position], beside_itself[-1]):
+            raise InputError(
+                "unroll net: expected samples that do not depend on each other, since batches are cut, found other outputs for "
+                "a sample beside others; take a norm that is not over the batch, or leave `microbatch` and `memory_budget` out"
+            )
 
 
 def _check_mean(student: GenericStudent, logits: Tensor, labels: Tensor) -> None:
-    loss = student.loss(logits, labels)
-    parts = [student.loss(*single) for single in zip(logits.split(1), labels.split(1), strict=True)]
-    mean = torch.stack(parts).mean()
-    if not torch.allclose(loss, mean, rtol=_rounding(loss), equal_nan=True):
+    loss = student.loss(logits.clone(), labels)
+    parts = torch.stack(
+        [student.loss(single.clone(), label) for single, label in zip(logits.split(1), labels.split(1), strict=True)]
+    )
+    if not _alike(parts.mean(), loss, parts.abs().mean()):
         raise InputError(
             f"unroll loss: expected the mean of the samples' losses, since batches are cut, found {float(loss):.6g} for {len(parts)} "
-            f"samples whose mean is {float(mean):.6g}; take one without weights of classes and with every label, or leave `microbatch` and "
-            "`memory_budget` out"
+            f"samples whose mean is {float(parts.mean()):.6g}; take one without weights of classes and with every label, or leave "
+            "`microbatch` and `memory_budget` out"
         )
 
 
@@ -129,8 +158,9 @@ def _generators_state(device: torch.device) -> tuple[Tensor, ...]:
     return (state, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (state,)
 
 
-def _alike(first: Tensor, second: Tensor) -> bool:
-    scale = float(first.detach().abs().nan_to_num(0, 0, 0).max())
+def _alike(first: Tensor, second: Tensor, like: Tensor | None = None) -> bool:
+    """Return whether tensors are the same within the rounding of numbers as large as those in `like`, `first` by default."""
+    scale = float((first if like is None else like).detach().abs().nan_to_num(0, 0, 0).max())
     return first.shape == second.shape and torch.allclose(
         first, second, rtol=0, atol=_rounding(first) * scale, equal_nan=True
     )

@@ -123,8 +123,8 @@ def unroll(
 
     Raises:
         InputError: shapes, dtypes, indices or options that do not fit each other, or `torch.inference_mode`. A network, a loss or
-            an augmentation of the caller's own is tried on a few samples first, and refused if it does not repeat itself or if its
-            samples do not add up where batches are cut.
+            an augmentation of the caller's own is tried on a few samples first (on a whole batch if the network mixes samples), and
+            refused if it does not repeat itself or if its samples do not add up where batches are cut.
     """
     if torch.is_inference_mode_enabled():
         raise InputError(
@@ -151,16 +151,19 @@ def unroll(
             f"unroll draws: expected those of an augmentation for each of {len(indices)} steps, found {len(draws)}"
             + (" and no augment" if augment is None else "")
         )
-    shape, first = images.shape[1:], images.detach()[indices[0]]
-    if augment is not None and warp_of(augment, draws[0], first.shape) is None and not theta.is_meta:
-        first = try_augmentation(augment, first, draws[0])
+    shape, few = images.shape[1:], few_of(net, len(indices[0]))
+    is_warp = warp_of(augment, draws[0], torch.Size((len(indices[0]), *shape))) is not None
+    if augment is None or is_warp or theta.is_meta:
+        tried = images.detach()[indices[0][few]]
+    else:
+        tried = try_augmentation(augment, images.detach()[indices[0]], draws[0], few)
     if plan is None:
         work = Work(
             student=student,
             num_parameters=net.num_parameters,
             mixes_samples=net.mixes_samples,
             images=images.shape,
-            input_shape=first.shape[1:],
+            input_shape=tried.shape[1:],
             batch=largest,
             steps=steps,
             dtype=theta.dtype,
@@ -172,9 +175,9 @@ def unroll(
         plan = plan_for(work, memory_budget, microbatch, "give fewer or smaller `batches`")
     planned = student_for_plan(student, net, plan, largest)
     if isinstance(student, GenericStudent) and not theta.is_meta:
-        labels_of_first, is_cut = labels.detach()[indices[0]], planned is not student
-        _try_on_few(student, theta, first, labels_of_first, is_cut=is_cut, wants_images=images.requires_grad)
-    del first  # the plan has no memory for it
+        labels_of_tried, is_cut = labels.detach()[indices[0][few]], planned is not student
+        _try_in_dtype(student, theta, tried, labels_of_tried, is_cut=is_cut, wants_images=images.requires_grad)
+    del tried  # the plan has no memory for it
     student_steps = StudentSteps(
         student=planned,
         batches=indices,
@@ -191,14 +194,14 @@ def unroll(
     return (path, after) if return_velocity and after is not None else path
 
 
-def _try_on_few(
+def _try_in_dtype(
     student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, is_cut: bool, wants_images: bool
 ) -> None:
-    """Try a step on a few of its `inputs` and `labels` (mtt_fast/engine/trials.py)."""
-    few, wanted = few_of(inputs), wants_images and torch.is_grad_enabled()
-    targets = labels[few].to(theta.dtype) if labels.is_floating_point() else labels[few].long()
+    """Try a step on `inputs` and `labels` in the dtypes that the sweeps give them (mtt_fast/engine/trials.py)."""
+    targets = labels.to(theta.dtype) if labels.is_floating_point() else labels.long()
+    wants_images = wants_images and torch.is_grad_enabled()
     with _without_autocast(theta.device):
-        try_step(student, theta, inputs[few].to(theta.dtype), targets, is_cut=is_cut, wants_images=wanted)
+        try_step(student, theta, inputs.to(theta.dtype), targets, is_cut=is_cut, wants_images=wants_images)
 
 
 def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:

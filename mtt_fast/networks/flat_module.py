@@ -24,7 +24,8 @@ class FlatModule:
     """A copy of `module`, called with its parameters as one vector `theta` (P,), in `module.parameters()` order.
 
     Buffers keep the values they have now, whatever layers write into them, and so do frozen parameters (those with
-    `requires_grad` False beside others), which are no part of `theta`. The copy keeps the module's mode: a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is no longer a mean
+    `requires_grad` False beside others), which are no part of `theta`. The copy keeps the module's
+    mode: a batch norm in training mode uses batch statistics (and updates no running ones), so the loss is no longer a mean
     over independent samples and a batch cannot be cut into micro-batches; in evaluation mode it can.
     The running statistics that `torch` keeps in buffers are explicit: `statistics` are those at the start, `track` updates
     them by a batch, and `evaluated` tests with them.

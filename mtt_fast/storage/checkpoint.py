@@ -106,9 +106,9 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
 
 
 def imported_experts(folder: Path) -> int:
-    """Return with how many experts of other software the run in `folder` began; 0 if there is none, or it has no checkpoint.
+    """Return the number of experts with which the run in `folder` began, if they come from other software, else 0.
 
-    Reads the header alone. Raises `InputError` if it is broken.
+    Without a checkpoint that is 0 too. Reads the header alone. Raises `InputError` if it is broken.
     """
     path = folder / CHECKPOINT
     if not path.exists():

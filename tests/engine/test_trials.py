@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def normalised_over_the_batch(images: Tensor, layer: Any) -> Tensor:
     return images / images.square().mean((0, 2, 3), keepdim=True).sqrt()
 
 
+def drawing_the_same(images: Tensor, layer: Any) -> Tensor:
+    torch.manual_seed(3)
+    return images + torch.randn_like(images[:1])
+
+
+def beside_a_thread_that_draws(images: Tensor, layer: Any) -> Tensor:
+    thread = threading.Thread(target=torch.rand, args=(1,))
+    thread.start()
+    thread.join()
+    return images
+
+
 def with_layer(layer: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
     module = nn.Sequential(layer, nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
@@ -79,10 +92,16 @@ def test_a_network_that_draws_random_numbers_is_refused(layer: nn.Module) -> Non
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.RReLU().eval(), nn.AlphaDropout(0.3).eval(), Layer(lambda images, layer: F.dropout(images, 0.0))],
-    ids=["RReLU", "alpha dropout", "no share"],
+    [
+        nn.RReLU().eval(),
+        nn.AlphaDropout(0.3).eval(),
+        Layer(lambda images, layer: F.dropout(images, 0.0)),
+        Layer(drawing_the_same),
+        Layer(beside_a_thread_that_draws),
+    ],
+    ids=["RReLU", "alpha dropout", "no share", "seeds itself", "a thread beside it"],
 )
-def test_a_random_layer_that_draws_nothing_is_taken(layer: nn.Module) -> None:
+def test_a_random_layer_that_draws_nothing_new_is_taken(layer: nn.Module) -> None:
     assert gradient_of_module(layer).isfinite().all()
 
 
@@ -159,12 +178,105 @@ def test_a_loss_that_does_not_add_up_is_refused_where_batches_are_cut(loss: Any)
         gradient(net, start, loss=loss, microbatch=2)
 
 
-def test_a_norm_over_the_batch_that_is_no_layer_of_torch_is_refused_where_batches_are_cut() -> None:
-    gradient_of_module(Layer(normalised_over_the_batch))
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=["whole", "cut"])
+def test_a_loss_that_writes_into_the_logits_is_taken(options: dict[str, Any]) -> None:
+    def margin(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits - 0.5 * F.one_hot(labels, 3), labels)
+
+    def margin_in_place(logits: Tensor, labels: Tensor) -> Tensor:
+        logits[torch.arange(len(labels)), labels] -= 0.5
+        return F.cross_entropy(logits, labels)
+
+    net = ConvNet(2, 3, 6, 4, 1)
+    start = net.init(torch.Generator().manual_seed(0)).double()
+    actual, expected = (gradient(net, start, loss=loss, **options) for loss in (margin_in_place, margin))
+    assert_close("images", actual, expected, 1e-12)
+
+
+def test_a_network_that_writes_into_its_images_is_taken_where_it_can_be() -> None:
+    net = FlatModule(with_layer(Layer(lambda images, layer: images.sub_(0.5))))
+    images, start = torch.randn(6, 2, 6, 6, dtype=torch.float64), net.init()
+    with torch.no_grad():
+        path = unroll(net, start, images, LABELS, 0.3, BATCHES)
+        expected = unroll(FlatModule(with_layer(nn.Identity())), start, images - 0.5, LABELS, 0.3, BATCHES)
+    assert_close("path", path, expected, 1e-12)
+
+
+class NormOfHalves(nn.BatchNorm2d):
+    """A batch norm over each half of a batch, as large batches are normalised. It takes no batch of another size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        halves = [F.batch_norm(half, None, None, training=True) for half in input.view(2, 2, *input.shape[1:])]
+        return torch.cat(halves)
+
+
+def test_a_network_that_mixes_samples_is_tried_on_a_whole_batch() -> None:
+    net = FlatModule(with_layer(NormOfHalves(2)))
+    images, batches = torch.randn(6, 2, 6, 6, dtype=torch.float64), torch.tensor([[0, 1, 2, 3], [5, 1, 4, 0]])
+    assert unroll(net, net.init(), images, LABELS, 0.3, batches).isfinite().all()
+
+
+def test_a_network_that_takes_no_sample_alone_may_be_cut_into_others() -> None:
+    class Squeezing(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean((2, 3)).squeeze()
+
+    module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), Squeezing(), nn.Linear(4, 3)).double()
+    net = FlatModule(module)
+    start, images = net.init(), torch.randn(6, 2, 6, 6, dtype=torch.float64)
+    batches = [torch.tensor([0, 1, 2, 3]), torch.tensor([5, 1])]
+    whole, cut = (unroll(net, start, images, LABELS, 0.3, batches, microbatch=size) for size in (None, 2))
+    assert_close("path", cut, whole, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [normalised_over_the_batch, lambda images, layer: images - images[:1], lambda images, layer: images - images[-1:]],
+    ids=["a norm", "less the first", "less the last"],
+)
+def test_samples_that_depend_on_others_are_refused_where_batches_are_cut(function: Any) -> None:
+    gradient_of_module(Layer(function))
     with pytest.raises(
         InputError, match="unroll net: expected samples that do not depend on each other, since batches are cut"
     ):
-        gradient_of_module(Layer(normalised_over_the_batch), microbatch=2)
+        gradient_of_module(Layer(function), microbatch=2)
+
+
+class Following:
+    """A loss that is divided by a running mean of itself."""
+
+    def __init__(self) -> None:
+        self.mean = 1.0
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels)
+        self.mean = 0.9 * self.mean + 0.2 * float(loss.detach())
+        return loss / self.mean
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda logits, labels: F.cross_entropy(F.dropout(logits, 0.1), labels), "loss: expected no random numbers"),
+        (Following(), "loss: expected the same outputs"),
+    ],
+    ids=["random", "following"],
+)
+def test_a_loss_that_does_not_repeat_itself_is_refused(loss: Any, message: str) -> None:
+    net = FlatModule(with_layer(nn.Identity()))
+    with pytest.raises(InputError, match=f"unroll {message}"):
+        gradient(net, net.init(), loss=loss)
+
+
+def test_a_network_of_several_outputs_is_refused() -> None:
+    class Both:
+        num_parameters, mixes_samples = 3, False
+
+        def __call__(self, theta: Tensor, images: Tensor) -> Any:
+            return images.mean((1, 2, 3))[:, None] * theta, theta
+
+    with pytest.raises(InputError, match="unroll net: expected a tensor as its result, found tuple"):
+        unroll(cast(Any, Both()), torch.ones(3), torch.randn(6, 2, 6, 6), LABELS, 0.3, BATCHES)
 
 
 @pytest.mark.parametrize(

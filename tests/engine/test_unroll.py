@@ -222,9 +222,9 @@ def test_steps_behind_the_last_row_that_counts_are_left_alone() -> None:
     lr = torch.tensor([0.2, 0.1, torch.inf], dtype=torch.float64, requires_grad=True)
     path = unroll(case["net"], case["start"], images, case["labels"], lr, case["batches"], momentum=0.5, loss=counted)
     assert not path[3].isfinite().all()
-    assert len(asked) == 1 + 3  # in the trial, and in the steps
+    assert len(asked) == 2 + 3  # in the trial, and in the steps
     to_images, to_lr = torch.autograd.grad((path[2] - case["target"]).square().sum(), (images, lr))
-    assert len(asked) == 1 + 3 + 2
+    assert len(asked) == 2 + 3 + 2
     shorter = unroll(case["net"], case["start"], images, case["labels"], lr[:2], case["batches"][:2], momentum=0.5)
     expected, to_shorter = torch.autograd.grad((shorter[-1] - case["target"]).square().sum(), (images, lr))
     assert_close("images", to_images, expected, 1e-12)
