@@ -222,6 +222,15 @@ def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytes
     assert summary["accuracy"]["experts"]["mean"] == pytest.approx(sum(final) / 2)
 
 
+def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    save_public_buffer("theirs")
+    first = Path("theirs/replay_buffer_0.pt")
+    first.with_name("replay_buffer_2.pt").write_bytes(first.read_bytes())
+    assert convert("theirs", "buffers", "--dataset", "digits", "--model", "ConvNetD1W4") == 0
+    assert "theirs: replay_buffer_1.pt is not there, of those up to 2; the others are read" in caplog.text
+    assert "the same trajectory as expert 0, so it counts twice; was a buffer copied?" in caplog.text
+
+
 def test_only_the_last_epoch_is_measured_unless_all_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     save_public_buffer("theirs")
     assert convert("theirs", "ours", "--zca", *DIGITS) == 0

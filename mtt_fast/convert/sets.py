@@ -30,6 +30,7 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.ddranking import VERSION
+from mtt_fast.interop.pairs import doubts
 from mtt_fast.interop.tensor_set import hardened, in_place
 from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
@@ -64,6 +65,9 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         _check_belongs(options, distilled)
     check_effects(options, given, _without_effect(distilled))
     distilled = _in_order(options, distilled)
+    if isinstance(distilled, TensorSet):
+        for line in doubts(options.source, distilled, zca=options.zca):
+            log.warning("%s", line)
     if isinstance(distilled, TensorSet) and to in ("synthetic", *_PICTURES):
         if distilled.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
