@@ -159,15 +159,24 @@ def test_export_and_evaluation_of_the_exported() -> None:
     [
         ([], "expected a run's folder, a file, or the word random"),
         (["nothing"], "nothing: cannot be read"),
-        (["folder"], "folder: expected a run's folder, with synthetic.safetensors in it, found other files; check the path"),
-        (["theirs"], "found images_*.pt, labels_*.pt and lr_*.pt of MTT and its successors; name the file of images itself"),
+        (
+            ["folder"],
+            "folder: expected a run's folder, with synthetic.safetensors in it, found other files; check the path",
+        ),
+        (
+            ["theirs"],
+            "found images_*.pt, labels_*.pt and lr_*.pt of MTT and its successors; name the file of images itself",
+        ),
         (["pictures"], "found an image folder CLASS/NNNNN.png with labels.json; make a set of it"),
         (["text.safetensors"], "expected a safetensors file"),
         (["other.safetensors"], "expected a distilled set"),
         (["images_x.pt", "--dataset", "digits"], "labels_x.pt: cannot be read"),
         (["images_text.pt", "--dataset", "digits"], "found a broken or foreign file"),
         (["images_size.pt", "--dataset", "digits"], "expected images (1, 8, 8) of digits, found (3, 4, 4)"),
-        (["images_bytes.pt", "--dataset", "digits"], "expected images of floating-point numbers, as networks see them, found"),
+        (
+            ["images_bytes.pt", "--dataset", "digits"],
+            "expected images of floating-point numbers, as networks see them, found",
+        ),
         (["images_soft.pt", "--dataset", "digits", "--label_kind", "probabilities"], "expected rows of probabilities"),
         (["images_size.pt", "--dataset", "digits", "--label_kind", "logits"], "that are indices; leave it out"),
         (["random", "--dataset", "digits", "--num_eval", "0"], "--num_eval 0: expected at least 1"),

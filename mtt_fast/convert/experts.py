@@ -157,7 +157,9 @@ def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
     for index in range(len(store)):
         if (first := first_with.setdefault(store.digest(index), index)) != index:
             log.warning(
-                "%s: the same trajectory as expert %d, so it counts twice; was a buffer copied?", store.path(index), first
+                "%s: the same trajectory as expert %d, so it counts twice; was a buffer copied?",
+                store.path(index),
+                first,
             )
     if final.mean() < 2 / data.num_classes:
         log.warning(

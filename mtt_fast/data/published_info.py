@@ -23,9 +23,7 @@ def dataset_info(
     """
     known = published(dataset, subset, res)
     place = Path(data_path if dataset.casefold() == "folder" else dataset).expanduser()
-    if (
-        known is None and os.sep in str(place) and not place.is_dir()
-    ):  # a mere word is a misspelt name: find says which
+    if known is None and os.sep in str(place) and not place.is_dir():  # a mere word is a misspelt name: find says which
         raise InputError(f"`dataset` {place}: expected a data set by name or an image folder, found no folder")
     try:
         source = catalogue.find(dataset, data_path=data_path, subset=subset, res=res)

@@ -92,7 +92,11 @@ def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[
     numbers = sorted(int(match[1]) for match in numbered.values())
     if absent := sorted(set(range(numbers[-1])) - set(numbers)):
         log.warning(
-            "%s: %s%d.pt is not there, of those up to %d; the others are read", source, series[0], absent[0], numbers[-1]
+            "%s: %s%d.pt is not there, of those up to %d; the others are read",
+            source,
+            series[0],
+            absent[0],
+            numbers[-1],
         )
     return sorted(numbered, key=lambda path: int(numbered[path][1]))
 

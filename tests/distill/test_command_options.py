@@ -169,7 +169,10 @@ def test_no_expert_is_trained_for_a_run_that_cannot_be(
     [
         ("--max_start_epoch 60", "segments reach epoch 62, and experts of --train_epochs 50 end before that"),
         ("--batch_syn 11", "--batch_syn 11: expected at most the 10 synthetic images"),
-        ("--model ConvNetBN --teacher_label", "--model ConvNetBN, --teacher_label: expected a network without batch norm"),
+        (
+            "--model ConvNetBN --teacher_label",
+            "--model ConvNetBN, --teacher_label: expected a network without batch norm",
+        ),
         ("--model ConvNetD9", "depth 9"),
     ],
 )
