@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mtt_fast import ConvNet, SyntheticDataset
 from mtt_fast.commands import cli
@@ -179,6 +180,10 @@ def test_export_and_evaluation_of_the_exported() -> None:
         ),
         (["images_soft.pt", "--dataset", "digits", "--label_kind", "probabilities"], "expected rows of probabilities"),
         (["images_size.pt", "--dataset", "digits", "--label_kind", "logits"], "that are indices; leave it out"),
+        (
+            ["random", "--dataset", "few", "--ipc", "2"],
+            "--ipc 2: class 7 has only 1 of so many real images; use a smaller",
+        ),
         (["random", "--dataset", "digits", "--num_eval", "0"], "--num_eval 0: expected at least 1"),
     ],
 )
@@ -188,6 +193,9 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], mess
     for folder in ("folder", "theirs", "pictures"):
         Path(folder).mkdir()
     Path("pictures/labels.json").touch()
+    for place in ("train/5/0.png", "train/5/1.png", "train/7/0.png", "test/5/0.png", "test/7/0.png"):
+        Path("few", place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(Path("few", place))
     for name in ("images_soft.pt", "theirs/images_best.pt"):
         torch.save(torch.randn(10, 1, 8, 8), name)
     torch.save(torch.randn(10, 10), "labels_soft.pt")

@@ -24,7 +24,7 @@ from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_folder import SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images, real_images
 from mtt_fast.training.protocols import Accuracy
-from mtt_fast.training.subsets import random_subset
+from mtt_fast.training.subsets import check_enough, random_subset
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ def training_set(
         images, learned = as_training_images(synthetic, device), float(synthetic.lr)
     elif source == RANDOM:
         classes = real.data.num_classes
+        check_enough(real.data, options.ipc)
         return (
             lambda generator: random_subset(real.train, classes, options.ipc, generator),
             REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
