@@ -171,6 +171,7 @@ def test_export_and_evaluation_of_the_exported() -> None:
         (["pictures"], "found an image folder CLASS/NNNNN.png with labels.json; make a set of it"),
         (["text.safetensors"], "expected a safetensors file"),
         (["other.safetensors"], "expected a distilled set"),
+        (["ours.safetensors", "--dataset", "CIFAR10", "--data_path", "folder"], "made from another data set"),
         (["images_x.pt", "--dataset", "digits"], "labels_x.pt: cannot be read"),
         (["images_text.pt", "--dataset", "digits"], "found a broken or foreign file"),
         (["images_size.pt", "--dataset", "digits"], "expected images (1, 8, 8) of digits, found (3, 4, 4)"),
@@ -192,6 +193,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], mess
 
     for folder in ("folder", "theirs", "pictures"):
         Path(folder).mkdir()
+    distilled().save("ours.safetensors")
     Path("pictures/labels.json").touch()
     for place in ("train/5/0.png", "train/5/1.png", "train/7/0.png", "test/5/0.png", "test/7/0.png"):
         Path("few", place).parent.mkdir(parents=True, exist_ok=True)

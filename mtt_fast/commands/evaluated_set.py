@@ -14,6 +14,7 @@ from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.option_fields import Group, Needs, Role, names_of
 from mtt_fast.commands.options import Count, EvaluationOptions, RateOrNone
 from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import published
 from mtt_fast.data.set_checks import check_classes
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening, check_same_whitening
@@ -102,6 +103,11 @@ def data_for(options: SetOptions, source: str, synthetic: SyntheticDataset | Non
 
     Raises `InputError` if the set, `synthetic` from `source`, was made from other images and --other_data does not allow it.
     """
+    info = published(options.dataset, options.subset, options.res)
+    if synthetic is not None and info is not None:  # before images are fetched and packed
+        check_same_data(
+            synthetic.identity, info.identity(zca=options.zca), _file(source), other_data=options.other_data
+        )
     data = options.load_data()
     if synthetic is not None:
         made_from, loaded = synthetic.identity, data.identity(zca=options.zca)
