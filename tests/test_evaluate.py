@@ -171,7 +171,10 @@ def test_export_and_evaluation_of_the_exported() -> None:
         (["pictures"], "found an image folder CLASS/NNNNN.png with labels.json; make a set of it"),
         (["text.safetensors"], "expected a safetensors file"),
         (["other.safetensors"], "expected a distilled set"),
-        (["ours.safetensors", "--dataset", "CIFAR10", "--data_path", "folder"], "made from another data set"),
+        (
+            ["ours.safetensors", "--dataset", "CIFAR10", "--data_path", "folder"],
+            "another size: expected 3×32×32, found",
+        ),
         (["images_x.pt", "--dataset", "digits"], "labels_x.pt: cannot be read"),
         (["images_text.pt", "--dataset", "digits"], "found a broken or foreign file"),
         (["images_size.pt", "--dataset", "digits"], "expected images (1, 8, 8) of digits, found (3, 4, 4)"),
