@@ -140,6 +140,21 @@ def test_canvases_are_told_to_be_such(caplog: pytest.LogCaptureFixture) -> None:
     assert "The images are canvases of 2 by 2 images: train on random crops" in caplog.text
 
 
+def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    ours = dataclasses.replace(distilled("indices"), lr=torch.tensor(0.03), lr_per_step=torch.tensor([0.02, 0.04]))
+    ours.save("run/synthetic.safetensors")
+    for kind, told in {
+        "dc": "files of this kind hold no learning rate: train on these images at the set's own, 0.03 ",
+        "mtt": "of the 2 learned for each step, 0.02 to 0.04, the mean was written",
+        "png": "",
+    }.items():
+        caplog.clear()
+        assert convert("run", kind, "--to", kind) == 0
+        warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == bool(told)
+        assert told in "".join(warnings)
+
+
 @pytest.mark.parametrize(
     ("destination", "flags", "files", "words"),
     [
@@ -220,6 +235,15 @@ def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytes
     summary = json.loads(Path("run/summary.json").read_text())
     final = [store.metadata(expert).accuracy[-1] for expert in range(2)]
     assert summary["accuracy"]["experts"]["mean"] == pytest.approx(sum(final) / 2)
+
+
+def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    save_public_buffer("theirs")
+    first = Path("theirs/replay_buffer_0.pt")
+    first.with_name("replay_buffer_2.pt").write_bytes(first.read_bytes())
+    assert convert("theirs", "buffers", "--dataset", "digits", "--model", "ConvNetD1W4") == 0
+    assert "theirs: replay_buffer_1.pt is not there, of those up to 2; the others are read" in caplog.text
+    assert "the same trajectory as expert 0, so it counts twice; was a buffer copied?" in caplog.text
 
 
 def test_only_the_last_epoch_is_measured_unless_all_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mtt_fast import ConvNet, SyntheticDataset
 from mtt_fast.commands import cli
+from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
 from mtt_fast.evaluate import main
 from mtt_fast.testing import assert_close, reference_convnet
@@ -112,6 +114,32 @@ def test_files_of_the_public_code(labels: str) -> None:
     assert result["accuracy"]["mean"] == pytest.approx(result_of("set.safetensors", *TOY)["accuracy"]["mean"], abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "beside", "told"),
+    [
+        (torch.rand(10, 1, 8, 8), torch.arange(10), "", "look like pictures; those that networks see are normalised"),
+        (torch.randn(10, 1, 8, 8), torch.arange(10), "images_zca_best.pt", "distilled from whitened images"),
+        (torch.randn(10, 1, 8, 8), torch.rand(10, 10), "", "are they probabilities whose sums are not 1?"),
+        (torch.randn(10, 1, 8, 8), torch.randn(10, 10), "", ""),
+    ],
+    ids=["pictures", "whitened", "sums", "nothing"],
+)
+def test_what_files_of_the_public_code_are_taken_for_is_doubted(
+    caplog: pytest.LogCaptureFixture, images: torch.Tensor, labels: torch.Tensor, beside: str, told: str
+) -> None:
+    torch.save(images, "images_best.pt")
+    torch.save(labels, "labels_best.pt")
+    if beside:
+        Path(beside).touch()
+    evaluated = ["images_best.pt", "--dataset", "digits", *TOY, "--num_eval", "1", "--epoch_eval_train", "0"]
+    for command, arguments in (main, evaluated), (convert, ["images_best.pt", "set", "--dataset", "digits"]):
+        caplog.clear()
+        assert cli.run(command, arguments) == 0
+        warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == bool(told)
+        assert told in "".join(warnings)
+
+
 def test_export_and_evaluation_of_the_exported() -> None:
     synthetic = distilled()
     assert [path.name for path in synthetic.export("mtt", "exported")] == [
@@ -132,19 +160,52 @@ def test_export_and_evaluation_of_the_exported() -> None:
     [
         ([], "expected a run's folder, a file, or the word random"),
         (["nothing"], "nothing: cannot be read"),
-        (["folder"], "synthetic.safetensors: cannot be read"),
+        (
+            ["folder"],
+            "folder: expected a run's folder, with synthetic.safetensors in it, found other files; check the path",
+        ),
+        (
+            ["theirs"],
+            "found images_*.pt, labels_*.pt and lr_*.pt of MTT and its successors; name the file of images itself",
+        ),
+        (["pictures"], "found an image folder CLASS/NNNNN.png with labels.json; make a set of it"),
         (["text.safetensors"], "expected a safetensors file"),
         (["other.safetensors"], "expected a distilled set"),
+        (
+            ["ours.safetensors", "--dataset", "CIFAR10", "--data_path", "folder"],
+            "another size: expected 3×32×32, found",
+        ),
         (["images_x.pt", "--dataset", "digits"], "labels_x.pt: cannot be read"),
         (["images_text.pt", "--dataset", "digits"], "found a broken or foreign file"),
         (["images_size.pt", "--dataset", "digits"], "expected images (1, 8, 8) of digits, found (3, 4, 4)"),
+        (
+            ["images_bytes.pt", "--dataset", "digits"],
+            "expected images of floating-point numbers, as networks see them, found",
+        ),
+        (["images_soft.pt", "--dataset", "digits", "--label_kind", "probabilities"], "expected rows of probabilities"),
+        (["images_size.pt", "--dataset", "digits", "--label_kind", "logits"], "that are indices; leave it out"),
+        (
+            ["random", "--dataset", "few", "--ipc", "2"],
+            "--ipc 2: class 7 has only 1 of so many real images; use a smaller",
+        ),
         (["random", "--dataset", "digits", "--num_eval", "0"], "--num_eval 0: expected at least 1"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     from mtt_fast.storage.files import save_tensors
 
-    Path("folder").mkdir()
+    for folder in ("folder", "theirs", "pictures"):
+        Path(folder).mkdir()
+    distilled().save("ours.safetensors")
+    Path("pictures/labels.json").touch()
+    for place in ("train/5/0.png", "train/5/1.png", "train/7/0.png", "test/5/0.png", "test/7/0.png"):
+        Path("few", place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(Path("few", place))
+    for name in ("images_soft.pt", "theirs/images_best.pt"):
+        torch.save(torch.randn(10, 1, 8, 8), name)
+    torch.save(torch.randn(10, 10), "labels_soft.pt")
+    torch.save(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), "images_bytes.pt")
+    torch.save(torch.arange(10), "labels_bytes.pt")
     Path("text.safetensors").write_text("hello")
     save_tensors("other.safetensors", {"x": torch.zeros(2)})
     torch.save(torch.zeros(10, 1, 8, 8), "images_x.pt")

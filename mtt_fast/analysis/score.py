@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from mtt_fast.commands import parsing
+from mtt_fast.commands.evaluated_set import RANDOM
 from mtt_fast.commands.option_fields import Checked
 from mtt_fast.errors import InputError, reason_of, remedy_for
 from mtt_fast.interop import label_robust_score
 from mtt_fast.storage.files import write_json
 from mtt_fast.storage.outputs import check_output_file
+from mtt_fast.storage.records import unsealed
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class ScoreOptions:
 
 
 class _Accuracy(NamedTuple):
-    """A mean accuracy in [0, 1], with its data set, network and protocol where a file names them."""
+    """A mean accuracy in [0, 1], with its data set, network, protocol and epoch that is reported, where a file names them."""
 
     mean: float
     setting: dict[str, str]
@@ -108,15 +110,20 @@ def _accuracy(option: str, text: str) -> _Accuracy:
         raise InputError(
             f"{option} {text}: expected an accuracy in per cent, as 84.8; found what looks like a fraction"
         )
+    if 0 < per_cent <= 1:
+        log.warning("%s %s: taken as %s %%; is it a fraction, %g %%?", option, text, text, 100 * per_cent)
     return _Accuracy(per_cent / 100, {})
 
 
 def _of_file(option: str, path: Path) -> _Accuracy:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = unsealed(json.loads(path.read_text(encoding="utf-8")))
         mean = float(record["accuracy"]["mean"])
         setting = {name: str(record[name]) for name in ("dataset", "model")}
-        setting["protocol"] = str(record["protocol"]["name"])
+        protocol, data = record["protocol"], record.get("data", {})
+        setting["protocol"] = str(protocol["name"])
+        setting |= {"best_epoch": str(protocol["best_epoch"])} if "best_epoch" in protocol else {}
+        setting |= {"fingerprint": str(data["fingerprint"])} if "fingerprint" in data else {}
     except OSError as error:
         raise InputError(
             f"{option} {path}: expected a number in per cent or a file ({reason_of(error)}); {remedy_for(error)}"
@@ -128,6 +135,15 @@ def _of_file(option: str, path: Path) -> _Accuracy:
         ) from error
     if not 0 <= mean <= 1:
         raise InputError(f"{option} {path}: expected an accuracy from 0 to 1, found {mean}")
+    if option in ("--distilled", "--hard") and record.get("source") == RANDOM:
+        raise InputError(f"{option} {path}: expected the accuracy on a distilled set, found that on random real images")
+    if option == "--random" and record.get("made_from") is not None:
+        log.warning(
+            "%s %s: was measured on the distilled set %s; is it one of random real images?",
+            option,
+            path,
+            record["source"],
+        )
     return _Accuracy(mean, setting)
 
 

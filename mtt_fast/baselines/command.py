@@ -123,7 +123,7 @@ def _run(
     evaluated = options.evaluated_networks(data)  # refuses a network that does not fit the images, before any work
     real = timed_real_images(data, device, seconds, zca=options.zca)
     class_members(real, options.ipc)  # refuses more images a class than there are
-    if isinstance(options, TrainedNetworkOptions):
+    if isinstance(options, TrainedNetworkOptions) and options.asks_network:
         requested = requested_hyperparameters(options, parsing.given(type(options), argv))
         options = with_first_expert_training(options, real, network, requested)
     method = METHODS[name]
@@ -141,7 +141,7 @@ def _run(
             options=options, folder=folder, real=real, network=network, evaluated=evaluated,
             numerics=numerics_in_words, seconds=seconds,
         )  # fmt: skip
-        if isinstance(options, TrainedNetworkOptions):
+        if isinstance(options, TrainedNetworkOptions) and options.asks_network:
             with seconds.of("experts"):
                 first_expert(options, real, network)
         with seconds.of("iterations"):

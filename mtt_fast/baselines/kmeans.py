@@ -32,10 +32,15 @@ class KmeansOptions(TrainedNetworkOptions):
     pick: Annotated[Literal["nearest", "centres"], Group.SET] = "nearest"
     """what is taken of each cluster; nearest: real images nearest to the centres of embeddings; centres: the centres of pixels themselves"""
 
+    @property
+    def asks_network(self) -> bool:
+        """See `TrainedNetworkOptions.asks_network`."""
+        return self.pick == "nearest"
+
     def without_effect(self) -> dict[str, str]:
         """See `CommonOptions.without_effect`."""
         reasons = super().without_effect()
-        if self.pick == "centres":
+        if not self.asks_network:
             of_expert = ("buffer_path", "train_epochs", "expert_lr", "mom", "l2", "decay")
             reasons |= dict.fromkeys(of_expert, "with --pick centres, which asks no trained network")
         return reasons

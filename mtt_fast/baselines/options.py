@@ -72,6 +72,11 @@ class TrainedNetworkOptions(BaselineOptions):
     decay: bool = False
     """divide the first expert's learning rate by ten after half of the epochs"""
 
+    @property
+    def asks_network(self) -> bool:
+        """Return whether the method, with these options, asks a trained network at all."""
+        return True
+
     def expert(self) -> ExpertTraining:
         """Return the hyperparameters of the expert that is trained if there is none. Raises `InputError` if they do not fit."""
         return checked(

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtt_fast.errors import InputError
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.subsets import random_subset
+from mtt_fast.training.subsets import check_enough, random_subset
 
 
 def class_members(real: RealImages, ipc: int) -> list[Tensor]:
@@ -18,12 +17,9 @@ def class_members(real: RealImages, ipc: int) -> list[Tensor]:
 
     Raises `InputError` if a class has fewer than `ipc`.
     """
+    check_enough(real.data, ipc)
     labels = real.train.labels.cpu()
-    members = [(labels == label).nonzero()[:, 0] for label in range(real.data.num_classes)]
-    for label, indices in enumerate(members):
-        if len(indices) < ipc:
-            raise InputError(f"--ipc {ipc}: class {label} has only {len(indices)} real images; use a smaller --ipc")
-    return members
+    return [(labels == label).nonzero()[:, 0] for label in range(real.data.num_classes)]
 
 
 def random_batch(images: Images, members: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands.option_fields import Group, Needs, Role, names_of
 from mtt_fast.commands.options import Count, EvaluationOptions, RateOrNone
 from mtt_fast.data import ImageData
+from mtt_fast.data.published_info import published
 from mtt_fast.data.set_checks import check_classes
 from mtt_fast.data.synthetic import SyntheticDataset
 from mtt_fast.data.whitening import Whitening, check_same_whitening
 from mtt_fast.errors import Diverged, InputError
-from mtt_fast.interop.pairs import read_pair
-from mtt_fast.interop.tensor_set import guess_label_kind
+from mtt_fast.interop import SET_KINDS, set_kind_of
+from mtt_fast.interop.pairs import doubts, read_pair
 from mtt_fast.storage.identity import check_same_data, other_data_in_words
 from mtt_fast.storage.run_folder import SYNTHETIC
 from mtt_fast.training.images import Images, RealImages, as_training_images, real_images
 from mtt_fast.training.protocols import Accuracy
-from mtt_fast.training.subsets import random_subset
+from mtt_fast.training.subsets import check_enough, random_subset
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,20 @@ def read_synthetic(source: str) -> SyntheticDataset | None:
 
 
 def _file(source: str) -> Path:
-    """Return the file of the distilled set at `source`, a file or a run's folder."""
+    """Return the file of the distilled set at `source`, a file or a run's folder. Raises `InputError` for another folder."""
     path = Path(source)
-    return path / SYNTHETIC if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    kind = set_kind_of(path)
+    if kind != "synthetic":
+        mend = {
+            None: "check the path",
+            "mtt": "name the file of images itself, such as images_best.pt",
+            "ddranking": "name images.pt itself",
+        }.get(kind, "make a set of it that networks can be trained on with `python -m mtt_fast convert`")
+        found = "other files" if kind is None else SET_KINDS[kind]
+        raise InputError(f"{path}: expected a run's folder, with {SYNTHETIC} in it, found {found}; {mend}")
+    return path / SYNTHETIC
 
 
 def settings_of(synthetic: SyntheticDataset) -> dict[str, Any]:
@@ -92,6 +103,11 @@ def data_for(options: SetOptions, source: str, synthetic: SyntheticDataset | Non
 
     Raises `InputError` if the set, `synthetic` from `source`, was made from other images and --other_data does not allow it.
     """
+    info = published(options.dataset, options.subset, options.res)
+    if synthetic is not None and info is not None:  # before images are fetched and packed
+        check_same_data(
+            synthetic.identity, info.identity(zca=options.zca), _file(source), other_data=options.other_data
+        )
     data = options.load_data()
     if synthetic is not None:
         made_from, loaded = synthetic.identity, data.identity(zca=options.zca)
@@ -130,14 +146,20 @@ def training_set(
         images, learned = as_training_images(synthetic, device), float(synthetic.lr)
     elif source == RANDOM:
         classes = real.data.num_classes
+        check_enough(real.data, options.ipc)
         return (
             lambda generator: random_subset(real.train, classes, options.ipc, generator),
             REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
         )
     else:
-        pair = read_pair(source)
+        pair = read_pair(source, options.label_kind)
+        if pair.label_kind != "indices" and options.label_kind is None:
+            log.info("labels are soft; taken as %s", pair.label_kind)
+        for line in doubts(source, pair, zca=options.zca):
+            log.warning("%s", line)
+        labels = pair.labels.softmax(dim=1) if pair.label_kind == "logits" else pair.labels
         canvas = Canvas(options.canvas_size, options.canvas_samples) if options.texture else None
-        images = Images(pair.images.to(device), _as_targets(pair.labels, options.label_kind).to(device), canvas=canvas)
+        images = Images(pair.images.to(device), labels.to(device), canvas=canvas)
         learned = REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
     check_shape(images, real.data, source)
     warn_of_missing_classes(check_classes(images.labels, real.data.num_classes, source), real.data, source)
@@ -170,15 +192,3 @@ def check_any_trained(results: Iterable[Accuracy]) -> None:
             f"all {sum(accuracy.diverged for accuracy in accuracies)} networks diverged, so there is no accuracy; use a smaller "
             "--lr_teacher"
         )
-
-
-def _as_targets(labels: Tensor, kind: str | None) -> Tensor:
-    """Return `labels` as class indices or probabilities; successors of the public code write logits under the same name."""
-    if not labels.is_floating_point():
-        if kind is not None:
-            raise InputError(f"--label_kind {kind}: has no effect on labels that are classes; leave it out")
-        return labels
-    if kind is None:
-        kind = guess_label_kind(labels)
-        log.info("labels are soft; taken as %s", kind)
-    return labels.softmax(dim=1) if kind == "logits" else labels

@@ -153,6 +153,14 @@ def _log_imported(options: ConvertOptions, store: TrajectoryStore, data: ImageDa
     lengths = sorted({store.epochs(expert) for expert in range(len(store))})
     log.info("wrote %d experts of %s epochs to %s", len(store), " or ".join(map(str, lengths)), store.folder)
     log.info("their test accuracy is %.4f", final.mean())
+    first_with: dict[str, int] = {}
+    for index in range(len(store)):
+        if (first := first_with.setdefault(store.digest(index), index)) != index:
+            log.warning(
+                "%s: the same trajectory as expert %d, so it counts twice; was a buffer copied?",
+                store.path(index),
+                first,
+            )
     if final.mean() < 2 / data.num_classes:
         log.warning(
             "that is hardly more than guessing: were they trained on %s %s ZCA whitening?",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mtt_fast.interop import (
     write_set,
 )
 from mtt_fast.interop.ddranking import VERSION
+from mtt_fast.interop.pairs import doubts
 from mtt_fast.interop.tensor_set import hardened, in_place
 from mtt_fast.runtime.provenance import versions
 from mtt_fast.storage.identity import UNKNOWN, WHITENED, check_same_data
@@ -64,6 +65,9 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
         _check_belongs(options, distilled)
     check_effects(options, given, _without_effect(distilled))
     distilled = _in_order(options, distilled)
+    if isinstance(distilled, TensorSet):
+        for line in doubts(options.source, distilled, zca=options.zca):
+            log.warning("%s", line)
     if isinstance(distilled, TensorSet) and to in ("synthetic", *_PICTURES):
         if distilled.lr is None:
             log.info("the source has no learning rate; --lr_teacher %g is kept as such", options.lr_teacher)
@@ -76,11 +80,28 @@ def convert_set(options: ConvertOptions, kind: str, given: Container[str] = ()) 
     )
     log.info("wrote %s (%s)", ", ".join(str(path) for path in written if path.suffix != ".png"), SET_KINDS[to])
     log.info("%s", _usage(options, to, written, distilled))
+    for line in _left_out(to, distilled):
+        log.warning("%s", line)
     if isinstance(distilled, SyntheticDataset) and distilled.canvas and to != "synthetic":
         log.info(
             "The images are canvases of %d by %d images: train on random crops of the size of an image (evaluate: --texture)",
             distilled.canvas.size, distilled.canvas.size,
         )  # fmt: skip
+
+
+def _left_out(to: str, distilled: SyntheticDataset | TensorSet) -> Iterator[str]:
+    """Yield what files of the kind `to` cannot hold of the learning rates of the set."""
+    rates = distilled.lr_per_step if isinstance(distilled, SyntheticDataset) else None
+    if to == "dc" and distilled.lr is not None:
+        yield (
+            f"files of this kind hold no learning rate: train on these images at the set's own, {float(distilled.lr):.4g} "
+            "(evaluate: --lr_teacher)"
+        )
+    elif to not in ("synthetic", *_PICTURES) and rates is not None:
+        yield (
+            f"files of this kind hold one learning rate: of the {len(rates)} learned for each step, {float(rates.min()):.4g} to "
+            f"{float(rates.max()):.4g}, the mean was written"
+        )
 
 
 def _check_belongs(options: ConvertOptions, distilled: SyntheticDataset) -> None:

@@ -9,7 +9,7 @@ from mtt_fast.data import catalogue, cifar, digits, imagenet, mnist, tiny_imagen
 from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.errors import InputError, NotFound
 
-__all__ = ["DatasetInfo", "dataset_info"]
+__all__ = ["DatasetInfo", "dataset_info", "published"]
 
 
 def dataset_info(
@@ -21,24 +21,27 @@ def dataset_info(
     Raises `InputError` as `load` would for a wrong name, and for image folders that are incomplete or whose images have
     no one size where `res` is not given.
     """
-    published = _published(dataset, subset, res)
+    known = published(dataset, subset, res)
     place = Path(data_path if dataset.casefold() == "folder" else dataset).expanduser()
     is_word = os.sep not in str(place)  # a misspelt name then: find says which
-    if published is None and not is_word and not place.is_dir():
+    if known is None and not is_word and not place.is_dir():
         raise InputError(f"`dataset` {place}: expected a data set by name or an image folder, found no folder")
     try:
         source = catalogue.find(dataset, data_path=data_path, subset=subset, res=res)
     except NotFound:
-        if published is None:
+        if known is None:
             raise
-        return published
-    info = source.info() if source.info else published
+        return known
+    info = source.info() if source.info else known
     assert info, "image folders count what is there, all others are published"
     return info
 
 
-def _published(dataset: str, subset: str | None, res: int | None) -> DatasetInfo | None:
-    """Return the properties of a data set that has a name of its own; None for an image folder."""
+def published(dataset: str, subset: str | None = None, res: int | None = None) -> DatasetInfo | None:
+    """Return the published properties of a data set that has a name of its own, looking at no file; None for an image folder.
+
+    Raises `InputError` for an unknown `subset`.
+    """
     name = catalogue.name_of(dataset)
     match name:
         case "CIFAR10" | "CIFAR100":

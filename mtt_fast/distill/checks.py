@@ -9,11 +9,34 @@ import torch
 
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
-from mtt_fast.distill.experts import check_experts
+from mtt_fast.distill.experts import check_experts, check_missing_experts
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
+
+
+def check_options_fit(
+    options: DistillOptions, data: ImageData | DatasetInfo, network: Trainable, device: torch.device
+) -> None:
+    """Raise `InputError` for options that fit neither each other nor a data set of such shape and number of classes.
+
+    No image is looked at, and of the experts only which are there. `network` is the one that `options` name, for `data`.
+    """
+    images = options.ipc * data.num_classes
+    if options.batch_syn and options.batch_syn > images:
+        raise InputError(
+            f"--batch_syn {options.batch_syn}: expected at most the {images} synthetic images there are ({options.ipc} for "
+            f"each of {data.num_classes} classes); leave it out to use all"
+        )
+    if network.mixes_samples and (option := options.option_using_experts()):
+        raise InputError(
+            f"--model {options.model}, {option}: expected a network without batch norm, since what experts say of single images "
+            "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
+        )
+    for evaluated in options.evaluated_networks(data).values():
+        precision_on(device, evaluated, options.precision)
+    check_missing_experts(options, data)
 
 
 def check_fits(
@@ -28,21 +51,9 @@ def check_fits(
     `requested` are hyperparameters of experts, see `check_experts`. With a `DatasetInfo`, of images that are not there yet, the
     number of images in each class is not checked, and only the size is compared with that of the experts' images.
     """
-    images = options.ipc * data.num_classes
-    if options.batch_syn and options.batch_syn > images:
-        raise InputError(
-            f"--batch_syn {options.batch_syn}: expected at most the {images} synthetic images there are ({options.ipc} for "
-            f"each of {data.num_classes} classes); leave it out to use all"
-        )
+    check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):
         _check_enough_images(options, data)
-    if network.mixes_samples and (option := options.option_using_experts()):
-        raise InputError(
-            f"--model {options.model}, {option}: expected a network without batch norm, since what experts say of single images "
-            "takes running statistics, which trajectories do not hold; leave that out, or take another --model"
-        )
-    for evaluated in options.evaluated_networks(data).values():
-        precision_on(device, evaluated, options.precision)
     check_experts(options, data, network, requested)
 
 

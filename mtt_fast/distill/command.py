@@ -22,7 +22,8 @@ from mtt_fast.commands.earlier_run import check_same_method, check_same_run, in_
 from mtt_fast.commands.option_fields import outside_result
 from mtt_fast.commands.run_loop import run_to_the_end
 from mtt_fast.commands.seconds import Seconds, counted_in, timed_real_images
-from mtt_fast.distill.checks import check_fits
+from mtt_fast.data.published_info import published
+from mtt_fast.distill.checks import check_fits, check_options_fit
 from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
 from mtt_fast.distill.experts import (
@@ -89,6 +90,8 @@ def _run(
     command: str,
     seconds: Seconds,
 ) -> None:
+    if (info := published(options.dataset, options.subset, options.res)) is not None:
+        check_options_fit(options, info, options.network(info), device)  # before images are fetched and packed
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)

@@ -85,19 +85,13 @@ def check_experts(
     few properties of the images are compared. Raises `InputError` that names an expert's file, the options that do not fit, or
     the folder in which experts are missing and cannot be written, or must not be trained in place of those of a run that goes on.
     """
+    check_missing_experts(options, data)
     sources = inventory_of(options, data)
-    if sources.missing:
-        _check_imported_remain(options.folder(), sources)
     needed = options.last_matched_epoch
     experts = _store(sources.whole)
     if sources.uncompressed and options.num_interpolation is not None:
         evenly_spaced(experts.epochs(0) if experts else options.train_epochs, options.num_interpolation)
     store = experts if sources.uncompressed else _store(sources.used)
-    if sources.missing and needed > options.train_epochs:
-        raise InputError(
-            f"--max_start_epoch {options.max_start_epoch}, --expert_epochs {options.expert_epochs}: segments reach epoch {needed}, "
-            f"and experts of --train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
-        )
     identity = data.identity(zca=options.zca)
     for folder, written in ((sources.whole, sources.missing), (sources.used, sources.uncompressed)):
         if written:
@@ -117,6 +111,19 @@ def check_experts(
     check_alike(store, matched_experts, to_the_end=options.uses_last_epochs)
     if experts is not None and store.folder != experts.folder:
         check_made_of(store, matched_experts, experts)
+
+
+def check_missing_experts(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
+    """Raise `InputError` if experts are missing that must not be trained, or would end before the last epoch of a segment."""
+    sources, needed = inventory_of(options, data), options.last_matched_epoch
+    if not sources.missing:
+        return
+    _check_imported_remain(options.folder(), sources)
+    if needed > options.train_epochs:
+        raise InputError(
+            f"--max_start_epoch {options.max_start_epoch}, --expert_epochs {options.expert_epochs}: segments reach epoch {needed}, "
+            f"and experts of --train_epochs {options.train_epochs} end before that; raise --train_epochs to {needed} or lower the others"
+        )
 
 
 def _check_imported_remain(folder: Path, sources: ExpertInventory) -> None:

@@ -10,6 +10,7 @@ A trap: `p.detach().cpu()` copies nothing on a CPU. Buffers made there have the 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -32,6 +33,8 @@ from mtt_fast.storage.run_folder import only_writer_of_experts
 from mtt_fast.storage.temporaries import is_free
 from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, being_filled, write_expert, write_waypoints
 from mtt_fast.storage.waypoints import Course
+
+log = logging.getLogger(__name__)
 
 BUFFER = r"replay_buffer_(\d+)\.pt"
 CONVEXIFIED = r"convexified_(?:v\d+_)?replay_buffer_(\d+)\.pt"
@@ -85,6 +88,15 @@ def buffer_files(source: str | os.PathLike[str], pattern: str = BUFFER) -> list[
         raise InputError(
             f"{source}: expected buffers of one kind, found {', '.join(f'{name}N.pt' for name in series) or 'none'}; "
             "name one of the files, or a folder that holds one kind"
+        )
+    numbers = sorted(int(match[1]) for match in numbered.values())
+    if absent := sorted(set(range(numbers[-1])) - set(numbers)):
+        log.warning(
+            "%s: %s%d.pt is not there, of those up to %d; the others are read",
+            source,
+            series[0],
+            absent[0],
+            numbers[-1],
         )
     return sorted(numbered, key=lambda path: int(numbered[path][1]))
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -111,6 +112,29 @@ def write_ddranking(folder: str | os.PathLike[str], distilled: TensorSet) -> lis
     if distilled.label_kind == "probabilities":
         labels = labels.clamp_min(torch.finfo(labels.dtype).tiny).log()
     return write_pair(Path(folder) / "images.pt", dataclasses.replace(distilled, labels=labels))
+
+
+def doubts(source: str | os.PathLike[str], distilled: TensorSet, *, zca: bool) -> Iterator[str]:
+    """Yield what speaks against the files at `source` being a set whose images are whitened (`zca`) or else normalised.
+
+    Nothing in such files says which of them it is; their values, their labels, and the files beside them may.
+    """
+    path = Path(source)
+    folder = path if os.path.isdir(path) else path.parent
+    beside_it = sorted(folder.glob("*images_zca*.pt"))
+    if beside_it and not zca:
+        yield (
+            f"{beside_it[0]}: this file is written where a set was distilled from whitened images; should they be "
+            "taken with --zca?"
+        )
+    least, most = float(distilled.images.min()), float(distilled.images.max())
+    if least >= 0:
+        yield (
+            f"{source}: images from {least:.3g} to {most:.3g} look like pictures; those that networks see are "
+            f"{'whitened' if zca else 'normalised'} and have negative values"
+        )
+    if distilled.label_kind == "logits" and bool(((distilled.labels >= 0) & (distilled.labels <= 1)).all()):
+        yield f"{source}: labels taken as logits lie between 0 and 1; are they probabilities whose sums are not 1?"
 
 
 def find_images(source: Path) -> Path:

@@ -99,15 +99,15 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
     if label_kind not in (None, *LABEL_KINDS):
         raise InputError(f"`label_kind` {label_kind}: expected one of {', '.join(LABEL_KINDS)}")
     images, labels = plain_tensor(images, f"{where}: images"), plain_tensor(labels, f"{where}: labels")
-    if (
-        images.dim() != 4
-        or not images.is_floating_point()
-        or not images.numel()
-        or labels.shape[:1] != images.shape[:1]
-    ):
+    if not images.is_floating_point():
+        raise InputError(
+            f"{where}: expected images of floating-point numbers, as networks see them, found {images.dtype} "
+            f"{tuple(images.shape)}; scale pictures to [0, 1] and normalise them"
+        )
+    if images.dim() != 4 or not images.numel() or labels.shape[:1] != images.shape[:1]:
         raise InputError(
             f"{where}: expected images (n, C, H, W) with n labels, found {tuple(images.shape)} and labels "
-            f"{tuple(labels.shape)} ({images.dtype})"
+            f"{tuple(labels.shape)}"
         )
     if labels.dim() == 2 and labels.is_floating_point():
         kind, labels = label_kind or guess_label_kind(labels), labels.float()

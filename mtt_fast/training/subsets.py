@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
 from mtt_fast.training.images import Images
+
+
+def check_enough(data: ImageData, ipc: int) -> None:
+    """Raise `InputError`, which names the first class of `data` with fewer than `ipc` training images, if there is one."""
+    counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
+    for name, count in zip(data.class_names, counts, strict=True):
+        if count < ipc:
+            raise InputError(f"`ipc` {ipc}: class {name} has only {count} of so many real images; use a smaller `ipc`")
 
 
 def random_subset(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> Images:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,11 @@ from mtt_fast.storage.files import write_json
 from tests.analysis.helpers import read, run
 
 
-def write_evaluation(path: Path, mean: float, **others: str) -> str:
+def write_evaluation(path: Path, mean: float, **others: Any) -> str:
     record = {
         "dataset": "CIFAR10",
         "model": "ConvNet",
-        "protocol": {"name": others.pop("protocol", "ddranking")},
+        "protocol": {"name": others.pop("protocol", "ddranking"), "best_epoch": others.pop("best_epoch", True)},
     } | others
     write_json(path, record | {"accuracy": {"mean": mean, "std": 0.0, "n": 5}})
     return str(path)
@@ -41,6 +42,15 @@ def test_score_of_the_board(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert run("score", "--hlr", "23.73", "--ior", "30.90") == 0
     assert "HLR 23.73 %, IOR 30.90 %, label-robust score 0.284" in caplog.text
+
+
+def test_numbers_that_are_hardly_what_they_are_given_for_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = write_evaluation(tmp_path / "set.json", 0.3, source="runs/x", made_from={"name": "CIFAR10"})
+    assert run("score", "--full", "85", "--distilled", "0.6", "--random", other) == 0
+    assert "--distilled 0.6: taken as 0.6 %; is it a fraction, 60 %?" in caplog.text
+    assert "set.json: was measured on the distilled set runs/x; is it one of random real images?" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -72,6 +82,10 @@ def test_score_of_the_board(caplog: pytest.LogCaptureFixture) -> None:
             "run.json: expected what mtt_fast.evaluate writes with --out FILE.json, found no field 'mean'",
         ),
         ("--full 85 --distilled a.json --random b.json", "--random: expected the protocol ddranking as in the files"),
+        ("--full 85 --distilled a.json --random last.json", "--random: expected the best_epoch True as in the files"),
+        ("--full 85 --distilled a.json --random other.json", "--random: expected the fingerprint 1 as in the files"),
+        ("--full 85 --distilled random.json --random 30", "found that on random real images"),
+        ("--full 85 --distilled damaged.json --random 30", "damaged.json: expected what mtt_fast.evaluate writes"),
     ],
 )
 def test_score_refuses(
@@ -80,7 +94,11 @@ def test_score_refuses(
     monkeypatch.chdir(tmp_path)
     Path("list.json").write_text("[1]")
     Path("run.json").write_text('{"accuracy": {}}')
-    write_evaluation(Path("a.json"), 0.6)
+    write_evaluation(Path("a.json"), 0.6, data={"fingerprint": "1"})
+    write_evaluation(Path("other.json"), 0.3, data={"fingerprint": "2"})
+    write_evaluation(Path("last.json"), 0.3, best_epoch=False)
+    write_evaluation(Path("random.json"), 0.3, source="random")
+    write_evaluation(Path("damaged.json"), 0.6, format=2, checksum="0")
     write_evaluation(Path("b.json"), 0.3, protocol="mtt")
     assert run("score", *flags.split(), "--out", "score.json") == 2
     assert message in capsys.readouterr().err

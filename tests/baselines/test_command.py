@@ -134,9 +134,13 @@ def test_experts_that_do_not_fit_are_refused(shared: Path, tmp_path: Path, capsy
     assert "the expert is of another network" in capsys.readouterr().err
 
 
-def test_the_centres_of_pixels_are_the_means_of_their_clusters(shared: Path, tmp_path: Path) -> None:
+def test_the_centres_of_pixels_are_the_means_of_their_clusters(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
     assert run("kmeans", *flags("random", shared)[1:], "--pick", "centres", "--ipc", "1", "--out", str(out)) == 0
+    assert not Path("buffers").exists()  # no network is asked, so none is trained
     from mtt_fast.data import load
 
     data = load("digits", data_path=shared / "data")

@@ -21,7 +21,7 @@ def test_starting_images_are_real_or_noise(real: RealImages) -> None:
         assert (everything[labels == label] == image).all(dim=(1, 2, 3)).any()
     assert abs(float(noise.pixels.mean())) < 0.1
     assert float(noise.pixels.std()) == pytest.approx(1, abs=0.1)
-    with pytest.raises(InputError, match="--ipc 5000: class 0 has only"):
+    with pytest.raises(InputError, match="`ipc` 5000: class 0 has only"):
         class_members(real, 5000)
 
 

@@ -164,6 +164,26 @@ def test_no_expert_is_trained_for_a_run_that_cannot_be(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--max_start_epoch 60", "segments reach epoch 62, and experts of --train_epochs 50 end before that"),
+        ("--batch_syn 11", "--batch_syn 11: expected at most the 10 synthetic images"),
+        (
+            "--model ConvNetBN --teacher_label",
+            "--model ConvNetBN, --teacher_label: expected a network without batch norm",
+        ),
+        ("--model ConvNetD9", "depth 9"),
+    ],
+)
+def test_options_that_do_not_fit_are_told_before_images_are_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    places = ["--data_path", str(tmp_path), "--buffer_path", str(tmp_path / "buffers"), "--out", str(tmp_path / "run")]
+    assert run("--dataset", "CIFAR10", *places, *flags.split()) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_dry_run_refuses_what_the_run_would(
     experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
