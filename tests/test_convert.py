@@ -328,7 +328,10 @@ def test_what_the_public_codes_folders_tell(folder: str, found: dict[str, Any]) 
         (["pair", "out", "--to", "dc_benchmark"], "--dataset: expected the data set's name"),
         (["pair", "out", "--dataset", "digits", "--lr_teacher", "0"], "--lr_teacher 0.0: expected more than 0"),
         (["pair", "full"], "full: is there already"),
-        (["pair", "out", "--label_kind", "logits"], "found labels of pair/images_best.pt that are indices"),
+        (
+            ["pair", "out", "--label_kind", "logits"],
+            "has no effect on labels that are classes, as those of pair/images_best.pt",
+        ),
         (["buffer", "out"], "buffer: expected the real images that it belongs to"),
         (["buffer", "out", "--to", "mtt"], "--to mtt: buffer holds experts"),
         (["buffer", "out", "--dataset", "digits"], "of another network: expected 14 tensors, found 6"),

@@ -183,7 +183,10 @@ def test_export_and_evaluation_of_the_exported() -> None:
             "expected images of floating-point numbers, as networks see them, found",
         ),
         (["images_soft.pt", "--dataset", "digits", "--label_kind", "probabilities"], "expected rows of probabilities"),
-        (["images_size.pt", "--dataset", "digits", "--label_kind", "logits"], "that are indices; leave it out"),
+        (
+            ["images_size.pt", "--dataset", "digits", "--label_kind", "logits"],
+            "--label_kind logits: has no effect on labels that are classes",
+        ),
         (
             ["random", "--dataset", "few", "--ipc", "2"],
             "--ipc 2: class 7 has only 1 of so many real images; use a smaller",

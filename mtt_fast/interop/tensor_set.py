@@ -114,7 +114,9 @@ def tensor_set(images: Any, labels: Any, lr: Any, where: str, label_kind: str | 
     else:
         kind, labels = "indices", _as_indices(labels, where)
     if label_kind not in (None, kind):
-        raise InputError(f"`label_kind` {label_kind}: found labels of {where} that are {kind}; leave it out")
+        raise InputError(
+            f"`label_kind` {label_kind}: has no effect on labels that are classes, as those of {where}; leave it out"
+        )
     distilled = TensorSet(images.float(), labels, None if lr is None else _rate(lr, where), kind)
     check_plain(distilled, where)
     return distilled

@@ -107,15 +107,14 @@ def told(partner: str, words: str, message: str, job: str | None = None) -> Row:
     return Row(words, partner, message, job)
 
 
+_NO_DOWNLOAD = "--download has no effect on digits: only CIFAR10, CIFAR100, MNIST"
 _DATA = {
     "dataset": changes("--dataset pictures"),
     "subset": needs("--dataset ImageNet", "--subset imagenette"),
     "res": needs("--dataset ImageNet", "--res 16"),
     "data_path": changes("--data_path other"),
     "packed_path": changes("--packed_path other"),
-    "download": told(
-        "--dataset CIFAR10", "--download", "--download has no effect on digits: only CIFAR10, CIFAR100, MNIST"
-    ),
+    "download": told("--dataset CIFAR10", "--download", _NO_DOWNLOAD),
     "zca": changes("--zca"),
     "model": changes("--model ConvNetD2W4"),
     "dsa": changes("--dsa False"),
@@ -154,6 +153,8 @@ def _of_sets(rest: str) -> dict[str, Row]:
     return {
         "dataset": changes("--dataset pictures", job=f"random {EVALUATION} {rest}"),
         "zca": changes("--zca", job=f"random {EVALUATION} {rest}"),
+        # a set of another data set is refused before that is loaded
+        "download": told("--dataset CIFAR10", "--download", _NO_DOWNLOAD, job=f"random {EVALUATION} {rest}"),
         "ipc": changes("--ipc 2", job=f"random {EVALUATION} --lr_teacher 1 {rest}"),
         "lr_teacher": changes("--lr_teacher 0.5"),
         "texture": changes("--texture", job=pt.format("canvases")),
