@@ -153,9 +153,8 @@ def unroll(
         )
     shape, few = images.shape[1:], few_of(net, len(indices[0]))
     is_warp = warp_of(augment, draws[0], torch.Size((len(indices[0]), *shape))) is not None
-    if augment is None or is_warp or theta.is_meta:
-        tried = images.detach()[indices[0][few]]
-    else:
+    tried: Tensor | None = None
+    if not (augment is None or is_warp or theta.is_meta):
         tried = try_augmentation(augment, images.detach()[indices[0]], draws[0], few)
     if plan is None:
         work = Work(
@@ -163,7 +162,7 @@ def unroll(
             num_parameters=net.num_parameters,
             mixes_samples=net.mixes_samples,
             images=images.shape,
-            input_shape=tried.shape[1:],
+            input_shape=shape if tried is None else tried.shape[1:],
             batch=largest,
             steps=steps,
             dtype=theta.dtype,
@@ -175,6 +174,8 @@ def unroll(
         plan = plan_for(work, memory_budget, microbatch, "give fewer or smaller `batches`")
     planned = student_for_plan(student, net, plan, largest)
     if isinstance(student, GenericStudent) and not theta.is_meta:
+        if tried is None:
+            tried = images.detach()[indices[0][few]]
         labels_of_tried, is_cut = labels.detach()[indices[0][few]], planned is not student
         _try_in_dtype(student, theta, tried, labels_of_tried, is_cut=is_cut, wants_images=images.requires_grad)
     del tried  # the plan has no memory for it
