@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +35,24 @@ from mtt_fast.distill.experts import (
 )
 from mtt_fast.distill.gradients import (
     DESCRIPTIONS,
+    PendingGradients,
     compare_with_exact,
-    gradients_in_range,
+    finish_gradients,
     held_iterations,
     iteration_of,
+    start_gradients,
 )
 from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, given_options, parse_options
 from mtt_fast.distill.run import DistillRun
-from mtt_fast.distill.segments import planned, read_segment, segment_numbers
-from mtt_fast.distill.updates import apply_gradients
+from mtt_fast.distill.segments import Segment, planned, read_segment, segment_numbers
+from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.recipes import recipe_about
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.runtime.prefetch import prefetched, sender
+from mtt_fast.runtime.prefetch import prefetched, sender, started
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS
@@ -140,16 +142,27 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
     memory runs out. Raises `Stopped` on Ctrl-C or SIGTERM, after the iteration under way and with everything saved;
     `InputError` if the distillation has diverged for good.
     """
-    options = run.options
-    iteration = held_iterations(partial(iteration_of, options, run.network))
-    segment = partial(read_segment, run, sender(state.lr.device), state.images)
+    options, device = run.options, state.lr.device
+    iteration_for = held_iterations(partial(iteration_of, options, run.network))
+    segment = partial(read_segment, run, sender(device), state.images)
     ahead = prefetched(segment, segment_numbers(options, range(state.iteration, options.Iteration)))
 
-    def iterate() -> None:
+    def iterations() -> Iterator[None]:
         nonlocal plan
-        segments = list(islice(ahead, options.num_trajectories))
-        loss, gradients, plan = gradients_in_range(run, state, segments, plan, iteration)
-        apply_gradients(run, state, segments, loss, gradients)
+        pending = None
+        groups = iter(lambda: list(islice(ahead, options.num_trajectories)), [])
+        for segments, following in pairwise(chain(groups, [None])):
+            pending = pending or start(segments)
+            loss, gradients, plan = finish_gradients(run, state, pending(), iteration_for)
+            kind, values = apply_gradients(options, state, segments, loss, gradients)
+            pending = start(following) if following else None  # a GPU does not wait for the files and the bar
+            run.metrics.write(kind, state.iteration, **values)
+            if kind == "skip":
+                check_converges(run, state)
+            yield
+
+    def start(segments: Sequence[Segment]) -> Callable[[], PendingGradients]:
+        return started(device, partial(start_gradients, run, state, segments, plan, iteration_for))
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":
@@ -159,7 +172,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
     with contextlib.closing(ahead):
         run_to_the_end(
-            run, state, title="distil", iterate=iterate, shown=partial(_shown, run, state), evaluate=evaluate,
+            run, state, title="distil", iterate=partial(next, iterations()), shown=partial(_shown, run, state), evaluate=evaluate,
             kinds=evaluated_kinds(state), save=partial(save_checkpoint, run.folder, state),
             summarise=partial(summarise, run, state),
         )  # fmt: skip
@@ -169,9 +182,10 @@ def _shown(run: DistillRun, state: State, seconds: float) -> dict[str, str]:
     """Return what the bar shows of an iteration that took so many seconds."""
     options, (*_, record) = run.options, run.metrics.records
     images = options.num_trajectories * options.syn_steps * (options.batch_syn or len(state.images))
-    shown = {"lr": f"{state.mean_lr:.4g}", "images/s": f"{images / seconds:.0f}"}
-    if "loss" in record:
-        shown = {"loss": f"{record['loss']:.4f}"} | shown
+    # from the record, since a GPU that is asked for the rate would end the next iteration first
+    shown = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}
+    shown |= {"lr": f"{record['lr']:.4g}"} if "lr" in record else {}
+    shown |= {"images/s": f"{images / seconds:.0f}"}
     if state.skipped or state.lr_kept:
         shown |= {"skipped": str(state.skipped), "lr kept": str(state.lr_kept)}
     if options.threshold is not None:

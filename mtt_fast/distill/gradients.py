@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -104,7 +104,19 @@ def mean_gradients(
     return tuple(sum_.div_(count) for sum_ in total)
 
 
-def gradients_in_range(
+class PendingGradients(NamedTuple):
+    """The gradients of an iteration that matches `segments`; a GPU may still be computing them."""
+
+    segments: Sequence[Segment]
+    gradients: list[Tensor]
+    """of images, rate and, if they are learned, labels"""
+    magnitudes: Tensor
+    """the loss, and the largest magnitude in each of the gradients, in float64"""
+    plan: Plan
+    """the plan whose memory was enough"""
+
+
+def start_gradients(
     run: DistillRun,
     state: State,
     segments: Sequence[Segment],
@@ -112,35 +124,49 @@ def gradients_in_range(
     iteration_for: Callable[..., Iteration],
     *,
     graph: bool = True,
-) -> tuple[float, list[Tensor] | None, Plan]:
-    """Return the mean loss of an iteration, the gradients of `mean_gradients`, and the plan whose memory was enough.
+) -> PendingGradients:
+    """Start to compute the gradients of `mean_gradients`. A GPU is waited for in `finish_gradients`.
 
-    There are no gradients where a number is not finite. Where it is only too large for fp16, the iteration is repeated in tf32,
-    with a line in the log. `iteration_for(plan, graph=…)` is as `iteration_of`, and may hold iterations as `held_iterations`
-    does. With a `graph` the iteration is recorded, and its repetition too where the memory of both fits in the budget.
+    `iteration_for(plan, graph=…)` is as `iteration_of`, and may hold iterations as `held_iterations` does. With a `graph` the
+    iteration is recorded.
     """
 
-    def attempt(graph: bool, plan: Plan) -> tuple[float, list[Tensor] | None]:
+    def attempt(plan: Plan) -> tuple[list[Tensor], Tensor]:
         loss, *gradients = mean_gradients(
             iteration_for(plan, graph=graph), state, segments, teacher_of(run, state, plan)
         )
-        return float(loss), gradients if _are_finite((loss, *gradients)) else None
+        largest = [torch.linalg.vector_norm(gradient, math.inf).double() for gradient in gradients]
+        return gradients, torch.stack([loss.double(), *largest])
 
-    (loss, gradients), plan = with_smaller_pieces(plan, partial(attempt, graph))
-    student = plan.work.student
-    if gradients is not None or not isinstance(student, FusedConvNetStudent) or student.precision != "fp16":
-        return loss, gradients, plan
+    (gradients, magnitudes), plan = with_smaller_pieces(plan, attempt)
+    return PendingGradients(segments, gradients, magnitudes, plan)
+
+
+def finish_gradients(
+    run: DistillRun,
+    state: State,
+    pending: PendingGradients,
+    iteration_for: Callable[..., Iteration],
+    *,
+    graph: bool = True,
+) -> tuple[float, list[Tensor] | None, Plan]:
+    """Return the mean loss of a `pending` iteration, its gradients, and the plan whose memory was enough.
+
+    There are no gradients where a number is not finite. Where it is only too large for fp16, the iteration is repeated in tf32,
+    with a line in the log; the repetition is recorded too, with a `graph`, where the memory of both fits in the budget.
+    """
+    plan, student = pending.plan, pending.plan.work.student
+    loss, *largest = pending.magnitudes.tolist()  # waits for a GPU, once
+    if all(math.isfinite(magnitude) for magnitude in (loss, *largest)):
+        return loss, pending.gradients, plan
+    if not isinstance(student, FusedConvNetStudent) or student.precision != "fp16":
+        return loss, None, plan
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
     again = in_tf32(plan)
     # else fp16's graph is let go of, whose memory the repetition takes; to record that one would take longer than it does
-    (loss, gradients), _ = with_smaller_pieces(again, partial(attempt, graph and fit_together(plan, again)))
-    return loss, gradients, plan
-
-
-def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether all numbers are finite. A GPU is waited for once, since meanwhile it has nothing to do."""
-    largest = [torch.linalg.vector_norm(tensor, math.inf).double() for tensor in tensors]
-    return bool(torch.stack(largest).isfinite().all())
+    recorded = graph and fit_together(plan, again)
+    repeated = start_gradients(run, state, pending.segments, again, iteration_for, graph=recorded)
+    return *finish_gradients(run, state, repeated, iteration_for, graph=recorded)[:2], plan
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
@@ -151,7 +177,8 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
     for gradient in get_args(Gradient):
         options = dataclasses.replace(run.options, gradient=gradient)
         iteration_for = partial(iteration_of, options, run.network)
-        _, gradients, plan = gradients_in_range(run, state, segments, plan, iteration_for, graph=False)
+        pending = start_gradients(run, state, segments, plan, iteration_for, graph=False)
+        _, gradients, plan = finish_gradients(run, state, pending, iteration_for, graph=False)
         if gradients is None:
             log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,21 +21,22 @@ _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 
 
 def apply_gradients(
-    run: DistillRun, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor] | None
-) -> None:
+    options: DistillOptions, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor] | None
+) -> tuple[str, dict[str, float]]:
     """End an iteration that matched `segments`: update images, labels and rate by the `gradients`, or skip or reject these.
 
-    `loss` and `gradients` are the results of `gradients_in_range`.
+    `loss` and `gradients` are the results of `finish_gradients`. Return the kind and the values of the iteration's record in
+    metrics.jsonl.
     """
     state.iteration += 1
-    fields = log_fields(segments)
     if gradients is None:
-        _skip(run, state, loss)
-    elif run.options.threshold is not None and loss > run.options.threshold:
-        _reject_above_threshold(run, state, loss, fields)
-    else:
-        update(run.options, state, *gradients)
-        run.metrics.write("step", state.iteration, loss=loss, lr=state.mean_lr, **fields)
+        _skip(state, loss)
+        return "skip", {"skipped": state.skipped}
+    if options.threshold is not None and loss > options.threshold:
+        _reject_above_threshold(state, loss, options.threshold)
+        return "above_threshold", {"loss": loss, **log_fields(segments)}
+    update(options, state, *gradients)
+    return "step", {"loss": loss, "lr": state.mean_lr, **log_fields(segments)}
 
 
 def update(
@@ -76,23 +77,19 @@ def _descend(values: Tensor, velocity: Tensor, gradient: Tensor, rate: float, mo
     values.sub_(velocity, alpha=rate)
 
 
-def _reject_above_threshold(run: DistillRun, state: State, loss: float, fields: Mapping[str, float]) -> None:
-    """Count an iteration whose loss is above the threshold: nothing is updated, velocities included, as in DATM.
-
-    `fields` name the matched segments in metrics.jsonl.
-    """
+def _reject_above_threshold(state: State, loss: float, threshold: float) -> None:
+    """Count an iteration whose loss is above the threshold: nothing is updated, velocities included, as in DATM."""
     state.above_threshold += 1
     if state.above_threshold == 1:
         log.warning(
             "iteration %d: the matching loss %.4g is above --threshold %g and no update is made. If most iterations are "
             "like that, raise it",
-            state.iteration, loss, run.options.threshold,
+            state.iteration, loss, threshold,
         )  # fmt: skip
-    run.metrics.write("above_threshold", state.iteration, loss=loss, **fields)
 
 
-def _skip(run: DistillRun, state: State, loss: float) -> None:
-    """Count an iteration whose gradient is not finite. Raises `Diverged` after many such iterations in a row."""
+def _skip(state: State, loss: float) -> None:
+    """Count an iteration whose gradient is not finite."""
     state.skipped += 1
     if state.skipped == 1:
         log.warning(
@@ -100,7 +97,10 @@ def _skip(run: DistillRun, state: State, loss: float) -> None:
             "--lr_teacher",
             state.iteration, loss,
         )  # fmt: skip
-    run.metrics.write("skip", state.iteration, skipped=state.skipped)
+
+
+def check_converges(run: DistillRun, state: State) -> None:
+    """Raise `Diverged` after many iterations in a row without a finite gradient."""
     kinds = [record["kind"] for record in run.metrics.records if record["kind"] in ("step", "above_threshold", "skip")]
     if kinds[-_GIVE_UP_AFTER:] == ["skip"] * _GIVE_UP_AFTER:
         raise Diverged(

@@ -33,6 +33,17 @@ def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: i
             thread.shutdown(wait=True, cancel_futures=True)
 
 
+def started(device: torch.device, work: Callable[[], Item]) -> Callable[[], Item]:
+    """Return a function that returns the result of `work()`; on CUDA, where `work` gives the device its kernels, it starts now.
+
+    On a CPU `work` is called when its result is asked for.
+    """
+    if device.type != "cuda":
+        return work
+    result = work()
+    return lambda: result
+
+
 def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]:
     """Return a function that starts to copy CPU tensors to `device` and returns a second function, which returns the copies.
 

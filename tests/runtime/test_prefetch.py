@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mtt_fast.runtime.prefetch import download, prefetched, sender
+from mtt_fast.runtime.prefetch import download, prefetched, sender, started
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +110,12 @@ def test_sent_to_a_gpu() -> None:
         (tensor,) = received()  # type: ignore[operator]
         assert tensor.is_cuda
         assert torch.equal(tensor, torch.full_like(tensor, float(i)))  # a sum of so many rounds
+
+
+def test_work_starts_at_once_where_the_device_goes_on_alone() -> None:
+    calls: list[str] = []
+    pending = started(torch.device("cuda"), lambda: calls.append("cuda"))
+    later = started(torch.device("cpu"), lambda: calls.append("cpu"))
+    assert calls == ["cuda"]
+    assert (pending(), pending(), later()) == (None, None, None)
+    assert calls == ["cuda", "cpu"]
