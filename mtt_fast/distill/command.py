@@ -151,7 +151,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         nonlocal plan
         pending = None
         groups = iter(lambda: list(islice(ahead, options.num_trajectories)), [])
-        for segments, following in pairwise(chain(groups, [None])):
+        for segments, following in pairwise(chain(groups, [[]])):
             pending = pending or start(segments)
             loss, gradients, plan = finish_gradients(run, state, pending(), iteration_for)
             kind, values = apply_gradients(options, state, segments, loss, gradients)
