@@ -14,6 +14,7 @@ from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.training.subsets import check_enough
 
 
 def check_options_fit(
@@ -53,18 +54,5 @@ def check_fits(
     """
     check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):
-        _check_enough_images(options, data)
+        check_enough(data, options.ipc, options.canvas_size if options.texture else 1)
     check_experts(options, inventory, data, network, requested)
-
-
-def _check_enough_images(options: DistillOptions, data: ImageData) -> None:
-    """Raise `InputError` if a class has fewer real images than the synthetic images start from or are compared with."""
-    counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
-    needed = options.ipc * options.tiles
-    short = next((label for label, count in enumerate(counts) if count < needed), None)
-    if short is not None:
-        flags = f"--ipc {options.ipc}" + (f", --canvas_size {options.canvas_size}" if options.texture else "")
-        raise InputError(
-            f"{flags}: class {data.class_names[short]} has only {counts[short]} real images of the {needed} that each "
-            "begins with; use a smaller --ipc"
-        )
