@@ -426,7 +426,10 @@ class _Unroll(torch.autograd.Function):
             slopes.append(slope)
             of_batch = None
             if grad_images is not None:
-                of_batch = batch.add_gradient(grad_images, tangent.images, sizes[n])
+                if isinstance(batch, Batch):
+                    of_batch = batch.gradient_to_add(grad_images, tangent.images)
+                else:
+                    batch.add_gradient(grad_images, tangent.images, sizes[n])
             if grad_labels is not None and tangent.labels is not None:
                 to_targets = (negated_sizes[n] * tangent.labels).to(labels.dtype)
                 kernels.index_add(grad_labels, steps.batches[n], to_targets, alpha=-1)
