@@ -16,7 +16,7 @@ from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
 from mtt_fast.evaluate import main
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training.images import Images
+from mtt_fast.training.images import Images, real_images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, train_network
 from mtt_fast.training.subsets import random_subset
 
@@ -54,11 +54,13 @@ def test_mean_and_deviation() -> None:
 
 
 def test_random_subset_is_class_major_and_real() -> None:
-    real = Images(torch.arange(40.0).view(40, 1, 1, 1), torch.arange(40) % 4)
-    chosen = random_subset(real, 4, 3, torch.Generator().manual_seed(0))
-    assert chosen.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert len(chosen.pixels.unique()) == 12
-    assert torch.equal(chosen.pixels.flatten().long() % 4, chosen.labels)
+    real = real_images(load("digits", data_path="data", progress=False), torch.device("cpu"), zca=False)
+    chosen = random_subset(real, 3, torch.Generator().manual_seed(0))
+    assert chosen.labels.tolist() == [label for label in range(10) for _ in range(3)]
+    assert len(chosen.pixels.unique(dim=0)) == 30
+    everything, labels = real.train.batch(slice(None))
+    for image, label in zip(chosen.pixels, chosen.labels, strict=True):
+        assert (everything[labels == label] == image).all(dim=(1, 2, 3)).any()
 
 
 def distilled(**changes: Any) -> SyntheticDataset:
@@ -189,7 +191,7 @@ def test_export_and_evaluation_of_the_exported() -> None:
         ),
         (
             ["random", "--dataset", "few", "--ipc", "2"],
-            "--ipc 2: class 7 has only 1 of so many real images; use a smaller",
+            "--ipc 2: class 7 has only 1 of the 2 real images that are needed; use a smaller",
         ),
         (["random", "--dataset", "digits", "--num_eval", "0"], "--num_eval 0: expected at least 1"),
     ],

@@ -18,7 +18,6 @@ from mtt_fast.baselines.choosing import evaluate_chosen
 from mtt_fast.baselines.learning import learn
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import BaselineOptions, TrainedNetworkOptions
-from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import first_expert, requested_hyperparameters, with_first_expert_training
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import (
@@ -38,6 +37,7 @@ from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.expert_checks import FLAGS
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import CONFIG, only_user, write_config
+from mtt_fast.training.subsets import check_enough
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +121,8 @@ def _run(
             "set with a network without, and evaluate it on this one with python -m mtt_fast.evaluate"
         )
     evaluated = options.evaluated_networks(data)  # refuses a network that does not fit the images, before any work
+    check_enough(data, options.ipc)
     real = timed_real_images(data, device, seconds, zca=options.zca)
-    class_members(real, options.ipc)  # refuses more images a class than there are
     if isinstance(options, TrainedNetworkOptions) and options.asks_network:
         requested = requested_hyperparameters(options, parsing.given(type(options), argv))
         options = with_first_expert_training(options, real, network, requested)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mtt_fast.baselines.method import LearnedSet
 from mtt_fast.baselines.options import LearnedImagesOptions
-from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
+from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import RealImages
+from mtt_fast.training.subsets import class_members
 
 PIXEL_MOMENTUM = 0.5
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast.baselines.options import TrainedNetworkOptions
-from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import first_expert
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.storage.trajectories import TrajectoryStore
 from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.subsets import class_members
 
 _BLOCK = 500  # images in one forward pass
 

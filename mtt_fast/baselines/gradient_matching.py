@@ -21,7 +21,7 @@ from mtt_fast.baselines.dm import PIXEL_MOMENTUM
 from mtt_fast.baselines.gradient_distance import DISTANCES
 from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
 from mtt_fast.baselines.method import LearnedSet
-from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
+from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.engine.student import Student
 from mtt_fast.engine.student_choice import precision_on, student_for
@@ -29,6 +29,7 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import Images, RealImages
 from mtt_fast.training.sgd import Sgd, epoch_on
+from mtt_fast.training.subsets import class_members
 
 
 def dc(options: DcOptions, real: RealImages, network: Trainable) -> LearnedSet:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mtt_fast.baselines.options import TrainedNetworkOptions
-from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.subsets import class_members
 
 
 def herding(options: TrainedNetworkOptions, real: RealImages, network: Trainable) -> Images:

@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtt_fast.baselines.options import TrainedNetworkOptions
-from mtt_fast.baselines.real_data import class_members
 from mtt_fast.baselines.trained import embeddings_by_class, trained_parameters
 from mtt_fast.commands.option_fields import Group
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import Images, RealImages
+from mtt_fast.training.subsets import class_members
 
 _RESTARTS = 10
 

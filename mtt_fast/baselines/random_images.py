@@ -11,4 +11,4 @@ from mtt_fast.training.subsets import random_subset
 
 def random_images(options: BaselineOptions, real: RealImages, network: Trainable) -> Images:
     """Return --ipc images of each class, drawn at random without replacement; another --seed draws others."""
-    return random_subset(real.train, real.data.num_classes, options.ipc, generator_for(options.seed, "random"))
+    return random_subset(real, options.ipc, generator_for(options.seed, "random"))

@@ -9,17 +9,7 @@ from torch import Tensor
 
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.images import Images, RealImages
-from mtt_fast.training.subsets import check_enough, random_subset
-
-
-def class_members(real: RealImages, ipc: int) -> list[Tensor]:
-    """Return the indices, on the CPU, of each class's training images.
-
-    Raises `InputError` if a class has fewer than `ipc`.
-    """
-    check_enough(real.data, ipc)
-    labels = real.train.labels.cpu()
-    return [(labels == label).nonzero()[:, 0] for label in range(real.data.num_classes)]
+from mtt_fast.training.subsets import random_subset
 
 
 def random_batch(images: Images, members: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -31,7 +21,7 @@ def random_batch(images: Images, members: Tensor, count: int, generator: torch.G
 def starting_images(real: RealImages, ipc: int, pix_init: Literal["real", "noise"], seed: int) -> Images:
     """Return `ipc` images of each class to start from, class-major: real ones, or noise from a standard normal."""
     generator = generator_for(seed, "initial images")
-    start = random_subset(real.train, real.data.num_classes, ipc, generator)
+    start = random_subset(real, ipc, generator)
     if pix_init == "real":
         return start
     return Images(torch.randn(start.pixels.shape, generator=generator).to(start.pixels), start.labels)

@@ -145,10 +145,9 @@ def training_set(
     if synthetic is not None:
         images, learned = as_training_images(synthetic, device), float(synthetic.lr)
     elif source == RANDOM:
-        classes = real.data.num_classes
         check_enough(real.data, options.ipc)
         return (
-            lambda generator: random_subset(real.train, classes, options.ipc, generator),
+            lambda generator: random_subset(real, options.ipc, generator),
             REAL_IMAGES_LR if options.lr_teacher is None else options.lr_teacher,
         )
     else:

@@ -9,11 +9,12 @@ import torch
 
 from mtt_fast.data import ImageData
 from mtt_fast.data.published_info import DatasetInfo
-from mtt_fast.distill.experts import check_experts, check_missing_experts
+from mtt_fast.distill.experts import ExpertInventory, check_experts
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.engine.student_choice import precision_on
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Trainable
+from mtt_fast.training.subsets import check_enough
 
 
 def check_options_fit(
@@ -21,7 +22,7 @@ def check_options_fit(
 ) -> None:
     """Raise `InputError` for options that fit neither each other nor a data set of such shape and number of classes.
 
-    No image is looked at, and of the experts only which are there. `network` is the one that `options` name, for `data`.
+    No image is looked at, and no expert. `network` is the one that `options` name, for `data`.
     """
     images = options.ipc * data.num_classes
     if options.batch_syn and options.batch_syn > images:
@@ -36,11 +37,11 @@ def check_options_fit(
         )
     for evaluated in options.evaluated_networks(data).values():
         precision_on(device, evaluated, options.precision)
-    check_missing_experts(options, data)
 
 
 def check_fits(
     options: DistillOptions,
+    inventory: ExpertInventory,
     data: ImageData | DatasetInfo,
     network: Trainable,
     device: torch.device,
@@ -48,23 +49,10 @@ def check_fits(
 ) -> None:
     """Raise `InputError` for an option with which the run would fail later.
 
-    `requested` are hyperparameters of experts, see `check_experts`. With a `DatasetInfo`, of images that are not there yet, the
-    number of images in each class is not checked, and only the size is compared with that of the experts' images.
+    `inventory` and `requested`: see `check_experts`. With a `DatasetInfo`, of images that are not there yet, the number of
+    images in each class is not checked, and only the size is compared with that of the experts' images.
     """
     check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):
-        _check_enough_images(options, data)
-    check_experts(options, data, network, requested)
-
-
-def _check_enough_images(options: DistillOptions, data: ImageData) -> None:
-    """Raise `InputError` if a class has fewer real images than the synthetic images start from or are compared with."""
-    counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
-    needed = options.ipc * options.tiles
-    short = next((label for label, count in enumerate(counts) if count < needed), None)
-    if short is not None:
-        flags = f"--ipc {options.ipc}" + (f", --canvas_size {options.canvas_size}" if options.texture else "")
-        raise InputError(
-            f"{flags}: class {data.class_names[short]} has only {counts[short]} real images of the {needed} that each "
-            "begins with; use a smaller --ipc"
-        )
+        check_enough(data, options.ipc, options.canvas_size if options.texture else 1)
+    check_experts(options, inventory, data, network, requested)

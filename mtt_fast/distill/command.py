@@ -28,7 +28,9 @@ from mtt_fast.distill.dry_run import dry_run
 from mtt_fast.distill.evaluation import evaluate_sets, evaluated_kinds, summarise
 from mtt_fast.distill.experts import (
     check_experts,
+    check_missing_experts,
     check_same_experts,
+    inventory_of,
     prepare_experts,
     requested_hyperparameters,
     with_actual_training,
@@ -93,11 +95,13 @@ def _run(
     seconds: Seconds,
 ) -> None:
     if (info := published(options.dataset, options.subset, options.res)) is not None:
-        check_options_fit(options, info, options.network(info), device)  # before images are fetched and packed
+        # before images are fetched and packed
+        check_options_fit(options, info, options.network(info), device)
+        check_missing_experts(options, inventory_of(options, info))
     with seconds.of("data"):
         data = options.load_data()
     network = options.network(data)
-    check_fits(options, data, network, device, requested)
+    check_fits(options, inventory_of(options, data), data, network, device, requested)
     numerics_in_words = describe_numerics(device, network, options.precision, iterations=True)
     real = timed_real_images(data, device, seconds, zca=options.zca)
     precision = precision_on(device, network, options.precision, iterations=True)
@@ -107,8 +111,9 @@ def _run(
         if state is not None:
             check_same_images(folder, state.data, real.identity)
         with seconds.of("experts"):
-            experts = prepare_experts(options, real, network, requested)
-            check_experts(options, data, network, requested)  # again, as they are now
+            # looked for again, here and after training: other processes may write into the same folder
+            experts = prepare_experts(options, inventory_of(options, data), real, network, requested)
+            check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
                 check_same_experts(folder, state, experts)
         options = with_actual_training(options, experts)

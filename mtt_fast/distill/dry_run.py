@@ -55,13 +55,12 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     """
     info = dataset_info(options.dataset, options.subset, options.res, options.data_path)
     network = options.network(info)
-    check_fits(options, info, network, device, requested)
-    experts = inventory_of(options, info)
+    inventory = inventory_of(options, info)
+    check_fits(options, inventory, info, network, device, requested)
     if (state := load_checkpoint(folder, torch.device("cpu"))) is not None:
         check_same_images(folder, state.data, info.identity(zca=options.zca))
-        if not (experts.missing or experts.uncompressed):
-            check_same_experts(folder, state, TrajectoryStore(experts.used))
-    missing, uncompressed = experts.missing, experts.uncompressed
+        if not (inventory.missing or inventory.uncompressed):
+            check_same_experts(folder, state, TrajectoryStore(inventory.used))
     precision = precision_on(device, network, options.precision, iterations=True)
     count = options.ipc * info.num_classes
     plan = planned(options, network, (count, *info.image_shape), device, precision)
@@ -74,16 +73,15 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
         step: _measured_seconds(*step, info.image_shape, device) for step in dict.fromkeys(steps)
     }
     of_student, of_expert, *of_evaluated = (costs[step] for step in steps)
-    seconds = estimated_seconds(
-        options, info, missing, of_student, of_expert.gradient, [each.gradient for each in of_evaluated], saved
-    )
-    size = estimated_bytes(options, info, network.num_parameters, missing, uncompressed)
+    of_evaluations = [each.gradient for each in of_evaluated]
+    seconds = estimated_seconds(options, info, inventory.missing, of_student, of_expert.gradient, of_evaluations, saved)
+    size = estimated_bytes(options, info, network.num_parameters, inventory.missing, inventory.uncompressed)
     lines = {
         "recipe": _recipe(options),
         "data set": f"{info.name}: {_shape(info.image_shape)}, {info.num_classes} classes, "
         f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
-        "experts": _experts(options, info, experts),
+        "experts": _experts(options, info, inventory),
         "run": f"{options.Iteration:,} iterations of {options.syn_steps} student steps on "
         f"{options.batch_syn or count} of {count} synthetic images, matching {options.expert_epochs} expert epochs "
         f"from epoch {options.min_start_epoch} on and below epoch {options.max_start_epoch}; {_state(folder)}",
@@ -122,14 +120,14 @@ def _recipe(options: DistillOptions) -> str:
     return f"{options.recipe}: {about['description']} ({about['source']})"
 
 
-def _experts(options: DistillOptions, info: DatasetInfo, experts: ExpertInventory) -> str:
-    kind = "experts from elsewhere, used as they are" if experts.imported else ""
-    to_train = kind or f"{experts.missing} to train for {options.train_epochs} epochs"
-    to_compress = f", {experts.uncompressed} to compress to {options.num_interpolation} waypoints"
-    remark = otherwise_whitened(options, info) if experts.missing else ""
+def _experts(options: DistillOptions, info: DatasetInfo, inventory: ExpertInventory) -> str:
+    kind = "experts from elsewhere, used as they are" if inventory.imported else ""
+    to_train = kind or f"{inventory.missing} to train for {options.train_epochs} epochs"
+    to_compress = f", {inventory.uncompressed} to compress to {options.num_interpolation} waypoints"
+    remark = otherwise_whitened(options, info) if inventory.missing else ""
     return (
-        f"{to_train}, {experts.available} in {experts.whole}"
-        + (to_compress if experts.uncompressed else "")
+        f"{to_train}, {inventory.available} in {inventory.whole}"
+        + (to_compress if inventory.uncompressed else "")
         + (f" ({remark})" if remark else "")
     )
 

@@ -151,7 +151,7 @@ def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict
     """Evaluate random real images, as many as the synthetic ones and drawn anew for each network; return the record."""
     real, ipc, (network, *_) = run.real, run.options.ipc, run.evaluated.values()
     accuracy = evaluate_network(
-        run, network, lambda generator: random_subset(real.train, real.data.num_classes, ipc, generator),
+        run, network, lambda generator: random_subset(real, ipc, generator),
         REAL_IMAGES_LR, stop, name="random real images",
     )  # fmt: skip
     run.metrics.write("baseline", state.iteration, **accuracy_fields({"": accuracy}))

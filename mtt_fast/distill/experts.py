@@ -75,32 +75,32 @@ def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> Expe
 
 def check_experts(
     options: DistillOptions,
+    inventory: ExpertInventory,
     data: ImageData | DatasetInfo,
     network: Trainable,
     requested: Mapping[str, Any],
 ) -> None:
-    """Check that the run can use the experts that are there, and those that will be trained or compressed.
+    """Check that the run can use the experts of `inventory` that are there, and those that will be trained or compressed.
 
     `requested` are the hyperparameters of experts that the user gave. With a `DatasetInfo`, of images that are not there yet,
     few properties of the images are compared. Raises `InputError` that names an expert's file, the options that do not fit, or
     the folder in which experts are missing and cannot be written, or must not be trained in place of those of a run that goes on.
     """
-    check_missing_experts(options, data)
-    sources = inventory_of(options, data)
+    check_missing_experts(options, inventory)
     needed = options.last_matched_epoch
-    experts = _store(sources.whole)
-    if sources.uncompressed and options.num_interpolation is not None:
+    experts = _store(inventory.whole)
+    if inventory.uncompressed and options.num_interpolation is not None:
         evenly_spaced(experts.epochs(0) if experts else options.train_epochs, options.num_interpolation)
-    store = experts if sources.uncompressed else _store(sources.used)
+    store = experts if inventory.uncompressed else _store(inventory.used)
     identity = data.identity(zca=options.zca)
-    for folder, written in ((sources.whole, sources.missing), (sources.used, sources.uncompressed)):
+    for folder, written in ((inventory.whole, inventory.missing), (inventory.used, inventory.uncompressed)):
         if written:
             check_output_folder(folder, "choose another `buffer_path`")
-    if sources.missing and experts is not None:
+    if inventory.missing and experts is not None:
         precision = experts.metadata(0).precision or options.precision  # the device decides which precision it is
         check_trained_alike(experts, network, identity, options.experts(), options.seed, experts.dtype(0), precision)
-    if sources.missing and experts is None:
-        _check_nothing_to_convert(sources.whole)
+    if inventory.missing and experts is None:
+        _check_nothing_to_convert(inventory.whole)
     if store is None:
         return
     matched_experts = range(min(options.max_experts or len(store), len(store)))
@@ -113,12 +113,12 @@ def check_experts(
         check_made_of(store, matched_experts, experts)
 
 
-def check_missing_experts(options: DistillOptions, data: ImageData | DatasetInfo) -> None:
+def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -> None:
     """Raise `InputError` if experts are missing that must not be trained, or would end before the last epoch of a segment."""
-    sources, needed = inventory_of(options, data), options.last_matched_epoch
-    if not sources.missing:
+    if not inventory.missing:
         return
-    _check_imported_remain(options.folder(), sources)
+    _check_imported_remain(options.folder(), inventory)
+    needed = options.last_matched_epoch
     if needed > options.train_epochs:
         raise InputError(
             f"--max_start_epoch {options.max_start_epoch}, --expert_epochs {options.expert_epochs}: segments reach epoch {needed}, "
@@ -126,12 +126,12 @@ def check_missing_experts(options: DistillOptions, data: ImageData | DatasetInfo
         )
 
 
-def _check_imported_remain(folder: Path, sources: ExpertInventory) -> None:
+def _check_imported_remain(folder: Path, inventory: ExpertInventory) -> None:
     """Raise `InputError` if the run in `folder` began with experts of other software, in whose place others would be trained."""
     if began_with := imported_experts(folder):
-        found = f"{sources.available} trained here" if sources.available else "none"
+        found = f"{inventory.available} trained here" if inventory.available else "none"
         raise InputError(
-            f"{sources.whole}: expected the {began_with} experts from elsewhere with which the run in {folder} began, found "
+            f"{inventory.whole}: expected the {began_with} experts from elsewhere with which the run in {folder} began, found "
             f"{found}; restore them, convert them again with `python -m mtt_fast.convert`, or say in which `buffer_path` they are"
         )
 
@@ -148,26 +148,29 @@ def _check_nothing_to_convert(folder: Path) -> None:
 
 
 def prepare_experts(
-    options: DistillOptions, real: RealImages, network: Trainable, requested: Mapping[str, Any]
+    options: DistillOptions,
+    inventory: ExpertInventory,
+    real: RealImages,
+    network: Trainable,
+    requested: Mapping[str, Any],
 ) -> TrajectoryStore:
-    """Train and compress the missing experts; return the store of the experts that are matched, and log remarks on them.
+    """Train and compress the missing experts of `inventory`; return the store of those that are matched, and log remarks on them.
 
     Experts of other software are used unchanged, all that are there, as the public code does. `requested`: see `check_experts`.
     """
-    sources = inventory_of(options, real.data)
-    if sources.missing:
+    if inventory.missing:
         if remark := otherwise_whitened(options, real.data):
             log.info("%s", remark)
         train_missing_experts(
-            sources.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
+            inventory.whole, options.num_experts, real, network, options.experts(), seed=options.seed,
             precision=precision_on(real.train.labels.device, network, options.precision),
             at_once=options.networks_at_once, memory_budget=options.memory_budget,
         )  # fmt: skip
-    if sources.uncompressed and options.num_interpolation is not None:
-        compress(sources.whole, sources.used, options.num_interpolation)
-    store = TrajectoryStore(sources.used)
+    if inventory.uncompressed and options.num_interpolation is not None:
+        compress(inventory.whole, inventory.used, options.num_interpolation)
+    store = TrajectoryStore(inventory.used)
     for line in _remarks(options, real, store, requested):
-        log.info("%s: %s", sources.used, line)
+        log.info("%s: %s", inventory.used, line)
     return store
 
 

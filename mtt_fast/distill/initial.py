@@ -69,13 +69,13 @@ def _images(
 ) -> tuple[Images, int]:
     """Return images as `pix_init` says: `options.ipc` a class, or for canvases as many as the canvases' tiles."""
     generator = generator_for(options.seed, "initial images")
-    classes, ipc, device = real.data.num_classes, options.ipc * options.tiles, real.train.labels.device
+    ipc, device = options.ipc * options.tiles, real.train.labels.device
     if options.pix_init == "samples_predicted_correctly":
-        members = shuffled_classes(real.train, classes, ipc, generator)
+        members = shuffled_classes(real, ipc, generator)
         finished = (store.read(expert, store.epochs(expert)).to(device) for expert in range(experts))
         chosen, wrong = predicted_correctly(network, finished, real.train, members, ipc)
         return Images(*real.train.batch(torch.cat(chosen).to(device))), wrong
-    start = random_subset(real.train, classes, ipc, generator)
+    start = random_subset(real, ipc, generator)
     if options.pix_init == "noise":
         noise = torch.randn(start.pixels.shape, generator=generator).to(device)
         return Images(noise, start.labels), 0

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `unroll`, so that a wrong one costs a line in place of a wrong path."""
+"""Check the arguments of `unroll`, so that a wrong one costs a line in place of a wrong path, and complete them."""
 
 from __future__ import annotations
 
@@ -102,6 +102,27 @@ def check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, ste
     devices = {tensor.device for tensor in (theta, images, labels, lr)}
     if len(devices) > 1:
         raise InputError(f"unroll: expected all tensors on one device, found {', '.join(sorted(map(str, devices)))}")
+
+
+def draws_of(
+    draws: Sequence[Any] | None,
+    augment: Augment | None,
+    images: Tensor,
+    batches: Sequence[Tensor],
+    generator: torch.Generator | None,
+) -> Sequence[Any]:
+    """Return `draws`, or the random numbers that `augment` draws for each of the `batches`, in order; None for each without it.
+
+    Raises `InputError` for `draws` of another number of steps, or of no augmentation.
+    """
+    if draws is None:
+        return [augment.draw(images.detach()[index], generator) if augment else None for index in batches]
+    if augment is None or len(draws) != len(batches):
+        raise InputError(
+            f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(draws)}"
+            + (" and no augment" if augment is None else "")
+        )
+    return draws
 
 
 def check_number(name: str, value: Any) -> None:

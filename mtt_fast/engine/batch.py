@@ -48,10 +48,10 @@ class Batch:
         rows = self.images[self.index]
         return rows if self.parameters is None else kernels.colour_warp_mask(rows, self.parameters)
 
-    def add_gradient(self, out: Tensor, inputs_bar: Tensor, factor: Tensor) -> kernels.BatchGradient:
-        """Return the gradient to the images from that to the batch (b, C, H, W), which is still to be added to `out` (n, C, H, W).
+    def gradient_to_add(self, out: Tensor, inputs_bar: Tensor) -> kernels.BatchGradient:
+        """Return the gradient to the images from that to the batch (b, C, H, W), for `kernels.adjoint_step`.
 
-        `kernels.adjoint_step` adds it on the way, times its scale, which has to be `factor` ().
+        That adds it to `out` (n, C, H, W), times its scale.
         """
         return kernels.BatchGradient(out, self.index, inputs_bar.contiguous(), self.parameters)
 
@@ -83,10 +83,7 @@ class AugmentedBatch:
         return self.augmented.detach()
 
     def add_gradient(self, out: Tensor, inputs_bar: Tensor, factor: Tensor) -> None:
-        """Add `factor` () times the gradient to the images to `out` (n, …), so that nothing is left to be added.
-
-        `inputs_bar` is the gradient to the batch (b, …).
-        """
+        """Add `factor` () times the gradient to the images to `out` (n, …); `inputs_bar` is that to the batch (b, …)."""
         (rows_bar,) = torch.autograd.grad(self.augmented, self.rows, -factor * inputs_bar)
         # with an alpha of 1 torch takes a scatter that starts threads, and waits for them, for however few numbers
         kernels.index_add(out, self.index, rows_bar.contiguous(), alpha=-1)

@@ -14,29 +14,26 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtt_fast.augmentation.protocol import Augment
+from mtt_fast.augmentation.protocol import Augment, warp_of
 from mtt_fast.engine.student import GenericStudent, plain_attention
 from mtt_fast.errors import InputError
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.numerics import without_autocast
 
 _MOST = 8  # samples of a trial
 _AT_ONCE = 2  # of them: their gradient takes less memory than a step of one, and little time
 
 
-def few_of(network: Network, batch: int) -> Tensor:
-    """Return the positions in a `batch` of so many samples of a few from all over it.
+def try_augmentation(
+    network: Network, augment: Augment | None, images: Tensor, index: Tensor, draws: Any
+) -> Tensor | None:
+    """Return the inputs that `augment` makes of the `images` at `index` with `draws`, a few of them.
 
-    Where `network` mixes samples they are all: a norm of parts of a batch takes no other number, and the batch is not cut.
+    None where there is nothing to try: no augmentation, or a warp. Raises `InputError` if a second time gives other inputs.
     """
-    few = batch if network.mixes_samples else min(batch, _MOST) // _AT_ONCE * _AT_ONCE or 1
-    return torch.linspace(0, batch - 1, few, device="cpu").round().long()
-
-
-def try_augmentation(augment: Augment, rows: Tensor, draws: Any, few: Tensor) -> Tensor:
-    """Return `rows` (b, C, H, W) augmented with `draws`, those at the positions `few`.
-
-    Raises `InputError` if a second time gives other images.
-    """
+    if augment is None or warp_of(augment, draws, torch.Size((len(index), *images.shape[1:]))) is not None:
+        return None
+    rows, few = images.detach()[index], _few_of(network, len(index))
     with torch.no_grad():  # of copies, since it may write into them
         first, second = (augment(rows.clone(), draws)[few] for _ in range(2))
     if not _alike(first, second):
@@ -48,21 +45,44 @@ def try_augmentation(augment: Augment, rows: Tensor, draws: Any, few: Tensor) ->
 
 
 def try_step(
-    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, is_cut: bool, wants_images: bool
+    student: GenericStudent,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    augmented: Tensor | None,
+    *,
+    is_cut: bool,
 ) -> None:
-    """Raise `InputError` unless unrolling is exact for the loss at `theta` (P,) of the `inputs` at `few_of`, and their `labels`.
+    """Raise `InputError` unless unrolling is exact for the loss at `theta` (P,) of a few of the samples at `index`.
 
+    `augmented` are the inputs that `try_augmentation` returned for them; where it is None, the images themselves are tried.
     Outputs and loss have to be the same each time, and the loss a scalar that depends on the parameters, and on the images if
-    it `wants_images`. Where a batch `is_cut`, the outputs of each sample also must not depend on the others, and the loss has
-    to be the mean of the samples' losses.
+    their gradient is recorded. Where a batch `is_cut`, the outputs of each sample also must not depend on the others, and the
+    loss has to be the mean of the samples' losses.
     """
-    together = slice(None) if student.network.mixes_samples else slice(_AT_ONCE)
-    logits = _try_gradient(student, theta, inputs[together], labels[together], wants_images=wants_images)
-    if is_cut:
-        with torch.no_grad():
-            _check_samples_are_apart(student, theta, inputs[together], logits)
-            every = torch.cat([student.network(theta, pair.clone()) for pair in inputs.split(_AT_ONCE)])
-            _check_mean(student, every, labels)
+    network, wants_images = student.network, images.requires_grad and torch.is_grad_enabled()
+    few = index[_few_of(network, len(index))]
+    # in the dtypes that the sweeps give them
+    inputs = (images.detach()[few] if augmented is None else augmented).to(theta.dtype)
+    targets = labels.detach()[few].to(theta.dtype if labels.is_floating_point() else torch.long)
+    together = slice(None) if network.mixes_samples else slice(_AT_ONCE)
+    with without_autocast(theta.device):
+        logits = _try_gradient(student, theta, inputs[together], targets[together], wants_images=wants_images)
+        if is_cut:
+            with torch.no_grad():
+                _check_samples_are_apart(student, theta, inputs[together], logits)
+                every = torch.cat([network(theta, pair.clone()) for pair in inputs.split(_AT_ONCE)])
+                _check_mean(student, every, targets)
+
+
+def _few_of(network: Network, batch: int) -> Tensor:
+    """Return the positions in a `batch` of so many samples of a few from all over it.
+
+    Where `network` mixes samples they are all: a norm of parts of a batch takes no other number, and the batch is not cut.
+    """
+    few = batch if network.mixes_samples else min(batch, _MOST) // _AT_ONCE * _AT_ONCE or 1
+    return torch.linspace(0, batch - 1, few, device="cpu").round().long()
 
 
 def _try_gradient(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -24,10 +23,11 @@ from mtt_fast.engine.memory_plan import Plan, Work, plan_for
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import GenericStudent, Loss, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
-from mtt_fast.engine.trials import few_of, try_augmentation, try_step
+from mtt_fast.engine.trials import try_augmentation, try_step
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, PartialSums, Precision
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.numerics import without_autocast
 
 Gradient = Literal["exact", "truncated"]
 """The gradient is exact, or leaves out the steps' Hessians as TESLA does, an approximation (docs/adjoint.md)."""
@@ -144,25 +144,16 @@ def unroll(
         raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
     has_velocity = momentum != 0 or velocity is not None or return_velocity
     largest, steps = max(len(index) for index in indices), len(indices)
-    if draws is None:
-        draws = [augment.draw(images.detach()[index], generator) if augment else None for index in indices]
-    elif augment is None or len(draws) != len(indices):
-        raise InputError(
-            f"unroll draws: expected those of an augmentation for each of {len(indices)} steps, found {len(draws)}"
-            + (" and no augment" if augment is None else "")
-        )
-    shape, few = images.shape[1:], few_of(net, len(indices[0]))
-    is_warp = warp_of(augment, draws[0], torch.Size((len(indices[0]), *shape))) is not None
-    tried: Tensor | None = None
-    if not (augment is None or is_warp or theta.is_meta):
-        tried = try_augmentation(augment, images.detach()[indices[0]], draws[0], few)
+    draws = arguments.draws_of(draws, augment, images, indices, generator)
+    augmented = None if theta.is_meta else try_augmentation(net, augment, images, indices[0], draws[0])
     if plan is None:
+        shape = images.shape[1:]
         work = Work(
             student=student,
             num_parameters=net.num_parameters,
             mixes_samples=net.mixes_samples,
             images=images.shape,
-            input_shape=shape if tried is None else tried.shape[1:],
+            input_shape=shape if augmented is None else augmented.shape[1:],
             batch=largest,
             steps=steps,
             dtype=theta.dtype,
@@ -174,11 +165,8 @@ def unroll(
         plan = plan_for(work, memory_budget, microbatch, "give fewer or smaller `batches`")
     planned = student_for_plan(student, net, plan, largest)
     if isinstance(student, GenericStudent) and not theta.is_meta:
-        if tried is None:
-            tried = images.detach()[indices[0][few]]
-        labels_of_tried, is_cut = labels.detach()[indices[0][few]], planned is not student
-        _try_in_dtype(student, theta, tried, labels_of_tried, is_cut=is_cut, wants_images=images.requires_grad)
-    del tried  # the plan has no memory for it
+        try_step(student, theta, images, labels, indices[0], augmented, is_cut=planned is not student)
+    del augmented  # the plan has no memory for it
     student_steps = StudentSteps(
         student=planned,
         batches=indices,
@@ -193,16 +181,6 @@ def unroll(
     )
     path, after = path_of(student_steps, theta, images, labels, lr, velocity)
     return (path, after) if return_velocity and after is not None else path
-
-
-def _try_in_dtype(
-    student: GenericStudent, theta: Tensor, inputs: Tensor, labels: Tensor, *, is_cut: bool, wants_images: bool
-) -> None:
-    """Try a step on `inputs` and `labels` in the dtypes that the sweeps give them (mtt_fast/engine/trials.py)."""
-    targets = labels.to(theta.dtype) if labels.is_floating_point() else labels.long()
-    wants_images = wants_images and torch.is_grad_enabled()
-    with _without_autocast(theta.device):
-        try_step(student, theta, inputs.to(theta.dtype), targets, is_cut=is_cut, wants_images=wants_images)
 
 
 def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:
@@ -221,7 +199,7 @@ def path_of(
     No tensor is asked for its values, so on a GPU nothing waits for the device, and both sweeps can be recorded
     (mtt_fast/runtime/cuda_graphs.py).
     """
-    with _without_autocast(theta.device):
+    with without_autocast(theta.device):
         path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
     path = path.as_subclass(_Path)
     path.rows, path.home = tuple(rows), theta.device
@@ -293,12 +271,6 @@ class StudentSteps:
         return lambda n: every[n]
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in the dtype of the parameters, whatever the caller has chosen for networks of their own."""
-    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
-
-
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` as an autograd function's `backward`, once: its results would be constants to a second derivative."""
 
@@ -309,7 +281,7 @@ def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
                 "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
                 "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
             )
-        with _without_autocast(ctx.saved_tensors[2].device):
+        with without_autocast(ctx.saved_tensors[2].device):
             return function(ctx, *gradients)
 
     return backward
@@ -426,7 +398,10 @@ class _Unroll(torch.autograd.Function):
             slopes.append(slope)
             of_batch = None
             if grad_images is not None:
-                of_batch = batch.add_gradient(grad_images, tangent.images, sizes[n])
+                if isinstance(batch, Batch):
+                    of_batch = batch.gradient_to_add(grad_images, tangent.images)
+                else:
+                    batch.add_gradient(grad_images, tangent.images, sizes[n])
             if grad_labels is not None and tangent.labels is not None:
                 to_targets = (negated_sizes[n] * tangent.labels).to(labels.dtype)
                 kernels.index_add(grad_labels, steps.batches[n], to_targets, alpha=-1)

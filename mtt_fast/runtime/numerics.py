@@ -1,10 +1,11 @@
-"""Set the precision of products and deterministic algorithms for a run, so that the same run gives the same bits."""
+"""Set the precision of products and deterministic algorithms, so that the same run gives the same bits."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,3 +51,9 @@ def numerics(device: torch.device, precision: str) -> Iterator[None]:
             setattr(owner, name, value)
         if workspace is None:
             del os.environ[_WORKSPACE]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in the dtype of the tensors, whatever the caller has chosen for networks of their own."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

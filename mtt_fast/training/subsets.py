@@ -1,4 +1,4 @@
-"""Draw real images at random, as many of every class."""
+"""Find the real images of each class, and draw as many of every class at random."""
 
 from __future__ import annotations
 
@@ -7,36 +7,43 @@ from torch import Tensor
 
 from mtt_fast.data import ImageData
 from mtt_fast.errors import InputError
-from mtt_fast.training.images import Images
+from mtt_fast.training.images import Images, RealImages
 
 
-def check_enough(data: ImageData, ipc: int) -> None:
-    """Raise `InputError`, which names the first class of `data` with fewer than `ipc` training images, if there is one."""
+def check_enough(data: ImageData, ipc: int, canvas_size: int = 1) -> None:
+    """Raise `InputError`, which names the class, unless each of `data` has real images for `ipc` canvases of `canvas_size`² of them.
+
+    A canvas of one is an image.
+    """
+    needed = ipc * canvas_size**2
+    asked = f"`ipc` {ipc}" + (f", `canvas_size` {canvas_size}" if canvas_size > 1 else "")
     counts = torch.bincount(data.train.labels, minlength=data.num_classes).tolist()
     for name, count in zip(data.class_names, counts, strict=True):
-        if count < ipc:
-            raise InputError(f"`ipc` {ipc}: class {name} has only {count} of so many real images; use a smaller `ipc`")
+        if count < needed:
+            raise InputError(
+                f"{asked}: class {name} has only {count} of the {needed} real images that are needed; use a smaller `ipc`"
+            )
 
 
-def random_subset(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> Images:
-    """Return `ipc` random real images of each class, class-major, as inputs of networks (floating point).
-
-    Raises `InputError` if a class has fewer images than that.
-    """
-    chosen = [members[:ipc] for members in shuffled_classes(real, num_classes, ipc, generator)]
-    return Images(*real.batch(torch.cat(chosen).to(real.labels.device)))
-
-
-def shuffled_classes(real: Images, num_classes: int, ipc: int, generator: torch.Generator) -> list[Tensor]:
-    """Return, for each class, a vector (on the CPU) of the indices of its images in `real`, in random order.
+def class_members(real: RealImages, ipc: int) -> list[Tensor]:
+    """Return the indices, on the CPU, of each class's training images.
 
     Raises `InputError` if a class has fewer than `ipc`.
     """
-    shuffled = []
-    labels = real.labels.cpu()
-    for label in range(num_classes):
-        members = (labels == label).nonzero()[:, 0]
-        if len(members) < ipc:
-            raise InputError(f"`ipc` {ipc}: class {label} has only {len(members)} real images; use a smaller `ipc`")
-        shuffled.append(members[torch.randperm(len(members), generator=generator)])
-    return shuffled
+    check_enough(real.data, ipc)
+    labels = real.train.labels.cpu()
+    return [(labels == label).nonzero()[:, 0] for label in range(real.data.num_classes)]
+
+
+def shuffled_classes(real: RealImages, ipc: int, generator: torch.Generator) -> list[Tensor]:
+    """Return `class_members` in random order."""
+    return [members[torch.randperm(len(members), generator=generator)] for members in class_members(real, ipc)]
+
+
+def random_subset(real: RealImages, ipc: int, generator: torch.Generator) -> Images:
+    """Return `ipc` random training images of each class, class-major, as inputs of networks (floating point).
+
+    Raises `InputError` if a class has fewer images than that.
+    """
+    chosen = [members[:ipc] for members in shuffled_classes(real, ipc, generator)]
+    return Images(*real.train.batch(torch.cat(chosen).to(real.train.labels.device)))

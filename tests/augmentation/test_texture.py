@@ -157,7 +157,7 @@ def test_a_run_starts_from_tiles_and_updates_canvases(run_folder: Path) -> None:
     """Compare one iteration with steps that roll and cut, with the run's own draws."""
     options = parse_options([*TOY, *places(run_folder.parent)])
     real = real_images(options.load_data(), torch.device("cpu"), zca=False)
-    start = random_subset(real.train, 10, 4, generator_for(0, "initial images"))
+    start = random_subset(real, 4, generator_for(0, "initial images"))
     canvases = canvases_of(start.pixels, 2).double().requires_grad_()
     assert canvases.shape == (10, 1, 16, 16)
 

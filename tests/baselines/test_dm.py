@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mtt_fast.baselines.dm import DmOptions, dm, embedding_distance
-from mtt_fast.baselines.real_data import class_members, random_batch
+from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import RealImages
+from mtt_fast.training.subsets import class_members
 from tests.baselines.network import F64, NET, SHAPE, seeded
 
 

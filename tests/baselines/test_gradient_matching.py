@@ -16,13 +16,14 @@ from mtt_fast.baselines.gradient_distance import DISTANCES, Metric
 from mtt_fast.baselines.gradient_matching import dc, dsa, matching_gradient
 from mtt_fast.baselines.gradient_matching_options import DcOptions, DsaOptions
 from mtt_fast.baselines.method import LearnedSet
-from mtt_fast.baselines.real_data import class_members, random_batch
+from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.engine.student import GenericStudent
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import RealImages
+from mtt_fast.training.subsets import class_members
 from tests.baselines.network import F64, NET, SHAPE, plain, random_theta, seeded
 
 

@@ -8,8 +8,9 @@ import torch
 from mtt_fast import InputError
 from mtt_fast.baselines.catalogue import METHODS
 from mtt_fast.baselines.method import LearnedSet
-from mtt_fast.baselines.real_data import class_members, random_batch, starting_images
+from mtt_fast.baselines.real_data import random_batch, starting_images
 from mtt_fast.training.images import RealImages
+from mtt_fast.training.subsets import class_members
 from tests.baselines.network import NET, seeded
 
 

@@ -55,7 +55,7 @@ def test_both_kinds_of_batches_take_gradients_back_alike(operation: str | None) 
         IMAGES, INDEX, lambda rows: rows if augment is None else augment(rows, draws), torch.float64, tracked=True
     )
     actual, expected = torch.zeros_like(IMAGES), torch.zeros_like(IMAGES)
-    still_to_add = batch.add_gradient(actual, bars, factor)
+    still_to_add = batch.gradient_to_add(actual, bars)
     assert not actual.any()
     vector = torch.zeros(1, dtype=torch.float64)
     kernels.adjoint_step(vector, vector, vector, factor, vector, batch=still_to_add)
