@@ -21,16 +21,13 @@ from bench.flops import (
     Passes,
 )
 from bench.workers import named_function
-from mtt_fast import matching_loss, testing, unroll
+from mtt_fast import GraphedMatchingLoss, matching_loss, testing, unroll
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.iteration import Iteration, planned_iteration
-from mtt_fast.engine.memory_plan import Plan, plan
 from mtt_fast.engine.student import cross_entropy
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import Precision
 from mtt_fast.networks.convnet import ConvNet
-from mtt_fast.runtime.cuda_graphs import GraphedFunction
 
 
 @dataclass(frozen=True)
@@ -105,19 +102,14 @@ def fused(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients
 
 
 def fused_graph(case: Case, precision: Precision = "fp32", **limits: Any) -> Gradients:
-    """Replay the whole iteration of `fused` from a graph, as mtt_fast's distillation does on CUDA."""
+    """Replay the whole iteration of `fused` from a CUDA graph, as mtt_fast's distillation does too."""
     _fused_student(case, precision)
-    steps, batch = case.batches.shape
-    limits = {"memory_budget": None} | limits
-    planned = plan(
-        case.net, images=case.images, steps=steps, batch=batch, device=case.images.device, dtype=case.images.dtype,
-        precision=precision, **limits,
-    )  # fmt: skip
-    iteration = _graphed_iteration(case.net, planned)
-    _, *gradients = iteration(case.start, case.target, case.images, case.labels, case.lr, case.batches.flatten())
-    if isinstance(iteration, GraphedFunction) and iteration.problem:
-        raise InputError(f"fused-graph: not replayed but called: {iteration.problem}")
-    return Gradients(*gradients)
+    graphed_loss = _graphed_loss(case.net, precision, **limits)
+    images, lr = (value.detach().clone().requires_grad_() for value in (case.images, case.lr))
+    graphed_loss(case.start, case.target, images, case.labels, lr, case.batches).backward()
+    if graphed_loss.problem:
+        raise InputError(f"fused-graph: not replayed but called: {graphed_loss.problem}")
+    return _gradients(images, lr)
 
 
 def _fused_student(case: Case, precision: Precision) -> FusedConvNetStudent:
@@ -128,8 +120,8 @@ def _fused_student(case: Case, precision: Precision) -> FusedConvNetStudent:
 
 
 @functools.lru_cache(maxsize=8)  # the small case of the gate, and the one that is timed, of each precision
-def _graphed_iteration(net: ConvNet, plan: Plan) -> Iteration:
-    return planned_iteration(net, plan, None, (plan.work.batch,) * plan.work.steps)
+def _graphed_loss(net: ConvNet, precision: Precision, **limits: Any) -> GraphedMatchingLoss:
+    return GraphedMatchingLoss(net, precision=precision, **limits)
 
 
 def compiled(case: Case) -> Gradients:
@@ -165,6 +157,10 @@ def _unrolled(case: Case, **options: Any) -> Gradients:
     images, lr = (value.detach().clone().requires_grad_() for value in (case.images, case.lr))
     path = unroll(case.net, case.start, images, case.labels, lr, case.batches, **options)
     matching_loss(path[-1], start=case.start, target=case.target).backward()
+    return _gradients(images, lr)
+
+
+def _gradients(images: Tensor, lr: Tensor) -> Gradients:
     assert images.grad is not None
     assert lr.grad is not None
     return Gradients(images.grad, lr.grad)

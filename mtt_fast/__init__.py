@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mtt_fast.augmentation.adapters import Augmentation, KorniaAugment
 from mtt_fast.augmentation.siamese import SiameseAugment
-from mtt_fast.engine.matching import masked_matching_loss, matching_loss, nearest_step, nearest_step_loss
+from mtt_fast.engine.graphed_loss import GraphedMatchingLoss
+from mtt_fast.engine.matching import masked_matching_loss, matching_loss, nearest_step, nearest_step_loss, path_loss
 from mtt_fast.engine.memory_plan import Plan, plan
 from mtt_fast.engine.unroll import unroll
 from mtt_fast.errors import InputError
@@ -29,6 +30,7 @@ __all__ = [
     "Augmentation",
     "ConvNet",
     "FlatModule",
+    "GraphedMatchingLoss",
     "InputError",
     "KorniaAugment",
     "Plan",
@@ -40,6 +42,7 @@ __all__ = [
     "matching_loss",
     "nearest_step",
     "nearest_step_loss",
+    "path_loss",
     "plan",
     "unroll",
 ]

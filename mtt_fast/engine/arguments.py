@@ -14,16 +14,30 @@ from mtt_fast.augmentation.protocol import Augment
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind
 from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.prefetch import upload
 
 
 def check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:
-    """Raise `InputError` unless these are tensors, and `augment`, if there is one, an augmentation."""
+    """Raise `InputError` unless these are tensors, and `augment`, if there is one, an augmentation; and in inference mode."""
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
+        )
     for name, value in (("theta", theta), ("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise InputError(f"unroll {name}: expected a tensor, found {type(value).__name__}")
     if augment is not None and not hasattr(augment, "draw"):
         raise InputError(
             f"unroll augment: expected an augmentation, such as SiameseAugment, found {type(augment).__name__}"
+        )
+
+
+def check_target(target: Tensor, start: Tensor) -> None:
+    """Raise `InputError` unless `target` is a vector on the device of `start`, and as long."""
+    if not isinstance(target, Tensor) or (target.shape, target.device) != (start.shape, start.device):
+        found = f"{tuple(target.shape)} on {target.device}" if isinstance(target, Tensor) else type(target).__name__
+        raise InputError(
+            f"target: expected the shape and the device of start, {tuple(start.shape)} on {start.device}, found {found}"
         )
 
 
@@ -68,14 +82,23 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
             raise InputError(
                 f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
             )
-        # on an accelerator the look-up itself checks, without a wait for the device
-        if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < len(images):
-            raise InputError(
-                f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
-            )
-    indices = torch.cat([row.to(images.device, torch.long) for row in rows])
+    # on an accelerator the look-up itself checks, without a wait for the device
+    on_host = {n: row for n, row in enumerate(rows) if row.device.type == "cpu"}
+    if on_host and not _are_in_range(torch.cat([row.long() for row in on_host.values()]), len(images)):
+        n, row = next((n, row) for n, row in on_host.items() if not _are_in_range(row, len(images)))
+        raise InputError(
+            f"unroll batches: expected indices 0 … {len(images) - 1}, found {int(row.min())} … {int(row.max())} in step {n}"
+        )
+    alike = len(on_host) == len(rows)  # then they are copied to the device together
+    indices = torch.cat([row.long() if alike else row.to(images.device, torch.long) for row in rows])
+    if alike:
+        indices = upload(indices, images.device)
     split: tuple[Tensor, ...] = indices.split([len(row) for row in rows])
     return split
+
+
+def _are_in_range(indices: Tensor, end: int) -> bool:
+    return 0 <= int(indices.min()) <= int(indices.max()) < end
 
 
 def check_tensors(theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int, net: Network) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 Apply = Callable[[Tensor, Tensor], Tensor]
 """From a step's images (b, C, H, W) and parameters (b, K) to the augmented images, whatever operation the parameters stand for."""
 
-Draw = Callable[[Iterable[Tensor], torch.Generator], Tensor]
+Draw = Callable[[Iterable[Tensor], torch.Generator | None], Tensor]
 """From images of each step's shape and dtype, without a value, to the parameters (ΣB, K) that `Apply` takes, step by step."""
 
 
@@ -33,7 +33,7 @@ def draw_steps(
     image_shape: Sequence[int],
     dtype: torch.dtype,
     draw: Draw | None,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> StepDraws:
     """Draw, on the CPU, for steps that see images of `image_shape` (C, H, W) and `dtype` at `batches`, index vectors (b,).
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -126,51 +126,20 @@ def unroll(
             an augmentation of the caller's own is tried on a few samples first (on a whole batch if the network mixes samples), and
             refused if it does not repeat itself or if its samples do not add up where batches are cut.
     """
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
-        )
+    options = StepOptions(
+        augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
+        weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,
+    )  # fmt: skip
     arguments.check_types(theta, images, labels, augment)
-    arguments.check_number("momentum", momentum)
-    arguments.check_number("weight_decay", weight_decay)
-    student = student_for(net, theta.device, arguments.kind_of(labels, label_kind), loss, precision)
-    indices = arguments.checked_batches(batches, images)
-    lr = arguments.rates_of(lr, theta)
-    arguments.check_tensors(theta, images, labels, lr, len(indices), net)
+    indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
     arguments.check_velocity(velocity, theta)
-    if gradient not in ("exact", "truncated"):
-        raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{gradient}'")
-    if [microbatch, memory_budget, plan].count(None) < 2:
-        raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
     has_velocity = momentum != 0 or velocity is not None or return_velocity
-    largest, steps = max(len(index) for index in indices), len(indices)
     draws = arguments.draws_of(draws, augment, images, indices, generator)
-    augmented = None if theta.is_meta else try_augmentation(net, augment, images, indices[0], draws[0])
-    if plan is None:
-        shape = images.shape[1:]
-        work = Work(
-            student=student,
-            num_parameters=net.num_parameters,
-            mixes_samples=net.mixes_samples,
-            images=images.shape,
-            input_shape=shape if augmented is None else augmented.shape[1:],
-            batch=largest,
-            steps=steps,
-            dtype=theta.dtype,
-            device=theta.device,
-            momentum=has_velocity,
-            augment=augment is not None,
-            augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
-        )
-        plan = plan_for(work, memory_budget, microbatch, "give fewer or smaller `batches`")
-    planned = student_for_plan(student, net, plan, largest)
-    if isinstance(student, GenericStudent) and not theta.is_meta:
-        try_step(student, theta, images, labels, indices[0], augmented, is_cut=planned is not student)
-    del augmented  # the plan has no memory for it
+    plan = checked_plan(net, options, theta, images, labels, lr, indices, draws[0], has_velocity=has_velocity)
     student_steps = StudentSteps(
-        student=planned,
+        student=student_for_plan(plan.work.student, net, plan, plan.work.batch),
         batches=indices,
-        saved_from=max(0, steps - plan.saved_steps),
+        saved_from=max(0, len(indices) - plan.saved_steps),
         path_on_host=plan.path_on_host,
         augment=augment,
         draws=tuple(draws),
@@ -181,6 +150,73 @@ def unroll(
     )
     path, after = path_of(student_steps, theta, images, labels, lr, velocity)
     return (path, after) if return_velocity and after is not None else path
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """The arguments of `unroll` that say how steps are computed."""
+
+    augment: Augment | None = None
+    microbatch: int | None = None
+    memory_budget: int | str | None = None
+    plan: Plan | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    label_kind: LabelKind | None = None
+    loss: Loss | None = None
+    precision: Precision = "fp32"
+    gradient: Gradient = "exact"
+
+
+def checked_plan(
+    net: Network,
+    options: StepOptions,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    batches: Sequence[Tensor],
+    draws: Any,
+    *,
+    has_velocity: bool,
+) -> Plan:
+    """Return the plan of the steps that `unroll` takes on `batches`, as `options` say; `draws` are those of the first step.
+
+    Raises `InputError` as `unroll`, which tries a network, a loss and an augmentation of the caller's own here.
+    """
+    for name in ("momentum", "weight_decay"):
+        arguments.check_number(name, getattr(options, name))
+    kind = arguments.kind_of(labels, options.label_kind)
+    student = student_for(net, theta.device, kind, options.loss, options.precision)
+    arguments.check_tensors(theta, images, labels, lr, len(batches), net)
+    if options.gradient not in get_args(Gradient):
+        raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{options.gradient}'")
+    if [options.microbatch, options.memory_budget, options.plan].count(None) < 2:
+        raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
+    augment, shape = options.augment, images.shape[1:]
+    augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
+    work = Work(
+        student=student,
+        num_parameters=net.num_parameters,
+        mixes_samples=net.mixes_samples,
+        images=images.shape,
+        input_shape=shape if augmented is None else augmented.shape[1:],
+        batch=max(len(index) for index in batches),
+        steps=len(batches),
+        dtype=theta.dtype,
+        device=theta.device,
+        momentum=has_velocity,
+        augment=augment is not None,
+        augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
+    )
+    if options.plan is not None:
+        plan = replace(options.plan, work=work)
+    else:
+        plan = plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
+    if isinstance(student, GenericStudent) and not theta.is_meta:
+        is_cut = student_for_plan(student, net, plan, work.batch) is not student
+        try_step(student, theta, images, labels, batches[0], augmented, is_cut=is_cut)
+    return plan
 
 
 def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:

@@ -1,0 +1,194 @@
+"""The matching loss and its gradients, recorded once and replayed by a GPU.
+
+`unroll` launches each kernel from Python, which takes a GPU longer to wait for than the kernels take. What stays the same in all
+iterations, the network and the options, is given once here, so that a call only replays what the first one recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mtt_fast.augmentation.protocol import Augment, warp_of
+from mtt_fast.engine import arguments
+from mtt_fast.engine.draws import Draw, draw_steps
+from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
+from mtt_fast.engine.matching import path_loss
+from mtt_fast.engine.student import Loss
+from mtt_fast.engine.unroll import Gradient, StepOptions, checked_plan
+from mtt_fast.errors import InputError
+from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.cuda_graphs import GraphedFunction
+from mtt_fast.runtime.prefetch import upload
+
+log = logging.getLogger(__name__)
+
+_MOST = 8  # recordings of one object, since each holds the memory of its plan
+
+
+class GraphedMatchingLoss:
+    """`unroll` and a loss of its path as one function, which on a GPU is recorded in a CUDA graph and replayed.
+
+    The first call with tensors of some shapes, and steps of some lengths, checks the arguments as `unroll` does, compiles
+    kernels, and records the loss and its gradients. A later call copies its tensors into the graph and starts it, and waits for
+    nothing. A recording's memory, that of its plan, is held for as long as the object is. On a CPU nothing is recorded, and each
+    call computes.
+
+    The gradients are computed together with the loss, whoever asks for them; a backward pass scales them and hands them on.
+
+    Args:
+        net: the student's network, and all else but `of_path` as in `unroll`.
+        of_path: from the path (N + 1, P), the start and the target (P,) to a loss (): by default the paper's, or
+            `functools.partial(mtt_fast.path_loss, match_step="nearest")`, or a function of your own that asks no tensor for its
+            value, draws no random number, and depends on no other tensor.
+
+    Example:
+        ```python
+        matching_loss = mtt_fast.GraphedMatchingLoss(net, augment=augment, memory_budget="2GiB")
+        for start, target, order in segments:
+            loss = matching_loss(start, target, images, labels, lr, order)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        ```
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        *,
+        augment: Augment | None = None,
+        microbatch: int | None = None,
+        memory_budget: int | str | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        label_kind: LabelKind | None = None,
+        loss: Loss | None = None,
+        precision: Precision = "fp32",
+        gradient: Gradient = "exact",
+        of_path: PathLoss = path_loss,
+    ) -> None:
+        self._net, self._of_path = net, of_path
+        self._options = StepOptions(
+            augment=augment, microbatch=microbatch, memory_budget=memory_budget, momentum=momentum,
+            weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,
+        )  # fmt: skip
+        self._iterations: dict[Any, Iteration] = {}
+
+    def __call__(
+        self,
+        start: Tensor,
+        target: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        lr: Tensor | float,
+        batches: Tensor | Sequence[Tensor],
+        *,
+        draws: Sequence[Any] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the loss () in float64, differentiable once in `images`, floating `labels` and `lr`.
+
+        The student starts at the parameters `start` (P,), and `target` (P,) is what its path should come to; both are constants.
+        All else is as in `unroll`. The paper's loss is not finite where the expert did not move. Raises `InputError` as `unroll`, and
+        for an augmentation whose draws for a step are no tensor with a row for each image.
+        """
+        augment = self._options.augment
+        arguments.check_types(start, images, labels, augment)
+        arguments.check_target(target, start)
+        indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, start)
+        parameters = _parameters(augment, draws, images, indices, generator)
+        iteration = self._iteration((start, images, labels, lr), indices, parameters)
+        constants = (start, target, torch.cat(indices), *(() if parameters is None else (parameters,)))
+        return _LossWithGradients.apply(iteration, constants, images, labels, lr)  # type: ignore[no-any-return]
+
+    @property
+    def problem(self) -> str | None:
+        """Return the reason why calls on a GPU are no longer recorded, so that they run slower, or None."""
+        recorded = (each for each in self._iterations.values() if isinstance(each, GraphedFunction))
+        return next((each.problem for each in recorded if each.problem), None)
+
+    def _iteration(
+        self, tensors: tuple[Tensor, Tensor, Tensor, Tensor], batches: Sequence[Tensor], parameters: Tensor | None
+    ) -> Iteration:
+        """Return the iteration for tensors (start, images, labels, lr) and batches like these."""
+        options, lengths = self._options, tuple(len(index) for index in batches)
+        kind = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
+        if kind in self._iterations:
+            return self._iterations[kind]
+        first_draws = None if parameters is None else parameters[: lengths[0]]
+        plan = checked_plan(self._net, options, *tensors, batches, first_draws, has_velocity=options.momentum != 0)
+        is_recorded = len(self._iterations) < _MOST
+        iteration = planned_iteration(
+            self._net, plan, options.augment, lengths, loss=self._of_path, momentum=options.momentum,
+            weight_decay=options.weight_decay, gradient=options.gradient, graph=is_recorded,
+        )  # fmt: skip
+        if is_recorded:
+            self._iterations[kind] = iteration
+        else:
+            log.warning(
+                "not recorded, so that it runs slower, with the same result: more than %d sets of shapes", _MOST
+            )
+        return iteration
+
+
+class _LossWithGradients(torch.autograd.Function):
+    """A loss whose gradients are computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, iteration: Iteration, constants: Sequence[Tensor], images: Tensor, labels: Tensor, lr: Tensor
+    ) -> Tensor:
+        start, target, *draws = constants
+        loss, *gradients = iteration(start, target, images, labels, lr, *draws)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        images, lr, *labels = (grad.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors)
+        return None, None, images, next(iter(labels), None), lr
+
+
+def _parameters(
+    augment: Augment | None,
+    draws: Sequence[Any] | None,
+    images: Tensor,
+    batches: Sequence[Tensor],
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """Return the draws of all steps as one tensor (ΣB, …) on the device of `images`; None without an augmentation."""
+    draw_all: Draw | None = getattr(augment, "draw_parameters", None)
+    if draws is None and draw_all is not None:  # the same random numbers, and less work
+        drawn = draw_steps(batches, images.shape[1:], images.dtype, draw_all, generator)
+        return None if drawn.parameters is None else _on_device_of(images, drawn.parameters)
+    draws = arguments.draws_of(draws, augment, images, batches, generator)
+    if augment is None:
+        return None
+    rows = [_row_for_each(augment, of_step, images, index) for of_step, index in zip(draws, batches, strict=True)]
+    return _on_device_of(images, torch.cat(rows))
+
+
+def _on_device_of(images: Tensor, parameters: Tensor) -> Tensor:
+    """Return `parameters` on the device of `images`; a copy from the host is waited for by the device alone."""
+    return upload(parameters, images.device) if parameters.device.type == "cpu" else parameters.to(images.device)
+
+
+def _row_for_each(augment: Augment, draws: Any, images: Tensor, index: Tensor) -> Tensor:
+    """Return the `draws` of a step on the `images` at `index` (b,) as a tensor (b, …). Raises `InputError` if they are none."""
+    warp = warp_of(augment, draws, torch.Size((len(index), *images.shape[1:])))
+    if warp is not None:
+        return warp.to(torch.promote_types(images.dtype, torch.float32))
+    if isinstance(draws, Tensor) and draws.shape[:1] == index.shape:
+        return draws
+    raise InputError(
+        "GraphedMatchingLoss augment: expected draws for a step that are a tensor with a row for each image, found "
+        f"{type(draws).__name__} of shape {tuple(getattr(draws, 'shape', ()))}; use `unroll`, which takes any"
+    )

@@ -1,0 +1,280 @@
+"""Test GraphedMatchingLoss: what `unroll` and a loss give, in one call; recorded once for each kind of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtt_fast import (
+    Augmentation,
+    ConvNet,
+    FlatModule,
+    GraphedMatchingLoss,
+    InputError,
+    SiameseAugment,
+    masked_matching_loss,
+    matching_loss,
+    nearest_step_loss,
+    path_loss,
+    unroll,
+)
+from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.networks.protocol import Network
+from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording
+from mtt_fast.testing import assert_close
+
+NET = ConvNet(in_channels=2, num_classes=3, image_size=8, width=4, depth=2)
+MODULE = FlatModule(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(144, 3)).double())
+BATCHES = [torch.tensor([5]), torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 4, 5])]
+FLIP = Augmentation(
+    draw=lambda images, generator: torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5,
+    apply=lambda images, mirrored: torch.where(mirrored.to(images.device), images.flip(3), images),
+)
+Loss = Callable[..., Tensor]
+
+
+def tensors(net: Network = NET, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Any]:
+    """Return start, target, and what is learned: images, soft labels and a rate for each step."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    start = 0.3 * randn(net.num_parameters)
+    learned = {"images": randn(6, 2, 8, 8), "labels": randn(6, 3), "lr": randn(3).abs()}
+    return {
+        "start": start, "target": start + 0.1 * randn(len(start)),
+        **{name: value.requires_grad_() for name, value in learned.items()},
+    }  # fmt: skip
+
+
+def gradients(loss: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    return loss.detach(), *torch.autograd.grad(loss, [given[name] for name in ("images", "labels", "lr")])
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "augmented": {"augment": SiameseAugment()},
+    "augmented by tensors": {"augment": FLIP},
+    "momentum": {"momentum": 0.9, "weight_decay": 0.1},
+    "pieces": {"microbatch": 3},
+    "budget": {"memory_budget": "64MiB"},
+    "truncated": {"gradient": "truncated"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("net", [NET, MODULE], ids=["ConvNet", "module"])
+@pytest.mark.parametrize("drawn", ["before", "here"])
+def test_equals_unroll_and_its_loss(net: Network, name: str, drawn: str) -> None:
+    options, given = {"label_kind": "logits", **OPTIONS[name]}, tensors(net)
+    augment, random = options.get("augment"), torch.Generator().manual_seed(1)
+    draws = None
+    if augment is not None and drawn == "before":
+        draws = [augment.draw(given["images"].detach()[index], random) for index in BATCHES]
+        random.manual_seed(1)
+    path = unroll(
+        net, given["start"], given["images"], given["labels"], given["lr"], BATCHES, generator=random, **options
+    )
+    expected = gradients(matching_loss(path[-1], given["start"], given["target"]), given)
+    graphed = GraphedMatchingLoss(net, **options)
+    for _ in range(2):
+        loss = graphed(**given, batches=BATCHES, draws=draws, generator=random.manual_seed(1))
+        assert loss.dtype == torch.float64
+        for what, mine, theirs in zip(
+            ("loss", "images", "labels", "lr"), gradients(loss, given), expected, strict=True
+        ):
+            assert_close(what, mine, theirs, 1e-12)
+    assert graphed.problem is None
+
+
+@pytest.mark.parametrize(
+    ("of_path", "reference"),
+    [
+        (partial(path_loss, match_step="nearest"), nearest_step_loss),
+        (
+            partial(path_loss, loss_ratio=0.4),
+            lambda path, start, target: masked_matching_loss(path[-1], start, target, loss_ratio=0.4),
+        ),
+        (
+            lambda path, start, target: (path[1:] - target).abs().mean(),
+            lambda path, start, target: (path[1:] - target).abs().mean(),
+        ),
+    ],
+    ids=["nearest", "masked", "own"],
+)
+def test_any_loss_of_the_path(of_path: Loss, reference: Loss) -> None:
+    given = tensors()
+    given["labels"] = given["labels"].detach().softmax(1).requires_grad_()
+    path = unroll(NET, given["start"], given["images"], given["labels"], given["lr"], BATCHES)
+    expected = gradients(reference(path, given["start"], given["target"]), given)
+    graphed = GraphedMatchingLoss(NET, of_path=of_path)
+    for mine, theirs in zip(gradients(graphed(**given, batches=BATCHES), given), expected, strict=True):
+        assert_close("loss or gradient", mine, theirs, 1e-12)
+
+
+def test_the_gradient_flows_on_and_is_scaled() -> None:
+    given = tensors()
+    codes = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    decoder = nn.Sequential(nn.Linear(5, 128), nn.Unflatten(1, (2, 8, 8))).double()
+    graphed = GraphedMatchingLoss(NET)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def total(loss_of: Loss) -> Tensor:
+        images = decoder(codes)
+        value: Tensor = 3 * loss_of(images) + images.square().mean()
+        return value
+
+    def unrolled(images: Tensor) -> Tensor:
+        path = unroll(NET, given["start"], images, labels, 0.2, BATCHES)
+        return matching_loss(path[-1], given["start"], given["target"])
+
+    leaves = [codes, *decoder.parameters()]
+    mine = torch.autograd.grad(
+        total(lambda images: graphed(given["start"], given["target"], images, labels, 0.2, BATCHES)), leaves
+    )
+    for actual, expected in zip(mine, torch.autograd.grad(total(unrolled), leaves), strict=True):
+        assert_close("gradient", actual, expected, 1e-12)
+
+
+def test_canvases_are_cropped() -> None:
+    given, crops = tensors(), CanvasCrops(2, SiameseAugment())
+    canvases = torch.randn(6, 2, 16, 16, dtype=torch.float64, requires_grad=True)
+    given = {**given, "images": canvases, "labels": given["labels"].detach().softmax(1).requires_grad_()}
+    random = torch.Generator().manual_seed(2)
+    path = unroll(NET, given["start"], canvases, given["labels"], given["lr"], BATCHES, crops, generator=random)
+    expected = gradients(matching_loss(path[-1], given["start"], given["target"]), given)
+    loss = GraphedMatchingLoss(NET, augment=crops)(**given, batches=BATCHES, generator=random.manual_seed(2))
+    for mine, theirs in zip(gradients(loss, given), expected, strict=True):
+        assert_close("loss or gradient", mine, theirs, 1e-12)
+
+
+def test_without_gradients_there_is_the_loss_alone() -> None:
+    given = tensors()
+    graphed = GraphedMatchingLoss(NET, label_kind="logits")
+    with torch.no_grad():
+        loss = graphed(**given, batches=BATCHES)
+    assert not loss.requires_grad
+    assert torch.equal(loss, graphed(**given, batches=BATCHES).detach())
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Record iterations on a CPU as on a GPU; return the recordings."""
+    recordings: list[Recording] = []
+
+    def record(run: Callable[[], tuple[Tensor, ...]]) -> Recording:
+        outputs = run()
+
+        def replay() -> None:
+            for output, value in zip(outputs, run(), strict=True):
+                output.copy_(value)
+
+        recordings.append(Recording(replay, outputs))
+        return recordings[-1]
+
+    monkeypatch.setattr("mtt_fast.engine.iteration.graphed", lambda function, *_: GraphedFunction(function, record))
+    return recordings
+
+
+def test_each_kind_of_arguments_is_recorded_once(recordings: list[Recording]) -> None:
+    graphed, given = GraphedMatchingLoss(NET, augment=SiameseAugment(), label_kind="logits"), tensors()
+    for batches in (BATCHES, BATCHES, BATCHES[::-1], BATCHES):
+        random = torch.Generator().manual_seed(4)
+        loss = graphed(**given, batches=batches, generator=random)
+        path = unroll(
+            NET, given["start"], given["images"], given["labels"], given["lr"], batches, SiameseAugment(),
+            label_kind="logits", generator=random.manual_seed(4),
+        )  # fmt: skip
+        expected = gradients(matching_loss(path[-1], given["start"], given["target"]), given)
+        for mine, theirs in zip(gradients(loss, given), expected, strict=True):
+            assert_close("loss or gradient", mine, theirs, 1e-12)
+        with torch.no_grad():
+            given["images"] += 0.1
+    assert len(recordings) == 2
+
+
+def test_only_so_many_are_recorded(recordings: list[Recording], caplog: pytest.LogCaptureFixture) -> None:
+    graphed, given = GraphedMatchingLoss(NET, label_kind="logits"), tensors()
+    for steps in range(1, 11):
+        index = torch.arange(2).expand(steps, -1)
+        assert graphed(**{**given, "lr": 0.1}, batches=index).isfinite()
+    assert len(recordings) == 8
+    assert caplog.text.count("not recorded") == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"target": torch.zeros(3)},
+            r"target: expected the shape and the device of start, \(\d+,\) on cpu, found \(3,\)",
+        ),
+        ({"target": None}, "target: expected the shape and the device of start"),
+        ({"images": [1.0]}, "images: expected a tensor, found list"),
+        ({"lr": -1.0}, "lr: expected finite numbers of at least 0"),
+        ({"batches": [torch.tensor([6])]}, r"expected indices 0 … 5, found 6 … 6 in step 0"),
+        ({"labels": torch.zeros(5, 3)}, "as many labels"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(changed: dict[str, Any], message: str) -> None:
+    graphed, given = GraphedMatchingLoss(NET), tensors()
+    given["labels"] = given["labels"].detach().softmax(1)
+    graphed(**given, batches=BATCHES)
+    with pytest.raises(InputError, match=message):
+        graphed(**{"batches": BATCHES} | given | changed)
+
+
+def test_options_that_do_not_fit_are_told() -> None:
+    given = tensors()
+    for options, message in (
+        ({"gradient": "exactly"}, "gradient: expected 'exact' or 'truncated'"),
+        ({"microbatch": 2, "memory_budget": "1GiB"}, "expected one of `microbatch`, `memory_budget` and `plan`"),
+        ({"momentum": -1.0}, "momentum: expected a finite number"),
+        (
+            {"augment": Augmentation(lambda images, _: 0.5, lambda images, share: images * share)},
+            "a row for each image",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            GraphedMatchingLoss(NET, label_kind="logits", **options)(**given, batches=BATCHES)
+
+
+def test_a_network_that_draws_is_refused() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(128, 3).double()
+
+        def forward(self, images: Tensor) -> Tensor:
+            outputs: Tensor = self.linear(nn.functional.dropout(images.flatten(1)))
+            return outputs
+
+    net = FlatModule(Noisy())
+    with pytest.raises(InputError, match="expected no random numbers"):
+        GraphedMatchingLoss(net, label_kind="logits")(**tensors(net), batches=BATCHES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", [NET, MODULE], ids=["ConvNet", "module"])
+def test_a_gpu_replays_what_unroll_computes(net: Network) -> None:
+    graphed = GraphedMatchingLoss(net, augment=SiameseAugment(), label_kind="logits")
+    given = tensors(net, device="cuda")
+    for _ in range(3):
+        random = torch.Generator().manual_seed(4)
+        loss = graphed(**given, batches=BATCHES, generator=random)
+        path = unroll(
+            net, given["start"], given["images"], given["labels"], given["lr"], BATCHES, SiameseAugment(),
+            label_kind="logits", generator=random.manual_seed(4),
+        )  # fmt: skip
+        expected = gradients(matching_loss(path[-1], given["start"], given["target"]), given)
+        for mine, theirs in zip(gradients(loss, given), expected, strict=True):
+            assert_close("loss or gradient", mine.cpu(), theirs.cpu(), 1e-10)
+        with torch.no_grad():
+            given["images"] += 0.1
+    assert graphed.problem is None
