@@ -1,6 +1,6 @@
 """The matching loss and its gradients, recorded once and replayed by a GPU.
 
-`unroll` launches each kernel from Python, which takes a GPU longer to wait for than the kernels take. What stays the same in all
+`unroll` launches each kernel from Python, and a GPU ends a kernel sooner than Python launches the next. What stays the same in all
 iterations, the network and the options, is given once here, so that a call only replays what the first one recorded.
 """
 
