@@ -50,7 +50,7 @@ from mtt_fast.storage.expert_checks import check_belongs, check_same_training
 from mtt_fast.storage.identity import DatasetIdentity
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_writer_of_experts
-from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, write_expert
+from mtt_fast.storage.trajectories import ExpertMetadata, TrajectoryStore, experts_in, write_expert
 from mtt_fast.training.concurrency import Job, concurrency_for, result_of, run_concurrently
 from mtt_fast.training.images import RealImages, real_images
 from mtt_fast.training.sgd import Epoch, Sgd, accuracy, chunks_on, count_right, epoch_on
@@ -209,7 +209,7 @@ class _Request(NamedTuple):
 
 def _missing(folder: Path, request: _Request) -> list[int]:
     """Return the numbers of the experts that `folder` lacks. Raises `InputError` if one in `folder` is not as requested."""
-    present = TrajectoryStore(folder) if folder.is_dir() else None
+    present = experts_in(folder)
     missing = _numbers_missing(present, request.experts)
     if present:
         check_trained_alike(
@@ -226,7 +226,7 @@ def _numbers_missing(present: TrajectoryStore | None, count: int) -> list[int]:
 
 def check_room_for_missing(folder: Path, count: int) -> None:
     """Raise `InputError` if `folder` lacks some of experts 0 … `count` − 1 and they cannot be written there."""
-    if _numbers_missing(TrajectoryStore(folder) if folder.is_dir() else None, count):
+    if _numbers_missing(experts_in(folder), count):
         check_output_folder(folder, "choose another `buffer_path`")
 
 

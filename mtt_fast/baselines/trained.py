@@ -18,7 +18,7 @@ from mtt_fast.experts import train_missing_experts
 from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.expert_checks import FLAGS, as_trained, check_as_asked, check_belongs, training_unknown
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.training.images import RealImages
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ def first_expert(options: TrainedNetworkOptions, real: RealImages, network: Trai
     Raises `InputError` if the first expert is of another network, data set or whitening.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
-    store = TrajectoryStore(folder) if folder.is_dir() else None
-    if store is None or len(store) == 0:
+    store = experts_in(folder)
+    if store is None:
         store = train_missing_experts(
             folder, 1, real, network, options.expert(), seed=options.seed,
             precision=precision_on(real.train.labels.device, network, options.precision),
@@ -57,8 +57,8 @@ def with_first_expert_training(
     the `requested` ones; or if there is none and it cannot be written.
     """
     folder = buffer_folder(options.buffer_path, real.data, options.model, zca=options.zca)
-    store = TrajectoryStore(folder) if folder.is_dir() else None
-    if not store:
+    store = experts_in(folder)
+    if store is None:
         check_output_folder(folder, "choose another `buffer_path`")
         return options
     check_belongs(store, 0, network, real.identity)

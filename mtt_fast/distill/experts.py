@@ -34,7 +34,7 @@ from mtt_fast.storage.expert_checks import (
 from mtt_fast.storage.foreign import names_in
 from mtt_fast.storage.identity import other_data_in_words
 from mtt_fast.storage.outputs import check_output_folder
-from mtt_fast.storage.trajectories import TrajectoryStore
+from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.storage.waypoints import evenly_spaced
 from mtt_fast.training.images import RealImages
 
@@ -63,9 +63,10 @@ def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> Expe
     whole = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
     count = options.num_interpolation
     used = whole if count is None else waypoint_folder(whole, count)
-    experts, ready = _indices(whole), _indices(used)
+    stores = {folder: experts_in(folder) for folder in (whole, used)}
+    experts, ready = _indices(stores[whole]), _indices(stores[used])
     needed = options.max_experts or options.num_experts
-    imported = any(_imported(folder) for folder in {whole, used})
+    imported = any(map(_imported, stores.values()))
     enough = len(ready) >= needed or (imported and not experts)
     untrained = set(range(options.num_experts)) - experts
     missing = set() if enough or imported or len(experts) >= needed else untrained
@@ -88,10 +89,10 @@ def check_experts(
     """
     check_missing_experts(options, inventory)
     needed = options.last_matched_epoch
-    experts = _store(inventory.whole)
+    experts = experts_in(inventory.whole)
     if inventory.uncompressed and options.num_interpolation is not None:
         evenly_spaced(experts.epochs(0) if experts else options.train_epochs, options.num_interpolation)
-    store = experts if inventory.uncompressed else _store(inventory.used)
+    store = experts if inventory.uncompressed else experts_in(inventory.used)
     identity = data.identity(zca=options.zca)
     for folder, written in ((inventory.whole, inventory.missing), (inventory.used, inventory.uncompressed)):
         if written:
@@ -179,7 +180,7 @@ def otherwise_whitened(options: DistillOptions, data: ImageData | DatasetInfo) -
     own, other = (
         buffer_folder(options.buffer_path, data, options.model, zca=zca) for zca in (options.zca, not options.zca)
     )
-    if _indices(own) or not _indices(other):
+    if experts_in(own) or not experts_in(other):
         return ""
     how = "normalised images; leave out --zca" if options.zca else "whitened images; say --zca"
     return f"{own}: no experts yet; those in {other} were trained on {how} to use them"
@@ -239,16 +240,9 @@ def with_actual_training(options: DistillOptions, store: TrajectoryStore) -> Dis
     return as_trained(options, dataclasses.asdict(options.experts()), store.metadata(0))
 
 
-def _store(folder: Path) -> TrajectoryStore | None:
-    """Return the experts in `folder`, or None if there is none."""
-    return (TrajectoryStore(folder) if folder.is_dir() else None) or None
-
-
-def _indices(folder: Path) -> set[int]:
-    store = _store(folder)
+def _indices(store: TrajectoryStore | None) -> set[int]:
     return set(store.indices) if store else set()
 
 
-def _imported(folder: Path) -> bool:
-    store = _store(folder)
+def _imported(store: TrajectoryStore | None) -> bool:
     return store is not None and any(store.metadata(expert).imported for expert in range(len(store)))

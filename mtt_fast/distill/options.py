@@ -196,8 +196,17 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
 
     def remarks(self, given: Container[str]) -> list[str]:
         """See `CommonOptions.remarks`."""
-        remark = "--no_aug False keeps the augmentation; the public code's parser takes any word after --no_aug for yes"
-        return super().remarks(given) + ([remark] if "no_aug" in given and not self.no_aug else [])
+        remarks, first = super().remarks(given), self.current_max_start_epoch
+        if "no_aug" in given and not self.no_aug:
+            remarks.append(
+                "--no_aug False keeps the augmentation; the public code's parser takes any word after --no_aug for yes"
+            )
+        if first is not None and first < self.max_start_epoch and 0 < self.Iteration < self.expansion_end_epoch:
+            remarks.append(
+                f"--expansion_end_epoch {self.expansion_end_epoch} is beyond --Iteration {self.Iteration}: the bound on the start "
+                f"epoch, {first} at first, does not reach --max_start_epoch {self.max_start_epoch}"
+            )
+        return remarks
 
     def check(self) -> None:
         """Raise `InputError` for the first option whose value is not allowed, or not with the others."""

@@ -34,7 +34,7 @@ def try_augmentation(
     if augment is None or warp_of(augment, draws, torch.Size((len(index), *images.shape[1:]))) is not None:
         return None
     rows, few = images.detach()[index], _few_of(network, len(index))
-    with torch.no_grad():  # of copies, since it may write into them
+    with torch.no_grad(), without_autocast(images.device):  # of copies, since it may write into them
         first, second = (augment(rows.clone(), draws)[few] for _ in range(2))
     if not _alike(first, second):
         raise InputError(

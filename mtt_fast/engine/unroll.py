@@ -6,7 +6,6 @@ parameters: a step's contribution is one directional derivative of its ordinary 
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from mtt_fast.augmentation.protocol import Augment, footprint_of, warp_of
 from mtt_fast.engine import arguments
 from mtt_fast.engine.batch import AugmentedBatch, Batch
 from mtt_fast.engine.memory_plan import Plan, Work, plan_for
+from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import GenericStudent, Loss, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
@@ -237,30 +237,7 @@ def path_of(
     """
     with without_autocast(theta.device):
         path, after, *rows = _Unroll.apply(steps, theta, velocity, images, labels, lr)
-    path = path.as_subclass(_Path)
-    path.rows, path.home = tuple(rows), theta.device
-    return path, after
-
-
-class _Path(Tensor):
-    """A path whose single rows remember that they are rows, and come to the device where the student was trained.
-
-    The gradient of an ordinary `path[-1]` is as large as the path, and all zeros but for one row.
-    """
-
-    rows: tuple[Tensor, ...]
-    home: torch.device
-    # results computed from a path are ordinary tensors
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.rows[index].to(self.home) if isinstance(index, int) else super().__getitem__(index)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a file of a path is a file of an ordinary tensor
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self.as_subclass(Tensor), memo)
+    return StudentPath.of(path, rows, theta.device), after
 
 
 @dataclass(frozen=True)

@@ -278,13 +278,13 @@ class TrajectoryStore:
         header = self._header(expert)
         _check_number(epoch)
         if not 0 <= epoch <= header.epochs:
-            raise OutOfRange(f"{self._path(expert)}: expected an epoch from 0 to {header.epochs}, found {epoch}")
+            raise OutOfRange(f"{self.path(expert)}: expected an epoch from 0 to {header.epochs}, found {epoch}")
         row, weights = header.at(epoch)
         start = self._row(expert, header, row)
         return start if weights is None else torch.lerp(start, self._row(expert, header, row + 1), weights)
 
     def _row(self, expert: int, header: _Header, number: int) -> Tensor:
-        path, row = self._path(expert), torch.empty(header.entry.shape[1], dtype=header.dtype)
+        path, row = self.path(expert), torch.empty(header.entry.shape[1], dtype=header.dtype)
         content = bytes_of(row)
         with open_regular(path) as file:
             file.seek(header.entry.begin + number * len(content))
@@ -318,7 +318,7 @@ class TrajectoryStore:
 
     def metadata(self, expert: int) -> ExpertMetadata:
         """Return what the file says of its expert."""
-        header, path = self._header(expert), self._path(expert)
+        header, path = self._header(expert), self.path(expert)
         metadata = ExpertMetadata.from_text(header.text, path)
         if sum(layer_sizes(metadata.layout)) != header.entry.shape[1] or len(metadata.accuracy) != header.epochs + 1:
             raise InputError(f"{path}: its parameters are not those that its metadata tells of; {_TRAIN_AGAIN}")
@@ -326,7 +326,7 @@ class TrajectoryStore:
 
     def path(self, expert: int) -> Path:
         """Return the expert's file."""
-        return self._path(expert)
+        return expert_path(self.folder, self.indices[self._position(expert)])
 
     def digest(self, expert: int) -> str:
         """Return a digest of the expert's parameters, made of the checksums in its header; "" if it has none."""
@@ -340,9 +340,6 @@ class TrajectoryStore:
         header = self._header(expert)
         for number in range(header.entry.shape[0]):
             self._row(expert, header, number)
-
-    def _path(self, expert: int) -> Path:
-        return expert_path(self.folder, self.indices[self._position(expert)])
 
     def _position(self, expert: Any) -> int:
         """Return `expert` as a position in `indices`. Raises `InputError` for what is none, `OutOfRange` for one without an expert."""
@@ -361,8 +358,13 @@ class TrajectoryStore:
     def _header(self, expert: int) -> _Header:
         position = self._position(expert)
         if position not in self._headers:  # two threads may both read it, to the same result
-            self._headers[position] = _read_header(self._path(position))
+            self._headers[position] = _read_header(self.path(position))
         return self._headers[position]
+
+
+def experts_in(folder: Path) -> TrajectoryStore | None:
+    """Return the experts in `folder`, or None if it holds none or is not there."""
+    return (TrajectoryStore(folder) if folder.is_dir() else None) or None
 
 
 def _check_number(epoch: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,28 @@ def test_the_range_of_start_epochs_grows_linearly() -> None:
         upper = min(10 + int((20 - 10) * iteration / 1000), 20)  # as DATM's code has it
         assert start_epochs(options, iteration) == range(3, upper), iteration
     assert start_epochs(DistillOptions(max_start_epoch=7), 0) == range(7)
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_told"),
+    [
+        ("--max_start_epoch 4 --Iteration 19", True),
+        ("--max_start_epoch 4 --Iteration 20", False),
+        ("--max_start_epoch 4 --Iteration 0", False),
+        ("--max_start_epoch 2 --Iteration 19", False),
+    ],
+)
+def test_a_range_that_does_not_grow_to_its_end_is_told(
+    flags: str, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    parse_options([*TOY, "--current_max_start_epoch", "2", "--expansion_end_epoch", "20", *flags.split()])
+    line = (
+        "--expansion_end_epoch 20 is beyond --Iteration 19: the bound on the start epoch, 2 at first, does not reach "
+        "--max_start_epoch 4"
+    )
+    assert caplog.messages.count(line) == is_told
+    assert sum("beyond --Iteration" in told for told in caplog.messages) == is_told
 
 
 @pytest.mark.parametrize("more", ["", "--continuous_start --num_trajectories 2"])

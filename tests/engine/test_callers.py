@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mtt_fast import ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
 from mtt_fast.networks.protocol import Network
 from mtt_fast.testing import assert_close, module_function, reference_convnet, whole_graph
 
@@ -183,6 +183,19 @@ def test_autocast_around_it_changes_nothing(network: Network, dtype: torch.dtype
     for actual, expected in zip(gradient(True), gradient(False), strict=True):
         assert actual.dtype == dtype
         assert torch.equal(actual, expected)
+
+
+def test_autocast_around_it_does_not_reach_the_augmentation() -> None:
+    mixed = torch.rand(8, 8).softmax(dim=0)
+    # within autocast the product alone would be bfloat16, which lerp refuses
+    blur = Augmentation(lambda *_: None, lambda images, _: torch.lerp(images, images @ mixed, 0.5))
+    start, images = START.float(), Distilled().images.detach().float()
+
+    def end(autocast: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return unroll(NETWORK, start, images, LABELS, 0.2, BATCHES, blur)[-1]
+
+    assert torch.equal(end(True), end(False))
 
 
 def test_images_made_under_autocast_keep_their_type() -> None:

@@ -1,0 +1,38 @@
+"""The path of a student as a caller holds it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StudentPath(Tensor):
+    """A path whose single rows remember that they are rows, and come to the device where the student was trained.
+
+    The gradient of an ordinary `path[-1]` is as large as the path, and all zeros but for one row.
+    """
+
+    rows: tuple[Tensor, ...]
+    home: torch.device
+    # results computed from a path are ordinary tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(path: Tensor, rows: Sequence[Tensor], home: torch.device) -> StudentPath:
+        """Return `path` (N + 1, P), whose `rows` (P,) autograd knows one by one, of a student that was trained at `home`."""
+        held = path.as_subclass(StudentPath)
+        held.rows, held.home = tuple(rows), home
+        return held
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.rows[index].to(self.home) if isinstance(index, int) else super().__getitem__(index)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a file of a path is a file of an ordinary tensor
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
