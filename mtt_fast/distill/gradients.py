@@ -21,7 +21,7 @@ from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.out_of_memory import with_smaller_pieces
-from mtt_fast.engine.unroll import Gradient
+from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.networks.protocol import Network
 from mtt_fast.storage.checkpoint import State
 

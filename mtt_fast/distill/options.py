@@ -29,7 +29,7 @@ from mtt_fast.commands.options import (
 )
 from mtt_fast.engine.matching import MatchStep
 from mtt_fast.engine.memory_plan import check_budget
-from mtt_fast.engine.unroll import Gradient
+from mtt_fast.engine.sweeps import Gradient
 from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining, ExpertTrainingOptions
 from mtt_fast.kernels import LabelKind

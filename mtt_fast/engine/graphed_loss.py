@@ -20,7 +20,8 @@ from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.student import Loss
-from mtt_fast.engine.unroll import Gradient, StepOptions, checked_plan
+from mtt_fast.engine.sweeps import Gradient
+from mtt_fast.engine.unroll import StepOptions, checked_plan
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network

@@ -17,7 +17,8 @@ from mtt_fast.engine.draws import Apply
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student import Student
-from mtt_fast.engine.unroll import Gradient, StudentSteps, path_of, student_for_plan
+from mtt_fast.engine.sweeps import Gradient, StudentSteps, path_of
+from mtt_fast.engine.unroll import student_for_plan
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import graphed
 
