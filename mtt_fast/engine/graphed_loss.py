@@ -19,9 +19,9 @@ from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
 from mtt_fast.engine.matching import path_loss
-from mtt_fast.engine.student import Loss
+from mtt_fast.engine.student import Loss, Student
 from mtt_fast.engine.sweeps import Gradient
-from mtt_fast.engine.unroll import StepOptions, checked_plan
+from mtt_fast.engine.unroll import StepOptions, checked_plan, checked_student
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -38,8 +38,8 @@ class GraphedMatchingLoss:
 
     The first call with tensors of some shapes, and steps of some lengths, checks the arguments as `unroll` does, compiles
     kernels, and records the loss and its gradients. A later call copies its tensors into the graph and starts it, and waits for
-    nothing. A recording's memory, that of its plan, is held for as long as the object is. On a CPU nothing is recorded, and each
-    call computes.
+    nothing. So what network, loss and augmentation take from Python, as whether a module trains, stays as it was at the first call.
+    A recording's memory, that of its plan, is held for as long as the object is. On a CPU nothing is recorded, and each call computes.
 
     The gradients are computed together with the loss, whoever asks for them; a backward pass scales them and hands them on.
 
@@ -104,8 +104,9 @@ class GraphedMatchingLoss:
         arguments.check_types(start, images, labels, augment)
         arguments.check_target(target, start)
         indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, start)
+        student = checked_student(self._net, self._options, start, images, labels, lr, indices)
         parameters = _parameters(augment, draws, images, indices, generator)
-        iteration = self._iteration((start, images, labels, lr), indices, parameters)
+        iteration = self._iteration(student, (start, images, labels, lr), indices, parameters)
         constants = (start, target, torch.cat(indices), *(() if parameters is None else (parameters,)))
         return _LossWithGradients.apply(iteration, constants, images, labels, lr)  # type: ignore[no-any-return]
 
@@ -116,7 +117,11 @@ class GraphedMatchingLoss:
         return next((each.problem for each in recorded if each.problem), None)
 
     def _iteration(
-        self, tensors: tuple[Tensor, Tensor, Tensor, Tensor], batches: Sequence[Tensor], parameters: Tensor | None
+        self,
+        student: Student,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        batches: Sequence[Tensor],
+        parameters: Tensor | None,
     ) -> Iteration:
         """Return the iteration for tensors (start, images, labels, lr) and batches like these."""
         options, lengths = self._options, tuple(len(index) for index in batches)
@@ -124,7 +129,10 @@ class GraphedMatchingLoss:
         if kind in self._iterations:
             return self._iterations[kind]
         first_draws = None if parameters is None else parameters[: lengths[0]]
-        plan = checked_plan(self._net, options, *tensors, batches, first_draws, has_velocity=options.momentum != 0)
+        plan = checked_plan(
+            student, self._net, options, *tensors[:3], batches, first_draws, has_velocity=options.momentum != 0,
+            path_gradient=self._of_path is not path_loss,
+        )  # fmt: skip
         is_recorded = len(self._iterations) < _MOST
         iteration = planned_iteration(
             self._net, plan, options.augment, lengths, loss=self._of_path, momentum=options.momentum,

@@ -120,12 +120,13 @@ def unroll(
     )  # fmt: skip
     arguments.check_types(theta, images, labels, augment)
     indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
+    student = checked_student(net, options, theta, images, labels, lr, indices)
     arguments.check_velocity(velocity, theta)
     has_velocity = momentum != 0 or velocity is not None or return_velocity
     draws = arguments.draws_of(draws, augment, images, indices, generator)
-    plan = checked_plan(net, options, theta, images, labels, lr, indices, draws[0], has_velocity=has_velocity)
+    plan = checked_plan(student, net, options, theta, images, labels, indices, draws[0], has_velocity=has_velocity)
     student_steps = StudentSteps(
-        student=student_for_plan(plan.work.student, net, plan, plan.work.batch),
+        student=student_for_plan(student, net, plan, plan.work.batch),
         batches=indices,
         saved_from=max(0, len(indices) - plan.saved_steps),
         path_on_host=plan.path_on_host,
@@ -156,7 +157,7 @@ class StepOptions:
     gradient: Gradient = "exact"
 
 
-def checked_plan(
+def checked_student(
     net: Network,
     options: StepOptions,
     theta: Tensor,
@@ -164,14 +165,8 @@ def checked_plan(
     labels: Tensor,
     lr: Tensor,
     batches: Sequence[Tensor],
-    draws: Any,
-    *,
-    has_velocity: bool,
-) -> Plan:
-    """Return the plan of the steps that `unroll` takes on `batches`, as `options` say; `draws` are those of the first step.
-
-    Raises `InputError` as `unroll`, which tries a network, a loss and an augmentation of the caller's own here.
-    """
+) -> Student:
+    """Return the student for the steps of `options`. Raises `InputError` for options and tensors that do not fit each other."""
     for name in ("momentum", "weight_decay"):
         arguments.check_number(name, getattr(options, name))
     kind = arguments.kind_of(labels, options.label_kind)
@@ -181,6 +176,27 @@ def checked_plan(
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{options.gradient}'")
     if [options.microbatch, options.memory_budget, options.plan].count(None) < 2:
         raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
+    return student
+
+
+def checked_plan(
+    student: Student,
+    net: Network,
+    options: StepOptions,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    batches: Sequence[Tensor],
+    draws: Any,
+    *,
+    has_velocity: bool,
+    path_gradient: bool = False,
+) -> Plan:
+    """Return the plan of the steps that `student` takes on `batches`; `draws` are those of the first step.
+
+    With a `path_gradient` the gradient of the path's loss is as large as the path. A network, a loss and an augmentation of
+    the caller's own are tried: raises `InputError` as `unroll`.
+    """
     augment, shape = options.augment, images.shape[1:]
     augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
     work = Work(
@@ -196,6 +212,7 @@ def checked_plan(
         momentum=has_velocity,
         augment=augment is not None,
         augment_bytes=footprint_of(augment, shape, images.dtype).extra_bytes,
+        path_gradient=path_gradient,
     )
     if options.plan is not None:
         plan = replace(options.plan, work=work)

@@ -16,14 +16,17 @@ from mtt_fast import (
     FlatModule,
     GraphedMatchingLoss,
     InputError,
+    Plan,
     SiameseAugment,
     masked_matching_loss,
     matching_loss,
     nearest_step_loss,
     path_loss,
+    plan,
     unroll,
 )
 from mtt_fast.augmentation.texture import CanvasCrops
+from mtt_fast.engine.iteration import Iteration, planned_iteration
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording
 from mtt_fast.testing import assert_close
@@ -116,6 +119,31 @@ def test_any_loss_of_the_path(of_path: Loss, reference: Loss) -> None:
     graphed = GraphedMatchingLoss(NET, of_path=of_path)
     for mine, theirs in zip(gradients(graphed(**given, batches=BATCHES), given), expected, strict=True):
         assert_close("loss or gradient", mine, theirs, 1e-12)
+
+
+def test_the_plan_has_room_for_the_gradient_of_any_loss_of_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def watched(net: Network, plan: Plan, *arguments: Any, **options: Any) -> Iteration:
+        plans.append(plan)
+        return planned_iteration(net, plan, *arguments, **options)
+
+    monkeypatch.setattr("mtt_fast.engine.graphed_loss.planned_iteration", watched)
+    for of_path in (path_loss, partial(path_loss, match_step="nearest")):
+        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
+    assert [plan.work.path_gradient for plan in plans] == [False, True]
+    assert plans[0] == plan(
+        NET, images=(6, 2, 8, 8), steps=3, batch=4, memory_budget=None, dtype=torch.float64, label_kind="logits"
+    )
+
+
+def test_images_of_whole_numbers_are_refused_before_anything_is_drawn() -> None:
+    given = tensors() | {"images": torch.zeros(6, 2, 8, 8, dtype=torch.uint8)}
+    start, images, labels = (given[name] for name in ("start", "images", "labels"))
+    with pytest.raises(InputError, match="expected floating-point images"):
+        unroll(NET, start, images, labels, 0.1, BATCHES, SiameseAugment(), label_kind="logits")
+    with pytest.raises(InputError, match="expected floating-point images"):
+        GraphedMatchingLoss(NET, augment=SiameseAugment(), label_kind="logits")(**given, batches=BATCHES)
 
 
 def test_the_gradient_flows_on_and_is_scaled() -> None:
