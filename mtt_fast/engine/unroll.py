@@ -122,14 +122,11 @@ def unroll(
             at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
 
     Raises:
-        InputError: shapes, dtypes, indices or options that do not fit each other, or `torch.inference_mode`. A network, a loss or
+        InputError: shapes, dtypes, indices or options that do not fit each other; `torch.inference_mode`, `torch.func`, `torch.compile`. A network, a loss or
             an augmentation of the caller's own is tried on a few samples first (on a whole batch if the network mixes samples), and
             refused if it does not repeat itself or if its samples do not add up where batches are cut.
     """
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
-        )
+    arguments.check_context()
     arguments.check_types(theta, images, labels, augment)
     arguments.check_number("momentum", momentum)
     arguments.check_number("weight_decay", weight_decay)

@@ -212,6 +212,25 @@ def test_inference_mode_is_refused(network: Network) -> None:
         unroll(network, START, Distilled().images, LABELS, 0.2, BATCHES)
 
 
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.vmap])
+def test_functional_transforms_are_refused(network: Network, transform: Callable[..., Any]) -> None:
+    def loss(images: Tensor) -> Tensor:
+        return unroll(network, START, images, LABELS, 0.2, BATCHES)[-1].sum()
+
+    images = torch.zeros(6, 2, 8, 8, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"a transform of torch\.func.*backward\(\)"):
+        transform(loss)(images[None] if transform is torch.func.vmap else images)
+
+
+def test_a_compiled_caller_is_refused() -> None:
+    def loss(images: Tensor) -> Tensor:
+        return unroll(NETWORK, START, images, LABELS, 0.2, BATCHES)[-1].sum()
+
+    with pytest.raises(InputError, match=r"torch\.compile, which cannot trace"):
+        torch.compile(loss, backend="aot_eager")(torch.zeros(6, 2, 8, 8, dtype=torch.float64, requires_grad=True))
+
+
 def test_a_start_made_in_inference_mode_serves() -> None:
     with torch.inference_mode():
         start = START.clone()
