@@ -35,7 +35,7 @@ def test_the_first_signal_is_a_request(signum: signal.Signals) -> None:
 
 @pytest.mark.usefixtures("dispositions")
 def test_a_terminal_that_ends_may_say_so_twice() -> None:
-    """The shell tells its jobs, and the system those in the foreground: one that saves is not interrupted by the other."""
+    """Be told by the shell, which tells its jobs, and by the system: the second signal does not interrupt what saves."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with stop_request() as stop:
         signal.raise_signal(signal.SIGHUP)
@@ -46,7 +46,7 @@ def test_a_terminal_that_ends_may_say_so_twice() -> None:
 @pytest.mark.usefixtures("dispositions")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_that_is_ignored_stays_ignored(signum: signal.Signals) -> None:
-    """A script's command in the background ignores Ctrl-C, which is for another one, and nohup's the end of the terminal."""
+    """Ignore Ctrl-C as a script does in the background, where it is for another command, and with nohup the terminal's end."""
     signal.signal(signum, signal.SIG_IGN)
     with stop_request() as stop:
         signal.raise_signal(signum)
