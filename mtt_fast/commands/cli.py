@@ -25,6 +25,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    _open_closed_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("matplotlib", "PIL", "tensorboard"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -51,6 +52,16 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
             raise
         return _mistake("out of memory; set a smaller --memory_budget (or --microbatch), which gives the same result")
     return 0
+
+
+def _open_closed_streams() -> None:
+    """Open in place of standard streams that the caller has closed, as cron may, ones that nobody reads: all can be printed to.
+
+    The system gives the lowest free number, so that no file of a run gets that of a stream, to which libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for the life of the process)
 
 
 def _mistake(message: str) -> int:

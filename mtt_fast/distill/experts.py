@@ -20,7 +20,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.experts import check_trained_alike, train_missing_experts
 from mtt_fast.interop.buffers import BUFFER, CONVEXIFIED
 from mtt_fast.networks.protocol import Trainable
-from mtt_fast.storage.checkpoint import State, imported_experts
+from mtt_fast.storage.checkpoint import State, experts_of_run
 from mtt_fast.storage.expert_checks import (
     FLAGS,
     as_trained,
@@ -118,7 +118,7 @@ def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -
     """Raise `InputError` if experts are missing that must not be trained, or would end before the last epoch of a segment."""
     if not inventory.missing:
         return
-    _check_imported_remain(options.folder(), inventory)
+    _check_experts_of_run_remain(options.folder(), inventory)
     needed = options.last_matched_epoch
     if needed > options.train_epochs:
         raise InputError(
@@ -127,13 +127,23 @@ def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -
         )
 
 
-def _check_imported_remain(folder: Path, inventory: ExpertInventory) -> None:
-    """Raise `InputError` if the run in `folder` began with experts of other software, in whose place others would be trained."""
-    if began_with := imported_experts(folder):
+def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> None:
+    """Raise `InputError` if experts with which the run in `folder` began are gone: others would be trained in their place.
+
+    Hours later they would be other ones, unless the machine, its number of threads and all versions are the same.
+    """
+    began_with, imported = experts_of_run(folder)
+    if imported:
         found = f"{inventory.available} trained here" if inventory.available else "none"
         raise InputError(
             f"{inventory.whole}: expected the {began_with} experts from elsewhere with which the run in {folder} began, found "
             f"{found}; restore them, convert them again with `python -m mtt_fast.convert`, or say in which `buffer_path` they are"
+        )
+    if inventory.available < began_with:
+        raise InputError(
+            f"{inventory.whole}: expected the {began_with} experts with which the run in {folder} began, found "
+            f"{inventory.available or 'none'}; start in the folder where the run was started, say in which `buffer_path` they are, "
+            "or restore them"
         )
 
 

@@ -17,12 +17,25 @@ from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.prefetch import upload
 
 
-def check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:
-    """Raise `InputError` unless these are tensors, and `augment`, if there is one, an augmentation; and in inference mode."""
+def check_context() -> None:
+    """Raise `InputError` inside of what cannot take the gradient of a student: inference mode, a `torch.func` transform, a compiler."""
     if torch.is_inference_mode_enabled():
         raise InputError(
             "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
         )
+    if torch._C._are_functorch_transforms_active():
+        raise InputError(
+            "unroll: found a transform of torch.func, whose tensors its sweeps cannot read; call it as it is, and take the "
+            "gradient by backward() or torch.autograd.grad"
+        )
+    if torch.compiler.is_compiling():
+        raise InputError(
+            "unroll: found torch.compile, which cannot trace its sweeps; call it outside of what is compiled"
+        )
+
+
+def check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:
+    """Raise `InputError` unless these are tensors, and `augment`, if there is one, an augmentation."""
     for name, value in (("theta", theta), ("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise InputError(f"unroll {name}: expected a tensor, found {type(value).__name__}")

@@ -100,6 +100,7 @@ class GraphedMatchingLoss:
         All else is as in `unroll`. The paper's loss is not finite where the expert did not move. Raises `InputError` as `unroll`, and
         for an augmentation whose draws for a step are no tensor with a row for each image.
         """
+        arguments.check_context()
         augment = self._options.augment
         arguments.check_types(start, images, labels, augment)
         arguments.check_target(target, start)

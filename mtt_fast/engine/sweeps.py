@@ -95,7 +95,7 @@ def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
                 "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
                 "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
             )
-        with without_autocast(ctx.saved_tensors[2].device):
+        with without_autocast(ctx.device):
             return function(ctx, *gradients)
 
     return backward
@@ -147,7 +147,7 @@ class _Unroll(torch.autograd.Function):
             before = after
         if steps.path_on_host and theta.is_cuda:  # a reader of the rows in host memory must find them written
             torch.cuda.current_stream(theta.device).synchronize()
-        ctx.steps, ctx.saved = steps, saved
+        ctx.steps, ctx.saved, ctx.device = steps, saved, theta.device
         ctx.save_for_backward(images, labels, lr, path.stored, None if velocities is None else velocities.stored)
         ctx.set_materialize_grads(False)
         # a copy, so that a caller who keeps it keeps neither the other velocities nor this backward sweep's tensors
@@ -159,9 +159,10 @@ class _Unroll(torch.autograd.Function):
         ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         steps: StudentSteps = ctx.steps
-        images, labels, lr, rows = (saved.detach() for saved in ctx.saved_tensors[:4])
+        # asked for once: with torch.autograd.graph's hooks each access is a copy, and torch.utils.checkpoint allows one alone
+        *tensors, stored = ctx.saved_tensors
+        images, labels, lr, rows = (tensor.detach() for tensor in tensors)
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
-        stored = ctx.saved_tensors[4]
         velocities = None if stored is None else Rows(stored, lr.device, on_host=steps.path_on_host)
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.near(0)

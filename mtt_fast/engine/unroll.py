@@ -110,10 +110,12 @@ def unroll(
             at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
 
     Raises:
-        InputError: shapes, dtypes, indices or options that do not fit each other, or `torch.inference_mode`. A network, a loss or
-            an augmentation of the caller's own is tried on a few samples first (on a whole batch if the network mixes samples), and
-            refused if it does not repeat itself or if its samples do not add up where batches are cut.
+        InputError: shapes, dtypes, indices or options that do not fit each other; a call within `torch.inference_mode`,
+            `torch.func` or `torch.compile`. A network, a loss or an augmentation of the caller's own is tried on a few samples
+            first (on a whole batch if the network mixes samples), and refused if it does not repeat itself or if its samples do
+            not add up where batches are cut.
     """
+    arguments.check_context()
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
         weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,

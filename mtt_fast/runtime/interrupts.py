@@ -1,4 +1,4 @@
-"""Turn Ctrl-C and SIGTERM into a request to stop, which a long run checks between its steps."""
+"""Turn Ctrl-C, SIGTERM and the end of the terminal into a request to stop, which a long run checks between its steps."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ class StopRequest:
         return self.signum != 0
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self:  # the second signal interrupts at once
+        if not self:
+            self.signum = signum
+        elif signum != signal.SIGHUP:  # the second signal interrupts at once, but a terminal that ends may say so twice
             raise KeyboardInterrupt
-        self.signum = signum
 
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Yield a request that the first SIGINT or SIGTERM within the block sets without an interruption; a second one interrupts.
+    """Yield a request that the first SIGINT, SIGTERM or SIGHUP within the block sets without an interruption; a second one interrupts.
 
-    Outside the main thread, where Python allows no handlers, the request is never set.
+    A signal that the process ignores, as nohup says of SIGHUP and a shell of SIGINT in the background, stays ignored. Outside the main thread, where Python allows no handlers, the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
+    each = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signals = [number for number in each if signal.getsignal(number) != signal.SIG_IGN]
     handlers = [signal.signal(number, request._handle) for number in signals]
     try:
         yield request

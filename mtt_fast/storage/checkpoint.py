@@ -105,17 +105,17 @@ def load_checkpoint(folder: Path, device: torch.device) -> State | None:
         raise _of_another_version(path) from error
 
 
-def imported_experts(folder: Path) -> int:
-    """Return the number of experts with which the run in `folder` began, if they come from other software, else 0.
+def experts_of_run(folder: Path) -> tuple[int, bool]:
+    """Return the number of experts with which the run in `folder` began, and whether they come from other software.
 
-    Without a checkpoint that is 0 too. Reads the header alone. Raises `InputError` if it is broken.
+    Without a checkpoint the number is 0. Reads the header alone. Raises `InputError` if it is broken.
     """
     path = folder / CHECKPOINT
     if not path.exists():
-        return 0
+        return 0, False
     _, metadata = read_header(path)
     try:
-        return int(parse_json(metadata["numbers"])["experts"]) if _says_imported(metadata) else 0
+        return int(parse_json(metadata["numbers"])["experts"]), _says_imported(metadata)
     except MALFORMED as error:
         raise _of_another_version(path) from error
 

@@ -309,6 +309,27 @@ def test_who_reads_may_leave() -> None:
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_no_harm(tmp_path: Path, closed: str) -> None:
+    """Start a command without some of the standard streams: what it prints goes nowhere, and above all into no file."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from tqdm import tqdm\n"
+        "from mtt_fast.commands import cli\n"
+        "def command(_):\n"
+        "    with open('file', 'w') as file:\n"
+        "        for _ in tqdm(range(2)):\n"
+        "            print('a line')\n"
+        "        file.write(str(file.fileno()))\n"
+        "sys.exit(cli.run(command))\n"
+    )
+    command = ["bash", "-c", f'"$0" "$1" {closed}', sys.executable, str(script)]
+    subprocess.run(command, capture_output=True, timeout=60, check=True, cwd=tmp_path)
+    assert int((tmp_path / "file").read_text()) > 2
+
+
 def test_random_numbers_by_place() -> None:
     def first(*place: int, purpose: str = "a", seed: int = 0) -> float:
         return float(torch.rand((), generator=generator_for(seed, purpose, *place)))

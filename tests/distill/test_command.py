@@ -105,13 +105,19 @@ def test_experts_trained_meanwhile_do_not_change_a_run(
     assert "the run was started with 2 experts, found 1" in capsys.readouterr().err
 
 
+def _as_in_a_terminal() -> None:
+    """Ignore no signal, though the tests may run in the background or under nohup."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_stopped_from_outside_and_continued(experts: list[str], tmp_path: Path, signum: signal.Signals) -> None:
     flags = [*TOY, *experts, "--Iteration", "400", "--eval_it", "400"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     command = [sys.executable, "-m", "mtt_fast.distill", *flags, "--out", str(stopped)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_as_in_a_terminal)
     metrics = stopped / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("step") > 5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from mtt_fast import Augmentation, ConvNet, FlatModule, InputError, SiameseAugment, matching_loss, unroll
 from mtt_fast.networks.protocol import Network
@@ -223,6 +225,59 @@ def test_without_gradients_there_is_the_path_alone() -> None:
 def test_inference_mode_is_refused(network: Network) -> None:
     with torch.inference_mode(), pytest.raises(InputError, match=r"use torch\.no_grad"):
         unroll(network, START, Distilled().images, LABELS, 0.2, BATCHES)
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.vmap])
+def test_functional_transforms_are_refused(network: Network, transform: Callable[..., Any]) -> None:
+    def loss(images: Tensor) -> Tensor:
+        return unroll(network, START, images, LABELS, 0.2, BATCHES)[-1].sum()
+
+    images = torch.zeros(6, 2, 8, 8, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"a transform of torch\.func.*backward\(\)"):
+        transform(loss)(images[None] if transform is torch.func.vmap else images)
+
+
+def test_a_compiled_caller_is_refused() -> None:
+    def loss(images: Tensor) -> Tensor:
+        return unroll(NETWORK, START, images, LABELS, 0.2, BATCHES)[-1].sum()
+
+    with pytest.raises(InputError, match=r"torch\.compile, which cannot trace"):
+        torch.compile(loss, backend="aot_eager")(torch.zeros(6, 2, 8, 8, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_within_a_checkpoint(network: Network, momentum: float, reentrant: bool) -> None:
+    """Compute all steps again in the backward pass, as a caller of several unrolls does to hold one path at a time."""
+
+    def loss(images: Tensor) -> Tensor:
+        path = unroll(network, START, images, LABELS, 0.2, BATCHES, momentum=momentum)
+        return matching_loss(path[-1], START, TARGET)
+
+    gradients = []
+    for call in (loss, functools.partial(checkpoint, loss, use_reentrant=reentrant)):
+        distilled = Distilled()
+        call(distilled.images).backward()
+        gradients.append(distilled.images.grad)
+    expected, actual = gradients
+    assert expected is not None
+    assert actual is not None
+    assert torch.equal(actual, expected)
+
+
+def test_what_is_saved_is_unpacked_once() -> None:
+    unpacked: list[Tensor] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        unpacked.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        path = unroll(NETWORK, START, Distilled().images, LABELS, 0.2, BATCHES)
+    path[-1].sum().backward()
+    assert len(unpacked) == 4  # images, labels, rate, path
 
 
 def test_a_start_made_in_inference_mode_serves() -> None:

@@ -76,7 +76,9 @@ def test_changed_images_are_others(here: Path, capsys: pytest.CaptureFixture[str
 def test_a_checkpoint_goes_on_with_its_own_images(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Train the experts anew, so that the checkpoint alone names the images with which it began."""
     save_folder(here / "pets", seed=9)
-    flags = distil(*TRAINED, "--Iteration", "4", "--buffer_path", "others", data=("--dataset", "./pets"), out="prun")
+    new = [*TRAINED, "--buffer_path", "others"]
+    assert cli.run(distill, distil(*new, data=("--dataset", "./pets"), out="another")) == 0
+    flags = distil(*new, "--Iteration", "4", data=("--dataset", "./pets"), out="prun")
     assert "prun/checkpoint.safetensors: made from other images: expected folder-pets with" in refused(
         capsys, distill, *flags
     )
