@@ -20,9 +20,8 @@ from mtt_fast.training.subsets import random_subset, shuffled_classes
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = (
-    64  # images of a class that an expert classifies together; at one image a class the first right one is enough
-)
+# images of a class that an expert classifies together; at one image a class the first right one is enough
+_AT_ONCE = 64
 
 
 def initial_state(
