@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,17 @@ def main(argv: Sequence[str]) -> None:
     folder = options.folder(name)
     device = choose_device(options.device)
     check_same_method(folder, name)
-    options = in_precision_of_run(options, folder, parsing.given(type(options), argv))
+    given = parsing.given(type(options), argv)
+    options = in_precision_of_run(options, folder, given)
     may_differ = outside_result(type(options))
-    if isinstance(
-        options, TrainedNetworkOptions
-    ):  # an option that is not given says nothing about the expert of the run
-        may_differ |= set(FLAGS.values()) - parsing.given(type(options), argv)
+    if isinstance(options, TrainedNetworkOptions):
+        may_differ |= set(FLAGS.values()) - given  # what is not given says nothing about the expert of the run
     check_same_run(folder, options, may_differ)
     if is_finished(folder, options, getattr(options, "Iteration", 0)):
         return
     check_output_folder(folder, "choose another `out`")
     with numerics(device, options.precision):
-        _run(name, options, folder, device, argv, seconds)
+        _run(name, options, given, folder, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
 
 
 def _help() -> str:
@@ -110,7 +109,13 @@ def parse_method_options(name: str, argv: Sequence[str]) -> BaselineOptions:
 
 
 def _run(
-    name: str, options: BaselineOptions, folder: Path, device: torch.device, argv: Sequence[str], seconds: Seconds
+    name: str,
+    options: BaselineOptions,
+    given: Set[str],
+    folder: Path,
+    device: torch.device,
+    command: str,
+    seconds: Seconds,
 ) -> None:
     with seconds.of("data"):
         data = options.load_data()
@@ -124,8 +129,7 @@ def _run(
     check_enough(data, options.ipc)
     real = timed_real_images(data, device, seconds, zca=options.zca)
     if isinstance(options, TrainedNetworkOptions) and options.asks_network:
-        requested = requested_hyperparameters(options, parsing.given(type(options), argv))
-        options = with_first_expert_training(options, real, network, requested)
+        options = with_first_expert_training(options, real, network, requested_hyperparameters(options, given))
     method = METHODS[name]
     with only_user(folder), counted_in(folder, seconds):
         check_goes_on(folder, real.identity)
@@ -137,9 +141,8 @@ def _run(
             numerics_in_words, device_name(device),
         )  # fmt: skip
         run = Run(
-            program=f"{PROGRAM} {name}", command=shlex.join([*PROGRAM.split(), *argv]), method=method.title,
-            options=options, folder=folder, real=real, network=network, evaluated=evaluated,
-            numerics=numerics_in_words, seconds=seconds,
+            program=f"{PROGRAM} {name}", command=command, method=method.title, options=options, folder=folder, real=real,
+            network=network, evaluated=evaluated, numerics=numerics_in_words, seconds=seconds,
         )  # fmt: skip
         if isinstance(options, TrainedNetworkOptions) and options.asks_network:
             with seconds.of("experts"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mtt_fast.data.class_names import SUBSETS, class_indices, imagenet_wnids, is_wnid, meant_classes
+from mtt_fast.data.class_names import SUBSETS, imagenet_wnids, meant_classes
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.image_data import DatasetInfo
-from mtt_fast.data.listing import Listing, class_folders, folder_names, list_classes, tell_skipped
+from mtt_fast.data.listing import Listing, class_folders, folder_names, list_classes, listed_by_wnid, tell_skipped
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 
@@ -62,18 +62,13 @@ def source(data_path: Path, subset: str | None, res: int | None) -> Source:
 
 def _all_classes(root: Path, split: Path) -> Listing:
     """List the images of a split by WordNet id, in the order of the ids; folders may bear other names of the classes."""
-    places = [folder.name for folder in class_folders(split)]
+    places = class_folders(split)
     if len(places) != _CLASSES:
         raise InputError(
             f"{split}: expected ImageNet's {_CLASSES} class folders, found {len(places)}; give `subset` "
             f"({', '.join(SUBSETS)}), or name the folder itself: `dataset` {root}"
         )
-    listing = list_classes(root, split)
-    if all(map(is_wnid, places)):
-        return listing
-    wnids = imagenet_wnids()
-    by_wnid = dict(zip(class_indices(places, wnids, split), places, strict=True))
-    return Listing({wnids[index]: listing.classes[by_wnid[index]] for index in sorted(by_wnid)}, listing.skipped)
+    return listed_by_wnid(list_classes(root, split), imagenet_wnids(), split)
 
 
 def _subset_classes(root: Path, split: Path, subset: str) -> Listing:
@@ -88,9 +83,8 @@ def _places(split: Path, subset: str) -> dict[str, str]:
     """Return the names of the folders in `split` that hold classes of the subset, by WordNet id, in its order."""
     names = sorted(folder_names(split))
     places: dict[str, str] = {}
-    if len(names) > len(
-        SUBSETS[subset]
-    ):  # a larger tree, where numbers are ImageNet's and words may be another class's
+    if len(names) > len(SUBSETS[subset]):
+        # a larger tree, where numbers are ImageNet's and words may be another class's
         places = _by_wnid(names, imagenet_wnids(), imagenet_wnids(), split)
     if not set(SUBSETS[subset]) <= set(places):
         places = _by_wnid(names, list(SUBSETS[subset].values()), list(SUBSETS[subset]), split)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtt_fast.data.class_names import in_order
+from mtt_fast.data.class_names import class_indices, in_order, is_wnid
 from mtt_fast.errors import InputError, reason_of, remedy_for
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -66,6 +66,18 @@ def list_classes(root: Path, folder: Path, chosen: Iterable[str] | None = None) 
                 )
         classes[place.name] = sorted(images.values())
     return Listing(classes, skipped)
+
+
+def listed_by_wnid(listing: Listing, wnids: list[str], where: Path) -> Listing:
+    """Return the images by WordNet id, in the order of `wnids`, where folders may bear other names of these classes.
+
+    A listing by ids is returned as it is. Raises `InputError`, which names the folder `where`, for names of other classes.
+    """
+    places = list(listing.classes)
+    if all(map(is_wnid, places)):
+        return listing
+    by_index = dict(zip(class_indices(places, wnids, where), places, strict=True))
+    return Listing({wnids[index]: listing.classes[by_index[index]] for index in sorted(by_index)}, listing.skipped)
 
 
 def tell_skipped(name: str, *listings: Listing) -> None:

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtt_fast.data.class_names import class_indices, is_wnid, tiny_wnids
+from mtt_fast.data.class_names import tiny_wnids
 from mtt_fast.data.folder import image_source
 from mtt_fast.data.image_data import DatasetInfo
 from mtt_fast.data.imagenet import MEAN, STD
-from mtt_fast.data.listing import Listing, is_image_name, list_classes, tell_skipped
+from mtt_fast.data.listing import Listing, is_image_name, list_classes, listed_by_wnid, tell_skipped
 from mtt_fast.data.packing import Source
 from mtt_fast.errors import InputError, NotFound
 from mtt_fast.storage.regular import read_lines
@@ -44,7 +44,7 @@ def source(data_path: Path, res: int | None) -> Source:
             f"Tiny: expected tiny-imagenet-200/ with train/ and val/ in {data_path}, found none; get "
             "http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, or mend `data_path`"
         )
-    train = _by_wnid(list_classes(root, root / "train"), root / "train")
+    train = listed_by_wnid(list_classes(root, root / "train"), tiny_wnids(), root / "train")
     wnids, listed = list(train.classes), root / "wnids.txt"
     if listed.exists() and (odd := sorted(set(_lines(listed)) ^ set(wnids))):
         raise InputError(
@@ -68,16 +68,6 @@ def source(data_path: Path, res: int | None) -> Source:
         mean=MEAN,
         std=STD,
     )
-
-
-def _by_wnid(listing: Listing, where: Path) -> Listing:
-    """Return the images by WordNet id, in the order of the ids, where folders may bear other names of the classes."""
-    places = list(listing.classes)
-    if all(map(is_wnid, places)):
-        return listing
-    wnids = tiny_wnids()
-    by_index = dict(zip(class_indices(places, wnids, where), places, strict=True))
-    return Listing({wnids[index]: listing.classes[by_index[index]] for index in sorted(by_index)}, listing.skipped)
 
 
 def _annotated(annotations: Path, pictures: Mapping[str, str], wnids: list[str]) -> Listing:
@@ -120,7 +110,7 @@ def _rearranged(root: Path) -> Listing:
     """List the images in val/CLASS/."""
     listing = list_classes(root, root / "val")
     classes = {place: files for place, files in listing.classes.items() if place != "images" or files}
-    return _by_wnid(Listing(classes, listing.skipped), root / "val")
+    return listed_by_wnid(Listing(classes, listing.skipped), tiny_wnids(), root / "val")
 
 
 def _words(path: Path, wnids: list[str]) -> list[str]:

@@ -31,6 +31,7 @@ from mtt_fast.distill.experts import (
     check_missing_experts,
     check_same_experts,
     inventory_of,
+    matched_experts,
     prepare_experts,
     requested_hyperparameters,
     with_actual_training,
@@ -127,8 +128,7 @@ def _run(
         for line in (gradient, plan, options.evaluation_protocol().describe()):
             log.info("%s", line)
         if state is None:
-            matched_experts = min(options.max_experts or len(experts), len(experts))
-            state = initial_state(options, real, network, experts, matched_experts)
+            state = initial_state(options, real, network, experts, matched_experts(options, experts))
         else:
             log.info("continuing at iteration %d", state.iteration)
         method = recipe_about(options.recipe)["method"] if options.recipe else "MTT"

@@ -18,7 +18,7 @@ from mtt_fast.distill.experts import ExpertInventory, check_same_experts, invent
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import planned
 from mtt_fast.engine.student_choice import describe_numerics, precision_on, student_for
-from mtt_fast.kernels import LabelKind, Precision
+from mtt_fast.kernels import Precision
 from mtt_fast.networks.protocol import Network
 from mtt_fast.recipes import recipe_about
 from mtt_fast.storage.checkpoint import check_same_images, load_checkpoint
@@ -192,8 +192,7 @@ def _measured_seconds(
     network: Network, precision: Precision, image_shape: tuple[int, int, int], device: torch.device
 ) -> SecondsPerImage:
     """Return the measured seconds of an image in a student's gradient and in the gradient's derivative."""
-    kind: LabelKind = "indices"
-    student = student_for(network, device, kind, precision=precision)
+    student = student_for(network, device, "indices", precision=precision)
     theta = torch.randn(network.num_parameters, device=device) / 100
     images = torch.randn(_SAMPLES, *image_shape, device=device)
     labels = torch.zeros(_SAMPLES, dtype=torch.long, device=device)

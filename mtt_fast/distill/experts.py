@@ -32,7 +32,7 @@ from mtt_fast.storage.expert_checks import (
     training_unknown,
 )
 from mtt_fast.storage.foreign import names_in
-from mtt_fast.storage.identity import other_data_in_words
+from mtt_fast.storage.identity import DatasetIdentity, other_data_in_words
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.trajectories import TrajectoryStore, experts_in
 from mtt_fast.storage.waypoints import evenly_spaced
@@ -88,30 +88,44 @@ def check_experts(
     the folder in which experts are missing and cannot be written, or must not be trained in place of those of a run that goes on.
     """
     check_missing_experts(options, inventory)
-    needed = options.last_matched_epoch
-    experts = experts_in(inventory.whole)
+    whole, identity = experts_in(inventory.whole), data.identity(zca=options.zca)
+    _check_others_can_be_made(options, inventory, whole, network, identity)
+    store = whole if inventory.uncompressed else experts_in(inventory.used)
+    if store is None:
+        return
+    matched = range(matched_experts(options, store))
+    for expert in matched:
+        check_belongs(store, expert, network, identity, other_data=options.other_data)
+        check_long_enough(store, expert, options.last_matched_epoch)
+        check_as_asked(store, expert, requested, to_the_end=options.uses_last_epochs)
+    check_alike(store, matched, to_the_end=options.uses_last_epochs)
+    if whole is not None and store.folder != whole.folder:
+        check_made_of(store, matched, whole)
+
+
+def _check_others_can_be_made(
+    options: DistillOptions,
+    inventory: ExpertInventory,
+    whole: TrajectoryStore | None,
+    network: Trainable,
+    identity: DatasetIdentity,
+) -> None:
+    """Raise `InputError` unless experts can be trained beside the `whole` ones, and waypoints made, as far as they are missing."""
     if inventory.uncompressed and options.num_interpolation is not None:
-        evenly_spaced(experts.epochs(0) if experts else options.train_epochs, options.num_interpolation)
-    store = experts if inventory.uncompressed else experts_in(inventory.used)
-    identity = data.identity(zca=options.zca)
+        evenly_spaced(whole.epochs(0) if whole else options.train_epochs, options.num_interpolation)
     for folder, written in ((inventory.whole, inventory.missing), (inventory.used, inventory.uncompressed)):
         if written:
             check_output_folder(folder, "choose another `buffer_path`")
-    if inventory.missing and experts is not None:
-        precision = experts.metadata(0).precision or options.precision  # the device decides which precision it is
-        check_trained_alike(experts, network, identity, options.experts(), options.seed, experts.dtype(0), precision)
-    if inventory.missing and experts is None:
+    if inventory.missing and whole is not None:
+        precision = whole.metadata(0).precision or options.precision  # the device decides which precision it is
+        check_trained_alike(whole, network, identity, options.experts(), options.seed, whole.dtype(0), precision)
+    if inventory.missing and whole is None:
         _check_nothing_to_convert(inventory.whole)
-    if store is None:
-        return
-    matched_experts = range(min(options.max_experts or len(store), len(store)))
-    for expert in matched_experts:
-        check_belongs(store, expert, network, identity, other_data=options.other_data)
-        check_long_enough(store, expert, needed)
-        check_as_asked(store, expert, requested, to_the_end=options.uses_last_epochs)
-    check_alike(store, matched_experts, to_the_end=options.uses_last_epochs)
-    if experts is not None and store.folder != experts.folder:
-        check_made_of(store, matched_experts, experts)
+
+
+def matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
+    """Return how many of the experts in `store`, from the first on, the run matches."""
+    return min(options.max_experts or len(store), len(store))
 
 
 def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -> None:

@@ -20,16 +20,15 @@ from mtt_fast.training.subsets import random_subset, shuffled_classes
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = (
-    64  # images of a class that an expert classifies together; at one image a class the first right one is enough
-)
+# images of a class that an expert classifies together; at one image a class the first right one is enough
+_AT_ONCE = 64
 
 
 def initial_state(
-    options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
+    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
 ) -> State:
-    """Return the state before the first iteration, for a run that matches the first `experts` of `store`."""
-    start, wrong = initial_images(options, real, network, store, experts)
+    """Return the state before the first iteration, for a run that matches the first `matched` of `experts`."""
+    start, wrong = initial_images(options, real, network, experts, matched)
     if wrong:
         log.warning(
             "--pix_init samples_predicted_correctly: no expert gets enough images of every class right; %d of the %d are "
@@ -40,39 +39,39 @@ def initial_state(
     if options.lr_y is not None:
         labels = class_logits(labels, real.data.num_classes)
         if options.label_init == "experts":
-            labels = expert_logits(network, experts_at(store, experts, None, device), images, labels)
+            labels = expert_logits(network, experts_at(experts, matched, None, device), images, labels)
     lr = torch.full((options.syn_steps,) if options.lr_per_step else (), options.lr_teacher, device=device)
     return State(
-        0, experts, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr),
+        0, matched, images, labels, lr, torch.zeros_like(images), torch.zeros_like(lr),
         labels_velocity=None if options.lr_y is None else torch.zeros_like(labels),
         ema=None if options.ema_decay is None else images.clone(),
-        data=real.identity, digests=tuple(map(store.digest, range(experts))), imported=store.metadata(0).imported,
+        data=real.identity, digests=tuple(map(experts.digest, range(matched))), imported=experts.metadata(0).imported,
     )  # fmt: skip
 
 
 def initial_images(
-    options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
+    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
 ) -> tuple[Images, int]:
     """Return the first synthetic images, class-major, with their classes, and how many of them are not as `pix_init` says.
 
-    The latter are images that none of the first `experts` of `store` gets right, where a class has too few of the others.
+    The latter are images that none of the first `matched` of `experts` gets right, where a class has too few of the others.
     A canvas is tiled from such images.
     """
-    images, wrong = _images(options, real, network, store, experts)
+    images, wrong = _images(options, real, network, experts, matched)
     if options.canvas is None:
         return images, wrong
     return Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles]), wrong
 
 
 def _images(
-    options: DistillOptions, real: RealImages, network: Network, store: TrajectoryStore, experts: int
+    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
 ) -> tuple[Images, int]:
     """Return images as `pix_init` says: `options.ipc` a class, or for canvases as many as the canvases' tiles."""
     generator = generator_for(options.seed, "initial images")
     ipc, device = options.ipc * options.tiles, real.train.labels.device
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
-        finished = (store.read(expert, store.epochs(expert)).to(device) for expert in range(experts))
+        finished = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(matched))
         chosen, wrong = predicted_correctly(network, finished, real.train, members, ipc)
         return Images(*real.train.batch(torch.cat(chosen).to(device))), wrong
     start = random_subset(real, ipc, generator)

@@ -255,9 +255,8 @@ class FusedConvNetStudent:
     def _sums(self, layers: Sequence[Sequence[Tensor]], scales: Tensors) -> PartialSums:
         """Return the sums of the vector (P,) of all parameters from those of the layers, the last layer's first, less their factors."""
         classifier, *blocks = layers
-        biases = (
-            (classifier[0].new_empty(0, self.network.width),) if self.network.norm == "instance" else ()
-        )  # no summand
+        # a bias before an instance norm has no summand
+        biases = (classifier[0].new_empty(0, self.network.width),) if self.network.norm == "instance" else ()
         pieces = [piece for weight, *affine in reversed(blocks) for piece in (weight, *biases, *affine)]
         pieces += [piece[None] for piece in classifier]
         return PartialSums(tuple(pieces), scales)

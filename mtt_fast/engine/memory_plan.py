@@ -28,10 +28,7 @@ _VECTORS = 5  # the loss's gradient to θ_N, λ_{n+1} and the next one, and temp
 _VECTORS_OF_MOMENTUM = 2  # the adjoint of the velocity and the direction
 _COPIES = 2  # of a batch: the network's inputs, and their gradient on the way to the images
 _COPIES_OF_AUGMENTATION = 1  # the augmented batch
-_BASE = (
-    4 << 20,
-    256 << 20,
-)  # code loaded at its first use and stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
+_BASE = (4 << 20, 256 << 20)  # code loaded at its first use, stacks of threads; on a GPU (not measured) cuDNN, cuBLAS
 _ROUNDING = 20  # one part in so many for what allocators round up and keep: at most one in 28 was measured
 _LARGE_PATH = 4  # from a quarter of the budget on, the path lies on the host
 

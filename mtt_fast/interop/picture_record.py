@@ -102,11 +102,8 @@ def from_pictures(
 
 def _fields(record: Any, labels: Any) -> dict[str, Any]:
     """Return what a record and lists of labels say of a set, but for its images and whitening, as the set has it."""
-    if record.get("format") not in (
-        None,
-        FORMAT,
-        BEFORE_CHECKSUMS,
-    ):  # parquet files had none before there were checksums
+    # parquet files had none before there were checksums
+    if record.get("format") not in (None, FORMAT, BEFORE_CHECKSUMS):
         raise ValueError(f"its format is {shown(record['format'])}, not {FORMAT!r}")
     fields = {name: record[name] for name in _PLAIN} | {name: str(record.get(name, "")) for name in _OF_IMAGES}
     for name in ("class_names", "mean", "std"):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mtt_fast.errors import InputError
-from mtt_fast.networks.layers import in_sequence, norm_2d
+from mtt_fast.networks.layers import in_sequence, norm_2d, too_small
 
 _VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
 
@@ -96,6 +95,4 @@ def vgg11(image_shape: tuple[int, int, int], num_classes: int, *, batch_norm: bo
 
 def _check(name: str, image_shape: tuple[int, int, int], *sides: int) -> None:
     if min(sides) < 1:
-        raise InputError(
-            f"{name}: nothing is left of images {image_shape}; use larger images, or another `model`, `models` or `eval_mode`"
-        )
+        raise too_small(name, image_shape)

@@ -17,6 +17,13 @@ def norm_2d(channels: int, *, batch_norm: bool) -> nn.Module:
     return nn.BatchNorm2d(channels) if batch_norm else nn.GroupNorm(channels, channels)
 
 
+def too_small(name: str, image_shape: tuple[int, int, int]) -> InputError:
+    """Return the error that the network called `name` leaves nothing of images (C, H, W)."""
+    return InputError(
+        f"{name}: nothing is left of images {image_shape}; use larger images, or another `model`, `models` or `eval_mode`"
+    )
+
+
 def in_sequence(**layers: nn.Module) -> nn.Sequential:
     """Return `layers` one after another, under their names."""
     return nn.Sequential(OrderedDict(layers))

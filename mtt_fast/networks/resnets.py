@@ -6,10 +6,12 @@ the classifier's features.
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtt_fast.networks.layers import in_sequence, norm_2d
+from mtt_fast.networks.layers import in_sequence, norm_2d, too_small
 
 _STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first of the two blocks
 
@@ -21,10 +23,13 @@ def resnet18(
 
     Three stages halve the image by a convolution with stride 2, and an average over 4×4 comes before the classifier.
     With `average_pooled` (ResNet18_AP) the stages halve it by an average pooling, and the classifier sees all features.
+    Raises `InputError` if the images are too small.
     """
     channels, *sides = image_shape
     for _ in _STAGES[1:]:
         sides = [side // 2 if average_pooled else (side + 1) // 2 for side in sides]
+    if math.prod(sides) < (1 if batch_norm else 2):  # of a single pixel an instance norm leaves nothing
+        raise too_small("ResNet18", image_shape)
     pooled = 1 if average_pooled else min(4, *sides)
     height, width = (side // pooled for side in sides)
     stages: dict[str, nn.Module] = {}

@@ -67,9 +67,8 @@ def only_writer_of_experts(folder: Path, otherwise: str = "choose another `buffe
         try:
             yield
         finally:
-            (folder / _LOCK).unlink(
-                missing_ok=True
-            )  # who opened it just now finds that it has no name, and starts over
+            # who opened it just now finds that it has no name, and starts over
+            (folder / _LOCK).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # there are experts
                 folder.rmdir()
 

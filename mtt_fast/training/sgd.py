@@ -22,9 +22,8 @@ from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
 
-STEPS_AT_ONCE = (
-    4  # in a recording: starting one takes longer than a small step, and making one thrice its steps without
-)
+# in a recording: starting one takes longer than a small step, and making one thrice its steps without
+STEPS_AT_ONCE = 4
 _TEST_BATCH = 500
 
 

@@ -334,6 +334,9 @@ def test_plain_names_keep_the_network_with_a_student_of_its_own() -> None:
         ("VGG11", (3, 16, 16), "VGG11: nothing is left of images"),
         ("LeNet", (1, 8, 8), "LeNet: nothing is left of images"),
         ("AlexNet", (3, 7, 7), "AlexNet: nothing is left of images"),
+        ("ResNet18", (1, 8, 8), "ResNet18: nothing is left of images"),
+        ("ResNet18_AP", (1, 15, 15), "ResNet18: nothing is left of images"),
+        ("ResNet18BN_AP", (1, 7, 7), "ResNet18: nothing is left of images"),
     ],
 )
 def test_mistakes(name: str, shape: tuple[int, int, int], message: str) -> None:
