@@ -15,11 +15,13 @@ import torch
 
 from mtt_fast import ConvNet, FlatModule, InputError
 from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.engine import student as student_module
 from mtt_fast.engine.student import StepBytes, live_bytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import (
     Concurrency,
     Job,
@@ -29,8 +31,8 @@ from mtt_fast.training.concurrency import (
     steps_that_fill,
 )
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import EvaluationProtocol, evaluate
-from mtt_fast.training.sgd import Sgd, epoch_on
+from mtt_fast.training.protocols import EvaluationProtocol, evaluate, train_network
+from mtt_fast.training.sgd import Sgd, accuracy, epoch_on
 
 CPU = torch.device("cpu")
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
@@ -143,6 +145,34 @@ def test_evaluations_do_not_depend_on_how_many_run(at_once: int | None) -> None:
 
     assert len(set(values(1))) > 1
     assert values(at_once) == values(1)
+
+
+def test_each_accuracy_is_of_the_network_of_its_number() -> None:
+    protocol, test = EvaluationProtocol(epochs=4, batch_size=5), images(300)
+    result = evaluate(NET, lambda _: images(), test, 0.1, protocol, networks=3, seed=1, indices=(7,), at_once=2)
+    alone = []
+    for number in range(3):
+        generator = generator_for(1, "evaluation", 7, number)
+        theta = train_network(NET, NET.init(generator), images(), 0.1, protocol, generator)
+        alone.append(accuracy(NET, theta, test))
+    assert result.values == tuple(alone)
+    assert len(set(alone)) > 1
+
+
+def test_the_crops_of_canvases_count_as_images_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a step on canvases is given the memory and the threads of all its crops."""
+    batches = []
+
+    def record_batch(*_: object, batch: int, **__: object) -> Concurrency:
+        batches.append(batch)
+        return Concurrency(1, 1)
+
+    monkeypatch.setattr("mtt_fast.training.protocols.concurrency_for", record_batch)
+    canvases = Images(torch.randn(4, 1, 12, 12), torch.arange(4) % 3, canvas=Canvas(2, samples=5))
+    for batch_size in (3, 100):
+        protocol = EvaluationProtocol(epochs=0, batch_size=batch_size)
+        evaluate(NET, lambda _: canvases, images(), 0.1, protocol, networks=1, seed=1)
+    assert batches == [3 * 5, 4 * 5]
 
 
 def test_a_stop_request_ends_all() -> None:

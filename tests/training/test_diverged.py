@@ -83,6 +83,15 @@ def test_a_rate_that_is_too_large(model: str, best_epoch: bool, caplog: pytest.L
     assert warning == "mine: 2 of 2 networks diverged at the learning rate 1e+09 and count as 0 %; a smaller one may do"
 
 
+def test_a_network_that_diverged_counts_as_0_where_it_guesses_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", lambda *_: torch.tensor(True))
+    net = network_by_name("MLP", (1, 6, 6), 3)
+    images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
+    result = measure(net, lambda _: images, images, 0.01, EvaluationProtocol(epochs=3), networks=2, seed=0)
+    assert result.values == (0.0, 0.0)
+    assert result.diverged == 2
+
+
 def test_the_records_carry_it() -> None:
     one, other = Accuracy((0.5, 0.0, 0.0), diverged=2), Accuracy((0.5, 0.6, 0.7), best_epoch=True)
     line = accuracy_fields({"A": one, "B": other})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,33 @@ def test_epochs_in_a_row_are_epochs_one_by_one(batch_size: int, canvas: Canvas |
     assert torch.equal(at_once[0], theta)
     assert torch.equal(at_once[1], velocity)
     assert torch.equal(at_once[2], torch.stack(losses))
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_images() -> None:
+    """Check it where the last batch is short, against the loop in plain torch."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).double()
+    net = FlatModule(module)
+    images = Images(torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.arange(8) % 5)
+    theta = net.init()
+    epoch = epoch_on(GenericStudent(net), images, Sgd(0.5, batch_size=3), None)
+    _, _, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(2))
+    optimiser, total = torch.optim.SGD(module.parameters(), 0.5), 0.0
+    for index in torch.randperm(8, generator=torch.Generator().manual_seed(2)).split(3):
+        optimiser.zero_grad()
+        of_batch = nn.functional.cross_entropy(module(images.pixels[index]), images.labels[index])
+        of_batch.backward()
+        optimiser.step()
+        total += len(index) * float(of_batch.detach())
+    assert float(loss) == pytest.approx(total / 8, rel=1e-12)
+
+
+def test_the_loss_of_an_epoch_on_canvases_is_the_mean_over_their_crops() -> None:
+    """Check it where all logits are zero, whatever the crops are."""
+    images = Images(torch.randn(8, 3, 16, 16), torch.arange(8) % 5, canvas=Canvas(2, 3))
+    theta = torch.zeros(NET.num_parameters)
+    epoch = epoch_on(GenericStudent(NET), images, Sgd(0.0, batch_size=3), AUGMENT)
+    _, _, loss = epoch(theta, theta, torch.Generator())
+    assert float(loss) == pytest.approx(math.log(5), rel=1e-6)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 10])
