@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,15 +72,6 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_images() -> None:
         optimiser.step()
         total += len(index) * float(of_batch.detach())
     assert float(loss) == pytest.approx(total / 8, rel=1e-12)
-
-
-def test_the_loss_of_an_epoch_on_canvases_is_the_mean_over_their_crops() -> None:
-    """Check it where all logits are zero, whatever the crops are."""
-    images = Images(torch.randn(8, 3, 16, 16), torch.arange(8) % 5, canvas=Canvas(2, 3))
-    theta = torch.zeros(NET.num_parameters)
-    epoch = epoch_on(GenericStudent(NET), images, Sgd(0.0, batch_size=3), AUGMENT)
-    _, _, loss = epoch(theta, theta, torch.Generator())
-    assert float(loss) == pytest.approx(math.log(5), rel=1e-6)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 10])
