@@ -95,17 +95,17 @@ def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
     for label, name in (("short", "synthetic"), ("best", "best")):
         synthetic = SyntheticDataset.load(toy / "run" / f"{name}.safetensors")
-        wanted: dict[int, list[float]] = {1: [], 4: [], 7: []}
+        expected: dict[int, list[float]] = {1: [], 4: [], 7: []}
         for start in (0, 1):
             real = written_out_training(net, toy / "data", generator_for(0, "expert", start), 7, lr=0.1)
             path = written_out_path(net, real[0], synthetic, generator_for(0, "distance", start), 5)
-            for delta, distances in wanted.items():
+            for delta, distances in expected.items():
                 target, moved = real[delta], (real[0] - real[delta]).square().sum()
                 distances.append(min(float((theta - target).square().sum() / moved) for theta in path))
         points = record["curves"][label]
         assert [(point["real_steps"], point["n"]) for point in points] == [(1, 2), (4, 2), (7, 2)]
         for point in points:
-            values = torch.tensor(wanted[point["real_steps"]])
+            values = torch.tensor(expected[point["real_steps"]])
             assert point["mean"] == pytest.approx(float(values.mean()), rel=1e-4)
             assert point["std"] == pytest.approx(float(values.std()), rel=1e-2, abs=1e-5)
     text = (out / "distance.md").read_text()
@@ -274,5 +274,5 @@ def test_a_broken_record_of_distances(text: str, toy: Path, tmp_path: Path, caps
 def test_labels_and_paths_of_sets(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "N=2").symlink_to(toy / "run")
-    found = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
-    assert list(found) == ["N=2", "short", "x"]
+    sets = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
+    assert list(sets) == ["N=2", "short", "x"]

@@ -113,9 +113,9 @@ def test_values_and_gradients_are_those_of_plain_torch(name: str, shape: tuple[i
     images = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     draws = SiameseAugment(name).draw(images, torch.Generator().manual_seed(2))
     y_bar = torch.randn(shape, dtype=torch.float64)
-    found, expected = SiameseAugment(name)(images, draws), plain(images, draws)
-    assert_close("output", found, expected, 1e-12)
-    (gradient,), (expected_gradient,) = (torch.autograd.grad(y, images, y_bar) for y in (found, expected))
+    result, expected = SiameseAugment(name)(images, draws), plain(images, draws)
+    assert_close("output", result, expected, 1e-12)
+    (gradient,), (expected_gradient,) = (torch.autograd.grad(y, images, y_bar) for y in (result, expected))
     assert_close("gradient", gradient, expected_gradient, 1e-12)
 
 
@@ -170,11 +170,11 @@ def test_images_of_any_layout_and_precision(dtype: torch.dtype) -> None:
     last = images.contiguous(memory_format=torch.channels_last).requires_grad_()
     augment = SiameseAugment("rotate")
     draws = augment.draw(images, torch.Generator().manual_seed(1))
-    found = augment(last, draws)
-    assert found.dtype == dtype
-    assert torch.equal(found, augment(images, draws))
-    (gradient,) = torch.autograd.grad(found, last, torch.ones_like(found))
-    assert_close("output", found, plain(images.double(), draws), 1e-6 if dtype == torch.float32 else 1e-2)
+    augmented = augment(last, draws)
+    assert augmented.dtype == dtype
+    assert torch.equal(augmented, augment(images, draws))
+    (gradient,) = torch.autograd.grad(augmented, last, torch.ones_like(augmented))
+    assert_close("output", augmented, plain(images.double(), draws), 1e-6 if dtype == torch.float32 else 1e-2)
     assert gradient.dtype == dtype
 
 
@@ -197,11 +197,13 @@ def test_the_random_numbers_and_their_order() -> None:
     images = torch.zeros(4, 3, 8, 6)
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
     for name, low, high in (("crop", (-1, -1), (2, 2)), ("cutout", (0, 0), (9, 6)), ("color", (), ())):
-        found = SiameseAugment(name).draw(images, ours).numbers
+        drawn = SiameseAugment(name).draw(images, ours).numbers
         torch.randint(1, (), generator=theirs)
         expected = [torch.randint(*ends, (4,), generator=theirs) for ends in zip(low, high, strict=True)]
-        for number, wanted in zip(found, expected or [torch.rand(4, generator=theirs) for _ in range(3)], strict=True):
-            assert torch.equal(number, wanted)
+        for number, expected_number in zip(
+            drawn, expected or [torch.rand(4, generator=theirs) for _ in range(3)], strict=True
+        ):
+            assert torch.equal(number, expected_number)
 
 
 def test_one_operation_a_step_chosen_uniformly() -> None:

@@ -277,9 +277,9 @@ def test_the_best_set_is_that_of_the_best_evaluation(
     assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1") == 0
     assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == 1
     assert set_of(tmp_path / "run").recipe["iterations"] == 2
-    found = summary_of(tmp_path / "run")["accuracy"]
-    assert found["distilled"]["mean"] == 0.4
-    best = found["best_evaluation_chosen_on_the_test_images"]
+    accuracy_records = summary_of(tmp_path / "run")["accuracy"]
+    assert accuracy_records["distilled"]["mean"] == 0.4
+    best = accuracy_records["best_evaluation_chosen_on_the_test_images"]
     assert (best["mean"], best["iteration"]) == (0.5, 1)
 
 

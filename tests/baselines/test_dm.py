@@ -19,9 +19,9 @@ def test_the_distance_of_mean_embeddings_is_that_of_the_module() -> None:
     images, seen = torch.randn(3, 1, 8, 8, dtype=F64, requires_grad=True), torch.randn(7, 1, 8, 8, dtype=F64)
     features = torch.nn.Sequential(*list(module.children())[:-1])
     expected = ((features(seen).sum(0) / 7 - features(images).sum(0) / 3) ** 2).sum()
-    found = embedding_distance(NET, theta, images, seen)
-    assert_close("distance", found, expected, 1e-12)
-    assert_close("gradient", torch.autograd.grad(found, images)[0], torch.autograd.grad(expected, images)[0], 1e-12)
+    distance = embedding_distance(NET, theta, images, seen)
+    assert_close("distance", distance, expected, 1e-12)
+    assert_close("gradient", torch.autograd.grad(distance, images)[0], torch.autograd.grad(expected, images)[0], 1e-12)
 
 
 def test_dm_moves_the_images_by_sgd_with_momentum(real: RealImages) -> None:

@@ -17,51 +17,51 @@ from tests.baselines.network import F64, NET, plain, random_theta, seeded
 
 
 def whole_graph_logits(
-    theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, batches: list[Tensor], seen: Tensor
+    theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, batches: list[Tensor], real: Tensor
 ) -> Tensor:
     """Return the logits with all steps recorded by autograd."""
     function = plain()
     theta = theta.clone().requires_grad_()
     for n, index in enumerate(batches):
         log_p = F.log_softmax(function(theta, images[index]), dim=1)
-        wanted = labels[index]
-        hard = not wanted.is_floating_point()
-        loss = -(F.one_hot(wanted, 10) * log_p if hard else wanted * log_p).sum(1).mean()
+        targets = labels[index]
+        hard = not targets.is_floating_point()
+        loss = -(F.one_hot(targets, 10) * log_p if hard else targets * log_p).sum(1).mean()
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - rates[n] * gradient
-    return function(theta, seen)
+    return function(theta, real)
 
 
 def test_dd_has_the_whole_graphs_gradients() -> None:
     images = torch.randn(20, 1, 8, 8, dtype=F64, requires_grad=True)
     labels, rates = torch.arange(10).repeat_interleave(2), torch.rand(6, dtype=F64, requires_grad=True)
     batches = step_batches(DdOptions(ipc=2), 10)
-    seen, wanted = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
+    real, real_labels = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
     results = []
     for logits in (
-        logits_after_steps(NET, random_theta(), images, labels, rates, batches, seen),
-        whole_graph_logits(random_theta(), images, labels, rates, batches, seen),
+        logits_after_steps(NET, random_theta(), images, labels, rates, batches, real),
+        whole_graph_logits(random_theta(), images, labels, rates, batches, real),
     ):
-        loss = F.cross_entropy(logits, wanted)
+        loss = F.cross_entropy(logits, real_labels)
         results.append((loss, *torch.autograd.grad(loss, (images, rates))))
-    for name, found, expected in zip(("loss", "images", "rates"), *results, strict=True):
-        assert_close(name, found, expected, 1e-10)
+    for name, result, expected in zip(("loss", "images", "rates"), *results, strict=True):
+        assert_close(name, result, expected, 1e-10)
 
 
 def test_ld_has_the_whole_graphs_gradients() -> None:
     images, soft = torch.randn(20, 1, 8, 8, dtype=F64), torch.rand(20, 10, dtype=F64).softmax(1).requires_grad_()
     index, rate = torch.randperm(20)[:13], torch.tensor(0.3, dtype=F64)
-    seen, wanted = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
-    found, expected = (
-        torch.autograd.grad(F.cross_entropy(logits, wanted), soft)[0]
+    real, real_labels = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
+    gradient, expected = (
+        torch.autograd.grad(F.cross_entropy(logits, real_labels), soft)[0]
         for logits in (
-            logits_after_steps(NET, random_theta(), images, soft, rate, [index], seen),
-            whole_graph_logits(random_theta(), images, soft, rate[None], [index], seen),
+            logits_after_steps(NET, random_theta(), images, soft, rate, [index], real),
+            whole_graph_logits(random_theta(), images, soft, rate[None], [index], real),
         )
     )
-    assert_close("labels", found, expected, 1e-10)
+    assert_close("labels", gradient, expected, 1e-10)
     untouched = [row for row in range(20) if row not in index]
-    assert not found[untouched].any()
+    assert not gradient[untouched].any()
 
 
 def test_the_steps_of_dd_share_the_images_out() -> None:
@@ -133,7 +133,7 @@ def test_ld_gives_the_label_of_its_class_to_most_images(real: RealImages) -> Non
 
 def restarts(errors: list[float], window: int) -> list[int]:
     """Return the steps after which the public code takes a fresh network: its counters, kept one step after the other."""
-    found: list[int] = []
+    steps_of_restarts: list[int] = []
     last: list[float] = []
     lowest, since = float("inf"), 0
     for step, error in enumerate(errors):
@@ -146,9 +146,9 @@ def restarts(errors: list[float], window: int) -> list[int]:
         elif since < window:
             since += 1
         else:
-            found.append(step)
+            steps_of_restarts.append(step)
             last, lowest, since = [], float("inf"), 0
-    return found
+    return steps_of_restarts
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -156,14 +156,14 @@ def test_a_network_is_replaced_when_the_public_code_would(seed: int) -> None:
     errors = [
         float(step % 90 < 20) + float(torch.randint(8, (), generator=seeded(seed * 1000 + step))) for step in range(300)
     ]
-    found, so_far = [], torch.empty(0)
+    steps_of_restarts, so_far = [], torch.empty(0)
     for step, error in enumerate(errors):
         so_far = torch.cat([so_far, torch.tensor([error])])
         if stagnates(so_far, 7):
-            found.append(step)
+            steps_of_restarts.append(step)
             so_far = torch.empty(0)
-    assert found == restarts(errors, 7)
-    assert len(found) > 3
+    assert steps_of_restarts == restarts(errors, 7)
+    assert len(steps_of_restarts) > 3
     assert [patience(100, 10), patience(101, 10), patience(100, 100)] == [50, 200, 100]
 
 

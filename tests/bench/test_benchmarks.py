@@ -168,14 +168,14 @@ def test_a_method_takes_the_options_of_the_setting(name: str) -> None:
     method, setting = methods.METHODS[name], methods.Options(ipc=10).setting(Path("buffers"))
     module, *words = methods.command_of(method, setting)
     if method.command == "distill":
-        found: EvaluationOptions = parse_options(words)
+        options: EvaluationOptions = parse_options(words)
     else:
-        found = parsing.parse(BASELINES[words[0]].options, words[1:], module)
-    assert found.evaluation_protocol() == setting.evaluation_protocol()
-    assert (found.dataset, found.model, found.seed) == (setting.dataset, setting.model, setting.seed)
+        options = parsing.parse(BASELINES[words[0]].options, words[1:], module)
+    assert options.evaluation_protocol() == setting.evaluation_protocol()
+    assert (options.dataset, options.model, options.seed) == (setting.dataset, setting.model, setting.seed)
     own = methods.own_flags(method, setting)
     for option in method.needs:
-        assert f"--{option}" in own or getattr(found, option) == getattr(setting, option)
+        assert f"--{option}" in own or getattr(options, option) == getattr(setting, option)
 
 
 @pytest.mark.slow

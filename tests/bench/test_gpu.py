@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def stage(name: str, out: Path, status: int = 0, *flags: str) -> str:
     """Rehearse a stage of `python -m bench gpu`; return what it printed."""
     command = [sys.executable, "-m", "bench", "gpu", name, "--out", str(out), "--rehearse", *flags]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert found.returncode == status, found.stderr
-    return found.stdout + found.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert process.returncode == status, process.stderr
+    return process.stdout + process.stderr
 
 
 @pytest.mark.slow
@@ -180,11 +180,11 @@ def test_tasks_of_a_group_run_at_the_same_time_and_the_limit_ends_all(tmp_path: 
     rows = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "_ROOT", tmp_path)
-        found = gpu.run_group([waiting("a", "b"), waiting("b", "a")], tmp_path, time.monotonic() + 60)
-        rows = {row["task"]: row["status"] for row in found}
+        results = gpu.run_group([waiting("a", "b"), waiting("b", "a")], tmp_path, time.monotonic() + 60)
+        rows = {row["task"]: row["status"] for row in results}
         assert rows == {"a": "done", "b": "done"}
-        found = gpu.run_group([waiting("c", "never")], tmp_path, time.monotonic() + 1)
-        assert [row["status"] for row in found] == ["missing"]
+        results = gpu.run_group([waiting("c", "never")], tmp_path, time.monotonic() + 1)
+        assert [row["status"] for row in results] == ["missing"]
 
 
 JOB = """

@@ -85,10 +85,10 @@ def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
     candidates = [{"backend": backend} for backend in ("fast", "absent", "right")]
     subject = tune.Subject("op", ("class", "class"), candidates, "conv3x3", lambda: [torch.ones(3)])
-    found = tune.tune(subject, chosen, tune.Options(repetitions=2, device="cpu"))
-    assert found["chosen"] == "right"
-    assert found["problem"] == "fast: wrong: error 5.0e-01; absent: KeyError: 'absent'"
-    assert found["others"].keys() == {"slow"}
+    tuned = tune.tune(subject, chosen, tune.Options(repetitions=2, device="cpu"))
+    assert tuned["chosen"] == "right"
+    assert tuned["problem"] == "fast: wrong: error 5.0e-01; absent: KeyError: 'absent'"
+    assert tuned["others"].keys() == {"slow"}
     assert rows["op"]["class"]["default"] == {"backend": "slow"}
     assert rows["op"]["class"]["sm_90"]["backend"] == "right"
     assert rows["op"]["class"]["sm_90"]["microseconds"] >= 5000

@@ -194,14 +194,14 @@ def test_no_error_of_the_library_names_a_flag() -> None:
 @pytest.mark.parametrize("words", ["mtt_fast --help", "mtt_fast.recipes", "mtt_fast.recipes --help"])
 def test_a_reader_that_has_seen_enough_is_no_error(words: str) -> None:
     command = f"{sys.executable} -m {words} | true"
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
-    assert found.stderr == ""
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stderr == ""
 
 
 def test_a_job_without_options_has_help() -> None:
     command = [sys.executable, "-m", "mtt_fast", "env"]
-    found = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, check=True)
-    assert found.stdout.startswith("usage: python -m mtt_fast.env\n")
+    process = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stdout.startswith("usage: python -m mtt_fast.env\n")
     wrong = subprocess.run([*command, "--x"], capture_output=True, text=True, timeout=60, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --x: ")
@@ -215,18 +215,18 @@ def test_out_of_memory_is_told_with_its_remedy(capsys: pytest.CaptureFixture[str
 @pytest.mark.slow
 def test_what_runs_here() -> None:
     command = [sys.executable, "-m", "mtt_fast.env"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert f"torch                      {torch.__version__}" in found
-    assert "student of ConvNet" in found
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"torch                      {torch.__version__}" in output
+    assert "student of ConvNet" in output
     assert subprocess.run([*command, "--x"], capture_output=True, timeout=60, check=False).returncode == 2
 
 
 @pytest.mark.parametrize("job", ["experts", "buffer", "distill", "evaluate"])
 def test_help(job: str) -> None:
     command = [sys.executable, "-m", f"mtt_fast.{job}", "--help"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "--dsa_strategy" in found.stdout
-    assert found.stderr == ""
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "--dsa_strategy" in process.stdout
+    assert process.stderr == ""
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -238,11 +238,11 @@ def test_every_recipe_is_complete(name: str) -> None:
 
 
 def test_the_recipes_are_listed() -> None:
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "mtt_fast.recipes"], capture_output=True, text=True, timeout=60, check=True
     )
-    assert all(name in found.stdout for name in recipe_names())
-    assert "\nDATM: DATM (ICLR 2024)" in found.stdout
+    assert all(name in process.stdout for name in recipe_names())
+    assert "\nDATM: DATM (ICLR 2024)" in process.stdout
 
 
 def names_in(listed: str) -> list[str]:

@@ -374,9 +374,13 @@ def test_an_argument_of_the_public_code(kind: type, name: str, row: Row, caplog:
         if ours is ...:
             assert options == kind()
         else:
-            found = getattr(options, name)
-            assert found == type(found)(typed) if not isinstance(found, bool) else found is (typed in ("", "True"))
-            assert options == dataclasses.replace(kind(), **{name: found})
+            option_value = getattr(options, name)
+            assert (
+                option_value == type(option_value)(typed)
+                if not isinstance(option_value, bool)
+                else option_value is (typed in ("", "True"))
+            )
+            assert options == dataclasses.replace(kind(), **{name: option_value})
     assert difference in said
     assert bool(difference) == bool(said)
     if ours is ...:

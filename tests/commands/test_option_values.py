@@ -42,13 +42,13 @@ def kinds_of(annotation: Any) -> set[Any]:
 
 def options_taking(kind: type) -> list[tuple[str, str]]:
     """Return commands with their options of a type; of options that are declared alike in several commands, the first."""
-    found: dict[tuple[Any, ...], tuple[str, str]] = {}
+    taking: dict[tuple[Any, ...], tuple[str, str]] = {}
     for command, options in KINDS.items():
         for option, field in fields_of(options).items():
             if kind in kinds_of(field.annotation):
                 declared = (option, field.default, str(field.annotation), tuple(map(repr, field.declared)))
-                found.setdefault(declared, (command, option))
-    return list(found.values())
+                taking.setdefault(declared, (command, option))
+    return list(taking.values())
 
 
 def refused(name: str, *words: str) -> str:
@@ -236,9 +236,9 @@ def test_a_file_is_checked_as_strictly_as_flags(name: str, value: object, messag
 
 
 def test_what_a_file_may_say_in_another_type() -> None:
-    found = parsing.apply(Everything(), {"rate": 2, "limit": math.inf, "epochs": [0, 3], "names": ["x"]}, "mine.toml")
-    assert (found.rate, type(found.rate), found.limit) == (2.0, float, math.inf)
-    assert (found.epochs, found.names) == ((0, 3), ("x",))
+    options = parsing.apply(Everything(), {"rate": 2, "limit": math.inf, "epochs": [0, 3], "names": ["x"]}, "mine.toml")
+    assert (options.rate, type(options.rate), options.limit) == (2.0, float, math.inf)
+    assert (options.epochs, options.names) == ((0, 3), ("x",))
 
 
 @pytest.mark.parametrize(
@@ -275,11 +275,11 @@ def test_files_of_a_distillation(
         if message is None and file != config:
             continue  # what a run was made with is its own affair
         assert cli.run(distill, words) == 2
-        found = capsys.readouterr().err
+        error = capsys.readouterr().err
         expected = "--canvas_size 3: has no effect without --texture" if message is None else f"{file}: {message}"
         damaged = f"{file}: damaged or changed by hand"  # its names are looked at first
-        assert found.startswith((f"error: {expected}", *[f"error: {damaged}"] * (file != config)))
-        assert found.count("\n") == 1
+        assert error.startswith((f"error: {expected}", *[f"error: {damaged}"] * (file != config)))
+        assert error.count("\n") == 1
     if line == 'pix_init = "zz"':
         (run / "config.toml").write_text(f'method = "dm"\n{line}\n')
         with pytest.raises(InputError, match="option pix_init: expected one of 'real', 'noise', found 'zz'"):
@@ -300,8 +300,8 @@ def test_every_value_comes_back_from_a_run_folder(tmp_path: Path) -> None:
         "text": "é 😀 \\ \" ' \n \t \x7f \x01 \x85", "empty": "", "nothing": None,
     }  # fmt: skip
     write_config(tmp_path, options, "gradient: exact")
-    found = read_config(tmp_path)
-    assert found == {
+    config = read_config(tmp_path)
+    assert config == {
         name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if value is not None
     }
     write_config(tmp_path, {"a": math.nan})

@@ -86,7 +86,7 @@ def test_progress_is_quiet_where_nobody_watches(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
-def unpacked(archive: str, root: Path, wanted: int) -> list[Path]:
+def unpacked(archive: str, root: Path, count: int) -> list[Path]:
     """Unpack the first `wanted` images of every class and split of a shared archive."""
     if not (SHARED / archive).is_file():
         pytest.skip(f"needs the real images: no file {SHARED / archive}")
@@ -95,7 +95,7 @@ def unpacked(archive: str, root: Path, wanted: int) -> list[Path]:
     with tarfile.open(SHARED / archive, "r:xz") as tar:
         for member in tar:
             place = member.name.rpartition("/")[0]
-            if member.isfile() and counts.setdefault(place, 0) < wanted:
+            if member.isfile() and counts.setdefault(place, 0) < count:
                 counts[place] += 1
                 tar.extract(member, root, filter="data")
                 paths.append(root / member.name)

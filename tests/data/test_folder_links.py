@@ -83,9 +83,9 @@ def test_root_splits_and_classes_may_lie_elsewhere(tmp_path: Path) -> None:
     (real / "test").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a/3.png").symlink_to("1.png")
     (tmp_path / "linked").symlink_to(real)
-    found = loaded(tmp_path / "linked", tmp_path)
-    assert torch.equal(found.train.images, expected.train.images)
-    assert torch.equal(found.test.images, expected.test.images)
+    data = loaded(tmp_path / "linked", tmp_path)
+    assert torch.equal(data.train.images, expected.train.images)
+    assert torch.equal(data.test.images, expected.test.images)
 
 
 def test_images_may_be_links_within_the_data_set(tmp_path: Path) -> None:

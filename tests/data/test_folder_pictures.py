@@ -61,8 +61,8 @@ def test_transparency_is_composed_on_white_and_told(
     with caplog.at_level(logging.INFO):
         data = load("folder", data_path=tmp_path, progress=False)
     assert data.image_shape[0] == len(expected)
-    found = data.train.images[1, :, 0].int()
-    assert (found - torch.tensor(expected)).abs().max() <= 1
+    pixels = data.train.images[1, :, 0].int()
+    assert (pixels - torch.tensor(expected)).abs().max() <= 1
     assert "1 transparent image(s) composed on white" in caplog.text
 
 

@@ -164,9 +164,9 @@ def test_labels_from_elsewhere(labels: Any, message: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.float16, torch.float64])
 def test_whole_labels_of_any_width_are_indices(dtype: torch.dtype) -> None:
-    found = tensor_set(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=dtype), None, "x")
-    assert found.labels.dtype == torch.int64
-    assert found.labels.tolist() == [0, 1]
+    distilled = tensor_set(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=dtype), None, "x")
+    assert distilled.labels.dtype == torch.int64
+    assert distilled.labels.tolist() == [0, 1]
 
 
 def test_images_that_float32_cannot_hold() -> None:
@@ -223,10 +223,10 @@ def test_a_picture_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
 def test_a_set_of_tensors_alone_is_checked() -> None:
     with pytest.raises(InputError, match="expected one learning rate above 0"):
         tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.ones(3), "x")
-    found = tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.tensor([[0.5]]), "x")
-    assert found == TensorSet(found.images, found.labels, found.lr, "indices")
-    assert found.lr is not None
-    assert found.lr.shape == ()
+    distilled = tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.tensor([[0.5]]), "x")
+    assert distilled == TensorSet(distilled.images, distilled.labels, distilled.lr, "indices")
+    assert distilled.lr is not None
+    assert distilled.lr.shape == ()
 
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_eval 1 --epoch_eval_train 1".split()

@@ -42,8 +42,8 @@ def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
 
 
 def test_the_range_of_start_epochs_grows_linearly() -> None:
@@ -107,12 +107,12 @@ def test_the_average_is_the_sum_over_the_updates_written_out() -> None:
     state = State(
         0, 1, images.clone(), torch.arange(3), lr, torch.zeros_like(images), torch.zeros(()), ema=images.clone()
     )
-    wanted = images.clone()
+    expected = images.clone()
     for _ in range(5):
         update(DistillOptions(lr_img=2.0, ema_decay=0.8), state, torch.randn_like(images), torch.zeros(()))
-        wanted = 0.8 * wanted + 0.2 * state.images
+        expected = 0.8 * expected + 0.2 * state.images
     assert state.ema is not None
-    torch.testing.assert_close(state.ema, wanted)
+    torch.testing.assert_close(state.ema, expected)
 
 
 def test_the_average_is_evaluated_on_networks_of_its_own(experts: list[str], tmp_path: Path) -> None:

@@ -117,10 +117,10 @@ def test_the_call_runs_with_the_arguments_that_it_has(
     dataset: str, kind: str, zca: bool | None, its: Any, tmp_path: Path
 ) -> None:
     classes, size = SIZES[dataset]
-    found, folder = plain(classes, size, kind, ipc=1), tmp_path / "o'clock"
-    write_set(folder, found, "ddranking")
+    distilled, folder = plain(classes, size, kind, ipc=1), tmp_path / "o'clock"
+    write_set(folder, distilled, "ddranking")
     subset = dataset if dataset in SUBSETS else None
-    call = ddranking_call(folder, found, "ImageNet" if subset else dataset, zca, subset, data_path="my data")
+    call = ddranking_call(folder, distilled, "ImageNet" if subset else dataset, zca, subset, data_path="my data")
     assert max(map(len, call.splitlines())) < 200
     space = executed(call)
     metric = space["metric"]
@@ -138,10 +138,10 @@ def test_the_call_runs_with_the_arguments_that_it_has(
     assert asked["random_data_format"] == "tensor"
     assert asked["aug_params"]["crop"] == 0.125
     assert set(asked["aug_params"]) == set("flip rotate saturation brightness contrast scale crop cutout".split())
-    assert metric.metrics["image_tensor"].equal(found.images)
+    assert metric.metrics["image_tensor"].equal(distilled.images)
     assert metric.metrics["syn_lr"].item() == pytest.approx(0.02)
     if kind == "indices":
-        assert metric.metrics["hard_labels"].equal(found.labels)
+        assert metric.metrics["hard_labels"].equal(distilled.labels)
         saved, path = its.hard_label.save_results(
             {"hard_label_recovery": [1.0], "improvement_over_random": [2.0], "lrs": [3.0, 3.0]}, "x.csv"
         )
@@ -150,7 +150,7 @@ def test_the_call_runs_with_the_arguments_that_it_has(
         if zca:
             assert [metric.class_map[torch.tensor(label)] for label in (0, classes - 1)] == [0, classes - 1]
     else:
-        truth = found.labels if kind == "probabilities" else found.labels.softmax(1)
+        truth = distilled.labels if kind == "probabilities" else distilled.labels.softmax(1)
         torch.testing.assert_close(metric.metrics["soft_labels"].softmax(1), truth)
         drawn = its.soft_label.get_random_data_tensors(
             dataset, "real", "indices", 1, 3, None
@@ -163,9 +163,9 @@ def test_the_call_runs_with_the_arguments_that_it_has(
 
 
 def test_a_set_without_a_rate_leaves_it_to_be_searched(its: Any, tmp_path: Path) -> None:
-    found = plain(10, 32, lr=None)
-    write_set(tmp_path, found, "ddranking")
-    assert executed(ddranking_call(tmp_path, found, "cifar10", None))["metric"].metrics["syn_lr"] is None
+    distilled = plain(10, 32, lr=None)
+    write_set(tmp_path, distilled, "ddranking")
+    assert executed(ddranking_call(tmp_path, distilled, "cifar10", None))["metric"].metrics["syn_lr"] is None
 
 
 def test_against_dd_ranking_itself_where_it_is_installed() -> None:
@@ -179,7 +179,7 @@ def test_against_dd_ranking_itself_where_it_is_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "dataset", "zca", "message"),
+    ("distilled", "dataset", "zca", "message"),
     [
         (plain(10, 32), None, False, "does not say of which data set it is; say it with `dataset`"),
         (plain(10, 32), "digits", False, "it has CIFAR10, CIFAR100, Tiny, ImageNet and its subsets, not digits"),
@@ -191,9 +191,9 @@ def test_against_dd_ranking_itself_where_it_is_installed() -> None:
         (plain(10, 64, "logits"), "imagewoof", False, "no soft labels for ImageWoof; `hard_labels` writes the set with classes"),
     ],
 )  # fmt: skip
-def test_sets_that_it_cannot_take(found: TensorSet, dataset: str | None, zca: bool, message: str) -> None:
+def test_sets_that_it_cannot_take(distilled: TensorSet, dataset: str | None, zca: bool, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ddranking_call("out", found, dataset, zca)
+        ddranking_call("out", distilled, dataset, zca)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +217,11 @@ def test_sets_that_it_cannot_take(found: TensorSet, dataset: str | None, zca: bo
 def test_convert_says_it(
     dataset: str, size: int, canvas: Canvas | None, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = plain(10, size)
+    distilled = plain(10, size)
     source, out = tmp_path / "synthetic.safetensors", tmp_path / "out"
     names = tuple(f"class {number}" for number in range(10))
     SyntheticDataset(
-        found.images, found.labels, torch.tensor(0.02), names, (0.5,) * 3, (0.2,) * 3, canvas=canvas,
+        distilled.images, distilled.labels, torch.tensor(0.02), names, (0.5,) * 3, (0.2,) * 3, canvas=canvas,
         recipe={"dataset": dataset, "data_path": "there"},
     ).save(source)  # fmt: skip
     caplog.set_level("INFO")

@@ -33,13 +33,13 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, kind: str, labels: str) -
     files = synthetic.export(kind, tmp_path / "x")
     assert all(file.exists() for file in files)
     assert set_kind_of(tmp_path / "x") == kind
-    found = read_set(tmp_path / "x")
+    read_back = read_set(tmp_path / "x")
     if kind == "dc":  # keeps no learning rate
         expected = TensorSet(expected.images, expected.labels, None, labels)
     if kind == "ddranking" and labels == "probabilities":  # their logarithms are written
-        torch.testing.assert_close(found.labels.softmax(1), expected.labels, rtol=1e-6, atol=1e-7)
-        expected = TensorSet(expected.images, found.labels, expected.lr, "logits")
-    assert_same(found, expected)
+        torch.testing.assert_close(read_back.labels.softmax(1), expected.labels, rtol=1e-6, atol=1e-7)
+        expected = TensorSet(expected.images, read_back.labels, expected.lr, "logits")
+    assert_same(read_back, expected)
 
 
 def test_the_files_are_those_of_the_public_code(tmp_path: Path) -> None:
@@ -97,19 +97,19 @@ def test_names_of_the_field(tmp_path: Path, images: str, labels: str, lr: str | 
     if lr:
         torch.save(torch.tensor(0.02, requires_grad=True), tmp_path / lr)
     for source in (tmp_path / images, tmp_path):
-        found = read_set(source, "mtt")
-        assert not found.images.requires_grad
-        assert_same(found, TensorSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
+        distilled = read_set(source, "mtt")
+        assert not distilled.images.requires_grad
+        assert_same(distilled, TensorSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
 
 
 @pytest.mark.parametrize("rate", [0.02, np.float64(0.02), np.float32(0.02), torch.tensor([0.02])])
 def test_learning_rates_in_other_forms(tmp_path: Path, rate: Any) -> None:
     distilled().export("mtt", tmp_path)
     torch.save(rate, tmp_path / "lr_best.pt")
-    found = read_set(tmp_path)
-    assert found.lr is not None
-    assert found.lr.dim() == 0
-    assert float(found.lr) == pytest.approx(0.02)
+    read_back = read_set(tmp_path)
+    assert read_back.lr is not None
+    assert read_back.lr.dim() == 0
+    assert float(read_back.lr) == pytest.approx(0.02)
     torch.save([0.02, 0.03], tmp_path / "lr_best.pt")
     with pytest.raises(InputError, match=r"lr_best\.pt: expected one learning rate, found \[0\.02, 0\.03\]"):
         read_set(tmp_path)
@@ -153,8 +153,8 @@ def as_dc_saves(path: Path) -> list[list[Tensor]]:
 
 def test_results_of_dc(tmp_path: Path) -> None:
     data = as_dc_saves(tmp_path / "res_DM_CIFAR10_ConvNet_2ipc.pt")
-    found = read_set(tmp_path)
-    assert_same(found, TensorSet(data[-1][0], data[-1][1], None, "indices"))
+    distilled = read_set(tmp_path)
+    assert_same(distilled, TensorSet(data[-1][0], data[-1][1], None, "indices"))
 
 
 def test_results_that_numpy_1_wrote(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_folders_of_dc_benchmark(tmp_path: Path, method: str) -> None:
     assert all(file.parent == folder for file in files)
     for source in (tmp_path, tmp_path / method, folder):
         assert set_kind_of(source) is not None
-        found = read_set(source, "dc_benchmark")
-        assert torch.equal(found.images, synthetic.images)
-        assert torch.equal(found.labels, synthetic.labels)
+        read_back = read_set(source, "dc_benchmark")
+        assert torch.equal(read_back.images, synthetic.images)
+        assert torch.equal(read_back.labels, synthetic.labels)
     with pytest.raises(InputError, match="holds a set already"):
         write_set(tmp_path, synthetic, "dc_benchmark", method=method)
 

@@ -244,7 +244,7 @@ def test_variants_of_convnet_equal_the_layers_written_out(
 def test_parameters_have_the_names_of_the_public_code(name: str, some: list[str]) -> None:
     names = network_by_name(name, CIFAR, 10).layout.names
     assert set(some) <= set(names)
-    assert [found for found in names if found in some] == some
+    assert [own_name for own_name in names if own_name in some] == some
 
 
 @pytest.mark.parametrize("name", ["ConvNetD2W8MP", "ConvNetD2W8AS", "ConvNetD2W8LN", "ConvNetD2W8BN", "ConvNetD2W8GN"])
@@ -288,8 +288,8 @@ def test_fresh_parameters_follow_from_the_generator_alone() -> None:
 
     expected = [drawn(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(drawn, range(4)))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        results = list(pool.map(drawn, range(4)))
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
     assert not torch.equal(expected[0], expected[1])
     assert torch.equal(torch.get_rng_state(), before)
 

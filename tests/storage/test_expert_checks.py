@@ -149,11 +149,11 @@ def test_a_mixture_is_told(tmp_path: Path) -> None:
 )
 def test_what_lies_beside_it_is_trained_alike(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     store = store_of(tmp_path, metadata_for())
-    wanted: dict[str, Any] = {"hyperparameters": TRAINED, "seed": 7, "dtype": torch.float32, "precision": "fp32"}
+    training: dict[str, Any] = {"hyperparameters": TRAINED, "seed": 7, "dtype": torch.float32, "precision": "fp32"}
     if not complaint:
-        return check_same_training(store, 0, **wanted | changes)
+        return check_same_training(store, 0, **training | changes)
     with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {complaint}"):
-        check_same_training(store, 0, **wanted | changes)
+        check_same_training(store, 0, **training | changes)
 
 
 @pytest.mark.parametrize(

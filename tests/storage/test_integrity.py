@@ -121,19 +121,19 @@ def test_a_flipped_bit_of_an_expert_is_named_by_whoever_reads_it(
     draw, row = random.Random(0), (end - begin) // 4
     in_header = [draw.randrange(8 * begin) for _ in range(20)]
     in_rows = [8 * draw.randrange(begin + number * row, begin + (number + 1) * row) for number in range(3)]
-    found = []
+    errors = []
     for bit in in_header + in_rows:
         path.write_bytes(whole)
         flip(path, bit)
-        found.append(cli.run(distill, [*TOY, "--out", "new"]))
+        errors.append(cli.run(distill, [*TOY, "--out", "new"]))
         said = capsys.readouterr().err
-        if found[-1]:
-            assert (found[-1], said.strip().splitlines()[-1].partition(f"{path}: ")[0]) == (2, "error: "), bit
+        if errors[-1]:
+            assert (errors[-1], said.strip().splitlines()[-1].partition(f"{path}: ")[0]) == (2, "error: "), bit
         else:  # the four iterations do not come to this row
             assert torch.equal(images_of("new"), images_of("run"))
         shutil.rmtree("new", ignore_errors=True)
-    assert found[: len(in_header)] == [2] * len(in_header)
-    assert 2 in found[len(in_header) :]
+    assert errors[: len(in_header)] == [2] * len(in_header)
+    assert 2 in errors[len(in_header) :]
 
 
 def images_of(folder: str) -> torch.Tensor:
@@ -224,11 +224,11 @@ def test_every_byte_of_small_files_counts(tmp_path: Path) -> None:
         for bit in one_of_each_byte(file):
             flip(file, bit)
             try:
-                found = read()
+                value_read = read()
             except InputError as error:
                 assert str(file) in str(error)  # noqa: PT017 - either is right
             else:
-                assert found == value  # one kind of white space for another
+                assert value_read == value  # one kind of white space for another
             flip(file, bit)
 
     metrics = tmp_path / "metrics.jsonl"
@@ -450,10 +450,10 @@ def test_open_regular_takes_files_of_a_size(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         open_regular("a\0b")
     os.truncate(path, 1 << 40)
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(InputError, match="expected at most"):
         read_text(path)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - start < 1
     assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
 
 

@@ -65,16 +65,16 @@ def test_works_take_turns_in_their_lanes() -> None:
         yield
 
     jobs = (counting(number, told) for number in (2, 1, 3))
-    found = list(round_robin(jobs, [lambda: lane("a"), lambda: lane("b")]))
-    assert found == [(1, 10), (0, 20), (2, 30)]
+    results = list(round_robin(jobs, [lambda: lane("a"), lambda: lane("b")]))
+    assert results == [(1, 10), (0, 20), (2, 30)]
     assert told == [2, 1, 2, 3, 3, 3]
     assert "".join(entered) == "ababa" + "bbbb"  # the end of a work is met in its lane too
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_every_work_is_done_once(at_once: int) -> None:
-    found = dict(run_concurrently((counting(number) for number in range(7)), Concurrency(at_once, 1), CPU))
-    assert found == {number: 10 * number for number in range(7)}
+    results = dict(run_concurrently((counting(number) for number in range(7)), Concurrency(at_once, 1), CPU))
+    assert results == {number: 10 * number for number in range(7)}
 
 
 def test_works_begin_when_others_end() -> None:
@@ -122,7 +122,7 @@ def test_each_computes_with_its_number_of_threads(at_once: int) -> None:
         return torch.get_num_threads()
 
     torch.set_num_threads(2)
-    assert [found for _, found in run_concurrently([threads() for _ in range(3)], Concurrency(at_once, 1), CPU)] == [
+    assert [count for _, count in run_concurrently([threads() for _ in range(3)], Concurrency(at_once, 1), CPU)] == [
         1,
         1,
         1,

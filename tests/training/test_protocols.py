@@ -108,8 +108,8 @@ def test_equals_the_protocol_written_out(name: str, model: str, monkeypatch: pyt
         nn.functional.cross_entropy(module(in_double.pixels), train.labels).backward()
         optimiser.step()
         with torch.no_grad():
-            found = module.eval()(test.pixels.double()).argmax(1)
-        accuracies.append(float((found == test.labels).double().mean()))
+            predictions = module.eval()(test.pixels.double()).argmax(1)
+        accuracies.append(float((predictions == test.labels).double().mean()))
         if name == "ddranking":
             schedule.step()
         elif epoch == 7 // 2 + 1:
