@@ -73,7 +73,7 @@ AUGMENTATIONS: dict[str, Augment] = {
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("microbatch", [None, 2])
-def test_meta_gradient(name: str, microbatch: int | None) -> None:
+def test_the_meta_gradient_goes_through_an_augmentation(name: str, microbatch: int | None) -> None:
     result = gradient(AUGMENTATIONS[name], microbatch=microbatch)
     assert_close("images", result, expected_gradient(AUGMENTATIONS[name]), 1e-9)
     assert (result - gradient(AUGMENTATIONS[name], seed=2)).norm() > 1e-3 * result.norm()

@@ -126,7 +126,7 @@ def test_tiles_meet_as_crops_do() -> None:
         assert image[:, corner[0] : corner[0] + 7, corner[1] : corner[1] + 10].equal(cropped)
 
 
-def test_shapes() -> None:
+def test_crops_have_the_shape_of_an_image() -> None:
     assert Canvas(3, 2).image_shape(torch.Size((1, 12, 15))) == (1, 4, 5)
     assert Canvas(3, 2).batch(torch.tensor([4, 0])).tolist() == [4, 0, 4, 0]
 
@@ -290,7 +290,7 @@ def test_pictures_show_tiles(run_folder: Path) -> None:
         (["--canvas_samples", "0"], "--canvas_samples 0: expected at least 1"),
     ],
 )
-def test_what_textures_cannot_be(
+def test_options_that_do_not_go_with_textures_are_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(distill, [*TOY, *places(tmp_path), *flags, "--out", str(tmp_path / "run")]) == 2

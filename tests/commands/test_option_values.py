@@ -115,7 +115,7 @@ def test_no_text_is_empty(command: str, option: str) -> None:
         (Range(), -math.inf, "expected a finite number"),
     ],
 )
-def test_a_range(given: Range, value: float, complaint: str | None) -> None:
+def test_a_value_out_of_its_range_is_refused(given: Range, value: float, complaint: str | None) -> None:
     assert given.complaint(value) == complaint
 
 
@@ -142,7 +142,7 @@ def test_a_range(given: Range, value: float, complaint: str | None) -> None:
         ("--num_eval 2000000", "--num_eval 2000000: expected at most 1000000"),
     ],
 )
-def test_what_an_option_does_not_take(words: str, message: str) -> None:
+def test_a_value_that_an_option_does_not_take_is_refused(words: str, message: str) -> None:
     assert refused("distill", *words.split()).startswith(message)
 
 
@@ -162,7 +162,7 @@ def test_no_iterations_are_an_evaluation_of_the_start() -> None:
         (evaluate.main, "random --dataset digits"),
     ],
 )
-def test_a_device_that_there_is_not(
+def test_a_device_that_is_missing_is_refused(
     device: str, main: Callable[..., None], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(main, [*words.split(), "--device", device]) == 2
@@ -264,7 +264,7 @@ def test_what_a_file_may_say_in_another_type() -> None:
         ("resume = 1", "option resume: expected true or false, found 1"),
     ],
 )
-def test_files_of_a_distillation(
+def test_wrong_values_in_the_files_of_a_distillation_are_refused(
     line: str, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = tmp_path / "mine.toml", tmp_path / "run"
@@ -287,7 +287,7 @@ def test_files_of_a_distillation(
 
 
 @pytest.mark.parametrize("text", ["a = 1" + "0" * 5000, "a = " + "[" * 5000, "a = 1\na = 2", "a = \x00", "\xff"])
-def test_what_is_no_toml(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_toml_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"mine.toml: (not valid TOML|expected text in UTF-8)"):
@@ -383,7 +383,7 @@ class Spelled:
         ("--models a -- --here", {"models": ("a",), "place": "--here"}),
     ],
 )
-def test_spellings(words: str, changed: dict[str, Any]) -> None:
+def test_one_value_may_be_spelt_in_several_ways(words: str, changed: dict[str, Any]) -> None:
     assert parsing.parse(Spelled, words.split(), "x") == Spelled(**changed)
 
 
@@ -403,7 +403,7 @@ def test_spellings(words: str, changed: dict[str, Any]) -> None:
         ("--models", "--models: expected a value after it"),
     ],
 )
-def test_misspellings(words: str, message: str) -> None:
+def test_misspelt_values_are_refused(words: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         parsing.parse(Spelled, words.split(), "x")
     assert str(raised.value).startswith(message)

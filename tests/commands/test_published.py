@@ -169,7 +169,7 @@ def test_shares_are_those_of_the_data_sets() -> None:
             assert 100 * int(ipc) * info.num_classes / info.train == pytest.approx(share)
 
 
-def test_costs() -> None:
+def test_the_costs_are_those_of_the_paper() -> None:
     names = ("seconds_per_epoch", "experts", "gpu_hours", "megabytes_per_expert")
     assert published().costs == {
         "CIFAR": dict(zip(names, (3, 200, 8, 60), strict=True)),

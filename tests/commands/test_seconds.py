@@ -36,7 +36,7 @@ def counted(**seconds: float) -> dict[str, float]:
     return {part: seconds.get(part, 0.0) for part in PARTS}
 
 
-def test_of_nested_parts_the_inner_one_counts() -> None:
+def test_the_inner_one_of_nested_parts_counts() -> None:
     seconds = Seconds(clock := Clock())
     clock.now += 1
     with seconds.of("evaluations"):
@@ -82,7 +82,7 @@ def test_a_damaged_file_is_told_and_does_not_stop_a_run(
     assert read_record(tmp_path / "seconds.json", "", "") == counted()
 
 
-def test_the_line_at_the_end() -> None:
+def test_the_line_at_the_end_leaves_out_parts_of_no_length() -> None:
     assert (
         in_words(counted(first_iteration=8, iterations=55.04, other=0.01))
         == "63.0 s: first iteration 8.0, iterations 55.0"

@@ -22,7 +22,7 @@ def jpeg_folder(root: Path, classes: tuple[str, ...] = NAMES10, side: int = 32) 
     return root
 
 
-def test_an_image_folder_of_jpegs(tmp_path: Path) -> None:
+def test_an_image_folder_of_jpegs_is_read(tmp_path: Path) -> None:
     data = load("CIFAR10", data_path=jpeg_folder(tmp_path), progress=False)
     assert (data.name, data.class_names, data.image_shape) == ("CIFAR10", NAMES10, (3, 32, 32))
     assert data.mean == (0.4914, 0.4822, 0.4465)
@@ -42,7 +42,7 @@ def test_one_image_of_another_size_is_named(tmp_path: Path) -> None:
     fails(tmp_path, r"test/bird/0\.jpg: expected 32x32 pixels as in the other images, found 32x31; give `res`")
 
 
-def test_an_image_folder_of_something_else(tmp_path: Path) -> None:
+def test_an_image_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     fails(jpeg_folder(tmp_path / "few", NAMES10[:4]), "expected the 10 class folders of CIFAR10 in train/, found 4")
     fails(jpeg_folder(tmp_path / "large", side=40), "expected 32x32 pixels")
 
@@ -82,7 +82,7 @@ def test_training_and_test_folders_may_be_spelt_differently(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["{}", "{:02d}", "class_{}"])
-def test_cifar100_by_number(tmp_path: Path, form: str) -> None:
+def test_the_folders_of_cifar100_may_be_numbers(tmp_path: Path, form: str) -> None:
     for split in ("train", "test"):
         for label in range(100):
             path = tmp_path / split / form.format(label) / "0.png"

@@ -118,7 +118,9 @@ PLACE = "cifar-10-batches-py/data_batch_3"
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_archives_of_other_things(tmp_path: Path, members: list[tuple[str, bytes | str | None]], message: str) -> None:
+def test_archives_of_other_things_are_refused(
+    tmp_path: Path, members: list[tuple[str, bytes | str | None]], message: str
+) -> None:
     honest = [(name, content) for name, content in members_of(tmp_path / "made") if name != PLACE]
     tar_of([*members, *honest], tmp_path / "cifar-10-python.tar.gz")
     tracemalloc.start()
@@ -217,7 +219,7 @@ def test_pickles_take_no_more_time_than_cifars() -> None:
     ],
     ids=["30 digits", "5000 digits", "negative", "ten", "bool", "float", "none"],
 )
-def test_labels_that_are_none(tmp_path: Path, label: Any, message: str) -> None:
+def test_values_that_are_no_labels_are_refused(tmp_path: Path, label: Any, message: str) -> None:
     pixels, labels = batch(10, 0)
     (python_folder(tmp_path, "CIFAR10") / "data_batch_1").write_bytes(
         python3_pickle({"data": pixels, "labels": [*labels[:-1], label]})
@@ -242,7 +244,7 @@ def test_batches_longer_than_cifars_are_refused_unread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b"a\0b", b"airplane\n" * 9 + b"x" * 20_000, b"x" * 70_000], ids=range(4))
-def test_class_names_that_are_no_text(tmp_path: Path, raw: bytes) -> None:
+def test_class_names_that_are_no_text_are_refused(tmp_path: Path, raw: bytes) -> None:
     (binary_folder(tmp_path, "CIFAR10") / "batches.meta.txt").write_bytes(raw)
     fails(tmp_path, r"batches\.meta\.txt: expected (text|at most)")
 

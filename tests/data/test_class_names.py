@@ -96,7 +96,7 @@ def test_a_subset_goes_by_wordnet_ids_words_and_ranks(subset: str) -> None:
         ("ImageNet", ["tench", "great white shark"], ["n01440764", "n01484850"]),
     ],
 )
-def test_spellings(dataset: str, name: list[str], expected: list[str]) -> None:
+def test_a_class_is_known_by_each_of_its_spellings(dataset: str, name: list[str], expected: list[str]) -> None:
     names = KNOWN[dataset]
     assert [names[i] for i in class_indices(name, names, "x")] == expected
 
@@ -125,7 +125,7 @@ def test_what_means_no_class_is_refused_in_a_line(dataset: str, folders: list[st
     assert "\n" not in str(raised.value)
 
 
-def test_names_of_ones_own() -> None:
+def test_folders_are_matched_to_class_names_of_the_user() -> None:
     assert class_indices(["dog", "Cat"], ["cat", "dog"], "x") == [1, 0]
     assert class_indices(["C", "c"], ["c", "C"], "x") == [1, 0], "as they are, before all other spellings"
     assert class_indices(["1", "0"], ["cat", "dog"], "x") == [1, 0]

@@ -33,7 +33,7 @@ def chw(pixels: Array) -> torch.Tensor:
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".ppm", ".PNG"])
 @pytest.mark.parametrize("test", ["test", "val", "valid"])
-def test_pixels_labels_and_order(tmp_path: Path, suffix: str, test: str) -> None:
+def test_a_folder_has_its_pixels_labels_and_order(tmp_path: Path, suffix: str, test: str) -> None:
     data = load(str(folder(tmp_path / "pets", test, suffix=suffix)), data_path=tmp_path / "cache", progress=False)
     assert data.name == "folder-pets"
     assert data.class_names == ("a", "b")

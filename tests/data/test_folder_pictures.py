@@ -76,7 +76,7 @@ def test_an_opaque_alpha_channel_changes_nothing(tmp_path: Path, caplog: pytest.
 
 
 @pytest.mark.parametrize("suffix", [".JPEG", ".jpe", ".jfif", ".tif", ".TIFF", ".pgm"])
-def test_other_suffixes_that_people_have(tmp_path: Path, suffix: str) -> None:
+def test_other_suffixes_of_images_are_read(tmp_path: Path, suffix: str) -> None:
     channels = 1 if suffix == ".pgm" else 3
     six(tmp_path)
     pixels = noise(3, channels=channels)

@@ -46,7 +46,7 @@ def check(data: ImageData) -> None:
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("below", [".", "{name}", "{name}/raw"])
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
-def test_content_from_every_place(tmp_path: Path, name: str, below: str, zipped: bool) -> None:
+def test_the_content_is_the_same_from_every_place(tmp_path: Path, name: str, below: str, zipped: bool) -> None:
     files(tmp_path / below.format(name=name), zipped)
     data = load(name.upper(), data_path=tmp_path, progress=False)
     check(data)
@@ -108,7 +108,7 @@ def test_another_resolution_is_refused(tmp_path: Path) -> None:
         (1, idx(np.zeros(20, np.uint8)), "none of '1'"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, file: int, content: bytes, message: str) -> None:
+def test_wrong_files_are_named(tmp_path: Path, file: int, content: bytes, message: str) -> None:
     (files(tmp_path) / FILES[file]).write_bytes(content)
     fails(tmp_path, message)
 
@@ -146,7 +146,7 @@ def fails_with(root: Path, file: int, content: bytes, message: str, zipped: bool
         (1, bytes(60_009), "train-labels-idx1-ubyte: expected at most 60,008 bytes, found 60,009"),
     ],
 )
-def test_headers_that_promise_too_much(tmp_path: Path, file: int, content: bytes, message: str) -> None:
+def test_headers_that_promise_too_much_are_refused(tmp_path: Path, file: int, content: bytes, message: str) -> None:
     fails_with(tmp_path / "plain", file, content, message)
     zipped = message.replace("ubyte:", r"ubyte\.gz:").partition(" bytes, found")[0]
     fails_with(tmp_path / "gz", file, gzip.compress(content), zipped, zipped=True)

@@ -122,7 +122,7 @@ def test_a_sound_set_passes_whatever_it_has() -> None:
     check_set(distilled(labels=torch.zeros(N).long()), "here")  # classes may be left out
 
 
-def test_classes_of_the_data() -> None:
+def test_labels_of_other_classes_than_the_datas_are_refused() -> None:
     assert check_classes(torch.tensor([0, 8, 3]), 10, "x") == 3
     assert check_classes(torch.rand(2, 10), 10, "x") == 10
     for labels in (torch.tensor([0, 10]), torch.tensor([-1, 2]), torch.rand(2, 9), torch.rand(2, 11)):
@@ -157,7 +157,7 @@ def test_probabilities_are_known_in_every_precision(dtype: torch.dtype, classes:
         (torch.ones(2, device="meta"), "found one on the device meta"),
     ],
 )
-def test_labels_from_elsewhere(labels: Any, message: str) -> None:
+def test_labels_of_other_software_are_checked(labels: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"^x: .*{message}"):
         tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x")
 
@@ -169,7 +169,7 @@ def test_whole_labels_of_any_width_are_indices(dtype: torch.dtype) -> None:
     assert distilled.labels.tolist() == [0, 1]
 
 
-def test_images_that_float32_cannot_hold() -> None:
+def test_images_that_float32_cannot_hold_are_refused() -> None:
     with pytest.raises(InputError, match="images: expected finite numbers"):
         tensor_set(torch.full((2, 1, 2, 2), 1e300, dtype=torch.float64), torch.arange(2), None, "x")
 

@@ -101,7 +101,7 @@ def test_whitening_of_other_data_or_broken_is_fitted_again(digits: ImageData, ca
     assert torch.equal(Whitening.load(kept).matrix, other.matrix)
 
 
-def test_a_place_that_cannot_be_written_does_not_stop(
+def test_a_whitening_that_cannot_be_kept_does_not_stop_the_run(
     digits: ImageData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -111,7 +111,7 @@ def test_a_place_that_cannot_be_written_does_not_stop(
     assert "cannot be written" in caplog.text
 
 
-def test_too_large_to_whiten() -> None:
+def test_images_that_are_too_large_to_whiten_are_refused() -> None:
     images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(2, 3, 65, 65)
     data = from_tensors((images, torch.arange(2)), (images, torch.arange(2)), mean=(0, 0, 0), std=(1, 1, 1))
     with pytest.raises(InputError, match="use no `zca`"):

@@ -73,7 +73,7 @@ def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(
     assert len(TrajectoryStore(experts(made))) == 2
 
 
-def test_a_run_from_waypoints_alone(made: Path, tmp_path: Path) -> None:
+def test_a_run_needs_waypoints_alone(made: Path, tmp_path: Path) -> None:
     """Run without the whole experts, which are no longer needed; a resumed run has the same bits as an uninterrupted one."""
     few = tmp_path / "few"
     shutil.copytree(experts(made) / "waypoints_3", experts(few) / "waypoints_3")
@@ -89,7 +89,9 @@ def test_a_run_from_waypoints_alone(made: Path, tmp_path: Path) -> None:
     assert not list(experts(few).glob("*.safetensors"))
 
 
-def test_compressed_experts_by_their_folder(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compressed_experts_are_found_by_their_folder(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Use a buffer of compressed experts as any other, with the same result as by --num_interpolation."""
     few = tmp_path / "few"
     assert cli.run(compress, [str(experts(made)), "--num_interpolation", "3", "--out", str(experts(few))]) == 0
@@ -105,7 +107,7 @@ def test_compressed_experts_by_their_folder(made: Path, tmp_path: Path, capsys: 
     assert len(TrajectoryStore(experts(few))) == 2
 
 
-def test_whole_experts_with_a_continuous_start(made: Path, tmp_path: Path) -> None:
+def test_whole_experts_may_have_a_continuous_start(made: Path, tmp_path: Path) -> None:
     assert run(made, tmp_path / "run", "--continuous_start") == 0
     assert any(record["start_epoch"] != int(record["start_epoch"]) for record in steps(tmp_path / "run"))
 
@@ -119,7 +121,7 @@ def test_whole_experts_with_a_continuous_start(made: Path, tmp_path: Path) -> No
         (["--alpha", "0.3"], "--alpha 0.3: has no effect without --rho_max"),
     ],
 )
-def test_mistakes(
+def test_mistakes_are_told(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
 ) -> None:
     assert run(made, tmp_path / "run", *flags) == 2
@@ -138,7 +140,7 @@ def test_buffers_of_the_public_code_are_not_passed_over(tmp_path: Path, capsys: 
     assert [path.name for path in experts(tmp_path).iterdir()] == ["replay_buffer_0.pt"]
 
 
-def test_what_is_to_be_compressed_is_told_beforehand(
+def test_a_dry_run_tells_what_will_be_compressed(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(*flags: str) -> str:

@@ -108,7 +108,7 @@ def test_a_truncated_run_says_so(
     assert "approximate" not in (runs["plain"] / "config.toml").read_text()
 
 
-def test_learning_rates_of_each_step(runs: dict[str, Path], experts: list[str], tmp_path: Path) -> None:
+def test_each_step_has_a_learning_rate_of_its_own(runs: dict[str, Path], experts: list[str], tmp_path: Path) -> None:
     folder = runs["lr-per-step"]
     distilled = SyntheticDataset.load(folder / "synthetic.safetensors")
     rates = distilled.lr_per_step

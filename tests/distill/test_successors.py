@@ -166,7 +166,7 @@ def test_images_are_those_that_the_first_expert_then_the_next_gets_right() -> No
     assert wrong == 0
 
 
-def test_a_run_from_images_that_an_expert_gets_right(experts: list[str], tmp_path: Path) -> None:
+def test_a_run_starts_from_images_that_an_expert_gets_right(experts: list[str], tmp_path: Path) -> None:
     flags = ["--pix_init", "samples_predicted_correctly", "--ipc", "7", "--Iteration", "0"]
     assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags) == 0
     images = SyntheticDataset.load(tmp_path / "run" / "synthetic.safetensors").images
@@ -262,7 +262,7 @@ def test_mistakes_are_told_before_anything_is_read(flags: list[str], message: st
     assert str(told.value).startswith(message)
 
 
-def test_what_a_run_began_with_is_found_once_for_all_pictures(
+def test_the_first_images_of_a_run_are_made_once_for_all_pictures(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -308,7 +308,7 @@ def test_a_precision_that_a_network_of_the_pool_lacks_is_told_before_any_work(
     assert not (tmp_path / "buffers").exists()
 
 
-def test_of_equal_evaluations_the_first_is_the_best(
+def test_the_first_of_equal_evaluations_is_the_best(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check the file and the summary."""

@@ -168,7 +168,7 @@ def test_a_set_without_a_rate_leaves_it_to_be_searched(its: Any, tmp_path: Path)
     assert executed(ddranking_call(tmp_path, distilled, "cifar10", None))["metric"].metrics["syn_lr"] is None
 
 
-def test_against_dd_ranking_itself_where_it_is_installed() -> None:
+def test_the_set_is_that_of_dd_ranking_itself_where_it_is_installed() -> None:
     ddranking = pytest.importorskip("ddranking", exc_type=ImportError)
     for kind, names in (("Hard", OF_HARD), ("Soft", OF_SOFT)):
         theirs = getattr(ddranking, f"LabelRobustScore{kind}")
@@ -191,7 +191,9 @@ def test_against_dd_ranking_itself_where_it_is_installed() -> None:
         (plain(10, 64, "logits"), "imagewoof", False, "no soft labels for ImageWoof; `hard_labels` writes the set with classes"),
     ],
 )  # fmt: skip
-def test_sets_that_it_cannot_take(distilled: TensorSet, dataset: str | None, zca: bool, message: str) -> None:
+def test_sets_that_dd_ranking_cannot_take_are_refused(
+    distilled: TensorSet, dataset: str | None, zca: bool, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         ddranking_call("out", distilled, dataset, zca)
 
@@ -214,7 +216,7 @@ def test_sets_that_it_cannot_take(distilled: TensorSet, dataset: str | None, zca
         ),
     ],
 )
-def test_convert_says_it(
+def test_convert_tells_the_call(
     dataset: str, size: int, canvas: Canvas | None, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     distilled = plain(10, size)
@@ -238,11 +240,11 @@ def test_convert_says_it(
     ("hlr", "ior", "score"),
     [(0.2373, 0.3090, 0.285), (0.2684, 0.3505, 0.287), (0.1652, 0.2052, 0.277)],  # MTT, DATM, MTT at 10, 10, 50 a class
 )
-def test_the_score_of_the_boards_numbers(hlr: float, ior: float, score: float) -> None:
+def test_the_score_is_that_of_the_boards_numbers(hlr: float, ior: float, score: float) -> None:
     assert label_robust_score(hlr, ior) == pytest.approx(score, abs=1e-3)
 
 
-def test_the_score_by_its_definition() -> None:
+def test_the_score_is_that_of_its_definition() -> None:
     assert label_robust_score(-1, 1) == pytest.approx(1)
     assert label_robust_score(1, -1) == 0
     alpha = 0.3 * 0.25 - 0.7 * 0.4

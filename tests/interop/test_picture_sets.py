@@ -83,7 +83,7 @@ def test_a_stop_leaves_no_half_of_a_set(
     assert [path.name for path in tmp_path.rglob("*")] == ["mine.txt"]
 
 
-def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
+def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
     for label, name in enumerate(("ape", "bee")):
         (tmp_path / name).mkdir()
         for number in range(2):
@@ -135,7 +135,9 @@ def test_folders_of_another_method_go_by_name(
     assert distilled.class_names == class_names
 
 
-def test_folders_that_mean_no_class_or_are_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_that_mean_no_class_are_refused_and_missing_ones_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
     with pytest.raises(InputError, match=r"a: expected the names of .*found 'dogg' \(nearest: dog.*\); rename it"):
         read_set(coloured_folder(tmp_path / "a", ["cat", "dogg"], [3, 5]), info=info)
@@ -203,7 +205,9 @@ def test_parquet_files_go_by_the_names_of_their_classes(
         ([0], ["car", "automobile"], "which both mean 'automobile'"),
     ],
 )
-def test_parquet_files_of_other_classes(tmp_path: Path, labels: list[Any], names: list[str], message: str) -> None:
+def test_parquet_files_of_other_classes_are_refused(
+    tmp_path: Path, labels: list[Any], names: list[str], message: str
+) -> None:
     info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
     with pytest.raises(InputError, match=rf"x\.parquet: .*{message}"):
         read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
@@ -248,7 +252,7 @@ def test_a_broken_labels_file_is_named(tmp_path: Path, spoil: Any, message: str)
         read_set(tmp_path)
 
 
-def test_the_schema_of_datasets(tmp_path: Path) -> None:
+def test_the_schema_is_that_of_hugging_faces_datasets(tmp_path: Path) -> None:
     from pyarrow import parquet
 
     (file,) = distilled("logits").export("parquet", tmp_path)
@@ -261,7 +265,7 @@ def test_the_schema_of_datasets(tmp_path: Path) -> None:
     assert set(features) == {"image", "label", "soft_label"}
 
 
-def test_a_foreign_parquet_file(tmp_path: Path) -> None:
+def test_a_foreign_parquet_file_is_read(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 

@@ -92,7 +92,7 @@ def as_the_public_code_saves(
         ("CIFAR10_IPC2_normalize_images.pt", "CIFAR10_IPC2_normalize_labels.pt", None),
     ],
 )
-def test_names_of_the_field(tmp_path: Path, images: str, labels: str, lr: str | None) -> None:
+def test_the_names_of_the_fields_code_bases_are_known(tmp_path: Path, images: str, labels: str, lr: str | None) -> None:
     pixels, targets = as_the_public_code_saves(tmp_path, images, labels)
     if lr:
         torch.save(torch.tensor(0.02, requires_grad=True), tmp_path / lr)
@@ -103,7 +103,7 @@ def test_names_of_the_field(tmp_path: Path, images: str, labels: str, lr: str | 
 
 
 @pytest.mark.parametrize("rate", [0.02, np.float64(0.02), np.float32(0.02), torch.tensor([0.02])])
-def test_learning_rates_in_other_forms(tmp_path: Path, rate: Any) -> None:
+def test_learning_rates_in_other_forms_are_read(tmp_path: Path, rate: Any) -> None:
     distilled().export("mtt", tmp_path)
     torch.save(rate, tmp_path / "lr_best.pt")
     read_back = read_set(tmp_path)
@@ -130,7 +130,7 @@ def test_the_best_of_a_folder_is_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
-def test_a_set_in_parts(tmp_path: Path) -> None:
+def test_a_set_in_parts_is_put_together(tmp_path: Path) -> None:
     pixels, targets = as_the_public_code_saves(tmp_path, "images_best.pt", "labels_best.pt", 10, 1)
     (tmp_path / "images_best.pt").unlink()
     for part in range(5):
@@ -151,13 +151,13 @@ def as_dc_saves(path: Path) -> list[list[Tensor]]:
     return data_save
 
 
-def test_results_of_dc(tmp_path: Path) -> None:
+def test_results_of_dc_are_read(tmp_path: Path) -> None:
     data = as_dc_saves(tmp_path / "res_DM_CIFAR10_ConvNet_2ipc.pt")
     distilled = read_set(tmp_path)
     assert_same(distilled, TensorSet(data[-1][0], data[-1][1], None, "indices"))
 
 
-def test_results_that_numpy_1_wrote(tmp_path: Path) -> None:
+def test_results_that_numpy_1_wrote_are_read(tmp_path: Path) -> None:
     as_dc_saves(tmp_path / "new.pt")
     with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "res_old.pt", "w") as old:
         for name in new.namelist():
@@ -170,7 +170,7 @@ def test_results_that_numpy_1_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["TM", "DC", "DSA", "DM", "random", "Kmeans"])
-def test_folders_of_dc_benchmark(tmp_path: Path, method: str) -> None:
+def test_folders_of_dc_benchmark_come_back(tmp_path: Path, method: str) -> None:
     synthetic = distilled()
     files = write_set(tmp_path, synthetic, "dc_benchmark", method=method)
     folder = tmp_path / method / "CIFAR10" / f"IPC{IPC}"
@@ -198,7 +198,7 @@ def test_tiny_imagenet_at_fifty_is_in_five_parts(tmp_path: Path) -> None:
     assert torch.equal(read_set(tmp_path).images, synthetic.images)
 
 
-def test_random_kmeans_and_kip_of_dc_benchmark(tmp_path: Path) -> None:
+def test_random_kmeans_and_kip_of_dc_benchmark_are_read(tmp_path: Path) -> None:
     images, labels = torch.rand(N, 3, 4, 4), torch.arange(CLASSES).repeat_interleave(IPC)
     folder = tmp_path / "random" / "CIFAR10" / "IPC2"
     folder.mkdir(parents=True)
@@ -260,7 +260,7 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
         (torch.tensor([0, 1], dtype=torch.int32), "indices"),
     ],
 )
-def test_kinds_of_labels(labels: Tensor, kind: str) -> None:
+def test_the_kind_of_soft_labels_is_guessed_or_given(labels: Tensor, kind: str) -> None:
     assert tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x").label_kind == kind
 
 
@@ -297,7 +297,9 @@ def test_kinds_of_labels(labels: Tensor, kind: str) -> None:
         ),
     ],
 )
-def test_what_is_no_set(tmp_path: Path, images: Tensor, labels: Tensor, lr: Tensor | None, message: str) -> None:
+def test_files_that_hold_no_set_are_refused(
+    tmp_path: Path, images: Tensor, labels: Tensor, lr: Tensor | None, message: str
+) -> None:
     torch.save(images, tmp_path / "images_best.pt")
     torch.save(labels, tmp_path / "labels_best.pt")
     if lr is not None:
@@ -337,13 +339,13 @@ def test_hostile_files_do_not_run(tmp_path: Path, name: str) -> None:
         ({"data": []}, "expected a dictionary with data"),
     ],
 )
-def test_what_is_no_result_of_dc(tmp_path: Path, content: Any, message: str) -> None:
+def test_files_that_are_no_result_of_dc_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "res_x.pt")
     with pytest.raises(InputError, match=message):
         read_set(tmp_path / "res_x.pt")
 
 
-def test_kinds_that_are_not_there(tmp_path: Path) -> None:
+def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`to` pgn: expected one of .*\(did you mean png\?\)"):
         distilled().export("pgn", tmp_path)
     with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):

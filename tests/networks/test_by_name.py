@@ -248,7 +248,7 @@ def test_parameters_have_the_names_of_the_public_code(name: str, some: list[str]
 
 
 @pytest.mark.parametrize("name", ["ConvNetD2W8MP", "ConvNetD2W8AS", "ConvNetD2W8LN", "ConvNetD2W8BN", "ConvNetD2W8GN"])
-def test_meta_gradient_of_variants(name: str) -> None:
+def test_the_meta_gradient_of_variants_is_that_of_autograd(name: str) -> None:
     net = network_by_name(name, (3, 8, 8), 3)
     assert isinstance(net, FlatModule)
     start = net.init(torch.Generator().manual_seed(0)).double()
@@ -336,7 +336,7 @@ def test_plain_names_keep_the_network_with_a_student_of_its_own() -> None:
         ("AlexNet", (3, 7, 7), "AlexNet: nothing is left of images"),
     ],
 )
-def test_mistakes(name: str, shape: tuple[int, int, int], message: str) -> None:
+def test_wrong_names_are_refused(name: str, shape: tuple[int, int, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         network_by_name(name, shape, 10)
 
@@ -355,6 +355,6 @@ def test_pools_are_those_of_the_public_code() -> None:
 
 
 @pytest.mark.parametrize("name", ["ConvNetW" + "9" * 30, "ConvNetD" + "9" * 30])
-def test_no_network_is_so_large(name: str) -> None:
+def test_a_network_that_is_too_large_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"`model` {name}: expected ConvNet"):
         network_by_name(name, (1, 8, 8), 10)

@@ -82,7 +82,7 @@ def test_a_checkpoint_goes_on_with_its_own_images(here: Path, capsys: pytest.Cap
     )
 
 
-def test_legal_uses_of_sets(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sets_may_be_used_with_their_own_images(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     for words in (["run"], ["zrun"], ["run", "--model", "MLP"], ["run", "--protocol", "datm"], ["prun"]):
         assert cli.run(evaluate, [*words, *EVALUATED]) == 0
     (here / "pets").rename(here / "renamed")  # the same images, whatever they are called
@@ -98,7 +98,7 @@ def test_legal_uses_of_sets(here: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert cli.run(evaluate, ["old.safetensors", *EVALUATED]) == 0  # it does not know more
 
 
-def test_other_images_on_purpose(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_images_may_be_used_on_purpose(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Check that other images are transformed as the set's own were, which is logged and recorded."""
     caplog.set_level("INFO")
     other = ["--dataset", "./pets", "--other_data", *EVALUATED]

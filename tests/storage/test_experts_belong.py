@@ -136,7 +136,7 @@ def test_every_expert_is_looked_at(
     assert cli.run(distill, distil("--max_experts", "1")) == 0  # it does not take turns
 
 
-def test_experts_of_other_images_on_purpose(
+def test_experts_of_other_images_may_be_used_on_purpose(
     here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree("buffers/folder-pets", "buffers/folder-toys")

@@ -263,7 +263,7 @@ def test_records_come_back_as_they_were() -> None:
         ({"a": None}, {"a": int | float}),
     ],
 )
-def test_forms(value: Any, form: Any) -> None:
+def test_values_are_checked_against_their_form(value: Any, form: Any) -> None:
     with pytest.raises((KeyError, TypeError)):
         check_form(value, form)
     check_form({"a": 1, "more": None}, {"a": int, "b?": str, "c?": {"*": int}})
@@ -350,7 +350,7 @@ def test_what_is_no_file_is_refused_at_once(
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
-def test_an_expert_that_is_no_file(copy: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_an_expert_that_is_no_file_is_refused(copy: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     odd_files(expert(), kind)
     assert cli.run(distill, [*TOY, "--out", "new"]) == 2
     assert "expert_0001.safetensors: " in capsys.readouterr().err
@@ -371,7 +371,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_that_are_no_records(copy: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_texts_that_are_no_records_are_refused(copy: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     for name, job, arguments in JOBS[3:]:
         path = Path(name)
         whole = path.read_bytes()
@@ -383,7 +383,7 @@ def test_texts_that_are_no_records(copy: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text != "large"])
-def test_headers_that_are_none(tmp_path: Path, text: str) -> None:
+def test_wrong_headers_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(len(TEXTS[text]).to_bytes(8, "little") + TEXTS[text])
     with pytest.raises(InputError, match=r"bad\.safetensors: expected a safetensors file"):
@@ -406,7 +406,7 @@ def test_headers_that_are_none(tmp_path: Path, text: str) -> None:
         None,
     ],
 )
-def test_entries_that_are_none(tmp_path: Path, entry: Any) -> None:
+def test_wrong_entries_are_refused(tmp_path: Path, entry: Any) -> None:
     text = json.dumps({"a": entry}).encode()
     (tmp_path / "bad.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(InputError, match=r"bad\.safetensors: expected a safetensors file, found a broken header"):

@@ -55,7 +55,7 @@ def counting(number: int, told: list[int] | None = None) -> Job[int]:
     return 10 * number
 
 
-def test_works_take_turns_in_their_lanes() -> None:
+def test_jobs_take_turns_in_their_contexts() -> None:
     told: list[int] = []
     entered = []
 
@@ -72,12 +72,12 @@ def test_works_take_turns_in_their_lanes() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_every_work_is_done_once(at_once: int) -> None:
+def test_every_job_is_done_once(at_once: int) -> None:
     results = dict(run_concurrently((counting(number) for number in range(7)), Concurrency(at_once, 1), CPU))
     assert results == {number: 10 * number for number in range(7)}
 
 
-def test_works_begin_when_others_end() -> None:
+def test_jobs_begin_when_others_end() -> None:
     begun = []
 
     def jobs() -> Iterator[Job[int]]:
@@ -94,7 +94,7 @@ def test_works_begin_when_others_end() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_an_error_ends_the_others(at_once: int) -> None:
+def test_an_error_ends_the_other_jobs(at_once: int) -> None:
     closed = threading.Event()
 
     def endless() -> Job[int]:
@@ -116,7 +116,7 @@ def test_an_error_ends_the_others(at_once: int) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_each_computes_with_its_number_of_threads(at_once: int) -> None:
+def test_each_job_has_its_number_of_threads(at_once: int) -> None:
     def threads() -> Job[int]:
         yield
         return torch.get_num_threads()
@@ -175,7 +175,7 @@ def test_the_crops_of_canvases_count_as_images_of_a_step(monkeypatch: pytest.Mon
     assert batches == [3 * 5, 4 * 5]
 
 
-def test_a_stop_request_ends_all() -> None:
+def test_a_stop_request_ends_all_jobs() -> None:
     stop = StopRequest()
     protocol = EvaluationProtocol(epochs=10**6)
     timer = threading.Timer(0.3, lambda: setattr(stop, "signum", 15))
@@ -185,7 +185,7 @@ def test_a_stop_request_ends_all() -> None:
     timer.join()
 
 
-def test_the_formulas() -> None:
+def test_as_many_jobs_run_as_fill_the_device() -> None:
     small, large = torch.Size((1, 6, 6)), torch.Size((3, 64, 64))
 
     def concurrency(net: ConvNet, shape: torch.Size, batch: int, jobs: int, at_once: int | None = None) -> Concurrency:
