@@ -233,7 +233,7 @@ def test_thinned_keeps_the_level() -> None:
     assert thinned([1, 2], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0])
 
 
-def test_numbers_are_shown_as_in_the_papers() -> None:
+def test_numbers_are_rounded_for_the_page() -> None:
     assert [seconds(value) for value in (3.04, 61, 3599.7, 7500)] == ["3.0 s", "1 min 01 s", "1 h 00 min", "2 h 05 min"]
     assert percent({"mean": 0.123456, "std": 0.01, "n": 1}) == "12.35"
     assert number([0.01, 0.0212345]) == "0.01, 0.021234"

@@ -401,7 +401,7 @@ def test_the_public_codes_default_batch_is_the_protocols() -> None:
     assert DistillOptions().evaluation_protocol().batch_size == 256
 
 
-def test_command_lines_of_the_public_code_mean_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_tells_where_the_public_code_means_something_else(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     parsing.parse(DistillOptions, ["--dataset", "ImageNet", "--no_aug", "False"], "")
     assert (

@@ -115,7 +115,7 @@ def test_no_text_is_empty(command: str, option: str) -> None:
         (Range(), -math.inf, "expected a finite number"),
     ],
 )
-def test_a_value_out_of_its_range_is_refused(given: Range, value: float, complaint: str | None) -> None:
+def test_a_range_complains_of_values_outside_it(given: Range, value: float, complaint: str | None) -> None:
     assert given.complaint(value) == complaint
 
 

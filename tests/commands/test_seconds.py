@@ -82,7 +82,7 @@ def test_a_damaged_file_is_told_and_does_not_stop_a_run(
     assert read_record(tmp_path / "seconds.json", "", "") == counted()
 
 
-def test_the_line_at_the_end_leaves_out_parts_of_no_length() -> None:
+def test_the_line_at_the_end_leaves_out_short_parts() -> None:
     assert (
         in_words(counted(first_iteration=8, iterations=55.04, other=0.01))
         == "63.0 s: first iteration 8.0, iterations 55.0"

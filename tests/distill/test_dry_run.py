@@ -233,7 +233,7 @@ def test_the_sizes_are_those_of_every_number() -> None:
         ("imagewoof", None, None, ("imagewoof-128", (3, 128, 128), 10, 13_000, 500)),
     ],
 )
-def test_every_data_set_has_published_numbers(
+def test_a_data_set_has_its_published_numbers(
     dataset: str, subset: str | None, res: int | None, expected: tuple[Any, ...]
 ) -> None:
     assert dataclasses.astuple(dataset_info(dataset, subset, res)) == expected

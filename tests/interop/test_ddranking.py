@@ -168,7 +168,7 @@ def test_a_set_without_a_rate_leaves_it_to_be_searched(its: Any, tmp_path: Path)
     assert executed(ddranking_call(tmp_path, distilled, "cifar10", None))["metric"].metrics["syn_lr"] is None
 
 
-def test_the_set_is_that_of_dd_ranking_itself_where_it_is_installed() -> None:
+def test_the_call_has_the_arguments_of_dd_ranking_where_it_is_installed() -> None:
     ddranking = pytest.importorskip("ddranking", exc_type=ImportError)
     for kind, names in (("Hard", OF_HARD), ("Soft", OF_SOFT)):
         theirs = getattr(ddranking, f"LabelRobustScore{kind}")

@@ -125,7 +125,7 @@ def test_experts_of_other_software_are_not_compared(tmp_path: Path) -> None:
         check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+def test_experts_of_different_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
     store = store_of(tmp_path, metadata_for(), replace(metadata_for(train_epochs=9), seed=8), metadata_for(lr=0.1))
     check_alike(store, range(2), to_the_end=False)  # other seeds, other lengths
     with pytest.raises(InputError, match=r"expert_0001\.safetensors: trained with train_epochs 9, but expert_0000"):
