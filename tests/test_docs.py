@@ -47,7 +47,9 @@ def test_the_example_of_an_augmentation_mirrors_half_of_the_images() -> None:
 
 def test_every_example_is_shown() -> None:
     page = (ROOT / "docs/examples.md").read_text()
-    for example in (ROOT / "examples").glob("*.py"):
+    examples = list((ROOT / "examples").glob("*.py"))
+    assert examples
+    for example in examples:
         assert f'```python\n--8<-- "examples/{example.name}"\n```' in page
 
 

@@ -62,7 +62,9 @@ def test_times_of_the_prototype_are_those_of_the_record() -> None:
     record = json.loads((ROOT / "bench/results/h200/norms.json").read_text())
     measured = [row for row in record["rows"] if row["kernel"] == "prototype" and row["dtype"] == "float32"]
     table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
-    for operation in (name for name in table if name.startswith("norm_relu_pool")):
+    operations = [name for name in table if name.startswith("norm_relu_pool")]
+    assert operations
+    for operation in operations:
         for size, samples in ((64, 100), (256, 100), (1024, 20), (4096, 20)):
             row = dict(table[operation][f"channels_last-{size}"]["sm_90"])
             time, side = row.pop("prototype_microseconds"), 2 * int(size**0.5)

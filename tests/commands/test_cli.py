@@ -183,7 +183,9 @@ LIBRARY = ("engine", "networks", "augmentation", "training", "storage", "data", 
 
 def test_no_error_of_the_library_names_a_flag() -> None:
     root = Path(cli.__file__).parents[1]
-    for path in (path for folder in LIBRARY for path in (root / folder).rglob("*.py")):
+    modules = {folder: list((root / folder).rglob("*.py")) for folder in LIBRARY}
+    assert all(modules.values()), "a folder was renamed"
+    for path in (path for paths in modules.values() for path in paths):
         for raised in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)):
             texts = [node.value for node in ast.walk(raised) if isinstance(node, ast.Constant)]
             assert not any(re.search(r"(^|\W)--\w", text) for text in texts if isinstance(text, str)), (

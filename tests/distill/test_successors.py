@@ -166,6 +166,18 @@ def test_images_are_those_that_the_first_expert_then_the_next_gets_right() -> No
     assert wrong == 0
 
 
+def test_an_expert_adds_only_as_many_images_as_are_missing() -> None:
+    """Check it where the first expert gets one image of each class right, and the second one all the others."""
+    real = Images(torch.arange(12.0).view(12, 1, 1, 1), torch.arange(12) % 3)
+    members = [torch.arange(label, 12, 3) for label in range(3)]
+    second = (torch.arange(12) % 3).float()
+    first = (second + 1) % 3
+    first[3:6] = second[3:6]
+    chosen, wrong = predicted_correctly(Lookup(), iter([first, second]), real, members, 3)
+    assert [rows.tolist() for rows in chosen] == [[3, 0, 6], [4, 1, 7], [5, 2, 8]]
+    assert wrong == 0
+
+
 def test_a_run_starts_from_images_that_an_expert_gets_right(experts: list[str], tmp_path: Path) -> None:
     flags = ["--pix_init", "samples_predicted_correctly", "--ipc", "7", "--Iteration", "0"]
     assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags) == 0
