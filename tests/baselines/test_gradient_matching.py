@@ -124,6 +124,38 @@ def test_dc_updates_images_and_network_by_turns(real: RealImages) -> None:
     assert_close("images", learning.images.double(), images, 1e-3)
 
 
+def test_dsa_matches_gradients_of_images_that_are_augmented_alike(real: RealImages) -> None:
+    options = DsaOptions(dataset="digits", ipc=1, batch_real=9, outer_loop=1, inner_loop=1, lr_img=0.2)
+    learning, function = dsa(options, real, NET), plain()
+    generator = generator_for(0, "gradient matching", 0)
+    theta, pixels = NET.init(generator).double(), learning.images.double().requires_grad_()
+    distance = torch.zeros((), dtype=F64)
+    for label, indices in enumerate(class_members(real, 1)):
+        of_class, labels = random_batch(real.train, indices, 9, generator)
+        augment = siamese_augmentation(options.strategy, of_class, generator)
+        leaf = theta.clone().requires_grad_()
+        loss = F.cross_entropy(function(leaf, augment(of_class).double()), labels)
+        (real_gradient,) = torch.autograd.grad(loss, leaf)
+        own = F.cross_entropy(function(leaf, augment(pixels[label : label + 1])), labels[:1])
+        (own_gradient,) = torch.autograd.grad(own, leaf, create_graph=True)
+        distance = distance + written_out("ours", own_gradient, real_gradient)
+    (gradient,) = torch.autograd.grad(distance, pixels)
+    assert learning.step(0) == pytest.approx(float(distance.detach()) / 10, rel=1e-4)
+    assert_close("images", learning.images.double(), pixels.detach() - 0.2 * gradient, 1e-3)
+
+
+def test_the_network_is_not_trained_after_the_last_update(real: RealImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs = []
+
+    def train(theta: Tensor, velocity: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        epochs.append(1)
+        return theta, velocity, torch.zeros(())
+
+    monkeypatch.setattr(gradient_matching, "epoch_on", lambda *_: train)
+    dc(DcOptions(dataset="digits", ipc=1, batch_real=9, outer_loop=3, inner_loop=2), real, NET).step(0)
+    assert len(epochs) == 2 * 2
+
+
 @pytest.mark.parametrize(("method", "strategy"), [(dc, None), (dsa, "color_crop")])
 def test_the_network_sees_what_the_method_augments(
     method: Callable[..., LearnedSet], strategy: str | None, real: RealImages, monkeypatch: pytest.MonkeyPatch
@@ -135,8 +167,8 @@ def test_the_network_sees_what_the_method_augments(
 
 
 def test_loops_are_the_papers_or_the_users() -> None:
-    assert DcOptions(ipc=1).loops() == (1, 1)
-    assert DcOptions(ipc=10).loops() == (10, 50)
+    papers = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+    assert {ipc: DcOptions(ipc=ipc).loops() for ipc in papers} == papers
     assert DcOptions(ipc=50, inner_loop=3).loops() == (50, 3)
     with pytest.raises(InputError, match="--ipc 7: the papers name loops for 1, 10, 20, 30, 40, 50"):
         DcOptions(ipc=7, outer_loop=3).check()
