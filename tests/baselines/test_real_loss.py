@@ -10,7 +10,9 @@ from torch import Tensor
 from mtt_fast import InputError
 from mtt_fast.baselines.dd import DdOptions, dd, step_batches
 from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates
+from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.real_loss import logits_after_steps
+from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import RealImages
 from tests.baselines.network import F64, NET, plain, random_theta, seeded
@@ -121,6 +123,29 @@ def test_ld_keeps_probabilities_and_moves_its_network(real: RealImages) -> None:
     moved = (learning.carried["theta"] - theta).abs()
     assert 0 < float(moved.max()) < 3.1e-3  # three steps of Adam at 1e-3
     assert len(learning.carried["errors"]) == 3
+
+
+def test_ld_moves_labels_and_network_by_adam_on_the_images_of_the_step(real: RealImages) -> None:
+    options = LdOptions(dataset="digits", ipc=2, batch_real=64, inner_batch_size=7, inner_lr=0.3)
+    learning = ld(options, real, NET)
+    images, theta, generator = learning.images.double(), learning.carried["theta"], generator_for(0, "ld", 0)
+    start = theta.clone().double()
+    inputs, targets = random_batch(real.train, torch.arange(len(real.train)), 64, generator)
+    index = torch.randperm(20, generator=generator)[:7]
+    soft = learning.labels.clone().double().requires_grad_()
+    logits = whole_graph_logits(start, images, soft, torch.tensor([0.3]), [index], inputs.double())
+    (to_labels,) = torch.autograd.grad(F.cross_entropy(logits, targets), soft)
+    leaf = start.clone().requires_grad_()
+    loss = -(soft.detach()[index] * F.log_softmax(plain()(leaf, images[index]), dim=1)).sum(1).mean()
+    (to_theta,) = torch.autograd.grad(loss, leaf)
+    learning.step(0)
+    assert learning.labels.grad is not None
+    assert theta.grad is not None
+    assert_close("labels", learning.labels.grad.double(), to_labels, 1e-4)
+    assert_close("theta", theta.grad.double(), to_theta, 1e-4)
+    sure = to_theta.abs() > 1e-3  # where the first step of Adam is its rate and the sign
+    torch.testing.assert_close(theta[sure].double(), (start - 1e-3 * to_theta.sign())[sure], rtol=0, atol=1e-6)
+    assert int(sure.sum()) > 100
 
 
 def test_ld_gives_the_label_of_its_class_to_most_images(real: RealImages) -> None:
