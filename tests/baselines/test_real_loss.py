@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import InputError
+from mtt_fast.baselines import learning as learning_module
 from mtt_fast.baselines.dd import DdOptions, dd, step_batches
 from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates
 from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.real_loss import logits_after_steps
+from mtt_fast.commands.seconds import Seconds
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import RealImages
@@ -91,6 +96,22 @@ def test_dd_lowers_its_loss_and_learns_its_rates(real: RealImages) -> None:
     assert torch.equal(trained, learning.own_training(seeded(6)))  # of one initialisation
     seen, labels = real.test.batch(slice(None))
     assert float((NET(trained, seen).argmax(1) == labels).float().mean()) > 0.3
+
+
+def test_each_network_of_the_own_training_has_random_numbers_of_its_own(
+    real: RealImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that what is tested is the network that the method's own training returns for these numbers."""
+
+    def own_training(generator: torch.Generator) -> Tensor:
+        return torch.rand((), generator=generator)
+
+    monkeypatch.setattr(learning_module, "accuracy", lambda network, theta, test: float(theta))
+    run: Any = SimpleNamespace(options=DdOptions(num_eval=3, seed=4), network=NET, real=real, seconds=Seconds())
+    result = learning_module._own_accuracy(run, SimpleNamespace(own_training=own_training))  # type: ignore[arg-type]
+    expected = [float(own_training(generator_for(4, "own training", number))) for number in range(3)]
+    assert list(result.values) == expected
+    assert len(set(expected)) == 3
 
 
 def test_several_networks_of_dd_are_averaged(real: RealImages) -> None:

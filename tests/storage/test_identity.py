@@ -64,6 +64,7 @@ def test_the_same_images_pass(found: DatasetIdentity) -> None:
         (replace(OTHER, fingerprint="", mean=(0.1, 0.4, 0.3)), "normalised by another mean: expected 0.5, 0.4, 0.3, found 0.1, 0.4, 0.3", True),
         (OTHER, "made from other images: expected pets with fingerprint f00d, found pets with fingerprint beef", True),
         (replace(OTHER, fingerprint="", std=(1.0, 1.0, 1.0)), "normalised by another std", True),
+        (replace(OTHER, fingerprint="", mean=(0.5002, 0.4, 0.3)), "normalised by another mean: expected 0.5, 0.4, 0.3, found 0.5002, ", True),
     ],
 )  # fmt: skip
 def test_what_differs_is_told(found: DatasetIdentity, message: str, deliberate: bool) -> None:

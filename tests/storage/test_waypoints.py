@@ -191,6 +191,10 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (lambda record: record.pop("epochs"), "the course between its waypoints is broken"),
         (lambda record: record["positions"].pop(), "the course between its waypoints is broken"),
+        (
+            lambda record: record["positions"].__setitem__(1, [0.999] * len(SIZES)),
+            "the course between its waypoints is broken",
+        ),
         (lambda record: record["epochs"].pop(1), "its waypoints do not fit the course between them"),
         (lambda record: record["sizes"].__setitem__(0, 7), "its waypoints do not fit the course between them"),
     ],
