@@ -143,6 +143,15 @@ def test_a_set_in_parts_is_put_together(tmp_path: Path) -> None:
         read_set(tmp_path)
 
 
+def test_the_parts_of_a_set_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Check that part 10 comes after part 2, though not as text."""
+    pixels, targets = torch.randn(12, 3, 4, 4), torch.arange(12)
+    for part in range(12):
+        torch.save(pixels[part : part + 1], tmp_path / f"images_best_{part}.pt")
+        torch.save(targets[part : part + 1], tmp_path / f"labels_best_{part}.pt")
+    assert_same(read_set(tmp_path, "mtt"), TensorSet(pixels, targets, None, "indices"))
+
+
 def as_dc_saves(path: Path) -> list[list[Tensor]]:
     """Write a file as main.py of DC and main_DM.py write it: numpy's numbers among the accuracies, several experiments."""
     data_save = [[torch.randn(N, 3, 4, 4), torch.arange(CLASSES).repeat_interleave(IPC)] for _ in range(2)]
