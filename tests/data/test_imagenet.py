@@ -146,7 +146,7 @@ def test_all_of_imagenet_is_read_by_number_or_word(tmp_path: Path, form: str) ->
         assert (images[:, 0, 0, 0] + 256 * images[:, 1, 0, 0].int()).tolist() == RANKS[subset]
 
 
-def fails(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -> None:
+def check_refused(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -> None:
     with pytest.raises(InputError, match=message) as raised:
         load(dataset, data_path=root, progress=False, **options)
     assert "\n" not in str(raised.value)
@@ -154,15 +154,15 @@ def fails(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    fails(tmp_path, r"ImageNet: expected train/WNID/ and val/WNID/")
-    fails(tmp_path, r"imagemeow: expected train/WNID/.*for 10 of 10 classes", subset="imagemeow")
-    fails(tmp_path, r"`subset`: expected one of .*'imagenet'; did you mean imagenette", subset="imagenet")
+    check_refused(tmp_path, r"ImageNet: expected train/WNID/ and val/WNID/")
+    check_refused(tmp_path, r"imagemeow: expected train/WNID/.*for 10 of 10 classes", subset="imagemeow")
+    check_refused(tmp_path, r"`subset`: expected one of .*'imagenet'; did you mean imagenette", subset="imagenet")
     tree(tmp_path, ids("imagenette")[:-1])
-    fails(tmp_path, r"for 1 of 10 classes \(n03888257…\)", subset="imagenette")
-    fails(tmp_path, r"expected ImageNet's 1000 class folders, found 9; give `subset`")
+    check_refused(tmp_path, r"for 1 of 10 classes \(n03888257…\)", subset="imagenette")
+    check_refused(tmp_path, r"expected ImageNet's 1000 class folders, found 9; give `subset`")
     tree(tmp_path, ids("imagenette"))
     (tmp_path / "val" / "n03888257" / "n03888257_1.JPEG").unlink()
-    fails(tmp_path, r"expected test images .*found none of 'n03888257'", subset="imagenette")
+    check_refused(tmp_path, r"expected test images .*found none of 'n03888257'", subset="imagenette")
 
 
 WNIDS = ("n01443537", "n01629819", "n02085620")
@@ -192,19 +192,21 @@ def tiny(root: Path, rearranged: str | None = None) -> Path:
 
 def test_subset_folders_that_are_unclear_are_refused(tmp_path: Path) -> None:
     root = tree(tmp_path, [*ids("imagenette"), "tench"])
-    fails(
+    check_refused(
         root, r"train: expected one name for each class, found 'n01440764' and 'tench', which both mean", "imagenette"
     )
     renamed(root, {"tench": "other"})
     renamed(root, {"n02102040": "springer spaniel?"}, ("val",))
-    fails(root, r"same classes in training and test images, found 1 in only one of them \(n02102040\)", "imagenette")
+    check_refused(
+        root, r"same classes in training and test images, found 1 in only one of them \(n02102040\)", "imagenette"
+    )
 
 
 def test_unsorted_validation_images_are_explained(tmp_path: Path) -> None:
     root = tree(tmp_path, ids("imagenette"))
     shutil.rmtree(root / "val")
     flat(root / "val" / "ILSVRC2012_val_00000001.JPEG", 1)
-    fails(root, r"val: expected a folder a class, found ILSVRC2012_val_00000001\.JPEG; move", "imagenette")
+    check_refused(root, r"val: expected a folder a class, found ILSVRC2012_val_00000001\.JPEG; move", "imagenette")
 
 
 @pytest.mark.parametrize("layout", [None, "{}", "{}/images"])
@@ -254,7 +256,7 @@ def test_annotations_that_do_not_fit_are_refused(tmp_path: Path, caplog: pytest.
     }
     for text, message in cases.items():
         annotations.write_text(text)
-        fails(tmp_path, message, "Tiny")
+        check_refused(tmp_path, message, "Tiny")
     annotations.write_bytes(b"\xef\xbb\xbf" + whole.replace("\n", "\r\n").encode())
     flat(annotations.parent / "images" / "val_0.JPEG", 3, (64, 64))
     with caplog.at_level(logging.INFO):
@@ -277,23 +279,23 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path, name: str, kind: str
         case "large":
             with open(path, "wb") as file:
                 file.truncate(1 << 40)
-    fails(tmp_path, rf"{name}: expected (a file, found a|at most)", "Tiny")
+    check_refused(tmp_path, rf"{name}: expected (a file, found a|at most)", "Tiny")
 
 
 def test_mistakes_in_tiny_imagenet_are_named(tmp_path: Path) -> None:
-    fails(tmp_path, r"Tiny: expected tiny-imagenet-200/.*tiny-imagenet-200\.zip", "Tiny")
+    check_refused(tmp_path, r"Tiny: expected tiny-imagenet-200/.*tiny-imagenet-200\.zip", "Tiny")
     root = tiny(tmp_path)
     annotations = root / "val" / "val_annotations.txt"
     whole = annotations.read_text()
     annotations.write_text(whole + "val_9.JPEG\tn99999999\t0\n")
-    fails(tmp_path, r"val_annotations\.txt: line 4: .*n99999999", "Tiny")
+    check_refused(tmp_path, r"val_annotations\.txt: line 4: .*n99999999", "Tiny")
     annotations.write_text(whole + "nonsense\n")
-    fails(tmp_path, r"line 4: expected an image and its class", "Tiny")
+    check_refused(tmp_path, r"line 4: expected an image and its class", "Tiny")
     annotations.write_text(whole.replace("val_7", "val_8"))
-    fails(tmp_path, r"val_8\.JPEG: cannot be read", "Tiny")
+    check_refused(tmp_path, r"val_8\.JPEG: cannot be read", "Tiny")
     annotations.write_text(whole.splitlines()[0] + "\n")
-    fails(tmp_path, r"expected test images .*found none of 'n01443537'", "Tiny")
+    check_refused(tmp_path, r"expected test images .*found none of 'n01443537'", "Tiny")
     annotations.write_bytes(b"\xff\xfe\x00")
-    fails(tmp_path, r"val_annotations\.txt: expected text", "Tiny")
+    check_refused(tmp_path, r"val_annotations\.txt: expected text", "Tiny")
     (root / "wnids.txt").write_text("n01443537\n")
-    fails(tmp_path, r"expected the classes of wnids\.txt, found 2 in only one of them", "Tiny")
+    check_refused(tmp_path, r"expected the classes of wnids\.txt, found 2 in only one of them", "Tiny")

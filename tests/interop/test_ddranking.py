@@ -64,7 +64,7 @@ class Metric:
 
 
 @pytest.fixture
-def its(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Put modules in the place of DD-Ranking's, with the names that a call imports from them."""
     top, metrics, utils = (ModuleType(name) for name in ("ddranking", "ddranking.metrics", "ddranking.utils"))
     hard, soft = ModuleType("ddranking.metrics.hard_label"), ModuleType("ddranking.metrics.soft_label")
@@ -114,7 +114,7 @@ CASES = [
 
 @pytest.mark.parametrize(("dataset", "kind", "zca"), CASES)
 def test_the_call_runs_with_the_arguments_that_it_has(
-    dataset: str, kind: str, zca: bool | None, its: Any, tmp_path: Path
+    dataset: str, kind: str, zca: bool | None, stand_in: Any, tmp_path: Path
 ) -> None:
     classes, size = SIZES[dataset]
     distilled, folder = plain(classes, size, kind, ipc=1), tmp_path / "o'clock"
@@ -124,7 +124,7 @@ def test_the_call_runs_with_the_arguments_that_it_has(
     assert max(map(len, call.splitlines())) < 200
     space = executed(call)
     metric = space["metric"]
-    assert metric is (its.hard_label if kind == "indices" else its.soft_label).metric
+    assert metric is (stand_in.hard_label if kind == "indices" else stand_in.soft_label).metric
     asked = metric.arguments
     assert asked.keys() >= WHAT_IT_NEEDS
     names = {"CIFAR10": "CIFAR10", "CIFAR100": "CIFAR100", "Tiny": "TinyImageNet", "imagenette": "ImageNette"}
@@ -142,7 +142,7 @@ def test_the_call_runs_with_the_arguments_that_it_has(
     assert metric.metrics["syn_lr"].item() == pytest.approx(0.02)
     if kind == "indices":
         assert metric.metrics["hard_labels"].equal(distilled.labels)
-        saved, path = its.hard_label.save_results(
+        saved, path = stand_in.hard_label.save_results(
             {"hard_label_recovery": [1.0], "improvement_over_random": [2.0], "lrs": [3.0, 3.0]}, "x.csv"
         )
         assert saved == {"hard_label_recovery": [1.0], "improvement_over_random": [2.0]}  # of one length
@@ -152,7 +152,7 @@ def test_the_call_runs_with_the_arguments_that_it_has(
     else:
         truth = distilled.labels if kind == "probabilities" else distilled.labels.softmax(1)
         torch.testing.assert_close(metric.metrics["soft_labels"].softmax(1), truth)
-        drawn = its.soft_label.get_random_data_tensors(
+        drawn = stand_in.soft_label.get_random_data_tensors(
             dataset, "real", "indices", 1, 3, None
         )  # as soft_label.py calls it
         assert drawn == (dataset, "real", "indices", 1, range(classes), 3, None)
@@ -162,7 +162,7 @@ def test_the_call_runs_with_the_arguments_that_it_has(
         assert asked["loss_fn_kwargs"] == {"temperature": 1.0, "scale_loss": False}
 
 
-def test_a_set_without_a_rate_leaves_it_to_be_searched(its: Any, tmp_path: Path) -> None:
+def test_a_set_without_a_rate_leaves_it_to_be_searched(stand_in: Any, tmp_path: Path) -> None:
     distilled = plain(10, 32, lr=None)
     write_set(tmp_path, distilled, "ddranking")
     assert executed(ddranking_call(tmp_path, distilled, "cifar10", None))["metric"].metrics["syn_lr"] is None

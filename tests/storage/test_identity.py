@@ -96,12 +96,12 @@ def test_other_images_that_are_whitened_are_no_others_that_are_normalised() -> N
 
 def test_a_whitening_is_the_same_up_to_rounding() -> None:
     images = torch.rand(50, 1, 4, 4)
-    here = Whitening.fit(images)
-    noise = 1e-5 * torch.randn_like(here.matrix)
-    check_same_whitening(Whitening(here.mean, here.matrix + noise, here.inverse), here, "here")
+    fitted = Whitening.fit(images)
+    noise = 1e-5 * torch.randn_like(fitted.matrix)
+    check_same_whitening(Whitening(fitted.mean, fitted.matrix + noise, fitted.inverse), fitted, "here")
     for other in (Whitening.fit(images, eps=0.01), Whitening.fit(images[:25]), Whitening.fit(torch.rand(9, 1, 3, 3))):
         with pytest.raises(InputError, match=r"set\.safetensors: whitened otherwise: .* say `other_data`"):
-            check_same_whitening(other, here, "set.safetensors")
+            check_same_whitening(other, fitted, "set.safetensors")
 
 
 def test_statistics_do_not_depend_on_the_order_of_a_sum() -> None:

@@ -46,28 +46,28 @@ def _nothing_is_left() -> Iterator[None]:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("network")]
 
 
-def counting(number: int, told: list[int] | None = None) -> Job[int]:
+def counting(number: int, counted: list[int] | None = None) -> Job[int]:
     """Yield `number` times."""
     for _ in range(number):
-        if told is not None:
-            told.append(number)
+        if counted is not None:
+            counted.append(number)
         yield
     return 10 * number
 
 
 def test_jobs_take_turns_in_their_contexts() -> None:
-    told: list[int] = []
+    counted: list[int] = []
     entered = []
 
     @contextlib.contextmanager
-    def lane(name: str) -> Iterator[None]:
+    def context(name: str) -> Iterator[None]:
         entered.append(name)
         yield
 
-    jobs = (counting(number, told) for number in (2, 1, 3))
-    results = list(round_robin(jobs, [lambda: lane("a"), lambda: lane("b")]))
+    jobs = (counting(number, counted) for number in (2, 1, 3))
+    results = list(round_robin(jobs, [lambda: context("a"), lambda: context("b")]))
     assert results == [(1, 10), (0, 20), (2, 30)]
-    assert told == [2, 1, 2, 3, 3, 3]
+    assert counted == [2, 1, 2, 3, 3, 3]
     assert "".join(entered) == "ababa" + "bbbb"  # the end of a work is met in its lane too
 
 

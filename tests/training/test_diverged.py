@@ -184,7 +184,7 @@ def test_a_distillation_whose_set_is_not_finite_is_told_apart(name: str) -> None
         evaluate_sets(Job(), type("S", (), state)(), None)  # type: ignore[arg-type]
 
 
-def spoiled_expert(folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, epoch: int) -> None:
+def write_expert_with_nan(folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, epoch: int) -> None:
     """Put NaN into an expert's file, past the check, with the checksums that belong to it."""
     store = TrajectoryStore(folder)
     rows = torch.stack([store.read(index, e) for e in range(store.epochs(index) + 1)])
@@ -200,7 +200,7 @@ def test_a_distillation_names_the_expert_that_holds_nan(
     shutil.copytree(experts[3], tmp_path / "buffers")
     (folder,) = {path.parent for path in (tmp_path / "buffers").rglob("expert_0000.safetensors")}
     for index in (0, 1):
-        spoiled_expert(folder, monkeypatch, index, 2)
+        write_expert_with_nan(folder, monkeypatch, index, 2)
     flags = [*TOY, "--data_path", experts[1], "--buffer_path", str(tmp_path / "buffers"), "--min_start_epoch", "1"]
     assert cli.run(distill.main, [*flags, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -213,7 +213,7 @@ def test_a_distillation_names_the_expert_that_holds_nan(
 def test_every_reader_names_an_expert_that_holds_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_buffers(tmp_path / "theirs", [trained(0)], 1)
     store = imported(tmp_path / "theirs", tmp_path / "ours")
-    spoiled_expert(store.folder, monkeypatch, 0, 2)
+    write_expert_with_nan(store.folder, monkeypatch, 0, 2)
     message = r"expert_0000\.safetensors: the expert's parameters after epoch 2 are not finite"
     with pytest.raises(InputError, match=message):
         TrajectoryStore(store.folder).read(0, 1.5)  # between it and the epoch before
