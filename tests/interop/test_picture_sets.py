@@ -86,7 +86,7 @@ def test_a_stop_leaves_no_half_of_a_set(
 def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
     for label, name in enumerate(("ape", "bee")):
         (tmp_path / name).mkdir()
-        for number in range(2):
+        for number in range(2 + label):
             values = np.full((4, 4, 3), 100 * label + number, np.uint8)
             Image.fromarray(values).save(tmp_path / name / f"{number}.png")
     with pytest.raises(InputError, match=r"expected labels\.json"):
@@ -94,8 +94,8 @@ def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
     info = SourceInfo(("ape", "bee"), (0.5,) * 3, (0.25,) * 3, None)
     distilled = read_set(tmp_path, info=info, lr=0.05)
     assert isinstance(distilled, SyntheticDataset)
-    assert distilled.labels.tolist() == [0, 0, 1, 1]
-    assert (distilled.pictures()[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 100, 101]
+    assert distilled.labels.tolist() == [0, 0, 1, 1, 1]
+    assert (distilled.pictures()[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 100, 101, 102]
     assert distilled.lr == pytest.approx(0.05)
 
 
