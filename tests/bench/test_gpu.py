@@ -1,4 +1,4 @@
-"""Each stage of `python -m bench gpu`, rehearsed on the CPU at toy size: its records, its limit, and how it goes on."""
+"""Run each stage of `python -m bench gpu` on the CPU at toy size; check its records, its limit, and how it goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables from records: what is rendered, and that the committed tables and documents are those of the committed records."""
+"""Check the tables that are made from records, and that the committed tables and documents are those of the committed records."""
 
 from __future__ import annotations
 

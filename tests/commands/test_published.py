@@ -1,4 +1,4 @@
-"""Hold every number that the paper reports, transcribed a second time, against commands/published.toml."""
+"""Compare every number that the paper reports, transcribed a second time, with commands/published.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Give every reader damaged files: one line that names a file, or the original content; in bounded time and memory.
+"""Check that every reader of a damaged file names it in one line, or has its original content, in bounded time and memory.
 
 Short by default. The long run: `MTT_FAST_FUZZ=5000 pytest -m fuzz`, with other examples each time.
 """

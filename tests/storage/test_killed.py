@@ -1,4 +1,4 @@
-"""Kill writers at any moment: a file is whole or absent, and no half of one stays for ever."""
+"""Kill writers at any moment, and check that a file is whole or absent, and that no half of one stays for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train several networks at the same time: the same results, signals and errors as one after another."""
+"""Check that networks trained at the same time have the same results, signals and errors as one after another."""
 
 from __future__ import annotations
 
