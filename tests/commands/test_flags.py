@@ -1,4 +1,4 @@
-"""Compare the flags of every command and their defaults with a table, beside those of the public distill.py and buffer.py: a new one is a decision."""
+"""Compare the flags of every command and their defaults with a table, beside those of the public code: a new one is a decision."""
 
 from __future__ import annotations
 
