@@ -12,11 +12,12 @@ from PIL import Image
 
 from mtt_fast import ConvNet, SyntheticDataset
 from mtt_fast.commands import cli
+from mtt_fast.commands.evaluated_set import training_set
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
-from mtt_fast.evaluate import main
+from mtt_fast.evaluate import EvaluateOptions, main
 from mtt_fast.testing import assert_close, reference_convnet
-from mtt_fast.training.images import Images
+from mtt_fast.training.images import Images, real_images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, train_network
 from mtt_fast.training.subsets import random_subset
 
@@ -112,6 +113,19 @@ def test_files_of_the_public_code_are_evaluated(labels: str) -> None:
     # the three say the same of the images; only rounding differs
     synthetic.save("set.safetensors")
     assert result["accuracy"]["mean"] == pytest.approx(result_of("set.safetensors", *TOY)["accuracy"]["mean"], abs=0.01)
+
+
+@pytest.mark.parametrize("kind", [None, "probabilities", "logits"])
+def test_soft_labels_in_files_become_probabilities(kind: str | None) -> None:
+    given = torch.randn(10, 10) if kind != "probabilities" else torch.rand(10, 10).softmax(1)
+    torch.save(distilled().images, "images_best.pt")
+    torch.save(given, "labels_best.pt")
+    real = real_images(load("digits", data_path="data", progress=False), torch.device("cpu"), zca=False)
+    options = EvaluateOptions(dataset="digits", label_kind=kind)
+    train, lr = training_set(options, "images_best.pt", None, real, torch.device("cpu"))
+    expected = given if kind == "probabilities" else given.exp() / given.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(train(torch.Generator()).labels, expected)
+    assert lr == 0.01
 
 
 @pytest.mark.parametrize(
