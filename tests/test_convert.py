@@ -167,7 +167,7 @@ def test_learning_rates_that_the_files_do_not_hold_are_told(caplog: pytest.LogCa
         ("out", ["--to", "dc_benchmark", "--hard_labels"], ["TM/digits/IPC1/images_best.pt"], "dc_benchmark's root is out"),
     ],
 )  # fmt: skip
-def test_a_set_of_ours_for_other_software(
+def test_a_set_is_written_for_other_software(
     caplog: pytest.LogCaptureFixture, destination: str, flags: list[str], files: list[str], words: str
 ) -> None:
     distilled("probabilities").save("run/synthetic.safetensors")
@@ -261,7 +261,7 @@ def test_only_the_last_epoch_is_measured_unless_all_are_asked_for(capsys: pytest
     )
 
 
-def test_experts_of_ours_and_back() -> None:
+def test_experts_come_back_from_buffers() -> None:
     assert cli.run(experts, [*DIGITS, "--num_experts", "3", "--train_epochs", "1", "--batch_train", "512"]) == 0
     assert convert("buffers/digits/ConvNetD1W4", "theirs", "--experts_per_file", "2") == 0
     folder = Path("theirs/digits/ConvNetD1W4")
@@ -275,7 +275,7 @@ def test_experts_of_ours_and_back() -> None:
     assert convert("buffers/digits/ConvNetD1W4", "theirs") == 2
 
 
-def test_compressed_experts_there_and_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
     save_public_buffer("theirs")
     assert convert("theirs", "ours", *DIGITS) == 0
     assert cli.run(compress, ["ours/digits/ConvNetD1W4", "--num_interpolation", "3"]) == 0
@@ -308,7 +308,7 @@ def test_compressed_experts_there_and_back(caplog: pytest.LogCaptureFixture) -> 
         ("CIFAR10/else", {}),
     ],
 )  # fmt: skip
-def test_what_the_public_codes_folders_tell(folder: str, found: dict[str, Any]) -> None:
+def test_the_public_codes_folders_tell_their_options(folder: str, found: dict[str, Any]) -> None:
     Path("buffers", folder).mkdir(parents=True)
     assert options_in_path(Path("buffers", folder)) == found
     assert options_in_path(Path("buffers", folder, "replay_buffer_0.pt")) == found
@@ -340,7 +340,7 @@ def test_what_the_public_codes_folders_tell(folder: str, found: dict[str, Any]) 
         (["pair", "out", "--dataset", "digits", "--zac"], "--zac: unknown option (did you mean --zca?)"),
     ],
 )
-def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     save_public_pair(torch.arange(10), "pair")
     save_public_pair(torch.arange(10), "full")
     save_public_buffer("buffer")
@@ -383,7 +383,7 @@ def test_all_jobs_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # other tests import the jobs
-def test_a_job_by_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "recipes") == 0
     assert "digits" in capsys.readouterr().out
     distilled().save("run/synthetic.safetensors")

@@ -37,7 +37,7 @@ def table() -> list[dict[str, Any]]:
     return list(json.loads(Path("table/cross.json").read_text())["cells"])
 
 
-def test_a_table_and_what_is_added_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_measures_only_what_is_added_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.run(cross.main, ["run", "random", *TOY]) == 0
     cells = table()
     assert [cell["question"]["network"] for cell in cells] == ["ConvNetD1W4", "MLP"] * 2
@@ -104,7 +104,7 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
         (["run", "--out", "broken"], "cross.json: expected a table of this command, found it damaged"),
     ],
 )
-def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     Path("broken").mkdir()
     Path("broken/cross.json").write_text("[]")
     assert cli.run(cross.main, arguments) == 2

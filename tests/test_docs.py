@@ -33,7 +33,7 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert re.search(rf"^::: mtt_fast\.interop\.\w+\.{name}$", interop, re.MULTILINE), name
 
 
-def test_the_example_of_an_augmentation() -> None:
+def test_the_example_of_an_augmentation_mirrors_half_of_the_images() -> None:
     text = mtt_fast.Augmentation.__doc__ or ""
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     space: dict[str, Any] = {"mtt_fast": mtt_fast, "torch": torch}
@@ -47,7 +47,9 @@ def test_the_example_of_an_augmentation() -> None:
 
 def test_every_example_is_shown() -> None:
     page = (ROOT / "docs/examples.md").read_text()
-    for example in (ROOT / "examples").glob("*.py"):
+    examples = list((ROOT / "examples").glob("*.py"))
+    assert examples
+    for example in examples:
         assert f'```python\n--8<-- "examples/{example.name}"\n```' in page
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from PIL import Image
 
 from mtt_fast import ConvNet, SyntheticDataset
 from mtt_fast.commands import cli
+from mtt_fast.commands.evaluated_set import training_set
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
-from mtt_fast.evaluate import main
+from mtt_fast.evaluate import EvaluateOptions, main
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import Images, real_images
 from mtt_fast.training.protocols import Accuracy, EvaluationProtocol, train_network
@@ -24,7 +25,7 @@ NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
 TOY = "--model ConvNetD1W4 --num_eval 2 --epoch_eval_train 3".split()
 
 
-def test_equals_the_public_protocol_written_out() -> None:
+def test_the_protocol_is_the_public_one_written_out() -> None:
     pixels, labels = torch.randn(12, 1, 6, 6), torch.arange(12) % 3
     start = NET.init(torch.Generator().manual_seed(0))
     protocol = EvaluationProtocol(epochs=6, augment="none")
@@ -45,7 +46,7 @@ def test_equals_the_public_protocol_written_out() -> None:
     assert_close("parameters", end - start, flat - start, 1e-4)
 
 
-def test_mean_and_deviation() -> None:
+def test_an_accuracy_has_mean_and_deviation() -> None:
     result = Accuracy((0.5, 0.6, 0.7))
     assert result.mean == pytest.approx(0.6)
     assert result.std == pytest.approx(0.1)
@@ -97,14 +98,14 @@ def test_a_file_brings_its_own_settings() -> None:
     assert result_of("set.safetensors", "--num_eval", "1")["accuracy"]["n"] == 1
 
 
-def test_random_real_images() -> None:
+def test_random_real_images_are_evaluated() -> None:
     result = result_of("random", "--dataset", "digits", "--ipc", "2", *TOY)
     assert result["lr"] == 0.01
     assert 0 < result["accuracy"]["mean"] < 1
 
 
 @pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
-def test_files_of_the_public_code(labels: str) -> None:
+def test_files_of_the_public_code_are_evaluated(labels: str) -> None:
     synthetic = distilled()
     hard = torch.nn.functional.one_hot(synthetic.labels, 10).float()
     stored = {"indices": synthetic.labels, "probabilities": hard, "logits": 40 * hard - 20}[labels]
@@ -114,6 +115,19 @@ def test_files_of_the_public_code(labels: str) -> None:
     # the three say the same of the images; only rounding differs
     synthetic.save("set.safetensors")
     assert result["accuracy"]["mean"] == pytest.approx(result_of("set.safetensors", *TOY)["accuracy"]["mean"], abs=0.01)
+
+
+@pytest.mark.parametrize("kind", [None, "probabilities", "logits"])
+def test_soft_labels_in_files_become_probabilities(kind: Literal["probabilities", "logits"] | None) -> None:
+    given = torch.randn(10, 10) if kind != "probabilities" else torch.rand(10, 10).softmax(1)
+    torch.save(distilled().images, "images_best.pt")
+    torch.save(given, "labels_best.pt")
+    real = real_images(load("digits", data_path="data", progress=False), torch.device("cpu"), zca=False)
+    options = EvaluateOptions(dataset="digits", label_kind=kind)
+    train, lr = training_set(options, "images_best.pt", None, real, torch.device("cpu"))
+    expected = given if kind == "probabilities" else given.exp() / given.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(train(torch.Generator()).labels, expected)
+    assert lr == 0.01
 
 
 @pytest.mark.parametrize(
@@ -142,7 +156,7 @@ def test_what_files_of_the_public_code_are_taken_for_is_doubted(
         assert told in "".join(warnings)
 
 
-def test_export_and_evaluation_of_the_exported() -> None:
+def test_an_exported_set_is_evaluated_alike() -> None:
     synthetic = distilled()
     assert [path.name for path in synthetic.export("mtt", "exported")] == [
         "images_best.pt",
@@ -196,7 +210,7 @@ def test_export_and_evaluation_of_the_exported() -> None:
         (["random", "--dataset", "digits", "--num_eval", "0"], "--num_eval 0: expected at least 1"),
     ],
 )
-def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     from mtt_fast.storage.files import save_tensors
 
     for folder in ("folder", "theirs", "pictures"):

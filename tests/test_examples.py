@@ -29,7 +29,7 @@ def test_all_are_tested() -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = FOLDER / f"{name}.py"
     assert len(path.read_text().splitlines()) < 80
     monkeypatch.setattr(sys, "argv", [str(path), *SIZES[name].split()])

@@ -42,7 +42,9 @@ def buffers(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("mom", "l2", "decay"), [(0.0, 0.0, False), (0.9, 0.01, False), (0.9, 0.0, True)])
-def test_equals_a_plain_loop_with_torch_optim(images: RealImages, mom: float, l2: float, decay: bool) -> None:
+def test_an_expert_is_that_of_a_plain_loop_with_torch_optim(
+    images: RealImages, mom: float, l2: float, decay: bool
+) -> None:
     training = ExpertTraining(train_epochs=5, lr=0.05, mom=mom, l2=l2, decay=decay, batch_size=30, augment="none")
     parameters, accuracies = train_expert(images, NET, training, seed=3, index=1)
     module = reference_convnet(1, 3, 6, 4, 1)
@@ -149,7 +151,7 @@ def test_missing_experts_alone_are_trained_again(tmp_path: Path) -> None:
     assert paths[0].stat().st_mtime_ns == kept
 
 
-def test_bfloat16_at_half_the_size(tmp_path: Path) -> None:
+def test_experts_in_bfloat16_take_half_the_size(tmp_path: Path) -> None:
     assert run(tmp_path) == 0
     assert run(tmp_path, "--store_dtype", "bfloat16", "--buffer_path", str(tmp_path / "half")) == 0
     exact = TrajectoryStore(buffers(tmp_path)).read(0, 2)
@@ -158,7 +160,7 @@ def test_bfloat16_at_half_the_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stopped_and_continued(tmp_path: Path) -> None:
+def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
     flags = ["--num_experts", "40", "--train_epochs", "20"]
     command = [sys.executable, "-m", "mtt_fast.buffer", *TOY, *flags]
     command += ["--data_path", str(tmp_path / "data"), "--buffer_path", str(tmp_path / "buffers")]
@@ -202,7 +204,7 @@ def test_stopped_and_continued(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes(
+def test_mistakes_are_told(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

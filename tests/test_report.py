@@ -64,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "toy"
 
 
-def test_a_finished_run(run: Path) -> None:
+def test_a_finished_run_has_a_page(run: Path) -> None:
     assert cli.run(main, [str(run)]) == 0
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert not [link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))]
@@ -91,7 +91,7 @@ def test_the_same_run_is_the_same_page(run: Path, tmp_path: Path) -> None:
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
-def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
+def test_a_run_under_way_stands_beside_a_baseline(run: Path, tmp_path: Path) -> None:
     under_way, baseline = tmp_path / "going", tmp_path / "dm & co"
     under_way.mkdir()
     for name in ("config.toml", "metrics.jsonl"):
@@ -117,7 +117,7 @@ def test_a_run_under_way_beside_a_baseline(run: Path, tmp_path: Path) -> None:
     assert "<DM>" not in text
 
 
-def test_accuracies_of_several_networks(tmp_path: Path) -> None:
+def test_the_page_shows_the_accuracies_of_several_networks(tmp_path: Path) -> None:
     networks = {name: {"mean": mean, "std": 0.01, "n": 2} for name, mean in (("ConvNet", 0.5), ("VGG11", 0.25))}
     for name, of_run in (("one", networks), ("two", {"ConvNet": networks["ConvNet"], "MLP": networks["VGG11"]})):
         summary = {"accuracy": {}, "accuracy_by_network": {"distilled": of_run}, "options": {}}
@@ -211,7 +211,9 @@ def test_a_run_that_is_not_finished_has_its_methods_name(config: str, method: st
         pytest.param("{", "expected the summary of a run", id="not JSON"),
     ],
 )
-def test_mistakes(content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if content is not None:
         (tmp_path / "summary.json").write_text(content)
     assert cli.run(main, [str(tmp_path)]) == 2
@@ -219,7 +221,7 @@ def test_mistakes(content: str | None, message: str, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "report.html").exists()
 
 
-def test_no_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_no_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(main, []) == 2
     assert "expected the folder of a run" in capsys.readouterr().err
 
@@ -231,7 +233,7 @@ def test_thinned_keeps_the_level() -> None:
     assert thinned([1, 2], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0])
 
 
-def test_figures() -> None:
+def test_numbers_are_rounded_for_the_page() -> None:
     assert [seconds(value) for value in (3.04, 61, 3599.7, 7500)] == ["3.0 s", "1 min 01 s", "1 h 00 min", "2 h 05 min"]
     assert percent({"mean": 0.123456, "std": 0.01, "n": 1}) == "12.35"
     assert number([0.01, 0.0212345]) == "0.01, 0.021234"

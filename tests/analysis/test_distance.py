@@ -30,7 +30,7 @@ from mtt_fast.training.images import real_images
 from tests.analysis.helpers import read, run
 
 
-def test_nearest_steps_by_hand() -> None:
+def test_the_nearest_steps_are_those_counted_by_hand() -> None:
     path = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 4.0]], dtype=torch.float64)
     targets = torch.tensor([[4.0, 0.0], [3.0, 4.0], [0.0, -2.0]], dtype=torch.float64)
     assert nearest_steps(path, targets) == [(1 / 16, 1), (0.0, 2), (1.0, 0)]
@@ -39,7 +39,7 @@ def test_nearest_steps_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_nearest_steps_against_a_written_out_loop(seed: int) -> None:
+def test_the_nearest_steps_are_those_of_a_written_out_loop(seed: int) -> None:
     generator = generator_for(seed, "nearest")
     path, targets = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (20, 4))
     for (distance, step), target in zip(nearest_steps(path, targets), targets, strict=True):
@@ -86,7 +86,7 @@ def written_out_training(
     return path
 
 
-def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
+def test_the_distances_are_those_of_written_out_steps(toy: Path, tmp_path: Path) -> None:
     """Compare with the paper's definition, in float64: targets after Δt steps on real images, squared errors, the closest step."""
     out = tmp_path / "distance"
     flags = [*"--steps 5 --deltas 7,1,4 --starts 2 --expert_lr 0.1 --dsa False".split(), "--out", str(out)]
@@ -95,17 +95,17 @@ def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
     for label, name in (("short", "synthetic"), ("best", "best")):
         synthetic = SyntheticDataset.load(toy / "run" / f"{name}.safetensors")
-        wanted: dict[int, list[float]] = {1: [], 4: [], 7: []}
+        expected: dict[int, list[float]] = {1: [], 4: [], 7: []}
         for start in (0, 1):
             real = written_out_training(net, toy / "data", generator_for(0, "expert", start), 7, lr=0.1)
             path = written_out_path(net, real[0], synthetic, generator_for(0, "distance", start), 5)
-            for delta, distances in wanted.items():
+            for delta, distances in expected.items():
                 target, moved = real[delta], (real[0] - real[delta]).square().sum()
                 distances.append(min(float((theta - target).square().sum() / moved) for theta in path))
         points = record["curves"][label]
         assert [(point["real_steps"], point["n"]) for point in points] == [(1, 2), (4, 2), (7, 2)]
         for point in points:
-            values = torch.tensor(wanted[point["real_steps"]])
+            values = torch.tensor(expected[point["real_steps"]])
             assert point["mean"] == pytest.approx(float(values.mean()), rel=1e-4)
             assert point["std"] == pytest.approx(float(values.std()), rel=1e-2, abs=1e-5)
     text = (out / "distance.md").read_text()
@@ -115,7 +115,7 @@ def test_distance_against_written_out_steps(toy: Path, tmp_path: Path) -> None:
         assert picture.width > 400
 
 
-def test_distance_is_the_papers_by_default() -> None:
+def test_the_default_options_are_those_of_the_paper() -> None:
     options = DistanceOptions()
     assert (options.steps, options.starts) == (1000, 1)
     deltas = parsing.integers(options.deltas, "--deltas")
@@ -147,7 +147,7 @@ def test_real_training_is_that_of_the_experts(toy: Path) -> None:
     assert not late[12].equal(rows[decaying][4])
 
 
-def test_a_stopped_distance_goes_on(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_measurement_goes_on(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, seen = tmp_path / "out", list[str]()
 
     def counted(
@@ -236,7 +236,7 @@ def test_students_step_as_in_the_distillation(toy: Path) -> None:
         (["RUN", "--steps", "0"], "--steps 0: expected at least 1"),
     ],
 )
-def test_distance_refuses(
+def test_wrong_options_are_refused(
     flags: list[str], message: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(toy / "run") if word == "RUN" else word for word in flags]
@@ -252,7 +252,7 @@ def test_distance_refuses(
         ("1e-46", "--expert_lr 1e-46: expected more than 0 in float32"),
     ],
 )
-def test_real_training_that_leads_nowhere(
+def test_real_training_that_leads_nowhere_is_refused(
     lr: str, message: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--deltas", "9", "--steps", "1", "--expert_lr", lr, "--out", str(tmp_path / "out")]
@@ -262,7 +262,9 @@ def test_real_training_that_leads_nowhere(
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"curves": {}}'])
-def test_a_broken_record_of_distances(text: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_record_of_distances_is_refused(
+    text: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "distance.json").write_text(text)
     assert run("distance", str(toy / "run"), "--deltas", "1", "--out", str(tmp_path)) == 2
     error = capsys.readouterr().err
@@ -271,8 +273,10 @@ def test_a_broken_record_of_distances(text: str, toy: Path, tmp_path: Path, caps
     assert (tmp_path / "distance.json").read_text() == text
 
 
-def test_labels_and_paths_of_sets(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_is_labelled_by_its_argument_or_its_folder(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "N=2").symlink_to(toy / "run")
-    found = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
-    assert list(found) == ["N=2", "short", "x"]
+    sets = read_distilled_sets(["N=2", "short=N=2", "x=N=2/synthetic.safetensors"])
+    assert list(sets) == ["N=2", "short", "x"]

@@ -54,7 +54,7 @@ def test_frames_of_a_strip_are_evenly_spaced() -> None:
     assert evenly(frames, 20) == frames
 
 
-def test_evolution_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evolution", str(tmp_path)) == 2
     assert "history: expected snapshots iteration_NNNNNN.png of a run, found none" in capsys.readouterr().err
     history = tmp_path / "history"

@@ -84,7 +84,7 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
         (["--expert_epochs", "1,4"], "reach epoch 5, but the expert ends at epoch 4"),
     ],
 )
-def test_grid_refuses_before_the_first_cell(
+def test_wrong_options_are_refused_before_the_first_cell(
     flags: list[str], message: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("grid", *TOY, *log_fields(toy), "--out", str(tmp_path / "grid"), *flags) == 2

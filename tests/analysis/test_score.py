@@ -23,7 +23,7 @@ def write_evaluation(path: Path, mean: float, **others: Any) -> str:
 
 
 @pytest.mark.parametrize("hard", [None, "40"])
-def test_score_of_accuracies(hard: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_score_follows_from_accuracies(hard: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     out = tmp_path / "score.json"
     files = ["--distilled", write_evaluation(tmp_path / "set.json", 0.6), "--random"]
@@ -38,7 +38,7 @@ def test_score_of_accuracies(hard: str | None, tmp_path: Path, caplog: pytest.Lo
     assert f"label-robust score {score:.3f} (weight 0.5)" in caplog.text
 
 
-def test_score_of_the_board(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_score_follows_from_the_numbers_of_the_board(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     assert run("score", "--hlr", "23.73", "--ior", "30.90") == 0
     assert "HLR 23.73 %, IOR 30.90 %, label-robust score 0.284" in caplog.text
@@ -88,7 +88,7 @@ def test_numbers_that_are_hardly_what_they_are_given_for_are_told(
         ("--full 85 --distilled damaged.json --random 30", "damaged.json: expected what mtt_fast.evaluate writes"),
     ],
 )
-def test_score_refuses(
+def test_wrong_numbers_are_refused(
     flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -107,7 +107,9 @@ def test_tables_put_what_was_measured_beside_the_paper(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_tables_refuse(files: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_folders_are_refused(
+    files: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     for name, text in files.items():

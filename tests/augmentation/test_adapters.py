@@ -73,10 +73,10 @@ AUGMENTATIONS: dict[str, Augment] = {
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("microbatch", [None, 2])
-def test_meta_gradient(name: str, microbatch: int | None) -> None:
-    found = gradient(AUGMENTATIONS[name], microbatch=microbatch)
-    assert_close("images", found, expected_gradient(AUGMENTATIONS[name]), 1e-9)
-    assert (found - gradient(AUGMENTATIONS[name], seed=2)).norm() > 1e-3 * found.norm()
+def test_the_meta_gradient_goes_through_an_augmentation(name: str, microbatch: int | None) -> None:
+    result = gradient(AUGMENTATIONS[name], microbatch=microbatch)
+    assert_close("images", result, expected_gradient(AUGMENTATIONS[name]), 1e-9)
+    assert (result - gradient(AUGMENTATIONS[name], seed=2)).norm() > 1e-3 * result.norm()
 
 
 def test_augmentations_are_composed_of_others() -> None:
@@ -99,8 +99,8 @@ def test_an_augmentation_may_change_the_size_of_images() -> None:
         net, start, images, CASE["labels"], 0.2, CASE["batches"], augment=Augmentation(lambda *_: None, halves)
     )
     plain = unroll(net, start, halves(images, None), CASE["labels"], 0.2, CASE["batches"])
-    found, expected = (torch.autograd.grad(path[-1].square().sum(), images)[0] for path in (rows, plain))
-    assert_close("images", found, expected, 1e-12)
+    result, expected = (torch.autograd.grad(path[-1].square().sum(), images)[0] for path in (rows, plain))
+    assert_close("images", result, expected, 1e-12)
     # memory is planned for what the network sees, which is too small for the images themselves
     other = FlatModule(reference_convnet(3, 4, 4, 5, 2))
     planned = unroll(

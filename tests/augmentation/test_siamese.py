@@ -113,14 +113,14 @@ def test_values_and_gradients_are_those_of_plain_torch(name: str, shape: tuple[i
     images = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     draws = SiameseAugment(name).draw(images, torch.Generator().manual_seed(2))
     y_bar = torch.randn(shape, dtype=torch.float64)
-    found, expected = SiameseAugment(name)(images, draws), plain(images, draws)
-    assert_close("output", found, expected, 1e-12)
-    (gradient,), (expected_gradient,) = (torch.autograd.grad(y, images, y_bar) for y in (found, expected))
+    result, expected = SiameseAugment(name)(images, draws), plain(images, draws)
+    assert_close("output", result, expected, 1e-12)
+    (gradient,), (expected_gradient,) = (torch.autograd.grad(y, images, y_bar) for y in (result, expected))
     assert_close("gradient", gradient, expected_gradient, 1e-12)
 
 
 @pytest.mark.parametrize("name", ["color", *NAMES])
-def test_derivatives_and_repetition(name: str) -> None:
+def test_all_derivatives_are_right_and_repeat(name: str) -> None:
     augment = SiameseAugment(name)
     images = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     draws = augment.draw(images, torch.Generator().manual_seed(1))
@@ -165,16 +165,16 @@ def test_parameters_made_outside_do_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_images_of_any_layout_and_precision(dtype: torch.dtype) -> None:
+def test_images_may_have_any_layout_and_precision(dtype: torch.dtype) -> None:
     images = torch.randn(3, 3, 8, 6).to(dtype)
     last = images.contiguous(memory_format=torch.channels_last).requires_grad_()
     augment = SiameseAugment("rotate")
     draws = augment.draw(images, torch.Generator().manual_seed(1))
-    found = augment(last, draws)
-    assert found.dtype == dtype
-    assert torch.equal(found, augment(images, draws))
-    (gradient,) = torch.autograd.grad(found, last, torch.ones_like(found))
-    assert_close("output", found, plain(images.double(), draws), 1e-6 if dtype == torch.float32 else 1e-2)
+    augmented = augment(last, draws)
+    assert augmented.dtype == dtype
+    assert torch.equal(augmented, augment(images, draws))
+    (gradient,) = torch.autograd.grad(augmented, last, torch.ones_like(augmented))
+    assert_close("output", augmented, plain(images.double(), draws), 1e-6 if dtype == torch.float32 else 1e-2)
     assert gradient.dtype == dtype
 
 
@@ -192,19 +192,21 @@ def test_parameters_are_not_differentiable() -> None:
         augment_with(torch.zeros(1, 3, 4, 4), torch.zeros(1, 13, requires_grad=True))
 
 
-def test_the_random_numbers_and_their_order() -> None:
+def test_the_random_numbers_come_in_the_order_of_the_public_code() -> None:
     """Check that a run repeats from its seed: one number for the operation, then a vector for each of its numbers."""
     images = torch.zeros(4, 3, 8, 6)
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
     for name, low, high in (("crop", (-1, -1), (2, 2)), ("cutout", (0, 0), (9, 6)), ("color", (), ())):
-        found = SiameseAugment(name).draw(images, ours).numbers
+        drawn = SiameseAugment(name).draw(images, ours).numbers
         torch.randint(1, (), generator=theirs)
         expected = [torch.randint(*ends, (4,), generator=theirs) for ends in zip(low, high, strict=True)]
-        for number, wanted in zip(found, expected or [torch.rand(4, generator=theirs) for _ in range(3)], strict=True):
-            assert torch.equal(number, wanted)
+        for number, expected_number in zip(
+            drawn, expected or [torch.rand(4, generator=theirs) for _ in range(3)], strict=True
+        ):
+            assert torch.equal(number, expected_number)
 
 
-def test_one_operation_a_step_chosen_uniformly() -> None:
+def test_the_operation_of_a_step_is_chosen_uniformly() -> None:
     augment, generator = SiameseAugment(), torch.Generator().manual_seed(0)
     images = torch.zeros(1, 3, 8, 8)
     counts = Counter(augment.draw(images, generator).operation for _ in range(1200))
@@ -222,20 +224,20 @@ def test_draws_cover_the_ranges_of_the_public_code() -> None:
     assert 0 <= float(u.min()) < 0.01 < 0.99 < float(u.max()) < 1
 
 
-def test_same_generator_same_draws() -> None:
+def test_the_same_generator_gives_the_same_draws() -> None:
     augment, images = SiameseAugment(), torch.zeros(4, 3, 8, 8)
     first, second = (augment.draw(images, torch.Generator().manual_seed(4)) for _ in range(2))
     assert first.operation == second.operation
     assert all(torch.equal(a, b) for a, b in zip(first.numbers, second.numbers, strict=True))
 
 
-def test_unknown_operation() -> None:
+def test_an_unknown_operation_is_refused() -> None:
     with pytest.raises(InputError, match="found 'blur'"):
         SiameseAugment("color_blur")
     assert augment_by_strategy("none") is None
 
 
-def test_a_strategy_that_is_no_text() -> None:
+def test_a_strategy_that_is_no_text_is_refused() -> None:
     strategy: Any = None
     with pytest.raises(InputError, match="found NoneType; without augmentation leave `augment` out"):
         SiameseAugment(strategy)

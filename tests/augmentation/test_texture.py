@@ -37,9 +37,9 @@ def test_crops_are_those_of_rolled_canvases() -> None:
     images = torch.rand(ODD, dtype=torch.float64)
     corners = torch.tensor([[0, 0], [6, 9], [3, 8]])
     for height, width in ((3, 5), (7, 10), (1, 1)):
-        found = crop(images, corners.float(), height, width)
-        wanted = [rolled(image, corner, height, width) for image, corner in zip(images, corners, strict=True)]
-        assert found.equal(torch.stack(wanted))
+        crops = crop(images, corners.float(), height, width)
+        expected = [rolled(image, corner, height, width) for image, corner in zip(images, corners, strict=True)]
+        assert crops.equal(torch.stack(expected))
 
 
 def test_crops_have_every_derivative() -> None:
@@ -73,8 +73,8 @@ def test_the_augmentation_that_follows_sees_crops() -> None:
     generator = generator_for(3, "crops")
     corners = [torch.randint(8, (5,), generator=generator) for _ in range(2)]
     small = crop(images, torch.stack(corners, 1), 4, 4)
-    wanted = then(small, then.draw(small, generator))
-    torch.testing.assert_close(crops(images, drawn), wanted)
+    expected = then(small, then.draw(small, generator))
+    torch.testing.assert_close(crops(images, drawn), expected)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -92,7 +92,7 @@ def test_unroll_sends_gradients_to_the_canvases(samples: int) -> None:
     draws = [crops.draw(canvases[index].detach(), generator_for(1, "draws", n)) for n, index in enumerate(seen)]
 
     path = unroll(net, theta, canvases, labels, lr, seen, crops, draws=draws, microbatch=2)
-    found = torch.autograd.grad(matching_loss(path[-1], start=theta, target=target), (canvases, lr))
+    gradients = torch.autograd.grad(matching_loss(path[-1], start=theta, target=target), (canvases, lr))
 
     student = theta.clone().requires_grad_()
     for index, corners in zip(batches, draws, strict=True):
@@ -101,8 +101,8 @@ def test_unroll_sends_gradients_to_the_canvases(samples: int) -> None:
         loss = F.cross_entropy(net(student, torch.stack(cut)), torch.cat([labels[index]] * samples))
         student = student - lr * torch.autograd.grad(loss, student, create_graph=True)[0]
     loss = (student - target).square().sum() / (theta - target).square().sum()
-    wanted = torch.autograd.grad(loss, (canvases, lr))
-    for ours, theirs in zip(found, wanted, strict=True):
+    expected = torch.autograd.grad(loss, (canvases, lr))
+    for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
@@ -122,11 +122,11 @@ def test_tiles_meet_as_crops_do() -> None:
     pattern = tiled(images)
     assert pattern.shape == (3, 2, 14, 20)
     corners = torch.tensor([[6, 9], [3, 2], [0, 5]])
-    for image, corner, found in zip(pattern, corners.tolist(), crop(images, corners, 7, 10), strict=True):
-        assert image[:, corner[0] : corner[0] + 7, corner[1] : corner[1] + 10].equal(found)
+    for image, corner, cropped in zip(pattern, corners.tolist(), crop(images, corners, 7, 10), strict=True):
+        assert image[:, corner[0] : corner[0] + 7, corner[1] : corner[1] + 10].equal(cropped)
 
 
-def test_shapes() -> None:
+def test_crops_have_the_shape_of_an_image() -> None:
     assert Canvas(3, 2).image_shape(torch.Size((1, 12, 15))) == (1, 4, 5)
     assert Canvas(3, 2).batch(torch.tensor([4, 0])).tolist() == [4, 0, 4, 0]
 
@@ -178,12 +178,12 @@ def test_a_run_starts_from_tiles_and_updates_canvases(run_folder: Path) -> None:
     matching = (student - target).square().sum() / (theta - target).square().sum()
     gradient, lr_gradient = torch.autograd.grad(matching, (canvases, lr))
 
-    found = SyntheticDataset.load(run_folder / "synthetic.safetensors")
-    torch.testing.assert_close(found.images, (canvases - 10 * gradient).float(), rtol=1e-4, atol=1e-4)
+    distilled = SyntheticDataset.load(run_folder / "synthetic.safetensors")
+    torch.testing.assert_close(distilled.images, (canvases - 10 * gradient).float(), rtol=1e-4, atol=1e-4)
     assert float((10 * gradient).abs().max()) > 0.01
-    assert float(found.lr) == pytest.approx(0.01 - 1e-5 * float(lr_gradient), abs=1e-8)
-    assert found.labels.tolist() == list(range(10))
-    assert found.canvas == Canvas(2, 3)
+    assert float(distilled.lr) == pytest.approx(0.01 - 1e-5 * float(lr_gradient), abs=1e-8)
+    assert distilled.labels.tolist() == list(range(10))
+    assert distilled.canvas == Canvas(2, 3)
 
 
 def test_textures_go_with_what_the_successors_added(run_folder: Path, tmp_path: Path) -> None:
@@ -207,11 +207,11 @@ def test_textures_go_with_what_the_successors_added(run_folder: Path, tmp_path: 
 
 def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path: Path) -> None:
     """Compare with torch's own optimiser on rolled and cut canvases, with the evaluation's draws."""
-    found = SyntheticDataset.load(run_folder / "synthetic.safetensors")
+    distilled = SyntheticDataset.load(run_folder / "synthetic.safetensors")
     options = parse_options([*TOY, *places(run_folder.parent)])
     real = real_images(options.load_data(), torch.device("cpu"), zca=False)
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
-    images = as_training_images(found, torch.device("cpu"))
+    images = as_training_images(distilled, torch.device("cpu"))
     assert images.input_shape == (1, 8, 8)
     protocol = EvaluationProtocol(epochs=1, batch_size=4, augment="none")
     generator = generator_for(5, "evaluation", 0)
@@ -226,7 +226,8 @@ def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path:
             which = torch.cat([index] * 3)
             corners = torch.stack([torch.randint(16, (len(which),), generator=generator) for _ in range(2)], 1)
             cut = [
-                rolled(found.images[place], corner, 8, 8) for place, corner in zip(which.tolist(), corners, strict=True)
+                rolled(distilled.images[place], corner, 8, 8)
+                for place, corner in zip(which.tolist(), corners, strict=True)
             ]
             optimiser.zero_grad()
             F.cross_entropy(net(theta, torch.stack(cut)), which).backward()
@@ -238,7 +239,7 @@ def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path:
     assert cli.run(evaluate_command, [str(run_folder), *flags, str(out)]) == 0
     of_run = json.loads(out.read_text())["accuracy"]
     assert 0 < of_run["mean"] <= 1
-    found.export("mtt", tmp_path)
+    distilled.export("mtt", tmp_path)
     exported = [str(tmp_path / "images_best.pt"), "--dataset", "digits", "--model", "ConvNetD1W4", *flags, str(out)]
     assert cli.run(evaluate_command, [*exported, "--texture", "--canvas_samples", "3"]) == 0
     assert json.loads(out.read_text())["accuracy"] == of_run
@@ -248,7 +249,7 @@ def test_a_set_of_textures_is_evaluated_by_its_crops(run_folder: Path, tmp_path:
 def test_the_distance_of_textures_is_that_of_students_on_crops(run_folder: Path, tmp_path: Path) -> None:
     flags = ["--steps", "2", "--deltas", "3,6", "--out", str(tmp_path)]  # the experts' epochs have three steps
     assert cli.run(analysis, ["distance", str(run_folder), *flags]) == 0
-    found = SyntheticDataset.load(run_folder / "synthetic.safetensors")
+    distilled = SyntheticDataset.load(run_folder / "synthetic.safetensors")
     experts = TrajectoryStore(run_folder.parent / "buffers" / "digits" / "ConvNetD1W4")
     trajectory = [experts.read(0, epoch).double() for epoch in (0, 1, 2)]
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
@@ -258,11 +259,11 @@ def test_the_distance_of_textures_is_that_of_students_on_crops(run_folder: Path,
     for index in (order[6:], order[:6]):
         which = torch.cat([index] * 3)
         corners = torch.stack([torch.randint(16, (len(which),), generator=generator) for _ in range(2)], 1)
-        images = found.images.double()
+        images = distilled.images.double()
         cut = [rolled(images[place], corner, 8, 8) for place, corner in zip(which.tolist(), corners, strict=True)]
         theta = path[-1].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(net(theta, torch.stack(cut)), which), theta)
-        path.append(path[-1] - float(found.lr) * gradient)
+        path.append(path[-1] - float(distilled.lr) * gradient)
     for point in json.loads((tmp_path / "distance.json").read_text())["curves"]["run"]:
         target = trajectory[point["real_steps"] // 3]
         nearest = min(float((theta - target).square().sum()) for theta in path)
@@ -289,7 +290,7 @@ def test_pictures_show_tiles(run_folder: Path) -> None:
         (["--canvas_samples", "0"], "--canvas_samples 0: expected at least 1"),
     ],
 )
-def test_what_textures_cannot_be(
+def test_options_that_do_not_go_with_textures_are_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(distill, [*TOY, *places(tmp_path), *flags, "--out", str(tmp_path / "run")]) == 2

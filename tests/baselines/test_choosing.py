@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.cluster import KMeans
 
 from mtt_fast.baselines.forgetting import forgetting_events, most_forgotten, right_at_each_epoch
 from mtt_fast.baselines.herding import herd
@@ -74,6 +75,20 @@ def test_clusters_are_a_fixed_point_and_find_what_is_apart() -> None:
     for cluster, centre in enumerate(centres):
         torch.testing.assert_close(points[nearest == cluster].mean(0), centre, rtol=1e-5, atol=1e-5)
     assert sorted(torch.bincount(nearest).tolist()) == [20, 20, 20]
+
+
+def test_clusters_are_the_best_of_several_starts() -> None:
+    """Compare the squared distances to the centres with their mean over single starts."""
+    points = torch.randn(150, 3)
+
+    def distances(centres: torch.Tensor) -> float:
+        return float(torch.cdist(points, centres).min(dim=1).values.square().sum())
+
+    single = [KMeans(15, n_init=1, random_state=start).fit(points.double().numpy()) for start in range(20)]
+    mean = sum(fitted.inertia_ for fitted in single) / len(single)
+    least = min(fitted.inertia_ for fitted in single)
+    for seed in range(4):
+        assert distances(cluster_centres(points, 15, seeded(seed))) < least + 0.4 * (mean - least)
 
 
 def test_the_nearest_image_to_each_centre_is_taken_once() -> None:

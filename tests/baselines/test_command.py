@@ -150,7 +150,7 @@ def test_the_centres_of_pixels_are_the_means_of_their_clusters(
 
 
 @pytest.mark.parametrize("method", ["kmeans", "dm", "dsa", "dd", "ld"])
-def test_other_networks_and_pools(method: str, shared: Path, tmp_path: Path) -> None:
+def test_other_networks_and_pools_are_evaluated(method: str, shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [*flags(method, shared), "--model", "MLP", "--eval_mode", "C", "--protocol", "datm", "--Iteration", "1"]
     words = words[:-2] if method == "kmeans" else words
@@ -277,9 +277,9 @@ def test_the_best_set_is_that_of_the_best_evaluation(
     assert run(*flags("dm", shared), "--out", str(tmp_path / "run"), "--eval_it", "1") == 0
     assert SyntheticDataset.load(tmp_path / "run" / "best.safetensors").recipe["iterations"] == 1
     assert set_of(tmp_path / "run").recipe["iterations"] == 2
-    found = summary_of(tmp_path / "run")["accuracy"]
-    assert found["distilled"]["mean"] == 0.4
-    best = found["best_evaluation_chosen_on_the_test_images"]
+    accuracy_records = summary_of(tmp_path / "run")["accuracy"]
+    assert accuracy_records["distilled"]["mean"] == 0.4
+    best = accuracy_records["best_evaluation_chosen_on_the_test_images"]
     assert (best["mean"], best["iteration"]) == (0.5, 1)
 
 
@@ -359,5 +359,5 @@ def test_help_lists_the_methods_with_their_papers(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_defaults_can_be(method: str) -> None:
+def test_the_default_options_of_each_method_are_valid(method: str) -> None:
     METHODS[method].options().check()

@@ -7,6 +7,7 @@ import torch
 
 from mtt_fast.baselines.dm import DmOptions, dm, embedding_distance
 from mtt_fast.baselines.real_data import random_batch
+from mtt_fast.baselines.siamese import siamese_augmentation
 from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close, reference_convnet
 from mtt_fast.training.images import RealImages
@@ -20,13 +21,15 @@ def test_the_distance_of_mean_embeddings_is_that_of_the_module() -> None:
     images, seen = torch.randn(3, 1, 8, 8, dtype=F64, requires_grad=True), torch.randn(7, 1, 8, 8, dtype=F64)
     features = torch.nn.Sequential(*list(module.children())[:-1])
     expected = ((features(seen).sum(0) / 7 - features(images).sum(0) / 3) ** 2).sum()
-    found = embedding_distance(NET, theta, images, seen)
-    assert_close("distance", found, expected, 1e-12)
-    assert_close("gradient", torch.autograd.grad(found, images)[0], torch.autograd.grad(expected, images)[0], 1e-12)
+    distance = embedding_distance(NET, theta, images, seen)
+    assert_close("distance", distance, expected, 1e-12)
+    assert_close("gradient", torch.autograd.grad(distance, images)[0], torch.autograd.grad(expected, images)[0], 1e-12)
 
 
-def test_dm_moves_the_images_by_sgd_with_momentum(real: RealImages) -> None:
-    options = DmOptions(dataset="digits", ipc=2, batch_real=11, lr_img=0.3, dsa=False)
+@pytest.mark.parametrize("dsa", [False, True])
+def test_dm_moves_the_images_by_sgd_with_momentum(real: RealImages, dsa: bool) -> None:
+    """Check that with DSA the real and the synthetic images of a class are augmented alike."""
+    options = DmOptions(dataset="digits", ipc=2, batch_real=11, lr_img=0.3, dsa=dsa)
     learning = dm(options, real, NET)
     images, velocity, losses = learning.images.clone(), torch.zeros_like(learning.images), []
     for iteration in range(3):
@@ -37,8 +40,9 @@ def test_dm_moves_the_images_by_sgd_with_momentum(real: RealImages) -> None:
         for label, members in enumerate(class_members(real, 2)):
             seen, labels = random_batch(real.train, members, 11, generator)
             assert set(labels.tolist()) == {label}
-            own = pixels[2 * label : 2 * label + 2]
-            total = total + ((NET.embed(theta, own).mean(0) - NET.embed(theta, seen).mean(0)) ** 2).sum()
+            augment = siamese_augmentation(options.strategy, seen, generator)
+            own = augment(pixels[2 * label : 2 * label + 2])
+            total = total + ((NET.embed(theta, own).mean(0) - NET.embed(theta, augment(seen)).mean(0)) ** 2).sum()
         total.backward()
         assert pixels.grad is not None
         velocity = 0.5 * velocity + pixels.grad

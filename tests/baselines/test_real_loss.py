@@ -2,66 +2,73 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtt_fast import InputError
+from mtt_fast.baselines import learning as learning_module
 from mtt_fast.baselines.dd import DdOptions, dd, step_batches
 from mtt_fast.baselines.ld import LdOptions, ld, patience, stagnates
+from mtt_fast.baselines.real_data import random_batch
 from mtt_fast.baselines.real_loss import logits_after_steps
+from mtt_fast.commands.seconds import Seconds
+from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.testing import assert_close
 from mtt_fast.training.images import RealImages
 from tests.baselines.network import F64, NET, plain, random_theta, seeded
 
 
 def whole_graph_logits(
-    theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, batches: list[Tensor], seen: Tensor
+    theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, batches: list[Tensor], real: Tensor
 ) -> Tensor:
     """Return the logits with all steps recorded by autograd."""
     function = plain()
     theta = theta.clone().requires_grad_()
     for n, index in enumerate(batches):
         log_p = F.log_softmax(function(theta, images[index]), dim=1)
-        wanted = labels[index]
-        hard = not wanted.is_floating_point()
-        loss = -(F.one_hot(wanted, 10) * log_p if hard else wanted * log_p).sum(1).mean()
+        targets = labels[index]
+        hard = not targets.is_floating_point()
+        loss = -(F.one_hot(targets, 10) * log_p if hard else targets * log_p).sum(1).mean()
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - rates[n] * gradient
-    return function(theta, seen)
+    return function(theta, real)
 
 
 def test_dd_has_the_whole_graphs_gradients() -> None:
     images = torch.randn(20, 1, 8, 8, dtype=F64, requires_grad=True)
     labels, rates = torch.arange(10).repeat_interleave(2), torch.rand(6, dtype=F64, requires_grad=True)
     batches = step_batches(DdOptions(ipc=2), 10)
-    seen, wanted = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
+    real, real_labels = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
     results = []
     for logits in (
-        logits_after_steps(NET, random_theta(), images, labels, rates, batches, seen),
-        whole_graph_logits(random_theta(), images, labels, rates, batches, seen),
+        logits_after_steps(NET, random_theta(), images, labels, rates, batches, real),
+        whole_graph_logits(random_theta(), images, labels, rates, batches, real),
     ):
-        loss = F.cross_entropy(logits, wanted)
+        loss = F.cross_entropy(logits, real_labels)
         results.append((loss, *torch.autograd.grad(loss, (images, rates))))
-    for name, found, expected in zip(("loss", "images", "rates"), *results, strict=True):
-        assert_close(name, found, expected, 1e-10)
+    for name, result, expected in zip(("loss", "images", "rates"), *results, strict=True):
+        assert_close(name, result, expected, 1e-10)
 
 
 def test_ld_has_the_whole_graphs_gradients() -> None:
     images, soft = torch.randn(20, 1, 8, 8, dtype=F64), torch.rand(20, 10, dtype=F64).softmax(1).requires_grad_()
     index, rate = torch.randperm(20)[:13], torch.tensor(0.3, dtype=F64)
-    seen, wanted = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
-    found, expected = (
-        torch.autograd.grad(F.cross_entropy(logits, wanted), soft)[0]
+    real, real_labels = torch.randn(7, 1, 8, 8, dtype=F64), torch.randint(10, (7,))
+    gradient, expected = (
+        torch.autograd.grad(F.cross_entropy(logits, real_labels), soft)[0]
         for logits in (
-            logits_after_steps(NET, random_theta(), images, soft, rate, [index], seen),
-            whole_graph_logits(random_theta(), images, soft, rate[None], [index], seen),
+            logits_after_steps(NET, random_theta(), images, soft, rate, [index], real),
+            whole_graph_logits(random_theta(), images, soft, rate[None], [index], real),
         )
     )
-    assert_close("labels", found, expected, 1e-10)
+    assert_close("labels", gradient, expected, 1e-10)
     untouched = [row for row in range(20) if row not in index]
-    assert not found[untouched].any()
+    assert not gradient[untouched].any()
 
 
 def test_the_steps_of_dd_share_the_images_out() -> None:
@@ -89,6 +96,22 @@ def test_dd_lowers_its_loss_and_learns_its_rates(real: RealImages) -> None:
     assert torch.equal(trained, learning.own_training(seeded(6)))  # of one initialisation
     seen, labels = real.test.batch(slice(None))
     assert float((NET(trained, seen).argmax(1) == labels).float().mean()) > 0.3
+
+
+def test_each_network_of_the_own_training_has_random_numbers_of_its_own(
+    real: RealImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that what is tested is the network that the method's own training returns for these numbers."""
+
+    def own_training(generator: torch.Generator) -> Tensor:
+        return torch.rand((), generator=generator)
+
+    monkeypatch.setattr(learning_module, "accuracy", lambda network, theta, test: float(theta))
+    run: Any = SimpleNamespace(options=DdOptions(num_eval=3, seed=4), network=NET, real=real, seconds=Seconds())
+    result = learning_module._own_accuracy(run, SimpleNamespace(own_training=own_training))  # type: ignore[arg-type]
+    expected = [float(own_training(generator_for(4, "own training", number))) for number in range(3)]
+    assert list(result.values) == expected
+    assert len(set(expected)) == 3
 
 
 def test_several_networks_of_dd_are_averaged(real: RealImages) -> None:
@@ -123,6 +146,29 @@ def test_ld_keeps_probabilities_and_moves_its_network(real: RealImages) -> None:
     assert len(learning.carried["errors"]) == 3
 
 
+def test_ld_moves_labels_and_network_by_adam_on_the_images_of_the_step(real: RealImages) -> None:
+    options = LdOptions(dataset="digits", ipc=2, batch_real=64, inner_batch_size=7, inner_lr=0.3)
+    learning = ld(options, real, NET)
+    images, theta, generator = learning.images.double(), learning.carried["theta"], generator_for(0, "ld", 0)
+    start = theta.clone().double()
+    inputs, targets = random_batch(real.train, torch.arange(len(real.train)), 64, generator)
+    index = torch.randperm(20, generator=generator)[:7]
+    soft = learning.labels.clone().double().requires_grad_()
+    logits = whole_graph_logits(start, images, soft, torch.tensor([0.3]), [index], inputs.double())
+    (to_labels,) = torch.autograd.grad(F.cross_entropy(logits, targets), soft)
+    leaf = start.clone().requires_grad_()
+    loss = -(soft.detach()[index] * F.log_softmax(plain()(leaf, images[index]), dim=1)).sum(1).mean()
+    (to_theta,) = torch.autograd.grad(loss, leaf)
+    learning.step(0)
+    assert learning.labels.grad is not None
+    assert theta.grad is not None
+    assert_close("labels", learning.labels.grad.double(), to_labels, 1e-4)
+    assert_close("theta", theta.grad.double(), to_theta, 1e-4)
+    sure = to_theta.abs() > 1e-3  # where the first step of Adam is its rate and the sign
+    torch.testing.assert_close(theta[sure].double(), (start - 1e-3 * to_theta.sign())[sure], rtol=0, atol=1e-6)
+    assert int(sure.sum()) > 100
+
+
 def test_ld_gives_the_label_of_its_class_to_most_images(real: RealImages) -> None:
     learning = ld(LdOptions(dataset="digits", ipc=2, batch_real=256, lr_y=0.03, inner_lr=0.1), real, NET)
     for iteration in range(80):
@@ -133,7 +179,7 @@ def test_ld_gives_the_label_of_its_class_to_most_images(real: RealImages) -> Non
 
 def restarts(errors: list[float], window: int) -> list[int]:
     """Return the steps after which the public code takes a fresh network: its counters, kept one step after the other."""
-    found: list[int] = []
+    steps_of_restarts: list[int] = []
     last: list[float] = []
     lowest, since = float("inf"), 0
     for step, error in enumerate(errors):
@@ -146,9 +192,9 @@ def restarts(errors: list[float], window: int) -> list[int]:
         elif since < window:
             since += 1
         else:
-            found.append(step)
+            steps_of_restarts.append(step)
             last, lowest, since = [], float("inf"), 0
-    return found
+    return steps_of_restarts
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -156,14 +202,14 @@ def test_a_network_is_replaced_when_the_public_code_would(seed: int) -> None:
     errors = [
         float(step % 90 < 20) + float(torch.randint(8, (), generator=seeded(seed * 1000 + step))) for step in range(300)
     ]
-    found, so_far = [], torch.empty(0)
+    steps_of_restarts, so_far = [], torch.empty(0)
     for step, error in enumerate(errors):
         so_far = torch.cat([so_far, torch.tensor([error])])
         if stagnates(so_far, 7):
-            found.append(step)
+            steps_of_restarts.append(step)
             so_far = torch.empty(0)
-    assert found == restarts(errors, 7)
-    assert len(found) > 3
+    assert steps_of_restarts == restarts(errors, 7)
+    assert len(steps_of_restarts) > 3
     assert [patience(100, 10), patience(101, 10), patience(100, 100)] == [50, 200, 100]
 
 

@@ -19,7 +19,7 @@ from tests.bench.helpers import STEP, TOY, bench, linux, rows_of
 
 @pytest.mark.slow
 @linux
-def test_meta_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_of_a_meta_step_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = "tests.bench.test_engines:wrong_in_float32"
     words = ["--engines", f"whole_graph,fused-budget,{wrong}", "--memory-budget", "8MiB", "--no-floor"]
     bench("meta_step", *TOY, *STEP, *words, "--out", str(tmp_path), "--name", "found")
@@ -44,7 +44,7 @@ def test_meta_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @linux
-def test_modules(tmp_path: Path) -> None:
+def test_the_benchmark_of_modules_runs(tmp_path: Path) -> None:
     few = "--networks ConvNet,ViT --steps 2 --batch 2 --repetitions 2 --device cpu".split()
     bench("modules", *few, "--out", str(tmp_path), "--name", "found")
     rows = rows_of(tmp_path, "found")
@@ -66,7 +66,7 @@ def test_modules(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @linux
-def test_memory_scaling(tmp_path: Path) -> None:
+def test_the_benchmark_of_memory_runs(tmp_path: Path) -> None:
     vary = "--vary-steps 2 --vary-batch 100 --vary-size 32".split()
     bench("memory_scaling", *TOY, *STEP, *vary, "--out", str(tmp_path), "--name", "found")
     rows = {row["varied"]: row for row in rows_of(tmp_path, "found")}
@@ -77,7 +77,7 @@ def test_memory_scaling(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kernels(tmp_path: Path) -> None:
+def test_the_benchmark_of_kernels_runs(tmp_path: Path) -> None:
     bench("kernels", *TOY, "--batch", "3", "--out", str(tmp_path), "--name", "found")
     rows = rows_of(tmp_path, "found")
     assert {row["operation"] for row in rows} >= {
@@ -91,7 +91,7 @@ def test_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trajectories(tmp_path: Path) -> None:
+def test_the_benchmark_of_trajectories_runs(tmp_path: Path) -> None:
     bench(
         "trajectories",
         *TOY,
@@ -121,7 +121,7 @@ def test_trajectories(tmp_path: Path) -> None:
     assert rows["TrajectoryStore"]["checksums"]["n"] == 100
 
 
-def test_first_block(tmp_path: Path) -> None:
+def test_the_benchmark_of_the_first_block_runs(tmp_path: Path) -> None:
     bench("first_block", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
     rows = rows_of(tmp_path, "found")
     ways = {"in parts", "products alone"}  # on a CPU
@@ -131,7 +131,7 @@ def test_first_block(tmp_path: Path) -> None:
         assert row["seconds"]["n"] == 2
 
 
-def test_profile(tmp_path: Path) -> None:
+def test_the_profile_runs(tmp_path: Path) -> None:
     bench("profile", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
     events = json.loads((tmp_path / "found.trace.json").read_text())["traceEvents"]
     assert "kernels.norm_relu_pool_dual_backward" in {event.get("name") for event in events}
@@ -139,7 +139,7 @@ def test_profile(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @linux
-def test_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_of_methods_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setting = "--model ConvNetD1W4 --ipc 3 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --syn_steps 2".split()
     short = "--Iteration 2 --num_eval 2 --epoch_eval_train 1 --methods herding,dc,mtt-ftd --device cpu".split()
     folders = ["--data_path", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
@@ -168,19 +168,21 @@ def test_a_method_takes_the_options_of_the_setting(name: str) -> None:
     method, setting = methods.METHODS[name], methods.Options(ipc=10).setting(Path("buffers"))
     module, *words = methods.command_of(method, setting)
     if method.command == "distill":
-        found: EvaluationOptions = parse_options(words)
+        options: EvaluationOptions = parse_options(words)
     else:
-        found = parsing.parse(BASELINES[words[0]].options, words[1:], module)
-    assert found.evaluation_protocol() == setting.evaluation_protocol()
-    assert (found.dataset, found.model, found.seed) == (setting.dataset, setting.model, setting.seed)
+        options = parsing.parse(BASELINES[words[0]].options, words[1:], module)
+    assert options.evaluation_protocol() == setting.evaluation_protocol()
+    assert (options.dataset, options.model, options.seed) == (setting.dataset, setting.model, setting.seed)
     own = methods.own_flags(method, setting)
     for option in method.needs:
-        assert f"--{option}" in own or getattr(found, option) == getattr(setting, option)
+        assert f"--{option}" in own or getattr(options, option) == getattr(setting, option)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "images"), [("experts", "32"), ("evaluate", "8")])
-def test_training(benchmark: str, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_of_training_runs(
+    benchmark: str, images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(training.LOOPS, "plain-tuned")  # for time: the same loop again
     bench(benchmark, *TOY, "--images", images, "--out", str(tmp_path), "--name", "found")
     rows = {row["loop"]: row for row in rows_of(tmp_path, "found")}

@@ -94,7 +94,7 @@ def test_settings_follow_the_recipes(name: str) -> None:
     assert setting.images == int(name.rpartition("ipc")[2]) * setting.net.num_classes
 
 
-def test_the_papers_numbers() -> None:
+def test_the_settings_have_the_papers_numbers() -> None:
     assert (setting_named("cifar100-ipc50").steps, setting_named("cifar100-ipc50").batch) == (80, 125)
     assert (
         str(setting_named("imagenet128-ipc50")) == "ConvNet depth 5 width 128, 3×128×128, 10 classes, N = 20, b = 500"

@@ -1,4 +1,4 @@
-"""Each stage of `python -m bench gpu`, rehearsed on the CPU at toy size: its records, its limit, and how it goes on."""
+"""Run each stage of `python -m bench gpu` on the CPU at toy size; check its records, its limit, and how it goes on."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def stage(name: str, out: Path, status: int = 0, *flags: str) -> str:
     """Rehearse a stage of `python -m bench gpu`; return what it printed."""
     command = [sys.executable, "-m", "bench", "gpu", name, "--out", str(out), "--rehearse", *flags]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert found.returncode == status, found.stderr
-    return found.stdout + found.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert process.returncode == status, process.stderr
+    return process.stdout + process.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "runs"), [("cifar10", ["cifar10-ipc1"]), ("imagenette", ["imagenette-ipc1", "imagenette-ipc10"])]
 )
-def test_stages_of_distillation_rehearsed(name: str, runs: list[str], tmp_path: Path) -> None:
+def test_the_stages_of_distillation_run_on_a_cpu(name: str, runs: list[str], tmp_path: Path) -> None:
     stage(name, tmp_path)
     for run in runs:
         summary = json.loads((tmp_path / run / "summary.json").read_text())
@@ -45,7 +45,7 @@ STEP_RECORDS = ["meta_step-cifar10-ipc1", "kernels-cifar10-ipc1", "memory_scalin
 @pytest.mark.parametrize(
     ("name", "records"), [("steps", STEP_RECORDS), ("training", ["experts", "evaluate", "trajectories"])]
 )
-def test_stages_of_benchmarks_rehearsed(name: str, records: list[str], tmp_path: Path) -> None:
+def test_the_stages_of_benchmarks_run_on_a_cpu(name: str, records: list[str], tmp_path: Path) -> None:
     stage(name, tmp_path)
     for record in records:
         assert [row["problem"] for row in rows_of(tmp_path, record) if row["problem"]] == []
@@ -56,7 +56,7 @@ def test_stages_of_benchmarks_rehearsed(name: str, records: list[str], tmp_path:
 
 
 @pytest.mark.slow
-def test_the_stage_of_the_table_rehearsed(tmp_path: Path) -> None:
+def test_the_stage_of_the_table_runs_on_a_cpu(tmp_path: Path) -> None:
     stage("table", tmp_path)
     compiled = {row["operation"]: row for row in rows_of(tmp_path, "compile")}
     tuned = {row["operation"]: row for row in rows_of(tmp_path, "tune")}
@@ -90,7 +90,7 @@ def test_the_stage_of_the_table_rehearsed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_stage_of_tests_rehearsed_within_its_limit_and_beyond(tmp_path: Path) -> None:
+def test_the_stage_of_tests_stops_at_its_limit(tmp_path: Path) -> None:
     said = stage("suite", tmp_path, gpu.OUT_OF_TIME, "--seconds", "0.1")
     assert "stage suite: out of time after 0 s; missing: suite; the same command goes on" in said
     assert [row["status"] for row in rows_of(tmp_path, "stage-suite")] == ["missing"]
@@ -180,11 +180,11 @@ def test_tasks_of_a_group_run_at_the_same_time_and_the_limit_ends_all(tmp_path: 
     rows = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "_ROOT", tmp_path)
-        found = gpu.run_group([waiting("a", "b"), waiting("b", "a")], tmp_path, time.monotonic() + 60)
-        rows = {row["task"]: row["status"] for row in found}
+        results = gpu.run_group([waiting("a", "b"), waiting("b", "a")], tmp_path, time.monotonic() + 60)
+        rows = {row["task"]: row["status"] for row in results}
         assert rows == {"a": "done", "b": "done"}
-        found = gpu.run_group([waiting("c", "never")], tmp_path, time.monotonic() + 1)
-        assert [row["status"] for row in found] == ["missing"]
+        results = gpu.run_group([waiting("c", "never")], tmp_path, time.monotonic() + 1)
+        assert [row["status"] for row in results] == ["missing"]
 
 
 JOB = """

@@ -25,9 +25,9 @@ def test_turns_alternate_and_a_failure_is_left_out() -> None:
             raise RuntimeError("no")
         return float(len(order))
 
-    found = interleaved(3, ["a", "b"], measure, lambda name, error: told.append((name, str(error))))
+    times = interleaved(3, ["a", "b"], measure, lambda name, error: told.append((name, str(error))))
     assert order == ["a", "b", "a", "b", "a"]
-    assert found == {"a": spread([1, 3, 5])}
+    assert times == {"a": spread([1, 3, 5])}
     assert told == [("b", "no")]
 
 
@@ -36,15 +36,15 @@ def test_the_peak_is_what_was_allocated_meanwhile() -> None:
     def allocate() -> None:
         torch.ones(16 * 2**20).sum()  # 64 MiB, gone at the end
 
-    found = peak_above_baseline(allocate, CPU)
-    assert 60 * 2**20 < found["bytes"] < 80 * 2**20
+    peak = peak_above_baseline(allocate, CPU)
+    assert 60 * 2**20 < peak["bytes"] < 80 * 2**20
 
 
 def test_shares_of_an_iteration_add_up() -> None:
     case = case_on(make_case(TINY), torch.float32, CPU)
-    found = share_of_operations(lambda: fused(case), CPU)
-    assert sum(found.values()) == pytest.approx(1)
-    assert min(found.values()) > 0
+    shares = share_of_operations(lambda: fused(case), CPU)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) > 0
     assert share_of_operations(lambda: whole_graph(case), CPU) == {}
 
 

@@ -26,7 +26,7 @@ from mtt_fast.training.sgd import Sgd
 from tests.bench.helpers import CPU, STEP, TINY, TOY, bench, rows_of
 
 
-def test_precision(tmp_path: Path) -> None:
+def test_the_benchmark_of_precision_runs(tmp_path: Path) -> None:
     bench("precision", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
     (row,) = rows_of(tmp_path, "found")
     assert row["case"].startswith("random, ConvNet depth 2 width 4")
@@ -36,7 +36,9 @@ def test_precision(tmp_path: Path) -> None:
     assert row["of_tf32"]["fp16"] < 2
 
 
-def test_precision_of_golden_cases(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_precision_of_golden_cases_is_measured(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bench(
         "precision",
         *TOY,
@@ -60,7 +62,7 @@ def test_precision_of_golden_cases(golden: Path, tmp_path: Path, capsys: pytest.
     assert "expected golden cases, found none" in capsys.readouterr().err
 
 
-def test_precision_of_a_distillation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_precision_of_a_distillation_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = DistillOptions(
         dataset="digits", model="ConvNetD2W8", buffer_path=str(tmp_path), syn_steps=3, expert_epochs=2, student_mom=0.5,
         lr_y=1.0,

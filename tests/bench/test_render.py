@@ -1,4 +1,4 @@
-"""Tables from records: what is rendered, and that the committed tables and documents are those of the committed records."""
+"""Check the tables that are made from records, and that the committed tables and documents are those of the committed records."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ def test_every_benchmark_is_rendered(benchmark: str, tmp_path: Path) -> None:
 
 
 def test_what_no_row_has_is_no_column() -> None:
-    found = table("training", {}, [{"loop": "plain", "seconds": None, "problem": "no memory"}])
-    assert found.splitlines()[0] == "| loop  | not timed because |"
+    rendered_table = table("training", {}, [{"loop": "plain", "seconds": None, "problem": "no memory"}])
+    assert rendered_table.splitlines()[0] == "| loop  | not timed because |"

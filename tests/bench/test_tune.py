@@ -62,7 +62,9 @@ def test_times_of_the_prototype_are_those_of_the_record() -> None:
     record = json.loads((ROOT / "bench/results/h200/norms.json").read_text())
     measured = [row for row in record["rows"] if row["kernel"] == "prototype" and row["dtype"] == "float32"]
     table = tomllib.loads((ROOT / "kernels/triton/configurations.toml").read_text())
-    for operation in (name for name in table if name.startswith("norm_relu_pool")):
+    operations = [name for name in table if name.startswith("norm_relu_pool")]
+    assert operations
+    for operation in operations:
         for size, samples in ((64, 100), (256, 100), (1024, 20), (4096, 20)):
             row = dict(table[operation][f"channels_last-{size}"]["sm_90"])
             time, side = row.pop("prototype_microseconds"), 2 * int(size**0.5)
@@ -85,10 +87,10 @@ def test_a_wrong_or_failing_candidate_is_not_chosen(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(reference, "conv3x3", lambda argument: argument)
     candidates = [{"backend": backend} for backend in ("fast", "absent", "right")]
     subject = tune.Subject("op", ("class", "class"), candidates, "conv3x3", lambda: [torch.ones(3)])
-    found = tune.tune(subject, chosen, tune.Options(repetitions=2, device="cpu"))
-    assert found["chosen"] == "right"
-    assert found["problem"] == "fast: wrong: error 5.0e-01; absent: KeyError: 'absent'"
-    assert found["others"].keys() == {"slow"}
+    tuned = tune.tune(subject, chosen, tune.Options(repetitions=2, device="cpu"))
+    assert tuned["chosen"] == "right"
+    assert tuned["problem"] == "fast: wrong: error 5.0e-01; absent: KeyError: 'absent'"
+    assert tuned["others"].keys() == {"slow"}
     assert rows["op"]["class"]["default"] == {"backend": "slow"}
     assert rows["op"]["class"]["sm_90"]["backend"] == "right"
     assert rows["op"]["class"]["sm_90"]["microseconds"] >= 5000

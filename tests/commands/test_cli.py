@@ -38,7 +38,7 @@ class Options:
     gradient: Literal["exact", "truncated"] = "exact"
 
 
-def test_hyphens_underscores_and_defaults() -> None:
+def test_flags_may_be_spelt_with_hyphens_or_underscores() -> None:
     assert parsing.parse(Options, ["--lr-img", "3"], "x") == parsing.parse(Options, ["--lr_img=3"], "x") == Options(3.0)
     assert parsing.parse(Options, [], "x", {"ipc": 4, "name": "n"}) == Options(1.0, 4, "n")
 
@@ -70,19 +70,19 @@ def test_a_mistake_is_one_line(arguments: str, message: str, capsys: pytest.Capt
         ({"ipc": "many"}, "option ipc: expected a whole number, found 'many'"),
     ],
 )
-def test_a_file_with_wrong_options(values: dict[str, object], message: str) -> None:
+def test_a_file_with_wrong_options_is_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parsing.apply(Options(), values, "mine.toml")
 
 
-def test_broken_toml(tmp_path: Path) -> None:
+def test_broken_toml_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("lr_img = = 3")
     with pytest.raises(InputError, match=r"mine.toml: not valid TOML"):
         read_toml(path)
 
 
-def test_exit_statuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_each_way_to_end_has_its_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def failing(error: BaseException) -> int:
         def job(argv: Sequence[str]) -> None:
             raise error
@@ -133,7 +133,7 @@ def test_what_the_system_refuses_is_told_with_its_own_remedy(
     assert ("path" in told) == (remedy == "check the path")
 
 
-def test_an_error_of_two_files_or_of_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_two_files_or_of_none_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(failing_with(OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b")), []) == 2
     assert capsys.readouterr().err.startswith("error: a -> b: Invalid cross-device link; ")
     assert cli.run(failing_with(OSError("no such thing")), []) == 2
@@ -183,7 +183,9 @@ LIBRARY = ("engine", "networks", "augmentation", "training", "storage", "data", 
 
 def test_no_error_of_the_library_names_a_flag() -> None:
     root = Path(cli.__file__).parents[1]
-    for path in (path for folder in LIBRARY for path in (root / folder).rglob("*.py")):
+    modules = {folder: list((root / folder).rglob("*.py")) for folder in LIBRARY}
+    assert all(modules.values()), "a folder was renamed"
+    for path in (path for paths in modules.values() for path in paths):
         for raised in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)):
             texts = [node.value for node in ast.walk(raised) if isinstance(node, ast.Constant)]
             assert not any(re.search(r"(^|\W)--\w", text) for text in texts if isinstance(text, str)), (
@@ -194,14 +196,14 @@ def test_no_error_of_the_library_names_a_flag() -> None:
 @pytest.mark.parametrize("words", ["mtt_fast --help", "mtt_fast.recipes", "mtt_fast.recipes --help"])
 def test_a_reader_that_has_seen_enough_is_no_error(words: str) -> None:
     command = f"{sys.executable} -m {words} | true"
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
-    assert found.stderr == ""
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stderr == ""
 
 
 def test_a_job_without_options_has_help() -> None:
     command = [sys.executable, "-m", "mtt_fast", "env"]
-    found = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, check=True)
-    assert found.stdout.startswith("usage: python -m mtt_fast.env\n")
+    process = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stdout.startswith("usage: python -m mtt_fast.env\n")
     wrong = subprocess.run([*command, "--x"], capture_output=True, text=True, timeout=60, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --x: ")
@@ -213,20 +215,20 @@ def test_out_of_memory_is_told_with_its_remedy(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_what_runs_here() -> None:
+def test_the_command_env_tells_what_runs_here() -> None:
     command = [sys.executable, "-m", "mtt_fast.env"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert f"torch                      {torch.__version__}" in found
-    assert "student of ConvNet" in found
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"torch                      {torch.__version__}" in output
+    assert "student of ConvNet" in output
     assert subprocess.run([*command, "--x"], capture_output=True, timeout=60, check=False).returncode == 2
 
 
 @pytest.mark.parametrize("job", ["experts", "buffer", "distill", "evaluate"])
-def test_help(job: str) -> None:
+def test_every_command_has_help(job: str) -> None:
     command = [sys.executable, "-m", f"mtt_fast.{job}", "--help"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "--dsa_strategy" in found.stdout
-    assert found.stderr == ""
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "--dsa_strategy" in process.stdout
+    assert process.stderr == ""
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -238,11 +240,11 @@ def test_every_recipe_is_complete(name: str) -> None:
 
 
 def test_the_recipes_are_listed() -> None:
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "mtt_fast.recipes"], capture_output=True, text=True, timeout=60, check=True
     )
-    assert all(name in found.stdout for name in recipe_names())
-    assert "\nDATM: DATM (ICLR 2024)" in found.stdout
+    assert all(name in process.stdout for name in recipe_names())
+    assert "\nDATM: DATM (ICLR 2024)" in process.stdout
 
 
 def names_in(listed: str) -> list[str]:
@@ -258,7 +260,7 @@ def names_in(listed: str) -> list[str]:
         ("imagenet tesla", ["tesla-imagenet-ipc1"]),
     ],
 )
-def test_recipes_by_words(words: str, names: list[str]) -> None:
+def test_recipes_are_chosen_by_words(words: str, names: list[str]) -> None:
     assert names_in(listing(words.split())) == names
 
 
@@ -292,12 +294,12 @@ def test_recipes_that_lead_back_to_themselves_are_refused(tmp_path: Path, monkey
     assert recipe_text("last") == 'ipc = 1\nseed = 3\n\n# over bases-d\nbase = "bases-d"\nipc = 2\n'
 
 
-def test_no_recipe() -> None:
+def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(InputError, match=r"dtam cifar10: no recipe has all of these words \(did you mean datm\?\)"):
         listing(["dtam", "cifar10"])
 
 
-def test_who_reads_may_leave() -> None:
+def test_a_reader_that_leaves_early_is_no_error() -> None:
     """Close the output early, as `… | head` does."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mtt_fast.recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -330,7 +332,7 @@ def test_closed_streams_do_no_harm(tmp_path: Path, closed: str) -> None:
     assert int((tmp_path / "file").read_text()) > 2
 
 
-def test_random_numbers_by_place() -> None:
+def test_random_numbers_follow_from_seed_purpose_and_indices() -> None:
     def first(*place: int, purpose: str = "a", seed: int = 0) -> float:
         return float(torch.rand((), generator=generator_for(seed, purpose, *place)))
 
@@ -350,7 +352,7 @@ def write_half(path: Path) -> None:
         raise RuntimeError("killed")
 
 
-def test_atomic_files(tmp_path: Path) -> None:
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
     write_text(path, "old")
     with pytest.raises(RuntimeError, match="killed"):
@@ -362,7 +364,7 @@ def test_atomic_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 40, -1])
-def test_foreign_and_truncated_tensor_files(tmp_path: Path, size: int) -> None:
+def test_foreign_and_truncated_tensor_files_are_refused(tmp_path: Path, size: int) -> None:
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"x": torch.arange(100)}, {"key": "value"})
     tensors, metadata = load_tensors(path)

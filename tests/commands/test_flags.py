@@ -1,4 +1,4 @@
-"""Hold the flags of every command with their defaults, beside those of the public distill.py and buffer.py: a new one is a decision."""
+"""Compare the flags of every command and their defaults with a table, beside those of the public code: a new one is a decision."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_every_command_is_here() -> None:
 
 
 @pytest.mark.parametrize("command", FLAGS)
-def test_flags_and_defaults(command: str) -> None:
+def test_the_flags_and_their_defaults_are_those_of_the_table(command: str) -> None:
     assert {field.flag: field.default for field in fields_of(COMMANDS[command]).values()} == FLAGS[command]
 
 
@@ -358,7 +358,9 @@ def test_every_help_text_stands_alone(command: str) -> None:
     + [(ExpertOptions, name, row) for name, row in PUBLIC_BUFFER.items()],
     ids=lambda value: value.__name__ if isinstance(value, type) else value if isinstance(value, str) else "",
 )
-def test_an_argument_of_the_public_code(kind: type, name: str, row: Row, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_argument_of_the_public_code_is_read_or_explained(
+    kind: type, name: str, row: Row, caplog: pytest.LogCaptureFixture
+) -> None:
     typed, public, ours, difference = row
     options: Any
 
@@ -374,9 +376,13 @@ def test_an_argument_of_the_public_code(kind: type, name: str, row: Row, caplog:
         if ours is ...:
             assert options == kind()
         else:
-            found = getattr(options, name)
-            assert found == type(found)(typed) if not isinstance(found, bool) else found is (typed in ("", "True"))
-            assert options == dataclasses.replace(kind(), **{name: found})
+            option_value = getattr(options, name)
+            assert (
+                option_value == type(option_value)(typed)
+                if not isinstance(option_value, bool)
+                else option_value is (typed in ("", "True"))
+            )
+            assert options == dataclasses.replace(kind(), **{name: option_value})
     assert difference in said
     assert bool(difference) == bool(said)
     if ours is ...:
@@ -395,7 +401,7 @@ def test_the_public_codes_default_batch_is_the_protocols() -> None:
     assert DistillOptions().evaluation_protocol().batch_size == 256
 
 
-def test_lines_that_say_what_the_public_code_means(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_tells_where_the_public_code_means_something_else(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     parsing.parse(DistillOptions, ["--dataset", "ImageNet", "--no_aug", "False"], "")
     assert (

@@ -42,13 +42,13 @@ def kinds_of(annotation: Any) -> set[Any]:
 
 def options_taking(kind: type) -> list[tuple[str, str]]:
     """Return commands with their options of a type; of options that are declared alike in several commands, the first."""
-    found: dict[tuple[Any, ...], tuple[str, str]] = {}
+    taking: dict[tuple[Any, ...], tuple[str, str]] = {}
     for command, options in KINDS.items():
         for option, field in fields_of(options).items():
             if kind in kinds_of(field.annotation):
                 declared = (option, field.default, str(field.annotation), tuple(map(repr, field.declared)))
-                found.setdefault(declared, (command, option))
-    return list(found.values())
+                taking.setdefault(declared, (command, option))
+    return list(taking.values())
 
 
 def refused(name: str, *words: str) -> str:
@@ -115,7 +115,7 @@ def test_no_text_is_empty(command: str, option: str) -> None:
         (Range(), -math.inf, "expected a finite number"),
     ],
 )
-def test_a_range(given: Range, value: float, complaint: str | None) -> None:
+def test_a_range_complains_of_values_outside_it(given: Range, value: float, complaint: str | None) -> None:
     assert given.complaint(value) == complaint
 
 
@@ -142,7 +142,7 @@ def test_a_range(given: Range, value: float, complaint: str | None) -> None:
         ("--num_eval 2000000", "--num_eval 2000000: expected at most 1000000"),
     ],
 )
-def test_what_an_option_does_not_take(words: str, message: str) -> None:
+def test_a_value_that_an_option_does_not_take_is_refused(words: str, message: str) -> None:
     assert refused("distill", *words.split()).startswith(message)
 
 
@@ -162,7 +162,7 @@ def test_no_iterations_are_an_evaluation_of_the_start() -> None:
         (evaluate.main, "random --dataset digits"),
     ],
 )
-def test_a_device_that_there_is_not(
+def test_a_device_that_is_missing_is_refused(
     device: str, main: Callable[..., None], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(main, [*words.split(), "--device", device]) == 2
@@ -236,9 +236,9 @@ def test_a_file_is_checked_as_strictly_as_flags(name: str, value: object, messag
 
 
 def test_what_a_file_may_say_in_another_type() -> None:
-    found = parsing.apply(Everything(), {"rate": 2, "limit": math.inf, "epochs": [0, 3], "names": ["x"]}, "mine.toml")
-    assert (found.rate, type(found.rate), found.limit) == (2.0, float, math.inf)
-    assert (found.epochs, found.names) == ((0, 3), ("x",))
+    options = parsing.apply(Everything(), {"rate": 2, "limit": math.inf, "epochs": [0, 3], "names": ["x"]}, "mine.toml")
+    assert (options.rate, type(options.rate), options.limit) == (2.0, float, math.inf)
+    assert (options.epochs, options.names) == ((0, 3), ("x",))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_what_a_file_may_say_in_another_type() -> None:
         ("resume = 1", "option resume: expected true or false, found 1"),
     ],
 )
-def test_files_of_a_distillation(
+def test_wrong_values_in_the_files_of_a_distillation_are_refused(
     line: str, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = tmp_path / "mine.toml", tmp_path / "run"
@@ -275,11 +275,11 @@ def test_files_of_a_distillation(
         if message is None and file != config:
             continue  # what a run was made with is its own affair
         assert cli.run(distill, words) == 2
-        found = capsys.readouterr().err
+        error = capsys.readouterr().err
         expected = "--canvas_size 3: has no effect without --texture" if message is None else f"{file}: {message}"
         damaged = f"{file}: damaged or changed by hand"  # its names are looked at first
-        assert found.startswith((f"error: {expected}", *[f"error: {damaged}"] * (file != config)))
-        assert found.count("\n") == 1
+        assert error.startswith((f"error: {expected}", *[f"error: {damaged}"] * (file != config)))
+        assert error.count("\n") == 1
     if line == 'pix_init = "zz"':
         (run / "config.toml").write_text(f'method = "dm"\n{line}\n')
         with pytest.raises(InputError, match="option pix_init: expected one of 'real', 'noise', found 'zz'"):
@@ -287,7 +287,7 @@ def test_files_of_a_distillation(
 
 
 @pytest.mark.parametrize("text", ["a = 1" + "0" * 5000, "a = " + "[" * 5000, "a = 1\na = 2", "a = \x00", "\xff"])
-def test_what_is_no_toml(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_toml_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"mine.toml: (not valid TOML|expected text in UTF-8)"):
@@ -300,8 +300,8 @@ def test_every_value_comes_back_from_a_run_folder(tmp_path: Path) -> None:
         "text": "é 😀 \\ \" ' \n \t \x7f \x01 \x85", "empty": "", "nothing": None,
     }  # fmt: skip
     write_config(tmp_path, options, "gradient: exact")
-    found = read_config(tmp_path)
-    assert found == {
+    config = read_config(tmp_path)
+    assert config == {
         name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if value is not None
     }
     write_config(tmp_path, {"a": math.nan})
@@ -383,7 +383,7 @@ class Spelled:
         ("--models a -- --here", {"models": ("a",), "place": "--here"}),
     ],
 )
-def test_spellings(words: str, changed: dict[str, Any]) -> None:
+def test_one_value_may_be_spelt_in_several_ways(words: str, changed: dict[str, Any]) -> None:
     assert parsing.parse(Spelled, words.split(), "x") == Spelled(**changed)
 
 
@@ -403,7 +403,7 @@ def test_spellings(words: str, changed: dict[str, Any]) -> None:
         ("--models", "--models: expected a value after it"),
     ],
 )
-def test_misspellings(words: str, message: str) -> None:
+def test_misspelt_values_are_refused(words: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         parsing.parse(Spelled, words.split(), "x")
     assert str(raised.value).startswith(message)

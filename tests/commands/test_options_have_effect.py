@@ -188,9 +188,9 @@ def _tell(patch: pytest.MonkeyPatch, name: str, arguments: bool = True, of_resul
     function = getattr(__import__(module, fromlist=[attribute]), attribute)
 
     def telling(*args: Any, **kwargs: Any) -> Any:
-        found = function(*args, **kwargs) if of_result else None
-        logging.getLogger("told").info("%s %s", attribute, found if of_result else kwargs if arguments else "")
-        return found if of_result else function(*args, **kwargs)
+        result = function(*args, **kwargs) if of_result else None
+        logging.getLogger("told").info("%s %s", attribute, result if of_result else kwargs if arguments else "")
+        return result if of_result else function(*args, **kwargs)
 
     patch.setattr(name, telling)
 

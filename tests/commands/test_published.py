@@ -1,4 +1,4 @@
-"""Hold every number that the paper reports, transcribed a second time, against commands/published.toml."""
+"""Compare every number that the paper reports, transcribed a second time, with commands/published.toml."""
 
 from __future__ import annotations
 
@@ -107,15 +107,15 @@ def transcribed() -> dict[Cell, str]:
 def in_the_file() -> dict[Cell, tuple[list[float], bool]]:
     """Return the cells of the file's rows without a source, read without the loader: numbers, and whether with ZCA."""
     content: dict[str, Any] = tomllib.loads(FILE.read_text(encoding="utf-8"))
-    found = {}
+    cells = {}
     for table, rows in content["rows"].items():
         for row in rows:
             if "source" not in row:
                 for ipc, values in row["accuracy"].items():
                     cell = (table, row["dataset"], row["model"], row["method"], ipc)
-                    assert cell not in found
-                    found[cell] = ([float(value) for value in values], ipc in map(str, row.get("zca", [])))
-    return found
+                    assert cell not in cells
+                    cells[cell] = ([float(value) for value in values], ipc in map(str, row.get("zca", [])))
+    return cells
 
 
 def test_every_cell_of_the_papers_tables_and_no_other() -> None:
@@ -125,16 +125,16 @@ def test_every_cell_of_the_papers_tables_and_no_other() -> None:
 
 
 def test_the_loader_says_what_the_file_says() -> None:
-    found: dict[Cell, tuple[list[float], bool]] = {}
+    loaded: dict[Cell, tuple[list[float], bool]] = {}
     for row in published().rows:
         if row.of_paper:
             assert row.source == f"Table {row.table} of the paper"
             key = (row.table, row.dataset, row.model, row.method)
-            found |= {(*key, ipc): ([], False) for ipc in row.dashes}
+            loaded |= {(*key, ipc): ([], False) for ipc in row.dashes}
             for ipc, accuracy in row.accuracy.items():
-                found[*key, ipc] = ([round(100 * value, 3) for value in accuracy.values()], ipc in row.whitened)
+                loaded[*key, ipc] = ([round(100 * value, 3) for value in accuracy.values()], ipc in row.whitened)
                 assert list(accuracy) == ["mean", "std"][: len(accuracy)]
-    assert found == in_the_file()
+    assert loaded == in_the_file()
 
 
 def test_what_the_text_and_later_papers_say_stands_beside() -> None:
@@ -169,7 +169,7 @@ def test_shares_are_those_of_the_data_sets() -> None:
             assert 100 * int(ipc) * info.num_classes / info.train == pytest.approx(share)
 
 
-def test_costs() -> None:
+def test_the_costs_are_those_of_the_paper() -> None:
     names = ("seconds_per_epoch", "experts", "gpu_hours", "megabytes_per_expert")
     assert published().costs == {
         "CIFAR": dict(zip(names, (3, 200, 8, 60), strict=True)),

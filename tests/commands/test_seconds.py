@@ -1,4 +1,4 @@
-"""Each moment of a run counts under one part of the work, over all its processes, and the sum is the wall clock."""
+"""Check that each moment of a run counts under one part of the work, over all its processes, and that the sum is the wall clock."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def counted(**seconds: float) -> dict[str, float]:
     return {part: seconds.get(part, 0.0) for part in PARTS}
 
 
-def test_of_nested_parts_the_inner_one_counts() -> None:
+def test_the_inner_one_of_nested_parts_counts() -> None:
     seconds = Seconds(clock := Clock())
     clock.now += 1
     with seconds.of("evaluations"):
@@ -49,6 +49,14 @@ def test_of_nested_parts_the_inner_one_counts() -> None:
     clock.now += 1
     assert seconds.totals() == counted(other=2, evaluations=11_010, saving=100)
     assert sum(seconds.totals().values()) == clock.now - 5
+
+
+def test_earlier_seconds_are_added_to_those_that_are_counted() -> None:
+    seconds = Seconds(clock := Clock())
+    with seconds.of("data"):
+        clock.now += 2
+    seconds.add({"data": 5.0, "saving": 1.0})
+    assert seconds.totals() == counted(data=7, saving=1)
 
 
 def test_an_error_ends_the_part_that_it_leaves() -> None:
@@ -82,7 +90,7 @@ def test_a_damaged_file_is_told_and_does_not_stop_a_run(
     assert read_record(tmp_path / "seconds.json", "", "") == counted()
 
 
-def test_the_line_at_the_end() -> None:
+def test_the_line_at_the_end_leaves_out_short_parts() -> None:
     assert (
         in_words(counted(first_iteration=8, iterations=55.04, other=0.01))
         == "63.0 s: first iteration 8.0, iterations 55.0"

@@ -114,7 +114,7 @@ def check(data: ImageData, name: str) -> None:
     assert data.test.labels.tolist() == labels
 
 
-def fails(root: Path, message: str, name: str = "CIFAR10") -> None:
+def check_refused(root: Path, message: str, name: str = "CIFAR10") -> None:
     with pytest.raises(InputError, match=message) as raised:
         load(name, data_path=root, progress=False)
     assert "\n" not in str(raised.value)

@@ -35,7 +35,7 @@ def folder(root: Path, test: str = "test", channels: int = 3, suffix: str = ".pn
     return root
 
 
-def fails(tmp_path: Path, message: str, **options: Any) -> None:
+def check_refused(tmp_path: Path, message: str, **options: Any) -> None:
     with pytest.raises(InputError, match=message) as raised:
         load("folder", data_path=tmp_path, progress=False, **options)
     assert "\n" not in str(raised.value)

@@ -34,7 +34,7 @@ FORMS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_whole_ones(tmp_path: Path, form: int) -> None:
+def test_whole_archives_are_read(tmp_path: Path, form: int) -> None:
     (tmp_path / "x").write_bytes(gzip.compress(tar(form)))
     assert read_tar(tmp_path / "x", WANTED, "mend it") == {"folder/a": b"a" * 700, "folder/b": b"b" * 700}
 

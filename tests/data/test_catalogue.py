@@ -45,7 +45,7 @@ def test_every_name_says_what_it_looked_for(tmp_path: Path, name: str) -> None:
         load(name, data_path=tmp_path)
 
 
-def test_digits(tmp_path: Path) -> None:
+def test_the_digits_are_those_of_scikit_learn(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
     data = load("digits", data_path=tmp_path, progress=False)
@@ -65,7 +65,7 @@ def test_digits(tmp_path: Path) -> None:
     assert data.train.images.max() == 255
 
 
-def test_packed_elsewhere(tmp_path: Path) -> None:
+def test_packed_files_may_lie_elsewhere(tmp_path: Path) -> None:
     data = load("digits", data_path=tmp_path / "originals", packed_path=tmp_path / "packed", progress=False)
     assert data.path == tmp_path / "packed" / "digits.safetensors"
     assert not (tmp_path / "originals").exists()
@@ -86,7 +86,7 @@ def test_progress_is_quiet_where_nobody_watches(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
-def unpacked(archive: str, root: Path, wanted: int) -> list[Path]:
+def unpacked(archive: str, root: Path, count: int) -> list[Path]:
     """Unpack the first `wanted` images of every class and split of a shared archive."""
     if not (SHARED / archive).is_file():
         pytest.skip(f"needs the real images: no file {SHARED / archive}")
@@ -95,7 +95,7 @@ def unpacked(archive: str, root: Path, wanted: int) -> list[Path]:
     with tarfile.open(SHARED / archive, "r:xz") as tar:
         for member in tar:
             place = member.name.rpartition("/")[0]
-            if member.isfile() and counts.setdefault(place, 0) < wanted:
+            if member.isfile() and counts.setdefault(place, 0) < count:
                 counts[place] += 1
                 tar.extract(member, root, filter="data")
                 paths.append(root / member.name)
@@ -103,7 +103,7 @@ def unpacked(archive: str, root: Path, wanted: int) -> list[Path]:
 
 
 @pytest.mark.data
-def test_real_cifar_jpegs(tmp_path: Path) -> None:
+def test_real_cifar_jpegs_are_read(tmp_path: Path) -> None:
     paths = unpacked("cifar10.tar.xz", tmp_path, 20)
     data = load("CIFAR10", data_path=tmp_path, progress=False)
     assert len(paths) == 400
@@ -131,7 +131,7 @@ def test_real_cifar_jpegs(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_real_imagenette(tmp_path: Path) -> None:
+def test_real_imagenette_is_read(tmp_path: Path) -> None:
     unpacked("imagenette128.tar.xz", tmp_path, 5)
     data = load("imagenette", data_path=tmp_path, progress=False)
     assert data.image_shape == (3, 128, 128)

@@ -17,7 +17,7 @@ from tests.data.cifar_files import (
     batch,
     binary_folder,
     check,
-    fails,
+    check_refused,
     python2_pickle,
     python3_pickle,
     python_folder,
@@ -27,7 +27,7 @@ from tests.data.cifar_files import (
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 @pytest.mark.parametrize("pack", [False, True], ids=["folder", "archive"])
 @pytest.mark.parametrize("form", ["python2", "python3", "binary"])
-def test_every_distribution(tmp_path: Path, name: str, pack: bool, form: str) -> None:
+def test_every_distribution_is_read_alike(tmp_path: Path, name: str, pack: bool, form: str) -> None:
     if form == "binary":
         folder = binary_folder(tmp_path, name)
     else:
@@ -38,7 +38,7 @@ def test_every_distribution(tmp_path: Path, name: str, pack: bool, form: str) ->
 
 
 @pytest.mark.parametrize("below", ["CIFAR10", "cifar10", "."])
-def test_sub_folder_and_the_folder_itself(tmp_path: Path, below: str) -> None:
+def test_both_the_folder_and_the_one_above_are_found(tmp_path: Path, below: str) -> None:
     check(load("cifar10", data_path=python_folder(tmp_path / below, "CIFAR10").parent, progress=False), "CIFAR10")
     check(load("CIFAR10", data_path=tmp_path / below / "cifar-10-batches-py", progress=False), "CIFAR10")
 
@@ -62,37 +62,37 @@ def test_second_load_reads_no_batch_and_a_touched_one_is_read(tmp_path: Path, mo
 
 
 def test_missing_says_what_was_looked_for(tmp_path: Path) -> None:
-    fails(tmp_path, r"cifar-10-batches-py/.*cifar-10-batches-bin/.*cifar-10-python\.tar\.gz.*`download`")
-    fails(tmp_path, r"cifar-100-python/.*cifar-100-binary\.tar\.gz.*`download`", "CIFAR100")
+    check_refused(tmp_path, r"cifar-10-batches-py/.*cifar-10-batches-bin/.*cifar-10-python\.tar\.gz.*`download`")
+    check_refused(tmp_path, r"cifar-100-python/.*cifar-100-binary\.tar\.gz.*`download`", "CIFAR100")
 
 
 def test_a_missing_batch_is_named(tmp_path: Path) -> None:
     (python_folder(tmp_path, "CIFAR10") / "data_batch_4").unlink()
-    fails(tmp_path, "data_batch_4: cannot be read")
+    check_refused(tmp_path, "data_batch_4: cannot be read")
 
 
-def test_truncated_archive(tmp_path: Path) -> None:
+def test_a_truncated_archive_is_named(tmp_path: Path) -> None:
     archive = archived(python_folder(tmp_path, "CIFAR10"))
     raw = archive.read_bytes()
     for content in (b"", raw[:9], raw[: len(raw) // 2], raw[:-2000], b"<html>not found</html>"):
         archive.write_bytes(content)
-        fails(tmp_path, r"cifar-10-python\.tar\.gz: expected .*delete it and add `download`")
+        check_refused(tmp_path, r"cifar-10-python\.tar\.gz: expected .*delete it and add `download`")
 
 
-def test_archive_without_a_member(tmp_path: Path) -> None:
+def test_an_archive_without_a_member_is_named(tmp_path: Path) -> None:
     folder = python_folder(tmp_path, "CIFAR10")
     (folder / "test_batch").unlink()
     archived(folder)
-    fails(tmp_path, "expected cifar-10-batches-py/test_batch in it")
+    check_refused(tmp_path, "expected cifar-10-batches-py/test_batch in it")
 
 
-def test_truncated_batches(tmp_path: Path) -> None:
+def test_truncated_batches_are_named(tmp_path: Path) -> None:
     path = python_folder(tmp_path, "CIFAR10") / "data_batch_2"
     path.write_bytes(path.read_bytes()[:-50])
-    fails(tmp_path, "data_batch_2: expected a pickle of CIFAR")
+    check_refused(tmp_path, "data_batch_2: expected a pickle of CIFAR")
     path = binary_folder(tmp_path / "b", "CIFAR10") / "data_batch_2.bin"
     path.write_bytes(path.read_bytes()[:-50])
-    fails(tmp_path / "b", r"data_batch_2\.bin: expected a multiple of 3073 bytes")
+    check_refused(tmp_path / "b", r"data_batch_2\.bin: expected a multiple of 3073 bytes")
 
 
 @pytest.mark.parametrize(
@@ -106,34 +106,34 @@ def test_truncated_batches(tmp_path: Path) -> None:
     ],
     ids=["few columns", "no array", "few labels", "text labels", "no labels"],
 )
-def test_a_batch_of_another_shape(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_batch_of_another_shape_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     pixels, labels = batch(10, 0)
     (python_folder(tmp_path, "CIFAR10") / "data_batch_1").write_bytes(
         python3_pickle({"data": pixels, "labels": labels} | change)
     )
-    fails(tmp_path, "data_batch_1: expected 'data' of bytes")
+    check_refused(tmp_path, "data_batch_1: expected 'data' of bytes")
 
 
-def test_a_pickle_of_no_dict(tmp_path: Path) -> None:
+def test_a_pickle_of_no_dictionary_is_named(tmp_path: Path) -> None:
     (python_folder(tmp_path, "CIFAR10") / "batches.meta").write_bytes(python3_pickle([1]))
-    fails(tmp_path, r"batches\.meta: expected a pickled dict, found list")
+    check_refused(tmp_path, r"batches\.meta: expected a pickled dict, found list")
 
 
-def test_wrong_class_names_and_labels(tmp_path: Path) -> None:
+def test_wrong_class_names_and_labels_are_named(tmp_path: Path) -> None:
     folder = python_folder(tmp_path, "CIFAR10")
     (folder / "batches.meta").write_bytes(python3_pickle({"label_names": ["a"]}))
-    fails(tmp_path, r"batches\.meta: expected 10 class names, found 1")
+    check_refused(tmp_path, r"batches\.meta: expected 10 class names, found 1")
     folder = python_folder(tmp_path / "b", "CIFAR10")
     (folder / "test_batch").write_bytes(python3_pickle({"data": batch(10, 0)[0], "labels": [10] * 20}))
-    fails(tmp_path / "b", r"test labels in \[0, 10\)")
+    check_refused(tmp_path / "b", r"test labels in \[0, 10\)")
 
 
-def test_binary_labels_beyond_the_classes(tmp_path: Path) -> None:
+def test_binary_labels_beyond_the_classes_are_named(tmp_path: Path) -> None:
     path = binary_folder(tmp_path, "CIFAR10") / "data_batch_1.bin"
     raw = bytearray(path.read_bytes())
     raw[0] = 10
     path.write_bytes(raw)
-    fails(tmp_path, r"training labels in \[0, 10\)")
+    check_refused(tmp_path, r"training labels in \[0, 10\)")
 
 
 @pytest.mark.parametrize("make", [python_folder, binary_folder])

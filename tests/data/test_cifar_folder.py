@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mtt_fast.data import load
-from tests.data.cifar_files import NAMES10, check, fails, python_folder
+from tests.data.cifar_files import NAMES10, check, check_refused, python_folder
 
 
 def jpeg_folder(root: Path, classes: tuple[str, ...] = NAMES10, side: int = 32) -> Path:
@@ -22,7 +22,7 @@ def jpeg_folder(root: Path, classes: tuple[str, ...] = NAMES10, side: int = 32) 
     return root
 
 
-def test_an_image_folder_of_jpegs(tmp_path: Path) -> None:
+def test_an_image_folder_of_jpegs_is_read(tmp_path: Path) -> None:
     data = load("CIFAR10", data_path=jpeg_folder(tmp_path), progress=False)
     assert (data.name, data.class_names, data.image_shape) == ("CIFAR10", NAMES10, (3, 32, 32))
     assert data.mean == (0.4914, 0.4822, 0.4465)
@@ -39,12 +39,14 @@ def test_each_image_of_a_folder_is_opened_once(tmp_path: Path, monkeypatch: pyte
 
 def test_one_image_of_another_size_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (32, 31)).save(jpeg_folder(tmp_path) / "test" / "bird" / "0.jpg")
-    fails(tmp_path, r"test/bird/0\.jpg: expected 32x32 pixels as in the other images, found 32x31; give `res`")
+    check_refused(tmp_path, r"test/bird/0\.jpg: expected 32x32 pixels as in the other images, found 32x31; give `res`")
 
 
-def test_an_image_folder_of_something_else(tmp_path: Path) -> None:
-    fails(jpeg_folder(tmp_path / "few", NAMES10[:4]), "expected the 10 class folders of CIFAR10 in train/, found 4")
-    fails(jpeg_folder(tmp_path / "large", side=40), "expected 32x32 pixels")
+def test_an_image_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    check_refused(
+        jpeg_folder(tmp_path / "few", NAMES10[:4]), "expected the 10 class folders of CIFAR10 in train/, found 4"
+    )
+    check_refused(jpeg_folder(tmp_path / "large", side=40), "expected 32x32 pixels")
 
 
 def test_originals_go_before_images(tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_training_and_test_folders_may_be_spelt_differently(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["{}", "{:02d}", "class_{}"])
-def test_cifar100_by_number(tmp_path: Path, form: str) -> None:
+def test_the_folders_of_cifar100_may_be_numbers(tmp_path: Path, form: str) -> None:
     for split in ("train", "test"):
         for label in range(100):
             path = tmp_path / split / form.format(label) / "0.png"
@@ -105,4 +107,4 @@ def test_folders_that_mean_no_class_are_refused(tmp_path: Path, name: str, other
     root = jpeg_folder(tmp_path)
     for split in ("train", "test"):
         (root / split / name).rename(root / split / other)
-    fails(root, message)
+    check_refused(root, message)

@@ -24,7 +24,7 @@ from tests.data.cifar_files import (
     batch,
     binary_folder,
     check,
-    fails,
+    check_refused,
     python2_pickle,
     python3_pickle,
     python_folder,
@@ -48,7 +48,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path, protocol: int) -> None:
     assert (tmp_path / "control").is_dir(), "the attack works where nobody guards"
     folder = python_folder(tmp_path / "data", "CIFAR10")
     (folder / "data_batch_1").write_bytes(pickle.dumps({"data": Runs(victim)}, protocol))
-    fails(tmp_path / "data", "data_batch_1: expected a pickle of CIFAR.*mkdir is not admitted")
+    check_refused(tmp_path / "data", "data_batch_1: expected a pickle of CIFAR.*mkdir is not admitted")
     assert not victim.exists()
 
 
@@ -118,12 +118,14 @@ PLACE = "cifar-10-batches-py/data_batch_3"
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_archives_of_other_things(tmp_path: Path, members: list[tuple[str, bytes | str | None]], message: str) -> None:
+def test_archives_of_other_things_are_refused(
+    tmp_path: Path, members: list[tuple[str, bytes | str | None]], message: str
+) -> None:
     honest = [(name, content) for name, content in members_of(tmp_path / "made") if name != PLACE]
     tar_of([*members, *honest], tmp_path / "cifar-10-python.tar.gz")
     tracemalloc.start()
     try:
-        fails(tmp_path, rf"cifar-10-python\.tar\.gz: .*{message}")
+        check_refused(tmp_path, rf"cifar-10-python\.tar\.gz: .*{message}")
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
     finally:
         tracemalloc.stop()
@@ -142,7 +144,7 @@ def test_archives_are_read_to_their_checksum(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 4
         archive.write_bytes(damaged)
-        fails(tmp_path, r"cifar-10-python\.tar\.gz: expected a whole \.tar\.gz, found a broken one")
+        check_refused(tmp_path, r"cifar-10-python\.tar\.gz: expected a whole \.tar\.gz, found a broken one")
     archive.write_bytes(whole)
     check(load("CIFAR10", data_path=tmp_path, progress=False), "CIFAR10")
 
@@ -152,11 +154,11 @@ def test_what_is_no_file_is_named_unread(tmp_path: Path, kind: str) -> None:
     archive = tmp_path / "cifar-10-python.tar.gz"
     if kind == "archive folder":
         archive.mkdir()
-        fails(tmp_path, "found none; add `download`")
+        check_refused(tmp_path, "found none; add `download`")
         return
     if kind == "archive fifo":
         os.mkfifo(archive)
-        fails(tmp_path, r"cifar-10-python\.tar\.gz: expected a file, found a FIFO")
+        check_refused(tmp_path, r"cifar-10-python\.tar\.gz: expected a file, found a FIFO")
         return
     for name in ("data_batch_1", "test_batch", "batches.meta"):
         path = python_folder(tmp_path / name, "CIFAR10") / name
@@ -168,7 +170,7 @@ def test_what_is_no_file_is_named_unread(tmp_path: Path, kind: str) -> None:
                 path.symlink_to("/dev/zero")
             case "dangling":
                 path.symlink_to("gone")
-        fails(tmp_path / name, f"{name}: (expected a file, found a|cannot be read)")
+        check_refused(tmp_path / name, f"{name}: (expected a file, found a|cannot be read)")
 
 
 HOSTILE = {
@@ -193,7 +195,7 @@ def test_pickles_take_no_more_than_their_size(raw: bytes, tmp_path: Path) -> Non
     (python_folder(tmp_path, "CIFAR10") / "data_batch_1").write_bytes(raw)
     tracemalloc.start()
     try:
-        fails(tmp_path, "data_batch_1: expected (a pickle of CIFAR|a pickled dict|'data' of bytes)")
+        check_refused(tmp_path, "data_batch_1: expected (a pickle of CIFAR|a pickled dict|'data' of bytes)")
         assert tracemalloc.get_traced_memory()[1] < 80 << 20
     finally:
         tracemalloc.stop()
@@ -217,12 +219,12 @@ def test_pickles_take_no_more_time_than_cifars() -> None:
     ],
     ids=["30 digits", "5000 digits", "negative", "ten", "bool", "float", "none"],
 )
-def test_labels_that_are_none(tmp_path: Path, label: Any, message: str) -> None:
+def test_values_that_are_no_labels_are_refused(tmp_path: Path, label: Any, message: str) -> None:
     pixels, labels = batch(10, 0)
     (python_folder(tmp_path, "CIFAR10") / "data_batch_1").write_bytes(
         python3_pickle({"data": pixels, "labels": [*labels[:-1], label]})
     )
-    fails(tmp_path, message)
+    check_refused(tmp_path, message)
 
 
 def test_keys_of_bytes_are_named(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_keys_of_bytes_are_named(tmp_path: Path) -> None:
     (python_folder(tmp_path, "CIFAR10") / "data_batch_1").write_bytes(
         python3_pickle({b"data": pixels, b"labels": labels, "two\nlines": 1})
     )
-    fails(tmp_path, r"data_batch_1: expected 'data' of bytes .*, found b'data', b'labels', 'two\\nlines'")
+    check_refused(tmp_path, r"data_batch_1: expected 'data' of bytes .*, found b'data', b'labels', 'two\\nlines'")
 
 
 def test_batches_longer_than_cifars_are_refused_unread(tmp_path: Path) -> None:
@@ -238,13 +240,15 @@ def test_batches_longer_than_cifars_are_refused_unread(tmp_path: Path) -> None:
                          (binary_folder(tmp_path / "b", "CIFAR100"), "train.bin")):  # fmt: skip
         with open(folder / name, "ab") as file:
             file.truncate(1 << 40)
-        fails(folder.parent, rf"{name}: expected at most [\d,]+ bytes", "CIFAR10" if name[0] == "d" else "CIFAR100")
+        check_refused(
+            folder.parent, rf"{name}: expected at most [\d,]+ bytes", "CIFAR10" if name[0] == "d" else "CIFAR100"
+        )
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b"a\0b", b"airplane\n" * 9 + b"x" * 20_000, b"x" * 70_000], ids=range(4))
-def test_class_names_that_are_no_text(tmp_path: Path, raw: bytes) -> None:
+def test_class_names_that_are_no_text_are_refused(tmp_path: Path, raw: bytes) -> None:
     (binary_folder(tmp_path, "CIFAR10") / "batches.meta.txt").write_bytes(raw)
-    fails(tmp_path, r"batches\.meta\.txt: expected (text|at most)")
+    check_refused(tmp_path, r"batches\.meta\.txt: expected (text|at most)")
 
 
 @settings(max_examples=200)

@@ -83,7 +83,7 @@ def test_a_subset_goes_by_wordnet_ids_words_and_ranks(subset: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dataset", "found", "expected"),
+    ("dataset", "name", "expected"),
     [
         ("CIFAR10", ["plane", "car", "Aeroplane "][:2], ["airplane", "automobile"]),
         ("CIFAR10", ["aeroplane", "03_cat", "SHIP"], ["airplane", "cat", "ship"]),
@@ -96,13 +96,13 @@ def test_a_subset_goes_by_wordnet_ids_words_and_ranks(subset: str) -> None:
         ("ImageNet", ["tench", "great white shark"], ["n01440764", "n01484850"]),
     ],
 )
-def test_spellings(dataset: str, found: list[str], expected: list[str]) -> None:
+def test_a_class_is_known_by_each_of_its_spellings(dataset: str, name: list[str], expected: list[str]) -> None:
     names = KNOWN[dataset]
-    assert [names[i] for i in class_indices(found, names, "x")] == expected
+    assert [names[i] for i in class_indices(name, names, "x")] == expected
 
 
 @pytest.mark.parametrize(
-    ("dataset", "found", "message"),
+    ("dataset", "folders", "message"),
     [
         ("CIFAR10", ["cat", "doge"], r"here: expected the names .* found 'doge' \(nearest: dog, .*\); rename it"),
         ("CIFAR10", ["cat", "zebra!"], r"found 'zebra!' \(the classes are airplane, automobile"),
@@ -119,21 +119,21 @@ def test_spellings(dataset: str, found: list[str], expected: list[str]) -> None:
         ("imagesquawk", ["9"], "found 9, which may be both"),  # the tenth class, or ImageNet's ostrich
     ],
 )
-def test_what_means_no_class_is_refused_in_a_line(dataset: str, found: list[str], message: str) -> None:
+def test_what_means_no_class_is_refused_in_a_line(dataset: str, folders: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
-        class_indices(found, KNOWN[dataset], "here")
+        class_indices(folders, KNOWN[dataset], "here")
     assert "\n" not in str(raised.value)
 
 
-def test_names_of_ones_own() -> None:
+def test_folders_are_matched_to_class_names_of_the_user() -> None:
     assert class_indices(["dog", "Cat"], ["cat", "dog"], "x") == [1, 0]
     assert class_indices(["C", "c"], ["c", "C"], "x") == [1, 0], "as they are, before all other spellings"
     assert class_indices(["1", "0"], ["cat", "dog"], "x") == [1, 0]
     assert class_indices(["2", "10"], ["1", "2", "10"], "x") == [1, 2], "names that are numbers are names"
     assert class_indices(["class_02"], ["class_1", "class_2"], "x") == [1]
-    for found, names in ((["0"], ["1", "2"]), (["a-b"], ["ab", "a_b"]), (["cat1", "cat0"], ["cat", "dog"])):
+    for folders, names in ((["0"], ["1", "2"]), (["a-b"], ["ab", "a_b"]), (["cat1", "cat0"], ["cat", "dog"])):
         with pytest.raises(InputError, match="expected the names"):
-            class_indices(found, names, "x")
+            class_indices(folders, names, "x")
 
 
 @pytest.mark.parametrize(

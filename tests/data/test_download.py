@@ -64,7 +64,7 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def fails(url: str, folder: Path, message: str, checksum: str = md5(CONTENT)) -> None:
+def check_refused(url: str, folder: Path, message: str, checksum: str = md5(CONTENT)) -> None:
     with pytest.raises(InputError, match=message) as raised:
         fetch(url, folder / "a.bin", md5=checksum, progress=False)
     assert "\n" not in str(raised.value)
@@ -80,16 +80,16 @@ def test_a_whole_file_arrives(server: str, tmp_path: Path, below: str) -> None:
 
 
 def test_a_wrong_checksum_leaves_nothing(server: str, tmp_path: Path) -> None:
-    fails(f"{server}a.bin", tmp_path, r"expected the checksum \(md5\) 0000, found", "0000")
+    check_refused(f"{server}a.bin", tmp_path, r"expected the checksum \(md5\) 0000, found", "0000")
 
 
 def test_an_interrupted_transfer_leaves_nothing(server: str, tmp_path: Path) -> None:
-    fails(f"{server}short/a.bin", tmp_path, f"({len(CONTENT)} bytes, found only {len(CONTENT) // 2}|broke off)")
+    check_refused(f"{server}short/a.bin", tmp_path, f"({len(CONTENT)} bytes, found only {len(CONTENT) // 2}|broke off)")
 
 
 def test_a_refused_connection_or_page_leaves_nothing(server: str, tmp_path: Path) -> None:
-    fails(f"{server}b.bin", tmp_path, "expected an answer, found none.*404")
-    fails("http://127.0.0.1:1/a.bin", tmp_path, "expected an answer, found none")
+    check_refused(f"{server}b.bin", tmp_path, "expected an answer, found none.*404")
+    check_refused("http://127.0.0.1:1/a.bin", tmp_path, "expected an answer, found none")
 
 
 def test_what_does_not_end_is_cut_off(server: str, tmp_path: Path) -> None:

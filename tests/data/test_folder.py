@@ -23,8 +23,8 @@ from mtt_fast.data.folder import image_source
 from mtt_fast.data.images import decode
 from mtt_fast.data.packing import packed
 from mtt_fast.errors import InputError
-from tests.data.folders import Array, fails, folder, noise, write
-from tests.data.test_folder_links import loaded, six
+from tests.data.folders import Array, check_refused, folder, noise, write
+from tests.data.test_folder_links import folder_of_six_images, load_folder
 
 
 def chw(pixels: Array) -> torch.Tensor:
@@ -33,7 +33,7 @@ def chw(pixels: Array) -> torch.Tensor:
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".ppm", ".PNG"])
 @pytest.mark.parametrize("test", ["test", "val", "valid"])
-def test_pixels_labels_and_order(tmp_path: Path, suffix: str, test: str) -> None:
+def test_a_folder_has_its_pixels_labels_and_order(tmp_path: Path, suffix: str, test: str) -> None:
     data = load(str(folder(tmp_path / "pets", test, suffix=suffix)), data_path=tmp_path / "cache", progress=False)
     assert data.name == "folder-pets"
     assert data.class_names == ("a", "b")
@@ -176,32 +176,32 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", b"not a picture", whole[:20], whole[: len(whole) // 2]):
         path.write_bytes(content)
-        fails(tmp_path, r"train/b/2\.png: expected an image, found a broken one")
+        check_refused(tmp_path, r"train/b/2\.png: expected an image, found a broken one")
 
 
 def test_truncated_jpeg_is_named(tmp_path: Path) -> None:
     path = folder(tmp_path, suffix=".jpg") / "test" / "b" / "t.jpg"
     path.write_bytes(path.read_bytes()[:-40])
-    fails(tmp_path, r"test/b/t\.jpg: expected an image, found a broken one")
+    check_refused(tmp_path, r"test/b/t\.jpg: expected an image, found a broken one")
 
 
 def test_deep_grey_is_refused_not_clipped(tmp_path: Path) -> None:
     folder(tmp_path)
     Image.fromarray(np.full((6, 6), 40000, np.uint16)).save(tmp_path / "train" / "a" / "z.png")
-    fails(tmp_path, r"z\.png: expected 8 bits a channel")
+    check_refused(tmp_path, r"z\.png: expected 8 bits a channel")
 
 
 def test_sizes_that_differ_need_res(tmp_path: Path) -> None:
     folder(tmp_path)
     write(tmp_path / "train" / "b" / "2.png", noise(1, 6, 7))
-    fails(tmp_path, r"b/2\.png: expected 6x6 pixels.*found 7x6; give `res`")
+    check_refused(tmp_path, r"b/2\.png: expected 6x6 pixels.*found 7x6; give `res`")
     assert load("folder", data_path=tmp_path, res=6, progress=False).image_shape == (3, 6, 6)
 
 
 def test_classes_that_differ_are_named(tmp_path: Path) -> None:
     folder(tmp_path)
     write(tmp_path / "test" / "c" / "t.png", noise(1))
-    fails(tmp_path, r"same classes.*found 1 in only one of them \(c\)")
+    check_refused(tmp_path, r"same classes.*found 1 in only one of them \(c\)")
 
 
 @pytest.mark.parametrize(("split", "word"), [("train", "training"), ("test", "test")])
@@ -211,14 +211,14 @@ def test_empty_class_is_named(tmp_path: Path, split: str, word: str) -> None:
     write(tmp_path / ("test" if split == "train" else "train") / "c" / "t.png", noise(1))
     (tmp_path / split / "c" / "notes.txt").touch()
     (tmp_path / split / "c" / "._t.png").touch()
-    fails(tmp_path, f"expected {word} images .* of every class, found none of 'c'")
+    check_refused(tmp_path, f"expected {word} images .* of every class, found none of 'c'")
 
 
 def test_a_single_class_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, out = folder(tmp_path / "pets"), tmp_path / "out"
     for split in ("train", "test"):
         shutil.rmtree(root / split / "b")
-    fails(root, r"pets: expected at least two classes, found one \('a'\); add the images of another class")
+    check_refused(root, r"pets: expected at least two classes, found one \('a'\); add the images of another class")
     data = f"--dataset {root} --data_path {tmp_path} --model ConvNetD1W4".split()
     for command, arguments in (
         (experts.main, [*data, "--buffer_path", str(out)]),
@@ -237,21 +237,21 @@ def test_a_single_class_is_refused_before_any_work(tmp_path: Path, capsys: pytes
 def test_missing_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: expected an image folder"):
         load(str(tmp_path / "nowhere"), data_path=tmp_path)
-    fails(tmp_path, r"expected train/ and one of test/, val/, valid/.*found nothing")
+    check_refused(tmp_path, r"expected train/ and one of test/, val/, valid/.*found nothing")
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
-    fails(tmp_path, r"train: expected a folder a class, found nothing")
+    check_refused(tmp_path, r"train: expected a folder a class, found nothing")
     write(tmp_path / "train" / "loose.png", noise(0))
-    fails(tmp_path, r"train: expected a folder a class, found loose\.png; move the images")
+    check_refused(tmp_path, r"train: expected a folder a class, found loose\.png; move the images")
 
 
 def test_dangling_link_is_named(tmp_path: Path) -> None:
     (folder(tmp_path) / "train" / "a" / "link.png").symlink_to(tmp_path / "gone.png")
-    fails(tmp_path, r"link\.png: cannot be read")
+    check_refused(tmp_path, r"link\.png: cannot be read")
 
 
 def test_resolution_must_be_positive(tmp_path: Path) -> None:
-    fails(folder(tmp_path), "`res`: expected a positive number", res=0)
+    check_refused(folder(tmp_path), "`res`: expected a positive number", res=0)
 
 
 @pytest.mark.parametrize("unlabelled", ["t.png", "unknown/t.png", "images/t.png", None])
@@ -259,12 +259,12 @@ def test_test_images_without_labels_do_not_hide_the_validation_images(
     tmp_path: Path, unlabelled: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = folder(tmp_path / "x", "val")
-    expected = loaded(root, tmp_path)
+    expected = load_folder(root, tmp_path)
     (root / "test").mkdir()
     if unlabelled:
         write(root / "test" / unlabelled, noise(77))
     with caplog.at_level(logging.INFO):
-        data = loaded(root, tmp_path)
+        data = load_folder(root, tmp_path)
     assert data.fingerprint == expected.fingerprint
     assert "test: not used" in caplog.text
 
@@ -273,7 +273,7 @@ def test_a_labelled_test_goes_before_val(tmp_path: Path) -> None:
     root = folder(tmp_path / "x")
     write(root / "val/a/t.png", noise(70))
     write(root / "val/b/t.png", noise(71))
-    assert torch.equal(loaded(root, tmp_path).test.images[0], chw(noise(5)))
+    assert torch.equal(load_folder(root, tmp_path).test.images[0], chw(noise(5)))
 
 
 def test_numbered_folders_are_classes_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -287,13 +287,13 @@ def test_numbered_folders_are_classes_in_the_order_of_their_numbers(tmp_path: Pa
 
 @pytest.mark.parametrize("name", [b"\xff\xfe", b"a\nb", b"tab\t"])
 def test_class_folders_are_named_in_text(tmp_path: Path, name: bytes) -> None:
-    root = six(tmp_path)
+    root = folder_of_six_images(tmp_path)
     for split in ("train", "test"):
         (root / split / "b").rename(root / split / os.fsdecode(name))
-    fails(root, "train: expected class folders named in plain text")
+    check_refused(root, "train: expected class folders named in plain text")
 
 
 def test_the_order_of_the_classes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        loaded(six(tmp_path / "x"), tmp_path)
+        load_folder(folder_of_six_images(tmp_path / "x"), tmp_path)
     assert caplog.text.count("2 classes in this order: a, b") == 1

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from mtt_fast.data import ImageData, load
-from tests.data.folders import fails, noise, write
+from tests.data.folders import check_refused, noise, write
 
 
-def six(root: Path) -> Path:
+def folder_of_six_images(root: Path) -> Path:
     """Make two classes of two training images and one test image each."""
     for number, place in enumerate(["train/a/1", "train/a/2", "train/b/1", "train/b/2", "test/a/1", "test/b/1"]):
         write(root / f"{place}.png", noise(number))
     return root
 
 
-def loaded(root: Path, tmp_path: Path) -> ImageData:
+def load_folder(root: Path, tmp_path: Path) -> ImageData:
     return load(str(root), data_path=tmp_path / "cache", progress=False)
 
 
@@ -39,25 +39,25 @@ LINKS = {
 
 @pytest.mark.parametrize("link", LINKS)
 def test_links_add_no_images(tmp_path: Path, link: str, caplog: pytest.LogCaptureFixture) -> None:
-    root = six(tmp_path / "x")
+    root = folder_of_six_images(tmp_path / "x")
     write(root / "train/a/deep/3.png", noise(9))
-    before = loaded(root, tmp_path)
+    before = load_folder(root, tmp_path)
     place, target = LINKS[link]
     (root / place).symlink_to(target)
     with caplog.at_level(logging.INFO):
-        after = loaded(root, tmp_path)
+        after = load_folder(root, tmp_path)
     assert after.fingerprint == before.fingerprint
     assert "not taken: 1 " in caplog.text
 
 
 def test_hard_links_and_two_ways_count_once(tmp_path: Path) -> None:
-    root = six(tmp_path / "x")
-    before = loaded(root, tmp_path)
+    root = folder_of_six_images(tmp_path / "x")
+    before = load_folder(root, tmp_path)
     os.link(root / "train/a/1.png", root / "train/a/zz.png")
     (root / "train/a/x").symlink_to("y")
     (root / "train/a/y").mkdir()
     (root / "train/a/y/x").symlink_to("..")
-    assert loaded(root, tmp_path).fingerprint == before.fingerprint
+    assert load_folder(root, tmp_path).fingerprint == before.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -65,80 +65,80 @@ def test_hard_links_and_two_ways_count_once(tmp_path: Path) -> None:
     [("train/b/3.png", "../a/1.png"), ("train/b/all", "../a"), ("train/c", "a"), ("train/b/3.png", "")],
 )
 def test_an_image_under_two_labels_is_refused(tmp_path: Path, link: str, target: str) -> None:
-    root = six(tmp_path)
+    root = folder_of_six_images(tmp_path)
     if target:
         (root / link).symlink_to(target)
     else:
         os.link(root / "train/a/1.png", root / link)
-    fails(root, r"\.png: expected each image under one label, found it under 'a' too \(.*\.png\)")
+    check_refused(root, r"\.png: expected each image under one label, found it under 'a' too \(.*\.png\)")
 
 
 def test_root_splits_and_classes_may_lie_elsewhere(tmp_path: Path) -> None:
     """Put links to other disks into a tree, as people do with ImageNet: of the root, a split, or a class."""
-    real = six(tmp_path / "real")
-    expected = loaded(real, tmp_path)
+    real = folder_of_six_images(tmp_path / "real")
+    expected = load_folder(real, tmp_path)
     (real / "train/a").rename(tmp_path / "a")
     (real / "train/a").symlink_to(tmp_path / "a")
     (real / "test").rename(tmp_path / "elsewhere")
     (real / "test").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a/3.png").symlink_to("1.png")
     (tmp_path / "linked").symlink_to(real)
-    found = loaded(tmp_path / "linked", tmp_path)
-    assert torch.equal(found.train.images, expected.train.images)
-    assert torch.equal(found.test.images, expected.test.images)
+    data = load_folder(tmp_path / "linked", tmp_path)
+    assert torch.equal(data.train.images, expected.train.images)
+    assert torch.equal(data.test.images, expected.test.images)
 
 
 def test_images_may_be_links_within_the_data_set(tmp_path: Path) -> None:
-    root = six(tmp_path / "x")
-    expected = loaded(root, tmp_path)
+    root = folder_of_six_images(tmp_path / "x")
+    expected = load_folder(root, tmp_path)
     (root / "pool").mkdir()
     (root / "train/a/1.png").rename(root / "pool/p.png")
     (root / "train/a/1.png").symlink_to("../../pool/p.png")
-    assert torch.equal(loaded(root, tmp_path).train.images, expected.train.images)
+    assert torch.equal(load_folder(root, tmp_path).train.images, expected.train.images)
 
 
 @pytest.mark.parametrize("target", ["outside.png", "outside", "/dev/zero", "/dev", "/"])
 def test_links_that_leave_the_data_set_are_refused(tmp_path: Path, target: str) -> None:
     write(tmp_path / "outside.png", noise(1))
     write(tmp_path / "outside" / "x.png", noise(1))
-    root = six(tmp_path / "data")
+    root = folder_of_six_images(tmp_path / "data")
     where = target if target.startswith("/") else tmp_path / target
     (root / "train/a/3.png").symlink_to(where)
     if target == "/":
-        assert len(loaded(root, tmp_path).train.labels) == 4, "a folder around the data set is a loop"
+        assert len(load_folder(root, tmp_path).train.labels) == 4, "a folder around the data set is a loop"
         return
-    fails(root, r"a/3\.png: expected links to files of the data set itself, found one to /")
+    check_refused(root, r"a/3\.png: expected links to files of the data set itself, found one to /")
 
 
 @pytest.mark.parametrize("place", ["train/a/x.png", "train/c"])
 def test_links_to_nothing_or_themselves_are_named(tmp_path: Path, place: str) -> None:
     for target in ("gone", Path(place).name):
-        root = six(tmp_path / target)
+        root = folder_of_six_images(tmp_path / target)
         (root / place).symlink_to(target)
-        fails(root, rf"{place}: cannot be read")
+        check_refused(root, rf"{place}: cannot be read")
 
 
 def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
-    os.mkfifo(six(tmp_path) / "train/a/x.png")
-    fails(tmp_path, r"train/a/x\.png: expected an image, found no regular file")
+    os.mkfifo(folder_of_six_images(tmp_path) / "train/a/x.png")
+    check_refused(tmp_path, r"train/a/x\.png: expected an image, found no regular file")
 
 
 def test_a_folder_may_end_as_an_image(tmp_path: Path) -> None:
-    write(six(tmp_path / "x") / "train/a/odd.png/5.png", noise(8))
-    assert len(loaded(tmp_path / "x", tmp_path).train.labels) == 5
+    write(folder_of_six_images(tmp_path / "x") / "train/a/odd.png/5.png", noise(8))
+    assert len(load_folder(tmp_path / "x", tmp_path).train.labels) == 5
 
 
 def test_hidden_folders_and_other_files_are_told_and_not_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    root = six(tmp_path / "pets")
-    expected = loaded(root, tmp_path).fingerprint
+    root = folder_of_six_images(tmp_path / "pets")
+    expected = load_folder(root, tmp_path).fingerprint
     write(root / "train/a/.ipynb_checkpoints/1-checkpoint.png", noise(1))
     write(root / "train/loose.png", noise(1))
     for name in ("train/a/._1.png", "train/a/notes.txt", "test/b/more.txt", "train/b/clip.mp4", "test/README"):
         (root / name).touch()
     with caplog.at_level(logging.INFO):
-        assert loaded(root, tmp_path).fingerprint == expected
+        assert load_folder(root, tmp_path).fingerprint == expected
     (line,) = [record.getMessage() for record in caplog.records if "not taken" in record.getMessage()]
     for told in ("2 .txt", "1 .mp4", "2 hidden", "1 without a suffix", "1 outside the class folders"):
         assert told in line

@@ -21,9 +21,9 @@ from PIL import Image
 from mtt_fast.data import load
 from mtt_fast.data.images import decode, read_headers
 from mtt_fast.errors import InputError
-from tests.data.folders import fails, noise, write
+from tests.data.folders import check_refused, noise, write
 from tests.data.test_folder import chw
-from tests.data.test_folder_links import six
+from tests.data.test_folder_links import folder_of_six_images
 
 
 def transparent(mode: str) -> Image.Image:
@@ -61,13 +61,13 @@ def test_transparency_is_composed_on_white_and_told(
     with caplog.at_level(logging.INFO):
         data = load("folder", data_path=tmp_path, progress=False)
     assert data.image_shape[0] == len(expected)
-    found = data.train.images[1, :, 0].int()
-    assert (found - torch.tensor(expected)).abs().max() <= 1
+    pixels = data.train.images[1, :, 0].int()
+    assert (pixels - torch.tensor(expected)).abs().max() <= 1
     assert "1 transparent image(s) composed on white" in caplog.text
 
 
 def test_an_opaque_alpha_channel_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    six(tmp_path)
+    folder_of_six_images(tmp_path)
     Image.fromarray(noise(0)).convert("RGBA").save(tmp_path / "train/a/1.png")
     with caplog.at_level(logging.INFO):
         data = load("folder", data_path=tmp_path, progress=False)
@@ -76,9 +76,9 @@ def test_an_opaque_alpha_channel_changes_nothing(tmp_path: Path, caplog: pytest.
 
 
 @pytest.mark.parametrize("suffix", [".JPEG", ".jpe", ".jfif", ".tif", ".TIFF", ".pgm"])
-def test_other_suffixes_that_people_have(tmp_path: Path, suffix: str) -> None:
+def test_other_suffixes_of_images_are_read(tmp_path: Path, suffix: str) -> None:
     channels = 1 if suffix == ".pgm" else 3
-    six(tmp_path)
+    folder_of_six_images(tmp_path)
     pixels = noise(3, channels=channels)
     kind = {".tif": "TIFF", ".tiff": "TIFF", ".pgm": "PPM"}.get(suffix.lower(), "JPEG")
     path = tmp_path / f"train/a/0{suffix}"
@@ -112,17 +112,17 @@ DEEP = {
 
 @pytest.mark.parametrize("name", DEEP)
 def test_more_than_eight_bits_are_refused(tmp_path: Path, name: str) -> None:
-    (six(tmp_path) / "train/a" / name).write_bytes(DEEP[name])
-    fails(tmp_path, rf"{name}: expected 8 bits a channel")
+    (folder_of_six_images(tmp_path) / "train/a" / name).write_bytes(DEEP[name])
+    check_refused(tmp_path, rf"{name}: expected 8 bits a channel")
 
 
 def test_the_first_image_that_differs_is_named_before_any_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(six(tmp_path) / "train/b/0.png", noise(1, 6, 7))
+    write(folder_of_six_images(tmp_path) / "train/b/0.png", noise(1, 6, 7))
     write(tmp_path / "test/b/0.png", noise(1, 9, 9))
     monkeypatch.setattr(Image.Image, "convert", None)
-    fails(tmp_path, r"train/b/0\.png: expected 6x6 pixels as in the other images, found 7x6; give `res`")
+    check_refused(tmp_path, r"train/b/0\.png: expected 6x6 pixels as in the other images, found 7x6; give `res`")
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -144,34 +144,36 @@ def bomb(width: int, height: int) -> bytes:
 def test_pictures_that_are_too_large_are_refused_by_their_headers(
     tmp_path: Path, size: tuple[int, int], res: int | None
 ) -> None:
-    (six(tmp_path) / "train/a/3.png").write_bytes(bomb(*size))
-    fails(tmp_path, r"3\.png: expected (at most 89,478,485 pixels|6x6 pixels|an image that can be resized)", res=res)
+    (folder_of_six_images(tmp_path) / "train/a/3.png").write_bytes(bomb(*size))
+    check_refused(
+        tmp_path, r"3\.png: expected (at most 89,478,485 pixels|6x6 pixels|an image that can be resized)", res=res
+    )
 
 
 def test_a_png_whose_text_unpacks_to_much_is_refused(tmp_path: Path) -> None:
     whole = png(8, 2, 3)
     content = b"k\0\0" + zlib.compress(bytes(200 << 20), 9)
     chunk = struct.pack(">I", len(content)) + b"zTXt" + content + struct.pack(">I", zlib.crc32(b"zTXt" + content))
-    (six(tmp_path) / "train/a/0.png").write_bytes(whole[:33] + chunk + whole[33:])
+    (folder_of_six_images(tmp_path) / "train/a/0.png").write_bytes(whole[:33] + chunk + whole[33:])
     tracemalloc.start()
-    fails(tmp_path, r"0\.png: expected an image, found a broken one")
+    check_refused(tmp_path, r"0\.png: expected an image, found a broken one")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 << 20
 
 
 def test_a_sparse_file_is_refused_by_its_size(tmp_path: Path) -> None:
-    with open(six(tmp_path) / "train/a/0.png", "wb") as file:
+    with open(folder_of_six_images(tmp_path) / "train/a/0.png", "wb") as file:
         file.write(png(8, 2, 3))
         file.truncate(1 << 40)
-    fails(tmp_path, r"0\.png: expected at most [\d,]+ bytes, found 1,099,511,627,776")
+    check_refused(tmp_path, r"0\.png: expected at most [\d,]+ bytes, found 1,099,511,627,776")
 
 
 @pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n", b"<svg/>", b"\0" * 100])
 def test_other_kinds_of_pictures_are_not_even_tried(tmp_path: Path, content: bytes) -> None:
     """Check that Pillow gets no PostScript, which it would hand to another program."""
-    (six(tmp_path) / "train/a/0.png").write_bytes(content)
-    fails(tmp_path, r"0\.png: expected an image, found a broken one \(cannot identify")
+    (folder_of_six_images(tmp_path) / "train/a/0.png").write_bytes(content)
+    check_refused(tmp_path, r"0\.png: expected an image, found a broken one \(cannot identify")
 
 
 @settings(max_examples=150)

@@ -75,7 +75,7 @@ def test_subsets_come_in_the_public_order_from_a_larger_tree(tmp_path: Path, sub
 
 
 @pytest.mark.parametrize("below", [".", "imagenette", "imagenette2", "imagenette2-320", "imagenette2-160"])
-def test_fastai_folders_by_the_subsets_own_name(tmp_path: Path, below: str) -> None:
+def test_folders_of_fastai_are_found_by_the_subsets_name(tmp_path: Path, below: str) -> None:
     tree(tmp_path / below, ids("imagenette"))
     data = load("ImageNette", data_path=tmp_path, progress=False)
     assert (data.name, data.image_shape) == ("imagenette-128", (3, 128, 128))
@@ -94,7 +94,7 @@ def test_the_shorter_side_is_resized_and_the_centre_cropped(tmp_path: Path) -> N
     assert torch.equal(image.permute(1, 2, 0), torch.tensor(np.asarray(expected)[:, 8:16]))
 
 
-def test_all_of_imagenet(tmp_path: Path) -> None:
+def test_all_of_imagenet_is_read(tmp_path: Path) -> None:
     wnids = [f"n{number:08}" for number in range(1000)]
     data = load("imagenet", data_path=tree(tmp_path, wnids), res=2, progress=False)
     assert data.name == "ImageNet-2"
@@ -128,7 +128,7 @@ def test_a_subset_goes_by_names(tmp_path: Path, subset: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["numbers", "words"])
-def test_all_of_imagenet_by_number_or_word(tmp_path: Path, form: str) -> None:
+def test_all_of_imagenet_is_read_by_number_or_word(tmp_path: Path, form: str) -> None:
     wnids = imagenet_wnids()
     lines = (resources.files("mtt_fast.data") / "imagenet_classes.tsv").read_text().splitlines()
     words = [line.split("\t")[2].split("; ")[0] for line in lines]
@@ -146,7 +146,7 @@ def test_all_of_imagenet_by_number_or_word(tmp_path: Path, form: str) -> None:
         assert (images[:, 0, 0, 0] + 256 * images[:, 1, 0, 0].int()).tolist() == RANKS[subset]
 
 
-def fails(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -> None:
+def check_refused(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -> None:
     with pytest.raises(InputError, match=message) as raised:
         load(dataset, data_path=root, progress=False, **options)
     assert "\n" not in str(raised.value)
@@ -154,15 +154,15 @@ def fails(root: Path, message: str, dataset: str = "ImageNet", **options: Any) -
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    fails(tmp_path, r"ImageNet: expected train/WNID/ and val/WNID/")
-    fails(tmp_path, r"imagemeow: expected train/WNID/.*for 10 of 10 classes", subset="imagemeow")
-    fails(tmp_path, r"`subset`: expected one of .*'imagenet'; did you mean imagenette", subset="imagenet")
+    check_refused(tmp_path, r"ImageNet: expected train/WNID/ and val/WNID/")
+    check_refused(tmp_path, r"imagemeow: expected train/WNID/.*for 10 of 10 classes", subset="imagemeow")
+    check_refused(tmp_path, r"`subset`: expected one of .*'imagenet'; did you mean imagenette", subset="imagenet")
     tree(tmp_path, ids("imagenette")[:-1])
-    fails(tmp_path, r"for 1 of 10 classes \(n03888257…\)", subset="imagenette")
-    fails(tmp_path, r"expected ImageNet's 1000 class folders, found 9; give `subset`")
+    check_refused(tmp_path, r"for 1 of 10 classes \(n03888257…\)", subset="imagenette")
+    check_refused(tmp_path, r"expected ImageNet's 1000 class folders, found 9; give `subset`")
     tree(tmp_path, ids("imagenette"))
     (tmp_path / "val" / "n03888257" / "n03888257_1.JPEG").unlink()
-    fails(tmp_path, r"expected test images .*found none of 'n03888257'", subset="imagenette")
+    check_refused(tmp_path, r"expected test images .*found none of 'n03888257'", subset="imagenette")
 
 
 WNIDS = ("n01443537", "n01629819", "n02085620")
@@ -192,23 +192,25 @@ def tiny(root: Path, rearranged: str | None = None) -> Path:
 
 def test_subset_folders_that_are_unclear_are_refused(tmp_path: Path) -> None:
     root = tree(tmp_path, [*ids("imagenette"), "tench"])
-    fails(
+    check_refused(
         root, r"train: expected one name for each class, found 'n01440764' and 'tench', which both mean", "imagenette"
     )
     renamed(root, {"tench": "other"})
     renamed(root, {"n02102040": "springer spaniel?"}, ("val",))
-    fails(root, r"same classes in training and test images, found 1 in only one of them \(n02102040\)", "imagenette")
+    check_refused(
+        root, r"same classes in training and test images, found 1 in only one of them \(n02102040\)", "imagenette"
+    )
 
 
-def test_validation_images_that_are_not_sorted(tmp_path: Path) -> None:
+def test_unsorted_validation_images_are_explained(tmp_path: Path) -> None:
     root = tree(tmp_path, ids("imagenette"))
     shutil.rmtree(root / "val")
     flat(root / "val" / "ILSVRC2012_val_00000001.JPEG", 1)
-    fails(root, r"val: expected a folder a class, found ILSVRC2012_val_00000001\.JPEG; move", "imagenette")
+    check_refused(root, r"val: expected a folder a class, found ILSVRC2012_val_00000001\.JPEG; move", "imagenette")
 
 
 @pytest.mark.parametrize("layout", [None, "{}", "{}/images"])
-def test_tiny_in_its_layouts(tmp_path: Path, layout: str | None) -> None:
+def test_tiny_imagenet_is_read_in_both_layouts(tmp_path: Path, layout: str | None) -> None:
     root = tiny(tmp_path, layout)
     if layout:
         (root / "val" / "val_annotations.txt").unlink()
@@ -225,21 +227,21 @@ def test_tiny_in_its_layouts(tmp_path: Path, layout: str | None) -> None:
     assert load("Tiny", data_path=root, progress=False).fingerprint == data.fingerprint, "the folder itself will do"
 
 
-def test_tiny_at_another_resolution(tmp_path: Path) -> None:
+def test_tiny_imagenet_is_resized(tmp_path: Path) -> None:
     tiny(tmp_path)
     data = load("Tiny", data_path=tmp_path, res=32, progress=False)
     assert (data.name, data.image_shape) == ("Tiny-32", (3, 32, 32))
 
 
 @pytest.mark.parametrize("names", [("goldfish", "European_fire_salamander", "chihuahua"), ("0", "1", "24")])
-def test_tiny_by_words_or_numbers(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_tiny_imagenet_is_read_by_words_or_numbers(tmp_path: Path, names: tuple[str, ...]) -> None:
     expected = load("Tiny", data_path=tiny(tmp_path / "a", "{}"), progress=False)
     root = tiny(tmp_path / "b", "{}")
     renamed(root, dict(zip(WNIDS, names, strict=True)))
     assert load("Tiny", data_path=root, progress=False).fingerprint == expected.fingerprint
 
 
-def test_annotations_that_do_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_annotations_that_do_not_fit_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     annotations = tiny(tmp_path) / "val" / "val_annotations.txt"
     whole = annotations.read_text()
     first = whole.splitlines()[0]
@@ -254,7 +256,7 @@ def test_annotations_that_do_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFi
     }
     for text, message in cases.items():
         annotations.write_text(text)
-        fails(tmp_path, message, "Tiny")
+        check_refused(tmp_path, message, "Tiny")
     annotations.write_bytes(b"\xef\xbb\xbf" + whole.replace("\n", "\r\n").encode())
     flat(annotations.parent / "images" / "val_0.JPEG", 3, (64, 64))
     with caplog.at_level(logging.INFO):
@@ -264,7 +266,7 @@ def test_annotations_that_do_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("name", ["wnids.txt", "words.txt", "val/val_annotations.txt"])
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "large"])
-def test_text_files_that_are_none(tmp_path: Path, name: str, kind: str) -> None:
+def test_files_that_are_no_text_are_refused(tmp_path: Path, name: str, kind: str) -> None:
     path = tiny(tmp_path) / name
     path.unlink()
     match kind:
@@ -277,23 +279,23 @@ def test_text_files_that_are_none(tmp_path: Path, name: str, kind: str) -> None:
         case "large":
             with open(path, "wb") as file:
                 file.truncate(1 << 40)
-    fails(tmp_path, rf"{name}: expected (a file, found a|at most)", "Tiny")
+    check_refused(tmp_path, rf"{name}: expected (a file, found a|at most)", "Tiny")
 
 
-def test_mistakes_of_tiny_are_named(tmp_path: Path) -> None:
-    fails(tmp_path, r"Tiny: expected tiny-imagenet-200/.*tiny-imagenet-200\.zip", "Tiny")
+def test_mistakes_in_tiny_imagenet_are_named(tmp_path: Path) -> None:
+    check_refused(tmp_path, r"Tiny: expected tiny-imagenet-200/.*tiny-imagenet-200\.zip", "Tiny")
     root = tiny(tmp_path)
     annotations = root / "val" / "val_annotations.txt"
     whole = annotations.read_text()
     annotations.write_text(whole + "val_9.JPEG\tn99999999\t0\n")
-    fails(tmp_path, r"val_annotations\.txt: line 4: .*n99999999", "Tiny")
+    check_refused(tmp_path, r"val_annotations\.txt: line 4: .*n99999999", "Tiny")
     annotations.write_text(whole + "nonsense\n")
-    fails(tmp_path, r"line 4: expected an image and its class", "Tiny")
+    check_refused(tmp_path, r"line 4: expected an image and its class", "Tiny")
     annotations.write_text(whole.replace("val_7", "val_8"))
-    fails(tmp_path, r"val_8\.JPEG: cannot be read", "Tiny")
+    check_refused(tmp_path, r"val_8\.JPEG: cannot be read", "Tiny")
     annotations.write_text(whole.splitlines()[0] + "\n")
-    fails(tmp_path, r"expected test images .*found none of 'n01443537'", "Tiny")
+    check_refused(tmp_path, r"expected test images .*found none of 'n01443537'", "Tiny")
     annotations.write_bytes(b"\xff\xfe\x00")
-    fails(tmp_path, r"val_annotations\.txt: expected text", "Tiny")
+    check_refused(tmp_path, r"val_annotations\.txt: expected text", "Tiny")
     (root / "wnids.txt").write_text("n01443537\n")
-    fails(tmp_path, r"expected the classes of wnids\.txt, found 2 in only one of them", "Tiny")
+    check_refused(tmp_path, r"expected the classes of wnids\.txt, found 2 in only one of them", "Tiny")

@@ -46,7 +46,7 @@ def check(data: ImageData) -> None:
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("below", [".", "{name}", "{name}/raw"])
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
-def test_content_from_every_place(tmp_path: Path, name: str, below: str, zipped: bool) -> None:
+def test_the_content_is_the_same_from_every_place(tmp_path: Path, name: str, below: str, zipped: bool) -> None:
     files(tmp_path / below.format(name=name), zipped)
     data = load(name.upper(), data_path=tmp_path, progress=False)
     check(data)
@@ -76,7 +76,7 @@ def test_a_relative_path_finds_what_an_absolute_one_packed(tmp_path: Path, monke
     assert first.path.stat().st_mtime_ns == packed_at
 
 
-def fails(root: Path, message: str, **options: Any) -> None:
+def check_refused(root: Path, message: str, **options: Any) -> None:
     with pytest.raises(InputError, match=message) as raised:
         load("MNIST", data_path=root, progress=False, **options)
     assert "\n" not in str(raised.value)
@@ -84,13 +84,13 @@ def fails(root: Path, message: str, **options: Any) -> None:
 
 
 def test_missing_says_where_and_offers_the_download(tmp_path: Path) -> None:
-    fails(tmp_path, r"train-images-idx3-ubyte.*MNIST/raw.*`download`")
+    check_refused(tmp_path, r"train-images-idx3-ubyte.*MNIST/raw.*`download`")
     (files(tmp_path) / FILES[3]).unlink()
-    fails(tmp_path, "none of these places complete")
+    check_refused(tmp_path, "none of these places complete")
 
 
 def test_another_resolution_is_refused(tmp_path: Path) -> None:
-    fails(files(tmp_path), "`res`: expected 28 or nothing", res=32)
+    check_refused(files(tmp_path), "`res`: expected 28 or nothing", res=32)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_another_resolution_is_refused(tmp_path: Path) -> None:
         (1, idx(np.zeros(20, np.uint8)), "none of '1'"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, file: int, content: bytes, message: str) -> None:
+def test_wrong_files_are_named(tmp_path: Path, file: int, content: bytes, message: str) -> None:
     (files(tmp_path) / FILES[file]).write_bytes(content)
-    fails(tmp_path, message)
+    check_refused(tmp_path, message)
 
 
 def test_truncated_gzip_is_named(tmp_path: Path) -> None:
@@ -118,16 +118,16 @@ def test_truncated_gzip_is_named(tmp_path: Path) -> None:
     raw = path.read_bytes()
     for content in (raw[:-200], raw[:5], b"<html>"):
         path.write_bytes(content)
-        fails(tmp_path, r"train-images-idx3-ubyte\.gz: expected a whole")
+        check_refused(tmp_path, r"train-images-idx3-ubyte\.gz: expected a whole")
 
 
-def fails_with(root: Path, file: int, content: bytes, message: str, zipped: bool = False) -> None:
+def check_refused_with(root: Path, file: int, content: bytes, message: str, zipped: bool = False) -> None:
     """Check that the file is refused in at most a few times its honest size of memory."""
     folder = files(root, zipped)
     (folder / (FILES[file] + ".gz" * zipped)).write_bytes(content)
     tracemalloc.start()
     try:
-        fails(root, message)
+        check_refused(root, message)
         assert tracemalloc.get_traced_memory()[1] < 150 << 20
     finally:
         tracemalloc.stop()
@@ -146,15 +146,15 @@ def fails_with(root: Path, file: int, content: bytes, message: str, zipped: bool
         (1, bytes(60_009), "train-labels-idx1-ubyte: expected at most 60,008 bytes, found 60,009"),
     ],
 )
-def test_headers_that_promise_too_much(tmp_path: Path, file: int, content: bytes, message: str) -> None:
-    fails_with(tmp_path / "plain", file, content, message)
+def test_headers_that_promise_too_much_are_refused(tmp_path: Path, file: int, content: bytes, message: str) -> None:
+    check_refused_with(tmp_path / "plain", file, content, message)
     zipped = message.replace("ubyte:", r"ubyte\.gz:").partition(" bytes, found")[0]
-    fails_with(tmp_path / "gz", file, gzip.compress(content), zipped, zipped=True)
+    check_refused_with(tmp_path / "gz", file, gzip.compress(content), zipped, zipped=True)
 
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     bomb = gzip.compress(idx(np.zeros((60_000, 28, 28), np.uint8))) + 64 * gzip.compress(bytes(16 << 20))
-    fails_with(
+    check_refused_with(
         tmp_path, 0, bomb, r"images-idx3-ubyte\.gz: expected at most 47,040,016 bytes in it, found more", zipped=True
     )
 
@@ -167,7 +167,7 @@ def test_the_checksum_at_the_end_counts(tmp_path: Path, file: int) -> None:
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        fails(tmp_path, rf"{FILES[file]}\.gz: expected a whole \(gzip\) file, found a broken one")
+        check_refused(tmp_path, rf"{FILES[file]}\.gz: expected a whole \(gzip\) file, found a broken one")
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling", "loop", "socket"])
@@ -179,7 +179,7 @@ def test_what_is_no_file_is_named_unread(tmp_path: Path, kind: str) -> None:
             os.mkfifo(path)
         case "folder":
             path.mkdir()
-            fails(tmp_path, "none of these places complete")
+            check_refused(tmp_path, "none of these places complete")
             return
         case "device":
             path.symlink_to("/dev/zero")
@@ -190,4 +190,4 @@ def test_what_is_no_file_is_named_unread(tmp_path: Path, kind: str) -> None:
         case "socket":
             with socket.socket(socket.AF_UNIX) as listening:
                 listening.bind(os.path.relpath(path))
-    fails(tmp_path, f"{FILES[1]}: (expected a file, found|cannot be read)")
+    check_refused(tmp_path, f"{FILES[1]}: (expected a file, found|cannot be read)")

@@ -207,7 +207,7 @@ def test_two_at_once_both_get_whole_data(tmp_path: Path) -> None:
         ("train", Part(labels(4, 1), [images(4)]), "every class, found none of 'dög'"),
     ],
 )
-def test_labels_that_do_not_fit(tmp_path: Path, part: str, change: Part, message: str) -> None:
+def test_labels_that_do_not_fit_are_refused(tmp_path: Path, part: str, change: Part, message: str) -> None:
     with pytest.raises(InputError, match=message):
         packed(source(lambda: replace(contents(), **{part: change})), tmp_path, progress=False)  # type: ignore[arg-type]
     assert leftovers(tmp_path) == []
@@ -284,7 +284,7 @@ def test_from_tensors_names_classes_by_number() -> None:
         (tensors(), tensors(), {"std": (1.0, 0.0, 1.0)}, "positive deviations"),
     ],
 )
-def test_from_tensors_refuses(train: Any, test: Any, info: dict[str, Any], message: str) -> None:
+def test_from_tensors_refuses_wrong_tensors(train: Any, test: Any, info: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         from_tensors(train, test, **info)
     assert "\n" not in str(raised.value)

@@ -122,7 +122,7 @@ def test_a_sound_set_passes_whatever_it_has() -> None:
     check_set(distilled(labels=torch.zeros(N).long()), "here")  # classes may be left out
 
 
-def test_classes_of_the_data() -> None:
+def test_labels_of_other_classes_than_the_datas_are_refused() -> None:
     assert check_classes(torch.tensor([0, 8, 3]), 10, "x") == 3
     assert check_classes(torch.rand(2, 10), 10, "x") == 10
     for labels in (torch.tensor([0, 10]), torch.tensor([-1, 2]), torch.rand(2, 9), torch.rand(2, 11)):
@@ -157,19 +157,19 @@ def test_probabilities_are_known_in_every_precision(dtype: torch.dtype, classes:
         (torch.ones(2, device="meta"), "found one on the device meta"),
     ],
 )
-def test_labels_from_elsewhere(labels: Any, message: str) -> None:
+def test_labels_of_other_software_are_checked(labels: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"^x: .*{message}"):
         tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.float16, torch.float64])
 def test_whole_labels_of_any_width_are_indices(dtype: torch.dtype) -> None:
-    found = tensor_set(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=dtype), None, "x")
-    assert found.labels.dtype == torch.int64
-    assert found.labels.tolist() == [0, 1]
+    distilled = tensor_set(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=dtype), None, "x")
+    assert distilled.labels.dtype == torch.int64
+    assert distilled.labels.tolist() == [0, 1]
 
 
-def test_images_that_float32_cannot_hold() -> None:
+def test_images_that_float32_cannot_hold_are_refused() -> None:
     with pytest.raises(InputError, match="images: expected finite numbers"):
         tensor_set(torch.full((2, 1, 2, 2), 1e300, dtype=torch.float64), torch.arange(2), None, "x")
 
@@ -223,10 +223,10 @@ def test_a_picture_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
 def test_a_set_of_tensors_alone_is_checked() -> None:
     with pytest.raises(InputError, match="expected one learning rate above 0"):
         tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.ones(3), "x")
-    found = tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.tensor([[0.5]]), "x")
-    assert found == TensorSet(found.images, found.labels, found.lr, "indices")
-    assert found.lr is not None
-    assert found.lr.shape == ()
+    distilled = tensor_set(torch.zeros(2, 1, 2, 2), torch.arange(2), torch.tensor([[0.5]]), "x")
+    assert distilled == TensorSet(distilled.images, distilled.labels, distilled.lr, "indices")
+    assert distilled.lr is not None
+    assert distilled.lr.shape == ()
 
 
 TOY = "--dataset digits --model ConvNetD1W4 --num_eval 1 --epoch_eval_train 1".split()

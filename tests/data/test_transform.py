@@ -13,6 +13,7 @@ from torch import Tensor
 from mtt_fast.data import ImageData, Normalisation, from_tensors, load, transform_for
 from mtt_fast.data.whitening import Whitening
 from mtt_fast.errors import InputError
+from mtt_fast.storage.files import load_tensors
 
 
 def tensors(n: int = 30, channels: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,22 @@ def test_whitening_of_other_data_or_broken_is_fitted_again(digits: ImageData, ca
     assert torch.equal(Whitening.load(kept).matrix, other.matrix)
 
 
-def test_a_place_that_cannot_be_written_does_not_stop(
+def test_a_whitening_with_another_eps_is_fitted_again(digits: ImageData, caplog: pytest.LogCaptureFixture) -> None:
+    assert digits.path
+    kept = digits.path.with_name("digits.zca.safetensors")
+    first = transform_for(digits, zca=True)
+    assert isinstance(first, Whitening)
+    _, metadata = load_tensors(kept)
+    other = Whitening.fit_bytes(digits.train.images, torch.device("cpu"), eps=0.01)
+    other.save(kept, {name: metadata[name] for name in ("format", "fingerprint")} | {"eps": "0.01"})
+    with caplog.at_level(logging.WARNING):
+        again = transform_for(digits, zca=True)
+    assert "fitting it again" in caplog.text
+    assert isinstance(again, Whitening)
+    assert torch.equal(again.matrix, first.matrix)
+
+
+def test_a_whitening_that_cannot_be_kept_does_not_stop_the_run(
     digits: ImageData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -111,7 +127,7 @@ def test_a_place_that_cannot_be_written_does_not_stop(
     assert "cannot be written" in caplog.text
 
 
-def test_too_large_to_whiten() -> None:
+def test_images_that_are_too_large_to_whiten_are_refused() -> None:
     images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(2, 3, 65, 65)
     data = from_tensors((images, torch.arange(2)), (images, torch.arange(2)), mean=(0, 0, 0), std=(1, 1, 1))
     with pytest.raises(InputError, match="use no `zca`"):

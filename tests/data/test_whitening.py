@@ -113,14 +113,14 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     assert all(torch.equal(getattr(whitening, f), getattr(again, f)) for f in ("mean", "matrix", "inverse"))
 
 
-def test_refuses_images_too_large_before_it_begins() -> None:
+def test_too_large_images_are_refused_before_the_fit() -> None:
     huge = torch.zeros(1, 1, 1, 1).expand(5, 3, 128, 128)
     with pytest.raises(InputError, match=rf"at most {LARGEST_IMAGE} .*49152 \(3x128x128\).*no `zca`") as raised:
         Whitening.fit(huge)
     assert "\n" not in str(raised.value)
 
 
-def test_refuses_what_makes_no_finite_matrix() -> None:
+def test_images_without_a_finite_matrix_are_refused() -> None:
     with pytest.raises(InputError, match="expected finite images"):
         Whitening.fit(pictures().index_fill(0, torch.tensor(0), torch.nan))
     few = pictures(3)
@@ -129,7 +129,7 @@ def test_refuses_what_makes_no_finite_matrix() -> None:
     assert Whitening.fit(few, eps=1e-3).matrix.isfinite().all()
 
 
-def test_refuses_too_few_bytes_and_other_shapes() -> None:
+def test_too_few_images_bytes_and_other_shapes_are_refused() -> None:
     with pytest.raises(InputError, match="at least 2 training images, found 1"):
         Whitening.fit(pictures(1))
     with pytest.raises(InputError, match="at least 2 training images, found 0"):
@@ -143,7 +143,7 @@ def test_refuses_too_few_bytes_and_other_shapes() -> None:
         whitening.apply(pictures(2, (3, 2, 2)))
 
 
-def test_refuses_files_of_another_kind(tmp_path: Path) -> None:
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "other", {"images": torch.zeros(2)})
     with pytest.raises(InputError, match="expected a whitening"):
         Whitening.load(tmp_path / "other")

@@ -36,7 +36,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_of_every_recipe(
+def test_every_recipe_has_a_dry_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -233,5 +233,7 @@ def test_the_sizes_are_those_of_every_number() -> None:
         ("imagewoof", None, None, ("imagewoof-128", (3, 128, 128), 10, 13_000, 500)),
     ],
 )
-def test_facts_by_name(dataset: str, subset: str | None, res: int | None, expected: tuple[Any, ...]) -> None:
+def test_a_data_set_has_its_published_numbers(
+    dataset: str, subset: str | None, res: int | None, expected: tuple[Any, ...]
+) -> None:
     assert dataclasses.astuple(dataset_info(dataset, subset, res)) == expected

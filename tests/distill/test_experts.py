@@ -26,15 +26,22 @@ MCT = "--num_interpolation 3 --continuous_start".split()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of data, and of buffers with two flat experts and their waypoints."""
     folder = tmp_path_factory.mktemp("flat")
     assert run(folder, folder / "run", *FLAT, *MCT, "--Iteration", "0") == 0
     return folder
 
 
-def run(made: Path, out: Path, *flags: str) -> int:
-    paths = ["--data_path", str(made / "data"), "--buffer_path", str(made / "buffers"), "--out", str(out)]
+def run(trained_folder: Path, out: Path, *flags: str) -> int:
+    paths = [
+        "--data_path",
+        str(trained_folder / "data"),
+        "--buffer_path",
+        str(trained_folder / "buffers"),
+        "--out",
+        str(out),
+    ]
     return cli.run(main, [*TOY, *paths, *flags])
 
 
@@ -51,8 +58,8 @@ def images(out: Path) -> torch.Tensor:
     return SyntheticDataset.load(out / "synthetic.safetensors").images
 
 
-def test_missing_experts_are_trained_flat_and_compressed(made: Path) -> None:
-    whole, few = TrajectoryStore(experts(made)), TrajectoryStore(experts(made) / "waypoints_3")
+def test_missing_experts_are_trained_flat_and_compressed(trained_folder: Path) -> None:
+    whole, few = TrajectoryStore(experts(trained_folder)), TrajectoryStore(experts(trained_folder) / "waypoints_3")
     assert whole.indices == few.indices == (0, 1)
     assert [few.metadata(0).hyperparameters[name] for name in ("rho_max", "alpha", "adaptive")] == [0.01, 0.3, True]
     course = few.course(1)
@@ -61,23 +68,23 @@ def test_missing_experts_are_trained_flat_and_compressed(made: Path) -> None:
 
 
 def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        run(made, tmp_path / "plain", "--Iteration", "1") == 0
+        run(trained_folder, tmp_path / "plain", "--Iteration", "1") == 0
     )  # whatever is there is used where nothing is asked for
-    assert run(made, tmp_path / "other", "--rho_max", "0.05", "--rho_min", "0.05") == 2
+    assert run(trained_folder, tmp_path / "other", "--rho_max", "0.05", "--rho_min", "0.05") == 2
     assert "trained with rho_max 0.01, not 0.05; choose another" in capsys.readouterr().err
-    assert run(made, tmp_path / "more", "--num_experts", "3") == 2
+    assert run(trained_folder, tmp_path / "more", "--num_experts", "3") == 2
     assert "trained with rho_max 0.01, not 0.0" in capsys.readouterr().err
-    assert len(TrajectoryStore(experts(made))) == 2
+    assert len(TrajectoryStore(experts(trained_folder))) == 2
 
 
-def test_a_run_from_waypoints_alone(made: Path, tmp_path: Path) -> None:
+def test_a_run_needs_waypoints_alone(trained_folder: Path, tmp_path: Path) -> None:
     """Run without the whole experts, which are no longer needed; a resumed run has the same bits as an uninterrupted one."""
     few = tmp_path / "few"
-    shutil.copytree(experts(made) / "waypoints_3", experts(few) / "waypoints_3")
-    (few / "data").symlink_to(made / "data")
+    shutil.copytree(experts(trained_folder) / "waypoints_3", experts(few) / "waypoints_3")
+    (few / "data").symlink_to(trained_folder / "data")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(few, whole, *MCT) == 0
     assert run(few, parts, *MCT, "--Iteration", "2") == 0
@@ -89,24 +96,28 @@ def test_a_run_from_waypoints_alone(made: Path, tmp_path: Path) -> None:
     assert not list(experts(few).glob("*.safetensors"))
 
 
-def test_compressed_experts_by_their_folder(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compressed_experts_are_found_by_their_folder(
+    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Use a buffer of compressed experts as any other, with the same result as by --num_interpolation."""
     few = tmp_path / "few"
-    assert cli.run(compress, [str(experts(made)), "--num_interpolation", "3", "--out", str(experts(few))]) == 0
-    (few / "data").symlink_to(made / "data")
-    assert run(made, tmp_path / "named", "--num_interpolation", "3") == 0
+    assert (
+        cli.run(compress, [str(experts(trained_folder)), "--num_interpolation", "3", "--out", str(experts(few))]) == 0
+    )
+    (few / "data").symlink_to(trained_folder / "data")
+    assert run(trained_folder, tmp_path / "named", "--num_interpolation", "3") == 0
     assert run(few, tmp_path / "placed") == 0
     assert steps(tmp_path / "named") == steps(tmp_path / "placed")
     assert all(record["start_epoch"] == int(record["start_epoch"]) for record in steps(tmp_path / "placed"))
-    assert run(made, tmp_path / "whole") == 0
+    assert run(trained_folder, tmp_path / "whole") == 0
     assert steps(tmp_path / "whole")[0]["loss"] != steps(tmp_path / "placed")[0]["loss"]
     assert run(few, tmp_path / "more", "--num_experts", "3") == 2
     assert "holds 2 compressed experts, to which none can be added; give --num_experts 2" in capsys.readouterr().err
     assert len(TrajectoryStore(experts(few))) == 2
 
 
-def test_whole_experts_with_a_continuous_start(made: Path, tmp_path: Path) -> None:
-    assert run(made, tmp_path / "run", "--continuous_start") == 0
+def test_whole_experts_may_have_a_continuous_start(trained_folder: Path, tmp_path: Path) -> None:
+    assert run(trained_folder, tmp_path / "run", "--continuous_start") == 0
     assert any(record["start_epoch"] != int(record["start_epoch"]) for record in steps(tmp_path / "run"))
 
 
@@ -119,10 +130,10 @@ def test_whole_experts_with_a_continuous_start(made: Path, tmp_path: Path) -> No
         (["--alpha", "0.3"], "--alpha 0.3: has no effect without --rho_max"),
     ],
 )
-def test_mistakes(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
+def test_mistakes_are_told(
+    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
 ) -> None:
-    assert run(made, tmp_path / "run", *flags) == 2
+    assert run(trained_folder, tmp_path / "run", *flags) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.toml").exists()
 
@@ -138,15 +149,15 @@ def test_buffers_of_the_public_code_are_not_passed_over(tmp_path: Path, capsys: 
     assert [path.name for path in experts(tmp_path).iterdir()] == ["replay_buffer_0.pt"]
 
 
-def test_what_is_to_be_compressed_is_told_beforehand(
-    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_tells_what_will_be_compressed(
+    trained_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told(*flags: str) -> str:
         capsys.readouterr()
-        assert run(made, tmp_path / "run", *flags, "--dry-run") == 0
+        assert run(trained_folder, tmp_path / "run", *flags, "--dry-run") == 0
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("experts"))
 
-    assert f"0 to train for 6 epochs, 2 in {experts(made)}" in told("--num_interpolation", "3")
+    assert f"0 to train for 6 epochs, 2 in {experts(trained_folder)}" in told("--num_interpolation", "3")
     assert "waypoints" not in told("--num_interpolation", "3")
     assert told("--num_interpolation", "4").endswith(", 2 to compress to 4 waypoints")
     assert "1 to train" in told("--num_interpolation", "4", "--num_experts", "3", *FLAT)

@@ -108,7 +108,7 @@ def test_a_truncated_run_says_so(
     assert "approximate" not in (runs["plain"] / "config.toml").read_text()
 
 
-def test_learning_rates_of_each_step(runs: dict[str, Path], experts: list[str], tmp_path: Path) -> None:
+def test_each_step_has_a_learning_rate_of_its_own(runs: dict[str, Path], experts: list[str], tmp_path: Path) -> None:
     folder = runs["lr-per-step"]
     distilled = SyntheticDataset.load(folder / "synthetic.safetensors")
     rates = distilled.lr_per_step
@@ -174,7 +174,7 @@ def test_gradients_are_the_mean_over_the_segments() -> None:
         given.append((start, start + 0.1 * randn(len(start)), index))
         parts.append(Segment(0, 0, partial(tuple, given[-1])))
     steps = plan(net, images=images, steps=2, batch=3, memory_budget=None, dtype=torch.float64)
-    found = mean_gradients(planned_iteration(net, steps, None, (2, 3)), state, parts)
+    gradients = mean_gradients(planned_iteration(net, steps, None, (2, 3)), state, parts)
 
     pixels, rate = images.clone().requires_grad_(), lr.clone().requires_grad_()
     losses = []
@@ -186,7 +186,7 @@ def test_gradients_are_the_mean_over_the_segments() -> None:
         losses.append((theta - target).square().sum() / (start - target).square().sum())
     mean = torch.stack(losses).mean()
     expected = (mean.detach(), *torch.autograd.grad(mean, (pixels, rate)))
-    for name, mine, theirs in zip(("loss", "images", "lr"), found, expected, strict=True):
+    for name, mine, theirs in zip(("loss", "images", "lr"), gradients, expected, strict=True):
         assert_close(name, mine, theirs, 1e-10)
 
 

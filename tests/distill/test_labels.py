@@ -77,8 +77,8 @@ def test_the_checkpoint_holds_the_labels_and_their_velocity(tmp_path: Path, lear
 
 def test_class_logits_give_the_class_nine_tenths() -> None:
     probabilities = class_logits(torch.tensor([2, 0]), 4).softmax(dim=1)
-    wanted = torch.tensor([[1, 1, 27, 1], [27, 1, 1, 1]]) / 30
-    torch.testing.assert_close(probabilities, wanted)
+    expected = torch.tensor([[1, 1, 27, 1], [27, 1, 1, 1]]) / 30
+    torch.testing.assert_close(probabilities, expected)
 
 
 MODULE = module_function(reference_convnet(1, 10, 8, 4, 1))
@@ -90,14 +90,14 @@ def store_of(experts: list[str]) -> TrajectoryStore:
 
 def one_iteration(experts: list[str], folder: Path, *flags: str) -> tuple[State, State, dict[str, int]]:
     """Return the state before and after the first iteration, and what it matched."""
-    found = []
+    states = []
     for iterations in ("0", "1"):
         assert cli.run(main, [*TOY, *experts, "--out", str(folder), "--no_aug", *flags, "--Iteration", iterations]) == 0
         state = load_checkpoint(folder, CPU)
         assert state is not None
-        found.append(state)
+        states.append(state)
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return found[0], found[1], next(record for record in records if record["kind"] == "step")
+    return states[0], states[1], next(record for record in records if record["kind"] == "step")
 
 
 def oracle(
@@ -114,11 +114,11 @@ def oracle(
 @pytest.mark.parametrize("start", ["classes", "experts"])
 def test_an_iteration_with_learned_labels_is_datms_written_out(experts: list[str], tmp_path: Path, start: str) -> None:
     before, after, matched = one_iteration(experts, tmp_path, "--ipc", "3", "--lr_y", "2", "--label_init", start)
-    wanted = oracle(experts, before, matched, before.labels, logits=True)
-    assert wanted.labels is not None
-    assert_close("images", (after.images - before.images).double(), -10 * wanted.images, 1e-3)
-    assert_close("labels", (after.labels - before.labels).double(), -2 * wanted.labels, 1e-3)
-    assert matched["loss"] == pytest.approx(float(wanted.loss), rel=1e-5)
+    expected = oracle(experts, before, matched, before.labels, logits=True)
+    assert expected.labels is not None
+    assert_close("images", (after.images - before.images).double(), -10 * expected.images, 1e-3)
+    assert_close("labels", (after.labels - before.labels).double(), -2 * expected.labels, 1e-3)
+    assert matched["loss"] == pytest.approx(float(expected.loss), rel=1e-5)
 
 
 def test_labels_begin_as_the_mean_of_the_experts_that_are_right(experts: list[str], tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_labels_begin_as_the_mean_of_the_experts_that_are_right(experts: list[st
     assert 0 < int(right.any(dim=0).sum()) < 30  # some are right, and some images nobody gets right
     for image, own in enumerate(classes.tolist()):
         answers = [logits[expert, image] for expert in range(2) if right[expert, image]]
-        wanted = sum(answers) / len(answers) if answers else class_logits(torch.tensor([own]), 10)[0]
-        torch.testing.assert_close(before.labels[image], wanted, rtol=1e-4, atol=1e-5)
+        expected = sum(answers) / len(answers) if answers else class_logits(torch.tensor([own]), 10)[0]
+        torch.testing.assert_close(before.labels[image], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_expert_logits_leave_out_those_that_are_wrong() -> None:
@@ -141,8 +141,8 @@ def test_expert_logits_leave_out_those_that_are_wrong() -> None:
     def network(theta: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return theta[images.flatten().long()]
 
-    found = expert_logits(network, iter([first, second]), torch.arange(3.0).view(3, 1, 1, 1), begin)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, torch.stack([(first[0] + second[0]) / 2, second[1], begin[2]]))
+    logits = expert_logits(network, iter([first, second]), torch.arange(3.0).view(3, 1, 1, 1), begin)  # type: ignore[arg-type]
+    torch.testing.assert_close(logits, torch.stack([(first[0] + second[0]) / 2, second[1], begin[2]]))
 
 
 def test_an_iteration_with_teacher_labels_is_teslas_written_out(experts: list[str], tmp_path: Path) -> None:
@@ -164,11 +164,11 @@ def test_saved_teacher_labels_are_the_mean_of_all_experts_at_the_last_start_epoc
     _, after, _ = one_iteration(experts, tmp_path, "--teacher_label")
     distilled = SyntheticDataset.load(tmp_path / "synthetic.safetensors")
     store = store_of(experts)
-    wanted = torch.stack([MODULE(store.read(expert, 2), after.images).softmax(dim=1) for expert in range(2)]).mean(
+    expected = torch.stack([MODULE(store.read(expert, 2), after.images).softmax(dim=1) for expert in range(2)]).mean(
         dim=0
     )
     assert distilled.label_kind == "probabilities"
-    torch.testing.assert_close(distilled.labels, wanted.detach())
+    torch.testing.assert_close(distilled.labels, expected.detach())
     distilled.export("mtt", tmp_path / "exported")
     written = torch.load(tmp_path / "exported" / "labels_best.pt", weights_only=True)
     torch.testing.assert_close(written.sum(dim=1), torch.ones(10))

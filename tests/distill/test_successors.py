@@ -43,8 +43,8 @@ def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
 
 
 def test_the_range_of_start_epochs_grows_linearly() -> None:
@@ -130,12 +130,12 @@ def test_the_average_is_the_sum_over_the_updates_written_out() -> None:
     state = State(
         0, 1, images.clone(), torch.arange(3), lr, torch.zeros_like(images), torch.zeros(()), ema=images.clone()
     )
-    wanted = images.clone()
+    expected = images.clone()
     for _ in range(5):
         update(DistillOptions(lr_img=2.0, ema_decay=0.8), state, torch.randn_like(images), torch.zeros(()))
-        wanted = 0.8 * wanted + 0.2 * state.images
+        expected = 0.8 * expected + 0.2 * state.images
     assert state.ema is not None
-    torch.testing.assert_close(state.ema, wanted)
+    torch.testing.assert_close(state.ema, expected)
 
 
 def test_the_average_is_evaluated_on_networks_of_its_own(experts: list[str], tmp_path: Path) -> None:
@@ -189,7 +189,19 @@ def test_images_are_those_that_the_first_expert_then_the_next_gets_right() -> No
     assert wrong == 0
 
 
-def test_a_run_from_images_that_an_expert_gets_right(experts: list[str], tmp_path: Path) -> None:
+def test_an_expert_adds_only_as_many_images_as_are_missing() -> None:
+    """Check it where the first expert gets one image of each class right, and the second one all the others."""
+    real = Images(torch.arange(12.0).view(12, 1, 1, 1), torch.arange(12) % 3)
+    members = [torch.arange(label, 12, 3) for label in range(3)]
+    second = (torch.arange(12) % 3).float()
+    first = (second + 1) % 3
+    first[3:6] = second[3:6]
+    chosen, wrong = predicted_correctly(Lookup(), iter([first, second]), real, members, 3)
+    assert [rows.tolist() for rows in chosen] == [[3, 0, 6], [4, 1, 7], [5, 2, 8]]
+    assert wrong == 0
+
+
+def test_a_run_starts_from_images_that_an_expert_gets_right(experts: list[str], tmp_path: Path) -> None:
     flags = ["--pix_init", "samples_predicted_correctly", "--ipc", "7", "--Iteration", "0"]
     assert run(*TOY, *experts, "--out", str(tmp_path / "run"), *flags) == 0
     images = SyntheticDataset.load(tmp_path / "run" / "synthetic.safetensors").images
@@ -285,7 +297,7 @@ def test_mistakes_are_told_before_anything_is_read(flags: list[str], message: st
     assert str(told.value).startswith(message)
 
 
-def test_what_a_run_began_with_is_found_once_for_all_pictures(
+def test_the_first_images_of_a_run_are_made_once_for_all_pictures(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -331,7 +343,7 @@ def test_a_precision_that_a_network_of_the_pool_lacks_is_told_before_any_work(
     assert not (tmp_path / "buffers").exists()
 
 
-def test_of_equal_evaluations_the_first_is_the_best(
+def test_the_first_of_equal_evaluations_is_the_best(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check the file and the summary."""

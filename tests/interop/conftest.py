@@ -16,7 +16,7 @@ SECONDS, MEMORY = 30.0, 192 << 20  # on a busy machine; all take less than one
 @pytest.fixture
 def bounded() -> Iterator[None]:
     """Fail a test that takes long, or makes the process much larger."""
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     yield
-    assert time.monotonic() - began < SECONDS * max(1, EXAMPLES / 60)
+    assert time.monotonic() - start < SECONDS * max(1, EXAMPLES / 60)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY

@@ -95,7 +95,7 @@ def imported(source: Path, folder: Path, **changes: Any) -> TrajectoryStore:
     return import_experts(experts, folder, NET.layout, metadata(**changes), unmeasured)
 
 
-def test_there_and_back_bit_for_bit(tmp_path: Path) -> None:
+def test_buffers_come_back_bit_for_bit(tmp_path: Path) -> None:
     experts = [trained(seed) for seed in range(5)]
     save_buffers(tmp_path / "theirs", experts, save_interval=2)
     store = imported(tmp_path / "theirs", tmp_path / "ours")
@@ -118,7 +118,7 @@ def test_there_and_back_bit_for_bit(tmp_path: Path) -> None:
         assert file.stat().st_size < 2 * (tmp_path / "theirs" / file.name).stat().st_size
 
 
-def test_the_network_sees_the_same(tmp_path: Path) -> None:
+def test_the_network_has_the_same_outputs(tmp_path: Path) -> None:
     expert = trained(0)
     save_buffers(tmp_path, [expert], 10)
     store = imported(tmp_path, tmp_path / "ours")
@@ -128,7 +128,7 @@ def test_the_network_sees_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(NET(store.read(0, EPOCHS), images), module(images))
 
 
-def test_what_is_recorded(tmp_path: Path) -> None:
+def test_an_imported_expert_records_its_origin(tmp_path: Path) -> None:
     save_buffers(tmp_path, [trained(0), trained(1, epochs=4)], 1)
     store = imported(tmp_path, tmp_path / "ours", whitening="zca")
     second = store.metadata(1)
@@ -218,7 +218,7 @@ def spoiled(what: str) -> Any:
         ("nan", "the parameters after epoch 1 are not finite"),
     ],
 )  # fmt: skip
-def test_what_is_no_buffer(tmp_path: Path, what: str, message: str) -> None:
+def test_a_file_that_is_no_buffer_is_refused(tmp_path: Path, what: str, message: str) -> None:
     torch.save(spoiled(what), tmp_path / "replay_buffer_0.pt")
     with pytest.raises(InputError, match=message):
         imported(tmp_path, tmp_path / "ours")
@@ -233,7 +233,7 @@ class Hostile:
         return (Path.touch, (self.target,))
 
 
-def test_broken_and_hostile_buffers(tmp_path: Path) -> None:
+def test_broken_and_hostile_buffers_are_refused(tmp_path: Path) -> None:
     torch.save([trained(0), Hostile(tmp_path / "touched")], tmp_path / "replay_buffer_0.pt")
     with pytest.raises(InputError, match="broken or foreign"):
         imported(tmp_path, tmp_path / "ours")
@@ -248,14 +248,14 @@ def test_broken_and_hostile_buffers(tmp_path: Path) -> None:
         imported(tmp_path / "replay_buffer_7.pt", tmp_path / "ours")
 
 
-def test_the_format_of_old_torch(tmp_path: Path) -> None:
+def test_the_format_of_old_torch_is_read(tmp_path: Path) -> None:
     expert = trained(0)
     torch.save([expert], tmp_path / "replay_buffer_0.pt", _use_new_zipfile_serialization=False)
     store = imported(tmp_path, tmp_path / "ours")
     assert torch.equal(store.read(0, EPOCHS), flat(expert)[EPOCHS])
 
 
-def test_nothing_is_written_over(tmp_path: Path) -> None:
+def test_existing_files_are_not_written_over(tmp_path: Path) -> None:
     save_buffers(tmp_path, [trained(0)], 10)
     store = imported(tmp_path, tmp_path / "ours")
     with pytest.raises(InputError, match=r"replay_buffer_0\.pt: is there already"):
@@ -354,7 +354,7 @@ def mct_point(waypoints: Epochs, pieces: list[list[list[Tensor]]], epoch: float)
     ("ends", "name"),
     [((0, 6), "buffer"), ((0, 2, 4, 6), "buffer_ip4"), ((0, 1, 6), "buffer_ip3"), ((0, 6), "buffer_proj")],
 )
-def test_waypoints_of_mct(tmp_path: Path, ends: tuple[int, ...], name: str) -> None:
+def test_waypoints_of_mct_are_read_and_written(tmp_path: Path, ends: tuple[int, ...], name: str) -> None:
     experts = [trained(seed, epochs=6) for seed in range(3)]
     waypoints = [[expert[end] for end in ends] for expert in experts]
     pieces = [[mct_steps(expert[begin : end + 1]) for begin, end in itertools.pairwise(ends)] for expert in experts]
@@ -391,7 +391,7 @@ def test_waypoints_of_mct(tmp_path: Path, ends: tuple[int, ...], name: str) -> N
         list(export_waypoints(store, tmp_path / "back"))
 
 
-def test_a_tensor_that_stands_still(tmp_path: Path) -> None:
+def test_a_tensor_that_stands_still_keeps_its_value(tmp_path: Path) -> None:
     trajectory = trained(0, epochs=4)
     for epoch in trajectory:
         epoch[1] = trajectory[0][1]
@@ -403,7 +403,7 @@ def test_a_tensor_that_stands_still(tmp_path: Path) -> None:
         assert torch.equal(NET.layout.split(store.read(0, at))[1], trajectory[0][1])
 
 
-def test_waypoints_that_do_not_fit_their_steps(tmp_path: Path) -> None:
+def test_waypoints_that_do_not_fit_their_steps_are_refused(tmp_path: Path) -> None:
     trajectory, file = trained(0, epochs=4), tmp_path / "waypoint_buffer_ip3_0.pt"
     piece = mct_steps(trajectory[:3])
     torch.save([[trajectory[0], trajectory[2], trajectory[4]]], file)
@@ -418,7 +418,7 @@ def test_waypoints_that_do_not_fit_their_steps(tmp_path: Path) -> None:
             list(read_waypoints(file))
 
 
-def test_whole_experts_are_no_waypoints(tmp_path: Path) -> None:
+def test_whole_experts_are_not_written_as_waypoints(tmp_path: Path) -> None:
     save_buffers(tmp_path, [trained(0)], 10)
     with pytest.raises(InputError, match=r"expected compressed experts, found whole ones.*mtt_fast\.compress"):
         list(export_waypoints(imported(tmp_path, tmp_path / "ours"), tmp_path / "back"))

@@ -64,7 +64,7 @@ class Metric:
 
 
 @pytest.fixture
-def its(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Put modules in the place of DD-Ranking's, with the names that a call imports from them."""
     top, metrics, utils = (ModuleType(name) for name in ("ddranking", "ddranking.metrics", "ddranking.utils"))
     hard, soft = ModuleType("ddranking.metrics.hard_label"), ModuleType("ddranking.metrics.soft_label")
@@ -114,17 +114,17 @@ CASES = [
 
 @pytest.mark.parametrize(("dataset", "kind", "zca"), CASES)
 def test_the_call_runs_with_the_arguments_that_it_has(
-    dataset: str, kind: str, zca: bool | None, its: Any, tmp_path: Path
+    dataset: str, kind: str, zca: bool | None, stand_in: Any, tmp_path: Path
 ) -> None:
     classes, size = SIZES[dataset]
-    found, folder = plain(classes, size, kind, ipc=1), tmp_path / "o'clock"
-    write_set(folder, found, "ddranking")
+    distilled, folder = plain(classes, size, kind, ipc=1), tmp_path / "o'clock"
+    write_set(folder, distilled, "ddranking")
     subset = dataset if dataset in SUBSETS else None
-    call = ddranking_call(folder, found, "ImageNet" if subset else dataset, zca, subset, data_path="my data")
+    call = ddranking_call(folder, distilled, "ImageNet" if subset else dataset, zca, subset, data_path="my data")
     assert max(map(len, call.splitlines())) < 200
     space = executed(call)
     metric = space["metric"]
-    assert metric is (its.hard_label if kind == "indices" else its.soft_label).metric
+    assert metric is (stand_in.hard_label if kind == "indices" else stand_in.soft_label).metric
     asked = metric.arguments
     assert asked.keys() >= WHAT_IT_NEEDS
     names = {"CIFAR10": "CIFAR10", "CIFAR100": "CIFAR100", "Tiny": "TinyImageNet", "imagenette": "ImageNette"}
@@ -138,11 +138,11 @@ def test_the_call_runs_with_the_arguments_that_it_has(
     assert asked["random_data_format"] == "tensor"
     assert asked["aug_params"]["crop"] == 0.125
     assert set(asked["aug_params"]) == set("flip rotate saturation brightness contrast scale crop cutout".split())
-    assert metric.metrics["image_tensor"].equal(found.images)
+    assert metric.metrics["image_tensor"].equal(distilled.images)
     assert metric.metrics["syn_lr"].item() == pytest.approx(0.02)
     if kind == "indices":
-        assert metric.metrics["hard_labels"].equal(found.labels)
-        saved, path = its.hard_label.save_results(
+        assert metric.metrics["hard_labels"].equal(distilled.labels)
+        saved, path = stand_in.hard_label.save_results(
             {"hard_label_recovery": [1.0], "improvement_over_random": [2.0], "lrs": [3.0, 3.0]}, "x.csv"
         )
         assert saved == {"hard_label_recovery": [1.0], "improvement_over_random": [2.0]}  # of one length
@@ -150,9 +150,9 @@ def test_the_call_runs_with_the_arguments_that_it_has(
         if zca:
             assert [metric.class_map[torch.tensor(label)] for label in (0, classes - 1)] == [0, classes - 1]
     else:
-        truth = found.labels if kind == "probabilities" else found.labels.softmax(1)
+        truth = distilled.labels if kind == "probabilities" else distilled.labels.softmax(1)
         torch.testing.assert_close(metric.metrics["soft_labels"].softmax(1), truth)
-        drawn = its.soft_label.get_random_data_tensors(
+        drawn = stand_in.soft_label.get_random_data_tensors(
             dataset, "real", "indices", 1, 3, None
         )  # as soft_label.py calls it
         assert drawn == (dataset, "real", "indices", 1, range(classes), 3, None)
@@ -162,13 +162,13 @@ def test_the_call_runs_with_the_arguments_that_it_has(
         assert asked["loss_fn_kwargs"] == {"temperature": 1.0, "scale_loss": False}
 
 
-def test_a_set_without_a_rate_leaves_it_to_be_searched(its: Any, tmp_path: Path) -> None:
-    found = plain(10, 32, lr=None)
-    write_set(tmp_path, found, "ddranking")
-    assert executed(ddranking_call(tmp_path, found, "cifar10", None))["metric"].metrics["syn_lr"] is None
+def test_a_set_without_a_rate_leaves_it_to_be_searched(stand_in: Any, tmp_path: Path) -> None:
+    distilled = plain(10, 32, lr=None)
+    write_set(tmp_path, distilled, "ddranking")
+    assert executed(ddranking_call(tmp_path, distilled, "cifar10", None))["metric"].metrics["syn_lr"] is None
 
 
-def test_against_dd_ranking_itself_where_it_is_installed() -> None:
+def test_the_call_has_the_arguments_of_dd_ranking_where_it_is_installed() -> None:
     ddranking = pytest.importorskip("ddranking", exc_type=ImportError)
     for kind, names in (("Hard", OF_HARD), ("Soft", OF_SOFT)):
         theirs = getattr(ddranking, f"LabelRobustScore{kind}")
@@ -179,7 +179,7 @@ def test_against_dd_ranking_itself_where_it_is_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "dataset", "zca", "message"),
+    ("distilled", "dataset", "zca", "message"),
     [
         (plain(10, 32), None, False, "does not say of which data set it is; say it with `dataset`"),
         (plain(10, 32), "digits", False, "it has CIFAR10, CIFAR100, Tiny, ImageNet and its subsets, not digits"),
@@ -191,9 +191,11 @@ def test_against_dd_ranking_itself_where_it_is_installed() -> None:
         (plain(10, 64, "logits"), "imagewoof", False, "no soft labels for ImageWoof; `hard_labels` writes the set with classes"),
     ],
 )  # fmt: skip
-def test_sets_that_it_cannot_take(found: TensorSet, dataset: str | None, zca: bool, message: str) -> None:
+def test_sets_that_dd_ranking_cannot_take_are_refused(
+    distilled: TensorSet, dataset: str | None, zca: bool, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        ddranking_call("out", found, dataset, zca)
+        ddranking_call("out", distilled, dataset, zca)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +216,14 @@ def test_sets_that_it_cannot_take(found: TensorSet, dataset: str | None, zca: bo
         ),
     ],
 )
-def test_convert_says_it(
+def test_convert_tells_the_call(
     dataset: str, size: int, canvas: Canvas | None, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = plain(10, size)
+    distilled = plain(10, size)
     source, out = tmp_path / "synthetic.safetensors", tmp_path / "out"
     names = tuple(f"class {number}" for number in range(10))
     SyntheticDataset(
-        found.images, found.labels, torch.tensor(0.02), names, (0.5,) * 3, (0.2,) * 3, canvas=canvas,
+        distilled.images, distilled.labels, torch.tensor(0.02), names, (0.5,) * 3, (0.2,) * 3, canvas=canvas,
         recipe={"dataset": dataset, "data_path": "there"},
     ).save(source)  # fmt: skip
     caplog.set_level("INFO")
@@ -238,11 +240,11 @@ def test_convert_says_it(
     ("hlr", "ior", "score"),
     [(0.2373, 0.3090, 0.285), (0.2684, 0.3505, 0.287), (0.1652, 0.2052, 0.277)],  # MTT, DATM, MTT at 10, 10, 50 a class
 )
-def test_the_score_of_the_boards_numbers(hlr: float, ior: float, score: float) -> None:
+def test_the_score_is_that_of_the_boards_numbers(hlr: float, ior: float, score: float) -> None:
     assert label_robust_score(hlr, ior) == pytest.approx(score, abs=1e-3)
 
 
-def test_the_score_by_its_definition() -> None:
+def test_the_score_is_that_of_its_definition() -> None:
     assert label_robust_score(-1, 1) == pytest.approx(1)
     assert label_robust_score(1, -1) == 0
     alpha = 0.3 * 0.25 - 0.7 * 0.4

@@ -1,4 +1,4 @@
-"""Give every reader damaged files: one line that names a file, or the original content; in bounded time and memory.
+"""Check that every reader of a damaged file names it in one line, or has its original content, in bounded time and memory.
 
 Short by default. The long run: `MTT_FAST_FUZZ=5000 pytest -m fuzz`, with other examples each time.
 """
@@ -161,18 +161,18 @@ def of_store(folder: Path) -> object:
 
 
 def of_buffers(folder: Path) -> object:
-    found = list(read_buffer(buffer_files(folder)[0]))
-    for expert in found:
+    experts = list(read_buffer(buffer_files(folder)[0]))
+    for expert in experts:
         check_trajectory(expert, NET.layout)
-    return [expert.rows() for expert in found]
+    return [expert.rows() for expert in experts]
 
 
 def of_waypoints(folder: Path) -> object:
     (file,) = (path for path in folder.iterdir() if path.name.startswith("waypoint"))
-    found = list(read_waypoints(file))
-    for expert in found:
+    experts = list(read_waypoints(file))
+    for expert in experts:
         check_trajectory(expert, NET.layout)
-    return [(expert.rows(), expert.course) for expert in found]
+    return [(expert.rows(), expert.course) for expert in experts]
 
 
 def checkpoint(folder: Path) -> None:
@@ -321,7 +321,7 @@ def bounded() -> Iterator[None]:
 
 def outcome(read: Callable[[Path], object], folder: Path) -> Any:
     """Return the content, or None after a fitting refusal."""
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         return content(read(folder))
     except InputError as error:
@@ -333,7 +333,7 @@ def outcome(read: Callable[[Path], object], folder: Path) -> Any:
         assert len(message) < 1000, message
         return None
     finally:
-        assert time.monotonic() - began < SECONDS
+        assert time.monotonic() - start < SECONDS
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -352,8 +352,8 @@ def test_a_damaged_file_is_named_or_read_as_it_was(
     raw = spoil(file.read_bytes())
     unchanged = raw == file.read_bytes()
     file.write_bytes(raw)
-    found = outcome(READERS[kind].read, folder)
+    result = outcome(READERS[kind].read, folder)
     if unchanged or READERS[kind].checked:
-        assert found in (None, expected), f"{file.name} gave other content"
+        assert result in (None, expected), f"{file.name} gave other content"
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
     shutil.rmtree(folder.parent)

@@ -38,7 +38,7 @@ def buffers(expert: Epochs) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_buffers_that_hold_no_experts(tmp_path: Path) -> None:
+def test_buffers_that_hold_no_experts_are_refused(tmp_path: Path) -> None:
     for content in buffers(trained(0)).values():
         torch.save(content, tmp_path / "replay_buffer_0.pt")
         refused(lambda: rows_of(tmp_path / "replay_buffer_0.pt"), "replay_buffer_0.pt")
@@ -58,7 +58,7 @@ def test_an_expert_with_nan_is_named_with_its_epoch(tmp_path: Path) -> None:
     assert "--lr" not in message
 
 
-def test_steps_that_do_not_fit_waypoints(tmp_path: Path) -> None:
+def test_steps_that_do_not_fit_waypoints_are_refused(tmp_path: Path) -> None:
     expert = trained(0)
     size, points = len(expert[0]), expert[:3]
     rest = [[0.0] * size, [1.0] * size]
@@ -85,5 +85,5 @@ def test_steps_that_do_not_fit_waypoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["a:2xx", "a:2xb", "a:x;b:-y", "a:1.5"])
-def test_a_layout_that_is_none(text: str) -> None:
+def test_a_text_that_is_no_layout_is_refused(text: str) -> None:
     refused(lambda: layout_from(text.replace("xx", "x½")), "layout")

@@ -33,7 +33,7 @@ PIXELS, TARGETS = torch.zeros(6, 1, 4, 4).byte(), torch.arange(6) % 3
         (PIXELS, TARGETS, {"mean": [0.5], "std": [float("nan")]}), (PIXELS, TARGETS, {"mean": [0.5], "std": [float("inf")]}),
     ],
 )  # fmt: skip
-def test_tensors_that_are_no_data(images: Any, labels: Any, options: Any) -> None:
+def test_wrong_tensors_are_no_data_set(images: Any, labels: Any, options: Any) -> None:
     with pytest.raises(InputError) as found:
         from_tensors((images, labels), (images, labels), **options)
     assert str(found.value).isprintable()
@@ -42,13 +42,13 @@ def test_tensors_that_are_no_data(images: Any, labels: Any, options: Any) -> Non
 @pytest.mark.parametrize(
     "label", [1.5, -1, float("nan"), None, "a", [1, 0], True, 10**30, torch.tensor([1, 2]), np.zeros(2), {}]
 )
-def test_labels_of_datasets_that_are_none(label: Any) -> None:
+def test_wrong_labels_of_datasets_are_refused(label: Any) -> None:
     dataset = [(torch.zeros(1, 4, 4).byte(), label)]
     refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train, image 0")
 
 
 @pytest.mark.parametrize("label", [1, 1.0, np.int32(1), np.uint8(1), torch.tensor(1), torch.tensor([1]), np.array([1])])
-def test_labels_of_datasets_that_are_some(label: Any) -> None:
+def test_right_labels_of_datasets_are_read(label: Any) -> None:
     dataset = [(torch.zeros(1, 4, 4).byte(), 0), (torch.zeros(1, 4, 4).byte(), label)]
     assert image_data_from(dataset, dataset).train.labels.tolist() == [0, 1]
 
@@ -61,11 +61,11 @@ def test_labels_of_datasets_that_are_some(label: Any) -> None:
         torch.full((1, 4, 4), float("nan")), torch.zeros(1, 4, 4, dtype=torch.complex64), torch.zeros(1, 4, 4, device="meta"),
     ],
 )  # fmt: skip
-def test_images_of_datasets_that_are_none(image: Any) -> None:
+def test_wrong_images_of_datasets_are_refused(image: Any) -> None:
     dataset = [(image, 0)]
     refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train, image 0")
 
 
 @pytest.mark.parametrize("dataset", [iter([]), None, 5, "", {}])
-def test_datasets_that_are_none(dataset: Any) -> None:
+def test_objects_that_are_no_datasets_are_refused(dataset: Any) -> None:
     refused(lambda: image_data_from(dataset, dataset, name="mine"), "mine, train")

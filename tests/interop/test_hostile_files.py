@@ -60,7 +60,7 @@ TENSORS: dict[str, Any] = {
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
 @pytest.mark.parametrize("what", TENSORS)
-def test_images_that_are_none(tmp_path: Path, what: str, old: bool) -> None:
+def test_wrong_images_are_refused(tmp_path: Path, what: str, old: bool) -> None:
     try:
         torch.save(TENSORS[what], tmp_path / "images_best.pt", _use_new_zipfile_serialization=not old)
     except (RuntimeError, AttributeError, KeyError):
@@ -72,7 +72,7 @@ def test_images_that_are_none(tmp_path: Path, what: str, old: bool) -> None:
 
 
 @pytest.mark.parametrize("what", ["parameter", "view", "turned", "half", "double", "expanded"])
-def test_images_that_are_some(tmp_path: Path, what: str) -> None:
+def test_right_images_are_read(tmp_path: Path, what: str) -> None:
     whole = torch.randn(N, 3, 4, 4)
     images = {
         "parameter": torch.nn.Parameter(whole),
@@ -107,13 +107,13 @@ def test_images_that_are_some(tmp_path: Path, what: str) -> None:
         1e300,
     ],
 )
-def test_rates_that_are_none(tmp_path: Path, rate: Any) -> None:
+def test_wrong_learning_rates_are_refused(tmp_path: Path, rate: Any) -> None:
     distilled().export("mtt", tmp_path)
     torch.save(rate, tmp_path / "lr_best.pt")
     refused(lambda: read_set(tmp_path), "_best.pt")
 
 
-def test_half_a_pair(tmp_path: Path) -> None:
+def test_half_a_pair_is_refused(tmp_path: Path) -> None:
     distilled().export("mtt", tmp_path)
     (tmp_path / "lr_best.pt").unlink()
     (tmp_path / "lr_best.pt").symlink_to(tmp_path / "gone")
@@ -142,7 +142,7 @@ PICKLES = {
 
 @pytest.mark.parametrize("name", ["images_best.pt", "res_x.pt", "replay_buffer_0.pt"])
 @pytest.mark.parametrize("what", PICKLES)
-def test_pickles_that_hurt(tmp_path: Path, what: str, name: str) -> None:
+def test_hostile_pickles_are_refused(tmp_path: Path, what: str, name: str) -> None:
     content, file = b"\x80\2" + PICKLES[what], tmp_path / name
     begin = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
     torch.save(torch.zeros(N).long(), tmp_path / "labels_best.pt")
@@ -155,7 +155,7 @@ def test_pickles_that_hurt(tmp_path: Path, what: str, name: str) -> None:
     refused(lambda: read(file), name)
 
 
-def test_archives_that_torch_does_not_write(tmp_path: Path) -> None:
+def test_archives_that_torch_does_not_write_are_refused(tmp_path: Path) -> None:
     def archive(name: str, *members: tuple[str, bytes], packed: bool = False) -> Path:
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as file:
             for member, content in members:
@@ -186,7 +186,7 @@ def test_a_flipped_bit_in_a_tensor_is_found(tmp_path: Path, kind: str) -> None:
     refused(lambda: read_set(file), file.name)
 
 
-def test_a_file_that_is_too_large(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
     for name in ("images_x.pt", "res_x.pt", "x.parquet", "replay_buffer_0.pt"):
         with open(tmp_path / name, "wb") as file:
             file.truncate(LARGEST_FILE + 1)
@@ -237,7 +237,9 @@ def read_any(source: Path) -> object:
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes, links and devices")
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop", "dangling", "socket"])
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+def test_folders_pipes_and_devices_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
     file = tmp_path / "a" / name
     file.parent.mkdir(parents=True)
     monkeypatch.chdir(file.parent)
@@ -246,7 +248,7 @@ def test_files_that_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         refused(lambda: read_any(source), "a")  # noqa: B023
 
 
-def test_names_that_would_break_the_line(tmp_path: Path) -> None:
+def test_names_with_line_breaks_stay_on_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "two\nlines\x1b[31m"
     distilled().export("mtt", folder)
     os.truncate(folder / "images_best.pt", 100)
@@ -256,7 +258,7 @@ def test_names_that_would_break_the_line(tmp_path: Path) -> None:
     assert one_line("a\r\nb\u2028\udcff ×") == r"a\r\nb\u2028\udcff ×"
 
 
-def test_folders_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distilled().export("mtt", tmp_path / "a")
 
     def denied(path: Any) -> list[str]:
@@ -267,7 +269,7 @@ def test_folders_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monke
         assert "Permission denied" in refused(lambda: find(tmp_path / "a"), "a")  # noqa: B023
 
 
-def test_folders_of_thousands_of_files(tmp_path: Path) -> None:
+def test_folders_of_thousands_of_files_are_read_fast(tmp_path: Path) -> None:
     for number in range(1000):
         (tmp_path / f"images_best_{number}.pt").touch()
         (tmp_path / f"x{number}").symlink_to("gone")
@@ -276,7 +278,7 @@ def test_folders_of_thousands_of_files(tmp_path: Path) -> None:
     refused(lambda: read_set(tmp_path), tmp_path.name)
 
 
-def test_arrays_that_hurt(tmp_path: Path) -> None:
+def test_hostile_arrays_are_refused(tmp_path: Path) -> None:
     labels = np.ones((6, 2), np.float32)
     honest = np.ones((6, 4, 4, 3), np.float32)
     bad: dict[str, tuple[Any, Any]] = {
@@ -306,7 +308,7 @@ def test_arrays_that_hurt(tmp_path: Path) -> None:
     "shape", ["(1000000000000,)", "(-1,)", "(" + "1," * 100 + ")", "(99999999999999999999,)", "(" * 300, "True"]
 )
 @pytest.mark.parametrize("kind", ["<f4", "|V0", "|O"])
-def test_headers_of_arrays_that_claim_more(tmp_path: Path, shape: str, kind: str) -> None:
+def test_headers_of_arrays_that_claim_more_are_refused(tmp_path: Path, shape: str, kind: str) -> None:
     header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     (tmp_path / "IPC1").mkdir()
     with zipfile.ZipFile(tmp_path / "IPC1" / "x.npz", "w") as archive:
@@ -342,7 +344,9 @@ def complaint(read: Callable[[Path], object], file: Path) -> str | None:
 @pytest.mark.fuzz
 @given(value=ANYTHING, other=ANYTHING)
 @settings(max_examples=EXAMPLES or 60, derandomize=not EXAMPLES, deadline=None)
-def test_anything_that_torch_saves(value: Any, other: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_anything_that_torch_saves_is_read_or_refused(
+    value: Any, other: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("any")
     names = ("images_x.pt", "labels_x.pt", "res_x.pt", "replay_buffer_0.pt", "waypoint_buffer_0.pt", "step_buffer_0.pt")
     for name, content in zip(names, (value, other) * 3, strict=True):
@@ -371,7 +375,7 @@ def test_helpers_before_anything(value: Any) -> None:
         assert type(found) is Tensor
 
 
-def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+def test_every_file_that_is_written_can_be_read(tmp_path: Path) -> None:
     """Check that honest files are not refused."""
     for kind in ("mtt", "dc", "ddranking", "png", "parquet", "synthetic", "dc_benchmark"):
         write_set(tmp_path / kind, distilled(), kind)

@@ -44,7 +44,7 @@ FIELDS = [(name, value) for name, values in BROKEN.items() for value in values]
 
 
 @pytest.mark.parametrize(("name", "value"), FIELDS)
-def test_records_of_pictures_that_are_none(tmp_path: Path, name: str, value: Any) -> None:
+def test_wrong_records_of_pictures_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     distilled().export("png", tmp_path)
     record = json.loads((tmp_path / "labels.json").read_text())
     (tmp_path / "labels.json").write_text(json.dumps(record | {name: value}))
@@ -66,7 +66,7 @@ def test_records_of_pictures_that_are_none(tmp_path: Path, name: str, value: Any
         b'{"format": "mtt_fast pictures 2"}',
     ],
 )
-def test_json_that_hurts(tmp_path: Path, text: bytes) -> None:
+def test_hostile_json_is_refused(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "labels.json").write_bytes(text)
     refused(lambda: read_set(tmp_path, "png"), "labels.json")
 
@@ -121,7 +121,7 @@ def tables() -> dict[str, Any]:
     return {name: pyarrow.table(column) for name, column in columns.items()}
 
 
-def test_tables_that_hold_no_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_that_hold_no_set_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtt_fast.interop.parquet._SMALL", 1 << 20)  # so that a bomb is small, too
     file = tmp_path / "x.parquet"
     for name, table in tables().items():
@@ -132,7 +132,7 @@ def test_tables_that_hold_no_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("key", ["huggingface", "mtt_fast"])
 @pytest.mark.parametrize("text", [b"{", b"[]", b"3", b'{"info": 3}', b'{"info": null}', b'{"info": {"features": []}}', b"[" * 100_000, b"\xff",
                                   b'{"info": {"features": {"label": {"names": "abc"}}}}', b'{"info": {"features": {"label": {"names": [1, 2, 3]}}}}'])  # fmt: skip
-def test_metadata_of_tables_that_is_none(tmp_path: Path, key: str, text: bytes) -> None:
+def test_wrong_metadata_of_tables_is_refused(tmp_path: Path, key: str, text: bytes) -> None:
     good = pyarrow.table({"image": cells(*[picture()] * 3), "label": [0, 1, 2]})
     parquet.write_table(good.replace_schema_metadata({key: text}), tmp_path / "x.parquet")
     refused(lambda: read_set(tmp_path / "x.parquet", info=INFO), "x.parquet")

@@ -83,20 +83,20 @@ def test_a_stop_leaves_no_half_of_a_set(
     assert [path.name for path in tmp_path.rglob("*")] == ["mine.txt"]
 
 
-def test_an_image_folder_of_another_method(tmp_path: Path) -> None:
+def test_an_image_folder_of_another_method_is_read(tmp_path: Path) -> None:
     for label, name in enumerate(("ape", "bee")):
         (tmp_path / name).mkdir()
-        for number in range(2):
+        for number in range(2 + label):
             values = np.full((4, 4, 3), 100 * label + number, np.uint8)
             Image.fromarray(values).save(tmp_path / name / f"{number}.png")
     with pytest.raises(InputError, match=r"expected labels\.json"):
         read_set(tmp_path)
     info = SourceInfo(("ape", "bee"), (0.5,) * 3, (0.25,) * 3, None)
-    found = read_set(tmp_path, info=info, lr=0.05)
-    assert isinstance(found, SyntheticDataset)
-    assert found.labels.tolist() == [0, 0, 1, 1]
-    assert (found.pictures()[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 100, 101]
-    assert found.lr == pytest.approx(0.05)
+    distilled = read_set(tmp_path, info=info, lr=0.05)
+    assert isinstance(distilled, SyntheticDataset)
+    assert distilled.labels.tolist() == [0, 0, 1, 1, 1]
+    assert (distilled.pictures()[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 100, 101, 102]
+    assert distilled.lr == pytest.approx(0.05)
 
 
 def coloured_folder(root: Path, names: Sequence[str], value_of: Sequence[int]) -> Path:
@@ -128,19 +128,21 @@ def test_folders_of_another_method_go_by_name(
     tmp_path: Path, class_names: tuple[str, ...], names: tuple[str, ...]
 ) -> None:
     coloured_folder(tmp_path, names, range(len(names)))
-    found = read_set(tmp_path, info=SourceInfo(class_names, (0.5,) * 3, (0.25,) * 3, None))
-    assert isinstance(found, SyntheticDataset)
-    assert (found.pictures()[:, 0, 0, 0] * 255).round().tolist() == found.labels.tolist()
-    assert sorted(found.labels.tolist()) == list(range(len(names)))
-    assert found.class_names == class_names
+    distilled = read_set(tmp_path, info=SourceInfo(class_names, (0.5,) * 3, (0.25,) * 3, None))
+    assert isinstance(distilled, SyntheticDataset)
+    assert (distilled.pictures()[:, 0, 0, 0] * 255).round().tolist() == distilled.labels.tolist()
+    assert sorted(distilled.labels.tolist()) == list(range(len(names)))
+    assert distilled.class_names == class_names
 
 
-def test_folders_that_mean_no_class_or_are_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_that_mean_no_class_are_refused_and_missing_ones_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
     with pytest.raises(InputError, match=r"a: expected the names of .*found 'dogg' \(nearest: dog.*\); rename it"):
         read_set(coloured_folder(tmp_path / "a", ["cat", "dogg"], [3, 5]), info=info)
-    found = read_set(coloured_folder(tmp_path / "b", [*CIFAR10[:7], "boat"], range(8)), "png", info=info)
-    assert found.labels.tolist()[-1] in (6, 8)
+    distilled = read_set(coloured_folder(tmp_path / "b", [*CIFAR10[:7], "boat"], range(8)), "png", info=info)
+    assert distilled.labels.tolist()[-1] in (6, 8)
     assert "no pictures of 2 classes: horse, truck" in caplog.text
 
 
@@ -151,13 +153,13 @@ def test_a_set_with_its_classes_in_another_order_is_put_in_the_datas(tmp_path: P
     synthetic.export(kind, tmp_path)
     order = [2, 0, 1]
     info = SourceInfo(tuple(synthetic.class_names[i] for i in order), synthetic.mean, synthetic.std, None)
-    found = read_set(tmp_path, info=info)
-    assert isinstance(found, SyntheticDataset)
-    assert found.class_names == info.class_names
+    read_back = read_set(tmp_path, info=info)
+    assert isinstance(read_back, SyntheticDataset)
+    assert read_back.class_names == info.class_names
     if labels == "indices":
-        assert [info.class_names[i] for i in found.labels] == [synthetic.class_names[i] for i in synthetic.labels]
+        assert [info.class_names[i] for i in read_back.labels] == [synthetic.class_names[i] for i in synthetic.labels]
     else:
-        assert torch.equal(found.labels, synthetic.labels[:, order])
+        assert torch.equal(read_back.labels, synthetic.labels[:, order])
     other = SourceInfo(("cat", "fox", "owl"), synthetic.mean, synthetic.std, None)
     with pytest.raises(InputError, match="found 'dog / wolf'"):
         read_set(tmp_path, info=other)
@@ -191,8 +193,8 @@ def test_parquet_files_go_by_the_names_of_their_classes(
     tmp_path: Path, labels: list[Any], names: list[str] | None, expected: list[int]
 ) -> None:
     info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
-    found = read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
-    assert found.labels.tolist() == expected
+    distilled = read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
+    assert distilled.labels.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,9 @@ def test_parquet_files_go_by_the_names_of_their_classes(
         ([0], ["car", "automobile"], "which both mean 'automobile'"),
     ],
 )
-def test_parquet_files_of_other_classes(tmp_path: Path, labels: list[Any], names: list[str], message: str) -> None:
+def test_parquet_files_of_other_classes_are_refused(
+    tmp_path: Path, labels: list[Any], names: list[str], message: str
+) -> None:
     info = SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None)
     with pytest.raises(InputError, match=rf"x\.parquet: .*{message}"):
         read_set(foreign_parquet(tmp_path / "x.parquet", labels, names), info=info)
@@ -212,9 +216,9 @@ def test_parquet_files_of_other_classes(tmp_path: Path, labels: list[Any], names
 def test_transparent_pictures_lie_on_white(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(tmp_path / "cat" / "0.png")
-    found = read_set(tmp_path, info=SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None))
-    assert isinstance(found, SyntheticDataset)
-    assert (found.pictures() * 255).round().unique().tolist() == [255]
+    distilled = read_set(tmp_path, info=SourceInfo(CIFAR10, (0.5,) * 3, (0.25,) * 3, None))
+    assert isinstance(distilled, SyntheticDataset)
+    assert (distilled.pictures() * 255).round().unique().tolist() == [255]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,7 @@ def test_a_broken_labels_file_is_named(tmp_path: Path, spoil: Any, message: str)
         read_set(tmp_path)
 
 
-def test_the_schema_of_datasets(tmp_path: Path) -> None:
+def test_the_schema_is_that_of_hugging_faces_datasets(tmp_path: Path) -> None:
     from pyarrow import parquet
 
     (file,) = distilled("logits").export("parquet", tmp_path)
@@ -261,7 +265,7 @@ def test_the_schema_of_datasets(tmp_path: Path) -> None:
     assert set(features) == {"image", "label", "soft_label"}
 
 
-def test_a_foreign_parquet_file(tmp_path: Path) -> None:
+def test_a_foreign_parquet_file_is_read(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 

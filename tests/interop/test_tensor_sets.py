@@ -33,13 +33,13 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, kind: str, labels: str) -
     files = synthetic.export(kind, tmp_path / "x")
     assert all(file.exists() for file in files)
     assert set_kind_of(tmp_path / "x") == kind
-    found = read_set(tmp_path / "x")
+    read_back = read_set(tmp_path / "x")
     if kind == "dc":  # keeps no learning rate
         expected = TensorSet(expected.images, expected.labels, None, labels)
     if kind == "ddranking" and labels == "probabilities":  # their logarithms are written
-        torch.testing.assert_close(found.labels.softmax(1), expected.labels, rtol=1e-6, atol=1e-7)
-        expected = TensorSet(expected.images, found.labels, expected.lr, "logits")
-    assert_same(found, expected)
+        torch.testing.assert_close(read_back.labels.softmax(1), expected.labels, rtol=1e-6, atol=1e-7)
+        expected = TensorSet(expected.images, read_back.labels, expected.lr, "logits")
+    assert_same(read_back, expected)
 
 
 def test_the_files_are_those_of_the_public_code(tmp_path: Path) -> None:
@@ -92,24 +92,24 @@ def as_the_public_code_saves(
         ("CIFAR10_IPC2_normalize_images.pt", "CIFAR10_IPC2_normalize_labels.pt", None),
     ],
 )
-def test_names_of_the_field(tmp_path: Path, images: str, labels: str, lr: str | None) -> None:
+def test_the_names_of_the_fields_code_bases_are_known(tmp_path: Path, images: str, labels: str, lr: str | None) -> None:
     pixels, targets = as_the_public_code_saves(tmp_path, images, labels)
     if lr:
         torch.save(torch.tensor(0.02, requires_grad=True), tmp_path / lr)
     for source in (tmp_path / images, tmp_path):
-        found = read_set(source, "mtt")
-        assert not found.images.requires_grad
-        assert_same(found, TensorSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
+        distilled = read_set(source, "mtt")
+        assert not distilled.images.requires_grad
+        assert_same(distilled, TensorSet(pixels, targets, torch.tensor(0.02) if lr else None, "indices"))
 
 
 @pytest.mark.parametrize("rate", [0.02, np.float64(0.02), np.float32(0.02), torch.tensor([0.02])])
-def test_learning_rates_in_other_forms(tmp_path: Path, rate: Any) -> None:
+def test_learning_rates_in_other_forms_are_read(tmp_path: Path, rate: Any) -> None:
     distilled().export("mtt", tmp_path)
     torch.save(rate, tmp_path / "lr_best.pt")
-    found = read_set(tmp_path)
-    assert found.lr is not None
-    assert found.lr.dim() == 0
-    assert float(found.lr) == pytest.approx(0.02)
+    read_back = read_set(tmp_path)
+    assert read_back.lr is not None
+    assert read_back.lr.dim() == 0
+    assert float(read_back.lr) == pytest.approx(0.02)
     torch.save([0.02, 0.03], tmp_path / "lr_best.pt")
     with pytest.raises(InputError, match=r"lr_best\.pt: expected one learning rate, found \[0\.02, 0\.03\]"):
         read_set(tmp_path)
@@ -130,7 +130,7 @@ def test_the_best_of_a_folder_is_meant(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy")
-def test_a_set_in_parts(tmp_path: Path) -> None:
+def test_a_set_in_parts_is_put_together(tmp_path: Path) -> None:
     pixels, targets = as_the_public_code_saves(tmp_path, "images_best.pt", "labels_best.pt", 10, 1)
     (tmp_path / "images_best.pt").unlink()
     for part in range(5):
@@ -143,6 +143,15 @@ def test_a_set_in_parts(tmp_path: Path) -> None:
         read_set(tmp_path)
 
 
+def test_the_parts_of_a_set_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Check that part 10 comes after part 2, though not as text."""
+    pixels, targets = torch.randn(12, 3, 4, 4), torch.arange(12)
+    for part in range(12):
+        torch.save(pixels[part : part + 1], tmp_path / f"images_best_{part}.pt")
+        torch.save(targets[part : part + 1], tmp_path / f"labels_best_{part}.pt")
+    assert_same(read_set(tmp_path, "mtt"), TensorSet(pixels, targets, None, "indices"))
+
+
 def as_dc_saves(path: Path) -> list[list[Tensor]]:
     """Write a file as main.py of DC and main_DM.py write it: numpy's numbers among the accuracies, several experiments."""
     data_save = [[torch.randn(N, 3, 4, 4), torch.arange(CLASSES).repeat_interleave(IPC)] for _ in range(2)]
@@ -151,13 +160,13 @@ def as_dc_saves(path: Path) -> list[list[Tensor]]:
     return data_save
 
 
-def test_results_of_dc(tmp_path: Path) -> None:
+def test_results_of_dc_are_read(tmp_path: Path) -> None:
     data = as_dc_saves(tmp_path / "res_DM_CIFAR10_ConvNet_2ipc.pt")
-    found = read_set(tmp_path)
-    assert_same(found, TensorSet(data[-1][0], data[-1][1], None, "indices"))
+    distilled = read_set(tmp_path)
+    assert_same(distilled, TensorSet(data[-1][0], data[-1][1], None, "indices"))
 
 
-def test_results_that_numpy_1_wrote(tmp_path: Path) -> None:
+def test_results_that_numpy_1_wrote_are_read(tmp_path: Path) -> None:
     as_dc_saves(tmp_path / "new.pt")
     with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "res_old.pt", "w") as old:
         for name in new.namelist():
@@ -170,7 +179,7 @@ def test_results_that_numpy_1_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["TM", "DC", "DSA", "DM", "random", "Kmeans"])
-def test_folders_of_dc_benchmark(tmp_path: Path, method: str) -> None:
+def test_folders_of_dc_benchmark_come_back(tmp_path: Path, method: str) -> None:
     synthetic = distilled()
     files = write_set(tmp_path, synthetic, "dc_benchmark", method=method)
     folder = tmp_path / method / "CIFAR10" / f"IPC{IPC}"
@@ -181,9 +190,9 @@ def test_folders_of_dc_benchmark(tmp_path: Path, method: str) -> None:
     assert all(file.parent == folder for file in files)
     for source in (tmp_path, tmp_path / method, folder):
         assert set_kind_of(source) is not None
-        found = read_set(source, "dc_benchmark")
-        assert torch.equal(found.images, synthetic.images)
-        assert torch.equal(found.labels, synthetic.labels)
+        read_back = read_set(source, "dc_benchmark")
+        assert torch.equal(read_back.images, synthetic.images)
+        assert torch.equal(read_back.labels, synthetic.labels)
     with pytest.raises(InputError, match="holds a set already"):
         write_set(tmp_path, synthetic, "dc_benchmark", method=method)
 
@@ -198,7 +207,7 @@ def test_tiny_imagenet_at_fifty_is_in_five_parts(tmp_path: Path) -> None:
     assert torch.equal(read_set(tmp_path).images, synthetic.images)
 
 
-def test_random_kmeans_and_kip_of_dc_benchmark(tmp_path: Path) -> None:
+def test_random_kmeans_and_kip_of_dc_benchmark_are_read(tmp_path: Path) -> None:
     images, labels = torch.rand(N, 3, 4, 4), torch.arange(CLASSES).repeat_interleave(IPC)
     folder = tmp_path / "random" / "CIFAR10" / "IPC2"
     folder.mkdir(parents=True)
@@ -260,7 +269,7 @@ def test_hard_labels_are_put_in_order_and_soft_ones_are_left(tmp_path: Path) -> 
         (torch.tensor([0, 1], dtype=torch.int32), "indices"),
     ],
 )
-def test_kinds_of_labels(labels: Tensor, kind: str) -> None:
+def test_the_kind_of_soft_labels_is_guessed_or_given(labels: Tensor, kind: str) -> None:
     assert tensor_set(torch.zeros(2, 1, 2, 2), labels, None, "x").label_kind == kind
 
 
@@ -297,7 +306,9 @@ def test_kinds_of_labels(labels: Tensor, kind: str) -> None:
         ),
     ],
 )
-def test_what_is_no_set(tmp_path: Path, images: Tensor, labels: Tensor, lr: Tensor | None, message: str) -> None:
+def test_files_that_hold_no_set_are_refused(
+    tmp_path: Path, images: Tensor, labels: Tensor, lr: Tensor | None, message: str
+) -> None:
     torch.save(images, tmp_path / "images_best.pt")
     torch.save(labels, tmp_path / "labels_best.pt")
     if lr is not None:
@@ -337,13 +348,13 @@ def test_hostile_files_do_not_run(tmp_path: Path, name: str) -> None:
         ({"data": []}, "expected a dictionary with data"),
     ],
 )
-def test_what_is_no_result_of_dc(tmp_path: Path, content: Any, message: str) -> None:
+def test_files_that_are_no_result_of_dc_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "res_x.pt")
     with pytest.raises(InputError, match=message):
         read_set(tmp_path / "res_x.pt")
 
 
-def test_kinds_that_are_not_there(tmp_path: Path) -> None:
+def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`to` pgn: expected one of .*\(did you mean png\?\)"):
         distilled().export("pgn", tmp_path)
     with pytest.raises(InputError, match=r"expected a distilled set .*found nothing there"):

@@ -19,7 +19,7 @@ from tests.interop.helpers import CLASSES, N, distilled
 
 
 @pytest.mark.parametrize("labels", ["indices", "probabilities", "logits"])
-def test_a_dataset_of_torch(labels: str) -> None:
+def test_a_set_is_a_dataset_of_torch(labels: str) -> None:
     synthetic = distilled(labels)
     view = SyntheticView(synthetic)
     truth = synthetic.labels.softmax(1) if labels == "logits" else synthetic.labels
@@ -69,6 +69,6 @@ def test_any_map_style_dataset_becomes_real_images() -> None:
         ([7], r"expected \(image, label\), found int"),
     ],
 )
-def test_datasets_that_cannot_be_read(dataset: Any, message: str) -> None:
+def test_datasets_that_cannot_be_read_are_refused(dataset: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         image_data_from(dataset, dataset, name="mine")

@@ -244,11 +244,11 @@ def test_variants_of_convnet_equal_the_layers_written_out(
 def test_parameters_have_the_names_of_the_public_code(name: str, some: list[str]) -> None:
     names = network_by_name(name, CIFAR, 10).layout.names
     assert set(some) <= set(names)
-    assert [found for found in names if found in some] == some
+    assert [own_name for own_name in names if own_name in some] == some
 
 
 @pytest.mark.parametrize("name", ["ConvNetD2W8MP", "ConvNetD2W8AS", "ConvNetD2W8LN", "ConvNetD2W8BN", "ConvNetD2W8GN"])
-def test_meta_gradient_of_variants(name: str) -> None:
+def test_the_meta_gradient_of_variants_is_that_of_autograd(name: str) -> None:
     net = network_by_name(name, (3, 8, 8), 3)
     assert isinstance(net, FlatModule)
     start = net.init(torch.Generator().manual_seed(0)).double()
@@ -288,8 +288,8 @@ def test_fresh_parameters_follow_from_the_generator_alone() -> None:
 
     expected = [drawn(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(drawn, range(4)))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        results = list(pool.map(drawn, range(4)))
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
     assert not torch.equal(expected[0], expected[1])
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -339,7 +339,7 @@ def test_plain_names_keep_the_network_with_a_student_of_its_own() -> None:
         ("ResNet18BN_AP", (1, 7, 7), "ResNet18: nothing is left of images"),
     ],
 )
-def test_mistakes(name: str, shape: tuple[int, int, int], message: str) -> None:
+def test_wrong_names_are_refused(name: str, shape: tuple[int, int, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         network_by_name(name, shape, 10)
 
@@ -358,6 +358,6 @@ def test_pools_are_those_of_the_public_code() -> None:
 
 
 @pytest.mark.parametrize("name", ["ConvNetW" + "9" * 30, "ConvNetD" + "9" * 30])
-def test_no_network_is_so_large(name: str) -> None:
+def test_a_network_that_is_too_large_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"`model` {name}: expected ConvNet"):
         network_by_name(name, (1, 8, 8), 10)

@@ -27,7 +27,7 @@ NORMS: list[Norm] = ["instance", "none"]
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_module(shape: tuple[int, int, int, int, int], norm: Norm) -> None:
+def test_the_function_equals_the_module(shape: tuple[int, int, int, int, int], norm: Norm) -> None:
     net = ConvNet(*shape, norm)
     module = reference_convnet(*shape, norm)
     theta = torch.randn(net.num_parameters, dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_equals_the_module(shape: tuple[int, int, int, int, int], norm: Norm) ->
     assert_close("embedding", net.embed(theta, images), features, 1e-12)
 
 
-def test_rectangular_images() -> None:
+def test_images_may_be_rectangular() -> None:
     net = ConvNet(image_size=(16, 24), width=4, depth=2, num_classes=3)
     logits = net(net.init(), torch.randn(2, 3, 16, 24))
     assert logits.shape == (2, 3)
@@ -119,7 +119,7 @@ def test_errors_name_the_cause() -> None:
         ConvNet(width=4)(torch.zeros(7), torch.zeros(1, 3, 32, 32))
 
 
-def test_names_of_the_public_code() -> None:
+def test_names_of_the_public_code_are_read() -> None:
     assert network_by_name("ConvNet", (3, 32, 32), 10) == ConvNet(3, 10, 32)
     assert network_by_name("ConvNetD4", (3, 64, 64), 200) == ConvNet(3, 200, 64, depth=4)
     assert network_by_name("ConvNetD2W64", (1, 8, 8), 10) == ConvNet(1, 10, 8, width=64, depth=2)

@@ -17,7 +17,7 @@ def small_module(norm: nn.Module | None = None) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("norm", [None, nn.GroupNorm(2, 4), nn.BatchNorm2d(4)], ids=["none", "group", "batch"])
-def test_meta_gradient_of_a_third_party_module(norm: nn.Module | None) -> None:
+def test_the_meta_gradient_of_a_third_party_module_is_that_of_autograd(norm: nn.Module | None) -> None:
     module = small_module(norm)
     net = FlatModule(module)
     start = net.init()
@@ -52,7 +52,7 @@ def test_wrapping_leaves_the_module_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def test_equals_the_module_in_evaluation_mode() -> None:
+def test_the_function_equals_the_module_in_evaluation_mode() -> None:
     module = small_module(nn.BatchNorm2d(4)).eval()
     net, images = FlatModule(module), torch.randn(3, 2, 6, 6, dtype=torch.float64)
     assert torch.equal(net(net.init(), images), module(images))
@@ -111,7 +111,7 @@ def compiled(module: nn.Module) -> nn.Module:
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
-def test_what_cannot_be_wrapped_is_refused(module: nn.Module, message: str) -> None:
+def test_a_module_that_cannot_be_wrapped_is_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(InputError, match=f"FlatModule: {message}"):
         FlatModule(module)
 

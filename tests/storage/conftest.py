@@ -13,7 +13,7 @@ from tests.storage.belonging import DISTILLED, EVALUATED, MODEL, TRAINED, save_f
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
+def trained_folder(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
     """Make a folder with runs on the digits (run, zrun) and on the image folder pets (prun), with their experts in buffers."""
     root = tmp_path_factory.mktemp("made")
     save_folder(root / "pets", seed=0)
@@ -28,8 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
 
 
 @pytest.fixture
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_folder(trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a copy of that folder the working directory."""
-    shutil.copytree(made, tmp_path / "here")
+    shutil.copytree(trained_folder, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

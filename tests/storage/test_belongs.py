@@ -49,7 +49,7 @@ def save_odd_sets() -> None:
 
 @pytest.mark.parametrize(("words", "message", "on_purpose"), SETS)
 def test_a_set_is_tested_on_its_own_images(
-    here: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str, on_purpose: bool
+    working_folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str, on_purpose: bool
 ) -> None:
     save_odd_sets()
     for main in (evaluate, cross):
@@ -58,8 +58,8 @@ def test_a_set_is_tested_on_its_own_images(
         assert ("say --other_data" in error) == on_purpose  # what can be used all the same, by who says so
 
 
-def test_changed_images_are_others(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_folder(here / "pets", seed=9)
+def test_changed_images_are_others(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_folder(working_folder / "pets", seed=9)
     assert "prun/synthetic.safetensors: made from other images: expected folder-pets with fingerprint" in refused(
         capsys, evaluate, "prun"
     )
@@ -68,14 +68,14 @@ def test_changed_images_are_others(here: Path, capsys: pytest.CaptureFixture[str
     for command in (["dm", "--Iteration", "1"], ["random"]):
         flags = [*command, "--dataset", "./pets", *MODEL, *EVALUATED, "--out", command[0]]
         assert cli.run(baselines, flags) == 0
-    save_folder(here / "pets", seed=8)
+    save_folder(working_folder / "pets", seed=8)
     flags = ["dm", "--dataset", "./pets", *MODEL, *EVALUATED, "--out", "dm", "--Iteration", "2"]
     assert "dm/checkpoint.safetensors: made from other images: expected" in refused(capsys, baselines, *flags)
 
 
-def test_a_checkpoint_goes_on_with_its_own_images(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_goes_on_with_its_own_images(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Train the experts anew, so that the checkpoint alone names the images with which it began."""
-    save_folder(here / "pets", seed=9)
+    save_folder(working_folder / "pets", seed=9)
     new = [*TRAINED, "--buffer_path", "others"]
     assert cli.run(distill, distil(*new, data=("--dataset", "./pets"), out="another")) == 0
     flags = distil(*new, "--Iteration", "4", data=("--dataset", "./pets"), out="prun")
@@ -84,10 +84,10 @@ def test_a_checkpoint_goes_on_with_its_own_images(here: Path, capsys: pytest.Cap
     )
 
 
-def test_legal_uses_of_sets(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sets_may_be_used_with_their_own_images(working_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for words in (["run"], ["zrun"], ["run", "--model", "MLP"], ["run", "--protocol", "datm"], ["prun"]):
         assert cli.run(evaluate, [*words, *EVALUATED]) == 0
-    (here / "pets").rename(here / "renamed")  # the same images, whatever they are called
+    (working_folder / "pets").rename(working_folder / "renamed")  # the same images, whatever they are called
     assert cli.run(evaluate, ["prun", "--dataset", "./renamed", *EVALUATED]) == 0
     set_ = SyntheticDataset.load("zrun/synthetic.safetensors")
     assert set_.whitening is not None
@@ -100,7 +100,7 @@ def test_legal_uses_of_sets(here: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert cli.run(evaluate, ["old.safetensors", *EVALUATED]) == 0  # it does not know more
 
 
-def test_other_images_on_purpose(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_images_may_be_used_on_purpose(working_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Check that other images are transformed as the set's own were, which is logged and recorded."""
     caplog.set_level("INFO")
     other = ["--dataset", "./pets", "--other_data", *EVALUATED]
@@ -122,7 +122,7 @@ def test_other_images_on_purpose(here: Path, caplog: pytest.LogCaptureFixture) -
     assert cell["accuracy"]["mean"] == result["accuracy"]["mean"]
 
 
-def test_conversions_compare_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conversions_compare_too(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (
             ["run", "out", "--zca"],
@@ -157,15 +157,15 @@ def test_conversions_compare_too(here: Path, capsys: pytest.CaptureFixture[str])
     assert "expected images (1, 8, 8) of digits, found (1, 16, 16)" in error
 
 
-def test_analyses_compare_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_analyses_compare_too(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(capsys, analysis, "distance", "run", "prun", "--steps", "2")
     assert "prun: made from another data set: expected digits, found folder-pets" in error
     assert "zrun: whitened otherwise" in refused(capsys, analysis, "distance", "run", "zrun", "--steps", "2")
 
 
-def test_one_name_and_two_data_sets_are_two_rows_of_a_table(here: Path) -> None:
-    (here / "elsewhere").mkdir()
-    save_folder(here / "elsewhere" / "pets", seed=5)
+def test_one_name_and_two_data_sets_are_two_rows_of_a_table(working_folder: Path) -> None:
+    (working_folder / "elsewhere").mkdir()
+    save_folder(working_folder / "elsewhere" / "pets", seed=5)
     for place, seed in (("./pets", "1"), ("./elsewhere/pets", "2")):
         words = ["random", "--dataset", place, *MODEL, *EVALUATED, "--seed", seed, "--out", f"runs/{seed}"]
         assert cli.run(baselines, words) == 0

@@ -22,7 +22,7 @@ def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder)).Reload()
-    return {name: [(found.step, found.value) for found in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+    return {name: [(scalar.step, scalar.value) for scalar in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
 
 
 def test_tensorboard_reads_them_as_they_are_written(tmp_path: Path) -> None:

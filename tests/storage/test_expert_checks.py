@@ -100,7 +100,9 @@ def test_epochs_beyond_the_recorded_ones_are_refused_with_the_flags(tmp_path: Pa
         ({"rho_max": 0.1}, False, "trained with rho_max 0.0, not 0.1"),
     ],
 )  # fmt: skip
-def test_what_was_asked_for(tmp_path: Path, asked: dict[str, Any], to_the_end: bool, complaint: str) -> None:
+def test_experts_that_were_trained_otherwise_are_refused(
+    tmp_path: Path, asked: dict[str, Any], to_the_end: bool, complaint: str
+) -> None:
     store = store_of(tmp_path, metadata_for())
     if not complaint:
         return check_as_asked(store, 0, asked, to_the_end=to_the_end)
@@ -114,7 +116,7 @@ def test_the_number_of_epochs_counts_where_the_rate_decays(tmp_path: Path) -> No
         check_as_asked(store, 0, {"train_epochs": 2}, to_the_end=False)
 
 
-def test_of_experts_from_elsewhere_nothing_is_known(tmp_path: Path) -> None:
+def test_experts_of_other_software_are_not_compared(tmp_path: Path) -> None:
     imported = replace(metadata_for(), hyperparameters={"imported_from": "replay_buffer_0.pt, expert 0"})
     store = store_of(tmp_path, imported, metadata_for(lr=0.5), imported)
     check_as_asked(store, 0, {"lr": 0.9}, to_the_end=True)
@@ -123,7 +125,7 @@ def test_of_experts_from_elsewhere_nothing_is_known(tmp_path: Path) -> None:
         check_same_training(store, 0, TRAINED, 7, torch.float32, "fp32")
 
 
-def test_a_mixture_is_told(tmp_path: Path) -> None:
+def test_experts_of_different_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
     store = store_of(tmp_path, metadata_for(), replace(metadata_for(train_epochs=9), seed=8), metadata_for(lr=0.1))
     check_alike(store, range(2), to_the_end=False)  # other seeds, other lengths
     with pytest.raises(InputError, match=r"expert_0001\.safetensors: trained with train_epochs 9, but expert_0000"):
@@ -149,11 +151,11 @@ def test_a_mixture_is_told(tmp_path: Path) -> None:
 )
 def test_what_lies_beside_it_is_trained_alike(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     store = store_of(tmp_path, metadata_for())
-    wanted: dict[str, Any] = {"hyperparameters": TRAINED, "seed": 7, "dtype": torch.float32, "precision": "fp32"}
+    training: dict[str, Any] = {"hyperparameters": TRAINED, "seed": 7, "dtype": torch.float32, "precision": "fp32"}
     if not complaint:
-        return check_same_training(store, 0, **wanted | changes)
+        return check_same_training(store, 0, **training | changes)
     with pytest.raises(InputError, match=rf"expert_0000\.safetensors: {complaint}"):
-        check_same_training(store, 0, **wanted | changes)
+        check_same_training(store, 0, **training | changes)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_what_lies_beside_it_is_trained_alike(tmp_path: Path, changes: dict[str,
         ("ResNet18BN_AP", "ResNet18BN_AP"),
     ],
 )
-def test_full_names(name: str, full: str) -> None:
+def test_networks_are_compared_by_their_full_names(name: str, full: str) -> None:
     assert full_name(network_by_name(name, (3, 32, 32), 10).describe()) == full
 
 

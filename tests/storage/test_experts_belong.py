@@ -27,7 +27,7 @@ from tests.storage.belonging import DISTILLED, EVALUATED, EXPERTS, MODEL, TRAINE
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
-def test_experts_are_used_as_they_were_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_experts_are_used_as_they_were_asked_for(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expert = EXPERTS / "expert_0000.safetensors"
     for dry in ([], ["--dry_run"]):
         error = refused(capsys, distill, *distil("--mom", "0.9", "--l2", "0.1", "--expert_lr", "0.5", *dry))
@@ -51,7 +51,7 @@ def test_experts_are_used_as_they_were_asked_for(here: Path, capsys: pytest.Capt
     ],
 )
 def test_those_that_are_missing_are_trained_like_the_others(
-    here: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+    working_folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     for dry in (["--dry_run"], []):
         error = refused(capsys, distill, *distil(*flags, "--num_experts", "3", *dry))
@@ -60,7 +60,7 @@ def test_those_that_are_missing_are_trained_like_the_others(
     assert len(TrajectoryStore(EXPERTS)) == 3
 
 
-def test_what_is_recorded_is_what_the_experts_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_recorded_is_what_the_experts_are(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dataset", "digits", *MODEL, "--num_experts", "2", "--buffer_path", "long"]
     trained = "--train_epochs 5 --lr_teacher 0.02 --mom 0.5 --batch_train 256".split()
     assert cli.run(experts, [*flags, *trained]) == 0
@@ -114,7 +114,7 @@ ODD_EXPERTS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "message"), ODD_EXPERTS)
 def test_every_expert_is_looked_at(
-    here: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+    working_folder: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
     odd = rewrite(EXPERTS, 1, **changes)
     trains = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128"]
@@ -136,8 +136,8 @@ def test_every_expert_is_looked_at(
     assert cli.run(distill, distil("--max_experts", "1")) == 0  # it does not take turns
 
 
-def test_experts_of_other_images_on_purpose(
-    here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_experts_of_other_images_may_be_used_on_purpose(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree("buffers/folder-pets", "buffers/folder-toys")
     toys = distil(data=("--dataset", "./toys"))
@@ -160,7 +160,7 @@ def test_experts_of_other_images_on_purpose(
     assert "expert_0000.safetensors: made from another data set: expected folder-words, found folder-pets" in error
 
 
-def test_a_run_goes_on_with_its_own_experts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on_with_its_own_experts(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--out", "run", "--resume", "--Iteration", "4"]
     flags = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128", "--num_experts", "2"]
     assert cli.run(experts, [*flags, "--seed", "1", "--buffer_path", "others"]) == 0
@@ -176,7 +176,7 @@ def test_a_run_goes_on_with_its_own_experts(here: Path, capsys: pytest.CaptureFi
     assert cli.run(distill, [*more, "--buffer_path", "same"]) == 0  # the same experts, elsewhere
 
 
-def test_waypoints_are_of_the_experts_that_are_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_waypoints_are_of_the_experts_that_are_there(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(distill, distil("--num_interpolation", "3")) == 0
     assert cli.run(compress, [str(EXPERTS), "--num_interpolation", "3"]) == 0  # they are there already
     few = TrajectoryStore(EXPERTS / "waypoints_3")
@@ -195,7 +195,7 @@ def test_waypoints_are_of_the_experts_that_are_there(here: Path, capsys: pytest.
         )
 
 
-def test_the_students_augmentation_is_not_the_experts(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_students_augmentation_is_not_the_experts(working_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Use experts with another augmentation: one option names both where experts are trained, and the log names the difference."""
     caplog.set_level("INFO")
     assert cli.run(distill, distil("--dsa", "False")) == 0
@@ -205,7 +205,7 @@ def test_the_students_augmentation_is_not_the_experts(here: Path, caplog: pytest
     assert told in caplog.text
 
 
-def test_one_process_writes_experts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_writes_experts(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {path: path.read_bytes() for path in EXPERTS.iterdir()}
     trains = ["--dataset", "digits", *MODEL, "--train_epochs", "3", "--batch_train", "128"]
     (EXPERTS / "waypoints_3").mkdir()
@@ -231,7 +231,7 @@ def test_one_process_writes_experts(here: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.fixture
-def imported(here: Path) -> Path:
+def imported(working_folder: Path) -> Path:
     """Make the folder of converted experts of the public code, for which no --num_experts is known."""
     list(export_experts(TrajectoryStore(EXPERTS), "theirs"))
     assert cli.run(convert, ["theirs", "my_buffers", "--dataset", "digits", *MODEL]) == 0

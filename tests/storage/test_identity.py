@@ -64,6 +64,7 @@ def test_the_same_images_pass(found: DatasetIdentity) -> None:
         (replace(OTHER, fingerprint="", mean=(0.1, 0.4, 0.3)), "normalised by another mean: expected 0.5, 0.4, 0.3, found 0.1, 0.4, 0.3", True),
         (OTHER, "made from other images: expected pets with fingerprint f00d, found pets with fingerprint beef", True),
         (replace(OTHER, fingerprint="", std=(1.0, 1.0, 1.0)), "normalised by another std", True),
+        (replace(OTHER, fingerprint="", mean=(0.5002, 0.4, 0.3)), "normalised by another mean: expected 0.5, 0.4, 0.3, found 0.5002, ", True),
     ],
 )  # fmt: skip
 def test_what_differs_is_told(found: DatasetIdentity, message: str, deliberate: bool) -> None:
@@ -95,12 +96,12 @@ def test_other_images_that_are_whitened_are_no_others_that_are_normalised() -> N
 
 def test_a_whitening_is_the_same_up_to_rounding() -> None:
     images = torch.rand(50, 1, 4, 4)
-    here = Whitening.fit(images)
-    noise = 1e-5 * torch.randn_like(here.matrix)
-    check_same_whitening(Whitening(here.mean, here.matrix + noise, here.inverse), here, "here")
+    fitted = Whitening.fit(images)
+    noise = 1e-5 * torch.randn_like(fitted.matrix)
+    check_same_whitening(Whitening(fitted.mean, fitted.matrix + noise, fitted.inverse), fitted, "here")
     for other in (Whitening.fit(images, eps=0.01), Whitening.fit(images[:25]), Whitening.fit(torch.rand(9, 1, 3, 3))):
         with pytest.raises(InputError, match=r"set\.safetensors: whitened otherwise: .* say `other_data`"):
-            check_same_whitening(other, here, "set.safetensors")
+            check_same_whitening(other, fitted, "set.safetensors")
 
 
 def test_statistics_do_not_depend_on_the_order_of_a_sum() -> None:

@@ -40,7 +40,7 @@ EVALUATION = ["--num_eval", "1", "--epoch_eval_train", "1"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
+def trained_folder(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
     """Make a folder with the whole output of a whitened toy run: data, buffers, run, and a table of it."""
     folder = tmp_path_factory.mktemp("integrity")
     with pytest.MonkeyPatch.context() as patch:
@@ -51,20 +51,20 @@ def made(tmp_path_factory: pytest.TempPathFactory, no_curves: None) -> Path:
 
 
 @pytest.fixture
-def copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_folder(trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a copy of that folder the working directory."""
-    shutil.copytree(made, tmp_path / "copy")
+    shutil.copytree(trained_folder, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def flip(path: Path, bit: int) -> None:
+def flip_bit(path: Path, bit: int) -> None:
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
 
 
-def places(path: Path, count: int) -> Iterator[int]:
+def bits_of(path: Path, count: int) -> Iterator[int]:
     """Yield `count` of the file's bits: half of them in the first 2 KiB, where a header lies."""
     draw, bits = random.Random(path.name), 8 * path.stat().st_size
     for number in range(count):
@@ -96,12 +96,12 @@ JOBS: list[tuple[str, Callable[..., Any], list[str]]] = [
 
 @pytest.mark.parametrize(("name", "job", "arguments"), JOBS, ids=[f"{name}-{job.__module__}" for name, job, _ in JOBS])
 def test_a_flipped_bit_is_named(
-    copy: Path, capsys: pytest.CaptureFixture[str], name: str, job: Callable[..., Any], arguments: list[str]
+    working_folder: Path, capsys: pytest.CaptureFixture[str], name: str, job: Callable[..., Any], arguments: list[str]
 ) -> None:
     path, whole = Path(name), Path(name).read_bytes()
-    for bit in places(path, 30):
+    for bit in bits_of(path, 30):
         path.write_bytes(whole)
-        flip(path, bit)
+        flip_bit(path, bit)
         assert cli.run(job, arguments) == 2, bit
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert re.match(rf"error: (/.*/)?{name}: ", error), bit
@@ -113,7 +113,7 @@ def test_a_flipped_bit_is_named(
 
 
 def test_a_flipped_bit_of_an_expert_is_named_by_whoever_reads_it(
-    copy: Path, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, whole = expert(), expert().read_bytes()
     entries, _ = read_header(path)
@@ -121,19 +121,19 @@ def test_a_flipped_bit_of_an_expert_is_named_by_whoever_reads_it(
     draw, row = random.Random(0), (end - begin) // 4
     in_header = [draw.randrange(8 * begin) for _ in range(20)]
     in_rows = [8 * draw.randrange(begin + number * row, begin + (number + 1) * row) for number in range(3)]
-    found = []
+    errors = []
     for bit in in_header + in_rows:
         path.write_bytes(whole)
-        flip(path, bit)
-        found.append(cli.run(distill, [*TOY, "--out", "new"]))
+        flip_bit(path, bit)
+        errors.append(cli.run(distill, [*TOY, "--out", "new"]))
         said = capsys.readouterr().err
-        if found[-1]:
-            assert (found[-1], said.strip().splitlines()[-1].partition(f"{path}: ")[0]) == (2, "error: "), bit
+        if errors[-1]:
+            assert (errors[-1], said.strip().splitlines()[-1].partition(f"{path}: ")[0]) == (2, "error: "), bit
         else:  # the four iterations do not come to this row
             assert torch.equal(images_of("new"), images_of("run"))
         shutil.rmtree("new", ignore_errors=True)
-    assert found[: len(in_header)] == [2] * len(in_header)
-    assert 2 in found[len(in_header) :]
+    assert errors[: len(in_header)] == [2] * len(in_header)
+    assert 2 in errors[len(in_header) :]
 
 
 def images_of(folder: str) -> torch.Tensor:
@@ -142,12 +142,12 @@ def images_of(folder: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["data/packed/digits.safetensors", "data/packed/digits.zca.safetensors"])
 def test_damaged_caches_are_made_anew_to_the_same_result(
-    copy: Path, caplog: pytest.LogCaptureFixture, name: str
+    working_folder: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     path, whole = Path(name), Path(name).read_bytes()
-    for place, bit in enumerate(places(path, 6)):
+    for place, bit in enumerate(bits_of(path, 6)):
         path.write_bytes(whole)
-        flip(path, bit)
+        flip_bit(path, bit)
         caplog.clear()
         assert cli.run(distill, [*TOY, "--out", f"again{place}", "--Iteration", "1", "--eval_it", "9"]) == 0, bit
         assert f"{name}: " in caplog.text, bit
@@ -161,7 +161,7 @@ def records(folder: str = "run") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("length", [0, 6])
 def test_a_damaged_line_does_not_keep_a_run_from_going_on(
-    copy: Path, caplog: pytest.LogCaptureFixture, length: int
+    working_folder: Path, caplog: pytest.LogCaptureFixture, length: int
 ) -> None:
     """Flip, with `length` 0, one bit in each line in turn; else cut there. The summary is that of an undamaged run."""
     shutil.copytree("run", "sound")
@@ -185,7 +185,7 @@ def test_a_damaged_line_does_not_keep_a_run_from_going_on(
         assert read_record("again/summary.json", "", "")["accuracy"] == expected
 
 
-def test_a_damaged_evaluation_that_no_checkpoint_holds_is_made_again(copy: Path) -> None:
+def test_a_damaged_evaluation_that_no_checkpoint_holds_is_made_again(working_folder: Path) -> None:
     tensors, metadata = load_tensors("run/checkpoint.safetensors")
     kept = [line for line in json.loads(metadata["evaluations"]) if line["iteration"] < 4]
     save_tensors("run/checkpoint.safetensors", tensors, metadata | {"evaluations": json.dumps(kept)})
@@ -207,10 +207,10 @@ def test_every_byte_of_small_files_counts(tmp_path: Path) -> None:
     save_tensors(path, tensors, {"format": "mtt_fast small 2", "more": "x"}, by_row=["a"])
     expected = load_tensors(path)
     for bit in one_of_each_byte(path):
-        flip(path, bit)
+        flip_bit(path, bit)
         with pytest.raises(InputError, match=r"small\.safetensors: "):
             load_tensors(path)
-        flip(path, bit)
+        flip_bit(path, bit)
     assert all(torch.equal(value, expected[0][name]) for name, value in load_tensors(path)[0].items())
 
     record = tmp_path / "record.json"
@@ -222,14 +222,14 @@ def test_every_byte_of_small_files_counts(tmp_path: Path) -> None:
     ):
         value = read()
         for bit in one_of_each_byte(file):
-            flip(file, bit)
+            flip_bit(file, bit)
             try:
-                found = read()
+                value_read = read()
             except InputError as error:
                 assert str(file) in str(error)  # noqa: PT017 - either is right
             else:
-                assert found == value  # one kind of white space for another
-            flip(file, bit)
+                assert value_read == value  # one kind of white space for another
+            flip_bit(file, bit)
 
     metrics = tmp_path / "metrics.jsonl"
     log = MetricsLog(tmp_path, 0)
@@ -238,9 +238,9 @@ def test_every_byte_of_small_files_counts(tmp_path: Path) -> None:
     log.close()
     both = read_records(metrics)
     for bit in one_of_each_byte(metrics):
-        flip(metrics, bit)
+        flip_bit(metrics, bit)
         assert all(line in both for line in read_records(metrics)), bit
-        flip(metrics, bit)
+        flip_bit(metrics, bit)
 
 
 def test_records_come_back_as_they_were() -> None:
@@ -263,7 +263,7 @@ def test_records_come_back_as_they_were() -> None:
         ({"a": None}, {"a": int | float}),
     ],
 )
-def test_forms(value: Any, form: Any) -> None:
+def test_values_are_checked_against_their_form(value: Any, form: Any) -> None:
     with pytest.raises((KeyError, TypeError)):
         check_form(value, form)
     check_form({"a": 1, "more": None}, {"a": int, "b?": str, "c?": {"*": int}})
@@ -279,7 +279,7 @@ def without_checksums(path: Path, **changes: str) -> None:
     save_file(tensors, path, {name: value for name, value in (metadata | changes).items() if value})
 
 
-def test_old_files_are_read_and_said_to_be_unchecked(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_old_files_are_read_and_said_to_be_unchecked(working_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in expert().parent.glob("*.safetensors"):
         without_checksums(path, format="mtt_fast expert 1")
     without_checksums(Path("run/synthetic.safetensors"), format="mtt_fast.data.synthetic.1")
@@ -301,7 +301,7 @@ def test_old_files_are_read_and_said_to_be_unchecked(copy: Path, caplog: pytest.
     assert len(records()) > len(lines)
 
 
-def test_an_old_file_is_written_anew(copy: Path) -> None:
+def test_an_old_file_is_written_anew(working_folder: Path) -> None:
     from mtt_fast.convert.command import main as convert
 
     before = TrajectoryStore(expert().parent)
@@ -320,7 +320,7 @@ def test_an_old_file_is_written_anew(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run/synthetic.safetensors", "run/checkpoint.safetensors"])
-def test_a_new_file_without_its_checksums_is_damaged(copy: Path, name: str) -> None:
+def test_a_new_file_without_its_checksums_is_damaged(working_folder: Path, name: str) -> None:
     without_checksums(Path(name))
     with pytest.raises(InputError, match=f"{name}: damaged: its header"):
         load_tensors(name)
@@ -342,7 +342,12 @@ def odd_files(path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
 @pytest.mark.parametrize(("name", "job", "arguments"), JOBS[::2] + JOBS[-1:], ids=lambda value: str(value)[:20])
 def test_what_is_no_file_is_refused_at_once(
-    copy: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str, job: Callable[..., Any], arguments: list[str]
+    working_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    name: str,
+    job: Callable[..., Any],
+    arguments: list[str],
 ) -> None:
     odd_files(Path(name), kind)
     assert cli.run(job, arguments) == 2
@@ -350,7 +355,9 @@ def test_what_is_no_file_is_refused_at_once(
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
-def test_an_expert_that_is_no_file(copy: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_an_expert_that_is_no_file_is_refused(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     odd_files(expert(), kind)
     assert cli.run(distill, [*TOY, "--out", "new"]) == 2
     assert "expert_0001.safetensors: " in capsys.readouterr().err
@@ -371,7 +378,9 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_texts_that_are_no_records(copy: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+def test_texts_that_are_no_records_are_refused(
+    working_folder: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
     for name, job, arguments in JOBS[3:]:
         path = Path(name)
         whole = path.read_bytes()
@@ -383,7 +392,7 @@ def test_texts_that_are_no_records(copy: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text != "large"])
-def test_headers_that_are_none(tmp_path: Path, text: str) -> None:
+def test_wrong_headers_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(len(TEXTS[text]).to_bytes(8, "little") + TEXTS[text])
     with pytest.raises(InputError, match=r"bad\.safetensors: expected a safetensors file"):
@@ -406,14 +415,14 @@ def test_headers_that_are_none(tmp_path: Path, text: str) -> None:
         None,
     ],
 )
-def test_entries_that_are_none(tmp_path: Path, entry: Any) -> None:
+def test_wrong_entries_are_refused(tmp_path: Path, entry: Any) -> None:
     text = json.dumps({"a": entry}).encode()
     (tmp_path / "bad.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(InputError, match=r"bad\.safetensors: expected a safetensors file, found a broken header"):
         load_tensors(tmp_path / "bad.safetensors")
 
 
-def test_a_later_versions_files_are_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_later_versions_files_are_told(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("run/synthetic.safetensors")
     tensors, metadata = load_tensors(path)
     record = json.loads(metadata["record"])
@@ -450,10 +459,10 @@ def test_open_regular_takes_files_of_a_size(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         open_regular("a\0b")
     os.truncate(path, 1 << 40)
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(InputError, match="expected at most"):
         read_text(path)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - start < 1
     assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
 
 
@@ -473,14 +482,14 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_baselines_checkpoint_is_checked_too(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_baselines_checkpoint_is_checked_too(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "dm --dataset digits --model ConvNetD1W4 --Iteration 1 --eval_it 1 --num_eval 1 --epoch_eval_train 1 --out dm".split()
     assert cli.run(baseline, flags) == 0
     path = Path("dm/checkpoint.safetensors")
     whole = path.read_bytes()
-    for bit in places(path, 10):
+    for bit in bits_of(path, 10):
         path.write_bytes(whole)
-        flip(path, bit)
+        flip_bit(path, bit)
         assert cli.run(baseline, ["dm", "--out", "dm", "--resume", "--Iteration", "2"]) == 2
         assert f"error: {path}: " in capsys.readouterr().err
     path.write_bytes(whole)

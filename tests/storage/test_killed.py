@@ -1,4 +1,4 @@
-"""Kill writers at any moment: a file is whole or absent, and no half of one stays for ever."""
+"""Kill writers at any moment, and check that a file is whole or absent, and that no half of one stays for ever."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
 )
 def test_killed_at_each_point(in_memory: Path, what: str) -> None:
     root = str(SCRIPT.parents[2])
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", str(SCRIPT), what], cwd=in_memory, capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=250,
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-2000:]
+    assert process.returncode == 0, process.stderr[-2000:]
     points = [
-        int(line.rpartition(": ")[2].split()[0]) for line in found.stdout.splitlines() if line.endswith(" points")
+        int(line.rpartition(": ")[2].split()[0]) for line in process.stdout.splitlines() if line.endswith(" points")
     ]
     assert min(points) >= 5
 

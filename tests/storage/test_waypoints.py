@@ -157,7 +157,7 @@ def test_those_that_are_missing_are_made_again(tmp_path: Path) -> None:
     assert torch.equal(TrajectoryStore(few).read(1, 4.5), made)
 
 
-def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = experts(tmp_path / "whole")
     (tmp_path / "empty").mkdir()
     assert run(folder, "--num_interpolation", "3") == 0
@@ -191,6 +191,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (lambda record: record.pop("epochs"), "the course between its waypoints is broken"),
         (lambda record: record["positions"].pop(), "the course between its waypoints is broken"),
+        (
+            lambda record: record["positions"].__setitem__(1, [0.999] * len(SIZES)),
+            "the course between its waypoints is broken",
+        ),
         (lambda record: record["epochs"].pop(1), "its waypoints do not fit the course between them"),
         (lambda record: record["sizes"].__setitem__(0, 7), "its waypoints do not fit the course between them"),
     ],

@@ -1,4 +1,4 @@
-"""Train several networks at the same time: the same results, signals and errors as one after another."""
+"""Check that networks trained at the same time have the same results, signals and errors as one after another."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import torch
 
 from mtt_fast import ConvNet, FlatModule, InputError
 from mtt_fast.augmentation.siamese import SiameseAugment
+from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.engine import student as student_module
 from mtt_fast.engine.student import StepBytes, live_bytes
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.interrupts import Stopped, StopRequest
+from mtt_fast.runtime.seeding import generator_for
 from mtt_fast.training.concurrency import (
     Concurrency,
     Job,
@@ -29,8 +31,8 @@ from mtt_fast.training.concurrency import (
     steps_that_fill,
 )
 from mtt_fast.training.images import Images
-from mtt_fast.training.protocols import EvaluationProtocol, evaluate
-from mtt_fast.training.sgd import Sgd, epoch_on
+from mtt_fast.training.protocols import EvaluationProtocol, evaluate, train_network
+from mtt_fast.training.sgd import Sgd, accuracy, epoch_on
 
 CPU = torch.device("cpu")
 NET = ConvNet(in_channels=1, num_classes=3, image_size=6, width=4, depth=1)
@@ -44,38 +46,38 @@ def _nothing_is_left() -> Iterator[None]:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("network")]
 
 
-def counting(number: int, told: list[int] | None = None) -> Job[int]:
+def counting(number: int, counted: list[int] | None = None) -> Job[int]:
     """Yield `number` times."""
     for _ in range(number):
-        if told is not None:
-            told.append(number)
+        if counted is not None:
+            counted.append(number)
         yield
     return 10 * number
 
 
-def test_works_take_turns_in_their_lanes() -> None:
-    told: list[int] = []
+def test_jobs_take_turns_in_their_contexts() -> None:
+    counted: list[int] = []
     entered = []
 
     @contextlib.contextmanager
-    def lane(name: str) -> Iterator[None]:
+    def context(name: str) -> Iterator[None]:
         entered.append(name)
         yield
 
-    jobs = (counting(number, told) for number in (2, 1, 3))
-    found = list(round_robin(jobs, [lambda: lane("a"), lambda: lane("b")]))
-    assert found == [(1, 10), (0, 20), (2, 30)]
-    assert told == [2, 1, 2, 3, 3, 3]
+    jobs = (counting(number, counted) for number in (2, 1, 3))
+    results = list(round_robin(jobs, [lambda: context("a"), lambda: context("b")]))
+    assert results == [(1, 10), (0, 20), (2, 30)]
+    assert counted == [2, 1, 2, 3, 3, 3]
     assert "".join(entered) == "ababa" + "bbbb"  # the end of a work is met in its lane too
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_every_work_is_done_once(at_once: int) -> None:
-    found = dict(run_concurrently((counting(number) for number in range(7)), Concurrency(at_once, 1), CPU))
-    assert found == {number: 10 * number for number in range(7)}
+def test_every_job_is_done_once(at_once: int) -> None:
+    results = dict(run_concurrently((counting(number) for number in range(7)), Concurrency(at_once, 1), CPU))
+    assert results == {number: 10 * number for number in range(7)}
 
 
-def test_works_begin_when_others_end() -> None:
+def test_jobs_begin_when_others_end() -> None:
     begun = []
 
     def jobs() -> Iterator[Job[int]]:
@@ -92,7 +94,7 @@ def test_works_begin_when_others_end() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_an_error_ends_the_others(at_once: int) -> None:
+def test_an_error_ends_the_other_jobs(at_once: int) -> None:
     closed = threading.Event()
 
     def endless() -> Job[int]:
@@ -114,13 +116,13 @@ def test_an_error_ends_the_others(at_once: int) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_each_computes_with_its_number_of_threads(at_once: int) -> None:
+def test_each_job_has_its_number_of_threads(at_once: int) -> None:
     def threads() -> Job[int]:
         yield
         return torch.get_num_threads()
 
     torch.set_num_threads(2)
-    assert [found for _, found in run_concurrently([threads() for _ in range(3)], Concurrency(at_once, 1), CPU)] == [
+    assert [count for _, count in run_concurrently([threads() for _ in range(3)], Concurrency(at_once, 1), CPU)] == [
         1,
         1,
         1,
@@ -145,7 +147,35 @@ def test_evaluations_do_not_depend_on_how_many_run(at_once: int | None) -> None:
     assert values(at_once) == values(1)
 
 
-def test_a_stop_request_ends_all() -> None:
+def test_each_accuracy_is_of_the_network_of_its_number() -> None:
+    protocol, test = EvaluationProtocol(epochs=4, batch_size=5), images(300)
+    result = evaluate(NET, lambda _: images(), test, 0.1, protocol, networks=3, seed=1, indices=(7,), at_once=2)
+    alone = []
+    for number in range(3):
+        generator = generator_for(1, "evaluation", 7, number)
+        theta = train_network(NET, NET.init(generator), images(), 0.1, protocol, generator)
+        alone.append(accuracy(NET, theta, test))
+    assert result.values == tuple(alone)
+    assert len(set(alone)) > 1
+
+
+def test_the_crops_of_canvases_count_as_images_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a step on canvases is given the memory and the threads of all its crops."""
+    batches = []
+
+    def record_batch(*_: object, batch: int, **__: object) -> Concurrency:
+        batches.append(batch)
+        return Concurrency(1, 1)
+
+    monkeypatch.setattr("mtt_fast.training.protocols.concurrency_for", record_batch)
+    canvases = Images(torch.randn(4, 1, 12, 12), torch.arange(4) % 3, canvas=Canvas(2, samples=5))
+    for batch_size in (3, 100):
+        protocol = EvaluationProtocol(epochs=0, batch_size=batch_size)
+        evaluate(NET, lambda _: canvases, images(), 0.1, protocol, networks=1, seed=1)
+    assert batches == [3 * 5, 4 * 5]
+
+
+def test_a_stop_request_ends_all_jobs() -> None:
     stop = StopRequest()
     protocol = EvaluationProtocol(epochs=10**6)
     timer = threading.Timer(0.3, lambda: setattr(stop, "signum", 15))
@@ -155,7 +185,7 @@ def test_a_stop_request_ends_all() -> None:
     timer.join()
 
 
-def test_the_formulas() -> None:
+def test_as_many_jobs_run_as_fill_the_device() -> None:
     small, large = torch.Size((1, 6, 6)), torch.Size((3, 64, 64))
 
     def concurrency(net: ConvNet, shape: torch.Size, batch: int, jobs: int, at_once: int | None = None) -> Concurrency:

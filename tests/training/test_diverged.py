@@ -54,7 +54,9 @@ TOY = (
         ([2.3, 1.0, 0.5], -math.inf, True),
     ],
 )
-def test_what_diverged_is(losses: list[float], state: float, diverged: bool) -> None:
+def test_losses_and_parameters_tell_whether_a_training_diverged(
+    losses: list[float], state: float, diverged: bool
+) -> None:
     assert bool(has_diverged(torch.tensor(losses), torch.ones(3), torch.tensor([0, state]))) is diverged
     assert bool(has_diverged(torch.tensor(losses), torch.ones(3))) is (diverged and math.isfinite(state))
 
@@ -67,7 +69,7 @@ def test_logits_that_are_not_finite_put_an_image_into_no_class() -> None:
 
 @pytest.mark.parametrize("model", ["ConvNetD1W4", "ConvNetD1W4BN", "MLP"])
 @pytest.mark.parametrize("best_epoch", [False, True])
-def test_a_rate_that_is_too_large(model: str, best_epoch: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rate_that_is_too_large_is_told(model: str, best_epoch: bool, caplog: pytest.LogCaptureFixture) -> None:
     net = network_by_name(model, (1, 6, 6), 3)
     images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
     protocol = EvaluationProtocol(epochs=12, augment="none", best_epoch=best_epoch)
@@ -83,7 +85,16 @@ def test_a_rate_that_is_too_large(model: str, best_epoch: bool, caplog: pytest.L
     assert warning == "mine: 2 of 2 networks diverged at the learning rate 1e+09 and count as 0 %; a smaller one may do"
 
 
-def test_the_records_carry_it() -> None:
+def test_a_network_that_diverged_counts_as_0_where_it_guesses_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtt_fast.training.protocols.has_diverged", lambda *_: torch.tensor(True))
+    net = network_by_name("MLP", (1, 6, 6), 3)
+    images = Images(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)
+    result = measure(net, lambda _: images, images, 0.01, EvaluationProtocol(epochs=3), networks=2, seed=0)
+    assert result.values == (0.0, 0.0)
+    assert result.diverged == 2
+
+
+def test_records_tell_how_many_networks_diverged() -> None:
     one, other = Accuracy((0.5, 0.0, 0.0), diverged=2), Accuracy((0.5, 0.6, 0.7), best_epoch=True)
     line = accuracy_fields({"A": one, "B": other})
     assert (line["diverged"], line["diverged/A"], line.get("diverged/B")) == (2, 2, None)
@@ -101,7 +112,7 @@ def test_the_records_carry_it() -> None:
     assert "(best epoch, 2 of 3 diverged)" in markdown([cell], [], "p")
 
 
-def test_the_paper_s_tables_carry_it() -> None:
+def test_the_papers_tables_tell_how_many_networks_diverged() -> None:
     def summary(seed: int, **label: Any) -> dict[str, Any]:
         options = {"dataset": "digits", "model": "MLP", "ipc": 1, "seed": seed}
         return {"accuracy": {"distilled": {"mean": 0.5, "std": 0.1, "n": 5, **label}}, "options": options}
@@ -131,7 +142,7 @@ def test_an_evaluation_without_a_trained_network_fails(
     assert (accuracy["mean"], accuracy["n"], accuracy["diverged"]) == (0, 2, 2)
 
 
-def test_a_table_says_which_cells_have_none(
+def test_a_table_tells_whose_networks_diverged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -145,7 +156,9 @@ def test_a_table_says_which_cells_have_none(
     assert Path("table/cross.md").read_text().count("diverged") == 1
 
 
-def test_a_baseline_s_summary_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_summary_of_a_baseline_tells_how_many_networks_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     flags = (
         "random --dataset digits --model ConvNetD1W4 --num_eval 2 --epoch_eval_train 9 --lr_net 1e6 --out run".split()
@@ -171,7 +184,7 @@ def test_a_distillation_whose_set_is_not_finite_is_told_apart(name: str) -> None
         evaluate_sets(Job(), type("S", (), state)(), None)  # type: ignore[arg-type]
 
 
-def spoiled_expert(folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, epoch: int) -> None:
+def write_expert_with_nan(folder: Path, monkeypatch: pytest.MonkeyPatch, index: int, epoch: int) -> None:
     """Put NaN into an expert's file, past the check, with the checksums that belong to it."""
     store = TrajectoryStore(folder)
     rows = torch.stack([store.read(index, e) for e in range(store.epochs(index) + 1)])
@@ -187,7 +200,7 @@ def test_a_distillation_names_the_expert_that_holds_nan(
     shutil.copytree(experts[3], tmp_path / "buffers")
     (folder,) = {path.parent for path in (tmp_path / "buffers").rglob("expert_0000.safetensors")}
     for index in (0, 1):
-        spoiled_expert(folder, monkeypatch, index, 2)
+        write_expert_with_nan(folder, monkeypatch, index, 2)
     flags = [*TOY, "--data_path", experts[1], "--buffer_path", str(tmp_path / "buffers"), "--min_start_epoch", "1"]
     assert cli.run(distill.main, [*flags, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -197,10 +210,10 @@ def test_a_distillation_names_the_expert_that_holds_nan(
     assert TrajectoryStore(folder).read(0, 3).isfinite().all()
 
 
-def test_whoever_reads_an_expert_that_holds_nan_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_reader_names_an_expert_that_holds_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_buffers(tmp_path / "theirs", [trained(0)], 1)
     store = imported(tmp_path / "theirs", tmp_path / "ours")
-    spoiled_expert(store.folder, monkeypatch, 0, 2)
+    write_expert_with_nan(store.folder, monkeypatch, 0, 2)
     message = r"expert_0000\.safetensors: the expert's parameters after epoch 2 are not finite"
     with pytest.raises(InputError, match=message):
         TrajectoryStore(store.folder).read(0, 1.5)  # between it and the epoch before
@@ -212,7 +225,7 @@ def test_whoever_reads_an_expert_that_holds_nan_names_it(tmp_path: Path, monkeyp
     assert not list((tmp_path / "compressed").glob("*.safetensors"))
 
 
-def test_who_made_an_expert_that_is_not_written(tmp_path: Path) -> None:
+def test_an_expert_that_is_not_finite_is_not_written_and_its_origin_told(tmp_path: Path) -> None:
     rows = flat(trained(0))
     rows[1:, 0] = math.inf
     accuracy = [0.5] * len(rows)

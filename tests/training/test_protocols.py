@@ -84,7 +84,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics_beside_one_in_training() -> No
 
 @pytest.mark.parametrize("name", ["mtt", "ddranking"])
 @pytest.mark.parametrize("model", ["ConvNetD1W4BN", "ConvNetD1W4"])
-def test_equals_the_protocol_written_out(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_protocol_is_that_written_out(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use one batch, whose order does not matter. The best of every second epoch stands for every tenth."""
     monkeypatch.setattr("mtt_fast.training.protocols._TESTED_EVERY", 2)
     net = network_by_name(model, (1, 6, 6), 3)
@@ -108,8 +108,8 @@ def test_equals_the_protocol_written_out(name: str, model: str, monkeypatch: pyt
         nn.functional.cross_entropy(module(in_double.pixels), train.labels).backward()
         optimiser.step()
         with torch.no_grad():
-            found = module.eval()(test.pixels.double()).argmax(1)
-        accuracies.append(float((found == test.labels).double().mean()))
+            predictions = module.eval()(test.pixels.double()).argmax(1)
+        accuracies.append(float((predictions == test.labels).double().mean()))
         if name == "ddranking":
             schedule.step()
         elif epoch == 7 // 2 + 1:
@@ -180,7 +180,7 @@ def result_of(*arguments: str) -> dict[str, Any]:
     return result
 
 
-def test_evaluation_over_a_pool(a_set: Path) -> None:
+def test_a_set_is_evaluated_on_the_networks_of_a_pool(a_set: Path) -> None:
     result = result_of(str(a_set), "--eval_mode", "C", "--model", "ConvNetD1W4BN", "--protocol", "datm")
     assert list(result["accuracy_by_network"]) == ["ConvNetD1W4BN", "ConvNet"]
     assert result["accuracy"] == result["accuracy_by_network"]["ConvNetD1W4BN"]
@@ -194,7 +194,7 @@ def test_evaluation_over_a_pool(a_set: Path) -> None:
     assert best["accuracy"]["values"] == alone["accuracy"]["values"]  # of three epochs only the last is tested
 
 
-def test_records_of_evaluations() -> None:
+def test_evaluations_come_back_from_their_records() -> None:
     one, other = Accuracy((0.5, 0.7)), Accuracy((0.25,), best_epoch=True)
     record = {"mean": 0.6, "std": pytest.approx(0.02**0.5), "n": 2}
     line = accuracy_fields({"A": one})
@@ -212,7 +212,7 @@ TOY = (
 ).split()
 
 
-def test_distillation_of_a_network_with_batch_norm_and_a_pool(
+def test_a_network_with_batch_norm_is_distilled_with_a_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,24 @@ def test_epochs_in_a_row_are_epochs_one_by_one(batch_size: int, canvas: Canvas |
     assert torch.equal(at_once[2], torch.stack(losses))
 
 
+def test_the_loss_of_an_epoch_is_the_mean_over_its_images() -> None:
+    """Check it where the last batch is short, against the loop in plain torch."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).double()
+    net = FlatModule(module)
+    images = Images(torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.arange(8) % 5)
+    theta = net.init()
+    epoch = epoch_on(GenericStudent(net), images, Sgd(0.5, batch_size=3), None)
+    _, _, loss = epoch(theta, torch.zeros_like(theta), torch.Generator().manual_seed(2))
+    optimiser, total = torch.optim.SGD(module.parameters(), 0.5), 0.0
+    for index in torch.randperm(8, generator=torch.Generator().manual_seed(2)).split(3):
+        optimiser.zero_grad()
+        of_batch = nn.functional.cross_entropy(module(images.pixels[index]), images.labels[index])
+        of_batch.backward()
+        optimiser.step()
+        total += len(index) * float(of_batch.detach())
+    assert float(loss) == pytest.approx(total / 8, rel=1e-12)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 10])
 def test_running_statistics_go_through_a_chunk(at_once: int) -> None:
     net = FlatModule(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)))

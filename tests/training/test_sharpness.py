@@ -111,18 +111,18 @@ def test_a_gradient_of_nothing_stays_finite() -> None:
             return images.new_zeros(len(images), 2) + 0 * self.weight.sum()
 
     net = FlatModule(Constant(2, 2))
-    found = SharpnessAware(GenericStudent(net), 0.1, 0.5, adaptive=True).gradient(
+    step = SharpnessAware(GenericStudent(net), 0.1, 0.5, adaptive=True).gradient(
         net.init(), torch.randn(3, 2), torch.tensor([0, 1, 0])
     )
-    assert torch.equal(found.theta, torch.zeros_like(found.theta))
+    assert torch.equal(step.theta, torch.zeros_like(step.theta))
 
 
 def test_no_value_is_asked_for() -> None:
     """Use tensors without data, which have no values to give, so that a CUDA graph can record the step."""
     theta = torch.empty(NET.num_parameters, device="meta")
     images, labels = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
-    found = SharpnessAware(GenericStudent(NET), 0.1, 0.3, adaptive=True).gradient(theta, images, labels)
-    assert (found.theta.shape, found.loss.shape) == (theta.shape, ())
+    step = SharpnessAware(GenericStudent(NET), 0.1, 0.3, adaptive=True).gradient(theta, images, labels)
+    assert (step.theta.shape, step.loss.shape) == (theta.shape, ())
 
 
 @pytest.mark.gpu

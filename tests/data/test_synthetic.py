@@ -1,0 +1,29 @@
+"""Check what a distilled set says of its images: their classes, and how they look."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtt_fast import SyntheticDataset
+
+
+@pytest.mark.parametrize("label_kind", ["probabilities", "logits"])
+def test_the_class_of_an_image_with_a_soft_label_is_that_of_its_place(label_kind: str) -> None:
+    labels = torch.tensor([[0.0, 1.0]] * 6)  # all of them favour the second class
+    synthetic = SyntheticDataset(
+        torch.randn(6, 1, 2, 2), labels, torch.tensor(0.1), ("a", "b"), (0.5,), (0.25,), label_kind=label_kind
+    )
+    assert synthetic.classes.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_class_of_an_image_with_an_index_is_the_index() -> None:
+    labels = torch.tensor([1, 0, 1])
+    synthetic = SyntheticDataset(torch.randn(3, 1, 2, 2), labels, torch.tensor(0.1), ("a", "b"), (0.5,), (0.25,))
+    assert synthetic.classes.tolist() == [1, 0, 1]
+
+
+def test_pictures_are_the_images_without_normalisation_clipped_to_what_can_be_shown() -> None:
+    images = torch.tensor([-4.0, -1.0, 0.0, 1.0, 4.0, 0.5]).view(1, 1, 2, 3)
+    synthetic = SyntheticDataset(images, torch.tensor([0]), torch.tensor(0.1), ("a",), (0.5,), (0.25,))
+    assert synthetic.pictures().flatten().tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 0.625]
