@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -116,7 +116,7 @@ def test_files_of_the_public_code_are_evaluated(labels: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "probabilities", "logits"])
-def test_soft_labels_in_files_become_probabilities(kind: str | None) -> None:
+def test_soft_labels_in_files_become_probabilities(kind: Literal["probabilities", "logits"] | None) -> None:
     given = torch.randn(10, 10) if kind != "probabilities" else torch.rand(10, 10).softmax(1)
     torch.save(distilled().images, "images_best.pt")
     torch.save(given, "labels_best.pt")
