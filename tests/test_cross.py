@@ -66,6 +66,30 @@ def test_a_table_measures_only_what_is_added_to_it(monkeypatch: pytest.MonkeyPat
     assert len(measured) == 4  # another protocol is another question
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["--seed 1", "--num_eval 1", "--epoch_eval_train 4", "--lr_teacher 0.5", "--batch_train 5", "--protocol datm", "--best_epoch"],
+)  # fmt: skip
+def test_a_set_in_another_setting_is_measured_again(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    cell = {
+        "accuracy": {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]},
+        "text": "50 %", "seconds": 1.0, "device": "a device",
+    }  # fmt: skip
+
+    def measure(*arguments: Any) -> dict[str, Any]:
+        measured.append(arguments)
+        return cell
+
+    monkeypatch.setattr(cross, "_measure", measure)
+    words = ["run", *TOY, "--models", "MLP"]
+    for _ in range(2):
+        assert cli.run(cross.main, words) == 0
+    assert len(measured) == 1
+    assert cli.run(cross.main, [*words, *flags.split()]) == 0
+    assert len(measured) == 2
+
+
 def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
     def cell(network: str) -> dict[str, Any]:
         question = {"dataset": "CIFAR10", "ipc": 10, "network": network}

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from mtt_fast.analysis.evolution import CAPTION, evenly
+from mtt_fast.analysis.evolution import CAPTION, evenly, read_history
 from tests.analysis.helpers import run
 
 
@@ -46,6 +46,14 @@ def test_evolution_shows_every_snapshot(toy: Path, tmp_path: Path) -> None:
 
 def pixels(image: Image.Image) -> torch.Tensor:
     return torch.tensor(list(image.tobytes()), dtype=torch.int16)
+
+
+def test_snapshots_are_in_the_order_of_their_iterations(tmp_path: Path) -> None:
+    """Check that 1,000,000, which has a digit more, comes after 200,000."""
+    (tmp_path / "history").mkdir()
+    for iteration in (1_000_000, 200_000, 0):
+        Image.new("RGB", (4, 4)).save(tmp_path / "history" / f"iteration_{iteration:06d}.png")
+    assert list(read_history(tmp_path)) == [0, 200_000, 1_000_000]
 
 
 def test_frames_of_a_strip_are_evenly_spaced() -> None:

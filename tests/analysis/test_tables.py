@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mtt_fast.analysis.measured import measurements
 from mtt_fast.storage.files import write_json
 from tests.analysis.helpers import read, run
 
@@ -117,3 +118,19 @@ def test_wrong_folders_are_refused(
     assert run("tables", str(folder), "--out", str(tmp_path / "out")) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_are_averaged_over_seeds_and_not_over_data_or_repetitions() -> None:
+    """Check that a repeated seed is one measurement, and that two folders of one name are two settings."""
+
+    def of_run(mean: float, seed: int, fingerprint: str = "f00d") -> dict[str, Any]:
+        options = {"dataset": "digits", "model": "MLP", "ipc": 1, "seed": seed}
+        accuracy = {"distilled": {"mean": mean, "std": 0.0, "n": 5}}
+        return {"accuracy": accuracy, "options": options, "data": {"fingerprint": fingerprint}}
+
+    runs = {"a": of_run(0.5, 0), "b": of_run(0.7, 1), "again": of_run(0.9, 1), "other": of_run(0.1, 0, "beef")}
+    ((both, other),) = measurements({Path(name): run for name, run in runs.items()}).values()
+    assert (both.runs, both.n) == (("a", "b"), 2)
+    assert both.mean == pytest.approx(0.6)
+    assert both.std == pytest.approx(0.02**0.5)
+    assert (other.runs, other.n, other.mean) == (("other",), 5, 0.1)
