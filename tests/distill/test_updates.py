@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mtt_fast.distill.options import DistillOptions
-from mtt_fast.distill.updates import apply_gradients
+from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.errors import Diverged
 from mtt_fast.storage.checkpoint import State
 from mtt_fast.storage.metrics import MetricsLog
@@ -25,7 +25,9 @@ def apply_all(folder: Path, finite: Sequence[bool]) -> State:
     try:
         for is_finite in finite:
             gradients = [torch.ones_like(images), torch.zeros(())] if is_finite else None
-            apply_gradients(run, state, [], 1.0, gradients)
+            kind, values = apply_gradients(run.options, state, [], 1.0, gradients)
+            run.metrics.write(kind, state.iteration, **values)
+            check_converges(run, state)
     finally:
         run.metrics.close()
     return state

@@ -317,10 +317,10 @@ def test_none_is_trained_in_place_of_imported_experts(imported: Path, capsys: py
 
 
 def test_a_run_that_goes_on_elsewhere_trains_no_experts_anew(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Resume from another folder, where a relative --buffer_path names nothing: hours of training would begin."""
-    run, elsewhere = here / "new", tmp_path / "elsewhere"
+    run, elsewhere = working_folder / "new", tmp_path / "elsewhere"
     assert cli.run(distill, distil()) == 0
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -331,7 +331,7 @@ def test_a_run_that_goes_on_elsewhere_trains_no_experts_anew(
             "where the run was started, say in which --buffer_path they are, or restore them"
         )
     assert not (elsewhere / "buffers").exists()
-    assert cli.run(distill, [*more, "--buffer_path", str(here / "buffers")]) == 0
+    assert cli.run(distill, [*more, "--buffer_path", str(working_folder / "buffers")]) == 0
 
 
 def test_experts_of_the_other_whitening_are_pointed_out(
