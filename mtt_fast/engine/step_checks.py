@@ -39,7 +39,7 @@ def check_step(
     for name, direction in directions.items():
         _check_vector(name, direction, network, (theta.dtype,))
     _check_images(images, pixels, network)
-    _check_labels(labels, label_kind, len(images), network.num_classes, theta.dtype)
+    check_labels(labels, label_kind, len(images), network.num_classes, theta.dtype)
 
 
 def check_saved(saved: Any, network: ConvNet, images: Inputs) -> None:
@@ -79,7 +79,11 @@ def _check_images(images: Inputs, pixels: Tensor, network: ConvNet) -> None:
         raise InputError(f"`images`: expected the network's size {network.image_size}, found {tuple(images.shape[2:])}")
 
 
-def _check_labels(labels: Tensor, kind: LabelKind, count: int, classes: int, dtype: torch.dtype) -> None:
+def check_labels(labels: Tensor, kind: LabelKind, count: int, classes: int, dtype: torch.dtype) -> None:
+    """Raise `InputError` unless `labels` are indices below `classes`, int64, or one number a class, `dtype`, of `count` samples.
+
+    Indices are compared with the number of classes on a CPU alone: a GPU is not waited for.
+    """
     shape, kinds = ((count,), torch.int64) if kind == "indices" else ((count, classes), dtype)
     if labels.shape != shape or labels.dtype != kinds:
         raise InputError(f"`labels`: expected {kind} {shape}, {_short(kinds)}, found {_found(labels)}")

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtt_fast.kernels as kernels
 from mtt_fast.engine.batch import Inputs, gathered
+from mtt_fast.engine.step_checks import check_labels
 from mtt_fast.errors import InputError
-from mtt_fast.kernels import PartialSums
+from mtt_fast.kernels import LabelKind, PartialSums
 from mtt_fast.networks.protocol import Network
 
 # The memory of a generic step over its live bytes, since operations allocate inside and glibc's allocator keeps freed
@@ -145,13 +146,20 @@ plain_attention = _SharedSetting(functools.partial(sdpa_kernel, SDPBackend.MATH)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes)."""
+    """Return the mean cross-entropy; `labels` are class indices (b,) or probabilities (b, classes).
+
+    Raises `InputError` for labels that do not fit, those too that torch would leave out of the mean: then the pieces of a batch
+    would no longer add up to it.
+    """
+    if logits.dim() == 2:
+        kind: LabelKind = "probabilities" if labels.is_floating_point() else "indices"
+        check_labels(labels, kind, len(logits), logits.shape[1], labels.dtype)
     return F.cross_entropy(logits, labels)
 
 
 def cross_entropy_from_logits(logits: Tensor, label_logits: Tensor) -> Tensor:
     """Return the mean cross-entropy against softmax(`label_logits`) (b, classes): learned soft labels, as DATM keeps them."""
-    return F.cross_entropy(logits, label_logits.softmax(dim=1))
+    return cross_entropy(logits, label_logits.softmax(dim=1))
 
 
 @dataclass(frozen=True)

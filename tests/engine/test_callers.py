@@ -228,6 +228,22 @@ def test_inference_mode_is_refused(network: Network) -> None:
 
 
 @pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS - 1, r"expected class indices 0 … 2, found"),
+        (torch.where(LABELS == 0, -100, LABELS), r"expected class indices 0 … 2, found"),
+        (LABELS + 1, r"expected class indices 0 … 2, found"),
+        (F.one_hot(LABELS, 5).double(), r"expected probabilities \(\d, 3\), float64, found float64 of shape \(\d, 5\)"),
+    ],
+)
+def test_labels_of_other_classes_are_refused(network: Network, labels: Tensor, message: str) -> None:
+    """Refuse -100 too, which torch's cross-entropy leaves out: a batch that is cut would no longer have its mean."""
+    with pytest.raises(InputError, match=message):
+        unroll(network, START, Distilled().images, labels, 0.2, BATCHES, microbatch=2)
+
+
+@pytest.mark.parametrize("network", [NETWORK, FlatModule(MODULE)], ids=["ConvNet", "FlatModule"])
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.vmap])
 def test_functional_transforms_are_refused(network: Network, transform: Callable[..., Any]) -> None:
     def loss(images: Tensor) -> Tensor:
