@@ -83,5 +83,16 @@ def test_a_run_that_diverges_for_good_ends(
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 25
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_that_is_continued_ends_in_the_same_bits(experts: list[str], tmp_path: Path) -> None:
+    whole, continued = (str(tmp_path / name) for name in ("whole", "continued"))
+    flags = [*TOY, *experts, "--device", "cuda", "--eval_it", "6"]
+    assert run(*flags, "--out", whole) == 0
+    assert run(*flags, "--out", continued, "--Iteration", "3") == 0
+    assert run("--out", continued, "--resume", "--Iteration", "6") == 0
+    assert torch.equal(images_of(Path(continued)), images_of(Path(whole)))
+    assert _steps(continued) == _steps(whole)
+
+
 def _steps(folder: str) -> list[dict[str, Any]]:
     return [record for record in metrics_of(Path(folder)) if record["kind"] in ("step", "above_threshold")]
