@@ -16,7 +16,7 @@ import torch
 from bench.records import partial_rows, write_record
 
 NAME = "suite"
-_LONGEST = "test_triton_equals", "test_equals_the_generic_student", "test_the_meta_gradient"
+_LONGEST = "test_triton_equals", "test_equals_the_generic_student", "test_the_meta_gradient", "test_a_run_on_a_gpu"
 """Beginnings of the names of tests that compile many kernels."""
 _ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
