@@ -157,10 +157,11 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         pending = None
         groups = iter(lambda: list(islice(ahead, options.num_trajectories)), [])
         for segments, following in pairwise(chain(groups, [[]])):
-            pending = pending or start(segments)
-            loss, gradients, plan = finish_gradients(run, state, pending(), iteration_for)
+            loss, gradients, plan = finish_gradients(run, state, (pending or start(segments))(), iteration_for)
             kind, values = apply_gradients(options, state, segments, loss, gradients)
-            pending = start(following) if following else None  # a GPU does not wait for the files and the bar
+            pending = gradients = None  # the next iteration has room for its own alone
+            if following:  # a GPU does not wait for the files and the bar
+                pending = start(following)
             run.metrics.write(kind, state.iteration, **values)
             if kind == "skip":
                 check_converges(run, state)
