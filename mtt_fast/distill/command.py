@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from mtt_fast.distill.gradients import (
 from mtt_fast.distill.initial import initial_state
 from mtt_fast.distill.options import PROGRAM, DistillOptions, given_options, parse_options
 from mtt_fast.distill.run import DistillRun
-from mtt_fast.distill.segments import Segment, planned, read_segment, segment_numbers
+from mtt_fast.distill.segments import planned, read_segment, segment_numbers
 from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
@@ -154,20 +154,21 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
     def iterations() -> Iterator[None]:
         nonlocal plan
-        pending = None
-        groups = iter(lambda: list(islice(ahead, options.num_trajectories)), [])
-        for segments, following in pairwise(chain(groups, [[]])):
-            pending = pending or start(segments)
-            loss, gradients, plan = finish_gradients(run, state, pending(), iteration_for)
-            kind, values = apply_gradients(options, state, segments, loss, gradients)
-            pending = start(following) if following else None  # a GPU does not wait for the files and the bar
+        following = started(device, start_next)
+        while True:
+            pending = following()
+            loss, gradients, plan = finish_gradients(run, state, pending, iteration_for)
+            kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
+            if state.iteration < options.Iteration:
+                following = started(device, start_next)  # a GPU does not wait for the files and the bar
             run.metrics.write(kind, state.iteration, **values)
             if kind == "skip":
                 check_converges(run, state)
             yield
 
-    def start(segments: Sequence[Segment]) -> Callable[[], PendingGradients]:
-        return started(device, partial(start_gradients, run, state, segments, plan, iteration_for))
+    def start_next() -> PendingGradients:
+        segments = list(islice(ahead, options.num_trajectories))
+        return start_gradients(run, state, segments, plan, iteration_for)
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":

@@ -36,12 +36,16 @@ def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: i
 def started(device: torch.device, work: Callable[[], Item]) -> Callable[[], Item]:
     """Return a function that returns the result of `work()`; on CUDA, where `work` gives the device its kernels, it starts now.
 
-    On a CPU `work` is called when its result is asked for.
+    On a CPU `work` is called when its result is asked for. On both an exception of `work` is raised then.
     """
     if device.type != "cuda":
         return work
-    result = work()
-    return lambda: result
+    result: Future[Item] = Future()
+    try:
+        result.set_result(work())
+    except Exception as error:
+        result.set_exception(error)
+    return result.result
 
 
 def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]:
