@@ -186,7 +186,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
 def _shown(run: DistillRun, state: State, seconds: float) -> dict[str, str]:
     """Return what the bar shows of an iteration that took so many seconds."""
-    options, (*_, record) = run.options, run.metrics.records
+    options, record = run.options, run.metrics.records[-1]
     images = options.num_trajectories * options.syn_steps * (options.batch_syn or len(state.images))
     # from the record, since a GPU that is asked for the rate would end the next iteration first
     shown = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}

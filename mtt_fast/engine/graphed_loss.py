@@ -106,9 +106,9 @@ class GraphedMatchingLoss:
         arguments.check_context()
         augment = self._options.augment
         arguments.check_types(start, images, labels, augment)
-        arguments.check_target(target, start)
         indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, start)
         student = checked_student(self._net, self._options, start, images, labels, lr, indices)
+        arguments.check_target(target, start)
         parameters = _parameters(augment, draws, images, indices, generator)
         iteration = self._iteration(student, (start, images, labels, lr), indices, parameters)
         constants = (start, target, torch.cat(indices), *(() if parameters is None else (parameters,)))

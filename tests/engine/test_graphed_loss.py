@@ -348,6 +348,7 @@ def test_a_path_in_host_memory_is_told(monkeypatch: pytest.MonkeyPatch, caplog: 
             r"target: expected the shape and the device of start, \(\d+,\) on cpu, found \(3,\)",
         ),
         ({"target": None}, "target: expected the shape and the device of start"),
+        ({"start": torch.zeros(3)}, r"theta: expected \(291,\) parameters of the network"),
         ({"images": [1.0]}, "images: expected a tensor, found list"),
         ({"lr": -1.0}, "lr: expected finite numbers of at least 0"),
         ({"batches": [torch.tensor([6])]}, r"expected indices 0 … 5, found 6 … 6 in step 0"),
