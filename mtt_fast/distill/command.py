@@ -12,7 +12,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from mtt_fast.engine.student_choice import describe_numerics, precision_on
 from mtt_fast.recipes import recipe_about
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.numerics import numerics
-from mtt_fast.runtime.prefetch import prefetched, sender, started
+from mtt_fast.runtime.prefetch import called, prefetched, sender, started
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
 from mtt_fast.storage.expert_checks import FLAGS
@@ -154,21 +154,25 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
     def iterations() -> Iterator[None]:
         nonlocal plan
-        pending = None
-        groups = iter(lambda: list(islice(ahead, options.num_trajectories)), [])
-        for segments, following in pairwise(chain(groups, [[]])):
-            loss, gradients, plan = finish_gradients(run, state, (pending or start(segments))(), iteration_for)
-            kind, values = apply_gradients(options, state, segments, loss, gradients)
-            pending = gradients = None  # the next iteration has room for its own alone
-            if following:  # a GPU does not wait for the files and the bar
-                pending = start(following)
+        result = started(device, partial(start, called(next_segments)))
+        while True:
+            pending = result()
+            segments = called(next_segments)  # others are read and drawn while a GPU computes
+            loss, gradients, plan = finish_gradients(run, state, pending, iteration_for)
+            kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
+            del result, pending, gradients  # the next iteration has room for its own alone
+            if state.iteration < options.Iteration:
+                result = started(device, partial(start, segments))  # a GPU does not wait for the files and the bar
             run.metrics.write(kind, state.iteration, **values)
             if kind == "skip":
                 check_converges(run, state)
             yield
 
-    def start(segments: Sequence[Segment]) -> Callable[[], PendingGradients]:
-        return started(device, partial(start_gradients, run, state, segments, plan, iteration_for))
+    def next_segments() -> Sequence[Segment]:
+        return list(islice(ahead, options.num_trajectories))
+
+    def start(segments: Callable[[], Sequence[Segment]]) -> PendingGradients:
+        return start_gradients(run, state, segments(), plan, iteration_for)
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":
@@ -186,7 +190,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
 
 def _shown(run: DistillRun, state: State, seconds: float) -> dict[str, str]:
     """Return what the bar shows of an iteration that took so many seconds."""
-    options, (*_, record) = run.options, run.metrics.records
+    options, record = run.options, run.metrics.records[-1]
     images = options.num_trajectories * options.syn_steps * (options.batch_syn or len(state.images))
     # from the record, since a GPU that is asked for the rate would end the next iteration first
     shown = {"loss": f"{record['loss']:.4f}"} if "loss" in record else {}

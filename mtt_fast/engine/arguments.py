@@ -34,6 +34,15 @@ def check_context() -> None:
         )
 
 
+def check_derived_once() -> None:
+    """Raise `InputError` in a backward pass with create_graph=True: its results would be constants to a second derivative."""
+    if torch.is_grad_enabled():
+        raise InputError(
+            "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
+            "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
+        )
+
+
 def check_types(theta: Tensor, images: Tensor, labels: Tensor, augment: Augment | None) -> None:
     """Raise `InputError` unless these are tensors, and `augment`, if there is one, an augmentation."""
     for name, value in (("theta", theta), ("images", images), ("labels", labels)):
@@ -153,6 +162,7 @@ def draws_of(
     """
     if draws is None:
         return [augment.draw(images.detach()[index], generator) if augment else None for index in batches]
+    draws = list(draws)
     if augment is None or len(draws) != len(batches):
         raise InputError(
             f"unroll draws: expected those of an augmentation for each of {len(batches)} steps, found {len(draws)}"
@@ -177,7 +187,7 @@ def rates_of(lr: Any, theta: Tensor) -> Tensor:
     if isinstance(lr, Tensor):
         if lr.is_complex():
             raise InputError(f"unroll lr: expected real numbers, found {lr.dtype}")
-        return lr.to(theta.device)
+        return lr.to(theta.device, None if lr.is_floating_point() else theta.dtype)
     if isinstance(lr, Sequence) and any(isinstance(rate, Tensor) for rate in lr):
         raise InputError("unroll lr: expected numbers or one tensor, found a list of tensors; use torch.stack")
     try:
@@ -186,4 +196,4 @@ def rates_of(lr: Any, theta: Tensor) -> Tensor:
         raise InputError(f"unroll lr: expected a number, numbers or a tensor, found {lr!r}") from error
     if not bool((rates.isfinite() & (rates >= 0)).all()):
         raise InputError(f"unroll lr: expected finite numbers of at least 0, found {lr}")
-    return rates.to(theta.device)
+    return upload(rates, theta.device)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtt_fast.augmentation.protocol import Augment, warp_of
 from mtt_fast.engine import arguments
@@ -26,6 +26,7 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import GraphedFunction
+from mtt_fast.runtime.numerics import without_autocast
 from mtt_fast.runtime.prefetch import upload
 
 log = logging.getLogger(__name__)
@@ -40,13 +41,14 @@ class GraphedMatchingLoss:
     kernels, and records the loss and its gradients. A later call copies its tensors into the graph and starts it, and waits for
     nothing. So what network, loss and augmentation take from Python, as whether a module trains, stays as it was at the first call.
     A recording's memory, that of its plan, is held for as long as the object is. On a CPU nothing is recorded, and each call computes.
+    Call one object on one stream.
 
     The gradients are computed together with the loss, whoever asks for them; a backward pass scales them and hands them on.
 
     Args:
         net: the student's network, and all else but `of_path` as in `unroll`.
-        of_path: from the path (N + 1, P), the start and the target (P,) to a loss (): by default the paper's, or
-            `functools.partial(mtt_fast.path_loss, match_step="nearest")`, or a function of your own that asks no tensor for its
+        of_path: from the path (N + 1, P), as `unroll` returns it, the start and the target (P,) to a loss (): by default the paper's,
+            or `functools.partial(mtt_fast.path_loss, match_step="nearest")`, or a function of your own that asks no tensor for its
             value, draws no random number, and depends on no other tensor.
 
     Example:
@@ -81,6 +83,7 @@ class GraphedMatchingLoss:
             weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,
         )  # fmt: skip
         self._iterations: dict[Any, Iteration] = {}
+        self._obstacle: str | None = None
 
     def __call__(
         self,
@@ -98,14 +101,14 @@ class GraphedMatchingLoss:
 
         The student starts at the parameters `start` (P,), and `target` (P,) is what its path should come to; both are constants.
         All else is as in `unroll`. The paper's loss is not finite where the expert did not move. Raises `InputError` as `unroll`, and
-        for an augmentation whose draws for a step are no tensor with a row for each image.
+        for an augmentation whose draws for a step are no tensor with a row for each image, as `KorniaAugment`'s are not.
         """
         arguments.check_context()
         augment = self._options.augment
         arguments.check_types(start, images, labels, augment)
-        arguments.check_target(target, start)
         indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, start)
         student = checked_student(self._net, self._options, start, images, labels, lr, indices)
+        arguments.check_target(target, start)
         parameters = _parameters(augment, draws, images, indices, generator)
         iteration = self._iteration(student, (start, images, labels, lr), indices, parameters)
         constants = (start, target, torch.cat(indices), *(() if parameters is None else (parameters,)))
@@ -113,9 +116,11 @@ class GraphedMatchingLoss:
 
     @property
     def problem(self) -> str | None:
-        """Return the reason why calls on a GPU are no longer recorded, so that they run slower, or None."""
-        recorded = (each for each in self._iterations.values() if isinstance(each, GraphedFunction))
-        return next((each.problem for each in recorded if each.problem), None)
+        """Return the reason why some calls on a GPU are not recorded, so that they run slower, or None."""
+        return next((each.problem for each in self._recorded() if each.problem), self._obstacle)
+
+    def _recorded(self) -> list[GraphedFunction]:
+        return [each for each in self._iterations.values() if isinstance(each, GraphedFunction)]
 
     def _iteration(
         self,
@@ -129,23 +134,24 @@ class GraphedMatchingLoss:
         kind = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
         if kind in self._iterations:
             return self._iterations[kind]
+        start, images, labels, _ = tensors
         first_draws = None if parameters is None else parameters[: lengths[0]]
-        plan = checked_plan(
-            student, self._net, options, *tensors[:3], batches, first_draws, has_velocity=options.momentum != 0,
-            path_gradient=self._of_path is not path_loss,
-        )  # fmt: skip
-        is_recorded = len(self._iterations) < _MOST
-        iteration = planned_iteration(
-            self._net, plan, options.augment, lengths, loss=self._of_path, momentum=options.momentum,
-            weight_decay=options.weight_decay, gradient=options.gradient, graph=is_recorded,
-        )  # fmt: skip
-        if is_recorded:
-            self._iterations[kind] = iteration
-        else:
-            log.warning(
-                "not recorded, so that it runs slower, with the same result: more than %d sets of shapes", _MOST
+        with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
+            plan = checked_plan(
+                student, self._net, options, start, images.detach().requires_grad_(), labels, batches, first_draws,
+                has_velocity=options.momentum != 0, path_gradient=self._of_path is not path_loss,
+            )  # fmt: skip
+        is_full = len(self._recorded()) == _MOST
+        if is_full or plan.path_on_host:
+            self._obstacle = (
+                f"more than {_MOST} sets of shapes" if is_full else "path in host memory; raise `memory_budget`"
             )
-        return iteration
+            log.warning("not recorded, so that it runs slower, with the same result: %s", self._obstacle)
+        self._iterations[kind] = planned_iteration(
+            self._net, plan, options.augment, lengths, loss=partial(_checked_loss, self._of_path), momentum=options.momentum,
+            weight_decay=options.weight_decay, gradient=options.gradient, graph=not is_full,
+        )  # fmt: skip
+        return self._iterations[kind]
 
 
 class _LossWithGradients(torch.autograd.Function):
@@ -156,15 +162,28 @@ class _LossWithGradients(torch.autograd.Function):
         ctx: Any, iteration: Iteration, constants: Sequence[Tensor], images: Tensor, labels: Tensor, lr: Tensor
     ) -> Tensor:
         start, target, *draws = constants
-        loss, *gradients = iteration(start, target, images, labels, lr, *draws)
+        with without_autocast(start.device):
+            loss, *gradients = iteration(start, target, images, labels, lr, *draws)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        arguments.check_derived_once()
         images, lr, *labels = (grad.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors)
         return None, None, images, next(iter(labels), None), lr
+
+
+def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor) -> Tensor:
+    """Return the loss `of_path` in float64. Raises `InputError` unless it is a scalar that depends on the path."""
+    loss = of_path(path, start, target)
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        without = ", without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise InputError(
+            f"GraphedMatchingLoss of_path: expected a tensor () that depends on the path, found {found}{without}"
+        )
+    return loss.double()
 
 
 def _parameters(
@@ -183,6 +202,12 @@ def _parameters(
     if augment is None:
         return None
     rows = [_row_for_each(augment, of_step, images, index) for of_step, index in zip(draws, batches, strict=True)]
+    kinds = {(str(each.dtype), tuple(each.shape[1:]), str(each.device)) for each in rows}
+    if len(kinds) > 1:
+        raise InputError(
+            f"GraphedMatchingLoss augment: expected draws of one dtype and shape in all steps, found {sorted(kinds)}; use `unroll`, which "
+            "takes any"
+        )
     return _on_device_of(images, torch.cat(rows))
 
 
@@ -198,7 +223,8 @@ def _row_for_each(augment: Augment, draws: Any, images: Tensor, index: Tensor) -
         return warp.to(torch.promote_types(images.dtype, torch.float32))
     if isinstance(draws, Tensor) and draws.shape[:1] == index.shape:
         return draws
+    found = f"shape {tuple(draws.shape)}" if isinstance(draws, Tensor) else type(draws).__name__
     raise InputError(
-        "GraphedMatchingLoss augment: expected draws for a step that are a tensor with a row for each image, found "
-        f"{type(draws).__name__} of shape {tuple(getattr(draws, 'shape', ()))}; use `unroll`, which takes any"
+        f"GraphedMatchingLoss augment: expected draws for a step that are a tensor with a row for each of {len(index)} images, "
+        f"found {found}; use `unroll`, which takes any"
     )

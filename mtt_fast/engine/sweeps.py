@@ -16,11 +16,11 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import warp_of
+from mtt_fast.engine.arguments import check_derived_once
 from mtt_fast.engine.batch import AugmentedBatch, Batch
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
 from mtt_fast.engine.student import Student
-from mtt_fast.errors import InputError
 from mtt_fast.kernels import PartialSums
 from mtt_fast.runtime.numerics import without_autocast
 
@@ -86,15 +86,11 @@ def path_of(
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` as an autograd function's `backward`, once: its results would be constants to a second derivative."""
+    """Return `function` as an autograd function's `backward`, which can be derived once, whatever the caller's autocast."""
 
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise InputError(
-                "unroll: differentiable once, found a backward pass with create_graph=True; leave create_graph out, or "
-                "record the steps with torch.autograd.grad(…, create_graph=True) yourself"
-            )
+        check_derived_once()
         with without_autocast(ctx.device):
             return function(ctx, *gradients)
 

@@ -63,11 +63,16 @@ class GraphedFunction:
         self._function = function
         self._record = record
         self._recordings: dict[tuple[object, ...], tuple[tuple[Tensor, ...], Recording]] = {}
+        self._one_call = threading.Lock()  # at a time: another thread's inputs would take the place of this one's
         self.problem: str | None = None
         """the reason why calls are no longer recorded; None while they are recorded"""
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return the function's results for `inputs`."""
+        with self._one_call:
+            return self._called(*inputs)
+
+    def _called(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         kind = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if kind not in self._recordings and self.problem is None:
             self._add(kind, inputs)

@@ -37,7 +37,8 @@ class StopRequest:
 def stop_request() -> Iterator[StopRequest]:
     """Yield a request that the first SIGINT, SIGTERM or SIGHUP within the block sets without an interruption; a second one interrupts.
 
-    A signal that the process ignores, as nohup says of SIGHUP and a shell of SIGINT in the background, stays ignored. Outside the main thread, where Python allows no handlers, the request is never set.
+    A signal that the process ignores, as nohup says of SIGHUP and a shell of SIGINT in the background, stays ignored. Outside
+    the main thread, where Python allows no handlers, the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -33,15 +33,22 @@ def prefetched(make: Callable[[Index], Item], indices: Iterable[Index], depth: i
             thread.shutdown(wait=True, cancel_futures=True)
 
 
-def started(device: torch.device, work: Callable[[], Item]) -> Callable[[], Item]:
-    """Return a function that returns the result of `work()`; on CUDA, where `work` gives the device its kernels, it starts now.
+def called(work: Callable[[], Item]) -> Callable[[], Item]:
+    """Call `work` now, and return a function that returns its result, or raises its exception in its place."""
+    result: Future[Item] = Future()
+    try:
+        result.set_result(work())
+    except Exception as error:
+        result.set_exception(error)
+    return result.result
 
-    On a CPU `work` is called when its result is asked for.
+
+def started(device: torch.device, work: Callable[[], Item]) -> Callable[[], Item]:
+    """Return a function that returns the result of `work()`, or raises its exception.
+
+    On CUDA, where `work` gives the device its kernels, it is called now; on a CPU when the result is asked for.
     """
-    if device.type != "cuda":
-        return work
-    result = work()
-    return lambda: result
+    return called(work) if device.type == "cuda" else work
 
 
 def sender(device: torch.device) -> Callable[[tuple[Tensor, ...]], Callable[[], tuple[Tensor, ...]]]:

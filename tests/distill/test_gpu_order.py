@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from mtt_fast.distill import command
 from mtt_fast.distill.gradients import PendingGradients
+from mtt_fast.errors import InputError
+from mtt_fast.runtime import prefetch
 from mtt_fast.storage.metrics import MetricsLog
 from tests.distill.command_runs import TOY, images_of, metrics_of, run
 
@@ -26,8 +30,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def started(device: torch.device, work: Work) -> Work:
         events.append("start")
-        pending = work()
-        return lambda: pending
+        return prefetch.started(torch.device("cuda"), work)
 
     write = MetricsLog.write
 
@@ -92,6 +95,33 @@ def test_a_run_on_a_gpu_that_is_continued_ends_in_the_same_bits(experts: list[st
     assert run("--out", continued, "--resume", "--Iteration", "6") == 0
     assert torch.equal(images_of(Path(continued)), images_of(Path(whole)))
     assert _steps(continued) == _steps(whole)
+
+
+@pytest.mark.parametrize("fails", ["read_segment", "start_gradients"])
+@pytest.mark.parametrize("order", ["CPU", "GPU"])
+def test_what_the_next_iteration_cannot_do_takes_nothing_from_the_last(
+    order: str,
+    fails: str,
+    experts: list[str],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if order == "GPU":
+        request.getfixturevalue("events")
+    original, calls = getattr(command, fails), itertools.count(1)
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls) == 4:
+            raise InputError("the fourth")
+        return original(*arguments)
+
+    monkeypatch.setattr(command, fails, failing)
+    assert run(*TOY, *experts, "--eval_it", "3", "--save_seconds", "9", "--out", str(tmp_path)) == 2
+    kinds = [(record["kind"], record["iteration"]) for record in metrics_of(tmp_path)]
+    assert kinds == [("evaluation", 0), ("step", 1), ("step", 2), ("step", 3), ("evaluation", 3)]
+    monkeypatch.setattr(command, fails, original)
+    assert run("--out", str(tmp_path), "--resume") == 0
 
 
 def _steps(folder: str) -> list[dict[str, Any]]:

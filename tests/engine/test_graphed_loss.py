@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from mtt_fast import (
 )
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.engine.iteration import Iteration, planned_iteration
+from mtt_fast.engine.unroll import checked_plan
 from mtt_fast.networks.protocol import Network
 from mtt_fast.runtime.cuda_graphs import GraphedFunction, Recording
 from mtt_fast.testing import assert_close
@@ -182,6 +184,84 @@ def test_canvases_are_cropped() -> None:
         assert_close("loss or gradient", mine, theirs, 1e-12)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    given = tensors()
+    loss = GraphedMatchingLoss(NET, label_kind="logits")(**given, batches=BATCHES)
+    with pytest.raises(InputError, match="differentiable once"):
+        torch.autograd.grad(loss, given["images"], create_graph=True)
+
+
+def test_the_images_may_change_before_the_backward_pass() -> None:
+    given, graphed = tensors(), GraphedMatchingLoss(NET, label_kind="logits")
+    expected, loss = gradients(graphed(**given, batches=BATCHES), given), graphed(**given, batches=BATCHES)
+    with torch.no_grad():
+        given["images"].zero_()
+    assert all(map(torch.equal, gradients(loss, given), expected))
+
+
+def test_autocast_around_it_does_not_reach_the_loss() -> None:
+    def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
+        return torch.einsum("np,p->n", path.float(), target.float()).square().mean()
+
+    given, graphed = tensors(), GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)
+    expected = gradients(graphed(**given, batches=BATCHES), given)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = graphed(**given, batches=BATCHES)
+    assert all(map(torch.equal, gradients(loss, given), expected))
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(1), torch.tensor([1, 0, 2]), torch.tensor(True)], ids=str)
+def test_rates_may_be_whole_numbers(lr: Tensor) -> None:
+    given, graphed = tensors(), GraphedMatchingLoss(NET, label_kind="logits")
+    assert torch.equal(
+        graphed(**given | {"lr": lr}, batches=BATCHES), graphed(**given | {"lr": lr.double()}, batches=BATCHES)
+    )
+
+
+def test_draws_may_come_from_an_iterator() -> None:
+    given, graphed = tensors(), GraphedMatchingLoss(NET, augment=FLIP, label_kind="logits")
+    draws = [torch.rand(len(index), 1, 1, 1) < 0.5 for index in BATCHES]
+    expected = graphed(**given, batches=BATCHES, draws=draws)
+    assert torch.equal(graphed(**given, batches=BATCHES, draws=(each for each in draws)), expected)  # type: ignore[arg-type]
+
+
+def test_a_network_without_a_gradient_to_the_images_is_refused_by_a_call_that_needs_none() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(128, 3).double()
+
+        def forward(self, images: Tensor) -> Tensor:
+            outputs: Tensor = self.linear(images.detach().flatten(1))
+            return outputs
+
+    net = FlatModule(Cut())
+    with torch.no_grad(), pytest.raises(InputError, match="depends on the images"):
+        GraphedMatchingLoss(net, label_kind="logits")(**tensors(net), batches=BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("of_path", "found"),
+    [
+        (lambda path, start, target: float((path[-1] - target).detach().square().sum()), "found float"),
+        (lambda path, start, target: (path[-1] - target).square(), r"found shape \(291,\)"),
+        (lambda path, start, target: (path[-1].detach() - target).sum(), r"found shape \(\), without a gradient"),
+    ],
+    ids=["value", "vector", "constant"],
+)
+def test_what_is_no_loss_of_the_path_is_refused(of_path: Loss, found: str) -> None:
+    with pytest.raises(InputError, match=f"of_path: expected a tensor \\(\\) that depends on the path, {found}"):
+        GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
+
+
+def test_a_loss_in_float32_is_returned_in_float64() -> None:
+    def of_path(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
+        return (path[-1] - target).square().sum().float()
+
+    graphed = GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)
+    assert graphed(**tensors(), batches=BATCHES).dtype == torch.float64
+
+
 def test_without_gradients_there_is_the_loss_alone() -> None:
     given = tensors()
     graphed = GraphedMatchingLoss(NET, label_kind="logits")
@@ -232,8 +312,32 @@ def test_only_so_many_are_recorded(recordings: list[Recording], caplog: pytest.L
     for steps in range(1, 11):
         index = torch.arange(2).expand(steps, -1)
         assert graphed(**{**given, "lr": 0.1}, batches=index).isfinite()
+        graphed(**{**given, "lr": 0.1}, batches=index)
     assert len(recordings) == 8
-    assert caplog.text.count("not recorded") == 2
+    assert caplog.text.count("not recorded") == 2  # once for each other kind of arguments
+    assert graphed.problem == "more than 8 sets of shapes"
+
+
+def test_on_a_cpu_there_are_not_too_many(caplog: pytest.LogCaptureFixture) -> None:
+    graphed, given = GraphedMatchingLoss(NET, label_kind="logits"), tensors()
+    for steps in range(1, 11):
+        graphed(**{**given, "lr": 0.1}, batches=torch.arange(2).expand(steps, -1))
+    assert graphed.problem is None
+    assert "not recorded" not in caplog.text
+
+
+def test_a_path_in_host_memory_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    given, expected = tensors(), GraphedMatchingLoss(NET, label_kind="logits")(**tensors(), batches=BATCHES)
+
+    def on_host(*arguments: Any, **options: Any) -> Plan:
+        return dataclasses.replace(checked_plan(*arguments, **options), path_on_host=True)
+
+    monkeypatch.setattr("mtt_fast.engine.graphed_loss.checked_plan", on_host)
+    graphed = GraphedMatchingLoss(NET, label_kind="logits")
+    for _ in range(2):
+        assert torch.equal(graphed(**given, batches=BATCHES), expected)
+    assert graphed.problem == "path in host memory; raise `memory_budget`"
+    assert caplog.text.count("not recorded") == 1
 
 
 @pytest.mark.parametrize(
@@ -244,6 +348,7 @@ def test_only_so_many_are_recorded(recordings: list[Recording], caplog: pytest.L
             r"target: expected the shape and the device of start, \(\d+,\) on cpu, found \(3,\)",
         ),
         ({"target": None}, "target: expected the shape and the device of start"),
+        ({"start": torch.zeros(3)}, r"theta: expected \(291,\) parameters of the network"),
         ({"images": [1.0]}, "images: expected a tensor, found list"),
         ({"lr": -1.0}, "lr: expected finite numbers of at least 0"),
         ({"batches": [torch.tensor([6])]}, r"expected indices 0 … 5, found 6 … 6 in step 0"),
@@ -266,7 +371,15 @@ def test_options_that_do_not_fit_are_told() -> None:
         ({"momentum": -1.0}, "momentum: expected a finite number"),
         (
             {"augment": Augmentation(lambda images, _: 0.5, lambda images, share: images * share)},
-            "a row for each image",
+            "a row for each of 1 images, found float",
+        ),
+        (
+            {"augment": Augmentation(lambda images, _: torch.ones(2), lambda images, shares: images * shares[0])},
+            r"a row for each of 1 images, found shape \(2,\)",
+        ),
+        (
+            {"augment": Augmentation(lambda images, _: torch.ones(len(images), len(images)), lambda images, _: images)},
+            "draws of one dtype and shape in all steps",
         ),
     ):
         with pytest.raises(InputError, match=message):
@@ -306,3 +419,15 @@ def test_a_gpu_replays_what_unroll_computes(net: Network) -> None:
         with torch.no_grad():
             given["images"] += 0.1
     assert graphed.problem is None
+
+
+@pytest.mark.gpu
+def test_a_later_call_on_a_gpu_waits_for_nothing() -> None:
+    graphed, given = GraphedMatchingLoss(NET, augment=SiameseAugment(), label_kind="logits"), tensors(device="cuda")
+    given["lr"] = 0.1
+    graphed(**given, batches=BATCHES)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphed(**given, batches=BATCHES).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -47,6 +49,17 @@ def test_recorded_once_for_each_set_of_shapes() -> None:
     for values in (torch.ones(2), torch.ones(3), torch.zeros(2), torch.ones(3, dtype=torch.float64)):
         assert torch.equal(run(values)[0], 2 * values)
     assert (record.recorded, record.graphed) == (3, 4)
+
+
+def test_threads_do_not_take_each_others_inputs() -> None:
+    def slowly(values: Tensor) -> tuple[Tensor, ...]:
+        time.sleep(0.01)
+        return double(values)
+
+    run = GraphedFunction(slowly, Repeating())
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda number: run(torch.tensor(number))[0], range(12)))
+    assert [int(result) for result in results] == [2 * number for number in range(12)]
 
 
 def test_too_many_shapes_are_told_once_and_still_computed(caplog: pytest.LogCaptureFixture) -> None:

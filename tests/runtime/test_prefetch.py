@@ -119,3 +119,13 @@ def test_work_starts_at_once_where_the_device_goes_on_alone() -> None:
     assert calls == ["cuda"]
     assert (pending(), pending(), later()) == (None, None, None)
     assert calls == ["cuda", "cpu"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_error_comes_where_its_result_is_asked_for(device: str) -> None:
+    def work() -> None:
+        raise ValueError("no result")
+
+    result = started(torch.device(device), work)
+    with pytest.raises(ValueError, match="no result"):
+        result()
