@@ -34,7 +34,7 @@ def check_context() -> None:
         )
 
 
-def check_derived_once() -> None:
+def check_differentiated_once() -> None:
     """Raise `InputError` in a backward pass with create_graph=True: its results would be constants to a second derivative."""
     if torch.is_grad_enabled():
         raise InputError(

@@ -169,7 +169,7 @@ class _LossWithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        arguments.check_derived_once()
+        arguments.check_differentiated_once()
         images, lr, *labels = (grad.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors)
         return None, None, images, next(iter(labels), None), lr
 

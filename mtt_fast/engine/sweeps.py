@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mtt_fast.kernels as kernels
 from mtt_fast.augmentation.protocol import warp_of
-from mtt_fast.engine.arguments import check_derived_once
+from mtt_fast.engine.arguments import check_differentiated_once
 from mtt_fast.engine.batch import AugmentedBatch, Batch
 from mtt_fast.engine.path import StudentPath
 from mtt_fast.engine.rows import Rows
@@ -86,11 +86,11 @@ def path_of(
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` as an autograd function's `backward`, which can be derived once, whatever the caller's autocast."""
+    """Return `function` as an autograd function's `backward`: once, and without the caller's autocast."""
 
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        check_derived_once()
+        check_differentiated_once()
         with without_autocast(ctx.device):
             return function(ctx, *gradients)
 
