@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,10 @@ def test_tensorboard_reads_them_as_they_are_written(tmp_path: Path) -> None:
     assert scalars_in(tmp_path)["step/lr"] == [(2, 2.0)]
 
 
-def test_a_run_that_goes_on_takes_the_place_of_what_was_written_behind_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_takes_the_place_of_what_was_written_behind_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "_number", itertools.count(9))  # TensorBoard reads files in the order of their names
     for first in (1, 3):
         log = EventLog(tmp_path, first)
         for iteration in range(first, first + 4):
