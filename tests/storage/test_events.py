@@ -15,7 +15,8 @@ import pytest
 from mtt_fast.commands import cli
 from mtt_fast.storage import events
 from mtt_fast.storage.events import EventLog
-from mtt_fast.storage.metrics import MetricsLog
+from mtt_fast.storage.metrics import MetricsLog, read_records
+from mtt_fast.storage.run_folder import METRICS
 
 
 def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -46,6 +47,22 @@ def test_a_run_that_goes_on_takes_the_place_of_what_was_written_behind_its_check
             log.write({"loss": float(first)}, iteration)
         log.close()
     assert scalars_in(tmp_path) == {"loss": [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0), (5, 3.0), (6, 3.0)]}
+
+
+def test_a_run_that_was_killed_after_its_checkpoint_does_those_iterations_again_and_no_others(tmp_path: Path) -> None:
+    def went_on(iteration: int, to: int, loss: float) -> MetricsLog:
+        log = MetricsLog(tmp_path, iteration)
+        for number in range(iteration + 1, to + 1):
+            log.write("step", number, loss=loss, lr=0.5)
+        log.close()
+        return log
+
+    went_on(0, 4, 1.0)
+    again = went_on(2, 3, 3.0)  # the last checkpoint was that of iteration 2
+    losses = [(1, 1.0), (2, 1.0), (3, 3.0)]
+    assert [(record["iteration"], record["loss"]) for record in again.records] == losses
+    assert [(record["iteration"], record["loss"]) for record in read_records(tmp_path / METRICS)] == losses
+    assert scalars_in(tmp_path / "events")["step/loss"] == losses
 
 
 class FullDisk(io.FileIO):
