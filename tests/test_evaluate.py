@@ -106,7 +106,7 @@ def test_networks_are_trained_as_the_command_says(monkeypatch: pytest.MonkeyPatc
         return Accuracy((0.5,))
 
     monkeypatch.setattr("mtt_fast.evaluate.evaluate", measured)
-    monkeypatch.setattr("mtt_fast.evaluate.precision_on", lambda *_: "tf32")  # a CPU's is fp32 whatever is asked
+    monkeypatch.setattr("mtt_fast.evaluate.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
     distilled().save("set.safetensors")
     for flags in ([], ["--lr_teacher", "0.5"]):
         result_of("set.safetensors", "--seed", "7", "--networks_at_once", "2", *flags)

@@ -76,7 +76,7 @@ def test_missing_experts_are_trained_as_the_run_says(tmp_path: Path, monkeypatch
         raise InputError("this is enough")
 
     monkeypatch.setattr("mtt_fast.distill.experts.train_missing_experts", train)
-    monkeypatch.setattr("mtt_fast.distill.experts.precision_on", lambda *_: "tf32")  # a CPU's is fp32 whatever is asked
+    monkeypatch.setattr("mtt_fast.distill.experts.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
     flags = "--seed 7 --networks_at_once 2 --memory_budget 1GiB --num_experts 4".split()
     assert run(tmp_path, tmp_path / "run", *flags) == 2
     assert asked == [(4, 7, "tf32", 2, "1GiB")]
