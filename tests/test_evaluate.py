@@ -98,6 +98,21 @@ def test_a_file_brings_its_own_settings() -> None:
     assert result_of("set.safetensors", "--num_eval", "1")["accuracy"]["n"] == 1
 
 
+def test_networks_are_trained_as_the_command_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measured(network: Any, train: Any, test: Any, lr: float, protocol: Any, **others: Any) -> Accuracy:
+        asked.append((lr, protocol.epochs, *(others[name] for name in ("networks", "seed", "precision", "at_once"))))
+        return Accuracy((0.5,))
+
+    monkeypatch.setattr("mtt_fast.evaluate.evaluate", measured)
+    monkeypatch.setattr("mtt_fast.evaluate.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
+    distilled().save("set.safetensors")
+    for flags in ([], ["--lr_teacher", "0.5"]):
+        result_of("set.safetensors", "--seed", "7", "--networks_at_once", "2", *flags)
+    assert asked == [(pytest.approx(lr), 3, 2, 7, "tf32", 2) for lr in (0.02, 0.5)]
+
+
 def test_random_real_images_are_evaluated() -> None:
     result = result_of("random", "--dataset", "digits", "--ipc", "2", *TOY)
     assert result["lr"] == 0.01

@@ -233,7 +233,7 @@ class _Unroll(torch.autograd.Function):
         grad_rates = torch.zeros_like(rates)
         if slopes:
             grad_rates[:last] = -torch.stack(slopes[::-1])
-        grad_lr = (grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)).to(lr.dtype)
+        grad_lr = grad_rates if lr.numel() > 1 else grad_rates.sum().view(lr.shape)  # autograd casts it
         return None, adjoint, velocity_adjoint if wants_velocity else None, grad_images, grad_labels, grad_lr
 
 

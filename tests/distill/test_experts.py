@@ -14,6 +14,7 @@ from mtt_fast import SyntheticDataset, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.compress import main as compress
 from mtt_fast.distill.command import main
+from mtt_fast.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -65,6 +66,20 @@ def test_missing_experts_are_trained_flat_and_compressed(trained_folder: Path) -
     course = few.course(1)
     assert course is not None
     assert course.epochs == (0, 3, 6)
+
+
+def test_missing_experts_are_trained_as_the_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def train(folder: Path, count: int, *_: Any, **others: Any) -> None:
+        asked.append((count, *(others[name] for name in ("seed", "precision", "at_once", "memory_budget"))))
+        raise InputError("this is enough")
+
+    monkeypatch.setattr("mtt_fast.distill.experts.train_missing_experts", train)
+    monkeypatch.setattr("mtt_fast.distill.experts.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
+    flags = "--seed 7 --networks_at_once 2 --memory_budget 1GiB --num_experts 4".split()
+    assert run(tmp_path, tmp_path / "run", *flags) == 2
+    assert asked == [(4, 7, "tf32", 2, "1GiB")]
 
 
 def test_flat_experts_are_not_taken_for_others_nor_others_for_flat(

@@ -243,6 +243,19 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert 0 < held.gradient_jvp_saved < held.gradient_jvp
 
 
+def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:
+    net, sizes = FlatModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))), []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        sizes.append(len(logits))
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    made = mtt_fast.plan(net, images=(20, 3, 2, 2), steps=1, batch=10, memory_budget=None)
+    images, labels = torch.randn(20, 3, 2, 2), torch.arange(20) % 2
+    unroll(net, torch.randn(26), images, labels, 0.1, torch.arange(20)[None], plan=made, loss=loss)
+    assert max(sizes) == 10
+
+
 def test_a_module_keeps_the_graphs_of_steps_that_fit() -> None:
     """Check that with memory to spare it costs as much as autograd through all steps; in pieces, as each piece's."""
     net = FlatModule(reference_convnet(3, 10, 32, 16, 3))

@@ -301,3 +301,22 @@ def test_a_velocity_that_does_not_fit_is_refused(velocity: Tensor, message: str)
     start, _, images, labels, lr = make()
     with pytest.raises(InputError, match=message):
         unroll(NET, start, images, labels, lr, BATCHES, momentum=0.9, velocity=velocity)
+
+
+def test_a_velocity_may_have_any_strides() -> None:
+    case = make()
+    spread = torch.stack([case.velocity, case.velocity], dim=1)[:, 0]
+    assert not spread.is_contiguous()
+    paths = [
+        unroll(NET, case.start, case.images, case.labels, case.lr, BATCHES, momentum=0.9, velocity=velocity)
+        for velocity in (case.velocity, spread)
+    ]
+    assert torch.equal(*paths)
+
+
+def test_without_momentum_the_gradient_to_a_velocity_is_zero() -> None:
+    case = make().leaves()
+    path = unroll(NET, case.start, case.images, case.labels, case.lr, BATCHES, velocity=case.velocity)
+    path[-1].sum().backward()
+    assert case.velocity.grad is not None
+    assert not case.velocity.grad.any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from mtt_fast.commands import cli
 from mtt_fast.storage import events
 from mtt_fast.storage.events import EventLog
-from mtt_fast.storage.metrics import MetricsLog
+from mtt_fast.storage.metrics import MetricsLog, read_records
+from mtt_fast.storage.run_folder import METRICS
 
 
 def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -35,13 +37,32 @@ def test_tensorboard_reads_them_as_they_are_written(tmp_path: Path) -> None:
     assert scalars_in(tmp_path)["step/lr"] == [(2, 2.0)]
 
 
-def test_a_run_that_goes_on_takes_the_place_of_what_was_written_behind_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_takes_the_place_of_what_was_written_behind_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "_number", itertools.count(9))  # TensorBoard reads files in the order of their names
     for first in (1, 3):
         log = EventLog(tmp_path, first)
         for iteration in range(first, first + 4):
             log.write({"loss": float(first)}, iteration)
         log.close()
     assert scalars_in(tmp_path) == {"loss": [(1, 1.0), (2, 1.0), (3, 3.0), (4, 3.0), (5, 3.0), (6, 3.0)]}
+
+
+def test_a_run_that_was_killed_after_its_checkpoint_does_those_iterations_again_and_no_others(tmp_path: Path) -> None:
+    def went_on(iteration: int, to: int, loss: float) -> MetricsLog:
+        log = MetricsLog(tmp_path, iteration)
+        for number in range(iteration + 1, to + 1):
+            log.write("step", number, loss=loss, lr=0.5)
+        log.close()
+        return log
+
+    went_on(0, 4, 1.0)
+    again = went_on(2, 3, 3.0)  # the last checkpoint was that of iteration 2
+    losses = [(1, 1.0), (2, 1.0), (3, 3.0)]
+    assert [(record["iteration"], record["loss"]) for record in again.records] == losses
+    assert [(record["iteration"], record["loss"]) for record in read_records(tmp_path / METRICS)] == losses
+    assert scalars_in(tmp_path / "events")["step/loss"] == losses
 
 
 class FullDisk(io.FileIO):

@@ -16,6 +16,7 @@ import torch
 
 from mtt_fast import InputError, SyntheticDataset
 from mtt_fast.storage.files import atomic_path, whole_folder, write_text
+from mtt_fast.storage.run_folder import only_user
 from mtt_fast.storage.temporaries import is_free, remove_leftovers, temporary_folder
 
 SCRIPT = Path(__file__).with_name("killed_script.py")
@@ -70,6 +71,15 @@ def test_another_process_temporary_stays_until_it_ends(tmp_path: Path) -> None:
         other.wait()
     write_text(tmp_path / "mine", "y")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_who_takes_a_folder_clears_what_a_killed_process_left_in_it(tmp_path: Path) -> None:
+    leftover = tmp_path / ".out.abcd_123.partial"
+    (leftover / "content").mkdir(parents=True)
+    for name in ("lock", "content/half"):
+        (leftover / name).touch()
+    with only_user(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_other_files_are_no_leftovers(tmp_path: Path) -> None:

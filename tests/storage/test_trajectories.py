@@ -265,6 +265,22 @@ def test_a_value_beyond_the_stored_type_is_not_written(tmp_path: Path, parameter
         write_expert(tmp_path, 0, parameters.double() * 1e300, metadata_for())
 
 
+def test_a_row_is_read_where_its_numbers_are_finite_and_only_there(
+    tmp_path: Path, parameters: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtt_fast.storage.trajectories._unfit", lambda *_: None)  # as other software may write
+    parameters[1] = torch.finfo(torch.float32).max  # the sum of which is infinite
+    for epoch, value in ((2, torch.nan), (3, torch.inf)):
+        parameters[epoch, 5] = value
+    write_expert(tmp_path, 0, parameters, metadata_for())
+    store = TrajectoryStore(tmp_path)
+    for epoch in (0, 1):
+        assert torch.equal(store.read(0, epoch), parameters[epoch])
+    for epoch in (2, 3):
+        with pytest.raises(InputError, match=f"after epoch {epoch} are not finite"):
+            store.read(0, epoch)
+
+
 def test_another_stored_type_is_refused(tmp_path: Path, parameters: Tensor) -> None:
     with pytest.raises(InputError, match=r"float32 or bfloat16, found torch\.float16"):
         write_expert(tmp_path, 0, parameters, metadata_for(), torch.float16)

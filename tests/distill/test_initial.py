@@ -1,0 +1,35 @@
+"""Test the images with which a distillation begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtt_fast.data import load
+from mtt_fast.distill.initial import initial_images
+from mtt_fast.distill.options import DistillOptions
+from mtt_fast.training.images import RealImages, real_images
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> RealImages:
+    folder: Path = tmp_path_factory.mktemp("data")
+    return real_images(load("digits", data_path=str(folder), progress=False), torch.device("cpu"), zca=False)
+
+
+@pytest.mark.parametrize("pix_init", ["noise", "real"])
+def test_the_seed_decides_the_first_images(real: RealImages, pix_init: Any) -> None:
+    def first(seed: int) -> Tensor:
+        options, unasked = DistillOptions(dataset="digits", ipc=2, pix_init=pix_init, seed=seed), Any
+        images, wrong = initial_images(options, real, unasked, unasked, 0)  # type: ignore[arg-type]
+        assert wrong == 0
+        assert images.labels.tolist() == [label for label in range(10) for _ in range(2)]
+        return images.pixels
+
+    torch.manual_seed(0)
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))

@@ -1,0 +1,29 @@
+"""Test checkpoints: a run goes on with all that it had when it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtt_fast.storage.checkpoint import State, experts_of_run, load_checkpoint, save_checkpoint
+from mtt_fast.storage.identity import DatasetIdentity
+
+
+def test_every_field_of_a_state_comes_back(tmp_path: Path) -> None:
+    images, logits, rates = torch.randn(4, 1, 8, 8), torch.randn(4, 10), torch.rand(3)
+    state = State(
+        iteration=7, experts=2, images=images, labels=logits, lr=rates, images_velocity=-images, lr_velocity=-rates,
+        labels_velocity=-logits, ema=2 * images, skipped=3, above_threshold=4, lr_kept=5,
+        data=DatasetIdentity(name="digits", image_shape=(1, 8, 8)), digests=("a", "b"), imported=True,
+    )  # fmt: skip
+    plain = State(0, 0, images, logits, rates, images, rates)
+    save_checkpoint(tmp_path, state)
+    loaded = load_checkpoint(tmp_path, torch.device("cpu"))
+    for field in dataclasses.fields(State):
+        before, after = getattr(state, field.name), getattr(loaded, field.name)
+        assert not isinstance(before, Tensor) or torch.equal(before, after), field.name
+        assert isinstance(before, Tensor) or before == after != getattr(plain, field.name), field.name
+    assert experts_of_run(tmp_path) == (2, True)
