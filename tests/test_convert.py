@@ -275,6 +275,22 @@ def test_experts_come_back_from_buffers() -> None:
     assert convert("buffers/digits/ConvNetD1W4", "theirs") == 2
 
 
+@pytest.mark.parametrize("flags", [[], ["--zca"]])
+def test_experts_are_measured_after_each_epoch_on_the_images_that_they_were_trained_on(flags: list[str]) -> None:
+    data = [*DIGITS, *flags]
+    assert cli.run(experts, [*data, "--num_experts", "1", "--train_epochs", "2", "--batch_train", "128"]) == 0
+    (folder,) = Path("buffers").glob("*/ConvNetD1W4")
+    assert convert(str(folder), "theirs") == 0
+    assert convert("theirs/digits/ConvNetD1W4", "back", *data, "--measure", "all", "--store_dtype", "bfloat16") == 0
+    before, after = (
+        TrajectoryStore(root / folder.parent.name / folder.name) for root in (Path("buffers"), Path("back"))
+    )
+    expected = before.metadata(0).accuracy
+    assert len(set(expected)) == 3
+    assert after.metadata(0).accuracy == expected
+    assert after.dtype(0) == torch.bfloat16
+
+
 def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
     save_public_buffer("theirs")
     assert convert("theirs", "ours", *DIGITS) == 0
