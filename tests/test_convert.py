@@ -235,6 +235,7 @@ def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytes
     summary = json.loads(Path("run/summary.json").read_text())
     final = [store.metadata(expert).accuracy[-1] for expert in range(2)]
     assert summary["accuracy"]["experts"]["mean"] == pytest.approx(sum(final) / 2)
+    assert f"their test accuracy is {sum(final) / 2:.4f}" in caplog.text
 
 
 def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -289,6 +290,15 @@ def test_experts_are_measured_after_each_epoch_on_the_images_that_they_were_trai
     assert len(set(expected)) == 3
     assert after.metadata(0).accuracy == expected
     assert after.dtype(0) == torch.bfloat16
+
+
+def test_experts_that_are_written_anew_keep_their_numbers_and_their_type() -> None:
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS, "--store_dtype", "bfloat16") == 0
+    Path("ours/digits/ConvNetD1W4/expert_0000.safetensors").unlink()
+    assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 0
+    store = TrajectoryStore("anew/digits/ConvNetD1W4")
+    assert (store.indices, store.dtype(0)) == ((1,), torch.bfloat16)
 
 
 def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:

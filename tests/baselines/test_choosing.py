@@ -11,6 +11,8 @@ from sklearn.cluster import KMeans
 from mtt_fast.baselines.forgetting import forgetting_events, most_forgotten, right_at_each_epoch
 from mtt_fast.baselines.herding import herd
 from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
+from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.baselines.trained import trained_parameters
 from mtt_fast.experts import ExpertTraining, train_missing_experts
 from mtt_fast.testing import module_function, reference_convnet
 from mtt_fast.training.images import RealImages
@@ -64,6 +66,12 @@ def test_what_an_expert_gets_right_after_each_epoch(real: RealImages, tmp_path: 
         sure = top[:, 0] - top[:, 1] > 1e-4  # where rounding cannot decide
         assert int(sure.sum()) > 1000
         assert torch.equal(right[epoch][sure], (logits.argmax(1) == labels)[sure])
+
+
+def test_the_trained_network_is_the_first_expert_after_its_last_epoch(real: RealImages, tmp_path: Path) -> None:
+    options = TrainedNetworkOptions(dataset="digits", buffer_path=str(tmp_path), train_epochs=2, expert_lr=0.1, seed=3)
+    store = train_missing_experts(tmp_path / "again", 1, real, NET, options.expert(), seed=3)
+    assert torch.equal(trained_parameters(options, real, NET), store.read(0, 2))
 
 
 def test_clusters_are_a_fixed_point_and_find_what_is_apart() -> None:
