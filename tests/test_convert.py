@@ -386,6 +386,13 @@ def test_a_set_of_other_images_is_refused(capsys: pytest.CaptureFixture[str]) ->
     assert "expected images of 1 channels and 10 classes, found (3, 8, 8) of 10 classes" in capsys.readouterr().err
 
 
+def test_a_set_of_normalised_images_is_not_taken_for_a_whitened_one(capsys: pytest.CaptureFixture[str]) -> None:
+    distilled().save("run/synthetic.safetensors")
+    assert convert("run", "out", "--zca") == 2
+    assert "whitened otherwise: expected ZCA-whitened images, found normalised images" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["mtt_fast", *arguments])
     return all_jobs()
