@@ -235,6 +235,7 @@ def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytes
     summary = json.loads(Path("run/summary.json").read_text())
     final = [store.metadata(expert).accuracy[-1] for expert in range(2)]
     assert summary["accuracy"]["experts"]["mean"] == pytest.approx(sum(final) / 2)
+    assert f"their test accuracy is {sum(final) / 2:.4f}" in caplog.text
 
 
 def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -273,6 +274,31 @@ def test_experts_come_back_from_buffers() -> None:
         for epoch in range(2):
             assert torch.equal(before.read(expert, epoch), after.read(expert, epoch))
     assert convert("buffers/digits/ConvNetD1W4", "theirs") == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--zca"]])
+def test_experts_are_measured_after_each_epoch_on_the_images_that_they_were_trained_on(flags: list[str]) -> None:
+    data = [*DIGITS, *flags]
+    assert cli.run(experts, [*data, "--num_experts", "1", "--train_epochs", "2", "--batch_train", "128"]) == 0
+    (folder,) = Path("buffers").glob("*/ConvNetD1W4")
+    assert convert(str(folder), "theirs") == 0
+    assert convert("theirs/digits/ConvNetD1W4", "back", *data, "--measure", "all", "--store_dtype", "bfloat16") == 0
+    before, after = (
+        TrajectoryStore(root / folder.parent.name / folder.name) for root in (Path("buffers"), Path("back"))
+    )
+    expected = before.metadata(0).accuracy
+    assert len(set(expected)) == 3
+    assert after.metadata(0).accuracy == expected
+    assert after.dtype(0) == torch.bfloat16
+
+
+def test_experts_that_are_written_anew_keep_their_numbers_and_their_type() -> None:
+    save_public_buffer("theirs")
+    assert convert("theirs", "ours", *DIGITS, "--store_dtype", "bfloat16") == 0
+    Path("ours/digits/ConvNetD1W4/expert_0000.safetensors").unlink()
+    assert convert("ours/digits/ConvNetD1W4", "anew", "--to", "experts") == 0
+    store = TrajectoryStore("anew/digits/ConvNetD1W4")
+    assert (store.indices, store.dtype(0)) == ((1,), torch.bfloat16)
 
 
 def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -358,6 +384,13 @@ def test_a_set_of_other_images_is_refused(capsys: pytest.CaptureFixture[str]) ->
     torch.save(torch.arange(10), "rgb/labels_best.pt")
     assert convert("rgb", "out", *DIGITS) == 2
     assert "expected images of 1 channels and 10 classes, found (3, 8, 8) of 10 classes" in capsys.readouterr().err
+
+
+def test_a_set_of_normalised_images_is_not_taken_for_a_whitened_one(capsys: pytest.CaptureFixture[str]) -> None:
+    distilled().save("run/synthetic.safetensors")
+    assert convert("run", "out", "--zca") == 2
+    assert "whitened otherwise: expected ZCA-whitened images, found normalised images" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,35 @@ def test_a_set_in_another_setting_is_measured_again(flags: str, monkeypatch: pyt
     assert len(measured) == 1
     assert cli.run(cross.main, [*words, *flags.split()]) == 0
     assert len(measured) == 2
+
+
+def test_a_table_of_another_seed_has_its_networks() -> None:
+    flags = "--num_eval 2 --epoch_eval_train 2 --seed 3".split()
+    assert cli.run(cross.main, ["run", *flags, "--models", "MLP", "--out", "table"]) == 0
+    assert cli.run(evaluate.main, ["run", *flags, "--model", "MLP", "--out", "one.json"]) == 0
+    assert json.loads(Path("one.json").read_text())["accuracy"] == table()[0]["accuracy"]
+
+
+def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = {
+        "accuracy": {"mean": 0.5, "std": 0.1, "n": 2, "values": [0.5, 0.5]},
+        "text": "",
+        "seconds": 1.0,
+        "device": "",
+    }
+    monkeypatch.setattr(cross, "_measure", lambda *arguments: cell)
+    ours = SyntheticDataset.load("b.safetensors")
+    replace(ours, labels=ours.labels.flip(0)).save("c.safetensors")
+    assert cli.run(cross.main, ["b.safetensors", "c.safetensors", *TOY, "--models", "MLP"]) == 0
+    assert len(table()) == 2
+    of_random = ["random", *TOY, "--models", "MLP", "--dataset", "digits"]
+    for count, flags in ((3, []), (4, ["--zca"])):
+        assert cli.run(cross.main, [*of_random, *flags]) == 0
+        assert len(table()) == count
+    data_for = cross.data_for
+    monkeypatch.setattr(cross, "data_for", lambda *arguments: replace(data_for(*arguments), fingerprint="beef"))
+    assert cli.run(cross.main, of_random) == 0
+    assert len(table()) == 5
 
 
 def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from mtt_fast.analysis import grid
 from mtt_fast.runtime.interrupts import Stopped
 from mtt_fast.storage.files import write_json
 from tests.analysis.helpers import TOY, log_fields, read, run
@@ -73,6 +76,20 @@ def test_a_stopped_grid_keeps_what_is_finished(toy: Path, tmp_path: Path, monkey
     assert [cell["accuracy"] is None for cell in read(out / "grid.json")["cells"]] == [False, True]
     assert "| M = 1 | 50.0 ± 1.0 | — |" in (out / "grid.md").read_text()
     assert (out / "grid.png").exists()
+
+
+def test_the_picture_has_each_accuracy_at_its_steps_and_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(grid, "save_figure", lambda path, figure: figures.append(figure))
+    accuracies = {(m, n): {"mean": 0.1 * m + 0.01 * n, "std": 0.0, "n": 1} for m in (1, 2) for n in (1, 2, 5)}
+    grid.write(tmp_path, [1, 2], [1, 2, 5], accuracies | {(2, 1): None}, [])
+    axes = figures[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["11.0", "12.0", "15.0", "—", "22.0", "25.0"]
+    assert [text.get_position() for text in axes.texts] == [(n, m) for m in range(2) for n in range(3)]
+    values = np.ma.getdata(axes.images[0].get_array())
+    np.testing.assert_allclose(values, [[11, 12, 15], [np.nan, 22, 25]])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "5"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from sklearn.cluster import KMeans
 from mtt_fast.baselines.forgetting import forgetting_events, most_forgotten, right_at_each_epoch
 from mtt_fast.baselines.herding import herd
 from mtt_fast.baselines.kmeans import cluster_centres, nearest_rows
+from mtt_fast.baselines.options import TrainedNetworkOptions
+from mtt_fast.baselines.trained import trained_parameters
+from mtt_fast.errors import InputError
 from mtt_fast.experts import ExpertTraining, train_missing_experts
 from mtt_fast.testing import module_function, reference_convnet
 from mtt_fast.training.images import RealImages
@@ -64,6 +68,19 @@ def test_what_an_expert_gets_right_after_each_epoch(real: RealImages, tmp_path: 
         sure = top[:, 0] - top[:, 1] > 1e-4  # where rounding cannot decide
         assert int(sure.sum()) > 1000
         assert torch.equal(right[epoch][sure], (logits.argmax(1) == labels)[sure])
+
+
+def test_the_trained_network_is_the_first_expert_after_its_last_epoch(real: RealImages, tmp_path: Path) -> None:
+    options = TrainedNetworkOptions(dataset="digits", buffer_path=str(tmp_path), train_epochs=2, expert_lr=0.1, seed=3)
+    store = train_missing_experts(tmp_path / "again", 1, real, NET, options.expert(), seed=3)
+    assert torch.equal(trained_parameters(options, real, NET), store.read(0, 2))
+
+
+def test_an_expert_of_another_network_is_not_asked(real: RealImages, tmp_path: Path) -> None:
+    options = TrainedNetworkOptions(dataset="digits", buffer_path=str(tmp_path), train_epochs=1)
+    trained_parameters(options, real, NET)
+    with pytest.raises(InputError, match=r"expert_0000\.safetensors: "):
+        trained_parameters(options, real, dataclasses.replace(NET, width=3))
 
 
 def test_clusters_are_a_fixed_point_and_find_what_is_apart() -> None:

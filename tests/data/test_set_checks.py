@@ -141,6 +141,14 @@ def test_probabilities_are_known_in_every_precision(dtype: torch.dtype, classes:
     assert guess_label_kind(soft.to(dtype)) == "logits"
 
 
+def test_rows_whose_sum_is_two_hundredths_from_one_are_no_probabilities() -> None:
+    for row in ([0.5, 0.48], [0.5, 0.52], [0.5, 0.4]):
+        labels = torch.tensor([[0.5, 0.5], row])
+        assert guess_label_kind(labels) == "logits"
+        with pytest.raises(InputError, match="x: labels: expected rows of probabilities"):
+            check_tensors(torch.zeros(2, 1, 1, 1), labels, "probabilities", "x")
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -102,6 +102,10 @@ def test_a_whitening_is_the_same_up_to_rounding() -> None:
     for other in (Whitening.fit(images, eps=0.01), Whitening.fit(images[:25]), Whitening.fit(torch.rand(9, 1, 3, 3))):
         with pytest.raises(InputError, match=r"set\.safetensors: whitened otherwise: .* say `other_data`"):
             check_same_whitening(other, fitted, "set.safetensors")
+    for name in ("mean", "matrix"):  # either alone: brighter images have another mean and the same matrix
+        other = replace(fitted, **{name: 1.01 * getattr(fitted, name)})
+        with pytest.raises(InputError, match=f"whitened otherwise: .* found another {name}"):
+            check_same_whitening(other, fitted, "set.safetensors")
 
 
 def test_statistics_do_not_depend_on_the_order_of_a_sum() -> None:

@@ -260,6 +260,15 @@ def test_what_is_no_trajectory_is_not_written(tmp_path: Path, parameters: Tensor
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2, 0], [0, 0, 1, 2]], ids=["ends where it began", "stands still at first"])
+def test_a_trajectory_in_which_two_epochs_are_alike_is_written(
+    tmp_path: Path, parameters: Tensor, rows: list[int]
+) -> None:
+    write_expert(tmp_path, 0, parameters[rows], metadata_for())
+    store = TrajectoryStore(tmp_path)
+    assert torch.equal(torch.stack([store.read(0, epoch) for epoch in range(4)]), parameters[rows])
+
+
 def test_a_value_beyond_the_stored_type_is_not_written(tmp_path: Path, parameters: Tensor) -> None:
     with pytest.raises(InputError, match="after epoch 0 are not finite"):
         write_expert(tmp_path, 0, parameters.double() * 1e300, metadata_for())

@@ -157,6 +157,22 @@ def test_those_that_are_missing_are_made_again(tmp_path: Path) -> None:
     assert torch.equal(TrajectoryStore(few).read(1, 4.5), made)
 
 
+def test_compressed_experts_keep_their_numbers(tmp_path: Path) -> None:
+    folder = experts(tmp_path)
+    expert_path(folder, 1).unlink()
+    store = compress(folder, tmp_path / "few", 3)
+    assert store.indices == (0, 2)
+    assert store.metadata(1).seed == 2
+
+
+def test_experts_of_two_data_sets_are_not_compressed(tmp_path: Path) -> None:
+    folder = experts(tmp_path, 2)
+    write_expert(folder, 2, trajectory(), replace(metadata(), dataset="pets", fingerprint="beef"))
+    with pytest.raises(InputError, match=r"expert_0002\.safetensors: .*pets"):
+        compress(folder, tmp_path / "few", 3)
+    assert not (tmp_path / "few").exists()
+
+
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = experts(tmp_path / "whole")
     (tmp_path / "empty").mkdir()
