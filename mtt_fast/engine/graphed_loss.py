@@ -53,9 +53,9 @@ class GraphedMatchingLoss:
 
     Example:
         ```python
-        matching_loss = mtt_fast.GraphedMatchingLoss(net, augment=augment, memory_budget="2GiB")
+        graphed_loss = mtt_fast.GraphedMatchingLoss(net, augment=augment, memory_budget="2GiB")
         for start, target, order in segments:
-            loss = matching_loss(start, target, images, labels, lr, order)
+            loss = graphed_loss(start, target, images, labels, lr, order)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
