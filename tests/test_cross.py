@@ -16,6 +16,7 @@ from PIL import Image
 from mtt_fast import SyntheticDataset, evaluate
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
+from mtt_fast.commands.evaluated_set import data_for
 from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 
@@ -116,7 +117,6 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     for count, flags in ((3, []), (4, ["--zca"])):
         assert cli.run(cross.main, [*of_random, *flags]) == 0
         assert len(table()) == count
-    data_for = cross.data_for
     monkeypatch.setattr(cross, "data_for", lambda *arguments: replace(data_for(*arguments), fingerprint="beef"))
     assert cli.run(cross.main, of_random) == 0
     assert len(table()) == 5
@@ -161,6 +161,7 @@ def test_the_plot_has_each_accuracy_at_its_network(monkeypatch: pytest.MonkeyPat
     (axes,) = figures[0].axes
     drawn = []
     for bars in (each for each in axes.containers if isinstance(each, BarContainer)):
+        assert bars.errorbar is not None
         spreads = [high - low for (_, low), (_, high) in bars.errorbar.lines[2][0].get_segments()]
         for bar, spread in zip(bars, spreads, strict=True):
             place = axes.get_xticklabels()[round(bar.get_x() + bar.get_width() / 2)].get_text()

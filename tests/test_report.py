@@ -8,7 +8,9 @@ import os
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from mtt_fast.commands import cli
@@ -243,8 +245,9 @@ def test_evaluations_and_those_of_the_average_are_told_apart() -> None:
     axes = Figure().subplots()
     _draw_accuracy(axes, unfinished, "C0")
     for curve, both in zip(axes.containers, means.values(), strict=True):
+        assert isinstance(curve, ErrorbarContainer)
         line, _, (spreads,) = curve.lines
-        assert line.get_xydata().tolist() == [
+        assert np.asarray(line.get_xydata()).tolist() == [
             [iteration, pytest.approx(100 * mean)] for iteration, mean in enumerate(both)
         ]
         assert [high - low for (_, low), (_, high) in spreads.get_segments()] == pytest.approx(
@@ -272,7 +275,7 @@ def test_a_picture_stands_over_its_own_iteration(tmp_path: Path) -> None:
 def test_numbers_are_rounded_for_the_page() -> None:
     assert [seconds(value) for value in (3.04, 61, 3599.7, 7500)] == ["3.0 s", "1 min 01 s", "1 h 00 min", "2 h 05 min"]
     assert percent({"mean": 0.123456, "std": 0.01, "n": 1}) == "12.35"
-    assert mebibytes(3 << 20) == "3 MiB"
+    assert mebibytes(100 << 20) == "100 MiB"
     assert number([0.01, 0.0212345]) == "0.01, 0.021234"
 
 
