@@ -95,6 +95,7 @@ def test_a_public_pair_becomes_a_set_that_can_be_evaluated(caplog: pytest.LogCap
     assert torch.equal(synthetic.images, images.flip(0))  # class by class
     assert synthetic.labels.tolist() == list(range(10))
     assert float(synthetic.lr) == pytest.approx(0.03)
+    assert synthetic.recipe["ipc"] == 1
     assert synthetic.mean == load("digits", data_path="data", progress=False).mean
     said = caplog.text
     for words in ("images_*.pt, labels_*.pt", "10 images (1, 8, 8) of 10 classes, labels: indices, learning rate: none",

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mtt_fast import SyntheticDataset, evaluate
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
+from mtt_fast.commands.evaluated_set import data_for
 from mtt_fast.cross import command as cross
 from mtt_fast.cross.table import markdown, quoted_for, save_plot
 
@@ -114,7 +117,6 @@ def test_other_labels_other_whitening_and_other_data_are_other_questions(monkeyp
     for count, flags in ((3, []), (4, ["--zca"])):
         assert cli.run(cross.main, [*of_random, *flags]) == 0
         assert len(table()) == count
-    data_for = cross.data_for
     monkeypatch.setattr(cross, "data_for", lambda *arguments: replace(data_for(*arguments), fingerprint="beef"))
     assert cli.run(cross.main, of_random) == 0
     assert len(table()) == 5
@@ -145,6 +147,26 @@ def test_numbers_of_the_papers_stand_beside_and_are_marked() -> None:
     (line,) = [line for line in markdown([cells[0] | {"set": "a|b"}], [], "x").splitlines() if "65.1" in line]
     assert line == r"| a\|b | 10 | 65.1 ± 0.4 (best epoch) |"
     assert quoted_for([cell("ConvNet") | {"question": {"dataset": "digits", "ipc": 10}}]) == []
+
+
+def test_the_plot_has_each_accuracy_at_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("mtt_fast.cross.table.save_figure", lambda path, figure: figures.append(figure))
+    means = {("a", "X"): 0.1, ("a", "Y"): 0.2, ("b", "Y"): 0.4}
+    cells = [
+        {"set": name, "question": {"network": network}, "accuracy": {"mean": mean, "std": mean / 10}}
+        for (name, network), mean in means.items()
+    ]
+    save_plot("plot.png", cells, [])
+    (axes,) = figures[0].axes
+    drawn = []
+    for bars in (each for each in axes.containers if isinstance(each, BarContainer)):
+        assert bars.errorbar is not None
+        spreads = [high - low for (_, low), (_, high) in bars.errorbar.lines[2][0].get_segments()]
+        for bar, spread in zip(bars, spreads, strict=True):
+            place = axes.get_xticklabels()[round(bar.get_x() + bar.get_width() / 2)].get_text()
+            drawn.append((bars.get_label(), place, bar.get_height(), spread))
+    assert drawn == [(*key, pytest.approx(100 * mean), pytest.approx(20 * mean)) for key, mean in means.items()]
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,17 @@ import os
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main as distill
 from mtt_fast.report.__main__ import main
-from mtt_fast.report.charts import thinned
-from mtt_fast.report.page import number, percent, seconds
+from mtt_fast.report.charts import _draw_accuracy, thinned
+from mtt_fast.report.page import mebibytes, number, percent, pictures, seconds
+from mtt_fast.report.runs import Run
 from mtt_fast.storage.files import write_json
 
 TOY = (
@@ -226,16 +230,52 @@ def test_a_report_of_no_run_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "expected the folder of a run" in capsys.readouterr().err
 
 
+def test_evaluations_and_those_of_the_average_are_told_apart() -> None:
+    means = {"evaluation": (0.1, 0.3), "ema_evaluation": (0.2, 0.4)}
+    records = [
+        {"kind": kind, "iteration": iteration, "accuracy_mean": mean, "accuracy_std": mean / 10, "networks": 2}
+        for kind, both in means.items()
+        for iteration, mean in enumerate(both)
+    ]
+    unfinished = Run("run", {}, {}, records, {})
+    assert {name: accuracy["mean"] for name, accuracy in unfinished.accuracies.items()} == {
+        "distilled": 0.3,
+        "ema": 0.4,
+    }
+    axes = Figure().subplots()
+    _draw_accuracy(axes, unfinished, "C0")
+    for curve, both in zip(axes.containers, means.values(), strict=True):
+        assert isinstance(curve, ErrorbarContainer)
+        line, _, (spreads,) = curve.lines
+        assert np.asarray(line.get_xydata()).tolist() == [
+            [iteration, pytest.approx(100 * mean)] for iteration, mean in enumerate(both)
+        ]
+        assert [high - low for (_, low), (_, high) in spreads.get_segments()] == pytest.approx(
+            [20 * mean for mean in both]
+        )
+
+
 def test_thinned_keeps_the_level() -> None:
     x, y = thinned(range(10_000), [float(i % 2) for i in range(10_000)])
     assert 300 <= len(x) <= 600
     assert max(abs(value - 0.5) for value in y[:-1]) < 0.04
     assert thinned([1, 2], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0])
+    x, y = thinned(range(10_000), range(10_000))
+    assert x == y  # the means stand over the middles of their blocks
+
+
+def test_a_picture_stands_over_its_own_iteration(tmp_path: Path) -> None:
+    snapshots = {iteration: tmp_path / str(iteration) for iteration in (1000, 0, 250)}
+    for path in snapshots.values():
+        path.write_text(path.name)
+    shown = [(picture.caption, base64.b64decode(picture.data).decode()) for picture in pictures(snapshots)]
+    assert shown == [("iteration 0", "0"), ("iteration 250", "250"), ("iteration 1,000", "1000")]
 
 
 def test_numbers_are_rounded_for_the_page() -> None:
     assert [seconds(value) for value in (3.04, 61, 3599.7, 7500)] == ["3.0 s", "1 min 01 s", "1 h 00 min", "2 h 05 min"]
     assert percent({"mean": 0.123456, "std": 0.01, "n": 1}) == "12.35"
+    assert mebibytes(100 << 20) == "100 MiB"
     assert number([0.01, 0.0212345]) == "0.01, 0.021234"
 
 

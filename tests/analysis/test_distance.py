@@ -89,7 +89,7 @@ def written_out_training(
 def test_the_distances_are_those_of_written_out_steps(toy: Path, tmp_path: Path) -> None:
     """Compare with the paper's definition, in float64: targets after Δt steps on real images, squared errors, the closest step."""
     out = tmp_path / "distance"
-    flags = [*"--steps 5 --deltas 7,1,4 --starts 2 --expert_lr 0.1 --dsa False".split(), "--out", str(out)]
+    flags = [*"--steps 5 --deltas 7,1,4 --starts 2 --seed 3 --expert_lr 0.1 --dsa False".split(), "--out", str(out)]
     assert run("distance", f"short={toy / 'run'}", f"best={toy / 'run' / 'best.safetensors'}", *flags) == 0
     record = read(out / "distance.json")
     net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
@@ -97,8 +97,8 @@ def test_the_distances_are_those_of_written_out_steps(toy: Path, tmp_path: Path)
         synthetic = SyntheticDataset.load(toy / "run" / f"{name}.safetensors")
         expected: dict[int, list[float]] = {1: [], 4: [], 7: []}
         for start in (0, 1):
-            real = written_out_training(net, toy / "data", generator_for(0, "expert", start), 7, lr=0.1)
-            path = written_out_path(net, real[0], synthetic, generator_for(0, "distance", start), 5)
+            real = written_out_training(net, toy / "data", generator_for(3, "expert", start), 7, lr=0.1)
+            path = written_out_path(net, real[0], synthetic, generator_for(3, "distance", start), 5)
             for delta, distances in expected.items():
                 target, moved = real[delta], (real[0] - real[delta]).square().sum()
                 distances.append(min(float((theta - target).square().sum() / moved) for theta in path))
@@ -182,6 +182,8 @@ def test_augmentation_is_that_of_the_distillation() -> None:
         ({"dsa_strategy": "crop", "dsa": False}, "none"),
         ({"dsa_strategy": "crop", "no_aug": True}, "none"),
         ({"dsa_strategy": "crop", "method": "DC"}, "none"),
+        ({"dsa_strategy": "crop", "method": "DD"}, "none"),
+        ({"dsa_strategy": "crop", "method": "LD"}, "none"),
         ({"dsa_strategy": "crop", "method": "DSA"}, "crop"),
     ):
         assert strategy_of(recipe, options) == strategy

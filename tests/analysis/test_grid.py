@@ -86,8 +86,9 @@ def test_the_picture_has_each_accuracy_at_its_steps_and_epochs(tmp_path: Path, m
     axes = figures[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["11.0", "12.0", "15.0", "—", "22.0", "25.0"]
     assert [text.get_position() for text in axes.texts] == [(n, m) for m in range(2) for n in range(3)]
-    values = np.ma.getdata(axes.images[0].get_array())
-    np.testing.assert_allclose(values, [[11, 12, 15], [np.nan, 22, 25]])
+    values = axes.images[0].get_array()
+    assert values is not None
+    np.testing.assert_allclose(np.ma.getdata(values), np.array([[11, 12, 15], [np.nan, 22, 25]]))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "5"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mtt_fast.data import load
+from mtt_fast.data.cifar import _official
 from mtt_fast.storage import regular
 from tests.data.cifar_files import (
     NAMES10,
@@ -146,3 +147,9 @@ def test_class_names_in_another_order_are_put_in_the_official_one(tmp_path: Path
     data = load("CIFAR10", data_path=tmp_path, progress=False)
     assert data.class_names == NAMES10
     assert data.test.labels.tolist() == [9 - label for label in batch(10, 5)[1]]
+
+
+def test_a_rotated_order_of_class_names_is_put_right() -> None:
+    names, official_of = _official(("b", "c", "a"), ("a", "b", "c"))
+    assert names == ("a", "b", "c")
+    assert official_of.tolist() == [1, 2, 0]

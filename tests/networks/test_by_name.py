@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mtt_fast import ConvNet, FlatModule, InputError, matching_loss, unroll
 from mtt_fast.networks.by_name import network_by_name
+from mtt_fast.networks.flat_module import statistics_of
 from mtt_fast.networks.layers import default_parameters
 from mtt_fast.networks.pools import POOLS, eval_pool
 from mtt_fast.testing import assert_close, whole_graph
@@ -245,6 +247,19 @@ def test_parameters_have_the_names_of_the_public_code(name: str, some: list[str]
     names = network_by_name(name, CIFAR, 10).layout.names
     assert set(some) <= set(names)
     assert [own_name for own_name in names if own_name in some] == some
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("AlexNetBN", (128, 192, 256, 192, 192)),
+        ("VGG11BN", (64, 128, 256, 256, 512, 512, 512, 512)),
+        ("ResNet18BN", [channels for channels in (64, 128, 256, 512) for _ in range(5)]),
+    ],
+)
+def test_a_batch_norm_follows_each_convolution(name: str, channels: Sequence[int]) -> None:
+    (statistics,) = statistics_of(network_by_name(name, CIFAR, 10))
+    assert len(statistics) == sum(2 * count + 1 for count in channels)  # means, variances, and a number of batches
 
 
 @pytest.mark.parametrize("name", ["ConvNetD2W8MP", "ConvNetD2W8AS", "ConvNetD2W8LN", "ConvNetD2W8BN", "ConvNetD2W8GN"])
