@@ -255,6 +255,7 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert 8 * 2000 <= held.saved < 8 * 3100
     assert held.saved <= held.gradient_saving < 8 * 5100
     assert 0 < held.gradient_jvp_saved < held.gradient_jvp
+    assert live_bytes(net, 1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
 
 
 def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:
