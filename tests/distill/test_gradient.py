@@ -266,13 +266,14 @@ def test_networks_are_evaluated_as_the_run_says(
     def measured(network: Any, train: Any, test: Any, lr: float, protocol: Any, **others: Any) -> Accuracy:
         named = ("networks", "seed", "precision", "at_once", "memory_budget")
         asked.append((protocol.epochs, *(others[name] for name in named)))
-        return Accuracy((0.5,))
+        return Accuracy((0.0,))
 
     monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", measured)
     monkeypatch.setattr("mtt_fast.commands.run_loop.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
     flags = "--Iteration 0 --epoch_eval_train 4 --num_eval 3 --seed 7 --networks_at_once 2 --memory_budget 1GiB".split()
     assert run(*TOY, *experts, *flags, "--out", str(tmp_path)) == 0
     assert asked == [(4, 3, 7, "tf32", 2, "1GiB")] * 2  # the set, and random real images
+    assert (tmp_path / "best.safetensors").exists()  # even where no image is classified correctly
 
 
 fused_on_a_cpu = pytest.mark.skipif(

@@ -18,8 +18,9 @@ from mtt_fast.distill.options import DistillOptions, parse_options
 from mtt_fast.distill.segments import start_epochs
 from mtt_fast.distill.updates import update
 from mtt_fast.networks.protocol import Network
-from mtt_fast.storage.checkpoint import State
+from mtt_fast.storage.checkpoint import State, load_checkpoint, save_checkpoint
 from mtt_fast.storage.files import load_tensors
+from mtt_fast.storage.metrics import read_records
 from mtt_fast.testing import module_function, reference_convnet
 from mtt_fast.training.images import Images
 from mtt_fast.training.protocols import Accuracy
@@ -262,6 +263,10 @@ def test_a_run_stopped_between_its_two_evaluations_makes_the_second_one_later(
     lines = metrics.read_text().splitlines(keepends=True)
     last = max(place for place, line in enumerate(lines) if '"ema_evaluation"' in line)
     metrics.write_text("".join(lines[:last]))
+    before = [record for record in read_records(metrics) if record["kind"].endswith("evaluation")]
+    state = load_checkpoint(tmp_path, torch.device("cpu"))
+    assert state is not None
+    save_checkpoint(tmp_path, state, before)  # which has the evaluations too
     summary.unlink()
     assert run(*flags) == 0
     assert records_of(tmp_path, "ema_evaluation") == whole

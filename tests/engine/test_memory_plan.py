@@ -161,6 +161,20 @@ def planned(memory_budget: int | str | None, net: Any = None, **options: Any) ->
     return mtt_fast.plan(net or ConvNet(width=16), memory_budget=memory_budget, **case)
 
 
+def test_a_plan_counts_what_each_option_keeps() -> None:
+    net = ConvNet(width=16)
+    vector, batch = 4 * net.num_parameters, 4 * 50 * 3 * 32 * 32
+
+    def more(**options: Any) -> dict[str, int]:
+        plain, with_it = planned(None, net).parts, planned(None, net, **options).parts
+        return {name: size - plain[name] for name, size in with_it.items() if size != plain[name] and name != "rest"}
+
+    assert more(momentum=0.9) == {"path": 5 * vector, "vectors": 2 * vector}  # velocities; their adjoint, the direction
+    assert more(path_gradient=True) == {"path": 6 * vector}
+    assert more(augment=True) == more(augment=SiameseAugment()) == {"images": batch}
+    assert more(steps=7) == {"path": 2 * vector}
+
+
 def test_with_more_memory_pieces_grow_and_then_activations_are_kept() -> None:
     plans = [planned(f"{size}MiB") for size in (12, 16, 30, 60, 200)]
     pieces, saved = [plan.microbatch for plan in plans], [plan.saved_steps for plan in plans]
@@ -241,6 +255,7 @@ def test_what_a_step_holds_is_found_without_computing_it() -> None:
     assert 8 * 2000 <= held.saved < 8 * 3100
     assert held.saved <= held.gradient_saving < 8 * 5100
     assert 0 < held.gradient_jvp_saved < held.gradient_jvp
+    assert live_bytes(net, 1, torch.Size((1000,)), torch.float32).saved == held.saved // 2
 
 
 def test_a_plan_for_smaller_batches_cuts_larger_ones() -> None:

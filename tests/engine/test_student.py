@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtt_fast import ConvNet
+from mtt_fast import ConvNet, FlatModule
 from mtt_fast.engine.student import GenericStudent, InMicrobatches, cross_entropy, cross_entropy_from_logits
-from mtt_fast.testing import assert_close
+from mtt_fast.engine.student_choice import student_for
+from mtt_fast.testing import assert_close, reference_convnet
 
 NET = ConvNet(in_channels=2, num_classes=3, image_size=6, width=3, depth=1)
 
@@ -60,3 +63,16 @@ def test_the_product_is_the_derivative_of_the_gradient(size: int, soft: bool, sa
     assert (of_pieces.saved is not None) == save
     assert_close("loss", of_pieces.loss, loss, 1e-12)
     assert_close("gradient", of_pieces.theta, gradient, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities", "logits"])
+def test_a_modules_loss_is_the_cross_entropy_of_its_kind_of_labels(kind: Any) -> None:
+    module = reference_convnet(1, 3, 8, 4, 1)
+    network, logits = FlatModule(module), torch.randn(5, 3)
+    images, theta = torch.randn(5, 1, 8, 8), network.init(torch.Generator().manual_seed(0))
+    labels = {"indices": logits.argmax(1), "probabilities": logits.softmax(1), "logits": logits}[kind]
+    target = logits.softmax(1) if kind == "logits" else labels
+    expected = F.cross_entropy(network(theta, images), target)
+    torch.testing.assert_close(
+        student_for(network, torch.device("cpu"), kind).gradient(theta, images, labels).loss, expected
+    )

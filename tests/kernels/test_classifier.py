@@ -273,6 +273,20 @@ def test_gradients_of_float16_have_a_power_of_two(kind: str, magnitude: float) -
         assert_close("p_bar", p_bar.double() / float(factor), expected["p_bar"], 1e-3 if given_scale is scale else 1e-2)
 
 
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directions_scale_is_taken_out_of_the_derivatives_that_leave_a_step(kind: str) -> None:
+    given = classifier_arguments((5, 7, 2, 3, 4), kind, torch.float32)
+    names = ("loss_dot", "p_bar", "p_bar_dot", "weight_bar_dot", "bias_bar_dot", "labels_bar_dot", "scale")
+    plain, scaled = (
+        dict(zip(names, kernels.linear_cross_entropy_dual(**given, direction_scale=scale), strict=True))
+        for scale in (None, torch.tensor(8.0))
+    )
+    for name in names[: -2 if kind == "indices" else -1]:
+        factor = 8 if name in ("loss_dot", "labels_bar_dot") else 1
+        assert torch.equal(plain[name], factor * scaled[name]), name
+
+
 def test_gradients_that_are_not_finite_or_zero_have_the_power_one() -> None:
     given = classifier_arguments((5, 7, 1, 1, 4), "indices", torch.float16)
     primal = {name: value for name, value in given.items() if not name.endswith("_dot")}

@@ -283,6 +283,7 @@ PARTS = torch.zeros(3, 2, 6, 6, 4).permute(0, 1, 4, 2, 3)
         refused("conv3x3", "strides", ZEROS, WEIGHT.contiguous(memory_format=torch.channels_last), 1),
         refused("conv3x3", "as many channels", ZEROS, torch.zeros(4, 5, 3, 3), 1),
         refused("conv3x3", "leaves nothing", ZEROS[:, :, :2].contiguous(), WEIGHT, 0),
+        refused("conv3x3", "padding -1 leaves nothing", ZEROS, WEIGHT, -1),
         refused("conv3x3_dual", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
         refused("conv3x3_tangent", "x_dot of shape", ZEROS, ZEROS[:1], WEIGHT, WEIGHT, 1),
         refused("conv3x3_input_gradient", "as many channels", ZEROS, WEIGHT, 1),

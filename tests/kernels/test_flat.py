@@ -118,11 +118,12 @@ def test_results_may_take_the_place_of_arguments(dtype: torch.dtype) -> None:
     sgd_step(theta, gradient, rate, out, velocity, velocity_out, 0.9, 0.05)
     expected = adjoint_step(out, gradient, out, rate, unwritten(theta), incoming, 0.05)
 
-    version = theta._version
+    versions = theta._version, velocity._version
     sgd_step(theta, gradient, rate, theta, velocity, velocity, 0.9, 0.05)
     assert torch.equal(theta, out)
     assert torch.equal(velocity, velocity_out)
-    assert theta._version > version  # autograd is told
+    assert theta._version > versions[0]  # autograd is told
+    assert velocity._version > versions[1]
     adjoint_step(theta, gradient, theta, rate, theta, incoming, 0.05)
     assert torch.equal(theta, expected)
 
@@ -214,6 +215,24 @@ def test_rows_are_added_in_their_order(index: list[int], alpha: float, dtype: to
         expected[place] += alpha * row
     assert index_add(out, torch.tensor(index, dtype=torch.long), rows, alpha) is out
     assert torch.equal(out, expected)
+
+
+def test_a_back_end_gets_the_indices_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    def noted(theta: Any, direction: Any, places: Any, *, largest: float, batch: BatchImages) -> None:
+        assert batch.rows is not None
+        given.append(batch.rows)
+
+    operations = {"index_add": lambda out, index, *_: given.append(index), "pack_parameters": noted}
+    monkeypatch.setattr("mtt_fast.kernels.dispatch.implementation_of", lambda name, *_: operations[name])
+    index = torch.arange(8)[::2]
+    index_add(torch.zeros(8, 3), index, torch.zeros(4, 3))
+    pack_parameters(torch.zeros(9), None, [], "fp32", batch=BatchImages(torch.zeros(8, 3, 6, 5), 1, index))
+    for indices in given:
+        assert indices.is_contiguous()
+        assert torch.equal(indices, index)
+    assert len(given) == 2
 
 
 @pytest.mark.parametrize(

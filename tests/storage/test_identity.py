@@ -87,6 +87,11 @@ def test_what_differs_is_told(found: DatasetIdentity, message: str, deliberate: 
     assert told.endswith("as other data are allowed")
 
 
+def test_whitened_images_are_the_same_whatever_they_would_be_normalised_by() -> None:
+    whitened = replace(PETS, whitening="zca", fingerprint="")
+    check_same_data(replace(whitened, mean=(0.1, 0.2, 0.3), std=(0.3, 0.3, 0.3)), whitened, "here")
+
+
 def test_other_images_that_are_whitened_are_no_others_that_are_normalised() -> None:
     with pytest.raises(InputError, match="made from another data set: expected pets, found toys"):
         check_same_data(replace(OTHER, name="toys", whitening="zca"), PETS, "here", other_data=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import stat
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,21 @@ def test_another_process_temporary_stays_until_it_ends(tmp_path: Path) -> None:
         other.wait()
     write_text(tmp_path / "mine", "y")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_name_reaches_the_disk_after_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the order of what is brought to the disk, so that a power cut leaves the old file or the new one."""
+    done: list[str] = []
+
+    def synced(handle: int) -> None:
+        done.append("sync folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "sync file")
+
+    replace = os.replace
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.replace", lambda *paths: (done.append("rename"), replace(*paths)))
+    (tmp_path / "folder").mkdir()
+    write_text(tmp_path / "folder" / "file", "x")
+    assert done == ["sync file", "rename", "sync folder"]
 
 
 def test_who_takes_a_folder_clears_what_a_killed_process_left_in_it(tmp_path: Path) -> None:
