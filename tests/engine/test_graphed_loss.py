@@ -307,3 +307,17 @@ def test_a_gpu_replays_what_unroll_computes(net: Network) -> None:
         with torch.no_grad():
             given["images"] += 0.1
     assert graphed.problem is None
+
+
+def test_each_dtype_has_a_plan_of_its_own_that_counts_the_velocities(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def noted(net: Network, plan: Plan, *rest: Any, **options: Any) -> Iteration:
+        plans.append(plan)
+        return planned_iteration(net, plan, *rest, **options)
+
+    monkeypatch.setattr("mtt_fast.engine.graphed_loss.planned_iteration", noted)
+    graphed, dtypes = GraphedMatchingLoss(NET, momentum=0.9, label_kind="logits"), (torch.float32, torch.float64)
+    for dtype in dtypes:
+        graphed(**tensors(dtype=dtype), batches=BATCHES)
+    assert [(plan.work.dtype, plan.work.momentum) for plan in plans] == [(dtype, True) for dtype in dtypes]

@@ -82,8 +82,13 @@ def test_a_name_reaches_the_disk_after_its_content(tmp_path: Path, monkeypatch: 
         done.append("sync folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "sync file")
 
     replace = os.replace
+
+    def renamed(*paths: Path) -> None:
+        done.append("rename")
+        replace(*paths)
+
     monkeypatch.setattr("os.fsync", synced)
-    monkeypatch.setattr("os.replace", lambda *paths: (done.append("rename"), replace(*paths)))
+    monkeypatch.setattr("os.replace", renamed)
     (tmp_path / "folder").mkdir()
     write_text(tmp_path / "folder" / "file", "x")
     assert done == ["sync file", "rename", "sync folder"]
