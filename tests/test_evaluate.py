@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from mtt_fast import ConvNet, SyntheticDataset
+from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
-from mtt_fast.commands.evaluated_set import training_set
+from mtt_fast.commands.evaluated_set import real_images_for, training_set
 from mtt_fast.convert.command import main as convert
 from mtt_fast.data import load
 from mtt_fast.evaluate import EvaluateOptions, main
@@ -111,6 +112,25 @@ def test_networks_are_trained_as_the_command_says(monkeypatch: pytest.MonkeyPatc
     for flags in ([], ["--lr_teacher", "0.5"]):
         result_of("set.safetensors", "--seed", "7", "--networks_at_once", "2", *flags)
     assert asked == [(pytest.approx(lr), 3, 2, 7, "tf32", 2) for lr in (0.02, 0.5)]
+
+
+def test_other_images_are_normalised_as_those_of_the_set_were() -> None:
+    data, cpu = load("digits", data_path="data", progress=False), torch.device("cpu")
+    synthetic = distilled(mean=(0.25,), std=(0.5,))
+    options = EvaluateOptions(dataset="digits", other_data=True)
+    images, _ = real_images_for(options, "set", synthetic, data, cpu).train.batch(slice(0, 5))
+    plain, _ = real_images(data, cpu, zca=False).train.batch(slice(0, 5))
+    in_unit_range = plain * data.std[0] + data.mean[0]
+    torch.testing.assert_close(images, (in_unit_range - 0.25) / 0.5)
+
+
+def test_textures_in_files_are_cropped() -> None:
+    torch.save(torch.randn(10, 1, 16, 16), "images_best.pt")
+    torch.save(torch.arange(10), "labels_best.pt")
+    data, cpu = load("digits", data_path="data", progress=False), torch.device("cpu")
+    options = EvaluateOptions(dataset="digits", texture=True, canvas_size=2, canvas_samples=3)
+    train, _ = training_set(options, "images_best.pt", None, real_images(data, cpu, zca=False), cpu)
+    assert train(torch.Generator()).canvas == Canvas(2, 3)
 
 
 def test_random_real_images_are_evaluated() -> None:

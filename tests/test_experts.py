@@ -15,7 +15,7 @@ import torch
 from mtt_fast import ConvNet, TrajectoryStore
 from mtt_fast.commands import cli
 from mtt_fast.data import from_tensors
-from mtt_fast.experts import ExpertTraining, main, train_expert
+from mtt_fast.experts import ExpertTraining, main, train_expert, train_missing_experts
 from mtt_fast.storage.files import load_tensors
 from mtt_fast.storage.trajectories import write_expert
 from mtt_fast.testing import assert_close, reference_convnet
@@ -149,6 +149,13 @@ def test_missing_experts_alone_are_trained_again(tmp_path: Path) -> None:
     for path, parameters in zip(paths, before, strict=True):
         assert torch.equal(load_tensors(path)[0]["parameters"], parameters)
     assert paths[0].stat().st_mtime_ns == kept
+
+
+def test_experts_are_stored_as_those_that_they_are_added_to(images: RealImages, tmp_path: Path) -> None:
+    network, training = ConvNet(1, 3, 6, width=4, depth=1), ExpertTraining(train_epochs=1, batch_size=8, augment="flip")
+    train_missing_experts(tmp_path, 1, images, network, training, seed=0, dtype=torch.bfloat16)
+    store = train_missing_experts(tmp_path, 2, images, network, training, seed=0)
+    assert [store.dtype(expert) for expert in range(2)] == [torch.bfloat16] * 2
 
 
 def test_experts_in_bfloat16_take_half_the_size(tmp_path: Path) -> None:

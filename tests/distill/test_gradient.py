@@ -16,7 +16,7 @@ from torch import Tensor
 from mtt_fast import ConvNet, SyntheticDataset, evaluate
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main
-from mtt_fast.distill.gradients import iteration_of, mean_gradients
+from mtt_fast.distill.gradients import PendingGradients, finish_gradients, iteration_of, mean_gradients
 from mtt_fast.distill.options import DistillOptions
 from mtt_fast.distill.segments import Segment, in_tf32, log_fields, planned, segment_numbers
 from mtt_fast.distill.updates import update
@@ -258,6 +258,19 @@ def test_networks_are_evaluated_at_the_learned_rate_and_with_other_random_number
     assert float(SyntheticDataset.load(tmp_path / "synthetic.safetensors").lr) == pytest.approx(asked[2][0])
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_a_loss_or_a_gradient_that_is_not_finite_makes_no_update(place: int) -> None:
+    made, magnitudes = (
+        plan(ConvNet(width=4, depth=1), images=(2, 3, 32, 32), steps=1),
+        torch.ones(4, dtype=torch.float64),
+    )
+    unasked: Any = None
+    for value, gradients in ((1.0, []), (torch.nan, None), (torch.inf, None)):
+        magnitudes[place] = value  # of the loss, or of the gradient to images, rate or labels
+        pending = PendingGradients([], [], magnitudes, made)
+        assert finish_gradients(unasked, unasked, pending, unasked)[1] == gradients
+
+
 def test_networks_are_evaluated_as_the_run_says(
     experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,14 +278,15 @@ def test_networks_are_evaluated_as_the_run_says(
 
     def measured(network: Any, train: Any, test: Any, lr: float, protocol: Any, **others: Any) -> Accuracy:
         named = ("networks", "seed", "precision", "at_once", "memory_budget")
-        asked.append((protocol.epochs, *(others[name] for name in named)))
+        images = len(train(torch.Generator()).labels)
+        asked.append((images, protocol.epochs, *(others[name] for name in named)))
         return Accuracy((0.0,))
 
     monkeypatch.setattr("mtt_fast.commands.run_loop.evaluate", measured)
     monkeypatch.setattr("mtt_fast.commands.run_loop.precision_on", lambda *_: "tf32")  # a CPU's is always fp32
-    flags = "--Iteration 0 --epoch_eval_train 4 --num_eval 3 --seed 7 --networks_at_once 2 --memory_budget 1GiB".split()
+    flags = "--Iteration 0 --ipc 2 --epoch_eval_train 4 --num_eval 3 --seed 7 --networks_at_once 2 --memory_budget 1GiB".split()
     assert run(*TOY, *experts, *flags, "--out", str(tmp_path)) == 0
-    assert asked == [(4, 3, 7, "tf32", 2, "1GiB")] * 2  # the set, and random real images
+    assert asked == [(20, 4, 3, 7, "tf32", 2, "1GiB")] * 2  # the set, and random real images
     assert (tmp_path / "best.safetensors").exists()  # even where no image is classified correctly
 
 

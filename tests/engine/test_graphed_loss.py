@@ -89,7 +89,8 @@ def test_equals_unroll_and_its_loss(net: Network, name: str, drawn: str) -> None
     expected = gradients(matching_loss(path[-1], given["start"], given["target"]), given)
     graphed = GraphedMatchingLoss(net, **options)
     for _ in range(2):
-        loss = graphed(**given, batches=BATCHES, draws=draws, generator=random.manual_seed(1))
+        random.manual_seed(1 if draws is None else 2)  # what was drawn before is not drawn again
+        loss = graphed(**given, batches=BATCHES, draws=draws, generator=random)
         assert loss.dtype == torch.float64
         for what, mine, theirs in zip(
             ("loss", "images", "labels", "lr"), gradients(loss, given), expected, strict=True
@@ -431,3 +432,17 @@ def test_a_later_call_on_a_gpu_waits_for_nothing() -> None:
         graphed(**given, batches=BATCHES).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_each_dtype_has_a_plan_of_its_own_that_counts_the_velocities(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def noted(net: Network, plan: Plan, *rest: Any, **options: Any) -> Iteration:
+        plans.append(plan)
+        return planned_iteration(net, plan, *rest, **options)
+
+    monkeypatch.setattr("mtt_fast.engine.graphed_loss.planned_iteration", noted)
+    graphed, dtypes = GraphedMatchingLoss(NET, momentum=0.9, label_kind="logits"), (torch.float32, torch.float64)
+    for dtype in dtypes:
+        graphed(**tensors(dtype=dtype), batches=BATCHES)
+    assert [(plan.work.dtype, plan.work.momentum) for plan in plans] == [(dtype, True) for dtype in dtypes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtt_fast import ConvNet, matching_loss, unroll
+from mtt_fast import ConvNet, matching_loss, plan, unroll
 from mtt_fast.augmentation.siamese import SiameseAugment, augment_with
 from mtt_fast.augmentation.texture import CanvasCrops
 from mtt_fast.data import Normalisation
@@ -18,7 +19,7 @@ from mtt_fast.distill.segments import student_batches
 from mtt_fast.engine.batch import Batch
 from mtt_fast.engine.draws import Apply, draw_steps
 from mtt_fast.engine.fused import FusedConvNetStudent
-from mtt_fast.engine.iteration import Iteration, iterate
+from mtt_fast.engine.iteration import Iteration, iterate, planned_iteration
 from mtt_fast.engine.student import GenericStudent, StepGradient, Student, in_microbatches
 from mtt_fast.engine.student_choice import student_for
 from mtt_fast.kernels import WARP_PARAMETERS
@@ -250,3 +251,10 @@ def test_nothing_waits_on_a_gpu() -> None:
         run(*given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_iteration_keeps_what_its_plan_says() -> None:
+    planned = replace(plan(NET, images=(6, 3, 8, 8), steps=3), saved_steps=2, path_on_host=True)
+    run = planned_iteration(NET, planned, None, (6, 6, 6))
+    assert isinstance(run, partial)
+    assert (run.keywords["saved_steps"], run.keywords["path_on_host"]) == (2, True)

@@ -322,3 +322,10 @@ def test_an_augmentation_that_draws_as_it_applies_is_refused(network: str) -> No
         return noisy(images, None)
 
     assert gradient(net, start, augment=Augmentation(lambda images, generator: 3, seeded)).isfinite().all()
+
+
+def test_a_student_that_has_diverged_is_not_taken_for_one_that_changes() -> None:
+    net = FlatModule(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+    start = torch.full((net.num_parameters,), torch.nan)
+    path = unroll(net, start, torch.randn(6, 3, 2, 2), LABELS, 0.1, BATCHES, microbatch=2)
+    assert path.isnan().all()
