@@ -117,7 +117,10 @@ def test_stopped_from_outside_and_continued(experts: list[str], tmp_path: Path, 
     flags = [*TOY, *experts, "--Iteration", "400", "--eval_it", "400"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     command = [sys.executable, "-m", "mtt_fast.distill", *flags, "--out", str(stopped)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_as_in_a_terminal)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number would round otherwise
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=_as_in_a_terminal, env=os.environ | threads
+    )
     metrics = stopped / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("step") > 5):
