@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from mtt_fast.commands import cli
 from mtt_fast.distill.command import main as distill
 from mtt_fast.report.__main__ import main
-from mtt_fast.report.charts import _draw_accuracy, thinned
+from mtt_fast.report.charts import draw_accuracy, thinned
 from mtt_fast.report.page import mebibytes, number, percent, pictures, seconds
 from mtt_fast.report.runs import Run
 from mtt_fast.storage.files import write_json
@@ -243,7 +243,7 @@ def test_evaluations_and_those_of_the_average_are_told_apart() -> None:
         "ema": 0.4,
     }
     axes = Figure().subplots()
-    _draw_accuracy(axes, unfinished, "C0")
+    draw_accuracy(axes, unfinished, "C0")
     for curve, both in zip(axes.containers, means.values(), strict=True):
         assert isinstance(curve, ErrorbarContainer)
         line, _, (spreads,) = curve.lines

@@ -203,7 +203,7 @@ def _read(
         raise InputError(
             f"{place / kind.names}: expected {num_classes} class names, found {len(names)}; get {kind.archive} again"
         )
-    names, order = _official(names, spec.class_names)
+    names, order = in_official_order(names, spec.class_names)
     batches = {}
     for file in (*kind.train, kind.test):
         images, labels = decode(files[file], kind.labels, place / file)
@@ -212,7 +212,7 @@ def _read(
     return Contents(names, _SHAPE, _part([batches[file] for file in kind.train]), _part([batches[kind.test]]))
 
 
-def _official(names: tuple[str, ...], official: tuple[str, ...]) -> tuple[tuple[str, ...], _Labels]:
+def in_official_order(names: tuple[str, ...], official: tuple[str, ...]) -> tuple[tuple[str, ...], _Labels]:
     """Return the class names in the `official` order, and the official class of each; other names stay as they are."""
     if sorted(names) != sorted(official):
         return names, np.arange(len(names))

@@ -19,7 +19,7 @@ def charts(runs: Sequence[Run]) -> dict[str, str]:
     drawn = {
         f"Loss{own}": _chart(runs, "loss", _draw_lines("step", "loss")),
         "Learning rate of networks that train on the set": _chart(runs, "learning rate", _draw_lines("step", "lr")),
-        "Test accuracy of fresh networks (%)": _chart(runs, "accuracy", _draw_accuracy),
+        "Test accuracy of fresh networks (%)": _chart(runs, "accuracy", draw_accuracy),
         "Cosine of the approximate gradient to the exact one": _chart(
             runs, "cosine", _draw_lines("gradient", "cosine")
         ),
@@ -39,7 +39,8 @@ def _draw_lines(kind: str, key: str) -> Callable[[Any, Run, str], bool]:
     return draw
 
 
-def _draw_accuracy(axes: Any, run: Run, colour: str) -> bool:
+def draw_accuracy(axes: Any, run: Run, colour: str) -> bool:
+    """Draw the accuracy of a run's evaluations, with its deviation, and return whether there is any."""
     styles = {"evaluation": ("-", run.name), "ema_evaluation": ("--", f"{run.name}, average over the iterations")}
     for kind, (style, label) in styles.items():
         records = run.of_kind(kind)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtt_fast.data import load
-from mtt_fast.data.cifar import _official
+from mtt_fast.data.cifar import in_official_order
 from mtt_fast.storage import regular
 from tests.data.cifar_files import (
     NAMES10,
@@ -150,6 +150,6 @@ def test_class_names_in_another_order_are_put_in_the_official_one(tmp_path: Path
 
 
 def test_a_rotated_order_of_class_names_is_put_right() -> None:
-    names, official_of = _official(("b", "c", "a"), ("a", "b", "c"))
+    names, official_of = in_official_order(("b", "c", "a"), ("a", "b", "c"))
     assert names == ("a", "b", "c")
     assert official_of.tolist() == [1, 2, 0]
