@@ -124,7 +124,9 @@ def test_any_loss_of_the_path(of_path: Loss, reference: Loss) -> None:
         assert_close("loss or gradient", mine, theirs, 1e-12)
 
 
-def test_the_plan_has_room_for_the_gradient_of_any_loss_of_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """Return the plans of iterations, in the order in which these are made."""
     plans: list[Plan] = []
 
     def watched(net: Network, plan: Plan, *arguments: Any, **options: Any) -> Iteration:
@@ -132,6 +134,10 @@ def test_the_plan_has_room_for_the_gradient_of_any_loss_of_the_path(monkeypatch:
         return planned_iteration(net, plan, *arguments, **options)
 
     monkeypatch.setattr("mtt_fast.engine.graphed_loss.planned_iteration", watched)
+    return plans
+
+
+def test_the_plan_has_room_for_the_gradient_of_any_loss_of_the_path(plans: list[Plan]) -> None:
     for of_path in (path_loss, partial(path_loss, match_step="nearest")):
         GraphedMatchingLoss(NET, label_kind="logits", of_path=of_path)(**tensors(), batches=BATCHES)
     assert [plan.work.path_gradient for plan in plans] == [False, True]
@@ -434,14 +440,7 @@ def test_a_later_call_on_a_gpu_waits_for_nothing() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_each_dtype_has_a_plan_of_its_own_that_counts_the_velocities(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[Plan] = []
-
-    def noted(net: Network, plan: Plan, *rest: Any, **options: Any) -> Iteration:
-        plans.append(plan)
-        return planned_iteration(net, plan, *rest, **options)
-
-    monkeypatch.setattr("mtt_fast.engine.graphed_loss.planned_iteration", noted)
+def test_each_dtype_has_a_plan_of_its_own_that_counts_the_velocities(plans: list[Plan]) -> None:
     graphed, dtypes = GraphedMatchingLoss(NET, momentum=0.9, label_kind="logits"), (torch.float32, torch.float64)
     for dtype in dtypes:
         graphed(**tensors(dtype=dtype), batches=BATCHES)
