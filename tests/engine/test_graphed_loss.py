@@ -297,18 +297,25 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     return recordings
 
 
+def check_equals_unroll(
+    graphed: GraphedMatchingLoss, net: Network, given: dict[str, Any], batches: list[Tensor], tolerance: float
+) -> None:
+    """Check the loss and the gradients of augmented steps, with labels that are logits."""
+    random = torch.Generator().manual_seed(4)
+    loss = graphed(**given, batches=batches, generator=random)
+    path = unroll(
+        net, given["start"], given["images"], given["labels"], given["lr"], batches, SiameseAugment(),
+        label_kind="logits", generator=random.manual_seed(4),
+    )  # fmt: skip
+    expected = gradients(matching_loss(path[-1], given["start"], given["target"]), given)
+    for mine, theirs in zip(gradients(loss, given), expected, strict=True):
+        assert_close("loss or gradient", mine.cpu(), theirs.cpu(), tolerance)
+
+
 def test_each_kind_of_arguments_is_recorded_once(recordings: list[Recording]) -> None:
     graphed, given = GraphedMatchingLoss(NET, augment=SiameseAugment(), label_kind="logits"), tensors()
     for batches in (BATCHES, BATCHES, BATCHES[::-1], BATCHES):
-        random = torch.Generator().manual_seed(4)
-        loss = graphed(**given, batches=batches, generator=random)
-        path = unroll(
-            NET, given["start"], given["images"], given["labels"], given["lr"], batches, SiameseAugment(),
-            label_kind="logits", generator=random.manual_seed(4),
-        )  # fmt: skip
-        expected = gradients(matching_loss(path[-1], given["start"], given["target"]), given)
-        for mine, theirs in zip(gradients(loss, given), expected, strict=True):
-            assert_close("loss or gradient", mine, theirs, 1e-12)
+        check_equals_unroll(graphed, NET, given, batches, 1e-12)
         with torch.no_grad():
             given["images"] += 0.1
     assert len(recordings) == 2
@@ -414,15 +421,7 @@ def test_a_gpu_replays_what_unroll_computes(net: Network) -> None:
     graphed = GraphedMatchingLoss(net, augment=SiameseAugment(), label_kind="logits")
     given = tensors(net, device="cuda")
     for _ in range(3):
-        random = torch.Generator().manual_seed(4)
-        loss = graphed(**given, batches=BATCHES, generator=random)
-        path = unroll(
-            net, given["start"], given["images"], given["labels"], given["lr"], BATCHES, SiameseAugment(),
-            label_kind="logits", generator=random.manual_seed(4),
-        )  # fmt: skip
-        expected = gradients(matching_loss(path[-1], given["start"], given["target"]), given)
-        for mine, theirs in zip(gradients(loss, given), expected, strict=True):
-            assert_close("loss or gradient", mine.cpu(), theirs.cpu(), 1e-10)
+        check_equals_unroll(graphed, net, given, BATCHES, 1e-10)
         with torch.no_grad():
             given["images"] += 0.1
     assert graphed.problem is None
