@@ -17,6 +17,7 @@ COMMANDS = {
     "kernels": "bandwidth and arithmetic of each operation, beside the device's own",
     "first_block": "the first block in parts, without its planes, and the products that the latter has to do",
     "precision": "errors of the gradients in each precision of the products, against float64",
+    "distillation": "a distillation to its end in each precision of the products: accuracy",
     "tune": "a new table of launch configurations, for this machine's GPU",
     "experts": "training on real images, beside an ordinary module and optimiser",
     "evaluate": "training on distilled images, beside an ordinary module and optimiser",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, cast, get_args
 
 import torch
 
 from mtt_fast.commands import parsing
 from mtt_fast.commands.option_fields import Checked
+from mtt_fast.engine.student_choice import kernels_for
 from mtt_fast.errors import InputError
+from mtt_fast.kernels import Precision
 from mtt_fast.runtime.provenance import choose_device
 from mtt_fast.storage.outputs import check_output_folder
 
@@ -33,6 +35,21 @@ class CommonOptions:
         if self.repetitions < 1:
             raise InputError(f"--repetitions {self.repetitions}: expected at least 1")
         return choose_device(self.device)
+
+
+def precisions_in(names: str, device: torch.device) -> list[Precision]:
+    """Return the precisions that `names` lists, joined by commas.
+
+    Raises `InputError` for an unknown one, and where `device` has no fused step: the generic one would ignore it.
+    """
+    precisions = [cast(Precision, name) for name in names.split(",")]
+    if unknown := [name for name in precisions if name not in get_args(Precision)]:
+        raise InputError(f"--precisions {unknown[0]}: expected some of {', '.join(get_args(Precision))}")
+    if not kernels_for(device):
+        raise InputError(
+            f"--precisions: expected a device with kernels for ConvNet's fused step, found {device} without; see python -m mtt_fast.env"
+        )
+    return precisions
 
 
 Options = TypeVar("Options")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.cases import case_on, make_case
 from bench.iterations import NamedCase, golden_cases, run_cases
-from bench.parsing import CommonOptions
+from bench.parsing import CommonOptions, precisions_in
 from bench.records import write_record
 from bench.render import table
 from bench.settings import Shape
@@ -47,9 +47,7 @@ class Options(CommonOptions, Shape):
 def main(options: Options, command: str) -> None:
     """Compute, print the table, write the record."""
     device = options.torch_device()
-    names = options.precisions.split(",")
-    if unknown := [name for name in names if name not in get_args(Precision)]:
-        raise InputError(f"--precisions {unknown[0]}: expected some of {', '.join(get_args(Precision))}")
+    names = precisions_in(options.precisions, device)
     if options.starts < 1:
         raise InputError(f"--starts {options.starts}: expected at least 1")
     conditions = {"products": "emulated" if device.type == "cpu" else "the GPU's own"}
@@ -68,7 +66,7 @@ def _cases(options: Options) -> Iterator[NamedCase]:
         yield from run_cases(Path(folder), options.starts)
 
 
-def _row(named: NamedCase, precisions: list[str], device: torch.device) -> dict[str, Any]:
+def _row(named: NamedCase, precisions: list[Precision], device: torch.device) -> dict[str, Any]:
     """Return the errors of each precision, and of the image gradient's how many times tf32's they are."""
     exact = gradients_of(named, torch.float64, "fp32", device)
     row: dict[str, Any] = {"case": named.name}

@@ -237,6 +237,14 @@ TABLES: dict[str, list[Column]] = {
         ("fp16 / tf32", _number("of_tf32.fp16", "{:.2f}")),
         ("bf16 / tf32", _number("of_tf32.bf16", "{:.2f}")),
     ],
+    "distillation": [
+        ("iterations in", _text("precision")),
+        ("test accuracy", lambda row: percent(row["accuracy"])),
+        ("random real images", lambda row: percent(row["random"])),
+        ("loss, mean of the last tenth", _number("loss", "{:.4f}")),
+        ("skipped", _number("skipped", "{}")),
+        ("repeated in tf32", _number("repeated", "{}")),
+    ],
     "training": [
         ("loop", _text("loop")),
         *_TIMES,

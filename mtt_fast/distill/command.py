@@ -52,6 +52,7 @@ from mtt_fast.distill.segments import Segment, planned, read_segment, segment_nu
 from mtt_fast.distill.updates import apply_gradients, check_converges
 from mtt_fast.engine.memory_plan import Plan
 from mtt_fast.engine.student_choice import describe_numerics, precision_on
+from mtt_fast.kernels import Precision
 from mtt_fast.recipes import recipe_about
 from mtt_fast.runtime.interrupts import StopRequest
 from mtt_fast.runtime.numerics import numerics
@@ -66,8 +67,11 @@ from mtt_fast.storage.run_folder import only_user, write_config
 log = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command with the arguments `argv`."""
+def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
+    """Run the command with the arguments `argv`.
+
+    With a `precision` the iterations are in it, whatever `--precision` says; on a CPU the reference emulates it.
+    """
     seconds = Seconds()
     options, given = parse_options(argv), given_options(argv)
     requested, folder = requested_hyperparameters(options, given), options.folder()
@@ -84,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
             print(dry_run(options, folder, device, requested))
         return
     with numerics(device, options.precision):
-        _run(options, requested, folder, device, shlex.join([*PROGRAM.split(), *argv]), seconds)
+        _run(options, requested, folder, device, shlex.join([*PROGRAM.split(), *argv]), seconds, precision)
 
 
 def _run(
@@ -94,6 +98,7 @@ def _run(
     device: torch.device,
     command: str,
     seconds: Seconds,
+    precision: Precision | None,
 ) -> None:
     if (info := published(options.dataset, options.subset, options.res)) is not None:
         # before images are fetched and packed
@@ -103,9 +108,12 @@ def _run(
         data = options.load_data()
     network = options.network(data)
     check_fits(options, inventory_of(options, data), data, network, device, requested)
-    numerics_in_words = describe_numerics(device, network, options.precision, iterations=True)
+    if precision is None:
+        precision = precision_on(device, network, options.precision, iterations=True)
+        numerics_in_words = describe_numerics(device, network, options.precision, iterations=True)
+    else:
+        numerics_in_words = f"iterations in {precision}"
     real = timed_real_images(data, device, seconds, zca=options.zca)
-    precision = precision_on(device, network, options.precision, iterations=True)
     plan = planned(options, network, (options.ipc * data.num_classes, *data.image_shape), device, precision)
     with only_user(folder), counted_in(folder, seconds):
         state = load_checkpoint(folder, device)

@@ -25,6 +25,10 @@ from mtt_fast.training.images import Images
 from mtt_fast.training.sgd import Sgd
 from tests.bench.helpers import CPU, STEP, TINY, TOY, bench, rows_of
 
+TOY_RUN = (
+    "--Iteration 3 --num_experts 1 --train_epochs 3 --max_start_epoch 1 --syn_steps 2 --num_eval 1 --epoch_eval_train 2 --device cpu"
+).split()
+
 
 def test_the_benchmark_of_precision_runs(tmp_path: Path) -> None:
     bench("precision", *TOY, *STEP, "--out", str(tmp_path), "--name", "found")
@@ -34,6 +38,25 @@ def test_the_benchmark_of_precision_runs(tmp_path: Path) -> None:
     assert errors["fp32"] < 1e-4 < errors["tf32"] < errors["bf16"] < 0.5
     assert row["of_tf32"] == {name: error / errors["tf32"] for name, error in errors.items()}
     assert row["of_tf32"]["fp16"] < 2
+
+
+def test_a_distillation_is_compared_in_each_precision(tmp_path: Path) -> None:
+    bench("distillation", *TOY_RUN, "--out", str(tmp_path), "--name", "found")
+    rows = {row["precision"]: row for row in rows_of(tmp_path, "found")}
+    assert list(rows) == ["fp32", "tf32", "fp16", "bf16"]
+    exact = rows["fp32"]["loss"]
+    assert 0 < abs(rows["tf32"]["loss"] / exact - 1) < 1e-2  # of the last iteration, after two updates of the images
+    assert 0 < abs(rows["fp16"]["loss"] / exact - 1) < 1e-2
+    assert len({row["loss"] for row in rows.values()}) == 4
+    assert all(0 <= row["accuracy"]["mean"] <= 1 for row in rows.values())
+    assert all((row["skipped"], row["repeated"]) == (0, 0) for row in rows.values())
+
+
+def test_iterations_that_are_too_large_for_fp16_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtt_fast.kernels.reference.classifier.LARGEST_COTANGENT", 2.0**40)
+    bench("distillation", *TOY_RUN, "--precisions", "fp16", "--out", str(tmp_path), "--name", "found")
+    (row,) = rows_of(tmp_path, "found")
+    assert (row["skipped"], row["repeated"]) == (0, 3)
 
 
 def test_the_precision_of_golden_cases_is_measured(

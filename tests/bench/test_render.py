@@ -73,7 +73,7 @@ def test_every_benchmark_is_rendered(benchmark: str, tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(json.dumps(record))
     assert cli.run(main, ["render", "--results", str(tmp_path), "--documents", ""]) == 0
     assert "commit None: `measured so`" in (tmp_path / "one.md").read_text()
-    assert (tmp_path / "one.png").exists() == (benchmark not in {"precision", "suite", "gpu"})
+    assert (tmp_path / "one.png").exists() == (benchmark not in {"precision", "distillation", "suite", "gpu"})
 
 
 def test_what_no_row_has_is_no_column() -> None:
