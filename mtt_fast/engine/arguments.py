@@ -104,7 +104,7 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
             raise InputError(
                 f"unroll batches: expected a vector of indices for step {n}, found {row.dtype} of shape {tuple(row.shape)}"
             )
-    # on an accelerator the look-up itself checks, without a wait for the device
+    # on an accelerator the labels' look-up checks, without a wait for the device
     on_host = {n: row for n, row in enumerate(rows) if row.device.type == "cpu"}
     if on_host and not _are_in_range(torch.cat([row.long() for row in on_host.values()]), len(images)):
         n, row = next((n, row) for n, row in on_host.items() if not _are_in_range(row, len(images)))
@@ -113,10 +113,14 @@ def checked_batches(batches: Tensor | Sequence[Tensor], images: Tensor) -> tuple
         )
     alike = len(on_host) == len(rows)  # then they are copied to the device together
     indices = torch.cat([row.long() if alike else row.to(images.device, torch.long) for row in rows])
-    if alike:
-        indices = upload(indices, images.device)
+    indices = upload(indices, images.device) if alike else for_checked_lookup(indices, len(images))
     split: tuple[Tensor, ...] = indices.split([len(row) for row in rows])
     return split
+
+
+def for_checked_lookup(indices: Tensor, end: int) -> Tensor:
+    """Return `indices` with `end` in place of each negative one, so that a look-up raises where it would count from the end."""
+    return indices.where(indices >= 0, end)
 
 
 def _are_in_range(indices: Tensor, end: int) -> bool:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mtt_fast import ConvNet, InputError, SiameseAugment, matching_loss, unroll
+from mtt_fast.engine.arguments import for_checked_lookup
 from mtt_fast.networks.convnet import Norm
 from mtt_fast.testing import MetaGradient, assert_close, module_function, reference_convnet, relative_error, whole_graph
 
@@ -340,6 +341,13 @@ def test_errors_name_the_cause(change: dict[str, Any], message: str) -> None:
     case.pop("target")
     with pytest.raises(InputError, match=message):
         unroll(case.pop("net"), start, **case)
+
+
+def test_on_an_accelerator_the_look_up_raises_for_negative_indices_too() -> None:
+    labels, indices = torch.arange(6), torch.tensor([0, 5, 3])
+    assert torch.equal(labels[for_checked_lookup(indices, len(labels))], indices)
+    with pytest.raises(IndexError):
+        labels[for_checked_lookup(torch.tensor([0, -1, 3]), len(labels))]
 
 
 def test_parameters_are_float32_or_float64() -> None:
