@@ -32,7 +32,7 @@ class Options:
 
     results: str = "bench/results"
     """folder of the records; NAME.md and NAME.png are written beside NAME.json"""
-    documents: Annotated[str, MAY_BE_EMPTY] = "docs/performance.md,docs/gpu.md"
+    documents: Annotated[str, MAY_BE_EMPTY] = "docs/performance.md,docs/gpu-measurements.md,docs/precision.md"
     """files with markers to fill in, joined by commas; "" for none"""
 
 
