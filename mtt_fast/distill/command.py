@@ -158,7 +158,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         while True:
             pending = result()
             segments = called(next_segments)  # others are read and drawn while a GPU computes
-            loss, gradients, plan = finish_gradients(run, state, pending, iteration_for)
+            loss, gradients, plan = finish_gradients(state, pending, iteration_for)
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
             del result, pending, gradients  # the next iteration has room for its own alone
             if state.iteration < options.Iteration:
@@ -172,7 +172,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         return list(islice(ahead, options.num_trajectories))
 
     def start(segments: Callable[[], Sequence[Segment]]) -> PendingGradients:
-        return start_gradients(run, state, segments(), plan, iteration_for)
+        return start_gradients(state, segments(), plan, iteration_for)
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":

@@ -33,16 +33,16 @@ DESCRIPTIONS: dict[Gradient, str] = {
 }
 """Descriptions of the gradients for the log and the summary."""
 
-Teacher = Callable[[Tensor, Tensor], Tensor]
-"""A function from a segment's target (P,) and the indices of the student's images to all images' labels (n, classes)."""
-
 
 def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph: bool = True) -> Iteration:
-    """Return the function that computes one segment's part of an iteration as `plan` says."""
+    """Return the function that computes one segment's part of an iteration as `plan` says.
+
+    With --teacher_label the segment's target labels the images, in place of the labels that are given.
+    """
     # each segment starts a permutation of its own, so the steps of all segments have the same lengths
     batches = step_indices(options, plan.work.images[0], torch.Generator())
     augment = augmentation(options)
-    return planned_iteration(
+    iteration = planned_iteration(
         network,
         plan,
         augment,
@@ -53,6 +53,16 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
         gradient=options.gradient,
         graph=graph,
     )
+    if not options.teacher_label:
+        return iteration
+
+    def labelled(
+        start: Tensor, target: Tensor, images: Tensor, _: Tensor, lr: Tensor, index: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        labels = teacher_labels(network, target, images, index, plan.microbatch)
+        return iteration(start, target, images, labels, lr, index, *parameters)
+
+    return labelled
 
 
 def held_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
@@ -79,26 +89,13 @@ def fit_together(plan: Plan, *others: Plan) -> bool:
     return plan.budget is not None and sum(each.peak_bytes for each in (plan, *others)) <= plan.budget
 
 
-def teacher_of(run: DistillRun, state: State, plan: Plan) -> Teacher | None:
-    """Return the function that labels the images with --teacher_label, in the memory of `plan`; None without that option."""
-    if not run.options.teacher_label:
-        return None
-    return lambda target, index: teacher_labels(run.network, target, state.images, index, plan.microbatch)
-
-
-def mean_gradients(
-    iteration: Iteration, state: State, segments: Iterable[Segment], teacher: Teacher | None = None
-) -> tuple[Tensor, ...]:
-    """Return the loss and the gradients of `iteration`, the mean over `segments`, computed one after the other.
-
-    A `teacher` labels the images for each segment anew.
-    """
+def mean_gradients(iteration: Iteration, state: State, segments: Iterable[Segment]) -> tuple[Tensor, ...]:
+    """Return the loss and the gradients of `iteration`, the mean over `segments`, computed one after the other."""
     total: list[Tensor] = []
     count = 0
     for segment in segments:
         start, target, *draws = segment.tensors()
-        labels = state.labels if teacher is None else teacher(target, draws[0])
-        gradients = iteration(start, target, state.images, labels, state.lr, *draws)
+        gradients = iteration(start, target, state.images, state.labels, state.lr, *draws)
         total = [sum_.add_(new) for sum_, new in zip(total, gradients, strict=True)] if total else list(gradients)
         count += 1
     return tuple(sum_.div_(count) for sum_ in total)
@@ -117,7 +114,6 @@ class PendingGradients(NamedTuple):
 
 
 def start_gradients(
-    run: DistillRun,
     state: State,
     segments: Sequence[Segment],
     plan: Plan,
@@ -132,9 +128,7 @@ def start_gradients(
     """
 
     def attempt(plan: Plan) -> tuple[list[Tensor], Tensor]:
-        loss, *gradients = mean_gradients(
-            iteration_for(plan, graph=graph), state, segments, teacher_of(run, state, plan)
-        )
+        loss, *gradients = mean_gradients(iteration_for(plan, graph=graph), state, segments)
         largest = [torch.linalg.vector_norm(gradient, math.inf).double() for gradient in gradients]
         return gradients, torch.stack([loss.double(), *largest])
 
@@ -143,12 +137,7 @@ def start_gradients(
 
 
 def finish_gradients(
-    run: DistillRun,
-    state: State,
-    pending: PendingGradients,
-    iteration_for: Callable[..., Iteration],
-    *,
-    graph: bool = True,
+    state: State, pending: PendingGradients, iteration_for: Callable[..., Iteration], *, graph: bool = True
 ) -> tuple[float, list[Tensor] | None, Plan]:
     """Return the mean loss of a `pending` iteration, its gradients, and the plan whose memory was enough.
 
@@ -165,8 +154,8 @@ def finish_gradients(
     again = in_tf32(plan)
     # else fp16's graph is let go of, whose memory the repetition takes; to record that one would take longer than it does
     recorded = graph and fit_together(plan, again)
-    repeated = start_gradients(run, state, pending.segments, again, iteration_for, graph=recorded)
-    return *finish_gradients(run, state, repeated, iteration_for, graph=recorded)[:2], plan
+    repeated = start_gradients(state, pending.segments, again, iteration_for, graph=recorded)
+    return *finish_gradients(state, repeated, iteration_for, graph=recorded)[:2], plan
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
@@ -175,10 +164,9 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
         return  # the run was stopped in the evaluation that follows
     both = []
     for gradient in get_args(Gradient):
-        options = dataclasses.replace(run.options, gradient=gradient)
-        iteration_for = partial(iteration_of, options, run.network)
-        pending = start_gradients(run, state, segments, plan, iteration_for, graph=False)
-        _, gradients, plan = finish_gradients(run, state, pending, iteration_for, graph=False)
+        iteration_for = partial(iteration_of, dataclasses.replace(run.options, gradient=gradient), run.network)
+        pending = start_gradients(state, segments, plan, iteration_for, graph=False)
+        _, gradients, plan = finish_gradients(state, pending, iteration_for, graph=False)
         if gradients is None:
             log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
             return
