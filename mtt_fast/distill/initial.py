@@ -57,28 +57,20 @@ def initial_images(
     The latter are images that none of the first `matched` of `experts` gets right, where a class has too few of the others.
     A canvas is tiled from such images.
     """
-    images, wrong = _images(options, real, network, experts, matched)
-    if options.canvas is None:
-        return images, wrong
-    return Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles]), wrong
-
-
-def _images(
-    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
-) -> tuple[Images, int]:
-    """Return images as `pix_init` says: `options.ipc` a class, or for canvases as many as the canvases' tiles."""
     generator = generator_for(options.seed, "initial images")
-    ipc, device = options.ipc * options.tiles, real.train.labels.device
+    ipc, device, wrong = options.ipc * options.tiles, real.train.labels.device, 0
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
         finished = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(matched))
         chosen, wrong = predicted_correctly(network, finished, real.train, members, ipc)
-        return Images(*real.train.batch(torch.cat(chosen).to(device))), wrong
-    start = random_subset(real, ipc, generator)
+        images = Images(*real.train.batch(torch.cat(chosen).to(device)))
+    else:
+        images = random_subset(real, ipc, generator)
     if options.pix_init == "noise":
-        noise = torch.randn(start.pixels.shape, generator=generator).to(device)
-        return Images(noise, start.labels), 0
-    return start, 0
+        images = Images(torch.randn(images.pixels.shape, generator=generator).to(device), images.labels)
+    if options.canvas is not None:
+        images = Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles])
+    return images, wrong
 
 
 def predicted_correctly(
