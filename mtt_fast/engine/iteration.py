@@ -86,7 +86,7 @@ def iterate(
     steps = StudentSteps(
         student=student,
         batches=indices.split(lengths),
-        saved_from=max(0, len(lengths) - saved_steps),
+        saved_steps=saved_steps,
         path_on_host=path_on_host,
         augment=augment,
         draws=draws,

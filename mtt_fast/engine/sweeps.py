@@ -34,7 +34,7 @@ class StudentSteps:
 
     student: Student
     batches: tuple[Tensor, ...]
-    saved_from: int  # the first step whose activations are saved
+    saved_steps: int  # the last so many steps save their activations
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
@@ -122,7 +122,7 @@ class _Unroll(torch.autograd.Function):
         saved, targets = {}, steps.targets(labels, theta.dtype)
         for n in range(count):
             inputs = steps.batch(images, n, theta.dtype).inputs
-            save = n >= steps.saved_from
+            save = n >= count - steps.saved_steps
             _, sums, activations = steps.student.gradient(path.near(n), inputs, targets(n), save=save)
             if activations:
                 saved[n] = activations

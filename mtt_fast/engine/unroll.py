@@ -130,7 +130,7 @@ def unroll(
     student_steps = StudentSteps(
         student=student_for_plan(student, net, plan, plan.work.batch),
         batches=indices,
-        saved_from=max(0, len(indices) - plan.saved_steps),
+        saved_steps=plan.saved_steps,
         path_on_host=plan.path_on_host,
         augment=augment,
         draws=tuple(draws),
