@@ -21,7 +21,7 @@ from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
 from mtt_fast.engine.matching import path_loss
 from mtt_fast.engine.student import Loss, Student
 from mtt_fast.engine.sweeps import Gradient
-from mtt_fast.engine.unroll import StepOptions, checked_plan, checked_student
+from mtt_fast.engine.unroll import StepOptions, checked_plan, checked_steps
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -103,13 +103,9 @@ class GraphedMatchingLoss:
         All else is as in `unroll`. The paper's loss is not finite where the expert did not move. Raises `InputError` as `unroll`, and
         for an augmentation whose draws for a step are no tensor with a row for each image, as `KorniaAugment`'s are not.
         """
-        arguments.check_context()
-        augment = self._options.augment
-        arguments.check_types(start, images, labels, augment)
-        indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, start)
-        student = checked_student(self._net, self._options, start, images, labels, lr, indices)
+        student, indices, lr = checked_steps(self._net, self._options, start, images, labels, lr, batches)
         arguments.check_target(target, start)
-        parameters = _parameters(augment, draws, images, indices, generator)
+        parameters = _parameters(self._options.augment, draws, images, indices, generator)
         iteration = self._iteration(student, (start, images, labels, lr), indices, parameters)
         constants = (start, target, torch.cat(indices), *(() if parameters is None else (parameters,)))
         return _LossWithGradients.apply(iteration, constants, images, labels, lr)  # type: ignore[no-any-return]

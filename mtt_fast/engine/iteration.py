@@ -46,7 +46,7 @@ def planned_iteration(
     With the path in host memory `iterate` is called instead: a graph knows the device's memory alone. Without `graph` it is
     called as well, for iterations that are too rare to keep the graph's memory.
     """
-    student = student_for_plan(plan.work.student, net, plan, plan.work.batch)
+    student = student_for_plan(net, plan)
     run = partial(
         iterate, student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
         saved_steps=plan.saved_steps, path_on_host=plan.path_on_host,

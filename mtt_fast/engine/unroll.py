@@ -115,20 +115,17 @@ def unroll(
             first (on a whole batch if the network mixes samples), and refused if it does not repeat itself or if its samples do
             not add up where batches are cut.
     """
-    arguments.check_context()
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
         weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,
     )  # fmt: skip
-    arguments.check_types(theta, images, labels, augment)
-    indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
-    student = checked_student(net, options, theta, images, labels, lr, indices)
+    student, indices, lr = checked_steps(net, options, theta, images, labels, lr, batches)
     arguments.check_velocity(velocity, theta)
     has_velocity = momentum != 0 or velocity is not None or return_velocity
     draws = arguments.draws_of(draws, augment, images, indices, generator)
     plan = checked_plan(student, net, options, theta, images, labels, indices, draws[0], has_velocity=has_velocity)
     student_steps = StudentSteps(
-        student=student_for_plan(student, net, plan, plan.work.batch),
+        student=student_for_plan(net, plan),
         batches=indices,
         saved_steps=plan.saved_steps,
         path_on_host=plan.path_on_host,
@@ -159,26 +156,32 @@ class StepOptions:
     gradient: Gradient = "exact"
 
 
-def checked_student(
+def checked_steps(
     net: Network,
     options: StepOptions,
     theta: Tensor,
     images: Tensor,
     labels: Tensor,
-    lr: Tensor,
-    batches: Sequence[Tensor],
-) -> Student:
-    """Return the student for the steps of `options`. Raises `InputError` for options and tensors that do not fit each other."""
+    lr: Tensor | float,
+    batches: Tensor | Sequence[Tensor],
+) -> tuple[Student, tuple[Tensor, ...], Tensor]:
+    """Return the student for the steps of `options`, the indices of each step, and `lr` as a tensor.
+
+    Raises `InputError` for options and tensors that do not fit each other, and for a call where no gradient can be taken.
+    """
+    arguments.check_context()
+    arguments.check_types(theta, images, labels, options.augment)
+    indices, rates = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
     for name in ("momentum", "weight_decay"):
         arguments.check_number(name, getattr(options, name))
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
-    arguments.check_tensors(theta, images, labels, lr, len(batches), net)
+    arguments.check_tensors(theta, images, labels, rates, len(indices), net)
     if options.gradient not in get_args(Gradient):
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{options.gradient}'")
     if [options.microbatch, options.memory_budget, options.plan].count(None) < 2:
         raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
-    return student
+    return student, indices, rates
 
 
 def checked_plan(
@@ -221,14 +224,12 @@ def checked_plan(
     else:
         plan = plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
     if isinstance(student, GenericStudent) and not theta.is_meta:
-        is_cut = student_for_plan(student, net, plan, work.batch) is not student
+        is_cut = student_for_plan(net, plan) is not student
         try_step(student, theta, images, labels, batches[0], augmented, is_cut=is_cut)
     return plan
 
 
-def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:
-    """Return `student`, cutting batches of at most `batch` images if the plan says so.
-
-    Raises `InputError` if the samples of `net` depend on each other.
-    """
-    return in_microbatches(student, net, plan.microbatch) if plan.microbatch < batch else student
+def student_for_plan(net: Network, plan: Plan) -> Student:
+    """Return the student of `plan`, which cuts batches where the plan does. Raises `InputError` if the samples of `net` depend on each other."""
+    student = plan.work.student
+    return in_microbatches(student, net, plan.microbatch) if plan.cut else student
