@@ -118,7 +118,7 @@ class _Difference(NamedTuple):
 
 def _differences(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
     """Yield all differences, first those that a user recognises most easily."""
-    same_images = _known(expected.fingerprint, found.fingerprint) and expected.fingerprint == found.fingerprint
+    same_images = bool(found.fingerprint) and found.fingerprint == expected.fingerprint
     if not same_images:
         unlike = list(_unlike_classes_or_shape(expected, found))
         if _differ(expected.name, found.name):
@@ -163,13 +163,9 @@ def _unlike_images(expected: DatasetIdentity, found: DatasetIdentity) -> Iterato
 _SEEN = {NORMALISED: "normalised images", WHITENED: "ZCA-whitened images"}
 
 
-def _known(one: Any, other: Any) -> bool:
-    return bool(one) and bool(other)
-
-
 def _differ(one: Any, other: Any) -> bool:
     """Return whether two values are known and differ."""
-    return _known(one, other) and one != other
+    return bool(one) and bool(other) and one != other
 
 
 def _close(one: Sequence[float], other: Sequence[float]) -> bool:
