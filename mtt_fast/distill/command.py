@@ -34,7 +34,6 @@ from mtt_fast.distill.experts import (
     matched_experts,
     prepare_experts,
     requested_hyperparameters,
-    with_actual_training,
 )
 from mtt_fast.distill.gradients import (
     DESCRIPTIONS,
@@ -58,7 +57,7 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.prefetch import called, prefetched, sender, started
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
-from mtt_fast.storage.expert_checks import FLAGS
+from mtt_fast.storage.expert_checks import FLAGS, as_trained
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_user, write_config
@@ -117,7 +116,7 @@ def _run(
             check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
                 check_same_experts(folder, state, experts)
-        options = with_actual_training(options, experts)
+        options = as_trained(options, dataclasses.asdict(options.experts()), experts.metadata(0))  # for the record
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
         log.info(

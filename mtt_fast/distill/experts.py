@@ -23,7 +23,6 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checkpoint import State, experts_of_run
 from mtt_fast.storage.expert_checks import (
     FLAGS,
-    as_trained,
     check_alike,
     check_as_asked,
     check_belongs,
@@ -257,11 +256,6 @@ def requested_hyperparameters(options: DistillOptions, given: Set[str]) -> dict[
     if names & sharpness:  # each has a meaning only with the others
         names |= sharpness
     return {name: training[name] for name in FLAGS if name in names}
-
-
-def with_actual_training(options: DistillOptions, store: TrajectoryStore) -> DistillOptions:
-    """Return `options` with the experts' actual hyperparameters, for the record."""
-    return as_trained(options, dataclasses.asdict(options.experts()), store.metadata(0))
 
 
 def _indices(store: TrajectoryStore | None) -> set[int]:
