@@ -23,13 +23,13 @@ FLAGS = {
 }  # fmt: skip
 """The option of a distillation for each of an expert's hyperparameters that the student does not share."""
 
-_FLATNESS = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False}
+_SHARPNESS = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False}
 """Hyperparameters that experts lack which were recorded before these existed."""
 
 
 def hyperparameters_of(metadata: ExpertMetadata) -> dict[str, Any]:
     """Return an expert's hyperparameters, by the names of `ExpertTraining`; {} where they are not known."""
-    return {} if metadata.imported else _FLATNESS | metadata.hyperparameters
+    return {} if metadata.imported else _SHARPNESS | metadata.hyperparameters
 
 
 def check_belongs(
