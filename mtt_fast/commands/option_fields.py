@@ -213,7 +213,7 @@ def fields_of(kind: type) -> Mapping[str, Field]:
     return _fields_of(kind)
 
 
-@cache
+@cache  # apart from `fields_of`, since mypy takes no class for hashable
 def _fields_of(kind: Any) -> Mapping[str, Field]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {

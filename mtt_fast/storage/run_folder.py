@@ -19,6 +19,8 @@ from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.temporaries import remove_leftovers
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
+EVALUATIONS = "evaluations"
+"""The field of every method's checkpoint that holds the records of evaluations."""
 SECONDS = "seconds.json"
 """Where the time of the run went, over all processes that worked on it."""
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
@@ -146,7 +148,3 @@ def broken_summary(folder: Path, error: Exception) -> InputError:
     return InputError(
         f"{folder / SUMMARY}: expected {_A_SUMMARY}, found {type(error).__name__}: {error}; {_SUMMARISE_AGAIN}"
     )
-
-
-EVALUATIONS = "evaluations"
-"""The field of a checkpoint with the records of evaluations, whichever method it is of."""
