@@ -91,7 +91,7 @@ def epochs_on(
     student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
 ) -> Epochs:
     """Return a function that does one `epoch_on` after the other, without a pause where an epoch is a step or two."""
-    chunks, samples = chunks_on(student, images, sgd, augment, track), len(images.expand_crops(torch.arange(1)))
+    chunks = chunks_on(student, images, sgd, augment, track)
 
     def run(
         theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
@@ -99,7 +99,7 @@ def epochs_on(
         losses = []
         for chunk in chunks(theta, velocity, generator, *statistics, epochs=epochs):
             losses.append(chunk.losses)
-        means = torch.cat(losses).view(epochs, -1).sum(1) / (samples * len(images))
+        means = torch.cat(losses).view(epochs, -1).sum(1) / (images.crops * len(images))
         return chunk.theta, chunk.velocity, means, *chunk.statistics
 
     return run
@@ -117,7 +117,7 @@ def chunks_on(
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
-    length = len(images.expand_crops(torch.arange(min(sgd.batch_size, len(images)))))
+    length = images.crops * min(sgd.batch_size, len(images))
     run = partial(training_steps, student, images, sgd, augmentation, track, length)
     steps = graphed(run, device, kernels.compile_ahead)
 
