@@ -112,20 +112,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     with io.BufferedReader(open_regular(path, _LONGEST_METRICS)) as file:  # type: ignore[type-var]
         lines = [_record_in(line) for line in iter(lambda: file.readline(_LONGEST_LINE), b"")]
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            if line is not None:
-                records.append(unsealed(line))
+    records = [record for record in lines if record is not None]
     if len(records) < len(lines):
         log.warning("%s: %d damaged lines are left out", path, len(lines) - len(records))
     return records
 
 
 def _record_in(line: bytes) -> dict[str, Any] | None:
-    """Return the record in a line of metrics.jsonl; None if there is none."""
+    """Return the record in a line of metrics.jsonl; None if there is none, or it is damaged."""
     with contextlib.suppress(*MALFORMED):
-        return _as_record(parse_json(line))
+        return unsealed(_as_record(parse_json(line)))
     return None
 
 
