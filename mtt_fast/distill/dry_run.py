@@ -78,7 +78,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     size = estimated_bytes(options, info, network.num_parameters, inventory.missing, inventory.uncompressed)
     lines = {
         "recipe": _recipe(options),
-        "data set": f"{info.name}: {_shape(info.image_shape)}, {info.num_classes} classes, "
+        "data set": f"{info.name}: {'×'.join(map(str, info.image_shape))}, {info.num_classes} classes, "
         f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
@@ -221,10 +221,6 @@ def _free(folder: Path) -> float:
     """Return the free bytes on the disk of `folder`, which need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def _shape(image_shape: tuple[int, int, int]) -> str:
-    return "×".join(map(str, image_shape))
 
 
 def _duration(seconds: float) -> str:
