@@ -5,8 +5,7 @@ tangents, and the statistics of the planes; nothing else that is as large as an 
 where a back end needs none. A dot is the derivative in direction v, a bar the gradient of the loss. fused_blocks.py has
 the blocks.
 
-If it is asked to, `gradient` saves for `gradient_jvp` y of each block and the gradient of the loss to the block's
-result p. With these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
+On request `gradient` saves for `gradient_jvp` each block's y, and the gradient of the loss to the block's result p. With these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
 """
 
 from __future__ import annotations
@@ -266,10 +265,10 @@ class FusedConvNetStudent:
 
 
 def _with_work(bars: list[int], gone: list[int], copies: list[int], parts: list[int]) -> list[int]:
-    """Return the bytes of each block on the way back: of its `bars`, and of what its convolution makes and leaves.
+    """Return the bytes of each block on the way back: its `bars`, and what its convolution allocates.
 
-    A weight's gradient may be made of copies, when the block before has taken what is `gone`. The gradient to the input may be
-    left in parts, which live until the block before it has passed.
+    The gradient to the weight may need `copies`, after what is `gone` has been freed. The gradient to the input may be left in
+    `parts`, which live until the block before this one has read them.
     """
     read = [*parts[1:], 0]
     return [

@@ -1,7 +1,7 @@
 """The matching loss and its gradients, recorded once and replayed by a GPU.
 
-`unroll` launches each kernel from Python, and a GPU ends a kernel sooner than Python launches the next. What stays the same in all
-iterations, the network and the options, is given once here, so that a call only replays what the first one recorded.
+`unroll` launches each kernel from Python, and a GPU finishes a kernel sooner than Python launches the next one. Here the network
+and the options, which are the same in all iterations, are given once, and a call replays what the first one recorded.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class GraphedMatchingLoss:
 
     The first call with tensors of some shapes, and steps of some lengths, checks the arguments as `unroll` does, compiles
     kernels, and records the loss and its gradients. A later call copies its tensors into the graph and starts it, and waits for
-    nothing. So what network, loss and augmentation take from Python, as whether a module trains, stays as it was at the first call.
+    nothing. Whatever network, loss and augmentation read from Python, such as a module's mode, stays as it was at the first call.
     A recording's memory, that of its plan, is held for as long as the object is. On a CPU nothing is recorded, and each call computes.
     Call one object on one stream.
 
-    The gradients are computed together with the loss, whoever asks for them; a backward pass scales them and hands them on.
+    The gradients are always computed together with the loss; a backward pass only scales them.
 
     Args:
         net: the student's network, and all else but `of_path` as in `unroll`.

@@ -1,4 +1,4 @@
-"""The path of a student as a caller holds it."""
+"""The path of a student, as a tensor for callers of `unroll`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ PrecisionRequest = Literal["auto", "fp32", "tf32", "fp16", "bf16"]
 """A precision that is asked for, or "auto": see `choose_precision`."""
 
 _TENSOR_CORES = (8, 0)
-"""The compute capability from which on Triton compiles the kernels for Tensor cores; below it fp16 would gain nothing."""
+"""The lowest compute capability for which Triton compiles the kernels for Tensor cores; below it fp16 gains nothing."""
 
 
 class ChosenPrecision(NamedTuple):

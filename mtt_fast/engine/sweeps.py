@@ -86,7 +86,7 @@ def path_of(
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` as an autograd function's `backward`: once, and without the caller's autocast."""
+    """Make `function` an autograd function's `backward` that can be differentiated no further and ignores the caller's autocast."""
 
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -155,7 +155,7 @@ class _Unroll(torch.autograd.Function):
         ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         steps: StudentSteps = ctx.steps
-        # asked for once: with torch.autograd.graph's hooks each access is a copy, and torch.utils.checkpoint allows one alone
+        # read once: under torch.autograd.graph's hooks each access copies, and torch.utils.checkpoint allows only one
         *tensors, stored = ctx.saved_tensors
         images, labels, lr, rows = (tensor.detach() for tensor in tensors)
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
@@ -163,7 +163,7 @@ class _Unroll(torch.autograd.Function):
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.near(0)
         rates = _rates(lr, len(steps.batches), start)
-        # of a step's gradients in what they add to the loss's: −α, as the direction below is λ; with momentum 1
+        # the factors with which a step's gradients enter the loss's: −α, since the direction below is λ; with momentum 1
         sizes = -rates if velocities is None else torch.ones_like(rates)
         negated_sizes, targets = -sizes, steps.targets(labels, start.dtype)
         grad_images, grad_labels = (

@@ -68,14 +68,14 @@ def unroll(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
-    With `return_velocity` return the path and the velocity (P,) after the last step. A further `unroll` whose `theta` and
-    `velocity` are row N and this velocity goes on as if both were one.
+    With `return_velocity`, also return the velocity (P,) after the last step. Another `unroll` that starts from row N and this
+    velocity continues as if the two were one.
 
     Any function of any rows of the path and of that velocity can be differentiated, with exact gradients to `theta`,
     `velocity`, `images`, floating `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The
     graph kept is the path itself: peak memory is that of one step of one micro-batch, whatever N. The path is
-    differentiable once: a backward pass with create_graph=True is refused. Within `torch.autocast` the result is the
-    same as without, and within `torch.no_grad` path and velocity alone are kept.
+    differentiable once: a backward pass with create_graph=True is refused. `torch.autocast` does not change the result, and
+    under `torch.no_grad` only path and velocity are kept.
 
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
     of the budget): then a single row `path[n]` is brought to the device on access.
@@ -85,14 +85,14 @@ def unroll(
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
         images: all synthetic images (n, C, H, W); for a `FlatModule`, any (n, …) that the module takes.
         labels: class indices (n,), or soft labels (n, classes).
-        lr: learning rate, a scalar (tensor), or one a step (N,). A number is checked, at least 0; a tensor, which may be learned
-            and lie on a GPU, is taken as it is.
-        batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again. They are copied.
+        lr: learning rate, a scalar (tensor), or one for each step (N,). A number must be at least 0; the values of a tensor,
+            which may be learned and on a GPU, are not checked.
+        batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
-            are drawn here, once a step in order, and used again by the backward sweep.
-        microbatch: at most so many samples at once; exact for networks that do not mix samples.
-        memory_budget: peak of the unroll's own memory, for which the steps are planned: bytes, "6GiB", or "auto" for most of
-            the free memory. Without it batches are whole, and nothing is saved that can be computed again.
+            are drawn here, once for each step in order, and used again by the backward sweep.
+        microbatch: largest number of samples at once; exact for networks that do not mix samples.
+        memory_budget: limit on the peak of the unroll's own memory, by which the steps are planned: bytes, "6GiB", or "auto"
+            for most of the free memory. Without it batches are whole, and nothing is saved that can be computed again.
         momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors of P.
         weight_decay: SGD weight decay (as torch.optim.SGD).
         velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; without it zero, as in a new optimiser.
@@ -102,11 +102,12 @@ def unroll(
         loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
             micro-batches add up to it.
         generator: source of the augmentation's random numbers.
-        draws: those numbers themselves, one a step, made beforehand by `augment.draw`.
-        precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
-            are float32. With "fp16" a number beyond 65,504 makes results that are not finite. Any other network takes torch's own settings.
-        gradient: "exact", or "truncated", an approximation: each g_n is taken for a constant in θ_n, so that every
-            Hessian term is left out. With a loss of θ_N and plain SGD that is TESLA's gradient, λ_N for every λ_n,
+        draws: the random numbers themselves, for each step what `augment.draw` returned.
+        precision: that of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
+            are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks follow torch's own
+            settings.
+        gradient: "exact", or "truncated", an approximation: each g_n is treated as a constant in θ_n, which leaves out every
+            Hessian term. With a loss of θ_N and plain SGD that is TESLA's gradient, λ_N for every λ_n,
             at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
 
     Raises:
