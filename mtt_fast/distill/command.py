@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     device = choose_device(options.device)
     check_same_method(folder, None)
     options = in_precision_of_run(options, folder, given)
-    # an option of the experts that is not given says nothing about the experts with which the run started
+    # the experts' options need not be repeated: where one is not given, the experts that the run started with count
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if not options.dry_run and is_finished(folder, options, options.Iteration):
         return
@@ -156,10 +156,10 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         result = started(device, partial(start, called(next_segments)))
         while True:
             pending = result()
-            segments = called(next_segments)  # others are read and drawn while a GPU computes
+            segments = called(next_segments)  # the next ones are read and drawn while a GPU computes
             loss, gradients, plan = finish_gradients(state, pending, iteration_for)
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
-            del result, pending, gradients  # the next iteration has room for its own alone
+            del result, pending, gradients  # there may be room for those of one iteration only
             if state.iteration < options.Iteration:
                 result = started(device, partial(start, segments))  # a GPU does not wait for the files and the bar
             run.metrics.write(kind, state.iteration, **values)

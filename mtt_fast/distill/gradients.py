@@ -1,4 +1,4 @@
-"""Compute an iteration's gradients: of one segment or the mean of several; exact, or truncated and compared with the exact."""
+"""Compute an iteration's gradients, the mean over its segments: exact, or truncated and then compared with the exact ones."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
 
 
 def held_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
-    """Return a function equal to `make(plan, graph=…)`, as `iteration_of` is, which holds iterations for later calls.
+    """Return a function like `make(plan, graph=…)`, such as `iteration_of`, which keeps iterations for later calls.
 
-    On a GPU an iteration takes its plan's memory for as long as it is held. So either the budget has room for all that are held,
-    or only one is. A new plan for the same work takes the place of the last one.
+    On a GPU an iteration takes its plan's memory for as long as it is kept. So several are kept only where the budget has room for
+    all of them, and a new plan for the same work replaces the last one.
     """
     held: dict[tuple[Plan, bool], Iteration] = {}
 
@@ -85,7 +85,7 @@ def held_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
 
 
 def fit_together(plan: Plan, *others: Plan) -> bool:
-    """Return whether the budget of `plan` has room for the memory of all plans at the same time."""
+    """Return whether the budget of `plan` has room for all the plans at the same time."""
     return plan.budget is not None and sum(each.peak_bytes for each in (plan, *others)) <= plan.budget
 
 
@@ -123,8 +123,7 @@ def start_gradients(
 ) -> PendingGradients:
     """Start to compute the gradients of `mean_gradients`. A GPU is waited for in `finish_gradients`.
 
-    `iteration_for(plan, graph=…)` is as `iteration_of`, and may hold iterations as `held_iterations` does. With a `graph` the
-    iteration is recorded.
+    `iteration_for(plan, graph=…)` returns the iteration, which is recorded with `graph`: see `iteration_of`, `held_iterations`.
     """
 
     def attempt(plan: Plan) -> tuple[list[Tensor], Tensor]:
@@ -141,8 +140,8 @@ def finish_gradients(
 ) -> tuple[float, list[Tensor] | None, Plan]:
     """Return the mean loss of a `pending` iteration, its gradients, and the plan whose memory was enough.
 
-    There are no gradients where a number is not finite. Where it is only too large for fp16, the iteration is repeated in tf32,
-    with a line in the log; the repetition is recorded too, with a `graph`, where the memory of both fits in the budget.
+    The gradients are None where a number is not finite. Where it may only be too large for fp16, the iteration is repeated in tf32,
+    with a line in the log. With `graph` the repetition is recorded too, if the budget has room for both.
     """
     plan, student = pending.plan, pending.plan.work.student
     loss, *largest = pending.magnitudes.tolist()  # waits for a GPU, once
@@ -152,7 +151,7 @@ def finish_gradients(
         return loss, None, plan
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
     again = in_tf32(plan)
-    # else fp16's graph is let go of, whose memory the repetition takes; to record that one would take longer than it does
+    # without room the repetition takes the memory of fp16's graph, which is dropped, and is not worth a recording of its own
     recorded = graph and fit_together(plan, again)
     repeated = start_gradients(state, pending.segments, again, iteration_for, graph=recorded)
     return *finish_gradients(state, repeated, iteration_for, graph=recorded)[:2], plan
