@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 
 RANDOM = "random"
-"""The word in place of a set that stands for random real images."""
+"""The word that stands for random real images in place of a set."""
 REAL_IMAGES_LR = 0.01
-"""Learning rate for real images, and for files that bring none, as in the public code."""
+"""Learning rate for real images, and for files without a rate, as in the public code."""
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The options, and the data and networks that they name: all that stays the same while a set is made."""
+    """The options, data and networks of a run, which stay the same while a set is made."""
 
     program: str
-    """the command that continues the run, but for its folder"""
+    """the command that continues the run, without its arguments"""
     command: str
     """the command line, for the summary"""
     method: str
@@ -168,7 +168,7 @@ def as_synthetic(
 ) -> SyntheticDataset:
     """Return copies of `images` (n, C, H, W) and `labels` as the set that is saved, to be trained on at the rate `lr` ().
 
-    `recipe` says more of the set than the options do; `others` are further fields of `SyntheticDataset`.
+    `recipe` is recorded besides the options; `others` are further fields of `SyntheticDataset`.
     """
     data, transform = run.real.data, run.real.transform
     return SyntheticDataset(
@@ -265,10 +265,10 @@ def write_summary(
     accuracies: Mapping[str, Record],
     others: Record | None = None,
 ) -> None:
-    """Write summary.json, and tell its `text` and where the time went: the run is finished.
+    """Write summary.json, which marks the run as finished, and log its `text` and where the time went.
 
-    `evaluations` are the last records of sets by their names, `accuracies` other ones by theirs, and `others` the fields
-    that the method has besides.
+    `evaluations` are the last records of the sets by name, `accuracies` further accuracies by name, and `others` the method's
+    own fields.
     """
     device, (first, *_) = run.real.test.labels.device, run.evaluated
     seconds = run.seconds.totals()
