@@ -105,7 +105,7 @@ class GraphedMatchingLoss:
         """
         student, indices, lr = checked_steps(self._net, self._options, start, images, labels, lr, batches)
         arguments.check_target(target, start)
-        parameters = _parameters(self._options.augment, draws, images, indices, generator)
+        parameters = _parameters(draws, self._options.augment, images, indices, generator)
         iteration = self._iteration(student, (start, images, labels, lr), indices, parameters)
         constants = (start, target, torch.cat(indices), *(() if parameters is None else (parameters,)))
         return _LossWithGradients.apply(iteration, constants, images, labels, lr)  # type: ignore[no-any-return]
@@ -183,8 +183,8 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
 
 
 def _parameters(
-    augment: Augment | None,
     draws: Sequence[Any] | None,
+    augment: Augment | None,
     images: Tensor,
     batches: Sequence[Tensor],
     generator: torch.Generator | None,
