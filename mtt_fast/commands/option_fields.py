@@ -197,8 +197,8 @@ class Field:
     @property
     def is_list(self) -> bool:
         """Return whether the option's value is a list."""
-        kinds = (self.annotation, *typing.get_args(self.annotation))
-        return any(typing.get_origin(kind) is tuple for kind in kinds)
+        inner, _ = _without_none(self.annotation)
+        return typing.get_origin(inner) is tuple
 
     def declarations(self, kind: type[_Declared]) -> list[_Declared]:
         """Return the option's declarations of one `kind`."""
@@ -236,6 +236,15 @@ def _type_and_declarations(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return hint, ()
 
 
+def _without_none(annotation: Any) -> tuple[Any, bool]:
+    """Return the type without its declarations and without None, and whether it allows None."""
+    inner, _ = _type_and_declarations(annotation)
+    if typing.get_origin(inner) not in (Union, types.UnionType):
+        return inner, False
+    (other,) = (argument for argument in typing.get_args(inner) if argument is not type(None))
+    return _type_and_declarations(other)[0], True
+
+
 def names_of(kind: type, *roles: Role) -> frozenset[str]:
     """Return the names of the options of the dataclass `kind` that have one of `roles`."""
     return frozenset(name for name, field in fields_of(kind).items() if field.role in roles)
@@ -264,13 +273,10 @@ def converted(field: Field, value: Any) -> Any:
 
 
 def _as(annotation: Any, value: Any) -> Any:
-    annotation, _ = _type_and_declarations(annotation)
+    annotation, allows_none = _without_none(annotation)
+    if value is None and allows_none:
+        return None
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (annotation,) = (argument for argument in arguments if argument is not type(None))
-        return _as(annotation, value)
     if origin is Literal:
         if type(value) is str and value in arguments:
             return value
@@ -291,15 +297,12 @@ def from_texts(annotation: Any, texts: list[str]) -> Any:
 
     Raises `InvalidValue` for words that are not of the type, or not among its choices.
     """
-    annotation, _ = _type_and_declarations(annotation)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if not texts:
         raise InvalidValue("expected a value after it, found none")
-    if origin in (Union, types.UnionType):
-        if texts == ["None"] and type(None) in arguments:
-            return None
-        (annotation,) = (argument for argument in arguments if argument is not type(None))
-        return from_texts(annotation, texts)
+    annotation, allows_none = _without_none(annotation)
+    if texts == ["None"] and allows_none:
+        return None
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple:
         return tuple(from_texts(arguments[0], [text]) for text in texts)
     text = texts[0]
