@@ -157,7 +157,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         while True:
             pending = result()
             segments = called(next_segments)  # the next ones are read and drawn while a GPU computes
-            loss, gradients, plan = finish_gradients(state, pending, iteration_for)
+            loss, gradients, plan = finish_gradients(state, pending)
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
             del result, pending, gradients  # there may be room for those of one iteration only
             if state.iteration < options.Iteration:

@@ -111,6 +111,9 @@ class PendingGradients(NamedTuple):
     """the loss, and the largest magnitude in each of the gradients, in float64"""
     plan: Plan
     """the plan whose memory was enough"""
+    iteration_for: Callable[..., Iteration]
+    """see `start_gradients`, as `graph`; both are for a repetition"""
+    graph: bool = True
 
 
 def start_gradients(
@@ -132,16 +135,14 @@ def start_gradients(
         return gradients, torch.stack([loss.double(), *largest])
 
     (gradients, magnitudes), plan = with_smaller_pieces(plan, attempt)
-    return PendingGradients(segments, gradients, magnitudes, plan)
+    return PendingGradients(segments, gradients, magnitudes, plan, iteration_for, graph)
 
 
-def finish_gradients(
-    state: State, pending: PendingGradients, iteration_for: Callable[..., Iteration], *, graph: bool = True
-) -> tuple[float, list[Tensor] | None, Plan]:
+def finish_gradients(state: State, pending: PendingGradients) -> tuple[float, list[Tensor] | None, Plan]:
     """Return the mean loss of a `pending` iteration, its gradients, and the plan whose memory was enough.
 
     The gradients are None where a number is not finite. Where it may only be too large for fp16, the iteration is repeated in tf32,
-    with a line in the log. With `graph` the repetition is recorded too, if the budget has room for both.
+    with a line in the log. The repetition is recorded too if the budget has room for both.
     """
     plan, student = pending.plan, pending.plan.work.student
     loss, *largest = pending.magnitudes.tolist()  # waits for a GPU, once
@@ -152,9 +153,9 @@ def finish_gradients(
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
     again = in_tf32(plan)
     # without room the repetition takes the memory of fp16's graph, which is dropped, and is not worth a recording of its own
-    recorded = graph and fit_together(plan, again)
-    repeated = start_gradients(state, pending.segments, again, iteration_for, graph=recorded)
-    return *finish_gradients(state, repeated, iteration_for, graph=recorded)[:2], plan
+    graph = pending.graph and fit_together(plan, again)
+    repeated = start_gradients(state, pending.segments, again, pending.iteration_for, graph=graph)
+    return *finish_gradients(state, repeated)[:2], plan
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
@@ -165,7 +166,7 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
     for gradient in get_args(Gradient):
         iteration_for = partial(iteration_of, dataclasses.replace(run.options, gradient=gradient), run.network)
         pending = start_gradients(state, segments, plan, iteration_for, graph=False)
-        _, gradients, plan = finish_gradients(state, pending, iteration_for, graph=False)
+        _, gradients, plan = finish_gradients(state, pending)
         if gradients is None:
             log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
             return
