@@ -241,7 +241,7 @@ def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> No
             + f"restore its --buffer_path, {store.folder}"
         )
     for expert, digest in enumerate(state.digests):
-        if store.digest(expert) not in (digest, "") and digest:  # one from before there were checksums has none
+        if store.digest(expert) not in (digest, "") and digest:  # an expert without checksums has ""
             raise InputError(
                 f"{store.path(expert)}: another expert than the one with which the run in {folder} began; restore its "
                 "--buffer_path, or choose another --out"

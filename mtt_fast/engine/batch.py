@@ -72,7 +72,7 @@ class AugmentedBatch:
     def of(
         cls, images: Tensor, index: Tensor, augment: Callable[[Tensor], Tensor], dtype: torch.dtype, *, tracked: bool
     ) -> AugmentedBatch:
-        """Return the batch, its augmented images of `dtype`; `tracked` where their gradient will be asked for."""
+        """Return the batch with its augmented images, of `dtype`; `tracked` if their gradient will be needed."""
         with torch.set_grad_enabled(tracked):
             rows = images[index].detach().requires_grad_(tracked)
             return cls(rows, augment(rows).contiguous().to(dtype), index)

@@ -99,9 +99,9 @@ class GraphedMatchingLoss:
     ) -> Tensor:
         """Return the loss () in float64, differentiable once in `images`, floating `labels` and `lr`.
 
-        The student starts at the parameters `start` (P,), and `target` (P,) is what its path should come to; both are constants.
+        The student starts at the parameters `start` (P,), and its path should come to `target` (P,); both are constants.
         All else is as in `unroll`. The paper's loss is not finite where the expert did not move. Raises `InputError` as `unroll`, and
-        for an augmentation whose draws for a step are no tensor with a row for each image, as `KorniaAugment`'s are not.
+        for an augmentation, such as `KorniaAugment`, whose draws for a step are no tensor with a row for each image.
         """
         student, indices, lr = checked_steps(self._net, self._options, start, images, labels, lr, batches)
         arguments.check_target(target, start)

@@ -26,7 +26,7 @@ Iteration = Callable[..., tuple[Tensor, ...]]
 """`iterate` with its first three arguments given: from start, target, images, labels, lr and `StepDraws.tensors`."""
 
 PathLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A function from the student's path (N + 1, P) and the expert's start and target (P,) to a loss (). It reads no tensor's value."""
+"""A function from the student's path (N + 1, P) and the expert's start and target (P,) to a loss (), which reads no tensor on the host."""
 
 
 def planned_iteration(

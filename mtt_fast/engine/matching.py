@@ -64,7 +64,7 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """Return the number () int64, 1 … N, of the step whose parameters are nearest to `target` (P,), as ATT chooses it.
 
     The distance is `Σ |θ_n − θ*|`, accumulated in float64; of equal distances the last step counts, and a step that is not
-    finite is as far as can be. `path` (N + 1, P) is the student's; its start is no step. No tensor is asked for its value.
+    finite is infinitely far. `path` (N + 1, P) is the student's; its row 0 is no step. No tensor is read on the host.
     Raises `InputError` for shapes that do not fit.
     """
     if path.dim() != 2 or len(path) < 2 or path.shape[1:] != target.shape:
@@ -78,7 +78,7 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
 
 
 def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
-    """Return `masked_matching_loss` of vectors that are known to fit. No tensor is asked for its value.
+    """Return `masked_matching_loss` of vectors that are known to fit. No tensor is read on the host.
 
     The loss is not finite where the expert did not move.
     """
@@ -94,8 +94,8 @@ def path_loss(
 ) -> Tensor:
     """Return the loss of a path that is known to fit, with the step and the parameters that are to match.
 
-    The loss is `matching_loss`, `nearest_step_loss` or `masked_matching_loss`, or the latter two at once. No tensor is asked
-    for its value: a tensor chooses the nearest row, so that the loss's gradient is as large as the path.
+    The loss is `matching_loss`, `nearest_step_loss` or `masked_matching_loss`, or the latter two at once. No tensor is read
+    on the host: a tensor chooses the nearest row, so that the loss's gradient is as large as the path.
     """
     if match_step == "nearest":
         step = nearest_step(path, target).to(path.device)

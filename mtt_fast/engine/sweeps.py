@@ -44,9 +44,9 @@ class StudentSteps:
     has_velocity: bool = False  # always true with momentum
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
-        """Return the inputs of step n, of `dtype`, out of all `images`; `tracked` where their gradient will be asked for.
+        """Return the inputs of step n, of `dtype`, out of all `images`; `tracked` if their gradient will be needed.
 
-        The student gathers them itself, unless an augmentation is none that it knows or the dtype is another.
+        The student gathers them itself, unless the augmentation is no warp or the dtype is another.
         """
         index, draws, augment = self.batches[n], self.draws[n], self.augment
         warp = warp_of(augment, draws, torch.Size((len(index), *images.shape[1:])))
@@ -77,7 +77,7 @@ def path_of(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the path of `unroll` and the velocity (P,) after it, if there is one, for steps that fit the tensors.
 
-    No tensor is asked for its values, so on a GPU nothing waits for the device, and both sweeps can be recorded
+    No tensor is read on the host, so on a GPU nothing waits for the device, and both sweeps can be recorded
     (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):

@@ -88,7 +88,7 @@ def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]
 
 
 def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
-    """Check that `experts` were trained alike, as far as is known, with whatever seeds; `to_the_end` as in `check_as_asked`.
+    """Check that `experts` were trained alike, as far as is known, but for their seeds; `to_the_end` as in `check_as_asked`.
 
     Raises `InputError` that names one that differs from the first.
     """

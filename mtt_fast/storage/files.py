@@ -71,7 +71,7 @@ def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pat
     """
     folder = Path(folder).resolve()
     with _naming_errors(folder):
-        # what is in use as a folder cannot be replaced by another
+        # a folder that is in use, or holds things, cannot be replaced: it is filled
         stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
         with temporary_folder(folder / folder.name if stays else folder) as content:
             try:
@@ -297,7 +297,7 @@ def _checked(path: Path, entries: dict[str, TensorEntry], metadata: dict[str, st
 
 
 def _is_from_before(metadata: Mapping[str, str]) -> bool:
-    """Return whether a file with this metadata may lack checksums: one of other software, or from before there were any."""
+    """Return whether a file with this metadata may lack checksums: it is of other software, or of a format without them."""
     number = re.fullmatch(r"mtt_fast.*\D(\d+)", metadata.get("format", ""))
     return number is None or number[1] == "1"
 
@@ -332,7 +332,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def tell_unchecked(path: str | os.PathLike[str]) -> None:
-    """Warn in the log that a file or a folder is from before there were checksums."""
+    """Warn in the log that a file or a folder has no checksums."""
     log.warning(
         "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert writes it anew",
         path,

@@ -22,7 +22,7 @@ _CONTENT, _LOCK = "content", "lock"
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder on the file system of `path`, for what is to be renamed to it; remove the rest at the end.
+    """Yield an empty folder beside `path`, for content that the caller renames to `path`; remove the rest at the end.
 
     The folder that is to hold `path` is made; if the block fails it goes again, unless it holds other things.
     Raises `OSError`.
