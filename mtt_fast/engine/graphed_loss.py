@@ -19,9 +19,9 @@ from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
 from mtt_fast.engine.matching import path_loss
-from mtt_fast.engine.student import Loss, Student
+from mtt_fast.engine.student import Loss
 from mtt_fast.engine.sweeps import Gradient
-from mtt_fast.engine.unroll import StepOptions, checked_plan, checked_steps
+from mtt_fast.engine.unroll import CheckedSteps, StepOptions, checked_plan, checked_steps
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -103,12 +103,12 @@ class GraphedMatchingLoss:
         All else is as in `unroll`. The paper's loss is not finite where the expert did not move. Raises `InputError` as `unroll`, and
         for an augmentation, such as `KorniaAugment`, whose draws for a step are no tensor with a row for each image.
         """
-        student, indices, lr = checked_steps(self._net, self._options, start, images, labels, lr, batches)
+        steps = checked_steps(self._net, self._options, start, images, labels, lr, batches)
         arguments.check_target(target, start)
-        parameters = _parameters(draws, self._options.augment, images, indices, generator)
-        iteration = self._iteration(student, (start, images, labels, lr), indices, parameters)
-        constants = (start, target, torch.cat(indices), *(() if parameters is None else (parameters,)))
-        return _LossWithGradients.apply(iteration, constants, images, labels, lr)  # type: ignore[no-any-return]
+        parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
+        iteration = self._iteration(steps, parameters)
+        constants = (start, target, torch.cat(steps.batches), *(() if parameters is None else (parameters,)))
+        return _LossWithGradients.apply(iteration, constants, images, labels, steps.lr)  # type: ignore[no-any-return]
 
     @property
     def problem(self) -> str | None:
@@ -118,23 +118,17 @@ class GraphedMatchingLoss:
     def _recorded(self) -> list[GraphedFunction]:
         return [each for each in self._iterations.values() if isinstance(each, GraphedFunction)]
 
-    def _iteration(
-        self,
-        student: Student,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-        batches: Sequence[Tensor],
-        parameters: Tensor | None,
-    ) -> Iteration:
-        """Return the iteration for tensors (start, images, labels, lr) and batches like these."""
-        options, lengths = self._options, tuple(len(index) for index in batches)
+    def _iteration(self, steps: CheckedSteps, parameters: Tensor | None) -> Iteration:
+        """Return the iteration for steps like these, whose augmentation has `parameters`."""
+        options, lengths = self._options, tuple(len(index) for index in steps.batches)
+        tensors = (steps.theta, steps.images, steps.labels, steps.lr)
         kind = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
         if kind in self._iterations:
             return self._iterations[kind]
-        start, images, labels, _ = tensors
         first_draws = None if parameters is None else parameters[: lengths[0]]
         with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
             plan = checked_plan(
-                student, self._net, options, start, images.detach().requires_grad_(), labels, batches, first_draws,
+                self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
                 has_velocity=options.momentum != 0, path_gradient=self._of_path is not path_loss,
             )  # fmt: skip
         is_full = len(self._recorded()) == _MOST

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
@@ -120,14 +120,14 @@ def unroll(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
         weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,
     )  # fmt: skip
-    student, indices, lr = checked_steps(net, options, theta, images, labels, lr, batches)
+    steps = checked_steps(net, options, theta, images, labels, lr, batches)
     arguments.check_velocity(velocity, theta)
     has_velocity = momentum != 0 or velocity is not None or return_velocity
-    draws = arguments.draws_of(draws, augment, images, indices, generator)
-    plan = checked_plan(student, net, options, theta, images, labels, indices, draws[0], has_velocity=has_velocity)
+    draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
+    plan = checked_plan(net, options, steps, draws[0], has_velocity=has_velocity)
     student_steps = StudentSteps(
         student=student_for_plan(net, plan),
-        batches=indices,
+        batches=steps.batches,
         saved_steps=plan.saved_steps,
         path_on_host=plan.path_on_host,
         augment=augment,
@@ -137,7 +137,7 @@ def unroll(
         gradient=gradient,
         has_velocity=has_velocity,
     )
-    path, after = path_of(student_steps, theta, images, labels, lr, velocity)
+    path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
     return (path, after) if return_velocity and after is not None else path
 
 
@@ -157,6 +157,17 @@ class StepOptions:
     gradient: Gradient = "exact"
 
 
+class CheckedSteps(NamedTuple):
+    """The tensors of `unroll`, which fit each other, and the student for them."""
+
+    student: Student
+    theta: Tensor  # (P,)
+    images: Tensor  # (n, C, H, W)
+    labels: Tensor  # (n,) or (n, classes)
+    lr: Tensor  # () or (N,)
+    batches: tuple[Tensor, ...]  # N times (b,) int64
+
+
 def checked_steps(
     net: Network,
     options: StepOptions,
@@ -165,8 +176,8 @@ def checked_steps(
     labels: Tensor,
     lr: Tensor | float,
     batches: Tensor | Sequence[Tensor],
-) -> tuple[Student, tuple[Tensor, ...], Tensor]:
-    """Return the student for the steps of `options`, the indices of each step, and `lr` as a tensor.
+) -> CheckedSteps:
+    """Return the arguments of `unroll` as tensors, with the student for the steps of `options`.
 
     Raises `InputError` for options and tensors that do not fit each other, and for a call where no gradient can be taken.
     """
@@ -182,27 +193,24 @@ def checked_steps(
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{options.gradient}'")
     if [options.microbatch, options.memory_budget, options.plan].count(None) < 2:
         raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
-    return student, indices, rates
+    return CheckedSteps(student, theta, images, labels, rates, indices)
 
 
 def checked_plan(
-    student: Student,
     net: Network,
     options: StepOptions,
-    theta: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    batches: Sequence[Tensor],
+    steps: CheckedSteps,
     draws: Any,
     *,
     has_velocity: bool,
     path_gradient: bool = False,
 ) -> Plan:
-    """Return the plan of the steps that `student` takes on `batches`; `draws` are those of the first step.
+    """Return the plan of `steps`; `draws` are those of the first step.
 
     With a `path_gradient` the gradient of the path's loss is as large as the path. A network, a loss and an augmentation of
     the caller's own are tried: raises `InputError` as `unroll`.
     """
+    student, theta, images, labels, _, batches = steps
     augment, shape = options.augment, images.shape[1:]
     augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
     work = Work(
