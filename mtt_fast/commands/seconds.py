@@ -104,6 +104,6 @@ def _read(folder: Path) -> dict[Part, float]:
         record = read_record(path, "the seconds of a run", "they are counted from now on")
         check_form(record, _FORM)
         return {part: float(record[part]) for part in PARTS if part in record}
-    except (InputError, KeyError, TypeError) as error:
+    except (InputError, TypeError) as error:
         log.warning("%s: the seconds before are not counted (%s)", path, error)
         return {}

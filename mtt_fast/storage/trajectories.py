@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -122,10 +123,7 @@ class ExpertMetadata:
             ) from error
 
 
-_TYPES = {
-    "network": dict, "layout": str, "dataset": str, "fingerprint": str, "whitening": str, "hyperparameters": dict,
-    "seed": int, "accuracy": list, "versions": dict, "data": dict, "precision": str, "made_of": str,
-}  # fmt: skip
+_TYPES = {name: typing.get_origin(hint) or hint for name, hint in typing.get_type_hints(ExpertMetadata).items()}
 """The types of the metadata's fields."""
 
 
