@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, get_args
 
@@ -89,16 +89,14 @@ def fit_together(plan: Plan, *others: Plan) -> bool:
     return plan.budget is not None and sum(each.peak_bytes for each in (plan, *others)) <= plan.budget
 
 
-def mean_gradients(iteration: Iteration, state: State, segments: Iterable[Segment]) -> tuple[Tensor, ...]:
+def mean_gradients(iteration: Iteration, state: State, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
     """Return the loss and the gradients of `iteration`, the mean over `segments`, computed one after the other."""
     total: list[Tensor] = []
-    count = 0
     for segment in segments:
         start, target, *draws = segment.tensors()
         gradients = iteration(start, target, state.images, state.labels, state.lr, *draws)
         total = [sum_.add_(new) for sum_, new in zip(total, gradients, strict=True)] if total else list(gradients)
-        count += 1
-    return tuple(sum_.div_(count) for sum_ in total)
+    return tuple(sum_.div_(len(segments)) for sum_ in total)
 
 
 class PendingGradients(NamedTuple):
