@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shlex
@@ -124,11 +125,12 @@ def run_to_the_end(
             save(metrics.evaluations)
             save_seconds(run.folder, run.seconds)
 
-    try:
-        with (
-            stop_request() as stop,
-            tqdm(total=options.Iteration, initial=progress.iteration, desc=title, unit="it", smoothing=0.05) as bar,
-        ):
+    with (
+        contextlib.closing(metrics),
+        stop_request() as stop,
+        tqdm(total=options.Iteration, initial=progress.iteration, desc=title, unit="it", smoothing=0.05) as bar,
+    ):
+        try:
             while True:
                 due = progress.iteration % options.eval_it == 0 or progress.iteration == options.Iteration
                 if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):
@@ -145,22 +147,20 @@ def run_to_the_end(
                 part = "iterations"
                 bar.set_postfix(shown(time.monotonic() - start), refresh=False)
                 bar.update()
-                if stop or time.monotonic() - saved > options.save_seconds:
-                    keep()
-                    saved = time.monotonic()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
+                if time.monotonic() - saved > options.save_seconds:
+                    keep()
+                    saved = time.monotonic()
             with seconds_of("saving"):
                 summarise(stop)
-    except Stopped as stopped:
-        keep()
-        raise Stopped(
-            f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
-            f"{run.program} --out {shlex.quote(str(run.folder))} --resume",
-            stopped.signum,
-        ) from None
-    finally:
-        metrics.close()
+        except Stopped as stopped:
+            keep()  # in the block of `stop_request`, so that a terminal that ends does not cut it short
+            raise Stopped(
+                f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
+                f"{run.program} --out {shlex.quote(str(run.folder))} --resume",
+                stopped.signum,
+            ) from None
 
 
 def as_synthetic(
