@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from mtt_fast.commands.evaluated_set import REAL_IMAGES_LR
-from mtt_fast.commands.option_fields import Group, Role, check_values
+from mtt_fast.commands.option_fields import Group, Role
 from mtt_fast.commands.options import (
     Count,
     CountFromZero,
@@ -48,8 +48,7 @@ class BaselineOptions(EvaluationOptions):
         return EvaluationProtocol.batch_size if self.batch_train is None else self.batch_train
 
     def check(self) -> None:
-        """Raise `InputError` for the first option whose value is not allowed, or not with the others."""
-        check_values(self)
+        """Raise `InputError` for the first values that do not go together; each by itself is checked where it is parsed."""
         self.evaluation_protocol()
 
 

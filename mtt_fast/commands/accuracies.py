@@ -41,7 +41,7 @@ def accuracy_record(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accuracy_by_network(line: dict[str, Any], first: str) -> dict[str, dict[str, Any]]:
-    """Return the record of each network in a line of metrics.jsonl; `first` names the network of a line that has no names."""
+    """Return the record of each network in a line of metrics.jsonl; a line without names is of the network `first` alone."""
     names = [key.partition("/")[2] for key in line if key.startswith("accuracy_mean/")]
     return {
         name: accuracy_record(
@@ -60,7 +60,7 @@ def percent(line: Mapping[str, Any]) -> str:
 
 
 def label_of(accuracy: Mapping[str, Any]) -> str:
-    """Return the text that follows the numbers of an accuracy's record: best epoch, and how many networks diverged."""
+    """Return the remarks on an accuracy's record, as " (best epoch, 1 of 5 diverged)"; "" if there are none."""
     words = ["best epoch"] if accuracy.get("epoch") == "best" else []
     words += [f"{accuracy['diverged']} of {accuracy.get('n', '?')} diverged"] if accuracy.get("diverged") else []
     return f" ({', '.join(words)})" if words else ""

@@ -20,8 +20,8 @@ log = logging.getLogger("mtt_fast")
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0: done; 2: a mistake in the input, a full disk or no memory, printed as one line; 128 + signal: stopped on request with
-    everything saved, or because nobody reads the output.
+    0: done; 2: a mistake in the input, a full disk or too little memory, printed as one line; 128 + signal: stopped on request
+    with everything saved, or because nobody reads the output.
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -43,7 +43,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     except InputError as error:
         return _mistake(with_flags(str(error)))
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at the end fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         return 128 + signal.SIGPIPE
     except OSError as error:
         return _mistake(_in_words(error))
@@ -55,9 +55,9 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
 
 
 def _open_closed_streams() -> None:
-    """Open in place of standard streams that the caller has closed, as cron may, ones that nobody reads: all can be printed to.
+    """Open /dev/null for each standard stream that the caller has closed, as cron may.
 
-    The system gives the lowest free number, so that no file of a run gets that of a stream, to which libraries print.
+    Otherwise the next file that a run opens gets the stream's number, and what libraries print goes into that file.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -76,7 +76,7 @@ def with_flags(message: str) -> str:
 
 
 _ARGUMENT = re.compile(r"(?<![^\s(])`([A-Za-z_]\w*)`(?=[:;,.)]*(?:\s|$))")
-"""A name in backquotes as a word of its own, not as a part of a path."""
+"""A name in backquotes that is a word by itself, not a part of a path."""
 _FLAGS = {"strategy": "dsa_strategy", "batch": "batch_syn", "steps": "syn_steps"}
 """Flags of those arguments that have another name."""
 

@@ -45,7 +45,7 @@ def earlier_options(folder: Path) -> dict[str, Any] | None:
 def in_precision_of_run(options: Options, folder: Path, given: Container[str]) -> Options:
     """Return the dataclass `options` with the precision of the run in `folder`, if there is one, unless it is in `given`.
 
-    So a run goes on as it began, whatever the default has become.
+    A run then goes on as it began, whatever the default has become since.
     """
     before = earlier_options(folder)
     if before is None or "precision" in given:
@@ -105,7 +105,7 @@ def is_finished(folder: Path, options: Any, iterations: int) -> bool:
 
 
 def _differing(name: str, before: Any, value: Any) -> str:
-    """Return the words that an option had the value `before`, and not `value`."""
+    """Return, for a message, that an option had the value `before` and not `value`."""
     earlier, now = (
         f"without --{name}"
         if setting is None or setting is False

@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 
 RANDOM = "random"
-"""The word in place of a set that stands for random real images."""
+"""The word that stands for random real images in place of a set."""
 REAL_IMAGES_LR = 0.01
-"""Learning rate for real images, and for files that bring none, as in the public code."""
+"""Learning rate for real images, and for files without a rate, as in the public code."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,10 @@ def training_set(
         images = Images(pair.images.to(device), labels.to(device), canvas=canvas)
         learned = REAL_IMAGES_LR if pair.lr is None else float(pair.lr)
     check_shape(images, real.data, source)
-    warn_of_missing_classes(check_classes(images.labels, real.data.num_classes, source), real.data, source)
+    classes = real.data.num_classes
+    present = check_classes(images.labels, classes, source)
+    if present < classes:
+        log.warning("%s: has images of %d of the %d classes of %s", source, present, classes, real.data.name)
     return lambda _: images, learned if options.lr_teacher is None else options.lr_teacher
 
 
@@ -175,12 +178,6 @@ def check_shape(images: Images, data: ImageData, source: str) -> None:
             f"{source}: expected {'canvases' if images.canvas else 'images'} {expected} of {data.name}, found "
             f"{tuple(images.pixels.shape[1:])}; name their data set with --dataset, --res"
         )
-
-
-def warn_of_missing_classes(present: int, data: ImageData, source: str) -> None:
-    """Warn if the set from `source` has images of only `present` classes of `data`: no network can learn the others."""
-    if present < data.num_classes:
-        log.warning("%s: has images of %d of the %d classes of %s", source, present, data.num_classes, data.name)
 
 
 def check_any_trained(results: Iterable[Accuracy]) -> None:

@@ -26,7 +26,7 @@ from mtt_fast.errors import InputError
 FLOAT64_MAX = int(sys.float_info.max)
 FLOAT32_MAX = 3.4028234e38
 FLOAT32_TINY = 1.1754944e-38
-"""The largest finite numbers of both, and the smallest normal one of float32, as which rates are used."""
+"""The largest finite numbers of both formats, and the smallest normal one of float32, in which rates are used."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Range:
     infinite: bool = False
     """inf is taken; the option's help says what it means"""
     largest: int | None = None
-    """the largest number that can be meant; larger ones would fill the memory with nothing"""
+    """the largest number that makes sense; a larger one would only exhaust the memory"""
 
     def complaint(self, value: float) -> str | None:
         """Return what is expected in place of `value` if that is out of range, else None."""
@@ -82,7 +82,7 @@ RATE = Range(0, above=True)
 RATE_OR_ZERO = Range(0)
 SHARE = Range(0, 1, below=True)
 SEED = Range(0, largest=2**63 - 1)
-"""Seeds that torch's generators and TOML's integers both hold; a seed below 0 stands for one that is not known."""
+"""Seeds that both torch's generators and TOML's integers can hold; a seed below 0 stands for an unknown one."""
 _ANY = Range()
 _ANY_INTEGER = Range(-(2**63), largest=2**63 - 1)
 
@@ -120,7 +120,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Needs:
-    """An option that has an effect only where another one, `option`, is on."""
+    """A condition of an option: it has an effect only where another one, `option`, is on."""
 
     option: str
     also: str = ""
@@ -129,7 +129,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Remark:
-    """A remark for the log where the option is given: how it differs from the public code's option of the same name."""
+    """A remark for the log when the option is given: how it differs from the public code's option of the same name."""
 
     words: str
 
@@ -142,11 +142,11 @@ class Checked:
 
 
 HARMLESS = "harmless"
-"""Marks an option which, given where it has no effect, is named in the log and not refused: it changes no result."""
+"""Marks an option that changes no result: where it has no effect, it is named in the log and not refused."""
 
 
 MAY_BE_EMPTY = "may be empty"
-"""Marks a text for which the empty one has a meaning."""
+"""Marks a text that may be empty."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,8 @@ class Field:
     @property
     def is_list(self) -> bool:
         """Return whether the option's value is a list."""
-        kinds = (self.annotation, *typing.get_args(self.annotation))
-        return any(typing.get_origin(kind) is tuple for kind in kinds)
+        inner, _ = _without_none(self.annotation)
+        return typing.get_origin(inner) is tuple
 
     def declarations(self, kind: type[_Declared]) -> list[_Declared]:
         """Return the option's declarations of one `kind`."""
@@ -213,7 +213,7 @@ def fields_of(kind: type) -> Mapping[str, Field]:
     return _fields_of(kind)
 
 
-@cache
+@cache  # apart from `fields_of`, since mypy takes no class for hashable
 def _fields_of(kind: Any) -> Mapping[str, Field]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {
@@ -234,6 +234,15 @@ def _type_and_declarations(hint: Any) -> tuple[Any, tuple[Any, ...]]:
         inner, *declared = typing.get_args(hint)
         return inner, tuple(declared)
     return hint, ()
+
+
+def _without_none(annotation: Any) -> tuple[Any, bool]:
+    """Return the type without its declarations and without None, and whether it allows None."""
+    inner, _ = _type_and_declarations(annotation)
+    if typing.get_origin(inner) not in (Union, types.UnionType):
+        return inner, False
+    (other,) = (argument for argument in typing.get_args(inner) if argument is not type(None))
+    return _type_and_declarations(other)[0], True
 
 
 def names_of(kind: type, *roles: Role) -> frozenset[str]:
@@ -264,13 +273,10 @@ def converted(field: Field, value: Any) -> Any:
 
 
 def _as(annotation: Any, value: Any) -> Any:
-    annotation, _ = _type_and_declarations(annotation)
+    annotation, allows_none = _without_none(annotation)
+    if value is None and allows_none:
+        return None
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (annotation,) = (argument for argument in arguments if argument is not type(None))
-        return _as(annotation, value)
     if origin is Literal:
         if type(value) is str and value in arguments:
             return value
@@ -291,15 +297,12 @@ def from_texts(annotation: Any, texts: list[str]) -> Any:
 
     Raises `InvalidValue` for words that are not of the type, or not among its choices.
     """
-    annotation, _ = _type_and_declarations(annotation)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if not texts:
         raise InvalidValue("expected a value after it, found none")
-    if origin in (Union, types.UnionType):
-        if texts == ["None"] and type(None) in arguments:
-            return None
-        (annotation,) = (argument for argument in arguments if argument is not type(None))
-        return from_texts(annotation, texts)
+    annotation, allows_none = _without_none(annotation)
+    if texts == ["None"] and allows_none:
+        return None
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is tuple:
         return tuple(from_texts(arguments[0], [text]) for text in texts)
     text = texts[0]
@@ -364,8 +367,8 @@ def in_words(value: Any) -> str:
 def check_effects(options: Any, given: Container[str], reasons: Mapping[str, str] | None = None) -> list[str]:
     """Return the remarks for the log on the options in `given`, which the user wrote on the command line or in a file.
 
-    `reasons` gives by name the options that have no effect, with the reason; without it the method `without_effect` of
-    `options` gives those that depend on more than a switch. Its method `remarks` gives further remarks.
+    `reasons` says by name why an option has no effect; by default the method `without_effect` of `options` does, for what
+    `Needs` does not cover. Its method `remarks` gives further remarks.
     Raises `InputError` for an option that has no effect with the others; the message says with what it would have one.
     """
     fields = fields_of(type(options))

@@ -61,7 +61,7 @@ def preview(
     *,
     source: str = "defaults",
 ) -> Options:
-    """Return what `parse` returns, without a check that each option has an effect: for use before all defaults are known."""
+    """Parse as `parse` does, but do not check that each option has an effect: for use before all defaults are known."""
     start = defaults if isinstance(defaults, kind) else apply(kind(), defaults or {}, source)  # type: ignore[arg-type]
     line = _read(kind, argv)
     if line.unknown:
@@ -148,7 +148,7 @@ def _read(kind: type, argv: Sequence[str]) -> _Line:
 
 
 def _values_in(words: list[str], most: int | None) -> list[str]:
-    """Remove and return the words before the next flag, at most so many."""
+    """Remove from `words`, and return, those before the next flag: at most `most`, or all if None."""
     count = next((index for index, word in enumerate(words) if _is_flag(word)), len(words))
     count = count if most is None else min(most, count)
     values, words[:count] = words[:count], []

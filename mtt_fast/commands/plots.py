@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mtt_fast.commands.tables import save_figure
 from mtt_fast.data.images import as_image
 from mtt_fast.storage.files import atomic_path
 
@@ -83,8 +84,7 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
 
     `records` are the lines of metrics.jsonl; `baseline` is the accuracy of as many random real images, or None.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only the commands draw
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, and only the commands draw
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     loss, rate, accuracy = figure.subplots(1, 3)
@@ -110,8 +110,7 @@ def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]],
     accuracy.legend(frameon=False)
     for axes in (loss, rate, accuracy):
         axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
+    save_figure(path, figure)
 
 
 def save_snapshot(path: str | os.PathLike[str], pictures: Tensor, labels: Tensor) -> None:

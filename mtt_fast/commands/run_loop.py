@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shlex
@@ -39,10 +40,10 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The options, and the data and networks that they name: all that stays the same while a set is made."""
+    """The options, data and networks of a run, which stay the same while a set is made."""
 
     program: str
-    """the command that continues the run, but for its folder"""
+    """the command that continues the run, without its arguments"""
     command: str
     """the command line, for the summary"""
     method: str
@@ -124,11 +125,12 @@ def run_to_the_end(
             save(metrics.evaluations)
             save_seconds(run.folder, run.seconds)
 
-    try:
-        with (
-            stop_request() as stop,
-            tqdm(total=options.Iteration, initial=progress.iteration, desc=title, unit="it", smoothing=0.05) as bar,
-        ):
+    with (
+        contextlib.closing(metrics),
+        stop_request() as stop,
+        tqdm(total=options.Iteration, initial=progress.iteration, desc=title, unit="it", smoothing=0.05) as bar,
+    ):
+        try:
             while True:
                 due = progress.iteration % options.eval_it == 0 or progress.iteration == options.Iteration
                 if due and not all(metrics.find(kind, progress.iteration) for kind in kinds):
@@ -145,22 +147,20 @@ def run_to_the_end(
                 part = "iterations"
                 bar.set_postfix(shown(time.monotonic() - start), refresh=False)
                 bar.update()
-                if stop or time.monotonic() - saved > options.save_seconds:
-                    keep()
-                    saved = time.monotonic()
                 if stop:
                     raise Stopped("stopped by a signal", stop.signum)
+                if time.monotonic() - saved > options.save_seconds:
+                    keep()
+                    saved = time.monotonic()
             with seconds_of("saving"):
                 summarise(stop)
-    except Stopped as stopped:
-        keep()
-        raise Stopped(
-            f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
-            f"{run.program} --out {shlex.quote(str(run.folder))} --resume",
-            stopped.signum,
-        ) from None
-    finally:
-        metrics.close()
+        except Stopped as stopped:
+            keep()  # in the block of `stop_request`, so that a terminal that ends does not cut it short
+            raise Stopped(
+                f"stopped at iteration {progress.iteration} of {options.Iteration}, everything is saved; continue with: "
+                f"{run.program} --out {shlex.quote(str(run.folder))} --resume",
+                stopped.signum,
+            ) from None
 
 
 def as_synthetic(
@@ -168,7 +168,7 @@ def as_synthetic(
 ) -> SyntheticDataset:
     """Return copies of `images` (n, C, H, W) and `labels` as the set that is saved, to be trained on at the rate `lr` ().
 
-    `recipe` says more of the set than the options do; `others` are further fields of `SyntheticDataset`.
+    `recipe` is recorded besides the options; `others` are further fields of `SyntheticDataset`.
     """
     data, transform = run.real.data, run.real.transform
     return SyntheticDataset(
@@ -265,10 +265,10 @@ def write_summary(
     accuracies: Mapping[str, Record],
     others: Record | None = None,
 ) -> None:
-    """Write summary.json, and tell its `text` and where the time went: the run is finished.
+    """Write summary.json, which marks the run as finished, and log its `text` and where the time went.
 
-    `evaluations` are the last records of sets by their names, `accuracies` other ones by theirs, and `others` the fields
-    that the method has besides.
+    `evaluations` are the last records of the sets by name, `accuracies` further accuracies by name, and `others` the method's
+    own fields.
     """
     device, (first, *_) = run.real.test.labels.device, run.evaluated
     seconds = run.seconds.totals()

@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 Part = Literal["data", "whitening", "experts", "first_iteration", "iterations", "evaluations", "saving", "other"]
 PARTS: tuple[Part, ...] = get_args(Part)
 _FORM = {f"{part}?": int | float for part in PARTS}
-_LEFT_OUT = 0.05  # seconds of a part that the line at the end does not mention
+_LEFT_OUT = 0.05  # seconds: a shorter part is left out of the line at the end
 
 
 class Seconds:
-    """The wall clock of a run, of which each moment counts under one part of the work.
+    """The wall clock of a run: every moment counts towards one part of the work.
 
-    Parts may nest, and the inner one counts. So the sum of `totals` is the time since the clock was made, and what was added.
+    Where parts nest, the inner one counts. The sum of `totals` is the time since the clock was made, plus what was added.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +39,7 @@ class Seconds:
 
     @contextlib.contextmanager
     def of(self, part: Part) -> Iterator[None]:
-        """Count what the block takes under `part`, but for what inner blocks count otherwise."""
+        """Count the block's time towards `part`, except that of inner blocks, which have parts of their own."""
         outer = self._part
         self._turn_to(part)
         try:
@@ -64,7 +64,7 @@ class Seconds:
 
 
 def timed_real_images(data: ImageData, device: torch.device, seconds: Seconds, *, zca: bool) -> RealImages:
-    """Return `data` on `device` as networks see it, whitened with `zca`; the fit counts as `seconds` of its own."""
+    """Return `data` on `device` as networks see it, whitened with `zca`; `seconds` counts the fit separately."""
     with seconds.of("whitening"):
         transform = transform_for(data, zca=zca, device=device)
     with seconds.of("data"):
@@ -73,19 +73,19 @@ def timed_real_images(data: ImageData, device: torch.device, seconds: Seconds, *
 
 @contextlib.contextmanager
 def counted_in(folder: Path, seconds: Seconds) -> Iterator[None]:
-    """Add what earlier processes counted for the run in `folder`, and leave the sum there, whatever ends the block."""
+    """Add what earlier processes counted for the run in `folder`, and save the sum there, whatever ends the block."""
     seconds.add(_read(folder))
     try:
         yield
     except BaseException:
-        with contextlib.suppress(InputError):  # what ended the run is told, not that its seconds were lost as well
+        with contextlib.suppress(InputError):  # the error that ended the run is shown, not that of its seconds
             save_seconds(folder, seconds)
         raise
     save_seconds(folder, seconds)
 
 
 def save_seconds(folder: Path, seconds: Seconds) -> None:
-    """Write the totals to seconds.json, with which a run that is stopped goes on to count."""
+    """Write the totals to seconds.json, from which a continued run goes on counting."""
     write_record(folder / SECONDS, seconds.totals())
 
 
@@ -104,6 +104,6 @@ def _read(folder: Path) -> dict[Part, float]:
         record = read_record(path, "the seconds of a run", "they are counted from now on")
         check_form(record, _FORM)
         return {part: float(record[part]) for part in PARTS if part in record}
-    except (InputError, KeyError, TypeError) as error:
+    except (InputError, TypeError) as error:
         log.warning("%s: the seconds before are not counted (%s)", path, error)
         return {}

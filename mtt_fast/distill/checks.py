@@ -20,9 +20,9 @@ from mtt_fast.training.subsets import check_enough
 def check_options_fit(
     options: DistillOptions, data: ImageData | DatasetInfo, network: Trainable, device: torch.device
 ) -> None:
-    """Raise `InputError` for options that fit neither each other nor a data set of such shape and number of classes.
+    """Raise `InputError` for options that do not fit each other, or the images' shape and number of classes.
 
-    No image is looked at, and no expert. `network` is the one that `options` name, for `data`.
+    No image and no expert is looked at. `network` is the one that `options` name, for `data`.
     """
     images = options.ipc * data.num_classes
     if options.batch_syn and options.batch_syn > images:
@@ -49,8 +49,8 @@ def check_fits(
 ) -> None:
     """Raise `InputError` for an option with which the run would fail later.
 
-    `inventory` and `requested`: see `check_experts`. With a `DatasetInfo`, of images that are not there yet, the number of
-    images in each class is not checked, and only the size is compared with that of the experts' images.
+    `inventory` and `requested`: see `check_experts`. With a `DatasetInfo`, for images that are not there yet, the number of
+    images in each class is not checked, and of the experts' images only the size is compared.
     """
     check_options_fit(options, data, network, device)
     if isinstance(data, ImageData):

@@ -34,7 +34,6 @@ from mtt_fast.distill.experts import (
     matched_experts,
     prepare_experts,
     requested_hyperparameters,
-    with_actual_training,
 )
 from mtt_fast.distill.gradients import (
     DESCRIPTIONS,
@@ -59,7 +58,7 @@ from mtt_fast.runtime.numerics import numerics
 from mtt_fast.runtime.prefetch import called, prefetched, sender, started
 from mtt_fast.runtime.provenance import choose_device, device_name
 from mtt_fast.storage.checkpoint import State, check_same_images, load_checkpoint, save_checkpoint
-from mtt_fast.storage.expert_checks import FLAGS
+from mtt_fast.storage.expert_checks import FLAGS, as_trained
 from mtt_fast.storage.metrics import MetricsLog
 from mtt_fast.storage.outputs import check_output_folder
 from mtt_fast.storage.run_folder import only_user, write_config
@@ -78,7 +77,7 @@ def main(argv: Sequence[str], *, precision: Precision | None = None) -> None:
     device = choose_device(options.device)
     check_same_method(folder, None)
     options = in_precision_of_run(options, folder, given)
-    # an option of the experts that is not given says nothing about the experts with which the run started
+    # the experts' options need not be repeated: where one is not given, the experts that the run started with count
     check_same_run(folder, options, outside_result(DistillOptions) | (set(FLAGS.values()) - given))
     if not options.dry_run and is_finished(folder, options, options.Iteration):
         return
@@ -125,7 +124,7 @@ def _run(
             check_experts(options, inventory_of(options, data), data, network, requested)
             if state is not None:
                 check_same_experts(folder, state, experts)
-        options = with_actual_training(options, experts)
+        options = as_trained(options, dataclasses.asdict(options.experts()), experts.metadata(0))  # for the record
         gradient = f"gradient: {DESCRIPTIONS[options.gradient]}"
         write_config(folder, dataclasses.asdict(dataclasses.replace(options, resume=False, config=None)), gradient)
         log.info(
@@ -165,10 +164,10 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         result = started(device, partial(start, called(next_segments)))
         while True:
             pending = result()
-            segments = called(next_segments)  # others are read and drawn while a GPU computes
-            loss, gradients, plan = finish_gradients(run, state, pending, iteration_for)
+            segments = called(next_segments)  # the next ones are read and drawn while a GPU computes
+            loss, gradients, plan = finish_gradients(state, pending)
             kind, values = apply_gradients(options, state, pending.segments, loss, gradients)
-            del result, pending, gradients  # the next iteration has room for its own alone
+            del result, pending, gradients  # there may be room for those of one iteration only
             if state.iteration < options.Iteration:
                 result = started(device, partial(start, segments))  # a GPU does not wait for the files and the bar
             run.metrics.write(kind, state.iteration, **values)
@@ -180,7 +179,7 @@ def distill(run: DistillRun, state: State, plan: Plan) -> None:
         return list(islice(ahead, options.num_trajectories))
 
     def start(segments: Callable[[], Sequence[Segment]]) -> PendingGradients:
-        return start_gradients(run, state, segments(), plan, iteration_for)
+        return start_gradients(state, segments(), plan, iteration_for)
 
     def evaluate(stop: StopRequest) -> None:
         if options.gradient != "exact":

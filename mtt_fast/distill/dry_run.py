@@ -48,8 +48,8 @@ class _Estimate(NamedTuple):
 def dry_run(options: DistillOptions, folder: Path, device: torch.device, requested: Mapping[str, Any]) -> str:
     """Return, as lines of text, what the run will do, its memory plan, and an estimate of time and disk space.
 
-    Nothing is written, downloaded or decoded. The time is that of student steps on a few random images, measured on
-    `device` and scaled, as if networks were trained one after another, and reading and drawing took no time.
+    Nothing is written, downloaded or decoded. Student steps on a few random images are timed on `device` and scaled, as if
+    networks were trained one after another, and reading and drawing took no time.
     `requested`: see `check_experts`. Raises `InputError` as the run itself would for its options, its memory budget, an image
     folder, the experts that are there, or the run's checkpoint.
     """
@@ -78,7 +78,7 @@ def dry_run(options: DistillOptions, folder: Path, device: torch.device, request
     size = estimated_bytes(options, info, network.num_parameters, inventory.missing, inventory.uncompressed)
     lines = {
         "recipe": _recipe(options),
-        "data set": f"{info.name}: {_shape(info.image_shape)}, {info.num_classes} classes, "
+        "data set": f"{info.name}: {'×'.join(map(str, info.image_shape))}, {info.num_classes} classes, "
         f"{info.train:,} + {info.test:,} images, {'whitened' if options.zca else 'normalised'}",
         "network": f"{options.model}, {network.num_parameters:,} parameters",
         "experts": _experts(options, info, inventory),
@@ -147,7 +147,10 @@ def estimated_seconds(
     evaluated: Sequence[float],
     saved: float,
 ) -> _Estimate:
-    """Return the seconds of a run, where an image takes `cost` in the student, and `expert` and `evaluated` in a step of theirs."""
+    """Return the seconds of a run in which an image takes `cost` in the student's steps, and `expert` and `evaluated` in the others'.
+
+    Of `cost`, saved activations leave the share `saved`.
+    """
     gradients = 2 if options.rho_max else 1  # of an expert's step
     count = options.ipc * info.num_classes
     crops = options.canvas.samples if options.canvas else 1
@@ -203,9 +206,9 @@ def _measured_seconds(
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the least seconds of some calls, after a first one that allocates memory and compiles code.
+    """Return the seconds of the fastest of some calls, after a first one that allocates memory and compiles code.
 
-    The least, since other processes can make a call many times as long, but never shorter.
+    Other processes can make a call many times as long, but never shorter.
     """
     seconds: list[float] = []
     while len(seconds) < _CALLS or (sum(seconds) < _LONG_ENOUGH and len(seconds) < _MOST_CALLS):
@@ -221,10 +224,6 @@ def _free(folder: Path) -> float:
     """Return the free bytes on the disk of `folder`, which need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def _shape(image_shape: tuple[int, int, int]) -> str:
-    return "×".join(map(str, image_shape))
 
 
 def _duration(seconds: float) -> str:

@@ -148,7 +148,7 @@ def _own_fields(run: DistillRun, state: State) -> dict[str, Any]:
 
 
 def _evaluate_baseline(run: DistillRun, state: State, stop: StopRequest) -> dict[str, Any]:
-    """Evaluate random real images, as many as the synthetic ones and drawn anew for each network; return the record."""
+    """Evaluate as many random real images, drawn anew for each network, and return the record."""
     real, ipc, (network, *_) = run.real, run.options.ipc, run.evaluated.values()
     accuracy = evaluate_network(
         run, network, lambda generator: random_subset(real, ipc, generator),

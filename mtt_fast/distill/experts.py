@@ -23,7 +23,6 @@ from mtt_fast.networks.protocol import Trainable
 from mtt_fast.storage.checkpoint import State, experts_of_run
 from mtt_fast.storage.expert_checks import (
     FLAGS,
-    as_trained,
     check_alike,
     check_as_asked,
     check_belongs,
@@ -59,7 +58,7 @@ class ExpertInventory(NamedTuple):
 
 
 def inventory_of(options: DistillOptions, data: ImageData | DatasetInfo) -> ExpertInventory:
-    """Return the numbers of experts that are there and that are missing, with their folders. Raises `InputError` for a broken one."""
+    """Count the experts that are there and those that are missing. Raises `InputError` for a broken one."""
     whole = buffer_folder(options.buffer_path, data, options.model, zca=options.zca)
     count = options.num_interpolation
     used = whole if count is None else waypoint_folder(whole, count)
@@ -83,9 +82,9 @@ def check_experts(
 ) -> None:
     """Check that the run can use the experts of `inventory` that are there, and those that will be trained or compressed.
 
-    `requested` are the hyperparameters of experts that the user gave. With a `DatasetInfo`, of images that are not there yet,
+    `requested` are the hyperparameters of experts that the user gave. With a `DatasetInfo`, for images that are not there yet,
     few properties of the images are compared. Raises `InputError` that names an expert's file, the options that do not fit, or
-    the folder in which experts are missing and cannot be written, or must not be trained in place of those of a run that goes on.
+    a folder where experts are missing that cannot be written, or that a continued run began with.
     """
     check_missing_experts(options, inventory)
     whole, identity = experts_in(inventory.whole), data.identity(zca=options.zca)
@@ -110,7 +109,7 @@ def _check_others_can_be_made(
     network: Trainable,
     identity: DatasetIdentity,
 ) -> None:
-    """Raise `InputError` unless experts can be trained beside the `whole` ones, and waypoints made, as far as they are missing."""
+    """Raise `InputError` unless those experts and waypoints that are missing can be made, beside the `whole` experts."""
     if inventory.uncompressed and options.num_interpolation is not None:
         evenly_spaced(whole.epochs(0) if whole else options.train_epochs, options.num_interpolation)
     for folder, written in ((inventory.whole, inventory.missing), (inventory.used, inventory.uncompressed)):
@@ -129,7 +128,7 @@ def matched_experts(options: DistillOptions, store: TrajectoryStore) -> int:
 
 
 def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -> None:
-    """Raise `InputError` if experts are missing that must not be trained, or would end before the last epoch of a segment."""
+    """Raise `InputError` for missing experts that must not be trained, or would end before the last epoch of a segment."""
     if not inventory.missing:
         return
     _check_experts_of_run_remain(options.folder(), inventory)
@@ -142,9 +141,9 @@ def check_missing_experts(options: DistillOptions, inventory: ExpertInventory) -
 
 
 def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> None:
-    """Raise `InputError` if experts with which the run in `folder` began are gone: others would be trained in their place.
+    """Raise `InputError` if experts with which the run in `folder` began are gone.
 
-    Hours later they would be other ones, unless the machine, its number of threads and all versions are the same.
+    To train them again takes hours and gives others, unless the machine, its number of threads and all versions are the same.
     """
     began_with, imported = experts_of_run(folder)
     if imported:
@@ -162,7 +161,7 @@ def _check_experts_of_run_remain(folder: Path, inventory: ExpertInventory) -> No
 
 
 def _check_nothing_to_convert(folder: Path) -> None:
-    """Raise `InputError` if `folder`, which has no experts, holds the public code's, in whose place others would be trained."""
+    """Raise `InputError` if `folder`, which has no experts, holds some of the public code: they are to be converted, not trained again."""
     names = names_in(folder) if folder.is_dir() else []
     if buffers := [name for name in names if re.fullmatch(f"{BUFFER}|{CONVEXIFIED}", name)]:
         raise InputError(
@@ -200,7 +199,7 @@ def prepare_experts(
 
 
 def otherwise_whitened(options: DistillOptions, data: ImageData | DatasetInfo) -> str:
-    """Return, where the run has no experts yet, which folder has some of the other --zca, which it cannot use; else ""."""
+    """Return a remark on experts with the other value of --zca if the run has none with its own; else ""."""
     own, other = (
         buffer_folder(options.buffer_path, data, options.model, zca=zca) for zca in (options.zca, not options.zca)
     )
@@ -242,7 +241,7 @@ def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> No
             + f"restore its --buffer_path, {store.folder}"
         )
     for expert, digest in enumerate(state.digests):
-        if store.digest(expert) not in (digest, "") and digest:  # one from before there were checksums has none
+        if store.digest(expert) not in (digest, "") and digest:  # an expert without checksums has ""
             raise InputError(
                 f"{store.path(expert)}: another expert than the one with which the run in {folder} began; restore its "
                 "--buffer_path, or choose another --out"
@@ -250,18 +249,13 @@ def check_same_experts(folder: Path, state: State, store: TrajectoryStore) -> No
 
 
 def requested_hyperparameters(options: DistillOptions, given: Set[str]) -> dict[str, Any]:
-    """Return the experts' hyperparameters that the options in `given` set; a default holds for missing experts alone."""
+    """Return the experts' hyperparameters that the options in `given` set. Defaults are left out: they are for missing experts."""
     training = dataclasses.asdict(options.experts())
     names = {name for name, flag in FLAGS.items() if flag in given}
     sharpness = {"rho_max", "rho_min", "alpha", "adaptive"}
     if names & sharpness:  # each has a meaning only with the others
         names |= sharpness
     return {name: training[name] for name in FLAGS if name in names}
-
-
-def with_actual_training(options: DistillOptions, store: TrajectoryStore) -> DistillOptions:
-    """Return `options` with the experts' actual hyperparameters, for the record."""
-    return as_trained(options, dataclasses.asdict(options.experts()), store.metadata(0))
 
 
 def _indices(store: TrajectoryStore | None) -> set[int]:

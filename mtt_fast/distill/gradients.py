@@ -1,11 +1,11 @@
-"""Compute an iteration's gradients: of one segment or the mean of several; exact, or truncated and compared with the exact."""
+"""Compute an iteration's gradients, the mean over its segments: exact, or truncated and then compared with the exact ones."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, get_args
 
@@ -33,16 +33,16 @@ DESCRIPTIONS: dict[Gradient, str] = {
 }
 """Descriptions of the gradients for the log and the summary."""
 
-Teacher = Callable[[Tensor, Tensor], Tensor]
-"""A function from a segment's target (P,) and the indices of the student's images to all images' labels (n, classes)."""
-
 
 def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph: bool = True) -> Iteration:
-    """Return the function that computes one segment's part of an iteration as `plan` says."""
+    """Return the function that computes one segment's part of an iteration as `plan` says.
+
+    With --teacher_label the segment's target labels the images, in place of the labels that are given.
+    """
     # each segment starts a permutation of its own, so the steps of all segments have the same lengths
     batches = step_indices(options, plan.work.images[0], torch.Generator())
     augment = augmentation(options)
-    return planned_iteration(
+    iteration = planned_iteration(
         network,
         plan,
         augment,
@@ -53,13 +53,23 @@ def iteration_of(options: DistillOptions, network: Network, plan: Plan, *, graph
         gradient=options.gradient,
         graph=graph,
     )
+    if not options.teacher_label:
+        return iteration
+
+    def labelled(
+        start: Tensor, target: Tensor, images: Tensor, _: Tensor, lr: Tensor, index: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        labels = teacher_labels(network, target, images, index, plan.microbatch)
+        return iteration(start, target, images, labels, lr, index, *parameters)
+
+    return labelled
 
 
 def held_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
-    """Return a function equal to `make(plan, graph=…)`, as `iteration_of` is, which holds iterations for later calls.
+    """Return a function like `make(plan, graph=…)`, such as `iteration_of`, which keeps iterations for later calls.
 
-    On a GPU an iteration takes its plan's memory for as long as it is held. So either the budget has room for all that are held,
-    or only one is. A new plan for the same work takes the place of the last one.
+    On a GPU an iteration takes its plan's memory for as long as it is kept. So several are kept only where the budget has room for
+    all of them, and a new plan for the same work replaces the last one.
     """
     held: dict[tuple[Plan, bool], Iteration] = {}
 
@@ -75,33 +85,18 @@ def held_iterations(make: Callable[..., Iteration]) -> Callable[..., Iteration]:
 
 
 def fit_together(plan: Plan, *others: Plan) -> bool:
-    """Return whether the budget of `plan` has room for the memory of all plans at the same time."""
+    """Return whether the budget of `plan` has room for all the plans at the same time."""
     return plan.budget is not None and sum(each.peak_bytes for each in (plan, *others)) <= plan.budget
 
 
-def teacher_of(run: DistillRun, state: State, plan: Plan) -> Teacher | None:
-    """Return the function that labels the images with --teacher_label, in the memory of `plan`; None without that option."""
-    if not run.options.teacher_label:
-        return None
-    return lambda target, index: teacher_labels(run.network, target, state.images, index, plan.microbatch)
-
-
-def mean_gradients(
-    iteration: Iteration, state: State, segments: Iterable[Segment], teacher: Teacher | None = None
-) -> tuple[Tensor, ...]:
-    """Return the loss and the gradients of `iteration`, the mean over `segments`, computed one after the other.
-
-    A `teacher` labels the images for each segment anew.
-    """
+def mean_gradients(iteration: Iteration, state: State, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
+    """Return the loss and the gradients of `iteration`, the mean over `segments`, computed one after the other."""
     total: list[Tensor] = []
-    count = 0
     for segment in segments:
         start, target, *draws = segment.tensors()
-        labels = state.labels if teacher is None else teacher(target, draws[0])
-        gradients = iteration(start, target, state.images, labels, state.lr, *draws)
+        gradients = iteration(start, target, state.images, state.labels, state.lr, *draws)
         total = [sum_.add_(new) for sum_, new in zip(total, gradients, strict=True)] if total else list(gradients)
-        count += 1
-    return tuple(sum_.div_(count) for sum_ in total)
+    return tuple(sum_.div_(len(segments)) for sum_ in total)
 
 
 class PendingGradients(NamedTuple):
@@ -114,10 +109,12 @@ class PendingGradients(NamedTuple):
     """the loss, and the largest magnitude in each of the gradients, in float64"""
     plan: Plan
     """the plan whose memory was enough"""
+    iteration_for: Callable[..., Iteration]
+    """see `start_gradients`, as `graph`; both are for a repetition"""
+    graph: bool = True
 
 
 def start_gradients(
-    run: DistillRun,
     state: State,
     segments: Sequence[Segment],
     plan: Plan,
@@ -127,33 +124,23 @@ def start_gradients(
 ) -> PendingGradients:
     """Start to compute the gradients of `mean_gradients`. A GPU is waited for in `finish_gradients`.
 
-    `iteration_for(plan, graph=…)` is as `iteration_of`, and may hold iterations as `held_iterations` does. With a `graph` the
-    iteration is recorded.
+    `iteration_for(plan, graph=…)` returns the iteration, which is recorded with `graph`: see `iteration_of`, `held_iterations`.
     """
 
     def attempt(plan: Plan) -> tuple[list[Tensor], Tensor]:
-        loss, *gradients = mean_gradients(
-            iteration_for(plan, graph=graph), state, segments, teacher_of(run, state, plan)
-        )
+        loss, *gradients = mean_gradients(iteration_for(plan, graph=graph), state, segments)
         largest = [torch.linalg.vector_norm(gradient, math.inf).double() for gradient in gradients]
         return gradients, torch.stack([loss.double(), *largest])
 
     (gradients, magnitudes), plan = with_smaller_pieces(plan, attempt)
-    return PendingGradients(segments, gradients, magnitudes, plan)
+    return PendingGradients(segments, gradients, magnitudes, plan, iteration_for, graph)
 
 
-def finish_gradients(
-    run: DistillRun,
-    state: State,
-    pending: PendingGradients,
-    iteration_for: Callable[..., Iteration],
-    *,
-    graph: bool = True,
-) -> tuple[float, list[Tensor] | None, Plan]:
+def finish_gradients(state: State, pending: PendingGradients) -> tuple[float, list[Tensor] | None, Plan]:
     """Return the mean loss of a `pending` iteration, its gradients, and the plan whose memory was enough.
 
-    There are no gradients where a number is not finite. Where it is only too large for fp16, the iteration is repeated in tf32,
-    with a line in the log; the repetition is recorded too, with a `graph`, where the memory of both fits in the budget.
+    The gradients are None where a number is not finite. Where it may only be too large for fp16, the iteration is repeated in tf32,
+    with a line in the log. The repetition is recorded too if the budget has room for both.
     """
     plan, student = pending.plan, pending.plan.work.student
     loss, *largest = pending.magnitudes.tolist()  # waits for a GPU, once
@@ -163,10 +150,10 @@ def finish_gradients(
         return loss, None, plan
     log.warning("iteration %d: a number is too large for fp16; repeated in tf32", state.iteration + 1)
     again = in_tf32(plan)
-    # else fp16's graph is let go of, whose memory the repetition takes; to record that one would take longer than it does
-    recorded = graph and fit_together(plan, again)
-    repeated = start_gradients(run, state, pending.segments, again, iteration_for, graph=recorded)
-    return *finish_gradients(run, state, repeated, iteration_for, graph=recorded)[:2], plan
+    # without room the repetition takes the memory of fp16's graph, which is dropped, and is not worth a recording of its own
+    graph = pending.graph and fit_together(plan, again)
+    repeated = start_gradients(state, pending.segments, again, pending.iteration_for, graph=graph)
+    return *finish_gradients(state, repeated)[:2], plan
 
 
 def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequence[Segment]) -> None:
@@ -175,10 +162,9 @@ def compare_with_exact(run: DistillRun, state: State, plan: Plan, segments: Sequ
         return  # the run was stopped in the evaluation that follows
     both = []
     for gradient in get_args(Gradient):
-        options = dataclasses.replace(run.options, gradient=gradient)
-        iteration_for = partial(iteration_of, options, run.network)
-        pending = start_gradients(run, state, segments, plan, iteration_for, graph=False)
-        _, gradients, plan = finish_gradients(run, state, pending, iteration_for, graph=False)
+        iteration_for = partial(iteration_of, dataclasses.replace(run.options, gradient=gradient), run.network)
+        pending = start_gradients(state, segments, plan, iteration_for, graph=False)
+        _, gradients, plan = finish_gradients(state, pending)
         if gradients is None:
             log.warning("iteration %d: the student diverged, so the gradients are not compared", state.iteration)
             return

@@ -20,8 +20,7 @@ from mtt_fast.training.subsets import random_subset, shuffled_classes
 
 log = logging.getLogger(__name__)
 
-# images of a class that an expert classifies together; at one image a class the first right one is enough
-_AT_ONCE = 64
+_AT_ONCE = 64  # images of a class that an expert classifies together: at one image a class, few have to be looked at
 
 
 def initial_state(
@@ -54,31 +53,22 @@ def initial_images(
 ) -> tuple[Images, int]:
     """Return the first synthetic images, class-major, with their classes, and how many of them are not as `pix_init` says.
 
-    The latter are images that none of the first `matched` of `experts` gets right, where a class has too few of the others.
-    A canvas is tiled from such images.
+    The latter fill up classes of which the first `matched` of `experts` get too few images right. A canvas is tiled from images.
     """
-    images, wrong = _images(options, real, network, experts, matched)
-    if options.canvas is None:
-        return images, wrong
-    return Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles]), wrong
-
-
-def _images(
-    options: DistillOptions, real: RealImages, network: Network, experts: TrajectoryStore, matched: int
-) -> tuple[Images, int]:
-    """Return images as `pix_init` says: `options.ipc` a class, or for canvases as many as the canvases' tiles."""
     generator = generator_for(options.seed, "initial images")
-    ipc, device = options.ipc * options.tiles, real.train.labels.device
+    ipc, device, wrong = options.ipc * options.tiles, real.train.labels.device, 0
     if options.pix_init == "samples_predicted_correctly":
         members = shuffled_classes(real, ipc, generator)
         finished = (experts.read(expert, experts.epochs(expert)).to(device) for expert in range(matched))
         chosen, wrong = predicted_correctly(network, finished, real.train, members, ipc)
-        return Images(*real.train.batch(torch.cat(chosen).to(device))), wrong
-    start = random_subset(real, ipc, generator)
+        images = Images(*real.train.batch(torch.cat(chosen).to(device)))
+    else:
+        images = random_subset(real, ipc, generator)
     if options.pix_init == "noise":
-        noise = torch.randn(start.pixels.shape, generator=generator).to(device)
-        return Images(noise, start.labels), 0
-    return start, 0
+        images = Images(torch.randn(images.pixels.shape, generator=generator).to(device), images.labels)
+    if options.canvas is not None:
+        images = Images(canvases_of(images.pixels, options.canvas_size), images.labels[:: options.tiles])
+    return images, wrong
 
 
 def predicted_correctly(
@@ -86,8 +76,8 @@ def predicted_correctly(
 ) -> tuple[list[Tensor], int]:
     """Return the first `ipc` of each class's `members`, indices into `real`, that an expert gets right (DATM).
 
-    The first of `experts`, parameters (P,), classifies; then the next, for the classes with too few right images, and so on.
-    The rest are images that no expert gets right; the number of these is returned as well.
+    The first of `experts`, parameters (P,), classifies; then the next, for classes that have too few images yet, and so on.
+    Images that no expert gets right fill up the rest, and their number is returned as well.
     """
     right, remaining = [rows[:0] for rows in members], list(members)
     for theta in experts:

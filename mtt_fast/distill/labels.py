@@ -55,8 +55,8 @@ def expert_logits(network: Network, experts: Iterable[Tensor], images: Tensor, i
 def teacher_labels(network: Network, theta: Tensor, images: Tensor, index: Tensor, at_once: int) -> Tensor:
     """Return softmax of the logits (n, num_classes) under `theta` (P,): TESLA's labels in an iteration.
 
-    Only the images (n, C, H, W) at `index`, any number of indices that may repeat, get labels; those of the others are zero.
-    One forward pass has `at_once` images, for which a plan of student steps has room.
+    Only the images (n, C, H, W) at `index`, which may repeat, get labels; the rows of the others are zero. A forward pass takes
+    `at_once` images, for which a plan of student steps has room.
     """
     rows = index.unique()
     probabilities = predict(network, theta, images[rows], at_once).softmax(dim=1)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import parsing
 from mtt_fast.commands.earlier_run import check_same_method, earlier_options
-from mtt_fast.commands.option_fields import Checked, Group, Needs, Range, Remark, Role, check_values
+from mtt_fast.commands.option_fields import Checked, Group, Needs, Range, Remark, Role
 from mtt_fast.commands.options import (
     AtLeastTwoOrNone,
     Count,
@@ -209,8 +209,7 @@ class DistillOptions(ExpertTrainingOptions, EvaluationOptions):
         return remarks
 
     def check(self) -> None:
-        """Raise `InputError` for the first option whose value is not allowed, or not with the others."""
-        check_values(self)
+        """Raise `InputError` for the first values that do not go together; each by itself is checked where it is parsed."""
         self._check_start_epochs()
         if self.teacher_label and self.lr_y is not None:
             raise InputError("--teacher_label, --lr_y: expected one of them, found both: labels are given, or learned")

@@ -20,7 +20,7 @@ class DistillRun(LoopRun):
     options: DistillOptions
     experts: TrajectoryStore
     matched_experts: int
-    """the first so many of `experts` are matched"""
+    """how many of `experts`, from the first on, are matched"""
 
     @cached_property
     def first_images(self) -> Tensor:

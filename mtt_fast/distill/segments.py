@@ -1,6 +1,7 @@
-"""Draw the segments that iterations match; their random numbers follow from the seed and the segment's number alone.
+"""Draw the segments that iterations match.
 
-There is one sequence of segments. An iteration matches the next segment, or the next k (--num_trajectories).
+There is one sequence of segments, of which an iteration matches the next k (--num_trajectories). The random numbers of a
+segment follow from the seed and the segment's number alone.
 """
 
 from __future__ import annotations
@@ -48,10 +49,7 @@ def segment_numbers(options: DistillOptions, iterations: range) -> range:
 
 
 def read_segment(run: DistillRun, send: Send, images: Tensor, number: int) -> Segment:
-    """Read and draw the segment with this number; all of it follows from the seed and the number alone.
-
-    Only the shape and the dtype of `images` are used. Called in a thread.
-    """
+    """Read and draw the segment with this number. Only the shape and the dtype of `images` are used. Called in a thread."""
     options = run.options
     generator = generator_for(options.seed, "iteration", number)
     expert = _expert_of(options.seed, run.matched_experts, number)
@@ -78,7 +76,7 @@ def _start_epoch(options: DistillOptions, epochs: range, generator: torch.Genera
 
 
 def start_epochs(options: DistillOptions, iteration: int) -> range:
-    """Return the expert epochs at one of which the student starts in `iteration`, from 0: T- and up, below T.
+    """Return the expert epochs, T- to T - 1, at one of which the student starts in `iteration`, counted from 0.
 
     T grows linearly, rounded down, from `current_max_start_epoch` to T+, which is reached at `expansion_end_epoch` (DATM).
     Without `current_max_start_epoch` T is T+ throughout, as in the paper.
@@ -100,7 +98,7 @@ def log_fields(segments: Sequence[Segment]) -> dict[str, float]:
 
 
 def _expert_of(seed: int, count: int, number: int) -> int:
-    """Return the expert of the segment `number`: in random order, each of `count` experts once before any is repeated."""
+    """Return the expert of the segment `number`: each of `count` experts comes once, in random order, before any is repeated."""
     order = torch.randperm(count, generator=generator_for(seed, "expert order", number // count))
     return int(order[number % count])
 

@@ -23,9 +23,9 @@ _GIVE_UP_AFTER = 25  # iterations without a finite gradient
 def apply_gradients(
     options: DistillOptions, state: State, segments: Sequence[Segment], loss: float, gradients: Sequence[Tensor] | None
 ) -> tuple[str, dict[str, float]]:
-    """End an iteration that matched `segments`: update images, labels and rate by the `gradients`, or skip or reject these.
+    """Update images, labels and rate by the `gradients` of an iteration that matched `segments`, or skip or reject these.
 
-    `loss` and `gradients` are the results of `finish_gradients`. Return the kind and the values of the iteration's record in
+    `loss` and `gradients` are as `finish_gradients` returns them. Return the kind and the values of the iteration's record in
     metrics.jsonl.
     """
     state.iteration += 1

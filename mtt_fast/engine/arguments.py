@@ -1,4 +1,4 @@
-"""Check the arguments of `unroll`, so that a wrong one costs a line in place of a wrong path, and complete them."""
+"""Check the arguments of `unroll`, so that a mistake is an error and not a wrong path, and complete them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtt_fast.runtime.prefetch import upload
 
 
 def check_context() -> None:
-    """Raise `InputError` inside of what cannot take the gradient of a student: inference mode, a `torch.func` transform, a compiler."""
+    """Raise `InputError` where no gradient of a student can be taken: in inference mode, a `torch.func` transform or a compiler."""
     if torch.is_inference_mode_enabled():
         raise InputError(
             "unroll: found torch.inference_mode, in which no gradient of a student can be taken; use torch.no_grad"
@@ -160,7 +160,7 @@ def draws_of(
     batches: Sequence[Tensor],
     generator: torch.Generator | None,
 ) -> Sequence[Any]:
-    """Return `draws`, or the random numbers that `augment` draws for each of the `batches`, in order; None for each without it.
+    """Return `draws`, or the random numbers that `augment` draws for each of the `batches`, in order; without an augmentation, as many None.
 
     Raises `InputError` for `draws` of another number of steps, or of no augmentation.
     """
@@ -186,7 +186,7 @@ def check_number(name: str, value: Any) -> None:
 def rates_of(lr: Any, theta: Tensor) -> Tensor:
     """Return `lr` as a tensor on the device of `theta`. Raises `InputError` for numbers that are no learning rates.
 
-    A tensor is taken as it is: a learned rate may go anywhere, and its value would have to be waited for on a GPU.
+    A tensor's values are not checked: a learned rate may become any number, and a GPU would have to be waited for.
     """
     if isinstance(lr, Tensor):
         if lr.is_complex():

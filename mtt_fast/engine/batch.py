@@ -16,7 +16,7 @@ import mtt_fast.kernels as kernels
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows `index` of images, each warped by its parameters, not gathered yet. It has a shape and slices as if it were."""
+    """Rows `index` of images with the parameters of their warps, not gathered yet. Its shape and slices are those of the result."""
 
     images: Tensor  # (n, C, H, W), contiguous, without a graph
     index: Tensor  # (b,) int64
@@ -49,9 +49,9 @@ class Batch:
         return rows if self.parameters is None else kernels.colour_warp_mask(rows, self.parameters)
 
     def gradient_to_add(self, out: Tensor, inputs_bar: Tensor) -> kernels.BatchGradient:
-        """Return the gradient to the images from that to the batch (b, C, H, W), for `kernels.adjoint_step`.
+        """Return the gradient to the images, from that to the batch (b, C, H, W), in the form that `kernels.adjoint_step` takes.
 
-        That adds it to `out` (n, C, H, W), times its scale.
+        It is added there to `out` (n, C, H, W), times a scale.
         """
         return kernels.BatchGradient(out, self.index, inputs_bar.contiguous(), self.parameters)
 
@@ -62,7 +62,7 @@ Inputs = Tensor | Batch
 
 @dataclass(frozen=True)
 class AugmentedBatch:
-    """Rows `index` of images that autograd takes through any augmentation."""
+    """Rows `index` of images, and what an augmentation made of them under autograd."""
 
     rows: Tensor  # (b, C, H, W)
     augmented: Tensor  # (b, C', H', W')
@@ -72,7 +72,7 @@ class AugmentedBatch:
     def of(
         cls, images: Tensor, index: Tensor, augment: Callable[[Tensor], Tensor], dtype: torch.dtype, *, tracked: bool
     ) -> AugmentedBatch:
-        """Return the batch, its augmented images of `dtype`; `tracked` where their gradient will be asked for."""
+        """Return the batch with its augmented images, of `dtype`; `tracked` if their gradient will be needed."""
         with torch.set_grad_enabled(tracked):
             rows = images[index].detach().requires_grad_(tracked)
             return cls(rows, augment(rows).contiguous().to(dtype), index)

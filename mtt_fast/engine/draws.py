@@ -1,4 +1,4 @@
-"""All random numbers of a row of steps, drawn on the host before the first, so that the steps are functions of tensors."""
+"""Draw the random numbers of several steps on the host before the first one, so that the steps are functions of tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 Apply = Callable[[Tensor, Tensor], Tensor]
-"""From a step's images (b, C, H, W) and parameters (b, K) to the augmented images, whatever operation the parameters stand for."""
+"""A function from a step's images (b, C, H, W) and parameters (b, K) to the augmented images."""
 
 Draw = Callable[[Iterable[Tensor], torch.Generator | None], Tensor]
-"""From images of each step's shape and dtype, without a value, to the parameters (ΣB, K) that `Apply` takes, step by step."""
+"""A function from placeholders for the images of each step, of which it reads shape and dtype, to the parameters (ΣB, K) of all."""
 
 
 class StepDraws(NamedTuple):
@@ -37,7 +37,7 @@ def draw_steps(
 ) -> StepDraws:
     """Draw, on the CPU, for steps that see images of `image_shape` (C, H, W) and `dtype` at `batches`, index vectors (b,).
 
-    The numbers come from `generator` step by step, as if each step drew its own, after its batch has been asked for.
+    `generator` is used step by step: each batch is asked for before its parameters are drawn.
     """
     like, indices = torch.empty((), dtype=dtype), []
 

@@ -5,8 +5,7 @@ tangents, and the statistics of the planes; nothing else that is as large as an 
 where a back end needs none. A dot is the derivative in direction v, a bar the gradient of the loss. fused_blocks.py has
 the blocks.
 
-If it is asked to, `gradient` saves for `gradient_jvp` y of each block and the gradient of the loss to the block's
-result p. With these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
+On request `gradient` saves for `gradient_jvp` each block's y, and the gradient of the loss to the block's result p. With these the derivative needs no convolution of a primal: it costs 6 F in place of 8 F.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ _LARGEST_DIRECTION = 1.0
 class FusedConvNetStudent:
     """A `Student` for `ConvNet` under cross-entropy, with labels of one kind; float32 or float64.
 
-    `precision` is that of the factors of float32 convolutions; a CPU's kernels know fp32 alone. With fp16 or bf16 all that
-    has pixels is float16 or bfloat16 but for the images that are given and their gradient: half the memory. With fp16 the
-    direction and the cotangents are scaled by powers of two, which are taken out exactly, as all is linear in them; a number
-    that is too large all the same makes results that are not finite. float64 stays float64.
+    `precision` is that of the factors of float32 convolutions; a CPU's kernels know fp32 alone. With fp16 or bf16 all planes
+    but the given images and their gradient are float16 or bfloat16, in half the memory. With fp16 the direction and the
+    cotangents are scaled by powers of two; all results are linear in them, so the scales are removed exactly. A number that is
+    still too large makes the results not finite. float64 stays float64.
     """
 
     network: ConvNet
@@ -143,7 +142,7 @@ class FusedConvNetStudent:
         of_planes = plane_dtype(dtype, self.precision).itemsize
         each, parameters = batch * of_planes, dtype.itemsize * self.network.num_parameters
         features = each * self.network.width * math.prod(self.network.feature_size)
-        # of each block: x but for the images, y, and the epilogue's output
+        # of each block: x (of the first, the images, which are not counted), y, and the epilogue's output
         xs = [0, *(each * layer.channels * layer.height * layer.width for layer in layers[1:])]
         ys = [each * layer.filters * layer.out_height * layer.out_width for layer in layers]
         pooled = [*xs[1:], features]
@@ -266,10 +265,10 @@ class FusedConvNetStudent:
 
 
 def _with_work(bars: list[int], gone: list[int], copies: list[int], parts: list[int]) -> list[int]:
-    """Return the bytes of each block on the way back: of its `bars`, and of what its convolution makes and leaves.
+    """Return the bytes of each block on the way back: its `bars`, and what its convolution allocates.
 
-    A weight's gradient may be made of copies, when the block before has taken what is `gone`. The gradient to the input may be
-    left in parts, which live until the block before it has passed.
+    The gradient to the weight may need `copies`, after what is `gone` has been freed. The gradient to the input may be left in
+    `parts`, which live until the block before this one has read them.
     """
     read = [*parts[1:], 0]
     return [

@@ -53,8 +53,8 @@ class Block(Protocol):
     def backward(self, activations: Any, p_bar: Convolved, reuse: bool) -> tuple[Convolved | None, Tensors]:
         """Return x̄, None of images, and summands of the parameters' gradients. With `reuse` what was to save may be overwritten.
 
-        The activations are taken: each tensor is freed as soon as it is needed no more. So are those of `dual_backward`.
-        x̄ may be in parts, and p̄ that are, are whole afterwards (`kernels.PartialPlanes`); so are x̄̇ and p̄̇ of `dual_backward`.
+        The activations are used up: each tensor is freed after its last use. x̄ may be in parts (`kernels.PartialPlanes`), and a
+        p̄ in parts is whole afterwards. All of this also holds for `dual_backward`, and there for x̄̇ and p̄̇.
         """
         ...
 
@@ -92,7 +92,7 @@ class Activations:
 class Epilogue(NamedTuple):
     """Compute what follows a convolution to y (B, K, H', W'), norm or bias, ReLU and pool: four functions.
 
-    What is in parts, as convolutions leave it, is whole afterwards.
+    Arguments in parts, as convolutions leave them, are whole afterwards.
     """
 
     forward: Callable[[Convolved, Tensors], tuple[Tensor, Tensors]]

@@ -1,7 +1,7 @@
 """The matching loss and its gradients, recorded once and replayed by a GPU.
 
-`unroll` launches each kernel from Python, and a GPU ends a kernel sooner than Python launches the next. What stays the same in all
-iterations, the network and the options, is given once here, so that a call only replays what the first one recorded.
+`unroll` launches each kernel from Python, and a GPU finishes a kernel sooner than Python launches the next one. Here the network
+and the options, which are the same in all iterations, are given once, and a call replays what the first one recorded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mtt_fast.engine import arguments
 from mtt_fast.engine.draws import Draw, draw_steps
 from mtt_fast.engine.iteration import Iteration, PathLoss, planned_iteration
 from mtt_fast.engine.matching import path_loss
-from mtt_fast.engine.student import Loss, Student
+from mtt_fast.engine.student import Loss
 from mtt_fast.engine.sweeps import Gradient
-from mtt_fast.engine.unroll import StepOptions, checked_plan, checked_student
+from mtt_fast.engine.unroll import CheckedSteps, StepOptions, checked_plan, checked_steps
 from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, Precision
 from mtt_fast.networks.protocol import Network
@@ -39,11 +39,11 @@ class GraphedMatchingLoss:
 
     The first call with tensors of some shapes, and steps of some lengths, checks the arguments as `unroll` does, compiles
     kernels, and records the loss and its gradients. A later call copies its tensors into the graph and starts it, and waits for
-    nothing. So what network, loss and augmentation take from Python, as whether a module trains, stays as it was at the first call.
+    nothing. Whatever network, loss and augmentation read from Python, such as a module's mode, stays as it was at the first call.
     A recording's memory, that of its plan, is held for as long as the object is. On a CPU nothing is recorded, and each call computes.
     Call one object on one stream.
 
-    The gradients are computed together with the loss, whoever asks for them; a backward pass scales them and hands them on.
+    The gradients are always computed together with the loss; a backward pass only scales them.
 
     Args:
         net: the student's network, and all else but `of_path` as in `unroll`.
@@ -99,20 +99,16 @@ class GraphedMatchingLoss:
     ) -> Tensor:
         """Return the loss () in float64, differentiable once in `images`, floating `labels` and `lr`.
 
-        The student starts at the parameters `start` (P,), and `target` (P,) is what its path should come to; both are constants.
+        The student starts at the parameters `start` (P,), and its path should come to `target` (P,); both are constants.
         All else is as in `unroll`. The paper's loss is not finite where the expert did not move. Raises `InputError` as `unroll`, and
-        for an augmentation whose draws for a step are no tensor with a row for each image, as `KorniaAugment`'s are not.
+        for an augmentation, such as `KorniaAugment`, whose draws for a step are no tensor with a row for each image.
         """
-        arguments.check_context()
-        augment = self._options.augment
-        arguments.check_types(start, images, labels, augment)
-        indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, start)
-        student = checked_student(self._net, self._options, start, images, labels, lr, indices)
+        steps = checked_steps(self._net, self._options, start, images, labels, lr, batches)
         arguments.check_target(target, start)
-        parameters = _parameters(augment, draws, images, indices, generator)
-        iteration = self._iteration(student, (start, images, labels, lr), indices, parameters)
-        constants = (start, target, torch.cat(indices), *(() if parameters is None else (parameters,)))
-        return _LossWithGradients.apply(iteration, constants, images, labels, lr)  # type: ignore[no-any-return]
+        parameters = _parameters(draws, self._options.augment, images, steps.batches, generator)
+        iteration = self._iteration(steps, parameters)
+        constants = (start, target, torch.cat(steps.batches), *(() if parameters is None else (parameters,)))
+        return _LossWithGradients.apply(iteration, constants, images, labels, steps.lr)  # type: ignore[no-any-return]
 
     @property
     def problem(self) -> str | None:
@@ -122,23 +118,17 @@ class GraphedMatchingLoss:
     def _recorded(self) -> list[GraphedFunction]:
         return [each for each in self._iterations.values() if isinstance(each, GraphedFunction)]
 
-    def _iteration(
-        self,
-        student: Student,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-        batches: Sequence[Tensor],
-        parameters: Tensor | None,
-    ) -> Iteration:
-        """Return the iteration for tensors (start, images, labels, lr) and batches like these."""
-        options, lengths = self._options, tuple(len(index) for index in batches)
+    def _iteration(self, steps: CheckedSteps, parameters: Tensor | None) -> Iteration:
+        """Return the iteration for steps like these, whose augmentation has `parameters`."""
+        options, lengths = self._options, tuple(len(index) for index in steps.batches)
+        tensors = (steps.theta, steps.images, steps.labels, steps.lr)
         kind = (lengths, *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
         if kind in self._iterations:
             return self._iterations[kind]
-        start, images, labels, _ = tensors
         first_draws = None if parameters is None else parameters[: lengths[0]]
         with torch.enable_grad():  # a later call may ask for the images' gradient where this one does not
             plan = checked_plan(
-                student, self._net, options, start, images.detach().requires_grad_(), labels, batches, first_draws,
+                self._net, options, steps._replace(images=steps.images.detach().requires_grad_()), first_draws,
                 has_velocity=options.momentum != 0, path_gradient=self._of_path is not path_loss,
             )  # fmt: skip
         is_full = len(self._recorded()) == _MOST
@@ -187,8 +177,8 @@ def _checked_loss(of_path: PathLoss, path: Tensor, start: Tensor, target: Tensor
 
 
 def _parameters(
-    augment: Augment | None,
     draws: Sequence[Any] | None,
+    augment: Augment | None,
     images: Tensor,
     batches: Sequence[Tensor],
     generator: torch.Generator | None,

@@ -26,7 +26,7 @@ Iteration = Callable[..., tuple[Tensor, ...]]
 """`iterate` with its first three arguments given: from start, target, images, labels, lr and `StepDraws.tensors`."""
 
 PathLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From the student's path (N + 1, P) and the expert's start and target (P,) to a loss (); it asks for no value."""
+"""A function from the student's path (N + 1, P) and the expert's start and target (P,) to a loss (), which reads no tensor on the host."""
 
 
 def planned_iteration(
@@ -43,10 +43,10 @@ def planned_iteration(
 ) -> Iteration:
     """Return `iterate` as `plan` says, for steps on `lengths` images each; on CUDA it replays a graph.
 
-    With the path in host memory `iterate` is called instead: a graph knows the device's memory alone. Without `graph` it is
-    called as well, for iterations that are too rare to keep the graph's memory.
+    Nothing is recorded where the path is in host memory, which a graph cannot reach, nor without `graph`, for iterations that
+    are too rare to hold a graph's memory.
     """
-    student = student_for_plan(plan.work.student, net, plan, plan.work.batch)
+    student = student_for_plan(net, plan)
     run = partial(
         iterate, student, augment, lengths, loss=loss, momentum=momentum, weight_decay=weight_decay, gradient=gradient,
         saved_steps=plan.saved_steps, path_on_host=plan.path_on_host,
@@ -86,7 +86,7 @@ def iterate(
     steps = StudentSteps(
         student=student,
         batches=indices.split(lengths),
-        saved_from=max(0, len(lengths) - saved_steps),
+        saved_steps=saved_steps,
         path_on_host=path_on_host,
         augment=augment,
         draws=draws,

@@ -37,8 +37,7 @@ def matching_loss(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
     `end` is the student's `θ_N` (P,); `start` and `target` are the expert's epochs `θ_0` and `θ*` (P,), constants: the
     gradient flows to `end` alone, as in the public code. Raises `InputError` if the expert did not move.
     """
-    _check_vectors("matching_loss", end, start, target)
-    return _checked("matching_loss", relative_distance(end, start, target), end, start, target)
+    return _checked_loss("matching_loss", end, start, target, 0.0)
 
 
 def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
@@ -47,11 +46,9 @@ def masked_matching_loss(end: Tensor, start: Tensor, target: Tensor, loss_ratio:
     Of the P parameters the ⌊`loss_ratio` · P⌋ whose `(θ_N − θ*)²` is smallest count neither in the numerator nor in the
     denominator, and get no gradient. `loss_ratio` is in [0, 1). Raises `InputError` as `matching_loss` does.
     """
-    _check_vectors("masked_matching_loss", end, start, target)
     if not 0 <= loss_ratio < 1:
         raise InputError(f"masked_matching_loss loss_ratio: expected at least 0 and less than 1, found {loss_ratio}")
-    loss = relative_distance(*_without_lowest(end, start, target, loss_ratio), target)
-    return _checked("masked_matching_loss", loss, end, start, target)
+    return _checked_loss("masked_matching_loss", end, start, target, loss_ratio)
 
 
 def nearest_step_loss(path: Tensor, start: Tensor, target: Tensor) -> Tensor:
@@ -67,7 +64,7 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     """Return the number () int64, 1 … N, of the step whose parameters are nearest to `target` (P,), as ATT chooses it.
 
     The distance is `Σ |θ_n − θ*|`, accumulated in float64; of equal distances the last step counts, and a step that is not
-    finite is as far as can be. `path` (N + 1, P) is the student's; its start is no step. No tensor is asked for its value.
+    finite is infinitely far. `path` (N + 1, P) is the student's; its row 0 is no step. No tensor is read on the host.
     Raises `InputError` for shapes that do not fit.
     """
     if path.dim() != 2 or len(path) < 2 or path.shape[1:] != target.shape:
@@ -80,11 +77,13 @@ def nearest_step(path: Tensor, target: Tensor) -> Tensor:
     return len(distances) - torch.stack(distances[::-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).argmin()
 
 
-def relative_distance(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """Return `matching_loss` of vectors that are known to fit. No tensor is asked for its value.
+def _relative_distance(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
+    """Return `masked_matching_loss` of vectors that are known to fit. No tensor is read on the host.
 
     The loss is not finite where the expert did not move.
     """
+    if loss_ratio:
+        end, start = _without_lowest(end, start, target, loss_ratio)
     start, target = start.detach().to(end), target.detach().to(end)
     moved = squared_distance(start.contiguous(), target.contiguous())
     return _SquaredDistance.apply(end, target) / moved  # type: ignore[no-any-return]
@@ -95,17 +94,15 @@ def path_loss(
 ) -> Tensor:
     """Return the loss of a path that is known to fit, with the step and the parameters that are to match.
 
-    The loss is `matching_loss`, `nearest_step_loss` or `masked_matching_loss`, or the latter two at once. No tensor is asked
-    for its value: a tensor chooses the nearest row, so that the loss's gradient is as large as the path.
+    The loss is `matching_loss`, `nearest_step_loss` or `masked_matching_loss`, or the latter two at once. No tensor is read
+    on the host: a tensor chooses the nearest row, so that the loss's gradient is as large as the path.
     """
     if match_step == "nearest":
         step = nearest_step(path, target).to(path.device)
         end = path.index_select(0, step.view(1))[0].to(target.device)
     else:
         end = path[-1]
-    if loss_ratio:
-        end, start = _without_lowest(end, start, target, loss_ratio)
-    return relative_distance(end, start, target)
+    return _relative_distance(end, start, target, loss_ratio)
 
 
 def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> tuple[Tensor, Tensor]:
@@ -116,7 +113,8 @@ def _without_lowest(end: Tensor, start: Tensor, target: Tensor, loss_ratio: floa
     return torch.where(dropped, target, end), torch.where(dropped, target, start)
 
 
-def _check_vectors(name: str, end: Tensor, start: Tensor, target: Tensor) -> None:
+def _checked_loss(name: str, end: Tensor, start: Tensor, target: Tensor, loss_ratio: float) -> Tensor:
+    """Return `_relative_distance`. Raises `InputError` for vectors that do not fit, and if the expert did not move."""
     for argument, vector in (("end", end), ("start", start), ("target", target)):
         if not isinstance(vector, Tensor) or vector.dim() != 1:
             found = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
@@ -128,9 +126,7 @@ def _check_vectors(name: str, end: Tensor, start: Tensor, target: Tensor) -> Non
             f"{name}: expected three vectors of one shape, found end {tuple(end.shape)}, start {tuple(start.shape)}, "
             f"target {tuple(target.shape)}"
         )
-
-
-def _checked(name: str, loss: Tensor, end: Tensor, start: Tensor, target: Tensor) -> Tensor:
+    loss = _relative_distance(end, start, target, loss_ratio)
     if not loss.isfinite() and start.to(end).equal(target.to(end)):
         raise InputError(f"{name}: start and target are equal, so the expert did not move between the two epochs")
     return loss

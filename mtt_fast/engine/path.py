@@ -1,4 +1,4 @@
-"""The path of a student as a caller holds it."""
+"""The path of a student, as a tensor for callers of `unroll`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class StudentPath(Tensor):
-    """A path whose single rows remember that they are rows, and come to the device where the student was trained.
+    """A path whose rows `path[n]` are outputs of their own in the graph, and are brought to the device of the student.
 
-    The gradient of an ordinary `path[-1]` is as large as the path, and all zeros but for one row.
+    The gradient of a row of an ordinary tensor is as large as the whole path, with zeros in all other rows.
     """
 
     rows: tuple[Tensor, ...]
@@ -23,7 +23,7 @@ class StudentPath(Tensor):
 
     @staticmethod
     def of(path: Tensor, rows: Sequence[Tensor], home: torch.device) -> StudentPath:
-        """Return `path` (N + 1, P), whose `rows` (P,) autograd knows one by one, of a student that was trained at `home`."""
+        """Return `path` (N + 1, P) with its `rows` (P,), as outputs of autograd, of a student on the device `home`."""
         held = path.as_subclass(StudentPath)
         held.rows, held.home = tuple(rows), home
         return held

@@ -23,7 +23,7 @@ class Rows:
         return Rows(stored, like.device, on_host=on_host)
 
     def near(self, n: int) -> Tensor:
-        """Return row n on the device, as last written or loaded there; the next row but one overwrites it."""
+        """Return row n on the device, as last written or loaded there; row n + 2 may overwrite it."""
         return self.stored[n] if self._near is None else self._near[n % 2]
 
     def save(self, n: int) -> None:
@@ -41,7 +41,7 @@ class Rows:
 def _aligned_rows(rows: int, like: Tensor, device: torch.device, *, pin_memory: bool = False) -> Tensor:
     """Return `rows` vectors without values, of the length and dtype of `like` (P,), each aligned as one of its own.
 
-    Libraries add in another order where a vector is not aligned, so that θ_n would have other bits as row n than as a start.
+    Libraries sum an unaligned vector in another order, so that θ_n as row n would differ in its last bits from θ_n as a start.
     """
     unit = _ALIGNMENT // like.element_size()
     width = -(-len(like) // unit) * unit

@@ -27,9 +27,9 @@ from mtt_fast.errors import InputError
 from mtt_fast.kernels import LabelKind, PartialSums
 from mtt_fast.networks.protocol import Network
 
-# The memory of a generic step over its live bytes, since operations allocate inside and glibc's allocator keeps freed
-# blocks between those in use, and that of a saved graph over the graph's bytes. 0.8 to 2.3, and up to 1.9, measured on
-# ConvNet (32 to 128 pixels), ResNet18, VGG11, AlexNet and a ViT.
+# How many times its live bytes a generic step may take, and a saved graph its own: operations allocate inside, and glibc's
+# allocator keeps freed blocks between those in use. Measured: 0.8 to 2.3 times, and up to 1.9 times, with ConvNet (32 to
+# 128 pixels), ResNet18, VGG11, AlexNet and a ViT.
 _TAKEN_OVER_LIVE, _TAKEN_OVER_SAVED = 2.6, 2.0
 _MANY = 128  # samples
 
@@ -88,7 +88,7 @@ class GradientTangent(NamedTuple):
 
 
 def as_sums(vector: Tensor) -> PartialSums:
-    """Return a vector (P,) that is complete as partial sums."""
+    """Return a complete vector (P,) as partial sums."""
     return PartialSums((vector.contiguous()[None],))
 
 
@@ -113,7 +113,7 @@ class Student(Protocol):
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Return the cost of one step in both sweeps, in convolutions of one forward pass: plain, and with saved activations."""
+        """Return the cost of one step in both sweeps, without and with saved activations, in convolutions of one forward pass."""
         ...
 
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
@@ -211,8 +211,8 @@ class GenericStudent:
     def step_bytes(self, batch: int, image_shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StepBytes:
         """See `Student.step_bytes`.
 
-        Steps on tensors without data, of few samples and of many, give the live bytes. An allowance stands for the memory that
-        operations take inside, and that the allocator keeps between blocks in use.
+        The live bytes are interpolated between those of two steps on tensors without data, of few samples and of many. Factors
+        allow for what operations allocate inside, and for freed blocks that the allocator keeps.
         """
         few = 2 if self.network.mixes_samples else 1  # one sample alone cannot be normalised together
         fewer, more = (live_bytes(self.network, count, image_shape, dtype) for count in (few, _MANY))

@@ -15,10 +15,10 @@ from mtt_fast.networks.convnet import ConvNet
 from mtt_fast.networks.protocol import Network
 
 PrecisionRequest = Literal["auto", "fp32", "tf32", "fp16", "bf16"]
-"""A precision that is asked for, or "auto": see `choose_precision`."""
+"""A precision, or "auto": see `choose_precision`."""
 
 _TENSOR_CORES = (8, 0)
-"""The compute capability from which on Triton compiles the kernels for Tensor cores; below it fp16 would gain nothing."""
+"""The lowest compute capability for which Triton compiles the kernels for Tensor cores; below it fp16 gains nothing."""
 
 
 class ChosenPrecision(NamedTuple):
@@ -68,12 +68,12 @@ def kernels_for(device: torch.device) -> bool:
 def choose_precision(
     device: torch.device, network: Network, requested: PrecisionRequest, *, iterations: bool = False
 ) -> ChosenPrecision:
-    """Return the precision of the factors of products in a run with `network` on `device`, where `requested` is asked for.
+    """Return the precision of the factors of products in a run with `network` on `device`.
 
-    A CPU computes in float32 whatever is asked for. With "auto" the `iterations` of a distillation take fp16 where the
+    A CPU always computes in float32. Elsewhere `requested` is taken. With "auto" the `iterations` of a distillation take fp16 where the
     device has Tensor cores for it and `network` the fused step; everything else, experts and evaluations too, takes tf32.
-    Raises `InputError` for an unknown precision, and for fp16 and bf16 that are asked for where `network` takes the generic
-    student, which follows torch's own settings.
+    Raises `InputError` for an unknown precision, and for fp16 or bf16 where `network` takes the generic student, which follows
+    torch's own settings.
     """
     if requested not in get_args(PrecisionRequest):
         raise InputError(f"`precision` {requested}: expected {', '.join(get_args(PrecisionRequest))}")

@@ -34,7 +34,7 @@ class StudentSteps:
 
     student: Student
     batches: tuple[Tensor, ...]
-    saved_from: int  # the first step whose activations are saved
+    saved_steps: int  # the last so many steps save their activations
     path_on_host: bool
     augment: Callable[[Tensor, Any], Tensor] | None
     draws: tuple[Any, ...]
@@ -44,9 +44,9 @@ class StudentSteps:
     has_velocity: bool = False  # always true with momentum
 
     def batch(self, images: Tensor, n: int, dtype: torch.dtype, *, tracked: bool = False) -> Batch | AugmentedBatch:
-        """Return the inputs of step n, of `dtype`, out of all `images`; `tracked` where their gradient will be asked for.
+        """Return the inputs of step n, of `dtype`, out of all `images`; `tracked` if their gradient will be needed.
 
-        The student gathers them itself, unless an augmentation is none that it knows or the dtype is another.
+        The student gathers them itself, unless the augmentation is no warp or the dtype is another.
         """
         index, draws, augment = self.batches[n], self.draws[n], self.augment
         warp = warp_of(augment, draws, torch.Size((len(index), *images.shape[1:])))
@@ -77,7 +77,7 @@ def path_of(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the path of `unroll` and the velocity (P,) after it, if there is one, for steps that fit the tensors.
 
-    No tensor is asked for its values, so on a GPU nothing waits for the device, and both sweeps can be recorded
+    No tensor is read on the host, so on a GPU nothing waits for the device, and both sweeps can be recorded
     (mtt_fast/runtime/cuda_graphs.py).
     """
     with without_autocast(theta.device):
@@ -86,7 +86,7 @@ def path_of(
 
 
 def _backward_sweep(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` as an autograd function's `backward`: once, and without the caller's autocast."""
+    """Make `function` an autograd function's `backward` that can be differentiated no further and ignores the caller's autocast."""
 
     @functools.wraps(function)
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
@@ -122,7 +122,7 @@ class _Unroll(torch.autograd.Function):
         saved, targets = {}, steps.targets(labels, theta.dtype)
         for n in range(count):
             inputs = steps.batch(images, n, theta.dtype).inputs
-            save = n >= steps.saved_from
+            save = n >= count - steps.saved_steps
             _, sums, activations = steps.student.gradient(path.near(n), inputs, targets(n), save=save)
             if activations:
                 saved[n] = activations
@@ -155,7 +155,7 @@ class _Unroll(torch.autograd.Function):
         ctx: Any, grad_path: Tensor | None, grad_velocity: Tensor | None, *grad_rows: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         steps: StudentSteps = ctx.steps
-        # asked for once: with torch.autograd.graph's hooks each access is a copy, and torch.utils.checkpoint allows one alone
+        # read once: under torch.autograd.graph's hooks each access copies, and torch.utils.checkpoint allows only one
         *tensors, stored = ctx.saved_tensors
         images, labels, lr, rows = (tensor.detach() for tensor in tensors)
         path = Rows(rows, lr.device, on_host=steps.path_on_host)
@@ -163,7 +163,7 @@ class _Unroll(torch.autograd.Function):
         _, _, wants_velocity, wants_images, wants_labels, _ = ctx.needs_input_grad
         start = path.near(0)
         rates = _rates(lr, len(steps.batches), start)
-        # of a step's gradients in what they add to the loss's: −α, as the direction below is λ; with momentum 1
+        # the factors with which a step's gradients enter the loss's: −α, since the direction below is λ; with momentum 1
         sizes = -rates if velocities is None else torch.ones_like(rates)
         negated_sizes, targets = -sizes, steps.targets(labels, start.dtype)
         grad_images, grad_labels = (

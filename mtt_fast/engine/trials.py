@@ -77,9 +77,9 @@ def try_step(
 
 
 def _few_of(network: Network, batch: int) -> Tensor:
-    """Return the positions in a `batch` of so many samples of a few from all over it.
+    """Return the positions of a few samples, spread over a batch of so many.
 
-    Where `network` mixes samples they are all: a norm of parts of a batch takes no other number, and the batch is not cut.
+    Where `network` mixes samples all are tried: a norm over parts of a batch takes no other number, and the batch is not cut.
     """
     few = batch if network.mixes_samples else min(batch, _MOST) // _AT_ONCE * _AT_ONCE or 1
     return torch.linspace(0, batch - 1, few, device="cpu").round().long()
@@ -112,7 +112,7 @@ def _try_gradient(
 def _called_twice(name: str, call: Callable[[], Any], device: torch.device) -> Tensor:
     """Return the result of `call`. Raises `InputError` if it is no tensor, or if a second call draws again or has another result.
 
-    A call that seeds the generators itself, or puts them back, draws the same numbers each time.
+    A call may draw if it seeds the generators itself or puts them back, so that it draws the same numbers each time.
     """
     with plain_attention, _RandomOperations() as operations:
         result = call()
@@ -187,5 +187,5 @@ def _alike(first: Tensor, second: Tensor, like: Tensor | None = None) -> bool:
 
 
 def _rounding(like: Tensor) -> float:
-    """Return what another order of sums may do to numbers, in parts of the largest: products may have been in half precision."""
+    """Return the error, relative to the largest number, that another order of sums may cause; products may be in half precision."""
     return 1e-4 if like.dtype == torch.float64 else 1e-2

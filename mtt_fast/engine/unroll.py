@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
@@ -68,14 +68,14 @@ def unroll(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Train a student for N steps of SGD on synthetic images; return its path θ_0 … θ_N, shape (N + 1, P).
 
-    With `return_velocity` return the path and the velocity (P,) after the last step. A further `unroll` whose `theta` and
-    `velocity` are row N and this velocity goes on as if both were one.
+    With `return_velocity`, also return the velocity (P,) after the last step. Another `unroll` that starts from row N and this
+    velocity continues as if the two were one.
 
     Any function of any rows of the path and of that velocity can be differentiated, with exact gradients to `theta`,
     `velocity`, `images`, floating `labels` and `lr` through all N steps (the paper's algorithm 1, lines 8 to 12). The
     graph kept is the path itself: peak memory is that of one step of one micro-batch, whatever N. The path is
-    differentiable once: a backward pass with create_graph=True is refused. Within `torch.autocast` the result is the
-    same as without, and within `torch.no_grad` path and velocity alone are kept.
+    differentiable once: a backward pass with create_graph=True is refused. `torch.autocast` does not change the result, and
+    under `torch.no_grad` only path and velocity are kept.
 
     The path lies on the device of `theta`, unless the plan puts it in host memory (on a GPU, if it takes a large part
     of the budget): then a single row `path[n]` is brought to the device on access.
@@ -85,14 +85,14 @@ def unroll(
         theta: initial parameters (P,), float32 or float64; all arithmetic is in this dtype.
         images: all synthetic images (n, C, H, W); for a `FlatModule`, any (n, …) that the module takes.
         labels: class indices (n,), or soft labels (n, classes).
-        lr: learning rate, a scalar (tensor), or one a step (N,). A number is checked, at least 0; a tensor, which may be learned
-            and lie on a GPU, is taken as it is.
-        batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may come again. They are copied.
+        lr: learning rate, a scalar (tensor), or one for each step (N,). A number must be at least 0; the values of a tensor,
+            which may be learned and on a GPU, are not checked.
+        batches: indices into `images`, (N, b), or N index vectors of any lengths; an index may repeat. They are copied.
         augment: `SiameseAugment`, `Augmentation`, `KorniaAugment`, or any object with their two methods. Its random numbers
-            are drawn here, once a step in order, and used again by the backward sweep.
-        microbatch: at most so many samples at once; exact for networks that do not mix samples.
-        memory_budget: peak of the unroll's own memory, for which the steps are planned: bytes, "6GiB", or "auto" for most of
-            the free memory. Without it batches are whole, and nothing is saved that can be computed again.
+            are drawn here, once for each step in order, and used again by the backward sweep.
+        microbatch: largest number of samples at once; exact for networks that do not mix samples.
+        memory_budget: limit on the peak of the unroll's own memory, by which the steps are planned: bytes, "6GiB", or "auto"
+            for most of the free memory. Without it batches are whole, and nothing is saved that can be computed again.
         momentum: SGD momentum (as torch.optim.SGD); keeps N more vectors of P.
         weight_decay: SGD weight decay (as torch.optim.SGD).
         velocity: momentum buffer (P,) before the first step, of `theta`'s dtype; without it zero, as in a new optimiser.
@@ -102,11 +102,12 @@ def unroll(
         loss: in place of cross-entropy, from logits (b, classes) and the labels; a mean over the samples, so that
             micro-batches add up to it.
         generator: source of the augmentation's random numbers.
-        draws: those numbers themselves, one a step, made beforehand by `augment.draw`.
-        precision: of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
-            are float32. With "fp16" a number beyond 65,504 makes results that are not finite. Any other network takes torch's own settings.
-        gradient: "exact", or "truncated", an approximation: each g_n is taken for a constant in θ_n, so that every
-            Hessian term is left out. With a loss of θ_N and plain SGD that is TESLA's gradient, λ_N for every λ_n,
+        draws: the random numbers themselves, for each step what `augment.draw` returned.
+        precision: that of the factors of float32 convolutions in ConvNet's fused step, "fp32", "tf32", "fp16" or "bf16"; sums
+            are float32. With "fp16" a number beyond 65,504 makes the results not finite. Other networks follow torch's own
+            settings.
+        gradient: "exact", or "truncated", an approximation: each g_n is treated as a constant in θ_n, which leaves out every
+            Hessian term. With a loss of θ_N and plain SGD that is TESLA's gradient, λ_N for every λ_n,
             at the cost of the exact one. Momentum, weight decay and losses of other rows stay exact.
 
     Raises:
@@ -115,22 +116,19 @@ def unroll(
             first (on a whole batch if the network mixes samples), and refused if it does not repeat itself or if its samples do
             not add up where batches are cut.
     """
-    arguments.check_context()
     options = StepOptions(
         augment=augment, microbatch=microbatch, memory_budget=memory_budget, plan=plan, momentum=momentum,
         weight_decay=weight_decay, label_kind=label_kind, loss=loss, precision=precision, gradient=gradient,
     )  # fmt: skip
-    arguments.check_types(theta, images, labels, augment)
-    indices, lr = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
-    student = checked_student(net, options, theta, images, labels, lr, indices)
+    steps = checked_steps(net, options, theta, images, labels, lr, batches)
     arguments.check_velocity(velocity, theta)
     has_velocity = momentum != 0 or velocity is not None or return_velocity
-    draws = arguments.draws_of(draws, augment, images, indices, generator)
-    plan = checked_plan(student, net, options, theta, images, labels, indices, draws[0], has_velocity=has_velocity)
+    draws = arguments.draws_of(draws, augment, images, steps.batches, generator)
+    plan = checked_plan(net, options, steps, draws[0], has_velocity=has_velocity)
     student_steps = StudentSteps(
-        student=student_for_plan(student, net, plan, plan.work.batch),
-        batches=indices,
-        saved_from=max(0, len(indices) - plan.saved_steps),
+        student=student_for_plan(net, plan),
+        batches=steps.batches,
+        saved_steps=plan.saved_steps,
         path_on_host=plan.path_on_host,
         augment=augment,
         draws=tuple(draws),
@@ -139,7 +137,7 @@ def unroll(
         gradient=gradient,
         has_velocity=has_velocity,
     )
-    path, after = path_of(student_steps, theta, images, labels, lr, velocity)
+    path, after = path_of(student_steps, theta, images, labels, steps.lr, velocity)
     return (path, after) if return_velocity and after is not None else path
 
 
@@ -159,46 +157,60 @@ class StepOptions:
     gradient: Gradient = "exact"
 
 
-def checked_student(
+class CheckedSteps(NamedTuple):
+    """The tensors of `unroll`, which fit each other, and the student for them."""
+
+    student: Student
+    theta: Tensor  # (P,)
+    images: Tensor  # (n, C, H, W)
+    labels: Tensor  # (n,) or (n, classes)
+    lr: Tensor  # () or (N,)
+    batches: tuple[Tensor, ...]  # N times (b,) int64
+
+
+def checked_steps(
     net: Network,
     options: StepOptions,
     theta: Tensor,
     images: Tensor,
     labels: Tensor,
-    lr: Tensor,
-    batches: Sequence[Tensor],
-) -> Student:
-    """Return the student for the steps of `options`. Raises `InputError` for options and tensors that do not fit each other."""
+    lr: Tensor | float,
+    batches: Tensor | Sequence[Tensor],
+) -> CheckedSteps:
+    """Return the arguments of `unroll` as tensors, with the student for the steps of `options`.
+
+    Raises `InputError` for options and tensors that do not fit each other, and for a call where no gradient can be taken.
+    """
+    arguments.check_context()
+    arguments.check_types(theta, images, labels, options.augment)
+    indices, rates = arguments.checked_batches(batches, images), arguments.rates_of(lr, theta)
     for name in ("momentum", "weight_decay"):
         arguments.check_number(name, getattr(options, name))
     kind = arguments.kind_of(labels, options.label_kind)
     student = student_for(net, theta.device, kind, options.loss, options.precision)
-    arguments.check_tensors(theta, images, labels, lr, len(batches), net)
+    arguments.check_tensors(theta, images, labels, rates, len(indices), net)
     if options.gradient not in get_args(Gradient):
         raise InputError(f"unroll gradient: expected 'exact' or 'truncated', found '{options.gradient}'")
     if [options.microbatch, options.memory_budget, options.plan].count(None) < 2:
         raise InputError("unroll: expected one of `microbatch`, `memory_budget` and `plan`, found several; give one")
-    return student
+    return CheckedSteps(student, theta, images, labels, rates, indices)
 
 
 def checked_plan(
-    student: Student,
     net: Network,
     options: StepOptions,
-    theta: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    batches: Sequence[Tensor],
+    steps: CheckedSteps,
     draws: Any,
     *,
     has_velocity: bool,
     path_gradient: bool = False,
 ) -> Plan:
-    """Return the plan of the steps that `student` takes on `batches`; `draws` are those of the first step.
+    """Return the plan of `steps`; `draws` are those of the first step.
 
     With a `path_gradient` the gradient of the path's loss is as large as the path. A network, a loss and an augmentation of
     the caller's own are tried: raises `InputError` as `unroll`.
     """
+    student, theta, images, labels, _, batches = steps
     augment, shape = options.augment, images.shape[1:]
     augmented = None if theta.is_meta else try_augmentation(net, augment, images, batches[0], draws)
     work = Work(
@@ -221,14 +233,12 @@ def checked_plan(
     else:
         plan = plan_for(work, options.memory_budget, options.microbatch, "give fewer or smaller `batches`")
     if isinstance(student, GenericStudent) and not theta.is_meta:
-        is_cut = student_for_plan(student, net, plan, work.batch) is not student
+        is_cut = student_for_plan(net, plan) is not student
         try_step(student, theta, images, labels, batches[0], augmented, is_cut=is_cut)
     return plan
 
 
-def student_for_plan(student: Student, net: Network, plan: Plan, batch: int) -> Student:
-    """Return `student`, cutting batches of at most `batch` images if the plan says so.
-
-    Raises `InputError` if the samples of `net` depend on each other.
-    """
-    return in_microbatches(student, net, plan.microbatch) if plan.microbatch < batch else student
+def student_for_plan(net: Network, plan: Plan) -> Student:
+    """Return the student of `plan`, which cuts batches where the plan does. Raises `InputError` if the samples of `net` depend on each other."""
+    student = plan.work.student
+    return in_microbatches(student, net, plan.microbatch) if plan.cut else student

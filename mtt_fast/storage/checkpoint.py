@@ -29,7 +29,7 @@ class State:
     """The state that a distillation carries from one iteration to the next."""
 
     iteration: int  # completed ones
-    experts: int  # how many take turns; those trained since the start of the run stay out of it
+    experts: int  # how many take turns, without those that were trained after the start of the run
     images: Tensor  # (n, C, H, W) float32
     labels: Tensor  # (n,) int64, the classes; or learned logits (n, classes) float32
     lr: Tensor  # () float32; (N,) where each step has one
@@ -50,14 +50,14 @@ class State:
         return float(self.lr.mean())
 
 
-_CHECKPOINT = "mtt_fast checkpoint 2"  # those from before there were checksums name none
+_CHECKPOINT = "mtt_fast checkpoint 2"  # the first format, without checksums, does not name itself
 _TENSORS = ("images", "labels", "lr", "images_velocity", "lr_velocity")
 _OPTIONAL_TENSORS = ("labels_velocity", "ema")
 _NUMBERS = ("iteration", "experts", "skipped", "above_threshold", "lr_kept")
 _IMPORTED = "imported"
-"""The field of the metadata that tells whether the experts are; a checkpoint from before it was there lacks it."""
+"""The field of the metadata for `State.imported`; old checkpoints lack it."""
 FORMER_NUMBERS = ("seconds", "seconds_evaluation")
-"""Of checkpoints from before there was seconds.json."""
+"""Fields of old checkpoints, which seconds.json has replaced."""
 
 
 def save_checkpoint(folder: Path, state: State, evaluations: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Scalars as TensorBoard reads them, written at once and by the caller's own thread, so that a full disk is its error."""
+"""Write scalars for TensorBoard, at once and in the caller's thread, so that a full disk raises there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _number = itertools.count()
 
 
 class EventLog:
-    """A new file of events in `folder`, for iterations from `first` on: TensorBoard drops what others say of those.
+    """A new file of events in `folder` for iterations from `first` on; TensorBoard drops these iterations in other files.
 
     Raises `OSError` that names the file, as `write` does, where it cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Checks that a job can use the experts at hand: of its network and images, and trained as it says."""
+"""Check that a job can use the experts at hand: they are of its network and images, and were trained as it says."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FLAGS = {
 }  # fmt: skip
 """The option of a distillation for each of an expert's hyperparameters that the student does not share."""
 
-_FLATNESS = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False}
-"""Hyperparameters that experts lack which were recorded before these existed."""
+_SHARPNESS = {"rho_max": 0.0, "rho_min": 0.0, "alpha": 0.0, "adaptive": False}
+"""Hyperparameters of SAM, with the values of experts that do not record them: they were trained by plain SGD."""
 
 
 def hyperparameters_of(metadata: ExpertMetadata) -> dict[str, Any]:
     """Return an expert's hyperparameters, by the names of `ExpertTraining`; {} where they are not known."""
-    return {} if metadata.imported else _FLATNESS | metadata.hyperparameters
+    return {} if metadata.imported else _SHARPNESS | metadata.hyperparameters
 
 
 def check_belongs(
@@ -73,9 +73,9 @@ def check_long_enough(store: TrajectoryStore, expert: int, needed: int) -> None:
 def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any], *, to_the_end: bool) -> None:
     """Check that an expert was trained with the hyperparameters that the user `asked` for, by their names.
 
-    One that was trained for longer is the same as far as the other goes, unless its learning rate decays, which follows from
-    the number of epochs: that counts only then, and where the job looks at its last epoch (`to_the_end`). Of an expert from
-    elsewhere nothing is known, so it is used as it is. Raises `InputError` that says with which options it would be used.
+    The number of epochs counts only if the learning rate decays, or if the job looks at the last epoch (`to_the_end`): otherwise
+    a longer training begins with the same epochs. Nothing is known of an expert from elsewhere, so it is used as it is. Raises
+    `InputError` that says with which options it would be used.
     """
     found = hyperparameters_of(store.metadata(expert))
     differing = _differing(asked, found, to_the_end) if found else []
@@ -88,7 +88,7 @@ def check_as_asked(store: TrajectoryStore, expert: int, asked: Mapping[str, Any]
 
 
 def check_alike(store: TrajectoryStore, experts: Iterable[int], *, to_the_end: bool) -> None:
-    """Check that `experts` were trained alike, as far as is known, with whatever seeds; `to_the_end` as in `check_as_asked`.
+    """Check that `experts` were trained alike, as far as is known, but for their seeds; `to_the_end` as in `check_as_asked`.
 
     Raises `InputError` that names one that differs from the first.
     """
@@ -136,7 +136,7 @@ def check_same_training(
     dtype: torch.dtype,
     precision: str,
 ) -> None:
-    """Check that an expert was trained as those will be that are to lie beside it.
+    """Check that an expert was trained as further ones in its folder will be.
 
     Raises `InputError` that names its file and the first difference.
     """
@@ -158,14 +158,14 @@ def check_same_training(
 
 
 def training_unknown(requested: Iterable[str]) -> str:
-    """Return the remark on imported experts that the hyperparameters `requested` of experts say nothing about them."""
+    """Return the remark on imported experts that the `requested` hyperparameters have no effect."""
     return f"how they were trained is not known: {', '.join(f'--{FLAGS[name]}' for name in requested)} has no effect"
 
 
 def as_trained(options: Options, hyperparameters: Mapping[str, Any], expert: ExpertMetadata) -> Options:
-    """Return `options` with those of the experts' training as the `expert` has them.
+    """Return `options` with the hyperparameters with which the `expert` was actually trained.
 
-    `hyperparameters` are those in the options, which are not the experts' where existing ones were used.
+    `hyperparameters` are those in `options`, which may differ where existing experts are used.
     """
     found = hyperparameters_of(expert)
     names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
@@ -183,7 +183,7 @@ def _argument(name: str, value: Any) -> str:
 
 
 def _rounding(precision: str) -> str:
-    """Return the part of a precision, asked for or used, that tells experts apart: factors of products with 10 bits or more make no difference."""
+    """Return the class of a precision within which experts count as the same: factors with 10 bits or more make no difference."""
     return "bf16" if precision == "bf16" else "fp32, tf32 or fp16"
 
 

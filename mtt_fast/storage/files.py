@@ -1,8 +1,8 @@
 """Files that are whole or absent, and checked when they are read: atomic writes, safetensors with checksums.
 
-Every tensor file that is written here carries in its metadata `checksums`, those of the bytes of each tensor (of one that
-is read by rows, of each row), and `checksum`, that of all else that its header says. Where one of the two is missing, the
-file is damaged; where both are, too, unless its format's number is 1: those are from before there were checksums.
+The metadata of every tensor file that is written here has two fields: `checksums` of the bytes of each tensor (of each row,
+for a tensor that is read by rows), and `checksum` of everything else in the header. A file that lacks one of them is damaged.
+So is a file that lacks both, unless its format has the number 1, which had no checksums.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ def whole_folder(folder: str | os.PathLike[str], last: str = "") -> Iterator[Pat
     """Yield an empty folder to write files in, which appears as `folder` if the block succeeds, and not at all if not.
 
     Where `folder` holds other things, the files are moved into it one by one, those whose names begin with `last` after all
-    others and the first of them at the very end: what readers look for is only there when all is.
+    others, and the first of them at the very end. A reader who finds that one finds all.
     Raises `InputError` when the folder cannot be made or written, or the disk is full.
     """
     folder = Path(folder).resolve()
     with _naming_errors(folder):
-        # what is in use as a folder cannot be replaced by another
+        # a folder that is in use, or holds things, cannot be replaced: it is filled
         stays = folder.is_dir() and not (is_free(folder) and folder != Path.cwd() and not folder.is_mount())
         with temporary_folder(folder / folder.name if stays else folder) as content:
             try:
                 yield content
-            except InputError as error:  # of a write below, which need not be told where that is
+            except InputError as error:  # from a write inside, which knows only the temporary place
                 raise InputError(str(error).replace(str(content), str(folder))) from error
             for place, _, names in os.walk(content, topdown=False):
                 for name in names:
@@ -120,7 +120,7 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` atomically, in UTF-8; bytes of a path that are none, as Python holds them, as \\udcNN."""
+    """Write `text` to `path` atomically, in UTF-8; bytes of a path that are not UTF-8 are written as \\udcNN."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -131,7 +131,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of JSON text. Raises `ValueError` for all that is none, or is nested too deeply to be read."""
+    """Return the value of JSON text. Raises `ValueError` for text that is not JSON, or is nested too deeply to be read."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -139,7 +139,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_types(record: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    """Raise `KeyError` or `TypeError` unless `record` has all these fields, and no others, of these types."""
+    """Raise `KeyError` or `TypeError` unless `record` has exactly these fields, of these types."""
     for name, kind in types.items():
         if not isinstance(record[name], kind):
             raise TypeError(f"{name}: expected {kind.__name__}, found {type(record[name]).__name__}")
@@ -178,7 +178,7 @@ def save_tensors(
 ) -> None:
     """Write tensors (any device; copied to contiguous CPU memory) and text metadata to a safetensors file, atomically.
 
-    Each tensor has a checksum; those named in `by_row`, which are read so, one for each row.
+    Each tensor has a checksum; those in `by_row`, which are read by rows, have one for each row.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # the format wants data aligned, so wide types come first
@@ -223,7 +223,7 @@ def _checksum_of_header(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metad
 class TensorEntry:
     """The place of one tensor in a safetensors file: `dtype` as the format spells it, `shape`, bytes [`begin`, `end`).
 
-    `checksums` are those of equal parts of its bytes; none in a file from before there were checksums.
+    `checksums` are those of equal parts of its bytes; there are none in a file of a format without checksums.
     """
 
     dtype: str
@@ -266,7 +266,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], d
 
 
 def _parsed(raw: bytes) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Return the entries and the metadata in a header, the checksums among the latter. Raises `MALFORMED` for anything else."""
+    """Return the entries and the metadata in a header, the checksums among the latter. Raises one of `MALFORMED` for another text."""
     header = parse_json(raw)
     metadata = dict(header.pop("__metadata__", {}))
     if not all(isinstance(value, str) for value in metadata.values()):
@@ -297,7 +297,7 @@ def _checked(path: Path, entries: dict[str, TensorEntry], metadata: dict[str, st
 
 
 def _is_from_before(metadata: Mapping[str, str]) -> bool:
-    """Return whether a file with this metadata may lack checksums: one of other software, or from before there were any."""
+    """Return whether a file with this metadata may lack checksums: it is of other software, or of a format without them."""
     number = re.fullmatch(r"mtt_fast.*\D(\d+)", metadata.get("format", ""))
     return number is None or number[1] == "1"
 
@@ -332,7 +332,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def tell_unchecked(path: str | os.PathLike[str]) -> None:
-    """Warn in the log that a file or a folder is from before there were checksums."""
+    """Warn in the log that a file or a folder has no checksums."""
     log.warning(
         "%s: written before files had checksums, so it is read unchecked; python -m mtt_fast convert writes it anew",
         path,
@@ -345,7 +345,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, path: Path) -> dict[str, Any]:
-    """Return the table in TOML text, which `path` held. Raises `InputError` if it is none."""
+    """Return the table in TOML text from the file `path`. Raises `InputError` if it is not TOML."""
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # of the syntax, a number's digits, or the depth

@@ -1,7 +1,7 @@
-"""Checks of files from elsewhere before they are read, so that a bad one costs one line and a moment.
+"""Check files from elsewhere before they are read, so that a bad one is an error at once.
 
-A file is refused by its kind and its size before a byte of it is read, a tensor by its kind and its claims before a
-number of it is looked at.
+A file is checked for its kind and size before a byte of it is read, a tensor for its kind and claimed size before a number of
+it is read.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def as_tensor(values: Any, dtype: torch.dtype) -> Tensor:
 def plain_tensor(value: Any, where: str | os.PathLike[str]) -> Tensor:
     """Return a tensor from elsewhere, detached, if it is of the plain kind: strided, in memory, of real numbers.
 
-    One of a subclass becomes a `Tensor`. It may be a view, and expanded, but claims hardly more bytes than its storage has,
-    so that copies of it are bounded. Raises `InputError`, which begins with `where`, for anything else.
+    A subclass becomes a `Tensor`. It may be a view, and expanded, but may claim hardly more bytes than its storage has, so that
+    copies of it are bounded. Raises `InputError`, which begins with `where`, for anything else.
     """
     if not isinstance(value, Tensor):
         raise InputError(f"{where}: expected a tensor, found {shown(value)}; name the right file")

@@ -1,7 +1,7 @@
-"""The identity of real images as networks see them: written with all that is made from them, and compared by its users.
+"""The identity of real images as networks see them: recorded in all that is made from them, and compared when that is used.
 
-Distilled sets, checkpoints and experts are of use only with the images that they were made from, in the same order of
-classes, normalised or whitened alike. With others they give numbers that look like results.
+Distilled sets, checkpoints and experts must be used with the images that they were made from, in the same order of classes,
+normalised or whitened alike. With other images they give numbers that look like results.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _all_are(kind: type | tuple[type, ...], value: Any) -> bool:
 
 
 UNKNOWN = DatasetIdentity()
-"""The identity in a thing that does not say from which images it was made."""
+"""The identity of images that nothing is known about."""
 
 
 def check_same_data(
@@ -79,12 +79,12 @@ def check_same_data(
     mend: str | None = None,
     other_data: bool | None = None,
 ) -> None:
-    """Check that a thing was made from the images that it is used with.
+    """Check that a file was made from the images that it is used with.
 
     `found` is the identity in the file `where`, `expected` that of the images at hand. `mend` says how to go on, in
     place of the options that would name the right images. `other_data` True lets other images of the same classes and
     shape pass; False refuses them and says that there is such an option; None has no such option.
-    Raises `InputError` that tells the first difference, the one that a user recognises most easily.
+    Raises `InputError` that tells the difference that a user recognises most easily.
     """
     differences = list(_differences(expected, found))
     for one in differences:
@@ -98,7 +98,7 @@ def check_same_data(
 
 
 def other_data_in_words(found: DatasetIdentity, expected: DatasetIdentity) -> str:
-    """Return what `other_data` let pass, for the log; "" if the images are those that a thing was made from."""
+    """Return the difference that `other_data` allowed, for the log; "" if the images are the same."""
     first = next(_differences(expected, found), None)
     return (
         "" if first is None else f"{first.what}: {first.found}, used with {first.expected}, as other data are allowed"
@@ -106,19 +106,19 @@ def other_data_in_words(found: DatasetIdentity, expected: DatasetIdentity) -> st
 
 
 class _Difference(NamedTuple):
-    """One thing in which two identities differ, in words."""
+    """One difference of two identities, in words."""
 
     what: str
     expected: str
     found: str
     mend: str = "give the `dataset`, `subset`, `res` and `data_path` that it was made from"
     deliberate: bool = False
-    """whether the thing can be used all the same, by who says so"""
+    """whether `other_data` allows it"""
 
 
 def _differences(expected: DatasetIdentity, found: DatasetIdentity) -> Iterator[_Difference]:
     """Yield all differences, first those that a user recognises most easily."""
-    same_images = _known(expected.fingerprint, found.fingerprint) and expected.fingerprint == found.fingerprint
+    same_images = bool(found.fingerprint) and found.fingerprint == expected.fingerprint
     if not same_images:
         unlike = list(_unlike_classes_or_shape(expected, found))
         if _differ(expected.name, found.name):
@@ -163,13 +163,9 @@ def _unlike_images(expected: DatasetIdentity, found: DatasetIdentity) -> Iterato
 _SEEN = {NORMALISED: "normalised images", WHITENED: "ZCA-whitened images"}
 
 
-def _known(one: Any, other: Any) -> bool:
-    return bool(one) and bool(other)
-
-
 def _differ(one: Any, other: Any) -> bool:
     """Return whether two values are known and differ."""
-    return _known(one, other) and one != other
+    return bool(one) and bool(other) and one != other
 
 
 def _close(one: Sequence[float], other: Sequence[float]) -> bool:

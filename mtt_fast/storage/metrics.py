@@ -37,8 +37,8 @@ _LONGEST_LINE, _LONGEST_METRICS = 1 << 16, 1 << 30  # bytes
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run, from a given iteration on.
 
-    What was written after that iteration, by a run that was killed before its next checkpoint, is dropped first; an
-    evaluation that was damaged since is taken from the checkpoint.
+    Records of later iterations, by a run that was killed before its next checkpoint, are dropped first. Damaged records of
+    evaluations are restored from the checkpoint.
     """
 
     def __init__(self, folder: Path, iteration: int) -> None:
@@ -54,7 +54,7 @@ class MetricsLog:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Return the records of all kinds but those that each iteration has."""
+        """Return the records that are not those of single iterations."""
         return [record for record in self.records if record["kind"] not in _STEPS]
 
     def write(self, kind: str, iteration: int, **values: float | int) -> None:
@@ -93,7 +93,7 @@ def _as_line(record: Mapping[str, Any]) -> str:
 
 
 def _evaluations_in(checkpoint: Path) -> list[dict[str, Any]]:
-    """Return the records of evaluations that were saved with a checkpoint; none if there is none, or it is an old one."""
+    """Return the records of evaluations in a checkpoint; [] if there is no checkpoint, or it is too old to have them."""
     if not checkpoint.exists():
         return []
     _, metadata = read_header(checkpoint)
@@ -112,20 +112,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     with io.BufferedReader(open_regular(path, _LONGEST_METRICS)) as file:  # type: ignore[type-var]
         lines = [_record_in(line) for line in iter(lambda: file.readline(_LONGEST_LINE), b"")]
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            if line is not None:
-                records.append(unsealed(line))
+    records = [record for record in lines if record is not None]
     if len(records) < len(lines):
         log.warning("%s: %d damaged lines are left out", path, len(lines) - len(records))
     return records
 
 
 def _record_in(line: bytes) -> dict[str, Any] | None:
-    """Return the record in a line of metrics.jsonl; None if there is none."""
+    """Return the record in a line of metrics.jsonl; None if there is none, or it is damaged."""
     with contextlib.suppress(*MALFORMED):
-        return _as_record(parse_json(line))
+        return unsealed(_as_record(parse_json(line)))
     return None
 
 

@@ -1,4 +1,4 @@
-"""Check that results can be written where they are asked for, before the work whose results they are."""
+"""Check, before the work, that its results can be written where they are asked for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _OTHERWISE = "choose another place"
 
 
 def check_output_folder(folder: str | os.PathLike[str], otherwise: str = _OTHERWISE) -> None:
-    """Check that `folder` is one in which files can be made, or can be made itself.
+    """Check that files can be made in `folder`, which may be missing if it can be made.
 
-    Raises `InputError` that names what is in the way, and ends in what to do `otherwise`.
+    Raises `InputError` that names what is in the way, and says what to do `otherwise`.
     """
     place = Path(folder).absolute()
     nearest = next(each for each in (place, *place.parents) if os.path.lexists(each))

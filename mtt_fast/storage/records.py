@@ -1,6 +1,6 @@
-"""JSON records that a job reads back: each carries a checksum of what it says, so that damage is not taken for a result.
+"""JSON records that a job reads back, each with a checksum of its content, so that damage is not taken for a result.
 
-A record has two fields besides its own, `format` and `checksum`. One with neither is from before there were checksums.
+A record has two fields besides its own, `format` and `checksum`; records of the first format have neither.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _SEAL = ("format", "checksum")
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with its checksum, ready to be written as JSON."""
-    whole = {"format": _FORMAT, **record}  # first and last, so that what is cut out does not take both
-    return whole | {"checksum": _checksum(json.loads(json.dumps(whole)))}  # keys and tuples as they will be read
+    whole = {"format": _FORMAT, **record}  # the first and the last field, so that no cut removes both
+    return whole | {"checksum": _checksum(json.loads(json.dumps(whole)))}  # of keys and tuples as they will be read
 
 
 def unsealed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record that `sealed` was given, or one from before there were checksums as it is.
+    """Return the record that `sealed` was given; one of the first format as it is.
 
     Raises `ValueError` if it is not what was written.
     """
@@ -45,8 +45,8 @@ def read_entries(
 ) -> list[dict[str, Any]]:
     """Return `entry` of each item in the list `field` of the record in `path`; none if there is no such file.
 
-    Raises `InputError` for a file that is no record, or for which `entry` raises one of `MALFORMED`: it says that `what` was
-    expected, and how to `mend` that.
+    Raises `InputError` for a file that is no record, or for which `entry` raises one of `MALFORMED`: the message says `what`
+    was expected, and how to `mend` it.
     """
     if not path.exists():
         return []
@@ -64,8 +64,8 @@ def _checksum(record: Mapping[str, Any]) -> str:
 def check_form(value: Any, form: Any, name: str = "record") -> None:
     """Raise `KeyError` or `TypeError` unless `value` is made like `form`; `name` is what it is called.
 
-    A form is a type; a list with the form of all items; or a mapping with the forms of fields: all must be there but those
-    whose names end in "?", "*" stands for all that there are, and others may be there besides.
+    A form is a type, a list with the form of all items, or a mapping with the forms of fields. A field whose name ends in "?"
+    may be missing, "*" stands for all fields there are, and fields without a form are allowed.
     """
     if isinstance(form, Mapping):
         if not isinstance(value, dict):

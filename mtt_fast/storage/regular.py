@@ -1,4 +1,4 @@
-"""Regular files of a size that they can honestly have: no pipe is waited for, no device read, no bomb loaded."""
+"""Read regular files of a plausible size only: never wait for a pipe, read a device or load a bomb."""
 
 from __future__ import annotations
 

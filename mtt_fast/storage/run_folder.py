@@ -19,12 +19,14 @@ from mtt_fast.storage.regular import read_text
 from mtt_fast.storage.temporaries import remove_leftovers
 
 CONFIG, CHECKPOINT, METRICS, SUMMARY = "config.toml", "checkpoint.safetensors", "metrics.jsonl", "summary.json"
+EVALUATIONS = "evaluations"
+"""The field of every method's checkpoint that holds the records of evaluations."""
 SECONDS = "seconds.json"
 """Where the time of the run went, over all processes that worked on it."""
 SYNTHETIC, BEST = "synthetic.safetensors", "best.safetensors"
-"""The distilled set as it is, and that of the evaluation with the highest accuracy on the test images."""
+"""The current distilled set, and the one with the highest accuracy on the test images so far."""
 EMA, BEST_EMA = "ema.safetensors", "best_ema.safetensors"
-"""The same with the average of the images over the iterations in their place."""
+"""The same two for the average of the images over the iterations."""
 _LOCK = ".lock"
 HISTORY = "history"
 """Folder of snapshots, iteration_000100.png: the first image of each class at each evaluation."""
@@ -41,8 +43,8 @@ def only_user(
 ) -> Iterator[None]:
     """Keep other processes out of `folder` while the block lasts, and clear what a killed one left half-written.
 
-    The lock ends with the process that holds it, whatever ends that. Raises `InputError` if another process holds it, with
-    what that is `doing`, and what to do `otherwise` than to wait; and where no folder is, can be made, or can be written in.
+    The lock ends with the process that holds it. Raises `InputError` if another process holds it, with what that one is `doing`
+    and what to do `otherwise` than wait; and where there is no folder to write in, and none can be made.
     """
     check_output_folder(folder, otherwise)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,17 +138,13 @@ _SUMMARY = {
     "learning_rate?": NUMBER, "learning_rate_per_step?": [NUMBER], "seconds?": {"*": NUMBER},
     "data?": {"fingerprint?": str}, "peak_memory_bytes?": NUMBER, "versions?": {"*": str}, "device?": str, "arithmetic?": str, "command?": str,
 }  # fmt: skip
-"""The form that readers of a summary take for granted."""
+"""The form of a summary on which its readers rely."""
 _A_SUMMARY = "the summary of a run with its accuracy"
 _SUMMARISE_AGAIN = "delete it, and the command of the run writes it again"
 
 
 def broken_summary(folder: Path, error: Exception) -> InputError:
-    """Return the error that the summary in `folder` lacks what it should have, or has it in another form."""
+    """Return the error that the summary in `folder` does not have the form that it should have."""
     return InputError(
         f"{folder / SUMMARY}: expected {_A_SUMMARY}, found {type(error).__name__}: {error}; {_SUMMARISE_AGAIN}"
     )
-
-
-EVALUATIONS = "evaluations"
-"""The field of a checkpoint with the records of evaluations, whichever method it is of."""

@@ -1,8 +1,8 @@
-"""Hidden folders for what is being written, which end with the process that writes: made, locked, cleared away.
+"""Hidden folders for files that are being written: made, locked, and removed, even if their writer is killed.
 
-Each lies beside what its content will become, as `.NAME.RANDOM.partial`, and holds a file that its writer locks. The
-system lets go of the lock when the process ends, however it ends, so what nobody locks is a leftover; whoever writes in
-the same place next removes it.
+Each is beside the final place of its content, as `.NAME.RANDOM.partial`, and holds a file that its writer locks. The system
+releases the lock when the process ends, however it ends. So a folder that is not locked is a leftover, and the next writer
+in the same place removes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CONTENT, _LOCK = "content", "lock"
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder on the file system of `path`, for what is to be renamed to it; remove the rest at the end.
+    """Yield an empty folder beside `path`, for content that the caller renames to `path`; remove the rest at the end.
 
     The folder that is to hold `path` is made; if the block fails it goes again, unless it holds other things.
     Raises `OSError`.
@@ -40,7 +40,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that have ended left in `folder`, if it is there; leave what live ones are writing."""
+    """Remove from `folder`, if it exists, what ended writers left there; keep what live ones are writing."""
     try:
         names = os.listdir(folder)
     except OSError:  # whoever writes there will tell
@@ -56,7 +56,7 @@ def _remove_leftover(path: Path) -> None:
     place = path / _LOCK if is_folder else path
     try:
         lock = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:  # the lock is the first that comes and the last that goes
+    except FileNotFoundError:  # the lock is made first and removed last
         path.rmdir()
         return
     try:

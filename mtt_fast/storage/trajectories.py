@@ -1,4 +1,4 @@
-"""Expert trajectories on disk: one safetensors file an expert, of which a reader touches only the epoch that it needs.
+"""Expert trajectories on disk: one safetensors file for each expert, from which single epochs are read.
 
 The tensor `parameters` (epochs + 1, P) is float32 or bfloat16; row e is the network after e epochs of training, row 0
 its initialisation. An iteration of the method needs two rows of one expert, so nothing here ever loads a whole file, and
@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -49,7 +50,7 @@ _WAYPOINTS = "mtt_fast waypoints 2"
 _BEFORE_CHECKSUMS = {"mtt_fast expert 1": _FORMAT, "mtt_fast waypoints 1": _WAYPOINTS}
 _TENSOR = "parameters"
 _UNFINISHED = ".unfinished"
-"""A file in a folder that experts are being imported to, or were when it was stopped."""
+"""A file that marks a folder to which experts are being imported, until all are there."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _TRAIN_AGAIN = "delete it and train it again with `python -m mtt_fast.experts`"
 _COMPRESS_AGAIN = "delete it and make it again with `python -m mtt_fast.compress`"
@@ -122,10 +123,7 @@ class ExpertMetadata:
             ) from error
 
 
-_TYPES = {
-    "network": dict, "layout": str, "dataset": str, "fingerprint": str, "whitening": str, "hyperparameters": dict,
-    "seed": int, "accuracy": list, "versions": dict, "data": dict, "precision": str, "made_of": str,
-}  # fmt: skip
+_TYPES = {name: typing.get_origin(hint) or hint for name, hint in typing.get_type_hints(ExpertMetadata).items()}
 """The types of the metadata's fields."""
 
 
@@ -229,7 +227,7 @@ class _Header:
         return (len(self.course.positions) if self.course else self.entry.shape[0]) - 1
 
     def at(self, epoch: float) -> tuple[int, Tensor | None]:
-        """Return the row at `epoch`, or the row before it and how far it is, of each parameter, from there to the next."""
+        """Return the row at `epoch`; between rows, the row before and how far each parameter has moved towards the next."""
         if self.course is not None:
             return self.course.at(epoch)
         row = math.floor(epoch)
@@ -245,7 +243,7 @@ class TrajectoryStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
-        """Open `folder`; one that `being_filled` has marked only if `unfinished` is said."""
+        """Open `folder`. One that `being_filled` has marked is refused, unless `unfinished`."""
         if not isinstance(folder, str | os.PathLike):
             raise InputError(f"`folder`: expected the path of a folder of experts, found {shown(folder)}")
         self.folder = Path(folder)
@@ -272,8 +270,8 @@ class TrajectoryStore:
     def read(self, expert: int, epoch: float) -> Tensor:
         """Return the parameters (P,), float32, after `epoch` epochs, 0 … epochs(expert), reading only their bytes.
 
-        Between the recorded rows, which are those of whole epochs or a compressed expert's waypoints, that is a point of
-        the straight line from one to the next.
+        Rows are recorded at whole epochs, or at a compressed expert's waypoints. Between two rows the parameters are on the
+        straight line from one to the next.
         """
         header = self._header(expert)
         _check_number(epoch)
@@ -342,7 +340,7 @@ class TrajectoryStore:
             self._row(expert, header, number)
 
     def _position(self, expert: Any) -> int:
-        """Return `expert` as a position in `indices`. Raises `InputError` for what is none, `OutOfRange` for one without an expert."""
+        """Return `expert` as a position in `indices`. Raises `InputError` if it is no integer, `OutOfRange` if it has no expert."""
         try:
             position = operator.index(expert)
         except TypeError as error:
@@ -401,9 +399,9 @@ def _read_course(path: Path, text: Mapping[str, str], shape: tuple[int, ...]) ->
 
 @contextlib.contextmanager
 def being_filled(folder: Path) -> Iterator[None]:
-    """Keep a folder from being taken for a whole one until all experts are in it, which is when the block succeeds.
+    """Mark a folder as unfinished until the block has put all experts into it.
 
-    It stays marked if the block fails, however it ends, unless it holds no expert yet.
+    If the block fails the mark stays, unless the folder holds no expert yet.
     """
     mark = folder / _UNFINISHED
     write_text(mark, "")

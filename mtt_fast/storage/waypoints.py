@@ -65,7 +65,7 @@ class Course:
         return course
 
     def check(self) -> None:
-        """Raise `ValueError` unless each layer goes forward from waypoint to waypoint as the epochs rise."""
+        """Raise `ValueError` unless the epochs rise, and each layer moves from waypoint to waypoint with them."""
         rising = len(self.epochs) > 1 and self.epochs[0] == 0 and all(a < b for a, b in itertools.pairwise(self.epochs))
         if not rising or self.positions.shape != (self.epochs[-1] + 1, len(self.sizes)):
             raise ValueError("its positions do not fit its epochs")

@@ -25,10 +25,10 @@ Job = Generator[None, None, Result]
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 """The context, such as a CUDA stream, in which each piece of one job runs."""
 
-# The work of a step is measured by the bytes that autograd would hold in the step.
-# On a CPU, a step of fewer is done sooner by one thread for each of several networks than by all threads for one.
-# Measured on two busy cores with ConvNet at 32×32, width 128: 10 images (47 MB) 1.4 times as fast; digits at width 32
-# takes as long either way, since Python's own share is most of the time there.
+# The work of a step is measured by the bytes that autograd would hold in the step. For a step of fewer bytes than this, a CPU
+# is faster with one thread for each of several networks than with all threads for one. Measured on two busy cores: ConvNet
+# at 32×32 and width 128 is 1.4 times as fast on 10 images (47 MB); digits at width 32, where most of the time is Python's,
+# take as long either way.
 _SMALL_STEP = 64 * 2**20  # bytes
 # A GPU is taken to be full with so many numbers for each of its resident threads. An estimate: no device has confirmed it.
 _NUMBERS_PER_THREAD = 200

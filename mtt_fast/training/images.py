@@ -51,7 +51,7 @@ class Images:
         return 1 if self.canvas is None else self.canvas.samples
 
     def expand_crops(self, index: Tensor) -> Tensor:
-        """Return the image's index for each input of a step on the images at `index`; of a canvas, once for each crop."""
+        """Return the image's index for each input of a step on the images at `index`: a canvas comes once for each crop."""
         return index if self.canvas is None else self.canvas.batch(index)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:

@@ -229,9 +229,9 @@ def _training(
 
 
 def _epochs_at_once(images: Images, batch_size: int) -> int:
-    """Return how many epochs may be drawn together, between two looks for a request to stop.
+    """Return how many epochs may be drawn together; a request to stop is noticed between two draws.
 
-    On CUDA they are a few dozen steps, whose augmentations are drawn faster together. A CPU takes longer for a step than to draw it.
+    On CUDA they make a few dozen steps, whose augmentations are drawn faster together. On a CPU the steps take longer than the draws.
     """
     steps = math.ceil(len(images) / batch_size)
     return max(1, _STEPS_DRAWN_AT_ONCE // steps) if images.labels.is_cuda else 1
@@ -248,9 +248,8 @@ def _epochs_without_a_pause(protocol: EvaluationProtocol, epoch: int, most: int,
 def has_diverged(losses: Tensor, *state: Tensor) -> Tensor:
     """Return whether a training has diverged, () bool, without a wait for the device.
 
-    A training has diverged where the `losses` (epochs,) or the `state` are not finite, and where the loss has exceeded that
-    of any network that has learnt something and is above the first loss at the end: a normalised network may stay finite
-    at any rate.
+    A training has diverged where the `losses` (epochs,) or the `state` are not finite. It also has where the loss was once far
+    above that of guessing and ends above the first one: a normalised network may stay finite at any rate.
     """
     finite = torch.stack([tensor.isfinite().all() for tensor in (losses, *state)]).all()
     return ~finite | ((losses.max() > _BEYOND_GUESSING) & (losses[-1] > losses[0]))

@@ -22,7 +22,7 @@ from mtt_fast.runtime.cuda_graphs import graphed
 from mtt_fast.runtime.prefetch import upload
 from mtt_fast.training.images import Images
 
-# in a recording: starting one takes longer than a small step, and making one thrice its steps without
+# steps in one recording: to start it takes longer than a small step, and to make it three times as long as its steps
 STEPS_AT_ONCE = 4
 _TEST_BATCH = 500
 
@@ -53,7 +53,7 @@ after the epoch.
 """
 
 Epochs = Callable[..., tuple[Tensor, ...]]
-"""A function like an `Epoch`, whose keyword `epochs` is how many follow each other: their mean losses are (epochs,)."""
+"""A function like an `Epoch` that does as many epochs as its keyword `epochs` says; the mean losses are (epochs,)."""
 
 
 class Chunk(NamedTuple):
@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
 
     theta: Tensor  # (P,)
     velocity: Tensor  # (P,)
-    losses: Tensor  # (steps,): the sums over the images of each, before the step
+    losses: Tensor  # (steps,): the sum over each step's images, before the step
     statistics: list[Tensor]  # running statistics (S,) if the network keeps some, else empty
 
 
@@ -90,8 +90,8 @@ def epoch_on(
 def epochs_on(
     student: Gradients, images: Images, sgd: Sgd, augment: SiameseAugment | None, track: Track | None = None
 ) -> Epochs:
-    """Return a function that does one `epoch_on` after the other, without a pause where an epoch is a step or two."""
-    chunks, samples = chunks_on(student, images, sgd, augment, track), len(images.expand_crops(torch.arange(1)))
+    """Return a function that does several epochs of `epoch_on` in a row, drawn together."""
+    chunks = chunks_on(student, images, sgd, augment, track)
 
     def run(
         theta: Tensor, velocity: Tensor, generator: torch.Generator, *statistics: Tensor, epochs: int = 1
@@ -99,7 +99,7 @@ def epochs_on(
         losses = []
         for chunk in chunks(theta, velocity, generator, *statistics, epochs=epochs):
             losses.append(chunk.losses)
-        means = torch.cat(losses).view(epochs, -1).sum(1) / (samples * len(images))
+        means = torch.cat(losses).view(epochs, -1).sum(1) / (images.crops * len(images))
         return chunk.theta, chunk.velocity, means, *chunk.statistics
 
     return run
@@ -117,7 +117,7 @@ def chunks_on(
     device, pixels = images.labels.device, images.pixels
     dtype = pixels.dtype if pixels.is_floating_point() else torch.float32
     augmentation = augment if images.canvas is None else images.canvas.crops(augment)
-    length = len(images.expand_crops(torch.arange(min(sgd.batch_size, len(images)))))
+    length = images.crops * min(sgd.batch_size, len(images))
     run = partial(training_steps, student, images, sgd, augmentation, track, length)
     steps = graphed(run, device, kernels.compile_ahead)
 
@@ -205,7 +205,7 @@ def training_step(
 def _inputs(
     images: Images, augment: Apply | None, index: Tensor, parameters: Tensor | None = None
 ) -> tuple[Inputs, Tensor]:
-    """Return the network's inputs and targets of the batch at `index` (b,); the student gathers what is neither scaled nor cropped."""
+    """Return inputs and targets of the batch at `index` (b,); images that are neither scaled nor cropped are left to the student."""
     if images.transform is None and images.pixels.is_contiguous():
         shape = torch.Size((len(index), *images.pixels.shape[1:]))
         warp = None if parameters is None else warp_of(augment, parameters, shape)

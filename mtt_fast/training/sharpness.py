@@ -31,8 +31,8 @@ class SharpnessAware:
     alpha: float = 0.0
     adaptive: bool = False
 
-    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor, save: bool = False) -> StepGradient:
-        """Return the loss () at `theta`, and the direction (P,) in place of the loss's gradient. Nothing is saved.
+    def gradient(self, theta: Tensor, images: Inputs, labels: Tensor) -> StepGradient:
+        """Return the loss () at `theta`, and the direction (P,) in place of the loss's gradient.
 
         A pure function of its tensors: both gradients are of the same images.
         """

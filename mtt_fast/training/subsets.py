@@ -11,9 +11,9 @@ from mtt_fast.training.images import Images, RealImages
 
 
 def check_enough(data: ImageData, ipc: int, canvas_size: int = 1) -> None:
-    """Raise `InputError`, which names the class, unless each of `data` has real images for `ipc` canvases of `canvas_size`² of them.
+    """Raise `InputError`, which names the class, unless each class of `data` has real images for `ipc` images or canvases.
 
-    A canvas of one is an image.
+    A canvas takes `canvas_size`² images.
     """
     needed = ipc * canvas_size**2
     asked = f"`ipc` {ipc}" + (f", `canvas_size` {canvas_size}" if canvas_size > 1 else "")

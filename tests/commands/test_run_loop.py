@@ -81,7 +81,7 @@ def test_a_signal_ends_it_after_the_iteration_with_everything_saved(tmp_path: Pa
     folder = tmp_path / "a run"
     folder.mkdir()
     *done, said = looped(folder, stop_at=3)
-    assert " ".join(done) == "e0 s1 i1 i2 e2 s2 i3 s2 s2"
+    assert " ".join(done) == "e0 s1 i1 i2 e2 s2 i3 s2"
     assert said == (
         f"stopped at iteration 3 of 5, everything is saved; continue with: python -m it --out '{folder}' --resume "
         f"({int(signal.SIGTERM)})"

@@ -267,8 +267,8 @@ def test_a_loss_or_a_gradient_that_is_not_finite_makes_no_update(place: int) -> 
     unasked: Any = None
     for value, gradients in ((1.0, []), (torch.nan, None), (torch.inf, None)):
         magnitudes[place] = value  # of the loss, or of the gradient to images, rate or labels
-        pending = PendingGradients([], [], magnitudes, made)
-        assert finish_gradients(unasked, unasked, pending, unasked)[1] == gradients
+        pending = PendingGradients([], [], magnitudes, made, unasked)
+        assert finish_gradients(unasked, pending)[1] == gradients
 
 
 def test_networks_are_evaluated_as_the_run_says(

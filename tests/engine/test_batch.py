@@ -24,7 +24,7 @@ OPERATIONS = ["color", "crop", "cutout", "flip", "scale", "rotate"]
 
 def steps_of(augment: Any, draws: Any = None) -> StudentSteps:
     return StudentSteps(
-        GenericStudent(NET), (INDEX,), saved_from=1, path_on_host=False, augment=augment, draws=(draws,)
+        GenericStudent(NET), (INDEX,), saved_steps=0, path_on_host=False, augment=augment, draws=(draws,)
     )
 
 

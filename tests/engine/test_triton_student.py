@@ -156,7 +156,7 @@ def test_the_plan_is_what_an_iteration_holds(size: int, batch: int, microbatch: 
             net, images=images, steps=steps, batch=batch, memory_budget=None, microbatch=microbatch, device="meta",
             augment=augment, precision="tf32",
         )  # fmt: skip
-        student = student_for_plan(planned.work.student, net, planned, batch)
+        student = student_for_plan(net, planned)
         with CountLiveBytes() as counted, torch.autograd.set_multithreading_enabled(False):
             iterate(student, augment, (batch,) * steps, theta, theta, images, labels, lr, indices, parameters)
         expected = sum(planned.parts.values()) - planned.parts["rest"]
