@@ -112,7 +112,7 @@ class ConvNet:
         ±1/√fan_in, norm weights one and biases zero.
         """
         device = generator.device if generator is not None else torch.device("cpu")
-        theta = torch.empty(self.num_parameters, device=device)
+        theta = torch.empty(self.num_parameters, dtype=torch.float32, device=device)
         parameters = dict(zip(self.layout.names, self.layout.split(theta), strict=True))
         for name, parameter in parameters.items():
             module, kind = name.rsplit(".", 1)
