@@ -41,10 +41,6 @@ SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
 }
 
 
-def initial_parameters(_: Path) -> list[Tensor]:
-    return [NET.init(torch.Generator().manual_seed(2))]
-
-
 def experts(folder: Path) -> list[Tensor]:
     write_expert(folder / "whole", 0, TRAJECTORY, METADATA)
     few = compress(folder / "whole", folder / "few", 3)
@@ -82,7 +78,7 @@ def planned_memory(_: Path) -> list[Tensor]:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize(
     "work",
-    [initial_parameters, experts, waypoints_of_others, sets, whitening, planned_memory],
+    [experts, waypoints_of_others, sets, whitening, planned_memory],
     ids=lambda f: f.__name__,
 )
 def test_it_has_no_part_in(

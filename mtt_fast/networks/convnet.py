@@ -106,13 +106,13 @@ class ConvNet:
         return {"kind": type(self).__name__, **dataclasses.asdict(self)}
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw initial parameters (P,), float32, on the generator's device (else the CPU).
+        """Draw initial parameters (P,), of torch's default dtype, on the generator's device (else the CPU).
 
         The distribution is PyTorch's default, which the public code uses: convolutions and classifier uniform in
         ±1/√fan_in, norm weights one and biases zero.
         """
         device = generator.device if generator is not None else torch.device("cpu")
-        theta = torch.empty(self.num_parameters, dtype=torch.float32, device=device)
+        theta = torch.empty(self.num_parameters, device=device)
         parameters = dict(zip(self.layout.names, self.layout.split(theta), strict=True))
         for name, parameter in parameters.items():
             module, kind = name.rsplit(".", 1)
