@@ -95,7 +95,7 @@ def work_bytes(
     """
     if _runs_triton(device):
         return triton.work_bytes(batch, layers, dtype, device, precision)
-    if device.type != "cpu" or not native.has("conv3x3", torch.empty(0, dtype=dtype)):
+    if device.type != "cpu" or not native.has("conv3x3", torch.empty(0, dtype=dtype, device=device)):
         return 0
     return native.work_bytes(batch, layers, dtype)
 

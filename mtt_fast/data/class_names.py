@@ -221,14 +221,14 @@ def relabelled(labels: Tensor, indices: Sequence[int], num_classes: int, where: 
                 f"{where}: expected labels in [0, {len(indices)}), one for each class name, found {int(labels.min())} to "
                 f"{int(labels.max())}; get it again"
             )
-        return torch.tensor(indices)[labels]
+        return torch.tensor(indices, device=labels.device)[labels]
     if not labels.shape[1] == len(indices) == num_classes:
         raise InputError(
             f"{where}: expected soft labels of the data set's {num_classes} classes, found {labels.shape[1]} columns and "
             f"{len(indices)} class names; name the data set that it belongs to"
         )
     moved = torch.empty_like(labels)
-    moved[:, torch.tensor(indices)] = labels
+    moved[:, torch.tensor(indices, device=labels.device)] = labels
     return moved
 
 

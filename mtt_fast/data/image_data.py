@@ -186,7 +186,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
     Counted, and computed in whole numbers up to one division, so the result is exact and the same on every machine.
     """
-    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64, device=images.device)
     for block in torch.split(images, _BLOCK):
         for channel in range(images.shape[1]):
             counts[channel] += torch.bincount(block[:, channel].flatten(), minlength=256)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtt_fast.errors import InputError
+from mtt_fast.runtime.numerics import without_autocast
 from mtt_fast.storage.files import load_tensors, save_tensors
 from mtt_fast.storage.identity import WHITENING_TOLERANCE
 
@@ -64,7 +65,8 @@ class Whitening:
         def blocks() -> Iterator[Tensor]:
             return (block.to(device, products).flatten(1).div(scale) for block in images.split(_BLOCK))
 
-        mean, covariance = _moments(blocks, len(images))
+        with without_autocast(device):
+            mean, covariance = _moments(blocks, len(images))
         if not covariance.isfinite().all():
             raise InputError("ZCA whitening: expected finite images, found infinite values or NaN in them")
         values, vectors = torch.linalg.eigh(covariance)
@@ -73,18 +75,21 @@ class Whitening:
             raise InputError(
                 f"ZCA whitening: expected an `eps` above 0 for images that do not vary in all directions, found {eps}"
             )
-        matrix, inverse = ((vectors * root) @ vectors.T for root in (1 / deviations, deviations))
+        with without_autocast(device):
+            matrix, inverse = ((vectors * root) @ vectors.T for root in (1 / deviations, deviations))
         return cls(mean.to(dtype), matrix.to(dtype), inverse.to(dtype))
 
     def apply(self, images: Tensor) -> Tensor:
         """Whiten `images` (n, C, H, W), in [0, 1]; the result has their shape, dtype and device."""
         rows = self._rows(images)
-        return ((rows - self.mean.to(rows)) @ self.matrix.to(rows)).to(images.dtype).reshape(images.shape)
+        with without_autocast(images.device):
+            return ((rows - self.mean.to(rows)) @ self.matrix.to(rows)).to(images.dtype).reshape(images.shape)
 
     def invert(self, images: Tensor) -> Tensor:
         """Undo `apply`: whitened `images` (n, C, H, W) to pictures, [0, 1] where they came from such."""
         rows = self._rows(images)
-        return (rows @ self.inverse.to(rows) + self.mean.to(rows)).to(images.dtype).reshape(images.shape)
+        with without_autocast(images.device):
+            return (rows @ self.inverse.to(rows) + self.mean.to(rows)).to(images.dtype).reshape(images.shape)
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the transform, with text `metadata`, to a safetensors file, atomically."""

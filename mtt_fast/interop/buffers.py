@@ -66,7 +66,9 @@ class Trajectory:
 
     def rows(self) -> Tensor:
         """Return the parameters (epochs + 1, P), or those of the waypoints (K, P), float32, a copy."""
-        rows = torch.empty(len(self.points), sum(tensor.numel() for tensor in self.points[0]))
+        rows = torch.empty(
+            len(self.points), sum(tensor.numel() for tensor in self.points[0]), dtype=torch.float32, device="cpu"
+        )
         for row, tensors in zip(rows, self.points, strict=True):
             row.copy_(_flat(tensors))
         return rows

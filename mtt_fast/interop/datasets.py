@@ -85,7 +85,7 @@ def _tensors(dataset: Any, where: str) -> tuple[Tensor, Tensor]:
             )
     if not images:
         raise InputError(f"{where}: expected images, found none")
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(images), torch.tensor(labels, device="cpu")
 
 
 def _length(dataset: Any, where: str) -> int:

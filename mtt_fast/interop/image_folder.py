@@ -104,8 +104,8 @@ def _read_classes(folder: Path, info: SourceInfo | None, lr: float) -> Synthetic
     indices = class_indices(list(classes), info.class_names, folder)
     if missing := [name for index, name in enumerate(info.class_names) if index not in indices]:
         log.warning("%s: no pictures of %d classes: %s", folder, len(missing), shortened(missing))
-    counts = torch.tensor([len(files) for files in classes.values()])
-    labels = torch.tensor(indices).repeat_interleave(counts)
+    counts = torch.tensor([len(files) for files in classes.values()], device="cpu")
+    labels = torch.tensor(indices, device="cpu").repeat_interleave(counts)
     images = info.transform.apply(_pictures(files).float() / 255)
     return as_synthetic(tensor_set(images, labels, None, str(folder)), info, lr, {}, {}, str(folder))
 

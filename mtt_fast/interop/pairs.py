@@ -200,7 +200,7 @@ def _rate_files(path: Path) -> list[Path]:
 def _load_rate(file: Path) -> Tensor:
     value = load_pickle(file, numpy_numbers=True)
     if isinstance(value, float | np.floating):
-        return torch.tensor(float(value))
+        return torch.tensor(float(value), dtype=torch.float32, device="cpu")
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise InputError(f"{file}: expected one learning rate, found {shown(value)}; move the file away to go without")
     return plain_tensor(value, file)

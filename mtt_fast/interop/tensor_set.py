@@ -70,9 +70,12 @@ class TensorSet:
     @property
     def classes(self) -> Tensor:
         """Return the class of each image (n,); with soft labels by its place, as learned ones may favour another."""
-        if self.label_kind == "indices":
-            return self.labels
-        return torch.arange(len(self.labels)) * self.num_classes // len(self.labels)
+        return self.labels if self.label_kind == "indices" else self.places
+
+    @property
+    def places(self) -> Tensor:
+        """Return the class of each image (n,) in class-major order, whatever its label."""
+        return torch.arange(len(self.labels), device=self.labels.device) * self.num_classes // len(self.labels)
 
     @property
     def num_classes(self) -> int:
@@ -164,8 +167,7 @@ def class_major(distilled: TensorSet, *, reorder_soft: bool = False) -> TensorSe
 
 def in_place(distilled: TensorSet) -> int:
     """Return the number of images whose (largest) label is the class that class-major order gives them."""
-    places = torch.arange(len(distilled.labels)) * distilled.num_classes // len(distilled.labels)
-    return int((_largest(distilled) == places).sum())
+    return int((_largest(distilled) == distilled.places).sum())
 
 
 def hardened(distilled: TensorSet) -> TensorSet:
@@ -217,7 +219,7 @@ def as_synthetic(
     synthetic = SyntheticDataset(
         distilled.images,
         distilled.labels,
-        torch.tensor(lr) if distilled.lr is None else distilled.lr,
+        torch.tensor(lr, dtype=torch.float32, device="cpu") if distilled.lr is None else distilled.lr,
         label_kind=distilled.label_kind,
         recipe=recipe,
         versions=versions,

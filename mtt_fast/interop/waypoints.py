@@ -92,9 +92,9 @@ def _course(points: Any, pieces: Any) -> Course:
         raise ValueError("a piece without epochs, or one list of shares twice")
     sizes = tuple(tensor.numel() for tensor in points[0])
     ends = tuple(itertools.accumulate((len(piece) - 1 for piece in pieces), initial=0))
-    positions = torch.zeros(ends[-1] + 1, len(sizes), dtype=torch.float64)
+    positions = torch.zeros(ends[-1] + 1, len(sizes), dtype=torch.float64, device="cpu")
     for segment, (begin, piece) in enumerate(zip(ends[:-1], pieces, strict=True)):
-        positions[begin + 1 : begin + len(piece)] = segment + torch.tensor(piece[1:], dtype=torch.float64)
+        positions[begin + 1 : begin + len(piece)] = segment + positions.new_tensor(piece[1:])
         positions[begin + len(piece) - 1] = segment + 1
     course = Course(ends, sizes, positions, smooth=len(points) > 2)  # MCT's code leaves two as they are
     course.check()

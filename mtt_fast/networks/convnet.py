@@ -106,7 +106,7 @@ class ConvNet:
         return {"kind": type(self).__name__, **dataclasses.asdict(self)}
 
     def init(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw initial parameters (P,), float32, on the generator's device (else the CPU).
+        """Draw initial parameters (P,), of torch's default dtype, on the generator's device (else the CPU).
 
         The distribution is PyTorch's default, which the public code uses: convolutions and classifier uniform in
         ±1/√fan_in, norm weights one and biases zero.

@@ -53,7 +53,7 @@ def as_tensor(values: Any, dtype: torch.dtype) -> Tensor:
     exact = not dtype.is_floating_point
     _check_numbers(values, (int,) if exact else (int, float))
     try:
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device="cpu")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(str(error).partition("\n")[0]) from error
 

@@ -231,7 +231,7 @@ class _Header:
         if self.course is not None:
             return self.course.at(epoch)
         row = math.floor(epoch)
-        return row, torch.tensor(epoch - row, dtype=torch.float32) if epoch > row else None
+        return row, torch.tensor(epoch - row, dtype=torch.float32, device="cpu") if epoch > row else None
 
 
 class TrajectoryStore:
@@ -282,7 +282,7 @@ class TrajectoryStore:
         return start if weights is None else torch.lerp(start, self._row(expert, header, row + 1), weights)
 
     def _row(self, expert: int, header: _Header, number: int) -> Tensor:
-        path, row = self.path(expert), torch.empty(header.entry.shape[1], dtype=header.dtype)
+        path, row = self.path(expert), torch.empty(header.entry.shape[1], dtype=header.dtype, device="cpu")
         content = bytes_of(row)
         with open_regular(path) as file:
             file.seek(header.entry.begin + number * len(content))

@@ -46,7 +46,7 @@ class Course:
             return segment, None
         whole = math.floor(epoch)
         layers = torch.lerp(self.positions[whole], self.positions[whole + 1], epoch - whole) - segment
-        return segment, layers.float().repeat_interleave(torch.tensor(self.sizes))
+        return segment, layers.float().repeat_interleave(torch.tensor(self.sizes, device="cpu"))
 
     def to_text(self) -> str:
         """Return the course as JSON."""
@@ -58,7 +58,7 @@ class Course:
     def from_text(cls, text: str) -> Course:
         """Return the course in what `to_text` wrote. Raises `ValueError`, `KeyError` or `TypeError` for anything else."""
         record = json.loads(text)
-        positions = torch.tensor(record["positions"], dtype=torch.float64)
+        positions = torch.tensor(record["positions"], dtype=torch.float64, device="cpu")
         epochs, sizes = tuple(map(int, record["epochs"])), tuple(map(int, record["sizes"]))
         course = cls(epochs, sizes, positions, bool(record["smooth"]))
         course.check()
@@ -99,11 +99,11 @@ def convexified(
         )
     layers = parameters.double().diff(dim=0).split(list(layer_sizes), dim=1)
     strides = torch.stack([layer.norm(dim=1) for layer in layers], dim=1)  # (epochs, layers)
-    positions = torch.empty(last + 1, len(layer_sizes), dtype=torch.float64)
+    positions = strides.new_empty(last + 1, len(layer_sizes))
     positions[0] = 0
     for segment, (begin, end) in enumerate(itertools.pairwise(epochs)):
         walked = strides[begin:end].cumsum(dim=0)
-        evenly = torch.arange(1, end - begin + 1, dtype=torch.float64) / (end - begin)
+        evenly = torch.arange(1, end - begin + 1, dtype=torch.float64, device=strides.device) / (end - begin)
         # a layer that does not move, as a bias before a norm, has no pace of its own
         positions[begin + 1 : end + 1] = segment + torch.where(walked[-1] > 0, walked / walked[-1], evenly[:, None])
     if smooth:

@@ -1,0 +1,94 @@
+"""Check that torch's settings in a program around the library, as another code base makes them, change nothing that it returns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._device import _device_constructors
+
+from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore, Whitening, plan
+from mtt_fast.compress import compress
+from mtt_fast.interop import as_tensor_set, export_waypoints, import_experts, read_set, read_waypoints, write_set
+from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
+
+NET = ConvNet(in_channels=3, num_classes=2, image_size=4, width=2, depth=1)
+IMAGES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6) // 3
+TRAJECTORY = torch.randn(4, NET.num_parameters, generator=torch.Generator().manual_seed(1)).cumsum(0)
+METADATA = ExpertMetadata({}, NET.layout.describe(), "digits", "f00d", "none", {"lr": 0.1}, 0, [0.0] * 4, {})
+LR = torch.tensor(0.1)
+WHITENING = Whitening.fit(IMAGES)
+
+
+@contextlib.contextmanager
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "a default device without numbers": lambda: torch.device("meta"),
+    "float64 by default": float64_by_default,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+def experts(folder: Path) -> list[Tensor]:
+    write_expert(folder / "whole", 0, TRAJECTORY, METADATA)
+    few = compress(folder / "whole", folder / "few", 3)
+    return [store.read(0, epoch) for store in (TrajectoryStore(folder / "whole"), few) for epoch in (0, 1.5, 3)]
+
+
+def waypoints_of_others(folder: Path) -> list[Tensor]:
+    write_expert(folder / "whole", 0, TRAJECTORY, METADATA)
+    (file,) = export_waypoints(compress(folder / "whole", folder / "few", 3), folder / "theirs")
+    read, unmeasured = (lambda: read_waypoints(file)), (lambda rows: [0.0] * len(rows))
+    return [import_experts(read, folder / "ours", NET.layout, METADATA, unmeasured).read(0, 1.5)]
+
+
+def sets(folder: Path) -> list[Tensor]:
+    given = SyntheticDataset(IMAGES, LABELS, LR, ("a", "b"), (0.5,) * 3, (0.5,) * 3)
+    tensors = []
+    for kind in ("mtt", "ddranking", "dc", "synthetic", "png", "parquet"):
+        write_set(folder / kind, given, kind, dataset="CIFAR10")
+        read = read_set(folder / kind)
+        back = as_tensor_set(read) if isinstance(read, SyntheticDataset) else read
+        tensors += [back.images, back.labels, back.classes, *([] if back.lr is None else [back.lr])]
+    return tensors
+
+
+def whitening(_: Path) -> list[Tensor]:
+    fitted = Whitening.fit(IMAGES)
+    return [fitted.matrix, fitted.inverse, WHITENING.apply(IMAGES), WHITENING.invert(IMAGES)]
+
+
+def planned_memory(_: Path) -> list[Tensor]:
+    network = ConvNet(in_channels=3, num_classes=2, image_size=16, width=16, depth=2)  # its kernels take scratch memory
+    return [torch.tensor(plan(network, images=(60, 3, 16, 16), steps=2, memory_budget=None).peak_bytes, device="cpu")]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "work",
+    [experts, waypoints_of_others, sets, whitening, planned_memory],
+    ids=lambda f: f.__name__,
+)
+def test_it_has_no_part_in(
+    work: Callable[[Path], list[Tensor]], setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # a default device does not reach what poisons new memory in other tests
+    _device_constructors.cache_clear()
+    expected = work(tmp_path / "without")
+    with SETTINGS[setting]():
+        found = work(tmp_path / "within")
+    for one, other in zip(found, expected, strict=True):
+        assert (one.dtype, one.device) == (other.dtype, other.device)
+        assert torch.equal(one, other)
