@@ -49,9 +49,9 @@ def experts(folder: Path) -> list[Tensor]:
 
 def waypoints_of_others(folder: Path) -> list[Tensor]:
     write_expert(folder / "whole", 0, TRAJECTORY, METADATA)
-    (file,) = export_waypoints(compress(folder / "whole", folder / "few", 3), folder / "theirs")
+    (file,) = export_waypoints(compress(folder / "whole", folder / "few", 3), folder / "foreign")
     read, unmeasured = (lambda: read_waypoints(file)), (lambda rows: [0.0] * len(rows))
-    return [import_experts(read, folder / "ours", NET.layout, METADATA, unmeasured).read(0, 1.5)]
+    return [import_experts(read, folder / "imported", NET.layout, METADATA, unmeasured).read(0, 1.5)]
 
 
 def sets(folder: Path) -> list[Tensor]:
@@ -81,7 +81,7 @@ def planned_memory(_: Path) -> list[Tensor]:
     [experts, waypoints_of_others, sets, whitening, planned_memory],
     ids=lambda f: f.__name__,
 )
-def test_it_has_no_part_in(
+def test_a_setting_of_torch_changes_no_result(
     work: Callable[[Path], list[Tensor]], setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # a default device does not reach what poisons new memory in other tests
