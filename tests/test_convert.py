@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mtt_fast
-from mtt_fast import SyntheticDataset, TrajectoryStore
+from mtt_fast import ConvNet, SyntheticDataset, TrajectoryStore
 from mtt_fast.__main__ import main as all_jobs
 from mtt_fast.augmentation.texture import Canvas
 from mtt_fast.commands import cli
@@ -29,6 +29,7 @@ from mtt_fast.data.class_names import SUBSETS
 from mtt_fast.distill.command import main as distill
 from mtt_fast.evaluate import main as evaluate
 from mtt_fast.experts import main as experts
+from mtt_fast.storage.trajectories import ExpertMetadata, write_expert
 from mtt_fast.testing import reference_convnet
 
 DIGITS = "--dataset digits --model ConvNetD1W4".split()
@@ -320,6 +321,34 @@ def test_compressed_experts_come_back(caplog: pytest.LogCaptureFixture) -> None:
     assert convert(str(before.folder), "whole", "--to", "buffer") == 0
     buffer = torch.load("whole/digits/ConvNetD1W4/replay_buffer_0.pt", weights_only=True)
     assert torch.equal(nn.utils.parameters_to_vector(buffer[1][1]), before.read(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "whitening", "folder", "compressed"),
+    [
+        ("CIFAR10", "none", "CIFAR10_NO_ZCA", "CIFAR10_NO_ZCA"),
+        ("CIFAR100", "none", "CIFAR100_NO_ZCA", "CIFAR100_NO_ZCA"),
+        ("CIFAR10", "zca", "CIFAR10", "CIFAR10"),
+        ("Tiny", "none", "Tiny", "Tiny_NO_ZCA"),  # MCT's code alone writes it so
+        ("Tiny", "zca", "Tiny", "Tiny"),
+        ("MNIST", "none", "MNIST", "MNIST"),
+        ("imagefruit-64", "none", "ImageNet/imagefruit/64", "ImageNet/imagefruit/64"),
+    ],
+)
+def test_experts_are_written_where_the_public_code_looks(
+    dataset: str, whitening: str, folder: str, compressed: str
+) -> None:
+    net = ConvNet(in_channels=1, num_classes=10, image_size=8, width=4, depth=1)
+    metadata = ExpertMetadata(
+        network=net.describe(), layout=net.layout.describe(), dataset=dataset, fingerprint="f00d", whitening=whitening,
+        hyperparameters={}, seed=0, accuracy=[math.nan, math.nan, 0.5], versions={},
+    )  # fmt: skip
+    write_expert("ours/ConvNetD1W4", 0, torch.randn(3, net.layout.num_parameters), metadata)
+    assert convert("ours/ConvNetD1W4", "theirs") == 0
+    assert Path("theirs", folder, "ConvNetD1W4", "replay_buffer_0.pt").exists()
+    assert cli.run(compress, ["ours/ConvNetD1W4", "--num_interpolation", "2"]) == 0
+    assert convert("ours/ConvNetD1W4/waypoints_2", "mct") == 0
+    assert Path("mct", compressed, "ConvNetD1W4", "waypoint_buffer_0.pt").exists()
 
 
 @pytest.mark.parametrize(

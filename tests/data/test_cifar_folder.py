@@ -42,6 +42,12 @@ def test_one_image_of_another_size_is_named(tmp_path: Path) -> None:
     check_refused(tmp_path, r"test/bird/0\.jpg: expected 32x32 pixels as in the other images, found 32x31; give `res`")
 
 
+def test_images_of_another_size_are_resized_where_that_is_asked_for(tmp_path: Path) -> None:
+    data = load("CIFAR10", data_path=jpeg_folder(tmp_path, side=40), res=32, progress=False)
+    assert data.image_shape == (3, 32, 32)
+    assert data.test.images[:, 0].float().mean((1, 2)).tolist() == pytest.approx([20 * n for n in range(10)], abs=3)
+
+
 def test_an_image_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     check_refused(
         jpeg_folder(tmp_path / "few", NAMES10[:4]), "expected the 10 class folders of CIFAR10 in train/, found 4"
