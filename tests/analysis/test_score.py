@@ -86,7 +86,10 @@ def test_numbers_that_are_hardly_what_they_are_given_for_are_told(
         ("--full 85 --distilled a.json --random other.json", "--random: expected the fingerprint 1 as in the files"),
         ("--full 85 --distilled a.json --random large.json", "--random: expected the model ConvNet as in the files"),
         ("--full 85 --distilled random.json --random 30", "found that on random real images"),
-        ("--full 85 --hard random.json --distilled 60 --random 30", "--hard random.json: expected the accuracy on a dis"),
+        (
+            "--full 85 --hard random.json --distilled 60 --random 30",
+            "--hard random.json: expected the accuracy on a dis",
+        ),
         ("--full 85 --distilled damaged.json --random 30", "damaged.json: expected what mtt_fast.evaluate writes"),
     ],
 )
