@@ -265,6 +265,14 @@ def test_experts_of_the_public_code_are_distilled_from(place: str, caplog: pytes
     assert f"their test accuracy is {sum(final) / 2:.4f}" in caplog.text
 
 
+def test_experts_may_lie_beside_the_buffers_that_they_were_read_from() -> None:
+    folder = "buffers/digits/ConvNetD1W4"
+    save_public_buffer(folder)
+    for _ in range(2):  # the same command goes on where it was stopped, and finds all of them here
+        assert convert(folder, "buffers") == 0
+        assert len(TrajectoryStore(folder)) == 2
+
+
 def test_buffers_that_are_missing_or_copied_are_told(caplog: pytest.LogCaptureFixture) -> None:
     save_public_buffer("theirs")
     first = Path("theirs/replay_buffer_0.pt")
